@@ -1,0 +1,1 @@
+"""A streaming real-time sequence predictor."""

@@ -1,0 +1,220 @@
+"""The bus: one broker, so that all readers see one order; publishers and subscribers that count.
+
+The only file that speaks ZeroMQ. Knows nothing about what messages mean, beyond a clock that says we are heard.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+
+import zmq
+
+from stream_mmrnn import wire
+from stream_mmrnn.clock import now_ns
+from stream_mmrnn.errors import ProcessError, WireError
+from stream_mmrnn.types import Envelope, Payload
+
+_STOP = b"TERMINATE"
+
+
+class Address:
+    """Where the broker's three sockets are. Made once by the supervisor, given to every process."""
+
+    def __init__(self, publish: str, subscribe: str, control: str, folder: str = "") -> None:
+        self.publish, self.subscribe, self.control, self.folder = publish, subscribe, control, folder
+
+    @classmethod
+    def create(cls, transport: str) -> Address:
+        """Fresh addresses: ipc in a private folder (0700), or loopback tcp ports that were free just now."""
+        if transport == "ipc":
+            folder = tempfile.mkdtemp(prefix="stream-mmrnn-")
+            names = [f"ipc://{folder}/{n}" for n in ("pub", "sub", "ctl")]
+            return cls(names[0], names[1], names[2], folder)
+        context = zmq.Context()
+        sockets = [context.socket(zmq.PUB) for _ in range(3)]
+        try:
+            ports = [s.bind_to_random_port("tcp://127.0.0.1") for s in sockets]
+        finally:
+            context.destroy(linger=0)
+        return cls(*(f"tcp://127.0.0.1:{p}" for p in ports))
+
+    def remove(self) -> None:
+        if self.folder:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def run_broker(address: Address, queue: int, ready: Callable[[], None], alive: Callable[[], bool]) -> None:
+    """Forward every message from publishers to subscribers in one order until told to stop.
+
+    The loop is ZeroMQ's own (`zmq_proxy_steerable`), in C and without the GIL.
+    """
+    context = zmq.Context()
+    front, back, control = context.socket(zmq.XSUB), context.socket(zmq.XPUB), context.socket(zmq.PAIR)
+    steer = context.socket(zmq.PAIR)
+    for socket in (front, back):
+        socket.set_hwm(queue)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_PAYLOAD_BYTES)
+    try:
+        front.bind(address.publish)
+        back.bind(address.subscribe)
+    except zmq.ZMQError as e:
+        raise ProcessError(f"the broker cannot bind {address.publish} or {address.subscribe}: {e}") from e
+    control.bind("inproc://control")
+    steer.connect("inproc://control")
+
+    def watch() -> None:
+        while alive():
+            pass
+        steer.send(_STOP)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    ready()
+    zmq.proxy_steerable(front, back, None, control)
+    watcher.join()
+    context.destroy(linger=0)
+
+
+class Publisher:
+    """Sends envelopes of one process; numbers them per topic and session."""
+
+    def __init__(self, address: Address, queue: int) -> None:
+        self._context = zmq.Context()
+        # XPUB instead of PUB: the subscriptions that reach us say when somebody listens
+        self._socket = self._context.socket(zmq.XPUB)
+        self._socket.setsockopt(zmq.XPUB_NODROP, 1)  # a full queue is an error we count, not a silent loss
+        self._socket.set_hwm(queue)
+        self._socket.connect(address.publish)
+        self._seq: dict[tuple[str, str], int] = {}
+        self._wanted: list[bytes] = []
+        self.refused: dict[str, int] = {}
+        """Messages per topic that the full queue to the broker did not take."""
+
+    def _read_subscriptions(self, timeout_ms: int) -> None:
+        while self._socket.poll(timeout_ms, zmq.POLLIN):
+            note = self._socket.recv()
+            if note[:1] == b"\x01":
+                self._wanted.append(note[1:])
+            elif note[1:] in self._wanted:
+                self._wanted.remove(note[1:])
+            timeout_ms = 0
+
+    def wait_for_reader(self, topic: str, timeout_s: float) -> bool:
+        """True as soon as the broker forwards `topic` to somebody: what is sent from now on arrives."""
+        deadline = now_ns() + int(timeout_s * 1e9)
+        while not any(topic.encode().startswith(prefix) for prefix in self._wanted):
+            left_ms = (deadline - now_ns()) // 1_000_000
+            if left_ms <= 0:
+                return False
+            self._read_subscriptions(int(left_ms))
+        return True
+
+    def publish(
+        self,
+        topic: str,
+        session: str,
+        event_ns: int,
+        capture_ns: int,
+        payload: Payload,
+        origin: str = "",
+    ) -> Envelope:
+        """Stamp, number and send one message; the envelope as sent."""
+        key = (topic, session)
+        seq = self._seq.get(key, 0)
+        self._seq[key] = seq + 1
+        envelope = Envelope(topic, session, seq, event_ns, capture_ns, now_ns(), payload, origin)
+        self._read_subscriptions(0)
+        try:
+            self._socket.send_multipart(wire.encode(envelope), zmq.DONTWAIT)
+        except zmq.Again:
+            self.refused[topic] = self.refused.get(topic, 0) + 1
+        return envelope
+
+    def close(self, linger_ms: int = 500) -> None:
+        self._socket.close(linger=linger_ms)
+        self._context.term()
+
+
+class Gaps:
+    """Counts, per stream, what a reader got and what its sequence numbers say is missing."""
+
+    def __init__(self) -> None:
+        self._next: dict[tuple[str, str], int] = {}
+        self.received: dict[str, int] = {}
+        self.lost: dict[str, int] = {}
+
+    def see(self, envelope: Envelope) -> None:
+        key = (envelope.topic, envelope.session)
+        expected = self._next.get(key, 0)
+        seq = envelope.seq
+        self.received[envelope.topic] = self.received.get(envelope.topic, 0) + 1
+        if seq > expected:
+            self.lost[envelope.topic] = self.lost.get(envelope.topic, 0) + seq - expected
+        # a seq below the expected one is a publisher that began anew
+        self._next[key] = seq + 1
+
+
+class Subscriber:
+    """Reads envelopes of some topics in the broker's order; counts gaps and garbage."""
+
+    def __init__(self, address: Address, topics: list[str], queue: int) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.SUB)
+        self._socket.set_hwm(queue)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_PAYLOAD_BYTES)
+        for topic in topics:
+            self._socket.setsockopt(zmq.SUBSCRIBE, topic.encode())
+        self._socket.connect(address.subscribe)
+        self.gaps = Gaps()
+        self.garbage = 0
+
+    def receive(self, timeout_ms: int) -> Envelope | None:
+        """The next envelope, or None after `timeout_ms` without one."""
+        if not self._socket.poll(timeout_ms, zmq.POLLIN):
+            return None
+        frames = self._socket.recv_multipart()
+        try:
+            envelope = wire.decode(frames, now_ns())
+        except WireError:
+            self.garbage += 1
+            return None
+        self.gaps.see(envelope)
+        return envelope
+
+    def stream(self, alive: Callable[[], bool], timeout_ms: int = 100) -> Iterator[Envelope]:
+        """Envelopes as they come, until `alive()` says no."""
+        while alive():
+            envelope = self.receive(timeout_ms)
+            if envelope is not None:
+                yield envelope
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+        self._context.term()
+
+
+class LineSocket:
+    """A PULL socket on loopback whose every message is a line of text, for the text source."""
+
+    def __init__(self, port: int, max_bytes: int) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.PULL)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
+        try:
+            self._socket.bind(f"tcp://127.0.0.1:{port}")
+        except zmq.ZMQError as e:
+            self.close()
+            raise OSError(str(e)) from e
+
+    def receive(self, timeout_ms: int) -> bytes | None:
+        return self._socket.recv() if self._socket.poll(timeout_ms, zmq.POLLIN) else None
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+        self._context.term()
+
+

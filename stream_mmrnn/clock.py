@@ -1,0 +1,64 @@
+"""Time: one monotonic clock for all processes of a host, and the map from a device's clock to it.
+
+Knows nothing about devices: it is given what they say.
+"""
+
+from __future__ import annotations
+
+import time
+
+now_ns = time.monotonic_ns
+"""CLOCK_MONOTONIC (Linux, macOS) and QueryPerformanceCounter (Windows) count from the host's boot, so the
+stamps of all processes of one host compare."""
+
+
+def wall_offset_ns() -> int:
+    """Nanoseconds to add to `now_ns()` to get Unix time; the best of five readings."""
+    best = None
+    for _ in range(5):
+        before = now_ns()
+        wall = time.time_ns()
+        after = now_ns()
+        if best is None or after - before < best[0]:
+            best = (after - before, wall - (before + after) // 2)
+    assert best is not None
+    return best[1]
+
+
+class DeviceClock:
+    """Event time of blocks from a device that counts its own samples.
+
+    Each block comes with a noisy reading of when it ended. The device's sample count is smooth but its rate
+    is a little off (tens of ppm); the readings are right on average but jitter by milliseconds. So the event
+    time advances by the nominal length and is pulled to the readings by a second-order loop (a proportional
+    and an integral gain, as in the delay-locked loop of F. Adriaensen, "Using a DLL to filter time", 2005),
+    which follows a constant rate error without a lasting offset. A reading further than `jump_ns` off is
+    believed at once: the device stalled or lost samples. Stamps never go back.
+    """
+
+    def __init__(self, rate_hz: float, jump_ns: int = 40_000_000, bandwidth_hz: float = 0.1) -> None:
+        self.rate_hz = rate_hz
+        self.jump_ns = jump_ns
+        self.bandwidth_hz = bandwidth_hz
+        self.jumps = 0
+        self._event_ns: float | None = None
+        self._drift = 0.0
+        self._last_ns = -1
+
+    def stamp(self, frames: int, measured_ns: int) -> int:
+        """Event time of the end of a block of `frames` samples whose end was measured at `measured_ns`."""
+        length_ns = frames / self.rate_hz * 1e9
+        if self._event_ns is None:
+            self._event_ns = float(measured_ns)
+        else:
+            predicted = self._event_ns + length_ns * (1.0 + self._drift)
+            error = measured_ns - predicted
+            if abs(error) > self.jump_ns:
+                self.jumps += 1
+                self._event_ns = float(measured_ns)
+            else:
+                omega = min(2 * 3.141592653589793 * self.bandwidth_hz * length_ns / 1e9, 0.5)
+                self._event_ns = predicted + 1.4142135623730951 * omega * error
+                self._drift += omega * omega * error / length_ns
+        self._last_ns = max(self._last_ns + 1, round(self._event_ns))
+        return self._last_ns

@@ -1,0 +1,208 @@
+"""One TOML file -> typed settings: the only home of defaults.
+
+Strict: an unknown key is an error that names the nearest one that exists. Knows nothing about what the settings do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import msgspec
+
+from stream_mmrnn.errors import ConfigError
+from stream_mmrnn.topics import MODALITIES
+
+_Positive = Annotated[float, msgspec.Meta(gt=0)]
+_Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    pass
+
+
+class Session(_Section):
+    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "live"
+
+
+class Sources(_Section):
+    """Where each modality comes from: `camera:0`, `camera:URL`, `microphone`, `microphone:NAME`, `file:PATH`,
+    `synthetic`, `stdin`, `pipe:PATH`, `tcp:PORT`, `zmq:PORT` or `none`.
+    """
+
+    vision: str = "camera:0"
+    audio: str = "microphone"
+    text: str = "stdin"
+
+
+class Camera(_Section):
+    width: Annotated[int, msgspec.Meta(ge=16, le=8192)] = 640
+    height: Annotated[int, msgspec.Meta(ge=16, le=8192)] = 480
+    rate_hz: _Positive = 30.0
+    jpeg_quality: Annotated[int, msgspec.Meta(ge=1, le=100)] = 90
+
+
+class Microphone(_Section):
+    block_ms: Annotated[float, msgspec.Meta(ge=1, le=1000)] = 20.0
+    latency_ms: Annotated[float, msgspec.Meta(ge=0, le=1000)] = 20.0
+    """What PortAudio is asked for; at 100 ms blocks come in pairs on some systems."""
+    drift_bandwidth_hz: Annotated[float, msgspec.Meta(gt=0, le=10)] = 0.1
+
+
+class Text(_Section):
+    max_line_bytes: Annotated[int, msgspec.Meta(ge=16, le=65536)] = 4096
+
+
+class Synthetic(_Section):
+    """The seeded source that needs no hardware: a person who talks in turns, seen, heard and read."""
+
+    seed: Annotated[int, msgspec.Meta(ge=0)] = 0
+    width: Annotated[int, msgspec.Meta(ge=16, le=4096)] = 320
+    height: Annotated[int, msgspec.Meta(ge=16, le=4096)] = 240
+    rate_hz: _Positive = 25.0
+    jitter_ms: Annotated[float, msgspec.Meta(ge=0, le=1000)] = 0.0
+    """Standard deviation of how late a sample comes; its event time is right."""
+    drop: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    """Share of samples that never come."""
+    freeze_every_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    """0: never. Else each stream stops this often, for `freeze_s`."""
+    freeze_s: Annotated[float, msgspec.Meta(ge=0)] = 1.0
+
+
+class Align(_Section):
+    tick_ms: Annotated[float, msgspec.Meta(ge=1, le=10_000)] = 40.0
+    """Used where no model says its own tick length."""
+    vision_lateness_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = 80.0
+    audio_lateness_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = 80.0
+    text_lateness_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = 0.0
+    max_ahead_ms: Annotated[float, msgspec.Meta(gt=0)] = 500.0
+    """A stamp further ahead of the clock is quarantined."""
+    max_behind_ms: Annotated[float, msgspec.Meta(gt=0)] = 10_000.0
+
+    def lateness_ns(self) -> dict[str, int]:
+        return {name: round(getattr(self, f"{name}_lateness_ms") * 1e6) for name in MODALITIES}
+
+
+class Engine(_Section):
+    model: str = "voice_activity"
+    """A name in the zoo, or the path of an ONNX file."""
+    provider: Literal["auto", "cpu", "cuda"] = "auto"
+    slots: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 1
+
+
+class Record(_Section):
+    path: str = ""
+    """"" records nothing."""
+    raw: bool = True
+    """false: features, ticks and predictions only, no picture, sound or words."""
+    chunk_ms: Annotated[float, msgspec.Meta(gt=0, le=10_000)] = 250.0
+    fsync_ms: Annotated[float, msgspec.Meta(gt=0, le=60_000)] = 1000.0
+
+
+class Bus(_Section):
+    transport: Literal["ipc", "tcp"] = "ipc"
+    """ipc: sockets in a private folder; tcp: on loopback, for systems without ipc."""
+    clock_hz: Annotated[float, msgspec.Meta(ge=1, le=1000)] = 100.0
+    queue: Annotated[int, msgspec.Meta(ge=1)] = 20_000
+    """Messages a reader may fall behind before ZeroMQ drops; a reader counts every gap."""
+
+
+class Queues(_Section):
+    """Between a device and its encoder; `latest` keeps one, `drop_oldest` keeps the newest `length`."""
+
+    vision: Literal["latest", "drop_oldest", "block"] = "latest"
+    audio: Literal["latest", "drop_oldest", "block"] = "drop_oldest"
+    text: Literal["latest", "drop_oldest", "block"] = "block"
+    length: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 64
+
+
+class Dashboard(_Section):
+    enabled: bool = True
+    host: Literal["127.0.0.1", "::1", "localhost"] = "127.0.0.1"
+    port: _Port = 0
+    """0: any free one."""
+
+
+class Supervisor(_Section):
+    backoff_s: _Positive = 0.25
+    """Before the first restart; doubles up to `backoff_max_s`."""
+    backoff_max_s: _Positive = 1.0
+    reopen_s: _Positive = 0.5
+    """How often a device that is not there is asked for again."""
+    start_timeout_s: _Positive = 20.0
+
+
+class Settings(_Section):
+    """Everything that can be set; each section is a table of the TOML file."""
+
+    session: Session = Session()
+    sources: Sources = Sources()
+    camera: Camera = Camera()
+    microphone: Microphone = Microphone()
+    text: Text = Text()
+    synthetic: Synthetic = Synthetic()
+    align: Align = Align()
+    engine: Engine = Engine()
+    record: Record = Record()
+    bus: Bus = Bus()
+    queues: Queues = Queues()
+    dashboard: Dashboard = Dashboard()
+    supervisor: Supervisor = Supervisor()
+
+
+def _nearest(unknown: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
+    return f"the nearest is `{close[0]}`" if close else f"the keys there are {', '.join(known)}"
+
+
+def _check_keys(table: dict[str, Any], kind: type[msgspec.Struct], where: str) -> None:
+    hints = get_type_hints(kind)
+    fields = list(kind.__struct_fields__)
+    for key, value in table.items():
+        full = f"{where}.{key}" if where else key
+        if key not in fields:
+            raise ConfigError(f"unknown key `{full}`: {_nearest(key, fields)}")
+        if isinstance(value, dict) and isinstance(hints[key], type) and issubclass(hints[key], _Section):
+            _check_keys(value, hints[key], full)
+
+
+def parse(table: dict[str, Any]) -> Settings:
+    """Settings of a table as TOML gives it.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest known one) or a value out of its range.
+
+    """
+    _check_keys(table, Settings, "")
+    try:
+        return msgspec.convert(table, Settings)
+    except msgspec.ValidationError as e:
+        text = str(e)
+        where = re.search(r"`\$\.?([^`]*)`", text)
+        key = where.group(1) if where else "the file"
+        reason = text.split(" - at")[0].replace("Expected", "expected")
+        raise ConfigError(f"`{key}` has a wrong value: {reason}") from e
+
+
+def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Settings:
+    """The settings of a TOML file, with dotted-key overrides (`{"engine.model": ...}`) on top."""
+    table: dict[str, Any] = {}
+    if path is not None:
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as e:
+            raise ConfigError(f"the configuration {path} cannot be read: {e.strerror}") from e
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+            raise ConfigError(f"the configuration {path} is not valid TOML: {e}") from e
+    for dotted, value in (overrides or {}).items():
+        if value is None:
+            continue
+        section, key = dotted.split(".")
+        table.setdefault(section, {})
+        if not isinstance(table[section], dict):
+            raise ConfigError(f"`{section}` has a wrong value: expected a table, got {table[section]!r}")
+        table[section][key] = value
+    return parse(table)

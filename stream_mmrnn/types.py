@@ -1,0 +1,124 @@
+"""The nouns of the system: values that travel, without behaviour.
+
+Knows nothing about how a value is made, moved, stored or shown. All times are nanoseconds of the
+host's monotonic clock (`clock.now_ns`); a field's unit is in its name.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+FloatArray: TypeAlias = npt.NDArray[np.float32]
+Payload: TypeAlias = npt.NDArray[Any] | bytes
+Vectors: TypeAlias = dict[str, FloatArray]
+
+
+class Sample(msgspec.Struct, frozen=True, gc=False):
+    """One reading of a device: a video frame, an audio block, a text event."""
+
+    event_ns: int
+    """Event time: the end of what the sample covers."""
+    capture_ns: int
+    """When the sample was in our hands."""
+    data: Payload
+    """Vision: JPEG bytes. Audio: int16 [frames] at 16 kHz. Text: UTF-8 bytes."""
+
+
+class Envelope(msgspec.Struct, frozen=True, gc=False):
+    """One message on the bus, live or recorded."""
+
+    topic: str
+    session: str
+    seq: int
+    """Counts the messages of one publisher on one topic and session, from 0."""
+    event_ns: int
+    capture_ns: int
+    publish_ns: int
+    payload: Payload
+    origin: str = ""
+    """Who made the payload: the source's description, or the encoder as `name@sha256`."""
+    received_ns: int = 0
+    """When the reader had it; never on the wire, 0 where nobody stamped it."""
+
+
+class Stamps(msgspec.Struct, frozen=True, gc=False):
+    """The times of the message that let a tick close."""
+
+    event_ns: int
+    capture_ns: int
+    publish_ns: int
+    received_ns: int
+    by: str
+    """Its topic: a feature topic, or `clock` where a stream was waited for in vain."""
+
+
+class Tick(msgspec.Struct, frozen=True, gc=False):
+    """All modalities of one session aligned to one time step, ((index-1)T, index*T] of event time."""
+
+    session: str
+    index: int
+    event_ns: int
+    """The tick's end, index*T."""
+    features: Vectors
+    """By modality; zeros where absent."""
+    present: dict[str, bool]
+    age_ns: dict[str, int]
+    """Tick's end minus the newest sample's event time; -1 where there never was one."""
+    closed: Stamps
+
+
+class Prediction(msgspec.Struct, frozen=True, gc=False):
+    """The heads' outputs for one tick of one session."""
+
+    tick: Tick
+    heads: Vectors
+    model: str
+    """sha256 of the model file."""
+    step_start_ns: int
+    step_end_ns: int
+
+
+class ModalitySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An input of the model: its name, width and the encoder it was trained with."""
+
+    name: str
+    size: int
+    encoder: str
+    """`name@sha256`, or "" where any is accepted."""
+
+
+class HeadSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An output of the model, and what its numbers mean."""
+
+    name: str
+    kind: str
+    """`activity_projection`, `classification` or `regression`."""
+    size: int
+    labels: tuple[str, ...] = ()
+    """One name a number."""
+    horizons_s: tuple[tuple[float, float], ...] = ()
+    """Start and end of what each number speaks of, in seconds after the tick's end."""
+    unit: str = "probability"
+
+
+class StateSpec(msgspec.Struct, frozen=True):
+    """A recurrent tensor: `state.NAME` in, `next.NAME` out."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Without the batch axis."""
+
+
+class ModelSpec(msgspec.Struct, frozen=True):
+    """What a model file promises: the contract between a graph and the engine."""
+
+    name: str
+    sha256: str
+    tick_ns: int
+    modalities: tuple[ModalitySpec, ...]
+    heads: tuple[HeadSpec, ...]
+    states: tuple[StateSpec, ...]
