@@ -206,3 +206,20 @@ def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Settings
             raise ConfigError(f"`{section}` has a wrong value: expected a table, got {table[section]!r}")
         table[section][key] = value
     return parse(table)
+
+
+def models_folder() -> Path:
+    """The zoo: beside the package in a checkout, inside it in an installed wheel."""
+    inside = Path(__file__).parent / "_models"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "models"
+
+
+def find_model(name: str) -> Path:
+    """The ONNX file of a zoo name or a path; whether it can be read is the loader's to say."""
+    in_zoo = models_folder() / name / "step.onnx"
+    if in_zoo.is_file():
+        return in_zoo
+    if "/" in name or "\\" in name or name.endswith(".onnx"):
+        return Path(name)
+    zoo = sorted(p.parent.name for p in models_folder().glob("*/step.onnx"))
+    raise ConfigError(f"there is no model {name!r}; give an ONNX file's path, or one of {', '.join(zoo) or 'none'}")

@@ -87,8 +87,12 @@ class ModalitySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str
     size: int
-    encoder: str
+    encoder: str = ""
     """`name@sha256`, or "" where any is accepted."""
+    reduction: str = ""
+    """How the samples of one tick become one vector: `last`, `mean`, `sum` or `stack`; "" is the table's."""
+    stack: int = 1
+    """With `stack`: how many samples; `size` counts them all."""
 
 
 class HeadSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

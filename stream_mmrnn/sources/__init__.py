@@ -1,0 +1,114 @@
+"""Sources: each a generator of samples behind a tiny class, opened only in its worker's process.
+
+A source knows its device and the clock. It knows nothing about encoders, the bus or sessions, and keeps no queue:
+the worker's pump does (`pipeline.Pump`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from stream_mmrnn.config import Settings
+from stream_mmrnn.errors import SourceSpecError
+from stream_mmrnn.topics import MODALITIES
+from stream_mmrnn.types import Sample
+
+
+class Source(Protocol):
+    """What every source can do."""
+
+    origin: str
+    """Its description, such as `camera:0`; travels as the origin of its raw messages."""
+    info: dict[str, Any]
+    """What was asked for and what was got, and what the device said it lost; complete after `open`."""
+
+    def open(self) -> None:
+        """Take the device; raises SourceError where it is not there (the worker asks again later)."""
+
+    def samples(self, alive: Callable[[], bool], epoch_ns: int) -> Iterator[Sample]:
+        """Samples as they come, until the stream ends or `alive()` is false (looked at ten times a second or more).
+
+        `epoch_ns` is the time of a file's or synthetic stream's beginning; devices stamp with the clock. Raises
+        SourceError when the device is lost.
+        """
+
+    def close(self) -> None:
+        """Give the device back; harmless when it is not open."""
+
+
+def split(spec: str) -> tuple[str, str]:
+    """`camera:0` -> ("camera", "0")."""
+    kind, _, rest = spec.partition(":")
+    return kind, rest
+
+
+_KINDS = {
+    "vision": ("camera", "file", "synthetic", "none"),
+    "audio": ("microphone", "file", "synthetic", "none"),
+    "text": ("stdin", "pipe", "tcp", "zmq", "synthetic", "none"),
+}
+
+
+def check(spec: str, modality: str) -> None:
+    """Say in one sentence what is wrong with a source's name, before any process starts.
+
+    Raises:
+        SourceSpecError: no such kind of source for this modality, or its argument is missing or wrong.
+        FileError: `file:PATH` names no readable media file.
+
+    """
+    kind, rest = split(spec)
+    if kind not in _KINDS[modality]:
+        raise SourceSpecError(f"{spec!r} is no source of {modality}; use one of {', '.join(_KINDS[modality])}")
+    if kind in ("tcp", "zmq") and not (rest.isdigit() and int(rest) < 65536):
+        raise SourceSpecError(f"{spec!r} needs a port on this machine, such as {kind}:5555")
+    if kind in ("file", "pipe") and not rest:
+        raise SourceSpecError(f"{spec!r} needs a path, such as {kind}:PATH")
+    if kind == "file":
+        from stream_mmrnn.sources.file import streams_of
+
+        streams_of(Path(rest))
+
+
+def everything_from(spec: str) -> dict[str, str]:
+    """The source of each modality where one spec is given for all: `synthetic`, `devices` or `file:CLIP`."""
+    kind, rest = split(spec)
+    if kind == "synthetic":
+        return dict.fromkeys(MODALITIES, "synthetic")
+    if kind == "devices":
+        return {"vision": "camera:0", "audio": "microphone", "text": "stdin"}
+    if kind == "file":
+        check(spec, "audio")
+        from stream_mmrnn.sources.file import streams_of
+
+        has = streams_of(Path(rest))
+        return {m: spec if m in has else "none" for m in MODALITIES}
+    raise SourceSpecError(f"{spec!r} is no source; use synthetic, devices or file:PATH")
+
+
+def create(spec: str, modality: str, settings: Settings, stdin_fd: int = -1) -> Source:
+    """The source that `spec` names; nothing is opened yet. Imports only what that source needs."""
+    kind, rest = split(spec)
+    if kind == "camera":
+        from stream_mmrnn.sources.camera import Camera
+
+        return Camera(rest or "0", settings.camera)
+    if kind == "microphone":
+        from stream_mmrnn.sources.microphone import Microphone
+
+        return Microphone(rest, settings.microphone)
+    if kind == "file":
+        from stream_mmrnn.sources import file
+
+        if modality == "vision":
+            return file.Picture(Path(rest), settings.camera)
+        return file.Sound(Path(rest), settings.microphone)
+    if kind == "synthetic":
+        from stream_mmrnn.sources.synthetic import Synthetic
+
+        return Synthetic(modality, settings.synthetic)
+    from stream_mmrnn.sources import text
+
+    return text.create(kind, rest, settings.text, stdin_fd)
