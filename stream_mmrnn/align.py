@@ -134,8 +134,10 @@ class _Stream:
 
 
 class _Session:
-    def __init__(self, streams: dict[str, _Stream], closed: int) -> None:
+    def __init__(self, streams: dict[str, _Stream], closed: int, clock_ns: int) -> None:
         self.streams = streams
+        self.clock_ns = clock_ns
+        """What the session has heard of the clock. Not shared: what came before it opened is not in its recording."""
         self.closed = closed
         """Index of the last closed tick."""
 
@@ -153,7 +155,6 @@ class Aligner:
     ) -> None:
         """`modalities`: what a tick holds, as the model's contract says; `lateness_ns`: per modality."""
         self.tick_ns = tick_ns
-        self.clock_ns = _NEVER
         self.counts = {m.name: StreamCounts() for m in modalities}
         self._specs = {m.name: m for m in modalities}
         self._lateness_ns = dict(lateness_ns)
@@ -165,6 +166,9 @@ class Aligner:
             self._zeros[m.name] = np.zeros(m.size, np.float32)
             self._zeros[m.name].setflags(write=False)
 
+    def __contains__(self, session: str) -> bool:
+        return session in self._sessions
+
     def open(self, session: str, event_ns: int, expected: Sequence[str] | None = None) -> None:
         """Begin a session; its first tick is the one that `event_ns` falls in. An open one begins anew."""
         if session in self._sessions:
@@ -173,7 +177,7 @@ class Aligner:
             name: _Stream(spec, topics.MODALITIES[name], self._lateness_ns.get(name, 0))
             for name, spec in self._specs.items()
         }
-        self._sessions[session] = _Session(streams, event_ns // self.tick_ns)
+        self._sessions[session] = _Session(streams, event_ns // self.tick_ns, event_ns)
         if expected is not None:
             self.expect(session, expected)
 
@@ -198,9 +202,9 @@ class Aligner:
     def push(self, envelope: Envelope) -> list[Tick]:
         """Take one message; the ticks that it closes, in order."""
         if envelope.topic == topics.CLOCK:
-            self.clock_ns = max(self.clock_ns, envelope.event_ns)
             ticks: list[Tick] = []
-            for name in self._sessions:
+            for name, session in self._sessions.items():
+                session.clock_ns = max(session.clock_ns, envelope.event_ns)
                 ticks += self._advance(name, envelope)
             return ticks
         modality = self._feature_topics.get(envelope.topic)
@@ -226,7 +230,7 @@ class Aligner:
             or payload.shape != (stream.sample_size,)
             or not np.isfinite(payload.sum())
             or (stream.spec.encoder and envelope.origin != stream.spec.encoder)
-            or not -self._max_behind_ns <= event_ns - self.clock_ns <= self._max_ahead_ns
+            or not -self._max_behind_ns <= event_ns - session.clock_ns <= self._max_ahead_ns
         ):
             counts.quarantined += 1
             return False
@@ -251,7 +255,7 @@ class Aligner:
         for stream in session.streams.values():
             if not stream.expected:
                 continue
-            horizon_ns = self.clock_ns - stream.lateness_ns
+            horizon_ns = session.clock_ns - stream.lateness_ns
             if stream.pending:
                 stream.give_up_gaps(horizon_ns)
             if stream.dense:
@@ -261,7 +265,7 @@ class Aligner:
             else:
                 continue
             watermark = reached if watermark is None else min(watermark, reached)
-        return self.clock_ns if watermark is None else watermark
+        return session.clock_ns if watermark is None else watermark
 
     def _advance(self, name: str, cause: Envelope) -> list[Tick]:
         session = self._sessions[name]

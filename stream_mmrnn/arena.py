@@ -60,6 +60,11 @@ class Arena:
         self._free.append(self.slot(session))
         del self._slot_of[session]
 
+    def discard(self, session: str) -> None:
+        """Release the session's slot if it has one."""
+        if session in self._slot_of:
+            self.release(session)
+
     def reset(self, session: str) -> None:
         """Start anew at the next step."""
         self.fresh[self.slot(session)] = True
@@ -80,8 +85,14 @@ class Arena:
             return
         self._binding.pull()
         for name, array in self._binding.state.items():
-            if name not in state or state[name].shape != array[slot].shape or state[name].dtype != array.dtype:
-                raise SessionError(f"the snapshot of {session!r} does not fit state {name!r}; is it this model's?")
+            if (
+                name not in state
+                or state[name].shape != array[slot].shape
+                or state[name].dtype != array.dtype
+            ):
+                raise SessionError(
+                    f"the snapshot of {session!r} does not fit state {name!r}; is it this model's?"
+                )
         for name, array in self._binding.state.items():
             array[slot] = state[name]
         self._binding.push()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import zmq
 
-from stream_mmrnn import wire
+from stream_mmrnn import topics, wire
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.errors import ProcessError, WireError
 from stream_mmrnn.types import Envelope, Payload
@@ -149,8 +149,9 @@ class Gaps:
 
     def see(self, envelope: Envelope) -> None:
         key = (envelope.topic, envelope.session)
-        expected = self._next.get(key, 0)
         seq = envelope.seq
+        # what belongs to no session has begun before we listened; a session's streams begin with it, at 0
+        expected = self._next.get(key, seq if envelope.session == topics.EVERYONE else 0)
         self.received[envelope.topic] = self.received.get(envelope.topic, 0) + 1
         if seq > expected:
             self.lost[envelope.topic] = self.lost.get(envelope.topic, 0) + seq - expected
@@ -216,5 +217,3 @@ class LineSocket:
     def close(self) -> None:
         self._socket.close(linger=0)
         self._context.term()
-
-

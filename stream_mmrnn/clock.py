@@ -45,6 +45,11 @@ class DeviceClock:
         self._drift = 0.0
         self._last_ns = -1
 
+    def lost(self) -> None:
+        """The device dropped samples: its count says nothing about them, so the next reading is believed at once."""
+        self.jumps += self._event_ns is not None
+        self._event_ns = None
+
     def stamp(self, frames: int, measured_ns: int) -> int:
         """Event time of the end of a block of `frames` samples whose end was measured at `measured_ns`."""
         length_ns = frames / self.rate_hz * 1e9

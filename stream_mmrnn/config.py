@@ -222,4 +222,6 @@ def find_model(name: str) -> Path:
     if "/" in name or "\\" in name or name.endswith(".onnx"):
         return Path(name)
     zoo = sorted(p.parent.name for p in models_folder().glob("*/step.onnx"))
-    raise ConfigError(f"there is no model {name!r}; give an ONNX file's path, or one of {', '.join(zoo) or 'none'}")
+    raise ConfigError(
+        f"there is no model {name!r}; give an ONNX file's path, or one of {', '.join(zoo) or 'none'}"
+    )

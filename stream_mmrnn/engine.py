@@ -48,7 +48,9 @@ def read_contract(graph: Graph) -> ModelSpec:
     """
     where = graph.path
     if METADATA_KEY not in graph.metadata:
-        raise ModelError(f"{where} has no `{METADATA_KEY}` metadata, so its contract is unknown; export it again")
+        raise ModelError(
+            f"{where} has no `{METADATA_KEY}` metadata, so its contract is unknown; export it again"
+        )
     try:
         contract = msgspec.json.decode(graph.metadata[METADATA_KEY], type=_Contract)
     except msgspec.MsgspecError as e:
@@ -60,9 +62,13 @@ def read_contract(graph: Graph) -> ModelSpec:
         if name.startswith("state."):
             following = "next." + name.removeprefix("state.")
             if following not in graph.outputs:
-                raise ModelError(f"{where} has the input `{name}` but no output `{following}` that carries it on")
+                raise ModelError(
+                    f"{where} has the input `{name}` but no output `{following}` that carries it on"
+                )
             if None in spec.shape[1:] or graph.outputs[following].shape[1:] != spec.shape[1:]:
-                raise ModelError(f"{where}: `{name}` {spec.shape} and `{following}` must have one fixed shape per row")
+                raise ModelError(
+                    f"{where}: `{name}` {spec.shape} and `{following}` must have one fixed shape per row"
+                )
             states.append(StateSpec(name.removeprefix("state."), tuple(n or 0 for n in spec.shape[1:])))
     count = len(contract.modalities)
     expected: dict[str, tuple[int | None, ...]] = {
@@ -73,9 +79,13 @@ def read_contract(graph: Graph) -> ModelSpec:
     }
     for modality in contract.modalities:
         if modality.name not in MODALITIES:
-            raise ModelError(f"{where} wants the modality {modality.name!r}; known are {', '.join(MODALITIES)}")
+            raise ModelError(
+                f"{where} wants the modality {modality.name!r}; known are {', '.join(MODALITIES)}"
+            )
         if modality.stack < 1 or modality.size % modality.stack:
-            raise ModelError(f"{where}: the size {modality.size} of {modality.name} is not {modality.stack} samples")
+            raise ModelError(
+                f"{where}: the size {modality.size} of {modality.name} is not {modality.stack} samples"
+            )
         expected[f"input.{modality.name}"] = (None, modality.size)
     for name, shape in expected.items():
         if name not in graph.inputs:
@@ -93,6 +103,11 @@ def read_contract(graph: Graph) -> ModelSpec:
     return ModelSpec(
         contract.name, graph.sha256, contract.tick_ns, contract.modalities, contract.heads, tuple(states)
     )
+
+
+def check_model(path: Path, provider: Provider) -> ModelSpec:
+    """Load and check a model before anything else starts; raises ModelError or ProviderError."""
+    return read_contract(Graph(path, provider))
 
 
 class StepEngine:

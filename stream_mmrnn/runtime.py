@@ -61,7 +61,9 @@ class Graph:
         try:
             data = path.read_bytes()
         except OSError as e:
-            raise ModelError(f"the model {path} cannot be read: {e.strerror}; give the path of an ONNX file") from e
+            raise ModelError(
+                f"the model {path} cannot be read: {e.strerror}; give the path of an ONNX file"
+            ) from e
         self.path = path
         self.sha256 = hashlib.sha256(data).hexdigest()
         options = ort.SessionOptions()
@@ -86,7 +88,9 @@ class Graph:
             "cuda" if self.session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
         )
         if provider == "cuda" and self.provider != "cuda":
-            raise ProviderError("provider `cuda` was asked for and is not active; run with `cpu`, or mend the CUDA setup")
+            raise ProviderError(
+                "provider `cuda` was asked for and is not active; run with `cpu`, or mend the CUDA setup"
+            )
         self.inputs = {n.name: TensorSpec(n) for n in self.session.get_inputs()}
         self.outputs = {n.name: TensorSpec(n) for n in self.session.get_outputs()}
         self.metadata: dict[str, str] = dict(self.session.get_modelmeta().custom_metadata_map)

@@ -20,6 +20,9 @@ STATUS = "status/"
 CONTROL = "control"
 """The supervisor's word to the processes."""
 
+EVERYONE = "host"
+"""The session of messages that belong to none: the clock's, status."""
+
 RAW = "raw/"
 FEATURE = "feature/"
 

@@ -2,19 +2,20 @@
 
 Three frames: the topic (so that a subscription is a prefix), a msgpack header, the payload's raw bytes.
 The header is the array [version, session, seq, event_ns, capture_ns, publish_ns, origin, dtype, shape];
-`dtype` is numpy's name of a little-endian number, or "" for plain bytes. Knows nothing about what a payload means.
+`dtype` is numpy's name of a little-endian number, or "" for plain bytes. The payloads of `session`, `tick`,
+`prediction` and `status` are JSON, whose forms stand at the end. Knows nothing about who sends or reads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
 
 from stream_mmrnn.errors import WireError
-from stream_mmrnn.types import Envelope
+from stream_mmrnn.types import Envelope, Prediction, Stamps, Tick
 
 VERSION = 1
 MAX_PAYLOAD_BYTES = 16 * 2**20
@@ -26,14 +27,18 @@ _Stamp = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 
 class _Header(msgspec.Struct, array_like=True, frozen=True, gc=False):
     version: int
-    session: Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    session: Annotated[
+        str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    ]
     seq: Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
     event_ns: _Stamp
     capture_ns: _Stamp
     publish_ns: _Stamp
     origin: Annotated[str, msgspec.Meta(max_length=256)]
     dtype: Annotated[str, msgspec.Meta(max_length=4)]
-    shape: Annotated[tuple[Annotated[int, msgspec.Meta(ge=0, le=MAX_PAYLOAD_BYTES)], ...], msgspec.Meta(max_length=4)]
+    shape: Annotated[
+        tuple[Annotated[int, msgspec.Meta(ge=0, le=MAX_PAYLOAD_BYTES)], ...], msgspec.Meta(max_length=4)
+    ]
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -106,4 +111,92 @@ def decode(frames: Sequence[bytes | memoryview], received_ns: int = 0) -> Envelo
         payload,
         header.origin,
         received_ns,
+    )
+
+
+class SessionMessage(msgspec.Struct, frozen=True):
+    """The payload of `session`: a session begins, ends, or has other streams than before."""
+
+    op: Literal["open", "close", "streams"]
+    event_ns: int
+    streams: tuple[str, ...] = ()
+    """The modalities that the aligner shall wait for."""
+
+
+class TickMessage(msgspec.Struct, frozen=True):
+    """The payload of `tick`: what the step saw, without the features, which are messages of their own."""
+
+    tick: int
+    event_ns: int
+    present: dict[str, bool]
+    age_ns: dict[str, int]
+    closed: Stamps
+
+
+class PredictionMessage(msgspec.Struct, frozen=True):
+    """The payload of `prediction`."""
+
+    tick: int
+    event_ns: int
+    heads: dict[str, list[float | None]]
+    """float32 written so that it reads back bit for bit; null is not a number."""
+    present: dict[str, bool]
+    age_ns: dict[str, int]
+    closed: Stamps
+    step_start_ns: int
+    step_end_ns: int
+    model: str
+
+
+class StatusMessage(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The payload of `status/NODE`: how a process is doing."""
+
+    node: str
+    state: Literal["starting", "ready", "open", "missing", "ended", "closed"]
+    pid: int = 0
+    modality: str = ""
+    reason: str = ""
+    """Why it is not well, as one sentence."""
+    counts: dict[str, int] = {}
+    detail: dict[str, Any] = {}
+    """Source: what was asked and got. Engine: the model's contract and the streams' counts. Recorder: the file."""
+
+
+_Message = TypeVar("_Message", SessionMessage, TickMessage, PredictionMessage, StatusMessage)
+_json_encode = msgspec.json.Encoder().encode
+_json_decoders: dict[type, msgspec.json.Decoder[Any]] = {
+    t: msgspec.json.Decoder(t) for t in (SessionMessage, TickMessage, PredictionMessage, StatusMessage)
+}
+
+
+def pack(message: SessionMessage | TickMessage | PredictionMessage | StatusMessage) -> bytes:
+    """A JSON payload."""
+    return _json_encode(message)
+
+
+def unpack(payload: Any, kind: type[_Message]) -> _Message:
+    """The message of a JSON payload; raises WireError where it is none."""
+    try:
+        message: _Message = _json_decoders[kind].decode(payload)
+    except (msgspec.MsgspecError, TypeError, UnicodeDecodeError) as e:
+        raise WireError(f"the payload is no {kind.__name__}: {e}") from e
+    return message
+
+
+def tick_message(tick: Tick) -> TickMessage:
+    return TickMessage(tick.index, tick.event_ns, tick.present, tick.age_ns, tick.closed)
+
+
+def prediction_message(prediction: Prediction) -> PredictionMessage:
+    tick = prediction.tick
+    return PredictionMessage(
+        tick.index,
+        tick.event_ns,
+        {name: values.tolist() for name, values in prediction.heads.items()},
+        tick.present,
+        tick.age_ns,
+        tick.closed,
+        prediction.step_start_ns,
+        prediction.step_end_ns,
+        prediction.model,
     )

@@ -15,6 +15,9 @@ from stream_mmrnn.errors import SourceSpecError
 from stream_mmrnn.topics import MODALITIES
 from stream_mmrnn.types import Sample
 
+RATE_HZ = 16_000
+"""Sound is mono int16 at this rate, wherever it comes from."""
+
 
 class Source(Protocol):
     """What every source can do."""
@@ -61,7 +64,9 @@ def check(spec: str, modality: str) -> None:
     """
     kind, rest = split(spec)
     if kind not in _KINDS[modality]:
-        raise SourceSpecError(f"{spec!r} is no source of {modality}; use one of {', '.join(_KINDS[modality])}")
+        raise SourceSpecError(
+            f"{spec!r} is no source of {modality}; use one of {', '.join(_KINDS[modality])}"
+        )
     if kind in ("tcp", "zmq") and not (rest.isdigit() and int(rest) < 65536):
         raise SourceSpecError(f"{spec!r} needs a port on this machine, such as {kind}:5555")
     if kind in ("file", "pipe") and not rest:

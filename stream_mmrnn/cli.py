@@ -1,0 +1,424 @@
+"""The `stream-mmrnn` command: each verb reads its options, calls one function and shows what it returns.
+
+Exit codes: 0 done, 1 it ran and found a fault, 2 usage, 3 done in part, 4 busy. With `--json` the last line of stdout
+is one JSON document and everything else goes to stderr. Knows nothing about how anything is done.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from stream_mmrnn import config
+from stream_mmrnn.clock import now_ns
+from stream_mmrnn.errors import ConfigError, StreamError
+
+app = typer.Typer(
+    help="Predict what happens next from camera, microphone and text, tick by tick.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Provider(str, Enum):
+    auto, cpu, cuda = "auto", "cpu", "cuda"
+
+
+class From(str, Enum):
+    features, raw = "features", "raw"
+
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document as the last line of stdout.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="The TOML file with the settings.")]
+ModelName = Annotated[str | None, typer.Option("--model", help="A model of the zoo, or an ONNX file.")]
+
+
+def run() -> None:
+    """The console script: errors of ours become one sentence and an exit code."""
+    try:
+        app()
+    except StreamError as e:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {_escape(str(e))}")
+        raise SystemExit(e.exit_code) from None
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _say(console: Console) -> Callable[[str], None]:
+    return lambda text: console.print(f"[yellow]![/yellow] {_escape(text)}")
+
+
+class _Alive:
+    """True until SIGINT or SIGTERM; a second one ends at once."""
+
+    def __init__(self) -> None:
+        self._stopped = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._stop)
+
+    def _stop(self, *_: Any) -> NoReturn | None:
+        if self._stopped:
+            raise SystemExit(130)
+        self._stopped = True
+        return None
+
+    def __call__(self) -> bool:
+        return not self._stopped
+
+
+def _print(document: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(document, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def _keep_old(path: Path, say: Callable[[str], None]) -> None:
+    """A recording that is already there keeps its content under another name."""
+    if not path.exists():
+        return
+    number = 1
+    while (old := path.with_name(f"{path.stem}.old{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(old)
+    say(f"{path} was there already; it is {old} now")
+
+
+def _settings(
+    config_file: Path | None,
+    source: str | None,
+    vision: str | None,
+    audio: str | None,
+    text: str | None,
+    overrides: dict[str, Any],
+) -> config.Settings:
+    from stream_mmrnn import sources, topics
+
+    chosen = sources.everything_from(source) if source else {}
+    chosen |= {k: v for k, v in (("vision", vision), ("audio", audio), ("text", text)) if v}
+    settings = config.load(config_file, {**{f"sources.{k}": v for k, v in chosen.items()}, **overrides})
+    for modality in topics.MODALITIES:
+        sources.check(getattr(settings.sources, modality), modality)
+    if all(getattr(settings.sources, m) == "none" for m in topics.MODALITIES):
+        raise ConfigError("every source is `none`; name at least one, for example --source synthetic")
+    return settings
+
+
+def _capture(
+    settings: config.Settings, duration: float | None, with_engine: bool, as_json: bool, plain: bool
+) -> None:
+    """What `live` and `record` have in common."""
+    from rich.live import Live
+
+    from stream_mmrnn.dashboard.state import LiveState
+    from stream_mmrnn.live import Session
+    from stream_mmrnn.view import render, summary_table
+
+    console = Console(stderr=as_json, highlight=False)
+    alive = _Alive()
+    notes: list[str] = []
+    view = LiveState()
+    began_ns = now_ns()
+    screen = None
+    if console.is_terminal and not plain and not as_json:
+        screen = Live(console=console, refresh_per_second=8, transient=True)
+
+    def say(text: str) -> None:
+        notes.append(text)
+        if screen is None:
+            _say(console)(text)
+
+    path = Path(settings.record.path) if settings.record.path else None
+    if path is not None:
+        _keep_old(path, say)
+    drawn_ns = line_ns = 0
+    address = ""
+
+    def often() -> None:
+        nonlocal drawn_ns, line_ns, address
+        status = next(
+            (n.status for n in session.supervisor.nodes if n.name == "dashboard" and n.status), None
+        )
+        if status and not address:
+            address = status.detail.get("address", "")
+            if screen is None and address:
+                console.print(f"dashboard: {address}")
+        seconds = (now_ns() - began_ns) / 1e9
+        if screen is not None and now_ns() - drawn_ns > 120_000_000:
+            drawn_ns = now_ns()
+            headline = f"{seconds:6.1f} s   {address}"
+            screen.update(render(view.snapshot(now_ns()), console.width, headline, notes))
+        elif screen is None and not as_json and now_ns() - line_ns > 1_000_000_000:
+            line_ns = now_ns()
+            console.print(_line(seconds, view.snapshot(now_ns())))
+
+    session = Session(settings, with_engine, alive, say, view.see, often)
+    if screen is not None:
+        with screen:
+            summary = session.run(duration)
+    else:
+        summary = session.run(duration)
+    if as_json:
+        _print(summary)
+    else:
+        console.print(summary_table(summary))
+
+
+def _line(seconds: float, state: dict[str, Any]) -> str:
+    """One line a second, for output that is no terminal."""
+    heads = "  ".join(
+        f"{name} [{' '.join('–' if v is None else f'{v:.2f}' for v in head['values'])}]"
+        for name, head in state["heads"].items()
+    )
+    here = " ".join(
+        f"{s['modality']} {s['rate_hz']:.0f}Hz"
+        for n, s in state["streams"].items()
+        if n.startswith("feature/")
+    )
+    return f"{seconds:6.1f} s  {here}  {heads}"
+
+
+Source = Annotated[
+    str | None, typer.Option("--source", "-s", help="All modalities: synthetic, devices, file:CLIP.")
+]
+Vision = Annotated[str | None, typer.Option(help="camera:0, camera:URL, file:PATH, synthetic or none.")]
+Audio = Annotated[str | None, typer.Option(help="microphone, microphone:NAME, file:PATH, synthetic or none.")]
+TextSource = Annotated[
+    str | None, typer.Option("--text", help="stdin, pipe:PATH, tcp:PORT, zmq:PORT, synthetic or none.")
+]
+Duration = Annotated[
+    float | None, typer.Option("--duration", "-d", min=0.1, help="Seconds; without it until Ctrl-C.")
+]
+Plain = Annotated[bool, typer.Option("--plain", help="A line a second instead of the full view.")]
+
+
+@app.command()
+def live(
+    config_file: ConfigFile = None,
+    source: Source = None,
+    vision: Vision = None,
+    audio: Audio = None,
+    text: TextSource = None,
+    model: ModelName = None,
+    provider: Annotated[Provider | None, typer.Option(help="Where the model runs.")] = None,
+    duration: Duration = None,
+    record: Annotated[Path | None, typer.Option("--record", "-r", help="Record into this MCAP file.")] = None,
+    session: Annotated[str | None, typer.Option(help="The session's name.")] = None,
+    dashboard: Annotated[bool | None, typer.Option(help="Serve the live page on loopback.")] = None,
+    port: Annotated[int | None, typer.Option(help="The page's port; 0 takes any free one.")] = None,
+    plain: Plain = False,
+    as_json: Json = False,
+) -> None:
+    """Capture, predict and show, live."""
+    settings = _settings(
+        config_file,
+        source,
+        vision,
+        audio,
+        text,
+        {
+            "engine.model": model,
+            "engine.provider": provider.value if provider else None,
+            "record.path": str(record) if record else None,
+            "session.name": session,
+            "dashboard.enabled": dashboard,
+            "dashboard.port": port,
+        },
+    )
+    from stream_mmrnn.engine import check_model
+
+    check_model(config.find_model(settings.engine.model), settings.engine.provider)
+    _capture(settings, duration, True, as_json, plain)
+
+
+@app.command()
+def record(
+    path: Annotated[Path, typer.Argument(help="The MCAP file to make.")],
+    config_file: ConfigFile = None,
+    source: Source = None,
+    vision: Vision = None,
+    audio: Audio = None,
+    text: TextSource = None,
+    duration: Duration = None,
+    session: Annotated[str | None, typer.Option(help="The session's name.")] = None,
+    plain: Plain = False,
+    as_json: Json = False,
+) -> None:
+    """Capture and record, without an engine."""
+    overrides = {"record.path": str(path), "session.name": session}
+    _capture(_settings(config_file, source, vision, audio, text, overrides), duration, False, as_json, plain)
+
+
+@app.command()
+def replay(
+    path: Annotated[Path, typer.Argument(help="A recording.")],
+    speed: Annotated[
+        float | None, typer.Option(min=0.01, help="1 is as it was; without it as fast as it goes.")
+    ] = None,
+    source: Annotated[
+        From, typer.Option("--from", help="Recorded features, or raw samples encoded again.")
+    ] = From.features,
+    model: ModelName = None,
+    provider: Annotated[Provider, typer.Option(help="Where the model runs.")] = Provider.cpu,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Exit 0 only if every prediction is the recorded one, bit for bit."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a recording through the same pipeline again."""
+    from rich.progress import Progress
+
+    from stream_mmrnn import replay as module
+
+    console = Console(stderr=as_json, highlight=False)
+    alive = _Alive()
+    with Progress(console=console, transient=True, disable=as_json or not console.is_terminal) as progress:
+        task = progress.add_task("replaying", total=None)
+        result = module.replay(
+            path,
+            speed=speed,
+            source=source.value,
+            model=model,
+            provider=provider.value,
+            verify=verify,
+            see=lambda _: progress.advance(task),
+            alive=alive,
+        )
+    if as_json:
+        _print(result)
+    else:
+        console.print(
+            f"{result['predictions']} predictions of {result['covered_s']:.1f} s in {result['seconds']:.2f} s: "
+            f"{result['times_real_time']:.0f} times real time"
+        )
+        if result["recorded_predictions"]:
+            verdict = (
+                "identical, bit for bit"
+                if result["identical"]
+                else f"different: {result['first_difference']}"
+            )
+            console.print(f"compared with {result['recorded_predictions']} recorded ones: {verdict}")
+    if result["damage"]:
+        _say(Console(stderr=True))(f"{result['damage']}; what is whole was replayed")
+        raise typer.Exit(3)
+    if verify and not result["identical"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def info(path: Annotated[Path, typer.Argument(help="A recording.")], as_json: Json = False) -> None:
+    """What is in a recording."""
+    from rich.table import Table
+
+    from stream_mmrnn import replay as module
+
+    result = module.info(path)
+    if as_json:
+        _print(result)
+    else:
+        console = Console(highlight=False)
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(result["started_unix_ns"] / 1e9))
+        console.print(
+            f"[bold]{path}[/bold]  session {result['session']!r}, {result['seconds']:.1f} s, begun {when}"
+        )
+        console.print(
+            f"model {result['model']['name']} {result['model']['sha256'][:12]}, ended: {result['ended']}"
+        )
+        table = Table(header_style="dim")
+        for name in ("channel", "messages", "rate", "gaps", "made by"):
+            table.add_column(name, justify="right" if name in ("messages", "rate", "gaps") else "left")
+        for name, c in result["channels"].items():
+            table.add_row(
+                name, str(c["messages"]), f"{c['rate_hz']:.1f} Hz", str(c["gaps"]), c["origin"][:48]
+            )
+        console.print(table)
+    if not result["whole"]:
+        _say(Console(stderr=True))(result["damage"] or f"{path} was not finished")
+        raise typer.Exit(3)
+
+
+@app.command()
+def bench(
+    model: ModelName = None,
+    sessions: Annotated[int, typer.Option(min=1, help="How many at once.")] = 1,
+    duration: Annotated[float, typer.Option("--duration", "-d", min=0.2, help="Seconds.")] = 10.0,
+    hot: Annotated[
+        bool, typer.Option("--hot", help="As fast as it goes instead of at the real rate.")
+    ] = False,
+    provider: Annotated[Provider, typer.Option(help="Where the model runs.")] = Provider.auto,
+    seed: Annotated[int, typer.Option(help="Of the synthetic streams.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Latency of aligner and engine under synthetic sessions."""
+    from rich.progress import Progress
+
+    from stream_mmrnn import bench as module
+    from stream_mmrnn.view import stage_table
+
+    console = Console(stderr=as_json, highlight=False)
+    alive = _Alive()
+    path = config.find_model(model or config.Engine().model)
+    with Progress(console=console, transient=True, disable=as_json or not console.is_terminal) as progress:
+        task = progress.add_task("running", total=duration)
+        result = module.bench(
+            path,
+            sessions=sessions,
+            duration_s=duration,
+            hot=hot,
+            provider=provider.value,
+            seed=seed,
+            alive=alive,
+            progress=lambda s: progress.update(task, completed=s),
+        )
+    if as_json:
+        _print(result)
+        return
+    console.print(
+        f"{result['mode']}: {result['sessions']} sessions, {result['predictions']} predictions, "
+        f"{result['predictions_per_s']:.0f} a second, {result['late']} late, {result['cpu_share']:.0%} of a core"
+    )
+    console.print(stage_table(result["latency_ms"]))
+    for name, s in result["streams"].items():
+        console.print(
+            f"{name}: received {s['received']}, delivered {s['delivered']}, dropped {s['dropped'] or 0}"
+        )
+
+
+@app.command()
+def devices(as_json: Json = False) -> None:
+    """Cameras and microphones that can be named in `--vision camera:...` and `--audio microphone:...`."""
+    from stream_mmrnn.errors import SourceError
+    from stream_mmrnn.sources import camera
+
+    cameras = camera.list_cameras()
+    microphones: list[dict[str, Any]] = []
+    problem = ""
+    try:
+        from stream_mmrnn.sources import microphone
+
+        microphones = microphone.list_devices()
+    except SourceError as e:
+        problem = str(e)
+    if as_json:
+        _print({"cameras": cameras, "microphones": microphones, "problem": problem})
+        return
+    console = Console(highlight=False)
+    for title, found in (("cameras", cameras), ("microphones", microphones)):
+        console.print(f"[bold]{title}[/bold]" + ("" if found else ": none"))
+        for device in found:
+            console.print("  " + ", ".join(f"{k} {v}" for k, v in device.items()))
+    if problem:
+        _say(console)(problem)

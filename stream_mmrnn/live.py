@@ -1,0 +1,152 @@
+"""A live session from start to summary: the loop around the supervisor that the verbs `live` and `record` share.
+
+Knows nothing about terminals or pages: who wants to see is given every message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from stream_mmrnn import config, topics, wire
+from stream_mmrnn.clock import now_ns
+from stream_mmrnn.errors import WireError
+from stream_mmrnn.latency import StageTable, stages
+from stream_mmrnn.supervisor import Node, Supervisor
+from stream_mmrnn.types import Envelope
+
+_CHECK_NS = 50_000_000
+
+
+class Session:
+    """One run of live capture; `run` returns its summary."""
+
+    def __init__(
+        self,
+        settings: config.Settings,
+        with_engine: bool,
+        alive: Callable[[], bool],
+        say: Callable[[str], None],
+        see: Callable[[Envelope], None] = lambda _: None,
+        often: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`see` is given every message that the supervisor hears, `often` is called some twenty times a second."""
+        self.settings = settings
+        self.supervisor = Supervisor(settings, with_engine, say)
+        self._alive, self._see_too, self._often = alive, see, often
+        self._latency = StageTable()
+        self._predictions_seen = 0
+
+    def run(self, duration_s: float | None) -> dict[str, Any]:
+        """Start, go on for `duration_s` (None: until told, or until every source has ended), stop, sum up."""
+        supervisor = self.supervisor
+        began_ns = now_ns()
+        try:
+            supervisor.start(self._alive)
+            end_ns = None if duration_s is None else supervisor.opened_ns + int(duration_s * 1e9)
+            next_ns = drained_ns = 0
+            while self._alive() and (end_ns is None or now_ns() < end_ns):
+                for envelope in supervisor.messages(20):
+                    self._see(envelope)
+                if now_ns() >= next_ns:
+                    next_ns = now_ns() + _CHECK_NS
+                    supervisor.check()
+                    self._often()
+                if supervisor.sources_done:
+                    # what the sources sent last still has to become a tick
+                    drained_ns = drained_ns or now_ns() + 300_000_000
+                    if now_ns() >= drained_ns:
+                        break
+        finally:
+            supervisor.stop(self._see)
+        return self._summary(began_ns)
+
+    def _see(self, envelope: Envelope) -> None:
+        self._see_too(envelope)
+        if envelope.topic != topics.PREDICTION:
+            return
+        try:
+            p = wire.unpack(envelope.payload, wire.PredictionMessage)
+        except WireError:
+            return
+        self._latency.add(stages(p.event_ns, p.closed, p.step_start_ns, p.step_end_ns, envelope.publish_ns))
+        self._predictions_seen += 1
+
+    def _summary(self, began_ns: int) -> dict[str, Any]:
+        supervisor = self.supervisor
+        nodes = {n.name: n for n in supervisor.nodes}
+        engine = nodes["engine"].status if "engine" in nodes else None
+        engine_streams = engine.detail.get("streams", {}) if engine else {}
+        streams = {
+            n.modality: stream_summary(n, engine_streams.get(n.modality))
+            for n in supervisor.nodes
+            if n.is_source
+        }
+        recorder = nodes["recorder"].status if "recorder" in nodes else None
+        first_ns = supervisor.first_prediction_ns
+        return {
+            "session": self.settings.session.name,
+            "seconds": round((supervisor.closed_ns - supervisor.opened_ns) / 1e9, 3),
+            "ticks": engine.counts["ticks"] if engine else 0,
+            "predictions": engine.counts["predictions"] if engine else 0,
+            "first_prediction_s": round((first_ns - began_ns) / 1e9, 3) if first_ns else None,
+            "model": {k: engine.detail["spec"][k] for k in ("name", "sha256", "provider")}
+            if engine
+            else None,
+            "streams": streams,
+            "balanced": all(s["balanced"] for s in streams.values()),
+            "latency_ms": self._latency.table(),
+            "recording": {
+                "path": recorder.detail["path"],
+                "messages": recorder.counts["messages"],
+                "bytes": recorder.counts["bytes"],
+                "lost": recorder.counts["lost"],
+            }
+            if recorder
+            else None,
+            "restarts": {n.name: n.deaths for n in supervisor.nodes if n.deaths},
+        }
+
+
+def stream_summary(node: Node, aligned: dict[str, int] | None) -> dict[str, Any]:
+    """Where the messages of one stream went, hop by hop.
+
+    Unit of the first four: feature vectors. `produced` is what the worker says it sent (of a killed worker, what the
+    engine saw of it), `delivered` what ticks were made of, `dropped` the rest by reason; `balanced` says whether the
+    three agree. `capture` counts samples of the device on their way to the encoder.
+    """
+    status = node.status
+    counts = status.counts if status else {}
+    published = node.published_before + counts.get("published", 0)
+    capture = {
+        "produced": counts.get("captured", 0),
+        "delivered": counts.get("captured", 0)
+        - counts.get("queue_dropped", 0)
+        - counts.get("undecodable", 0),
+        "dropped": {k: counts[k] for k in ("queue_dropped", "undecodable") if counts.get(k)},
+    }
+    summary: dict[str, Any] = {
+        "state": status.state if status else "dead",
+        "reason": status.reason if status else "",
+        "produced": published,
+        "delivered": published,
+        "dropped": {},
+        "balanced": True,
+        "capture": capture,
+        "source": status.detail if status else {},
+    }
+    if aligned is None:
+        return summary
+    reasons = ("lost", "late", "duplicate", "quarantined", "superseded", "unclosed", "outside")
+    dropped = {r: aligned[r] for r in reasons if aligned.get(r)}
+    arrived = aligned["arrived"] + aligned["lost"]
+    # a killed worker could not say how much it had sent: what the sequence numbers prove is the truth then
+    produced = max(published, arrived) if node.deaths else published
+    return {
+        **summary,
+        "produced": produced,
+        "delivered": aligned["used"],
+        "dropped": dropped,
+        "late_joined": aligned["late_joined"],
+        "balanced": produced == aligned["used"] + sum(dropped.values()),
+    }

@@ -1,0 +1,410 @@
+"""The processes: each joins a generator to the bus, says how it is, and ends when told or when its parent is gone.
+
+A node is a function of a `Context`; `run` is what a new process executes. Knows nothing about the order in which
+nodes start or what happens when one dies: that is the supervisor's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from stream_mmrnn import config, topics, wire
+from stream_mmrnn.bus import Address, Publisher, Subscriber, run_broker
+from stream_mmrnn.clock import now_ns
+from stream_mmrnn.errors import SessionError, SourceError, StreamError, WireError
+from stream_mmrnn.types import Envelope
+
+_STATUS_PERIOD_NS = 500_000_000
+
+
+class Context:
+    """What a process is given at its birth. Picklable: it crosses to a fresh interpreter."""
+
+    def __init__(
+        self,
+        name: str,
+        settings: config.Settings,
+        address: Address,
+        ready: Event,
+        stop: Event,
+        epoch: Synchronized[int],
+        restarts: int = 0,
+    ) -> None:
+        self.name, self.settings, self.address = name, settings, address
+        self.ready, self.stop, self.epoch, self.restarts = ready, stop, epoch, restarts
+        self.stdin: Any = None
+        """The terminal's input on its way to the text worker: `detach()` gives the file descriptor."""
+
+    def alive(self) -> bool:
+        """False once this process shall end: it was told, or nobody is left who could tell it."""
+        parent = multiprocessing.parent_process()
+        return not self.stop.is_set() and (parent is None or parent.is_alive())
+
+
+class Reporter:
+    """Publishes a node's status twice a second and at once when its state changes."""
+
+    def __init__(self, context: Context, publisher: Publisher, modality: str = "") -> None:
+        self._publisher, self._name, self._modality = publisher, context.name, modality
+        self._next_ns = 0
+        self._state: Any = "starting"
+        self._reason = ""
+        self.counts: Callable[[], dict[str, int]] = dict
+        self.detail: Callable[[], dict[str, Any]] = dict
+
+    def say(self, state: str, reason: str = "") -> None:
+        self._state, self._reason = state, reason
+        self._send()
+
+    def keep(self) -> None:
+        """Say it again where it is time; cheap enough for every message."""
+        if now_ns() >= self._next_ns:
+            self._send()
+
+    def _send(self) -> None:
+        at_ns = now_ns()
+        self._next_ns = at_ns + _STATUS_PERIOD_NS
+        message = wire.StatusMessage(
+            self._name, self._state, os.getpid(), self._modality, self._reason, self.counts(), self.detail()
+        )
+        self._publisher.publish(
+            topics.STATUS + self._name, topics.EVERYONE, at_ns, at_ns, wire.pack(message), self._name
+        )
+
+
+def _hear_clock(context: Context, subscriber: Subscriber) -> Envelope | None:
+    """Wait for the first clock message: the proof that the bus reaches us."""
+    for envelope in subscriber.stream(context.alive):
+        if envelope.topic == topics.CLOCK:
+            return envelope
+    return None
+
+
+def broker(context: Context) -> None:
+    run_broker(
+        context.address,
+        context.settings.bus.queue,
+        context.ready.set,
+        lambda: not context.stop.wait(0.1) and context.alive(),
+    )
+
+
+def clock(context: Context) -> None:
+    publisher = Publisher(context.address, context.settings.bus.queue)
+    period_ns = int(1e9 / context.settings.bus.clock_hz)
+    context.ready.set()
+    due_ns = now_ns()
+    while context.alive():
+        due_ns = max(due_ns + period_ns, now_ns() - period_ns)  # after a stall: no burst of old ticks
+        time.sleep(max(due_ns - now_ns(), 0) / 1e9)
+        at_ns = now_ns()
+        publisher.publish(topics.CLOCK, topics.EVERYONE, at_ns, at_ns, b"")
+    publisher.close()
+
+
+def worker(context: Context, modality: str, spec: str) -> None:
+    """A source and its encoder. A device that is not there is asked for again; the session does not wait for it."""
+    from stream_mmrnn import encoders, sources
+    from stream_mmrnn.pipeline import Outgoing, Pump, capture
+
+    settings = context.settings
+    publisher = Publisher(context.address, settings.bus.queue)
+    reporter = Reporter(context, publisher, modality)
+    encoder = encoders.create(modality)
+    stdin_fd = context.stdin.detach() if context.stdin is not None else -1
+    source = sources.create(spec, modality, settings, stdin_fd)
+    counts = dict.fromkeys(("captured", "queue_dropped", "undecodable", "published"), 0)
+    session, feature = settings.session.name, topics.feature(modality)
+    state: dict[str, Any] = {"pump": None, "before": (0, 0)}
+
+    def tally() -> dict[str, int]:
+        pump: Pump | None = state["pump"]
+        produced, dropped = state["before"]
+        if pump is not None:
+            produced, dropped = produced + pump.produced, dropped + pump.dropped
+        refused = publisher.refused.get(feature, 0)
+        return {**counts, "captured": produced, "queue_dropped": dropped, "refused": refused}
+
+    def bad(_: WireError) -> None:
+        counts["undecodable"] += 1
+
+    reporter.counts = tally
+    reporter.detail = lambda: {"source": source.origin, "encoder": encoder.origin, **source.info}
+    context.ready.set()
+    while not context.epoch.value and context.alive():
+        time.sleep(0.002)
+    publisher.wait_for_reader(feature, 2.0)
+    publisher.wait_for_reader(topics.STATUS, 0.5)
+
+    def send(out: Outgoing) -> None:
+        sample = out.sample
+        publisher.publish(out.topic, session, sample.event_ns, sample.capture_ns, sample.data, out.origin)
+        if out.topic == feature:
+            counts["published"] += 1
+        reporter.keep()
+
+    def run_once() -> None:
+        encoder.reset()
+        source.open()
+        reporter.say("open")
+        pump = state["pump"] = Pump(
+            source.samples(context.alive, context.epoch.value),
+            getattr(settings.queues, modality),
+            settings.queues.length,
+            context.alive,
+        )
+        pump.start()
+
+        def arriving() -> Iterator[Any]:
+            while context.alive() and not pump.ended:
+                sample = pump.read(0.1)
+                reporter.keep()
+                if sample is not None:
+                    yield sample
+
+        try:
+            for out in capture(arriving(), modality, source.origin, encoder, bad):
+                send(out)
+        finally:
+            pump.discard()
+            pump.join(0.5)
+            pump.discard()
+            produced, dropped = state["before"]
+            state.update(pump=None, before=(produced + pump.produced, dropped + pump.dropped))
+
+    final = "closed"
+    while context.alive():
+        try:
+            run_once()
+            final = "ended" if context.alive() else "closed"
+            break
+        except SourceError as e:
+            reporter.say("missing", str(e))
+            context.stop.wait(settings.supervisor.reopen_s)
+        finally:
+            source.close()
+    reporter.say(final)
+    publisher.close()
+
+
+def engine(context: Context) -> None:
+    """Ticks and predictions from features: the aligner and the step engine over a bus subscriber."""
+    from stream_mmrnn.align import Aligner
+    from stream_mmrnn.engine import StepEngine
+    from stream_mmrnn.pipeline import predict
+
+    settings = context.settings
+    step_engine = StepEngine(
+        config.find_model(settings.engine.model), settings.engine.slots, settings.engine.provider
+    )
+    spec = step_engine.spec
+    aligner = Aligner(
+        spec.modalities,
+        spec.tick_ns,
+        settings.align.lateness_ns(),
+        round(settings.align.max_ahead_ms * 1e6),
+        round(settings.align.max_behind_ms * 1e6),
+    )
+    publisher = Publisher(context.address, settings.bus.queue)
+    subscriber = Subscriber(
+        context.address, [topics.FEATURE, topics.CLOCK, topics.SESSION], settings.bus.queue
+    )
+    reporter = Reporter(context, publisher)
+    counts = {"ticks": 0, "predictions": 0, "refused": 0}
+    contract = {
+        "name": spec.name,
+        "sha256": spec.sha256,
+        "provider": step_engine.provider,
+        "tick_ns": spec.tick_ns,
+        **msgspec.to_builtins({"modalities": spec.modalities, "heads": spec.heads}),
+    }
+    reporter.counts = lambda: {**counts, "sessions": len(step_engine.arena), "garbage": subscriber.garbage}
+    reporter.detail = lambda: {
+        "spec": contract,
+        "streams": {
+            name: {
+                **msgspec.to_builtins(c),
+                "lost": subscriber.gaps.lost.get(topics.feature(name), 0),
+                "arrived": subscriber.gaps.received.get(topics.feature(name), 0),
+            }
+            for name, c in aligner.counts.items()
+        },
+    }
+    _hear_clock(context, subscriber)
+    publisher.wait_for_reader(topics.PREDICTION, 2.0)
+    reporter.say("ready")
+    context.ready.set()
+
+    def refused(session: str, error: SessionError) -> None:
+        counts["refused"] += 1
+        reporter.say("ready", f"session {session!r} was refused: {error}")
+
+    def messages() -> Iterator[Envelope]:
+        for envelope in subscriber.stream(context.alive):
+            yield envelope
+            # back here, the message and all its predictions are dealt with
+            if envelope.topic == topics.SESSION and not len(step_engine.arena):
+                reporter.say("closed")
+            reporter.keep()
+
+    for prediction in predict(messages(), aligner, step_engine, refused):
+        tick = prediction.tick
+        publisher.publish(
+            topics.PREDICTION,
+            tick.session,
+            tick.event_ns,
+            prediction.step_end_ns,
+            wire.pack(wire.prediction_message(prediction)),
+        )
+        publisher.publish(
+            topics.TICK,
+            tick.session,
+            tick.event_ns,
+            prediction.step_start_ns,
+            wire.pack(wire.tick_message(tick)),
+        )
+        counts["ticks"] += 1
+        counts["predictions"] += 1
+    subscriber.close()
+    publisher.close()
+
+
+def part(path: Path, number: int) -> Path:
+    """`x.mcap` -> `x.part2.mcap`: where a recorder goes on after a crash, so that nothing is overwritten."""
+    return path if not number else path.with_name(f"{path.stem}.part{number + 1}{path.suffix}")
+
+
+def recorder(context: Context) -> None:
+    """Everything of the session, as it comes, into a file."""
+    from stream_mmrnn.recording import Recorder
+
+    settings = context.settings
+    publisher = Publisher(context.address, settings.bus.queue)
+    wanted = [topics.FEATURE, topics.CLOCK, topics.SESSION, topics.TICK, topics.PREDICTION, topics.STATUS]
+    wanted += [topics.CONTROL, *([topics.RAW] if settings.record.raw else [])]
+    subscriber = Subscriber(context.address, wanted, settings.bus.queue)
+    reporter = Reporter(context, publisher)
+    model = config.find_model(settings.engine.model) if settings.engine.model else None
+    file = Recorder(
+        part(Path(settings.record.path), context.restarts),
+        settings.session.name,
+        {
+            "raw": str(settings.record.raw).lower(),
+            "slots": str(settings.engine.slots),
+            "model": settings.engine.model,
+            "model_sha256": _sha256(model) if model else "",
+            "config": msgspec.json.encode(settings).decode(),
+            "platform": sys.platform,
+        },
+        settings.record.chunk_ms,
+        settings.record.fsync_ms,
+    )
+    statuses: dict[str, Any] = {}
+    reporter.counts = lambda: {
+        "messages": file.messages,
+        "bytes": file.bytes,
+        "lost": sum(n for t, n in subscriber.gaps.lost.items() if not t.startswith(topics.STATUS)),
+    }
+    reporter.detail = lambda: {"path": str(file.path), "messages": file.counts}
+    if _hear_clock(context, subscriber) is not None:
+        reporter.say("ready")
+    context.ready.set()
+    opened = context.restarts > 0
+    how = "the recorder was ended before the session"
+    while context.alive():
+        envelope = subscriber.receive(50)
+        file.keep(now_ns())
+        reporter.keep()
+        if envelope is None:
+            continue
+        if envelope.topic.startswith(topics.STATUS):
+            with contextlib.suppress(WireError):
+                statuses[envelope.topic] = wire.unpack(envelope.payload, wire.StatusMessage)
+        elif envelope.topic == topics.CONTROL:
+            how = "clean"
+            break
+        elif envelope.session in (file.session, topics.EVERYONE):
+            opened = opened or envelope.topic == topics.SESSION
+            if opened:
+                file.write(envelope)
+    lost = {t: n for t, n in subscriber.gaps.lost.items() if n and not t.startswith(topics.STATUS)}
+    file.close(
+        {
+            "ended": how,
+            "lost": msgspec.json.encode(lost).decode(),
+            "statuses": msgspec.json.encode(statuses).decode(),
+        }
+    )
+    reporter.say("closed")
+    subscriber.close()
+    publisher.close()
+
+
+def _sha256(path: Path) -> str:
+    import hashlib
+
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def dashboard(context: Context) -> None:
+    """The live page's server, over a view of the bus that it owns alone."""
+    from stream_mmrnn.dashboard.server import Dashboard
+    from stream_mmrnn.dashboard.state import LiveState
+
+    settings = context.settings
+    publisher = Publisher(context.address, settings.bus.queue)
+    subscriber = Subscriber(
+        context.address,
+        [
+            topics.FEATURE,
+            topics.raw("vision"),
+            topics.raw("text"),
+            topics.CLOCK,
+            topics.PREDICTION,
+            topics.STATUS,
+        ],
+        256,
+    )
+    page = Dashboard(settings.dashboard.host, settings.dashboard.port)
+    page.start()
+    reporter = Reporter(context, publisher)
+    reporter.detail = lambda: {"address": page.address}
+    _hear_clock(context, subscriber)
+    reporter.say("ready")
+    context.ready.set()
+    view = LiveState()
+    next_ns = 0
+    for envelope in subscriber.stream(context.alive):
+        view.see(envelope)
+        if envelope.topic == topics.raw("vision") and isinstance(envelope.payload, bytes):
+            page.picture(envelope.payload)
+        reporter.keep()
+        if now_ns() >= next_ns:
+            next_ns = now_ns() + 100_000_000
+            page.update(view.snapshot(now_ns()))
+    page.close()
+    subscriber.close()
+    publisher.close()
+
+
+def run(target: Callable[..., None], context: Context, *args: Any) -> None:
+    """What a new process executes: signals, then the node; an error ends it with one sentence and exit code 1."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the supervisor, who tells us
+    signal.signal(signal.SIGTERM, lambda *_: context.stop.set())
+    try:
+        target(context, *args)
+    except StreamError as e:
+        print(f"stream-mmrnn {context.name}: {e}", file=sys.stderr, flush=True)
+        raise SystemExit(e.exit_code) from None

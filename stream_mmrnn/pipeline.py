@@ -1,0 +1,239 @@
+"""The two generators of the product, `capture` and `predict`, and the small ones that go around them.
+
+Live hands `predict` a bus subscriber, replay a recording, the benchmark a synthetic stream, a test a list; none of
+them is a special case here. Knows nothing about sockets, files, devices or processes.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Literal
+
+import msgspec
+
+from stream_mmrnn import topics, wire
+from stream_mmrnn.align import Aligner, stamps_of
+from stream_mmrnn.clock import now_ns
+from stream_mmrnn.encoders import Encoder
+from stream_mmrnn.engine import StepEngine
+from stream_mmrnn.errors import SessionError, WireError
+from stream_mmrnn.types import Envelope, Prediction, Sample
+
+
+class Outgoing(msgspec.Struct, frozen=True):
+    """A sample on its way to the bus: what a publisher needs to make an envelope of it."""
+
+    topic: str
+    sample: Sample
+    origin: str
+
+
+def capture(
+    samples: Iterable[Sample],
+    modality: str,
+    origin: str,
+    encoder: Encoder,
+    bad: Callable[[WireError], None],
+) -> Iterator[Outgoing]:
+    """Each sample as it is, followed by the feature vectors that it completes; undecodable ones go to `bad`."""
+    raw, feature = topics.raw(modality), topics.feature(modality)
+    for sample in samples:
+        yield Outgoing(raw, sample, origin)
+        try:
+            vectors = encoder.encode(sample)
+        except WireError as e:
+            bad(e)
+            continue
+        for vector in vectors:
+            yield Outgoing(feature, vector, encoder.origin)
+
+
+def predict(
+    envelopes: Iterable[Envelope],
+    aligner: Aligner,
+    engine: StepEngine,
+    refused: Callable[[str, SessionError], None] | None = None,
+) -> Iterator[Prediction]:
+    """Messages in, predictions out.
+
+    A session that gets no slot goes to `refused` and its messages are counted as outside; without `refused` the
+    error is raised.
+    """
+    for envelope in envelopes:
+        ticks = (
+            _session(envelope, aligner, engine, refused)
+            if envelope.topic == topics.SESSION
+            else aligner.push(envelope)
+        )
+        if ticks:
+            yield from engine.step(ticks)
+        if envelope.topic == topics.SESSION and envelope.session not in aligner:
+            engine.arena.discard(envelope.session)
+
+
+def _session(
+    envelope: Envelope,
+    aligner: Aligner,
+    engine: StepEngine,
+    refused: Callable[[str, SessionError], None] | None,
+) -> list[wire.Tick]:
+    message = wire.unpack(envelope.payload, wire.SessionMessage)
+    session = envelope.session
+    if message.op == "close":
+        return aligner.close(session, message.event_ns, stamps_of(envelope))
+    if message.op == "streams":
+        aligner.expect(session, message.streams)
+        return []
+    try:
+        if session in engine.arena:
+            engine.arena.reset(session)  # opened again: its process began anew
+        else:
+            engine.open(session)
+    except SessionError as e:
+        if refused is None:
+            raise
+        refused(session, e)
+        return []
+    aligner.open(session, message.event_ns, message.streams)
+    return []
+
+
+def reencode(
+    envelopes: Iterable[Envelope], encoders: Mapping[str, Encoder], featureless: Collection[str] = ()
+) -> Iterator[Envelope]:
+    """Replace each recorded feature vector by one made from the raw samples again, in the recorded order.
+
+    A vector keeps its place in the sequence, so the ticks close as they did; only the encoders' work is done again.
+    The streams of `featureless` were recorded without features: theirs come right after the raw message.
+    """
+    made: dict[str, deque[Sample]] = {m: deque() for m in encoders}
+    seq = dict.fromkeys(featureless, 0)
+    for envelope in envelopes:
+        modality = topics.TOPICS[envelope.topic].modality
+        if modality not in encoders:
+            yield envelope
+            continue
+        encoder, waiting = encoders[modality], made[modality]
+        if envelope.topic == topics.raw(modality):
+            try:
+                vectors = encoder.encode(Sample(envelope.event_ns, envelope.capture_ns, envelope.payload))
+            except WireError:
+                continue
+            if modality not in seq:
+                waiting.extend(vectors)
+                continue
+            for vector in vectors:
+                yield msgspec.structs.replace(
+                    envelope,
+                    topic=topics.feature(modality),
+                    seq=seq[modality],
+                    event_ns=vector.event_ns,
+                    payload=vector.data,
+                    origin=encoder.origin,
+                )
+                seq[modality] += 1
+        else:
+            while waiting and waiting[0].event_ns < envelope.event_ns:
+                waiting.popleft()
+            if waiting and waiting[0].event_ns == envelope.event_ns:
+                vector = waiting.popleft()
+                yield msgspec.structs.replace(envelope, payload=vector.data, origin=encoder.origin)
+
+
+def pace(
+    envelopes: Iterable[Envelope], speed: float, alive: Callable[[], bool] = lambda: True
+) -> Iterator[Envelope]:
+    """The same messages at `speed` times the rate at which they were published."""
+    start_ns = first_ns = None
+    for envelope in envelopes:
+        if start_ns is None or first_ns is None:
+            start_ns, first_ns = now_ns(), envelope.publish_ns
+        due_ns = start_ns + int((envelope.publish_ns - first_ns) / speed)
+        while (left_ns := due_ns - now_ns()) > 0 and alive():
+            time.sleep(min(left_ns / 1e9, 0.1))
+        if not alive():
+            return
+        yield msgspec.structs.replace(envelope, received_ns=now_ns())
+
+
+Policy = Literal["latest", "drop_oldest", "block"]
+
+
+class Pump:
+    """A bounded queue between a device's thread and its encoder, with a named policy and counts.
+
+    `latest` keeps one sample, `drop_oldest` the newest `length`, `block` makes the source wait. Iterating yields the
+    samples and ends when the source does, or raises what the source raised. produced = delivered + dropped + waiting.
+    """
+
+    def __init__(
+        self, samples: Iterator[Sample], policy: Policy, length: int, alive: Callable[[], bool]
+    ) -> None:
+        self._samples = samples
+        self._block = policy == "block"
+        self._length = 1 if policy == "latest" else length
+        self._alive = alive
+        self._queue: deque[Sample] = deque()
+        self._changed = threading.Condition()
+        self._error: BaseException | None = None
+        self._ended = False
+        self.produced = self.delivered = self.dropped = 0
+        self._thread = threading.Thread(target=self._fill, name="pump", daemon=True)
+
+    def _fill(self) -> None:
+        try:
+            for sample in self._samples:
+                with self._changed:
+                    self.produced += 1
+                    if len(self._queue) >= self._length:
+                        if self._block:
+                            while len(self._queue) >= self._length and self._alive():
+                                self._changed.wait(0.1)
+                        else:
+                            self._queue.popleft()
+                            self.dropped += 1
+                    self._queue.append(sample)
+                    self._changed.notify_all()
+                if not self._alive():
+                    break
+        except BaseException as e:  # noqa: BLE001 handed to the reader, who raises it
+            self._error = e
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def read(self, timeout_s: float) -> Sample | None:
+        """The next sample, or None after `timeout_s` or at the end (see `ended`)."""
+        with self._changed:
+            if not self._queue and not self._ended:
+                self._changed.wait(timeout_s)
+            if self._queue:
+                self.delivered += 1
+                sample = self._queue.popleft()
+                self._changed.notify_all()
+                return sample
+            if self._error is not None:
+                error, self._error = self._error, None
+                raise error
+            return None
+
+    @property
+    def ended(self) -> bool:
+        return self._ended and not self._queue
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def join(self, timeout_s: float) -> None:
+        """Let the source's generator come to its end, so that its device may be closed."""
+        self._thread.join(timeout_s)
+
+    def discard(self) -> None:
+        """Count what nobody will read any more as dropped."""
+        with self._changed:
+            self.dropped += len(self._queue)
+            self._queue.clear()
+            self._changed.notify_all()

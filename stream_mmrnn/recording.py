@@ -1,0 +1,423 @@
+"""Recorder and Recording: the bus written down as MCAP, and read back as the same sequence of envelopes.
+
+The only file that knows MCAP. Camera, microphone and text are Foxglove messages (protobuf); features and the clock are
+small protobuf messages of ours, laid out so that numpy reads them in place; sessions, ticks and predictions are the
+JSON that was on the bus. One file is one session. Times in the file are Unix times: the bus's monotonic ones plus
+`wall_offset_ns`, which the metadata holds, so that viewers show dates and reading gives back the exact stamps.
+Knows nothing about sockets or models.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections.abc import Collection, Iterator, Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import zstandard
+from mcap import exceptions as mcap_exceptions
+from mcap.data_stream import ReadDataStream
+from mcap.records import Channel, Chunk, Footer, Metadata, Schema
+from mcap.stream_reader import StreamReader
+from mcap.writer import CompressionType, IndexType, Writer
+
+from stream_mmrnn import topics, wire
+from stream_mmrnn.clock import now_ns
+from stream_mmrnn.errors import FileError, RecordingError, WireError
+from stream_mmrnn.types import Envelope
+
+METADATA = "stream_mmrnn"
+METADATA_END = "stream_mmrnn.end"
+FORMAT = "1"
+RATE_HZ = 16_000
+_MAX_RECORD_BYTES = 256 * 2**20
+
+_FEATURES_HEAD = struct.Struct("<BqBqB")
+_CLOCK = struct.Struct("<Bq")
+_MESSAGE = struct.Struct("<HIQQ")
+_TAG_1_FIXED64, _TAG_2_FIXED64, _TAG_3_BYTES = 0x09, 0x11, 0x1A
+
+
+def _varint(n: int) -> bytes:
+    out = bytearray()
+    while n > 0x7F:
+        out.append(n & 0x7F | 0x80)
+        n >>= 7
+    out.append(n)
+    return bytes(out)
+
+
+def _encode_features(envelope: Envelope) -> bytes:
+    assert not isinstance(envelope.payload, bytes)
+    body = envelope.payload.tobytes()
+    head = _FEATURES_HEAD.pack(
+        _TAG_1_FIXED64, envelope.event_ns, _TAG_2_FIXED64, envelope.capture_ns, _TAG_3_BYTES
+    )
+    return head + _varint(len(body)) + body
+
+
+def _decode_features(data: bytes) -> tuple[int, int, np.ndarray[Any, np.dtype[np.float32]]]:
+    tag_1, event_ns, tag_2, capture_ns, tag_3 = _FEATURES_HEAD.unpack_from(data)
+    if (tag_1, tag_2, tag_3) != (_TAG_1_FIXED64, _TAG_2_FIXED64, _TAG_3_BYTES):
+        raise RecordingError("a feature message is not laid out as this release writes it")
+    at, shift, size = _FEATURES_HEAD.size, 0, 0
+    while True:
+        byte = data[at]
+        size |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            break
+    if at + size != len(data):
+        raise RecordingError("a feature message is shorter than it says")
+    return event_ns, capture_ns, np.frombuffer(data, "<f4", offset=at)
+
+
+def _own_schema(name: str) -> bytes:
+    """A FileDescriptorSet of our two protobuf messages, for readers that know nothing of us."""
+    from google.protobuf import descriptor_pb2 as pb
+
+    file = pb.FileDescriptorProto(name="stream_mmrnn.proto", package="stream_mmrnn", syntax="proto3")
+    field = pb.FieldDescriptorProto
+    message = file.message_type.add(name=name)
+    message.field.add(name="event_ns", number=1, type=field.TYPE_SFIXED64, label=field.LABEL_OPTIONAL)
+    if name == "Features":
+        message.field.add(name="capture_ns", number=2, type=field.TYPE_SFIXED64, label=field.LABEL_OPTIONAL)
+        message.field.add(name="values", number=3, type=field.TYPE_FLOAT, label=field.LABEL_REPEATED)
+    data: bytes = pb.FileDescriptorSet(file=[file]).SerializeToString()
+    return data
+
+
+_JSON_KINDS = {
+    topics.SESSION: wire.SessionMessage,
+    topics.TICK: wire.TickMessage,
+    topics.PREDICTION: wire.PredictionMessage,
+}
+
+
+def _inline(schema: Any, definitions: dict[str, Any]) -> Any:
+    """The schema with its references written out: Foxglove's reader takes no `$ref` at the top."""
+    if isinstance(schema, dict):
+        if "$ref" in schema:
+            return _inline(definitions[schema["$ref"].rsplit("/", 1)[1]], definitions)
+        return {k: _inline(v, definitions) for k, v in schema.items() if k != "$defs"}
+    return [_inline(v, definitions) for v in schema] if isinstance(schema, list) else schema
+
+
+def _json_schema(topic: str) -> bytes:
+    schema = msgspec.json.schema(_JSON_KINDS[topic])
+    return msgspec.json.encode(_inline(schema, schema.get("$defs", {})))
+
+
+class Recorder:
+    """Writes one session's envelopes; closes a chunk and syncs the file often enough that a crash costs little."""
+
+    def __init__(
+        self,
+        path: Path,
+        session: str,
+        metadata: Mapping[str, str],
+        chunk_ms: float = 250.0,
+        fsync_ms: float = 1000.0,
+    ) -> None:
+        """`metadata`: what the file shall say of its making, beside what the recorder knows itself.
+
+        Raises:
+            FileError: the file cannot be made, or there is one already.
+
+        """
+        from foxglove import messages
+        from stream_mmrnn.clock import wall_offset_ns
+
+        self.path, self.session = path, session
+        self._foxglove = messages
+        self._chunk_ns, self._fsync_ns = int(chunk_ms * 1e6), int(fsync_ms * 1e6)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("xb")
+        except OSError as e:
+            raise FileError(f"the recording {path} cannot be made: {e.strerror}; choose another path") from e
+        self._writer = Writer(
+            self._file, chunk_size=1 << 20, compression=CompressionType.ZSTD, index_types=IndexType.ALL
+        )
+        self._writer.start(profile="", library="stream_mmrnn")
+        self._offset_ns = wall_offset_ns()
+        self._schemas: dict[str, int] = {}
+        self._channels: dict[tuple[str, str], int] = {}
+        self._last_log_ns = 0
+        self.messages = 0
+        self.counts: dict[str, int] = {}
+        self._writer.add_metadata(
+            METADATA,
+            {
+                "format": FORMAT,
+                "session": session,
+                "wall_offset_ns": str(self._offset_ns),
+                "started_ns": str(now_ns()),
+                **metadata,
+            },
+        )
+        self._chunked_ns = self._synced_ns = now_ns()
+        self.sync()
+
+    def _schema(self, topic: str) -> int:
+        name = topics.TOPICS[topic].schema
+        if name not in self._schemas:
+            if name.startswith("foxglove."):
+                schema = getattr(self._foxglove, name.removeprefix("foxglove.")).get_schema()
+                encoding, data = schema.encoding, schema.data
+            elif topic in _JSON_KINDS:
+                encoding, data = "jsonschema", _json_schema(topic)
+            else:
+                encoding, data = "protobuf", _own_schema(name.removeprefix("stream_mmrnn."))
+            self._schemas[name] = self._writer.register_schema(name, encoding, data)
+        return self._schemas[name]
+
+    def _channel(self, envelope: Envelope) -> int:
+        key = (envelope.topic, envelope.origin)
+        if key not in self._channels:
+            self._channels[key] = self._writer.register_channel(
+                envelope.topic,
+                "json" if envelope.topic in _JSON_KINDS else "protobuf",
+                self._schema(envelope.topic),
+                {"origin": envelope.origin, "modality": topics.TOPICS[envelope.topic].modality},
+            )
+        return self._channels[key]
+
+    def _data(self, envelope: Envelope) -> bytes:
+        payload, topic = envelope.payload, envelope.topic
+        if topic.startswith(topics.FEATURE):
+            return _encode_features(envelope)
+        if topic == topics.CLOCK:
+            return _CLOCK.pack(_TAG_1_FIXED64, envelope.event_ns)
+        if topic in _JSON_KINDS:
+            assert isinstance(payload, bytes)
+            return payload
+        seconds, nanoseconds = divmod(envelope.event_ns + self._offset_ns, 1_000_000_000)
+        stamp = self._foxglove.Timestamp(seconds, nanoseconds)
+        body = payload if isinstance(payload, bytes) else payload.tobytes()
+        message: Any
+        if topic == topics.raw("vision"):
+            message = self._foxglove.CompressedImage(
+                timestamp=stamp, frame_id="camera", data=body, format="jpeg"
+            )
+        elif topic == topics.raw("audio"):
+            message = self._foxglove.RawAudio(
+                timestamp=stamp, data=body, format="pcm-s16", sample_rate=RATE_HZ, number_of_channels=1
+            )
+        else:
+            message = self._foxglove.Log(
+                timestamp=stamp,
+                level=self._foxglove.LogLevel.Info,
+                message=body.decode("utf-8", "replace"),
+                name="text",
+            )
+        data: bytes = message.encode()
+        return data
+
+    def write(self, envelope: Envelope) -> None:
+        """Append one message; the file's order is the order of the calls."""
+        received_ns = envelope.received_ns or now_ns()
+        self._last_log_ns = max(self._last_log_ns, received_ns + self._offset_ns)
+        self._writer.add_message(
+            self._channel(envelope),
+            self._last_log_ns,
+            self._data(envelope),
+            envelope.publish_ns + self._offset_ns,
+            envelope.seq,
+        )
+        self.messages += 1
+        self.counts[envelope.topic] = self.counts.get(envelope.topic, 0) + 1
+
+    def keep(self, at_ns: int) -> None:
+        """Close the chunk and sync the file where it is time; call it often."""
+        if at_ns - self._chunked_ns >= self._chunk_ns:
+            self._chunked_ns = at_ns
+            self._writer.flush()
+            self._file.flush()
+        if at_ns - self._synced_ns >= self._fsync_ns:
+            self.sync()
+
+    def sync(self) -> None:
+        self._synced_ns = now_ns()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self, end: Mapping[str, str]) -> None:
+        """Finish the file: `end` says what was lost and how it ended."""
+        self._writer.add_metadata(METADATA_END, {"messages": str(self.messages), **end})
+        self._writer.finish()
+        self.sync()
+        self._file.close()
+
+    @property
+    def bytes(self) -> int:
+        return self._file.tell() if not self._file.closed else self.path.stat().st_size
+
+
+class Recording:
+    """A recording as an iterable of the envelopes that were on the bus, in their order."""
+
+    def __init__(self, path: Path) -> None:
+        """Open and read the head.
+
+        Raises:
+            FileError: missing, unreadable, no MCAP file, or not made by this program.
+
+        """
+        self.path = path
+        self.metadata: dict[str, str] = {}
+        self.end: dict[str, str] = {}
+        """What the recorder wrote when it finished; empty in a file that was cut off."""
+        self.damage = ""
+        """One sentence once reading met the end of a file that was cut off; "" for a whole one."""
+        for record in self._records():
+            if isinstance(record, Metadata) and record.name == METADATA:
+                self.metadata = record.metadata
+                break
+            if isinstance(record, Chunk):
+                break
+        if self.metadata.get("format") != FORMAT:
+            raise FileError(
+                f"{path} is no recording of this program in format {FORMAT}"
+                + (
+                    f": {self.damage}"
+                    if self.damage
+                    else "; record it again, or use the release that made it"
+                )
+            )
+        self.damage = ""
+        self.session = self.metadata["session"]
+        self._offset_ns = int(self.metadata["wall_offset_ns"])
+        self._raw_decoders: dict[int, Any] = {}
+
+    def _records(self) -> Iterator[Any]:
+        """Top-level records, chunks whole; a cut-off file ends where it was cut, and `damage` says so."""
+        try:
+            file = self.path.open("rb")
+        except OSError as e:
+            raise FileError(f"the recording {self.path} cannot be read: {e.strerror}") from e
+        with file:
+            finished = False
+            try:
+                for record in StreamReader(
+                    file, emit_chunks=True, record_size_limit=_MAX_RECORD_BYTES
+                ).records:
+                    finished = finished or isinstance(record, Footer)
+                    yield record
+            except mcap_exceptions.InvalidMagic as e:
+                if file.tell() <= 64:
+                    raise FileError(f"{self.path} is no MCAP file") from e
+                self.damage = f"{self.path.name} was cut off: its end is missing"
+            except (mcap_exceptions.McapError, EOFError, struct.error, ValueError, UnicodeDecodeError) as e:
+                self.damage = (
+                    f"{self.path.name} was cut off or damaged at byte {file.tell()} ({type(e).__name__})"
+                )
+            else:
+                if not finished:
+                    self.damage = f"{self.path.name} was cut off: its end is missing"
+
+    def envelopes(self, wanted: Collection[str] | None = None) -> Iterator[Envelope]:
+        """Messages of the topics in `wanted` (all where None), in the order in which they were on the bus.
+
+        A file that was cut off yields what is whole; `damage` then says so.
+        """
+        channels: dict[int, tuple[str, str, int]] = {}
+        schemas: dict[int, Schema] = {}
+        for record in self._records():
+            if isinstance(record, Schema):
+                schemas[record.id] = record
+            elif isinstance(record, Channel):
+                channels[record.id] = (record.topic, record.metadata.get("origin", ""), record.schema_id)
+            elif isinstance(record, Metadata) and record.name == METADATA_END:
+                self.end = record.metadata
+            elif isinstance(record, Chunk):
+                try:
+                    yield from self._chunk(record, channels, schemas, wanted)
+                except (
+                    struct.error, IndexError, ValueError, zstandard.ZstdError, WireError, RecordingError,
+                ) as e:  # fmt: skip
+                    self.damage = f"{self.path.name} has a damaged chunk ({e})"
+                    return
+
+    def _chunk(
+        self,
+        chunk: Chunk,
+        channels: dict[int, tuple[str, str, int]],
+        schemas: dict[int, Schema],
+        wanted: Collection[str] | None,
+    ) -> Iterator[Envelope]:
+        data = chunk.data
+        if chunk.uncompressed_size > _MAX_RECORD_BYTES:
+            raise RecordingError(f"it says that it holds {chunk.uncompressed_size} bytes")
+        if chunk.compression == "zstd":
+            data = zstandard.decompress(data, chunk.uncompressed_size)
+        elif chunk.compression:
+            raise RecordingError(f"compression {chunk.compression!r} is not one that this program writes")
+        if chunk.uncompressed_crc and zlib.crc32(data) != chunk.uncompressed_crc:
+            raise RecordingError("its checksum is wrong")
+        at, end, offset_ns = 0, len(data), self._offset_ns
+        while at < end:
+            opcode = data[at]
+            (length,) = struct.unpack_from("<Q", data, at + 1)
+            at += 9
+            if at + length > end:
+                raise RecordingError("a record is longer than its chunk")
+            if opcode == 0x05:
+                channel_id, seq, log_ns, publish_ns = _MESSAGE.unpack_from(data, at)
+                topic, origin, schema_id = channels[channel_id]
+                if wanted is None or topic in wanted:
+                    body = data[at + _MESSAGE.size : at + length]
+                    yield self._envelope(topic, origin, schemas[schema_id], seq, publish_ns - offset_ns, body)
+            elif opcode == 0x03:
+                schema = Schema.read(ReadDataStream(BytesIO(data[at : at + length])))
+                schemas[schema.id] = schema
+            elif opcode == 0x04:
+                channel = Channel.read(ReadDataStream(BytesIO(data[at : at + length])))
+                channels[channel.id] = (channel.topic, channel.metadata.get("origin", ""), channel.schema_id)
+            at += length
+
+    def _envelope(
+        self, topic: str, origin: str, schema: Schema, seq: int, publish_ns: int, body: bytes
+    ) -> Envelope:
+        capture_ns = publish_ns
+        payload: Any = body
+        session = self.session
+        if topic.startswith(topics.FEATURE):
+            event_ns, capture_ns, payload = _decode_features(body)
+        elif topic == topics.CLOCK:
+            event_ns = _CLOCK.unpack(body)[1]
+            payload, session = b"", topics.EVERYONE
+        elif topic in _JSON_KINDS:
+            event_ns = _event_ns.decode(body).event_ns
+        else:
+            event_ns, payload = self._foxglove_payload(topic, schema, body)
+        return Envelope(topic, session, seq, event_ns, capture_ns, publish_ns, payload, origin)
+
+    def _foxglove_payload(self, topic: str, schema: Schema, body: bytes) -> tuple[int, Any]:
+        from mcap_protobuf.decoder import DecoderFactory
+
+        if schema.id not in self._raw_decoders:
+            self._raw_decoders[schema.id] = DecoderFactory().decoder_for("protobuf", schema)
+        message = self._raw_decoders[schema.id](body)
+        event_ns = message.timestamp.seconds * 1_000_000_000 + message.timestamp.nanos - self._offset_ns
+        if topic == topics.raw("audio"):
+            return event_ns, np.frombuffer(message.data, "<i2")
+        if topic == topics.raw("text"):
+            return event_ns, message.message.encode()
+        return event_ns, message.data
+
+    def predictions(self) -> Iterator[wire.PredictionMessage]:
+        for envelope in self.envelopes({topics.PREDICTION}):
+            yield wire.unpack(envelope.payload, wire.PredictionMessage)
+
+
+class _EventTime(msgspec.Struct):
+    event_ns: int
+
+
+_event_ns = msgspec.json.Decoder(_EventTime)

@@ -1,0 +1,327 @@
+"""Supervisor: start in order, wait for ready, open the session, restart with back-off, name who died, stop cleanly.
+
+Owns the processes and the session's beginning and end; watches through the bus what everyone says. Knows nothing
+about what the processes do, nor how it is shown.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from stream_mmrnn import config, nodes, topics, wire
+from stream_mmrnn.bus import Address, Publisher, Subscriber
+from stream_mmrnn.clock import now_ns
+from stream_mmrnn.errors import ProcessError, WireError
+from stream_mmrnn.types import Envelope
+
+
+def process_context() -> BaseContext:
+    """Processes are forked from a clean server that has done the slow imports, or started afresh (Windows)."""
+    if sys.platform == "win32":
+        return multiprocessing.get_context("spawn")
+    # a pool of BLAS threads in every process is of no use here, and forking one is not safe
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["stream_mmrnn.nodes", "stream_mmrnn.engine", "stream_mmrnn.pipeline"])
+    return context
+
+
+class Node:
+    """One row of the process table, and its process."""
+
+    def __init__(self, name: str, target: Callable[..., None], *args: Any, modality: str = "") -> None:
+        self.name, self.target, self.args, self.modality = name, target, args, modality
+        self.process: BaseProcess | None = None
+        self.ready: Any = None
+        self.stop: Any = None
+        self.restarts = 0
+        self.deaths: list[str] = []
+        self.again_ns = 0
+        """When a dead one is started again."""
+        self.done = False
+        """It ended by itself and shall not be started again."""
+        self.status: wire.StatusMessage | None = None
+        self.published_before = 0
+        """What earlier processes of this node said they had published."""
+        self.started_ns = 0
+
+    @property
+    def is_source(self) -> bool:
+        return bool(self.modality)
+
+
+class Supervisor:
+    """A session from its first process to its last."""
+
+    def __init__(
+        self, settings: config.Settings, with_engine: bool = True, say: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """`say` is told, in one sentence each, what a person should know while it runs."""
+        self.settings = settings
+        self._say = say
+        self._context = process_context()
+        self.address = Address.create(settings.bus.transport)
+        self._epoch: Any = self._context.Value("q", 0)
+        self.nodes = list(self._table(with_engine))
+        self._by_name = {n.name: n for n in self.nodes}
+        self._with_engine = with_engine
+        self._expected: tuple[str, ...] = tuple(n.modality for n in self.nodes if n.is_source)
+        self._publisher: Publisher | None = None
+        self._monitor: Subscriber | None = None
+        self.opened_ns = self.closed_ns = 0
+        self.first_prediction_ns = 0
+        self.reopened = 0
+
+    def _table(self, with_engine: bool) -> Iterator[Node]:
+        """Every process; the order is the start order."""
+        settings = self.settings
+        yield Node("broker", nodes.broker)
+        yield Node("clock", nodes.clock)
+        if settings.record.path:
+            yield Node("recorder", nodes.recorder)
+        if with_engine:
+            yield Node("engine", nodes.engine)
+        if settings.dashboard.enabled:
+            yield Node("dashboard", nodes.dashboard)
+        for modality in topics.MODALITIES:
+            spec = getattr(settings.sources, modality)
+            if spec != "none":
+                name = {"vision": "camera", "audio": "microphone", "text": "text"}[modality]
+                yield Node(name, nodes.worker, modality, spec, modality=modality)
+
+    # ---- start ---------------------------------------------------------------------------------------------------
+
+    def _spawn(self, node: Node) -> None:
+        node.ready, node.stop = self._context.Event(), self._context.Event()
+        context = nodes.Context(
+            node.name, self.settings, self.address, node.ready, node.stop, self._epoch, node.restarts
+        )
+        if node.is_source and node.args[1] == "stdin":
+            context.stdin = _Stdin()
+        process = self._context.Process(  # type: ignore[attr-defined]
+            target=nodes.run,
+            args=(node.target, context, *node.args),
+            name=f"stream-mmrnn-{node.name}",
+            daemon=True,
+        )
+        node.started_ns = now_ns()
+        process.start()
+        node.process = process
+
+    def _wait_ready(self, waiting: list[Node], alive: Callable[[], bool]) -> None:
+        deadline = now_ns() + int(self.settings.supervisor.start_timeout_s * 1e9)
+        for node in waiting:
+            while alive() and not node.ready.wait(0.02):
+                assert node.process is not None
+                if node.process.exitcode is not None:
+                    if node.is_source:
+                        return
+                    raise ProcessError(f"the {node.name} did not start: it {_death(node.process.exitcode)}")
+                if now_ns() > deadline:
+                    raise ProcessError(
+                        f"the {node.name} was not ready in {self.settings.supervisor.start_timeout_s:g} s"
+                    )
+
+    def start(self, alive: Callable[[], bool]) -> None:
+        """All processes up, the session open, the sources going."""
+        for node in self.nodes:
+            self._spawn(node)
+            if node.name == "broker":
+                self._wait_ready([node], alive)
+                self._publisher = Publisher(self.address, self.settings.bus.queue)
+                self._monitor = Subscriber(
+                    self.address,
+                    [
+                        topics.STATUS,
+                        topics.PREDICTION,
+                        topics.FEATURE,
+                        topics.raw("text"),
+                        topics.CLOCK,
+                        topics.SESSION,
+                    ],
+                    self.settings.bus.queue,
+                )
+        self._wait_ready([n for n in self.nodes if not n.is_source], alive)
+        self._wait_ready([n for n in self.nodes if n.is_source], alive)
+        if not alive():
+            return
+        assert self._publisher is not None
+        self._publisher.wait_for_reader(topics.SESSION, 2.0)
+        self._publish_session("open")
+        self._epoch.value = now_ns()
+
+    def _publish_session(self, op: Any) -> int:
+        at_ns = now_ns()
+        message = wire.SessionMessage(op, at_ns, self._expected)
+        assert self._publisher is not None
+        self._publisher.publish(topics.SESSION, self.settings.session.name, at_ns, at_ns, wire.pack(message))
+        if op == "open" and not self.opened_ns:
+            self.opened_ns = at_ns
+        return at_ns
+
+    # ---- while it runs -------------------------------------------------------------------------------------------
+
+    def messages(self, timeout_ms: int) -> Iterator[Envelope]:
+        """What everyone says, until nothing came for `timeout_ms`; keeps the statuses."""
+        assert self._monitor is not None
+        while (envelope := self._monitor.receive(timeout_ms)) is not None:
+            self._see(envelope)
+            yield envelope
+            timeout_ms = 0
+
+    def _see(self, envelope: Envelope) -> None:
+        if envelope.topic == topics.PREDICTION and not self.first_prediction_ns:
+            self.first_prediction_ns = envelope.publish_ns
+        if not envelope.topic.startswith(topics.STATUS):
+            return
+        try:
+            message = wire.unpack(envelope.payload, wire.StatusMessage)
+        except WireError:
+            return
+        node = self._by_name.get(message.node)
+        if node is None or (node.process is not None and message.pid != node.process.pid):
+            return
+        before, node.status = node.status, message
+        if message.reason and (before is None or before.reason != message.reason):
+            self._say(f"{node.name}: {message.reason}")
+        elif before is not None and before.state == "missing" and message.state == "open":
+            self._say(f"{node.name}: is back")
+        if node.is_source:
+            self._expect()
+
+    def _expect(self) -> None:
+        """Tell the aligner which streams there are, where that has changed."""
+        here = tuple(
+            n.modality
+            for n in self.nodes
+            if n.is_source
+            and not n.done
+            and not n.again_ns
+            and (n.status is None or n.status.state not in ("missing", "ended", "closed"))
+        )
+        if self.opened_ns and here != self._expected:
+            self._expected = here
+            self._publish_session("streams")
+
+    def check(self) -> None:
+        """Name and restart who died; call it some ten times a second."""
+        at_ns = now_ns()
+        settings = self.settings.supervisor
+        for node in self.nodes:
+            if node.done or node.process is None:
+                continue
+            if node.again_ns:
+                if at_ns >= node.again_ns:
+                    node.again_ns = 0
+                    self._spawn(node)
+                    if node.name == "engine" and self.opened_ns:
+                        self.reopened += 1
+                        node.ready.wait(settings.start_timeout_s)
+                        self._publish_session("open")
+                continue
+            code = node.process.exitcode
+            if code is None:
+                continue
+            if code == 0 and node.is_source:
+                node.done = True
+                self._expect()
+                continue
+            death = _death(code)
+            if at_ns - node.started_ns > 10_000_000_000:
+                recent = 0
+            else:
+                recent = min(node.restarts, 8)
+            wait_s = min(settings.backoff_s * 2**recent, settings.backoff_max_s)
+            node.deaths.append(death)
+            node.restarts += 1
+            node.again_ns = at_ns + int(wait_s * 1e9)
+            if node.status is not None:
+                node.published_before += node.status.counts.get("published", 0)
+            node.status = None
+            self._say(f"{node.name}: {death}; started again in {wait_s:g} s")
+            if node.is_source:
+                self._expect()
+
+    @property
+    def sources_done(self) -> bool:
+        """True once every source came to its end by itself."""
+        return all(n.done for n in self.nodes if n.is_source)
+
+    # ---- stop ----------------------------------------------------------------------------------------------------
+
+    def stop(self, see: Callable[[Envelope], None] = lambda _: None) -> None:
+        """End in order, within 2 s: sources, session, engine, recorder, the rest."""
+        deadline_ns = now_ns() + 1_800_000_000
+        self._end([n for n in self.nodes if n.is_source], now_ns() + 600_000_000, see)
+        if self.opened_ns and self._publisher is not None:
+            self.closed_ns = self._publish_session("close")
+            self._await_closed("engine", now_ns() + 500_000_000, see)
+            at_ns = now_ns()
+            self._publisher.publish(topics.CONTROL, self.settings.session.name, at_ns, at_ns, b"stop")
+            self._await_closed("recorder", now_ns() + 500_000_000, see)
+        for names in (("engine", "recorder", "dashboard", "clock"), ("broker",)):
+            self._end(
+                [n for n in self.nodes if n.name in names], max(deadline_ns, now_ns() + 100_000_000), see
+            )
+        if self._publisher is not None:
+            self._publisher.close(0)
+        if self._monitor is not None:
+            self._monitor.close()
+        self.address.remove()
+
+    def _await_closed(self, name: str, deadline_ns: int, see: Callable[[Envelope], None]) -> None:
+        node = self._by_name.get(name)
+        if node is None or node.process is None or node.process.exitcode is not None:
+            return
+        while now_ns() < deadline_ns and not (node.status and node.status.state == "closed"):
+            for envelope in self.messages(20):
+                see(envelope)
+
+    def _end(self, ending: list[Node], deadline_ns: int, see: Callable[[Envelope], None]) -> None:
+        running = [n for n in ending if n.process is not None and n.process.exitcode is None]
+        for node in running:
+            node.stop.set()
+        while running and now_ns() < deadline_ns:
+            for envelope in self.messages(5) if self._monitor else ():
+                see(envelope)
+            running = [n for n in running if n.process is not None and n.process.exitcode is None]
+            time.sleep(0.002)
+        for node in running:
+            assert node.process is not None
+            self._say(f"{node.name}: did not end in time and was killed")
+            node.process.kill()
+            node.process.join(0.5)
+        if self._monitor:
+            for envelope in self.messages(5):
+                see(envelope)
+
+
+def _death(code: int) -> str:
+    if code < 0:
+        try:
+            return f"was killed by {signal.Signals(-code).name}"
+        except ValueError:
+            return f"was killed by signal {-code}"
+    return f"ended with exit code {code}"
+
+
+class _Stdin:
+    """Our standard input, on its way to the text worker."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        from multiprocessing.reduction import DupFd
+
+        return {"handle": DupFd(0)}
+
+    def detach(self) -> int:
+        fd: int = self.__dict__["handle"].detach()
+        return fd

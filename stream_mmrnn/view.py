@@ -1,0 +1,156 @@
+"""The terminal view of a running session: streams, heads as bars over time, latency, losses.
+
+Draws what `LiveState.snapshot` says. Knows nothing about where it comes from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+_BARS = " ▁▂▃▄▅▆▇█"
+_STATE_STYLE = {
+    "open": "green",
+    "ready": "green",
+    "missing": "red",
+    "starting": "yellow",
+    "restarting": "yellow",
+}
+
+
+def spark(values: list[float | None], width: int) -> str:
+    """Numbers in [0, 1] as a line of bars, newest at the right."""
+    out = ""
+    for value in values[-width:]:
+        out += " " if value is None else _BARS[max(1, min(8, round(value * 8)))]
+    return out.rjust(width)
+
+
+def _bar(value: float | None, width: int = 20) -> Text:
+    if value is None:
+        return Text("–")
+    filled = max(0.0, min(1.0, value)) * width
+    whole = int(filled)
+    text = "█" * whole + ("▌" if filled - whole >= 0.5 else "")
+    style = "green" if value < 0.5 else "bold yellow"
+    return Text(text.ljust(width, "·"), style=style)
+
+
+def _streams(state: dict[str, Any]) -> Table:
+    table = Table(title="streams", title_justify="left", expand=True, box=None, header_style="dim")
+    for name, justify in (
+        ("stream", "left"),
+        ("state", "left"),
+        ("rate", "right"),
+        ("age", "right"),
+        ("tick", "left"),
+    ):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for name, s in state["streams"].items():
+        if not name.startswith("feature/"):
+            continue
+        age = "–" if s["age_ms"] is None else f"{s['age_ms']:.0f} ms" if s["age_ms"] < 10_000 else "> 10 s"
+        used = {True: Text("● present", "green"), False: Text("○ absent", "dim"), None: Text("")}[
+            s["present"]
+        ]
+        what = s["state"] or "–"
+        table.add_row(
+            s["modality"], Text(what, _STATE_STYLE.get(what, "")), f"{s['rate_hz']:.1f} Hz", age, used
+        )
+    return table
+
+
+def _head(name: str, head: dict[str, Any], width: int) -> Panel:
+    table = Table(box=None, show_header=False, expand=True, padding=(0, 1))
+    values, series = head["values"], head["history"]["series"]
+    for i, value in enumerate(values):
+        label = head["labels"][i] if i < len(head["labels"]) else f"{name}[{i}]"
+        line = spark(series[i], width) if i < len(series) else ""
+        number = "–" if value is None else f"{value:.2f}"
+        table.add_row(Text(label, "bold"), number, _bar(value), Text(line, "cyan"))
+    return Panel(table, title=f"{name} · {head['kind'] or 'values'}", title_align="left", border_style="dim")
+
+
+def _latency(state: dict[str, Any]) -> Table:
+    table = Table(title="latency, ms", title_justify="left", box=None, header_style="dim", expand=True)
+    table.add_column("")
+    stages = list(state["latency"])
+    for stage in stages:
+        table.add_column(stage, justify="right")
+    for p in ("p50", "p99"):
+        table.add_row(p, *(f"{state['latency'][stage][p]:.2f}" for stage in stages))
+    return table
+
+
+def render(state: dict[str, Any], width: int, headline: str, notes: list[str]) -> RenderableType:
+    """The whole view for a terminal of `width` columns."""
+    top = Text.assemble(
+        ("stream-mmrnn ", "bold"),
+        headline,
+        f"   tick {state['tick']}   {state['predictions_per_s']:.0f} predictions/s",
+    )
+    parts: list[RenderableType] = [top, Text(), _streams(state)]
+    parts += [_head(name, head, max(10, width - 62)) for name, head in state["heads"].items()]
+    parts.append(_latency(state))
+    words = "  ".join(t["text"] for t in reversed(state["texts"]))
+    parts.append(Text.assemble(("text  ", "dim"), words[-(width - 8) :]))
+    losses = ", ".join(f"{r['node']} {r['what']} {r['count']}" for r in state["losses"]) or "none"
+    parts.append(Text.assemble(("losses  ", "dim"), losses))
+    parts += [Text(f"! {note}", "yellow") for note in notes[-3:]]
+    return Group(*parts)
+
+
+def summary_table(summary: dict[str, Any]) -> RenderableType:
+    """What `live` and `record` print when they end."""
+    table = Table(title="where every message went", title_justify="left", header_style="dim")
+    for name in ("stream", "produced", "delivered", "dropped", "by reason", ""):
+        table.add_column(name, justify="right" if name in ("produced", "delivered", "dropped") else "left")
+    for name, s in summary["streams"].items():
+        reasons = ", ".join(f"{k} {v}" for k, v in s["dropped"].items()) or "–"
+        sign = "=" if s["balanced"] else "≠"
+        note = s["reason"] if s["state"] not in ("closed", "ended") else ""
+        table.add_row(
+            name,
+            str(s["produced"]),
+            str(s["delivered"]),
+            str(sum(s["dropped"].values())),
+            reasons,
+            Text(f"{sign} {note}", "green" if s["balanced"] else "red"),
+        )
+    parts: list[RenderableType] = []
+    parts.append(
+        Text.assemble(
+            (f"{summary['ticks']} ticks, {summary['predictions']} predictions", "bold"),
+            f" in {summary['seconds']:.1f} s",
+            f"; the first after {summary['first_prediction_s']:.2f} s"
+            if summary["first_prediction_s"]
+            else "",
+        )
+    )
+    parts.append(table)
+    if summary["latency_ms"]:
+        parts.append(stage_table(summary["latency_ms"]))
+    if summary["recording"]:
+        r = summary["recording"]
+        parts.append(
+            Text(
+                f"recorded {r['messages']} messages, {r['bytes'] / 1e6:.1f} MB, {r['lost']} lost: {r['path']}"
+            )
+        )
+    for name, deaths in summary["restarts"].items():
+        parts.append(Text(f"{name} {', '.join(deaths)}", "yellow"))
+    return Group(*parts)
+
+
+def stage_table(latency_ms: dict[str, dict[str, float]]) -> Table:
+    table = Table(title="latency, ms", title_justify="left", header_style="dim")
+    table.add_column("stage")
+    for name in ("p50", "p95", "p99", "max"):
+        table.add_column(name, justify="right")
+    for stage, row in latency_ms.items():
+        table.add_row(stage, *(f"{row[p]:.3f}" for p in ("p50", "p95", "p99", "max")))
+    return table

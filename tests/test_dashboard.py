@@ -1,0 +1,461 @@
+"""The live page: what LiveState works out, and how the server treats good, slow and wrong clients."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from stream_mmrnn.dashboard.server import MAX_CLIENTS, Dashboard
+from stream_mmrnn.dashboard.state import HISTORY_POINTS, LiveState
+from stream_mmrnn.errors import ConfigError, ProcessError
+from stream_mmrnn.latency import STAGES
+from stream_mmrnn.types import Envelope
+
+MS = 1_000_000
+S = 1_000_000_000
+T0 = 1_000 * S
+
+
+def envelope(
+    topic: str,
+    at_ns: int,
+    payload: Any = b"",
+    *,
+    event_ns: int | None = None,
+    seq: int = 0,
+    session: str = "a",
+) -> Envelope:
+    return Envelope(topic, session, seq, at_ns if event_ns is None else event_ns, at_ns, at_ns, payload)
+
+
+def prediction(
+    end_ns: int,
+    heads: dict[str, list[float]],
+    *,
+    scale: int = 1,
+    seq: int = 0,
+    session: str = "a",
+    **more: Any,
+) -> Envelope:
+    """Stages of 1, 2, 3 ... 7 ms times `scale`."""
+    at = [end_ns + scale * MS * n for n in (1, 3, 6, 10, 15, 21, 28)]
+    payload = {
+        "tick": end_ns // (40 * MS),
+        "heads": heads,
+        "present": {"vision": True, "text": False},
+        "age_ns": {"vision": 3},
+        "closed": {
+            "event_ns": at[0],
+            "capture_ns": at[1],
+            "publish_ns": at[2],
+            "received_ns": at[3],
+            "by": "feature/audio",
+        },
+        "step_start_ns": at[4],
+        "step_end_ns": at[5],
+        "model": "ab" * 32,
+        **more,
+    }
+    return Envelope("prediction", session, seq, end_ns, end_ns, at[6], json.dumps(payload).encode())
+
+
+def status(node: str, at_ns: int, **payload: Any) -> Envelope:
+    return envelope("status/" + node, at_ns, json.dumps({"node": node, **payload}).encode())
+
+
+# --- state
+
+
+@pytest.mark.parametrize("rate_hz", [1, 25, 50, 1000])
+def test_rate_is_of_the_last_two_seconds(rate_hz: int) -> None:
+    live = LiveState()
+    for i in range(5 * rate_hz):
+        live.see(envelope("feature/audio", T0 + i * S // rate_hz, seq=i))
+    stream = live.snapshot(T0 + 5 * S)["streams"]["feature/audio"]
+    assert stream["rate_hz"] == pytest.approx(rate_hz, abs=0.51)
+    assert stream["age_ms"] == pytest.approx(1000 / rate_hz)
+    assert not stream["silent"]
+    later = live.snapshot(T0 + 8 * S)["streams"]["feature/audio"]
+    assert later["rate_hz"] == 0
+    assert later["silent"]
+
+
+def test_rate_of_the_first_second_is_not_too_low() -> None:
+    live = LiveState()
+    for i in range(25):
+        live.see(envelope("clock", T0 + i * 40 * MS, seq=i))
+    assert live.snapshot(T0 + S)["streams"]["clock"]["rate_hz"] == pytest.approx(25, abs=1)
+
+
+def test_stages_add_up_and_leave_after_ten_seconds() -> None:
+    live = LiveState()
+    for i in range(100):
+        live.see(prediction(T0 + i * 40 * MS, {"vap": [0.5]}, seq=i, scale=10 if i == 99 else 1))
+    table = live.snapshot(T0 + 4 * S)["latency"]
+    assert list(table) == list(STAGES)
+    assert [table[s]["p50"] for s in STAGES] == [1, 2, 3, 4, 5, 6, 7, 28]
+    assert table["step"]["p99"] > 6
+    assert sum(table[s]["p50"] for s in STAGES[:-1]) == table["total"]["p50"]
+    assert live.snapshot(T0 + 15 * S)["latency"] == {}
+
+
+def test_heads_have_values_meaning_and_a_bounded_history() -> None:
+    live = LiveState()
+    head = {
+        "name": "vap",
+        "kind": "activity_projection",
+        "labels": ["x", "y"],
+        "horizons_s": [[0, 0.2], [0.2, 0.6]],
+    }
+    live.see(
+        status("engine", T0, state="ready", spec={"name": "m", "heads": [head], "modalities": ["vision"]})
+    )
+    for i in range(3000):
+        live.see(prediction(T0 + i * 10 * MS, {"vap": [i / 3000, 0.123456]}, seq=i))
+    snap = live.snapshot(T0 + 30 * S)
+    vap = snap["heads"]["vap"]
+    assert vap["values"] == [round(2999 / 3000, 4), 0.1235]
+    assert vap["horizons_s"] == [(0, 0.2), (0.2, 0.6)]
+    assert vap["labels"] == ["x", "y"]
+    assert len(vap["history"]["series"]) == 2
+    ages = vap["history"]["age_ms"]
+    assert 240 <= len(ages) <= HISTORY_POINTS
+    assert ages == sorted(ages, reverse=True)
+    assert ages[0] <= 10_000
+    assert all(len(line) == len(ages) for line in vap["history"]["series"])
+    assert snap["model"] == {"name": "m", "sha256": "ab" * 32}
+    assert snap["predictions_per_s"] == pytest.approx(100, abs=1)
+    assert snap["tick"] == (T0 + 2999 * 10 * MS) // (40 * MS)
+    # the model speaks of vision, nothing of it ever came
+    assert snap["streams"]["feature/vision"]["silent"]
+    assert snap["streams"]["feature/vision"]["age_ms"] is None
+
+
+def test_a_run_that_starts_anew_starts_a_new_history() -> None:
+    live = LiveState()
+    for i in range(50):
+        live.see(prediction(T0 + i * 40 * MS, {"vap": [0.1]}, seq=i))
+    live.see(prediction(T0, {"vap": [0.9]}))
+    assert live.snapshot(T0 + S)["heads"]["vap"]["history"]["series"] == [[0.9]]
+
+
+def test_one_session_is_followed_until_it_is_silent() -> None:
+    live = LiveState()
+    for i in range(10):
+        live.see(prediction(T0 + i * 40 * MS, {"vap": [0.1]}, session="a", seq=i))
+        live.see(prediction(T0 + i * 40 * MS, {"vap": [0.9]}, session="b", seq=i))
+    snap = live.snapshot(T0 + S)
+    assert (snap["session"], snap["heads"]["vap"]["values"]) == ("a", [0.1])
+    assert snap["sessions"] == {"count": 2, "names": ["a", "b"]}
+    live.see(prediction(T0 + 5 * S, {"vap": [0.9]}, session="b", seq=10))
+    snap = live.snapshot(T0 + 5 * S)
+    assert (snap["session"], snap["heads"]["vap"]["values"]) == ("b", [0.9])
+
+
+def test_text_is_newest_first_cut_and_without_control_characters() -> None:
+    live = LiveState()
+    for i in range(20):
+        live.see(envelope("raw/text", T0 + i * S, f"line\x1b[2J {i}".encode(), seq=i))
+    live.see(envelope("raw/text", T0 + 20 * S, b"\xff" * 10_000, seq=20))
+    texts = live.snapshot(T0 + 21 * S)["texts"]
+    assert len(texts) == 8
+    assert texts[0]["age_ms"] == 1000
+    assert len(texts[0]["text"]) == 240
+    assert texts[1] == {"text": "line [2J 19", "session": "a", "age_ms": 2000}
+
+
+def test_processes_and_losses() -> None:
+    live = LiveState()
+    live.see(status("camera", T0, state="missing", modality="vision", reason="no such device"))
+    live.see(
+        status(
+            "engine",
+            T0,
+            state="ready",
+            counts={"ticks": 9, "vision": {"late": 2, "late_joined": 5}, "lost": 7},
+        )
+    )
+    live.see(envelope("clock", T0, seq=5))
+    live.see(envelope("clock", T0, seq=9))
+    snap = live.snapshot(T0 + S)
+    vision = snap["streams"]["feature/vision"]
+    assert (vision["state"], vision["reason"]) == ("missing", "no such device")
+    assert snap["nodes"]["engine"]["state"] == "ready"
+    assert not snap["nodes"]["engine"]["silent"]
+    assert [(x["node"], x["what"], x["count"]) for x in snap["losses"]] == [
+        ("engine", "lost", 7),
+        ("engine", "vision.late", 2),
+        ("this view", "lost.clock", 3),
+    ]
+    assert live.snapshot(T0 + 9 * S)["nodes"]["engine"]["silent"]
+
+
+GARBAGE = [
+    b"",
+    b"{",
+    b"null",
+    b"[]",
+    b"\xff\xfe",
+    b"[" * 100_000,
+    b'{"state": 3}',
+    b'{"tick": 1, "heads": {"vap": "x"}}',
+    b'{"state": "ready", "spec": {"heads": 3}}',
+    b'{"state": "ready", "counts": []}',
+    b"x" * 300_000,
+]
+
+
+@pytest.mark.parametrize("payload", GARBAGE, ids=range(len(GARBAGE)))
+def test_garbage_is_counted(payload: bytes) -> None:
+    live = LiveState()
+    live.see(envelope("prediction", T0, payload))
+    assert live.malformed == 1
+    live.see(envelope("status/engine", T0, payload))
+    assert live.malformed == 2
+    live.see(envelope("nonsense", T0, payload))
+    live.see(envelope("raw/text", -(2**63), payload))
+    live.see(envelope("raw/vision", 2**63 - 1, payload))
+    json.dumps(live.snapshot(T0))
+
+
+def test_stamps_beyond_all_clocks_are_garbage() -> None:
+    live = LiveState()
+    live.see(prediction(T0, {"vap": [0.5]}, step_end_ns=2**62))
+    live.see(prediction(T0, {"vap": [0.5]}, step_end_ns=10**30))
+    assert live.malformed == 2
+    assert live.snapshot(T0)["latency"] == {}
+
+
+def test_not_a_number_is_a_gap() -> None:
+    live = LiveState()
+    live.see(prediction(T0, {"vap": [None, 0.5]}))  # type: ignore[list-item]
+    assert live.snapshot(T0)["heads"]["vap"]["values"] == [None, 0.5]
+
+
+def test_memory_is_bounded() -> None:
+    live = LiveState()
+    for i in range(3000):
+        live.see(prediction(T0 + i, {f"h{i}": [0.0] * 100}, session=f"s{i}"))
+        live.see(status(f"n{i}", T0, state="open", counts={f"c{k}": 1 for k in range(100)}))
+    snap = live.snapshot(T0 + S)
+    assert len(snap["nodes"]) == 64
+    assert all(len(n["counts"]) <= 64 for n in snap["nodes"].values())
+    assert len(snap["heads"]) <= 8
+    assert all(len(h["values"]) <= 32 for h in snap["heads"].values())
+    assert snap["sessions"]["count"] == 1024
+    assert len(json.dumps(snap)) < 200_000
+
+
+# --- server
+
+
+@pytest.fixture
+def board() -> Iterator[Dashboard]:
+    dashboard = Dashboard("127.0.0.1", 0, client_timeout_s=0.3)
+    dashboard.start()
+    yield dashboard
+    dashboard.close()
+
+
+def port(board: Dashboard) -> int:
+    return int(board.address.rstrip("/").rsplit(":", 1)[1])
+
+
+def ask(
+    board: Dashboard, path: str, method: str = "GET", **headers: str
+) -> tuple[int, dict[str, str], bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port(board), timeout=5)
+    try:
+        connection.request(method, path, headers=headers)
+        answer = connection.getresponse()
+        return answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read()
+    finally:
+        connection.close()
+
+
+class Events:
+    """A browser that follows the events."""
+
+    def __init__(self, board: Dashboard, receive_buffer: int = 0) -> None:
+        self.socket = socket.socket()
+        if receive_buffer:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self.socket.settimeout(5)
+        self.socket.connect(("127.0.0.1", port(board)))
+        self.socket.sendall(f"GET /events HTTP/1.1\r\nHost: localhost:{port(board)}\r\n\r\n".encode())
+        self._file = self.socket.makefile("rb")
+
+    def __enter__(self) -> Events:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self.socket.close()
+
+    def head(self) -> str:
+        return self._file.readline().decode().strip()
+
+    def next(self) -> Any:
+        for line in self._file:
+            if line.startswith(b"data: "):
+                return json.loads(line[6:])
+        raise EOFError
+
+
+def wait_until(what: Any, timeout_s: float = 3.0) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not what():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def test_the_page_is_whole_and_asks_nobody_else(board: Dashboard) -> None:
+    code, headers, body = ask(board, "/")
+    assert code == 200
+    assert headers["content-type"].startswith("text/html")
+    assert "script-src 'sha256-" in headers["content-security-policy"]
+    assert b"http://" not in body
+    assert b"https://" not in body
+    assert ask(board, "/healthz")[::2] == (200, b"ok\n")
+
+
+def test_picture(board: Dashboard) -> None:
+    assert ask(board, "/picture.jpg")[0] == 204
+    board.picture(b"\xff\xd8old")
+    board.picture(b"\xff\xd8new")
+    code, headers, body = ask(board, "/picture.jpg?7")
+    assert (code, headers["content-type"], body) == (200, "image/jpeg", b"\xff\xd8new")
+
+
+def test_events_carry_the_newest_state_at_ten_a_second(board: Dashboard) -> None:
+    board.update({"n": 0})
+    with Events(board) as events:
+        assert events.head() == "HTTP/1.1 200 OK"
+        assert events.next() == {"n": 0}
+        start = time.monotonic()
+        n, seen = 0, []
+        while time.monotonic() - start < 0.5:
+            n += 1
+            board.update({"n": n, "gap": float("nan")})
+            time.sleep(0.002)
+        while not seen or seen[-1]["n"] < n:
+            seen.append(events.next())
+    assert 2 <= len(seen) <= 8
+    assert seen[-1] == {"n": n, "gap": None}
+
+
+def test_a_stalled_client_costs_nobody_anything(board: Dashboard) -> None:
+    big = {"text": "x" * 200_000}
+    with Events(board, receive_buffer=4096) as stalled, Events(board) as good:
+        assert good.head() == "HTTP/1.1 200 OK"
+        assert wait_until(lambda: board.clients == 2)
+        slowest = 0.0
+        for n in range(12):
+            start = time.monotonic()
+            board.update({"n": n, **big})
+            slowest = max(slowest, time.monotonic() - start)
+            while good.next()["n"] < n:
+                pass
+        assert slowest < 0.05
+        # the one who does not read is dropped, the other stays
+        assert wait_until(lambda: board.clients == 1)
+        assert stalled.socket.fileno() >= 0
+
+
+def test_too_many_clients_are_refused(board: Dashboard) -> None:
+    board.update({})
+    many = [Events(board) for _ in range(MAX_CLIENTS)]
+    try:
+        assert wait_until(lambda: board.clients == MAX_CLIENTS)
+        assert ask(board, "/events")[0] == 503
+        assert ask(board, "/healthz")[0] == 200
+    finally:
+        for events in many:
+            events.__exit__()
+    # those who left are noticed, and there is room again
+    assert wait_until(lambda: (board.update({}), board.clients == 0)[1])
+
+
+@pytest.mark.parametrize(
+    "host", ["example.org", "127.0.0.1.example.org", "", "localhost:80:80", "192.0.2.1:80"]
+)
+def test_a_foreign_host_is_refused(board: Dashboard, host: str) -> None:
+    for path in ("/", "/events", "/picture.jpg"):
+        assert ask(board, path, Host=host)[0] == 403
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1:1", "[::1]:80", "LOCALHOST:9"])
+def test_a_loopback_host_is_served(board: Dashboard, host: str) -> None:
+    assert ask(board, "/healthz", Host=host)[0] == 200
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "HEAD", "NONSENSE"])
+def test_only_get(board: Dashboard, method: str) -> None:
+    code, headers, _ = ask(board, "/", method)
+    assert (code, headers["allow"]) == (405, "GET")
+
+
+@pytest.mark.parametrize("path", ["/nothing", "/../server.py", "/page.html", "/events/"])
+def test_unknown_paths(board: Dashboard, path: str) -> None:
+    assert ask(board, path)[0] == 404
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"\x00\xff\r\n\r\n",
+        b"GET\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"A" * 70_000,
+    ],
+    ids=["binary", "half", "version", "no host", "long"],
+)
+def test_garbage_on_the_socket_is_harmless(
+    board: Dashboard, raw: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_connection(("127.0.0.1", port(board)), timeout=5) as s:
+        s.sendall(raw)
+        s.shutdown(socket.SHUT_WR)
+        try:
+            answer = s.recv(4096)
+        except ConnectionError:
+            answer = b""
+        assert b" 200 " not in answer
+    assert ask(board, "/healthz")[0] == 200
+    assert capsys.readouterr().err == ""
+
+
+def test_close_is_quick_with_clients_connected() -> None:
+    board = Dashboard()
+    board.start()
+    board.update({})
+    with Events(board) as events, socket.create_connection(("127.0.0.1", port(board))):
+        assert events.next() == {}
+        start = time.monotonic()
+        board.close()
+        assert time.monotonic() - start < 0.3
+        board.close()
+        with pytest.raises(OSError):
+            socket.create_connection(("127.0.0.1", port(board)), timeout=1)
+
+
+def test_close_without_start() -> None:
+    Dashboard().close()
+
+
+def test_wrong_addresses() -> None:
+    with pytest.raises(ConfigError, match="dashboard serves on"):
+        Dashboard("0.0.0.0")
+    board = Dashboard()
+    with pytest.raises(ProcessError, match="cannot bind"):
+        Dashboard("127.0.0.1", port(board))
+    board.close()
