@@ -292,6 +292,4 @@ class Aligner:
 
 def stamps_of(envelope: Envelope) -> Stamps:
     """The times of a message, as a tick that it closes carries them."""
-    return Stamps(
-        envelope.event_ns, envelope.capture_ns, envelope.publish_ns, envelope.received_ns, envelope.topic
-    )
+    return Stamps(envelope.event_ns, envelope.capture_ns, envelope.publish_ns, envelope.received_ns, envelope.topic)

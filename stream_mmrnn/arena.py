@@ -85,14 +85,8 @@ class Arena:
             return
         self._binding.pull()
         for name, array in self._binding.state.items():
-            if (
-                name not in state
-                or state[name].shape != array[slot].shape
-                or state[name].dtype != array.dtype
-            ):
-                raise SessionError(
-                    f"the snapshot of {session!r} does not fit state {name!r}; is it this model's?"
-                )
+            if name not in state or state[name].shape != array[slot].shape or state[name].dtype != array.dtype:
+                raise SessionError(f"the snapshot of {session!r} does not fit state {name!r}; is it this model's?")
         for name, array in self._binding.state.items():
             array[slot] = state[name]
         self._binding.push()

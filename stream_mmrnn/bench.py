@@ -29,17 +29,13 @@ RATES_HZ = {"vision": 25.0, "audio": 50.0, "text": 2.0}
 CLOCK_HZ = 100.0
 
 
-def synthetic(
-    spec: ModelSpec, sessions: int, duration_s: float, start_ns: int, seed: int
-) -> Iterator[Envelope]:
+def synthetic(spec: ModelSpec, sessions: int, duration_s: float, start_ns: int, seed: int) -> Iterator[Envelope]:
     """Messages of `sessions` sessions for `duration_s`, in the order of their intended times, none of them late.
 
     Each stream of each session has its own phase, so that the load is spread as that of strangers is.
     """
     rng = np.random.default_rng(seed)
-    vectors = {
-        m.name: rng.standard_normal((64, m.size // m.stack)).astype(np.float32) * 0.5 for m in spec.modalities
-    }
+    vectors = {m.name: rng.standard_normal((64, m.size // m.stack)).astype(np.float32) * 0.5 for m in spec.modalities}
     origins = {m.name: m.encoder for m in spec.modalities}
     names = [f"bench-{i}" for i in range(sessions)]
     streams = tuple(v for v in vectors if topics.MODALITIES[v].dense)

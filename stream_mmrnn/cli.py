@@ -11,9 +11,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -30,11 +30,11 @@ app = typer.Typer(
 )
 
 
-class Provider(str, Enum):
+class Provider(StrEnum):
     auto, cpu, cuda = "auto", "cpu", "cuda"
 
 
-class From(str, Enum):
+class From(StrEnum):
     features, raw = "features", "raw"
 
 
@@ -70,11 +70,11 @@ class _Alive:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._stop)
 
-    def _stop(self, *_: Any) -> NoReturn | None:
+    def _stop(self, *_: Any) -> None:
         if self._stopped:
             raise SystemExit(130)
         self._stopped = True
-        return None
+        return
 
     def __call__(self) -> bool:
         return not self._stopped
@@ -116,9 +116,7 @@ def _settings(
     return settings
 
 
-def _capture(
-    settings: config.Settings, duration: float | None, with_engine: bool, as_json: bool, plain: bool
-) -> None:
+def _capture(settings: config.Settings, duration: float | None, with_engine: bool, as_json: bool, plain: bool) -> None:
     """What `live` and `record` have in common."""
     from rich.live import Live
 
@@ -148,9 +146,7 @@ def _capture(
 
     def often() -> None:
         nonlocal drawn_ns, line_ns, address
-        status = next(
-            (n.status for n in session.supervisor.nodes if n.name == "dashboard" and n.status), None
-        )
+        status = next((n.status for n in session.supervisor.nodes if n.name == "dashboard" and n.status), None)
         if status and not address:
             address = status.detail.get("address", "")
             if screen is None and address:
@@ -183,24 +179,18 @@ def _line(seconds: float, state: dict[str, Any]) -> str:
         for name, head in state["heads"].items()
     )
     here = " ".join(
-        f"{s['modality']} {s['rate_hz']:.0f}Hz"
-        for n, s in state["streams"].items()
-        if n.startswith("feature/")
+        f"{s['modality']} {s['rate_hz']:.0f}Hz" for n, s in state["streams"].items() if n.startswith("feature/")
     )
     return f"{seconds:6.1f} s  {here}  {heads}"
 
 
-Source = Annotated[
-    str | None, typer.Option("--source", "-s", help="All modalities: synthetic, devices, file:CLIP.")
-]
+Source = Annotated[str | None, typer.Option("--source", "-s", help="All modalities: synthetic, devices, file:CLIP.")]
 Vision = Annotated[str | None, typer.Option(help="camera:0, camera:URL, file:PATH, synthetic or none.")]
 Audio = Annotated[str | None, typer.Option(help="microphone, microphone:NAME, file:PATH, synthetic or none.")]
 TextSource = Annotated[
     str | None, typer.Option("--text", help="stdin, pipe:PATH, tcp:PORT, zmq:PORT, synthetic or none.")
 ]
-Duration = Annotated[
-    float | None, typer.Option("--duration", "-d", min=0.1, help="Seconds; without it until Ctrl-C.")
-]
+Duration = Annotated[float | None, typer.Option("--duration", "-d", min=0.1, help="Seconds; without it until Ctrl-C.")]
 Plain = Annotated[bool, typer.Option("--plain", help="A line a second instead of the full view.")]
 
 
@@ -305,11 +295,7 @@ def replay(
             f"{result['times_real_time']:.0f} times real time"
         )
         if result["recorded_predictions"]:
-            verdict = (
-                "identical, bit for bit"
-                if result["identical"]
-                else f"different: {result['first_difference']}"
-            )
+            verdict = "identical, bit for bit" if result["identical"] else f"different: {result['first_difference']}"
             console.print(f"compared with {result['recorded_predictions']} recorded ones: {verdict}")
     if result["damage"]:
         _say(Console(stderr=True))(f"{result['damage']}; what is whole was replayed")
@@ -331,19 +317,13 @@ def info(path: Annotated[Path, typer.Argument(help="A recording.")], as_json: Js
     else:
         console = Console(highlight=False)
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(result["started_unix_ns"] / 1e9))
-        console.print(
-            f"[bold]{path}[/bold]  session {result['session']!r}, {result['seconds']:.1f} s, begun {when}"
-        )
-        console.print(
-            f"model {result['model']['name']} {result['model']['sha256'][:12]}, ended: {result['ended']}"
-        )
+        console.print(f"[bold]{path}[/bold]  session {result['session']!r}, {result['seconds']:.1f} s, begun {when}")
+        console.print(f"model {result['model']['name']} {result['model']['sha256'][:12]}, ended: {result['ended']}")
         table = Table(header_style="dim")
         for name in ("channel", "messages", "rate", "gaps", "made by"):
             table.add_column(name, justify="right" if name in ("messages", "rate", "gaps") else "left")
         for name, c in result["channels"].items():
-            table.add_row(
-                name, str(c["messages"]), f"{c['rate_hz']:.1f} Hz", str(c["gaps"]), c["origin"][:48]
-            )
+            table.add_row(name, str(c["messages"]), f"{c['rate_hz']:.1f} Hz", str(c["gaps"]), c["origin"][:48])
         console.print(table)
     if not result["whole"]:
         _say(Console(stderr=True))(result["damage"] or f"{path} was not finished")
@@ -355,9 +335,7 @@ def bench(
     model: ModelName = None,
     sessions: Annotated[int, typer.Option(min=1, help="How many at once.")] = 1,
     duration: Annotated[float, typer.Option("--duration", "-d", min=0.2, help="Seconds.")] = 10.0,
-    hot: Annotated[
-        bool, typer.Option("--hot", help="As fast as it goes instead of at the real rate.")
-    ] = False,
+    hot: Annotated[bool, typer.Option("--hot", help="As fast as it goes instead of at the real rate.")] = False,
     provider: Annotated[Provider, typer.Option(help="Where the model runs.")] = Provider.auto,
     seed: Annotated[int, typer.Option(help="Of the synthetic streams.")] = 0,
     as_json: Json = False,
@@ -392,9 +370,7 @@ def bench(
     )
     console.print(stage_table(result["latency_ms"]))
     for name, s in result["streams"].items():
-        console.print(
-            f"{name}: received {s['received']}, delivered {s['delivered']}, dropped {s['dropped'] or 0}"
-        )
+        console.print(f"{name}: received {s['received']}, delivered {s['delivered']}, dropped {s['dropped'] or 0}")
 
 
 @app.command()
@@ -416,7 +392,8 @@ def devices(as_json: Json = False) -> None:
         _print({"cameras": cameras, "microphones": microphones, "problem": problem})
         return
     console = Console(highlight=False)
-    for title, found in (("cameras", cameras), ("microphones", microphones)):
+    kinds: tuple[tuple[str, list[dict[str, Any]]], ...] = (("cameras", cameras), ("microphones", microphones))
+    for title, found in kinds:
         console.print(f"[bold]{title}[/bold]" + ("" if found else ": none"))
         for device in found:
             console.print("  " + ", ".join(f"{k} {v}" for k, v in device.items()))

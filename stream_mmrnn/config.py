@@ -24,11 +24,11 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     pass
 
 
-class Session(_Section):
+class Session(_Section, frozen=True):
     name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "live"
 
 
-class Sources(_Section):
+class Sources(_Section, frozen=True):
     """Where each modality comes from: `camera:0`, `camera:URL`, `microphone`, `microphone:NAME`, `file:PATH`,
     `synthetic`, `stdin`, `pipe:PATH`, `tcp:PORT`, `zmq:PORT` or `none`.
     """
@@ -38,25 +38,25 @@ class Sources(_Section):
     text: str = "stdin"
 
 
-class Camera(_Section):
+class Camera(_Section, frozen=True):
     width: Annotated[int, msgspec.Meta(ge=16, le=8192)] = 640
     height: Annotated[int, msgspec.Meta(ge=16, le=8192)] = 480
     rate_hz: _Positive = 30.0
     jpeg_quality: Annotated[int, msgspec.Meta(ge=1, le=100)] = 90
 
 
-class Microphone(_Section):
+class Microphone(_Section, frozen=True):
     block_ms: Annotated[float, msgspec.Meta(ge=1, le=1000)] = 20.0
     latency_ms: Annotated[float, msgspec.Meta(ge=0, le=1000)] = 20.0
     """What PortAudio is asked for; at 100 ms blocks come in pairs on some systems."""
     drift_bandwidth_hz: Annotated[float, msgspec.Meta(gt=0, le=10)] = 0.1
 
 
-class Text(_Section):
+class Text(_Section, frozen=True):
     max_line_bytes: Annotated[int, msgspec.Meta(ge=16, le=65536)] = 4096
 
 
-class Synthetic(_Section):
+class Synthetic(_Section, frozen=True):
     """The seeded source that needs no hardware: a person who talks in turns, seen, heard and read."""
 
     seed: Annotated[int, msgspec.Meta(ge=0)] = 0
@@ -72,7 +72,7 @@ class Synthetic(_Section):
     freeze_s: Annotated[float, msgspec.Meta(ge=0)] = 1.0
 
 
-class Align(_Section):
+class Align(_Section, frozen=True):
     tick_ms: Annotated[float, msgspec.Meta(ge=1, le=10_000)] = 40.0
     """Used where no model says its own tick length."""
     vision_lateness_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = 80.0
@@ -86,14 +86,14 @@ class Align(_Section):
         return {name: round(getattr(self, f"{name}_lateness_ms") * 1e6) for name in MODALITIES}
 
 
-class Engine(_Section):
+class Engine(_Section, frozen=True):
     model: str = "voice_activity"
     """A name in the zoo, or the path of an ONNX file."""
     provider: Literal["auto", "cpu", "cuda"] = "auto"
     slots: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 1
 
 
-class Record(_Section):
+class Record(_Section, frozen=True):
     path: str = ""
     """"" records nothing."""
     raw: bool = True
@@ -102,7 +102,7 @@ class Record(_Section):
     fsync_ms: Annotated[float, msgspec.Meta(gt=0, le=60_000)] = 1000.0
 
 
-class Bus(_Section):
+class Bus(_Section, frozen=True):
     transport: Literal["ipc", "tcp"] = "ipc"
     """ipc: sockets in a private folder; tcp: on loopback, for systems without ipc."""
     clock_hz: Annotated[float, msgspec.Meta(ge=1, le=1000)] = 100.0
@@ -110,7 +110,7 @@ class Bus(_Section):
     """Messages a reader may fall behind before ZeroMQ drops; a reader counts every gap."""
 
 
-class Queues(_Section):
+class Queues(_Section, frozen=True):
     """Between a device and its encoder; `latest` keeps one, `drop_oldest` keeps the newest `length`."""
 
     vision: Literal["latest", "drop_oldest", "block"] = "latest"
@@ -119,14 +119,14 @@ class Queues(_Section):
     length: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 64
 
 
-class Dashboard(_Section):
+class Dashboard(_Section, frozen=True):
     enabled: bool = True
     host: Literal["127.0.0.1", "::1", "localhost"] = "127.0.0.1"
     port: _Port = 0
     """0: any free one."""
 
 
-class Supervisor(_Section):
+class Supervisor(_Section, frozen=True):
     backoff_s: _Positive = 0.25
     """Before the first restart; doubles up to `backoff_max_s`."""
     backoff_max_s: _Positive = 1.0
@@ -135,7 +135,7 @@ class Supervisor(_Section):
     start_timeout_s: _Positive = 20.0
 
 
-class Settings(_Section):
+class Settings(_Section, frozen=True):
     """Everything that can be set; each section is a table of the TOML file."""
 
     session: Session = Session()
@@ -222,6 +222,4 @@ def find_model(name: str) -> Path:
     if "/" in name or "\\" in name or name.endswith(".onnx"):
         return Path(name)
     zoo = sorted(p.parent.name for p in models_folder().glob("*/step.onnx"))
-    raise ConfigError(
-        f"there is no model {name!r}; give an ONNX file's path, or one of {', '.join(zoo) or 'none'}"
-    )
+    raise ConfigError(f"there is no model {name!r}; give an ONNX file's path, or one of {', '.join(zoo) or 'none'}")

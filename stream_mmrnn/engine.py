@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
-import numpy as np
 
 from stream_mmrnn.arena import Arena
 from stream_mmrnn.clock import now_ns
@@ -32,9 +31,7 @@ class _Contract(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     heads: tuple[HeadSpec, ...]
 
 
-def write_contract(
-    name: str, tick_ns: int, modalities: Sequence[ModalitySpec], heads: Sequence[HeadSpec]
-) -> str:
+def write_contract(name: str, tick_ns: int, modalities: Sequence[ModalitySpec], heads: Sequence[HeadSpec]) -> str:
     """The metadata value that `read_contract` reads: what an exporter puts into the file."""
     return msgspec.json.encode(_Contract(name, tick_ns, tuple(modalities), tuple(heads))).decode()
 
@@ -48,9 +45,7 @@ def read_contract(graph: Graph) -> ModelSpec:
     """
     where = graph.path
     if METADATA_KEY not in graph.metadata:
-        raise ModelError(
-            f"{where} has no `{METADATA_KEY}` metadata, so its contract is unknown; export it again"
-        )
+        raise ModelError(f"{where} has no `{METADATA_KEY}` metadata, so its contract is unknown; export it again")
     try:
         contract = msgspec.json.decode(graph.metadata[METADATA_KEY], type=_Contract)
     except msgspec.MsgspecError as e:
@@ -62,13 +57,9 @@ def read_contract(graph: Graph) -> ModelSpec:
         if name.startswith("state."):
             following = "next." + name.removeprefix("state.")
             if following not in graph.outputs:
-                raise ModelError(
-                    f"{where} has the input `{name}` but no output `{following}` that carries it on"
-                )
+                raise ModelError(f"{where} has the input `{name}` but no output `{following}` that carries it on")
             if None in spec.shape[1:] or graph.outputs[following].shape[1:] != spec.shape[1:]:
-                raise ModelError(
-                    f"{where}: `{name}` {spec.shape} and `{following}` must have one fixed shape per row"
-                )
+                raise ModelError(f"{where}: `{name}` {spec.shape} and `{following}` must have one fixed shape per row")
             states.append(StateSpec(name.removeprefix("state."), tuple(n or 0 for n in spec.shape[1:])))
     count = len(contract.modalities)
     expected: dict[str, tuple[int | None, ...]] = {
@@ -79,13 +70,9 @@ def read_contract(graph: Graph) -> ModelSpec:
     }
     for modality in contract.modalities:
         if modality.name not in MODALITIES:
-            raise ModelError(
-                f"{where} wants the modality {modality.name!r}; known are {', '.join(MODALITIES)}"
-            )
+            raise ModelError(f"{where} wants the modality {modality.name!r}; known are {', '.join(MODALITIES)}")
         if modality.stack < 1 or modality.size % modality.stack:
-            raise ModelError(
-                f"{where}: the size {modality.size} of {modality.name} is not {modality.stack} samples"
-            )
+            raise ModelError(f"{where}: the size {modality.size} of {modality.name} is not {modality.stack} samples")
         expected[f"input.{modality.name}"] = (None, modality.size)
     for name, shape in expected.items():
         if name not in graph.inputs:
@@ -100,9 +87,7 @@ def read_contract(graph: Graph) -> ModelSpec:
         output = graph.outputs.get(f"head.{head.name}")
         if output is None or output.shape[1:] != (head.size,):
             raise ModelError(f"{where} has no output `head.{head.name}` of {head.size} numbers a row")
-    return ModelSpec(
-        contract.name, graph.sha256, contract.tick_ns, contract.modalities, contract.heads, tuple(states)
-    )
+    return ModelSpec(contract.name, graph.sha256, contract.tick_ns, contract.modalities, contract.heads, tuple(states))
 
 
 def check_model(path: Path, provider: Provider) -> ModelSpec:

@@ -14,9 +14,7 @@ was in our hands; encode: until its features were sent; transport: until the eng
 began; step; emit: until the prediction was sent; total: from the tick's end until then."""
 
 
-def stages(
-    event_ns: int, closed: Stamps, step_start_ns: int, step_end_ns: int, publish_ns: int
-) -> dict[str, int]:
+def stages(event_ns: int, closed: Stamps, step_start_ns: int, step_end_ns: int, publish_ns: int) -> dict[str, int]:
     """Nanoseconds of each stage of one prediction for the tick that ended at `event_ns`."""
     return {
         "wait": closed.event_ns - event_ns,

@@ -78,9 +78,7 @@ class Session:
         engine = nodes["engine"].status if "engine" in nodes else None
         engine_streams = engine.detail.get("streams", {}) if engine else {}
         streams = {
-            n.modality: stream_summary(n, engine_streams.get(n.modality))
-            for n in supervisor.nodes
-            if n.is_source
+            n.modality: stream_summary(n, engine_streams.get(n.modality)) for n in supervisor.nodes if n.is_source
         }
         recorder = nodes["recorder"].status if "recorder" in nodes else None
         first_ns = supervisor.first_prediction_ns
@@ -90,9 +88,7 @@ class Session:
             "ticks": engine.counts["ticks"] if engine else 0,
             "predictions": engine.counts["predictions"] if engine else 0,
             "first_prediction_s": round((first_ns - began_ns) / 1e9, 3) if first_ns else None,
-            "model": {k: engine.detail["spec"][k] for k in ("name", "sha256", "provider")}
-            if engine
-            else None,
+            "model": {k: engine.detail["spec"][k] for k in ("name", "sha256", "provider")} if engine else None,
             "streams": streams,
             "balanced": all(s["balanced"] for s in streams.values()),
             "latency_ms": self._latency.table(),
@@ -120,9 +116,7 @@ def stream_summary(node: Node, aligned: dict[str, int] | None) -> dict[str, Any]
     published = node.published_before + counts.get("published", 0)
     capture = {
         "produced": counts.get("captured", 0),
-        "delivered": counts.get("captured", 0)
-        - counts.get("queue_dropped", 0)
-        - counts.get("undecodable", 0),
+        "delivered": counts.get("captured", 0) - counts.get("queue_dropped", 0) - counts.get("undecodable", 0),
         "dropped": {k: counts[k] for k in ("queue_dropped", "undecodable") if counts.get(k)},
     }
     summary: dict[str, Any] = {

@@ -206,9 +206,7 @@ def engine(context: Context) -> None:
     from stream_mmrnn.pipeline import predict
 
     settings = context.settings
-    step_engine = StepEngine(
-        config.find_model(settings.engine.model), settings.engine.slots, settings.engine.provider
-    )
+    step_engine = StepEngine(config.find_model(settings.engine.model), settings.engine.slots, settings.engine.provider)
     spec = step_engine.spec
     aligner = Aligner(
         spec.modalities,
@@ -218,9 +216,7 @@ def engine(context: Context) -> None:
         round(settings.align.max_behind_ms * 1e6),
     )
     publisher = Publisher(context.address, settings.bus.queue)
-    subscriber = Subscriber(
-        context.address, [topics.FEATURE, topics.CLOCK, topics.SESSION], settings.bus.queue
-    )
+    subscriber = Subscriber(context.address, [topics.FEATURE, topics.CLOCK, topics.SESSION], settings.bus.queue)
     reporter = Reporter(context, publisher)
     counts = {"ticks": 0, "predictions": 0, "refused": 0}
     contract = {

@@ -20,7 +20,7 @@ from stream_mmrnn.clock import now_ns
 from stream_mmrnn.encoders import Encoder
 from stream_mmrnn.engine import StepEngine
 from stream_mmrnn.errors import SessionError, WireError
-from stream_mmrnn.types import Envelope, Prediction, Sample
+from stream_mmrnn.types import Envelope, Prediction, Sample, Tick
 
 
 class Outgoing(msgspec.Struct, frozen=True):
@@ -64,9 +64,7 @@ def predict(
     """
     for envelope in envelopes:
         ticks = (
-            _session(envelope, aligner, engine, refused)
-            if envelope.topic == topics.SESSION
-            else aligner.push(envelope)
+            _session(envelope, aligner, engine, refused) if envelope.topic == topics.SESSION else aligner.push(envelope)
         )
         if ticks:
             yield from engine.step(ticks)
@@ -79,7 +77,7 @@ def _session(
     aligner: Aligner,
     engine: StepEngine,
     refused: Callable[[str, SessionError], None] | None,
-) -> list[wire.Tick]:
+) -> list[Tick]:
     message = wire.unpack(envelope.payload, wire.SessionMessage)
     session = envelope.session
     if message.op == "close":
@@ -143,9 +141,7 @@ def reencode(
                 yield msgspec.structs.replace(envelope, payload=vector.data, origin=encoder.origin)
 
 
-def pace(
-    envelopes: Iterable[Envelope], speed: float, alive: Callable[[], bool] = lambda: True
-) -> Iterator[Envelope]:
+def pace(envelopes: Iterable[Envelope], speed: float, alive: Callable[[], bool] = lambda: True) -> Iterator[Envelope]:
     """The same messages at `speed` times the rate at which they were published."""
     start_ns = first_ns = None
     for envelope in envelopes:
@@ -169,9 +165,7 @@ class Pump:
     samples and ends when the source does, or raises what the source raised. produced = delivered + dropped + waiting.
     """
 
-    def __init__(
-        self, samples: Iterator[Sample], policy: Policy, length: int, alive: Callable[[], bool]
-    ) -> None:
+    def __init__(self, samples: Iterator[Sample], policy: Policy, length: int, alive: Callable[[], bool]) -> None:
         self._samples = samples
         self._block = policy == "block"
         self._length = 1 if policy == "latest" else length
@@ -199,7 +193,7 @@ class Pump:
                     self._changed.notify_all()
                 if not self._alive():
                     break
-        except BaseException as e:  # noqa: BLE001 handed to the reader, who raises it
+        except BaseException as e:
             self._error = e
         with self._changed:
             self._ended = True

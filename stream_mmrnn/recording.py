@@ -20,15 +20,15 @@ from typing import Any
 import msgspec
 import numpy as np
 import zstandard
-from mcap import exceptions as mcap_exceptions
 from mcap.data_stream import ReadDataStream
-from mcap.records import Channel, Chunk, Footer, Metadata, Schema
-from mcap.stream_reader import StreamReader
+from mcap.exceptions import McapError
+from mcap.opcode import Opcode
+from mcap.records import Channel, Chunk, Metadata, Schema
 from mcap.writer import CompressionType, IndexType, Writer
 
 from stream_mmrnn import topics, wire
 from stream_mmrnn.clock import now_ns
-from stream_mmrnn.errors import FileError, RecordingError, WireError
+from stream_mmrnn.errors import FileError, RecordingError
 from stream_mmrnn.types import Envelope
 
 METADATA = "stream_mmrnn"
@@ -37,6 +37,19 @@ FORMAT = "1"
 RATE_HZ = 16_000
 _MAX_RECORD_BYTES = 256 * 2**20
 
+_MAGIC = b"\x89MCAP0\r\n"
+_OURS = (Opcode.CHUNK, Opcode.METADATA)
+_RECORD = struct.Struct("<BQ")
+_UNREADABLE = (
+    struct.error,
+    IndexError,
+    KeyError,
+    ValueError,
+    McapError,
+    zstandard.ZstdError,
+    msgspec.MsgspecError,
+    RecordingError,
+)
 _FEATURES_HEAD = struct.Struct("<BqBqB")
 _CLOCK = struct.Struct("<Bq")
 _MESSAGE = struct.Struct("<HIQQ")
@@ -55,9 +68,7 @@ def _varint(n: int) -> bytes:
 def _encode_features(envelope: Envelope) -> bytes:
     assert not isinstance(envelope.payload, bytes)
     body = envelope.payload.tobytes()
-    head = _FEATURES_HEAD.pack(
-        _TAG_1_FIXED64, envelope.event_ns, _TAG_2_FIXED64, envelope.capture_ns, _TAG_3_BYTES
-    )
+    head = _FEATURES_HEAD.pack(_TAG_1_FIXED64, envelope.event_ns, _TAG_2_FIXED64, envelope.capture_ns, _TAG_3_BYTES)
     return head + _varint(len(body)) + body
 
 
@@ -113,6 +124,10 @@ def _json_schema(topic: str) -> bytes:
     return msgspec.json.encode(_inline(schema, schema.get("$defs", {})))
 
 
+def _stream(data: bytes) -> ReadDataStream:
+    return ReadDataStream(BytesIO(data))
+
+
 class Recorder:
     """Writes one session's envelopes; closes a chunk and syncs the file often enough that a crash costs little."""
 
@@ -131,6 +146,7 @@ class Recorder:
 
         """
         from foxglove import messages
+
         from stream_mmrnn.clock import wall_offset_ns
 
         self.path, self.session = path, session
@@ -141,7 +157,7 @@ class Recorder:
             self._file = path.open("xb")
         except OSError as e:
             raise FileError(f"the recording {path} cannot be made: {e.strerror}; choose another path") from e
-        self._writer = Writer(
+        self._writer: Any = Writer(
             self._file, chunk_size=1 << 20, compression=CompressionType.ZSTD, index_types=IndexType.ALL
         )
         self._writer.start(profile="", library="stream_mmrnn")
@@ -202,9 +218,7 @@ class Recorder:
         body = payload if isinstance(payload, bytes) else payload.tobytes()
         message: Any
         if topic == topics.raw("vision"):
-            message = self._foxglove.CompressedImage(
-                timestamp=stamp, frame_id="camera", data=body, format="jpeg"
-            )
+            message = self._foxglove.CompressedImage(timestamp=stamp, frame_id="camera", data=body, format="jpeg")
         elif topic == topics.raw("audio"):
             message = self._foxglove.RawAudio(
                 timestamp=stamp, data=body, format="pcm-s16", sample_rate=RATE_HZ, number_of_channels=1
@@ -275,51 +289,56 @@ class Recording:
         """What the recorder wrote when it finished; empty in a file that was cut off."""
         self.damage = ""
         """One sentence once reading met the end of a file that was cut off; "" for a whole one."""
-        for record in self._records():
-            if isinstance(record, Metadata) and record.name == METADATA:
-                self.metadata = record.metadata
-                break
-            if isinstance(record, Chunk):
+        for opcode, data in self._records():
+            if opcode == Opcode.METADATA:
+                record = Metadata.read(_stream(data))
+                if record.name == METADATA:
+                    self.metadata = record.metadata
+                    break
+            if opcode == Opcode.CHUNK:
                 break
         if self.metadata.get("format") != FORMAT:
             raise FileError(
                 f"{path} is no recording of this program in format {FORMAT}"
-                + (
-                    f": {self.damage}"
-                    if self.damage
-                    else "; record it again, or use the release that made it"
-                )
+                + (f": {self.damage}" if self.damage else "; record it again, or use the release that made it")
             )
         self.damage = ""
         self.session = self.metadata["session"]
         self._offset_ns = int(self.metadata["wall_offset_ns"])
         self._raw_decoders: dict[int, Any] = {}
 
-    def _records(self) -> Iterator[Any]:
-        """Top-level records, chunks whole; a cut-off file ends where it was cut, and `damage` says so."""
+    def _records(self) -> Iterator[tuple[int, bytes]]:
+        """(opcode, content) of the top-level records that hold something of ours, in file order.
+
+        A file that was cut off ends where it was cut, and `damage` says so. Indexes are passed over unread: the
+        sequence is all that is wanted, and parsing them would cost more than the messages do.
+        """
         try:
             file = self.path.open("rb")
         except OSError as e:
             raise FileError(f"the recording {self.path} cannot be read: {e.strerror}") from e
         with file:
-            finished = False
-            try:
-                for record in StreamReader(
-                    file, emit_chunks=True, record_size_limit=_MAX_RECORD_BYTES
-                ).records:
-                    finished = finished or isinstance(record, Footer)
-                    yield record
-            except mcap_exceptions.InvalidMagic as e:
-                if file.tell() <= 64:
-                    raise FileError(f"{self.path} is no MCAP file") from e
-                self.damage = f"{self.path.name} was cut off: its end is missing"
-            except (mcap_exceptions.McapError, EOFError, struct.error, ValueError, UnicodeDecodeError) as e:
-                self.damage = (
-                    f"{self.path.name} was cut off or damaged at byte {file.tell()} ({type(e).__name__})"
-                )
-            else:
-                if not finished:
-                    self.damage = f"{self.path.name} was cut off: its end is missing"
+            size = os.fstat(file.fileno()).st_size
+            if file.read(len(_MAGIC)) != _MAGIC:
+                raise FileError(f"{self.path} is no MCAP file")
+            at = len(_MAGIC)
+            while True:
+                head = file.read(_RECORD.size)
+                if len(head) < _RECORD.size:
+                    break
+                opcode, length = _RECORD.unpack(head)
+                at += _RECORD.size + length
+                if at > size or length > _MAX_RECORD_BYTES:
+                    break
+                if opcode in _OURS:
+                    yield opcode, file.read(length)
+                else:
+                    file.seek(at)
+                if opcode == Opcode.FOOTER:
+                    if file.read(len(_MAGIC)) == _MAGIC:
+                        return
+                    break
+            self.damage = f"{self.path.name} was cut off or damaged at byte {file.tell()} of {size}"
 
     def envelopes(self, wanted: Collection[str] | None = None) -> Iterator[Envelope]:
         """Messages of the topics in `wanted` (all where None), in the order in which they were on the bus.
@@ -328,21 +347,17 @@ class Recording:
         """
         channels: dict[int, tuple[str, str, int]] = {}
         schemas: dict[int, Schema] = {}
-        for record in self._records():
-            if isinstance(record, Schema):
-                schemas[record.id] = record
-            elif isinstance(record, Channel):
-                channels[record.id] = (record.topic, record.metadata.get("origin", ""), record.schema_id)
-            elif isinstance(record, Metadata) and record.name == METADATA_END:
-                self.end = record.metadata
-            elif isinstance(record, Chunk):
-                try:
-                    yield from self._chunk(record, channels, schemas, wanted)
-                except (
-                    struct.error, IndexError, ValueError, zstandard.ZstdError, WireError, RecordingError,
-                ) as e:  # fmt: skip
-                    self.damage = f"{self.path.name} has a damaged chunk ({e})"
-                    return
+        for opcode, data in self._records():
+            try:
+                if opcode == Opcode.CHUNK:
+                    yield from self._chunk(Chunk.read(_stream(data)), channels, schemas, wanted)
+                elif opcode == Opcode.METADATA:
+                    record = Metadata.read(_stream(data))
+                    if record.name == METADATA_END:
+                        self.end = record.metadata
+            except _UNREADABLE as e:
+                self.damage = f"{self.path.name} has a damaged record ({e})"
+                return
 
     def _chunk(
         self,
@@ -368,22 +383,20 @@ class Recording:
             if at + length > end:
                 raise RecordingError("a record is longer than its chunk")
             if opcode == 0x05:
-                channel_id, seq, log_ns, publish_ns = _MESSAGE.unpack_from(data, at)
+                channel_id, seq, _, publish_ns = _MESSAGE.unpack_from(data, at)
                 topic, origin, schema_id = channels[channel_id]
                 if wanted is None or topic in wanted:
                     body = data[at + _MESSAGE.size : at + length]
                     yield self._envelope(topic, origin, schemas[schema_id], seq, publish_ns - offset_ns, body)
             elif opcode == 0x03:
-                schema = Schema.read(ReadDataStream(BytesIO(data[at : at + length])))
+                schema = Schema.read(_stream(data[at : at + length]))
                 schemas[schema.id] = schema
             elif opcode == 0x04:
-                channel = Channel.read(ReadDataStream(BytesIO(data[at : at + length])))
+                channel = Channel.read(_stream(data[at : at + length]))
                 channels[channel.id] = (channel.topic, channel.metadata.get("origin", ""), channel.schema_id)
             at += length
 
-    def _envelope(
-        self, topic: str, origin: str, schema: Schema, seq: int, publish_ns: int, body: bytes
-    ) -> Envelope:
+    def _envelope(self, topic: str, origin: str, schema: Schema, seq: int, publish_ns: int, body: bytes) -> Envelope:
         capture_ns = publish_ns
         payload: Any = body
         session = self.session

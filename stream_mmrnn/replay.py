@@ -50,9 +50,7 @@ class Comparison:
             self._note(f"tick {tick.index} has no recorded prediction")
             return
         same = (
-            then.present == tick.present
-            and then.age_ns == tick.age_ns
-            and then.heads.keys() == prediction.heads.keys()
+            then.present == tick.present and then.age_ns == tick.age_ns and then.heads.keys() == prediction.heads.keys()
         )
         if not same:
             self._note(f"tick {tick.index} saw other inputs than when it was recorded")
@@ -122,13 +120,9 @@ def replay(
     engine = StepEngine(config.find_model(name), settings.engine.slots, provider)
     if verify:
         if not recorded:
-            raise FileError(
-                f"{path} holds no predictions to compare with; it was made by `record`, or cut off early"
-            )
+            raise FileError(f"{path} holds no predictions to compare with; it was made by `record`, or cut off early")
         if engine.spec.sha256 != recording.metadata["model_sha256"]:
-            raise UsageError(
-                f"{path} was predicted by another version of the model {name!r}; give that one by --model"
-            )
+            raise UsageError(f"{path} was predicted by another version of the model {name!r}; give that one by --model")
     aligner = Aligner(
         engine.spec.modalities,
         engine.spec.tick_ns,
@@ -139,9 +133,7 @@ def replay(
     wanted = {topics.CLOCK, topics.SESSION, *(topics.feature(m.name) for m in engine.spec.modalities)}
     if source == "raw":
         if recording.metadata.get("raw") == "false":
-            raise UsageError(
-                f"{path} was recorded without raw streams (record.raw = false); replay it from features"
-            )
+            raise UsageError(f"{path} was recorded without raw streams (record.raw = false); replay it from features")
         wanted |= {topics.raw(m.name) for m in engine.spec.modalities}
     envelopes = recording.envelopes(wanted)
     if source == "raw":
@@ -201,9 +193,7 @@ def info(path: Path) -> dict[str, Any]:
         first_ns, last_ns = first_ns or e.publish_ns, max(last_ns, e.publish_ns)
     for channel in channels.values():
         del channel["_next"]
-        channel["rate_hz"] = (
-            round(channel["messages"] / ((last_ns - first_ns) / 1e9), 2) if last_ns > first_ns else 0.0
-        )
+        channel["rate_hz"] = round(channel["messages"] / ((last_ns - first_ns) / 1e9), 2) if last_ns > first_ns else 0.0
     m = recording.metadata
     return {
         "recording": str(path),

@@ -20,7 +20,7 @@ from stream_mmrnn.errors import ModelError, ProviderError
 
 Provider = Literal["auto", "cpu", "cuda"]
 
-_NUMPY = {
+_NUMPY: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(double)": np.dtype(np.float64),
     "tensor(float16)": np.dtype(np.float16),
@@ -42,7 +42,7 @@ class TensorSpec:
 
     def __init__(self, node: Any) -> None:
         self.name: str = node.name
-        self.dtype = _NUMPY.get(node.type)
+        self.dtype: np.dtype[Any] = _NUMPY.get(node.type, np.dtype(object))
         self.type: str = node.type
         self.shape: tuple[int | None, ...] = tuple(n if isinstance(n, int) else None for n in node.shape)
 
@@ -61,9 +61,7 @@ class Graph:
         try:
             data = path.read_bytes()
         except OSError as e:
-            raise ModelError(
-                f"the model {path} cannot be read: {e.strerror}; give the path of an ONNX file"
-            ) from e
+            raise ModelError(f"the model {path} cannot be read: {e.strerror}; give the path of an ONNX file") from e
         self.path = path
         self.sha256 = hashlib.sha256(data).hexdigest()
         options = ort.SessionOptions()
@@ -141,7 +139,7 @@ class Binding:
             self._io.bind_ortvalue_output(following, self._values[name])
 
     def _input(self, graph: Graph, name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-        array = np.zeros(shape, graph.inputs[name].dtype)
+        array: npt.NDArray[Any] = np.zeros(shape, graph.inputs[name].dtype)
         value = ort.OrtValue.ortvalue_from_numpy(array, self._device, 0)
         self._io.bind_ortvalue_input(name, value)
         self._values[name] = value

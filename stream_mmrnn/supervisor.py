@@ -236,10 +236,8 @@ class Supervisor:
                 self._expect()
                 continue
             death = _death(code)
-            if at_ns - node.started_ns > 10_000_000_000:
-                recent = 0
-            else:
-                recent = min(node.restarts, 8)
+            # one that ran well for a while starts again as if for the first time
+            recent = 0 if at_ns - node.started_ns > 10_000_000_000 else min(node.restarts, 8)
             wait_s = min(settings.backoff_s * 2**recent, settings.backoff_max_s)
             node.deaths.append(death)
             node.restarts += 1
@@ -269,9 +267,7 @@ class Supervisor:
             self._publisher.publish(topics.CONTROL, self.settings.session.name, at_ns, at_ns, b"stop")
             self._await_closed("recorder", now_ns() + 500_000_000, see)
         for names in (("engine", "recorder", "dashboard", "clock"), ("broker",)):
-            self._end(
-                [n for n in self.nodes if n.name in names], max(deadline_ns, now_ns() + 100_000_000), see
-            )
+            self._end([n for n in self.nodes if n.name in names], max(deadline_ns, now_ns() + 100_000_000), see)
         if self._publisher is not None:
             self._publisher.close(0)
         if self._monitor is not None:

@@ -54,13 +54,9 @@ def _streams(state: dict[str, Any]) -> Table:
         if not name.startswith("feature/"):
             continue
         age = "–" if s["age_ms"] is None else f"{s['age_ms']:.0f} ms" if s["age_ms"] < 10_000 else "> 10 s"
-        used = {True: Text("● present", "green"), False: Text("○ absent", "dim"), None: Text("")}[
-            s["present"]
-        ]
+        used = {True: Text("● present", "green"), False: Text("○ absent", "dim"), None: Text("")}[s["present"]]
         what = s["state"] or "–"
-        table.add_row(
-            s["modality"], Text(what, _STATE_STYLE.get(what, "")), f"{s['rate_hz']:.1f} Hz", age, used
-        )
+        table.add_row(s["modality"], Text(what, _STATE_STYLE.get(what, "")), f"{s['rate_hz']:.1f} Hz", age, used)
     return table
 
 
@@ -126,9 +122,7 @@ def summary_table(summary: dict[str, Any]) -> RenderableType:
         Text.assemble(
             (f"{summary['ticks']} ticks, {summary['predictions']} predictions", "bold"),
             f" in {summary['seconds']:.1f} s",
-            f"; the first after {summary['first_prediction_s']:.2f} s"
-            if summary["first_prediction_s"]
-            else "",
+            f"; the first after {summary['first_prediction_s']:.2f} s" if summary["first_prediction_s"] else "",
         )
     )
     parts.append(table)
@@ -137,9 +131,7 @@ def summary_table(summary: dict[str, Any]) -> RenderableType:
     if summary["recording"]:
         r = summary["recording"]
         parts.append(
-            Text(
-                f"recorded {r['messages']} messages, {r['bytes'] / 1e6:.1f} MB, {r['lost']} lost: {r['path']}"
-            )
+            Text(f"recorded {r['messages']} messages, {r['bytes'] / 1e6:.1f} MB, {r['lost']} lost: {r['path']}")
         )
     for name, deaths in summary["restarts"].items():
         parts.append(Text(f"{name} {', '.join(deaths)}", "yellow"))

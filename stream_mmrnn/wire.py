@@ -27,18 +27,14 @@ _Stamp = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 
 class _Header(msgspec.Struct, array_like=True, frozen=True, gc=False):
     version: int
-    session: Annotated[
-        str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    ]
+    session: Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     seq: Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
     event_ns: _Stamp
     capture_ns: _Stamp
     publish_ns: _Stamp
     origin: Annotated[str, msgspec.Meta(max_length=256)]
     dtype: Annotated[str, msgspec.Meta(max_length=4)]
-    shape: Annotated[
-        tuple[Annotated[int, msgspec.Meta(ge=0, le=MAX_PAYLOAD_BYTES)], ...], msgspec.Meta(max_length=4)
-    ]
+    shape: Annotated[tuple[Annotated[int, msgspec.Meta(ge=0, le=MAX_PAYLOAD_BYTES)], ...], msgspec.Meta(max_length=4)]
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -54,7 +50,7 @@ def encode(envelope: Envelope) -> list[bytes | memoryview]:
         if payload.dtype.str not in _DTYPES:
             raise WireError(f"a payload of {payload.dtype} cannot be sent; use float32, int16 or uint8")
         dtype, shape = payload.dtype.str, payload.shape
-        body = memoryview(np.ascontiguousarray(payload)).cast("B") if payload.size else memoryview(b"")
+        body = np.ascontiguousarray(payload).reshape(-1).view(np.uint8).data if payload.size else memoryview(b"")
     header = _encode(
         _Header(
             VERSION,

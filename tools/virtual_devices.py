@@ -30,6 +30,17 @@ def missing_programs() -> list[str]:
     return [name for name in ("pulseaudio", "paplay", "pactl") if shutil.which(name) is None]
 
 
+def _end(process: subprocess.Popen[bytes] | None) -> None:
+    if process is None:
+        return
+    process.terminate()
+    try:
+        process.wait(5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 class VirtualMicrophone:
     """A running one: `env` is what a process needs in its environment to hear it, `device` what to open."""
 
@@ -45,6 +56,7 @@ class VirtualMicrophone:
         }
         self._server: subprocess.Popen[bytes] | None = None
         self._listener: subprocess.Popen[bytes] | None = None
+        self._player: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start the server; also after `stop`, which is how a microphone is plugged in again."""
@@ -112,23 +124,17 @@ class VirtualMicrophone:
 
     def stop(self) -> None:
         """Pull the plug."""
-        for process in (self._listener, self._server):
-            if process is None:
-                continue
-            process.terminate()
-            try:
-                process.wait(5)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        self._listener = self._server = None
+        for process in (self._player, self._listener, self._server):
+            _end(process)
+        self._player = self._listener = self._server = None
 
-    def play(self, path: Path, *, wait: bool = True) -> subprocess.Popen[bytes]:
-        """Play a WAV file into the microphone."""
-        player = subprocess.Popen(["paplay", "--latency-msec=20", str(path)], env={**os.environ, **self.env})
+    def play(self, path: Path, *, wait: bool = True) -> None:
+        """Play a WAV file into the microphone, in place of what is still being played."""
+        _end(self._player)
+        command = ["paplay", "--latency-msec=20", str(path)]
+        self._player = subprocess.Popen(command, env={**os.environ, **self.env}, stderr=subprocess.DEVNULL)
         if wait:
-            player.wait()
-        return player
+            self._player.wait()
 
 
 @contextlib.contextmanager
@@ -137,12 +143,10 @@ def virtual_microphone(wav: Path | None = None) -> Iterator[VirtualMicrophone]:
     if missing_programs():
         raise RuntimeError(f"a virtual microphone needs {', '.join(missing_programs())}: install {_NEEDED}")
     stopped = threading.Event()
-    players: list[subprocess.Popen[bytes]] = []
 
     def loop(microphone: VirtualMicrophone, path: Path) -> None:
         while not stopped.is_set():
-            players[:] = [microphone.play(path, wait=False)]
-            players[0].wait()
+            microphone.play(path)
             stopped.wait(0.2)  # a file that cannot be played must not make this a busy loop
 
     # a short path: the name of a socket has 107 characters
@@ -157,11 +161,9 @@ def virtual_microphone(wav: Path | None = None) -> Iterator[VirtualMicrophone]:
             yield microphone
         finally:
             stopped.set()
-            for player in players:
-                player.terminate()
+            microphone.stop()
             if looper is not None:
                 looper.join(5)
-            microphone.stop()
 
 
 Frames = Callable[[], Iterator[bytes]]

@@ -230,7 +230,10 @@ class Microphone:
             if block.lost:
                 self.info["overflows"] += 1
                 clock.lost()
-            event_ns = clock.stamp(frames, block.now_ns + self._since_end_ns(block.offset_s, frames))
+            smooth_ns = clock.stamp(frames, block.now_ns + self._since_end_ns(block.offset_s, frames))
+            event_ns = min(
+                smooth_ns, block.now_ns
+            )  # nothing ends after we have it, whatever the average says
             self.info["jumps"] = clock.jumps
             if resampler is None:
                 yield Sample(event_ns, block.now_ns, data)
@@ -242,7 +245,7 @@ class Microphone:
         """When the block ended, relative to the callback: its first sample's age (negative) and its length."""
         length_s = frames / self._rate
         # some drivers leave the time out, or give nonsense: then the block ended just now
-        if not -1.0 < offset_s < 0.0:
+        if not -3.0 < offset_s < 0.0:
             return 0
         return min(0, round((offset_s + length_s) * 1e9))
 
