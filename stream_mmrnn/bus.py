@@ -21,20 +21,19 @@ _STOP = b"TERMINATE"
 
 
 class Address:
-    """Where the broker's three sockets are. Made once by the supervisor, given to every process."""
+    """Where the broker's two sockets are. Made once by the supervisor, given to every process."""
 
-    def __init__(self, publish: str, subscribe: str, control: str, folder: str = "") -> None:
-        self.publish, self.subscribe, self.control, self.folder = publish, subscribe, control, folder
+    def __init__(self, publish: str, subscribe: str, folder: str = "") -> None:
+        self.publish, self.subscribe, self.folder = publish, subscribe, folder
 
     @classmethod
     def create(cls, transport: str) -> Address:
         """Fresh addresses: ipc in a private folder (0700), or loopback tcp ports that were free just now."""
         if transport == "ipc":
             folder = tempfile.mkdtemp(prefix="stream-mmrnn-")
-            names = [f"ipc://{folder}/{n}" for n in ("pub", "sub", "ctl")]
-            return cls(names[0], names[1], names[2], folder)
+            return cls(f"ipc://{folder}/publish", f"ipc://{folder}/subscribe", folder)
         context = zmq.Context()
-        sockets = [context.socket(zmq.PUB) for _ in range(3)]
+        sockets = [context.socket(zmq.PUB) for _ in range(2)]
         try:
             ports = [s.bind_to_random_port("tcp://127.0.0.1") for s in sockets]
         finally:
@@ -62,6 +61,7 @@ def run_broker(address: Address, queue: int, ready: Callable[[], None], alive: C
         front.bind(address.publish)
         back.bind(address.subscribe)
     except zmq.ZMQError as e:
+        context.destroy(linger=0)
         raise ProcessError(f"the broker cannot bind {address.publish} or {address.subscribe}: {e}") from e
     control.bind("inproc://control")
     steer.connect("inproc://control")

@@ -46,7 +46,7 @@ class DeviceClock:
         self._last_ns = -1
 
     def lost(self) -> None:
-        """The device dropped samples: its count says nothing about them, so the next reading is believed at once."""
+        """The device dropped samples, and its count does not say so: the next reading is believed at once."""
         self.jumps += self._event_ns is not None
         self._event_ns = None
 

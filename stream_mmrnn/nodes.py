@@ -311,6 +311,7 @@ def recorder(context: Context) -> None:
     reporter.counts = lambda: {
         "messages": file.messages,
         "bytes": file.bytes,
+        "refused": file.unwritable,
         "lost": sum(n for t, n in subscriber.gaps.lost.items() if not t.startswith(topics.STATUS)),
     }
     reporter.detail = lambda: {"path": str(file.path), "messages": file.counts}
@@ -382,11 +383,13 @@ def dashboard(context: Context) -> None:
     context.ready.set()
     view = LiveState()
     next_ns = 0
-    for envelope in subscriber.stream(context.alive):
-        view.see(envelope)
-        if envelope.topic == topics.raw("vision") and isinstance(envelope.payload, bytes):
-            page.picture(envelope.payload)
+    while context.alive():
+        envelope = subscriber.receive(100)
         reporter.keep()
+        if envelope is not None:
+            view.see(envelope)
+            if envelope.topic == topics.raw("vision") and isinstance(envelope.payload, bytes):
+                page.picture(envelope.payload)
         if now_ns() >= next_ns:
             next_ns = now_ns() + 100_000_000
             page.update(view.snapshot(now_ns()))

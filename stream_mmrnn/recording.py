@@ -28,7 +28,7 @@ from mcap.writer import CompressionType, IndexType, Writer
 
 from stream_mmrnn import topics, wire
 from stream_mmrnn.clock import now_ns
-from stream_mmrnn.errors import FileError, RecordingError
+from stream_mmrnn.errors import FileError, RecordingError, WireError
 from stream_mmrnn.types import Envelope
 
 METADATA = "stream_mmrnn"
@@ -66,7 +66,8 @@ def _varint(n: int) -> bytes:
 
 
 def _encode_features(envelope: Envelope) -> bytes:
-    assert not isinstance(envelope.payload, bytes)
+    if isinstance(envelope.payload, bytes) or envelope.payload.dtype != np.float32:
+        raise WireError("features are float32")
     body = envelope.payload.tobytes()
     head = _FEATURES_HEAD.pack(_TAG_1_FIXED64, envelope.event_ns, _TAG_2_FIXED64, envelope.capture_ns, _TAG_3_BYTES)
     return head + _varint(len(body)) + body
@@ -166,6 +167,8 @@ class Recorder:
         self._channels: dict[tuple[str, str], int] = {}
         self._last_log_ns = 0
         self.messages = 0
+        self.unwritable = 0
+        """Messages whose stamps or payload no reader could read back."""
         self.counts: dict[str, int] = {}
         self._writer.add_metadata(
             METADATA,
@@ -211,7 +214,9 @@ class Recorder:
         if topic == topics.CLOCK:
             return _CLOCK.pack(_TAG_1_FIXED64, envelope.event_ns)
         if topic in _JSON_KINDS:
-            assert isinstance(payload, bytes)
+            if not isinstance(payload, bytes):
+                raise WireError(f"{topic} is JSON")
+            _event_ns.decode(payload)
             return payload
         seconds, nanoseconds = divmod(envelope.event_ns + self._offset_ns, 1_000_000_000)
         stamp = self._foxglove.Timestamp(seconds, nanoseconds)
@@ -234,16 +239,18 @@ class Recorder:
         return data
 
     def write(self, envelope: Envelope) -> None:
-        """Append one message; the file's order is the order of the calls."""
+        """Append one message; the file's order is the order of the calls. One that no file can hold is counted."""
+        publish_ns = envelope.publish_ns + self._offset_ns
+        try:
+            if not 0 <= publish_ns < 2**63:
+                raise WireError(f"publish_ns {envelope.publish_ns} is no time that a file can hold")
+            data = self._data(envelope)
+        except (WireError, OverflowError, struct.error, TypeError, msgspec.MsgspecError):
+            self.unwritable += 1
+            return
         received_ns = envelope.received_ns or now_ns()
         self._last_log_ns = max(self._last_log_ns, received_ns + self._offset_ns)
-        self._writer.add_message(
-            self._channel(envelope),
-            self._last_log_ns,
-            self._data(envelope),
-            envelope.publish_ns + self._offset_ns,
-            envelope.seq,
-        )
+        self._writer.add_message(self._channel(envelope), self._last_log_ns, data, publish_ns, envelope.seq)
         self.messages += 1
         self.counts[envelope.topic] = self.counts.get(envelope.topic, 0) + 1
 
@@ -263,7 +270,9 @@ class Recorder:
 
     def close(self, end: Mapping[str, str]) -> None:
         """Finish the file: `end` says what was lost and how it ended."""
-        self._writer.add_metadata(METADATA_END, {"messages": str(self.messages), **end})
+        self._writer.add_metadata(
+            METADATA_END, {"messages": str(self.messages), "unwritable": str(self.unwritable), **end}
+        )
         self._writer.finish()
         self.sync()
         self._file.close()

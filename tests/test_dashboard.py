@@ -9,13 +9,16 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 
+from stream_mmrnn import topics, wire
 from stream_mmrnn.dashboard.server import MAX_CLIENTS, Dashboard
 from stream_mmrnn.dashboard.state import HISTORY_POINTS, LiveState
 from stream_mmrnn.errors import ConfigError, ProcessError
 from stream_mmrnn.latency import STAGES
-from stream_mmrnn.types import Envelope
+from stream_mmrnn.types import Envelope, HeadSpec, ModalitySpec, Prediction, Stamps, Tick
 
 MS = 1_000_000
 S = 1_000_000_000
@@ -114,7 +117,7 @@ def test_heads_have_values_meaning_and_a_bounded_history() -> None:
         "horizons_s": [[0, 0.2], [0.2, 0.6]],
     }
     live.see(
-        status("engine", T0, state="ready", spec={"name": "m", "heads": [head], "modalities": ["vision"]})
+        status("engine", T0, state="ready", detail={"spec": {"name": "m", "heads": [head], "modalities": ["vision"]}})
     )
     for i in range(3000):
         live.see(prediction(T0 + i * 10 * MS, {"vap": [i / 3000, 0.123456]}, seq=i))
@@ -205,7 +208,8 @@ GARBAGE = [
     b"[" * 100_000,
     b'{"state": 3}',
     b'{"tick": 1, "heads": {"vap": "x"}}',
-    b'{"state": "ready", "spec": {"heads": 3}}',
+    b'{"state": "ready", "detail": {"spec": {"heads": 3}}}',
+    b'{"state": "ready", "detail": 3}',
     b'{"state": "ready", "counts": []}',
     b"x" * 300_000,
 ]
@@ -230,6 +234,35 @@ def test_stamps_beyond_all_clocks_are_garbage() -> None:
     live.see(prediction(T0, {"vap": [0.5]}, step_end_ns=10**30))
     assert live.malformed == 2
     assert live.snapshot(T0)["latency"] == {}
+
+
+def test_what_our_own_processes_send_is_understood() -> None:
+    """The wire's own messages, so that a change of theirs shows here."""
+    live = LiveState()
+    head = HeadSpec("vap", "activity_projection", 1, ("x",), ((0.0, 0.2),))
+    contract = msgspec.to_builtins({"name": "m", "heads": (head,), "modalities": (ModalitySpec("audio", 4),)})
+    streams = {"audio": {"late": 2, "late_joined": 1}}
+    message = wire.StatusMessage(
+        "engine", "ready", counts={"refused": 1}, detail={"spec": contract, "streams": streams}
+    )
+    live.see(envelope("status/engine", T0, wire.pack(message), session=topics.EVERYONE))
+    camera = wire.StatusMessage("vision", "missing", 1, "vision", "no such device", {"queue_dropped": 4})
+    live.see(envelope("status/vision", T0, wire.pack(camera), session=topics.EVERYONE))
+    stamps = Stamps(T0, T0 + MS, T0 + 2 * MS, T0 + 3 * MS, "feature/audio")
+    tick = Tick("a", 7, T0, {}, {"audio": True}, {"audio": 0}, stamps)
+    said = Prediction(tick, {"vap": np.array([0.25], np.float32)}, "ab" * 32, T0 + 4 * MS, T0 + 5 * MS)
+    live.see(envelope("prediction", T0 + 6 * MS, wire.pack(wire.prediction_message(said)), event_ns=T0))
+    live.see(envelope("clock", T0, session=topics.EVERYONE))
+    snap = live.snapshot(T0 + S)
+    assert live.malformed == 0
+    assert snap["heads"]["vap"]["values"] == [0.25]
+    assert snap["heads"]["vap"]["horizons_s"] == [(0.0, 0.2)]
+    assert snap["streams"]["feature/vision"]["state"] == "missing"
+    assert snap["streams"]["feature/audio"]["present"] is True
+    assert snap["latency"]["total"]["p50"] == 6
+    assert snap["sessions"]["names"] == ["a"]
+    losses = {(x["node"], x["what"]): x["count"] for x in snap["losses"]}
+    assert losses == {("vision", "queue_dropped"): 4, ("engine", "audio.late"): 2, ("engine", "refused"): 1}
 
 
 def test_not_a_number_is_a_gap() -> None:
@@ -267,9 +300,7 @@ def port(board: Dashboard) -> int:
     return int(board.address.rstrip("/").rsplit(":", 1)[1])
 
 
-def ask(
-    board: Dashboard, path: str, method: str = "GET", **headers: str
-) -> tuple[int, dict[str, str], bytes]:
+def ask(board: Dashboard, path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", port(board), timeout=5)
     try:
         connection.request(method, path, headers=headers)
@@ -384,9 +415,7 @@ def test_too_many_clients_are_refused(board: Dashboard) -> None:
     assert wait_until(lambda: (board.update({}), board.clients == 0)[1])
 
 
-@pytest.mark.parametrize(
-    "host", ["example.org", "127.0.0.1.example.org", "", "localhost:80:80", "192.0.2.1:80"]
-)
+@pytest.mark.parametrize("host", ["example.org", "127.0.0.1.example.org", "", "localhost:80:80", "192.0.2.1:80"])
 def test_a_foreign_host_is_refused(board: Dashboard, host: str) -> None:
     for path in ("/", "/events", "/picture.jpg"):
         assert ask(board, path, Host=host)[0] == 403
@@ -419,9 +448,7 @@ def test_unknown_paths(board: Dashboard, path: str) -> None:
     ],
     ids=["binary", "half", "version", "no host", "long"],
 )
-def test_garbage_on_the_socket_is_harmless(
-    board: Dashboard, raw: bytes, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_garbage_on_the_socket_is_harmless(board: Dashboard, raw: bytes, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_connection(("127.0.0.1", port(board)), timeout=5) as s:
         s.sendall(raw)
         s.shutdown(socket.SHUT_WR)

@@ -1,8 +1,8 @@
 """A microphone and a camera without hardware, for tests and for people who have none at hand.
 
-The microphone is a private PulseAudio server whose speaker is wired to its microphone; the camera is an MJPEG
-server on loopback. Neither needs a kernel module or rights. Knows nothing about the package: it only looks like
-devices. Run `python tools/virtual_devices.py --help`.
+The microphone is a private PulseAudio server whose speaker is wired to its microphone; the camera is an
+MJPEG server on loopback. Neither needs a kernel module or rights. Knows nothing about the package: it only
+looks like devices. Run `python tools/virtual_devices.py --help`.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def clip_frames(path: Path) -> Frames:
 
 
 def numbered_frames(width: int = 320, height: int = 240) -> Frames:
-    """Pictures that carry their number, as a row of 16 black and white bars (highest bit left): see `read_number`."""
+    """Pictures that carry their number as 16 black and white bars, highest bit left: see `read_number`."""
     import cv2
     import numpy as np
 
@@ -206,11 +206,7 @@ def numbered_frames(width: int = 320, height: int = 240) -> Frames:
 def read_number(picture: Any) -> int:
     """The number in a picture of `numbered_frames`."""
     height, width = picture.shape[:2]
-    return sum(
-        1 << (15 - bit)
-        for bit in range(16)
-        if int(picture[height // 2, width * (2 * bit + 1) // 32, 0]) > 127
-    )
+    return sum(1 << (15 - bit) for bit in range(16) if int(picture[height // 2, width * (2 * bit + 1) // 32, 0]) > 127)
 
 
 class MjpegCamera:
@@ -232,7 +228,7 @@ class MjpegCamera:
         camera, stopped = self, threading.Event()
 
         class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:  # noqa: N802 the library's name
+            def do_GET(self) -> None:
                 self.send_response(200)
                 self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
                 self.end_headers()
@@ -266,9 +262,7 @@ class MjpegCamera:
 
 
 @contextlib.contextmanager
-def mjpeg_camera(
-    clip: Path | Frames | None = None, rate_hz: float = 25.0, port: int = 0
-) -> Iterator[MjpegCamera]:
+def mjpeg_camera(clip: Path | Frames | None = None, rate_hz: float = 25.0, port: int = 0) -> Iterator[MjpegCamera]:
     """A camera that shows a clip, or what a generator makes, or numbered pictures, at `rate_hz`."""
     frames = clip_frames(clip) if isinstance(clip, Path) else clip or numbered_frames()
     camera = MjpegCamera(frames, rate_hz, port)
@@ -281,12 +275,8 @@ def mjpeg_camera(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="A microphone and a camera without hardware, until Ctrl-C.")
-    parser.add_argument(
-        "--wav", type=Path, help="a virtual microphone that hears this WAV file over and over"
-    )
-    parser.add_argument(
-        "--clip", type=Path, help="a camera that shows this video file; without it, numbered pictures"
-    )
+    parser.add_argument("--wav", type=Path, help="a virtual microphone that hears this WAV file over and over")
+    parser.add_argument("--clip", type=Path, help="a camera that shows this video file; without it, numbered pictures")
     parser.add_argument("--camera", action="store_true", help="a camera, also without --clip")
     parser.add_argument("--rate", type=float, default=25.0, help="pictures a second (25)")
     parser.add_argument("--port", type=int, default=0, help="the camera's port on 127.0.0.1 (any free one)")

@@ -7,6 +7,7 @@ served. Knows nothing about networks. See train_voice_activity.py.
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import sys
 import tarfile
@@ -20,16 +21,20 @@ import numpy as np
 
 from stream_mmrnn.align import Aligner, stamps_of
 from stream_mmrnn.config import Camera, Microphone, models_folder
+from stream_mmrnn.config import Synthetic as SyntheticSettings
 from stream_mmrnn.encoders.audio import AudioEncoder
 from stream_mmrnn.encoders.image import ImageEncoder
 from stream_mmrnn.encoders.text import TextEncoder
 from stream_mmrnn.engine import MAX_AGE_S
 from stream_mmrnn.runtime import Graph
 from stream_mmrnn.sources.file import Picture, Sound, streams_of
+from stream_mmrnn.sources.synthetic import Synthetic
 from stream_mmrnn.topics import CLOCK, EVERYONE, MODALITIES, feature
 from stream_mmrnn.types import Envelope, ModalitySpec, Sample, Tick
 
 RATE = 16_000
+SEEDS = {"train": (1001, 1002, 1003, 1004), "test": (0, 1)}
+"""Of the synthetic person; 0 is what a user sees first, so it is held out."""
 TICK_NS = 40_000_000
 BINS_S = ((0.0, 0.2), (0.2, 0.6), (0.6, 1.2), (1.2, 2.0))
 EPOCH_NS = 1_000 * TICK_NS
@@ -37,7 +42,7 @@ SIZES = {"vision": 1280, "audio": 81, "text": 256}
 LATENESS_NS = {"vision": 80_000_000, "audio": 80_000_000, "text": 0}
 DELAY_NS = {"vision": 20_000_000, "audio": 1_000_000, "text": 2_000_000}
 """How long after its event a feature is there, about as live: it decides the order of the messages."""
-DIGITS = "zero one two three four five six seven eight nine".split()
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 class Stream(NamedTuple):
@@ -80,6 +85,8 @@ class Corpus(NamedTuple):
     dialogues: list[Any]
     """Words of both sides with their start and end."""
     clips: list[Clip]
+    synthetic: list[Stream]
+    """The project's own synthetic person, one stream a seed, as its source gives it."""
 
 
 class Encoders:
@@ -87,9 +94,7 @@ class Encoders:
 
     def __init__(self) -> None:
         self.vision, self.audio, self.text = ImageEncoder(), AudioEncoder(), TextEncoder()
-        self.specs = [
-            ModalitySpec(name, SIZES[name], encoder=getattr(self, name).origin) for name in MODALITIES
-        ]
+        self.specs = [ModalitySpec(name, SIZES[name], encoder=getattr(self, name).origin) for name in MODALITIES]
         graph = Graph(models_folder() / "encoders" / "silero_vad.onnx")
         self._detector = graph.bind(
             {"input": (1, 576), "sr": ()}, {"output": (1, 1)}, {"state": ("stateN", (2, 1, 128))}
@@ -212,6 +217,20 @@ def _look(jpeg: Any, encoders: Encoders, version: int) -> Any:
     return encoders.vision.encode(Sample(0, 0, jpeg))[0].data
 
 
+def load_synthetic(seed: int, seconds: float, encoders: Encoders) -> Stream:
+    """The runtime's synthetic source, all three modalities."""
+
+    def samples(modality: str) -> list[Sample]:
+        source = Synthetic(modality, SyntheticSettings(seed=seed), paced=False)
+        coming = source.samples(lambda: True, 0)
+        return list(itertools.takewhile(lambda s: s.event_ns <= seconds * 1e9, coming))
+
+    sound = np.concatenate([s.data for s in samples("audio")])
+    frames = [(s.event_ns / 1e9, encoders.vision.encode(s)[0].data) for s in samples("vision")]
+    words = [(s.event_ns / 1e9, bytes(s.data).decode()) for s in samples("text")]
+    return Stream(sound, sound, frames, words)
+
+
 def load(data: Path, encoders: Encoders) -> tuple[Corpus, Corpus]:
     """The two sides of the split, by speaker, by dialogue and by clip: to train on, and held out."""
     for name in ("fsdd.tar.xz", "switchboard_words.tar.xz", "clips/dialogue.wav", "clips/speech.mp4"):
@@ -223,7 +242,11 @@ def load(data: Path, encoders: Encoders) -> tuple[Corpus, Corpus]:
     faces = sorted(clips.glob("*.mpg"))
     seen = [load_clip(path, encoders, 3) for path in (*faces[:-2], clips / "speech.mp4")]
     held = [load_clip(path, encoders, 1) for path in (clips / "dialogue.wav", *faces[-2:])]
-    return Corpus(speakers[:-1], dialogues["train"], seen), Corpus(speakers[-1:], dialogues["test"], held)
+    people = {s: [load_synthetic(n, 60, encoders) for n in SEEDS[s]] for s in SEEDS}
+    return (
+        Corpus(speakers[:-1], dialogues["train"], seen, people["train"]),
+        Corpus(speakers[-1:], dialogues["test"], held, people["test"]),
+    )
 
 
 # --- composing
@@ -260,7 +283,7 @@ def _say(run: Any, out: Any, voice: Any, rng: Any) -> list[tuple[float, str]]:
 
 
 def compose(corpus: Corpus, seconds: float, rng: Any) -> Stream:
-    """Digits spoken at the times of a real dialogue, one side of it or both, with its words or the digits'."""
+    """Digits spoken at the times of a real dialogue, one side or both, with its words or the digits'."""
     sides = corpus.dialogues[rng.integers(len(corpus.dialogues))]
     start = rng.uniform(0, max(min(side[-1][1] for side in sides if side) - seconds, 0))
     both = rng.random() < 0.3
@@ -319,6 +342,13 @@ def chain(corpus: Corpus, seconds: float, rng: Any) -> Stream:
         at += rest
     frames = sorted((f for f in frames if f[0] < seconds), key=lambda f: f[0])
     return Stream(*_microphone(sound, rng), frames, [])
+
+
+def perform(corpus: Corpus, rng: Any) -> Stream:
+    """The synthetic person, with a microphone's gain and noise."""
+    stream = corpus.synthetic[rng.integers(len(corpus.synthetic))]
+    sound, clean = _microphone(stream.sound / 32768, rng)
+    return stream._replace(sound=sound, clean=clean)
 
 
 def _microphone(clean: Any, rng: Any) -> tuple[Any, Any]:

@@ -38,7 +38,7 @@ _MAX_LATENCIES = 4096
 _MAX_JSON_BYTES = 256 * 1024
 _LATENCY_EVERY_NS = 250_000_000
 """Percentiles are worked out anew at most this often."""
-_LOST_WORDS = ("dropped", "lost", "refused", "garbage", "overflow", "rejected")
+_LOST_WORDS = ("dropped", "lost", "refused", "garbage", "overflow", "rejected", "undecodable")
 _LOST_REASONS = frozenset({"late", "duplicate", "quarantined", "superseded", "unclosed", "outside"})
 """The aligner's reasons, each a loss of its own."""
 
@@ -72,7 +72,8 @@ class _Status(msgspec.Struct):
     modality: str = ""
     reason: str = ""
     counts: dict[str, Any] = {}
-    spec: msgspec.Raw = msgspec.Raw(b"null")
+    detail: msgspec.Raw = msgspec.Raw(b"{}")
+    """Read apart, so that one that makes no sense does not cost the state."""
 
 
 class _Head(msgspec.Struct):
@@ -93,10 +94,17 @@ class _Spec(msgspec.Struct):
     name: str = ""
 
 
+class _Detail(msgspec.Struct):
+    """What of a status's detail is shown: the engine's contract and how each stream fared at its door."""
+
+    spec: _Spec | None = None
+    streams: dict[str, Any] = {}
+
+
 _T = TypeVar("_T")
 _read_prediction = msgspec.json.Decoder(_Prediction).decode
 _read_status = msgspec.json.Decoder(_Status).decode
-_read_spec: Callable[[bytes], _Spec | None] = msgspec.json.Decoder(_Spec | None).decode
+_read_detail = msgspec.json.Decoder(_Detail).decode
 
 
 class Rate:
@@ -248,7 +256,7 @@ class LiveState:
         self._next_seq[key] = envelope.seq + 1
         if len(self._next_seq) > _MAX_SESSIONS:
             self._next_seq.popitem(last=False)
-        if envelope.topic != topics.CLOCK and len(self._sessions) < _MAX_SESSIONS:
+        if envelope.session != topics.EVERYONE and len(self._sessions) < _MAX_SESSIONS:
             self._sessions[envelope.session] = None
 
     def _see_prediction(self, envelope: Envelope, at_ns: int) -> None:
@@ -290,9 +298,10 @@ class LiveState:
         if not name or len(name) > 64 or (name not in self._nodes and len(self._nodes) >= _MAX_NODES):
             self.malformed += 1
             return
-        counts = dict(list(_flat(s.counts))[:_MAX_COUNTS])
+        detail = self._read(_read_detail, bytes(s.detail)) or _Detail()
+        counts = dict(list(_flat({**s.counts, **detail.streams}))[:_MAX_COUNTS])
         self._nodes[name] = _Node(s.state[:32], s.modality[:32], s.reason[:200], counts, at_ns)
-        spec = self._read(_read_spec, bytes(s.spec))
+        spec = detail.spec
         if spec is not None:
             self._meaning = {h.name: h for h in spec.heads[:_MAX_HEADS]}
             self._modalities = [m if isinstance(m, str) else m.name for m in spec.modalities[:_MAX_HEADS]]
@@ -407,7 +416,7 @@ def _node(node: _Node, now_ns: int) -> dict[str, Any]:
 
 def _is_loss(what: str) -> bool:
     parts = what.split(".")
-    return parts[-1] in _LOST_REASONS or any(p.startswith(_LOST_WORDS) for p in parts)
+    return parts[-1] in _LOST_REASONS or any(word in part for part in parts for word in _LOST_WORDS)
 
 
 def _flat(counts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, int]]:

@@ -1,7 +1,7 @@
 """Sources: each a generator of samples behind a tiny class, opened only in its worker's process.
 
-A source knows its device and the clock. It knows nothing about encoders, the bus or sessions, and keeps no queue:
-the worker's pump does (`pipeline.Pump`).
+A source knows its device and the clock. It knows nothing about encoders, the bus or sessions, and keeps no
+queue: the worker's pump does (`pipeline.Pump`).
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Source(Protocol):
         """Take the device; raises SourceError where it is not there (the worker asks again later)."""
 
     def samples(self, alive: Callable[[], bool], epoch_ns: int) -> Iterator[Sample]:
-        """Samples as they come, until the stream ends or `alive()` is false (looked at ten times a second or more).
+        """Samples as they come, until the stream ends or `alive()` is false (asked ten times a second or more).
 
-        `epoch_ns` is the time of a file's or synthetic stream's beginning; devices stamp with the clock. Raises
-        SourceError when the device is lost.
+        `epoch_ns` is the time of a file's or synthetic stream's beginning; devices stamp with the clock.
+        Raises SourceError when the device is lost.
         """
 
     def close(self) -> None:
@@ -64,9 +64,7 @@ def check(spec: str, modality: str) -> None:
     """
     kind, rest = split(spec)
     if kind not in _KINDS[modality]:
-        raise SourceSpecError(
-            f"{spec!r} is no source of {modality}; use one of {', '.join(_KINDS[modality])}"
-        )
+        raise SourceSpecError(f"{spec!r} is no source of {modality}; use one of {', '.join(_KINDS[modality])}")
     if kind in ("tcp", "zmq") and not (rest.isdigit() and int(rest) < 65536):
         raise SourceSpecError(f"{spec!r} needs a port on this machine, such as {kind}:5555")
     if kind in ("file", "pipe") and not rest:

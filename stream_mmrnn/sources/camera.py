@@ -1,6 +1,7 @@
 """A camera through OpenCV: a device number, a device file, a video file or a URL (http, rtsp, udp).
 
-Knows nothing about what the pictures are for. The only live picture source; `file` reads clips by their own times.
+Knows nothing about what the pictures are for. The only live picture source; `file` reads clips by their own
+times.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ _WAITING_NS = 4_000_000
 """A frame that `grab` has sooner than this was waiting for us: it is older than its stamp would say."""
 _WAITING_FRAMES = 300
 
-# Our errors say what is wrong in one sentence; what the libraries print beside them goes nowhere. OpenCV reads
-# these at the first capture, so it is early enough here; who sets them outside has the last word.
+# Our errors say what is wrong in one sentence; what the libraries print beside them goes nowhere. OpenCV
+# reads these at the first capture, so it is early enough here; who sets them outside has the last word.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 os.environ.setdefault("OPENCV_VIDEOIO_V4L_SELECT_TIMEOUT", str(_TIMEOUT_MS // 1000))
@@ -79,14 +80,10 @@ class Camera:
         try:
             capture = _capture(self._device)
         except cv2.error as e:
-            raise SourceError(
-                f"{self.origin} cannot be opened: {e.err}; give a number, a file or a URL"
-            ) from e
+            raise SourceError(f"{self.origin} cannot be opened: {e.err}; give a number, a file or a URL") from e
         if not capture.isOpened():
             capture.release()
-            raise SourceError(
-                f"{self.origin} cannot be opened: expected a camera there; is it connected, or in use?"
-            )
+            raise SourceError(f"{self.origin} cannot be opened: expected a camera there; is it connected, or in use?")
         if not self._is_file and not _is_url(self._device):
             capture.set(cv2.CAP_PROP_FRAME_WIDTH, self._settings.width)
             capture.set(cv2.CAP_PROP_FRAME_HEIGHT, self._settings.height)
@@ -166,12 +163,8 @@ def list_cameras() -> list[tuple[str, str]]:
     for number in found:
         capture = _capture(str(number))
         if capture.isOpened():
-            width, height = (
-                int(capture.get(p)) for p in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT)
-            )
+            width, height = (int(capture.get(p)) for p in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
             rate = capture.get(cv2.CAP_PROP_FPS)
-            result.append(
-                (f"camera:{number}", f"{width}x{height} at {rate:g} Hz ({capture.getBackendName()})")
-            )
+            result.append((f"camera:{number}", f"{width}x{height} at {rate:g} Hz ({capture.getBackendName()})"))
         capture.release()
     return result

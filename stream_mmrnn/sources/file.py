@@ -1,7 +1,7 @@
 """The picture and the sound of a media file at its own pace, by the times the file itself states.
 
-Both streams count from the container's start, so that two processes that read one file agree. PyAV decodes both:
-OpenCV's idea of a frame's time is a guess for some containers. Knows nothing about devices.
+Both streams count from the container's start, so that two processes that read one file agree. PyAV decodes
+both: OpenCV's idea of a frame's time is a guess for some containers. Knows nothing about devices.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from stream_mmrnn.sources.pacing import Reading, pace
 from stream_mmrnn.types import Sample
 
 _GAP_S = Fraction(1, 20)
-"""Sound whose time stamps leave out more than this was not recorded: it is silence, so that the rest stays in time."""
+"""Where the time stamps leave out more than this, nothing was recorded: silence keeps the rest in time."""
 
 Int16Array = npt.NDArray[np.int16]
 
@@ -34,9 +34,7 @@ def _opened(path: Path) -> Any:
     try:
         return av.open(str(path))
     except av.error.FFmpegError as e:
-        raise FileError(
-            f"the file {path} cannot be read: {e.strerror}; give a file with picture or sound"
-        ) from e
+        raise FileError(f"the file {path} cannot be read: {e.strerror}; give a file with picture or sound") from e
     except OSError as e:
         raise FileError(f"the file {path} cannot be read: {e.strerror}; give a media file that exists") from e
 
@@ -49,6 +47,8 @@ def streams_of(path: Path) -> set[str]:
 
     """
     with _opened(path) as container:
+        if container.format.name == "tty":  # any text is a film to it: letters on a screen
+            raise FileError(f"the file {path} is text; give a file with picture or sound")
         has = set()
         # the cover of a music file is a picture, and no film
         if any(not s.disposition & av.stream.Disposition.attached_pic for s in container.streams.video):
@@ -77,7 +77,7 @@ class _Media:
         self._container = _opened(self._path)
 
     def _frames(self, kind: str) -> Iterator[tuple[Any, Fraction]]:
-        """Decoded frames with their time in seconds from the container's start; a damaged packet is counted."""
+        """Decoded frames with their time in seconds from the container's start; counts damaged packets."""
         container = self._container
         if container is None:
             raise SourceError(f"{self.origin} is not open: call open() before samples()")

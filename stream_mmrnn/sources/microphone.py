@@ -1,10 +1,12 @@
 """A microphone through PortAudio: mono int16 blocks at 16 kHz, stamped by the device's own sample count.
 
-PortAudio's thread only copies and stamps; everything else happens in the reader. Knows nothing about encoders.
+PortAudio's thread only copies and stamps; everything else happens in the reader. Knows nothing about
+encoders.
 """
 
 from __future__ import annotations
 
+import contextlib
 import queue
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,7 +26,7 @@ _LOST_NS = 2_000_000_000
 _FIRST_NS = 5_000_000_000
 """The first block may take longer than any later one: some sound servers take their time to wake."""
 _WAITING_BLOCKS = 500
-"""Blocks that may wait for a reader that stalls; what comes then is dropped, counted and told to the clock."""
+"""Blocks that may wait for a stalled reader; what comes then is dropped, counted and told to the clock."""
 
 Int16Array = npt.NDArray[np.int16]
 
@@ -44,8 +46,9 @@ def _portaudio() -> Any:
 def _fresh_portaudio() -> Any:
     """PortAudio lists devices once, when it starts: what was plugged in since is seen only by a fresh start."""
     sd = _portaudio()
-    try:
+    with contextlib.suppress(sd.PortAudioError):  # it did not start the last time either
         sd._terminate()
+    try:
         sd._initialize()
     except sd.PortAudioError as e:
         raise SourceError(f"PortAudio does not start: {e}; check the system's sound server") from e
@@ -57,7 +60,10 @@ def _inputs(sd: Any) -> list[dict[str, Any]]:
 
 
 def list_devices() -> list[tuple[str, str]]:
-    """The microphones there are now, as (source, description), for the `devices` verb."""
+    """The microphones there are now, as (source, description), for the `devices` verb.
+
+    Not beside an open microphone in the same process: the fresh start would end its stream.
+    """
     sd = _fresh_portaudio()
     default = sd.default.device[0]
     result = []
@@ -158,9 +164,7 @@ class Microphone:
     def _find(self, sd: Any) -> Any:
         names = [d["name"] for d in _inputs(sd)]
         if not names:
-            raise SourceError(
-                f"{self.origin} is not there: this machine has no input device; connect a microphone"
-            )
+            raise SourceError(f"{self.origin} is not there: this machine has no input device; connect a microphone")
         wanted: int | str | None = int(self._name) if self._name.isdigit() else (self._name or None)
         try:
             return sd.query_devices(wanted, "input")
@@ -220,9 +224,7 @@ class Microphone:
                 block = waiting.get(timeout=_LOOK_S)
             except queue.Empty:
                 if now_ns() - last_ns > _LOST_NS or not stream.active:
-                    raise SourceError(
-                        f"{self.origin} is lost: it gives no more sound; check its connection"
-                    ) from None
+                    raise SourceError(f"{self.origin} is lost: it gives no more sound; check its connection") from None
                 continue
             last_ns = block.now_ns
             data = np.frombuffer(block.data, np.int16)
@@ -230,10 +232,8 @@ class Microphone:
             if block.lost:
                 self.info["overflows"] += 1
                 clock.lost()
-            smooth_ns = clock.stamp(frames, block.now_ns + self._since_end_ns(block.offset_s, frames))
-            event_ns = min(
-                smooth_ns, block.now_ns
-            )  # nothing ends after we have it, whatever the average says
+            smooth_ns = clock.stamp(frames, block.now_ns + self._end_after_callback_ns(block.offset_s, frames))
+            event_ns = min(smooth_ns, block.now_ns)  # nothing ends after we have it, whatever the average says
             self.info["jumps"] = clock.jumps
             if resampler is None:
                 yield Sample(event_ns, block.now_ns, data)
@@ -241,9 +241,9 @@ class Microphone:
                 for sound, end_ns in resampler.feed(data, event_ns):
                     yield Sample(end_ns, block.now_ns, sound)
 
-    def _since_end_ns(self, offset_s: float, frames: int) -> int:
-        """When the block ended, relative to the callback: its first sample's age (negative) and its length."""
-        length_s = frames / self._rate
+    def _end_after_callback_ns(self, offset_s: float, frames: int) -> int:
+        """When the block ended, relative to the callback: its first sample's age (negative) plus its length."""
+        length_s: float = frames / self._rate
         # some drivers leave the time out, or give nonsense: then the block ended just now
         if not -3.0 < offset_s < 0.0:
             return 0

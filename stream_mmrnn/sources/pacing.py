@@ -26,16 +26,19 @@ def wait_until(when_ns: int, alive: Callable[[], bool]) -> bool:
 
 
 class Reading:
-    """One sample to come: when it was, how much later it is delivered, and how to make its data."""
+    """One sample to come: when it was, how much later it is delivered, and how to make its data.
+
+    Without `make` it is lost on its way: time passes, and nothing comes.
+    """
 
     __slots__ = ("delay_ns", "event_ns", "make")
 
-    def __init__(self, event_ns: int, make: Callable[[], Payload], delay_ns: int = 0) -> None:
+    def __init__(self, event_ns: int, make: Callable[[], Payload] | None, delay_ns: int = 0) -> None:
         self.event_ns, self.make, self.delay_ns = event_ns, make, delay_ns
 
 
 def pace(readings: Iterable[Reading], alive: Callable[[], bool], *, paced: bool) -> Iterator[Sample]:
-    """Each reading as a sample when its time has come; at once, and stamped as if in time, where not `paced`."""
+    """Each reading as a sample when its time has come; where not `paced`, at once and stamped as if in time."""
     joined = not paced
     for reading in readings:
         if not alive():
@@ -45,6 +48,10 @@ def pace(readings: Iterable[Reading], alive: Callable[[], bool], *, paced: bool)
             if reading.event_ns < now_ns() - JOIN_NS:
                 continue
             joined = True
+        if reading.make is None:
+            if paced and not wait_until(reading.event_ns, alive):
+                return
+            continue
         data = reading.make()  # before the wait, so that the work makes nothing late
         if not paced:
             yield Sample(reading.event_ns, reading.event_ns, data)

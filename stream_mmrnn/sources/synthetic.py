@@ -1,7 +1,7 @@
 """A person who talks in turns, seen, heard and read, out of a seed: the source that needs no hardware.
 
-Each modality runs in its own process and makes its own share of the same story (`talker`). Faults can be asked
-for: late delivery, lost samples, a stream that freezes. Knows nothing about devices or files.
+Each modality runs in its own process and makes its own share of the same story (`talker`). Faults can be
+asked for: late delivery, lost samples, a stream that freezes. Knows nothing about devices or files.
 """
 
 from __future__ import annotations
@@ -60,16 +60,14 @@ class Synthetic:
     def close(self) -> None:
         """Nothing to give back."""
 
-    def _with_faults(
-        self, events: Iterator[tuple[int, Callable[[], Payload]]], epoch_ns: int
-    ) -> Iterator[Reading]:
+    def _with_faults(self, events: Iterator[tuple[int, Callable[[], Payload]]], epoch_ns: int) -> Iterator[Reading]:
         s = self._settings
         which = _FAULTS + _MODALITIES.index(self._modality)
         for index, (at_ns, make) in enumerate(events):
             at_s = at_ns / 1e9
             if s.freeze_every_s and at_s >= s.freeze_every_s and at_s % s.freeze_every_s < s.freeze_s:
                 self.info["frozen"] += 1
-                # time passes without a sample: a reading that makes none would wait as well, and is not needed
+                yield Reading(epoch_ns + at_ns, None)
                 continue
             delay_ns = 0
             if s.drop or s.jitter_ms:
@@ -77,6 +75,7 @@ class Synthetic:
                 rng = np.random.default_rng((s.seed, which, index))
                 if rng.random() < s.drop:
                     self.info["dropped"] += 1
+                    yield Reading(epoch_ns + at_ns, None)
                     continue
                 delay_ns = round(abs(rng.normal(0.0, s.jitter_ms)) * 1e6)
             yield Reading(epoch_ns + at_ns, make, delay_ns)
@@ -100,9 +99,9 @@ class Synthetic:
         sound = _HISS * np.random.default_rng((seed, _ROOM, k)).standard_normal(_BLOCK)
         start = k * _BLOCK - round(turn.start_s * RATE_HZ)
         if start > -_BLOCK:
-            if self._wave[0] != turn.index:
-                rng = np.random.default_rng((seed, _VOICE, turn.index))
-                self._wave = (turn.index, speak(turn, rng) * (_LEVEL * 32767))
+            if self._wave[0] != turn.number:
+                rng = np.random.default_rng((seed, _VOICE, turn.number))
+                self._wave = (turn.number, speak(turn, rng) * (_LEVEL * 32767))
             piece = self._wave[1][max(0, start) : max(0, start + _BLOCK)]
             at = max(0, -start)
             sound[at : at + len(piece)] += piece
@@ -118,7 +117,7 @@ class Synthetic:
             yield round(at_s * 1e9), partial(self._frame, at_s, openness(turn, at_s))
 
     def _frame(self, at_s: float, mouth: float) -> bytes:
-        """A face in front of a wall: it sways a little, blinks, and its mouth is as open as the voice is loud."""
+        """A face before a wall: it sways a little, blinks, and its mouth is as open as the voice is loud."""
         width, height = self._settings.width, self._settings.height
         picture = np.full((height, width, 3), (96, 88, 80), np.uint8)
         unit = min(width, height) / 100

@@ -1,7 +1,7 @@
 """What the synthetic person says and when: turns of sentences with pauses between, out of a seed.
 
-Each turn is made from the seed and its own number, so that three processes tell one story without talking to each
-other. Pure: knows nothing about sound, pictures or the clock.
+Each turn is made from the seed and its own number, so that three processes tell one story without talking to
+each other. Pure: knows nothing about sound, pictures or the clock.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Word(NamedTuple):
 class Turn(NamedTuple):
     """One stretch of talk; silence before and after."""
 
-    index: int
+    number: int
     start_s: float
     end_s: float
     words: tuple[Word, ...]

@@ -122,18 +122,14 @@ class Pipe(_Text):
         mode = os.fstat(self._fd).st_mode
         if not (stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISCHR(mode)):
             self.close()
-            raise SourceError(
-                f"{self.origin} is neither a pipe nor a file; make one with `mkfifo {self._path}`"
-            )
+            raise SourceError(f"{self.origin} is neither a pipe nor a file; make one with `mkfifo {self._path}`")
         self._fifo = stat.S_ISFIFO(mode)
 
     def _opened(self) -> int:
         try:
             return os.open(self._path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         except OSError as e:
-            raise SourceError(
-                f"{self.origin} cannot be read: {e.strerror}; make it with `mkfifo {self._path}`"
-            ) from e
+            raise SourceError(f"{self.origin} cannot be read: {e.strerror}; make it with `mkfifo {self._path}`") from e
 
     def samples(self, alive: Callable[[], bool], epoch_ns: int) -> Iterator[Sample]:
         lines = _Lines(self._max, self.info)
@@ -151,8 +147,8 @@ class Pipe(_Text):
                 continue
             if not self._fifo:
                 return
-            # the last writer is gone, and this end would say so for ever: a fresh one waits for the next. Opened
-            # before the old one is closed, so that a writer that comes just now never finds the pipe without reader
+            # the last writer is gone, and this end would say so for ever: a fresh one waits for the next. It is
+            # opened before the old one is closed: a writer that comes just now never finds a pipe without reader
             fresh = self._opened()
             os.close(self._fd)
             self._fd = fresh
@@ -183,9 +179,7 @@ class Tcp(_Text):
             server.setblocking(False)
         except OSError as e:
             server.close()
-            raise SourceError(
-                f"{self.origin} cannot be served: {e.strerror}; choose a port that is free"
-            ) from e
+            raise SourceError(f"{self.origin} cannot be served: {e.strerror}; choose a port that is free") from e
         self.info["port"] = server.getsockname()[1]
         self._server = server
 
@@ -245,7 +239,7 @@ class Tcp(_Text):
 
 
 class Zmq(_Text):
-    """A PULL socket on loopback; ZeroMQ itself shuts out who sends more than `max_line_bytes` in a message."""
+    """A PULL socket on loopback; ZeroMQ itself shuts out who sends a message beyond `max_line_bytes`."""
 
     def __init__(self, port: int, settings: TextSettings) -> None:
         super().__init__(f"zmq:{port}", settings)

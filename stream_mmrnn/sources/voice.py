@@ -123,4 +123,5 @@ def speak(turn: Turn, rng: np.random.Generator) -> FloatArray:
             noise = _noise(p, rng)
             start = round((p.start_s - turn.start_s) * RATE_HZ)
             sound[start : start + len(noise)] += 0.8 * noise[: len(sound) - start]
-    return np.tanh(sound * 0.35)
+    result: FloatArray = np.tanh(sound * 0.35)
+    return result

@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import toy_model
+
+SHARED = Path(__file__).parent.parent.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model with the sizes of toy_model.MODALITIES."""
+    return toy_model.make(tmp_path_factory.mktemp("models") / "toy.onnx")
+
+
+@pytest.fixture(scope="session")
+def clips() -> Path:
+    folder = SHARED / "data" / "clips"
+    if not folder.is_dir():
+        pytest.skip("the shared data folder is not beside this checkout")
+    return folder

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zmq
+
+from stream_mmrnn import topics
+from stream_mmrnn.bus import Address, Gaps, Publisher, Subscriber, run_broker
+from stream_mmrnn.errors import ProcessError
+from stream_mmrnn.types import Envelope
+
+
+@pytest.fixture(params=["ipc", "tcp"])
+def address(request: pytest.FixtureRequest) -> Iterator[Address]:
+    made = Address.create(request.param)
+    ready, stop = threading.Event(), threading.Event()
+    thread = threading.Thread(target=run_broker, args=(made, 1000, ready.set, lambda: not stop.wait(0.02)))
+    thread.start()
+    assert ready.wait(5)
+    yield made
+    stop.set()
+    thread.join(5)
+    assert not thread.is_alive()
+    made.remove()
+    assert not made.folder or not Path(made.folder).exists()
+
+
+def drain(subscriber: Subscriber, count: int) -> list[Envelope]:
+    got = []
+    while len(got) < count:
+        envelope = subscriber.receive(5000)
+        assert envelope is not None, f"only {len(got)} of {count} came"
+        got.append(envelope)
+    return got
+
+
+def test_all_readers_see_one_order(address: Address) -> None:
+    readers = [Subscriber(address, ["feature/"], 10_000) for _ in range(3)]
+    publishers = [Publisher(address, 10_000) for _ in range(3)]
+    names = ("vision", "audio", "text")
+    for p, name in zip(publishers, names, strict=True):
+        assert p.wait_for_reader(f"feature/{name}", 5)
+    # a reader is sure to be heard of once something reaches it
+    for p in publishers:
+        p.publish("feature/warm", "s", 0, 0, b"")
+    for r in readers:
+        drain(r, 3)
+
+    def send(p: Publisher, name: str) -> None:
+        for i in range(300):
+            p.publish(f"feature/{name}", "s", i, i, np.full(4, i, np.float32), "o")
+
+    threads = [threading.Thread(target=send, args=x) for x in zip(publishers, names, strict=True)]
+    for t in threads:
+        t.start()
+    got = [[(e.topic, e.seq) for e in drain(r, 900)] for r in readers]
+    for t in threads:
+        t.join()
+    assert got[0] == got[1] == got[2]
+    for r in readers:
+        assert not any(r.gaps.lost.values())
+        assert sum(r.gaps.received.values()) == 903
+        r.close()
+    for p in publishers:
+        p.close()
+
+
+def test_garbage_is_counted_and_dropped(address: Address) -> None:
+    reader = Subscriber(address, [""], 100)
+    publisher = Publisher(address, 100)
+    context = zmq.Context()
+    stranger = context.socket(zmq.PUB)
+    stranger.connect(address.publish)
+    assert publisher.wait_for_reader("clock", 5)
+    for _ in range(200):
+        stranger.send_multipart([b"clock", b"\xff\xfe", b""])
+        stranger.send(b"hello")
+        if reader.receive(20) is None and reader.garbage:
+            break
+    assert reader.garbage
+    publisher.publish(topics.CLOCK, topics.EVERYONE, 1, 1, b"")
+    while (envelope := reader.receive(5000)) is None:
+        pass
+    assert envelope.event_ns == 1
+    stranger.close(0)
+    context.term()
+    reader.close()
+    publisher.close()
+
+
+def test_the_folder_of_the_sockets_is_private() -> None:
+    address = Address.create("ipc")
+    assert stat.S_IMODE(Path(address.folder).stat().st_mode) == 0o700
+    address.remove()
+
+
+def test_nobody_listens(tmp_path: Path) -> None:
+    publisher = Publisher(Address(f"ipc://{tmp_path}/a", f"ipc://{tmp_path}/b"), 10)
+    assert not publisher.wait_for_reader("clock", 0.05)
+    for i in range(30):
+        publisher.publish("clock", "s", i, i, b"")
+    publisher.close(0)
+
+
+def test_a_place_that_is_taken() -> None:
+    address = Address.create("tcp")
+    context = zmq.Context()
+    squatter = context.socket(zmq.PUB)
+    squatter.bind(address.publish)
+    with pytest.raises(ProcessError, match="cannot bind"):
+        run_broker(address, 10, lambda: None, lambda: False)
+    squatter.close(0)
+    context.term()
+
+
+def test_gaps_are_counted_per_stream() -> None:
+    gaps = Gaps()
+
+    def see(topic: str, seq: int, session: str = "s") -> None:
+        gaps.see(Envelope(topic, session, seq, 0, 0, 0, b""))
+
+    for seq in (0, 1, 4, 5):
+        see("feature/audio", seq)
+    see("feature/vision", 2)  # a session's stream begins at 0
+    see("feature/audio", 0)  # the publisher began anew
+    see("feature/audio", 2)
+    see("clock", 900, topics.EVERYONE)  # the clock began before we listened
+    see("clock", 902, topics.EVERYONE)
+    assert gaps.lost == {"feature/audio": 3, "feature/vision": 2, "clock": 1}
+    assert gaps.received == {"feature/audio": 6, "feature/vision": 1, "clock": 2}

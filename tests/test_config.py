@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stream_mmrnn import config
+from stream_mmrnn.errors import ConfigError
+
+
+def write(path: Path, text: str) -> Path:
+    file = path / "settings.toml"
+    file.write_text(text)
+    return file
+
+
+def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    assert config.load(write(tmp_path, "")) == config.Settings() == config.load(None)
+
+
+def test_values_and_overrides(tmp_path: Path) -> None:
+    file = write(tmp_path, "[engine]\nslots = 4\n[sources]\nvision = 'none'\n")
+    settings = config.load(file, {"engine.slots": 8, "engine.model": None, "session.name": "a"})
+    assert (settings.engine.slots, settings.sources.vision, settings.session.name) == (8, "none", "a")
+    assert settings.engine.model == config.Engine().model
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[engine]\nslot = 4", "unknown key `engine.slot`: the nearest is `slots`"),
+        ("[enginee]\nslots = 4", "unknown key `enginee`: the nearest is `engine`"),
+        ("[engine]\nzzzzzz = 4", "the keys there are model, provider, slots"),
+        ("[engine]\nslots = 0", "`engine.slots` has a wrong value: expected `int` >= 1"),
+        ("[engine]\nslots = 'a'", "`engine.slots` has a wrong value"),
+        ("[engine]\nprovider = 'tpu'", "`engine.provider` has a wrong value"),
+        ("[dashboard]\nhost = '0.0.0.0'", "`dashboard.host` has a wrong value"),
+        ("[session]\nname = '../up'", "`session.name` has a wrong value"),
+        ("engine = 3", "`engine` has a wrong value"),
+        ("[engine\n", "is not valid TOML"),
+    ],
+)
+def test_wrong_settings_are_one_sentence(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(ConfigError) as e:
+        config.load(write(tmp_path, text))
+    assert words in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        config.load(tmp_path / "no.toml")
+
+
+values = st.none() | st.integers() | st.text()
+
+
+@given(st.dictionaries(st.text(max_size=8), values | st.dictionaries(st.text(max_size=8), values)))
+def test_any_table_is_settings_or_an_error_of_ours(table: dict[str, object]) -> None:
+    with contextlib.suppress(ConfigError):
+        config.parse(table)
+
+
+def test_an_unknown_model_names_the_zoo() -> None:
+    with pytest.raises(ConfigError, match="no model 'nix'; give an ONNX file's path"):
+        config.find_model("nix")
+    assert config.find_model("./x.onnx") == Path("x.onnx")

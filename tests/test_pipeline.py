@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stream_mmrnn import topics, wire
+from stream_mmrnn.align import Aligner
+from stream_mmrnn.bench import bench, synthetic
+from stream_mmrnn.engine import StepEngine
+from stream_mmrnn.errors import Busy, SessionError, SourceError, WireError
+from stream_mmrnn.pipeline import Pump, capture, pace, predict, reencode
+from stream_mmrnn.types import Envelope, Prediction, Sample
+
+BEGIN = 10**15
+LATE = {"vision": 80_000_000, "audio": 80_000_000, "text": 0}
+
+
+def aligner(engine: StepEngine) -> Aligner:
+    return Aligner(engine.spec.modalities, engine.spec.tick_ns, LATE)
+
+
+def results(predictions: Iterator[Prediction]) -> dict[str, list[tuple[int, bytes]]]:
+    out: dict[str, list[tuple[int, bytes]]] = {}
+    for p in predictions:
+        out.setdefault(p.tick.session, []).append((p.tick.index, p.heads["next"].tobytes()))
+    return out
+
+
+def test_many_sessions_together_equal_each_alone(toy: Path) -> None:
+    engine = StepEngine(toy, 4)
+    envelopes = list(synthetic(engine.spec, 4, 3.0, BEGIN, 7))
+    together = results(predict(envelopes, aligner(engine), engine))
+    assert set(together) == {f"bench-{i}" for i in range(4)}
+    assert all(len(v) == 75 for v in together.values())
+    assert len(engine.arena) == 0
+    for name, expected in together.items():
+        one = StepEngine(toy, 4)
+        only = [e for e in envelopes if e.session in (name, topics.EVERYONE)]
+        assert results(predict(only, aligner(one), one)) == {name: expected}
+
+
+def test_a_session_without_a_slot_is_refused_and_the_others_go_on(toy: Path) -> None:
+    engine = StepEngine(toy, 2)
+    envelopes = list(synthetic(engine.spec, 3, 1.0, BEGIN, 7))
+    refused: list[tuple[str, SessionError]] = []
+    a = aligner(engine)
+    got = results(predict(envelopes, a, engine, lambda s, e: refused.append((s, e))))
+    assert set(got) == {"bench-0", "bench-1"}
+    assert [s for s, _ in refused] == ["bench-2"]
+    assert isinstance(refused[0][1], Busy)
+    assert a.counts["audio"].outside > 0
+    with pytest.raises(Busy):
+        list(predict(envelopes, aligner(engine), StepEngine(toy, 2)))
+
+
+def test_a_session_opened_again_starts_anew(toy: Path) -> None:
+    engine = StepEngine(toy, 1)
+    one = [e for e in synthetic(engine.spec, 1, 1.0, BEGIN, 7) if wire_op(e) != "close"]
+    later = list(synthetic(engine.spec, 1, 1.0, BEGIN + 2_000_000_000, 7))
+    got = results(predict(one + later, aligner(engine), engine))["bench-0"]
+    fresh = StepEngine(toy, 1)
+    assert got[-25:] == results(predict(later, aligner(fresh), fresh))["bench-0"]
+
+
+def wire_op(e: Envelope) -> str:
+    return wire.unpack(e.payload, wire.SessionMessage).op if e.topic == topics.SESSION else ""
+
+
+class Doubler:
+    """An encoder: the sum of a block, twice; refuses an empty block."""
+
+    origin, size = "doubler@1", 1
+
+    def __init__(self) -> None:
+        self.resets = 0
+
+    def encode(self, sample: Sample) -> list[Sample]:
+        if not len(sample.data):
+            raise WireError("an empty block")
+        value = np.array([2.0 * np.sum(sample.data)], np.float32)
+        return [Sample(sample.event_ns, sample.capture_ns, value)]
+
+    def reset(self) -> None:
+        self.resets += 1
+
+
+def blocks(count: int, empty: int = -1) -> list[Sample]:
+    return [
+        Sample(i * 20, i * 20 + 1, np.zeros(0, np.int16) if i == empty else np.full(3, i, np.int16))
+        for i in range(count)
+    ]
+
+
+def test_capture_yields_the_sample_and_then_its_features() -> None:
+    bad: list[WireError] = []
+    out = list(capture(blocks(3, empty=1), "audio", "mic", Doubler(), bad.append))
+    assert [(o.topic, o.origin) for o in out] == [
+        ("raw/audio", "mic"), ("feature/audio", "doubler@1"), ("raw/audio", "mic"),
+        ("raw/audio", "mic"), ("feature/audio", "doubler@1"),
+    ]  # fmt: skip
+    assert [o.sample.data.tolist() for o in out if o.topic == "feature/audio"] == [[0.0], [12.0]]
+    assert len(bad) == 1
+
+
+def as_envelopes(samples: list[Sample], with_features: bool) -> list[Envelope]:
+    out = []
+    for o in capture(samples, "audio", "mic", Doubler(), lambda _: None):
+        s = o.sample
+        if with_features or o.topic == "raw/audio":
+            out.append(Envelope(o.topic, "s", len(out), s.event_ns, s.capture_ns, 0, s.data, o.origin))
+    return out
+
+
+def test_encoding_again_keeps_place_and_number() -> None:
+    recorded = as_envelopes(blocks(5), True)
+    # in the recording the vectors came later than their samples
+    late = [e for e in recorded if e.topic == "raw/audio"] + [e for e in recorded if e.topic != "raw/audio"]
+    again = list(reencode(late, {"audio": Doubler()}))
+    assert [(e.seq, e.event_ns, e.payload.tolist()) for e in again] == [
+        (e.seq, e.event_ns, e.payload.tolist()) for e in recorded if e.topic == "feature/audio"
+    ]
+    without = list(reencode(as_envelopes(blocks(5), False), {"audio": Doubler()}, {"audio"}))
+    assert [(e.seq, e.payload.tolist()) for e in without] == [(i, [6.0 * i]) for i in range(5)]
+
+
+def test_pace_keeps_the_intervals() -> None:
+    envelopes = [Envelope("clock", "host", i, 0, 0, BEGIN + i * 100_000_000, b"") for i in range(6)]
+    began = time.monotonic()
+    paced = list(pace(envelopes, 2.0))
+    assert time.monotonic() - began >= 0.25
+    assert [e.seq for e in paced] == list(range(6))
+    gaps = np.diff([e.received_ns for e in paced])
+    assert gaps.min() > 0
+    assert list(pace(envelopes, 0.001, lambda: False)) == []
+
+
+@pytest.mark.parametrize(("policy", "expected"), [("latest", [9]), ("drop_oldest", [6, 7, 8, 9])])
+def test_a_full_queue_drops_the_oldest_and_counts(policy: str, expected: list[int]) -> None:
+    pump = Pump(iter(Sample(i, i, b"") for i in range(10)), policy, 4, lambda: True)  # type: ignore[arg-type]
+    pump.start()
+    pump.join(5)
+    got = []
+    while not pump.ended:
+        got.append(pump.read(1).event_ns)
+    assert got == expected
+    assert pump.produced == pump.delivered + pump.dropped == 10
+
+
+def test_a_full_queue_that_blocks_loses_nothing() -> None:
+    pump = Pump(iter(Sample(i, i, b"") for i in range(10)), "block", 2, lambda: True)
+    pump.start()
+    got = []
+    while not pump.ended:
+        sample = pump.read(1)
+        if sample is not None:
+            got.append(sample.event_ns)
+    assert got == list(range(10))
+    assert (pump.produced, pump.delivered, pump.dropped) == (10, 10, 0)
+
+
+def test_a_source_that_fails_fails_its_reader() -> None:
+    def failing() -> Iterator[Sample]:
+        yield Sample(0, 0, b"")
+        raise SourceError("the camera is gone")
+
+    pump = Pump(failing(), "block", 4, lambda: True)
+    pump.start()
+    assert pump.read(5) is not None
+    with pytest.raises(SourceError, match="the camera is gone"):
+        pump.read(5)
+    assert pump.ended
+
+
+@pytest.mark.parametrize("hot", [True, False])
+def test_bench_accounts_for_every_message(toy: Path, hot: bool) -> None:
+    result = bench(toy, sessions=2, duration_s=0.6, hot=hot, provider="cpu")
+    assert result["predictions"] == 2 * 15
+    for stream in result["streams"].values():
+        assert stream["received"] == stream["delivered"] + sum(stream["dropped"].values())
+    assert result["latency_ms"]["step"]["count"] == result["predictions"]
+    assert ("total" in result["latency_ms"]) is not hot
