@@ -379,23 +379,22 @@ def devices(as_json: Json = False) -> None:
     from stream_mmrnn.errors import SourceError
     from stream_mmrnn.sources import camera
 
-    cameras = camera.list_cameras()
-    microphones: list[dict[str, Any]] = []
+    cameras = [{"source": s, "is": what} for s, what in camera.list_cameras()]
+    microphones: list[dict[str, str]] = []
     problem = ""
     try:
         from stream_mmrnn.sources import microphone
 
-        microphones = microphone.list_devices()
+        microphones = [{"source": s, "is": what} for s, what in microphone.list_devices()]
     except SourceError as e:
         problem = str(e)
     if as_json:
         _print({"cameras": cameras, "microphones": microphones, "problem": problem})
         return
     console = Console(highlight=False)
-    kinds: tuple[tuple[str, list[dict[str, Any]]], ...] = (("cameras", cameras), ("microphones", microphones))
-    for title, found in kinds:
+    for title, found in (("cameras", cameras), ("microphones", microphones)):
         console.print(f"[bold]{title}[/bold]" + ("" if found else ": none"))
         for device in found:
-            console.print("  " + ", ".join(f"{k} {v}" for k, v in device.items()))
+            console.print(f"  {device['source']:<24} {_escape(device['is'])}")
     if problem:
         _say(console)(problem)

@@ -45,6 +45,7 @@ _UNREADABLE = (
     IndexError,
     KeyError,
     ValueError,
+    OverflowError,
     McapError,
     zstandard.ZstdError,
     msgspec.MsgspecError,
@@ -298,23 +299,28 @@ class Recording:
         """What the recorder wrote when it finished; empty in a file that was cut off."""
         self.damage = ""
         """One sentence once reading met the end of a file that was cut off; "" for a whole one."""
+        try:
+            self.metadata = self._head()
+            self.session = self.metadata["session"]
+            self._offset_ns = int(self.metadata["wall_offset_ns"])
+            self.started_unix_ns = int(self.metadata["started_ns"]) + self._offset_ns
+        except _UNREADABLE as e:
+            raise FileError(f"{path} has a damaged head ({type(e).__name__}); nothing can be read from it") from e
+        self._raw_decoders: dict[int, Any] = {}
+
+    def _head(self) -> dict[str, str]:
+        """The metadata that the recorder wrote first."""
         for opcode, data in self._records():
-            if opcode == Opcode.METADATA:
-                record = Metadata.read(_stream(data))
-                if record.name == METADATA:
-                    self.metadata = record.metadata
-                    break
             if opcode == Opcode.CHUNK:
                 break
-        if self.metadata.get("format") != FORMAT:
-            raise FileError(
-                f"{path} is no recording of this program in format {FORMAT}"
-                + (f": {self.damage}" if self.damage else "; record it again, or use the release that made it")
-            )
-        self.damage = ""
-        self.session = self.metadata["session"]
-        self._offset_ns = int(self.metadata["wall_offset_ns"])
-        self._raw_decoders: dict[int, Any] = {}
+            record = Metadata.read(_stream(data))
+            if record.name == METADATA and record.metadata.get("format") == FORMAT:
+                self.damage = ""
+                return dict(record.metadata)
+        raise FileError(
+            f"{self.path} is no recording of this program in format {FORMAT}"
+            + (f": {self.damage}" if self.damage else "; record it again, or use the release that made it")
+        )
 
     def _records(self) -> Iterator[tuple[int, bytes]]:
         """(opcode, content) of the top-level records that hold something of ours, in file order.
@@ -425,7 +431,10 @@ class Recording:
 
         if schema.id not in self._raw_decoders:
             self._raw_decoders[schema.id] = DecoderFactory().decoder_for("protobuf", schema)
-        message = self._raw_decoders[schema.id](body)
+        try:
+            message = self._raw_decoders[schema.id](body)
+        except Exception as e:  # protobuf's errors share no base that its stubs name
+            raise RecordingError(f"a message on {topic} is no {schema.name}") from e
         event_ns = message.timestamp.seconds * 1_000_000_000 + message.timestamp.nanos - self._offset_ns
         if topic == topics.raw("audio"):
             return event_ns, np.frombuffer(message.data, "<i2")

@@ -121,7 +121,7 @@ def replay(
     if verify:
         if not recorded:
             raise FileError(f"{path} holds no predictions to compare with; it was made by `record`, or cut off early")
-        if engine.spec.sha256 != recording.metadata["model_sha256"]:
+        if engine.spec.sha256 != recording.metadata.get("model_sha256"):
             raise UsageError(f"{path} was predicted by another version of the model {name!r}; give that one by --model")
     aligner = Aligner(
         engine.spec.modalities,
@@ -200,9 +200,9 @@ def info(path: Path) -> dict[str, Any]:
         "bytes": path.stat().st_size,
         "session": recording.session,
         "seconds": round((last_ns - first_ns) / 1e9, 3),
-        "started_unix_ns": int(m["started_ns"]) + int(m["wall_offset_ns"]),
-        "model": {"name": m["model"], "sha256": m["model_sha256"]},
-        "raw": m["raw"] == "true",
+        "started_unix_ns": recording.started_unix_ns,
+        "model": {"name": m.get("model", ""), "sha256": m.get("model_sha256", "")},
+        "raw": m.get("raw") == "true",
         "channels": dict(sorted(channels.items())),
         "lost": msgspec.json.decode(recording.end.get("lost", "{}")),
         "ended": recording.end.get("ended", "not finished"),

@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -286,6 +287,7 @@ def main() -> int:
     for path in (asked.wav, asked.clip):
         if path is not None and not path.is_file():
             parser.error(f"there is no file {path}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # either way the servers go with us
     with contextlib.ExitStack() as stack:
         try:
             if asked.wav:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +27,16 @@ _TOKENS = Path("tokenizers") / "l2_supercat_tokenizer_config.json"
 def _read(file: Path) -> bytes:
     spec = importlib.util.find_spec("wordllama")
     if spec is None or not spec.submodule_search_locations:
-        raise ModelError(
-            "the package `wordllama`, which carries the word vectors, is missing; install wordllama"
-        )
+        raise ModelError("the package `wordllama`, which carries the word vectors, is missing; install wordllama")
     try:
         return (Path(spec.submodule_search_locations[0]) / file).read_bytes()
     except OSError as e:
         raise ModelError(f"the package `wordllama` lacks its file {file}; install wordllama again") from e
+
+
+def _canonical(tokens: bytes) -> bytes:
+    """The tokenizer's table without its layout: versions of the package differ in nothing but line breaks."""
+    return json.dumps(json.loads(tokens), sort_keys=True, separators=(",", ":")).encode()
 
 
 class TextEncoder:
@@ -50,12 +54,10 @@ class TextEncoder:
         except (SafetensorError, KeyError, ValueError) as e:
             raise ModelError(f"the word vectors of `wordllama` cannot be read: {e}; install it again") from e
         if self._vectors.ndim != 2 or self._vectors.shape[1] != self.size:
-            raise ModelError(
-                f"the word vectors of `wordllama` are not {self.size} wide; install another version"
-            )
+            raise ModelError(f"the word vectors of `wordllama` are not {self.size} wide; install another version")
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.origin = f"wordllama-l2-supercat-256@{hashlib.sha256(weights + tokens).hexdigest()}"
+        self.origin = f"wordllama-l2-supercat-256@{hashlib.sha256(weights + _canonical(tokens)).hexdigest()}"
 
     def reset(self) -> None:
         """Nothing is kept between texts."""
