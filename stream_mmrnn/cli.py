@@ -59,7 +59,7 @@ def _escape(text: str) -> str:
 
 
 def _say(console: Console) -> Callable[[str], None]:
-    return lambda text: console.print(f"[yellow]![/yellow] {_escape(text)}")
+    return lambda text: console.print(f"[yellow]![/yellow] {_escape(text)}", soft_wrap=True)
 
 
 class _Alive:

@@ -7,6 +7,7 @@ nodes start or what happens when one dies: that is the supervisor's.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -292,7 +293,6 @@ def recorder(context: Context) -> None:
     wanted += [topics.CONTROL, *([topics.RAW] if settings.record.raw else [])]
     subscriber = Subscriber(context.address, wanted, settings.bus.queue)
     reporter = Reporter(context, publisher)
-    model = config.find_model(settings.engine.model) if settings.engine.model else None
     file = Recorder(
         part(Path(settings.record.path), context.restarts),
         settings.session.name,
@@ -300,7 +300,7 @@ def recorder(context: Context) -> None:
             "raw": str(settings.record.raw).lower(),
             "slots": str(settings.engine.slots),
             "model": settings.engine.model,
-            "model_sha256": _sha256(model) if model else "",
+            "model_sha256": _model_sha256(settings.engine.model),
             "config": msgspec.json.encode(settings).decode(),
             "platform": sys.platform,
         },
@@ -349,10 +349,11 @@ def recorder(context: Context) -> None:
     publisher.close()
 
 
-def _sha256(path: Path) -> str:
-    import hashlib
-
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _model_sha256(name: str) -> str:
+    """Of the model that predicts in this session; "" where there is none (a recording may be made without one)."""
+    with contextlib.suppress(StreamError, OSError):
+        return hashlib.sha256(config.find_model(name).read_bytes()).hexdigest()
+    return ""
 
 
 def dashboard(context: Context) -> None:
@@ -400,6 +401,8 @@ def dashboard(context: Context) -> None:
 
 def run(target: Callable[..., None], context: Context, *args: Any) -> None:
     """What a new process executes: signals, then the node; an error ends it with one sentence and exit code 1."""
+    with contextlib.suppress(OSError):  # so that `ps` and `top` name us; Linux alone has it
+        Path("/proc/self/comm").write_text(f"mmrnn-{context.name}"[:15])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the supervisor, who tells us
     signal.signal(signal.SIGTERM, lambda *_: context.stop.set())
     try:

@@ -45,9 +45,7 @@ def noise(samples: int, seed: int = 0) -> np.ndarray:
 
 def blocks_of(sound: np.ndarray, cuts: list[int], start_ns: int = START) -> list[Sample]:
     edges = [0, *sorted(c for c in cuts if c < len(sound)), len(sound)]
-    return [
-        Sample(start_ns + b * 62_500, start_ns + b * 62_500, sound[a:b]) for a, b in itertools.pairwise(edges)
-    ]
+    return [Sample(start_ns + b * 62_500, start_ns + b * 62_500, sound[a:b]) for a, b in itertools.pairwise(edges)]
 
 
 def encode_all(encoder: encoders.Encoder, samples: list[Sample]) -> list[Sample]:
@@ -245,6 +243,13 @@ def test_no_text_is_zeros(text: TextEncoder) -> None:
     assert not text.encode(Sample(0, 0, b""))[0].data.any()
     with pytest.raises(WireError):
         text.encode(Sample(0, 0, np.zeros(3)))
+
+
+def test_damaged_word_vectors_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    for damaged in (b"", b"{}", bytes(100)):
+        monkeypatch.setattr("stream_mmrnn.encoders.text._read", lambda file, data=damaged: data)
+        with pytest.raises(ModelError, match="install it again"):
+            TextEncoder()
 
 
 def test_a_missing_package_or_file_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

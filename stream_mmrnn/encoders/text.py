@@ -13,7 +13,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import load
 from tokenizers import Tokenizer
 
@@ -51,7 +50,7 @@ class TextEncoder:
             # kept as float16: exact once widened, half the memory
             self._vectors = load(weights)["embedding.weight"]
             self._tokenizer = Tokenizer.from_str(tokens.decode())
-        except (SafetensorError, KeyError, ValueError) as e:
+        except Exception as e:  # both libraries raise plain Exception
             raise ModelError(f"the word vectors of `wordllama` cannot be read: {e}; install it again") from e
         if self._vectors.ndim != 2 or self._vectors.shape[1] != self.size:
             raise ModelError(f"the word vectors of `wordllama` are not {self.size} wide; install another version")

@@ -1,0 +1,25 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+
+.PHONY: demo test lint format clean
+
+demo: ## install what it needs, run the main job on an embedded source for 20 s, end by itself
+	@tools/setup.sh demo
+	@.venv/bin/stream-mmrnn live --source synthetic --duration 20
+
+test: ## set up and run the whole test suite
+	@tools/setup.sh test
+	.venv/bin/pytest $(PYTEST)
+
+lint: ## ruff, mypy, import-linter
+	@tools/setup.sh test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports --no-logo
+
+format:
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache dist build

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import stream_mmrnn
+
+COMMAND = [sys.executable, "-m", "stream_mmrnn"]
+
+
+def run(*args: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *map(str, args)], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["live", "--source", "nix"], "'nix' is no source"),
+        (["live", "--source", "file:/no/such.wav"], "/no/such.wav"),
+        (["live", "--vision", "microphone"], "no source of vision"),
+        (["live", "--text", "tcp:abc"], "needs a port"),
+        (["live", "--vision", "none", "--audio", "none", "--text", "none"], "every source is `none`"),
+        (["live", "--source", "synthetic", "--model", "/no/such.onnx"], "/no/such.onnx cannot be read"),
+        (["live", "--source", "synthetic", "--model", "nix"], "no model 'nix'"),
+        (["live", "--config", "/no/such.toml"], "/no/such.toml cannot be read"),
+        (["live", "--nix"], "No such option"),
+        (["replay", "/no/such.mcap"], "/no/such.mcap cannot be read"),
+        (["info", "/no/such.mcap"], "/no/such.mcap cannot be read"),
+        (["bench", "--model", "/no/such.onnx"], "/no/such.onnx cannot be read"),
+        (["bench", "--sessions", "0"], "Invalid value"),
+    ],
+)
+def test_usage_errors_are_one_sentence_and_exit_code_2(args: list[str], words: str) -> None:
+    done = run(*args)
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_wrong_key_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text("[engine]\nmodle = 'x'\n")
+    done = run("live", "--config", tmp_path / "s.toml")
+    assert done.returncode == 2
+    assert "unknown key `engine.modle`: the nearest is `model`" in done.stderr
+
+
+def test_devices_answers_everywhere() -> None:
+    done = run("devices", "--json")
+    assert done.returncode == 0
+    assert set(json.loads(done.stdout)) == {"cameras", "microphones", "problem"}
+
+
+def test_bench(toy: Path) -> None:
+    done = run("bench", "--model", toy, "--duration", "0.4", "--sessions", "3", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["predictions"] == 3 * 10
+    assert set(result["latency_ms"]["total"]) == {"p50", "p95", "p99", "max", "count"}
+    assert run("bench", "--model", toy, "--duration", "0.3", "--hot").returncode == 0
+
+
+def test_the_package_imports_nothing_heavy() -> None:
+    """torch, cv2 and sounddevice stay out of `import stream_mmrnn` and of the command's own process."""
+    heavy = ("torch", "cv2", "sounddevice", "av", "onnxruntime")
+    code = f"import sys, stream_mmrnn; print([m for m in {heavy!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]"
+    code = f"import sys, stream_mmrnn.cli, stream_mmrnn.live; print([m for m in {heavy[:4]!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]"
+    assert stream_mmrnn.__doc__

@@ -1,0 +1,42 @@
+#!/bin/sh
+# Sets up .venv for `make demo` (the program) or `make test` (and what tests and training need), and the system
+# packages that go with it: installs them where it is root on a Debian system, else says which. Safe to run again.
+set -eu
+cd "$(dirname "$0")/.."
+what=${1:-demo}
+
+case $what in
+demo) extras="" packages="libportaudio2" ;;
+test) extras="[dev,train]" packages="libportaudio2 pulseaudio pulseaudio-utils libasound2-plugins" ;;
+*) echo "setup.sh: expected demo or test, got $what" >&2 && exit 2 ;;
+esac
+
+python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
+    echo "setup.sh: Python 3.11 or newer is needed as $python; set PYTHON to another" >&2
+    exit 2
+}
+"$python" -c 'import ensurepip, venv' 2>/dev/null || packages="$packages python3-venv"
+
+missing=""
+if command -v dpkg-query >/dev/null 2>&1; then
+    for package in $packages; do
+        dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'install ok installed' || missing="$missing $package"
+    done
+    if [ -n "$missing" ] && [ "$(id -u)" = 0 ]; then
+        echo "setup.sh: installing$missing"
+        apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null ||
+            echo "setup.sh: not all of$missing could be installed; what needs them says so" >&2
+    elif [ -n "$missing" ]; then
+        echo "setup.sh: for microphones$([ "$what" = test ] && echo ' and the tests of devices') install:$missing" >&2
+    fi
+else
+    echo "setup.sh: no Debian packages here; what Debian calls $packages may be needed" >&2
+fi
+
+# installed already, from this very pyproject?
+stamp=".venv/.installed-$what"
+[ -f "$stamp" ] && cmp -s "$stamp" pyproject.toml && exit 0
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".$extras"
+cp pyproject.toml "$stamp"
