@@ -156,6 +156,8 @@ class Aligner:
         """`modalities`: what a tick holds, as the model's contract says; `lateness_ns`: per modality."""
         self.tick_ns = tick_ns
         self.counts = {m.name: StreamCounts() for m in modalities}
+        self.malformed = 0
+        """Session messages that could not be read."""
         self._specs = {m.name: m for m in modalities}
         self._lateness_ns = dict(lateness_ns)
         self._max_ahead_ns, self._max_behind_ns = max_ahead_ns, max_behind_ns

@@ -143,11 +143,12 @@ def worker(context: Context, modality: str, spec: str) -> None:
 
     reporter.counts = tally
     reporter.detail = lambda: {"source": source.origin, "encoder": encoder.origin, **source.info}
+    # a publisher hears the clock by being heard: the broker tells it who listens
+    publisher.wait_for_reader(topics.STATUS, 2.0)
     context.ready.set()
     while not context.epoch.value and context.alive():
         time.sleep(0.002)
     publisher.wait_for_reader(feature, 2.0)
-    publisher.wait_for_reader(topics.STATUS, 0.5)
 
     def send(out: Outgoing) -> None:
         sample = out.sample
@@ -227,7 +228,11 @@ def engine(context: Context) -> None:
         "tick_ns": spec.tick_ns,
         **msgspec.to_builtins({"modalities": spec.modalities, "heads": spec.heads}),
     }
-    reporter.counts = lambda: {**counts, "sessions": len(step_engine.arena), "garbage": subscriber.garbage}
+    reporter.counts = lambda: {
+        **counts,
+        "sessions": len(step_engine.arena),
+        "garbage": subscriber.garbage + aligner.malformed,
+    }
     reporter.detail = lambda: {
         "spec": contract,
         "streams": {

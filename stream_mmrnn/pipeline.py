@@ -60,12 +60,17 @@ def predict(
     """Messages in, predictions out.
 
     A session that gets no slot goes to `refused` and its messages are counted as outside; without `refused` the
-    error is raised.
+    error is raised. A session message that cannot be read is counted by the aligner.
     """
     for envelope in envelopes:
-        ticks = (
-            _session(envelope, aligner, engine, refused) if envelope.topic == topics.SESSION else aligner.push(envelope)
-        )
+        if envelope.topic == topics.SESSION:
+            try:
+                ticks = _session(envelope, aligner, engine, refused)
+            except WireError:
+                aligner.malformed += 1
+                continue
+        else:
+            ticks = aligner.push(envelope)
         if ticks:
             yield from engine.step(ticks)
         if envelope.topic == topics.SESSION and envelope.session not in aligner:

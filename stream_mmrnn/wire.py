@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 import numpy as np
 
+from stream_mmrnn import topics
 from stream_mmrnn.errors import WireError
 from stream_mmrnn.types import Envelope, Prediction, Stamps, Tick
 
@@ -81,6 +82,8 @@ def decode(frames: Sequence[bytes | memoryview], received_ns: int = 0) -> Envelo
         raise WireError(f"a topic has at most {MAX_TOPIC_BYTES} bytes, this one has {len(topic)}")
     try:
         name = bytes(topic).decode("ascii")
+        if name not in topics.TOPICS and not name.startswith(topics.STATUS):
+            raise WireError(f"{name!r} is no topic of ours")
         header = _decode(head)
     except (msgspec.MsgspecError, UnicodeDecodeError) as e:
         raise WireError(f"the header is not valid: {e}") from e

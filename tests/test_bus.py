@@ -47,7 +47,7 @@ def test_all_readers_see_one_order(address: Address) -> None:
         assert p.wait_for_reader(f"feature/{name}", 5)
     # a reader is sure to be heard of once something reaches it
     for p in publishers:
-        p.publish("feature/warm", "s", 0, 0, b"")
+        p.publish("feature/text", "warm", 0, 0, b"")
     for r in readers:
         drain(r, 3)
 

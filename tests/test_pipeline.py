@@ -66,6 +66,16 @@ def test_a_session_opened_again_starts_anew(toy: Path) -> None:
     assert got[-25:] == results(predict(later, aligner(fresh), fresh))["bench-0"]
 
 
+def test_a_session_message_that_cannot_be_read_is_counted(toy: Path) -> None:
+    engine = StepEngine(toy, 1)
+    a = aligner(engine)
+    good = list(synthetic(engine.spec, 1, 1.0, BEGIN, 7))
+    bad = Envelope(topics.SESSION, "bench-0", 9, BEGIN, BEGIN, BEGIN, b'{"op": "explode"}')
+    got = results(predict([bad, *good[:50], bad, *good[50:]], a, engine))
+    assert len(got["bench-0"]) == 25
+    assert a.malformed == 2
+
+
 def wire_op(e: Envelope) -> str:
     return wire.unpack(e.payload, wire.SessionMessage).op if e.topic == topics.SESSION else ""
 

@@ -64,12 +64,12 @@ def test_an_inactive_row_keeps_its_state_bit_for_bit() -> None:
     for name in ("a", "b"):
         engine.open(name)
     engine.step([tick("a", 0, 1), tick("b", 0, 2)])
-    before = engine.arena.snapshot("b")["gru"].tobytes()
-    moved = engine.arena.snapshot("a")["gru"].tobytes()
+    before = engine.arena.snapshot("b")["state.gru"].tobytes()
+    moved = engine.arena.snapshot("a")["state.gru"].tobytes()
     for k in range(1, 20):
         engine.step([tick("a", k, 1)])
-    assert engine.arena.snapshot("b")["gru"].tobytes() == before
-    assert engine.arena.snapshot("a")["gru"].tobytes() != moved
+    assert engine.arena.snapshot("b")["state.gru"].tobytes() == before
+    assert engine.arena.snapshot("a")["state.gru"].tobytes() != moved
 
 
 def test_reset_equals_fresh() -> None:
@@ -113,7 +113,7 @@ def test_what_is_not_a_number_harms_nobody() -> None:
             bad.features[name][:] = (np.nan, np.inf, -np.inf)[k]
         p, q = engine.step([tick("a", k, 7), bad])
         assert all(np.isfinite(h).all() for h in (*p.heads.values(), *q.heads.values()))
-    assert np.isfinite(engine.arena.snapshot("b")["gru"]).all()
+    assert np.isfinite(engine.arena.snapshot("b")["state.gru"]).all()
     after = [p for k in range(3) for p in engine.step([tick("a", 3 + k, 7)])]
     assert same(after, alone(2, "a", 6, 7)[3:])
 

@@ -80,10 +80,11 @@ def header(**change: object) -> bytes:
         ([b"clock", header(session="../etc"), bytes(8)], "header is not valid"),
         ([b"clock", header(shape=(2**30, 2**30)), b""], "header is not valid"),
         ([b"clock", header(seq=-1), bytes(8)], "header is not valid"),
-        ([b"c" * 65, header(), bytes(8)], "at most 64 bytes"),
+        ([b"status/" + b"c" * 65, header(), bytes(8)], "at most 64 bytes"),
         ([b"\xff", header(), bytes(8)], "header is not valid"),
         ([b"clock", header(), bytes(wire.MAX_PAYLOAD_BYTES + 1)], "at most"),
         ([b"clock", header()], "3 frames"),
+        ([b"feature/smell", header(), bytes(8)], "'feature/smell' is no topic of ours"),
     ],
 )
 def test_refusals_name_what_is_wrong(frames: list[bytes], words: str) -> None:
