@@ -186,18 +186,19 @@ def worker(context: Context, modality: str, spec: str) -> None:
             produced, dropped = state["before"]
             state.update(pump=None, before=(produced + pump.produced, dropped + pump.dropped))
 
-    final = "closed"
+    final, reason = "closed", ""
     while context.alive():
         try:
             run_once()
-            final = "ended" if context.alive() else "closed"
+            final, reason = "ended" if context.alive() else "closed", ""
             break
         except SourceError as e:
-            reporter.say("missing", str(e))
+            reason = str(e)
+            reporter.say("missing", reason)
             context.stop.wait(settings.supervisor.reopen_s)
         finally:
             source.close()
-    reporter.say(final)
+    reporter.say(final, reason)
     publisher.close()
 
 

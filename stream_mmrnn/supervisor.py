@@ -191,7 +191,7 @@ class Supervisor:
         if node is None or (node.process is not None and message.pid != node.process.pid):
             return
         before, node.status = node.status, message
-        if message.reason and (before is None or before.reason != message.reason):
+        if message.reason and message.state != "closed" and (before is None or before.reason != message.reason):
             self._say(f"{node.name}: {message.reason}")
         elif before is not None and before.state == "missing" and message.state == "open":
             self._say(f"{node.name}: is back")

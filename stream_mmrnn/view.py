@@ -108,14 +108,13 @@ def summary_table(summary: dict[str, Any]) -> RenderableType:
     for name, s in summary["streams"].items():
         reasons = ", ".join(f"{k} {v}" for k, v in s["dropped"].items()) or "–"
         sign = "=" if s["balanced"] else "≠"
-        note = s["reason"] if s["state"] not in ("closed", "ended") else ""
         table.add_row(
             name,
             str(s["produced"]),
             str(s["delivered"]),
             str(sum(s["dropped"].values())),
             reasons,
-            Text(f"{sign} {note}", "green" if s["balanced"] else "red"),
+            Text(sign, "green" if s["balanced"] else "red"),
         )
     parts: list[RenderableType] = []
     parts.append(
@@ -126,6 +125,7 @@ def summary_table(summary: dict[str, Any]) -> RenderableType:
         )
     )
     parts.append(table)
+    parts += [Text(f"{name}: {s['reason']}", "yellow") for name, s in summary["streams"].items() if s["reason"]]
     if summary["latency_ms"]:
         parts.append(stage_table(summary["latency_ms"]))
     if summary["recording"]:

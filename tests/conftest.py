@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 import toy_model
 
+from stream_mmrnn import encoders, topics
+from stream_mmrnn.types import ModalitySpec
+
 SHARED = Path(__file__).parent.parent.parent / "shared"
 
 
@@ -12,6 +15,13 @@ SHARED = Path(__file__).parent.parent.parent / "shared"
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model with the sizes of toy_model.MODALITIES."""
     return toy_model.make(tmp_path_factory.mktemp("models") / "toy.onnx")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model with the sizes and origins of the real encoders."""
+    specs = tuple(ModalitySpec(m, e.size, e.origin) for m in topics.MODALITIES for e in [encoders.create(m)])
+    return toy_model.make(tmp_path_factory.mktemp("live") / "toy.onnx", specs)
 
 
 @pytest.fixture(scope="session")

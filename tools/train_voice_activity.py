@@ -27,7 +27,7 @@ from stream_mmrnn.topics import MODALITIES
 from stream_mmrnn.types import HeadSpec, ModalitySpec
 
 HIDDEN = 96
-PROJECTED = {"vision": 24, "audio": 64, "text": 32}
+PROJECTED = {"vision": 32, "audio": 64, "text": 32}
 SEED = 7
 SECONDS = 60.0
 BATCH = 16
@@ -53,7 +53,7 @@ class Net(nn.Module):
         for i, m in enumerate(MODALITIES):
             x = (features[m] - getattr(self, f"mean_{m}")) / getattr(self, f"std_{m}")
             parts.append(self.dropout(torch.tanh(self.project[m](x))) * present[..., i : i + 1])
-        return self.input(torch.cat([*parts, present, torch.log1p(age)], -1))
+        return self.input(torch.cat([*parts, present, age / (1 + age)], -1))
 
     def cell(self, gates: Any, h: Any) -> Any:
         mine_rz, mine_n = self.hidden(h).split((2 * HIDDEN, HIDDEN), 1)
@@ -206,9 +206,10 @@ def step_graph(net: Net, specs: list[ModalitySpec]) -> onnx.ModelProto:
         parts.append(node("Where", [f"use.{m}", f"projected.{m}", "zero"], f"masked.{m}"))
     node("Max", ["age", "zero"], "age_not_negative")
     node("Add", ["age_not_negative", "one"], "age_1")
-    node("Log", ["age_1"], "age_log")
+    # not its logarithm: onnxruntime's Log gives other last bits to a row at another place
+    node("Div", ["age_not_negative", "age_1"], "age_bent")
     node("Cast", ["is_present"], "present_01", to=TensorProto.FLOAT)
-    node("Concat", [*parts, "present_01", "age_log"], "fused", axis=1)
+    node("Concat", [*parts, "present_01", "age_bent"], "fused", axis=1)
     node("Unsqueeze", ["reset", axis], "reset_rows")
     node("Where", ["reset_rows", "initial", "state.gru"], "h")
     gemm("fused", "gates_input", w["input.weight"], w["input.bias"])
@@ -325,7 +326,7 @@ def evaluate(net: Net, streams: list[data.Ticks], title: str, without: tuple[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder with the data")
-    parser.add_argument("--epochs", type=int, default=45)
+    parser.add_argument("--epochs", type=int, default=32)
     parser.add_argument("--per-epoch", type=int, default=6, help="new streams of a minute in every epoch")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "models" / "voice_activity")
