@@ -316,8 +316,10 @@ class _Stdin:
     def __getstate__(self) -> dict[str, Any]:
         from multiprocessing.reduction import DupFd
 
-        return {"handle": DupFd(0)}
+        # without one, number 0 is some other file of ours
+        return {"handle": None if sys.stdin is None else DupFd(0)}
 
     def detach(self) -> int:
-        fd: int = self.__dict__["handle"].detach()
-        return fd
+        """The file descriptor in this process; -1 where there is no standard input."""
+        handle = self.__dict__["handle"]
+        return -1 if handle is None else int(handle.detach())
