@@ -12,10 +12,10 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -88,6 +88,35 @@ def _decode_features(data: bytes) -> tuple[int, int, np.ndarray[Any, np.dtype[np
     if at + size != len(data):
         raise RecordingError("a feature message is shorter than it says")
     return event_ns, capture_ns, np.frombuffer(data, "<f4", offset=at)
+
+
+class _EventTime(msgspec.Struct):
+    event_ns: int
+
+
+_event_ns = msgspec.json.Decoder(_EventTime)
+
+
+def _decode_json(data: bytes) -> tuple[int, None, bytes]:
+    return _event_ns.decode(data).event_ns, None, data
+
+
+def _decode_clock(data: bytes) -> tuple[int, None, bytes]:
+    return _CLOCK.unpack(data)[1], None, b""
+
+
+_Decode = Callable[[bytes], tuple[int, int | None, Any]]
+"""Content of a message -> event_ns, capture_ns where it is there, payload."""
+
+
+class _Channel(NamedTuple):
+    """A channel of a file, and how to read it."""
+
+    topic: str
+    session: str
+    origin: str
+    wanted: bool
+    decode: _Decode
 
 
 def _own_schema(name: str) -> bytes:
@@ -307,6 +336,7 @@ class Recording:
         except _UNREADABLE as e:
             raise FileError(f"{path} has a damaged head ({type(e).__name__}); nothing can be read from it") from e
         self._raw_decoders: dict[int, Any] = {}
+        self._zstd = zstandard.ZstdDecompressor()
 
     def _head(self) -> dict[str, str]:
         """The metadata that the recorder wrote first."""
@@ -360,7 +390,7 @@ class Recording:
 
         A file that was cut off yields what is whole; `damage` then says so.
         """
-        channels: dict[int, tuple[str, str, int]] = {}
+        channels: dict[int, _Channel] = {}
         schemas: dict[int, Schema] = {}
         for opcode, data in self._records():
             try:
@@ -377,54 +407,74 @@ class Recording:
     def _chunk(
         self,
         chunk: Chunk,
-        channels: dict[int, tuple[str, str, int]],
+        channels: dict[int, _Channel],
         schemas: dict[int, Schema],
         wanted: Collection[str] | None,
     ) -> Iterator[Envelope]:
+        """The messages of one chunk. The hot loop of every replay: its reader is its own, ours alone is read."""
         data = chunk.data
         if chunk.uncompressed_size > _MAX_RECORD_BYTES:
             raise RecordingError(f"it says that it holds {chunk.uncompressed_size} bytes")
         if chunk.compression == "zstd":
-            data = zstandard.decompress(data, chunk.uncompressed_size)
+            data = self._zstd.decompress(data, max_output_size=chunk.uncompressed_size)
         elif chunk.compression:
             raise RecordingError(f"compression {chunk.compression!r} is not one that this program writes")
         if chunk.uncompressed_crc and zlib.crc32(data) != chunk.uncompressed_crc:
             raise RecordingError("its checksum is wrong")
         at, end, offset_ns = 0, len(data), self._offset_ns
+        head, message, head_size, message_size = _RECORD.unpack_from, _MESSAGE.unpack_from, _RECORD.size, _MESSAGE.size
         while at < end:
-            opcode = data[at]
-            (length,) = struct.unpack_from("<Q", data, at + 1)
-            at += 9
-            if at + length > end:
+            opcode, length = head(data, at)
+            at += head_size
+            following = at + length
+            if following > end:
                 raise RecordingError("a record is longer than its chunk")
             if opcode == 0x05:
-                channel_id, seq, _, publish_ns = _MESSAGE.unpack_from(data, at)
-                topic, origin, schema_id = channels[channel_id]
-                if wanted is None or topic in wanted:
-                    body = data[at + _MESSAGE.size : at + length]
-                    yield self._envelope(topic, origin, schemas[schema_id], seq, publish_ns - offset_ns, body)
+                channel_id, seq, _, publish_ns = message(data, at)
+                channel = channels[channel_id]
+                if channel.wanted:
+                    publish_ns -= offset_ns
+                    event_ns, capture_ns, payload = channel.decode(data[at + message_size : following])
+                    yield Envelope(
+                        channel.topic,
+                        channel.session,
+                        seq,
+                        event_ns,
+                        publish_ns if capture_ns is None else capture_ns,
+                        publish_ns,
+                        payload,
+                        channel.origin,
+                    )
             elif opcode == 0x03:
-                schema = Schema.read(_stream(data[at : at + length]))
+                schema = Schema.read(_stream(data[at:following]))
                 schemas[schema.id] = schema
             elif opcode == 0x04:
-                channel = Channel.read(_stream(data[at : at + length]))
-                channels[channel.id] = (channel.topic, channel.metadata.get("origin", ""), channel.schema_id)
-            at += length
+                record = Channel.read(_stream(data[at:following]))
+                channels[record.id] = self._plan(record, schemas[record.schema_id], wanted)
+            at = following
 
-    def _envelope(self, topic: str, origin: str, schema: Schema, seq: int, publish_ns: int, body: bytes) -> Envelope:
-        capture_ns = publish_ns
-        payload: Any = body
-        session = self.session
+    def _plan(self, record: Channel, schema: Schema, wanted: Collection[str] | None) -> _Channel:
+        topic = record.topic
+        decode: _Decode
         if topic.startswith(topics.FEATURE):
-            event_ns, capture_ns, payload = _decode_features(body)
+            decode = _decode_features
         elif topic == topics.CLOCK:
-            event_ns = _CLOCK.unpack(body)[1]
-            payload, session = b"", topics.EVERYONE
+            decode = _decode_clock
         elif topic in _JSON_KINDS:
-            event_ns = _event_ns.decode(body).event_ns
+            decode = _decode_json
         else:
-            event_ns, payload = self._foxglove_payload(topic, schema, body)
-        return Envelope(topic, session, seq, event_ns, capture_ns, publish_ns, payload, origin)
+
+            def decode(body: bytes) -> tuple[int, None, Any]:
+                event_ns, payload = self._foxglove_payload(topic, schema, body)
+                return event_ns, None, payload
+
+        return _Channel(
+            topic,
+            topics.EVERYONE if topic == topics.CLOCK else self.session,
+            record.metadata.get("origin", ""),
+            wanted is None or topic in wanted,
+            decode,
+        )
 
     def _foxglove_payload(self, topic: str, schema: Schema, body: bytes) -> tuple[int, Any]:
         from mcap_protobuf.decoder import DecoderFactory
@@ -445,10 +495,3 @@ class Recording:
     def predictions(self) -> Iterator[wire.PredictionMessage]:
         for envelope in self.envelopes({topics.PREDICTION}):
             yield wire.unpack(envelope.payload, wire.PredictionMessage)
-
-
-class _EventTime(msgspec.Struct):
-    event_ns: int
-
-
-_event_ns = msgspec.json.Decoder(_EventTime)
