@@ -158,7 +158,7 @@ def _capture(settings: config.Settings, duration: float | None, with_engine: boo
             screen.update(render(view.snapshot(now_ns()), console.width, headline, notes))
         elif screen is None and not as_json and now_ns() - line_ns > 1_000_000_000:
             line_ns = now_ns()
-            console.print(_line(seconds, view.snapshot(now_ns())))
+            console.print(_line(seconds, view.snapshot(now_ns())), soft_wrap=True)
 
     session = Session(settings, with_engine, alive, say, view.see, often)
     if screen is not None:
@@ -181,7 +181,7 @@ def _line(seconds: float, state: dict[str, Any]) -> str:
     here = " ".join(
         f"{s['modality']} {s['rate_hz']:.0f}Hz" for n, s in state["streams"].items() if n.startswith("feature/")
     )
-    return f"{seconds:6.1f} s  {here}  {heads}"
+    return f"{seconds:6.1f} s  {here}  {heads}".rstrip()
 
 
 Source = Annotated[str | None, typer.Option("--source", "-s", help="All modalities: synthetic, devices, file:CLIP.")]

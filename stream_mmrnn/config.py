@@ -9,7 +9,7 @@ import difflib
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -158,33 +158,49 @@ def _nearest(unknown: str, known: list[str]) -> str:
     return f"the nearest is `{close[0]}`" if close else f"the keys there are {', '.join(known)}"
 
 
-def _check_keys(table: dict[str, Any], kind: type[msgspec.Struct], where: str) -> None:
-    hints = get_type_hints(kind)
-    fields = list(kind.__struct_fields__)
-    for key, value in table.items():
-        full = f"{where}.{key}" if where else key
-        if key not in fields:
-            raise ConfigError(f"unknown key `{full}`: {_nearest(key, fields)}")
-        if isinstance(value, dict) and isinstance(hints[key], type) and issubclass(hints[key], _Section):
-            _check_keys(value, hints[key], full)
+def _check_keys(value: Any, kind: Any, where: str) -> None:
+    """Refuse the first unknown key, however deep: in tables, tables of tables and lists of tables."""
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        if not isinstance(value, dict):
+            return
+        hints, fields = get_type_hints(kind), list(kind.__struct_fields__)
+        for key, inner in value.items():
+            full = f"{where}.{key}" if where else key
+            if key not in fields:
+                raise ConfigError(f"unknown key `{full}`: {_nearest(key, fields)}")
+            _check_keys(inner, hints[key], full)
+    elif get_origin(kind) is dict and isinstance(value, dict):
+        for key, inner in value.items():
+            _check_keys(inner, get_args(kind)[1], f"{where}.{key}")
+    elif get_origin(kind) is tuple and isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            _check_keys(inner, get_args(kind)[0], f"{where}[{i}]")
 
 
-def parse(table: dict[str, Any]) -> Settings:
-    """Settings of a table as TOML gives it.
+_Kind = TypeVar("_Kind", bound=msgspec.Struct)
+
+
+def convert(table: dict[str, Any], kind: type[_Kind]) -> _Kind:
+    """A typed value of a table as TOML gives it.
 
     Raises:
         ConfigError: an unknown key (with the nearest known one) or a value out of its range.
 
     """
-    _check_keys(table, Settings, "")
+    _check_keys(table, kind, "")
     try:
-        return msgspec.convert(table, Settings)
+        return msgspec.convert(table, kind)
     except msgspec.ValidationError as e:
         text = str(e)
         where = re.search(r"`\$\.?([^`]*)`", text)
         key = where.group(1) if where else "the file"
         reason = text.split(" - at")[0].replace("Expected", "expected")
         raise ConfigError(f"`{key}` has a wrong value: {reason}") from e
+
+
+def parse(table: dict[str, Any]) -> Settings:
+    """The settings of a table; raises ConfigError."""
+    return convert(table, Settings)
 
 
 def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Settings:
