@@ -138,6 +138,8 @@ class _Session:
         self.streams = streams
         self.clock_ns = clock_ns
         """What the session has heard of the clock. Not shared: what came before it opened is not in its recording."""
+        self.soonest_ns = min(s.lateness_ns for s in streams.values())
+        """No clock closes a tick before it is this far past the tick's end."""
         self.closed = closed
         """Index of the last closed tick."""
 
@@ -207,12 +209,18 @@ class Aligner:
             ticks: list[Tick] = []
             for name, session in self._sessions.items():
                 session.clock_ns = max(session.clock_ns, envelope.event_ns)
-                ticks += self._advance(name, envelope)
+                # most clock messages come too early to close anything: some stream is still being waited for
+                if session.clock_ns - session.soonest_ns >= (session.closed + 1) * self.tick_ns:
+                    ticks += self._advance(name, envelope)
             return ticks
         modality = self._feature_topics.get(envelope.topic)
         if modality is None:
             return []
-        if self._take(modality, envelope):
+        if not self._take(modality, envelope):
+            return []
+        session = self._sessions[envelope.session]
+        stream = session.streams[modality]
+        if stream.dense and stream.newest_ns >= (session.closed + 1) * self.tick_ns:
             return self._advance(envelope.session, envelope)
         return []
 

@@ -131,6 +131,13 @@ class StepEngine:
         """Give a session a slot; raises Busy or DuplicateSession at once."""
         self.arena.acquire(session)
 
+    def __contains__(self, session: str) -> bool:
+        return session in self.arena
+
+    def reset(self, session: str) -> None:
+        """Start a session's state anew."""
+        self.arena.reset(session)
+
     def close(self, session: str) -> None:
         self.arena.release(session)
 
@@ -164,10 +171,9 @@ class StepEngine:
                 self.arena.fresh[slot] = False
             for name, array in self._features:
                 array[slot] = tick.features[name]
-            for i, name in enumerate(self._names):
-                self._present[slot, i] = tick.present[name]
-                age_ns = tick.age_ns[name]
-                self._age[slot, i] = MAX_AGE_S if age_ns < 0 else min(age_ns / 1e9, MAX_AGE_S)
+            self._present[slot] = [tick.present[name] for name in self._names]
+            ages_ns = [tick.age_ns[name] for name in self._names]
+            self._age[slot] = [MAX_AGE_S if age < 0 else min(age / 1e9, MAX_AGE_S) for age in ages_ns]
         self._binding.run()
         end_ns = now_ns()
         return [
