@@ -60,11 +60,6 @@ class Arena:
         self._free.append(self.slot(session))
         del self._slot_of[session]
 
-    def discard(self, session: str) -> None:
-        """Release the session's slot if it has one."""
-        if session in self._slot_of:
-            self.release(session)
-
     def reset(self, session: str) -> None:
         """Start anew at the next step."""
         self.fresh[self.slot(session)] = True

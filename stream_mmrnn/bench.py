@@ -25,7 +25,7 @@ from stream_mmrnn.pipeline import predict
 from stream_mmrnn.runtime import Provider
 from stream_mmrnn.types import Envelope, ModelSpec
 
-RATES_HZ = {"vision": 25.0, "audio": 50.0, "text": 2.0}
+RATES_HZ = {"vision": 25.0, "audio": 50.0, "text": 2.0, "signal": 50.0}
 CLOCK_HZ = 100.0
 
 

@@ -78,6 +78,7 @@ class Align(_Section, frozen=True):
     vision_lateness_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = 80.0
     audio_lateness_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = 80.0
     text_lateness_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = 0.0
+    signal_lateness_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = 80.0
     max_ahead_ms: Annotated[float, msgspec.Meta(gt=0)] = 500.0
     """A stamp further ahead of the clock is quarantined."""
     max_behind_ms: Annotated[float, msgspec.Meta(gt=0)] = 10_000.0

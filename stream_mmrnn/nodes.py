@@ -296,7 +296,7 @@ def recorder(context: Context) -> None:
     settings = context.settings
     publisher = Publisher(context.address, settings.bus.queue)
     wanted = [topics.FEATURE, topics.CLOCK, topics.SESSION, topics.TICK, topics.PREDICTION, topics.STATUS]
-    wanted += [topics.CONTROL, *([topics.RAW] if settings.record.raw else [])]
+    wanted += [topics.CONTROL, topics.LABEL, *([topics.RAW] if settings.record.raw else [])]
     subscriber = Subscriber(context.address, wanted, settings.bus.queue)
     reporter = Reporter(context, publisher)
     file = Recorder(

@@ -9,8 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Literal
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Literal, Protocol, TypeVar
 
 import msgspec
 
@@ -18,9 +18,10 @@ from stream_mmrnn import topics, wire
 from stream_mmrnn.align import Aligner, stamps_of
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.encoders import Encoder
-from stream_mmrnn.engine import StepEngine
 from stream_mmrnn.errors import SessionError, WireError
-from stream_mmrnn.types import Envelope, Prediction, Sample, Tick
+from stream_mmrnn.types import Envelope, Sample, Tick
+
+LABEL_COMMAND = b"/label "
 
 
 class Outgoing(msgspec.Struct, frozen=True):
@@ -38,9 +39,16 @@ def capture(
     encoder: Encoder,
     bad: Callable[[WireError], None],
 ) -> Iterator[Outgoing]:
-    """Each sample as it is, followed by the feature vectors that it completes; undecodable ones go to `bad`."""
+    """Each sample as it is, followed by the feature vectors that it completes; undecodable ones go to `bad`.
+
+    A typed `/label NAME` is no text that a model may see: it goes out as a label, and nothing else.
+    """
     raw, feature = topics.raw(modality), topics.feature(modality)
     for sample in samples:
+        if modality == "text" and isinstance(sample.data, bytes) and sample.data.startswith(LABEL_COMMAND):
+            name = sample.data.removeprefix(LABEL_COMMAND).strip()
+            yield Outgoing(topics.LABEL, Sample(sample.event_ns, sample.capture_ns, name), origin)
+            continue
         yield Outgoing(raw, sample, origin)
         try:
             vectors = encoder.encode(sample)
@@ -51,13 +59,31 @@ def capture(
             yield Outgoing(feature, vector, encoder.origin)
 
 
+Out = TypeVar("Out", covariant=True)
+
+
+class Stepper(Protocol[Out]):
+    """What `predict` asks of an engine: sessions that come and go, and something for each of their ticks."""
+
+    def __contains__(self, session: str) -> bool: ...
+
+    def open(self, session: str) -> None:
+        """Raises SessionError where it cannot be."""
+
+    def reset(self, session: str) -> None: ...
+
+    def close(self, session: str) -> None: ...
+
+    def step(self, ticks: Sequence[Tick]) -> Sequence[Out]: ...
+
+
 def predict(
     envelopes: Iterable[Envelope],
     aligner: Aligner,
-    engine: StepEngine,
+    engine: Stepper[Out],
     refused: Callable[[str, SessionError], None] | None = None,
-) -> Iterator[Prediction]:
-    """Messages in, predictions out.
+) -> Iterator[Out]:
+    """Messages in, predictions out (or whatever `engine` makes of ticks).
 
     A session that gets no slot goes to `refused` and its messages are counted as outside; without `refused` the
     error is raised. A session message that cannot be read is counted by the aligner.
@@ -73,14 +99,14 @@ def predict(
             ticks = aligner.push(envelope)
         if ticks:
             yield from engine.step(ticks)
-        if envelope.topic == topics.SESSION and envelope.session not in aligner:
-            engine.arena.discard(envelope.session)
+        if envelope.topic == topics.SESSION and envelope.session not in aligner and envelope.session in engine:
+            engine.close(envelope.session)
 
 
 def _session(
     envelope: Envelope,
     aligner: Aligner,
-    engine: StepEngine,
+    engine: Stepper[Out],
     refused: Callable[[str, SessionError], None] | None,
 ) -> list[Tick]:
     message = wire.unpack(envelope.payload, wire.SessionMessage)
@@ -91,8 +117,8 @@ def _session(
         aligner.expect(session, message.streams)
         return []
     try:
-        if session in engine.arena:
-            engine.arena.reset(session)  # opened again: its process began anew
+        if session in engine:
+            engine.reset(session)  # opened again: its process began anew
         else:
             engine.open(session)
     except SessionError as e:

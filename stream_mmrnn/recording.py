@@ -263,7 +263,7 @@ class Recorder:
                 timestamp=stamp,
                 level=self._foxglove.LogLevel.Info,
                 message=body.decode("utf-8", "replace"),
-                name="text",
+                name="label" if topic == topics.LABEL else "text",
             )
         data: bytes = message.encode()
         return data
@@ -488,7 +488,7 @@ class Recording:
         event_ns = message.timestamp.seconds * 1_000_000_000 + message.timestamp.nanos - self._offset_ns
         if topic == topics.raw("audio"):
             return event_ns, np.frombuffer(message.data, "<i2")
-        if topic == topics.raw("text"):
+        if topic in (topics.raw("text"), topics.LABEL):
             return event_ns, message.message.encode()
         return event_ns, message.data
 

@@ -16,7 +16,7 @@ from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from stream_mmrnn import config, nodes, topics, wire
+from stream_mmrnn import config, nodes, sources, topics, wire
 from stream_mmrnn.bus import Address, Publisher, Subscriber
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.errors import ProcessError, WireError
@@ -92,7 +92,7 @@ class Supervisor:
             yield Node("engine", nodes.engine)
         if settings.dashboard.enabled:
             yield Node("dashboard", nodes.dashboard)
-        for modality in topics.MODALITIES:
+        for modality in sources.MODALITIES:
             spec = getattr(settings.sources, modality)
             if spec != "none":
                 name = {"vision": "camera", "audio": "microphone", "text": "text"}[modality]

@@ -15,6 +15,8 @@ SESSION = "session"
 """`open` and `close` of a session: part of the sequence, so that a replay begins and ends alike."""
 TICK = "tick"
 PREDICTION = "prediction"
+LABEL = "label"
+"""What a person says is true from now on, typed as `/label NAME`: for training, never seen by a model."""
 STATUS = "status/"
 """Counters and state of each process, about twice a second; not part of a session."""
 CONTROL = "control"
@@ -43,6 +45,7 @@ MODALITIES: dict[str, Modality] = {
         Modality("vision", dense=True, reduction="last"),
         Modality("audio", dense=True, reduction="mean"),
         Modality("text", dense=False, reduction="sum"),
+        Modality("signal", dense=True, reduction="mean"),
     )
 }
 
@@ -66,6 +69,8 @@ TOPICS: dict[str, Topic] = {
         Topic(FEATURE + "vision", "vision", schema="stream_mmrnn.Features"),
         Topic(FEATURE + "audio", "audio", schema="stream_mmrnn.Features"),
         Topic(FEATURE + "text", "text", schema="stream_mmrnn.Features"),
+        Topic(FEATURE + "signal", "signal", schema="stream_mmrnn.Features"),
+        Topic(LABEL, schema="foxglove.Log"),
         Topic(CLOCK, schema="stream_mmrnn.Clock"),
         Topic(SESSION, schema="stream_mmrnn.Session"),
         Topic(TICK, schema="stream_mmrnn.Tick"),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import toy_model
 
-from stream_mmrnn import encoders, topics
+from stream_mmrnn import encoders, sources
 from stream_mmrnn.types import ModalitySpec
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
@@ -20,7 +20,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model with the sizes and origins of the real encoders."""
-    specs = tuple(ModalitySpec(m, e.size, e.origin) for m in topics.MODALITIES for e in [encoders.create(m)])
+    specs = tuple(ModalitySpec(m, e.size, e.origin) for m in sources.MODALITIES for e in [encoders.create(m)])
     return toy_model.make(tmp_path_factory.mktemp("live") / "toy.onnx", specs)
 
 

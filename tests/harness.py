@@ -47,9 +47,15 @@ def ticks_of(path: Path) -> list[wire.TickMessage]:
 class Running:
     """A live session as a process of its own, watched from outside."""
 
-    def __init__(self, *args: object, stdin: int | None = None, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        *args: object,
+        stdin: int | None = None,
+        env: dict[str, str] | None = None,
+        verb: tuple[str, ...] = ("live",),
+    ) -> None:
         self.process = subprocess.Popen(
-            [*COMMAND, "live", *map(str, args), "--json"],
+            [*COMMAND, *verb, *map(str, args), "--json"],
             stdin=stdin,
             env=env,
             stdout=subprocess.PIPE,

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from harness import Running, check_summary, descendants, recording_grows, run, ticks_of, verify
 
-from stream_mmrnn import encoders, topics
+from stream_mmrnn import encoders, sources
 from stream_mmrnn.recording import Recording
 
 
@@ -48,7 +48,7 @@ def test_live_equals_replay(model: Path, tmp_path: Path) -> None:
     assert info["whole"]
     assert info["ended"] == "clean"
     assert info["channels"]["prediction"]["messages"] == summary["predictions"]
-    for modality in topics.MODALITIES:
+    for modality in sources.MODALITIES:
         assert info["channels"][f"feature/{modality}"]["origin"] == encoders.create(modality).origin
 
     # the same path again: what was there is kept

@@ -23,7 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from stream_mmrnn.engine import METADATA_KEY, StepEngine, write_contract
-from stream_mmrnn.topics import MODALITIES
+from stream_mmrnn.sources import MODALITIES
 from stream_mmrnn.types import HeadSpec, ModalitySpec
 
 HIDDEN = 96

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 from stream_mmrnn.config import Settings
 from stream_mmrnn.errors import SourceSpecError
-from stream_mmrnn.topics import MODALITIES
 from stream_mmrnn.types import Sample
 
 RATE_HZ = 16_000
@@ -52,6 +51,10 @@ _KINDS = {
     "audio": ("microphone", "file", "synthetic", "none"),
     "text": ("stdin", "pipe", "tcp", "zmq", "synthetic", "none"),
 }
+
+
+MODALITIES = tuple(_KINDS)
+"""Those that a source of ours gives; features of the others come from whoever publishes them."""
 
 
 def check(spec: str, modality: str) -> None:

@@ -1,0 +1,439 @@
+"""Recurrent cells with one interface, and a stack of them: a whole sequence at once, or one step with explicit state.
+
+Training calls `forward`; export traces `step`, which every cell spells out in plain operations, so that the graph has
+no GRU or LSTM operator. The two agree for any cut of the sequence. Knows nothing about modalities, heads, data or ONNX,
+nor about rows without data in a step: keeping their state is the caller's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stream_mmrnn.training.scan import gated_scan
+
+State: TypeAlias = dict[str, Tensor]
+
+_sigmoid_backward = torch.ops.aten.sigmoid_backward  # grad * y * (1 - y) in one pass
+_threshold_backward = torch.ops.aten.threshold_backward  # grad where x > the threshold
+
+
+class Cell(nn.Module):
+    """What all cells have in common: named state, its initial value, resets, and a sequence as a loop of steps."""
+
+    def __init__(
+        self, input_size: int, hidden_size: int, *, states: tuple[str, ...] = ("h",), learned_initial: bool = False
+    ) -> None:
+        super().__init__()
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.states: dict[str, tuple[int, ...]] = dict.fromkeys(states, (hidden_size,))
+        """Shapes without the batch axis."""
+        self.learned_initial = learned_initial
+        for name, shape in self.states.items():
+            value = torch.zeros(shape)
+            if learned_initial:
+                self.register_parameter(f"initial_{name}", nn.Parameter(value))
+            else:
+                self.register_buffer(f"initial_{name}", value, persistent=False)
+
+    def initial(self, batch: int) -> State:
+        """The state before the first step; `initial(1)` broadcasts against any batch."""
+        return {name: self._start(name).expand(batch, *shape) for name, shape in self.states.items()}
+
+    def _start(self, name: str) -> Tensor:
+        value = getattr(self, f"initial_{name}")
+        assert isinstance(value, Tensor)
+        return value
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """One step: `x` [B, I] -> output [B, H] and the state after it."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
+        """A sequence: `x` [B, T, I] -> outputs [B, T, H] and the state after the last step.
+
+        `state` is the one before the first step; where `reset` [B, T] is true, the row starts anew before that step.
+        """
+        state = self.initial(x.shape[0]) if state is None else state
+        if reset is None:
+            return self.run(x, state)
+        outputs = []
+        for start, end in _cuts(reset):
+            state = self.restart(state, reset[:, start])
+            y, state = self.run(x[:, start:end], state)
+            outputs.append(y)
+        return torch.cat(outputs, 1), state
+
+    def restart(self, state: State, reset: Tensor) -> State:
+        """`state` with the initial one in the rows where `reset` [B] is true."""
+        initial = self.initial(1)
+        return {
+            name: torch.where(reset.view(-1, *[1] * (value.dim() - 1)), initial[name], value)
+            for name, value in state.items()
+        }
+
+    def run(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """A sequence without resets; cells with a faster way than step after step replace this."""
+        outputs = []
+        for x_t in x.unbind(1):
+            y, state = self.step(x_t, state)
+            outputs.append(y)
+        return torch.stack(outputs, 1), state
+
+
+def _cuts(reset: Tensor) -> list[tuple[int, int]]:
+    """The stretches of `reset` [B, T] in which no row restarts after the first step: resets are rare, kernels long."""
+    steps = reset.shape[1]
+    starts = sorted({0, *reset.any(0).nonzero().flatten().tolist()})
+    return list(zip(starts, [*starts[1:], steps], strict=True))
+
+
+class TorchCell(Cell):
+    """A cell that torch has too: its module holds the weights, runs sequences and knows cuDNN; `step` is ours."""
+
+    core: nn.RNNBase
+
+    def products(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """W x + b and U h + d, all gates side by side."""
+        w, u, b, d = self.core.all_weights[0]
+        return F.linear(x, w, b), F.linear(h, u, d)
+
+    def run(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        y, h = self.core(x, state["h"].unsqueeze(0).contiguous())
+        return y, {"h": h[0]}
+
+
+class RNN(TorchCell):
+    """Elman's network (Elman, "Finding structure in time", 1990).
+
+    h_t = tanh(W x_t + b + U h_{t-1} + d); the output is h_t.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, *, learned_initial: bool = False) -> None:
+        super().__init__(input_size, hidden_size, learned_initial=learned_initial)
+        self.core = nn.RNN(input_size, hidden_size, batch_first=True)
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        of_x, of_h = self.products(x, state["h"])
+        h = torch.tanh(of_x + of_h)
+        return h, {"h": h}
+
+
+class ReluRNN(TorchCell):
+    """Elman's network with a rectifier, and U that starts as the identity.
+
+    h_t = max(0, W x_t + b + U h_{t-1} + d); the output is h_t. From a random U it dies or grows without bound (Le,
+    Jaitly, Hinton, "A simple way to initialize recurrent networks of rectified linear units", 2015).
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, *, learned_initial: bool = False) -> None:
+        super().__init__(input_size, hidden_size, learned_initial=learned_initial)
+        self.core = nn.RNN(input_size, hidden_size, nonlinearity="relu", batch_first=True)
+        nn.init.eye_(self.core.all_weights[0][1])
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        of_x, of_h = self.products(x, state["h"])
+        h = torch.relu(of_x + of_h)
+        return h, {"h": h}
+
+
+class LSTM(TorchCell):
+    """Long short-term memory with a forget gate (Hochreiter and Schmidhuber 1997; Gers, Schmidhuber, Cummins 2000).
+
+    i, f, g, o = split(W x_t + b + U h_{t-1} + d)
+    c_t = sigmoid(f) * c_{t-1} + sigmoid(i) * tanh(g)
+    h_t = sigmoid(o) * tanh(c_t); the output is h_t.
+    The forget gate's bias starts at 1 (Jozefowicz, Zaremba, Sutskever, "An empirical exploration of recurrent network
+    architectures", 2015).
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, *, learned_initial: bool = False) -> None:
+        super().__init__(input_size, hidden_size, states=("h", "c"), learned_initial=learned_initial)
+        self.core = nn.LSTM(input_size, hidden_size, batch_first=True)
+        _, _, b, d = self.core.all_weights[0]
+        with torch.no_grad():  # two biases are added: one is 1, the other 0
+            b[hidden_size : 2 * hidden_size] = 1.0
+            d[hidden_size : 2 * hidden_size] = 0.0
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        of_x, of_h = self.products(x, state["h"])
+        i, f, g, o = (of_x + of_h).chunk(4, -1)
+        c = torch.sigmoid(f) * state["c"] + torch.sigmoid(i) * torch.tanh(g)
+        h = torch.sigmoid(o) * torch.tanh(c)
+        return h, {"h": h, "c": c}
+
+    def run(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        start = (state["h"].unsqueeze(0).contiguous(), state["c"].unsqueeze(0).contiguous())
+        y, (h, c) = self.core(x, start)
+        return y, {"h": h[0], "c": c[0]}
+
+
+class GRU(TorchCell):
+    """Gated recurrent unit (Cho et al., "Learning phrase representations using RNN encoder-decoder", 2014).
+
+    In torch's and cuDNN's form, where the reset gate acts after the product:
+    r = sigmoid(W_r x_t + b_r + U_r h_{t-1} + d_r), z = sigmoid(W_z x_t + b_z + U_z h_{t-1} + d_z)
+    n = tanh(W_n x_t + b_n + r * (U_n h_{t-1} + d_n))
+    h_t = (1 - z) * n + z * h_{t-1}; the output is h_t.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, *, learned_initial: bool = False) -> None:
+        super().__init__(input_size, hidden_size, learned_initial=learned_initial)
+        self.core = nn.GRU(input_size, hidden_size, batch_first=True)
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        h = state["h"]
+        of_x, of_h = self.products(x, h)
+        r_x, z_x, n_x = of_x.chunk(3, -1)
+        r_h, z_h, n_h = of_h.chunk(3, -1)
+        z = torch.sigmoid(z_x + z_h)
+        n = torch.tanh(n_x + torch.sigmoid(r_x + r_h) * n_h)
+        h = n + z * (h - n)
+        return h, {"h": h}
+
+
+class LinearCell(Cell):
+    """A cell whose gates see the input alone: its state follows h_t = a_t * h_{t-1} + b_t, and a scan trains it."""
+
+    def __init__(self, input_size: int, hidden_size: int, *, columns: int, learned_initial: bool = False) -> None:
+        super().__init__(input_size, hidden_size, learned_initial=learned_initial)
+        self.input = nn.Linear(input_size, columns * hidden_size)
+
+    @staticmethod
+    def coefficients(pre: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The pair a, b [..., H] from the columns of W x + b and `gate_parameters()`; elementwise."""
+        raise NotImplementedError
+
+    @staticmethod
+    def fill(pre: Sequence[Tensor], parameters: Sequence[Tensor], a: Tensor, b: Tensor) -> None:
+        """The same for training, see `scan.Gates`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def gradient(
+        kept: Sequence[Tensor], parameters: Sequence[Tensor], before: Tensor, d: Tensor, out: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """The gradient of `fill`, see `scan.Gates`."""
+        raise NotImplementedError
+
+    def gate_parameters(self) -> tuple[Tensor, ...]:
+        """What `coefficients` needs beside the input, each [H]."""
+        return ()
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        a, b = self.coefficients(self.input(x).split(self.hidden_size, -1), self.gate_parameters())
+        h = a * state["h"] + b
+        return h, {"h": h}
+
+    def forward(self, x: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
+        state = self.initial(x.shape[0]) if state is None else state
+        if reset is not None:
+            state = self.restart(state, reset[:, 0])  # a coefficient of 0 would not forget what is not a number
+        start = self._start("h") if self.learned_initial else None
+        y = gated_scan(self, self.input(x), state["h"], self.gate_parameters(), reset, start)
+        return y, {"h": y[:, -1]}
+
+
+class MinGRU(LinearCell):
+    """minGRU (Feng et al., "Were RNNs all we needed?", 2024), in the linear-space form with g.
+
+    z_t = sigmoid(W_z x_t + b_z), h_t = (1 - z_t) * h_{t-1} + z_t * g(W_h x_t + b_h); the output is h_t.
+    g(v) = v + 0.5 where v >= 0, sigmoid(v) elsewhere; written here as relu(v) + sigmoid(min(v, 0)).
+    The paper trains in log space because its scan divides by products that underflow. Ours does not divide, and h_t
+    lies between h_{t-1} and g, so the plain form is as stable, takes any initial state, and is what `step` and the
+    exported graph compute.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, *, learned_initial: bool = False) -> None:
+        super().__init__(input_size, hidden_size, columns=2, learned_initial=learned_initial)
+
+    @staticmethod
+    def coefficients(pre: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        k, v = pre
+        z = torch.sigmoid(k)
+        return 1 - z, z * (torch.relu(v) + torch.sigmoid(torch.clamp(v, max=0.0)))
+
+    @staticmethod
+    def fill(pre: Sequence[Tensor], parameters: Sequence[Tensor], a: Tensor, b: Tensor) -> None:
+        k, v = pre
+        z = k.sigmoid_()
+        torch.sub(1, z, out=a)
+        low = torch.clamp_max(v, 0.0).sigmoid_()
+        g = v.relu_().add_(low)
+        torch.mul(z, g, out=b)
+
+    @staticmethod
+    def gradient(
+        kept: Sequence[Tensor], parameters: Sequence[Tensor], before: Tensor, d: Tensor, out: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        z, g = kept
+        _sigmoid_backward((g - before).mul_(d), z, grad_input=out[0])
+        d_g = z * d
+        # g' is g * (1 - g), and 1 where v > 0: with g cut at 1/2 that is where 3/4 are missing
+        above = _threshold_backward(d_g, g, 0.5)
+        below = _sigmoid_backward(d_g, torch.clamp_max(g, 0.5))
+        torch.add(below, above, alpha=0.75, out=out[1])
+        return ()
+
+
+class RGLRU(LinearCell):
+    """Real-gated linear recurrent unit, a gated diagonal linear network (De et al., "Griffin", 2024).
+
+    r_t = sigmoid(W_r x_t + b_r), i_t = sigmoid(W_i x_t + b_i), u_t = W_u x_t + b_u
+    s_t = c * softplus(L) * r_t, a_t = exp(-s_t), c = 8
+    h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * (i_t * u_t); the output is h_t.
+    a_t is in (0, 1) for any L and x: it cannot grow. L starts where exp(-c * softplus(L)) is uniform in [0.9, 0.999].
+    Unlike the paper's block, the gates read x_t itself, through one dense matrix, and there is no convolution before.
+    1 - a^2 cancels where a is near 1, which is where long memory lives; 2 tanh(s) / (1 + tanh(s)) is the same number
+    without the loss, in torch as in the exported graph.
+    """
+
+    SCALE = 8.0
+    SMALLEST = 1e-12
+    """Of s: the root's slope at 0 is infinite, and infinity times a closed gate's 0 would be no number."""
+
+    def __init__(self, input_size: int, hidden_size: int, *, learned_initial: bool = False) -> None:
+        super().__init__(input_size, hidden_size, columns=3, learned_initial=learned_initial)
+        decay = -torch.log(torch.empty(hidden_size).uniform_(0.9, 0.999)) / self.SCALE
+        self.rate = nn.Parameter(torch.log(torch.expm1(decay)))  # the inverse of softplus
+
+    def gate_parameters(self) -> tuple[Tensor, ...]:
+        return (self.SCALE * F.softplus(self.rate),)
+
+    @staticmethod
+    def coefficients(pre: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        r, i, u = pre
+        (rate,) = parameters
+        s = torch.clamp(rate * torch.sigmoid(r), min=RGLRU.SMALLEST)
+        t = torch.tanh(s)
+        return torch.exp(-s), torch.sqrt(2 * t / (1 + t)) * (torch.sigmoid(i) * u)
+
+    @staticmethod
+    def fill(pre: Sequence[Tensor], parameters: Sequence[Tensor], a: Tensor, b: Tensor) -> None:
+        r, i, u = pre
+        minus_s = torch.clamp_max_(r.sigmoid_() * -parameters[0], -RGLRU.SMALLEST)
+        torch.exp(minus_s, out=a)
+        root = torch.expm1(minus_s.mul_(2.0)).neg_().sqrt_()
+        torch.mul(root.mul_(i.sigmoid_()), u, out=b)
+
+    @staticmethod
+    def gradient(
+        kept: Sequence[Tensor], parameters: Sequence[Tensor], before: Tensor, d: Tensor, out: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        r, i, u = kept
+        (rate,) = parameters
+        minus_s = torch.clamp_max_(r * -rate, -RGLRU.SMALLEST)
+        a = torch.exp(minus_s)
+        root = torch.expm1(minus_s.mul_(2.0)).neg_().sqrt_()
+        d_s = (i * u).mul_(a).div_(root).sub_(before).mul_(d).mul_(a)  # of s: root' = a^2 / root, a' = -a
+        d_rate = (d_s * r).sum((0, 1))
+        _sigmoid_backward(d_s.mul_(rate), r, grad_input=out[0])
+        d_v = root.mul_(d)  # of v = i * u
+        torch.mul(d_v, i, out=out[2])
+        _sigmoid_backward(d_v.mul_(u), i, grad_input=out[1])
+        return (d_rate,)
+
+
+CELLS: dict[str, type[Cell]] = {
+    "rnn_tanh": RNN,
+    "rnn_relu": ReluRNN,
+    "lstm": LSTM,
+    "gru": GRU,
+    "min_gru": MinGRU,
+    "rg_lru": RGLRU,
+}
+
+
+def create(name: str, input_size: int, hidden_size: int, **options: Any) -> Cell:
+    """The cell of that name; raises ValueError for one that there is not."""
+    if name not in CELLS:
+        raise ValueError(f"there is no cell {name!r}; known are {', '.join(CELLS)}")
+    return CELLS[name](input_size, hidden_size, **options)
+
+
+NORMS: dict[str, type[nn.Module]] = {"none": nn.Identity, "layer": nn.LayerNorm, "rms": nn.RMSNorm}
+
+
+class Stack(Cell):
+    """Layers of one cell, with the interface of a cell; the states are named `LAYER.NAME`.
+
+    Each layer reads norm(s) and its output y replaces s, or with `residual` is added to it; the first layer reads the
+    input as it is, and has the residual only where the input is as wide as it is. The output is normalised once more,
+    as what a stack of pre-norm residual layers sums up has no fixed size (Xiong et al., "On layer normalization in the
+    transformer architecture", 2020). Dropout acts on what one layer hands to the next, in training only.
+    """
+
+    def __init__(
+        self,
+        cell: str,
+        input_size: int,
+        hidden_size: int,
+        layers: int = 1,
+        *,
+        residual: bool = False,
+        norm: str = "none",
+        dropout: float = 0.0,
+        learned_initial: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(input_size, hidden_size, states=(), learned_initial=learned_initial)
+        if layers < 1:
+            raise ValueError(f"a stack has 1 layer or more, not {layers}")
+        if norm not in NORMS:
+            raise ValueError(f"there is no norm {norm!r}; known are {', '.join(NORMS)}")
+        self.residual = residual
+        self.layers = nn.ModuleList(
+            create(cell, hidden_size if i else input_size, hidden_size, learned_initial=learned_initial, **options)
+            for i in range(layers)
+        )
+        self.norms = nn.ModuleList(NORMS[norm](hidden_size) for _ in range(layers))
+        self.dropout = nn.Dropout(dropout)
+        self.states = {f"{i}.{name}": shape for i, c in enumerate(self._cells()) for name, shape in c.states.items()}
+
+    def initial(self, batch: int) -> State:
+        return {f"{i}.{name}": v for i, c in enumerate(self._cells()) for name, v in c.initial(batch).items()}
+
+    def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        following: State = {}
+        for i, cell in enumerate(self._cells()):
+            y, after = cell.step(self._enter(i, x), _of_layer(i, cell, state))
+            x = self._leave(x, y)
+            following |= {f"{i}.{name}": value for name, value in after.items()}
+        return self._finish(x), following
+
+    def forward(self, x: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
+        state = self.initial(x.shape[0]) if state is None else state
+        following: State = {}
+        for i, cell in enumerate(self._cells()):
+            y, after = cell(self._enter(i, x), _of_layer(i, cell, state), reset)
+            x = self._leave(x, y)
+            following |= {f"{i}.{name}": value for name, value in after.items()}
+        return self._finish(x), following
+
+    def _cells(self) -> Iterator[Cell]:
+        for cell in self.layers:
+            assert isinstance(cell, Cell)
+            yield cell
+
+    def _enter(self, layer: int, x: Tensor) -> Tensor:
+        """What the layer reads: `norms[layer - 1]` stands before it, the last one behind the stack."""
+        if layer == 0:
+            return x
+        entering: Tensor = self.dropout(self.norms[layer - 1](x))
+        return entering
+
+    def _leave(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y if self.residual and x.shape[-1] == y.shape[-1] else y
+
+    def _finish(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norms[-1](x)
+        return y
+
+
+def _of_layer(layer: int, cell: Cell, state: State) -> State:
+    return {name: state[f"{layer}.{name}"] for name in cell.states}

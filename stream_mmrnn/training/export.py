@@ -1,0 +1,296 @@
+"""Export: a trained predictor -> a one-step ONNX graph that states its contract, and the gate it must pass.
+
+Nothing is written unless the torch sequence, the torch step and the ONNX step agree, outputs and state, for any cut of
+the sequence, several batch sizes and random masks. The graph holds plain operations only, no recurrent operator. Knows
+nothing about training or data.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+from stream_mmrnn.engine import METADATA_KEY, read_contract, write_contract
+from stream_mmrnn.errors import ModelError
+from stream_mmrnn.runtime import Graph
+from stream_mmrnn.training.predictor import Predictor, Step
+from stream_mmrnn.training.recipe import Recipe
+from stream_mmrnn.types import HeadSpec, ModalitySpec
+
+TOLERANCE = 1e-5
+_FORBIDDEN = {"GRU", "LSTM", "RNN", "Loop", "Scan"}
+_GATE_TICKS = 24
+
+
+def contract(recipe: Recipe, origins: dict[str, str]) -> tuple[tuple[ModalitySpec, ...], tuple[HeadSpec, ...]]:
+    """The modalities and heads of a recipe as a model file states them."""
+    modalities = tuple(
+        ModalitySpec(name, m.size, origins.get(name, m.encoder), m.reduction, m.stack)
+        for name, m in recipe.modalities.items()
+    )
+    heads = tuple(HeadSpec(h.name, h.kind, h.size, h.labels, h.horizons_s, h.unit) for h in recipe.heads)
+    return modalities, heads
+
+
+class _Flat(nn.Module):
+    """The step with its inputs and outputs in a row, in the order of `names`."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        super().__init__()
+        self.step = Step(predictor)
+        self.modalities = list(predictor.recipe.modalities)
+        self.states = list(predictor.states)
+        self.heads = [h.name for h in predictor.recipe.heads]
+        inputs = [f"input.{m}" for m in self.modalities]
+        self.inputs = [*inputs, "present", "age", "active", "reset", *(f"state.{s}" for s in self.states)]
+        self.outputs = [*(f"head.{h}" for h in self.heads), *(f"next.{s}" for s in self.states)]
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        count = len(self.modalities)
+        features = dict(zip(self.modalities, tensors[:count], strict=True))
+        present, age, active, reset = tensors[count : count + 4]
+        state = dict(zip(self.states, tensors[count + 4 :], strict=True))
+        said, following = self.step(features, present, age, active, reset, state)
+        return (*(said[h] for h in self.heads), *(following[s] for s in self.states))
+
+
+def example(predictor: Predictor, batch: int, generator: torch.Generator) -> list[Tensor]:
+    """Inputs of the flat step with random content: masks, ages, active and reset rows, a state that was reached."""
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    count = len(predictor.recipe.modalities)
+    present = (torch.rand((batch, count), generator=generator) < 0.7).float()
+    features = [
+        noise(batch, m.size) * present[:, i : i + 1] for i, m in enumerate(predictor.recipe.modalities.values())
+    ]
+    age = torch.rand((batch, count), generator=generator) * 10
+    active = torch.rand(batch, generator=generator) < 0.7
+    reset = torch.rand(batch, generator=generator) < 0.2
+    states = [torch.tanh(noise(batch, *shape)) for shape in predictor.states.values()]
+    return [*features, present, age, active, reset, *states]
+
+
+def graph_of(predictor: Predictor) -> onnx.ModelProto:
+    """The step as ONNX, with a dynamic batch; no contract in it yet."""
+    flat = _Flat(predictor).eval()
+    inputs = tuple(example(predictor, 2, torch.Generator().manual_seed(0)))
+    batch = torch.export.Dim("batch", min=1, max=2**20)
+    with torch.no_grad(), warnings.catch_warnings():
+        # the exporter warns about itself (deprecated internals, its own op versions), not about the model
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            flat,
+            inputs,
+            dynamo=True,
+            verbose=False,
+            input_names=flat.inputs,
+            output_names=flat.outputs,
+            dynamic_shapes=(tuple({0: batch} for _ in inputs),),
+            opset_version=20,
+        )
+    assert program is not None
+    model = program.model_proto
+    _clean(model)
+    kinds = {n.op_type for n in model.graph.node}
+    if kinds & _FORBIDDEN:
+        raise ModelError(
+            f"the exported step holds {', '.join(sorted(kinds & _FORBIDDEN))}; it must be plain operations"
+        )
+    return model
+
+
+def _clean(model: onnx.ModelProto) -> None:
+    """Take out what the exporter leaves behind: traces with the paths of this machine, and notes to itself."""
+    model.producer_name, model.producer_version, model.doc_string = "stream_mmrnn", "", ""
+    del model.metadata_props[:]
+    graph = model.graph
+    graph.doc_string = ""
+    del graph.metadata_props[:]
+    for node in graph.node:
+        node.doc_string = ""
+        del node.metadata_props[:]
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        value.doc_string = ""
+        del value.metadata_props[:]
+    for function in model.functions:
+        function.doc_string = ""
+        del function.metadata_props[:]
+        for node in function.node:
+            node.doc_string = ""
+            del node.metadata_props[:]
+
+
+def with_contract(model: onnx.ModelProto, recipe: Recipe, origins: dict[str, str]) -> onnx.ModelProto:
+    modalities, heads = contract(recipe, origins)
+    onnx.helper.set_model_props(model, {METADATA_KEY: write_contract(recipe.name, recipe.tick_ns, modalities, heads)})
+    return model
+
+
+def export(predictor: Predictor, path: Path, origins: dict[str, str], int8: bool = False) -> dict[str, float]:
+    """Write the step to `path` if it passes the gate; the largest differences seen.
+
+    `int8` writes weights of 8 bit beside it as `step.int8.onnx`, whose outputs are near but not within the gate.
+
+    Raises:
+        ModelError: the three do not agree; nothing was written.
+
+    """
+    predictor = copy.deepcopy(predictor).cpu().float().eval()
+    model = with_contract(graph_of(predictor), predictor.recipe, origins)
+    with tempfile.TemporaryDirectory() as folder:
+        candidate = Path(folder) / "step.onnx"
+        onnx.save(model, str(candidate))
+        differences = gate(predictor, candidate)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(candidate.read_bytes())
+    if int8:
+        small = path.with_name(f"{path.stem}.int8.onnx")
+        onnx.save(quantised(model), str(small))
+        read_contract(Graph(small))
+    return differences
+
+
+def gate(predictor: Predictor, path: Path) -> dict[str, float]:
+    """Compare torch sequence, torch step and ONNX step on random sessions; raises ModelError where they disagree.
+
+    A difference is |a - b| / (1 + |b|): absolute for what is small, relative for a state that grows.
+    """
+    graph = Graph(path)
+    read_contract(graph)
+    worst = {"step": 0.0, "onnx": 0.0, "state": 0.0}
+    generator = torch.Generator().manual_seed(1)
+    _any_slot(predictor, graph, generator)
+    for batch in (1, 3, 16):
+        for cut in (1, 5, _GATE_TICKS):
+            _compare(predictor, graph, batch, cut, generator, worst)
+    for what, difference in worst.items():
+        if not difference <= TOLERANCE:
+            raise ModelError(
+                f"the export was refused: {what} differs from the torch sequence by {difference:.2e}, "
+                f"more than {TOLERANCE:g}; the step does not compute what was trained"
+            )
+    return worst
+
+
+def _any_slot(predictor: Predictor, graph: Graph, generator: torch.Generator) -> None:
+    """The same row must give the same bits in every slot, or a session's numbers would depend on its neighbours."""
+    flat = _Flat(predictor)
+    for _ in range(8):
+        row = example(predictor, 1, generator)
+        feed = {n: _as(graph, n, np.repeat(x.numpy(), 5, 0)) for n, x in zip(flat.inputs, row, strict=True)}
+        for name, out in zip(flat.outputs, graph.session.run(flat.outputs, feed), strict=True):
+            if any(out[i].tobytes() != out[0].tobytes() for i in range(1, 5)):
+                raise ModelError(
+                    f"the export was refused: {name} differs from slot to slot; use widths that are multiples of 8"
+                )
+
+
+def _compare(
+    predictor: Predictor, graph: Graph, batch: int, cut: int, generator: torch.Generator, worst: dict[str, float]
+) -> None:
+    flat = _Flat(predictor).eval()
+    modalities, heads, states = flat.modalities, flat.heads, flat.states
+    count = len(modalities)
+    ticks = [example(predictor, batch, generator) for _ in range(_GATE_TICKS)]
+    features = {m: torch.stack([t[i] for t in ticks], 1) for i, m in enumerate(modalities)}
+    present, age, _, reset = (torch.stack([t[count + i] for t in ticks], 1) for i in range(4))
+    with torch.no_grad():
+        said: dict[str, list[Tensor]] = {h: [] for h in heads}
+        state = predictor.initial(batch)
+        for begin in range(0, _GATE_TICKS, cut):
+            part = slice(begin, begin + cut)
+            raw, state = predictor(
+                {m: x[:, part] for m, x in features.items()}, present[:, part], age[:, part], state, reset[:, part]
+            )
+            for h, x in predictor.heads.say(raw).items():
+                said[h].append(x)
+        sequence = {h: torch.cat(x, 1) for h, x in said.items()}
+        stepped = predictor.initial(batch)
+        served = {s: x.numpy().copy() for s, x in predictor.initial(batch).items()}
+        everyone = torch.ones(batch, dtype=torch.bool)
+        for t, tick in enumerate(ticks):
+            inputs = [*tick[: count + 2], everyone, reset[:, t]]
+            outputs = flat(*inputs, *(stepped[s] for s in states))
+            stepped = dict(zip(states, outputs[len(heads) :], strict=True))
+            feed: dict[str, Any] = {n: _as(graph, n, x.numpy()) for n, x in zip(flat.inputs, inputs, strict=False)}
+            feed |= {f"state.{s}": x for s, x in served.items()}
+            results = dict(zip(flat.outputs, graph.session.run(flat.outputs, feed), strict=True))
+            # what an inactive row keeps, it keeps bit for bit
+            idle = {**feed, "active": np.zeros_like(feed["active"]), "reset": np.ones_like(feed["reset"])}
+            kept = graph.session.run([f"next.{s}" for s in states], idle)
+            for s, x in zip(states, kept, strict=True):
+                if x.tobytes() != served[s].tobytes():
+                    raise ModelError(f"the export was refused: a row that is not active does not keep its state {s!r}")
+            served = {s: results[f"next.{s}"] for s in states}
+            for i, h in enumerate(heads):
+                _note(worst, "step", outputs[i], sequence[h][:, t])
+                _note(worst, "onnx", torch.from_numpy(results[f"head.{h}"]), sequence[h][:, t])
+    for s in states:
+        _note(worst, "state", torch.from_numpy(served[s]), state[s])
+        _note(worst, "state", stepped[s], state[s])
+
+
+def _as(graph: Graph, name: str, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return np.ascontiguousarray(array.astype(graph.inputs[name].dtype))
+
+
+def _note(worst: dict[str, float], what: str, one: Tensor, other: Tensor) -> None:
+    difference = ((one - other).abs() / (1 + other.abs())).max().item() if one.numel() else 0.0
+    worst[what] = max(worst[what], difference) if np.isfinite(difference) else float("inf")
+
+
+def quantised(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same graph with 8-bit weights (MatMulNBits, blocks of 128, integer arithmetic: accuracy level 4)."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import (
+        DefaultWeightOnlyQuantConfig,
+        MatMulNBitsQuantizer,
+    )
+
+    plain = onnx.ModelProto()
+    plain.CopyFrom(model)
+    _split_gemm(plain)
+    settings = DefaultWeightOnlyQuantConfig(block_size=128, is_symmetric=True, accuracy_level=4, bits=8)
+    quantizer = MatMulNBitsQuantizer(plain, algo_config=settings)
+    quantizer.process()
+    small: onnx.ModelProto = quantizer.model.model
+    return small
+
+
+def _split_gemm(model: onnx.ModelProto) -> None:
+    """Gemm with a constant weight -> MatMul and Add, which is what the quantizer knows."""
+    graph = model.graph
+    weights = {i.name: i for i in graph.initializer}
+    nodes = []
+    for node in graph.node:
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        plain = node.op_type == "Gemm" and attributes.get("alpha", 1.0) == attributes.get("beta", 1.0) == 1.0
+        if not plain or attributes.get("transA", 0) or node.input[1] not in weights:
+            nodes.append(node)
+            continue
+        name = node.input[1]
+        if attributes.get("transB", 0):
+            turned = numpy_helper.to_array(weights[name]).T.copy()
+            name = f"{name}.T"
+            if name not in weights:
+                weights[name] = numpy_helper.from_array(turned, name)
+                graph.initializer.append(weights[name])
+        product = f"{node.output[0]}.product"
+        nodes.append(onnx.helper.make_node("MatMul", [node.input[0], name], [product]))
+        nodes.append(onnx.helper.make_node("Add", [product, node.input[2]], [node.output[0]]))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    used = {i for n in graph.node for i in n.input}
+    kept = [i for i in graph.initializer if i.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)

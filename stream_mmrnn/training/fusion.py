@@ -1,0 +1,257 @@
+"""Fusion: several modalities of one tick -> one vector, whatever is present.
+
+Every kind takes what the aligner gives: a vector a modality, which of them are present, and the age of each. An absent
+modality contributes nothing, and its absence and age are seen, so that the rest can make up for it. The same function
+runs over a whole sequence [B, T, ...] and over one step [B, ...]; only `Memory` has a state. Knows nothing about cells
+and heads, but for the context (a cell's output) that `Attention` may be conditioned on.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from stream_mmrnn.errors import ConfigError
+
+AGE_SCALE_S = 1.0
+State = dict[str, Tensor]
+
+
+class Tokens(nn.Module):
+    """Each modality's vector, normalised and projected to one width, with its age and its name added.
+
+    x_m -> tanh(W_m (x_m - mean_m) / std_m + b_m + u_m age_m / (1 s + age_m)), or 0 where absent. `mean` and `std` are
+    buffers, set from the training data; a projection narrower than its input is the learned reduction of the
+    features, and `set_reduction` puts a fixed one (PCA) before it. No logarithm of the age: ONNX Runtime's gives other
+    last bits in another row, and a session's numbers must not depend on its slot.
+    """
+
+    def __init__(self, sizes: dict[str, int], width: int, reduced: dict[str, int] | None = None) -> None:
+        super().__init__()
+        self.names = tuple(sizes)
+        self.width = width
+        self.reduced = dict(reduced or {})
+        for m, size in sizes.items():
+            self.register_buffer(f"mean_{m}", torch.zeros(size))
+            self.register_buffer(f"std_{m}", torch.ones(size))
+            if m in self.reduced:
+                self.register_buffer(f"basis_{m}", torch.zeros(size, self.reduced[m]))
+        self.project = nn.ModuleDict({m: nn.Linear(self.reduced.get(m, size), width) for m, size in sizes.items()})
+        self.age = nn.Parameter(torch.zeros(len(sizes), width))
+
+    def set_scale(self, modality: str, mean: Tensor, std: Tensor) -> None:
+        """Normalise a modality by these; a feature that never varies keeps its size."""
+        getattr(self, f"mean_{modality}").copy_(mean)
+        getattr(self, f"std_{modality}").copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
+
+    def set_reduction(self, modality: str, basis: Tensor) -> None:
+        """The principal axes [size, reduced] of the normalised features."""
+        getattr(self, f"basis_{modality}").copy_(basis)
+
+    def forward(self, features: dict[str, Tensor], present: Tensor, age: Tensor) -> Tensor:
+        """[..., M, width] from M vectors [..., size], `present` [..., M] of 0 and 1, `age` [..., M] in seconds."""
+        ages = (age / (AGE_SCALE_S + age)).unsqueeze(-1) * self.age
+        tokens = []
+        for i, m in enumerate(self.names):
+            x = (features[m] - getattr(self, f"mean_{m}")) / getattr(self, f"std_{m}")
+            if m in self.reduced:
+                x = x @ getattr(self, f"basis_{m}")
+            tokens.append(torch.tanh(self.project[m](x) + ages[..., i, :]))
+        return torch.stack(tokens, -2) * present.unsqueeze(-1)
+
+
+class Fusion(nn.Module):
+    """The interface: tokens [..., M, D] and masks -> [..., D]. `states` as in `cells.Cell`."""
+
+    conditioned = False
+    """Whether it wants the cell's output of the step before; then a sequence is a loop of steps."""
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.count, self.width = count, width
+        self.states: dict[str, tuple[int, ...]] = {}
+
+    def fuse(self, tokens: Tensor, present: Tensor, context: Tensor | None) -> Tensor:
+        """One vector from the tokens of each tick; no state."""
+        raise AssertionError("each kind of fusion has its own")
+
+    def step(self, tokens: Tensor, present: Tensor, context: Tensor | None, state: State) -> tuple[Tensor, State]:
+        """One tick: tokens [B, M, D]."""
+        return self.fuse(tokens, present, context), {}
+
+    def forward(self, tokens: Tensor, present: Tensor, state: State, reset: Tensor | None) -> tuple[Tensor, State]:
+        """A sequence: tokens [B, T, M, D], `reset` [B, T]."""
+        return self.fuse(tokens, present, None), {}
+
+
+class Add(Fusion):
+    """The sum of what is present, over the square root of how many, and a bias that says which.
+
+    The seeds' first recipe; its weakness, no interaction between modalities, is left to the cell.
+    """
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__(count, width)
+        self.which = nn.Linear(count, width)
+
+    def fuse(self, tokens: Tensor, present: Tensor, context: Tensor | None) -> Tensor:
+        scale = torch.rsqrt(total(present).clamp(min=1.0))
+        return tokens.sum(-2) * scale + self.which(present)
+
+
+class Concat(Fusion):
+    """W [t_1; ...; t_M; present], the seeds' second recipe."""
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__(count, width)
+        self.mix = nn.Linear(count * width + count, width)
+
+    def fuse(self, tokens: Tensor, present: Tensor, context: Tensor | None) -> Tensor:
+        return torch.tanh(self.mix(torch.cat([tokens.flatten(-2), present], -1)))
+
+
+class Gated(Fusion):
+    """sum_m g_m * t_m with g = sigmoid(W [t_1; ...; t_M; present]), a gate a modality and feature.
+
+    The gated multimodal unit of Arevalo et al. 2017 for more than two modalities.
+    """
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__(count, width)
+        self.gate = nn.Linear(count * width + count, count * width)
+
+    def fuse(self, tokens: Tensor, present: Tensor, context: Tensor | None) -> Tensor:
+        gates = torch.sigmoid(self.gate(torch.cat([tokens.flatten(-2), present], -1)))
+        return (gates.reshape(tokens.shape) * tokens).sum(-2)
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum over the last axis, kept; as a matrix product.
+
+    ONNX Runtime's ReduceSum adds a row in another order when its address is aligned otherwise, so that a session's last
+    bits would depend on its slot; its matrix products do not (`export.gate` looks).
+    """
+    return x @ x.new_ones((x.shape[-1], 1))
+
+
+def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
+    """Softmax over the last axis where `mask` is 1; all zeros where nothing is. Never NaN."""
+    floor = torch.where(mask > 0, scores, torch.full_like(scores, -1e9))
+    weights = torch.exp(floor - floor.amax(-1, keepdim=True)) * mask
+    return weights / total(weights).clamp(min=1e-9)
+
+
+class Attention(Fusion):
+    """sum_m a_m t_m with a = softmax over what is present of v . tanh(W t_m + U c) (Bahdanau et al. 2015).
+
+    With `conditioned` c is the cell's output of the step before, so what is attended to depends on what was seen;
+    without, c = 0 and a sequence runs in parallel.
+    """
+
+    def __init__(self, count: int, width: int, conditioned: bool = False, context: int = 0) -> None:
+        super().__init__(count, width)
+        self.conditioned = conditioned
+        self.key = nn.Linear(width, width)
+        self.query = nn.Linear(context, width, bias=False) if conditioned else None
+        self.score = nn.Linear(width, 1, bias=False)
+        self.which = nn.Linear(count, width)
+
+    def weights(self, tokens: Tensor, present: Tensor, context: Tensor | None) -> Tensor:
+        """How much each modality counts, [..., M]; 0 for an absent one."""
+        hidden = self.key(tokens)
+        if self.query is not None and context is not None:
+            hidden = hidden + self.query(context).unsqueeze(-2)
+        return masked_softmax(self.score(torch.tanh(hidden)).squeeze(-1), present)
+
+    def fuse(self, tokens: Tensor, present: Tensor, context: Tensor | None) -> Tensor:
+        weights = self.weights(tokens, present, context)
+        return (weights.unsqueeze(-1) * tokens).sum(-2) + self.which(present)
+
+
+class Cross(Fusion):
+    """Self-attention between the modalities of a tick, then the mean of what is present.
+
+    One pre-norm-free block of scaled dot products with a few heads (Vaswani et al. 2017), residual.
+    """
+
+    def __init__(self, count: int, width: int, heads: int = 4) -> None:
+        super().__init__(count, width)
+        if width % heads:
+            raise ConfigError(f"fusion.width {width} must be a multiple of fusion.heads {heads}")
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.which = nn.Linear(count, width)
+
+    def fuse(self, tokens: Tensor, present: Tensor, context: Tensor | None) -> Tensor:
+        lead, (m, d) = tokens.shape[:-2], tokens.shape[-2:]
+        q, k, v = self.qkv(tokens).reshape(*lead, m, 3, self.heads, d // self.heads).unbind(-3)
+        q, k, v = (x.transpose(-2, -3) for x in (q, k, v))
+        scores = q @ k.transpose(-1, -2) * (d // self.heads) ** -0.5
+        mixed = masked_softmax(scores, present[..., None, None, :].expand_as(scores)) @ v
+        mixed = tokens + self.out(mixed.transpose(-2, -3).reshape(*lead, m, d))
+        share = present / total(present).clamp(min=1.0)
+        return (share.unsqueeze(-1) * mixed).sum(-2) + self.which(present)
+
+
+class Memory(Fusion):
+    """Concat, then attention of this tick over the last `memory` ticks, itself among them.
+
+    The ring buffer is explicit state: `keys` holds the vectors of past ticks, newest last, and `filled` which of them
+    there are. Reading it is masked dot-product attention; a reset empties it.
+    """
+
+    def __init__(self, count: int, width: int, memory: int = 16) -> None:
+        super().__init__(count, width)
+        self.memory = memory
+        self.inner = Concat(count, width)
+        self.query = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+        self.states = {"past": (memory, width), "filled": (memory,)}
+
+    def _read(self, now: Tensor, past: Tensor, filled: Tensor) -> Tensor:
+        """Now [..., D], past [..., K, D] (its last is now), filled [..., K]."""
+        scores = (past @ self.query(now).unsqueeze(-1)).squeeze(-1) * self.width**-0.5
+        return now + self.out((masked_softmax(scores, filled).unsqueeze(-2) @ past).squeeze(-2))
+
+    def step(self, tokens: Tensor, present: Tensor, context: Tensor | None, state: State) -> tuple[Tensor, State]:
+        now = self.inner.fuse(tokens, present, None)
+        past = torch.cat([state["past"][:, 1:], now.unsqueeze(1)], 1)
+        filled = torch.cat([state["filled"][:, 1:], torch.ones_like(state["filled"][:, :1])], 1)
+        return self._read(now, past, filled), {"past": past, "filled": filled}
+
+    def forward(self, tokens: Tensor, present: Tensor, state: State, reset: Tensor | None) -> tuple[Tensor, State]:
+        now = self.inner.fuse(tokens, present, None)
+        length, k = now.shape[1], self.memory
+        whole = torch.cat([state["past"], now], 1)
+        filled = torch.cat([state["filled"], torch.ones_like(now[..., 0])], 1)
+        windows = whole.unfold(1, k, 1)[:, 1:].transpose(-1, -2)  # [B, T, K, D], the last of each is now
+        masks = filled.unfold(1, k, 1)[:, 1:]
+        if reset is not None:
+            # which life each tick belongs to; what is from another is not there
+            lives = torch.cat([torch.zeros_like(state["filled"]), reset.cumsum(1).to(now.dtype)], 1)
+            same = lives.unfold(1, k, 1)[:, 1:] == lives[:, k:].unsqueeze(-1)
+            masks = masks * same.to(now.dtype)
+        read = self._read(now, windows, masks)
+        last = windows[:, length - 1] * masks[:, length - 1].unsqueeze(-1)
+        return read, {"past": last, "filled": masks[:, length - 1]}
+
+
+def create(kind: str, count: int, width: int, context: int, *, heads: int = 4, memory: int = 16) -> Fusion:
+    """A fusion by its name in a recipe; `context` is the width of a cell's output."""
+    if kind == "attention":
+        return Attention(count, width)
+    if kind == "attention_state":
+        return Attention(count, width, conditioned=True, context=context)
+    if kind == "cross":
+        return Cross(count, width, heads)
+    if kind == "memory":
+        return Memory(count, width, memory)
+    simple: dict[str, type[Fusion]] = {"add": Add, "concat": Concat, "gated": Gated}
+    if kind not in simple:
+        known = ", ".join(KINDS)
+        raise ConfigError(f"there is no fusion {kind!r}; use one of {known}")
+    return simple[kind](count, width)
+
+
+KINDS = ("add", "concat", "gated", "attention", "attention_state", "cross", "memory")

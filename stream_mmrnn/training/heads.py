@@ -1,0 +1,73 @@
+"""Heads: what is predicted, how it is scored, and what its numbers mean to who reads them.
+
+A head's layer gives logits (or plain numbers); `loss` compares them with targets, `activate` makes of them what the
+served model says. Targets are aligned with ticks: a target of tick k is what was or will be true of k. A weight of 0
+takes a tick out of the loss. Knows nothing about cells or fusion.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stream_mmrnn.training.recipe import Head
+
+
+def activate(head: Head, raw: Tensor, temperature: Tensor) -> Tensor:
+    """What the model says, from a layer's output [..., size]: calibrated by dividing logits by a temperature."""
+    if head.kind == "regression":
+        return raw
+    if head.kind == "classification" and head.size > 1:
+        return torch.softmax(raw / temperature, -1)
+    return torch.sigmoid(raw / temperature)
+
+
+def loss(head: Head, raw: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """The mean over ticks of weight * loss; `raw` [..., size], `weight` [...].
+
+    classification: cross-entropy, `target` [...] a class number (or one logit against 0 and 1, where size is 1).
+    activity_projection: binary cross-entropy of each bin, `target` [..., size] of 0 and 1 (Ekstedt and Skantze 2022
+    predict the joint state of the bins; here each bin has its own probability).
+    regression: squared error, or Huber's with delta 1, `target` [..., size].
+    hazard: discrete-time survival (Gensheimer and Narasimhan 2019): sigmoid(raw_j) is the probability that the event
+    comes in interval j, given that it did not come before; `target` [...] is the interval in which it came, or `size`
+    where it came in none of them.
+    """
+    if head.kind == "classification" and head.size > 1:
+        each = F.cross_entropy(raw.flatten(0, -2), target.flatten().long(), reduction="none").reshape(weight.shape)
+    elif head.kind in ("classification", "activity_projection"):
+        each = F.binary_cross_entropy_with_logits(raw, target.to(raw.dtype).reshape(raw.shape), reduction="none")
+        each = each.mean(-1)
+    elif head.kind == "regression":
+        kind = F.huber_loss if head.loss == "huber" else F.mse_loss
+        each = kind(raw, target.to(raw.dtype), reduction="none").mean(-1)
+    else:
+        interval = torch.arange(head.size, device=raw.device)
+        came = target.long().unsqueeze(-1)
+        happened = (interval == came).to(raw.dtype)
+        at_risk = (interval <= came).to(raw.dtype)
+        each = (F.binary_cross_entropy_with_logits(raw, happened, reduction="none") * at_risk).sum(-1)
+    return (each * weight).sum() / weight.sum().clamp(min=1.0)
+
+
+class Heads(nn.Module):
+    """One linear layer a head, and its temperature (1 until calibrated)."""
+
+    def __init__(self, heads: tuple[Head, ...], width: int) -> None:
+        super().__init__()
+        self.specs = heads
+        self.layers = nn.ModuleDict({h.name: nn.Linear(width, h.size) for h in heads})
+        for h in heads:
+            self.register_buffer(f"temperature_{h.name}", torch.ones(()))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Raw outputs by head, [..., size]."""
+        return {h.name: self.layers[h.name](x) for h in self.specs}
+
+    def temperature(self, name: str) -> Tensor:
+        return getattr(self, f"temperature_{name}")
+
+    def say(self, raw: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is served, by head."""
+        return {h.name: activate(h, raw[h.name], self.temperature(h.name)) for h in self.specs}

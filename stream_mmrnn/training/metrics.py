@@ -1,0 +1,136 @@
+"""Scores of a head's predictions against targets: what reports print and cards quote. Numpy only; knows no network.
+
+Every function takes probabilities or numbers and targets of the ticks that count, in any order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stream_mmrnn.training.recipe import Head
+
+Array = npt.NDArray[Any]
+_BINS = 15
+
+
+def auc(score: Array, positive: Array) -> float:
+    """Area under the ROC curve by ranks, ties counted half (Mann and Whitney 1947); NaN where one class is missing."""
+    positive = positive.astype(bool)
+    n_pos, n_neg = int(positive.sum()), int((~positive).sum())
+    if not n_pos or not n_neg:
+        return float("nan")
+    _, inverse, counts = np.unique(score, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    rank = (last - (counts - 1) / 2)[inverse]
+    return float((rank[positive].sum() - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg))
+
+
+def balanced_accuracy(said: Array, true: Array) -> float:
+    """The mean over the classes that occur of the share that was found."""
+    return float(np.mean([(said[true == c] == c).mean() for c in np.unique(true)])) if len(true) else float("nan")
+
+
+def best_threshold(score: Array, positive: Array) -> float:
+    """The threshold on `score` with the best balanced accuracy; to be found on validation data."""
+    order = np.argsort(score)
+    truth = positive.astype(bool)[order]
+    below_pos = np.concatenate([[0], np.cumsum(truth)])
+    below_neg = np.concatenate([[0], np.cumsum(~truth)])
+    found = 1 - below_pos / max(truth.sum(), 1) + below_neg / max((~truth).sum(), 1)
+    values = np.concatenate([[-np.inf], score[order]])
+    # a threshold lies between two different scores: "positive" is score > threshold
+    usable = np.concatenate([values[1:] != values[:-1], [True]])
+    return float(values[int(np.argmax(np.where(usable, found, -1)))])
+
+
+def calibration(confidence: Array, correct: Array) -> tuple[float, list[tuple[float, float, int]]]:
+    """Expected calibration error (Guo et al. 2017, 15 equal bins) and the reliability curve (said, true, count)."""
+    place = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
+    curve, error = [], 0.0
+    for b in range(_BINS):
+        here = place == b
+        n = int(here.sum())
+        if n:
+            said, true = float(confidence[here].mean()), float(correct[here].mean())
+            curve.append((said, true, n))
+            error += n / len(confidence) * abs(said - true)
+    return error, curve
+
+
+def confusion(said: Array, true: Array, classes: int) -> Array:
+    """Counts [true, said]."""
+    table = np.zeros((classes, classes), np.int64)
+    np.add.at(table, (true.astype(int), said.astype(int)), 1)
+    return table
+
+
+def score(head: Head, said: Array, target: Array) -> dict[str, Any]:
+    """The figures of one head over N ticks; `said` [N, size] as served, `target` [N] or [N, size]."""
+    if not len(said):
+        return {"ticks": 0}
+    if head.kind == "classification" and head.size > 1:
+        best = said.argmax(1)
+        error, curve = calibration(said.max(1), best == target)
+        chosen = np.clip(said[np.arange(len(said)), target.astype(int)], 1e-12, 1)
+        return {
+            "ticks": len(said),
+            "accuracy": float((best == target).mean()),
+            "balanced_accuracy": balanced_accuracy(best, target),
+            "log_loss": float(-np.log(chosen).mean()),
+            "calibration_error": error,
+            "reliability": curve,
+            "confusion": confusion(best, target, head.size).tolist(),
+        }
+    if head.kind in ("classification", "activity_projection"):
+        target = target.reshape(said.shape)
+        error, curve = calibration(said.ravel(), target.ravel())
+        names = head.labels or tuple(str(i) for i in range(head.size))
+        return {
+            "ticks": len(said),
+            "auc": {n: auc(said[:, i], target[:, i]) for i, n in enumerate(names)},
+            "balanced_accuracy": {
+                n: balanced_accuracy(said[:, i] > 0.5, target[:, i] > 0.5) for i, n in enumerate(names)
+            },
+            "accuracy": float(((said > 0.5) == (target > 0.5)).mean()),
+            "calibration_error": error,
+            "reliability": curve,
+        }
+    if head.kind == "regression":
+        squared = (said - target) ** 2
+        spread = np.maximum(target.var(0), 1e-12)
+        return {
+            "ticks": len(said),
+            "mse": float(squared.mean()),
+            "mae": float(np.abs(said - target).mean()),
+            "r2": float(1 - (squared.mean(0) / spread).mean()),
+        }
+    came = target.astype(int)
+    survive = np.cumprod(1 - said, 1)
+    arrives = 1 - survive
+    names = head.labels or tuple(str(i) for i in range(head.size))
+    return {
+        "ticks": len(said),
+        "auc": {n: auc(arrives[:, i], came <= i) for i, n in enumerate(names)},
+        "log_loss": float(_hazard_loss(said, came).mean()),
+    }
+
+
+def _hazard_loss(hazard: Array, came: Array) -> Array:
+    interval = np.arange(hazard.shape[1])
+    h = np.clip(hazard, 1e-7, 1 - 1e-7)
+    at_risk, happened = interval <= came[:, None], interval == came[:, None]
+    return -(np.where(happened, np.log(h), np.log1p(-h)) * at_risk).sum(1)
+
+
+def primary(head: Head, figures: dict[str, Any]) -> float:
+    """One number a head, more is better: what a study's table and `--quick` compare."""
+    if not figures.get("ticks"):
+        return float("nan")
+    if head.kind == "classification" and head.size > 1:
+        return float(figures["accuracy"])
+    if head.kind == "regression":
+        return float(figures["r2"])
+    return float(np.nanmean(list(figures["auc"].values())))

@@ -1,0 +1,140 @@
+"""Predictor: tokens, fusion, cells and heads as one network, over a sequence or one step at a time.
+
+`forward` and `step` are the same function, so what is trained is what is served; `Step` is the module that becomes the
+ONNX graph, with `active` and `reset` inside. Knows nothing about data, losses or files.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from stream_mmrnn.training import fusion
+from stream_mmrnn.training.cells import Stack
+from stream_mmrnn.training.heads import Heads
+from stream_mmrnn.training.recipe import Recipe
+
+State = dict[str, Tensor]
+_CONTEXT = "context"
+
+
+def _under(prefix: str, state: State) -> State:
+    """The entries of one part of a state, by that part's own names."""
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def _named(prefix: str, state: State) -> State:
+    return {prefix + k: v for k, v in state.items()}
+
+
+class Predictor(nn.Module):
+    """Everything between the ticks and the heads. `states` are named `cell.*`, `fusion.*` and `context`."""
+
+    def __init__(self, recipe: Recipe, reduced: dict[str, int] | None = None) -> None:
+        """`reduced`: how many principal axes a modality keeps (see `Tokens`)."""
+        super().__init__()
+        self.recipe = recipe
+        f, c = recipe.fusion, recipe.cell
+        sizes = {name: m.size for name, m in recipe.modalities.items()}
+        self.tokens = fusion.Tokens(sizes, f.width, reduced)
+        self.fusion = fusion.create(f.kind, len(sizes), f.width, c.hidden, heads=f.heads, memory=f.memory)
+        self.cells = Stack(
+            c.kind,
+            f.width,
+            c.hidden,
+            c.layers,
+            residual=c.residual,
+            norm=c.norm,
+            dropout=c.dropout,
+            learned_initial=c.learned_initial,
+        )
+        self.heads = Heads(recipe.heads, c.hidden)
+        self.states: dict[str, tuple[int, ...]] = {
+            **{f"cell.{k}": v for k, v in self.cells.states.items()},
+            **{f"fusion.{k}": v for k, v in self.fusion.states.items()},
+        }
+        if self.fusion.conditioned:
+            self.states[_CONTEXT] = (c.hidden,)
+
+    def initial(self, batch: int) -> State:
+        """The state before the first tick, [batch, ...]."""
+        like = next(self.parameters())
+        state = _named("cell.", self.cells.initial(batch))
+        for name, shape in self.states.items():
+            if not name.startswith("cell."):
+                state[name] = like.new_zeros((batch, *shape))
+        return state
+
+    def step(
+        self, features: dict[str, Tensor], present: Tensor, age: Tensor, state: State
+    ) -> tuple[dict[str, Tensor], State]:
+        """One tick: features [B, size], `present` and `age` [B, M]; the heads' raw outputs [B, size]."""
+        tokens = self.tokens(features, present, age)
+        x, fused = self.fusion.step(tokens, present, state.get(_CONTEXT), _under("fusion.", state))
+        y, cells = self.cells.step(x, _under("cell.", state))
+        following = {**_named("cell.", cells), **_named("fusion.", fused)}
+        if self.fusion.conditioned:
+            following[_CONTEXT] = y
+        return self.heads(y), following
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        present: Tensor,
+        age: Tensor,
+        state: State | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[dict[str, Tensor], State]:
+        """A stretch of ticks: features [B, T, size], `present` and `age` [B, T, M], `reset` [B, T] before the tick."""
+        if state is None:
+            state = self.initial(present.shape[0])
+        if self.fusion.conditioned:
+            return self._loop(features, present, age, state, reset)
+        tokens = self.tokens(features, present, age)
+        x, fused = self.fusion(tokens, present, _under("fusion.", state), reset)
+        y, cells = self.cells(x, _under("cell.", state), reset)
+        return self.heads(y), {**_named("cell.", cells), **_named("fusion.", fused)}
+
+    def _loop(
+        self, features: dict[str, Tensor], present: Tensor, age: Tensor, state: State, reset: Tensor | None
+    ) -> tuple[dict[str, Tensor], State]:
+        """Where the fusion looks at the cell's last output there is no way around the loop."""
+        tokens = self.tokens(features, present, age)
+        initial = self.initial(present.shape[0])
+        outputs = []
+        for t in range(present.shape[1]):
+            if reset is not None:
+                state = choose(reset[:, t], initial, state)
+            x, fused = self.fusion.step(tokens[:, t], present[:, t], state[_CONTEXT], _under("fusion.", state))
+            y, cells = self.cells.step(x, _under("cell.", state))
+            state = {**_named("cell.", cells), **_named("fusion.", fused), _CONTEXT: y}
+            outputs.append(y)
+        return self.heads(torch.stack(outputs, 1)), state
+
+
+def choose(rows: Tensor, one: State, other: State) -> State:
+    """Row by row: `one` where `rows` [B] is true, `other` elsewhere; no arithmetic, so the bits are kept."""
+    return {k: torch.where(rows.reshape(-1, *([1] * (v.dim() - 1))), one[k].expand_as(v), v) for k, v in other.items()}
+
+
+class Step(nn.Module):
+    """The graph to export: the inputs of the model contract in, activated heads and next states out."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        super().__init__()
+        self.predictor = predictor
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        present: Tensor,
+        age: Tensor,
+        active: Tensor,
+        reset: Tensor,
+        state: State,
+    ) -> tuple[dict[str, Tensor], State]:
+        """`active` and `reset` [B] of bool. Rows that are not active keep their state bit for bit."""
+        initial = self.predictor.initial(1)
+        begun = choose(reset, initial, state)
+        raw, following = self.predictor.step(features, present, age, begun)
+        return self.predictor.heads.say(raw), choose(active, following, state)

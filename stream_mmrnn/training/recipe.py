@@ -1,0 +1,155 @@
+"""A recipe: one TOML file that says what to learn, from what, with which network and how.
+
+Typed and strict like the configuration, by the same means. Knows nothing about torch.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from stream_mmrnn import config
+from stream_mmrnn.errors import ConfigError
+
+_Positive = Annotated[float, msgspec.Meta(gt=0)]
+_Count = Annotated[int, msgspec.Meta(ge=1)]
+_Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    pass
+
+
+class Modality(_Section, frozen=True):
+    """One input of the model."""
+
+    size: _Count
+    """Numbers a tick, before any reduction."""
+    encoder: str = ""
+    """`name@sha256` of the encoder; filled in from recordings, "" where any is accepted."""
+    reduction: Literal["", "last", "mean", "sum", "stack"] = ""
+    stack: _Count = 1
+    energy: _Share = 0.0
+    """Keep the principal axes that hold this share of the variance; 0 keeps the features as they are."""
+
+
+class Fusion(_Section, frozen=True):
+    kind: Literal["add", "concat", "gated", "attention", "attention_state", "cross", "memory"] = "concat"
+    width: _Count = 64
+    heads: _Count = 4
+    memory: _Count = 16
+    modality_dropout: _Share = 0.2
+    """How often a modality is hidden for a whole chunk in training, so that an absent one is normal."""
+
+
+class Cell(_Section, frozen=True):
+    kind: Literal["rnn_tanh", "rnn_relu", "lstm", "gru", "min_gru", "rg_lru"] = "gru"
+    hidden: _Count = 128
+    layers: _Count = 1
+    residual: bool = False
+    norm: Literal["none", "layer", "rms"] = "none"
+    dropout: _Share = 0.0
+    learned_initial: bool = False
+
+
+class Head(_Section, frozen=True):
+    """One output of the model; what its targets are is the data's to say."""
+
+    name: Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]*$")]
+    kind: Literal["classification", "activity_projection", "regression", "hazard"]
+    size: _Count
+    labels: tuple[str, ...] = ()
+    horizons_s: tuple[tuple[float, float], ...] = ()
+    unit: str = "probability"
+    loss: Literal["", "mse", "huber"] = ""
+    """Of a regression; "" is mse."""
+    weight: _Positive = 1.0
+
+
+class Train(_Section, frozen=True):
+    epochs: _Count = 20
+    batch: _Count = 16
+    length: _Count = 100
+    """Ticks of back-propagation through time; state is carried from chunk to chunk."""
+    optimizer: Literal["adam", "adamw"] = "adamw"
+    learning_rate: _Positive = 1e-3
+    schedule: Literal["constant", "cosine", "one_cycle"] = "cosine"
+    weight_decay: Annotated[float, msgspec.Meta(ge=0)] = 0.01
+    clip: _Positive = 1.0
+    patience: Annotated[int, msgspec.Meta(ge=0)] = 5
+    """Epochs without a better validation loss before it stops; 0 never stops early."""
+    mixed_precision: bool = True
+    """Where there is a GPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+
+class Data(_Section, frozen=True):
+    """Where the sequences come from; `kind` names the maker, `options` are its own."""
+
+    kind: str
+    path: str = ""
+    options: dict[str, Any] = {}
+
+
+class Recipe(_Section, frozen=True):
+    name: Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]*$")]
+    modalities: dict[str, Modality]
+    heads: tuple[Head, ...]
+    data: Data
+    tick_ms: _Positive = 40.0
+    fusion: Fusion = Fusion()
+    cell: Cell = Cell()
+    train: Train = Train()
+    quick: dict[str, Any] = {}
+    """What `--quick` changes in `train`: a run of minutes that says whether all is well."""
+
+    @property
+    def tick_ns(self) -> int:
+        return round(self.tick_ms * 1e6)
+
+
+def parse(table: dict[str, Any]) -> Recipe:
+    """The recipe of a table; raises ConfigError in one sentence."""
+    recipe = config.convert(table, Recipe)
+    for head in recipe.heads:
+        for name, what in (("labels", head.labels), ("horizons_s", head.horizons_s)):
+            if what and len(what) != head.size:
+                raise ConfigError(
+                    f"head {head.name!r} has {len(what)} {name} for {head.size} numbers; give one for each"
+                )
+    for name, m in recipe.modalities.items():
+        if m.size % m.stack:
+            raise ConfigError(f"modality {name!r} has a size of {m.size}, which is not {m.stack} samples")
+    return recipe
+
+
+def load(path: Path) -> Recipe:
+    """The recipe of a TOML file."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ConfigError(f"the recipe {path} cannot be read: {e.strerror}") from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise ConfigError(f"the recipe {path} is not valid TOML: {e}") from e
+    return parse(table)
+
+
+def quick(recipe: Recipe) -> Recipe:
+    """The recipe with its `quick` settings in place."""
+    table = msgspec.to_builtins(recipe)
+    table["train"] |= table.pop("quick")
+    return parse(table)
+
+
+def with_seed(recipe: Recipe, seed: int) -> Recipe:
+    """The same recipe from another start."""
+    return msgspec.structs.replace(recipe, train=msgspec.structs.replace(recipe.train, seed=seed))
+
+
+def save(recipe: Recipe, path: Path) -> None:
+    """Write a recipe as TOML, so that it loads as the same one."""
+    path.write_text(msgspec.toml.encode(recipe).decode(), encoding="utf-8")

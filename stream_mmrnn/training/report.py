@@ -1,0 +1,188 @@
+"""Reports: what training and evaluation found, as one JSON document, plots and a model card.
+
+Knows nothing about how the figures came to be.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from stream_mmrnn.training.data import Task
+from stream_mmrnn.training.evaluate import by_modalities, collect, figures
+from stream_mmrnn.training.heads import activate
+from stream_mmrnn.training.predictor import Predictor
+from stream_mmrnn.training.recipe import Head
+
+_INK, _SECOND, _GRID = "#4c3fb5", "#1f77b4", "#d9dbe0"
+
+
+def report(predictor: Predictor, task: Task, history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Everything that a card, a study or a script wants to know of a trained network."""
+    test = list(task.test)
+    outputs = collect(predictor, test)
+    return {
+        "name": predictor.recipe.name,
+        "parameters": sum(p.numel() for p in predictor.parameters()),
+        "cell": predictor.recipe.cell.kind,
+        "fusion": predictor.recipe.fusion.kind,
+        "epochs": len(history),
+        "history": history,
+        "test": figures(predictor, outputs),
+        "by_modalities": by_modalities(predictor, test) if len(predictor.recipe.modalities) > 1 else {},
+        "by_time": {h.name: by_time(predictor, test, h) for h in predictor.recipe.heads if h.kind == "classification"},
+        "test_ticks": sum(map(len, test)),
+        "about": task.about,
+    }
+
+
+def by_time(predictor: Predictor, sequences: list[Any], head: Head) -> dict[str, list[float]]:
+    """Accuracy against the time into the sequence, in twelve stretches that grow; seconds and shares."""
+    tick_s = predictor.recipe.tick_ns / 1e9
+    right: list[tuple[int, bool]] = []
+    for ticks in sequences[:200]:
+        counts = np.flatnonzero(ticks.weights[head.name] > 0)
+        if not len(counts):
+            continue
+        raw = collect(predictor, [ticks])[head.name][0]
+        said = activate(head, torch.from_numpy(raw), torch.ones(())).numpy()
+        best = said.argmax(1) if head.size > 1 else said[:, 0] > 0.5
+        truth = ticks.targets[head.name][counts].reshape(len(counts), -1)[:, 0]
+        right += [(int(t), bool(a == b)) for t, a, b in zip(counts, best, truth, strict=True)]
+    if not right:
+        return {"seconds": [], "accuracy": []}
+    at = np.array([t for t, _ in right])
+    good = np.array([r for _, r in right])
+    edges = np.unique(np.geomspace(1, at.max() + 2, 13).astype(int))
+    seconds, accuracy = [], []
+    for a, b in itertools.pairwise(edges):
+        here = (at + 1 >= a) & (at + 1 < b)
+        if here.any():
+            seconds.append(float(b * tick_s))
+            accuracy.append(float(good[here].mean()))
+    return {"seconds": seconds, "accuracy": accuracy}
+
+
+def write(document: dict[str, Any], folder: Path) -> list[Path]:
+    """`report.json` and the plots; the files made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "report.json"
+    path.write_text(json.dumps(clean(document), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return [path, *_plots(document, folder)]
+
+
+def clean(value: Any) -> Any:
+    """JSON has no NaN: what is no number becomes null."""
+    if isinstance(value, dict):
+        return {str(k): clean(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [clean(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _plots(document: dict[str, Any], folder: Path) -> list[Path]:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    mpl.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": _GRID})
+    made = []
+
+    def keep(figure: Any, name: str) -> None:
+        figure.tight_layout()
+        figure.savefig(folder / f"{name}.png", dpi=120)
+        plt.close(figure)
+        made.append(folder / f"{name}.png")
+
+    history = document["history"]
+    if history:
+        figure, axes = plt.subplots(figsize=(5, 3.2))
+        epochs = [h["epoch"] for h in history]
+        axes.plot(epochs, [h["train_loss"] for h in history], color=_SECOND, label="training")
+        axes.plot(epochs, [h["validation_loss"] for h in history], color=_INK, label="validation")
+        axes.set(xlabel="epoch", ylabel="loss", title=f"{document['name']}: learning")
+        axes.legend(frameon=False)
+        keep(figure, "learning")
+    for name, head in document["test"].items():
+        if head.get("reliability"):
+            figure, axes = plt.subplots(figsize=(3.6, 3.4))
+            said, true, _ = (np.array(x) for x in zip(*head["reliability"], strict=True))
+            axes.plot([0, 1], [0, 1], color=_GRID, zorder=1)
+            axes.plot(said, true, marker="o", color=_INK)
+            axes.set(xlabel="said", ylabel="true", xlim=(0, 1), ylim=(0, 1))
+            axes.set_title(f"{name}: ECE {head['calibration_error']:.3f}")
+            keep(figure, f"reliability_{name}")
+        if head.get("confusion"):
+            table = np.array(head["confusion"], float)
+            share = table / np.maximum(table.sum(1, keepdims=True), 1)
+            figure, axes = plt.subplots(figsize=(4.2, 3.8))
+            axes.grid(False)
+            axes.imshow(share, cmap="Purples", vmin=0, vmax=1)
+            axes.set(xlabel="said", ylabel="true", title=f"{name}: accuracy {head['accuracy']:.3f}")
+            keep(figure, f"confusion_{name}")
+    for name, curve in document["by_time"].items():
+        if curve["seconds"]:
+            figure, axes = plt.subplots(figsize=(5, 3.2))
+            axes.semilogx(curve["seconds"], curve["accuracy"], marker="o", color=_INK)
+            axes.set(xlabel="seconds into the sequence", ylabel="accuracy", ylim=(0, 1.02), title=name)
+            keep(figure, f"by_time_{name}")
+    if document["by_modalities"]:
+        heads = list(document["test"])
+        figure, axes = plt.subplots(figsize=(5.5, 0.6 + 0.34 * len(document["by_modalities"]) * len(heads)))
+        rows = [(f"{s} · {h}", v[h]) for s, v in document["by_modalities"].items() for h in heads]
+        axes.barh([r[0] for r in rows][::-1], [r[1] for r in rows][::-1], color=_INK)
+        axes.set(title="by the modalities present")
+        keep(figure, "by_modalities")
+    return made
+
+
+def card(document: dict[str, Any], differences: dict[str, float], made_by: str, versions: str) -> str:
+    """The model card: what it is, what it was trained on, how good, what it is not."""
+    lines = [f"# {document['name']}", "", document["about"], ""]
+    what = (
+        f"{document['cell']} cell, {document['fusion']} fusion, {document['parameters']:,} weights, "
+        f"{document['epochs']} epochs. The torch sequence, the torch step and the ONNX step differ by at most "
+        f"{max(differences.values()):.1e}."
+    )
+    lines += [
+        what,
+        "",
+        f"On {document['test_ticks']:,} held-out ticks:",
+        "",
+        "| head | figure | value |",
+        "| --- | --- | --- |",
+    ]
+    for name, head in document["test"].items():
+        for key in ("accuracy", "balanced_accuracy", "auc", "r2", "mse", "log_loss", "calibration_error"):
+            if key in head:
+                lines.append(f"| {name} | {key.replace('_', ' ')} | {_figure(head[key])} |")
+    if document["by_modalities"]:
+        heads = list(document["test"])
+        lines += ["", f"By the modalities present ({', '.join(heads)}):", "", "| present | " + " | ".join(heads) + " |"]
+        lines.append("| --- |" + " --- |" * len(heads))
+        for present, scores in document["by_modalities"].items():
+            lines.append(f"| {present} | " + " | ".join(_figure(scores[h]) for h in heads) + " |")
+    lines += ["", "## To make it again", "", f"    {made_by}", "", versions, ""]
+    return "\n".join(lines)
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_figure(v)}" for k, v in value.items())
+    return "none" if value is None or not math.isfinite(value) else f"{value:.3f}"
+
+
+def best_single(document: dict[str, Any], head: str) -> tuple[str, float]:
+    """The best modality alone, and its primary figure."""
+    alone = {s: v[head] for s, v in document["by_modalities"].items() if "+" not in s}
+    if not alone:
+        return "", float("nan")
+    name = max(alone, key=lambda s: alone[s])
+    return name, alone[name]

@@ -1,0 +1,114 @@
+"""Evaluate a model file as it is served: the ONNX step over sequences, lane by lane, and the scores of its heads.
+
+Needs no torch: what is measured is the file in the zoo, not the network that it came from. Knows nothing about plots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stream_mmrnn.engine import MAX_AGE_S, read_contract
+from stream_mmrnn.errors import ModelError
+from stream_mmrnn.runtime import Graph, Provider
+from stream_mmrnn.training import metrics
+from stream_mmrnn.training.data import Ticks, batches
+from stream_mmrnn.training.recipe import Recipe
+
+_LANES, _LENGTH = 32, 64
+
+
+def hidden(ticks: Ticks, names: list[str], present: Collection[str] | None) -> Ticks:
+    """The sequence as if only the modalities of `present` had been plugged in."""
+    if present is None:
+        return ticks
+    keep = np.array([n in present for n in names], np.float32)
+    features = {
+        n: ticks.features[n] if k else np.zeros_like(ticks.features[n]) for n, k in zip(names, keep, strict=True)
+    }
+    age_s = np.where(keep > 0, ticks.age_s, np.float32(MAX_AGE_S)).astype(np.float32)
+    return Ticks(features, ticks.present * keep, age_s, ticks.targets, ticks.weights, ticks.name, ticks.groups)
+
+
+def check(graph: Graph, recipe: Recipe) -> None:
+    """The file and the recipe beside it must speak of the same inputs and outputs; raises ModelError."""
+    spec = read_contract(graph)
+    says = {m.name: m.size for m in spec.modalities}
+    wants = {name: m.size for name, m in recipe.modalities.items()}
+    if says != wants or list(says) != list(wants):
+        raise ModelError(f"{graph.path} takes {says}, its recipe gives {wants}; export it again")
+    heads = [(h.name, h.size) for h in spec.heads]
+    if heads != [(h.name, h.size) for h in recipe.heads]:
+        raise ModelError(f"{graph.path} has the heads {heads}, its recipe others; export it again")
+
+
+def collect(
+    graph: Graph, recipe: Recipe, sequences: Iterable[Ticks], present: Collection[str] | None = None
+) -> dict[str, tuple[Any, Any]]:
+    """By head: what the model says on the ticks that count, and their targets."""
+    spec = read_contract(graph)
+    names = [m.name for m in spec.modalities]
+    inputs: dict[str, tuple[int, ...]] = {
+        "active": (_LANES,),
+        "reset": (_LANES,),
+        "present": (_LANES, len(names)),
+        "age": (_LANES, len(names)),
+        **{f"input.{m.name}": (_LANES, m.size) for m in spec.modalities},
+    }
+    binding = graph.bind(
+        inputs,
+        {f"head.{h.name}": (_LANES, h.size) for h in spec.heads},
+        {f"state.{s.name}": (f"next.{s.name}", (_LANES, *s.shape)) for s in spec.states},
+    )
+    binding.inputs["active"][...] = 1
+    said: dict[str, list[Any]] = {h.name: [] for h in recipe.heads}
+    true: dict[str, list[Any]] = {h.name: [] for h in recipe.heads}
+    chosen = (hidden(t, names, present) for t in sequences)
+    for batch in batches(chosen, recipe, _LANES, _LENGTH):
+        outputs = {h.name: np.empty((_LANES, _LENGTH, h.size), np.float32) for h in recipe.heads}
+        for t in range(_LENGTH):
+            for name in names:
+                binding.inputs[f"input.{name}"][...] = batch.features[name][:, t]
+            binding.inputs["present"][...] = batch.present[:, t]
+            binding.inputs["age"][...] = batch.age_s[:, t]
+            binding.inputs["reset"][...] = batch.reset[:, t]
+            binding.run()
+            for name, out in outputs.items():
+                out[:, t] = binding.outputs[f"head.{name}"]
+        for name, out in outputs.items():
+            counts = batch.weights[name] > 0
+            said[name].append(out[counts])
+            true[name].append(batch.targets[name][counts])
+    return {
+        h.name: (
+            np.concatenate(said[h.name]) if said[h.name] else np.zeros((0, h.size), np.float32),
+            np.concatenate(true[h.name]) if true[h.name] else np.zeros(0),
+        )
+        for h in recipe.heads
+    }
+
+
+def evaluate(
+    path: Path,
+    recipe: Recipe,
+    sequences: Iterable[Ticks],
+    present: Collection[str] | None = None,
+    provider: Provider = "cpu",
+) -> dict[str, dict[str, Any]]:
+    """The scores of each head of the model file on sequences, with only the modalities of `present`.
+
+    Raises:
+        ModelError: the file is no model, or not this recipe's.
+
+    """
+    graph = Graph(path, provider)
+    check(graph, recipe)
+    found = collect(graph, recipe, sequences, present)
+    out = {}
+    for head in recipe.heads:
+        scores = metrics.score(head, *found[head.name])
+        out[head.name] = {**scores, "primary": metrics.primary(head, scores)}
+    return out

@@ -1,0 +1,309 @@
+"""Own recordings: the ticks that the runtime's aligner makes of them, with labels that were typed or that come by
+themselves (speech to come, words to come, motion to come).
+
+What a model trains on is what it is served: the same generator, aligner, encoders and settings as live. Knows nothing
+about networks.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stream_mmrnn import topics
+from stream_mmrnn.align import Aligner
+from stream_mmrnn.encoders.audio import SPEECH
+from stream_mmrnn.engine import MAX_AGE_S
+from stream_mmrnn.errors import ConfigError, FileError
+from stream_mmrnn.pipeline import predict
+from stream_mmrnn.recording import Recording
+from stream_mmrnn.replay import settings_of
+from stream_mmrnn.training.data import Array, Task, Ticks
+from stream_mmrnn.training.recipe import Head, Recipe, parse
+from stream_mmrnn.types import FloatArray, ModalitySpec, Tick
+
+SOURCES = {"classification": "label", "activity_projection": "speech", "hazard": "text", "regression": "motion"}
+"""Where a head's targets come from, unless the recipe's `data.options.targets` says otherwise."""
+NOTHING = ("", "none")
+"""Labels that say that there is none."""
+
+
+class _Collector:
+    """An engine that predicts nothing: it hands the ticks on."""
+
+    def __init__(self) -> None:
+        self._open: set[str] = set()
+
+    def __contains__(self, session: str) -> bool:
+        return session in self._open
+
+    def open(self, session: str) -> None:
+        self._open.add(session)
+
+    def reset(self, session: str) -> None:
+        """Nothing is kept that could be reset."""
+
+    def close(self, session: str) -> None:
+        self._open.discard(session)
+
+    def step(self, ticks: Sequence[Tick]) -> Sequence[Tick]:
+        return ticks
+
+
+class Events:
+    """What a recording says beside its ticks: labels and words with their times."""
+
+    def __init__(self, recording: Recording) -> None:
+        self.labels: list[tuple[int, str]] = []
+        self.texts: list[int] = []
+        for e in recording.envelopes({topics.LABEL, topics.feature("text")}):
+            if e.topic == topics.LABEL:
+                self.labels.append((e.event_ns, bytes(e.payload).decode("utf-8", "replace")))
+            else:
+                self.texts.append(e.event_ns)
+        self.labels.sort()
+        self.texts.sort()
+
+    def label_at(self, event_ns: int) -> str:
+        """The label that holds at a time: the last one typed until then."""
+        held = ""
+        for at_ns, name in self.labels:
+            if at_ns > event_ns:
+                break
+            held = name
+        return "" if held in NOTHING else held
+
+
+def ticks_of(path: Path, specs: Sequence[ModalitySpec], tick_ns: int) -> tuple[list[Tick], Recording]:
+    """The ticks of a recording as the engine would have seen them.
+
+    Raises:
+        FileError: no recording, or one without features of these modalities.
+
+    """
+    recording = Recording(path)
+    settings = settings_of(recording)
+    aligner = Aligner(specs, tick_ns, settings.align.lateness_ns())
+    wanted = {topics.CLOCK, topics.SESSION, *(topics.feature(s.name) for s in specs)}
+    ticks = list(predict(recording.envelopes(wanted), aligner, _Collector()))
+    if not ticks:
+        raise FileError(f"{path} holds no ticks; was anything recorded?")
+    quarantined = {n: c.quarantined for n, c in aligner.counts.items() if c.quarantined and not c.used}
+    if quarantined:
+        raise FileError(f"{path}: the features of {', '.join(quarantined)} are another encoder's; encode them again")
+    return ticks, recording
+
+
+def sequence(path: Path, recipe: Recipe, specs: Sequence[ModalitySpec]) -> Ticks:
+    """A recording as one training sequence."""
+    ticks, recording = ticks_of(path, specs, recipe.tick_ns)
+    events = Events(recording)
+    names = [s.name for s in specs]
+    features = {n: np.stack([t.features[n] for t in ticks]).astype(np.float32) for n in names}
+    present = np.array([[t.present[n] for n in names] for t in ticks], np.float32)
+    ages = np.array([[t.age_ns[n] for n in names] for t in ticks], np.float64)
+    age_s = np.where(ages < 0, MAX_AGE_S, np.minimum(ages / 1e9, MAX_AGE_S)).astype(np.float32)
+    chosen: dict[str, Any] = recipe.data.options.get("targets", {})
+    targets, weights = {}, {}
+    for head in recipe.heads:
+        source = chosen.get(head.name, SOURCES[head.kind])
+        if source not in _TARGETS:
+            raise ConfigError(f"data.options.targets.{head.name} is {source!r}; use one of {', '.join(_TARGETS)}")
+        targets[head.name], weights[head.name] = _TARGETS[source](head, ticks, events, recipe)
+    return Ticks(features, present, age_s, targets, weights, path.name)
+
+
+def _label(head: Head, ticks: list[Tick], events: Events, recipe: Recipe) -> tuple[Array, FloatArray]:
+    """The class that holds at the tick's end, or as much later as the head's first horizon says."""
+    ahead_ns = round(head.horizons_s[0][1] * 1e9) if head.horizons_s else 0
+    last_ns = ticks[-1].event_ns
+    classes = {name: i for i, name in enumerate(head.labels)}
+    held = [events.label_at(t.event_ns + ahead_ns) for t in ticks]
+    known = [h in classes and t.event_ns + ahead_ns <= last_ns for h, t in zip(held, ticks, strict=True)]
+    return np.array([classes.get(h, 0) for h in held], np.int64), np.array(known, np.float32)
+
+
+def _speech(head: Head, ticks: list[Tick], events: Events, recipe: Recipe) -> tuple[Array, FloatArray]:
+    """Speech in each of the head's intervals, where at least half of its ticks are speech (0.5 and more)."""
+    if "audio" not in ticks[0].features:
+        raise ConfigError(f"the head {head.name!r} needs speech, and the recipe has no modality audio")
+    loud = np.array([t.present["audio"] and t.features["audio"][SPEECH] >= 0.5 for t in ticks], np.float64)
+    total = np.concatenate([[0.0], np.cumsum(loud)])
+    count = len(ticks)
+    target = np.zeros((count, head.size), np.float32)
+    known = np.ones(count, np.float32)
+    for j, (begin_s, end_s) in enumerate(_horizons(head)):
+        begin = np.arange(count) + 1 + round(begin_s * 1e9 / recipe.tick_ns)
+        end = np.arange(count) + 1 + round(end_s * 1e9 / recipe.tick_ns)
+        inside = end <= count
+        b, e = np.minimum(begin, count), np.minimum(end, count)
+        target[:, j] = (total[e] - total[b]) >= 0.5 * np.maximum(e - b, 1)
+        known *= inside
+    return target, known
+
+
+def _text(head: Head, ticks: list[Tick], events: Events, recipe: Recipe) -> tuple[Array, FloatArray]:
+    """The interval in which the next word comes; `head.size` where in none; unknown where the recording ends before."""
+    horizons = _horizons(head)
+    until_ns = round(horizons[-1][1] * 1e9)
+    last_ns = ticks[-1].event_ns
+    times = np.array(events.texts, np.int64)
+    target = np.full(len(ticks), head.size, np.int64)
+    known = np.ones(len(ticks), np.float32)
+    for k, tick in enumerate(ticks):
+        i = int(np.searchsorted(times, tick.event_ns, "right"))
+        wait_s = (times[i] - tick.event_ns) / 1e9 if i < len(times) else np.inf
+        for j, (begin_s, end_s) in enumerate(horizons):
+            if begin_s < wait_s <= end_s:
+                target[k] = j
+                break
+        known[k] = wait_s <= horizons[-1][1] or tick.event_ns + until_ns <= last_ns
+    return target, known
+
+
+def _motion(head: Head, ticks: list[Tick], events: Events, recipe: Recipe) -> tuple[Array, FloatArray]:
+    """How much the picture will change: the root mean square of the change of its features, tick by tick."""
+    if "vision" not in ticks[0].features:
+        raise ConfigError(f"the head {head.name!r} needs motion, and the recipe has no modality vision")
+    seen = np.array([t.present["vision"] for t in ticks])
+    vectors = np.stack([t.features["vision"] for t in ticks])
+    change = np.zeros(len(ticks), np.float32)
+    both = seen[1:] & seen[:-1]
+    change[1:][both] = np.sqrt(np.mean((vectors[1:] - vectors[:-1])[both] ** 2, axis=1))
+    valid = np.concatenate([[False], both])
+    target = np.zeros((len(ticks), head.size), np.float32)
+    known = np.ones(len(ticks), np.float32)
+    for j, (_, end_s) in enumerate(_horizons(head)):
+        ahead = round(end_s * 1e9 / recipe.tick_ns)
+        target[: len(ticks) - ahead, j] = change[ahead:]
+        known[: len(ticks) - ahead] *= valid[ahead:]
+        known[len(ticks) - ahead :] = 0
+    return target, known
+
+
+_TARGETS = {"label": _label, "speech": _speech, "text": _text, "motion": _motion}
+
+
+def _horizons(head: Head) -> tuple[tuple[float, float], ...]:
+    if not head.horizons_s:
+        raise ConfigError(f"the head {head.name!r} speaks of the future: give its horizons_s")
+    return head.horizons_s
+
+
+def _specs(recipe: Recipe) -> list[ModalitySpec]:
+    return [ModalitySpec(name, m.size, m.encoder, m.reduction, m.stack) for name, m in recipe.modalities.items()]
+
+
+def recipe_for(paths: Sequence[Path], name: str) -> Recipe:
+    """A recipe for recordings that nobody wrote one for: their modalities, and a head for the labels typed in them.
+
+    Raises:
+        FileError: nothing was labelled.
+
+    """
+    modalities: dict[str, dict[str, Any]] = {}
+    labels: set[str] = set()
+    for path in paths:
+        recording = Recording(path)
+        for e in recording.envelopes({topics.feature(m) for m in topics.MODALITIES}):
+            modality = topics.TOPICS[e.topic].modality
+            if modality not in modalities and not isinstance(e.payload, bytes):
+                modalities[modality] = {"size": len(e.payload), "encoder": e.origin}
+        labels |= {label for _, label in Events(recording).labels} - set(NOTHING)
+    if len(labels) < 2:
+        found = ", ".join(sorted(labels)) or "none"
+        raise FileError(
+            f"a classifier needs two labels or more, the recordings hold {found}; type `/label NAME` while recording"
+        )
+    ordered = {m: modalities[m] for m in topics.MODALITIES if m in modalities}
+    names = sorted(labels)
+    return parse(
+        {
+            "name": name,
+            "modalities": ordered,
+            "heads": [{"name": "label", "kind": "classification", "size": len(names), "labels": names}],
+            "data": {"kind": "recordings"},
+            "fusion": {"kind": "gated", "width": 48},
+            "cell": {"kind": "gru", "hidden": 64},
+            "train": {"epochs": 40, "batch": 8, "length": 50, "learning_rate": 3e-3, "patience": 10},
+        }
+    )
+
+
+def files_of(places: Sequence[Path]) -> list[Path]:
+    """The recordings of files and folders, by name; raises FileError where a folder holds none."""
+    found = []
+    for place in places:
+        inside = list(place.glob("*.mcap")) if place.is_dir() else [place]
+        if not inside:
+            raise FileError(f"{place} holds no recording (*.mcap)")
+        found += inside
+    return sorted(found)
+
+
+def make(recipe: Recipe, places: list[Path]) -> Task:
+    """Whole recordings held out: the last by name for the test, the one before for validation; of fewer than three,
+    the end of each (a quarter) for both.
+    """
+    paths = files_of(places)
+    specs = _specs(recipe)
+    sequences = [sequence(p, recipe, specs) for p in paths]
+    for head in recipe.heads:
+        if not any(s.weights[head.name].any() for s in sequences):
+            wanted = f" ({', '.join(head.labels)})" if head.labels else ""
+            raise FileError(f"no tick of the {len(paths)} recordings has a target for the head {head.name!r}{wanted}")
+        if head.kind == "classification" and head.labels:
+            seen = {int(c) for s in sequences for c in np.unique(s.targets[head.name][s.weights[head.name] > 0])}
+            absent = [label for i, label in enumerate(head.labels) if i not in seen]
+            if absent:
+                raise FileError(f"the head {head.name!r} has labels that never occur: {', '.join(absent)}")
+    if len(sequences) >= 3:
+        train, validation, test = sequences[:-2], [sequences[-2]], [sequences[-1]]
+    else:
+        train = [_part(s, 0.0, 0.75) for s in sequences]
+        validation = test = [_part(s, 0.75, 1.0) for s in sequences]
+
+    def epoch(rng: np.random.Generator) -> list[Ticks]:
+        pieces = [p for s in train for p in _pieces(s, 10 * recipe.train.length, rng)]
+        return [pieces[i] for i in rng.permutation(len(pieces))]
+
+    held = "whole recordings" if len(sequences) >= 3 else "the last quarter of each recording"
+    return Task(
+        epoch,
+        validation,
+        test,
+        {s.name: s.encoder for s in specs},
+        f"{len(sequences)} own recordings, {sum(map(len, sequences)) * recipe.tick_ms / 60_000:.1f} minutes; "
+        f"held out: {held}.",
+    )
+
+
+def _part(s: Ticks, begin: float, end: float) -> Ticks:
+    a, b = round(begin * len(s)), round(end * len(s))
+    return cut(s, a, b)
+
+
+def cut(s: Ticks, a: int, b: int) -> Ticks:
+    """Ticks a to b of a sequence."""
+    return Ticks(
+        {k: v[a:b] for k, v in s.features.items()},
+        s.present[a:b],
+        s.age_s[a:b],
+        {k: v[a:b] for k, v in s.targets.items()},
+        {k: v[a:b] for k, v in s.weights.items()},
+        s.name,
+        s.groups,
+    )
+
+
+def _pieces(s: Ticks, length: int, rng: np.random.Generator) -> list[Ticks]:
+    """A long sequence as several, cut at other places in each epoch, so that a few recordings fill many lanes."""
+    if len(s) <= length:
+        return [s]
+    first = int(rng.integers(length // 2, length + 1))
+    places = [0, *range(first, len(s), length), len(s)]
+    return [cut(s, a, b) for a, b in itertools.pairwise(places) if b > a]

@@ -1,0 +1,374 @@
+"""Train: a recipe and a task -> a checkpoint, with everything needed to go on from it.
+
+Truncated back-propagation through time over lanes with carried state; whole modalities are hidden at random; the best
+epoch on the validation data is kept, and the heads' temperatures are fitted there at the end. Checkpoints are
+safetensors, written beside and renamed, so that the last good one survives anything. Knows nothing about where
+sequences come from or how reports look.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stream_mmrnn.errors import FileError, StreamError, UsageError
+from stream_mmrnn.training.data import Batch, Task, Ticks, batches, check
+from stream_mmrnn.training.heads import loss
+from stream_mmrnn.training.predictor import Predictor
+from stream_mmrnn.training.recipe import Recipe
+from stream_mmrnn.training.recipe import parse as parse_recipe
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+class Diverged(StreamError):  # noqa: N818 the field's word
+    """The loss is no number any more; the last good checkpoint is there."""
+
+
+def device_of(recipe: Recipe) -> torch.device:
+    """Where to train; a GPU that was asked for and is not there is an error."""
+    if recipe.train.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("train.device is `cuda` and torch sees no GPU; use `cpu` or `auto`")
+    use = recipe.train.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if use else "cpu")
+
+
+def build(recipe: Recipe, task: Task, rng: np.random.Generator) -> Predictor:
+    """A fresh network whose scales and reductions are those of the task's training data."""
+    sample: list[Ticks] = []
+    seen = 0
+    for ticks in task.train(rng):
+        check(ticks, recipe)
+        sample.append(ticks)
+        seen += len(ticks)
+        if seen >= 60_000:
+            break
+    if not sample:
+        raise FileError(f"the data of {recipe.name} holds no sequence to train on")
+    for head in recipe.heads:
+        if not any(t.weights[head.name].any() for t in sample):
+            raise FileError(f"no tick has a label for the head {head.name!r}; was anything labelled?")
+    names = list(recipe.modalities)
+    scales: dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = {}
+    bases: dict[str, np.ndarray[Any, Any]] = {}
+    for i, name in enumerate(names):
+        rows = np.concatenate([t.features[name][t.present[:, i] > 0] for t in sample])
+        if len(rows) < 2:
+            continue
+        mean, std = rows.mean(0), rows.std(0)
+        scales[name] = (mean, std)
+        if recipe.modalities[name].energy:
+            scaled = (rows - mean) / np.where(std > 1e-6, std, 1)
+            bases[name] = _principal(scaled[:: max(1, len(scaled) // 20_000)], recipe.modalities[name].energy)
+    predictor = Predictor(recipe, {name: basis.shape[1] for name, basis in bases.items()})
+    for name, (mean, std) in scales.items():
+        predictor.tokens.set_scale(name, torch.from_numpy(mean), torch.from_numpy(std))
+    for name, basis in bases.items():
+        predictor.tokens.set_reduction(name, torch.from_numpy(basis))
+    return predictor
+
+
+def _principal(rows: np.ndarray[Any, Any], energy: float) -> np.ndarray[Any, Any]:
+    """The principal axes [size, k] that hold at least `energy` of the variance."""
+    values, vectors = np.linalg.eigh(np.cov(rows.astype(np.float64), rowvar=False))
+    values, vectors = values[::-1].clip(min=0), vectors[:, ::-1]
+    k = int(np.searchsorted(np.cumsum(values) / max(values.sum(), 1e-12), energy) + 1)
+    return np.ascontiguousarray(vectors[:, : min(k, len(values))]).astype(np.float32)
+
+
+class Tensors:
+    """A batch on the device."""
+
+    def __init__(self, batch: Batch, device: torch.device) -> None:
+        def to(array: Any) -> Tensor:
+            return torch.from_numpy(array).to(device, non_blocking=True)
+
+        self.features = {m: to(x) for m, x in batch.features.items()}
+        self.present, self.age, self.reset = to(batch.present), to(batch.age_s), to(batch.reset)
+        self.targets = {h: to(x) for h, x in batch.targets.items()}
+        self.weights = {h: to(x) for h, x in batch.weights.items()}
+
+
+def hide(batch: Tensors, share: float, generator: torch.Generator) -> None:
+    """Hide whole modalities of whole lanes, never all of one lane's, as if their devices were unplugged."""
+    if share <= 0 or batch.present.shape[2] < 2:
+        return
+    lanes, _, count = batch.present.shape
+    keep = torch.rand((lanes, count), generator=generator) >= share
+    spared = torch.randint(count, (lanes,), generator=generator)
+    keep[torch.arange(lanes), spared] = True
+    keep = keep.to(batch.present.device)
+    batch.present = batch.present * keep[:, None, :]
+    batch.age = torch.where(keep[:, None, :], batch.age, torch.full_like(batch.age, 10.0))
+    # `Tokens` multiplies by `present`, so the features themselves may stay
+
+
+def losses(predictor: Predictor, raw: dict[str, Tensor], batch: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum, and each head's own."""
+    each = {h.name: loss(h, raw[h.name], batch.targets[h.name], batch.weights[h.name]) for h in predictor.recipe.heads}
+    total = torch.stack([h.weight * each[h.name] for h in predictor.recipe.heads]).sum()
+    return total, each
+
+
+class Trainer:
+    """One training run; `run` goes through the epochs and leaves the best network in `predictor`."""
+
+    def __init__(self, recipe: Recipe, task: Task, folder: Path, resume: bool = False) -> None:
+        """`folder` takes checkpoints and logs; `resume` goes on from the last one there."""
+        self.recipe, self.task, self.folder = recipe, task, folder
+        self.device = device_of(recipe)
+        t = recipe.train
+        torch.manual_seed(t.seed)
+        self._rng = np.random.default_rng(t.seed)
+        self._hiding = torch.Generator().manual_seed(t.seed)
+        self.predictor = build(recipe, task, np.random.default_rng(t.seed)).to(self.device)
+        kind = torch.optim.AdamW if t.optimizer == "adamw" else torch.optim.Adam
+        self._optimizer = kind(self.predictor.parameters(), lr=t.learning_rate, weight_decay=t.weight_decay)
+        self._scaler = torch.amp.GradScaler("cuda", enabled=self.device.type == "cuda" and t.mixed_precision)
+        self.epoch = 0
+        self.best = (math.inf, -1)
+        self.history: list[dict[str, Any]] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        if resume:
+            self._resume()
+
+    # ---- one epoch -----------------------------------------------------------------------------------------------
+
+    def _rate(self, share: float) -> float:
+        """The learning rate when `share` of the run is done."""
+        t = self.recipe.train
+        if t.schedule == "constant":
+            return t.learning_rate
+        if t.schedule == "one_cycle" and share < 0.3:
+            return t.learning_rate * (0.05 + 0.95 * share / 0.3)
+        done = (share - 0.3) / 0.7 if t.schedule == "one_cycle" else share
+        return t.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+
+    def _learn(self, steps_before: int, progress: Progress) -> tuple[float, int]:
+        t = self.recipe.train
+        predictor = self.predictor.train()
+        state = None
+        total, count = 0.0, 0
+        expected = max(steps_before // max(self.epoch, 1), 1)
+        mixed = (
+            torch.autocast("cuda", torch.bfloat16)
+            if self.device.type == "cuda" and t.mixed_precision
+            else nullcontext()
+        )
+        for batch in batches(self.task.train(self._rng), self.recipe, t.batch, t.length):
+            tensors = Tensors(batch, self.device)
+            hide(tensors, self.recipe.fusion.modality_dropout, self._hiding)
+            share = (self.epoch + min(count / expected, 1.0) * (self.epoch > 0)) / t.epochs
+            for group in self._optimizer.param_groups:
+                group["lr"] = self._rate(share)
+            with mixed:
+                raw, following = predictor(tensors.features, tensors.present, tensors.age, state, tensors.reset)
+            raw = {h: x.float() for h, x in raw.items()}
+            value, _ = losses(predictor, raw, tensors)
+            if not torch.isfinite(value):
+                raise Diverged(
+                    f"the loss of {self.recipe.name} is {value.item()} in epoch {self.epoch + 1}, step {count + 1}; "
+                    f"the last good checkpoint is in {self.folder}; try a smaller train.learning_rate"
+                )
+            self._optimizer.zero_grad(set_to_none=True)
+            self._scaler.scale(value).backward()
+            self._scaler.unscale_(self._optimizer)
+            torch.nn.utils.clip_grad_norm_(predictor.parameters(), t.clip)
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+            state = {k: v.detach() for k, v in following.items()}
+            total += value.item()
+            count += 1
+            progress({"event": "step", "epoch": self.epoch, "step": count, "of": expected if self.epoch else None})
+        return total / max(count, 1), count
+
+    def validate(self, sequences: Iterable[Ticks]) -> float:
+        """The mean loss, tick by tick, over sequences."""
+        predictor = self.predictor.eval()
+        total = weight = 0.0
+        state = None
+        with torch.no_grad():
+            for batch in batches(sequences, self.recipe, self.recipe.train.batch, 4 * self.recipe.train.length):
+                tensors = Tensors(batch, self.device)
+                raw, state = predictor(tensors.features, tensors.present, tensors.age, state, tensors.reset)
+                n = float(sum(w.sum() for w in batch.weights.values()))
+                value, _ = losses(predictor, raw, tensors)
+                total += value.item() * n
+                weight += n
+        return total / max(weight, 1.0)
+
+    # ---- the run -------------------------------------------------------------------------------------------------
+
+    def run(self, progress: Progress = lambda _: None, alive: Callable[[], bool] = lambda: True) -> None:
+        """All epochs that are left; raises Diverged where the loss is no number."""
+        t = self.recipe.train
+        steps = sum(h["steps"] for h in self.history)
+        while self.epoch < t.epochs and alive():
+            began = time.monotonic()
+            learned, count = self._learn(steps, progress)
+            steps += count
+            held_out = self.validate(self.task.validation) if self.task.validation else learned
+            if not math.isfinite(held_out):
+                raise Diverged(f"the validation loss of {self.recipe.name} is {held_out} in epoch {self.epoch + 1}")
+            self.epoch += 1
+            row = {
+                "epoch": self.epoch,
+                "train_loss": learned,
+                "validation_loss": held_out,
+                "steps": count,
+                "learning_rate": self._optimizer.param_groups[0]["lr"],
+                "seconds": time.monotonic() - began,
+            }
+            self.history.append(row)
+            if held_out < self.best[0]:
+                self.best = (held_out, self.epoch)
+                save(self.predictor, self.folder / "best.safetensors", self.task.origins)
+            self._keep()
+            progress({"event": "epoch", **row, "best": self.best[1]})
+            if t.patience and self.epoch - self.best[1] >= t.patience:
+                break
+        if self.best[1] > 0:
+            best, _ = load(self.folder / "best.safetensors")
+            self.predictor.load_state_dict(best.state_dict())
+        if self.task.validation:
+            calibrate(self.predictor, self.task.validation, self.device)
+            save(self.predictor, self.folder / "best.safetensors", self.task.origins)
+
+    def _keep(self) -> None:
+        """Everything to go on from, in a format that cannot run code."""
+        tensors: dict[str, Tensor] = {f"model.{k}": v for k, v in self.predictor.state_dict().items()}
+        for i, entry in self._optimizer.state_dict()["state"].items():
+            for k, v in entry.items():
+                tensors[f"optimizer.{i}.{k}"] = torch.as_tensor(v)
+        tensors["random.torch"] = torch.get_rng_state()
+        tensors["random.hiding"] = self._hiding.get_state()
+        facts = {
+            "epoch": self.epoch,
+            "best": self.best,
+            "history": self.history,
+            "rng": self._rng.bit_generator.state,
+            "scaler": self._scaler.state_dict(),
+        }
+        _write(tensors, self.folder / "last.safetensors", self.recipe, self.task.origins, facts)
+
+    def _resume(self) -> None:
+        path = self.folder / "last.safetensors"
+        if not path.exists():
+            return
+        tensors, about = _read(path)
+        if about["recipe"] != json.loads(msgspec.json.encode(self.recipe)):
+            raise UsageError(f"{path} was made with another recipe; train into another folder, or without --resume")
+        facts = about["facts"]
+        self.predictor.load_state_dict(_part(tensors, "model."))
+        optimizer = self._optimizer.state_dict()
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in _part(tensors, "optimizer.").items():
+            index, name = key.split(".", 1)
+            state.setdefault(int(index), {})[name] = value
+        self._optimizer.load_state_dict({**optimizer, "state": state})
+        torch.set_rng_state(tensors["random.torch"])
+        self._hiding.set_state(tensors["random.hiding"])
+        self._rng.bit_generator.state = facts["rng"]
+        self._scaler.load_state_dict(facts["scaler"])
+        self.epoch, self.history = facts["epoch"], facts["history"]
+        self.best = (facts["best"][0], facts["best"][1])
+
+
+def calibrate(predictor: Predictor, sequences: Iterable[Ticks], device: torch.device) -> None:
+    """Fit each head's temperature on held-out data (Guo et al. 2017): the one number that makes its log loss least."""
+    from stream_mmrnn.training.evaluate import collect
+
+    outputs = collect(predictor, sequences, device=device)
+    for head in predictor.recipe.heads:
+        if head.kind == "regression":
+            continue
+        raw, target, weight = (torch.from_numpy(x) for x in outputs[head.name])
+        if not len(raw):
+            continue
+        log_temperature = torch.zeros((), requires_grad=True)
+        optimizer = torch.optim.LBFGS([log_temperature], lr=0.2, max_iter=60)
+
+        def closure(
+            head: Any = head,
+            raw: Any = raw,
+            target: Any = target,
+            weight: Any = weight,
+            at: Any = log_temperature,
+            optimizer: Any = optimizer,
+        ) -> Any:
+            optimizer.zero_grad()
+            value = loss(head, raw / at.exp(), target, weight)
+            value.backward()
+            return value
+
+        optimizer.step(closure)
+        value = float(log_temperature.detach().exp())
+        if math.isfinite(value) and 0.05 < value < 20:
+            predictor.heads.temperature(head.name).fill_(value)
+
+
+# ---- files -------------------------------------------------------------------------------------------------------
+
+
+def save(predictor: Predictor, path: Path, origins: dict[str, str]) -> None:
+    """The network and its recipe."""
+    _write({f"model.{k}": v for k, v in predictor.state_dict().items()}, path, predictor.recipe, origins, {})
+
+
+def load(path: Path) -> tuple[Predictor, dict[str, str]]:
+    """The network of a checkpoint, on the CPU, and the encoders it was trained with.
+
+    Raises:
+        FileError: the file is missing, damaged or no checkpoint of ours.
+
+    """
+    tensors, about = _read(path)
+    recipe = parse_recipe(about["recipe"])
+    state = _part(tensors, "model.")
+    reduced = {k.removeprefix("tokens.basis_"): v.shape[1] for k, v in state.items() if k.startswith("tokens.basis_")}
+    predictor = Predictor(recipe, reduced)
+    try:
+        predictor.load_state_dict(state)
+    except RuntimeError as e:
+        raise FileError(f"{path} does not hold the network that its recipe describes; was it changed?") from e
+    return predictor.eval(), about["origins"]
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _write(
+    tensors: dict[str, Tensor], path: Path, recipe: Recipe, origins: dict[str, str], facts: dict[str, Any]
+) -> None:
+    about = json.dumps({"recipe": json.loads(msgspec.json.encode(recipe)), "origins": origins, "facts": facts})
+    beside = path.with_suffix(".tmp")
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, beside, {"stream_mmrnn": about})
+    with beside.open("rb") as file:
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileError(f"there is no checkpoint {path}; train first, or give another path")
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {})["stream_mmrnn"])
+        return load_file(path), about
+    except (SafetensorError, KeyError, ValueError, OSError) as e:
+        raise FileError(f"{path} is no checkpoint of this program, or is damaged ({type(e).__name__})") from e

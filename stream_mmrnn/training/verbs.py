@@ -1,0 +1,159 @@
+"""What the verbs `train`, `evaluate` and `export` do, as functions that return what they found.
+
+Ties recipe, task, trainer, export gate, report and card together. Knows nothing about terminals.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from stream_mmrnn.errors import FileError, UsageError
+from stream_mmrnn.training import recipe as recipes
+from stream_mmrnn.training import report as reports
+from stream_mmrnn.training import tasks
+from stream_mmrnn.training.recipe import Recipe
+from stream_mmrnn.training.served import evaluate as evaluate_served
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+def _command() -> str:
+    return " ".join(["stream-mmrnn", *sys.argv[1:]])
+
+
+def _versions() -> str:
+    names = ("torch", "onnx", "numpy")
+    return (
+        "Made with " + ", ".join([f"Python {platform.python_version()}", *(f"{n} {version(n)}" for n in names)]) + "."
+    )
+
+
+def recipe_of(path: Path | None, data: Sequence[Path], name: str) -> Recipe:
+    """The recipe of a file or a zoo folder; of own recordings where there is none."""
+    if path is None:
+        from stream_mmrnn.training.tasks.recordings import files_of, recipe_for
+
+        if not data:
+            raise UsageError("nothing to train on: give a recipe, or recordings by --data")
+        return recipe_for(files_of(data), name)
+    return recipes.load(path / "recipe.toml" if path.is_dir() else path)
+
+
+def train(
+    recipe_path: Path | None,
+    data: Sequence[Path],
+    out: Path | None,
+    *,
+    name: str = "own",
+    quick: bool = False,
+    resume: bool = False,
+    int8: bool = False,
+    seed: int | None = None,
+    progress: Progress = lambda _: None,
+    alive: Callable[[], bool] = lambda: True,
+) -> dict[str, Any]:
+    """Train, calibrate, export through the gate, and write report, plots and card into `out`.
+
+    Raises:
+        UsageError: recipe or data are not what they should be.
+        StreamError: the loss is no number any more, or the export did not pass.
+
+    """
+    from stream_mmrnn.training.export import export as export_step
+    from stream_mmrnn.training.train import Trainer
+
+    recipe = recipe_of(recipe_path, data, name)
+    if quick:
+        recipe = recipes.quick(recipe)
+    if seed is not None:
+        recipe = recipes.with_seed(recipe, seed)
+    folder = out or Path("trained") / recipe.name
+    progress({"event": "data"})
+    task = tasks.create(recipe, data)
+    trainer = Trainer(recipe, task, folder, resume)
+    with ExitStack() as stack:
+        log = _tensorboard(folder, stack)
+
+        def both(what: dict[str, Any]) -> None:
+            log(what)
+            progress(what)
+
+        trainer.run(both, alive)
+    progress({"event": "report"})
+    document = reports.report(trainer.predictor, task, trainer.history)
+    differences = export_step(trainer.predictor, folder / "step.onnx", task.origins, int8)
+    recipes.save(recipe, folder / "recipe.toml")
+    (folder / "card.md").write_text(reports.card(document, differences, _command(), _versions()), encoding="utf-8")
+    made = reports.write(document, folder)
+    summary = {
+        **{k: document[k] for k in ("name", "parameters", "cell", "fusion", "epochs", "test", "by_modalities")},
+        "best_single": {h.name: reports.best_single(document, h.name) for h in recipe.heads},
+        "model": str(folder / "step.onnx"),
+        "parity": differences,
+        "seconds": round(sum(h["seconds"] for h in trainer.history), 1),
+        "files": [str(p) for p in made],
+    }
+    return reports.clean(summary)
+
+
+def _tensorboard(folder: Path, stack: ExitStack) -> Progress:
+    """A writer of TensorBoard's event files; nothing where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return lambda _: None
+    writer = stack.enter_context(SummaryWriter(str(folder / "tensorboard")))
+
+    def log(what: dict[str, Any]) -> None:
+        if what["event"] == "epoch":
+            for key in ("train_loss", "validation_loss", "learning_rate"):
+                writer.add_scalar(key, what[key], what["epoch"])
+
+    return log
+
+
+def evaluate(model: Path, data: Sequence[Path], present: Sequence[str] | None) -> dict[str, Any]:
+    """The figures of a model folder (step.onnx and recipe.toml) on its test data, as it is served.
+
+    Raises:
+        UsageError: the folder, its data, or a modality of `present` is not there.
+
+    """
+    folder = model if model.is_dir() else model.parent
+    step = folder / "step.onnx" if model.is_dir() else model
+    if not (folder / "recipe.toml").is_file():
+        raise FileError(f"{folder} holds no recipe.toml, which says what the model is measured on")
+    recipe = recipes.load(folder / "recipe.toml")
+    unknown = set(present or ()) - set(recipe.modalities)
+    if unknown:
+        known = ", ".join(recipe.modalities)
+        raise UsageError(f"{recipe.name} has no modality {', '.join(sorted(unknown))}; it has {known}")
+    task = tasks.create(recipe, data)
+    heads = evaluate_served(step, recipe, task.test, present)
+    return reports.clean(
+        {
+            "name": recipe.name,
+            "model": str(step),
+            "present": list(present or recipe.modalities),
+            "test_ticks": sum(map(len, task.test)),
+            "test": heads,
+            "about": task.about,
+        }
+    )
+
+
+def export(checkpoint: Path, out: Path | None, int8: bool) -> dict[str, Any]:
+    """A checkpoint's step graph, with the gate; beside the checkpoint unless `out` says where."""
+    from stream_mmrnn.training.export import export as export_step
+    from stream_mmrnn.training.train import load
+
+    predictor, origins = load(checkpoint)
+    path = out or checkpoint.with_name("step.onnx")
+    differences = export_step(predictor, path, origins, int8)
+    return {"model": str(path), "bytes": path.stat().st_size, "parity": differences}
