@@ -1,0 +1,350 @@
+"""Digits: image, sound and word in one stream, which digit is it now, and which comes next?
+
+A hidden rule gives a sequence of items; each item comes in one to three modalities, at random times. Sound has noise
+everywhere, and everything random is drawn anew for every training sequence. `logmel` is the runtime's log-mel graph for
+many hops at once. Knows nothing about networks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from stream_mmrnn.config import convert, models_folder
+from stream_mmrnn.encoders.audio import HOP, MELS, RATE, WINDOW
+from stream_mmrnn.encoders.text import TextEncoder
+from stream_mmrnn.engine import MAX_AGE_S
+from stream_mmrnn.errors import ConfigError, FileError
+from stream_mmrnn.training.data import Array, Task, Ticks
+from stream_mmrnn.training.datasets import fsdd, mnist
+from stream_mmrnn.training.datasets.audio import Int16Array
+from stream_mmrnn.training.datasets.mnist import ByteArray
+from stream_mmrnn.training.recipe import Recipe
+from stream_mmrnn.training.tasks.mnist import find, require
+from stream_mmrnn.training.tasks.polarity import Words
+from stream_mmrnn.types import FloatArray
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+RULES = {"up": 1, "down": -1, "by two": 2}
+"""What is added, modulo 10, from item to item."""
+MODALITIES = {"vision": 784, "audio": MELS, "text": TextEncoder.size}
+KNOWN_S = 0.2
+"""A digit need not be known earlier than this after its item began."""
+VALIDATION_INDICES = range(5, 10)
+"""FSDD recordings of the official training split that are for validation."""
+
+_TICK_S = 0.04
+_TICK = round(_TICK_S * RATE)
+_FRAME_S = 0.04
+_TALKERS = 6
+_KEYS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
+
+_Count = Annotated[int, msgspec.Meta(ge=1)]
+_Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
+class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`data.options`."""
+
+    train: _Count = 200
+    """Sequences of one epoch, all new."""
+    validation: _Count = 60
+    test: _Count = 150
+    items: Annotated[int, msgspec.Meta(ge=3)] = 12
+    """Of a sequence."""
+    complete: _Share = 0.0
+    """How often an item comes in all three modalities, whatever was drawn."""
+    snr_db: float = -5.0
+    noise: tuple[Literal["white", "babble"], ...] = ("white", "babble")
+    """One of them for a sequence."""
+    typos: _Share = 0.1
+    """How often a letter is mistyped."""
+    speakers: Literal["official", "independent"] = "official"
+    """The authors' split, where every speaker is in both parts, or speakers for the test alone."""
+    validation_speakers: tuple[str, ...] = ("yweweler",)
+    test_speakers: tuple[str, ...] = ("theo",)
+    images: _Count = 5000
+    """How many, the last ones of MNIST's training set, are for validation."""
+    seed: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Of the sequences for validation and test: the same whatever the training's seed."""
+
+
+# ---- sound ---------------------------------------------------------------------------------------------------------
+
+
+def _mel_filters() -> FloatArray:
+    """Slaney's triangles, [201, 80], as tools/make_encoders.py puts them into the graph."""
+
+    def hz(mel: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        return np.where(mel < 15, mel * 200 / 3, 1000 * np.exp((mel - 15) * np.log(6.4) / 27))
+
+    top = 15 + 27 * np.log(RATE / 2 / 1000) / np.log(6.4)
+    edges = hz(np.linspace(0, top, MELS + 2))
+    bins = np.arange(WINDOW // 2 + 1) * RATE / WINDOW
+    rising = (bins[:, None] - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[2:] - bins[:, None]) / (edges[2:] - edges[1:-1])
+    return (np.maximum(0, np.minimum(rising, falling)) * 2 / (edges[2:] - edges[:-2])).astype(np.float32)
+
+
+_FILTERS = _mel_filters()
+_HANN = (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(WINDOW) / WINDOW)).astype(np.float32)
+
+
+def logmel(samples: Int16Array) -> FloatArray:
+    """What the runtime's audio encoder says of a stream from its first sample on, [hops, 80]: see logmel80.card.md."""
+    hops = len(samples) // HOP
+    before = np.zeros(WINDOW - HOP, np.float32)
+    stream = np.concatenate([before, samples[: hops * HOP].astype(np.float32) / np.float32(32768)])
+    windows = np.lib.stride_tricks.sliding_window_view(stream, WINDOW)[::HOP]
+    spectrum = np.fft.rfft(windows * _HANN, axis=1)
+    power = (spectrum.real**2 + spectrum.imag**2).astype(np.float32)
+    return (np.log(np.maximum(power @ _FILTERS, np.float32(1e-6))) + np.float32(4)) * np.float32(0.1)
+
+
+def _upsampled(samples: Int16Array) -> FloatArray:
+    """8 kHz -> 16 kHz with nothing above 4 kHz, at a root mean square of 1."""
+    # silence on both sides, for the transform takes the sound to go round in a circle
+    padded = np.pad(samples.astype(np.float64), 64)
+    doubled = np.fft.irfft(np.fft.rfft(padded), 2 * len(padded))[128:-128]
+    return (doubled / max(float(np.sqrt(np.mean(doubled**2))), 1e-9)).astype(np.float32)
+
+
+def _babble(recordings: Sequence[FloatArray], count: int, rng: np.random.Generator) -> FloatArray:
+    """Some talkers at once, backwards, so that it is speech and yet no digit; root mean square 1."""
+    total = np.zeros(count, np.float32)
+    for _ in range(_TALKERS):
+        at = -int(rng.integers(RATE // 2))
+        while at < count:
+            said = recordings[int(rng.integers(len(recordings)))][::-1]
+            begin, end = max(at, 0), min(at + len(said), count)
+            if end > begin:
+                total[begin:end] += said[begin - at : end - at]
+            at += len(said)
+    return total / max(float(np.sqrt(np.mean(total**2))), 1e-9)
+
+
+# ---- words ---------------------------------------------------------------------------------------------------------
+
+
+def _neighbours() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for y, row in enumerate(_KEYS):
+        for x, key in enumerate(row):
+            # a row is half a key to the right of the one above it
+            near = [(y, x - 1), (y, x + 1), (y - 1, x), (y - 1, x + 1), (y + 1, x - 1), (y + 1, x)]
+            found[key] = "".join(_KEYS[j][i] for j, i in near if 0 <= j < len(_KEYS) and 0 <= i < len(_KEYS[j]))
+    return found
+
+
+_NEAR = _neighbours()
+
+
+def misspelt(word: str, rate: float, rng: np.random.Generator) -> str:
+    """Each letter may change places with the next, get lost, or be a neighbour on the keyboard; never nothing."""
+    typed: list[str] = []
+    i = 0
+    while i < len(word):
+        kind = int(rng.integers(3)) if rng.random() < rate else -1
+        if kind == 0 and i + 1 < len(word):
+            typed += word[i + 1], word[i]
+            i += 1
+        elif kind == 2:
+            typed.append(str(rng.choice(list(_NEAR[word[i]]))))
+        elif kind != 1:
+            typed.append(word[i])
+        i += 1
+    return "".join(typed) or word
+
+
+# ---- sequences -----------------------------------------------------------------------------------------------------
+
+
+class Pool(msgspec.Struct, frozen=True):
+    """What the items of one split are drawn from; nothing of it is in another split."""
+
+    images: tuple[ByteArray, ...]
+    """By digit, [N, 784]."""
+    voices: dict[str, tuple[tuple[FloatArray, ...], ...]]
+    """By speaker and digit, at 16 kHz and a root mean square of 1."""
+
+
+def _pool(images: ByteArray, labels: ByteArray, recordings: Sequence[fsdd.Recording], where: str) -> Pool:
+    spoken: dict[str, list[list[FloatArray]]] = defaultdict(lambda: [[] for _ in WORDS])
+    for r in recordings:
+        spoken[r.speaker][r.digit].append(_upsampled(r.samples))
+    by_digit = tuple(images[labels == d].reshape(-1, MODALITIES["vision"]) for d in range(10))
+    for d in range(10):
+        if not spoken or not len(by_digit[d]) or not all(of[d] for of in spoken.values()):
+            raise FileError(
+                f"the {where} data lacks an image or a recording of the digit {d}; give all of MNIST and FSDD"
+            )
+    return Pool(by_digit, {speaker: tuple(map(tuple, of)) for speaker, of in sorted(spoken.items())})
+
+
+class Maker:
+    """Sequences of the items of a pool."""
+
+    def __init__(self, recipe: Recipe, options: Options, babble: Sequence[FloatArray]) -> None:
+        """`babble`: recordings of the training split, for the noise of all splits."""
+        self._options, self._babble = options, babble
+        self._order = list(recipe.modalities)
+        self._heads = [h.name for h in recipe.heads]
+        self.words = Words()
+
+    def __call__(self, pool: Pool, name: str, rng: np.random.Generator) -> Ticks:
+        """One sequence, all of it drawn by `rng`."""
+        o, n = self._options, self._options.items
+        rule = list(RULES)[int(rng.integers(len(RULES)))]
+        speaker = list(pool.voices)[int(rng.integers(len(pool.voices)))]
+        digits = (int(rng.integers(10)) + RULES[rule] * np.arange(n + 1)) % 10
+        lasts, gaps = rng.uniform(0.6, 1.0, n), rng.uniform(0.1, 0.6, n + 1)
+        start = np.cumsum(gaps[:-1]) + np.concatenate([[0.0], np.cumsum(lasts[:-1])])
+        end = start + lasts
+        drawn = np.where(rng.random(n) < o.complete, 7, rng.integers(1, 8, n))  # a bit a modality, never none
+        count = int(np.ceil((end[-1] + gaps[-1]) / _TICK_S))
+        ends = _TICK_S * np.arange(1, count + 1)
+        spans = [
+            (int(digit), a, b, int(bits)) for digit, a, b, bits in zip(digits[:-1], start, end, drawn, strict=True)
+        ]
+
+        newest = {m: np.full(count, -np.inf) for m in MODALITIES}
+        features: dict[str, FloatArray] = {m: np.zeros((count, size), np.float32) for m, size in MODALITIES.items()}
+        newest["audio"] = ends
+        samples = self._sound([(d, a, b) for d, a, b, bits in spans if bits & 2], pool, speaker, count * _TICK, rng)
+        hops = logmel(samples)
+        features["audio"] = (hops[::2] + hops[1::2]) / np.float32(2)
+        for digit, a, b, bits in spans:
+            if bits & 1:
+                frames = np.arange(a + rng.uniform(0.005, 0.1), b - rng.uniform(0.005, 0.1), _FRAME_S)
+                frames += rng.uniform(-0.005, 0.005, len(frames))  # no camera keeps its time
+                places = _tick_of(frames, count)
+                np.maximum.at(newest["vision"], places, frames)
+                images = pool.images[digit]
+                features["vision"][places] = images[int(rng.integers(len(images)))] / np.float32(255)
+            if bits & 4:
+                typed_s = rng.uniform(a, b - 0.1)
+                place = _tick_of(np.array([typed_s]), count)[0]
+                newest["text"][place] = typed_s
+                features["text"][place] = self.words[misspelt(WORDS[digit], o.typos, rng)]
+
+        now, following = np.zeros(count, np.int64), np.zeros(count, np.int64)
+        counts, later = np.zeros(count, np.float32), np.zeros(count, np.float32)
+        for i, (digit, a, b, _) in enumerate(spans):
+            here = (ends >= a + KNOWN_S) & (ends <= b)
+            now[here], counts[here] = digit, 1
+            # two digits give the rule away, the third is the first with which it must be known
+            following[here], later[here] = digits[i + 1], i >= 2
+        targets: dict[str, Array] = {"digit": now, "next_digit": following}
+        weights = {"digit": counts, "next_digit": later}
+        times = np.stack([newest[m] for m in self._order], 1)
+        age_s = np.minimum(ends[:, None] - np.maximum.accumulate(times, 0), MAX_AGE_S)
+        return Ticks(
+            {m: features[m] for m in self._order},
+            np.isfinite(times).astype(np.float32),
+            age_s.astype(np.float32),
+            {h: targets[h] for h in self._heads},
+            {h: weights[h] for h in self._heads},
+            name,
+            {"speaker": speaker, "rule": rule},
+        )
+
+    def _sound(
+        self, spoken: list[tuple[int, float, float]], pool: Pool, speaker: str, count: int, rng: np.random.Generator
+    ) -> Int16Array:
+        """The whole sequence's sound: recordings of one level where items are spoken, noise of one level all over."""
+        o = self._options
+        sound = np.zeros(count, np.float32)
+        for digit, a, b in spoken:
+            choices = pool.voices[speaker][digit]
+            said = choices[int(rng.integers(len(choices)))]
+            begin = round((a + rng.uniform(0, 0.05)) * RATE)
+            end = min(begin + len(said), round(b * RATE))
+            sound[begin:end] = said[: end - begin]
+        loud = 10 ** (-o.snr_db / 20)
+        if o.noise[int(rng.integers(len(o.noise)))] == "white":
+            # twice the power, for half of it is above 4 kHz, where a recording of 8 kHz has nothing to be hidden
+            sound += np.float32(loud * np.sqrt(2)) * rng.standard_normal(count, np.float32)
+        else:
+            sound += np.float32(loud) * _babble(self._babble, count, rng)
+        sound *= np.float32(32768 * 10 ** rng.uniform(-2.0, -1.3))
+        return np.clip(np.rint(sound), -32768, 32767).astype(np.int16)
+
+
+def _tick_of(times_s: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.int64]:
+    """The tick that each time falls in: tick k of 0... covers (k T, (k + 1) T]."""
+    return np.clip(np.ceil(times_s / _TICK_S).astype(np.int64) - 1, 0, count - 1)
+
+
+def _spoken(
+    recordings: list[fsdd.Recording], o: Options
+) -> tuple[list[fsdd.Recording], list[fsdd.Recording], list[fsdd.Recording]]:
+    """Recordings for training, validation and test."""
+    if o.speakers == "independent":
+        rest, test = fsdd.speaker_split(recordings, o.test_speakers)
+        train, validation = fsdd.speaker_split(rest, o.validation_speakers)
+        return train, validation, test
+    rest, test = fsdd.official_split(recordings)
+    return (
+        [r for r in rest if r.index not in VALIDATION_INDICES],
+        [r for r in rest if r.index in VALIDATION_INDICES],
+        test,
+    )
+
+
+def make(recipe: Recipe, places: list[Path]) -> Task:
+    """`places` hold MNIST and FSDD, each as its archive or its folder."""
+    o = convert(recipe.data.options, Options)
+    classes = tuple("0123456789")
+    require(recipe, MODALITIES, {"digit": classes, "next_digit": classes})
+    if recipe.tick_ms != 1000 * _TICK_S:
+        raise ConfigError(f"data.kind `digits` has ticks of {1000 * _TICK_S:g} ms: set tick_ms to that")
+    if not o.noise:
+        raise ConfigError("data.options.noise names no noise; use white, babble or both")
+    at = find(places, "mnist")
+    images, labels = mnist.load(at, "train")
+    test_images, test_labels = mnist.load(at, "test")
+    train, validation, test = _spoken(fsdd.load(find(places, "fsdd", "free-spoken-digit", "recordings")), o)
+    cut = max(len(images) - o.images, 0)
+    learnt = _pool(images[:cut], labels[:cut], train, "training")
+    held = _pool(images[cut:], labels[cut:], validation, "validation")
+    tested = _pool(test_images, test_labels, test, "test")
+    maker = Maker(recipe, o, [x for of in learnt.voices.values() for digit in of for x in digit])
+
+    def epoch(rng: np.random.Generator) -> Iterator[Ticks]:
+        for i in range(o.train):
+            yield maker(learnt, f"train {i}", rng)
+
+    def fixed(pool: Pool, name: str, split: int, count: int) -> list[Ticks]:
+        return [maker(pool, f"{name} {i}", np.random.default_rng([o.seed, split, i])) for i in range(count)]
+
+    logmel_sha = hashlib.sha256((models_folder() / "encoders" / "logmel80.onnx").read_bytes()).hexdigest()
+    origins = {"audio": f"logmel80@{logmel_sha}", "text": maker.words.origin}
+    split = (
+        "FSDD's official split (recordings 0 to 4 of each digit and speaker for the test, every speaker in both "
+        "parts), recordings 5 to 9 for validation"
+        if o.speakers == "official"
+        else f"FSDD by speaker ({', '.join(o.test_speakers)} for the test, {', '.join(o.validation_speakers)} for "
+        f"validation, {', '.join(learnt.voices)} to train)"
+    )
+    return Task(
+        epoch,
+        fixed(held, "validation", 1, o.validation),
+        fixed(tested, "test", 2, o.test),
+        {m: origin for m, origin in origins.items() if m in recipe.modalities},
+        "Composed sequences of real material: MNIST images (LeCun, Bottou, Bengio and Haffner 1998; CC BY-SA 3.0), "
+        "Free Spoken Digit Dataset recordings (Jackson et al., doi:10.5281/zenodo.1342401; CC BY-SA 4.0) brought from "
+        f"8 to 16 kHz, and the digits' English words, {o.typos:.0%} of the letters mistyped. {o.items} items a sequence, "
+        "in one voice, each for 0.6 to 1 s in a random non-empty set of modalities, by a hidden rule (up, down, by two, "
+        f"modulo 10); {' or '.join(o.noise)} noise throughout at {o.snr_db:g} dB in the speech's band, new in every "
+        "training sequence. Scored from 0.2 s after an item's start, whether or not its word was typed or its sound was "
+        "heard by then; the next digit from the third item on. MNIST's official split, the last "
+        f"{o.images} training images for validation; {split}. {o.validation} sequences for validation and {o.test} for "
+        f"the test, by seed {o.seed}.",
+    )

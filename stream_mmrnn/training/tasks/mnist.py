@@ -1,0 +1,130 @@
+"""MNIST as a sequence: a row a tick (28 ticks of 28 numbers) or a pixel a tick (784 ticks of 1), the digit at the end.
+
+The usual test of how long a network remembers. `find` and `require` are what the tasks of published data share. Knows
+nothing about networks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+import numpy as np
+
+from stream_mmrnn.config import convert
+from stream_mmrnn.errors import ConfigError, FileError
+from stream_mmrnn.training.data import Task, Ticks
+from stream_mmrnn.training.datasets import mnist
+from stream_mmrnn.training.datasets.mnist import ByteArray
+from stream_mmrnn.training.recipe import Recipe
+from stream_mmrnn.types import FloatArray
+
+_ARCHIVES = (".tgz", ".tar", ".gz", ".xz", ".bz2", ".zip", ".npz")
+_CHUNK = 1000
+
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`data.options`."""
+
+    by: Literal["rows", "pixels"] = "rows"
+    sequences: _Count = 0
+    """Images of one training epoch, drawn anew for each; 0 takes all."""
+    validation: Annotated[int, msgspec.Meta(ge=1)] = 5000
+    """How many, the last ones of the training set."""
+    test: _Count = 0
+    """Images of the test set, the first ones; 0 takes all."""
+    shift: Annotated[int, msgspec.Meta(ge=0, le=6)] = 0
+    """Training images move by up to so many pixels, anew in every epoch."""
+
+
+def find(places: list[Path], *words: str) -> Path:
+    """The archive or folder whose name has one of the words, in or among the places; else the first place itself."""
+    for place in places:
+        for path in sorted(place.iterdir()) if place.is_dir() else [place]:
+            if any(w in path.name.lower() for w in words) and (path.is_dir() or path.suffix in _ARCHIVES):
+                return path
+    return next((p for p in places if p.is_dir()), places[0])
+
+
+def require(recipe: Recipe, modalities: Mapping[str, int], heads: Mapping[str, tuple[str, ...]]) -> None:
+    """See that the recipe asks for what the data has: modalities with their sizes, classes with their labels.
+
+    Raises:
+        ConfigError: it asks for something else.
+
+    """
+    for name, m in recipe.modalities.items():
+        if modalities.get(name) != m.size:
+            known = ", ".join(f"{n} of {size}" for n, size in modalities.items())
+            raise ConfigError(
+                f"data.kind `{recipe.data.kind}` has no modality {name!r} of {m.size} numbers; use {known}"
+            )
+    for head in recipe.heads:
+        labels = heads.get(head.name)
+        if labels is None:
+            raise ConfigError(
+                f"data.kind `{recipe.data.kind}` has no targets for a head {head.name!r}; use {', '.join(heads)}"
+            )
+        if head.kind != "classification" or head.size != len(labels) or head.labels not in ((), labels):
+            raise ConfigError(
+                f"the head {head.name!r} does not fit the data: it needs kind `classification`, a size of "
+                f"{len(labels)}, and as labels {', '.join(labels)}, or none"
+            )
+
+
+def shifted(images: ByteArray, by: int, rng: np.random.Generator) -> ByteArray:
+    """Images [N, 28, 28], each moved by up to `by` pixels in both directions; zeros come in."""
+    count, height, width = images.shape
+    padded = np.pad(images, ((0, 0), (by, by), (by, by)))
+    y, x = rng.integers(0, 2 * by + 1, (2, count, 1))
+    rows, columns = y + np.arange(height), x + np.arange(width)
+    return padded[np.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def make(recipe: Recipe, places: list[Path]) -> Task:
+    """Official split; the last images of the training set are for validation."""
+    options = convert(recipe.data.options, Options)
+    length, size = (28, 28) if options.by == "rows" else (784, 1)
+    require(recipe, {"vision": size}, {"digit": mnist.CLASSES})
+    place = find(places, "mnist")
+    images, labels = mnist.load(place, "train")
+    if options.validation >= len(images):
+        raise FileError(f"{place} has {len(images)} training images, {options.validation} are held out; give all of it")
+    # the same for all images, so one copy is enough
+    present, age_s = np.ones((length, 1), np.float32), np.zeros((length, 1), np.float32)
+    last = np.zeros(length, np.float32)
+    last[-1] = 1
+
+    def sequences(pictures: ByteArray, digits: ByteArray, name: str) -> Iterator[Ticks]:
+        vectors: FloatArray = (pictures.reshape(-1, length, size) / np.float32(255)).astype(np.float32)
+        targets = np.repeat(digits.astype(np.int64)[:, None], length, 1)
+        for i, (x, y) in enumerate(zip(vectors, targets, strict=True)):
+            yield Ticks({"vision": x}, present, age_s, {"digit": y}, {"digit": last}, f"{name} {i}")
+
+    train, held = len(images) - options.validation, slice(len(images) - options.validation, None)
+
+    def epoch(rng: np.random.Generator) -> Iterator[Ticks]:
+        order = rng.permutation(train)[: options.sequences or None]
+        for begin in range(0, len(order), _CHUNK):
+            chosen = order[begin : begin + _CHUNK]
+            pictures = shifted(images[chosen], options.shift, rng) if options.shift else images[chosen]
+            yield from sequences(pictures, labels[chosen], "train")
+
+    test_images, test_labels = (x[: options.test or None] for x in mnist.load(place, "test"))
+    return Task(
+        epoch,
+        list(sequences(images[held], labels[held], "validation")),
+        list(sequences(test_images, test_labels, "test")),
+        about=f"MNIST (LeCun, Bottou, Bengio and Haffner 1998; CC BY-SA 3.0), a {options.by[:-1]} a tick in reading "
+        f"order, pixels in [0, 1], scored at the last tick alone. Official split: {len(test_images)} test images; of "
+        f"the training images {train} are trained on and the last {options.validation} are the validation"
+        + (
+            f"; training images are moved by up to {options.shift} pixels, anew in every epoch."
+            if options.shift
+            else "."
+        ),
+    )

@@ -1,0 +1,104 @@
+"""Sentence polarity: a word a tick, is the sentence for or against the film?
+
+Each word is the vector that the runtime's TextEncoder gives it. Knows nothing about networks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import numpy as np
+
+from stream_mmrnn.config import convert
+from stream_mmrnn.encoders.text import TextEncoder
+from stream_mmrnn.errors import FileError
+from stream_mmrnn.training.data import Task, Ticks
+from stream_mmrnn.training.datasets import polarity
+from stream_mmrnn.training.recipe import Recipe
+from stream_mmrnn.training.tasks.mnist import find, require
+from stream_mmrnn.types import FloatArray, Sample
+
+LABELS = ("negative", "positive")
+
+_Share = Annotated[float, msgspec.Meta(ge=0, lt=1)]
+
+
+class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`data.options`."""
+
+    early: _Share = 0.1
+    """In training: the weight that a tick before the last word comes up to; 0 learns from the last word alone."""
+    word_dropout: _Share = 0.0
+    """In training: how often a word is left out, anew in every epoch."""
+    split_seed: Annotated[int, msgspec.Meta(ge=0)] = 0
+
+
+class Words:
+    """The vectors of words, each encoded once."""
+
+    def __init__(self) -> None:
+        self._encoder = TextEncoder()
+        self._known: dict[str, FloatArray] = {}
+        self.origin = self._encoder.origin
+
+    def __getitem__(self, word: str) -> FloatArray:
+        vector = self._known.get(word)
+        if vector is None:
+            data = self._encoder.encode(Sample(0, 0, word.encode()))[0].data
+            assert isinstance(data, np.ndarray)
+            vector = self._known[word] = data.astype(np.float32, copy=False)
+        return vector
+
+
+def split(count: int, seed: int) -> tuple[list[int], list[int], list[int]]:
+    """80, 10 and 10 of a hundred, drawn by a seed."""
+    order = np.random.default_rng(seed).permutation(count).tolist()
+    a, b = count * 8 // 10, count * 9 // 10
+    return order[:a], order[a:b], order[b:]
+
+
+def make(recipe: Recipe, places: list[Path]) -> Task:
+    """A seeded split, for there is no official one; validation and test are scored at the last word alone."""
+    options = convert(recipe.data.options, Options)
+    require(recipe, {"text": TextEncoder.size}, {"polarity": LABELS})
+    place = find(places, "sentence_polarity", "rt-polarity")
+    found = polarity.sentences(place)
+    train, validation, test = ([found[i] for i in part] for part in split(len(found), options.split_seed))
+    if not validation or not test:
+        raise FileError(f"{place} has {len(found)} sentences, which are too few to split; give all of it")
+    words = Words()
+
+    def ticks(sentence: polarity.Sentence, kept: Sequence[str], early: float, name: str) -> Ticks:
+        count = len(kept)
+        weight = np.linspace(0, early, count, endpoint=False, dtype=np.float32)
+        weight[-1] = 1
+        return Ticks(
+            {"text": np.stack([words[w] for w in kept])},
+            np.ones((count, 1), np.float32),
+            np.zeros((count, 1), np.float32),
+            {"polarity": np.full(count, int(sentence.positive), np.int64)},
+            {"polarity": weight},
+            name,
+        )
+
+    def epoch(rng: np.random.Generator) -> Iterator[Ticks]:
+        for i in rng.permutation(len(train)):
+            said = train[i].text.split()
+            keep = rng.random(len(said)) >= options.word_dropout
+            kept = [w for w, k in zip(said, keep, strict=True) if k] or said
+            yield ticks(train[i], kept, options.early, f"train {i}")
+
+    return Task(
+        epoch,
+        [ticks(s, s.text.split(), 0.0, f"validation {i}") for i, s in enumerate(validation)],
+        [ticks(s, s.text.split(), 0.0, f"test {i}") for i, s in enumerate(test)],
+        {"text": words.origin},
+        f"Sentence polarity v1.0 (Pang and Lee 2005, as nltk_data packs it; CC BY 4.0): {len(found)} sentences of film "
+        "reviews in English, half for and half against, labelled by the review they are from. A word a tick, split at "
+        f"spaces as published, each with its WordLlama vector. There is no official split: {len(train)} sentences to "
+        f"train, {len(validation)} for validation and {len(test)} for the test were drawn by seed "
+        f"{options.split_seed}, so figures of other splits and of ten folds are near but not the same thing. Scored at the last word alone.",
+    )
