@@ -227,6 +227,9 @@ def live(
             "dashboard.port": port,
         },
     )
+    from stream_mmrnn.supervisor import process_context
+
+    process_context()
     from stream_mmrnn.engine import check_model
 
     check_model(config.find_model(settings.engine.model), settings.engine.provider)

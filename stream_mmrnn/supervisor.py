@@ -27,11 +27,14 @@ def process_context() -> BaseContext:
     """Processes are forked from a clean server that has done the slow imports, or started afresh (Windows)."""
     if sys.platform == "win32":
         return multiprocessing.get_context("spawn")
+    from multiprocessing import forkserver
+
     # a pool of BLAS threads in every process is of no use here, and forking one is not safe
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["stream_mmrnn.nodes", "stream_mmrnn.engine", "stream_mmrnn.pipeline"])
+    forkserver.ensure_running()  # its imports go on beside ours: whoever calls early waits less later
     return context
 
 
