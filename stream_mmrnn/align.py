@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 import numpy as np
 
-from stream_mmrnn import topics
+from stream_mmrnn import config, topics
 from stream_mmrnn.types import Envelope, FloatArray, ModalitySpec, Stamps, Tick
 
 _MAX_PENDING = 1024
@@ -169,6 +169,17 @@ class Aligner:
         for m in modalities:
             self._zeros[m.name] = np.zeros(m.size, np.float32)
             self._zeros[m.name].setflags(write=False)
+
+    @classmethod
+    def of(cls, modalities: Sequence[ModalitySpec], tick_ns: int, settings: config.Align) -> Aligner:
+        """The aligner of a model's ticks with the settings of a session."""
+        return cls(
+            modalities,
+            tick_ns,
+            settings.lateness_ns(),
+            round(settings.max_ahead_ms * 1e6),
+            round(settings.max_behind_ms * 1e6),
+        )
 
     def __contains__(self, session: str) -> bool:
         return session in self._sessions

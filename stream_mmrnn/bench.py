@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from stream_mmrnn import topics, wire
+from stream_mmrnn import config, topics, wire
 from stream_mmrnn.align import Aligner
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.engine import StepEngine
@@ -91,8 +91,7 @@ def bench(
     """Paced (or, `hot`, as fast as it goes) sessions; the stage table and what was dropped or late."""
     engine = StepEngine(model, sessions, provider)
     spec = engine.spec
-    lateness_ns = dict.fromkeys(topics.MODALITIES, 80_000_000) | {"text": 0}
-    aligner = Aligner(spec.modalities, spec.tick_ns, lateness_ns)
+    aligner = Aligner.of(spec.modalities, spec.tick_ns, config.Align())
     start_ns = now_ns() + 200_000_000
     envelopes = synthetic(spec, sessions, duration_s, start_ns, seed)
     latency = StageTable()

@@ -73,8 +73,6 @@ class Synthetic(_Section, frozen=True):
 
 
 class Align(_Section, frozen=True):
-    tick_ms: Annotated[float, msgspec.Meta(ge=1, le=10_000)] = 40.0
-    """Used where no model says its own tick length."""
     vision_lateness_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = 80.0
     audio_lateness_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = 80.0
     text_lateness_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = 0.0

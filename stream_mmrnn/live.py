@@ -35,7 +35,6 @@ class Session:
         self.supervisor = Supervisor(settings, with_engine, say)
         self._alive, self._see_too, self._often = alive, see, often
         self._latency = StageTable()
-        self._predictions_seen = 0
 
     def run(self, duration_s: float | None) -> dict[str, Any]:
         """Start, go on for `duration_s` (None: until told, or until every source has ended), stop, sum up."""
@@ -70,7 +69,6 @@ class Session:
         except WireError:
             return
         self._latency.add(stages(p.event_ns, p.closed, p.step_start_ns, p.step_end_ns, envelope.publish_ns))
-        self._predictions_seen += 1
 
     def _summary(self, began_ns: int) -> dict[str, Any]:
         supervisor = self.supervisor

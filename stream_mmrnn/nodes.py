@@ -211,13 +211,7 @@ def engine(context: Context) -> None:
     settings = context.settings
     step_engine = StepEngine(config.find_model(settings.engine.model), settings.engine.slots, settings.engine.provider)
     spec = step_engine.spec
-    aligner = Aligner(
-        spec.modalities,
-        spec.tick_ns,
-        settings.align.lateness_ns(),
-        round(settings.align.max_ahead_ms * 1e6),
-        round(settings.align.max_behind_ms * 1e6),
-    )
+    aligner = Aligner.of(spec.modalities, spec.tick_ns, settings.align)
     publisher = Publisher(context.address, settings.bus.queue)
     subscriber = Subscriber(context.address, [topics.FEATURE, topics.CLOCK, topics.SESSION], settings.bus.queue)
     reporter = Reporter(context, publisher)

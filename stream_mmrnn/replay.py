@@ -129,13 +129,7 @@ def replay(
             raise FileError(f"{path} holds no predictions to compare with; it was made by `record`, or cut off early")
         if engine.spec.sha256 != recording.metadata.get("model_sha256"):
             raise UsageError(f"{path} was predicted by another version of the model {name!r}; give that one by --model")
-    aligner = Aligner(
-        engine.spec.modalities,
-        engine.spec.tick_ns,
-        settings.align.lateness_ns(),
-        round(settings.align.max_ahead_ms * 1e6),
-        round(settings.align.max_behind_ms * 1e6),
-    )
+    aligner = Aligner.of(engine.spec.modalities, engine.spec.tick_ns, settings.align)
     wanted = {topics.CLOCK, topics.SESSION, *(topics.feature(m.name) for m in engine.spec.modalities)}
     if source == "raw":
         if recording.metadata.get("raw") == "false":

@@ -76,13 +76,11 @@ class Supervisor:
         self._epoch: Any = self._context.Value("q", 0)
         self.nodes = list(self._table(with_engine))
         self._by_name = {n.name: n for n in self.nodes}
-        self._with_engine = with_engine
         self._expected: tuple[str, ...] = tuple(n.modality for n in self.nodes if n.is_source)
         self._publisher: Publisher | None = None
         self._monitor: Subscriber | None = None
         self.opened_ns = self.closed_ns = 0
         self.first_prediction_ns = 0
-        self.reopened = 0
 
     def _table(self, with_engine: bool) -> Iterator[Node]:
         """Every process; the order is the start order."""
@@ -227,7 +225,6 @@ class Supervisor:
                     node.again_ns = 0
                     self._spawn(node)
                     if node.name == "engine" and self.opened_ns:
-                        self.reopened += 1
                         node.ready.wait(settings.start_timeout_s)
                         self._publish_session("open")
                 continue

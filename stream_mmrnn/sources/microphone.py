@@ -127,7 +127,6 @@ class Microphone:
         self._settings = settings
         self._stream: Any = None
         self._queue: queue.SimpleQueue[_Block] = queue.SimpleQueue()
-        self._lost = False
 
     def open(self) -> None:
         """Take the device, at 16 kHz mono or, where it refuses that, as it is.
