@@ -16,6 +16,8 @@ from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import msgspec
+
 from stream_mmrnn import config, nodes, sources, topics, wire
 from stream_mmrnn.bus import Address, Publisher, Subscriber
 from stream_mmrnn.clock import now_ns
@@ -81,6 +83,7 @@ class Supervisor:
         self._monitor: Subscriber | None = None
         self.opened_ns = self.closed_ns = 0
         self.first_prediction_ns = 0
+        self._page_port = 0
 
     def _table(self, with_engine: bool) -> Iterator[Node]:
         """Every process; the order is the start order."""
@@ -103,9 +106,12 @@ class Supervisor:
 
     def _spawn(self, node: Node) -> None:
         node.ready, node.stop = self._context.Event(), self._context.Event()
-        context = nodes.Context(
-            node.name, self.settings, self.address, node.ready, node.stop, self._epoch, node.restarts
-        )
+        settings = self.settings
+        if node.name == "dashboard" and self._page_port:
+            # the page that is open in a browser finds its server again
+            page = msgspec.structs.replace(settings.dashboard, port=self._page_port)
+            settings = msgspec.structs.replace(settings, dashboard=page)
+        context = nodes.Context(node.name, settings, self.address, node.ready, node.stop, self._epoch, node.restarts)
         if node.is_source and node.args[1] == "stdin":
             context.stdin = _Stdin()
         process = self._context.Process(  # type: ignore[attr-defined]
@@ -198,6 +204,8 @@ class Supervisor:
             self._say(f"{node.name}: is back")
         if node.is_source:
             self._expect()
+        if node.name == "dashboard" and "address" in message.detail:
+            self._page_port = int(str(message.detail["address"]).rstrip("/").rsplit(":", 1)[1])
 
     def _expect(self) -> None:
         """Tell the aligner which streams there are, where that has changed."""

@@ -142,6 +142,31 @@ def test_other_deaths_do_not_end_the_session(model: Path, tmp_path: Path, victim
 
 
 @proc_only
+def test_the_page_comes_back_where_it_was(model: Path, tmp_path: Path) -> None:
+    from urllib.request import urlopen
+
+    with closing(session(model, tmp_path / "a.mcap")) as live:
+        line = live.wait_for(lambda: next((x for x in live.lines if x.startswith("dashboard: ")), ""))
+        address = line.removeprefix("dashboard: ").strip()
+
+        def page() -> bool:
+            try:
+                with urlopen(address, timeout=2) as answer:
+                    return b"stream-mmrnn" in answer.read()
+            except OSError:
+                return False
+
+        live.wait_for(page)
+        [pid] = live.wait_for(lambda: live.children("dashboard"))
+        os.kill(pid, signal.SIGKILL)
+        live.wait_for(lambda: [p for p in live.children("dashboard") if p != pid])
+        live.wait_for(page)
+        code, summary, _ = live.end()
+    assert code == 0
+    assert summary["restarts"] == {"dashboard": ["was killed by SIGKILL"]}
+
+
+@proc_only
 def test_a_killed_engine_begins_anew_and_the_summary_says_so(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.mcap"
     with closing(session(model, path)) as live:
