@@ -340,11 +340,11 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
         {m: origin for m, origin in origins.items() if m in recipe.modalities},
         "Composed sequences of real material: MNIST images (LeCun, Bottou, Bengio and Haffner 1998; CC BY-SA 3.0), "
         "Free Spoken Digit Dataset recordings (Jackson et al., doi:10.5281/zenodo.1342401; CC BY-SA 4.0) brought from "
-        f"8 to 16 kHz, and the digits' English words, {o.typos:.0%} of the letters mistyped. {o.items} items a sequence, "
-        "in one voice, each for 0.6 to 1 s in a random non-empty set of modalities, by a hidden rule (up, down, by two, "
-        f"modulo 10); {' or '.join(o.noise)} noise throughout at {o.snr_db:g} dB in the speech's band, new in every "
-        "training sequence. Scored from 0.2 s after an item's start, whether or not its word was typed or its sound was "
-        "heard by then; the next digit from the third item on. MNIST's official split, the last "
+        f"8 to 16 kHz, and the digits' English words, {o.typos:.0%} of the letters mistyped. {o.items} items a "
+        "sequence, in one voice, each for 0.6 to 1 s in a random non-empty set of modalities, by a hidden rule (up, "
+        f"down, by two, modulo 10); {' or '.join(o.noise)} noise throughout at {o.snr_db:g} dB in the speech's band, "
+        "new in every training sequence. Scored from 0.2 s after an item's start, whether or not its word was typed or "
+        "its sound was heard by then; the next digit from the third item on. MNIST's official split, the last "
         f"{o.images} training images for validation; {split}. {o.validation} sequences for validation and {o.test} for "
         f"the test, by seed {o.seed}.",
     )

@@ -100,5 +100,6 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
         "reviews in English, half for and half against, labelled by the review they are from. A word a tick, split at "
         f"spaces as published, each with its WordLlama vector. There is no official split: {len(train)} sentences to "
         f"train, {len(validation)} for validation and {len(test)} for the test were drawn by seed "
-        f"{options.split_seed}, so figures of other splits and of ten folds are near but not the same thing. Scored at the last word alone.",
+        f"{options.split_seed}, so figures of other splits and of ten folds are near but not the same thing. "
+        "Scored at the last word alone.",
     )

@@ -87,7 +87,7 @@ def ticks_of(path: Path, specs: Sequence[ModalitySpec], tick_ns: int) -> tuple[l
     """
     recording = Recording(path)
     settings = settings_of(recording)
-    aligner = Aligner(specs, tick_ns, settings.align.lateness_ns())
+    aligner = Aligner.of(specs, tick_ns, settings.align)
     wanted = {topics.CLOCK, topics.SESSION, *(topics.feature(s.name) for s in specs)}
     ticks = list(predict(recording.envelopes(wanted), aligner, _Collector()))
     if not ticks:
