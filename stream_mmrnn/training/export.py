@@ -8,6 +8,7 @@ nothing about training or data.
 from __future__ import annotations
 
 import copy
+import logging
 import tempfile
 import warnings
 from pathlib import Path
@@ -86,6 +87,7 @@ def graph_of(predictor: Predictor) -> onnx.ModelProto:
     flat = _Flat(predictor).eval()
     inputs = tuple(example(predictor, 2, torch.Generator().manual_seed(0)))
     batch = torch.export.Dim("batch", min=1, max=2**20)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of libraries that are not there and not needed
     with torch.no_grad(), warnings.catch_warnings():
         # the exporter warns about itself (deprecated internals, its own op versions), not about the model
         warnings.simplefilter("ignore")

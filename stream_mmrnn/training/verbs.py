@@ -6,7 +6,6 @@ Ties recipe, task, trainer, export gate, report and card together. Knows nothing
 from __future__ import annotations
 
 import platform
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
@@ -23,8 +22,11 @@ from stream_mmrnn.training.served import evaluate as evaluate_served
 Progress = Callable[[dict[str, Any]], None]
 
 
-def _command() -> str:
-    return " ".join(["stream-mmrnn", *sys.argv[1:]])
+def _command(recipe: Path | None, quick: bool, seed: int | None) -> str:
+    """What makes the model again, without the paths of this machine: a card travels."""
+    where = [] if recipe is None else [recipe.name if recipe.is_absolute() else str(recipe)]
+    options = ["--quick"] * quick + ([] if seed is None else ["--seed", str(seed)])
+    return " ".join(["stream-mmrnn", "train", *where, "--data", "DATA", *options])
 
 
 def _versions() -> str:
@@ -89,7 +91,8 @@ def train(
     document = reports.report(trainer.predictor, task, trainer.history)
     differences = export_step(trainer.predictor, folder / "step.onnx", task.origins, int8)
     recipes.save(recipe, folder / "recipe.toml")
-    (folder / "card.md").write_text(reports.card(document, differences, _command(), _versions()), encoding="utf-8")
+    made_by = _command(recipe_path, quick, seed)
+    (folder / "card.md").write_text(reports.card(document, differences, made_by, _versions()), encoding="utf-8")
     made = reports.write(document, folder)
     summary = {
         **{k: document[k] for k in ("name", "parameters", "cell", "fusion", "epochs", "test", "by_modalities")},
