@@ -6,9 +6,6 @@ is one JSON document and everything else goes to stderr. Knows nothing about how
 
 from __future__ import annotations
 
-import json
-import signal
-import sys
 import time
 from collections.abc import Callable
 from enum import StrEnum
@@ -21,6 +18,8 @@ from rich.console import Console
 from stream_mmrnn import config
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.errors import ConfigError, StreamError
+from stream_mmrnn.terminal import Alive, Json, escape, print_document, say_on
+from stream_mmrnn.training import commands
 
 app = typer.Typer(
     help="Predict what happens next from camera, microphone and text, tick by tick.",
@@ -38,7 +37,6 @@ class From(StrEnum):
     features, raw = "features", "raw"
 
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON document as the last line of stdout.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="The TOML file with the settings.")]
 ModelName = Annotated[str | None, typer.Option("--model", help="A model of the zoo, or an ONNX file.")]
 
@@ -48,41 +46,8 @@ def run() -> None:
     try:
         app()
     except StreamError as e:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {_escape(str(e))}")
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {escape(str(e))}")
         raise SystemExit(e.exit_code) from None
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
-
-
-def _say(console: Console) -> Callable[[str], None]:
-    return lambda text: console.print(f"[yellow]![/yellow] {_escape(text)}", soft_wrap=True)
-
-
-class _Alive:
-    """True until SIGINT or SIGTERM; a second one ends at once."""
-
-    def __init__(self) -> None:
-        self._stopped = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._stop)
-
-    def _stop(self, *_: Any) -> None:
-        if self._stopped:
-            raise SystemExit(130)
-        self._stopped = True
-        return
-
-    def __call__(self) -> bool:
-        return not self._stopped
-
-
-def _print(document: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(document, ensure_ascii=False) + "\n")
-    sys.stdout.flush()
 
 
 def _keep_old(path: Path, say: Callable[[str], None]) -> None:
@@ -125,7 +90,7 @@ def _capture(settings: config.Settings, duration: float | None, with_engine: boo
     from stream_mmrnn.view import render, summary_table
 
     console = Console(stderr=as_json, highlight=False)
-    alive = _Alive()
+    alive = Alive()
     notes: list[str] = []
     view = LiveState()
     began_ns = now_ns()
@@ -136,7 +101,7 @@ def _capture(settings: config.Settings, duration: float | None, with_engine: boo
     def say(text: str) -> None:
         notes.append(text)
         if screen is None:
-            _say(console)(text)
+            say_on(console)(text)
 
     path = Path(settings.record.path) if settings.record.path else None
     if path is not None:
@@ -167,7 +132,7 @@ def _capture(settings: config.Settings, duration: float | None, with_engine: boo
     else:
         summary = session.run(duration)
     if as_json:
-        _print(summary)
+        print_document(summary)
     else:
         console.print(summary_table(summary))
 
@@ -277,7 +242,7 @@ def replay(
     from stream_mmrnn import replay as module
 
     console = Console(stderr=as_json, highlight=False)
-    alive = _Alive()
+    alive = Alive()
     with Progress(console=console, transient=True, disable=as_json or not console.is_terminal) as progress:
         task = progress.add_task("replaying", total=None)
         result = module.replay(
@@ -291,7 +256,7 @@ def replay(
             alive=alive,
         )
     if as_json:
-        _print(result)
+        print_document(result)
     else:
         console.print(
             f"{result['predictions']} predictions of {result['covered_s']:.1f} s in {result['seconds']:.2f} s: "
@@ -301,7 +266,7 @@ def replay(
             verdict = "identical, bit for bit" if result["identical"] else f"different: {result['first_difference']}"
             console.print(f"compared with {result['recorded_predictions']} recorded ones: {verdict}")
     if result["damage"]:
-        _say(Console(stderr=True))(f"{result['damage']}; what is whole was replayed")
+        say_on(Console(stderr=True))(f"{result['damage']}; what is whole was replayed")
         raise typer.Exit(3)
     if verify and not result["identical"]:
         raise typer.Exit(1)
@@ -316,7 +281,7 @@ def info(path: Annotated[Path, typer.Argument(help="A recording.")], as_json: Js
 
     result = module.info(path)
     if as_json:
-        _print(result)
+        print_document(result)
     else:
         console = Console(highlight=False)
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(result["started_unix_ns"] / 1e9))
@@ -329,7 +294,7 @@ def info(path: Annotated[Path, typer.Argument(help="A recording.")], as_json: Js
             table.add_row(name, str(c["messages"]), f"{c['rate_hz']:.1f} Hz", str(c["gaps"]), c["origin"][:48])
         console.print(table)
     if not result["whole"]:
-        _say(Console(stderr=True))(result["damage"] or f"{path} was not finished")
+        say_on(Console(stderr=True))(result["damage"] or f"{path} was not finished")
         raise typer.Exit(3)
 
 
@@ -350,7 +315,7 @@ def bench(
     from stream_mmrnn.view import stage_table
 
     console = Console(stderr=as_json, highlight=False)
-    alive = _Alive()
+    alive = Alive()
     path = config.find_model(model or config.Engine().model)
     with Progress(console=console, transient=True, disable=as_json or not console.is_terminal) as progress:
         task = progress.add_task("running", total=duration)
@@ -365,7 +330,7 @@ def bench(
             progress=lambda s: progress.update(task, completed=s),
         )
     if as_json:
-        _print(result)
+        print_document(result)
         return
     console.print(
         f"{result['mode']}: {result['sessions']} sessions, {result['predictions']} predictions, "
@@ -392,129 +357,15 @@ def devices(as_json: Json = False) -> None:
     except SourceError as e:
         problem = str(e)
     if as_json:
-        _print({"cameras": cameras, "microphones": microphones, "problem": problem})
+        print_document({"cameras": cameras, "microphones": microphones, "problem": problem})
         return
     console = Console(highlight=False)
     for title, found in (("cameras", cameras), ("microphones", microphones)):
         console.print(f"[bold]{title}[/bold]" + ("" if found else ": none"))
         for device in found:
-            console.print(f"  {device['source']:<24} {_escape(device['is'])}")
+            console.print(f"  {device['source']:<24} {escape(device['is'])}")
     if problem:
-        _say(console)(problem)
+        say_on(console)(problem)
 
 
-def _training() -> Any:
-    """The training package, or one sentence that says how to get it."""
-    from stream_mmrnn.errors import UsageError
-
-    try:
-        from stream_mmrnn.training import verbs
-    except ImportError as e:
-        raise UsageError(
-            f"training needs the extra `train` ({e.name} is missing): pip install 'stream-mmrnn[train]'"
-        ) from e
-    return verbs
-
-
-Data = Annotated[list[Path] | None, typer.Option("--data", help="Where the data is; recordings, or their folder.")]
-
-
-@app.command()
-def train(
-    recipe: Annotated[Path | None, typer.Argument(help="A recipe.toml or a zoo folder; none for own labels.")] = None,
-    data: Data = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the model; trained/NAME without it.")] = None,
-    name: Annotated[str, typer.Option(help="What a model of own recordings is called.")] = "own",
-    quick: Annotated[bool, typer.Option("--quick", help="A run of minutes that says whether all is well.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
-    int8: Annotated[bool, typer.Option("--int8", help="Write 8-bit weights too.")] = False,
-    seed: Annotated[int | None, typer.Option(min=0, help="Another start.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Train a model from a recipe, or from own labelled recordings."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    verbs = _training()
-    console = Console(stderr=as_json, highlight=False)
-    alive = _Alive()
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("reading the data", total=None)
-
-        def progress(what: dict[str, Any]) -> None:
-            if what["event"] == "step":
-                bar.update(task, description=f"epoch {what['epoch'] + 1}", completed=what["step"], total=what["of"])
-            elif what["event"] == "epoch":
-                losses = f"loss {what['train_loss']:.4f}, validation {what['validation_loss']:.4f}"
-                best = " (best)" if what["best"] == what["epoch"] else ""
-                console.print(f"epoch {what['epoch']:3d}  {losses}{best}  {what['seconds']:.1f} s")
-            elif what["event"] == "report":
-                bar.update(task, description="calibrated; testing and exporting", total=None)
-
-        result = verbs.train(
-            recipe,
-            data or [],
-            out,
-            name=name,
-            quick=quick,
-            resume=resume,
-            int8=int8,
-            seed=seed,
-            progress=progress,
-            alive=alive,
-        )
-    if as_json:
-        _print(result)
-        return
-    _print_heads(console, result["test"])
-    console.print(f"{result['parameters']:,} weights, {result['epochs']} epochs; run it by --model {result['model']}")
-
-
-def _print_heads(console: Console, heads: dict[str, dict[str, Any]]) -> None:
-    from rich.table import Table
-
-    table = Table(title="on held-out data", title_justify="left", header_style="dim")
-    for column in ("head", "ticks", "figure", "value"):
-        table.add_column(column, justify="right" if column in ("ticks", "value") else "left")
-    for name, figures in heads.items():
-        for key in ("accuracy", "balanced_accuracy", "auc", "r2", "mse", "log_loss", "calibration_error"):
-            value = figures.get(key)
-            rows = value.items() if isinstance(value, dict) else [("", value)]
-            for label, number in rows:
-                if number is not None:
-                    what = f"{key.replace('_', ' ')} {label}".strip()
-                    table.add_row(name, str(figures["ticks"]), what, f"{number:.3f}")
-    console.print(table)
-
-
-@app.command()
-def evaluate(
-    model: Annotated[Path, typer.Argument(help="A model's folder, with step.onnx and recipe.toml.")],
-    data: Data = None,
-    present: Annotated[str | None, typer.Option(help="Only these modalities, such as audio,text.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Measure a model file on its test data, as it is served."""
-    result = _training().evaluate(model, data or [], present.split(",") if present else None)
-    if as_json:
-        _print(result)
-        return
-    console = Console(highlight=False)
-    console.print(f"[bold]{result['name']}[/bold] with {', '.join(result['present'])}")
-    _print_heads(console, result["test"])
-
-
-@app.command()
-def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint (.safetensors).")],
-    out: Annotated[Path | None, typer.Option(help="The ONNX file; beside the checkpoint without it.")] = None,
-    int8: Annotated[bool, typer.Option("--int8", help="Write 8-bit weights too.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Write a checkpoint's step graph, if it computes what was trained."""
-    result = _training().export(checkpoint, out, int8)
-    if as_json:
-        _print(result)
-        return
-    differences = ", ".join(f"{k} {v:.1e}" for k, v in result["parity"].items())
-    Console(highlight=False).print(f"{result['model']}: {result['bytes'] / 1e6:.2f} MB; differences: {differences}")
+commands.register(app)

@@ -1,8 +1,7 @@
 """Recorder and Recording: the bus written down as MCAP, and read back as the same sequence of envelopes.
 
-The only file that knows MCAP. Camera, microphone and text are Foxglove messages (protobuf); features and the clock are
-small protobuf messages of ours, laid out so that numpy reads them in place; sessions, ticks and predictions are the
-JSON that was on the bus. One file is one session. Times in the file are Unix times: the bus's monotonic ones plus
+The only file that knows MCAP. Camera, microphone and text are Foxglove messages (protobuf); the others are as `formats`
+says. One file is one session. Times in the file are Unix times: the bus's monotonic ones plus
 `wall_offset_ns`, which the metadata holds, so that viewers show dates and reading gives back the exact stamps.
 Knows nothing about sockets or models.
 """
@@ -12,7 +11,7 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,12 +28,23 @@ from mcap.writer import CompressionType, IndexType, Writer
 from stream_mmrnn import topics, wire
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.errors import FileError, RecordingError, WireError
+from stream_mmrnn.formats import (
+    JSON_KINDS,
+    Decode,
+    decode_clock,
+    decode_features,
+    decode_json,
+    encode_clock,
+    encode_features,
+    event_time,
+    json_schema,
+    own_schema,
+)
 from stream_mmrnn.types import Envelope
 
 METADATA = "stream_mmrnn"
 METADATA_END = "stream_mmrnn.end"
 FORMAT = "1"
-RATE_HZ = 16_000
 _MAX_RECORD_BYTES = 256 * 2**20
 
 _MAGIC = b"\x89MCAP0\r\n"
@@ -51,62 +61,7 @@ _UNREADABLE = (
     msgspec.MsgspecError,
     RecordingError,
 )
-_FEATURES_HEAD = struct.Struct("<BqBqB")
-_CLOCK = struct.Struct("<Bq")
 _MESSAGE = struct.Struct("<HIQQ")
-_TAG_1_FIXED64, _TAG_2_FIXED64, _TAG_3_BYTES = 0x09, 0x11, 0x1A
-
-
-def _varint(n: int) -> bytes:
-    out = bytearray()
-    while n > 0x7F:
-        out.append(n & 0x7F | 0x80)
-        n >>= 7
-    out.append(n)
-    return bytes(out)
-
-
-def _encode_features(envelope: Envelope) -> bytes:
-    if isinstance(envelope.payload, bytes) or envelope.payload.dtype != np.float32:
-        raise WireError("features are float32")
-    body = envelope.payload.tobytes()
-    head = _FEATURES_HEAD.pack(_TAG_1_FIXED64, envelope.event_ns, _TAG_2_FIXED64, envelope.capture_ns, _TAG_3_BYTES)
-    return head + _varint(len(body)) + body
-
-
-def _decode_features(data: bytes) -> tuple[int, int, np.ndarray[Any, np.dtype[np.float32]]]:
-    tag_1, event_ns, tag_2, capture_ns, tag_3 = _FEATURES_HEAD.unpack_from(data)
-    if (tag_1, tag_2, tag_3) != (_TAG_1_FIXED64, _TAG_2_FIXED64, _TAG_3_BYTES):
-        raise RecordingError("a feature message is not laid out as this release writes it")
-    at, shift, size = _FEATURES_HEAD.size, 0, 0
-    while True:
-        byte = data[at]
-        size |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 0x80:
-            break
-    if at + size != len(data):
-        raise RecordingError("a feature message is shorter than it says")
-    return event_ns, capture_ns, np.frombuffer(data, "<f4", offset=at)
-
-
-class _EventTime(msgspec.Struct):
-    event_ns: int
-
-
-_event_ns = msgspec.json.Decoder(_EventTime)
-
-
-def _decode_json(data: bytes) -> tuple[int, None, bytes]:
-    return _event_ns.decode(data).event_ns, None, data
-
-
-def _decode_clock(data: bytes) -> tuple[int, None, bytes]:
-    return _CLOCK.unpack(data)[1], None, b""
-
-
-_Decode = Callable[[bytes], tuple[int, int | None, Any]]
-"""Content of a message -> event_ns, capture_ns where it is there, payload."""
 
 
 class _Channel(NamedTuple):
@@ -116,43 +71,7 @@ class _Channel(NamedTuple):
     session: str
     origin: str
     wanted: bool
-    decode: _Decode
-
-
-def _own_schema(name: str) -> bytes:
-    """A FileDescriptorSet of our two protobuf messages, for readers that know nothing of us."""
-    from google.protobuf import descriptor_pb2 as pb
-
-    file = pb.FileDescriptorProto(name="stream_mmrnn.proto", package="stream_mmrnn", syntax="proto3")
-    field = pb.FieldDescriptorProto
-    message = file.message_type.add(name=name)
-    message.field.add(name="event_ns", number=1, type=field.TYPE_SFIXED64, label=field.LABEL_OPTIONAL)
-    if name == "Features":
-        message.field.add(name="capture_ns", number=2, type=field.TYPE_SFIXED64, label=field.LABEL_OPTIONAL)
-        message.field.add(name="values", number=3, type=field.TYPE_FLOAT, label=field.LABEL_REPEATED)
-    data: bytes = pb.FileDescriptorSet(file=[file]).SerializeToString()
-    return data
-
-
-_JSON_KINDS = {
-    topics.SESSION: wire.SessionMessage,
-    topics.TICK: wire.TickMessage,
-    topics.PREDICTION: wire.PredictionMessage,
-}
-
-
-def _inline(schema: Any, definitions: dict[str, Any]) -> Any:
-    """The schema with its references written out: Foxglove's reader takes no `$ref` at the top."""
-    if isinstance(schema, dict):
-        if "$ref" in schema:
-            return _inline(definitions[schema["$ref"].rsplit("/", 1)[1]], definitions)
-        return {k: _inline(v, definitions) for k, v in schema.items() if k != "$defs"}
-    return [_inline(v, definitions) for v in schema] if isinstance(schema, list) else schema
-
-
-def _json_schema(topic: str) -> bytes:
-    schema = msgspec.json.schema(_JSON_KINDS[topic])
-    return msgspec.json.encode(_inline(schema, schema.get("$defs", {})))
+    decode: Decode
 
 
 def _stream(data: bytes) -> ReadDataStream:
@@ -219,10 +138,10 @@ class Recorder:
             if name.startswith("foxglove."):
                 schema = getattr(self._foxglove, name.removeprefix("foxglove.")).get_schema()
                 encoding, data = schema.encoding, schema.data
-            elif topic in _JSON_KINDS:
-                encoding, data = "jsonschema", _json_schema(topic)
+            elif topic in JSON_KINDS:
+                encoding, data = "jsonschema", json_schema(topic)
             else:
-                encoding, data = "protobuf", _own_schema(name.removeprefix("stream_mmrnn."))
+                encoding, data = "protobuf", own_schema(name.removeprefix("stream_mmrnn."))
             self._schemas[name] = self._writer.register_schema(name, encoding, data)
         return self._schemas[name]
 
@@ -231,7 +150,7 @@ class Recorder:
         if key not in self._channels:
             self._channels[key] = self._writer.register_channel(
                 envelope.topic,
-                "json" if envelope.topic in _JSON_KINDS else "protobuf",
+                "json" if envelope.topic in JSON_KINDS else "protobuf",
                 self._schema(envelope.topic),
                 {"origin": envelope.origin, "modality": topics.TOPICS[envelope.topic].modality},
             )
@@ -240,13 +159,13 @@ class Recorder:
     def _data(self, envelope: Envelope) -> bytes:
         payload, topic = envelope.payload, envelope.topic
         if topic.startswith(topics.FEATURE):
-            return _encode_features(envelope)
+            return encode_features(envelope)
         if topic == topics.CLOCK:
-            return _CLOCK.pack(_TAG_1_FIXED64, envelope.event_ns)
-        if topic in _JSON_KINDS:
+            return encode_clock(envelope)
+        if topic in JSON_KINDS:
             if not isinstance(payload, bytes):
                 raise WireError(f"{topic} is JSON")
-            _event_ns.decode(payload)
+            event_time.decode(payload)
             return payload
         seconds, nanoseconds = divmod(envelope.event_ns + self._offset_ns, 1_000_000_000)
         stamp = self._foxglove.Timestamp(seconds, nanoseconds)
@@ -256,7 +175,7 @@ class Recorder:
             message = self._foxglove.CompressedImage(timestamp=stamp, frame_id="camera", data=body, format="jpeg")
         elif topic == topics.raw("audio"):
             message = self._foxglove.RawAudio(
-                timestamp=stamp, data=body, format="pcm-s16", sample_rate=RATE_HZ, number_of_channels=1
+                timestamp=stamp, data=body, format="pcm-s16", sample_rate=topics.AUDIO_RATE_HZ, number_of_channels=1
             )
         else:
             message = self._foxglove.Log(
@@ -455,13 +374,13 @@ class Recording:
 
     def _plan(self, record: Channel, schema: Schema, wanted: Collection[str] | None) -> _Channel:
         topic = record.topic
-        decode: _Decode
+        decode: Decode
         if topic.startswith(topics.FEATURE):
-            decode = _decode_features
+            decode = decode_features
         elif topic == topics.CLOCK:
-            decode = _decode_clock
-        elif topic in _JSON_KINDS:
-            decode = _decode_json
+            decode = decode_clock
+        elif topic in JSON_KINDS:
+            decode = decode_json
         else:
 
             def decode(body: bytes) -> tuple[int, None, Any]:

@@ -25,6 +25,9 @@ CONTROL = "control"
 EVERYONE = "host"
 """The session of messages that belong to none: the clock's, status."""
 
+AUDIO_RATE_HZ = 16_000
+"""Of all sound on the bus: mono, int16."""
+
 RAW = "raw/"
 FEATURE = "feature/"
 

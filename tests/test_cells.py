@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
 
-from stream_mmrnn.training.cells import CELLS, GRU, LSTM, RGLRU, Cell, LinearCell, MinGRU, ReluRNN, Stack, State, create
+from stream_mmrnn.training.cells import CELLS, GRU, LSTM, RGLRU, Cell, LinearCell, MinGRU, ReluRNN, State, create
 from stream_mmrnn.training.scan import linear_loop, linear_scan
+from stream_mmrnn.training.stack import Stack
 
 I, H = 5, 7  # noqa: E741
 NAMES = sorted(CELLS)

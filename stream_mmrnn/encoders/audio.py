@@ -13,9 +13,10 @@ import numpy as np
 from stream_mmrnn.config import models_folder
 from stream_mmrnn.errors import WireError
 from stream_mmrnn.runtime import Graph
+from stream_mmrnn.topics import AUDIO_RATE_HZ
 from stream_mmrnn.types import FloatArray, Sample
 
-RATE = 16_000
+RATE = AUDIO_RATE_HZ
 HOP = 320
 """A vector every 20 ms."""
 WINDOW = 400

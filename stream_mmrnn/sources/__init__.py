@@ -12,9 +12,10 @@ from typing import Any, Protocol
 
 from stream_mmrnn.config import Settings
 from stream_mmrnn.errors import SourceSpecError
+from stream_mmrnn.topics import AUDIO_RATE_HZ
 from stream_mmrnn.types import Sample
 
-RATE_HZ = 16_000
+RATE_HZ = AUDIO_RATE_HZ
 """Sound is mono int16 at this rate, wherever it comes from."""
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from stream_mmrnn.training import fusion
-from stream_mmrnn.training.cells import Stack
 from stream_mmrnn.training.heads import Heads
 from stream_mmrnn.training.recipe import Recipe
+from stream_mmrnn.training.stack import Stack
 
 State = dict[str, Tensor]
 _CONTEXT = "context"

@@ -1,0 +1,52 @@
+"""What the verbs share at a terminal: notes, one JSON document, and signals as a question that can be asked.
+
+Knows nothing about any verb.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document as the last line of stdout.")]
+
+
+def escape(text: str) -> str:
+    """Text as it is, whatever brackets it holds."""
+    from rich import markup
+
+    return markup.escape(text)
+
+
+def say_on(console: Console) -> Callable[[str], None]:
+    """A function that notes one sentence."""
+    return lambda text: console.print(f"[yellow]![/yellow] {escape(text)}", soft_wrap=True)
+
+
+class Alive:
+    """True until SIGINT or SIGTERM; a second one ends at once."""
+
+    def __init__(self) -> None:
+        self._stopped = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._stop)
+
+    def _stop(self, *_: Any) -> None:
+        if self._stopped:
+            raise SystemExit(130)
+        self._stopped = True
+
+    def __call__(self) -> bool:
+        return not self._stopped
+
+
+def print_document(document: dict[str, Any]) -> None:
+    """One line of JSON on stdout."""
+    sys.stdout.write(json.dumps(document, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
