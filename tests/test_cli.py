@@ -74,3 +74,19 @@ def test_the_package_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]"
     assert stream_mmrnn.__doc__
+
+
+def test_measuring_a_model_file_needs_no_torch(tmp_path: Path) -> None:
+    """`evaluate` runs where the extra is not installed; `train` says in one sentence that it is missing."""
+    blocked = (
+        "import importlib.util, sys; sys.modules['torch'] = None; find = importlib.util.find_spec;"
+        "importlib.util.find_spec = lambda n, *a: None if n == 'torch' else find(n, *a);"
+        "from stream_mmrnn.cli import run; sys.argv = ['stream-mmrnn', *sys.argv[1:]]; run()"
+    )
+    done = subprocess.run([sys.executable, "-c", blocked, "train"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "this needs the extra `train` (torch missing)" in done.stderr
+    args = [sys.executable, "-c", blocked, "evaluate", str(tmp_path)]
+    done = subprocess.run(args, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "holds no recipe.toml" in done.stderr

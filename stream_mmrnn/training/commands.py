@@ -5,13 +5,17 @@ Imports torch only when one of them runs. Knows nothing about how anything is do
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from stream_mmrnn.errors import UsageError
 from stream_mmrnn.terminal import Alive, Json, print_document
+
+_EXTRA = ("torch", "onnx", "onnxscript", "matplotlib", "tomli_w")
 
 
 def register(app: typer.Typer) -> None:
@@ -20,16 +24,15 @@ def register(app: typer.Typer) -> None:
         app.command()(verb)
 
 
-def _training() -> Any:
-    """The training package, or one sentence that says how to get it."""
-    from stream_mmrnn.errors import UsageError
-
-    try:
-        from stream_mmrnn.training import verbs
-    except ImportError as e:
+def _training(needs: tuple[str, ...]) -> Any:
+    """What the verbs do, where the packages that they need are there; else one sentence that says how to get them."""
+    missing = [name for name in needs if importlib.util.find_spec(name) is None]
+    if missing:
         raise UsageError(
-            f"training needs the extra `train` ({e.name} is missing): pip install 'stream-mmrnn[train]'"
-        ) from e
+            f"this needs the extra `train` ({', '.join(missing)} missing): pip install 'stream-mmrnn[train]'"
+        )
+    from stream_mmrnn.training import verbs
+
     return verbs
 
 
@@ -50,7 +53,7 @@ def train(
     """Train a model from a recipe, or from own labelled recordings."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    verbs = _training()
+    verbs = _training(_EXTRA)
     console = Console(stderr=as_json, highlight=False)
     alive = Alive()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
@@ -110,7 +113,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a model file on its test data, as it is served."""
-    result = _training().evaluate(model, data or [], present.split(",") if present else None)
+    result = _training(()).evaluate(model, data or [], present.split(",") if present else None)
     if as_json:
         print_document(result)
         return
@@ -126,7 +129,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint's step graph, if it computes what was trained."""
-    result = _training().export(checkpoint, out, int8)
+    result = _training(_EXTRA).export(checkpoint, out, int8)
     if as_json:
         print_document(result)
         return

@@ -5,6 +5,7 @@ Every function takes probabilities or numbers and targets of the ticks that coun
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -134,3 +135,12 @@ def primary(head: Head, figures: dict[str, Any]) -> float:
     if head.kind == "regression":
         return float(figures["r2"])
     return float(np.nanmean(list(figures["auc"].values())))
+
+
+def clean(value: Any) -> Any:
+    """JSON has no NaN: what is no number becomes null."""
+    if isinstance(value, dict):
+        return {str(k): clean(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [clean(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from stream_mmrnn.training import metrics
 from stream_mmrnn.training.data import Task
 from stream_mmrnn.training.evaluate import by_modalities, collect, figures
 from stream_mmrnn.training.heads import activate
@@ -73,17 +74,8 @@ def write(document: dict[str, Any], folder: Path) -> list[Path]:
     """`report.json` and the plots; the files made."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "report.json"
-    path.write_text(json.dumps(clean(document), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(metrics.clean(document), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return [path, *_plots(document, folder)]
-
-
-def clean(value: Any) -> Any:
-    """JSON has no NaN: what is no number becomes null."""
-    if isinstance(value, dict):
-        return {str(k): clean(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [clean(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plots(document: dict[str, Any], folder: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """What the verbs `train`, `evaluate` and `export` do, as functions that return what they found.
 
-Ties recipe, task, trainer, export gate, report and card together. Knows nothing about terminals.
+Ties recipe, task, trainer, export gate, report and card together. Torch is imported by `train` and `export` alone:
+measuring a model file needs none. Knows nothing about terminals.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from stream_mmrnn.errors import FileError, UsageError
+from stream_mmrnn.training import metrics, tasks
 from stream_mmrnn.training import recipe as recipes
-from stream_mmrnn.training import report as reports
-from stream_mmrnn.training import tasks
 from stream_mmrnn.training.recipe import Recipe
 from stream_mmrnn.training.served import evaluate as evaluate_served
 
@@ -67,6 +67,7 @@ def train(
         StreamError: the loss is no number any more, or the export did not pass.
 
     """
+    from stream_mmrnn.training import report as reports
     from stream_mmrnn.training.export import export as export_step
     from stream_mmrnn.training.train import Trainer
 
@@ -102,7 +103,7 @@ def train(
         "seconds": round(sum(h["seconds"] for h in trainer.history), 1),
         "files": [str(p) for p in made],
     }
-    return reports.clean(summary)
+    return metrics.clean(summary)
 
 
 def _tensorboard(folder: Path, stack: ExitStack) -> Progress:
@@ -139,7 +140,7 @@ def evaluate(model: Path, data: Sequence[Path], present: Sequence[str] | None) -
         raise UsageError(f"{recipe.name} has no modality {', '.join(sorted(unknown))}; it has {known}")
     task = tasks.create(recipe, data)
     heads = evaluate_served(step, recipe, task.test, present)
-    return reports.clean(
+    return metrics.clean(
         {
             "name": recipe.name,
             "model": str(step),
