@@ -53,7 +53,7 @@ def test_a_model_is_what_its_folder_says(name: str) -> None:
 
 
 @pytest.mark.shared_data
-@pytest.mark.parametrize(("name", "data"), [("activity", "hapt.npz"), ("digits", ""), ("polarity", "")])
+@pytest.mark.parametrize(("name", "data"), [("activity", "hapt.npz"), ("digits", "")])
 def test_a_model_measures_as_its_card_says(name: str, data: str) -> None:
     if not (SHARED / "data").is_dir():
         pytest.skip("the shared data folder is not beside this checkout")
