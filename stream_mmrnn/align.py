@@ -12,6 +12,7 @@ The clock is a topic: it is whatever the last clock message said.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -22,6 +23,7 @@ from stream_mmrnn.types import Envelope, FloatArray, ModalitySpec, Stamps, Tick
 
 _MAX_PENDING = 1024
 _NEVER = -(2**62)
+_FLOAT32 = np.dtype(np.float32)
 
 
 class StreamCounts(msgspec.Struct):
@@ -86,7 +88,10 @@ class _Stream:
         if len(self.seen) > 4 * _MAX_PENDING:
             self.seen = {s for s in self.seen if s >= self.next_seq - _MAX_PENDING}
         self.head_ns = max(self.head_ns, event_ns)
-        if seq >= self.next_seq:
+        if seq == self.next_seq and not self.pending:
+            self.next_seq = seq + 1  # in order, as nearly always
+            self.newest_ns = max(self.newest_ns, event_ns)
+        elif seq >= self.next_seq:
             heapq.heappush(self.pending, (seq, event_ns))
             if len(self.pending) > _MAX_PENDING:
                 self.next_seq = self.pending[0][0]
@@ -247,9 +252,9 @@ class Aligner:
         payload, event_ns = envelope.payload, envelope.event_ns
         if (
             isinstance(payload, bytes)
-            or payload.dtype != np.float32
+            or payload.dtype != _FLOAT32
             or payload.shape != (stream.sample_size,)
-            or not np.isfinite(payload.sum())
+            or not math.isfinite(payload.sum())
             or (stream.spec.encoder and envelope.origin != stream.spec.encoder)
             or not -self._max_behind_ns <= event_ns - session.clock_ns <= self._max_ahead_ns
         ):
