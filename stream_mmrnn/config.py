@@ -202,6 +202,24 @@ def parse(table: dict[str, Any]) -> Settings:
     return convert(table, Settings)
 
 
+def recorded(table: dict[str, Any]) -> Settings:
+    """The settings in a recording, which another release may have made: keys that are gone since are passed over.
+
+    A recording holds every setting with its value, so a default that has changed since does not matter.
+
+    Raises:
+        ConfigError: a value out of its range.
+
+    """
+    hints = get_type_hints(Settings)
+    known = {
+        section: {key: value for key, value in values.items() if key in hints[section].__struct_fields__}
+        for section, values in table.items()
+        if section in hints and isinstance(values, dict)
+    }
+    return convert(known, Settings)
+
+
 def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Settings:
     """The settings of a TOML file, with dotted-key overrides (`{"engine.model": ...}`) on top."""
     table: dict[str, Any] = {}

@@ -93,8 +93,8 @@ class Comparison:
 def settings_of(recording: Recording) -> config.Settings:
     """The configuration that the recording was made with."""
     try:
-        return config.parse(json.loads(recording.metadata["config"]))
-    except (KeyError, ValueError, ConfigError) as e:
+        return config.recorded(json.loads(recording.metadata["config"]))
+    except (KeyError, ValueError, AttributeError, ConfigError) as e:
         raise FileError(f"{recording.path} holds no configuration that this release can read: {e}") from e
 
 

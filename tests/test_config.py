@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -68,3 +69,16 @@ def test_an_unknown_model_names_the_zoo() -> None:
     with pytest.raises(ConfigError, match="no model 'nix'; give an ONNX file's path"):
         config.find_model("nix")
     assert config.find_model("./x.onnx") == Path("x.onnx")
+
+
+def test_a_recording_of_another_release_is_read() -> None:
+    table = msgspec.to_builtins(config.Settings())
+    table["align"]["vision_lateness_ms"] = 33.0
+    table["align"]["gone_since"] = 1
+    table["gone"] = {"a": 1}
+    del table["queues"]
+    settings = config.recorded(table)
+    assert settings.align.vision_lateness_ms == 33.0
+    assert settings.queues == config.Queues()
+    with pytest.raises(ConfigError, match=r"`align\.vision_lateness_ms` has a wrong value"):
+        config.recorded({"align": {"vision_lateness_ms": -1}})
