@@ -107,6 +107,8 @@ class HeadSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     horizons_s: tuple[tuple[float, float], ...] = ()
     """Start and end of what each number speaks of, in seconds after the tick's end."""
     unit: str = "probability"
+    threshold: float = 0.5
+    """Above it a head that says yes or no means yes; chosen on validation data."""
 
 
 class StateSpec(msgspec.Struct, frozen=True):

@@ -21,7 +21,7 @@ from stream_mmrnn.types import Stamps, Tick
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru", "min_gru", "rg_lru")
 
 
-def recipe_of(cell: str = "gru", kind: str = "concat", **cell_options: object) -> recipes.Recipe:
+def recipe_of(cell: str = "gru", kind: str = "concat", rare: bool = False, **cell_options: object) -> recipes.Recipe:
     return recipes.parse(
         {
             "name": "toy",
@@ -33,6 +33,7 @@ def recipe_of(cell: str = "gru", kind: str = "concat", **cell_options: object) -
                 {"name": "event", "kind": "hazard", "size": 4},
             ],
             "fusion": {"kind": kind, "width": 8, "heads": 2, "memory": 5},
+            "events": {"modalities": ["vision", "text"] if rare else [], "hidden": 8},
             "cell": {"kind": cell, "hidden": 8, "layers": 2, **cell_options},
             "data": {"kind": "none"},
         }
@@ -62,11 +63,15 @@ def inputs(
     return features, present, age, reset
 
 
+@pytest.mark.parametrize("rare", [False, True])
 @pytest.mark.parametrize("kind", fusion.KINDS)
 @pytest.mark.parametrize("cell", CELLS)
-def test_any_cut_of_a_sequence_and_single_steps_give_the_same(cell: str, kind: str) -> None:
-    p = network(recipe_of(cell, kind))
+def test_any_cut_of_a_sequence_and_single_steps_give_the_same(cell: str, kind: str, rare: bool) -> None:
+    p = network(recipe_of(cell, kind, rare))
     features, present, age, reset = inputs(3, 17, 1)
+    if rare:
+        present[0, 9:, [0, 2]] = 0  # nothing rare for a while, across a cut and a reset
+        present[1, :, [0, 2]] = 0
     with torch.no_grad():
         whole, last = p(features, present, age, None, reset)
         state = p.initial(3)
@@ -92,9 +97,10 @@ def test_any_cut_of_a_sequence_and_single_steps_give_the_same(cell: str, kind: s
         torch.testing.assert_close(following[name], expected, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("rare", [False, True])
 @pytest.mark.parametrize("kind", fusion.KINDS)
-def test_what_an_absent_modality_holds_makes_no_difference(kind: str) -> None:
-    p = network(recipe_of("gru", kind))
+def test_what_an_absent_modality_holds_makes_no_difference(kind: str, rare: bool) -> None:
+    p = network(recipe_of("gru", kind, rare))
     features, present, age, reset = inputs(2, 9, 3)
     garbage = {
         m: torch.where(present[..., i : i + 1] > 0, x, torch.full_like(x, 1e3))
@@ -110,13 +116,14 @@ def test_what_an_absent_modality_holds_makes_no_difference(kind: str) -> None:
 
 
 # every cell with one fusion, every fusion with one cell: an export takes seconds, and the gate looks at both apart
-PAIRS = [(c, "concat") for c in CELLS] + [("gru", k) for k in fusion.KINDS if k != "concat"] + [("rg_lru", "memory")]
+PAIRS = [(c, "concat", False) for c in CELLS] + [("gru", k, False) for k in fusion.KINDS if k != "concat"]
+PAIRS += [("rg_lru", "memory", True), ("gru", "attention_state", True)]
 
 
-@pytest.mark.parametrize(("cell", "kind"), PAIRS)
-def test_the_exported_step_computes_what_was_trained(tmp_path: Path, cell: str, kind: str) -> None:
+@pytest.mark.parametrize(("cell", "kind", "rare"), PAIRS)
+def test_the_exported_step_computes_what_was_trained(tmp_path: Path, cell: str, kind: str, rare: bool) -> None:
     options: dict[str, object] = {"norm": "rms", "residual": True, "learned_initial": True} if cell == "min_gru" else {}
-    p = network(recipe_of(cell, kind, **options))
+    p = network(recipe_of(cell, kind, rare, **options))
     differences = export(p, tmp_path / "step.onnx", {"audio": "mel@1"})
     assert max(differences.values()) <= TOLERANCE
     engine = StepEngine(tmp_path / "step.onnx", 2)

@@ -20,7 +20,7 @@ from stream_mmrnn.training.data import Task, Ticks
 from stream_mmrnn.training.evaluate import evaluate
 from stream_mmrnn.training.export import export
 from stream_mmrnn.training.served import evaluate as evaluate_served
-from stream_mmrnn.training.train import Diverged, Trainer, load
+from stream_mmrnn.training.train import Diverged, Trainer, TrainingStopped, load
 
 NAMES = ("audio", "text")
 
@@ -97,13 +97,13 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path) ->
     whole = Trainer(recipe_of(epochs=4), task(), tmp_path / "whole")
     whole.run()
     first = Trainer(recipe_of(epochs=4), task(), tmp_path / "cut")
-    seen: list[int] = []
+    seen: list[object] = []
 
-    def stop_after_two(what: dict[str, object]) -> None:
-        if what["event"] == "epoch":
-            seen.append(1)
+    def in_the_third() -> bool:
+        return seen.count("epoch") == 2 and seen[-1] == "step"
 
-    first.run(stop_after_two, lambda: len(seen) < 2)
+    first.run(lambda what: seen.append(what["event"]), lambda: not in_the_third())
+    assert first.stopped
     assert first.epoch == 2
     second = Trainer(recipe_of(epochs=4), task(), tmp_path / "cut", resume=True)
     assert second.epoch == 2
@@ -112,6 +112,12 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path) ->
         assert torch.equal(value, second.predictor.state_dict()[name]), name
     with pytest.raises(UsageError, match="was made with another recipe"):
         Trainer(recipe_of(epochs=5), task(), tmp_path / "cut", resume=True)
+
+
+def test_a_run_that_was_stopped_before_there_was_anything_says_so(tmp_path: Path) -> None:
+    with pytest.raises(TrainingStopped, match="stopped in its first epoch"):
+        Trainer(recipe_of(), task(), tmp_path).run(alive=lambda: False)
+    assert not (tmp_path / "best.safetensors").exists()
 
 
 def test_a_loss_that_is_no_number_ends_it_and_the_last_checkpoint_is_there(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from stream_mmrnn.errors import UsageError
-from stream_mmrnn.terminal import Alive, Json, print_document
+from stream_mmrnn.terminal import Alive, Json, print_document, say_on
 
 _EXTRA = ("torch", "onnx", "onnxscript", "matplotlib", "tomli_w")
 
@@ -84,9 +84,14 @@ def train(
         )
     if as_json:
         print_document(result)
-        return
-    _print_heads(console, result["test"])
-    console.print(f"{result['parameters']:,} weights, {result['epochs']} epochs; run it by --model {result['model']}")
+    else:
+        _print_heads(console, result["test"])
+        console.print(
+            f"{result['parameters']:,} weights, {result['epochs']} epochs; run it by --model {result['model']}"
+        )
+    if result["stopped"]:
+        say_on(console)("stopped early: this is the best model until then; --resume goes on from the last epoch")
+        raise typer.Exit(3)
 
 
 def _print_heads(console: Console, heads: dict[str, dict[str, Any]]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,7 @@ class Ticks:
     """One sequence of T ticks of M modalities."""
 
     features: dict[str, FloatArray]
-    """By modality, [T, size]; zeros where absent."""
+    """By modality, [T, size]; zeros where absent. A modality that never was may be left out."""
     present: FloatArray
     """[T, M] of 0 and 1, in the recipe's order of modalities."""
     age_s: FloatArray
@@ -43,6 +44,24 @@ class Ticks:
         return len(self.present)
 
 
+class Made(Sequence[Ticks]):
+    """Sequences that are made when they are asked for: more of them than memory holds."""
+
+    def __init__(self, count: int, make: Callable[[int], Ticks]) -> None:
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, at: int) -> Ticks: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Ticks]: ...
+    def __getitem__(self, at: int | slice) -> Ticks | Sequence[Ticks]:
+        chosen = range(self._count)[at]
+        return Made(len(chosen), lambda i: self._make(chosen[i])) if isinstance(chosen, range) else self._make(chosen)
+
+
 @dataclass(frozen=True)
 class Task:
     """What a recipe learns from."""
@@ -55,16 +74,22 @@ class Task:
     """The encoder of each modality, `name@sha256`, where the features came from one."""
     about: str = ""
     """One paragraph for the model card: what the data is, its licence and source, how it was split."""
+    epoch_ticks: int = 0
+    """About how many an epoch has, for the schedule and the time left of the first one; 0 where nobody knows."""
+    sets: tuple[tuple[str, ...], ...] = ()
+    """The sets of modalities that a report tells apart; none named is every set of those that there are."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The next stretch of all lanes: arrays [B, L, ...]."""
+    """The next stretch of all lanes: arrays [B, L, ...]; `features` only of what some lane has."""
 
     features: dict[str, FloatArray]
     present: FloatArray
     age_s: FloatArray
     reset: npt.NDArray[np.bool_]
+    place: npt.NDArray[np.int32]
+    """Which tick of its sequence each one is, from 0."""
     targets: dict[str, Array]
     weights: dict[str, FloatArray]
 
@@ -73,7 +98,11 @@ def check(ticks: Ticks, recipe: Recipe) -> None:
     """Say what of a sequence does not fit the recipe; raises FileError."""
     count = len(ticks)
     for name, m in recipe.modalities.items():
-        got = ticks.features[name].shape if name in ticks.features else ()
+        if name not in ticks.features:
+            if ticks.present[:, list(recipe.modalities).index(name)].any():
+                raise FileError(f"{ticks.name}: {name} is said to be present, and has no features")
+            continue
+        got = ticks.features[name].shape
         if got != (count, m.size):
             raise FileError(f"{ticks.name}: {name} has shape {got}, the recipe says {m.size} numbers for {count} ticks")
         if not np.isfinite(ticks.features[name]).all():
@@ -87,13 +116,14 @@ def batches(sequences: Iterable[Ticks], recipe: Recipe, batch: int, length: int)
     """Stretches of `length` ticks of `batch` lanes, until every sequence was read; what is left over weighs nothing."""
     waiting = iter(sequences)
     lanes: list[tuple[Ticks, int] | None] = [None] * batch
-    names, count = list(recipe.modalities), len(recipe.modalities)
+    count = len(recipe.modalities)
     shapes: dict[str, tuple[tuple[int, ...], np.dtype[np.generic]]] = {}
     while True:
-        features = {m: np.zeros((batch, length, s.size), np.float32) for m, s in recipe.modalities.items()}
+        features: dict[str, FloatArray] = {}
         present = np.zeros((batch, length, count), np.float32)
         age_s = np.zeros((batch, length, count), np.float32)
         reset = np.zeros((batch, length), np.bool_)
+        place = np.zeros((batch, length), np.int32)
         weights = {h.name: np.zeros((batch, length), np.float32) for h in recipe.heads}
         targets: dict[str, Array] = {}
         empty = True
@@ -114,17 +144,20 @@ def batches(sequences: Iterable[Ticks], recipe: Recipe, batch: int, length: int)
                 ticks, begin = lane
                 n = min(length - at, len(ticks) - begin)
                 here, there = slice(at, at + n), slice(begin, begin + n)
-                for m in names:
-                    features[m][row, here] = ticks.features[m][there]
+                for m, vectors in ticks.features.items():
+                    if m not in features:
+                        features[m] = np.zeros((batch, length, vectors.shape[1]), np.float32)
+                    features[m][row, here] = vectors[there]
                 present[row, here] = ticks.present[there]
                 age_s[row, here] = ticks.age_s[there]
                 for head, target in targets.items():
                     target[row, here] = ticks.targets[head][there]
                     weights[head][row, here] = ticks.weights[head][there]
                 reset[row, at] = reset[row, at] or begin == 0
+                place[row, here] = np.arange(begin, begin + n)
                 at += n
                 lanes[row] = (ticks, begin + n) if begin + n < len(ticks) else None
                 empty = False
         if empty:
             return
-        yield Batch(features, present, age_s, reset, targets, weights)
+        yield Batch(features, present, age_s, reset, place, targets, weights)

@@ -6,8 +6,8 @@ Knows nothing about where the sequences come from, plots or cards.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable
-from typing import Any
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,11 +16,25 @@ from stream_mmrnn.training import metrics
 from stream_mmrnn.training.data import Ticks, batches
 from stream_mmrnn.training.heads import activate
 from stream_mmrnn.training.predictor import Predictor
+from stream_mmrnn.training.recipe import Head
 from stream_mmrnn.training.served import hidden
 
 Array = np.ndarray[Any, Any]
-Outputs = dict[str, tuple[Array, Array, Array]]
-"""By head: raw outputs [N, size], targets, weights, of the ticks that count."""
+
+
+class Output(NamedTuple):
+    """What a head said of the N ticks that count."""
+
+    raw: Array
+    """[N, size]."""
+    target: Array
+    weight: Array
+    place: Array
+    """Which tick of its sequence each one is."""
+
+
+Outputs = dict[str, Output]
+"""By head."""
 
 
 def collect(
@@ -33,7 +47,7 @@ def collect(
     recipe = predictor.recipe
     device = device or next(predictor.parameters()).device
     names = list(recipe.modalities)
-    found: dict[str, list[tuple[Array, Array, Array]]] = {h.name: [] for h in recipe.heads}
+    found: dict[str, list[Output]] = {h.name: [] for h in recipe.heads}
     predictor.eval()
     state = None
     with torch.no_grad():
@@ -50,28 +64,30 @@ def collect(
             for h in recipe.heads:
                 counts = batch.weights[h.name] > 0
                 said = raw[h.name].float().cpu().numpy()[counts]
-                found[h.name].append((said, batch.targets[h.name][counts], batch.weights[h.name][counts]))
-    out: Outputs = {}
-    for h in recipe.heads:
-        rows = found[h.name]
-        out[h.name] = (
-            np.concatenate([r[0] for r in rows]) if rows else np.zeros((0, h.size), np.float32),
-            np.concatenate([r[1] for r in rows]) if rows else np.zeros(0),
-            np.concatenate([r[2] for r in rows]) if rows else np.zeros(0, np.float32),
-        )
-    return out
+                found[h.name].append(
+                    Output(said, batch.targets[h.name][counts], batch.weights[h.name][counts], batch.place[counts])
+                )
+    nothing = {h.name: Output(np.zeros((0, h.size), np.float32), *np.zeros((3, 0))) for h in recipe.heads}
+    return {
+        name: Output(*(np.concatenate(part) for part in zip(*rows, strict=True))) if rows else nothing[name]
+        for name, rows in found.items()
+    }
+
+
+def served(predictor: Predictor, head: Head, raw: Array) -> tuple[Array, float]:
+    """What is served for raw outputs, and the threshold of a head that says yes or no."""
+    said = activate(head, torch.from_numpy(raw), predictor.heads.temperature(head.name).cpu()).numpy()
+    return said, float(predictor.heads.threshold(head.name))
 
 
 def figures(predictor: Predictor, outputs: Outputs) -> dict[str, dict[str, Any]]:
     """The scores of each head, from what `collect` gave."""
     result = {}
     for head in predictor.recipe.heads:
-        raw, target, _ = outputs[head.name]
-        temperature = predictor.heads.temperature(head.name).cpu()
-        said = activate(head, torch.from_numpy(raw), temperature).numpy()
+        said, threshold = served(predictor, head, outputs[head.name].raw)
         result[head.name] = {
-            **metrics.score(head, said, target),
-            "temperature": float(temperature),
+            **metrics.score(head, said, outputs[head.name].target, threshold),
+            "temperature": float(predictor.heads.temperature(head.name)),
         }
         result[head.name]["primary"] = metrics.primary(head, result[head.name])
     return result
@@ -90,9 +106,11 @@ def evaluate(
     return figures(predictor, collect(predictor, sequences, present))
 
 
-def by_modalities(predictor: Predictor, sequences: list[Ticks]) -> dict[str, dict[str, float]]:
-    """The primary figure of each head for every set of modalities present."""
+def by_modalities(
+    predictor: Predictor, sequences: Sequence[Ticks], sets: Iterable[tuple[str, ...]] = ()
+) -> dict[str, dict[str, float]]:
+    """The primary figure of each head for these sets of modalities present, or for every one."""
     return {
         "+".join(s): {h: f["primary"] for h, f in evaluate(predictor, sequences, s).items()}
-        for s in subsets(predictor.recipe.modalities)
+        for s in sets or subsets(predictor.recipe.modalities)
     }

@@ -24,7 +24,6 @@ from stream_mmrnn.engine import METADATA_KEY, read_contract, write_contract
 from stream_mmrnn.errors import ModelError
 from stream_mmrnn.runtime import Graph
 from stream_mmrnn.training.predictor import Predictor, Step
-from stream_mmrnn.training.recipe import Recipe
 from stream_mmrnn.types import HeadSpec, ModalitySpec
 
 TOLERANCE = 1e-5
@@ -32,13 +31,19 @@ _FORBIDDEN = {"GRU", "LSTM", "RNN", "Loop", "Scan"}
 _GATE_TICKS = 24
 
 
-def contract(recipe: Recipe, origins: dict[str, str]) -> tuple[tuple[ModalitySpec, ...], tuple[HeadSpec, ...]]:
-    """The modalities and heads of a recipe as a model file states them."""
+def contract(predictor: Predictor, origins: dict[str, str]) -> tuple[tuple[ModalitySpec, ...], tuple[HeadSpec, ...]]:
+    """The modalities and heads of a predictor as a model file states them."""
+    recipe = predictor.recipe
     modalities = tuple(
         ModalitySpec(name, m.size, origins.get(name, m.encoder), m.reduction, m.stack)
         for name, m in recipe.modalities.items()
     )
-    heads = tuple(HeadSpec(h.name, h.kind, h.size, h.labels, h.horizons_s, h.unit) for h in recipe.heads)
+    heads = tuple(
+        HeadSpec(
+            h.name, h.kind, h.size, h.labels, h.horizons_s, h.unit, float(predictor.heads.threshold(h.name).double())
+        )
+        for h in recipe.heads
+    )
     return modalities, heads
 
 
@@ -133,8 +138,9 @@ def _clean(model: onnx.ModelProto) -> None:
             del node.metadata_props[:]
 
 
-def with_contract(model: onnx.ModelProto, recipe: Recipe, origins: dict[str, str]) -> onnx.ModelProto:
-    modalities, heads = contract(recipe, origins)
+def with_contract(model: onnx.ModelProto, predictor: Predictor, origins: dict[str, str]) -> onnx.ModelProto:
+    recipe = predictor.recipe
+    modalities, heads = contract(predictor, origins)
     onnx.helper.set_model_props(model, {METADATA_KEY: write_contract(recipe.name, recipe.tick_ns, modalities, heads)})
     return model
 
@@ -149,7 +155,7 @@ def export(predictor: Predictor, path: Path, origins: dict[str, str], int8: bool
 
     """
     predictor = copy.deepcopy(predictor).cpu().float().eval()
-    model = with_contract(graph_of(predictor), predictor.recipe, origins)
+    model = with_contract(graph_of(predictor), predictor, origins)
     with tempfile.TemporaryDirectory() as folder:
         candidate = Path(folder) / "step.onnx"
         onnx.save(model, str(candidate))

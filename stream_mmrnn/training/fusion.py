@@ -23,14 +23,23 @@ class Tokens(nn.Module):
     x_m -> tanh(W_m (x_m - mean_m) / std_m + b_m + u_m age_m / (1 s + age_m)), or 0 where absent. `mean` and `std` are
     buffers, set from the training data; a projection narrower than its input is the learned reduction of the
     features, and `set_reduction` puts a fixed one (PCA) before it. No logarithm of the age: ONNX Runtime's gives other
-    last bits in another row, and a session's numbers must not depend on its slot.
+    last bits in another row, and a session's numbers must not depend on its slot. `selected` names the numbers of a
+    modality that are looked at, where it is not all of them.
     """
 
-    def __init__(self, sizes: dict[str, int], width: int, reduced: dict[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        sizes: dict[str, int],
+        width: int,
+        reduced: dict[str, int] | None = None,
+        selected: dict[str, tuple[int, ...]] | None = None,
+    ) -> None:
         super().__init__()
         self.names = tuple(sizes)
         self.width = width
         self.reduced = dict(reduced or {})
+        self.selected = {m: s for m, s in (selected or {}).items() if s}
+        sizes = {m: len(self.selected.get(m, ())) or size for m, size in sizes.items()}
         for m, size in sizes.items():
             self.register_buffer(f"mean_{m}", torch.zeros(size))
             self.register_buffer(f"std_{m}", torch.ones(size))
@@ -41,19 +50,31 @@ class Tokens(nn.Module):
 
     def set_scale(self, modality: str, mean: Tensor, std: Tensor) -> None:
         """Normalise a modality by these; a feature that never varies keeps its size."""
+        mean, std = self._select(modality, mean), self._select(modality, std)
         getattr(self, f"mean_{modality}").copy_(mean)
         getattr(self, f"std_{modality}").copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
+
+    def _select(self, modality: str, x: Tensor) -> Tensor:
+        if modality not in self.selected:
+            return x
+        return torch.cat([x[..., i : i + 1] for i in self.selected[modality]], -1)
 
     def set_reduction(self, modality: str, basis: Tensor) -> None:
         """The principal axes [size, reduced] of the normalised features."""
         getattr(self, f"basis_{modality}").copy_(basis)
 
     def forward(self, features: dict[str, Tensor], present: Tensor, age: Tensor) -> Tensor:
-        """[..., M, width] from M vectors [..., size], `present` [..., M] of 0 and 1, `age` [..., M] in seconds."""
+        """[..., M, width] from M vectors [..., size], `present` [..., M] of 0 and 1, `age` [..., M] in seconds.
+
+        A modality without features is absent.
+        """
         ages = (age / (AGE_SCALE_S + age)).unsqueeze(-1) * self.age
         tokens = []
         for i, m in enumerate(self.names):
-            x = (features[m] - getattr(self, f"mean_{m}")) / getattr(self, f"std_{m}")
+            if m not in features:
+                tokens.append(ages.new_zeros(()).expand(ages[..., i, :].shape))
+                continue
+            x = (self._select(m, features[m]) - getattr(self, f"mean_{m}")) / getattr(self, f"std_{m}")
             if m in self.reduced:
                 x = x @ getattr(self, f"basis_{m}")
             tokens.append(torch.tanh(self.project[m](x) + ages[..., i, :]))

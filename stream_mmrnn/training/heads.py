@@ -52,7 +52,7 @@ def loss(head: Head, raw: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 
 
 class Heads(nn.Module):
-    """One linear layer a head, and its temperature (1 until calibrated)."""
+    """One linear layer a head, its temperature (1 until calibrated) and, where it says yes or no, its threshold."""
 
     def __init__(self, heads: tuple[Head, ...], width: int) -> None:
         super().__init__()
@@ -60,6 +60,7 @@ class Heads(nn.Module):
         self.layers = nn.ModuleDict({h.name: nn.Linear(width, h.size) for h in heads})
         for h in heads:
             self.register_buffer(f"temperature_{h.name}", torch.ones(()))
+            self.register_buffer(f"threshold_{h.name}", torch.full((), 0.5))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Raw outputs by head, [..., size]."""
@@ -67,6 +68,9 @@ class Heads(nn.Module):
 
     def temperature(self, name: str) -> Tensor:
         return getattr(self, f"temperature_{name}")
+
+    def threshold(self, name: str) -> Tensor:
+        return getattr(self, f"threshold_{name}")
 
     def say(self, raw: dict[str, Tensor]) -> dict[str, Tensor]:
         """What is served, by head."""

@@ -68,8 +68,11 @@ def confusion(said: Array, true: Array, classes: int) -> Array:
     return table
 
 
-def score(head: Head, said: Array, target: Array) -> dict[str, Any]:
-    """The figures of one head over N ticks; `said` [N, size] as served, `target` [N] or [N, size]."""
+def score(head: Head, said: Array, target: Array, threshold: float = 0.5) -> dict[str, Any]:
+    """The figures of one head over N ticks; `said` [N, size] as served, `target` [N] or [N, size].
+
+    `threshold`: above it a head that says yes or no means yes.
+    """
     if not len(said):
         return {"ticks": 0}
     if head.kind == "classification" and head.size > 1:
@@ -85,7 +88,20 @@ def score(head: Head, said: Array, target: Array) -> dict[str, Any]:
             "reliability": curve,
             "confusion": confusion(best, target, head.size).tolist(),
         }
-    if head.kind in ("classification", "activity_projection"):
+    if head.kind == "classification":
+        score, true = said[:, 0], target.reshape(-1) > 0.5
+        error, curve = calibration(score, true)
+        return {
+            "ticks": len(said),
+            "share": float(true.mean()),
+            "threshold": threshold,
+            "accuracy": float(((score > threshold) == true).mean()),
+            "balanced_accuracy": balanced_accuracy(score > threshold, true),
+            "auc": auc(score, true),
+            "calibration_error": error,
+            "reliability": curve,
+        }
+    if head.kind == "activity_projection":
         target = target.reshape(said.shape)
         error, curve = calibration(said.ravel(), target.ravel())
         names = head.labels or tuple(str(i) for i in range(head.size))
@@ -130,8 +146,8 @@ def primary(head: Head, figures: dict[str, Any]) -> float:
     """One number a head, more is better: what a study's table and `--quick` compare."""
     if not figures.get("ticks"):
         return float("nan")
-    if head.kind == "classification" and head.size > 1:
-        return float(figures["accuracy"])
+    if head.kind == "classification":
+        return float(figures["accuracy" if head.size > 1 else "balanced_accuracy"])
     if head.kind == "regression":
         return float(figures["r2"])
     return float(np.nanmean(list(figures["auc"].values())))

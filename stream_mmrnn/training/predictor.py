@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stream_mmrnn.training import fusion
+from stream_mmrnn.training.events import Events
 from stream_mmrnn.training.heads import Heads
 from stream_mmrnn.training.recipe import Recipe
 from stream_mmrnn.training.stack import Stack
@@ -28,7 +29,9 @@ def _named(prefix: str, state: State) -> State:
 
 
 class Predictor(nn.Module):
-    """Everything between the ticks and the heads. `states` are named `cell.*`, `fusion.*` and `context`."""
+    """Everything between the ticks and the heads. `states` are named `cell.*`, `fusion.*`, `events.*`, `context`."""
+
+    known: Tensor
 
     def __init__(self, recipe: Recipe, reduced: dict[str, int] | None = None) -> None:
         """`reduced`: how many principal axes a modality keeps (see `Tokens`)."""
@@ -36,8 +39,16 @@ class Predictor(nn.Module):
         self.recipe = recipe
         f, c = recipe.fusion, recipe.cell
         sizes = {name: m.size for name, m in recipe.modalities.items()}
-        self.tokens = fusion.Tokens(sizes, f.width, reduced)
+        selected = {name: m.select for name, m in recipe.modalities.items()}
+        self.tokens = fusion.Tokens(sizes, f.width, reduced, selected)
+        # 1 for what training showed: weights that nothing was learnt for must not be heard when served
+        self.register_buffer("known", torch.ones(len(sizes)))
         self.fusion = fusion.create(f.kind, len(sizes), f.width, c.hidden, heads=f.heads, memory=f.memory)
+        # which of the modalities the cell of rare events reads
+        self.rare = [i for i, name in enumerate(sizes) if name in recipe.events.modalities]
+        if self.rare:
+            self.events = Events(len(self.rare) * (f.width + 1), recipe.events.hidden)
+            self.recall = nn.Sequential(nn.Dropout(recipe.events.dropout), nn.Linear(recipe.events.hidden, f.width))
         self.cells = Stack(
             c.kind,
             f.width,
@@ -52,6 +63,7 @@ class Predictor(nn.Module):
         self.states: dict[str, tuple[int, ...]] = {
             **{f"cell.{k}": v for k, v in self.cells.states.items()},
             **{f"fusion.{k}": v for k, v in self.fusion.states.items()},
+            **({f"events.{k}": v for k, v in self.events.states.items()} if self.rare else {}),
         }
         if self.fusion.conditioned:
             self.states[_CONTEXT] = (c.hidden,)
@@ -69,13 +81,24 @@ class Predictor(nn.Module):
         self, features: dict[str, Tensor], present: Tensor, age: Tensor, state: State
     ) -> tuple[dict[str, Tensor], State]:
         """One tick: features [B, size], `present` and `age` [B, M]; the heads' raw outputs [B, size]."""
+        present = present * self.known
         tokens = self.tokens(features, present, age)
         x, fused = self.fusion.step(tokens, present, state.get(_CONTEXT), _under("fusion.", state))
+        following = _named("fusion.", fused)
+        if self.rare:
+            h, after = self.events.step(*self._rare(tokens, present), _under("events.", state))
+            x = x + self.recall(h)
+            following |= _named("events.", after)
         y, cells = self.cells.step(x, _under("cell.", state))
-        following = {**_named("cell.", cells), **_named("fusion.", fused)}
+        following |= _named("cell.", cells)
         if self.fusion.conditioned:
             following[_CONTEXT] = y
         return self.heads(y), following
+
+    def _rare(self, tokens: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        """What the cell of rare events reads, and where there is something."""
+        here = present[..., self.rare]
+        return torch.cat([tokens[..., self.rare, :].flatten(-2), here], -1), here.amax(-1) > 0
 
     def forward(
         self,
@@ -86,14 +109,20 @@ class Predictor(nn.Module):
         reset: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], State]:
         """A stretch of ticks: features [B, T, size], `present` and `age` [B, T, M], `reset` [B, T] before the tick."""
+        present = present * self.known
         if state is None:
             state = self.initial(present.shape[0])
         if self.fusion.conditioned:
             return self._loop(features, present, age, state, reset)
         tokens = self.tokens(features, present, age)
         x, fused = self.fusion(tokens, present, _under("fusion.", state), reset)
+        following = _named("fusion.", fused)
+        if self.rare:
+            h, after = self.events(*self._rare(tokens, present), _under("events.", state), reset)
+            x = x + self.recall(h)
+            following |= _named("events.", after)
         y, cells = self.cells(x, _under("cell.", state), reset)
-        return self.heads(y), {**_named("cell.", cells), **_named("fusion.", fused)}
+        return self.heads(y), following | _named("cell.", cells)
 
     def _loop(
         self, features: dict[str, Tensor], present: Tensor, age: Tensor, state: State, reset: Tensor | None
@@ -101,13 +130,19 @@ class Predictor(nn.Module):
         """Where the fusion looks at the cell's last output there is no way around the loop."""
         tokens = self.tokens(features, present, age)
         initial = self.initial(present.shape[0])
+        recalled, last = None, {}
+        if self.rare:
+            h, after = self.events(*self._rare(tokens, present), _under("events.", state), reset)
+            recalled, last = self.recall(h), _named("events.", after)
         outputs = []
         for t in range(present.shape[1]):
             if reset is not None:
                 state = choose(reset[:, t], initial, state)
             x, fused = self.fusion.step(tokens[:, t], present[:, t], state[_CONTEXT], _under("fusion.", state))
+            if recalled is not None:
+                x = x + recalled[:, t]
             y, cells = self.cells.step(x, _under("cell.", state))
-            state = {**_named("cell.", cells), **_named("fusion.", fused), _CONTEXT: y}
+            state = {**_named("cell.", cells), **_named("fusion.", fused), **last, _CONTEXT: y}
             outputs.append(y)
         return self.heads(torch.stack(outputs, 1)), state
 

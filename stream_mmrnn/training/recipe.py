@@ -32,6 +32,8 @@ class Modality(_Section, frozen=True):
     """`name@sha256` of the encoder; filled in from recordings, "" where any is accepted."""
     reduction: Literal["", "last", "mean", "sum", "stack"] = ""
     stack: _Count = 1
+    select: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] = ()
+    """Which of its numbers the model looks at; none named is all."""
     energy: _Share = 0.0
     """Keep the principal axes that hold this share of the variance; 0 keeps the features as they are."""
 
@@ -45,6 +47,15 @@ class Fusion(_Section, frozen=True):
     """How often a modality is hidden for a whole chunk in training, so that an absent one is normal."""
 
 
+class Events(_Section, frozen=True):
+    """A GRU of its own for what comes now and then (words): it steps only in ticks that bring one of its modalities."""
+
+    modalities: tuple[str, ...] = ()
+    """None named: there is no such GRU."""
+    hidden: _Count = 128
+    dropout: _Share = 0.0
+
+
 class Cell(_Section, frozen=True):
     kind: Literal["rnn_tanh", "rnn_relu", "lstm", "gru", "min_gru", "rg_lru"] = "gru"
     hidden: _Count = 128
@@ -56,7 +67,7 @@ class Cell(_Section, frozen=True):
 
 
 class Head(_Section, frozen=True):
-    """One output of the model; what its targets are is the data's to say."""
+    """One output of the model; what its targets are is the data's to say. A classification of size 1 says yes or no."""
 
     name: Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]*$")]
     kind: Literal["classification", "activity_projection", "regression", "hazard"]
@@ -102,6 +113,7 @@ class Recipe(_Section, frozen=True):
     data: Data
     tick_ms: _Positive = 40.0
     fusion: Fusion = Fusion()
+    events: Events = Events()
     cell: Cell = Cell()
     train: Train = Train()
     quick: dict[str, Any] = {}
@@ -121,9 +133,15 @@ def parse(table: dict[str, Any]) -> Recipe:
                 raise ConfigError(
                     f"head {head.name!r} has {len(what)} {name} for {head.size} numbers; give one for each"
                 )
+    if unknown := set(recipe.events.modalities) - set(recipe.modalities):
+        raise ConfigError(f"events.modalities names {min(unknown)!r}, which is no modality of the recipe")
     for name, m in recipe.modalities.items():
         if m.size % m.stack:
             raise ConfigError(f"modality {name!r} has a size of {m.size}, which is not {m.stack} samples")
+        if m.select and (max(m.select) >= m.size or len(set(m.select)) < len(m.select)):
+            raise ConfigError(f"modality {name!r} selects other than different numbers from 0 to {m.size - 1}")
+        if m.select and m.energy:
+            raise ConfigError(f"modality {name!r} has both `select` and `energy`; use one of them")
     return recipe
 
 

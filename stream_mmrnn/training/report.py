@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from stream_mmrnn.training import metrics
 from stream_mmrnn.training.data import Task
-from stream_mmrnn.training.evaluate import by_modalities, collect, figures
-from stream_mmrnn.training.heads import activate
+from stream_mmrnn.training.evaluate import Output, by_modalities, collect, figures, served
 from stream_mmrnn.training.predictor import Predictor
 from stream_mmrnn.training.recipe import Head
 
@@ -26,7 +24,7 @@ _INK, _SECOND, _GRID = "#4c3fb5", "#1f77b4", "#d9dbe0"
 
 def report(predictor: Predictor, task: Task, history: list[dict[str, Any]]) -> dict[str, Any]:
     """Everything that a card, a study or a script wants to know of a trained network."""
-    test = list(task.test)
+    test = task.test
     outputs = collect(predictor, test)
     return {
         "name": predictor.recipe.name,
@@ -36,30 +34,24 @@ def report(predictor: Predictor, task: Task, history: list[dict[str, Any]]) -> d
         "epochs": len(history),
         "history": history,
         "test": figures(predictor, outputs),
-        "by_modalities": by_modalities(predictor, test) if len(predictor.recipe.modalities) > 1 else {},
-        "by_time": {h.name: by_time(predictor, test, h) for h in predictor.recipe.heads if h.kind == "classification"},
+        "by_modalities": by_modalities(predictor, test, task.sets) if len(predictor.recipe.modalities) > 1 else {},
+        "by_time": {
+            h.name: by_time(predictor, outputs[h.name], h) for h in predictor.recipe.heads if h.kind == "classification"
+        },
         "test_ticks": sum(map(len, test)),
         "about": task.about,
     }
 
 
-def by_time(predictor: Predictor, sequences: list[Any], head: Head) -> dict[str, list[float]]:
+def by_time(predictor: Predictor, output: Output, head: Head) -> dict[str, list[float]]:
     """Accuracy against the time into the sequence, in twelve stretches that grow; seconds and shares."""
     tick_s = predictor.recipe.tick_ns / 1e9
-    right: list[tuple[int, bool]] = []
-    for ticks in sequences[:200]:
-        counts = np.flatnonzero(ticks.weights[head.name] > 0)
-        if not len(counts):
-            continue
-        raw = collect(predictor, [ticks])[head.name][0]
-        said = activate(head, torch.from_numpy(raw), torch.ones(())).numpy()
-        best = said.argmax(1) if head.size > 1 else said[:, 0] > 0.5
-        truth = ticks.targets[head.name][counts].reshape(len(counts), -1)[:, 0]
-        right += [(int(t), bool(a == b)) for t, a, b in zip(counts, best, truth, strict=True)]
-    if not right:
+    at = output.place
+    if not len(at):
         return {"seconds": [], "accuracy": []}
-    at = np.array([t for t, _ in right])
-    good = np.array([r for _, r in right])
+    said, threshold = served(predictor, head, output.raw)
+    best = said.argmax(1) if head.size > 1 else said[:, 0] > threshold
+    good = best == output.target.reshape(len(at), -1)[:, 0]
     edges = np.unique(np.geomspace(1, at.max() + 2, 13).astype(int))
     seconds, accuracy = [], []
     for a, b in itertools.pairwise(edges):

@@ -26,9 +26,7 @@ def hidden(ticks: Ticks, names: list[str], present: Collection[str] | None) -> T
     if present is None:
         return ticks
     keep = np.array([n in present for n in names], np.float32)
-    features = {
-        n: ticks.features[n] if k else np.zeros_like(ticks.features[n]) for n, k in zip(names, keep, strict=True)
-    }
+    features = {n: ticks.features[n] for n, k in zip(names, keep, strict=True) if k and n in ticks.features}
     age_s = np.where(keep > 0, ticks.age_s, np.float32(MAX_AGE_S)).astype(np.float32)
     return Ticks(features, ticks.present * keep, age_s, ticks.targets, ticks.weights, ticks.name, ticks.groups)
 
@@ -69,9 +67,11 @@ def collect(
     chosen = (hidden(t, names, present) for t in sequences)
     for batch in batches(chosen, recipe, _LANES, _LENGTH):
         outputs = {h.name: np.empty((_LANES, _LENGTH, h.size), np.float32) for h in recipe.heads}
+        for name in names:
+            binding.inputs[f"input.{name}"][...] = 0
         for t in range(_LENGTH):
-            for name in names:
-                binding.inputs[f"input.{name}"][...] = batch.features[name][:, t]
+            for name, vectors in batch.features.items():
+                binding.inputs[f"input.{name}"][...] = vectors[:, t]
             binding.inputs["present"][...] = batch.present[:, t]
             binding.inputs["age"][...] = batch.age_s[:, t]
             binding.inputs["reset"][...] = batch.reset[:, t]
@@ -106,9 +106,10 @@ def evaluate(
     """
     graph = Graph(path, provider)
     check(graph, recipe)
+    thresholds = {h.name: h.threshold for h in read_contract(graph).heads}
     found = collect(graph, recipe, sequences, present)
     out = {}
     for head in recipe.heads:
-        scores = metrics.score(head, *found[head.name])
+        scores = metrics.score(head, *found[head.name], thresholds[head.name])
         out[head.name] = {**scores, "primary": metrics.primary(head, scores)}
     return out

@@ -26,11 +26,18 @@ from torch import Tensor
 from stream_mmrnn.errors import FileError, StreamError, UsageError
 from stream_mmrnn.training.data import Batch, Task, Ticks, batches, check
 from stream_mmrnn.training.heads import loss
+from stream_mmrnn.training.metrics import best_threshold
 from stream_mmrnn.training.predictor import Predictor
 from stream_mmrnn.training.recipe import Recipe
 from stream_mmrnn.training.recipe import parse as parse_recipe
 
 Progress = Callable[[dict[str, Any]], None]
+
+
+class TrainingStopped(StreamError):  # noqa: N818 no error, an end
+    """Told to stop before there was anything to keep."""
+
+    exit_code = 3
 
 
 class Diverged(StreamError):  # noqa: N818 the field's word
@@ -63,8 +70,12 @@ def build(recipe: Recipe, task: Task, rng: np.random.Generator) -> Predictor:
     names = list(recipe.modalities)
     scales: dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = {}
     bases: dict[str, np.ndarray[Any, Any]] = {}
+    unknown: list[int] = []
     for i, name in enumerate(names):
-        rows = np.concatenate([t.features[name][t.present[:, i] > 0] for t in sample])
+        shown = [t.features[name][t.present[:, i] > 0] for t in sample if name in t.features]
+        rows = np.concatenate(shown) if shown else np.zeros((0, 1), np.float32)
+        if not len(rows):
+            unknown.append(i)
         if len(rows) < 2:
             continue
         mean, std = rows.mean(0), rows.std(0)
@@ -77,6 +88,7 @@ def build(recipe: Recipe, task: Task, rng: np.random.Generator) -> Predictor:
         predictor.tokens.set_scale(name, torch.from_numpy(mean), torch.from_numpy(std))
     for name, basis in bases.items():
         predictor.tokens.set_reduction(name, torch.from_numpy(basis))
+    predictor.known[unknown] = 0
     return predictor
 
 
@@ -107,8 +119,9 @@ def hide(batch: Tensors, share: float, generator: torch.Generator) -> None:
         return
     lanes, _, count = batch.present.shape
     keep = torch.rand((lanes, count), generator=generator) >= share
-    spared = torch.randint(count, (lanes,), generator=generator)
-    keep[torch.arange(lanes), spared] = True
+    # one is spared, of those that the lane has
+    there = batch.present.amax(1).cpu()
+    keep[torch.arange(lanes), (there + 0.5 * torch.rand((lanes, count), generator=generator)).argmax(1)] = True
     keep = keep.to(batch.present.device)
     batch.present = batch.present * keep[:, None, :]
     batch.age = torch.where(keep[:, None, :], batch.age, torch.full_like(batch.age, 10.0))
@@ -139,6 +152,8 @@ class Trainer:
         self._scaler = torch.amp.GradScaler("cuda", enabled=self.device.type == "cuda" and t.mixed_precision)
         self.epoch = 0
         self.best = (math.inf, -1)
+        self.stopped = False
+        """It was told to end before its last epoch."""
         self.history: list[dict[str, Any]] = []
         folder.mkdir(parents=True, exist_ok=True)
         if resume:
@@ -156,21 +171,24 @@ class Trainer:
         done = (share - 0.3) / 0.7 if t.schedule == "one_cycle" else share
         return t.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
-    def _learn(self, steps_before: int, progress: Progress) -> tuple[float, int]:
+    def _learn(self, steps_before: int, progress: Progress, alive: Callable[[], bool]) -> tuple[float, int] | None:
+        """Mean loss and number of steps of one epoch; None where it was told to stop in the middle."""
         t = self.recipe.train
         predictor = self.predictor.train()
         state = None
         total, count = 0.0, 0
-        expected = max(steps_before // max(self.epoch, 1), 1)
+        expected = steps_before // self.epoch if self.epoch else self.task.epoch_ticks // (t.batch * t.length)
         mixed = (
             torch.autocast("cuda", torch.bfloat16)
             if self.device.type == "cuda" and t.mixed_precision
             else nullcontext()
         )
         for batch in batches(self.task.train(self._rng), self.recipe, t.batch, t.length):
+            if not alive():
+                return None
             tensors = Tensors(batch, self.device)
             hide(tensors, self.recipe.fusion.modality_dropout, self._hiding)
-            share = (self.epoch + min(count / expected, 1.0) * (self.epoch > 0)) / t.epochs
+            share = (self.epoch + (min(count / expected, 1.0) if expected else 0.0)) / t.epochs
             for group in self._optimizer.param_groups:
                 group["lr"] = self._rate(share)
             with mixed:
@@ -191,7 +209,7 @@ class Trainer:
             state = {k: v.detach() for k, v in following.items()}
             total += value.item()
             count += 1
-            progress({"event": "step", "epoch": self.epoch, "step": count, "of": expected if self.epoch else None})
+            progress({"event": "step", "epoch": self.epoch, "step": count, "of": expected or None})
         return total / max(count, 1), count
 
     def validate(self, sequences: Iterable[Ticks]) -> float:
@@ -212,12 +230,21 @@ class Trainer:
     # ---- the run -------------------------------------------------------------------------------------------------
 
     def run(self, progress: Progress = lambda _: None, alive: Callable[[], bool] = lambda: True) -> None:
-        """All epochs that are left; raises Diverged where the loss is no number."""
+        """All epochs that are left; once `alive` is false, what was done of an epoch is forgotten.
+
+        Raises:
+            Diverged: the loss is no number.
+            TrainingStopped: it was told to stop before the first epoch was done.
+
+        """
         t = self.recipe.train
         steps = sum(h["steps"] for h in self.history)
         while self.epoch < t.epochs and alive():
             began = time.monotonic()
-            learned, count = self._learn(steps, progress)
+            done = self._learn(steps, progress, alive)
+            if done is None:
+                break
+            learned, count = done
             steps += count
             held_out = self.validate(self.task.validation) if self.task.validation else learned
             if not math.isfinite(held_out):
@@ -239,6 +266,9 @@ class Trainer:
             progress({"event": "epoch", **row, "best": self.best[1]})
             if t.patience and self.epoch - self.best[1] >= t.patience:
                 break
+        self.stopped = not alive()
+        if self.stopped and self.best[1] < 1:
+            raise TrainingStopped(f"training {self.recipe.name} was stopped in its first epoch; nothing was kept")
         if self.best[1] > 0:
             best, _ = load(self.folder / "best.safetensors")
             self.predictor.load_state_dict(best.state_dict())
@@ -287,14 +317,17 @@ class Trainer:
 
 
 def calibrate(predictor: Predictor, sequences: Iterable[Ticks], device: torch.device) -> None:
-    """Fit each head's temperature on held-out data (Guo et al. 2017): the one number that makes its log loss least."""
+    """Fit each head's temperature on held-out data (Guo et al. 2017): the one number that makes its log loss least.
+
+    A head that says yes or no has its threshold chosen there, too: the one with the best balanced accuracy.
+    """
     from stream_mmrnn.training.evaluate import collect
 
     outputs = collect(predictor, sequences, device=device)
     for head in predictor.recipe.heads:
         if head.kind == "regression":
             continue
-        raw, target, weight = (torch.from_numpy(x) for x in outputs[head.name])
+        raw, target, weight, _ = (torch.from_numpy(x) for x in outputs[head.name])
         if not len(raw):
             continue
         log_temperature = torch.zeros((), requires_grad=True)
@@ -317,6 +350,10 @@ def calibrate(predictor: Predictor, sequences: Iterable[Ticks], device: torch.de
         value = float(log_temperature.detach().exp())
         if math.isfinite(value) and 0.05 < value < 20:
             predictor.heads.temperature(head.name).fill_(value)
+        if head.kind == "classification" and head.size == 1:
+            said = torch.sigmoid(raw / predictor.heads.temperature(head.name).cpu())
+            found = best_threshold(said.numpy().ravel(), target.numpy().ravel())
+            predictor.heads.threshold(head.name).fill_(min(max(found, 0.0), 1.0))
 
 
 # ---- files -------------------------------------------------------------------------------------------------------

@@ -97,6 +97,7 @@ def train(
     made = reports.write(document, folder)
     summary = {
         **{k: document[k] for k in ("name", "parameters", "cell", "fusion", "epochs", "test", "by_modalities")},
+        "stopped": trainer.stopped,
         "best_single": {h.name: reports.best_single(document, h.name) for h in recipe.heads},
         "model": str(folder / "step.onnx"),
         "parity": differences,
