@@ -13,7 +13,7 @@ from stream_mmrnn.errors import ConfigError, UsageError
 from stream_mmrnn.training.data import Task
 from stream_mmrnn.training.recipe import Recipe
 
-KINDS = ("recordings", "digits", "activity", "mnist", "polarity")
+KINDS = ("recordings", "turn_taking", "digits", "activity", "mnist", "polarity")
 
 
 def create(recipe: Recipe, places: Sequence[Path]) -> Task:
