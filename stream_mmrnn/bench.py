@@ -25,8 +25,12 @@ from stream_mmrnn.pipeline import predict
 from stream_mmrnn.runtime import Provider
 from stream_mmrnn.types import Envelope, ModelSpec
 
-RATES_HZ = {"vision": 25.0, "audio": 50.0, "text": 2.0, "signal": 50.0}
+RATES_HZ: dict[topics.Kind, float] = {"vision": 25.0, "audio": 50.0, "text": 2.0, "signal": 50.0}
 CLOCK_HZ = 100.0
+
+
+def _rate_hz(modality: str) -> float:
+    return RATES_HZ[topics.MODALITIES[modality].kind]
 
 
 def synthetic(spec: ModelSpec, sessions: int, duration_s: float, start_ns: int, seed: int) -> Iterator[Envelope]:
@@ -46,7 +50,7 @@ def synthetic(spec: ModelSpec, sessions: int, duration_s: float, start_ns: int, 
     order = 0
     for name in names:
         for modality in vectors:
-            period_ns = int(1e9 / RATES_HZ[modality])
+            period_ns = int(1e9 / _rate_hz(modality))
             heap.append((start_ns + int(rng.integers(1, period_ns + 1)), order, name, modality, 0))
             order += 1
     heap.append((start_ns, order, topics.EVERYONE, "", 0))
@@ -54,7 +58,7 @@ def synthetic(spec: ModelSpec, sessions: int, duration_s: float, start_ns: int, 
     end_ns = start_ns + int(duration_s * 1e9)
     while heap[0][0] < end_ns:
         at_ns, rank, name, modality, seq = heap[0]
-        rate_hz = RATES_HZ[modality] if modality else CLOCK_HZ
+        rate_hz = _rate_hz(modality) if modality else CLOCK_HZ
         heapq.heapreplace(heap, (at_ns + int(1e9 / rate_hz), rank, name, modality, seq + 1))
         if modality:
             payload = vectors[modality][(rank + seq) % 64]

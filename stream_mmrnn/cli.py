@@ -7,12 +7,13 @@ is one JSON document and everything else goes to stderr. Knows nothing about how
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from msgspec.structs import replace
 from rich.console import Console
 
 from stream_mmrnn import config
@@ -64,31 +65,41 @@ def _keep_old(path: Path, say: Callable[[str], None]) -> None:
 def _settings(
     config_file: Path | None,
     source: str | None,
-    vision: str | None,
-    audio: str | None,
-    text: str | None,
+    named: dict[str, str | None],
     overrides: dict[str, Any],
 ) -> config.Settings:
+    """`named`: the modalities' own options, which win over `source`."""
     from stream_mmrnn import sources
 
     chosen = sources.everything_from(source) if source else {}
-    chosen |= {k: v for k, v in (("vision", vision), ("audio", audio), ("text", text)) if v}
+    chosen |= {k: v for k, v in named.items() if v}
     settings = config.load(config_file, {**{f"sources.{k}": v for k, v in chosen.items()}, **overrides})
-    for modality in sources.MODALITIES:
-        sources.check(getattr(settings.sources, modality), modality)
-    if all(getattr(settings.sources, m) == "none" for m in sources.MODALITIES):
-        raise ConfigError("every source is `none`; name at least one, for example --source synthetic")
+    sources.check_all(settings.sources)
     return settings
+
+
+def _without_idle(
+    settings: config.Settings, source: str | None, named: dict[str, str | None], taken: Collection[str]
+) -> config.Settings:
+    """Of the second person `--source` gives only what the model takes: a worker for nobody would slow the start."""
+    from stream_mmrnn import sources
+
+    idle = [m for m in sources.OTHER if source and not named[m] and m not in taken]
+    chosen = replace(settings.sources, **dict.fromkeys(idle, "none"))
+    return replace(settings, sources=chosen)
 
 
 def _capture(settings: config.Settings, duration: float | None, with_engine: bool, as_json: bool, plain: bool) -> None:
     """What `live` and `record` have in common."""
     from rich.live import Live
 
+    from stream_mmrnn import sources
     from stream_mmrnn.dashboard.state import LiveState
     from stream_mmrnn.live import Session
     from stream_mmrnn.view import render, summary_table
 
+    if all(getattr(settings.sources, m) == "none" for m in sources.EVERY):
+        raise ConfigError("every source is `none`; name at least one, for example --source synthetic")
     console = Console(stderr=as_json, highlight=False)
     alive = Alive()
     notes: list[str] = []
@@ -155,6 +166,12 @@ Audio = Annotated[str | None, typer.Option(help="microphone, microphone:NAME, fi
 TextSource = Annotated[
     str | None, typer.Option("--text", help="stdin, pipe:PATH, tcp:PORT, zmq:PORT, synthetic or none.")
 ]
+OtherAudio = Annotated[
+    str | None, typer.Option("--other-audio", help="The second person's sound, named like --audio; none by default.")
+]
+OtherText = Annotated[
+    str | None, typer.Option("--other-text", help="The second person's words, named like --text; none by default.")
+]
 Duration = Annotated[float | None, typer.Option("--duration", "-d", min=0.1, help="Seconds; without it until Ctrl-C.")]
 Plain = Annotated[bool, typer.Option("--plain", help="A line a second instead of the full view.")]
 
@@ -166,6 +183,8 @@ def live(
     vision: Vision = None,
     audio: Audio = None,
     text: TextSource = None,
+    other_audio: OtherAudio = None,
+    other_text: OtherText = None,
     model: ModelName = None,
     provider: Annotated[Provider | None, typer.Option(help="Where the model runs.")] = None,
     duration: Duration = None,
@@ -177,12 +196,11 @@ def live(
     as_json: Json = False,
 ) -> None:
     """Capture, predict and show, live."""
+    named = {"vision": vision, "audio": audio, "text": text, "other_audio": other_audio, "other_text": other_text}
     settings = _settings(
         config_file,
         source,
-        vision,
-        audio,
-        text,
+        named,
         {
             "engine.model": model,
             "engine.provider": provider.value if provider else None,
@@ -197,7 +215,8 @@ def live(
     process_context()
     from stream_mmrnn.engine import check_model
 
-    check_model(config.find_model(settings.engine.model), settings.engine.provider)
+    spec = check_model(config.find_model(settings.engine.model), settings.engine.provider)
+    settings = _without_idle(settings, source, named, {m.name for m in spec.modalities})
     _capture(settings, duration, True, as_json, plain)
 
 
@@ -209,14 +228,17 @@ def record(
     vision: Vision = None,
     audio: Audio = None,
     text: TextSource = None,
+    other_audio: OtherAudio = None,
+    other_text: OtherText = None,
     duration: Duration = None,
     session: Annotated[str | None, typer.Option(help="The session's name.")] = None,
     plain: Plain = False,
     as_json: Json = False,
 ) -> None:
     """Capture and record, without an engine."""
+    named = {"vision": vision, "audio": audio, "text": text, "other_audio": other_audio, "other_text": other_text}
     overrides = {"record.path": str(path), "session.name": session}
-    _capture(_settings(config_file, source, vision, audio, text, overrides), duration, False, as_json, plain)
+    _capture(_settings(config_file, source, named, overrides), duration, False, as_json, plain)
 
 
 @app.command()

@@ -14,10 +14,12 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 import msgspec
 
 from stream_mmrnn.errors import ConfigError
-from stream_mmrnn.topics import MODALITIES
+from stream_mmrnn.topics import MODALITIES, Kind
 
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
 _Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+
+Policy = Literal["latest", "drop_oldest", "block"]
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -30,12 +32,15 @@ class Session(_Section, frozen=True):
 
 class Sources(_Section, frozen=True):
     """Where each modality comes from: `camera:0`, `camera:URL`, `microphone`, `microphone:NAME`, `file:PATH`,
-    `synthetic`, `stdin`, `pipe:PATH`, `tcp:PORT`, `zmq:PORT` or `none`.
+    `synthetic`, `stdin`, `pipe:PATH`, `tcp:PORT`, `zmq:PORT` or `none`. The first three are of the person that a
+    session is about, `other_*` of a second one: a voice agent, the other party of a call.
     """
 
     vision: str = "camera:0"
     audio: str = "microphone"
     text: str = "stdin"
+    other_audio: str = "none"
+    other_text: str = "none"
 
 
 class Camera(_Section, frozen=True):
@@ -73,6 +78,8 @@ class Synthetic(_Section, frozen=True):
 
 
 class Align(_Section, frozen=True):
+    """The lateness of a kind holds for all modalities of it: `audio` for `other_audio`, too."""
+
     vision_lateness_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = 80.0
     audio_lateness_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = 80.0
     text_lateness_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = 0.0
@@ -82,7 +89,14 @@ class Align(_Section, frozen=True):
     max_behind_ms: Annotated[float, msgspec.Meta(gt=0)] = 10_000.0
 
     def lateness_ns(self) -> dict[str, int]:
-        return {name: round(getattr(self, f"{name}_lateness_ms") * 1e6) for name in MODALITIES}
+        """By modality."""
+        by_kind: dict[Kind, float] = {
+            "vision": self.vision_lateness_ms,
+            "audio": self.audio_lateness_ms,
+            "text": self.text_lateness_ms,
+            "signal": self.signal_lateness_ms,
+        }
+        return {name: round(by_kind[m.kind] * 1e6) for name, m in MODALITIES.items()}
 
 
 class Engine(_Section, frozen=True):
@@ -110,12 +124,16 @@ class Bus(_Section, frozen=True):
 
 
 class Queues(_Section, frozen=True):
-    """Between a device and its encoder; `latest` keeps one, `drop_oldest` keeps the newest `length`."""
+    """Between a device and its encoder, by kind; `latest` keeps one, `drop_oldest` keeps the newest `length`."""
 
-    vision: Literal["latest", "drop_oldest", "block"] = "latest"
-    audio: Literal["latest", "drop_oldest", "block"] = "drop_oldest"
-    text: Literal["latest", "drop_oldest", "block"] = "block"
+    vision: Policy = "latest"
+    audio: Policy = "drop_oldest"
+    text: Policy = "block"
     length: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 64
+
+    def policy(self, modality: str) -> Policy:
+        by_kind: dict[Kind, Policy] = {"vision": self.vision, "audio": self.audio, "text": self.text}
+        return by_kind[MODALITIES[modality].kind]
 
 
 class Dashboard(_Section, frozen=True):

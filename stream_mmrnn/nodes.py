@@ -163,7 +163,7 @@ def worker(context: Context, modality: str, spec: str) -> None:
         reporter.say("open")
         pump = state["pump"] = Pump(
             source.samples(context.alive, context.epoch.value),
-            getattr(settings.queues, modality),
+            settings.queues.policy(modality),
             settings.queues.length,
             context.alive,
         )
@@ -367,8 +367,8 @@ def dashboard(context: Context) -> None:
         context.address,
         [
             topics.FEATURE,
-            topics.raw("vision"),
-            topics.raw("text"),
+            *topics.raws("vision"),
+            *topics.raws("text"),
             topics.CLOCK,
             topics.PREDICTION,
             topics.STATUS,

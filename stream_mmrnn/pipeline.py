@@ -10,13 +10,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Literal, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 
 from stream_mmrnn import topics, wire
 from stream_mmrnn.align import Aligner, stamps_of
 from stream_mmrnn.clock import now_ns
+from stream_mmrnn.config import Policy
 from stream_mmrnn.encoders import Encoder
 from stream_mmrnn.errors import SessionError, WireError
 from stream_mmrnn.types import Envelope, Sample, Tick
@@ -41,7 +42,8 @@ def capture(
 ) -> Iterator[Outgoing]:
     """Each sample as it is, followed by the feature vectors that it completes; undecodable ones go to `bad`.
 
-    A typed `/label NAME` is no text that a model may see: it goes out as a label, and nothing else.
+    A typed `/label NAME` is no text that a model may see: it goes out as a label, and nothing else. Labels are typed
+    into `text` alone, never into `other_text`: one publisher numbers them.
     """
     raw, feature = topics.raw(modality), topics.feature(modality)
     for sample in samples:
@@ -184,9 +186,6 @@ def pace(envelopes: Iterable[Envelope], speed: float, alive: Callable[[], bool] 
         if not alive():
             return
         yield msgspec.structs.replace(envelope, received_ns=now_ns())
-
-
-Policy = Literal["latest", "drop_oldest", "block"]
 
 
 class Pump:

@@ -171,9 +171,10 @@ class Recorder:
         stamp = self._foxglove.Timestamp(seconds, nanoseconds)
         body = payload if isinstance(payload, bytes) else payload.tobytes()
         message: Any
-        if topic == topics.raw("vision"):
+        kind = topics.kind_of(topic)
+        if kind == "vision":
             message = self._foxglove.CompressedImage(timestamp=stamp, frame_id="camera", data=body, format="jpeg")
-        elif topic == topics.raw("audio"):
+        elif kind == "audio":
             message = self._foxglove.RawAudio(
                 timestamp=stamp, data=body, format="pcm-s16", sample_rate=topics.AUDIO_RATE_HZ, number_of_channels=1
             )
@@ -182,7 +183,7 @@ class Recorder:
                 timestamp=stamp,
                 level=self._foxglove.LogLevel.Info,
                 message=body.decode("utf-8", "replace"),
-                name="label" if topic == topics.LABEL else "text",
+                name=topics.TOPICS[topic].modality or topic,
             )
         data: bytes = message.encode()
         return data
@@ -405,9 +406,10 @@ class Recording:
         except Exception as e:  # protobuf's errors share no base that its stubs name
             raise RecordingError(f"a message on {topic} is no {schema.name}") from e
         event_ns = message.timestamp.seconds * 1_000_000_000 + message.timestamp.nanos - self._offset_ns
-        if topic == topics.raw("audio"):
+        kind = topics.kind_of(topic)
+        if kind == "audio":
             return event_ns, np.frombuffer(message.data, "<i2")
-        if topic in (topics.raw("text"), topics.LABEL):
+        if kind == "text" or topic == topics.LABEL:
             return event_ns, message.message.encode()
         return event_ns, message.data
 

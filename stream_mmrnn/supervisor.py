@@ -24,6 +24,9 @@ from stream_mmrnn.clock import now_ns
 from stream_mmrnn.errors import ProcessError, WireError
 from stream_mmrnn.types import Envelope
 
+_WORKERS = {"vision": "camera", "audio": "microphone"}
+"""What the worker of a modality is called, where that is not the modality's name."""
+
 
 def process_context() -> BaseContext:
     """Processes are forked from a clean server that has done the slow imports, or started afresh (Windows)."""
@@ -96,11 +99,10 @@ class Supervisor:
             yield Node("engine", nodes.engine)
         if settings.dashboard.enabled:
             yield Node("dashboard", nodes.dashboard)
-        for modality in sources.MODALITIES:
+        for modality in sources.EVERY:
             spec = getattr(settings.sources, modality)
             if spec != "none":
-                name = {"vision": "camera", "audio": "microphone", "text": "text"}[modality]
-                yield Node(name, nodes.worker, modality, spec, modality=modality)
+                yield Node(_WORKERS.get(modality, modality), nodes.worker, modality, spec, modality=modality)
 
     # ---- start ---------------------------------------------------------------------------------------------------
 
@@ -151,7 +153,7 @@ class Supervisor:
                         topics.STATUS,
                         topics.PREDICTION,
                         topics.FEATURE,
-                        topics.raw("text"),
+                        *topics.raws("text"),
                         topics.CLOCK,
                         topics.SESSION,
                     ],

@@ -32,23 +32,37 @@ RAW = "raw/"
 FEATURE = "feature/"
 
 
+Kind = Literal["vision", "audio", "text", "signal"]
+
+
 class Modality(msgspec.Struct, frozen=True):
-    """How a kind of input behaves in time."""
+    """One input, and how it behaves in time."""
 
     name: str
+    kind: Kind
+    """What it is made of: sources, encoder, queue and lateness are the kind's, whoever is seen, heard or read."""
     dense: bool
     """A dense stream holds the watermark back; a sparse one (text) comes when it comes."""
     reduction: Literal["last", "mean", "sum"]
     """How the samples of one tick become one vector."""
+    schema: str = ""
+    """What its raw messages are called in a recording; "" where it has none, only features."""
+    other: bool = False
+    """Of the second person, a voice agent or the other party of a call, not of the one that a session is about."""
 
+
+_AUDIO = Modality("audio", "audio", dense=True, reduction="mean", schema="foxglove.RawAudio")
+_TEXT = Modality("text", "text", dense=False, reduction="sum", schema="foxglove.Log")
 
 MODALITIES: dict[str, Modality] = {
     m.name: m
     for m in (
-        Modality("vision", dense=True, reduction="last"),
-        Modality("audio", dense=True, reduction="mean"),
-        Modality("text", dense=False, reduction="sum"),
-        Modality("signal", dense=True, reduction="mean"),
+        Modality("vision", "vision", dense=True, reduction="last", schema="foxglove.CompressedImage"),
+        _AUDIO,
+        _TEXT,
+        msgspec.structs.replace(_AUDIO, name="other_audio", other=True),
+        msgspec.structs.replace(_TEXT, name="other_text", other=True),
+        Modality("signal", "signal", dense=True, reduction="mean"),
     )
 }
 
@@ -66,13 +80,8 @@ class Topic(msgspec.Struct, frozen=True):
 TOPICS: dict[str, Topic] = {
     t.name: t
     for t in (
-        Topic(RAW + "vision", "vision", schema="foxglove.CompressedImage"),
-        Topic(RAW + "audio", "audio", schema="foxglove.RawAudio"),
-        Topic(RAW + "text", "text", schema="foxglove.Log"),
-        Topic(FEATURE + "vision", "vision", schema="stream_mmrnn.Features"),
-        Topic(FEATURE + "audio", "audio", schema="stream_mmrnn.Features"),
-        Topic(FEATURE + "text", "text", schema="stream_mmrnn.Features"),
-        Topic(FEATURE + "signal", "signal", schema="stream_mmrnn.Features"),
+        *(Topic(RAW + m.name, m.name, schema=m.schema) for m in MODALITIES.values() if m.schema),
+        *(Topic(FEATURE + m.name, m.name, schema="stream_mmrnn.Features") for m in MODALITIES.values()),
         Topic(LABEL, schema="foxglove.Log"),
         Topic(CLOCK, schema="stream_mmrnn.Clock"),
         Topic(SESSION, schema="stream_mmrnn.Session"),
@@ -83,8 +92,19 @@ TOPICS: dict[str, Topic] = {
 }
 
 
+def kind_of(topic: str) -> Kind | None:
+    """The kind of the modality that a topic belongs to; None where it belongs to none."""
+    row = TOPICS.get(topic)
+    return MODALITIES[row.modality].kind if row and row.modality else None
+
+
 def raw(modality: str) -> str:
     return RAW + modality
+
+
+def raws(kind: Kind) -> list[str]:
+    """The raw topics of a kind, of every person."""
+    return [raw(m.name) for m in MODALITIES.values() if m.kind == kind and m.schema]
 
 
 def feature(modality: str) -> str:

@@ -92,8 +92,10 @@ def render(state: dict[str, Any], width: int, headline: str, notes: list[str]) -
     parts: list[RenderableType] = [top, Text(), _streams(state)]
     parts += [_head(name, head, max(10, width - 62)) for name, head in state["heads"].items()]
     parts.append(_latency(state))
-    words = "  ".join(t["text"] for t in reversed(state["texts"]))
-    parts.append(Text.assemble(("text  ", "dim"), words[-(width - 8) :]))
+    for title, said in (("text  ", state["texts"]), ("other ", state["other_texts"])):
+        words = "  ".join(t["text"] for t in reversed(said))
+        if said or title == "text  ":
+            parts.append(Text.assemble((title, "dim"), words[-(width - 8) :]))
     losses = ", ".join(f"{r['node']} {r['what']} {r['count']}" for r in state["losses"]) or "none"
     parts.append(Text.assemble(("losses  ", "dim"), losses))
     parts += [Text(f"! {note}", "yellow") for note in notes[-3:]]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from stream_mmrnn import config
 from stream_mmrnn.errors import ConfigError
+from stream_mmrnn.topics import MODALITIES
 
 
 def write(path: Path, text: str) -> Path:
@@ -65,6 +66,20 @@ def test_any_table_is_settings_or_an_error_of_ours(table: dict[str, object]) -> 
         config.parse(table)
 
 
+def test_the_second_person_is_not_there_unless_named_and_its_settings_are_its_kind_s() -> None:
+    sources = config.Settings().sources
+    assert (sources.other_audio, sources.other_text) == ("none", "none")
+    settings = config.parse(
+        {"align": {"audio_lateness_ms": 33.0, "text_lateness_ms": 5.0}, "queues": {"text": "latest"}}
+    )
+    lateness_ns = settings.align.lateness_ns()
+    assert set(lateness_ns) == set(MODALITIES)
+    assert lateness_ns["audio"] == lateness_ns["other_audio"] == 33_000_000
+    assert lateness_ns["text"] == lateness_ns["other_text"] == 5_000_000
+    assert settings.queues.policy("other_text") == settings.queues.policy("text") == "latest"
+    assert settings.queues.policy("other_audio") == settings.queues.policy("audio") == "drop_oldest"
+
+
 def test_an_unknown_model_names_the_zoo() -> None:
     with pytest.raises(ConfigError, match="no model 'nix'; give an ONNX file's path"):
         config.find_model("nix")
@@ -76,9 +91,10 @@ def test_a_recording_of_another_release_is_read() -> None:
     table["align"]["vision_lateness_ms"] = 33.0
     table["align"]["gone_since"] = 1
     table["gone"] = {"a": 1}
-    del table["queues"]
+    del table["queues"], table["sources"]["other_audio"]
     settings = config.recorded(table)
     assert settings.align.vision_lateness_ms == 33.0
     assert settings.queues == config.Queues()
+    assert settings.sources.other_audio == "none"
     with pytest.raises(ConfigError, match=r"`align\.vision_lateness_ms` has a wrong value"):
         config.recorded({"align": {"vision_lateness_ms": -1}})

@@ -30,6 +30,8 @@ def test_live_equals_replay(model: Path, tmp_path: Path) -> None:
     assert summary["recording"]["path"] == str(path)
     assert summary["recording"]["lost"] == 0
     assert all(s["delivered"] > 0 for s in summary["streams"].values())
+    # the model takes nothing of a second person, so that none is made for it
+    assert tuple(summary["streams"]) == sources.MODALITIES
     verify(path, summary["predictions"])
 
     code, raw, _ = run("replay", path, "--from", "raw")

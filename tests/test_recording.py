@@ -34,8 +34,11 @@ def session_of(count: int) -> list[Envelope]:
         add("raw/vision", b"\xff\xd8 jpeg", "camera:0")
         add("raw/audio", rng.integers(-(2**15), 2**15, 320).astype("<i2"), "microphone")
         add("raw/text", "grüß dich".encode(), "stdin")
+        add("raw/other_audio", rng.integers(-(2**15), 2**15, 160).astype("<i2"), "microphone:call")
+        add("raw/other_text", b"yes of course", "tcp:5555")
         add("feature/vision", rng.standard_normal(1280).astype("<f4"), "net@1")
         add("feature/audio", rng.standard_normal(81).astype("<f4"), "mel@2")
+        add("feature/other_audio", rng.standard_normal(81).astype("<f4"), "mel@2")
         closed = Stamps(at, at, at, at, "clock")
         tick = wire.TickMessage(i, at, {"audio": True}, {"audio": 0}, closed)
         add(topics.TICK, wire.pack(tick))
@@ -108,7 +111,13 @@ def test_a_stranger_reads_foxglove_messages(whole: Path) -> None:
     assert (name, audio.format, audio.sample_rate) == ("foxglove.RawAudio", "pcm-s16", 16000)
     assert (audio.number_of_channels, len(audio.data)) == (1, 640)
     name, log = seen["raw/text"]
-    assert (name, log.message, log.level) == ("foxglove.Log", "grüß dich", 2)
+    assert (name, log.message, log.level, log.name) == ("foxglove.Log", "grüß dich", 2, "text")
+    name, audio = seen["raw/other_audio"]
+    assert (name, audio.format, audio.sample_rate) == ("foxglove.RawAudio", "pcm-s16", 16000)
+    assert (audio.number_of_channels, len(audio.data)) == (1, 320)
+    name, log = seen["raw/other_text"]
+    assert (name, log.message, log.name) == ("foxglove.Log", "yes of course", "other_text")
+    assert seen["feature/other_audio"][0] == "stream_mmrnn.Features"
     name, features = seen["feature/audio"]
     assert (name, features.event_ns, len(features.values)) == ("stream_mmrnn.Features", BEGIN, 81)
     assert seen["clock"][1].event_ns == BEGIN
@@ -142,7 +151,7 @@ def test_an_unfinished_file_yields_its_chunks(tmp_path: Path) -> None:
     read = list(recording.envelopes())
     written = session_of(40)
     # the last chunk, at most 250 ms of it, was never closed
-    assert len(written) - 9 * 8 <= len(read) < len(written)
+    assert len(written) - 9 * 11 <= len(read) < len(written)
     assert all(same(a, b) for a, b in zip(written, read, strict=False))
     assert "cut off" in recording.damage
     assert recording.end == {}

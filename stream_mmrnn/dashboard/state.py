@@ -225,7 +225,7 @@ class LiveState:
         self._tick = -1
         self._present: dict[str, bool] = {}
         self._latencies = _Latencies()
-        self._texts: deque[tuple[int, str, str]] = deque(maxlen=_MAX_TEXTS)
+        self._texts: dict[str, deque[tuple[int, str, str]]] = {t: deque(maxlen=_MAX_TEXTS) for t in topics.raws("text")}
         self._pictures = 0
         self._nodes: dict[str, _Node] = {}
 
@@ -240,7 +240,7 @@ class LiveState:
         self._see_stream(envelope, at_ns)
         if topic == topics.PREDICTION:
             self._see_prediction(envelope, at_ns)
-        elif topic == topics.raw("text"):
+        elif topic in self._texts:
             self._see_text(envelope)
         elif topic == topics.raw("vision"):
             self._pictures += 1
@@ -289,7 +289,7 @@ class LiveState:
         # four bytes a character at most; what is cut in the middle becomes a replacement mark
         text = envelope.payload[: 4 * _MAX_TEXT_CHARS].decode("utf-8", "replace")
         clean = "".join(c if c.isprintable() else " " for c in text)[:_MAX_TEXT_CHARS]
-        self._texts.append((envelope.event_ns, clean, envelope.session))
+        self._texts[envelope.topic].append((envelope.event_ns, clean, envelope.session))
 
     def _see_status(self, name: str, payload: Any, at_ns: int) -> None:
         s = self._read(_read_status, payload)
@@ -328,16 +328,21 @@ class LiveState:
             "predictions_per_s": round(prediction.rate.per_s(now_ns), 1) if prediction else 0.0,
             "streams": {t: self._stream(t, now_ns) for t in self._stream_names()},
             "heads": {name: self._head(name, view, now_ns) for name, view in self._heads.items()},
-            "texts": [
-                {"text": text, "session": session, "age_ms": _ms(now_ns - at)}
-                for at, text, session in reversed(self._texts)
-            ],
+            "texts": self._lines("text", now_ns),
+            "other_texts": self._lines("other_text", now_ns),
             "picture": {"number": self._pictures, "age_ms": self._age_ms(topics.raw("vision"), now_ns)},
             "latency": self._latencies.table(now_ns),
             "nodes": {name: _node(node, now_ns) for name, node in sorted(self._nodes.items())},
             "losses": self._losses(),
             "malformed": self.malformed,
         }
+
+    def _lines(self, modality: str, now_ns: int) -> list[dict[str, Any]]:
+        """What one person said, newest first."""
+        return [
+            {"text": text, "session": session, "age_ms": _ms(now_ns - at)}
+            for at, text, session in reversed(self._texts[topics.raw(modality)])
+        ]
 
     def _stream_names(self) -> list[str]:
         """In the table's order: those seen, and those that a process or the model names but never came."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from stream_mmrnn.errors import UsageError
+from stream_mmrnn.topics import MODALITIES
 from stream_mmrnn.types import Sample
 
 
@@ -30,15 +32,23 @@ class Encoder(Protocol):
 
 
 def create(modality: str) -> Encoder:
-    """The encoder of a modality; imports only what it needs."""
-    if modality == "vision":
+    """The encoder of a modality, which is its kind's; imports only what it needs.
+
+    Raises:
+        UsageError: no encoder of ours makes these features.
+
+    """
+    kind = MODALITIES[modality].kind
+    if kind == "vision":
         from stream_mmrnn.encoders.image import ImageEncoder
 
         return ImageEncoder()
-    if modality == "audio":
+    if kind == "audio":
         from stream_mmrnn.encoders.audio import AudioEncoder
 
         return AudioEncoder()
-    from stream_mmrnn.encoders.text import TextEncoder
+    if kind == "text":
+        from stream_mmrnn.encoders.text import TextEncoder
 
-    return TextEncoder()
+        return TextEncoder()
+    raise UsageError(f"there is no encoder of {modality}: its features come from outside; replay them as recorded")

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from stream_mmrnn.config import Settings
+from stream_mmrnn.config import Settings, Sources
 from stream_mmrnn.errors import SourceSpecError
-from stream_mmrnn.topics import AUDIO_RATE_HZ
+from stream_mmrnn.topics import AUDIO_RATE_HZ, Kind
+from stream_mmrnn.topics import MODALITIES as _TABLE
 from stream_mmrnn.types import Sample
 
 RATE_HZ = AUDIO_RATE_HZ
@@ -47,15 +48,19 @@ def split(spec: str) -> tuple[str, str]:
     return kind, rest
 
 
-_KINDS = {
+_KINDS: dict[Kind, tuple[str, ...]] = {
     "vision": ("camera", "file", "synthetic", "none"),
     "audio": ("microphone", "file", "synthetic", "none"),
     "text": ("stdin", "pipe", "tcp", "zmq", "synthetic", "none"),
 }
 
 
-MODALITIES = tuple(_KINDS)
-"""Those that a source of ours gives; features of the others come from whoever publishes them."""
+EVERY = tuple(m.name for m in _TABLE.values() if m.kind in _KINDS)
+"""The modalities that a source of ours gives; features of the others come from whoever publishes them."""
+MODALITIES = tuple(name for name in EVERY if not _TABLE[name].other)
+"""Of them, those of the person that a session is about."""
+OTHER = tuple(name for name in EVERY if _TABLE[name].other)
+"""Those of the second person."""
 
 
 def check(spec: str, modality: str) -> None:
@@ -67,8 +72,9 @@ def check(spec: str, modality: str) -> None:
 
     """
     kind, rest = split(spec)
-    if kind not in _KINDS[modality]:
-        raise SourceSpecError(f"{spec!r} is no source of {modality}; use one of {', '.join(_KINDS[modality])}")
+    known = _KINDS[_TABLE[modality].kind]
+    if kind not in known:
+        raise SourceSpecError(f"{spec!r} is no source of {modality}; use one of {', '.join(known)}")
     if kind in ("tcp", "zmq") and not (rest.isdigit() and int(rest) < 65536):
         raise SourceSpecError(f"{spec!r} needs a port on this machine, such as {kind}:5555")
     if kind in ("file", "pipe") and not rest:
@@ -79,19 +85,41 @@ def check(spec: str, modality: str) -> None:
         streams_of(Path(rest))
 
 
+def check_all(chosen: Sources) -> None:
+    """`check` each of a session's sources, and that no two of them want the same lines.
+
+    Raises:
+        SourceSpecError: as `check`, or `text` and `other_text` are one stream that can be read once.
+        FileError: as `check`.
+
+    """
+    for modality in EVERY:
+        check(getattr(chosen, modality), modality)
+    kind, rest = split(chosen.text)
+    if chosen.text == chosen.other_text and kind not in ("synthetic", "none") and rest != "0":
+        raise SourceSpecError(
+            f"text and other_text cannot both be {chosen.text!r}, whose lines are read once; give one of them another "
+            "source, such as tcp:5555"
+        )
+
+
 def everything_from(spec: str) -> dict[str, str]:
-    """The source of each modality where one spec is given for all: `synthetic`, `devices` or `file:CLIP`."""
+    """The source of each modality where one spec is given for all: `synthetic`, `devices` or `file:CLIP`.
+
+    Devices and clips have one person; the synthetic one has somebody to talk to.
+    """
     kind, rest = split(spec)
     if kind == "synthetic":
-        return dict.fromkeys(MODALITIES, "synthetic")
+        return dict.fromkeys(EVERY, "synthetic")
+    nobody = dict.fromkeys(OTHER, "none")
     if kind == "devices":
-        return {"vision": "camera:0", "audio": "microphone", "text": "stdin"}
+        return {"vision": "camera:0", "audio": "microphone", "text": "stdin", **nobody}
     if kind == "file":
         check(spec, "audio")
         from stream_mmrnn.sources.file import streams_of
 
         has = streams_of(Path(rest))
-        return {m: spec if m in has else "none" for m in MODALITIES}
+        return {m: spec if m in has else "none" for m in MODALITIES} | nobody
     raise SourceSpecError(f"{spec!r} is no source; use synthetic, devices or file:PATH")
 
 
@@ -109,7 +137,7 @@ def create(spec: str, modality: str, settings: Settings, stdin_fd: int = -1) -> 
     if kind == "file":
         from stream_mmrnn.sources import file
 
-        if modality == "vision":
+        if _TABLE[modality].kind == "vision":
             return file.Picture(Path(rest), settings.camera)
         return file.Sound(Path(rest), settings.microphone)
     if kind == "synthetic":

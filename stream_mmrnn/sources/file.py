@@ -73,7 +73,7 @@ class _Media:
         self.close()
         if self._modality not in streams_of(self._path):
             what = "picture" if self._modality == "vision" else "sound"
-            raise FileError(f"the file {self._path} has no {what}; use `none` for {self._modality}")
+            raise FileError(f"the file {self._path} has no {what}; give one that has, or `none`")
         self._container = _opened(self._path)
 
     def _frames(self, kind: str) -> Iterator[tuple[Any, Fraction]]:

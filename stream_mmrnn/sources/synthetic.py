@@ -1,4 +1,5 @@
-"""A person who talks in turns, seen, heard and read, out of a seed: the source that needs no hardware.
+"""A person who talks in turns, seen, heard and read, and another who answers, out of a seed: the source that needs no
+hardware.
 
 Each modality runs in its own process and makes its own share of the same story (`talker`). Faults can be
 asked for: late delivery, lost samples, a stream that freezes. Knows nothing about devices or files.
@@ -18,43 +19,48 @@ import numpy.typing as npt
 
 from stream_mmrnn.config import Synthetic as SyntheticSettings
 from stream_mmrnn.errors import SourceSpecError
-from stream_mmrnn.sources import RATE_HZ
+from stream_mmrnn.sources import EVERY, RATE_HZ
 from stream_mmrnn.sources.pacing import Reading, pace
-from stream_mmrnn.sources.talker import Turn, openness, turns
+from stream_mmrnn.sources.talker import Turn, answers, openness, turns
 from stream_mmrnn.sources.voice import speak
+from stream_mmrnn.topics import MODALITIES
 from stream_mmrnn.types import Payload, Sample
 
 _BLOCK = RATE_HZ // 50
 _LEVEL = 0.3
 _HISS = 3.0
 _JPEG = [cv2.IMWRITE_JPEG_QUALITY, 90]
-_MODALITIES = ("vision", "audio", "text")
-# numbers that keep the random streams of one seed apart
+# numbers that keep the random streams of one seed apart; the faults have one for each modality
 _VOICE, _ROOM, _FAULTS = 1, 2, 3
+_OTHER = 10
 
 
 class Synthetic:
-    """One modality of the person; the same seed gives the same event times and data."""
+    """One modality of a person; the same seed gives the same event times and data."""
 
     def __init__(self, modality: str, settings: SyntheticSettings, *, paced: bool = True) -> None:
-        if modality not in _MODALITIES:
-            raise SourceSpecError(f"there is no synthetic {modality}; use one of {', '.join(_MODALITIES)}")
+        if modality not in EVERY:
+            raise SourceSpecError(f"there is no synthetic {modality}; use one of {', '.join(EVERY)}")
         self.origin = f"synthetic:{settings.seed}"
         self.info: dict[str, Any] = {"dropped": 0, "frozen": 0}
-        if modality == "vision":
+        self._kind, other = MODALITIES[modality].kind, MODALITIES[modality].other
+        if self._kind == "vision":
             self.info["got"] = {
                 "width": settings.width,
                 "height": settings.height,
                 "rate_hz": settings.rate_hz,
             }
-        self._modality, self._settings, self._paced = modality, settings, paced
+        self._settings, self._paced = settings, paced
+        self._turns = partial(answers if other else turns, settings.seed)
+        self._voice, self._room = (_OTHER + n if other else n for n in (_VOICE, _ROOM))
+        self._faults = _FAULTS + EVERY.index(modality)
         self._wave: tuple[int, npt.NDArray[np.float32]] = (-1, np.empty(0, np.float32))
 
     def open(self) -> None:
         """Nothing to take: it is always there."""
 
     def samples(self, alive: Callable[[], bool], epoch_ns: int) -> Iterator[Sample]:
-        make = {"vision": self._frames, "audio": self._blocks, "text": self._words}[self._modality]
+        make = {"vision": self._frames, "audio": self._blocks, "text": self._words}[self._kind]
         yield from pace(self._with_faults(make(), epoch_ns), alive, paced=self._paced)
 
     def close(self) -> None:
@@ -62,7 +68,6 @@ class Synthetic:
 
     def _with_faults(self, events: Iterator[tuple[int, Callable[[], Payload]]], epoch_ns: int) -> Iterator[Reading]:
         s = self._settings
-        which = _FAULTS + _MODALITIES.index(self._modality)
         for index, (at_ns, make) in enumerate(events):
             at_s = at_ns / 1e9
             if s.freeze_every_s and at_s >= s.freeze_every_s and at_s % s.freeze_every_s < s.freeze_s:
@@ -72,7 +77,7 @@ class Synthetic:
             delay_ns = 0
             if s.drop or s.jitter_ms:
                 # by the sample's number, so that a worker that joins in late makes the same faults
-                rng = np.random.default_rng((s.seed, which, index))
+                rng = np.random.default_rng((s.seed, self._faults, index))
                 if rng.random() < s.drop:
                     self.info["dropped"] += 1
                     yield Reading(epoch_ns + at_ns, None)
@@ -81,12 +86,12 @@ class Synthetic:
             yield Reading(epoch_ns + at_ns, make, delay_ns)
 
     def _words(self) -> Iterator[tuple[int, Callable[[], Payload]]]:
-        for turn in turns(self._settings.seed):
+        for turn in self._turns():
             for word in turn.words:
                 yield round(word.end_s * 1e9), word.text.encode
 
     def _blocks(self) -> Iterator[tuple[int, Callable[[], Payload]]]:
-        coming = turns(self._settings.seed)
+        coming = self._turns()
         turn = next(coming)
         for k in itertools.count():
             # the voice may ring on after the last word
@@ -96,11 +101,11 @@ class Synthetic:
 
     def _block(self, turn: Turn, k: int) -> npt.NDArray[np.int16]:
         seed = self._settings.seed
-        sound = _HISS * np.random.default_rng((seed, _ROOM, k)).standard_normal(_BLOCK)
+        sound = _HISS * np.random.default_rng((seed, self._room, k)).standard_normal(_BLOCK)
         start = k * _BLOCK - round(turn.start_s * RATE_HZ)
         if start > -_BLOCK:
             if self._wave[0] != turn.number:
-                rng = np.random.default_rng((seed, _VOICE, turn.number))
+                rng = np.random.default_rng((seed, self._voice, turn.number))
                 self._wave = (turn.number, speak(turn, rng) * (_LEVEL * 32767))
             piece = self._wave[1][max(0, start) : max(0, start + _BLOCK)]
             at = max(0, -start)
@@ -108,7 +113,7 @@ class Synthetic:
         return np.rint(sound).astype(np.int16)
 
     def _frames(self) -> Iterator[tuple[int, Callable[[], Payload]]]:
-        coming = turns(self._settings.seed)
+        coming = self._turns()
         turn = next(coming)
         for i in itertools.count():
             at_s = i / self._settings.rate_hz

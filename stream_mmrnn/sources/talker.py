@@ -1,6 +1,7 @@
-"""What the synthetic person says and when: turns of sentences with pauses between, out of a seed.
+"""What the synthetic person says and when: turns of sentences with pauses between, out of a seed; and what another
+one answers in those pauses that are long enough.
 
-Each turn is made from the seed and its own number, so that three processes tell one story without talking to
+Each turn is made from the seed and its own number, so that several processes tell one story without talking to
 each other. Pure: knows nothing about sound, pictures or the clock.
 """
 
@@ -33,8 +34,24 @@ _SENTENCES = (
     "all right then",
     "you are right about the weather",
 )
+_ANSWERS = (
+    "yes of course",
+    "all right then",
+    "no i do not know",
+    "you are right",
+    "i think so too",
+    "could you say that again",
+    "that sounds really good to me",
+)
 _PAUSE_S = (0.4, 2.5)
 _SENTENCE_GAP_S = (0.12, 0.25)
+_ANSWER_GAP_S = (0.2, 0.35)
+"""From the end of what is answered."""
+_ROOM_S = 0.2
+"""Left at least between an answer and the turn after it."""
+_PITCH_HZ, _OTHER_PITCH_HZ = 135.0, 210.0
+_OTHER = 20
+"""Keeps the random streams of the answers apart from those of the sources."""
 VOWELS = "aeiouy"
 _OPENNESS = {"a": 1.0, "e": 0.7, "i": 0.45, "o": 0.8, "u": 0.4, "y": 0.45}
 
@@ -80,6 +97,18 @@ def _word(text: str, start_s: float, pitch_hz: float, rng: np.random.Generator) 
     return Word(text, start_s, at, tuple(phones))
 
 
+def _sentence(text: str, start_s: float, pitch_hz: float, rng: np.random.Generator) -> list[Word]:
+    words: list[Word] = []
+    texts = text.split()
+    asks = texts[0] in ("so", "do", "have", "how", "could")
+    for i, word in enumerate(texts):
+        # the voice falls through a statement, and rises at the end of a question
+        share = i / max(1, len(texts) - 1)
+        pitch = pitch_hz * (1.12 - 0.3 * share + (0.45 * share**4 if asks else 0.0))
+        words.append(_word(word, words[-1].end_s if words else start_s, pitch, rng))
+    return words
+
+
 def turns(seed: int) -> Iterator[Turn]:
     """The turns of talk from second 0 on, without end."""
     at = 0.0
@@ -92,16 +121,24 @@ def turns(seed: int) -> Iterator[Turn]:
         for k in range(int(rng.integers(1, 4))):
             if k:
                 at += rng.uniform(*_SENTENCE_GAP_S)
-            sentence = _SENTENCES[int(rng.integers(len(_SENTENCES)))].split()
-            asks = sentence[0] in ("so", "do", "have", "how", "could")
-            for i, text in enumerate(sentence):
-                # the voice falls through a statement, and rises at the end of a question
-                share = i / max(1, len(sentence) - 1)
-                pitch = 135.0 * (1.12 - 0.3 * share + (0.45 * share**4 if asks else 0.0))
-                words.append(_word(text, at, pitch, rng))
-                at = words[-1].end_s
+            words += _sentence(_SENTENCES[int(rng.integers(len(_SENTENCES)))], at, _PITCH_HZ, rng)
+            at = words[-1].end_s
         yield Turn(index, start, at, tuple(words))
         index += 1
+
+
+def answers(seed: int) -> Iterator[Turn]:
+    """What the other one says before and between the `turns` of the same seed, in the pauses that have room for it."""
+    ended_s = 0.0
+    for turn in turns(seed):
+        rng = np.random.default_rng((seed, _OTHER, turn.number))
+        start = ended_s + rng.uniform(*_ANSWER_GAP_S)
+        for i in rng.permutation(len(_ANSWERS)):
+            words = _sentence(_ANSWERS[i], start, _OTHER_PITCH_HZ, rng)
+            if words[-1].end_s <= turn.start_s - _ROOM_S:
+                yield Turn(turn.number, start, words[-1].end_s, tuple(words))
+                break
+        ended_s = turn.end_s
 
 
 def openness(turn: Turn, at_s: float) -> float:
