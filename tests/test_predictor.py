@@ -33,7 +33,7 @@ def recipe_of(cell: str = "gru", kind: str = "concat", rare: bool = False, **cel
                 {"name": "event", "kind": "hazard", "size": 4},
             ],
             "fusion": {"kind": kind, "width": 8, "heads": 2, "memory": 5},
-            "events": {"modalities": ["vision", "text"] if rare else [], "hidden": 8},
+            "events": {"modalities": ["vision", "text"] if rare else [], "width": 8, "hidden": 8},
             "cell": {"kind": cell, "hidden": 8, "layers": 2, **cell_options},
             "data": {"kind": "none"},
         }

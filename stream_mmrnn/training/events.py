@@ -1,7 +1,8 @@
 """Events: a GRU that steps only in ticks that bring something, such as a word, and holds its output in between.
 
 Words come every eighth tick or so. A cell that steps at every tick has to carry a sentence through all the empty ones;
-this one reads word after word, and training runs it over the words alone. Knows nothing about what its inputs mean.
+this one reads word after word, with the time that passed between them, and training runs it over the words alone. Knows
+nothing about what its inputs mean.
 """
 
 from __future__ import annotations
@@ -13,23 +14,39 @@ from stream_mmrnn.training.cells import GRU
 
 State = dict[str, Tensor]
 
+_SCALES_S = (0.25, 2.0)
+"""Of the two numbers that tell how long ago the last event was: about a word, about a pause."""
+_LIMIT = 256
+"""Ticks, after which time stands still."""
+
 
 class Events(nn.Module):
-    """h_k = GRU(x_k, h_{k-1}) over the ticks k where `here` is true; at all others h stays. The output is h.
+    """h_k = GRU(W [x_k; d / (s + d) for s of two scales] + b, h_{k-1}) over the ticks k where `here` is true, d seconds
+    after the event before; at all others h stays. The output is h.
 
     A network of two rates, as in Koutnik et al., "A clockwork RNN", 2014; the clock here is the data.
     """
 
-    def __init__(self, input_size: int, hidden_size: int) -> None:
+    def __init__(self, input_size: int, width: int, hidden_size: int, tick_s: float) -> None:
         super().__init__()
-        self.cell = GRU(input_size, hidden_size)
-        self.states: dict[str, tuple[int, ...]] = dict(self.cell.states)
+        self.embed = nn.Linear(input_size + len(_SCALES_S), width)
+        self.cell = GRU(width, hidden_size)
+        self.tick_s = tick_s
+        self.states: dict[str, tuple[int, ...]] = {**self.cell.states, "since": (1,)}
+
+    def _enter(self, x: Tensor, ticks: Tensor) -> Tensor:
+        """`x` [..., I] and the ticks since the event before [..., 1]."""
+        passed_s = ticks.clamp(max=_LIMIT) * self.tick_s
+        entered: Tensor = self.embed(torch.cat([x, *(passed_s / (s + passed_s) for s in _SCALES_S)], -1))
+        return entered
 
     def step(self, x: Tensor, here: Tensor, state: State) -> tuple[Tensor, State]:
         """One tick: `x` [B, I], `here` [B] of bool."""
-        after, _ = self.cell.step(x, state)
+        since = state["since"] + 1
+        after, _ = self.cell.step(self._enter(x, since), {"h": state["h"]})
         h = torch.where(here.unsqueeze(-1), after, state["h"])
-        return h, {"h": h}
+        since = torch.where(here.unsqueeze(-1), torch.zeros_like(since), since.clamp(max=_LIMIT))
+        return h, {"h": h, "since": since}
 
     def forward(self, x: Tensor, here: Tensor, state: State, reset: Tensor | None) -> tuple[Tensor, State]:
         """A sequence: `x` [B, T, I], `here` and `reset` [B, T] of bool -> [B, T, H]."""
@@ -39,19 +56,29 @@ class Events(nn.Module):
         # the events of each row, moved to its front; what follows them is computed and never read
         order = torch.sort((~here).to(torch.uint8), dim=1, stable=True).indices[:, :most]
         events = x.gather(1, order.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-        # which life a tick is in: 0 goes on from `state`, the others began anew
-        lives = torch.zeros_like(order) if reset is None else reset.cumsum(1).gather(1, order)
-        before = torch.cat([torch.zeros_like(lives[:, :1]), lives[:, :-1]], 1)
-        restart = (lives != before) & (torch.arange(most, device=x.device) < counts.unsqueeze(1))
-        y, _ = self.cell(events, state, restart if bool(restart.any()) else None)
-        # y_0 is what was there before the first event
-        y = torch.cat([state["h"].unsqueeze(1), y], 1)
-        newest = here.cumsum(1)
-        held = y.gather(1, newest.unsqueeze(-1).expand(batch, length, y.shape[-1]))
+        # where each event's predecessor was, and the last restart until then; before the stretch they are negative
+        ticks = torch.arange(length, device=x.device).expand(batch, length)
+        begun = torch.full_like(ticks, -_LIMIT - 2)
         if reset is not None:
-            life = torch.cat([torch.zeros_like(lives[:, :1]), lives], 1).gather(1, newest)
-            held = torch.where((life == reset.cumsum(1)).unsqueeze(-1), held, torch.zeros_like(held))
-        return held, {"h": held[:, -1]}
-
-    def initial(self, batch: int) -> State:
-        return self.cell.initial(batch)
+            begun = torch.where(reset, ticks, begun).cummax(1).values
+        first = -1 - state["since"].long()
+        places = torch.cat([first, order], 1)
+        restarted = begun.gather(1, order)
+        ago = torch.where(restarted > places[:, :-1], order - restarted + 1, order - places[:, :-1])
+        restart = (restarted > places[:, :-1]) & (restarted >= 0)
+        restart &= torch.arange(most, device=x.device) < counts.unsqueeze(1)
+        y, _ = self.cell(
+            self._enter(events, ago.clamp(min=0).unsqueeze(-1).to(x.dtype)),
+            {"h": state["h"]},
+            restart if bool(restart.any()) else None,
+        )
+        # entry 0 is what was there before the first event
+        newest = here.cumsum(1)
+        last = places.gather(1, newest)
+        y = torch.cat([state["h"].unsqueeze(1), y], 1)
+        h = y.gather(1, newest.unsqueeze(-1).expand(batch, length, y.shape[-1]))
+        anew = (begun > last) & (begun >= 0)
+        if reset is not None:
+            h = torch.where(anew.unsqueeze(-1), torch.zeros_like(h), h)
+        since = torch.where(anew[:, -1], length - begun[:, -1], length - 1 - last[:, -1]).clamp(max=_LIMIT)
+        return h, {"h": h[:, -1], "since": since.unsqueeze(1).to(x.dtype)}

@@ -70,7 +70,7 @@ class _Flat(nn.Module):
 
 
 def example(predictor: Predictor, batch: int, generator: torch.Generator) -> list[Tensor]:
-    """Inputs of the flat step with random content: masks, ages, active and reset rows, a state that was reached."""
+    """Inputs of the flat step with random content, as large as training's: masks, ages, active and reset rows."""
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
@@ -78,7 +78,8 @@ def example(predictor: Predictor, batch: int, generator: torch.Generator) -> lis
     count = len(predictor.recipe.modalities)
     present = (torch.rand((batch, count), generator=generator) < 0.7).float()
     features = [
-        noise(batch, m.size) * present[:, i : i + 1] for i, m in enumerate(predictor.recipe.modalities.values())
+        predictor.tokens.typical(name, noise(batch, m.size)) * present[:, i : i + 1]
+        for i, (name, m) in enumerate(predictor.recipe.modalities.items())
     ]
     age = torch.rand((batch, count), generator=generator) * 10
     active = torch.rand(batch, generator=generator) < 0.7

@@ -8,6 +8,8 @@ and heads, but for the context (a cell's output) that `Attention` may be conditi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +26,8 @@ class Tokens(nn.Module):
     buffers, set from the training data; a projection narrower than its input is the learned reduction of the
     features, and `set_reduction` puts a fixed one (PCA) before it. No logarithm of the age: ONNX Runtime's gives other
     last bits in another row, and a session's numbers must not depend on its slot. `selected` names the numbers of a
-    modality that are looked at, where it is not all of them.
+    modality that are looked at, where it is not all of them; the modalities of `apart` are normalised here, and get no
+    token.
     """
 
     def __init__(
@@ -33,9 +36,10 @@ class Tokens(nn.Module):
         width: int,
         reduced: dict[str, int] | None = None,
         selected: dict[str, tuple[int, ...]] | None = None,
+        apart: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        self.names = tuple(sizes)
+        self.names = tuple(m for m in sizes if m not in apart)
         self.width = width
         self.reduced = dict(reduced or {})
         self.selected = {m: s for m, s in (selected or {}).items() if s}
@@ -45,8 +49,10 @@ class Tokens(nn.Module):
             self.register_buffer(f"std_{m}", torch.ones(size))
             if m in self.reduced:
                 self.register_buffer(f"basis_{m}", torch.zeros(size, self.reduced[m]))
-        self.project = nn.ModuleDict({m: nn.Linear(self.reduced.get(m, size), width) for m, size in sizes.items()})
-        self.age = nn.Parameter(torch.zeros(len(sizes), width))
+        self.sizes = {m: self.reduced.get(m, size) for m, size in sizes.items()}
+        """How many numbers `normal` gives."""
+        self.project = nn.ModuleDict({m: nn.Linear(self.sizes[m], width) for m in self.names})
+        self.age = nn.Parameter(torch.zeros(len(self.names), width))
 
     def set_scale(self, modality: str, mean: Tensor, std: Tensor) -> None:
         """Normalise a modality by these; a feature that never varies keeps its size."""
@@ -63,6 +69,19 @@ class Tokens(nn.Module):
         """The principal axes [size, reduced] of the normalised features."""
         getattr(self, f"basis_{modality}").copy_(basis)
 
+    def normal(self, modality: str, x: Tensor) -> Tensor:
+        """What is looked at of a modality's vectors, normalised and reduced."""
+        x = (self._select(modality, x) - getattr(self, f"mean_{modality}")) / getattr(self, f"std_{modality}")
+        return x @ getattr(self, f"basis_{modality}") if modality in self.reduced else x
+
+    def typical(self, modality: str, noise: Tensor) -> Tensor:
+        """Vectors [..., size] of the size that training had, from standard normal noise of that shape."""
+        mean, std = getattr(self, f"mean_{modality}"), getattr(self, f"std_{modality}")
+        chosen = list(self.selected.get(modality, range(noise.shape[-1])))
+        out = noise.clone()
+        out[..., chosen] = mean + std * noise[..., chosen]
+        return out
+
     def forward(self, features: dict[str, Tensor], present: Tensor, age: Tensor) -> Tensor:
         """[..., M, width] from M vectors [..., size], `present` [..., M] of 0 and 1, `age` [..., M] in seconds.
 
@@ -74,10 +93,7 @@ class Tokens(nn.Module):
             if m not in features:
                 tokens.append(ages.new_zeros(()).expand(ages[..., i, :].shape))
                 continue
-            x = (self._select(m, features[m]) - getattr(self, f"mean_{m}")) / getattr(self, f"std_{m}")
-            if m in self.reduced:
-                x = x @ getattr(self, f"basis_{m}")
-            tokens.append(torch.tanh(self.project[m](x) + ages[..., i, :]))
+            tokens.append(torch.tanh(self.project[m](self.normal(m, features[m])) + ages[..., i, :]))
         return torch.stack(tokens, -2) * present.unsqueeze(-1)
 
 

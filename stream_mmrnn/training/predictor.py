@@ -40,14 +40,18 @@ class Predictor(nn.Module):
         f, c = recipe.fusion, recipe.cell
         sizes = {name: m.size for name, m in recipe.modalities.items()}
         selected = {name: m.select for name, m in recipe.modalities.items()}
-        self.tokens = fusion.Tokens(sizes, f.width, reduced, selected)
+        self.rare = [name for name in sizes if name in recipe.events.modalities]
+        places = {name: i for i, name in enumerate(sizes)}
+        # where in `present` the fusion's modalities are, and those of the cell of rare events
+        self.common_at = [i for name, i in places.items() if name not in self.rare]
+        self.rare_at = [places[name] for name in self.rare]
+        self.tokens = fusion.Tokens(sizes, f.width, reduced, selected, self.rare)
         # 1 for what training showed: weights that nothing was learnt for must not be heard when served
         self.register_buffer("known", torch.ones(len(sizes)))
-        self.fusion = fusion.create(f.kind, len(sizes), f.width, c.hidden, heads=f.heads, memory=f.memory)
-        # which of the modalities the cell of rare events reads
-        self.rare = [i for i, name in enumerate(sizes) if name in recipe.events.modalities]
+        self.fusion = fusion.create(f.kind, len(self.common_at), f.width, c.hidden, heads=f.heads, memory=f.memory)
         if self.rare:
-            self.events = Events(len(self.rare) * (f.width + 1), recipe.events.hidden)
+            count = sum(self.tokens.sizes[name] + 1 for name in self.rare)
+            self.events = Events(count, recipe.events.width, recipe.events.hidden, recipe.tick_ns / 1e9)
             self.recall = nn.Sequential(nn.Dropout(recipe.events.dropout), nn.Linear(recipe.events.hidden, f.width))
         self.cells = Stack(
             c.kind,
@@ -82,11 +86,11 @@ class Predictor(nn.Module):
     ) -> tuple[dict[str, Tensor], State]:
         """One tick: features [B, size], `present` and `age` [B, M]; the heads' raw outputs [B, size]."""
         present = present * self.known
-        tokens = self.tokens(features, present, age)
-        x, fused = self.fusion.step(tokens, present, state.get(_CONTEXT), _under("fusion.", state))
+        here, tokens = self._common(features, present, age)
+        x, fused = self.fusion.step(tokens, here, state.get(_CONTEXT), _under("fusion.", state))
         following = _named("fusion.", fused)
         if self.rare:
-            h, after = self.events.step(*self._rare(tokens, present), _under("events.", state))
+            h, after = self.events.step(*self._rare(features, present), _under("events.", state))
             x = x + self.recall(h)
             following |= _named("events.", after)
         y, cells = self.cells.step(x, _under("cell.", state))
@@ -95,10 +99,22 @@ class Predictor(nn.Module):
             following[_CONTEXT] = y
         return self.heads(y), following
 
-    def _rare(self, tokens: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    def _common(self, features: dict[str, Tensor], present: Tensor, age: Tensor) -> tuple[Tensor, Tensor]:
+        """What of `present` the fusion sees, and its tokens."""
+        if self.rare:
+            present, age = present[..., self.common_at], age[..., self.common_at]
+        return present, self.tokens(features, present, age)
+
+    def _rare(self, features: dict[str, Tensor], present: Tensor) -> tuple[Tensor, Tensor]:
         """What the cell of rare events reads, and where there is something."""
-        here = present[..., self.rare]
-        return torch.cat([tokens[..., self.rare, :].flatten(-2), here], -1), here.amax(-1) > 0
+        here = present[..., self.rare_at]
+        parts = [here]
+        for i, name in enumerate(self.rare):
+            if name in features:
+                parts.append(self.tokens.normal(name, features[name]) * here[..., i : i + 1])
+            else:
+                parts.append(here.new_zeros((*here.shape[:-1], self.tokens.sizes[name])))
+        return torch.cat(parts, -1), here.amax(-1) > 0
 
     def forward(
         self,
@@ -114,11 +130,11 @@ class Predictor(nn.Module):
             state = self.initial(present.shape[0])
         if self.fusion.conditioned:
             return self._loop(features, present, age, state, reset)
-        tokens = self.tokens(features, present, age)
-        x, fused = self.fusion(tokens, present, _under("fusion.", state), reset)
+        here, tokens = self._common(features, present, age)
+        x, fused = self.fusion(tokens, here, _under("fusion.", state), reset)
         following = _named("fusion.", fused)
         if self.rare:
-            h, after = self.events(*self._rare(tokens, present), _under("events.", state), reset)
+            h, after = self.events(*self._rare(features, present), _under("events.", state), reset)
             x = x + self.recall(h)
             following |= _named("events.", after)
         y, cells = self.cells(x, _under("cell.", state), reset)
@@ -128,17 +144,17 @@ class Predictor(nn.Module):
         self, features: dict[str, Tensor], present: Tensor, age: Tensor, state: State, reset: Tensor | None
     ) -> tuple[dict[str, Tensor], State]:
         """Where the fusion looks at the cell's last output there is no way around the loop."""
-        tokens = self.tokens(features, present, age)
+        here, tokens = self._common(features, present, age)
         initial = self.initial(present.shape[0])
         recalled, last = None, {}
         if self.rare:
-            h, after = self.events(*self._rare(tokens, present), _under("events.", state), reset)
+            h, after = self.events(*self._rare(features, present), _under("events.", state), reset)
             recalled, last = self.recall(h), _named("events.", after)
         outputs = []
         for t in range(present.shape[1]):
             if reset is not None:
                 state = choose(reset[:, t], initial, state)
-            x, fused = self.fusion.step(tokens[:, t], present[:, t], state[_CONTEXT], _under("fusion.", state))
+            x, fused = self.fusion.step(tokens[:, t], here[:, t], state[_CONTEXT], _under("fusion.", state))
             if recalled is not None:
                 x = x + recalled[:, t]
             y, cells = self.cells.step(x, _under("cell.", state))

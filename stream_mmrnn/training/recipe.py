@@ -48,10 +48,14 @@ class Fusion(_Section, frozen=True):
 
 
 class Events(_Section, frozen=True):
-    """A GRU of its own for what comes now and then (words): it steps only in ticks that bring one of its modalities."""
+    """A GRU of its own for what comes now and then (words): it steps only in ticks that bring one of its modalities,
+    and the fusion does not see those.
+    """
 
     modalities: tuple[str, ...] = ()
     """None named: there is no such GRU."""
+    width: _Count = 128
+    """Of the vector that an event becomes."""
     hidden: _Count = 128
     dropout: _Share = 0.0
 
@@ -135,6 +139,8 @@ def parse(table: dict[str, Any]) -> Recipe:
                 )
     if unknown := set(recipe.events.modalities) - set(recipe.modalities):
         raise ConfigError(f"events.modalities names {min(unknown)!r}, which is no modality of the recipe")
+    if len(set(recipe.events.modalities)) == len(recipe.modalities):
+        raise ConfigError("events.modalities names every modality of the recipe; leave one that comes at every tick")
     for name, m in recipe.modalities.items():
         if m.size % m.stack:
             raise ConfigError(f"modality {name!r} has a size of {m.size}, which is not {m.stack} samples")

@@ -39,6 +39,10 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Images of the test set, the first ones; 0 takes all."""
     shift: Annotated[int, msgspec.Meta(ge=0, le=6)] = 0
     """Training images move by up to so many pixels, anew in every epoch."""
+    turn: Annotated[float, msgspec.Meta(ge=0, le=45)] = 0.0
+    """They turn by up to so many degrees."""
+    stretch: Annotated[float, msgspec.Meta(ge=0, le=0.5)] = 0.0
+    """Height and width, each by itself, and the slant change by up to this share."""
 
 
 def find(places: list[Path], *words: str) -> Path:
@@ -85,6 +89,33 @@ def shifted(images: ByteArray, by: int, rng: np.random.Generator) -> ByteArray:
     return padded[np.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
+def warped(images: ByteArray, turn: float, stretch: float, rng: np.random.Generator) -> ByteArray:
+    """Images [N, H, W], each turned by up to `turn` degrees, stretched and slanted by up to `stretch`; bilinear."""
+    count, height, width = images.shape
+    angle = np.radians(rng.uniform(-turn, turn, count))
+    tall, wide, slant = rng.uniform(-stretch, stretch, (3, count))
+    # where each pixel comes from: a turn after a stretch with a slant, about the middle
+    sin, cos = np.sin(angle), np.cos(angle)
+    stretching = np.stack([1 + tall, np.zeros(count), slant, 1 + wide], -1).reshape(count, 2, 2)
+    turning = np.stack([cos, -sin, sin, cos], -1).reshape(count, 2, 2)
+    middle = np.array([[(height - 1) / 2], [(width - 1) / 2]])
+    grid = np.indices((height, width)).reshape(2, -1) - middle
+    place = (turning @ stretching @ grid + middle).astype(np.float32) + 1  # a border of zeros is added below
+    place = place.clip(0, np.array([[height], [width]], np.float32) + 0.999)
+    corner = place.astype(np.int32)
+    down, right = np.moveaxis(place - corner, 1, 0)
+    padded = np.pad(images, ((0, 0), (1, 2), (1, 2))).reshape(count, -1)
+    at = corner[:, 0] * (width + 3) + corner[:, 1]
+
+    def pixels(offset: int) -> FloatArray:
+        return np.take_along_axis(padded, at + offset, 1).astype(np.float32)
+
+    above = pixels(0) * (1 - right) + pixels(1) * right
+    below = pixels(width + 3) * (1 - right) + pixels(width + 4) * right
+    out = (above * (1 - down) + below * down).round().astype(np.uint8)
+    return out.reshape(images.shape)
+
+
 def make(recipe: Recipe, places: list[Path]) -> Task:
     """Official split; the last images of the training set are for validation."""
     options = convert(recipe.data.options, Options)
@@ -111,7 +142,11 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
         order = rng.permutation(train)[: options.sequences or None]
         for begin in range(0, len(order), _CHUNK):
             chosen = order[begin : begin + _CHUNK]
-            pictures = shifted(images[chosen], options.shift, rng) if options.shift else images[chosen]
+            pictures = images[chosen]
+            if options.turn or options.stretch:
+                pictures = warped(pictures, options.turn, options.stretch, rng)
+            if options.shift:
+                pictures = shifted(pictures, options.shift, rng)
             yield from sequences(pictures, labels[chosen], "train")
 
     test_images, test_labels = (x[: options.test or None] for x in mnist.load(place, "test"))
