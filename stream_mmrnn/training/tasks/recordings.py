@@ -227,7 +227,7 @@ def recipe_for(paths: Sequence[Path], name: str) -> Recipe:
             "modalities": ordered,
             "heads": [{"name": "label", "kind": "classification", "size": len(names), "labels": names}],
             "data": {"kind": "recordings"},
-            "fusion": {"kind": "gated", "width": 48},
+            "fusion": {"kind": "attention", "width": 48},
             "cell": {"kind": "gru", "hidden": 64},
             "train": {"epochs": 40, "batch": 8, "length": 50, "learning_rate": 3e-3, "patience": 10},
         }
