@@ -64,9 +64,11 @@ def _head(name: str, head: dict[str, Any], width: int) -> Panel:
     table = Table(box=None, show_header=False, expand=True, padding=(0, 1))
     values, series = head["values"], head["history"]["series"]
     for i, value in enumerate(values):
-        label = head["labels"][i] if i < len(head["labels"]) else f"{name}[{i}]"
+        label = head["labels"][i] if i < len(head["labels"]) else f"{name}[{i}]" if len(values) > 1 else name
         line = spark(series[i], width) if i < len(series) else ""
         number = "–" if value is None else f"{value:.2f}"
+        if value is not None and head["threshold"] is not None:
+            number += " yes" if value > head["threshold"] else " no "
         table.add_row(Text(label, "bold"), number, _bar(value), Text(line, "cyan"))
     return Panel(table, title=f"{name} · {head['kind'] or 'values'}", title_align="left", border_style="dim")
 

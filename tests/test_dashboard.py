@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import io
 import json
 import socket
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from rich.console import Console
 
 from stream_mmrnn import topics, wire
 from stream_mmrnn.dashboard.server import MAX_CLIENTS, Dashboard
@@ -19,6 +21,7 @@ from stream_mmrnn.dashboard.state import HISTORY_POINTS, LiveState
 from stream_mmrnn.errors import ConfigError, ProcessError
 from stream_mmrnn.latency import STAGES
 from stream_mmrnn.types import Envelope, HeadSpec, ModalitySpec, Prediction, Stamps, Tick
+from stream_mmrnn.view import render
 
 MS = 1_000_000
 S = 1_000_000_000
@@ -133,11 +136,29 @@ def test_heads_have_values_meaning_and_a_bounded_history() -> None:
     assert ages[0] <= 10_000
     assert all(len(line) == len(ages) for line in vap["history"]["series"])
     assert snap["model"] == {"name": "m", "sha256": "ab" * 32}
+    assert vap["threshold"] is None, "two numbers are no yes or no"
     assert snap["predictions_per_s"] == pytest.approx(100, abs=1)
     assert snap["tick"] == (T0 + 2999 * 10 * MS) // (40 * MS)
     # the model speaks of vision, nothing of it ever came
     assert snap["streams"]["feature/vision"]["silent"]
     assert snap["streams"]["feature/vision"]["age_ms"] is None
+
+
+def test_what_says_yes_or_no_is_read_against_its_threshold() -> None:
+    live = LiveState()
+    heads = [{"name": "over", "kind": "classification", "threshold": 0.25}]
+    live.see(
+        status("engine", T0, state="ready", detail={"spec": {"name": "m", "heads": heads, "modalities": ["vision"]}})
+    )
+    for value, word in ((0.3, "0.30 yes"), (0.2, "0.20 no")):
+        live.see(prediction(T0, {"over": [value]}))
+        snap = live.snapshot(T0 + S)
+        assert snap["heads"]["over"]["threshold"] == 0.25
+        written = io.StringIO()
+        Console(width=100, file=written).print(render(snap, 100, "", []))
+        shown = written.getvalue()
+        assert word in shown
+        assert "over[0]" not in shown
 
 
 def test_a_run_that_starts_anew_starts_a_new_history() -> None:

@@ -82,6 +82,7 @@ class _Head(msgspec.Struct):
     labels: list[str] = []
     horizons_s: list[tuple[float, float]] = []
     unit: str = "probability"
+    threshold: float = 0.5
 
 
 class _Named(msgspec.Struct):
@@ -384,6 +385,8 @@ class LiveState:
             "unit": meaning.unit,
             "labels": meaning.labels[:_MAX_OUTPUTS],
             "horizons_s": meaning.horizons_s[:_MAX_OUTPUTS],
+            # what says yes or no says it by one number
+            "threshold": meaning.threshold if meaning.kind == "classification" and len(view.values) == 1 else None,
             "values": view.values,
             "history": view.history(now_ns),
         }
