@@ -1,0 +1,1 @@
+"""The study's parts: what is run (`plan`), how (`runs`), and how it is told (`text`, `plots`)."""
