@@ -476,7 +476,7 @@ def test_activity_refuses(hapt_folder: Path) -> None:
 
 
 def mnist_recipe(by: str, **options: Any) -> Recipe:
-    return recipe(f"mnist_{by}", {"validation": 20, "sequences": 0, "shift": 0, **options})
+    return recipe(f"mnist_{by}", {"validation": 20, "sequences": 0, "turn": 0, "stretch": 0, "shift": 0, **options})
 
 
 @pytest.mark.parametrize("by", ["rows", "pixels"])

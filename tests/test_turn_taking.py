@@ -21,7 +21,7 @@ from stream_mmrnn.training import tasks
 from stream_mmrnn.training.data import Task, Ticks, batches, check
 from stream_mmrnn.training.recipe import Recipe
 from stream_mmrnn.training.tasks import turn_taking
-from stream_mmrnn.training.tasks.polarity import Words
+from stream_mmrnn.training.tasks.common import Words
 
 RECIPE = models_folder() / "turn_taking" / "recipe.toml"
 
@@ -224,7 +224,7 @@ def test_the_test_may_count_clear_silences_alone(corpus: Path) -> None:
     ],
 )
 def test_what_does_not_fit_is_refused(corpus: Path, change: dict[str, Any], says: str) -> None:
-    table = tomllib.loads(RECIPE.read_text(encoding="utf-8")) | change
+    table = tomllib.loads(RECIPE.read_text(encoding="utf-8")) | {"events": {}} | change
     with pytest.raises(ConfigError, match=says):
         tasks.create(recipes.parse(table), [corpus])
 

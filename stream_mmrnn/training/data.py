@@ -94,6 +94,19 @@ class Batch:
     weights: dict[str, FloatArray]
 
 
+def cut(s: Ticks, a: int, b: int) -> Ticks:
+    """Ticks a to b of a sequence."""
+    return Ticks(
+        {k: v[a:b] for k, v in s.features.items()},
+        s.present[a:b],
+        s.age_s[a:b],
+        {k: v[a:b] for k, v in s.targets.items()},
+        {k: v[a:b] for k, v in s.weights.items()},
+        s.name,
+        s.groups,
+    )
+
+
 def check(ticks: Ticks, recipe: Recipe) -> None:
     """Say what of a sequence does not fit the recipe; raises FileError."""
     count = len(ticks)

@@ -18,8 +18,7 @@ from stream_mmrnn.errors import ConfigError, FileError, UsageError
 from stream_mmrnn.training.data import Array, Task, Ticks
 from stream_mmrnn.training.datasets import hapt
 from stream_mmrnn.training.recipe import Head, Recipe
-from stream_mmrnn.training.tasks.mnist import find
-from stream_mmrnn.training.tasks.recordings import _pieces
+from stream_mmrnn.training.tasks.common import find, pieces
 from stream_mmrnn.types import FloatArray
 
 LABELS = tuple(name.replace(" ", "_") for name in hapt.ACTIVITIES.values())
@@ -134,9 +133,9 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
         raise FileError(f"{place} has no recording left to {'test' if train else 'train'} on; give all of it")
 
     def epoch(rng: np.random.Generator) -> Iterator[Ticks]:
-        pieces = [p for s in train for p in _pieces(s, 10 * recipe.train.length, rng)]
-        for i in rng.permutation(len(pieces)):
-            piece = pieces[i]
+        found = [p for s in train for p in pieces(s, 10 * recipe.train.length, rng)]
+        for i in rng.permutation(len(found)):
+            piece = found[i]
             if options.noise:
                 x = piece.features["signal"]
                 noisy = x + np.float32(options.noise) * rng.standard_normal(x.shape, np.float32)

@@ -27,8 +27,7 @@ from stream_mmrnn.training.datasets import fsdd, mnist
 from stream_mmrnn.training.datasets.audio import Int16Array
 from stream_mmrnn.training.datasets.mnist import ByteArray
 from stream_mmrnn.training.recipe import Recipe
-from stream_mmrnn.training.tasks.mnist import find, require
-from stream_mmrnn.training.tasks.polarity import Words
+from stream_mmrnn.training.tasks.common import Words, find, require
 from stream_mmrnn.types import FloatArray
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

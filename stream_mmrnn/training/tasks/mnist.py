@@ -1,12 +1,11 @@
 """MNIST as a sequence: a row a tick (28 ticks of 28 numbers) or a pixel a tick (784 ticks of 1), the digit at the end.
 
-The usual test of how long a network remembers. `find` and `require` are what the tasks of published data share. Knows
-nothing about networks.
+The usual test of how long a network remembers. Knows nothing about networks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,14 +13,14 @@ import msgspec
 import numpy as np
 
 from stream_mmrnn.config import convert
-from stream_mmrnn.errors import ConfigError, FileError
+from stream_mmrnn.errors import FileError
 from stream_mmrnn.training.data import Task, Ticks
 from stream_mmrnn.training.datasets import mnist
 from stream_mmrnn.training.datasets.mnist import ByteArray
 from stream_mmrnn.training.recipe import Recipe
+from stream_mmrnn.training.tasks.common import find, require
 from stream_mmrnn.types import FloatArray
 
-_ARCHIVES = (".tgz", ".tar", ".gz", ".xz", ".bz2", ".zip", ".npz")
 _CHUNK = 1000
 
 _Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -43,41 +42,6 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """They turn by up to so many degrees."""
     stretch: Annotated[float, msgspec.Meta(ge=0, le=0.5)] = 0.0
     """Height and width, each by itself, and the slant change by up to this share."""
-
-
-def find(places: list[Path], *words: str) -> Path:
-    """The archive or folder whose name has one of the words, in or among the places; else the first place itself."""
-    for place in places:
-        for path in sorted(place.iterdir()) if place.is_dir() else [place]:
-            if any(w in path.name.lower() for w in words) and (path.is_dir() or path.suffix in _ARCHIVES):
-                return path
-    return next((p for p in places if p.is_dir()), places[0])
-
-
-def require(recipe: Recipe, modalities: Mapping[str, int], heads: Mapping[str, tuple[str, ...]]) -> None:
-    """See that the recipe asks for what the data has: modalities with their sizes, classes with their labels.
-
-    Raises:
-        ConfigError: it asks for something else.
-
-    """
-    for name, m in recipe.modalities.items():
-        if modalities.get(name) != m.size:
-            known = ", ".join(f"{n} of {size}" for n, size in modalities.items())
-            raise ConfigError(
-                f"data.kind `{recipe.data.kind}` has no modality {name!r} of {m.size} numbers; use {known}"
-            )
-    for head in recipe.heads:
-        labels = heads.get(head.name)
-        if labels is None:
-            raise ConfigError(
-                f"data.kind `{recipe.data.kind}` has no targets for a head {head.name!r}; use {', '.join(heads)}"
-            )
-        if head.kind != "classification" or head.size != len(labels) or head.labels not in ((), labels):
-            raise ConfigError(
-                f"the head {head.name!r} does not fit the data: it needs kind `classification`, a size of "
-                f"{len(labels)}, and as labels {', '.join(labels)}, or none"
-            )
 
 
 def shifted(images: ByteArray, by: int, rng: np.random.Generator) -> ByteArray:
@@ -150,6 +114,9 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
             yield from sequences(pictures, labels[chosen], "train")
 
     test_images, test_labels = (x[: options.test or None] for x in mnist.load(place, "test"))
+    changes = [f"turned by up to {options.turn:g} degrees"] * (options.turn > 0)
+    changes += [f"stretched and slanted by up to {options.stretch:.0%}"] * (options.stretch > 0)
+    changes += [f"moved by up to {options.shift} pixels"] * (options.shift > 0)
     return Task(
         epoch,
         list(sequences(images[held], labels[held], "validation")),
@@ -157,9 +124,5 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
         about=f"MNIST (LeCun, Bottou, Bengio and Haffner 1998; CC BY-SA 3.0), a {options.by[:-1]} a tick in reading "
         f"order, pixels in [0, 1], scored at the last tick alone. Official split: {len(test_images)} test images; of "
         f"the training images {train} are trained on and the last {options.validation} are the validation"
-        + (
-            f"; training images are moved by up to {options.shift} pixels, anew in every epoch."
-            if options.shift
-            else "."
-        ),
+        + (f"; training images are {' and '.join(changes)}, anew in every epoch." if changes else "."),
     )

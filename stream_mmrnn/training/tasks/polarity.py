@@ -18,8 +18,7 @@ from stream_mmrnn.errors import FileError
 from stream_mmrnn.training.data import Task, Ticks
 from stream_mmrnn.training.datasets import polarity
 from stream_mmrnn.training.recipe import Recipe
-from stream_mmrnn.training.tasks.mnist import find, require
-from stream_mmrnn.types import FloatArray, Sample
+from stream_mmrnn.training.tasks.common import Words, find, require
 
 LABELS = ("negative", "positive")
 
@@ -34,23 +33,6 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     word_dropout: _Share = 0.0
     """In training: how often a word is left out, anew in every epoch."""
     split_seed: Annotated[int, msgspec.Meta(ge=0)] = 0
-
-
-class Words:
-    """The vectors of words, each encoded once."""
-
-    def __init__(self) -> None:
-        self._encoder = TextEncoder()
-        self._known: dict[str, FloatArray] = {}
-        self.origin = self._encoder.origin
-
-    def __getitem__(self, word: str) -> FloatArray:
-        vector = self._known.get(word)
-        if vector is None:
-            data = self._encoder.encode(Sample(0, 0, word.encode()))[0].data
-            assert isinstance(data, np.ndarray)
-            vector = self._known[word] = data.astype(np.float32, copy=False)
-        return vector
 
 
 def split(count: int, seed: int) -> tuple[list[int], list[int], list[int]]:

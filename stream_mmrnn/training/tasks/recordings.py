@@ -7,7 +7,6 @@ about networks.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,9 @@ from stream_mmrnn.errors import ConfigError, FileError
 from stream_mmrnn.pipeline import predict
 from stream_mmrnn.recording import Recording
 from stream_mmrnn.replay import settings_of
-from stream_mmrnn.training.data import Array, Task, Ticks
+from stream_mmrnn.training.data import Array, Task, Ticks, cut
 from stream_mmrnn.training.recipe import Head, Recipe, parse
+from stream_mmrnn.training.tasks.common import pieces
 from stream_mmrnn.types import FloatArray, ModalitySpec, Tick
 
 SOURCES = {"classification": "label", "activity_projection": "speech", "hazard": "text", "regression": "motion"}
@@ -268,8 +268,8 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
         validation = test = [_part(s, 0.75, 1.0) for s in sequences]
 
     def epoch(rng: np.random.Generator) -> list[Ticks]:
-        pieces = [p for s in train for p in _pieces(s, 10 * recipe.train.length, rng)]
-        return [pieces[i] for i in rng.permutation(len(pieces))]
+        found = [p for s in train for p in pieces(s, 10 * recipe.train.length, rng)]
+        return [found[i] for i in rng.permutation(len(found))]
 
     held = "whole recordings" if len(sequences) >= 3 else "the last quarter of each recording"
     return Task(
@@ -285,25 +285,3 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
 def _part(s: Ticks, begin: float, end: float) -> Ticks:
     a, b = round(begin * len(s)), round(end * len(s))
     return cut(s, a, b)
-
-
-def cut(s: Ticks, a: int, b: int) -> Ticks:
-    """Ticks a to b of a sequence."""
-    return Ticks(
-        {k: v[a:b] for k, v in s.features.items()},
-        s.present[a:b],
-        s.age_s[a:b],
-        {k: v[a:b] for k, v in s.targets.items()},
-        {k: v[a:b] for k, v in s.weights.items()},
-        s.name,
-        s.groups,
-    )
-
-
-def _pieces(s: Ticks, length: int, rng: np.random.Generator) -> list[Ticks]:
-    """A long sequence as several, cut at other places in each epoch, so that a few recordings fill many lanes."""
-    if len(s) <= length:
-        return [s]
-    first = int(rng.integers(length // 2, length + 1))
-    places = [0, *range(first, len(s), length), len(s)]
-    return [cut(s, a, b) for a, b in itertools.pairwise(places) if b > a]

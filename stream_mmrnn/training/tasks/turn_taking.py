@@ -23,8 +23,7 @@ from stream_mmrnn.errors import ConfigError
 from stream_mmrnn.training.data import Array, Made, Task, Ticks
 from stream_mmrnn.training.datasets.switchboard import Dialogue, Seconds, Switchboard, spoken, voice
 from stream_mmrnn.training.recipe import Head, Recipe
-from stream_mmrnn.training.tasks.mnist import find
-from stream_mmrnn.training.tasks.polarity import Words
+from stream_mmrnn.training.tasks.common import Words, find
 from stream_mmrnn.types import FloatArray
 
 SILENCE_S = 0.25

@@ -1,0 +1,81 @@
+"""What tasks share: finding the data, what a recipe may ask of it, words as vectors, cutting long sequences.
+
+Knows nothing about any one task or about networks.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from stream_mmrnn.encoders.text import TextEncoder
+from stream_mmrnn.errors import ConfigError
+from stream_mmrnn.training.data import Ticks, cut
+from stream_mmrnn.training.recipe import Recipe
+from stream_mmrnn.types import FloatArray, Sample
+
+_ARCHIVES = (".tgz", ".tar", ".gz", ".xz", ".bz2", ".zip", ".npz")
+
+
+def find(places: list[Path], *words: str) -> Path:
+    """The archive or folder whose name has one of the words, in or among the places; else the first place itself."""
+    for place in places:
+        for path in sorted(place.iterdir()) if place.is_dir() else [place]:
+            if any(w in path.name.lower() for w in words) and (path.is_dir() or path.suffix in _ARCHIVES):
+                return path
+    return next((p for p in places if p.is_dir()), places[0])
+
+
+def require(recipe: Recipe, modalities: Mapping[str, int], heads: Mapping[str, tuple[str, ...]]) -> None:
+    """See that the recipe asks for what the data has: modalities with their sizes, classes with their labels.
+
+    Raises:
+        ConfigError: it asks for something else.
+
+    """
+    for name, m in recipe.modalities.items():
+        if modalities.get(name) != m.size:
+            known = ", ".join(f"{n} of {size}" for n, size in modalities.items())
+            raise ConfigError(
+                f"data.kind `{recipe.data.kind}` has no modality {name!r} of {m.size} numbers; use {known}"
+            )
+    for head in recipe.heads:
+        labels = heads.get(head.name)
+        if labels is None:
+            raise ConfigError(
+                f"data.kind `{recipe.data.kind}` has no targets for a head {head.name!r}; use {', '.join(heads)}"
+            )
+        if head.kind != "classification" or head.size != len(labels) or head.labels not in ((), labels):
+            raise ConfigError(
+                f"the head {head.name!r} does not fit the data: it needs kind `classification`, a size of "
+                f"{len(labels)}, and as labels {', '.join(labels)}, or none"
+            )
+
+
+class Words:
+    """The vectors of words, each encoded once."""
+
+    def __init__(self) -> None:
+        self._encoder = TextEncoder()
+        self._known: dict[str, FloatArray] = {}
+        self.origin = self._encoder.origin
+
+    def __getitem__(self, word: str) -> FloatArray:
+        vector = self._known.get(word)
+        if vector is None:
+            data = self._encoder.encode(Sample(0, 0, word.encode()))[0].data
+            assert isinstance(data, np.ndarray)
+            vector = self._known[word] = data.astype(np.float32, copy=False)
+        return vector
+
+
+def pieces(s: Ticks, length: int, rng: np.random.Generator) -> list[Ticks]:
+    """A long sequence as several, cut at other places in each epoch, so that a few recordings fill many lanes."""
+    if len(s) <= length:
+        return [s]
+    first = int(rng.integers(length // 2, length + 1))
+    places = [0, *range(first, len(s), length), len(s)]
+    return [cut(s, a, b) for a, b in itertools.pairwise(places) if b > a]
