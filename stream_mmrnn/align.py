@@ -165,6 +165,8 @@ class Aligner:
         self.counts = {m.name: StreamCounts() for m in modalities}
         self.malformed = 0
         """Session messages that could not be read."""
+        self.misfits: dict[str, str] = {}
+        """By modality, why its first quarantined message was."""
         self._specs = {m.name: m for m in modalities}
         self._lateness_ns = dict(lateness_ns)
         self._max_ahead_ns, self._max_behind_ns = max_ahead_ns, max_behind_ns
@@ -259,6 +261,8 @@ class Aligner:
             or not -self._max_behind_ns <= event_ns - session.clock_ns <= self._max_ahead_ns
         ):
             counts.quarantined += 1
+            if name not in self.misfits:
+                self.misfits[name] = self._misfit(stream, envelope, session.clock_ns)
             return False
         previous_ns = stream.head_ns
         if not stream.order(envelope.seq, event_ns):
@@ -275,6 +279,20 @@ class Aligner:
             index = session.closed + 1
         stream.open.setdefault(index, []).append((event_ns, envelope.seq, payload))
         return True
+
+    @staticmethod
+    def _misfit(stream: _Stream, envelope: Envelope, clock_ns: int) -> str:
+        """Why such a message is in no tick."""
+        payload, spec = envelope.payload, stream.spec
+        if isinstance(payload, bytes) or payload.dtype != _FLOAT32 or payload.ndim != 1:
+            return f"its features are no vector of float32, the model takes {stream.sample_size} numbers"
+        if len(payload) != stream.sample_size:
+            return f"its features have {len(payload)} numbers, the model takes {stream.sample_size}"
+        if not math.isfinite(payload.sum()):
+            return "its features hold a number that is not finite"
+        if spec.encoder and envelope.origin != spec.encoder:
+            return f"its encoder is {envelope.origin or 'not named'}, the model was trained with {spec.encoder}"
+        return f"its stamp is {(envelope.event_ns - clock_ns) / 1e9:+.3f} s from the clock"
 
     def _watermark(self, session: _Session) -> int:
         watermark: int | None = None

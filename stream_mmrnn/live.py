@@ -78,6 +78,9 @@ class Session:
         streams = {
             n.modality: stream_summary(n, engine_streams.get(n.modality)) for n in supervisor.nodes if n.is_source
         }
+        for name, why in (engine.detail.get("misfits", {}) if engine else {}).items():
+            if name in streams and not streams[name]["reason"]:
+                streams[name]["reason"] = f"quarantined, {why}"
         recorder = nodes["recorder"].status if "recorder" in nodes else None
         first_ns = supervisor.first_prediction_ns
         return {

@@ -238,6 +238,7 @@ def engine(context: Context) -> None:
             }
             for name, c in aligner.counts.items()
         },
+        "misfits": aligner.misfits,
     }
     _hear_clock(context, subscriber)
     publisher.wait_for_reader(topics.PREDICTION, 2.0)
@@ -249,9 +250,14 @@ def engine(context: Context) -> None:
         reporter.say("ready", f"session {session!r} was refused: {error}")
 
     def messages() -> Iterator[Envelope]:
+        told = 0
         for envelope in subscriber.stream(context.alive):
             yield envelope
             # back here, the message and all its predictions are dealt with
+            if len(aligner.misfits) > told:
+                told = len(aligner.misfits)
+                name, why = list(aligner.misfits.items())[-1]
+                reporter.say("ready", f"{name} is quarantined, {why}")
             if envelope.topic == topics.SESSION and not len(step_engine.arena):
                 reporter.say("closed")
             reporter.keep()

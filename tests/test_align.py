@@ -117,12 +117,33 @@ def test_late_duplicate_and_bad_stamps_are_counted_and_harmless() -> None:
     assert ticks[1].features["audio"].tolist() == [2.0]
 
 
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [
+        (feature("audio", 0, 2000), "s from the clock"),
+        (feature("audio", 0, 20, float("nan")), "not finite"),
+        (Envelope("feature/audio", "s", 0, 20, 0, 0, np.zeros(7, np.float32)), "have 7 numbers, the model takes 1"),
+        (Envelope("feature/audio", "s", 0, 20, 0, 0, np.zeros(1, np.int16)), "no vector of float32"),
+        (Envelope("feature/audio", "s", 0, 20, 0, 0, b"1234"), "no vector of float32"),
+    ],
+)
+def test_why_a_message_is_quarantined_is_said(message: Envelope, says: str) -> None:
+    a = aligner()
+    a.open("s", 0)
+    run(a, [clock(1), feature("audio", 0, 1)])
+    assert a.misfits == {}
+    run(a, [message])
+    assert says in a.misfits["audio"]
+    assert set(a.misfits) == {"audio"}
+
+
 def test_features_of_another_encoder_are_quarantined() -> None:
     a = aligner(specs=(ModalitySpec("audio", 1, "mel@1"),))
     a.open("s", 0)
     good = Envelope("feature/audio", "s", 0, 20, 20, 20, np.ones(1, np.float32), "mel@1")
     run(a, [clock(1), good, Envelope("feature/audio", "s", 1, 30, 30, 30, np.ones(1, np.float32), "mel@2")])
     assert a.counts["audio"].quarantined == 1
+    assert a.misfits["audio"] == "its encoder is mel@2, the model was trained with mel@1"
     assert [t.index for t in run(a, [clock(100)])] == [1]
 
 

@@ -255,6 +255,16 @@ def test_typed_lines_are_text_events(model: Path, tmp_path: Path) -> None:
     verify(path, summary["predictions"])
 
 
+def test_a_model_of_other_features_says_why_it_is_not_fed() -> None:
+    code, summary, err = run("live", "-s", "synthetic", "--model", "digits", "--duration", "2")
+    assert code == 0, err
+    for name, numbers in (("vision", "1280 numbers, the model takes 784"), ("audio", "81 numbers, the model takes 80")):
+        assert summary["streams"][name]["dropped"].keys() == {"quarantined"}
+        assert numbers in summary["streams"][name]["reason"]
+        assert f"{name} is quarantined" in err
+    assert summary["balanced"]
+
+
 def test_a_missing_device_is_not_the_end(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.mcap"
     code, summary, err = run(
