@@ -85,9 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     absent = sorted({r.part for r in runs if r.key not in results} - set(missing))
     missing.update({part: f"some runs of {part} were not made" for part in absent})
     found = text.Found(plan, results)
-    versions = next(
-        (f"Python {r.versions['python']}, torch {r.versions['torch']}" for r in results.values()), "nothing"
-    )
+    versions = {f"Python {r.versions['python']}, torch {r.versions['torch']}" for r in results.values()}
     about = {
         "command": "python -m tools.study --data DATA" + (f" --seeds {asked.seeds}" if asked.seeds else ""),
         "runs": len(results),

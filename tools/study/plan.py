@@ -89,17 +89,23 @@ def zoo(name: str) -> Table:
 
 
 def recall(length: int, symbols: int = 8) -> Table:
-    """Made data: the first tick's symbol is asked for at the last one, and others come in between."""
+    """Made data: the first tick's symbol is to be said at the last one, and others come in between.
+
+    In training it is asked for at every tick, so that what holds it for a few may learn to hold it for longer.
+    """
     return msgspec.to_builtins(
         recipes.parse(
             {
                 "name": "recall",
                 "modalities": {"symbols": {"size": symbols + 1}},
                 "heads": [{"name": "symbol", "kind": "classification", "size": symbols}],
-                "data": {"kind": "recall", "options": {"length": length, "train": 3200, "held_out": 500}},
+                "data": {
+                    "kind": "recall",
+                    "options": {"length": length, "train": 3200, "held_out": 500, "asked": "always"},
+                },
                 "fusion": {"kind": "add", "width": 16, "modality_dropout": 0.0},
                 "cell": {"hidden": 48},
-                "train": {"epochs": 3, "batch": 32, "length": length, "learning_rate": 4e-3, "patience": 0},
+                "train": {"epochs": 5, "batch": 32, "length": length, "learning_rate": 4e-3, "patience": 0},
             }
         )
     )
@@ -184,10 +190,10 @@ def whole(seeds: int | None = None) -> Plan:
     for length in DISTANCES:
         for cell in CELLS:
             table = changed(recall(length), {"cell.kind": cell})
-            add(Run("recall", "distance", f"{cell} {length}", table, cost_s=2 + length / 20), 3)
+            add(Run("recall", "distance", f"{cell} {length}", table, cost_s=2 + length / 15), 3)
     for length in REMEMBERED:
         table = changed(recall(length), {"cell.kind": "rnn_tanh", "fusion.kind": "memory", "fusion.memory": length})
-        add(Run("recall", "look back", f"rnn_tanh {length}", table, cost_s=4 + length / 8), 3)
+        add(Run("recall", "look back", f"rnn_tanh {length}", table, cost_s=4 + length / 3), 3)
 
     for fusion in CONTENDERS:
         changes = {"cell.kind": "gru", "fusion.kind": fusion, **LARGER}

@@ -27,6 +27,7 @@ from stream_mmrnn.training import metrics, tasks
 from stream_mmrnn.training import recipe as recipes
 from stream_mmrnn.training.data import Task, Ticks
 from stream_mmrnn.training.recipe import Recipe
+from stream_mmrnn.types import FloatArray
 
 from .plan import CELLS, Run
 
@@ -76,9 +77,9 @@ def kept(key: str, folder: Path) -> Result | None:
         held = json.loads((folder / f"{key}.json").read_text(encoding="utf-8"))
         body = json.dumps(held["result"], sort_keys=True)
         result = msgspec.convert(held["result"], Result)
+        good = hashlib.sha256(body.encode()).hexdigest() == held["sha256"] and result.key == key
     except (OSError, ValueError, KeyError, TypeError, msgspec.ValidationError):
         return None
-    good = hashlib.sha256(body.encode()).hexdigest() == held["sha256"] and result.key == key
     return result if good else None
 
 
@@ -169,10 +170,10 @@ def recall(recipe: Recipe) -> Task:
     options = recipe.data.options
     length, (head,) = options["length"], recipe.heads
     present, age_s = np.ones((length, 1), np.float32), np.zeros((length, 1), np.float32)
-    weight = np.zeros(length, np.float32)
-    weight[-1] = 1
+    last, always = np.zeros(length, np.float32), np.ones(length, np.float32)
+    last[-1] = 1
 
-    def sequence(rng: np.random.Generator, name: str) -> Ticks:
+    def sequence(rng: np.random.Generator, name: str, weight: FloatArray) -> Ticks:
         symbols = rng.integers(head.size, size=length)
         x = np.zeros((length, head.size + 1), np.float32)
         x[np.arange(length), symbols] = 1
@@ -180,11 +181,14 @@ def recall(recipe: Recipe) -> Task:
         target = np.full(length, symbols[0], np.int64)
         return Ticks({"symbols": x}, present, age_s, {head.name: target}, {head.name: weight}, name)
 
-    def some(count: int, rng: np.random.Generator) -> Iterator[Ticks]:
-        return (sequence(rng, f"recall {i}") for i in range(count))
+    def some(count: int, rng: np.random.Generator, weight: FloatArray = last) -> Iterator[Ticks]:
+        return (sequence(rng, f"recall {i}", weight) for i in range(count))
 
     held = [list(some(options["held_out"], np.random.default_rng([7, i]))) for i in range(2)]
-    return Task(lambda rng: some(options["train"], rng), *held, about="made", epoch_ticks=options["train"] * length)
+    asked = {"always": always, "last": last}[options["asked"]]
+    return Task(
+        lambda rng: some(options["train"], rng, asked), *held, about="made", epoch_ticks=options["train"] * length
+    )
 
 
 # ---- measurements ------------------------------------------------------------------------------------------------
