@@ -100,7 +100,7 @@ class Align(_Section, frozen=True):
 
 
 class Engine(_Section, frozen=True):
-    model: str = "voice_activity"
+    model: str = "turn_taking"
     """A name in the zoo, or the path of an ONNX file."""
     provider: Literal["auto", "cpu", "cuda"] = "auto"
     slots: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 1
