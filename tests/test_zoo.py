@@ -54,7 +54,14 @@ def test_a_model_is_what_its_folder_says(name: str) -> None:
 
 @pytest.mark.shared_data
 @pytest.mark.parametrize(
-    ("name", "data"), [("activity", "hapt.npz"), ("digits", ""), ("turn_taking", "switchboard_words.tar.xz")]
+    ("name", "data"),
+    [
+        ("activity", "hapt.npz"),
+        ("digits", ""),
+        ("turn_taking", "switchboard_words.tar.xz"),
+        ("polarity", "sentence_polarity.zip"),
+        ("mnist_rows", "mnist.tgz"),
+    ],
 )
 def test_a_model_measures_as_its_card_says(name: str, data: str) -> None:
     if not (SHARED / "data").is_dir():

@@ -267,18 +267,26 @@ rounds of 500 steps. With one session the time is mostly that of calling the gra
 {table(["cell", "weights of the cell", "file, KiB", "step, µs"], rows)}"""
 
 
-_BASES = {"mnist_rows": "mnist_rows", "polarity": "polarity", "activity": "activity", "turn_taking": "turn_taking"}
-
-
-def _advice(found: Found) -> str:
-    rows = []
-    for part in _BASES:
+def _moves(found: Found) -> list[tuple[str, str, list[Result], list[Result], float]]:
+    """Part, what was changed, the results with and without it, and the difference of their means."""
+    out = []
+    for part in _PARTS:
         base = found.of(part, "cells").get("gru", [])
         for name, results in found.of(part, "advice").items():
             head = head_of(part)
-            differs = mean(results, head) - mean(base, head)
-            change = NONE if math.isnan(differs) else f"{differs:+.3f}".replace("0.", ".")
-            rows.append([_PARTS[part][0], name, figure(results, head), figure(base, head), change])
+            out.append((part, name, results, base, mean(results, head) - mean(base, head)))
+    return out
+
+
+def _signed(value: float) -> str:
+    return NONE if math.isnan(value) else f"{value:+.3f}".replace("0.", ".", 1)
+
+
+def _advice(found: Found) -> str:
+    rows = [
+        [_PARTS[part][0], name, figure(results, head_of(part)), figure(base, head_of(part)), _signed(differs)]
+        for part, name, results, base, differs in _moves(found)
+    ]
     if not rows:
         return ""
     return f"""## Reduction, regularisation, rates, data
@@ -309,14 +317,13 @@ def _claims(found: Found) -> str:
         def at(cell: str, distance: int) -> str:
             return figure(recalled.get(f"{cell} {distance}", []), "symbol")
 
-        near, far = DISTANCES[0], DISTANCES[-1]
+        near, far = DISTANCES[0], REMEMBERED[-1]
+        others = ", ".join(f"`{c}` {at(c, far)}" for c in CELLS if c not in ("rnn_tanh", "lstm"))
         out.append(
-            f"**A plain RNN has trouble with long dependencies; the gates of an LSTM mend it.** Over {near} ticks tanh"
-            f" recalls {at('rnn_tanh', near)} and the LSTM {at('lstm', near)}; over {far} ticks {at('rnn_tanh', far)}"
-            f" and {at('lstm', far)}, with the same small training. The GRU: {at('gru', far)}; relu, started as an"
-            f" identity: {at('rnn_relu', far)}; the linear cells, whose decay does not depend on the state: `min_gru`"
-            f" {at('min_gru', far)}, `rg_lru` {at('rg_lru', far)}. A gate can learn to hold, which is not the same as"
-            " holding from the start: what a cell does untrained is in the table of gradients."
+            "**A plain RNN has trouble with long dependencies; the gates of an LSTM mend it.** With the same small"
+            f" training tanh recalls {at('rnn_tanh', near)} over {near} ticks and the LSTM {at('lstm', near)}; over {far}"
+            f" ticks {at('rnn_tanh', far)} and {at('lstm', far)}, the others {others}. A gate can learn to hold, which is"
+            " not the same as holding from the start: how far a gradient reaches in an untrained cell is in the table."
         )
     if looked:
         far = REMEMBERED[-1]
@@ -366,14 +373,12 @@ def _claims(found: Found) -> str:
             f"**Self-attention captures more complex dependencies.** Mean over all cells of the small grid: {order}."
             " `cross` is self-attention among the modalities of a tick."
         )
-    advice = _advice(found)
-    if advice:
+    moves = sorted((m for m in _moves(found) if not math.isnan(m[4])), key=lambda m: -abs(m[4]))
+    if moves:
+        most = "; ".join(f"{name} ({_PARTS[part][0]}, {_signed(differs)})" for part, name, *_, differs in moves[:3])
         out.append(
             "**More data, more complex structures, learning rates, feature selection and reduction, regularisation.**"
-            " The table above has one try of each. What moves most there is the amount of data and the learning rate."
-            if _data_and_rate_move_most(found)
-            else "**More data, more complex structures, learning rates, feature selection and reduction,"
-            " regularisation.** The table above has one try of each."
+            f" The table above has one try of each. What moved most: {most}."
         )
     out.append(
         "**Figures about data that do not hold.** The seeds give IMDB more than 100,000 training texts and TIMIT"
@@ -382,17 +387,6 @@ def _claims(found: Found) -> str:
         " no state from step to step; here the parity of the carried step with the sequence is a test."
     )
     return "## What the seeds' claims turned out to be\n\n" + "\n".join(f"- {c}" for c in out)
-
-
-def _data_and_rate_move_most(found: Found) -> bool:
-    """Whether the two largest differences of the advice are those of the data's amount and of a rate."""
-    moved = []
-    for part in _BASES:
-        base = mean(found.of(part, "cells").get("gru", []), head_of(part))
-        for name, results in found.of(part, "advice").items():
-            moved.append((abs(mean(results, head_of(part)) - base), name))
-    moved = sorted((m for m in moved if not math.isnan(m[0])), reverse=True)[:2]
-    return {n.split()[0] for _, n in moved} == {"rate", "a"}
 
 
 _SOURCES = (
