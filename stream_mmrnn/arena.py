@@ -1,7 +1,6 @@
-"""Arena: slots of sessions and their rows of the state tensors. Acquire, release, reset, snapshot, restore.
+"""Arena: which session has which slot, and which slots start anew. Acquire, release, reset, snapshot, restore.
 
-A row that is not active keeps its state bit for bit; that is the graph's promise, the arena only says which rows are.
-Knows nothing about ticks, heads or where the tensors lie.
+Knows nothing about ticks, heads or where the state tensors lie: those are the rows' business.
 """
 
 from __future__ import annotations
@@ -12,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from stream_mmrnn.errors import Busy, DuplicateSession, SessionError, UnknownSession
-from stream_mmrnn.runtime import Binding
+from stream_mmrnn.rows import States
 
 
 class Arena:
-    """A fixed number of slots over the state tensors of a binding whose first axis is the slot."""
+    """A fixed number of slots over rows of state tensors."""
 
-    def __init__(self, binding: Binding, slots: int) -> None:
-        self._binding = binding
+    def __init__(self, rows: States, slots: int) -> None:
+        self._rows = rows
         self.slots = slots
         self._slot_of: dict[str, int] = {}
         self._free = list(range(slots - 1, -1, -1))
@@ -67,22 +66,19 @@ class Arena:
     def snapshot(self, session: str) -> dict[str, npt.NDArray[Any]]:
         """A copy of the session's state tensors, by name, without the slot axis."""
         slot = self.slot(session)
-        if self.fresh[slot]:
-            return {}
-        self._binding.pull()
-        return {name: array[slot].copy() for name, array in self._binding.state.items()}
+        return {} if self.fresh[slot] else self._rows.read(slot)
 
     def restore(self, session: str, state: dict[str, npt.NDArray[Any]]) -> None:
-        """Put a snapshot back; an empty one is a session that has not begun."""
+        """Put a snapshot back; an empty one is a session that has not begun.
+
+        Raises:
+            SessionError: it is not a snapshot of this model; the session's state is as it was.
+
+        """
         slot = self.slot(session)
-        if not state:
-            self.fresh[slot] = True
-            return
-        self._binding.pull()
-        for name, array in self._binding.state.items():
-            if name not in state or state[name].shape != array[slot].shape or state[name].dtype != array.dtype:
-                raise SessionError(f"the snapshot of {session!r} does not fit state {name!r}; is it this model's?")
-        for name, array in self._binding.state.items():
-            array[slot] = state[name]
-        self._binding.push()
-        self.fresh[slot] = False
+        if state:
+            for name, (shape, dtype) in self._rows.shapes.items():
+                if name not in state or state[name].shape != shape or state[name].dtype != dtype:
+                    raise SessionError(f"the snapshot of {session!r} does not fit state {name!r}; is it this model's?")
+            self._rows.write(slot, state)
+        self.fresh[slot] = not state

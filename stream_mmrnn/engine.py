@@ -1,131 +1,94 @@
 """StepEngine: ticks in, predictions out, one run of the graph for all sessions that have a tick.
 
-The graph states its own contract (inputs `input.MODALITY`, `present`, `age`, `active`, `reset`, pairs `state.X` and
-`next.X`, outputs `head.NAME`, and the rest as JSON in the file's metadata under `stream_mmrnn`); what does not fit is
-said in one sentence. Knows nothing about topics, time or where ticks come from.
+What is ready is stepped at once, in the order given; nothing waits for a fuller batch. Knows nothing about topics, time
+or where ticks come from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
-import msgspec
+import numpy as np
 
 from stream_mmrnn.arena import Arena
 from stream_mmrnn.clock import now_ns
-from stream_mmrnn.errors import ModelError
-from stream_mmrnn.runtime import Graph, Provider
-from stream_mmrnn.topics import MODALITIES
-from stream_mmrnn.types import HeadSpec, ModalitySpec, ModelSpec, Prediction, StateSpec, Tick
+from stream_mmrnn.contract import Contract, contract_of
+from stream_mmrnn.rows import Bucket, DeviceRows, HostRows, Rows
+from stream_mmrnn.runtime import Graph, Provider, resolve
+from stream_mmrnn.types import ModelSpec, Prediction, Tick
 
-METADATA_KEY = "stream_mmrnn"
 MAX_AGE_S = 10.0
 """Ages are clipped here; a stream that never was has this age too."""
 
-
-class _Contract(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    name: str
-    tick_ns: int
-    modalities: tuple[ModalitySpec, ...]
-    heads: tuple[HeadSpec, ...]
-
-
-def write_contract(name: str, tick_ns: int, modalities: Sequence[ModalitySpec], heads: Sequence[HeadSpec]) -> str:
-    """The metadata value that `read_contract` reads: what an exporter puts into the file."""
-    return msgspec.json.encode(_Contract(name, tick_ns, tuple(modalities), tuple(heads))).decode()
-
-
-def read_contract(graph: Graph) -> ModelSpec:
-    """What the graph promises.
-
-    Raises:
-        ModelError: it promises nothing, or its inputs and outputs are not what it promises.
-
-    """
-    where = graph.path
-    if METADATA_KEY not in graph.metadata:
-        raise ModelError(f"{where} has no `{METADATA_KEY}` metadata, so its contract is unknown; export it again")
-    try:
-        contract = msgspec.json.decode(graph.metadata[METADATA_KEY], type=_Contract)
-    except msgspec.MsgspecError as e:
-        raise ModelError(f"{where} has a contract that cannot be read: {e}") from e
-    if contract.tick_ns <= 0:
-        raise ModelError(f"{where} has a tick of {contract.tick_ns} ns; it must be longer than 0")
-    states = []
-    for name, spec in graph.inputs.items():
-        if name.startswith("state."):
-            following = "next." + name.removeprefix("state.")
-            if following not in graph.outputs:
-                raise ModelError(f"{where} has the input `{name}` but no output `{following}` that carries it on")
-            if None in spec.shape[1:] or graph.outputs[following].shape[1:] != spec.shape[1:]:
-                raise ModelError(f"{where}: `{name}` {spec.shape} and `{following}` must have one fixed shape per row")
-            states.append(StateSpec(name.removeprefix("state."), tuple(n or 0 for n in spec.shape[1:])))
-    count = len(contract.modalities)
-    expected: dict[str, tuple[int | None, ...]] = {
-        "active": (None,),
-        "reset": (None,),
-        "present": (None, count),
-        "age": (None, count),
-    }
-    for modality in contract.modalities:
-        if modality.name not in MODALITIES:
-            raise ModelError(f"{where} wants the modality {modality.name!r}; known are {', '.join(MODALITIES)}")
-        if modality.stack < 1 or modality.size % modality.stack:
-            raise ModelError(f"{where}: the size {modality.size} of {modality.name} is not {modality.stack} samples")
-        expected[f"input.{modality.name}"] = (None, modality.size)
-    for name, shape in expected.items():
-        if name not in graph.inputs:
-            raise ModelError(f"{where} has no input `{name}`, which its contract needs")
-        got = graph.inputs[name].shape
-        if len(got) != len(shape) or got[1:] != shape[1:]:
-            raise ModelError(f"{where}: input `{name}` has shape {got}, the contract says {shape}")
-    for name in graph.inputs:
-        if name not in expected and not name.startswith("state."):
-            raise ModelError(f"{where} has the input `{name}`, which is neither state nor in its contract")
-    for head in contract.heads:
-        output = graph.outputs.get(f"head.{head.name}")
-        if output is None or output.shape[1:] != (head.size,):
-            raise ModelError(f"{where} has no output `head.{head.name}` of {head.size} numbers a row")
-    return ModelSpec(contract.name, graph.sha256, contract.tick_ns, contract.modalities, contract.heads, tuple(states))
+BATCH = {"cpu": 64, "cuda": 4096}
+"""The most rows of a run by default. On the CPU a row costs the same in 64 as in 256, and is back sooner."""
+BUDGET = 0.25
+"""Of the tick: what a run may take at most."""
 
 
 def check_model(path: Path, provider: Provider) -> ModelSpec:
     """Load and check a model before anything else starts; raises ModelError or ProviderError."""
-    return read_contract(Graph(path, provider))
+    resolve(provider)
+    return contract_of(Graph(path)).spec
+
+
+def make_rows(graph: Graph, slots: int, batch: int = 0) -> tuple[Contract, Rows]:
+    """The rows of a model for so many sessions, where the graph runs; `batch` as for `StepEngine`."""
+    contract = contract_of(graph)
+    most = batch or BATCH[graph.provider]
+    if graph.provider == "cuda":
+        device = DeviceRows(graph, contract, slots, most)
+        device.capture()
+        return contract, device
+    return contract, HostRows(graph, contract, slots, most, round(BUDGET * contract.spec.tick_ns))
+
+
+def _values(names: Sequence[str]) -> Callable[[dict[str, Any]], Sequence[Any]]:
+    """A function that takes these values out of a dict, as a row."""
+    of = itemgetter(*names)
+    return of if len(names) > 1 else lambda table: (of(table),)
 
 
 class StepEngine:
     """A recurrent model with a fixed number of slots; its state stays where the graph runs.
 
-    Every run computes all slots: one shape, one address, so a session's numbers do not depend on who runs beside it.
+    On the CPU a session's numbers are the same bits whoever runs beside it, in batches of whatever size.
     """
 
-    def __init__(self, path: Path, slots: int = 1, provider: Provider = "cpu") -> None:
-        self._graph = Graph(path, provider)
-        self.spec = read_contract(self._graph)
-        self.provider = self._graph.provider
-        inputs: dict[str, tuple[int, ...]] = {
-            "active": (slots,),
-            "reset": (slots,),
-            "present": (slots, len(self.spec.modalities)),
-            "age": (slots, len(self.spec.modalities)),
-        }
-        for m in self.spec.modalities:
-            inputs[f"input.{m.name}"] = (slots, m.size)
-        self._binding = self._graph.bind(
-            inputs,
-            {f"head.{h.name}": (slots, h.size) for h in self.spec.heads},
-            {f"state.{s.name}": (f"next.{s.name}", (slots, *s.shape)) for s in self.spec.states},
+    def __init__(self, path: Path, slots: int = 1, provider: Provider = "cpu", batch: int = 0) -> None:
+        """`batch`: the most rows of one run; 0 is the provider's default, and less where a run would take too long.
+
+        Raises:
+            ModelError: the file is missing, damaged, or breaks its contract.
+            ProviderError: `cuda` was asked for and is not active.
+
+        """
+        graph = Graph(path, provider)
+        contract, self._rows = make_rows(graph, slots, batch)
+        self.spec = contract.spec
+        self.provider = graph.provider
+        self.batch = self._rows.batch
+        self.arena = Arena(self._rows, slots)
+        wiring = contract.wiring
+        self._names = tuple(m.name for m in self.spec.modalities)
+        self._inputs = tuple((m.name, wiring.inputs[m.name]) for m in self.spec.modalities)
+        self._heads = tuple((h.name, wiring.heads[h.name]) for h in self.spec.heads)
+        self._present, self._age = wiring.present, wiring.age
+        self._of_modalities = _values(self._names)
+        one = self._single = self._rows.bucket(1)
+        """And its first row: features by modality, present, age; heads."""
+        self._row = (
+            [(m.name, one.inputs[wiring.inputs[m.name]][0]) for m in self.spec.modalities],
+            one.inputs[wiring.present][0] if wiring.present else None,
+            one.inputs[wiring.age][0] if wiring.age else None,
         )
-        self.arena = Arena(self._binding, slots)
-        arrays = self._binding.inputs
-        self._active, self._reset = arrays["active"], arrays["reset"]
-        self._present, self._age = arrays["present"], arrays["age"]
-        self._features = [(m.name, arrays[f"input.{m.name}"]) for m in self.spec.modalities]
-        self._names = [m.name for m in self.spec.modalities]
-        self._heads = [(h.name, self._binding.outputs[f"head.{h.name}"]) for h in self.spec.heads]
-        self._binding.run()  # the first run allocates; no row is active, so no state moves
+        self._said = [(name, one.outputs[output][0]) for name, output in self._heads]
+        self._slots = np.zeros(self.batch, np.int64)
+        self._fresh = np.zeros(self.batch, np.bool_)
+        self._age_s = np.zeros((self.batch, len(self._names)), np.float64)
 
     def open(self, session: str) -> None:
         """Give a session a slot; raises Busy or DuplicateSession at once."""
@@ -134,6 +97,10 @@ class StepEngine:
     def __contains__(self, session: str) -> bool:
         return session in self.arena
 
+    def __len__(self) -> int:
+        """How many sessions are open."""
+        return len(self.arena)
+
     def reset(self, session: str) -> None:
         """Start a session's state anew."""
         self.arena.reset(session)
@@ -141,48 +108,79 @@ class StepEngine:
     def close(self, session: str) -> None:
         self.arena.release(session)
 
+    def stop(self) -> None:
+        """Nothing to end: the graph runs in this process."""
+
+    def prewarm(self) -> None:
+        """Run on rows of nobody: no state moves, but code and weights are in the caches for the next step."""
+        self._rows.prewarm()
+
     def step(self, ticks: Sequence[Tick]) -> list[Prediction]:
-        """Predictions for the ticks, in their order; one run for all sessions, as many as a session has ticks.
+        """Predictions for the ticks, in their order; as few runs as hold them, each session's in turn.
 
         Raises:
             UnknownSession: a tick of a session that is not open; nothing was stepped.
 
         """
+        if len(ticks) == 1:
+            return [self._run_one(ticks[0], self.arena.slot(ticks[0].session))]
         slots = [self.arena.slot(tick.session) for tick in ticks]
         out: list[Prediction] = []
         start = 0
         while start < len(ticks):
             end, taken = start, set()
-            while end < len(ticks) and slots[end] not in taken:
+            while end < len(ticks) and end - start < self.batch and slots[end] not in taken:
                 taken.add(slots[end])
                 end += 1
             out += self._run(ticks[start:end], slots[start:end])
             start = end
         return out
 
-    def _run(self, ticks: Sequence[Tick], slots: Sequence[int]) -> list[Prediction]:
+    def _run_one(self, tick: Tick, slot: int) -> Prediction:
+        """The usual case of a live session, and where every microsecond shows: no slices, no arrays of one."""
         start_ns = now_ns()
-        self._active[:] = 0
-        self._reset[:] = 0
-        for tick, slot in zip(ticks, slots, strict=True):
-            self._active[slot] = 1
-            if self.arena.fresh[slot]:
-                self._reset[slot] = 1
-                self.arena.fresh[slot] = False
-            for name, array in self._features:
-                array[slot] = tick.features[name]
-            self._present[slot] = [tick.present[name] for name in self._names]
-            ages_ns = [tick.age_ns[name] for name in self._names]
-            self._age[slot] = [MAX_AGE_S if age < 0 else min(age / 1e9, MAX_AGE_S) for age in ages_ns]
-        self._binding.run()
+        features, present, age = self._row
+        for name, into in features:
+            into[...] = tick.features[name]
+        for i, name in enumerate(self._names):
+            if present is not None:
+                present[i] = tick.present[name]
+            if age is not None:
+                age_ns = tick.age_ns[name]
+                age[i] = MAX_AGE_S if age_ns < 0 else min(age_ns / 1e9, MAX_AGE_S)
+        fresh = self.arena.fresh
+        self._single.run_one(slot, fresh.item(slot))
+        fresh[slot] = False
+        heads = {name: said.copy() for name, said in self._said}
+        return Prediction(tick, heads, self.spec.sha256, start_ns, now_ns())
+
+    def _run(self, ticks: Sequence[Tick], slots: list[int]) -> list[Prediction]:
+        start_ns = now_ns()
+        count = len(ticks)
+        bucket = self._rows.bucket(count)
+        self._slots[:count] = slots
+        np.take(self.arena.fresh, self._slots[:count], out=self._fresh[:count])
+        self._fill(ticks, bucket, count)
+        bucket.run(self._slots, self._fresh, count)
+        self.arena.fresh[slots] = False
         end_ns = now_ns()
+        sha256 = self.spec.sha256
+        said = [list(bucket.outputs[output][:count].copy()) for _, output in self._heads]
+        names = [name for name, _ in self._heads]
         return [
-            Prediction(
-                tick,
-                {name: array[slot].copy() for name, array in self._heads},
-                self.spec.sha256,
-                start_ns,
-                end_ns,
-            )
-            for tick, slot in zip(ticks, slots, strict=True)
+            Prediction(tick, dict(zip(names, rows, strict=True)), sha256, start_ns, end_ns)
+            for tick, *rows in zip(ticks, *said, strict=True)
         ]
+
+    def _fill(self, ticks: Sequence[Tick], bucket: Bucket, count: int) -> None:
+        for name, into in self._inputs:
+            vectors = [tick.features[name] for tick in ticks]
+            np.concatenate(vectors, out=bucket.inputs[into][:count].reshape(-1))
+        if self._present:
+            bucket.inputs[self._present][:count] = [self._of_modalities(tick.present) for tick in ticks]
+        if self._age:
+            ages = self._age_s[:count]
+            ages[...] = [self._of_modalities(tick.age_ns) for tick in ticks]
+            np.divide(ages, 1e9, out=ages)
+            ages[ages < 0] = MAX_AGE_S
+            np.minimum(ages, MAX_AGE_S, out=bucket.inputs[self._age][:count], casting="same_kind")

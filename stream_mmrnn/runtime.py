@@ -1,4 +1,4 @@
-"""Load an ONNX file, choose CUDA or the CPU, bind inputs, outputs and state in place.
+"""Load an ONNX file, choose CUDA or the CPU, bind inputs, outputs and state at fixed addresses.
 
 The only file that uses onnxruntime. Knows nothing about sessions, ticks or encoders: the engine's graph and the
 encoders' graphs (silero VAD is a stateful one) come through here alike.
@@ -19,6 +19,7 @@ import onnxruntime as ort
 from stream_mmrnn.errors import ModelError, ProviderError
 
 Provider = Literal["auto", "cpu", "cuda"]
+Array = npt.NDArray[Any]
 
 _NUMPY: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
@@ -29,12 +30,27 @@ _NUMPY: dict[str, np.dtype[Any]] = {
     "tensor(bool)": np.dtype(np.bool_),
     "tensor(uint8)": np.dtype(np.uint8),
 }
+_CUDA = "CUDAExecutionProvider"
 
 ort.set_default_logger_severity(3)
 
 
 def _gpu_in_sight() -> bool:
     return sys.platform != "linux" or Path("/dev/nvidiactl").exists()
+
+
+def resolve(provider: Provider) -> Literal["cpu", "cuda"]:
+    """What `auto` means here.
+
+    Raises:
+        ProviderError: `cuda` was asked for and cannot be.
+
+    """
+    cuda_built = _CUDA in ort.get_available_providers()
+    if provider == "cuda" and not (cuda_built and _gpu_in_sight()):
+        reason = "this machine shows no NVIDIA GPU" if cuda_built else "this onnxruntime has no CUDA"
+        raise ProviderError(f"provider `cuda` was asked for and {reason}; use `cpu` or `auto`")
+    return "cuda" if provider != "cpu" and cuda_built and _gpu_in_sight() else "cpu"
 
 
 class TensorSpec:
@@ -50,8 +66,12 @@ class TensorSpec:
 class Graph:
     """An ONNX file in memory, ready to be bound."""
 
-    def __init__(self, path: Path, provider: Provider = "cpu") -> None:
+    def __init__(
+        self, path: Path, provider: Provider = "cpu", *, data: bytes | None = None, cuda_graph: bool = False
+    ) -> None:
         """Load `path` on one thread, without spinning.
+
+        `data` stands for the file's content (an edited one); `cuda_graph` lets a `DeviceBinding` capture its runs.
 
         Raises:
             ModelError: the file is missing or is no ONNX graph.
@@ -59,10 +79,11 @@ class Graph:
 
         """
         try:
-            data = path.read_bytes()
+            data = path.read_bytes() if data is None else data
         except OSError as e:
             raise ModelError(f"the model {path} cannot be read: {e.strerror}; give the path of an ONNX file") from e
         self.path = path
+        self.data = data
         self.sha256 = hashlib.sha256(data).hexdigest()
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
@@ -70,21 +91,15 @@ class Graph:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
         options.log_severity_level = 4
-        wanted = ["CPUExecutionProvider"]
-        cuda_built = "CUDAExecutionProvider" in ort.get_available_providers()
-        if provider == "cuda" and not (cuda_built and _gpu_in_sight()):
-            reason = "this machine shows no NVIDIA GPU" if cuda_built else "this onnxruntime has no CUDA"
-            raise ProviderError(f"provider `cuda` was asked for and {reason}; use `cpu` or `auto`")
-        if provider != "cpu" and cuda_built and _gpu_in_sight():
+        wanted: list[Any] = ["CPUExecutionProvider"]
+        if resolve(provider) == "cuda":
             ort.preload_dlls()
-            wanted.insert(0, "CUDAExecutionProvider")
+            wanted.insert(0, (_CUDA, {"enable_cuda_graph": "1" if cuda_graph else "0"}))
         try:
             self.session = ort.InferenceSession(data, options, providers=wanted)
         except Exception as e:  # onnxruntime raises a dozen types of its own
             raise ModelError(f"{path} is not an ONNX graph that onnxruntime can load: {str(e)[:200]}") from e
-        self.provider: Literal["cpu", "cuda"] = (
-            "cuda" if self.session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
-        )
+        self.provider: Literal["cpu", "cuda"] = "cuda" if self.session.get_providers()[0] == _CUDA else "cpu"
         if provider == "cuda" and self.provider != "cuda":
             raise ProviderError(
                 "provider `cuda` was asked for and is not active; run with `cpu`, or mend the CUDA setup"
@@ -93,21 +108,97 @@ class Graph:
         self.outputs = {n.name: TensorSpec(n) for n in self.session.get_outputs()}
         self.metadata: dict[str, str] = dict(self.session.get_modelmeta().custom_metadata_map)
 
+    def zeros(self, name: str, shape: tuple[int, ...]) -> Array:
+        """An array for an input or output, of its type."""
+        return np.zeros(shape, (self.inputs.get(name) or self.outputs[name]).dtype)
+
     def bind(
         self,
         inputs: Mapping[str, tuple[int, ...]],
         outputs: Mapping[str, tuple[int, ...]],
         state: Mapping[str, tuple[str, tuple[int, ...]]],
     ) -> Binding:
-        """Fix shapes and addresses; `state` maps an input to (the output that follows it, its shape)."""
-        return Binding(self, inputs, outputs, state)
+        """Fix shapes, on the CPU; `state` maps an input to (the output that follows it, its shape)."""
+        return Binding(
+            self,
+            {name: self.zeros(name, shape) for name, shape in inputs.items()},
+            {name: self.zeros(name, shape) for name, shape in outputs.items()},
+            {name: (after, self.zeros(name, shape)) for name, (after, shape) in state.items()},
+        )
 
 
 class Binding:
-    """One graph with its tensors at fixed addresses: write `inputs`, `run()`, read `outputs`.
+    """A graph on the CPU with its tensors at fixed addresses: write `inputs`, `run()`, read `outputs`.
 
-    A state tensor is input and output at one address (measured bit-equal to two buffers in turn). On the CPU the
-    arrays share memory with onnxruntime; on CUDA `inputs` are staged to the device by `run` and state stays there.
+    A state tensor is input and output at one address (measured bit-equal to two buffers in turn). The arrays share
+    memory with onnxruntime; they must be contiguous and may be views, so several bindings can share one buffer.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        inputs: Mapping[str, Array],
+        outputs: Mapping[str, Array],
+        state: Mapping[str, tuple[str, Array]],
+    ) -> None:
+        self.inputs, self.outputs = dict(inputs), dict(outputs)
+        self.state = {name: array for name, (_, array) in state.items()}
+        self._io = graph.session.io_binding()  # kept alive: dropping it while bound values live aborts
+        self._values: list[Any] = []
+        for name, array in self.inputs.items():
+            self._io.bind_ortvalue_input(name, self._value(array))
+        for name, array in self.outputs.items():
+            self._io.bind_ortvalue_output(name, self._value(array))
+        for name, (following, array) in state.items():
+            value = self._value(array)
+            self._io.bind_ortvalue_input(name, value)
+            self._io.bind_ortvalue_output(following, value)
+        self._session = graph.session
+
+    def _value(self, array: Array) -> Any:
+        assert array.flags.c_contiguous
+        value = ort.OrtValue.ortvalue_from_numpy(array, "cpu", 0)
+        self._values.append(value)
+        return value
+
+    def run(self) -> None:
+        """One run of the graph; state moves one step on."""
+        self._session.run_with_iobinding(self._io)
+
+
+class DeviceTensor:
+    """A tensor that stays where the graph runs; read and written as a whole."""
+
+    def __init__(self, graph: Graph, name: str, shape: tuple[int, ...]) -> None:
+        self.value = ort.OrtValue.ortvalue_from_numpy(graph.zeros(name, shape), graph.provider, 0)
+
+    def read(self) -> Array:
+        array: Array = np.array(self.value.numpy())
+        return array
+
+    def write(self, array: Array) -> None:
+        self.value.update_inplace(array)
+
+
+def _pinned(array: Array) -> tuple[Any, Array] | None:
+    """Page-locked memory of the same shape and type, as a value and as an array; None where there is none."""
+    try:
+        kind = ort.OrtDeviceMemoryType.HOST_ACCESSIBLE
+        infos = [d.memory_info(kind) for d in ort.get_ep_devices() if d.ep_name == _CUDA]
+        if not infos or infos[0] is None:
+            return None
+        value = ort.OrtValue.ortvalue_from_shape_and_type(array.shape, array.dtype.type, memory_info=infos[0])
+        return value, value.numpy()
+    except Exception:  # onnxruntime raises a dozen types of its own; ordinary memory does it too, only slower
+        return None
+
+
+class DeviceBinding:
+    """A graph with all tensors on its own device, bound once: write `inputs`, `run()`, read `outputs`.
+
+    `inputs` and `outputs` are arrays of the host (page-locked ones where `pinned`), copied by `run`. With `graph_id` of
+    1 and more the first run is captured as a CUDA graph and later ones replay it. Capturing runs the graph more than
+    once (onnxruntime issue 32243), so the caller sees to it that a first run moves no state that matters.
     """
 
     def __init__(
@@ -115,54 +206,53 @@ class Binding:
         graph: Graph,
         inputs: Mapping[str, tuple[int, ...]],
         outputs: Mapping[str, tuple[int, ...]],
-        state: Mapping[str, tuple[str, tuple[int, ...]]],
+        held: Mapping[str, tuple[str, DeviceTensor]],
+        graph_id: int = -1,
     ) -> None:
+        """`held` maps an input to (the output written to the same memory, that memory)."""
+        self.inputs: dict[str, Array] = {}
+        self.outputs: dict[str, Array] = {}
+        self.pinned = graph.provider == "cuda"
         self._session = graph.session
-        self._cuda = graph.provider == "cuda"
-        self._io = graph.session.io_binding()  # kept alive: dropping it while bound values live aborts
-        self._device = "cuda" if self._cuda else "cpu"
-        self.inputs: dict[str, npt.NDArray[Any]] = {}
-        self.outputs: dict[str, npt.NDArray[Any]] = {}
-        self.state: dict[str, npt.NDArray[Any]] = {}
-        """On the CPU the live state itself; on CUDA a staging copy: see `pull` and `push`."""
-        self._values: dict[str, Any] = {}
-        for name, shape in inputs.items():
-            self.inputs[name] = self._input(graph, name, shape)
-        for name, shape in outputs.items():
-            array = np.zeros(shape, graph.outputs[name].dtype)
-            value = ort.OrtValue.ortvalue_from_numpy(array, "cpu", 0)
-            self._io.bind_ortvalue_output(name, value)
-            self._values["out:" + name] = value
-            self.outputs[name] = array
-        for name, (following, shape) in state.items():
-            self.state[name] = self._input(graph, name, shape)
-            self._io.bind_ortvalue_output(following, self._values[name])
+        self._io = graph.session.io_binding()
+        self._there: dict[str, Any] = {}
+        self._here: dict[str, Any] = {}
+        for names, arrays in ((inputs, self.inputs), (outputs, self.outputs)):
+            for name, shape in names.items():
+                array = graph.zeros(name, shape)
+                self._there[name] = ort.OrtValue.ortvalue_from_numpy(array, graph.provider, 0)
+                locked = _pinned(array) if graph.provider == "cuda" else None
+                self.pinned = self.pinned and locked is not None
+                self._here[name], arrays[name] = locked or (ort.OrtValue.ortvalue_from_numpy(array, "cpu", 0), array)
+        for name in inputs:
+            self._io.bind_ortvalue_input(name, self._there[name])
+        for name in outputs:
+            self._io.bind_ortvalue_output(name, self._there[name])
+        self._held = dict(held)
+        for name, (following, tensor) in held.items():
+            self._io.bind_ortvalue_input(name, tensor.value)
+            self._io.bind_ortvalue_output(following, tensor.value)
+        self._options = ort.RunOptions()
+        if graph.provider == "cuda":
+            self._options.add_run_config_entry("gpu_graph_id", str(graph_id))
+        self._direct = self._copies_directly()
 
-    def _input(self, graph: Graph, name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-        array: npt.NDArray[Any] = np.zeros(shape, graph.inputs[name].dtype)
-        value = ort.OrtValue.ortvalue_from_numpy(array, self._device, 0)
-        self._io.bind_ortvalue_input(name, value)
-        self._values[name] = value
-        return array
+    def _copies_directly(self) -> bool:
+        """Whether outputs can be copied into host memory of ours; else each fetch makes an array of its own."""
+        try:
+            for name in self.outputs:
+                self._here[name].update_inplace(self._there[name])
+        except Exception:  # not every build of onnxruntime knows the way
+            return False
+        return True
 
     def run(self) -> None:
-        """One run of the graph; state moves one step on."""
-        if self._cuda:
-            for name, array in self.inputs.items():
-                self._values[name].update_inplace(array)
-            self._session.run_with_iobinding(self._io)
-            self._io.synchronize_outputs()
-        else:
-            self._session.run_with_iobinding(self._io)
-
-    def pull(self) -> None:
-        """Bring the state tensors from the device into `state`."""
-        if self._cuda:
-            for name, array in self.state.items():
-                np.copyto(array, self._values[name].numpy())
-
-    def push(self) -> None:
-        """Bring `state` to the device."""
-        if self._cuda:
-            for name, array in self.state.items():
-                self._values[name].update_inplace(array)
+        for name, array in self.inputs.items():
+            self._there[name].update_inplace(array)
+        self._session.run_with_iobinding(self._io, self._options)
+        self._io.synchronize_outputs()
+        for name, array in self.outputs.items():
+            if self._direct:
+                self._here[name].update_inplace(self._there[name])
+            else:
+                np.copyto(array, self._there[name].numpy())

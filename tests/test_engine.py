@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import toy_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from stream_mmrnn.engine import MAX_AGE_S, StepEngine, check_model
 from stream_mmrnn.errors import Busy, DuplicateSession, ModelError, ProviderError, SessionError, UnknownSession
@@ -94,6 +97,113 @@ def test_snapshot_and_restore_go_on_bit_for_bit(toy: Path) -> None:
         second.arena.restore("x", {"state.h": np.zeros(3, np.float32)})
 
 
+class Sessions(RuleBasedStateMachine):
+    """Sessions that come, step, wait, start anew and go, in batches of any size: each as if it were alone."""
+
+    path: Path
+    slots = 5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.engine = StepEngine(self.path, self.slots, batch=3)  # so that a step takes several runs
+        self.alone = StepEngine(self.path)
+        self.states: dict[str, dict[str, np.ndarray]] = {}
+        """What the lone engine knows of each open session."""
+        self.seeds: dict[str, int] = {}
+        self.opened = 0
+
+    @rule(name=st.sampled_from("abcdefg"))
+    def open(self, name: str) -> None:
+        if name in self.states:
+            with pytest.raises(DuplicateSession):
+                self.engine.open(name)
+        elif len(self.states) == self.slots:
+            with pytest.raises(Busy):
+                self.engine.open(name)
+        else:
+            self.engine.open(name)
+            self.states[name] = {}
+            self.opened += 1
+            self.seeds[name] = self.opened
+
+    @precondition(lambda self: self.states)
+    @rule(data=st.data())
+    def step(self, data: st.DataObject) -> None:
+        names = data.draw(st.lists(st.sampled_from(sorted(self.states)), min_size=1, max_size=9))
+        ticks = [tick(name, k, self.seeds[name]) for k, name in enumerate(names)]
+        for t, p in zip(ticks, self.engine.step(ticks), strict=True):
+            assert p.tick is t
+            assert p.heads["next"].tobytes() == self.by_itself(t)
+
+    def by_itself(self, t: Tick) -> bytes:
+        self.alone.open(t.session)
+        self.alone.arena.restore(t.session, self.states[t.session])
+        said = self.alone.step([t])[0].heads["next"].tobytes()
+        self.states[t.session] = self.alone.arena.snapshot(t.session)
+        self.alone.close(t.session)
+        return said
+
+    @precondition(lambda self: self.states)
+    @rule(data=st.data())
+    def reset(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.states)))
+        self.engine.reset(name)
+        self.states[name] = {}
+
+    @precondition(lambda self: self.states)
+    @rule(data=st.data())
+    def close(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.states)))
+        self.engine.close(name)
+        del self.states[name]
+        with pytest.raises(UnknownSession):
+            self.engine.step([tick(name, 0)])
+
+    @rule()
+    def prewarm(self) -> None:
+        self.engine.prewarm()
+
+    @invariant()
+    def every_state_is_what_it_would_be_alone(self) -> None:
+        assert len(self.engine) == len(self.states)
+        for name, state in self.states.items():
+            held = self.engine.arena.snapshot(name)
+            assert {k: v.tobytes() for k, v in held.items()} == {k: v.tobytes() for k, v in state.items()}
+
+
+def test_sessions_in_any_company_are_as_if_alone(toy: Path) -> None:
+    machine = type("OfToy", (Sessions,), {"path": toy})
+    run_state_machine_as_test(machine, settings=settings(max_examples=25, stateful_step_count=40, deadline=None))
+
+
+def test_a_step_allocates_nothing_but_what_it_hands_out(toy: Path) -> None:
+    engine = StepEngine(toy, 40)
+    for i in range(40):
+        engine.open(str(i))
+    rounds = [[tick(str(i), k, i) for i in range(n)] for k, n in enumerate((1, 3, 40, 17, 1, 40))]
+    for ticks in rounds:
+        engine.step(ticks)
+    gc.collect()
+    tracemalloc.start()
+    try:
+        for ticks in rounds:
+            engine.step(ticks)
+        before, _ = tracemalloc.get_traced_memory()
+        for _ in range(200):
+            for ticks in rounds:
+                engine.step(ticks)
+        gc.collect()
+        after, _ = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        engine.step(rounds[0])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    print(f"1,200 steps: {after - before} bytes more; one step of one session holds {peak - after} bytes at most")
+    assert after - before < 2048  # no growth; the interpreter's own caches move by some bytes
+    assert peak - after < 2048  # a prediction: its heads, and nothing of the size of a state or an input
+
+
 def test_errors_are_typed_and_immediate(toy: Path) -> None:
     engine = StepEngine(toy, 1)
     engine.open("a")
@@ -130,7 +240,7 @@ def test_a_file_that_is_no_model(tmp_path: Path) -> None:
 def contract(**change: object) -> str:
     import json
 
-    from stream_mmrnn.engine import write_contract
+    from stream_mmrnn.contract import write_contract
 
     table = json.loads(write_contract("toy", toy_model.TICK_NS, toy_model.MODALITIES, toy_model.HEADS))
     return json.dumps({**table, **change})

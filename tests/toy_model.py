@@ -9,7 +9,7 @@ import onnx
 from onnx import TensorProto as T
 from onnx import helper as h
 
-from stream_mmrnn.engine import METADATA_KEY, write_contract
+from stream_mmrnn.contract import METADATA_KEY, write_contract
 from stream_mmrnn.types import HeadSpec, ModalitySpec
 
 TICK_NS = 40_000_000

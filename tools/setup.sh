@@ -39,4 +39,6 @@ stamp=".venv/.installed-$what"
 [ -f "$stamp" ] && cmp -s "$stamp" pyproject.toml && exit 0
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".$extras"
+# silero VAD's own wrapper, to compare with: without what its package asks for, of which it needs torch alone
+[ "$what" = demo ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "silero-vad>=6.2,<7"
 cp pyproject.toml "$stamp"

@@ -7,10 +7,12 @@ nothing about training or data.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from stream_mmrnn.engine import METADATA_KEY, read_contract, write_contract
+from stream_mmrnn.contract import METADATA_KEY, read_contract, write_contract
 from stream_mmrnn.errors import ModelError
 from stream_mmrnn.runtime import Graph
 from stream_mmrnn.training.predictor import Predictor, Step
@@ -259,12 +261,25 @@ def _note(worst: dict[str, float], what: str, one: Tensor, other: Tensor) -> Non
     worst[what] = max(worst[what], difference) if np.isfinite(difference) else float("inf")
 
 
+@contextlib.contextmanager
+def _logging_as_it_is() -> Iterator[None]:
+    """The quantizer sets up logging for the whole process when it is imported, and tells of every node."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        yield
+    finally:
+        root.handlers[:], root.level = handlers, level
+    logging.getLogger("onnxruntime.quantization").setLevel(logging.WARNING)
+
+
 def quantised(model: onnx.ModelProto) -> onnx.ModelProto:
     """The same graph with 8-bit weights (MatMulNBits, blocks of 128, integer arithmetic: accuracy level 4)."""
-    from onnxruntime.quantization.matmul_nbits_quantizer import (
-        DefaultWeightOnlyQuantConfig,
-        MatMulNBitsQuantizer,
-    )
+    with _logging_as_it_is():
+        from onnxruntime.quantization.matmul_nbits_quantizer import (
+            DefaultWeightOnlyQuantConfig,
+            MatMulNBitsQuantizer,
+        )
 
     plain = onnx.ModelProto()
     plain.CopyFrom(model)

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from stream_mmrnn.engine import MAX_AGE_S, read_contract
+from stream_mmrnn.contract import read_contract
+from stream_mmrnn.engine import MAX_AGE_S
 from stream_mmrnn.errors import ModelError
 from stream_mmrnn.runtime import Graph, Provider
 from stream_mmrnn.training import metrics

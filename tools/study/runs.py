@@ -230,7 +230,7 @@ def _step(run: Run, data: Sequence[Path], result: Result) -> None:
     """The exported step graph of a fresh network: its size, and the time of one step for one session."""
     import torch
 
-    from stream_mmrnn.engine import read_contract
+    from stream_mmrnn.contract import read_contract
     from stream_mmrnn.runtime import Graph
     from stream_mmrnn.training.export import export
     from stream_mmrnn.training.predictor import Predictor
