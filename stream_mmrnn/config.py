@@ -104,6 +104,14 @@ class Engine(_Section, frozen=True):
     """A name in the zoo, or the path of an ONNX file."""
     provider: Literal["auto", "cpu", "cuda"] = "auto"
     slots: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 1
+    batch: Annotated[int, msgspec.Meta(ge=0, le=16384)] = 0
+    """The most sessions of one run; 0: 64 on the CPU, 4096 on a GPU, and less where a run would take too long."""
+    processes: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
+    """Over how many processes the slots are spread, where one core is not enough."""
+    prewarm: bool = True
+    """Run the graph on nobody's rows just before a step is due, so that it finds the caches warm."""
+    priority: Literal["normal", "nice", "fifo"] = "normal"
+    """Of the engine's process: nice is -10, fifo the real-time class SCHED_FIFO; both want the right to it."""
 
 
 class Record(_Section, frozen=True):

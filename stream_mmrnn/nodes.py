@@ -205,17 +205,19 @@ def worker(context: Context, modality: str, spec: str) -> None:
 def engine(context: Context) -> None:
     """Ticks and predictions from features: the aligner and the step engine over a bus subscriber."""
     from stream_mmrnn.align import Aligner
-    from stream_mmrnn.engine import StepEngine
     from stream_mmrnn.pipeline import predict
+    from stream_mmrnn.prewarm import Prewarmer
+    from stream_mmrnn.shards import create
 
     settings = context.settings
-    step_engine = StepEngine(config.find_model(settings.engine.model), settings.engine.slots, settings.engine.provider)
+    step_engine = create(settings.engine)
     spec = step_engine.spec
     aligner = Aligner.of(spec.modalities, spec.tick_ns, settings.align)
     publisher = Publisher(context.address, settings.bus.queue)
     subscriber = Subscriber(context.address, [topics.FEATURE, topics.CLOCK, topics.SESSION], settings.bus.queue)
     reporter = Reporter(context, publisher)
     counts = {"ticks": 0, "predictions": 0, "refused": 0}
+    prewarmer = Prewarmer(step_engine.prewarm, spec.tick_ns)
     contract = {
         "name": spec.name,
         "sha256": spec.sha256,
@@ -225,7 +227,8 @@ def engine(context: Context) -> None:
     }
     reporter.counts = lambda: {
         **counts,
-        "sessions": len(step_engine.arena),
+        "sessions": len(step_engine),
+        "prewarmed": prewarmer.runs,
         "garbage": subscriber.garbage + aligner.malformed,
     }
     reporter.detail = lambda: {
@@ -242,7 +245,7 @@ def engine(context: Context) -> None:
     }
     _hear_clock(context, subscriber)
     publisher.wait_for_reader(topics.PREDICTION, 2.0)
-    reporter.say("ready")
+    reporter.say("ready", _prioritise(settings.engine.priority))
     context.ready.set()
 
     def refused(session: str, error: SessionError) -> None:
@@ -251,14 +254,18 @@ def engine(context: Context) -> None:
 
     def messages() -> Iterator[Envelope]:
         told = 0
-        for envelope in subscriber.stream(context.alive):
+        while context.alive():
+            envelope = subscriber.receive(prewarmer.wait_ms(now_ns(), 100))
+            if envelope is None:
+                prewarmer.run_if_due(now_ns())
+                continue
             yield envelope
             # back here, the message and all its predictions are dealt with
             if len(aligner.misfits) > told:
                 told = len(aligner.misfits)
                 name, why = list(aligner.misfits.items())[-1]
                 reporter.say("ready", f"{name} is quarantined, {why}")
-            if envelope.topic == topics.SESSION and not len(step_engine.arena):
+            if envelope.topic == topics.SESSION and not len(step_engine):
                 reporter.say("closed")
             reporter.keep()
 
@@ -280,8 +287,23 @@ def engine(context: Context) -> None:
         )
         counts["ticks"] += 1
         counts["predictions"] += 1
+        if settings.engine.prewarm:
+            prewarmer.stepped(prediction.step_start_ns)
+    step_engine.stop()
     subscriber.close()
     publisher.close()
+
+
+def _prioritise(priority: str) -> str:
+    """Give this process the priority that is asked for; why it could not be, or ""."""
+    try:
+        if priority == "nice":
+            os.nice(-10)
+        elif priority == "fifo":
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(10))
+    except (OSError, AttributeError) as e:
+        return f"engine.priority {priority!r} was not given ({e}); the engine runs as any other process"
+    return ""
 
 
 def part(path: Path, number: int) -> Path:

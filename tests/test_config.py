@@ -35,7 +35,7 @@ def test_values_and_overrides(tmp_path: Path) -> None:
     [
         ("[engine]\nslot = 4", "unknown key `engine.slot`: the nearest is `slots`"),
         ("[enginee]\nslots = 4", "unknown key `enginee`: the nearest is `engine`"),
-        ("[engine]\nzzzzzz = 4", "the keys there are model, provider, slots"),
+        ("[engine]\nzzzzzz = 4", "the keys there are model, provider, slots, batch"),
         ("[engine]\nslots = 0", "`engine.slots` has a wrong value: expected `int` >= 1"),
         ("[engine]\nslots = 'a'", "`engine.slots` has a wrong value"),
         ("[engine]\nprovider = 'tpu'", "`engine.provider` has a wrong value"),

@@ -1,0 +1,314 @@
+"""ShardedEngine: one engine over several processes, where one core is not enough. The same methods as StepEngine.
+
+Each process holds the rows of its share of the slots and runs the graph; features and heads cross in shared memory, a
+pipe says when. Threads would not do: two one-thread processes step twice as much, two threads in one process do not.
+Knows nothing about topics, time or where ticks come from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from stream_mmrnn import config
+from stream_mmrnn.arena import Arena
+from stream_mmrnn.clock import now_ns
+from stream_mmrnn.contract import Contract, contract_of
+from stream_mmrnn.engine import MAX_AGE_S, StepEngine, make_rows
+from stream_mmrnn.errors import Busy, DuplicateSession, ProcessError, UnknownSession
+from stream_mmrnn.rows import Rows, Shapes
+from stream_mmrnn.runtime import Array, Graph, Provider
+from stream_mmrnn.types import Prediction, Tick
+
+_START_TIMEOUT_S = 30.0
+_STEP, _READ, _WRITE, _WARM, _STOP = b"s", b"r", b"w", b"p", b"q"
+
+
+def _layout(contract: Contract, count: int) -> Shapes:
+    """The columns of `count` ticks in shared memory, by the graph's names (and `slots`, `fresh`)."""
+    spec, wiring = contract.spec, contract.wiring
+    modalities = len(spec.modalities)
+    f4 = np.dtype(np.float32)
+    columns: Shapes = {
+        "slots": ((count,), np.dtype(np.int64)),
+        "fresh": ((count,), np.dtype(np.bool_)),
+        **{wiring.inputs[m.name]: ((count, m.size), f4) for m in spec.modalities},
+        **{wiring.heads[h.name]: ((count, h.size), f4) for h in spec.heads},
+    }
+    for name in (wiring.present, wiring.age):
+        if name:
+            columns[name] = ((count, modalities), f4)
+    return columns
+
+
+class _Block:
+    """Columns of ticks in shared memory."""
+
+    def __init__(self, contract: Contract, count: int, name: str | None = None) -> None:
+        layout = _layout(contract, count)
+        sizes = {k: -(-int(np.prod(shape)) * dtype.itemsize // 64) * 64 for k, (shape, dtype) in layout.items()}
+        self.memory = SharedMemory(name, create=name is None, size=max(sum(sizes.values()), 64))
+        self.columns: dict[str, Array] = {}
+        at = 0
+        for key, (shape, dtype) in layout.items():
+            self.columns[key] = np.ndarray(shape, dtype, self.memory.buf, at)
+            at += sizes[key]
+
+    def close(self, unlink: bool) -> None:
+        self.columns.clear()
+        with contextlib.suppress(BufferError):
+            self.memory.close()
+        if unlink:
+            self.memory.unlink()
+
+
+def _serve(path: Path, slots: int, provider: Provider, batch: int, memory: str, pipe: Connection) -> None:
+    """A shard's process: rows, and nothing that knows whose they are."""
+    contract, rows = make_rows(Graph(path, provider), slots, batch)
+    block = _Block(contract, slots, memory)
+    columns, wiring = block.columns, contract.wiring
+    inputs = [*wiring.inputs.values(), *(n for n in (wiring.present, wiring.age) if n)]
+    pipe.send_bytes(msgspec.msgpack.encode({n: (s, d.str) for n, (s, d) in rows.shapes.items()}))
+    while True:
+        try:
+            message = pipe.recv_bytes()
+        except (EOFError, OSError):
+            break
+        what, rest = message[:1], message[1:]
+        if what == _STEP:
+            _step(rows, columns, inputs, list(wiring.heads.values()), int.from_bytes(rest, "little"))
+            pipe.send_bytes(b"")
+        elif what == _WARM:
+            rows.prewarm()
+        elif what == _READ:
+            state = rows.read(int.from_bytes(rest, "little"))
+            pipe.send_bytes(msgspec.msgpack.encode({n: a.tobytes() for n, a in state.items()}))
+        elif what == _WRITE:
+            slot, raw = msgspec.msgpack.decode(rest, type=tuple[int, dict[str, bytes]])
+            rows.write(slot, {n: np.frombuffer(raw[n], d).reshape(s) for n, (s, d) in rows.shapes.items()})
+            pipe.send_bytes(b"")
+        else:
+            break
+    block.close(unlink=False)
+
+
+def _step(rows: Rows, columns: dict[str, Array], inputs: Sequence[str], heads: Sequence[str], count: int) -> None:
+    for start in range(0, count, rows.batch):
+        part = slice(start, min(start + rows.batch, count))
+        size = part.stop - start
+        bucket = rows.bucket(size)
+        for name in inputs:
+            bucket.inputs[name][:size] = columns[name][part]
+        bucket.run(columns["slots"][part], columns["fresh"][part], size)
+        for name in heads:
+            columns[name][part] = bucket.outputs[name][:size]
+
+
+class _Shard:
+    """A process, seen from the other side; what an arena asks of rows it asks of the process."""
+
+    def __init__(self, path: Path, contract: Contract, slots: int, provider: Provider, batch: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.block = _Block(contract, slots)
+        self._pipe, theirs = context.Pipe()
+        arguments = (path, slots, provider, batch, self.block.memory.name, theirs)
+        self._process = context.Process(target=_serve, args=arguments, name="stream-mmrnn-shard", daemon=True)
+        self._process.start()
+        theirs.close()
+        self.arena = Arena(self, slots)
+        self._shapes: Shapes = {}
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid or 0
+
+    def wait(self) -> None:
+        """Until it has loaded the model; raises ProcessError where it has not."""
+        if not self._pipe.poll(_START_TIMEOUT_S):
+            raise ProcessError(f"a shard of the engine did not load its model within {_START_TIMEOUT_S:g} s")
+        shapes = msgspec.msgpack.decode(self._answer(), type=dict[str, tuple[tuple[int, ...], str]])
+        self._shapes = {name: (shape, np.dtype(kind)) for name, (shape, kind) in shapes.items()}
+
+    def _answer(self) -> bytes:
+        try:
+            return self._pipe.recv_bytes()
+        except (EOFError, OSError) as e:
+            raise ProcessError(f"a shard of the engine (process {self.pid}) has died; start it again") from e
+
+    def _tell(self, message: bytes) -> None:
+        try:
+            self._pipe.send_bytes(message)
+        except OSError as e:
+            raise ProcessError(f"a shard of the engine (process {self.pid}) has died; start it again") from e
+
+    def begin(self, count: int) -> None:
+        self._tell(_STEP + count.to_bytes(4, "little"))
+
+    def end(self) -> None:
+        self._answer()
+
+    def prewarm(self) -> None:
+        self._tell(_WARM)
+
+    def read(self, slot: int) -> dict[str, Array]:
+        self._tell(_READ + slot.to_bytes(4, "little"))
+        raw = msgspec.msgpack.decode(self._answer(), type=dict[str, bytes])
+        return {n: np.frombuffer(raw[n], dtype).reshape(shape).copy() for n, (shape, dtype) in self._shapes.items()}
+
+    def write(self, slot: int, state: dict[str, Array]) -> None:
+        self._tell(_WRITE + msgspec.msgpack.encode((slot, {n: state[n].tobytes() for n in self._shapes})))
+        self._answer()
+
+    @property
+    def shapes(self) -> Shapes:
+        return self._shapes
+
+    def stop(self) -> None:
+        with contextlib.suppress(ProcessError):
+            self._tell(_STOP)
+        self._process.join(2.0)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._pipe.close()
+        self.block.close(unlink=True)
+
+
+class ShardedEngine:
+    """`slots` sessions over `processes` processes; a session stays with its process."""
+
+    def __init__(self, path: Path, slots: int, provider: Provider = "cpu", processes: int = 2, batch: int = 0) -> None:
+        """Raises ModelError or ProviderError where the model cannot be served, ProcessError where a shard dies."""
+        contract = contract_of(Graph(path))
+        self.spec, self.provider = contract.spec, provider
+        self._wiring = contract.wiring
+        share = -(-slots // processes)
+        self.slots = slots
+        self._shards = [_Shard(path, contract, share, provider, batch) for _ in range(processes)]
+        self._of: dict[str, _Shard] = {}
+        try:
+            for shard in self._shards:
+                shard.wait()
+        except ProcessError:
+            self.stop()
+            raise
+
+    def __contains__(self, session: str) -> bool:
+        return session in self._of
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    @property
+    def pids(self) -> list[int]:
+        return [shard.pid for shard in self._shards]
+
+    def open(self, session: str) -> None:
+        """Give a session a slot of the process with the fewest; raises Busy or DuplicateSession at once."""
+        if session in self._of:
+            raise DuplicateSession(f"session {session!r} is open already; close it, or take another name")
+        if len(self._of) >= self.slots:
+            raise Busy(f"all {self.slots} slots are taken; close a session, or raise engine.slots")
+        shard = min(self._shards, key=lambda s: len(s.arena))
+        shard.arena.acquire(session)
+        self._of[session] = shard
+
+    def _shard(self, session: str) -> _Shard:
+        try:
+            return self._of[session]
+        except KeyError:
+            raise UnknownSession(f"session {session!r} is not open; open it first") from None
+
+    def reset(self, session: str) -> None:
+        self._shard(session).arena.reset(session)
+
+    def close(self, session: str) -> None:
+        self._shard(session).arena.release(session)
+        del self._of[session]
+
+    def snapshot(self, session: str) -> dict[str, Array]:
+        return self._shard(session).arena.snapshot(session)
+
+    def restore(self, session: str, state: dict[str, Array]) -> None:
+        self._shard(session).arena.restore(session, state)
+
+    def prewarm(self) -> None:
+        for shard in self._shards:
+            shard.prewarm()
+
+    def step(self, ticks: Sequence[Tick]) -> list[Prediction]:
+        """Predictions for the ticks, in their order; all processes at once.
+
+        Raises:
+            UnknownSession: a tick of a session that is not open; nothing was stepped.
+            ProcessError: a shard has died.
+
+        """
+        shards = [self._shard(tick.session) for tick in ticks]
+        out: list[Prediction] = []
+        start = 0
+        while start < len(ticks):
+            end, taken = start, set()
+            while end < len(ticks) and ticks[end].session not in taken:
+                taken.add(ticks[end].session)
+                end += 1
+            out += self._round(ticks[start:end], shards[start:end])
+            start = end
+        return out
+
+    def _round(self, ticks: Sequence[Tick], shards: Sequence[_Shard]) -> list[Prediction]:
+        start_ns = now_ns()
+        places: dict[int, list[int]] = {}
+        for i, shard in enumerate(shards):
+            places.setdefault(id(shard), []).append(i)
+        busy = [(shard, places[id(shard)]) for shard in self._shards if id(shard) in places]
+        for shard, mine in busy:
+            self._fill(shard, [ticks[i] for i in mine])
+            shard.begin(len(mine))
+        heads: list[dict[str, Array]] = [{} for _ in ticks]
+        for shard, mine in busy:
+            shard.end()
+            for name, output in self._wiring.heads.items():
+                for i, row in zip(mine, shard.block.columns[output][: len(mine)].copy(), strict=True):
+                    heads[i][name] = row
+        end_ns = now_ns()
+        return [
+            Prediction(tick, said, self.spec.sha256, start_ns, end_ns) for tick, said in zip(ticks, heads, strict=True)
+        ]
+
+    def _fill(self, shard: _Shard, ticks: Sequence[Tick]) -> None:
+        columns, wiring, count = shard.block.columns, self._wiring, len(ticks)
+        slots = [shard.arena.slot(tick.session) for tick in ticks]
+        columns["slots"][:count] = slots
+        columns["fresh"][:count] = shard.arena.fresh[slots]
+        shard.arena.fresh[slots] = False
+        names = [m.name for m in self.spec.modalities]
+        for name in names:
+            np.concatenate([t.features[name] for t in ticks], out=columns[wiring.inputs[name]][:count].reshape(-1))
+        if wiring.present:
+            columns[wiring.present][:count] = [[t.present[n] for n in names] for t in ticks]
+        if wiring.age:
+            age_ns = np.array([[t.age_ns[n] for n in names] for t in ticks], np.float64)
+            columns[wiring.age][:count] = np.where(age_ns < 0, MAX_AGE_S, np.minimum(age_ns / 1e9, MAX_AGE_S))
+
+    def stop(self) -> None:
+        """End the processes and give their memory back."""
+        for shard in self._shards:
+            shard.stop()
+        self._shards = []
+        self._of.clear()
+
+
+def create(settings: config.Engine) -> StepEngine | ShardedEngine:
+    """The engine that the settings ask for."""
+    path = config.find_model(settings.model)
+    if settings.processes > 1:
+        return ShardedEngine(path, settings.slots, settings.provider, settings.processes, settings.batch)
+    return StepEngine(path, settings.slots, settings.provider, settings.batch)

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from stream_mmrnn.prewarm import LEAD_NS, Prewarmer
+
+PERIOD_NS = 40_000_000
+
+
+def test_it_runs_once_a_little_before_the_next_step_is_expected() -> None:
+    ran: list[int] = []
+    prewarmer = Prewarmer(lambda: ran.append(1), PERIOD_NS)
+    assert prewarmer.wait_ms(0, 100) == 100
+    assert not prewarmer.run_if_due(0)
+    prewarmer.stepped(1_000_000_000)
+    due_ns = 1_000_000_000 + PERIOD_NS - LEAD_NS
+    assert prewarmer.wait_ms(1_000_000_000, 100) == 39
+    assert not prewarmer.run_if_due(due_ns - 1_000_000)
+    assert prewarmer.wait_ms(due_ns - 500_000, 100) == 0
+    assert prewarmer.run_if_due(due_ns)
+    assert not prewarmer.run_if_due(due_ns)
+    assert (len(ran), prewarmer.runs) == (1, 1)
+
+
+def test_a_step_that_came_sooner_moves_the_expectation_on() -> None:
+    prewarmer = Prewarmer(lambda: None, PERIOD_NS)
+    prewarmer.stepped(0)
+    prewarmer.stepped(30_000_000)
+    assert not prewarmer.run_if_due(PERIOD_NS)
+    assert prewarmer.run_if_due(30_000_000 + PERIOD_NS - LEAD_NS)
+
+
+def test_what_has_ended_is_not_warmed_for() -> None:
+    ran: list[int] = []
+    prewarmer = Prewarmer(lambda: ran.append(1), PERIOD_NS)
+    prewarmer.stepped(0)
+    assert not prewarmer.run_if_due(10 * PERIOD_NS)
+    assert prewarmer.wait_ms(10 * PERIOD_NS, 100) == 100
+    assert not ran
