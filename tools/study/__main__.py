@@ -1,6 +1,6 @@
 """Make docs/study.md and its plots: cells x fusions on the zoo's data.
 
-    python -m tools.study --data DATA            # the folder with the archives; about an hour of one core
+    python -m tools.study --data DATA            # the folder with the archives; about half an hour of one core
     python -m tools.study --data DATA --list     # what it would run
 
 Results are kept, one file each, so that it goes on where it was broken off. Data that is not there leaves its part out,

@@ -1,6 +1,6 @@
 """The plan: every run of the study, each a recipe of the zoo with changes, and what it is expected to cost.
 
-Sizes are such that the whole costs about an hour of one core. Knows nothing about torch, files or text.
+Sizes are such that the whole costs half an hour to an hour of one core. Knows nothing about torch, files or text.
 """
 
 from __future__ import annotations

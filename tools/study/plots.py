@@ -58,18 +58,18 @@ def draw(found: Found, folder: Path) -> list[Path]:
             ylim=(0, 1.04),
             title="trained: one symbol of eight",
         )
-        right.legend(frameon=False, fontsize=8)
+        left.legend(frameon=False, fontsize=8, loc="center right")  # where no curve goes
         keep(figure, "long_dependencies.png")
 
     bench = found.of("speed", "bench")
     if bench:
-        figure, axes = plt.subplots(figsize=(5.6, 3.6))
+        figure, axes = plt.subplots(figsize=(6.6, 3.6))
         lengths = sorted(bench, key=int)
         for cell in ("nn.GRU", *CELLS):
             speeds = [bench[n][0].figures[cell]["tokens_per_s"] for n in lengths]
             axes.loglog([int(n) for n in lengths], speeds, marker="o", color=COLOURS.get(cell, "#000000"), label=cell)
         axes.set(xlabel="ticks a sequence", ylabel="ticks a second", title="training: forward and backward, one thread")
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1.0))
         keep(figure, "training_speed.png")
 
     grid = found.of("digits", "grid")
@@ -81,7 +81,7 @@ def draw(found: Found, folder: Path) -> list[Path]:
         middle = sum(map(sum, table)) / sum(map(len, table))
         for i, row in enumerate(table):
             for j, value in enumerate(row):
-                axes.text(j, i, f"{value:.2f}"[1:], ha="center", va="center", color="w" if value > middle else "k")
+                axes.text(j, i, f"{value:.2f}".removeprefix("0"), ha="center", va="center", color="w" if value > middle else "k")
         axes.set_xticks(range(len(FUSIONS)), FUSIONS, rotation=25, ha="right")
         axes.set_yticks(range(len(CELLS)), CELLS)
         axes.set_title("digits, small: accuracy by cell and fusion")
