@@ -81,7 +81,8 @@ def draw(found: Found, folder: Path) -> list[Path]:
         middle = sum(map(sum, table)) / sum(map(len, table))
         for i, row in enumerate(table):
             for j, value in enumerate(row):
-                axes.text(j, i, f"{value:.2f}".removeprefix("0"), ha="center", va="center", color="w" if value > middle else "k")
+                said, colour = f"{value:.2f}".removeprefix("0"), "w" if value > middle else "k"
+                axes.text(j, i, said, ha="center", va="center", color=colour)
         axes.set_xticks(range(len(FUSIONS)), FUSIONS, rotation=25, ha="right")
         axes.set_yticks(range(len(CELLS)), CELLS)
         axes.set_title("digits, small: accuracy by cell and fusion")
