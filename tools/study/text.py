@@ -323,7 +323,8 @@ def _claims(found: Found) -> str:
             "**A plain RNN has trouble with long dependencies; the gates of an LSTM mend it.** With the same small"
             f" training tanh recalls {at('rnn_tanh', near)} over {near} ticks and the LSTM {at('lstm', near)}; over"
             f" {far} ticks {at('rnn_tanh', far)} and {at('lstm', far)}, the others {others}. A gate can learn to hold,"
-            " which is not the same as holding from the start: how far a gradient reaches in an untrained cell is in the table."
+            " which is not the same as holding from the start: how far a gradient reaches in an untrained cell is in"
+            " the table."
         )
     if looked:
         far = REMEMBERED[-1]
