@@ -12,7 +12,6 @@ The clock is a topic: it is whatever the last clock message said.
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -24,6 +23,16 @@ from stream_mmrnn.types import Envelope, FloatArray, ModalitySpec, Stamps, Tick
 _MAX_PENDING = 1024
 _NEVER = -(2**62)
 _FLOAT32 = np.dtype(np.float32)
+_isfinite, _add, _divide = np.isfinite, np.add, np.divide
+_COUNTS = tuple(np.array(n, np.float32) for n in range(64))
+"""Divisors as arrays without an axis: numpy takes these in half the time that it takes its own scalars in."""
+
+Held = tuple[int, int, FloatArray]
+"""A sample that waits for its tick to close: event time, sequence number, features."""
+
+
+def _when(held: Held) -> tuple[int, int]:
+    return held[0], held[1]
 
 
 class StreamCounts(msgspec.Struct):
@@ -56,11 +65,36 @@ class StreamCounts(msgspec.Struct):
 class _Stream:
     """One modality of one session."""
 
-    def __init__(self, spec: ModalitySpec, modality: topics.Modality, lateness_ns: int) -> None:
-        self.spec = spec
+    __slots__ = (
+        "all_true",
+        "counts",
+        "dense",
+        "encoder",
+        "expected",
+        "flags",
+        "head_ns",
+        "last_used_ns",
+        "lateness_ns",
+        "name",
+        "newest_ns",
+        "next_seq",
+        "open",
+        "pending",
+        "reduction",
+        "seen",
+        "shape",
+        "spec",
+        "zeros",
+    )
+
+    def __init__(
+        self, spec: ModalitySpec, modality: topics.Modality, lateness_ns: int, counts: StreamCounts, zeros: FloatArray
+    ) -> None:
+        self.spec, self.name, self.encoder = spec, spec.name, spec.encoder
+        self.counts, self.zeros = counts, zeros
         self.dense = modality.dense
         self.reduction = spec.reduction or modality.reduction
-        self.sample_size = spec.size // spec.stack
+        self.shape = (spec.size // spec.stack,)
         self.lateness_ns = lateness_ns
         self.expected = True
         self.next_seq = 0
@@ -73,7 +107,10 @@ class _Stream:
         self.head_ns = _NEVER
         """Newest event time of all."""
         self.last_used_ns = _NEVER
-        self.open: dict[int, list[tuple[int, int, FloatArray]]] = {}
+        self.open: dict[int, list[Held]] = {}
+        """Samples by tick, each tick's in event order."""
+        self.flags = np.ones(self.shape, np.bool_)
+        self.all_true = self.flags.tobytes()
 
     def order(self, seq: int, event_ns: int) -> bool:
         """Take note of a sequence number; False for a duplicate."""
@@ -85,8 +122,7 @@ class _Stream:
         if seq in self.seen or seq < self.next_seq - _MAX_PENDING:
             return False
         self.seen.add(seq)
-        if len(self.seen) > 4 * _MAX_PENDING:
-            self.seen = {s for s in self.seen if s >= self.next_seq - _MAX_PENDING}
+        self.forget()
         self.head_ns = max(self.head_ns, event_ns)
         if seq == self.next_seq and not self.pending:
             self.next_seq = seq + 1  # in order, as nearly always
@@ -97,6 +133,11 @@ class _Stream:
                 self.next_seq = self.pending[0][0]
             self._advance()
         return True
+
+    def forget(self) -> None:
+        """Keep the sequence numbers that are seen bounded: what is far behind is refused anyway."""
+        if len(self.seen) > 4 * _MAX_PENDING:
+            self.seen = {s for s in self.seen if s >= self.next_seq - _MAX_PENDING}
 
     def _advance(self) -> None:
         while self.pending and self.pending[0][0] <= self.next_seq:
@@ -110,43 +151,103 @@ class _Stream:
             self.next_seq = self.pending[0][0]
             self._advance()
 
-    def reduce(self, index: int, counts: StreamCounts) -> FloatArray | None:
-        """One vector from the samples of tick `index`, in event order whatever order they came in."""
-        samples = self.open.pop(index, None)
-        if samples is None:
-            return None
-        if len(samples) > 1:
-            samples.sort(key=lambda s: (s[0], s[1]))
-        self.last_used_ns = max(self.last_used_ns, samples[-1][0])
-        if self.reduction == "last":
+    def reduce(self, samples: list[Held]) -> FloatArray:
+        """One vector from the samples of a tick."""
+        count, counts = len(samples), self.counts
+        newest_ns, _, newest = samples[-1]
+        if newest_ns > self.last_used_ns:
+            self.last_used_ns = newest_ns
+        reduction = self.reduction
+        if reduction == "last":
             counts.used += 1
-            counts.superseded += len(samples) - 1
-            return samples[-1][2]
-        if self.reduction == "stack":
+            counts.superseded += count - 1
+            return newest
+        if reduction == "stack":
             kept = samples[-self.spec.stack :]
             counts.used += len(kept)
-            counts.superseded += len(samples) - len(kept)
+            counts.superseded += count - len(kept)
             out = np.zeros(self.spec.size, np.float32)
-            out[self.spec.size - len(kept) * self.sample_size :] = np.concatenate([s[2] for s in kept])
+            out[self.spec.size - len(kept) * self.shape[0] :] = np.concatenate([s[2] for s in kept])
             return out
-        counts.used += len(samples)
-        if len(samples) == 1:
-            return samples[0][2]
-        total = samples[0][2].copy()
-        for sample in samples[1:]:
-            total += sample[2]
-        return total / np.float32(len(samples)) if self.reduction == "mean" else total
+        counts.used += count
+        if count == 1:
+            return newest
+        total: FloatArray = _add(samples[0][2], samples[1][2])
+        for sample in samples[2:]:
+            _add(total, sample[2], total)
+        if reduction == "mean":
+            _divide(total, _COUNTS[count] if count < len(_COUNTS) else np.array(count, np.float32), total)
+        return total
 
 
 class _Session:
-    def __init__(self, streams: dict[str, _Stream], closed: int, clock_ns: int) -> None:
+    """What is open of one session, and how long nothing can close.
+
+    Nearly all messages close nothing, and looking at every stream for each would be most of the aligner's work. So
+    the session knows what to wait for: a dense stream that reaches `end_ns`, or a clock of `due_ns`. Both were found by
+    looking at all streams; they hold until then unless the session is `unsettled`.
+    """
+
+    __slots__ = (
+        "bounds", "by_topic", "clock_ns", "closed", "due_ns", "end_ns", "expected", "name", "soonest_ns", "streams",
+        "unsettled",
+    )  # fmt: skip
+
+    def __init__(self, name: str, streams: list[_Stream], closed: int, tick_ns: int, clock_ns: int) -> None:
+        self.name = name
         self.streams = streams
+        self.by_topic = {topics.feature(s.name): s for s in streams}
         self.clock_ns = clock_ns
         """What the session has heard of the clock. Not shared: what came before it opened is not in its recording."""
-        self.soonest_ns = min(s.lateness_ns for s in streams.values())
+        self.soonest_ns = min(s.lateness_ns for s in streams)
         """No clock closes a tick before it is this far past the tick's end."""
         self.closed = closed
         """Index of the last closed tick."""
+        self.until((closed + 1) * tick_ns)
+        self.expect([s.name for s in streams])
+
+    def expect(self, names: Sequence[str]) -> None:
+        """Say which streams are waited for."""
+        for stream in self.streams:
+            stream.expected = stream.name in names
+        self.expected = [s for s in self.streams if s.expected]
+        self.bounds = [s for s in self.expected if s.dense or s.lateness_ns]
+        """The streams that hold the watermark back."""
+        self.unsettle()
+
+    def unsettle(self) -> None:
+        """A gap may be given up, or what is expected has changed: any message may close a tick."""
+        self.unsettled = True
+        self.until(self.end_ns)
+
+    def until(self, end_ns: int) -> None:
+        """The next tick to close ends at `end_ns`."""
+        self.end_ns = end_ns
+        self.due_ns = end_ns + self.soonest_ns
+
+    def watermark_ns(self) -> int:
+        """How far event time is complete; notes what to wait for where that is not the end of the next tick."""
+        clock_ns, end_ns = self.clock_ns, self.end_ns
+        if self.unsettled:
+            self.unsettled = not self.bounds
+            for stream in self.expected:
+                if stream.pending:
+                    stream.give_up_gaps(clock_ns - stream.lateness_ns)
+                    if stream.pending:
+                        self.unsettled = True
+        if not self.bounds:
+            return clock_ns
+        watermark_ns, due_ns = 2**63, end_ns + self.soonest_ns
+        for stream in self.bounds:
+            reached_ns = clock_ns - stream.lateness_ns
+            if stream.dense and stream.newest_ns > reached_ns:
+                reached_ns = stream.newest_ns
+            if reached_ns < watermark_ns:
+                watermark_ns = reached_ns
+            if reached_ns < end_ns and end_ns + stream.lateness_ns > due_ns:
+                due_ns = end_ns + stream.lateness_ns
+        self.due_ns = end_ns + self.soonest_ns if self.unsettled else due_ns
+        return watermark_ns
 
 
 class Aligner:
@@ -195,81 +296,96 @@ class Aligner:
         """Begin a session; its first tick is the one that `event_ns` falls in. An open one begins anew."""
         if session in self._sessions:
             self._discard(session)
-        streams = {
-            name: _Stream(spec, topics.MODALITIES[name], self._lateness_ns.get(name, 0))
+        streams = [
+            _Stream(spec, topics.MODALITIES[name], self._lateness_ns.get(name, 0), self.counts[name], self._zeros[name])
             for name, spec in self._specs.items()
-        }
-        self._sessions[session] = _Session(streams, event_ns // self.tick_ns, event_ns)
+        ]
+        self._sessions[session] = _Session(session, streams, event_ns // self.tick_ns, self.tick_ns, event_ns)
         if expected is not None:
             self.expect(session, expected)
 
     def expect(self, session: str, expected: Sequence[str]) -> None:
         """Say which streams the session has now: the others are not waited for."""
         if session in self._sessions:
-            for name, stream in self._sessions[session].streams.items():
-                stream.expected = name in expected
+            self._sessions[session].expect(expected)
 
     def close(self, session: str, event_ns: int, closed: Stamps) -> list[Tick]:
         """End a session: the ticks up to `event_ns` close with what they have."""
         if session not in self._sessions:
             return []
-        ticks = self._close_until(session, event_ns // self.tick_ns, closed)
+        ticks = self._close_until(self._sessions[session], event_ns // self.tick_ns, closed)
         self._discard(session)
         return ticks
 
     def _discard(self, session: str) -> None:
-        for name, stream in self._sessions.pop(session).streams.items():
-            self.counts[name].unclosed += sum(len(s) for s in stream.open.values())
+        for stream in self._sessions.pop(session).streams:
+            stream.counts.unclosed += sum(len(s) for s in stream.open.values())
 
     def push(self, envelope: Envelope) -> list[Tick]:
         """Take one message; the ticks that it closes, in order."""
-        if envelope.topic == topics.CLOCK:
+        topic, event_ns = envelope.topic, envelope.event_ns
+        if topic == topics.CLOCK:
             ticks: list[Tick] = []
-            for name, session in self._sessions.items():
-                session.clock_ns = max(session.clock_ns, envelope.event_ns)
-                # most clock messages come too early to close anything: some stream is still being waited for
-                if session.clock_ns - session.soonest_ns >= (session.closed + 1) * self.tick_ns:
-                    ticks += self._advance(name, envelope)
+            for session in self._sessions.values():
+                if event_ns > session.clock_ns:
+                    session.clock_ns = event_ns
+                if session.clock_ns >= session.due_ns:
+                    ticks += self._advance(session, envelope)
             return ticks
-        modality = self._feature_topics.get(envelope.topic)
-        if modality is None:
+        its_session = self._sessions.get(envelope.session)
+        if its_session is None:
+            if topic in self._feature_topics:
+                counts = self.counts[self._feature_topics[topic]]
+                counts.received += 1
+                counts.outside += 1
             return []
-        if not self._take(modality, envelope):
+        stream = its_session.by_topic.get(topic)
+        if stream is None:
             return []
-        session = self._sessions[envelope.session]
-        stream = session.streams[modality]
-        if stream.dense and stream.newest_ns >= (session.closed + 1) * self.tick_ns:
-            return self._advance(envelope.session, envelope)
+        newest_ns, end_ns = stream.newest_ns, its_session.end_ns
+        if (
+            self._take(its_session, stream, envelope, event_ns)
+            and stream.dense
+            and stream.newest_ns >= end_ns
+            and (newest_ns < end_ns or its_session.unsettled)
+        ):
+            return self._advance(its_session, envelope)
         return []
 
-    def _take(self, name: str, envelope: Envelope) -> bool:
+    def _take(self, session: _Session, stream: _Stream, envelope: Envelope, event_ns: int) -> bool:
         """Put a feature vector where it belongs; False if it is not in any tick."""
-        counts = self.counts[name]
+        counts = stream.counts
         counts.received += 1
-        session = self._sessions.get(envelope.session)
-        if session is None:
-            counts.outside += 1
-            return False
-        stream = session.streams[name]
-        payload, event_ns = envelope.payload, envelope.event_ns
+        payload, seq = envelope.payload, envelope.seq
         if (
             isinstance(payload, bytes)
             or payload.dtype != _FLOAT32
-            or payload.shape != (stream.sample_size,)
-            or not math.isfinite(payload.sum())
-            or (stream.spec.encoder and envelope.origin != stream.spec.encoder)
+            or payload.shape != stream.shape
+            # not all(): comparing the flags as bytes takes a quarter of that
+            or _isfinite(payload, stream.flags).tobytes() != stream.all_true
+            or (stream.encoder and envelope.origin != stream.encoder)
             or not -self._max_behind_ns <= event_ns - session.clock_ns <= self._max_ahead_ns
         ):
             counts.quarantined += 1
-            if name not in self.misfits:
-                self.misfits[name] = self._misfit(stream, envelope, session.clock_ns)
+            if stream.name not in self.misfits:
+                self.misfits[stream.name] = self._misfit(stream, envelope, session.clock_ns)
             return False
-        previous_ns = stream.head_ns
-        if not stream.order(envelope.seq, event_ns):
-            counts.duplicate += 1
-            return False
-        if event_ns <= previous_ns:
-            counts.non_monotonic += 1
+        if seq == stream.next_seq and event_ns > stream.head_ns and not stream.pending:
+            # in order, as nearly always
+            stream.next_seq = seq + 1
+            stream.head_ns = stream.newest_ns = event_ns
+            stream.seen.add(seq)
+            if not seq % _MAX_PENDING:
+                stream.forget()
+        else:
+            previous_ns = stream.head_ns
+            if not stream.order(seq, event_ns):
+                counts.duplicate += 1
+                return False
+            if event_ns <= previous_ns:
+                counts.non_monotonic += 1
+            if stream.pending:
+                session.unsettle()
         index = -(-event_ns // self.tick_ns)
         if index <= session.closed:
             if stream.dense:
@@ -277,7 +393,13 @@ class Aligner:
                 return False
             counts.late_joined += 1
             index = session.closed + 1
-        stream.open.setdefault(index, []).append((event_ns, envelope.seq, payload))
+        samples = stream.open.get(index)
+        if samples is None:
+            stream.open[index] = [(event_ns, seq, payload)]
+        else:
+            samples.append((event_ns, seq, payload))
+            if event_ns <= samples[-2][0]:
+                samples.sort(key=_when)  # in event order whatever order they came in
         return True
 
     @staticmethod
@@ -285,52 +407,38 @@ class Aligner:
         """Why such a message is in no tick."""
         payload, spec = envelope.payload, stream.spec
         if isinstance(payload, bytes) or payload.dtype != _FLOAT32 or payload.ndim != 1:
-            return f"its features are no vector of float32, the model takes {stream.sample_size} numbers"
-        if len(payload) != stream.sample_size:
-            return f"its features have {len(payload)} numbers, the model takes {stream.sample_size}"
-        if not math.isfinite(payload.sum()):
+            return f"its features are no vector of float32, the model takes {stream.shape[0]} numbers"
+        if payload.shape != stream.shape:
+            return f"its features have {len(payload)} numbers, the model takes {stream.shape[0]}"
+        if not _isfinite(payload).all():
             return "its features hold a number that is not finite"
         if spec.encoder and envelope.origin != spec.encoder:
             return f"its encoder is {envelope.origin or 'not named'}, the model was trained with {spec.encoder}"
         return f"its stamp is {(envelope.event_ns - clock_ns) / 1e9:+.3f} s from the clock"
 
-    def _watermark(self, session: _Session) -> int:
-        watermark: int | None = None
-        for stream in session.streams.values():
-            if not stream.expected:
-                continue
-            horizon_ns = session.clock_ns - stream.lateness_ns
-            if stream.pending:
-                stream.give_up_gaps(horizon_ns)
-            if stream.dense:
-                reached = max(stream.newest_ns, horizon_ns)
-            elif stream.lateness_ns:
-                reached = horizon_ns
-            else:
-                continue
-            watermark = reached if watermark is None else min(watermark, reached)
-        return session.clock_ns if watermark is None else watermark
-
-    def _advance(self, name: str, cause: Envelope) -> list[Tick]:
-        session = self._sessions[name]
-        index = self._watermark(session) // self.tick_ns
+    def _advance(self, session: _Session, cause: Envelope) -> list[Tick]:
+        index = session.watermark_ns() // self.tick_ns
         if index <= session.closed:
             return []
-        return self._close_until(name, index, stamps_of(cause))
+        return self._close_until(session, index, stamps_of(cause))
 
-    def _close_until(self, name: str, index: int, closed: Stamps) -> list[Tick]:
-        session = self._sessions[name]
+    def _close_until(self, session: _Session, index: int, closed: Stamps) -> list[Tick]:
         ticks = []
         for k in range(session.closed + 1, index + 1):
             end_ns = k * self.tick_ns
             features, present, age_ns = {}, {}, {}
-            for modality, stream in session.streams.items():
-                vector = stream.reduce(k, self.counts[modality])
-                present[modality] = vector is not None
-                features[modality] = self._zeros[modality] if vector is None else vector
-                age_ns[modality] = end_ns - stream.last_used_ns if stream.last_used_ns != _NEVER else -1
-            ticks.append(Tick(name, k, end_ns, features, present, age_ns, closed))
-        session.closed = max(session.closed, index)
+            for stream in session.streams:
+                name = stream.name
+                samples = stream.open.pop(k, None)
+                if samples is None:
+                    features[name], present[name] = stream.zeros, False
+                else:
+                    features[name], present[name] = stream.reduce(samples), True
+                age_ns[name] = end_ns - stream.last_used_ns if stream.last_used_ns != _NEVER else -1
+            ticks.append(Tick(session.name, k, end_ns, features, present, age_ns, closed))
+        if index > session.closed:
+            session.closed = index
+            session.until((index + 1) * self.tick_ns)
         return ticks
 
 

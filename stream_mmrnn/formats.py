@@ -1,13 +1,15 @@
 """What each topic's messages look like inside a recording: bytes <-> envelope contents, and their schemas.
 
-Features and the clock are small protobuf messages with fixed places, so that numpy reads the numbers where they lie;
-sessions, ticks and predictions are the JSON that was on the bus. Pure. Knows nothing about files or MCAP.
+Features and the clock are small protobuf messages. This program writes them with fixed places, and reads those without
+protobuf, which would make a Python float of every number; any other layout goes to protobuf itself. Sessions, ticks and
+predictions are the JSON that was on the bus. Pure. Knows nothing about files or MCAP.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from functools import cache, lru_cache
 from typing import Any
 
 import msgspec
@@ -17,9 +19,13 @@ from stream_mmrnn import topics, wire
 from stream_mmrnn.errors import RecordingError, WireError
 from stream_mmrnn.types import Envelope
 
-_FEATURES_HEAD = struct.Struct("<BqBqB")
+_STAMPS = struct.Struct("<BqBq")
+_STAMPS_SIZE, _unpack_stamps = _STAMPS.size, _STAMPS.unpack_from
 _CLOCK = struct.Struct("<Bq")
+_CLOCK_SIZE, _unpack_clock = _CLOCK.size, _CLOCK.unpack_from
 _TAG_1_FIXED64, _TAG_2_FIXED64, _TAG_3_BYTES = 0x09, 0x11, 0x1A
+_FLOAT32 = np.dtype(np.float32)
+_frombuffer = np.frombuffer
 
 
 def _varint(n: int) -> bytes:
@@ -35,24 +41,40 @@ def encode_features(envelope: Envelope) -> bytes:
     if isinstance(envelope.payload, bytes) or envelope.payload.dtype != np.float32:
         raise WireError("features are float32")
     body = envelope.payload.tobytes()
-    head = _FEATURES_HEAD.pack(_TAG_1_FIXED64, envelope.event_ns, _TAG_2_FIXED64, envelope.capture_ns, _TAG_3_BYTES)
-    return head + _varint(len(body)) + body
+    stamps = _STAMPS.pack(_TAG_1_FIXED64, envelope.event_ns, _TAG_2_FIXED64, envelope.capture_ns)
+    return stamps + _values_head(len(body)) + body
 
 
-def decode_features(data: bytes) -> tuple[int, int, np.ndarray[Any, np.dtype[np.float32]]]:
-    tag_1, event_ns, tag_2, capture_ns, tag_3 = _FEATURES_HEAD.unpack_from(data)
-    if (tag_1, tag_2, tag_3) != (_TAG_1_FIXED64, _TAG_2_FIXED64, _TAG_3_BYTES):
-        raise RecordingError("a feature message is not laid out as this release writes it")
-    at, shift, size = _FEATURES_HEAD.size, 0, 0
-    while True:
-        byte = data[at]
-        size |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 0x80:
-            break
-    if at + size != len(data):
-        raise RecordingError("a feature message is shorter than it says")
-    return event_ns, capture_ns, np.frombuffer(data, "<f4", offset=at)
+def _values_head(size: int) -> bytes:
+    """What stands before `size` bytes of numbers."""
+    return bytes((_TAG_3_BYTES,)) + _varint(size)
+
+
+@lru_cache(maxsize=256)
+def _layout(length: int) -> tuple[int, bytes]:
+    """Where the numbers begin in a feature message of `length` bytes, and what stands before them.
+
+    (0, b"") where none is so long. A stream's messages are all of one length, so that this is looked up.
+    """
+    for head_size in range(2, 7):
+        begin = _STAMPS_SIZE + head_size
+        size = length - begin
+        if size >= 0 and size % _FLOAT32.itemsize == 0 and len(_values_head(size)) == head_size:
+            return begin, _values_head(size)
+    return 0, b""
+
+
+def decode_features(data: bytes, at: int, end: int) -> tuple[int, int, np.ndarray[Any, np.dtype[np.float32]]]:
+    """Event time, capture time and numbers; raises RecordingError where protobuf would refuse the message."""
+    begin, head = _layout(end - at)
+    if begin:
+        tag_1, event_ns, tag_2, capture_ns = _unpack_stamps(data, at)
+        begin += at
+        if tag_1 == _TAG_1_FIXED64 and tag_2 == _TAG_2_FIXED64 and data[at + _STAMPS_SIZE : begin] == head:
+            # copied: the numbers begin at an odd byte, and every later use would pay for that
+            return event_ns, capture_ns, _frombuffer(data[begin:end], _FLOAT32)
+    message = _by_protobuf("Features", data[at:end])
+    return message.event_ns, message.capture_ns, np.array(message.values, np.float32)
 
 
 class _EventTime(msgspec.Struct):
@@ -66,16 +88,22 @@ def encode_clock(envelope: Envelope) -> bytes:
     return _CLOCK.pack(_TAG_1_FIXED64, envelope.event_ns)
 
 
-def decode_json(data: bytes) -> tuple[int, None, bytes]:
-    return event_time.decode(data).event_ns, None, data
+def decode_json(data: bytes, at: int, end: int) -> tuple[int, None, bytes]:
+    message = data[at:end]
+    return event_time.decode(message).event_ns, None, message
 
 
-def decode_clock(data: bytes) -> tuple[int, None, bytes]:
-    return _CLOCK.unpack(data)[1], None, b""
+def decode_clock(data: bytes, at: int, end: int) -> tuple[int, None, bytes]:
+    """Event time; raises RecordingError where protobuf would refuse the message."""
+    if end - at == _CLOCK_SIZE:
+        tag, event_ns = _unpack_clock(data, at)
+        if tag == _TAG_1_FIXED64:
+            return event_ns, None, b""
+    return _by_protobuf("Clock", data[at:end]).event_ns, None, b""
 
 
-Decode = Callable[[bytes], tuple[int, int | None, Any]]
-"""Content of a message -> event_ns, capture_ns where it is there, payload."""
+Decode = Callable[[bytes, int, int], tuple[int, int | None, Any]]
+"""Bytes with a message in them, where it begins and ends -> event_ns, capture_ns where it is there, payload."""
 
 
 def own_schema(name: str) -> bytes:
@@ -91,6 +119,26 @@ def own_schema(name: str) -> bytes:
         message.field.add(name="values", number=3, type=field.TYPE_FLOAT, label=field.LABEL_REPEATED)
     data: bytes = pb.FileDescriptorSet(file=[file]).SerializeToString()
     return data
+
+
+@cache
+def _protobuf_class(name: str) -> Any:
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    files = descriptor_pb2.FileDescriptorSet.FromString(own_schema(name)).file
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(files[0])
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"stream_mmrnn.{name}"))
+
+
+def _by_protobuf(name: str, data: bytes) -> Any:
+    """A message of ours in whatever layout protobuf allows: another program may have written it."""
+    from google.protobuf.message import DecodeError
+
+    try:
+        return _protobuf_class(name).FromString(data)
+    except DecodeError as e:
+        raise RecordingError(f"a message is no {name} of ours: {e}") from e
 
 
 JSON_KINDS = {

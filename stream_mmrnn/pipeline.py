@@ -91,17 +91,19 @@ def predict(
     error is raised. A session message that cannot be read is counted by the aligner.
     """
     for envelope in envelopes:
-        if envelope.topic == topics.SESSION:
-            try:
-                ticks = _session(envelope, aligner, engine, refused)
-            except WireError:
-                aligner.malformed += 1
-                continue
-        else:
+        if envelope.topic != topics.SESSION:
             ticks = aligner.push(envelope)
+            if ticks:
+                yield from engine.step(ticks)
+            continue
+        try:
+            ticks = _session(envelope, aligner, engine, refused)
+        except WireError:
+            aligner.malformed += 1
+            continue
         if ticks:
             yield from engine.step(ticks)
-        if envelope.topic == topics.SESSION and envelope.session not in aligner and envelope.session in engine:
+        if envelope.session not in aligner and envelope.session in engine:
             engine.close(envelope.session)
 
 

@@ -13,6 +13,7 @@ import struct
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ import zstandard
 from mcap.data_stream import ReadDataStream
 from mcap.exceptions import McapError
 from mcap.opcode import Opcode
-from mcap.records import Channel, Chunk, Metadata, Schema
+from mcap.records import Channel, Metadata, Schema
 from mcap.writer import CompressionType, IndexType, Writer
 
 from stream_mmrnn import topics, wire
@@ -61,7 +62,12 @@ _UNREADABLE = (
     msgspec.MsgspecError,
     RecordingError,
 )
-_MESSAGE = struct.Struct("<HIQQ")
+_MESSAGE = struct.Struct("<BQHI8xQ")
+"""A message record until its data: opcode, length, channel, seq, log time (not read), publish time."""
+_CHUNK = struct.Struct("<16xQII")
+"""A chunk's content: start and end time (not read), size and checksum uncompressed, length of what comes next, the
+compression's name. Then the length of the records, and these."""
+_LENGTH = struct.Struct("<Q")
 
 
 class _Channel(NamedTuple):
@@ -70,7 +76,6 @@ class _Channel(NamedTuple):
     topic: str
     session: str
     origin: str
-    wanted: bool
     decode: Decode
 
 
@@ -310,70 +315,95 @@ class Recording:
 
         A file that was cut off yields what is whole; `damage` then says so.
         """
-        channels: dict[int, _Channel] = {}
+        return chain.from_iterable(self.batches(wanted))
+
+    def batches(self, wanted: Collection[str] | None = None) -> Iterator[list[Envelope]]:
+        """The same, some at a time: who handles them so spares a step of a generator for each."""
+        channels: dict[int, _Channel | None] = {}
         schemas: dict[int, Schema] = {}
-        for opcode, data in self._records():
+        for opcode, content in self._records():
+            batch: list[Envelope] = []
             try:
                 if opcode == Opcode.CHUNK:
-                    yield from self._chunk(Chunk.read(_stream(data)), channels, schemas, wanted)
+                    self._read(self._unpacked(content), channels, schemas, wanted, batch)
                 elif opcode == Opcode.METADATA:
-                    record = Metadata.read(_stream(data))
+                    record = Metadata.read(_stream(content))
                     if record.name == METADATA_END:
                         self.end = record.metadata
             except _UNREADABLE as e:
                 self.damage = f"{self.path.name} has a damaged record ({e})"
+                yield batch
                 return
+            yield batch
 
-    def _chunk(
+    def _unpacked(self, chunk: bytes) -> bytes:
+        """The records of a chunk, as its checksum says they were written."""
+        size, checksum, name_size = _CHUNK.unpack_from(chunk)
+        at = _CHUNK.size + name_size
+        compression = chunk[_CHUNK.size : at].decode()
+        (length,) = _LENGTH.unpack_from(chunk, at)
+        at += _LENGTH.size
+        if size > _MAX_RECORD_BYTES:
+            raise RecordingError(f"it says that it holds {size} bytes")
+        if at + length > len(chunk):
+            raise RecordingError("its records are longer than it is")
+        records = memoryview(chunk)[at : at + length]
+        if compression == "zstd":
+            data = self._zstd.decompress(records, max_output_size=size)
+        elif compression:
+            raise RecordingError(f"compression {compression!r} is not one that this program writes")
+        else:
+            data = bytes(records)
+        if checksum and zlib.crc32(data) != checksum:
+            raise RecordingError("its checksum is wrong")
+        return data
+
+    def _read(
         self,
-        chunk: Chunk,
-        channels: dict[int, _Channel],
+        data: bytes,
+        channels: dict[int, _Channel | None],
         schemas: dict[int, Schema],
         wanted: Collection[str] | None,
-    ) -> Iterator[Envelope]:
-        """The messages of one chunk. The hot loop of every replay: its reader is its own, ours alone is read."""
-        data = chunk.data
-        if chunk.uncompressed_size > _MAX_RECORD_BYTES:
-            raise RecordingError(f"it says that it holds {chunk.uncompressed_size} bytes")
-        if chunk.compression == "zstd":
-            data = self._zstd.decompress(data, max_output_size=chunk.uncompressed_size)
-        elif chunk.compression:
-            raise RecordingError(f"compression {chunk.compression!r} is not one that this program writes")
-        if chunk.uncompressed_crc and zlib.crc32(data) != chunk.uncompressed_crc:
-            raise RecordingError("its checksum is wrong")
+        batch: list[Envelope],
+    ) -> None:
+        """Put the messages in the records of one chunk into `batch`. The hot loop of every replay.
+
+        `channels` holds None for those that nobody wants: theirs are stepped over, whatever is in them.
+        """
         at, end, offset_ns = 0, len(data), self._offset_ns
-        head, message, head_size, message_size = _RECORD.unpack_from, _MESSAGE.unpack_from, _RECORD.size, _MESSAGE.size
+        message, message_size, head_size = _MESSAGE.unpack_from, _MESSAGE.size, _RECORD.size
+        add = batch.append
+        last = end - message_size  # no message begins later than here
         while at < end:
-            opcode, length = head(data, at)
-            at += head_size
-            following = at + length
+            if at <= last:
+                # as if every record were a message: nearly all are, and one reading is cheaper than two
+                opcode, length, channel_id, seq, publish_ns = message(data, at)
+            else:
+                opcode, length = _RECORD.unpack_from(data, at)
+            following = at + head_size + length
             if following > end:
                 raise RecordingError("a record is longer than its chunk")
             if opcode == 0x05:
-                channel_id, seq, _, publish_ns = message(data, at)
+                if following < at + message_size:
+                    raise RecordingError("a message is shorter than its head")
                 channel = channels[channel_id]
-                if channel.wanted:
+                if channel is not None:
+                    topic, session, origin, decode = channel
+                    event_ns, capture_ns, payload = decode(data, at + message_size, following)
                     publish_ns -= offset_ns
-                    event_ns, capture_ns, payload = channel.decode(data[at + message_size : following])
-                    yield Envelope(
-                        channel.topic,
-                        channel.session,
-                        seq,
-                        event_ns,
-                        publish_ns if capture_ns is None else capture_ns,
-                        publish_ns,
-                        payload,
-                        channel.origin,
-                    )
+                    if capture_ns is None:
+                        capture_ns = publish_ns
+                    add(Envelope(topic, session, seq, event_ns, capture_ns, publish_ns, payload, origin))
             elif opcode == 0x03:
-                schema = Schema.read(_stream(data[at:following]))
+                schema = Schema.read(_stream(data[at + head_size : following]))
                 schemas[schema.id] = schema
             elif opcode == 0x04:
-                record = Channel.read(_stream(data[at:following]))
-                channels[record.id] = self._plan(record, schemas[record.schema_id], wanted)
+                record = Channel.read(_stream(data[at + head_size : following]))
+                channel = self._plan(record, schemas[record.schema_id])
+                channels[record.id] = channel if wanted is None or record.topic in wanted else None
             at = following
 
-    def _plan(self, record: Channel, schema: Schema, wanted: Collection[str] | None) -> _Channel:
+    def _plan(self, record: Channel, schema: Schema) -> _Channel:
         topic = record.topic
         decode: Decode
         if topic.startswith(topics.FEATURE):
@@ -384,15 +414,14 @@ class Recording:
             decode = decode_json
         else:
 
-            def decode(body: bytes) -> tuple[int, None, Any]:
-                event_ns, payload = self._foxglove_payload(topic, schema, body)
+            def decode(data: bytes, at: int, end: int) -> tuple[int, None, Any]:
+                event_ns, payload = self._foxglove_payload(topic, schema, data[at:end])
                 return event_ns, None, payload
 
         return _Channel(
             topic,
             topics.EVERYONE if topic == topics.CLOCK else self.session,
             record.metadata.get("origin", ""),
-            wanted is None or topic in wanted,
             decode,
         )
 

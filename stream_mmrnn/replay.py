@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
@@ -19,56 +20,102 @@ from stream_mmrnn.clock import now_ns
 from stream_mmrnn.encoders import create
 from stream_mmrnn.engine import StepEngine
 from stream_mmrnn.errors import ConfigError, FileError, UsageError
-from stream_mmrnn.latency import StageTable
+from stream_mmrnn.latency import Histogram
 from stream_mmrnn.pipeline import pace, predict, reencode
 from stream_mmrnn.recording import Recording
 from stream_mmrnn.runtime import Provider
-from stream_mmrnn.types import Prediction
-from stream_mmrnn.wire import PredictionMessage
+from stream_mmrnn.types import Envelope, Prediction, Vectors
 
 From = Literal["features", "raw"]
 
 
-class Comparison:
-    """Predictions made now against those in the recording, tick by tick."""
+class _Then(msgspec.Struct, frozen=True, gc=False):
+    """What is compared of a recorded prediction: reading no more is half the work."""
 
-    def __init__(self, recorded: dict[int, PredictionMessage]) -> None:
-        self._recorded = recorded
-        self._seen: set[int] = set()
+    tick: int
+    heads: dict[str, list[float | None]]
+    present: dict[str, bool]
+    age_ns: dict[str, int]
+
+
+_then = msgspec.json.Decoder(_Then)
+
+
+class _Now(NamedTuple):
+    """The same of a prediction made now. Not the prediction itself: it would keep the features, too."""
+
+    heads: Vectors
+    present: dict[str, bool]
+    age_ns: dict[str, int]
+
+
+class Comparison:
+    """Predictions made now against those in the recording, tick by tick.
+
+    Both come in one pass, in whatever order; what has met its counterpart is forgotten.
+    """
+
+    def __init__(self) -> None:
+        self._then: dict[int, _Then] = {}
+        self._now: dict[int, _Now] = {}
+        self.recorded = 0
         self.different = 0
         self.extra = 0
+        self.missing = 0
         self.max_abs_difference = 0.0
         self.first = ""
         """One sentence about the first difference."""
 
+    def aside(self, batches: Iterable[Sequence[Envelope]]) -> Iterator[Envelope]:
+        """The same messages one by one, without the recorded predictions: these come here."""
+
+        def without(batch: Sequence[Envelope]) -> Sequence[Envelope]:
+            for envelope in batch:
+                if envelope.topic == topics.PREDICTION:
+                    self.see_recorded(envelope.payload)
+            return [e for e in batch if e.topic != topics.PREDICTION]
+
+        return chain.from_iterable(map(without, batches))
+
+    def see_recorded(self, payload: Any) -> None:
+        self.recorded += 1
+        try:
+            then = _then.decode(payload)
+        except msgspec.MsgspecError as e:
+            self.missing += 1
+            self._note(f"a recorded prediction cannot be read: {e}")
+            return
+        now = self._now.pop(then.tick, None)
+        if now is not None:
+            self._compare(then, now)
+        elif self._then.setdefault(then.tick, then) is not then:
+            self.missing += 1
+
     def see(self, prediction: Prediction) -> None:
         tick = prediction.tick
-        then = self._recorded.get(tick.index)
-        self._seen.add(tick.index)
-        if then is None:
+        now = _Now(prediction.heads, tick.present, tick.age_ns)
+        then = self._then.pop(tick.index, None)
+        if then is not None:
+            self._compare(then, now)
+        elif self._now.setdefault(tick.index, now) is not now:
             self.extra += 1
-            self._note(f"tick {tick.index} has no recorded prediction")
+
+    def _compare(self, then: _Then, now: _Now) -> None:
+        same = then.present == now.present and then.age_ns == now.age_ns
+        if same and then.heads == {name: values.tolist() for name, values in now.heads.items()}:
             return
-        if (
-            then.present == tick.present
-            and then.age_ns == tick.age_ns
-            and then.heads == {name: values.tolist() for name, values in prediction.heads.items()}
-        ):
-            return
-        same = (
-            then.present == tick.present and then.age_ns == tick.age_ns and then.heads.keys() == prediction.heads.keys()
-        )
+        same = same and then.heads.keys() == now.heads.keys()
         if not same:
-            self._note(f"tick {tick.index} saw other inputs than when it was recorded")
-        for name, values in prediction.heads.items():
+            self._note(f"tick {then.tick} saw other inputs than when it was recorded")
+        for name, values in now.heads.items():
             before = then.heads.get(name, [])
-            for now, old in zip(values.tolist(), before, strict=False):
-                if old is None or math.isnan(now):
-                    same = same and old is None and math.isnan(now)
-                elif now != old:
+            for new, old in zip(values.tolist(), before, strict=False):
+                if old is None or math.isnan(new):
+                    same = same and old is None and math.isnan(new)
+                elif new != old:
                     same = False
-                    self.max_abs_difference = max(self.max_abs_difference, abs(now - old))
-                    self._note(f"tick {tick.index}, head {name!r}: {now!r} now, {old!r} recorded")
+                    self.max_abs_difference = max(self.max_abs_difference, abs(new - old))
+                    self._note(f"tick {then.tick}, head {name!r}: {new!r} now, {old!r} recorded")
             same = same and len(values) == len(before)
         self.different += not same
 
@@ -76,15 +123,18 @@ class Comparison:
         self.first = self.first or sentence
 
     def summary(self) -> dict[str, Any]:
-        missing = len(self._recorded.keys() - self._seen)
+        """Counts, once both are at their end."""
+        extra, missing = self.extra + len(self._now), self.missing + len(self._then)
+        if extra and self._now:
+            self._note(f"tick {next(iter(self._now))} has no recorded prediction")
         if missing:
             self._note(f"{missing} recorded predictions were not made again")
         return {
-            "identical": not (self.different or self.extra or missing) and bool(self._recorded),
-            "recorded_predictions": len(self._recorded),
+            "identical": not (self.different or extra or missing) and self.recorded > 0,
+            "recorded_predictions": self.recorded,
             "different": self.different,
             "missing": missing,
-            "extra": self.extra,
+            "extra": extra,
             "max_abs_difference": self.max_abs_difference,
             "first_difference": self.first,
         }
@@ -121,11 +171,10 @@ def replay(
     """
     recording = Recording(path)
     settings = settings_of(recording)
-    recorded = {p.tick: p for p in recording.predictions()}
     name = model or settings.engine.model
     engine = StepEngine(config.find_model(name), settings.engine.slots, provider)
     if verify:
-        if not recorded:
+        if next(recording.predictions(), None) is None:
             raise FileError(f"{path} holds no predictions to compare with; it was made by `record`, or cut off early")
         if engine.spec.sha256 != recording.metadata.get("model_sha256"):
             raise UsageError(f"{path} was predicted by another version of the model {name!r}; give that one by --model")
@@ -135,20 +184,20 @@ def replay(
         if recording.metadata.get("raw") == "false":
             raise UsageError(f"{path} was recorded without raw streams (record.raw = false); replay it from features")
         wanted |= {topics.raw(m.name) for m in engine.spec.modalities}
-    envelopes = recording.envelopes(wanted)
+    comparison = Comparison()
+    envelopes = comparison.aside(recording.batches(wanted | {topics.PREDICTION}))
     if source == "raw":
         envelopes = reencode(envelopes, {m.name: create(m.name) for m in engine.spec.modalities})
     if speed is not None:
         envelopes = pace(envelopes, speed, alive)
-    comparison = Comparison(recorded)
-    latency = StageTable(("step",))
+    steps = Histogram()
     count, first_ns, last_ns = 0, 0, 0
     began_ns = now_ns()
     for prediction in predict(envelopes, aligner, engine):
         count += 1
         first_ns = first_ns or prediction.tick.event_ns
         last_ns = prediction.tick.event_ns
-        latency.add({"step": prediction.step_end_ns - prediction.step_start_ns})
+        steps.add(prediction.step_end_ns - prediction.step_start_ns)
         comparison.see(prediction)
         see(prediction)
         if not alive():
@@ -175,7 +224,7 @@ def replay(
         "covered_s": round(covered_s, 3),
         "seconds": round(seconds, 4),
         "times_real_time": round(covered_s / seconds, 1) if seconds else 0.0,
-        "latency_ms": latency.table(),
+        "latency_ms": {"step": steps.row()} if count else {},
         "damage": recording.damage,
     }
 

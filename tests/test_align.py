@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -261,6 +263,57 @@ def test_whatever_comes_is_accounted_for(messages: list[tuple[str, int, int, flo
         for name, present in tick.present.items():
             assert present or not tick.features[name].any()
             assert np.isfinite(tick.features[name]).all()
+
+
+class Thorough(Aligner):
+    """Looks at every stream for every message that may close a tick: what the aligner's shortcuts have to equal."""
+
+    def _take(self, *args: object) -> bool:
+        self.took = super()._take(*args)
+        return self.took
+
+    def push(self, envelope: Envelope) -> list[Tick]:
+        session = self._sessions["s"]
+        session.unsettle()
+        self.took = False
+        ticks = super().push(envelope)
+        session.unsettle()
+        if self.took:
+            stream = session.by_topic[envelope.topic]
+            due = stream.dense and stream.newest_ns >= session.end_ns
+        else:
+            due = envelope.topic == topics.CLOCK and session.clock_ns >= session.end_ns + session.soonest_ns
+        return ticks + (self._advance(session, envelope) if due else [])
+
+
+@settings(max_examples=300)
+@given(st.integers(0, 2**32))
+def test_knowing_what_to_wait_for_changes_no_tick(seed: int) -> None:
+    """With gaps, restarts, late messages and streams that come and go: as if every stream were looked at each time."""
+    chance = random.Random(seed)
+    lateness_ns = {name: chance.choice([0, 20, 60, 80]) for name in LATE}
+    quick, thorough = Aligner(SPECS, T, lateness_ns, 500, 5000), Thorough(SPECS, T, lateness_ns, 500, 5000)
+    for a in (quick, thorough):
+        a.open("s", 0)
+    now, seq = 0, dict.fromkeys(LATE, 0)
+    trouble, jitter = chance.choice([0, 0.05, 0.3]), chance.choice([0, 10, 60])
+    for _ in range(200):
+        now += chance.choice([0, 1, 2, 5, 10])
+        kind = chance.choice(["clock", "clock", *LATE])
+        if chance.random() < 0.05:
+            expected = chance.sample(sorted(LATE), chance.randint(0, 3))
+            quick.expect("s", expected)
+            thorough.expect("s", expected)
+        if kind == "clock":
+            message = clock(now)
+        else:
+            number = seq[kind]
+            if chance.random() < trouble:
+                number = max(0, chance.choice([0, number - 2, number - 1, number + 1, number + 3]))
+            seq[kind] = number + 1 if chance.random() < 0.7 else max(number + 1, seq[kind])
+            message = feature(kind, number, now - chance.randint(0, jitter) + chance.choice([0, 0, 0, 50]))
+        assert facts(quick.push(message)) == facts(thorough.push(message))
+    assert quick.counts == thorough.counts
 
 
 def test_opening_again_begins_anew() -> None:

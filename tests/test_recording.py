@@ -4,13 +4,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import DecodeError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mcap.reader import make_reader
 from mcap_protobuf.decoder import DecoderFactory
 
 from stream_mmrnn import topics, wire
-from stream_mmrnn.errors import FileError
+from stream_mmrnn.errors import FileError, RecordingError
+from stream_mmrnn.formats import decode_clock, decode_features, encode_features, own_schema
 from stream_mmrnn.recording import Recorder, Recording
 from stream_mmrnn.types import Envelope, Stamps
 
@@ -209,3 +212,108 @@ def test_what_no_file_can_hold_is_counted_and_the_rest_is_kept(tmp_path: Path) -
     recording = Recording(tmp_path / "a.mcap")
     assert all(same(a, b) for a, b in zip(good, recording.envelopes(), strict=True))
     assert recording.end["unwritable"] == str(2 * len(bad))
+
+
+def protobuf(name: str) -> object:
+    """The real decoder of our messages, from the schema that the file carries."""
+    files = descriptor_pb2.FileDescriptorSet.FromString(own_schema(name)).file
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(files[0])
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"stream_mmrnn.{name}"))
+
+
+FEATURES, CLOCK = protobuf("Features"), protobuf("Clock")
+STAMPS = st.integers(-(2**63), 2**63 - 1)
+
+
+@st.composite
+def near_messages(draw: st.DrawFn) -> bytes:
+    """Ours, the same in another layout, and both with damage."""
+    numbers = draw(st.lists(st.floats(width=32), max_size=draw(st.sampled_from([4, 40]))))
+    event, capture = draw(STAMPS), draw(STAMPS)
+    if draw(st.booleans()):
+        made = encode_features(Envelope("feature/audio", "s", 0, event, capture, 0, np.array(numbers, np.float32)))
+    else:
+        made = FEATURES(event_ns=event, capture_ns=capture, values=numbers).SerializeToString()
+    if draw(st.booleans()):
+        made = made[: draw(st.sampled_from([9, 18, len(made)]))]
+    content = bytearray(made)
+    for _ in range(draw(st.integers(0, 2))):
+        if content:
+            content[draw(st.integers(0, min(len(content) - 1, 24)))] = draw(st.integers(0, 255))
+    return bytes(content[: draw(st.integers(0, len(content)))] if draw(st.booleans()) else content)
+
+
+ANYTHING = st.one_of(st.binary(max_size=60), near_messages())
+
+
+@settings(max_examples=500)
+@given(ANYTHING, st.binary(max_size=3), st.binary(max_size=30))
+def test_features_are_read_as_protobuf_reads_them(message: bytes, before: bytes, after: bytes) -> None:
+    at, end = len(before), len(before) + len(message)
+    try:
+        expected = FEATURES.FromString(message)
+    except DecodeError:
+        with pytest.raises(RecordingError, match="no Features"):
+            decode_features(before + message + after, at, end)
+        return
+    event_ns, capture_ns, values = decode_features(before + message + after, at, end)
+    assert (event_ns, capture_ns, values.dtype) == (expected.event_ns, expected.capture_ns, np.float32)
+    np.testing.assert_array_equal(values, np.array(expected.values, np.float32))
+
+
+@settings(max_examples=500)
+@given(ANYTHING, st.binary(max_size=3), st.binary(max_size=30))
+def test_the_clock_is_read_as_protobuf_reads_it(message: bytes, before: bytes, after: bytes) -> None:
+    at, end = len(before), len(before) + len(message)
+    try:
+        expected = CLOCK.FromString(message)
+    except DecodeError:
+        with pytest.raises(RecordingError, match="no Clock"):
+            decode_clock(before + message + after, at, end)
+        return
+    assert decode_clock(before + message + after, at, end) == (expected.event_ns, None, b"")
+
+
+@pytest.mark.parametrize("count", [0, 1, 31, 32, 4095, 4096, 600_000])
+def test_features_of_any_length_are_read_where_they_lie(count: int) -> None:
+    """Without protobuf, whatever the length of what says their length."""
+    numbers = np.random.default_rng(0).standard_normal(count).astype(np.float32)
+    numbers[::7] = np.nan
+    message = encode_features(Envelope("feature/audio", "s", 0, 5, 6, 0, numbers))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stream_mmrnn.formats._by_protobuf", None)
+        event_ns, capture_ns, values = decode_features(b"x" + message, 1, 1 + len(message))
+    assert (event_ns, capture_ns, values.tobytes()) == (5, 6, numbers.tobytes())
+    assert FEATURES.FromString(message).event_ns == 5
+
+
+def test_what_nobody_wants_is_not_read(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("it was read")
+
+    monkeypatch.setattr(Recording, "_foxglove_payload", refuse)
+    wanted = {"feature/audio", "feature/vision", "clock", "session"}
+    read = list(Recording(whole).envelopes(wanted))
+    assert len(read) == 3 * 40 + 1
+    monkeypatch.setattr("stream_mmrnn.recording.decode_features", refuse)
+    assert len(list(Recording(whole).envelopes({"clock"}))) == 40
+
+
+@pytest.mark.parametrize("opened", [b"\x09\x01", b"\xff\xff\xff"])
+def test_a_chunk_is_read_up_to_its_damaged_message(tmp_path: Path, opened: bytes) -> None:
+    """Another program's file: the checksum is right, the message is not."""
+    good = [e for e in session_of(4) if e.topic == topics.CLOCK]
+    recorder = Recorder(tmp_path / "a.mcap", "live", {})
+    for e in good[:2]:
+        recorder.write(e)
+    recorder._data = lambda _: opened
+    recorder.write(good[2])
+    del recorder._data
+    recorder.write(good[3])
+    recorder.close({})
+    recording = Recording(tmp_path / "a.mcap")
+    read = list(recording.envelopes())
+    assert len(read) == 2
+    assert all(same(a, b) for a, b in zip(good, read, strict=False))
+    assert "damaged record" in recording.damage
