@@ -6,8 +6,11 @@ encoders' graphs (silero VAD is a stateful one) come through here alike.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import mmap
 import sys
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -94,7 +97,9 @@ class Graph:
         wanted: list[Any] = ["CPUExecutionProvider"]
         if resolve(provider) == "cuda":
             ort.preload_dlls()
-            wanted.insert(0, (_CUDA, {"enable_cuda_graph": "1" if cuda_graph else "0"}))
+            # TF32 is onnxruntime's default and rounds factors to 10 bits: too coarse for what the CPU computes
+            options_of_cuda = {"enable_cuda_graph": "1" if cuda_graph else "0", "use_tf32": "0"}
+            wanted.insert(0, (_CUDA, options_of_cuda))
         try:
             self.session = ort.InferenceSession(data, options, providers=wanted)
         except Exception as e:  # onnxruntime raises a dozen types of its own
@@ -185,12 +190,32 @@ def _pinned(array: Array) -> tuple[Any, Array] | None:
     try:
         kind = ort.OrtDeviceMemoryType.HOST_ACCESSIBLE
         infos = [d.memory_info(kind) for d in ort.get_ep_devices() if d.ep_name == _CUDA]
-        if not infos or infos[0] is None:
-            return None
-        value = ort.OrtValue.ortvalue_from_shape_and_type(array.shape, array.dtype.type, memory_info=infos[0])
-        return value, value.numpy()
-    except Exception:  # onnxruntime raises a dozen types of its own; ordinary memory does it too, only slower
+        if infos and infos[0] is not None:
+            value = ort.OrtValue.ortvalue_from_shape_and_type(array.shape, array.dtype.type, memory_info=infos[0])
+            return value, value.numpy()
+    except Exception:  # noqa: S110  # onnxruntime raises a dozen types of its own; there is another way
+        pass
+    locked = _locked(array)
+    return None if locked is None else (ort.OrtValue.ortvalue_from_numpy(locked, "cpu", 0), locked)
+
+
+def _locked(array: Array) -> Array | None:
+    """Pages of our own, locked by the CUDA runtime that the provider has loaded; None where it is not or does not.
+
+    A build whose CUDA is no plug-in lists no devices, so onnxruntime has no such memory to give.
+    """
+    try:
+        cuda = ctypes.CDLL(f"libcudart.so.{str(getattr(ort, 'cuda_version', '')).split('.')[0]}")
+    except OSError:
         return None
+    pages = -(-max(array.nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+    whole = np.zeros(pages + mmap.PAGESIZE, np.uint8)  # no page is shared with what is not locked
+    begin = -whole.ctypes.data % mmap.PAGESIZE
+    address = ctypes.c_void_p(whole.ctypes.data + begin)
+    if cuda.cudaHostRegister(address, ctypes.c_size_t(pages), 0) != 0:
+        return None
+    weakref.finalize(whole, cuda.cudaHostUnregister, address)
+    return whole[begin : begin + array.nbytes].view(array.dtype).reshape(array.shape)
 
 
 class DeviceBinding:

@@ -1,0 +1,184 @@
+"""Models to measure: a step of two GRU layers of any width, written as bytes, without torch and without onnx.
+
+Seeded weights of the size that training begins with; the graph is what the exporter makes: plain operations, masks and
+the contract inside. `weights` gives the same numbers to whoever computes the step another way. Knows nothing about who
+runs it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from stream_mmrnn import onnx_bytes
+from stream_mmrnn.contract import METADATA_KEY, NEXT, STATE, write_contract
+from stream_mmrnn.onnx_bytes import initializer, node
+from stream_mmrnn.types import HeadSpec, ModalitySpec
+
+INPUT, CLASSES, LAYERS = 256, 8, 2
+MODALITY, HEAD = "signal", "next"
+TICK_NS = 40_000_000
+_OPSET, _IR = 17, 8
+_BATCH = "batch"
+_MICROSOFT, _BLOCK = "com.microsoft", 128
+
+Weights: TypeAlias = dict[str, npt.NDArray[np.float32]]
+
+
+def state_names() -> tuple[str, ...]:
+    return tuple(f"cell.{layer}.h" for layer in range(LAYERS))
+
+
+def weights(hidden: int, seed: int = 0) -> Weights:
+    """By name, rows are outputs. Of a layer's matrices the rows are reset gate, update gate, candidate, as in torch."""
+    rng = np.random.default_rng(seed)
+
+    def uniform(bound: float, *shape: int) -> npt.NDArray[np.float32]:
+        return rng.uniform(-bound, bound, shape).astype(np.float32)
+
+    # present and age count little beside the signal: an age is up to 10
+    found: Weights = {"about.weight": uniform(0.05, INPUT, 2), "about.bias": uniform(0.05, INPUT)}
+    for layer in range(LAYERS):
+        bound = hidden**-0.5
+        found[f"{layer}.input.weight"] = uniform(bound, 3 * hidden, hidden if layer else INPUT)
+        found[f"{layer}.input.bias"] = uniform(bound, 3 * hidden)
+        found[f"{layer}.state.weight"] = uniform(bound, 3 * hidden, hidden)
+        found[f"{layer}.state.bias"] = uniform(bound, 3 * hidden)
+    found["head.weight"] = uniform(4 * hidden**-0.5, CLASSES, hidden)
+    found["head.bias"] = uniform(hidden**-0.5, CLASSES)
+    return found
+
+
+def write(folder: Path, hidden: int, *, int8: bool = False) -> Path:
+    """`gru_step` as a file in `folder`."""
+    path = folder / f"gru_{hidden}{'.int8' if int8 else ''}.onnx"
+    path.write_bytes(gru_step(hidden, int8=int8))
+    return path
+
+
+def weight_count(hidden: int) -> int:
+    """Numbers that a step reads of its weights."""
+    return sum(array.size for array in weights(hidden).values())
+
+
+def gru_step(hidden: int, seed: int = 0, *, int8: bool = False) -> bytes:
+    """The ONNX file; `hidden` should be a multiple of 8, as every width that is served.
+
+    `int8`: the cells' matrices in 8 bits (MatMulNBits, blocks of 128, integer arithmetic: accuracy level 4).
+    """
+    held = weights(hidden, seed)
+    small = [n for n in held if int8 and n.endswith((".input.weight", ".state.weight"))]
+    parts = [
+        node("Unsqueeze", ("reset", "column"), ("reset.column",), "reset"),
+        node("Unsqueeze", ("active", "column"), ("active.column",), "active"),
+        node("Mul", (f"input.{MODALITY}", "present"), ("seen",), "seen"),
+        node("Concat", ("present", "age"), ("about",), "about", axis=1),
+        _product("about", "about", "about.said"),
+        node("Add", ("seen", "about.said"), ("layer.0",), "fused"),
+    ]
+    for layer, name in enumerate(state_names()):
+        parts += _layer(layer, name, {n: held[n].shape for n in small})
+    parts += [
+        _product(f"layer.{LAYERS}", "head", "logits"),
+        node("Softmax", ("logits",), (f"head.{HEAD}",), "softmax", axis=1),
+        *(initializer(name, array) for name, array in held.items() if name not in small),
+        *(part for name in small for part in _quantised(name, held[name])),
+        initializer("column", np.array([1], np.int64)),
+        initializer("nothing", np.zeros(1, np.float32)),
+        initializer("gates", np.array([2 * hidden, hidden], np.int64)),
+        *_edges(hidden),
+    ]
+    said = write_contract(
+        f"gru_{hidden}",
+        TICK_NS,
+        (ModalitySpec(MODALITY, INPUT),),
+        (HeadSpec(HEAD, "classification", CLASSES, tuple(f"class {k}" for k in range(CLASSES))),),
+    )
+    domains = {_MICROSOFT: 1} if int8 else {}
+    return onnx_bytes.model(f"gru_{hidden}", parts, {METADATA_KEY: said}, _OPSET, _IR, domains)
+
+
+def _product(source: str, layer: str, target: str) -> bytes:
+    return node("Gemm", (source, f"{layer}.weight", f"{layer}.bias"), (target,), target, transB=1)
+
+
+def _quantised(name: str, array: npt.NDArray[np.float32]) -> list[bytes]:
+    """A matrix [N, K] as MatMulNBits reads it: bytes around 128 [N, blocks, 128], and a scale a block."""
+    rows, columns = array.shape
+    blocks = -(-columns // _BLOCK)
+    padded = np.zeros((rows, blocks * _BLOCK), np.float32)
+    padded[:, :columns] = array
+    cut = padded.reshape(rows, blocks, _BLOCK)
+    scale = np.maximum(np.abs(cut).max(-1), 1e-12) / np.float32(127)
+    held = np.clip(np.rint(cut / scale[..., None]) + 128, 0, 255).astype(np.uint8)
+    return [initializer(f"{name}.bits", held), initializer(f"{name}.scale", scale.reshape(-1).astype(np.float32))]
+
+
+def _small_product(source: str, layer: str, target: str, shape: tuple[int, ...]) -> list[bytes]:
+    rows, columns = shape
+    inputs = (source, f"{layer}.weight.bits", f"{layer}.weight.scale")
+    product = node(
+        "MatMulNBits",
+        inputs,
+        (f"{target}.product",),
+        f"{target}.product",
+        domain=_MICROSOFT,
+        N=rows,
+        K=columns,
+        bits=8,
+        block_size=_BLOCK,
+        accuracy_level=4,
+    )
+    return [product, node("Add", (f"{target}.product", f"{layer}.bias"), (target,), target)]
+
+
+def _layer(layer: int, state: str, small: dict[str, tuple[int, ...]]) -> list[bytes]:
+    """`layer.N` -> `layer.N+1`, `state.X` -> `next.X`: h' = n + z (h - n), n = tanh(W x + r U h)."""
+    at = f"layer.{layer}."
+
+    def op(kind: str, inputs: tuple[str, ...], *outputs: str) -> bytes:
+        if kind == "Split":  # a row's gates, side by side
+            return node(kind, inputs, outputs, outputs[0], axis=1)
+        return node(kind, inputs, outputs, outputs[0])
+
+    def product(source: str, of: str, target: str) -> list[bytes]:
+        shape = small.get(f"{of}.weight")
+        return [_product(source, of, target)] if shape is None else _small_product(source, of, target, shape)
+
+    begun, new = at + "begun", f"layer.{layer + 1}"
+    return [
+        op("Where", ("reset.column", "nothing", STATE + state), begun),
+        *product(f"layer.{layer}", f"{layer}.input", at + "x"),
+        *product(begun, f"{layer}.state", at + "h"),
+        op("Split", (at + "x", "gates"), at + "x.rz", at + "x.n"),
+        op("Split", (at + "h", "gates"), at + "h.rz", at + "h.n"),
+        op("Add", (at + "x.rz", at + "h.rz"), at + "rz"),
+        op("Sigmoid", (at + "rz",), at + "open"),
+        op("Split", (at + "open",), at + "r", at + "z"),
+        op("Mul", (at + "r", at + "h.n"), at + "kept"),
+        op("Add", (at + "x.n", at + "kept"), at + "candidate"),
+        op("Tanh", (at + "candidate",), at + "n"),
+        op("Sub", (begun, at + "n"), at + "apart"),
+        op("Mul", (at + "z", at + "apart"), at + "stays"),
+        op("Add", (at + "n", at + "stays"), new),
+        op("Where", ("active.column", new, STATE + state), NEXT + state),
+    ]
+
+
+def _edges(hidden: int) -> list[bytes]:
+    inputs: dict[str, tuple[int, tuple[int, ...]]] = {
+        f"input.{MODALITY}": (onnx_bytes.FLOAT, (INPUT,)),
+        "present": (onnx_bytes.FLOAT, (1,)),
+        "age": (onnx_bytes.FLOAT, (1,)),
+        "active": (onnx_bytes.BOOL, ()),
+        "reset": (onnx_bytes.BOOL, ()),
+        **{STATE + name: (onnx_bytes.FLOAT, (hidden,)) for name in state_names()},
+    }
+    outputs = {f"head.{HEAD}": CLASSES, **{NEXT + name: hidden for name in state_names()}}
+    return [
+        *(onnx_bytes.value(onnx_bytes.GRAPH_INPUT, n, element, row, _BATCH) for n, (element, row) in inputs.items()),
+        *(onnx_bytes.value(onnx_bytes.GRAPH_OUTPUT, n, onnx_bytes.FLOAT, (k,), _BATCH) for n, k in outputs.items()),
+    ]
