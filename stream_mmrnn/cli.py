@@ -17,9 +17,10 @@ from msgspec.structs import replace
 from rich.console import Console
 
 from stream_mmrnn import config
+from stream_mmrnn.bench import commands as bench
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.errors import ConfigError, StreamError
-from stream_mmrnn.terminal import Alive, Json, escape, print_document, say_on
+from stream_mmrnn.terminal import Alive, Json, ModelName, Provider, escape, print_document, say_on
 from stream_mmrnn.training import commands
 
 app = typer.Typer(
@@ -30,16 +31,11 @@ app = typer.Typer(
 )
 
 
-class Provider(StrEnum):
-    auto, cpu, cuda = "auto", "cpu", "cuda"
-
-
 class From(StrEnum):
     features, raw = "features", "raw"
 
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="The TOML file with the settings.")]
-ModelName = Annotated[str | None, typer.Option("--model", help="A model of the zoo, or an ONNX file.")]
 
 
 def run() -> None:
@@ -321,49 +317,6 @@ def info(path: Annotated[Path, typer.Argument(help="A recording.")], as_json: Js
 
 
 @app.command()
-def bench(
-    model: ModelName = None,
-    sessions: Annotated[int, typer.Option(min=1, help="How many at once.")] = 1,
-    duration: Annotated[float, typer.Option("--duration", "-d", min=0.2, help="Seconds.")] = 10.0,
-    hot: Annotated[bool, typer.Option("--hot", help="As fast as it goes instead of at the real rate.")] = False,
-    provider: Annotated[Provider, typer.Option(help="Where the model runs.")] = Provider.auto,
-    seed: Annotated[int, typer.Option(help="Of the synthetic streams.")] = 0,
-    as_json: Json = False,
-) -> None:
-    """Latency of aligner and engine under synthetic sessions."""
-    from rich.progress import Progress
-
-    from stream_mmrnn import bench as module
-    from stream_mmrnn.view import stage_table
-
-    console = Console(stderr=as_json, highlight=False)
-    alive = Alive()
-    path = config.find_model(model or config.Engine().model)
-    with Progress(console=console, transient=True, disable=as_json or not console.is_terminal) as progress:
-        task = progress.add_task("running", total=duration)
-        result = module.bench(
-            path,
-            sessions=sessions,
-            duration_s=duration,
-            hot=hot,
-            provider=provider.value,
-            seed=seed,
-            alive=alive,
-            progress=lambda s: progress.update(task, completed=s),
-        )
-    if as_json:
-        print_document(result)
-        return
-    console.print(
-        f"{result['mode']}: {result['sessions']} sessions, {result['predictions']} predictions, "
-        f"{result['predictions_per_s']:.0f} a second, {result['late']} late, {result['cpu_share']:.0%} of a core"
-    )
-    console.print(stage_table(result["latency_ms"]))
-    for name, s in result["streams"].items():
-        console.print(f"{name}: received {s['received']}, delivered {s['delivered']}, dropped {s['dropped'] or 0}")
-
-
-@app.command()
 def devices(as_json: Json = False) -> None:
     """Cameras and microphones that can be named in `--vision camera:...` and `--audio microphone:...`."""
     from stream_mmrnn.errors import SourceError
@@ -390,4 +343,5 @@ def devices(as_json: Json = False) -> None:
         say_on(console)(problem)
 
 
+app.add_typer(bench.app, name="bench")
 commands.register(app)

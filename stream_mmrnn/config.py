@@ -109,7 +109,7 @@ class Engine(_Section, frozen=True):
     processes: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
     """Over how many processes the slots are spread, where one core is not enough."""
     prewarm: bool = True
-    """Run the graph on nobody's rows just before a step is due, so that it finds the caches warm."""
+    """Run the graph (and the sound's encoder) on nobody's data just before it is due, so that caches are warm."""
     priority: Literal["normal", "nice", "fifo"] = "normal"
     """Of the engine's process: nice is -10, fifo the real-time class SCHED_FIFO; both want the right to it."""
 

@@ -39,6 +39,7 @@ class Histogram:
         self._buckets: dict[int, int] = {}
         self.count = 0
         self.max_ns = 0
+        self._sum_ns = 0
 
     def add(self, value_ns: int) -> None:
         value_ns = max(value_ns, 0)
@@ -46,6 +47,7 @@ class Histogram:
         key = (value_ns >> shift) << shift
         self._buckets[key] = self._buckets.get(key, 0) + 1
         self.count += 1
+        self._sum_ns += value_ns
         self.max_ns = max(self.max_ns, value_ns)
 
     def percentile(self, p: float) -> int:
@@ -56,6 +58,20 @@ class Histogram:
             if left <= 0:
                 return min(key + (1 << max(key.bit_length() - 8, 0)) - 1, self.max_ns)
         return 0
+
+    @property
+    def mean_ns(self) -> float:
+        """Exact, unlike the percentiles; 0 without counts."""
+        return self._sum_ns / self.count if self.count else 0.0
+
+    def buckets(self) -> list[tuple[int, int]]:
+        """(lowest value, how many), in order: what a plot draws."""
+        return sorted(self._buckets.items())
+
+    def row(self) -> dict[str, float]:
+        """Milliseconds: p50, p95, p99, max; and the count."""
+        percentiles = {f"p{p}": round(self.percentile(p) / 1e6, 4) for p in (50, 95, 99)}
+        return {**percentiles, "max": round(self.max_ns / 1e6, 4), "count": self.count}
 
 
 class StageTable:
@@ -71,12 +87,4 @@ class StageTable:
 
     def table(self) -> dict[str, dict[str, float]]:
         """Milliseconds: p50, p95, p99, max and the count, by stage; stages without counts are left out."""
-        return {
-            name: {
-                **{f"p{p}": round(h.percentile(p) / 1e6, 4) for p in (50, 95, 99)},
-                "max": round(h.max_ns / 1e6, 4),
-                "count": h.count,
-            }
-            for name, h in self._histograms.items()
-            if h.count
-        }
+        return {name: h.row() for name, h in self._histograms.items() if h.count}

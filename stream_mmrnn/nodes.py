@@ -28,6 +28,8 @@ from stream_mmrnn.errors import SessionError, SourceError, StreamError, WireErro
 from stream_mmrnn.types import Envelope
 
 _STATUS_PERIOD_NS = 500_000_000
+_PREWARM_PERIOD_NS = 200_000_000
+"""What comes less often than this is not expected at a time that could be named."""
 
 
 class Context:
@@ -119,6 +121,7 @@ def worker(context: Context, modality: str, spec: str) -> None:
     """A source and its encoder. A device that is not there is asked for again; the session does not wait for it."""
     from stream_mmrnn import encoders, sources
     from stream_mmrnn.pipeline import Outgoing, Pump, capture
+    from stream_mmrnn.prewarm import Prewarmer
 
     settings = context.settings
     publisher = Publisher(context.address, settings.bus.queue)
@@ -169,12 +172,21 @@ def worker(context: Context, modality: str, spec: str) -> None:
         )
         pump.start()
 
+        prewarmer, newest_ns = Prewarmer(encoder.prewarm, 0), 0
+
         def arriving() -> Iterator[Any]:
+            nonlocal newest_ns
             while context.alive() and not pump.ended:
-                sample = pump.read(0.1)
+                sample = pump.read(prewarmer.wait_ms(now_ns(), 100) / 1000)
                 reporter.keep()
-                if sample is not None:
-                    yield sample
+                if sample is None:
+                    prewarmer.run_if_due(now_ns())
+                    continue
+                # the next is expected as long after this one as this one came after its predecessor
+                prewarmer.period_ns, newest_ns = sample.event_ns - newest_ns, sample.event_ns
+                if settings.engine.prewarm and 0 < prewarmer.period_ns < _PREWARM_PERIOD_NS:
+                    prewarmer.stepped(sample.event_ns)
+                yield sample
 
         try:
             for out in capture(arriving(), modality, source.origin, encoder, bad):

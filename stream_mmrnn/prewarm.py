@@ -14,7 +14,7 @@ _TOLERANCE_NS = 300_000
 
 
 class Prewarmer:
-    """Expects the next step one period after the last one.
+    """Expects the next step one `period_ns` after the last one.
 
     `stepped` after each; `wait_ms` says how long to wait for data at most, `run_if_due` is called when that is over. A
     step that comes sooner than expected (another session's) has warmed the caches itself and moves the expectation on.
@@ -22,13 +22,13 @@ class Prewarmer:
 
     def __init__(self, warm: Callable[[], None], period_ns: int, lead_ns: int = LEAD_NS) -> None:
         self._warm = warm
-        self._period_ns, self._lead_ns = period_ns, lead_ns
+        self.period_ns, self._lead_ns = period_ns, lead_ns
         self._due_ns = 0
         self.runs = 0
 
     def stepped(self, start_ns: int) -> None:
         """Something was stepped at `start_ns`."""
-        self._due_ns = start_ns + self._period_ns - self._lead_ns
+        self._due_ns = start_ns + self.period_ns - self._lead_ns
 
     def wait_ms(self, now_ns: int, most_ms: int) -> int:
         """Whole milliseconds until the next prewarm, `most_ms` at most."""
@@ -41,7 +41,7 @@ class Prewarmer:
         if not self._due_ns or now_ns < self._due_ns - _TOLERANCE_NS:
             return False
         # of a stream that has ended nothing is expected any more
-        late = now_ns > self._due_ns + self._period_ns
+        late = now_ns > self._due_ns + self.period_ns
         self._due_ns = 0
         if not late:
             self._warm()

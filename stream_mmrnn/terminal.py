@@ -9,12 +9,21 @@ import json
 import signal
 import sys
 from collections.abc import Callable
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+
+class Provider(StrEnum):
+    """What `--provider` takes."""
+
+    auto, cpu, cuda = "auto", "cpu", "cuda"
+
+
 Json = Annotated[bool, typer.Option("--json", help="One JSON document as the last line of stdout.")]
+ModelName = Annotated[str | None, typer.Option("--model", help="A model of the zoo, or an ONNX file.")]
 
 
 def escape(text: str) -> str:

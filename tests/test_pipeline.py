@@ -9,7 +9,7 @@ import pytest
 
 from stream_mmrnn import topics, wire
 from stream_mmrnn.align import Aligner
-from stream_mmrnn.bench import bench, synthetic
+from stream_mmrnn.bench.engine import synthetic
 from stream_mmrnn.engine import StepEngine
 from stream_mmrnn.errors import Busy, SessionError, SourceError, WireError
 from stream_mmrnn.pipeline import Pump, capture, pace, predict, reencode
@@ -183,13 +183,3 @@ def test_a_source_that_fails_fails_its_reader() -> None:
     with pytest.raises(SourceError, match="the camera is gone"):
         pump.read(5)
     assert pump.ended
-
-
-@pytest.mark.parametrize("hot", [True, False])
-def test_bench_accounts_for_every_message(toy: Path, hot: bool) -> None:
-    result = bench(toy, sessions=2, duration_s=0.6, hot=hot, provider="cpu")
-    assert result["predictions"] == 2 * 15
-    for stream in result["streams"].values():
-        assert stream["received"] == stream["delivered"] + sum(stream["dropped"].values())
-    assert result["latency_ms"]["step"]["count"] == result["predictions"]
-    assert ("total" in result["latency_ms"]) is not hot

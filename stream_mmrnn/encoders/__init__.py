@@ -27,6 +27,9 @@ class Encoder(Protocol):
         Raises WireError where the sample's data cannot be decoded.
         """
 
+    def prewarm(self) -> None:
+        """Do nobody's work just before a sample is expected, where that costs less than it saves."""
+
     def reset(self) -> None:
         """Forget the stream so far."""
 

@@ -76,6 +76,9 @@ class ImageEncoder:
         self.origin = f"efficientnet-lite0-128@{graph.sha256}"
         self._binding = graph.bind({"image": (1, PICTURE, PICTURE, 3)}, {"features": (1, self.size)}, {})
 
+    def prewarm(self) -> None:
+        """Nothing: a run costs milliseconds, more than warm caches save."""
+
     def reset(self) -> None:
         """Nothing is kept between pictures."""
 

@@ -58,6 +58,9 @@ class TextEncoder:
         self._tokenizer.no_padding()
         self.origin = f"wordllama-l2-supercat-256@{hashlib.sha256(weights + _canonical(tokens)).hexdigest()}"
 
+    def prewarm(self) -> None:
+        """Nothing: nobody knows when the next words come."""
+
     def reset(self) -> None:
         """Nothing is kept between texts."""
 

@@ -1,26 +1,28 @@
-"""Bench: synthetic sessions at their real rate through the same generator, with latency from the intended time.
+"""Engine: synthetic sessions at their real rate through the same generator, with latency from the intended time.
 
 Open loop: a message's intended time is fixed beforehand, so a slow step makes the next one late and the figures
-say so (no coordinated omission). One process, no bus: what it measures is aligner and engine under load.
+say so (no coordinated omission). One process: what it measures is aligner and engine under load. Knows nothing about
+the bus.
 """
 
 from __future__ import annotations
 
 import heapq
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 
 from stream_mmrnn import config, topics, wire
 from stream_mmrnn.align import Aligner
+from stream_mmrnn.bench.machine import Processes
+from stream_mmrnn.bench.plots import Pictures
+from stream_mmrnn.bench.report import Document, document, ratio
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.engine import StepEngine
-from stream_mmrnn.latency import StageTable, stages
+from stream_mmrnn.latency import Histogram, StageTable, stages
 from stream_mmrnn.pipeline import predict
 from stream_mmrnn.runtime import Provider
 from stream_mmrnn.types import Envelope, ModelSpec
@@ -81,7 +83,7 @@ def _in_time(envelopes: Iterator[Envelope], alive: Callable[[], bool]) -> Iterat
         yield msgspec.structs.replace(envelope, received_ns=now_ns())
 
 
-def bench(
+def run(
     model: Path,
     *,
     sessions: int = 1,
@@ -91,45 +93,64 @@ def bench(
     seed: int = 0,
     alive: Callable[[], bool] = lambda: True,
     progress: Callable[[float], None] = lambda _: None,
-) -> dict[str, Any]:
-    """Paced (or, `hot`, as fast as it goes) sessions; the stage table and what was dropped or late."""
+) -> tuple[Document, Pictures]:
+    """Paced (or, `hot`, as fast as it goes) sessions: the stages, and what was dropped or late."""
     engine = StepEngine(model, sessions, provider)
     spec = engine.spec
     aligner = Aligner.of(spec.modalities, spec.tick_ns, config.Align())
     start_ns = now_ns() + 200_000_000
     envelopes = synthetic(spec, sessions, duration_s, start_ns, seed)
-    latency = StageTable()
+    latency, whole = StageTable(), Histogram()
+    pictures = Pictures()
+    timeline = pictures.stages.setdefault("engine", []) if not hot else []
     count = late = 0
-    cpu_s, began_ns = time.process_time(), now_ns()
+    processes, began_ns = Processes(), now_ns()
     for p in predict(envelopes if hot else _in_time(envelopes, alive), aligner, engine):
         count += 1
+        done_ns = now_ns()
         if hot:
             latency.add({"step": p.step_end_ns - p.step_start_ns})
+            whole.add(p.step_end_ns - p.step_start_ns)
         else:
-            done_ns = now_ns()
             took = stages(p.tick.event_ns, p.tick.closed, p.step_start_ns, p.step_end_ns, done_ns)
             latency.add(took)
+            del took["wait"], took["total"]
             # from the message that closed the tick: was the prediction there before the next tick's end?
+            whole.add(done_ns - p.tick.closed.event_ns)
             late += done_ns - p.tick.closed.event_ns > spec.tick_ns
+            timeline.append(((p.tick.event_ns - start_ns) / 1e9, took))
         if count % 64 == 0:
             progress((p.tick.event_ns - start_ns) / 1e9)
         if not alive():
             break
-    seconds = (now_ns() - began_ns) / 1e9
-    return {
-        "model": {"name": spec.name, "sha256": spec.sha256, "provider": engine.provider},
+    seconds, usage = (now_ns() - began_ns) / 1e9, processes.used()
+    pictures.histograms["latency"] = {"step" if hot else "event to prediction": whole}
+    mode = "hot" if hot else "paced"
+    row = {
+        "mode": mode,
         "sessions": sessions,
-        "mode": "hot" if hot else "paced",
         "seconds": round(seconds, 3),
         "predictions": count,
         "predictions_per_s": round(count / seconds, 1),
         "late": late,
+        "event_to_prediction_ms": whole.row() if not hot else None,
+        "latency_ms": latency.table(),
         "streams": {
             name: {"received": c.received, "delivered": c.used, "dropped": c.dropped()}
             for name, c in aligner.counts.items()
         },
-        "latency_ms": latency.table(),
-        "cpu_share": round((time.process_time() - cpu_s) / seconds, 3),
-        "load_average": [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+        "cpu_share": round(usage.cpu.get("bench", 0.0), 3),
+        **usage.row(),
+    }
+    ratios = {f"step_{mode}_{p}_ms": ratio(row["latency_ms"].get("step", {}).get(p)) for p in ("p50", "p99")}
+    ratios[f"predictions_per_s_{mode}"] = ratio(row["predictions_per_s"], better="more")
+    settings = {
+        "model": spec.name,
+        "sha256": spec.sha256,
+        "provider": engine.provider,
+        "sessions": sessions,
+        "duration_s": duration_s,
+        "seed": seed,
         "tick_ms": spec.tick_ns / 1e6,
     }
+    return document("engine", settings, [row], ratios), pictures

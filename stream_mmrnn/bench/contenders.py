@@ -1,0 +1,236 @@
+"""The contenders of `transport`: pairs of processes that send and read, ours and those of other transports.
+
+Others are scripts in a checkout's `tools/bench/peers`; one whose package is missing is skipped with a reason. Knows
+nothing about sizes, rates or what is made of the figures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO, TypeAlias
+
+from stream_mmrnn.bus import Address
+from stream_mmrnn.errors import ProcessError
+
+PEERS = Path(__file__).parent.parent.parent / "tools" / "bench" / "peers"
+
+_START_TIMEOUT_S = 20.0
+_ROLES = ("send", "read")
+_TRANSPORTS = ("tcp",) if sys.platform == "win32" else ("ipc", "tcp")
+
+
+class Round(NamedTuple):
+    """What one contender did in one round."""
+
+    sent: int
+    latency_ns: list[int]
+    """From the intended time until it could be used at the reader."""
+    path_ns: list[int]
+    """From the beginning of the call that sent it."""
+
+
+Start: TypeAlias = Callable[[], contextlib.AbstractContextManager["Contender"]]
+
+
+class _End:
+    """A process that took our connection, and the lines to it."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.settimeout(120.0)
+        self._connection = connection
+        self._lines = connection.makefile("rw")
+        self.role: str = self.answer()["role"]
+
+    def tell(self, **order: Any) -> None:
+        self._lines.write(json.dumps(order) + "\n")
+        self._lines.flush()
+
+    def answer(self) -> dict[str, Any]:
+        line = self._lines.readline()
+        if not line:
+            raise OSError("it ended")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._lines.close()
+        self._connection.close()
+
+
+class Contender:
+    """A sender and a reader that wait for orders."""
+
+    def __init__(self, name: str, sender: _End, reader: _End, pids: list[int]) -> None:
+        self.name, self._sender, self._reader = name, sender, reader
+        self.pids = pids
+        """Of its processes, or of those that started them."""
+        self.largest_bytes: int | None = None
+        """What it carries at most; None: anything."""
+
+    def round(self, size_bytes: int, rate_hz: float, count: int) -> Round:
+        """`count` messages, one after the other at `rate_hz`; a reader that hears nothing for 2 s gives up."""
+        try:
+            self._reader.tell(do="read", count=count, timeout_ms=2000)
+            self._sender.tell(do="send", bytes=size_bytes, rate_hz=rate_hz, count=count)
+            sent, got = self._sender.answer(), self._reader.answer()
+            self._reader.tell(do="drain")
+            self._reader.answer()
+        except (OSError, ValueError) as e:
+            raise ProcessError(f"a process of the contender {self.name} is gone: {e}") from e
+        return Round(sent["sent"], got["latency_ns"], got["path_ns"])
+
+    def warm(self, size_bytes: int) -> bool:
+        """Send until something arrives: subscriptions take a moment."""
+        return any(self.round(size_bytes, 50.0, 5).latency_ns for _ in range(4))
+
+
+@contextlib.contextmanager
+def _pair(name: str, commands: Callable[[str], Sequence[Sequence[str]]]) -> Iterator[Contender]:
+    """Both ends, which `commands(port)` start; raises ProcessError where they do not come."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        server.settimeout(0.1)
+        processes = [_start(stack, command) for command in commands(str(server.getsockname()[1]))]
+        ends: dict[str, _End] = {}
+        deadline_s = time.monotonic() + _START_TIMEOUT_S
+        while len(ends) < 2:
+            died = [said for process, said in processes if process.poll() is not None]
+            if died or time.monotonic() > deadline_s:
+                raise ProcessError(f"it did not start: {_last_line(died[0]) if died else 'no answer'}")
+            with contextlib.suppress(TimeoutError):
+                end = _End(server.accept()[0])
+                stack.callback(end.close)
+                ends[end.role] = end
+        yield Contender(name, ends["send"], ends["read"], [process.pid for process, _ in processes])
+
+
+def _last_line(said: TextIO) -> str:
+    said.seek(0)
+    return said.read().strip().rpartition("\n")[2] or "it said nothing"
+
+
+def _start(stack: contextlib.ExitStack, command: Sequence[str], **options: Any) -> tuple[subprocess.Popen[str], TextIO]:
+    """A process that ends with the stack, and the file of what it says on stderr."""
+    said = stack.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115 the stack closes it
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": said, "text": True}
+    process = subprocess.Popen(command, **{**quiet, **options})  # noqa: S603 programs of ours
+
+    def end() -> None:
+        process.kill()
+        process.communicate()
+
+    stack.callback(end)
+    return process, said
+
+
+@contextlib.contextmanager
+def ours(transport: str) -> Iterator[Contender]:
+    """Publisher, broker and Subscriber."""
+    address = Address.create(transport)
+    program = [sys.executable, "-m", "stream_mmrnn.bench.peer"]
+    with contextlib.ExitStack() as stack:
+        stack.callback(address.remove)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        broker, _ = _start(stack, [*program, "broker", "0", address.publish, address.subscribe], **pipes)
+        if broker.stdout is None or not broker.stdout.readline():
+            raise ProcessError(f"the broker of the contender ours_{transport} did not start")
+        ends = (address.publish, address.subscribe)
+        pair = stack.enter_context(
+            _pair(f"ours_{transport}", lambda port: [[*program, role, port, *ends] for role in _ROLES])
+        )
+        pair.pids.append(broker.pid)
+        yield pair
+
+
+@contextlib.contextmanager
+def zmq(transport: str) -> Iterator[Contender]:
+    """Plain PUB/SUB."""
+    address = Address.create(transport)
+    program = [sys.executable, str(PEERS / "pyzmq_pubsub.py")]
+    try:
+        with _pair(f"pyzmq_{transport}", lambda port: [[*program, r, port, address.publish] for r in _ROLES]) as pair:
+            yield pair
+    finally:
+        address.remove()
+
+
+@contextlib.contextmanager
+def lsl() -> Iterator[Contender]:
+    """An outlet and an inlet, which find each other by a name that is nobody else's."""
+    program = [sys.executable, str(PEERS / "pylsl_stream.py")]
+    name = f"stream-mmrnn-{os.getpid()}"
+    with _pair("lsl", lambda port: [[*program, role, port, name] for role in _ROLES]) as pair:
+        # a sample is so many numbers of so many channels, in Python a list of them: no way to send a picture
+        pair.largest_bytes = 4096
+        yield pair
+
+
+_DORA_FLOW = """\
+nodes:
+  - id: sender
+    path: {python}
+    args: {script} send {port}
+    outputs: [data]
+  - id: reader
+    path: {python}
+    args: {script} read {port}
+    inputs:
+      data: {{source: sender/data, queue_size: 1000}}
+"""
+
+
+@contextlib.contextmanager
+def dora() -> Iterator[Contender]:
+    """Two nodes of a dataflow, which dora's own command starts."""
+    with tempfile.TemporaryDirectory(prefix="stream-mmrnn-dora-") as folder:
+
+        def commands(port: str) -> list[list[str]]:
+            flow = Path(folder) / "flow.yml"
+            flow.write_text(_DORA_FLOW.format(python=sys.executable, script=PEERS / "dora_nodes.py", port=port))
+            return [[_dora_command() or "dora", "run", "--log-level", "error", str(flow)]]
+
+        with _pair("dora", commands) as pair:
+            yield pair
+
+
+def _dora_command() -> str | None:
+    return shutil.which("dora", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+
+
+def available() -> tuple[dict[str, Start], dict[str, str]]:
+    """The contenders that can run here, ours first; and of the others why they cannot."""
+    found: dict[str, Start] = {f"ours_{t}": partial(ours, t) for t in _TRANSPORTS}
+    why: dict[str, str] = {}
+    others: dict[str, tuple[str, str, Start]] = {
+        f"pyzmq_{t}": ("zmq", "pyzmq_pubsub.py", partial(zmq, t)) for t in _TRANSPORTS
+    }
+    others |= {"dora": ("dora", "dora_nodes.py", dora), "lsl": ("pylsl", "pylsl_stream.py", lsl)}
+    for name, (package, script, start) in others.items():
+        if reason := _missing(package, script):
+            why[name] = reason
+        else:
+            found[name] = start
+    return found, why
+
+
+def _missing(package: str, script: str) -> str:
+    if importlib.util.find_spec(package) is None:
+        return f"{package} is not installed"
+    if package == "dora" and _dora_command() is None:
+        return "the command `dora` is not installed (package dora-rs-cli)"
+    if not (PEERS / script).is_file():
+        return f"tools/bench/peers/{script} is not here: run it in a checkout"
+    return ""

@@ -1,0 +1,238 @@
+"""Sessions: how many at once, each 25 times a second, before the slowest hundredth is later than its tick.
+
+Open loop: every session has its own phase, a tick's intended time is fixed beforehand, and what is due is stepped at
+once in one call of the engine; latency counts from the intended time. Beside it, hot: one batched call against a loop
+of single ones over the same graph. Knows nothing about the bus: this is what an engine's process can carry.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from stream_mmrnn.bench import models
+from stream_mmrnn.bench.machine import Processes
+from stream_mmrnn.bench.measure import ratios, sampled, sleep_until, turns
+from stream_mmrnn.bench.plots import Curve, Pictures
+from stream_mmrnn.bench.report import Document, Ratio, document, ratio
+from stream_mmrnn.bench.step import bare, tick_of
+from stream_mmrnn.clock import now_ns
+from stream_mmrnn.engine import StepEngine
+from stream_mmrnn.latency import Histogram
+from stream_mmrnn.runtime import Provider
+from stream_mmrnn.shards import ShardedEngine
+from stream_mmrnn.types import Tick
+
+TICK_NS = 40_000_000
+BATCH = 256
+"""Sessions of the hot comparison."""
+_SETTLE_S = 0.5
+"""Not counted: the first steps get memory."""
+BOUNDS = {"fp32": 2000, "int8": 5000}
+
+Engine = StepEngine | ShardedEngine
+Arrivals: TypeAlias = Literal["spread", "together"]
+"""Whether sessions have phases of their own, as strangers do, or are all due at once, as on one clock."""
+
+
+def phases(sessions: int, arrivals: Arrivals, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """When in its tick each session is due, in nanoseconds, sorted."""
+    if arrivals == "together":
+        return np.zeros(sessions, np.int64)
+    return np.sort(np.random.default_rng(seed).integers(0, TICK_NS, sessions))
+
+
+class Load:
+    """Open sessions of one engine, and what came of stepping them at their times."""
+
+    def __init__(self, engine: Engine, sessions: int, arrivals: Arrivals, seed: int = 0) -> None:
+        self.engine, self.sessions = engine, sessions
+        rng = np.random.default_rng(seed)
+        kinds = [tick_of(engine, "", rng) for _ in range(64)]  # type: ignore[arg-type]
+        self.ticks: list[Tick] = []
+        for i in range(sessions):
+            name = f"bench-{i}"
+            engine.open(name)
+            of = kinds[i % 64]
+            self.ticks.append(Tick(name, 1, 0, of.features, of.present, of.age_ns, of.closed))
+        self.due_ns = phases(sessions, arrivals, seed)
+        self.latency = Histogram()
+        self.batches = Histogram()
+        self.late = 0
+
+    def run(self, duration_s: float, alive: Callable[[], bool], hopeless_ns: int = 25 * TICK_NS) -> bool:
+        """Step for `duration_s`; False where it fell so far behind that going on says nothing new."""
+        due, ticks, engine = self.due_ns, self.ticks, self.engine
+        start_ns = now_ns() + 5_000_000
+        end_ns = start_ns + int(duration_s * 1e9)
+        settled_ns = start_ns + int(_SETTLE_S * 1e9)
+        at, base_ns = 0, start_ns
+        while alive():
+            next_ns = base_ns + int(due[at])
+            if next_ns >= end_ns:
+                return True
+            sleep_until(next_ns, now_ns)
+            upto = int(np.searchsorted(due, now_ns() - base_ns, "right"))
+            engine.step(ticks[at:upto])
+            done_ns = now_ns()
+            if next_ns >= settled_ns:
+                took = (done_ns - base_ns) - due[at:upto]
+                for value_ns in took:
+                    self.latency.add(int(value_ns))
+                self.late += int((took > TICK_NS).sum())
+                self.batches.add(upto - at)
+            if done_ns - next_ns > hopeless_ns:
+                return False
+            at = upto
+            if at == len(due):
+                at, base_ns = 0, base_ns + TICK_NS
+        return True
+
+
+def run(
+    *,
+    model: Path | None = None,
+    hidden: int = 256,
+    duration_s: float = 3.0,
+    arrivals: Arrivals = "spread",
+    processes: int = 1,
+    provider: Provider = "cpu",
+    most: int = 16384,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda _: None,
+    alive: Callable[[], bool] = lambda: True,
+) -> tuple[Document, Pictures]:
+    """The capacity of fp32 and of 8-bit weights, and what batching is worth; of `model` alone where one is given."""
+    rows: list[dict[str, Any]] = []
+    found: dict[str, Ratio] = {}
+    pictures = Pictures()
+    with tempfile.TemporaryDirectory(prefix="stream-mmrnn-bench-") as folder:
+        made = {"model": model} if model else {k: models.write(Path(folder), hidden, int8=k == "int8") for k in BOUNDS}
+        for kind, path in made.items():
+            assert path is not None
+            if not alive():
+                break
+            sessions, points, other_cpu = _capacity(
+                kind, path, rows, duration_s, arrivals, processes, provider, most, seed, say, alive
+            )
+            bound = BOUNDS.get(kind) if hidden == 256 and processes == 1 else None
+            found[f"sessions_per_core_{kind}"] = ratio(sessions / processes, bound, "more", other_cpu)
+            points.sort()
+            pictures.curves[kind] = Curve("sessions", "p99 from the intended time, ms", points, TICK_NS / 1e6)
+        first = next(iter(made.values()))
+        assert first is not None
+        if alive() and not model:
+            say(f"one call for {BATCH} sessions against {BATCH} calls")
+            _batched(first, rows, found)
+    settings = {
+        "model": model.parent.name if model else f"gru {hidden}, 2 layers",
+        "duration_s": duration_s,
+        "arrivals": arrivals,
+        "processes": processes,
+        "provider": provider,
+        "tick_ms": TICK_NS / 1e6,
+        "seed": seed,
+    }
+    return document("sessions", settings, rows, found), pictures
+
+
+def _capacity(
+    kind: str,
+    path: Path,
+    rows: list[dict[str, Any]],
+    duration_s: float,
+    arrivals: Arrivals,
+    processes: int,
+    provider: Provider,
+    most: int,
+    seed: int,
+    say: Callable[[str], None],
+    alive: Callable[[], bool],
+) -> tuple[int, list[tuple[float, float]], float | None]:
+    """Double until it does not hold, then halve the gap: the most sessions, the curve, and what others used."""
+    points: list[tuple[float, float]] = []
+    holds, fails = 0, most + 1
+    others: list[float | None] = []
+    sessions = min(256, most)
+    while alive() and sessions <= most and (not holds or fails - holds > max(holds // 12, 1)):
+        row, good = _one(kind, path, sessions, duration_s, arrivals, processes, provider, seed, alive)
+        say(f"{kind}, {sessions} sessions: p99 {row['latency_ms']['p99']:.1f} ms{'' if good else ', too late'}")
+        rows.append(row)
+        others.append(row["other_cpu"])
+        points.append((float(sessions), row["latency_ms"]["p99"]))
+        holds, fails = (max(holds, sessions), fails) if good else (holds, min(fails, sessions))
+        growing = most if holds * 2 > most > holds else holds * 2
+        sessions = growing if fails > most else max((holds + fails) // 2, 1)
+    known = [o for o in others if o is not None]
+    return holds, points, max(known) if len(known) == len(others) and known else None
+
+
+def _one(
+    kind: str,
+    path: Path,
+    sessions: int,
+    duration_s: float,
+    arrivals: Arrivals,
+    processes: int,
+    provider: Provider,
+    seed: int,
+    alive: Callable[[], bool],
+) -> tuple[dict[str, Any], bool]:
+    engine: Engine
+    if processes > 1:
+        engine = ShardedEngine(path, sessions, provider, processes)
+    else:
+        engine = StepEngine(path, sessions, provider)
+    try:
+        load = Load(engine, sessions, arrivals, seed)
+        engine.prewarm()
+        watch = Processes()
+        began = time.monotonic()
+        kept_up = load.run(duration_s + _SETTLE_S, alive)
+        seconds = time.monotonic() - began
+        usage = watch.used()
+    finally:
+        engine.stop()
+    good = kept_up and load.latency.percentile(99) <= TICK_NS
+    row = {
+        "what": kind,
+        "sessions": sessions,
+        "latency_ms": load.latency.row(),
+        "holds": good,
+        "late": load.late,
+        "steps_per_s": round(load.latency.count / max(seconds - _SETTLE_S, 1e-3)),
+        "batch_p50": load.batches.percentile(50),
+        "cpu_share": round(sum(usage.cpu.values()), 3),
+        "other_cpu": usage.other_cpu,
+        "busiest": usage.busiest_other,
+    }
+    return row, good
+
+
+def _batched(path: Path, rows: list[dict[str, Any]], found: dict[str, Ratio]) -> None:
+    engine = StepEngine(path, BATCH)
+    rng = np.random.default_rng(0)
+    ticks = []
+    for i in range(BATCH):
+        engine.open(str(i))
+        ticks.append(tick_of(engine, str(i), rng))
+    each = [bare(path) for _ in range(32)]
+    repeated: Sequence[Callable[[], object]] = each * (BATCH // len(each))
+
+    def loop() -> None:
+        for call in repeated:
+            call()
+
+    watch = Processes()
+    timings = turns({"loop over sessions": sampled(loop), "one call": sampled(lambda: engine.step(ticks))}, 9, 6)
+    usage = watch.used()
+    for name, timing in timings.items():
+        row = {"what": "batching", "sessions": BATCH, "contender": name, **timing.row()}
+        rows.append({**row, "other_cpu": usage.other_cpu, "busiest": usage.busiest_other})
+    value = ratios(timings, "one call")["loop over sessions"]
+    found["loop_over_batched"] = ratio(value, 4.5, "more", usage.other_cpu)

@@ -1,0 +1,371 @@
+"""Step: one step of one session, hot and at its real rate, beside what one would write by hand, in the same run.
+
+Contenders take turns; those that need torch run in a process of their own (`tools/bench/peers/steps.py`), on orders.
+The recurrent core is always the same: two layers of a GRU, 256 inputs, fp32 or 8-bit weights. Knows nothing about
+sessions beyond their number, nor about the bus.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stream_mmrnn.bench import models
+from stream_mmrnn.bench.machine import Processes
+from stream_mmrnn.bench.measure import Sampler, Timing, paced, ratios, sampled, turns
+from stream_mmrnn.bench.plots import Pictures
+from stream_mmrnn.bench.report import Document, Ratio, document, ratio
+from stream_mmrnn.bench.roofline import roofline
+from stream_mmrnn.clock import now_ns
+from stream_mmrnn.config import models_folder
+from stream_mmrnn.contract import contract_of
+from stream_mmrnn.engine import StepEngine
+from stream_mmrnn.errors import ProcessError
+from stream_mmrnn.runtime import Graph
+from stream_mmrnn.types import Stamps, Tick
+
+PEER = Path(__file__).parent.parent.parent / "tools" / "bench" / "peers" / "steps.py"
+SILERO = models_folder() / "encoders" / "silero_vad.onnx"
+MANY = 16384
+DRIFT_STEPS = 10_000
+_NOWHERE = Stamps(0, 0, 0, 0, "")
+
+
+def tick_of(engine: StepEngine, session: str, rng: np.random.Generator) -> Tick:
+    """A tick with something in every modality."""
+    names = [m.name for m in engine.spec.modalities]
+    vectors = {m.name: rng.standard_normal(m.size).astype(np.float32) * 0.5 for m in engine.spec.modalities}
+    return Tick(session, 1, 0, vectors, dict.fromkeys(names, True), dict.fromkeys(names, 0), _NOWHERE)
+
+
+def stepper(path: Path, slots: int = 1) -> tuple[StepEngine, Callable[[], object]]:
+    """An engine with all slots taken, and a call that steps the session in the last one."""
+    engine = StepEngine(path, slots)
+    for i in range(slots):
+        engine.open(str(i))
+    ticks = [tick_of(engine, str(slots - 1), np.random.default_rng(0))]
+    return engine, lambda: engine.step(ticks)
+
+
+def bare(path: Path) -> Callable[[], object]:
+    """What one would write by hand and well: inputs bound once, state in place, the newest features copied in."""
+    graph = Graph(path)
+    contract = contract_of(graph)
+    spec, wiring = contract.spec, contract.wiring
+    count = len(spec.modalities)
+    sizes = {wiring.inputs[m.name]: (1, m.size) for m in spec.modalities}
+    binding = graph.bind(
+        {**sizes, "present": (1, count), "age": (1, count), "active": (1,), "reset": (1,)},
+        {wiring.heads[h.name]: (1, h.size) for h in spec.heads},
+        {w.input: (w.output, (1, *s.shape)) for s in spec.states for w in (wiring.states[s.name],)},
+    )
+    binding.inputs["active"][...] = True
+    binding.inputs["present"][...] = 1
+    rng = np.random.default_rng(0)
+    copies = [(binding.inputs[n], rng.standard_normal(shape).astype(np.float32)) for n, shape in sizes.items()]
+
+    def step() -> None:
+        for into, x in copies:
+            into[...] = x
+        binding.run()
+
+    return step
+
+
+def plain_run(path: Path) -> Callable[[], object]:
+    """`session.run` with the state as numpy arrays that go out and in again."""
+    graph = Graph(path)
+    feed = {n: graph.zeros(n, tuple(k or 1 for k in spec.shape)) for n, spec in graph.inputs.items()}
+    feed["active"][...] = True
+    feed["present"][...] = 1
+    names = list(graph.outputs)
+    following = [(i, "state." + n.removeprefix("next.")) for i, n in enumerate(names) if n.startswith("next.")]
+
+    def step() -> None:
+        out = graph.session.run(names, feed)
+        for i, name in following:
+            feed[name] = out[i]
+
+    return step
+
+
+class Remote:
+    """A contender in a process of its own: `sample(calls)` has it make so many calls and gives their times."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._process = subprocess.Popen(  # noqa: S603 a script of ours
+            [sys.executable, str(PEER), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.sample(1)
+
+    def sample(self, calls: int) -> list[int]:
+        """Nanoseconds of each call."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(f"{calls}\n")
+            self._process.stdin.flush()
+            took_ns: list[int] = json.loads(self._process.stdout.readline())
+        except (OSError, ValueError) as e:
+            raise ProcessError(f"the peer {self._process.args!r} is gone: {e}") from e
+        return took_ns
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+def _why_not(*packages: str) -> str:
+    if not PEER.is_file():
+        return "tools/bench/peers/steps.py is not here: run it in a checkout"
+    missing = [p for p in packages if importlib.util.find_spec(p) is None]
+    return f"{missing[0]} is not installed" if missing else ""
+
+
+class _Bench:
+    """Rows and ratios as they come."""
+
+    def __init__(self, rounds: int, calls: int, say: Callable[[str], None], alive: Callable[[], bool]) -> None:
+        self.rounds, self.calls = rounds, calls
+        self.say, self.alive = say, alive
+        self.rows: list[dict[str, Any]] = []
+        self.ratios: dict[str, Ratio] = {}
+        self.notes: list[str] = []
+        self.pictures = Pictures()
+        self.other_cpu: float | None = 0.0
+
+    def hot(self, what: str, samplers: dict[str, Sampler], calls: int = 0, **more: Any) -> dict[str, Timing]:
+        """Measure in turn; a row each."""
+        self.say(f"{what}: hot")
+        processes = Processes()
+        timings = turns(samplers, self.rounds, calls or self.calls)
+        self.add(what, "hot", timings, processes, **more)
+        return timings
+
+    def add(self, what: str, mode: str, timings: dict[str, Timing], processes: Processes, **more: Any) -> None:
+        usage = processes.used()
+        self.other_cpu = usage.other_cpu
+        for name, timing in timings.items():
+            row = {"what": what, "contender": name, "mode": mode, "latency_ms": timing.latency.row()}
+            if mode == "paced":
+                row["service_ms"] = timing.service.row()
+            self.rows.append({**row, **more, "other_cpu": usage.other_cpu, "busiest": usage.busiest_other})
+        self.pictures.histograms[f"{what}_{mode}"] = {n: t.latency for n, t in timings.items()}
+
+    def bound(self, name: str, value: float | None, bound: float | None, *, more: bool = False, why: str = "") -> None:
+        self.ratios[name] = ratio(value, bound, "more" if more else "less", self.other_cpu, why)
+
+
+def run(
+    *,
+    duration_s: float = 8.0,
+    rounds: int = 21,
+    calls: int = 200,
+    sizes: Sequence[int] = (256, 512, 1024),
+    peers: bool = True,
+    say: Callable[[str], None] = lambda _: None,
+    alive: Callable[[], bool] = lambda: True,
+) -> tuple[Document, Pictures]:
+    """All of it: hot, paced, many slots, 8-bit weights and their drift, silero, the engine's start.
+
+    `duration_s`: of each contender's paced part.
+    """
+    bench = _Bench(rounds, calls, say, alive)
+    with tempfile.TemporaryDirectory(prefix="stream-mmrnn-bench-") as folder:
+        made = {(h, k): models.write(Path(folder), h, int8=k) for h in sizes for k in (False, True)}
+        for hidden in sizes:
+            if alive():
+                _hot(bench, hidden, made[hidden, False], peers)
+        for hidden in sizes:
+            if alive():
+                _int8(bench, hidden, made[hidden, False], made[hidden, True])
+        if alive():
+            _paced(bench, made[sizes[0], False], sizes[0], duration_s)
+        if alive():
+            _start(bench, made[sizes[0], False])
+    if alive() and peers:
+        _silero(bench)
+    settings = {"rounds": rounds, "calls": calls, "duration_s": duration_s, "hidden": list(sizes), "layers": 2}
+    return document("step", settings, bench.rows, bench.ratios, notes=bench.notes), bench.pictures
+
+
+def _hot(bench: _Bench, hidden: int, path: Path, peers: bool) -> None:
+    _, one = stepper(path)
+    _, few = stepper(path, 64)
+    _, many = stepper(path, MANY)
+    samplers = {
+        "bare": sampled(bare(path)),
+        "engine": sampled(one),
+        "engine, 64 slots": sampled(few),
+        f"engine, {MANY:,} slots": sampled(many),
+        "session.run": sampled(plain_run(path)),
+    }
+    with contextlib.ExitStack() as stack:
+        why = _why_not("torch") if peers else "peers were left out"
+        if not why:
+            for name, kind in (("torch nn.GRU", "torch_gru"), ("torch GRUCell", "torch_cells"), ("numpy", "numpy")):
+                remote = Remote(kind, str(hidden))
+                stack.callback(remote.close)
+                samplers[name] = remote.sample
+        # the weights are used once a step: from memory it cannot take less, from a cache it may
+        weights = models.weight_count(hidden)
+        floor_ns = roofline().floor_ns(4 * weights, 2 * weights)
+        calls = bench.calls if hidden < 1024 else max(bench.calls // 8, 5)
+        timings = bench.hot(f"gru {hidden}", samplers, calls, floor_ms=round(floor_ns / 1e6, 4))
+    against = ratios(timings, "bare")
+    bench.bound(f"engine_over_bare_{hidden}", against["engine"], {256: 1.10, 512: 1.03}.get(hidden))
+    of_slots = ratios(timings, "engine, 64 slots")[f"engine, {MANY:,} slots"]
+    bench.bound(f"slots_{MANY}_over_64_{hidden}", of_slots, 1.05 if hidden == 256 else None)
+    bench.bound(f"session_run_over_engine_{hidden}", 1 / ratios(timings, "session.run")["engine"], None, more=True)
+    for name, key in (("torch nn.GRU", "torch_gru"), ("torch GRUCell", "torch_cells"), ("numpy", "numpy")):
+        value = ratios(timings, "engine").get(name)
+        bound = 2.2 if (key, hidden) == ("torch_gru", 256) else None
+        bench.bound(f"{key}_over_engine_{hidden}", value, bound, more=True, why=why)
+    median_ns = sorted(timings["engine"].rounds)[len(timings["engine"].rounds) // 2]
+    bench.bound(f"engine_over_memory_roofline_{hidden}", median_ns / floor_ns, None)
+
+
+def _int8(bench: _Bench, hidden: int, path: Path, small: Path) -> None:
+    engine, full = stepper(path)
+    engine8, eight = stepper(small)
+    calls = bench.calls if hidden < 1024 else max(bench.calls // 8, 5)
+    timings = bench.hot(f"int8 {hidden}", {"fp32": sampled(full), "int8": sampled(eight)}, calls)
+    bound = {512: 0.40, 1024: 0.12}.get(hidden)
+    bench.bound(f"int8_over_fp32_{hidden}", ratios(timings, "fp32")["int8"], bound)
+    if hidden > 512:
+        return  # ten thousand steps of a large one take minutes and say the same
+    bench.say(f"int8 {hidden}: drift over {DRIFT_STEPS:,} steps")
+    drift, last = drift_of(engine, engine8, DRIFT_STEPS, bench.alive)
+    bench.rows.append(
+        {"what": f"int8 {hidden}", "contender": "drift", "mode": "closed loop", "rms": drift, "end": last}
+    )
+    bench.bound(f"int8_drift_rms_{hidden}", drift, 0.02)
+    bench.bound(f"int8_drift_rms_last_tenth_{hidden}", last, 0.02)
+
+
+def drift_of(
+    full: StepEngine, small: StepEngine, steps: int, alive: Callable[[], bool] = lambda: True
+) -> tuple[float, float]:
+    """RMS of the states' difference over that of the states, in a closed loop: of all steps, of the last tenth."""
+    rng = np.random.default_rng(1)
+    wrong, size, every = np.zeros(steps), np.zeros(steps), max(steps // 1000, 1)
+    for engine in (full, small):
+        engine.reset("0")
+    for k in range(steps):
+        if not alive():
+            return float("nan"), float("nan")
+        tick = tick_of(full, "0", rng)
+        full.step([tick])
+        small.step([tick])
+        if k % every == 0:
+            a, b = full.arena.snapshot("0"), small.arena.snapshot("0")
+            wrong[k] = sum(float(((a[n] - b[n]) ** 2).sum()) for n in a)
+            size[k] = sum(float((a[n] ** 2).sum()) for n in a)
+    tail = slice(steps - steps // 10, None)
+    return (
+        float(np.sqrt(wrong.sum() / size.sum())),
+        float(np.sqrt(wrong[tail].sum() / size[tail].sum())),
+    )
+
+
+def _paced(bench: _Bench, path: Path, hidden: int, duration_s: float) -> None:
+    """25 times a second, from the intended time: the caches are cold, unless a prewarm ran a moment before."""
+    bench.say(f"gru {hidden}: paced at 25 Hz, {2 * duration_s:g} s")
+    _, cold = stepper(path)
+    engine, warm = stepper(path)
+    processes = Processes()
+    timings = paced(
+        {"engine, cold": cold, "engine, prewarmed": warm},
+        25.0,
+        duration_s,
+        before={"engine, prewarmed": engine.prewarm},
+        alive=bench.alive,
+    )
+    if not timings["engine, cold"].rounds:
+        return
+    bench.add(f"gru {hidden}", "paced", timings, processes)
+    of = ratios(timings, "engine, cold", service=True)
+    bench.bound(f"paced_prewarmed_over_cold_{hidden}", of["engine, prewarmed"], 0.40)
+
+
+def _start(bench: _Bench, path: Path) -> None:
+    """From an engine's start to its first prediction, in fresh processes."""
+    bench.say("start of the engine")
+    loads, wholes, rss = [], [], []
+    for _ in range(5):
+        began_ns = now_ns()
+        done = subprocess.run(  # noqa: S603 our own code
+            [sys.executable, "-c", _ENGINE_ALONE, str(path)], capture_output=True, text=True
+        )
+        if done.returncode:
+            raise ProcessError(f"an engine did not start: {done.stderr.strip().rpartition(chr(10))[2]}")
+        load_s, at_ns, kib = done.stdout.split()
+        loads.append(float(load_s))
+        wholes.append((int(at_ns) - began_ns) / 1e9)
+        rss.append(int(kib) / 1024)
+    middle = len(loads) // 2
+    whole_s, rss_mb = sorted(wholes)[middle], sorted(rss)[middle]
+    bench.notes.append(
+        f"an engine's process takes {whole_s:.2f} s to its first prediction, {sorted(loads)[middle]:.2f} s of it"
+        f" imports, model and step; {rss_mb:.0f} MB resident"
+    )
+    bench.bound("cold_start_s", whole_s, 0.3)
+    bench.bound("engine_rss_mb", rss_mb if rss_mb else None, 90.0, why="this system does not tell")
+
+
+_ENGINE_ALONE = """
+import sys, time
+from pathlib import Path
+began = time.perf_counter()
+import numpy as np
+from stream_mmrnn.engine import StepEngine
+from stream_mmrnn.types import Stamps, Tick
+engine = StepEngine(Path(sys.argv[1]))
+engine.open("x")
+features = {m.name: np.zeros(m.size, np.float32) for m in engine.spec.modalities}
+names = list(features)
+engine.step([Tick("x", 1, 0, features, dict.fromkeys(names, True), dict.fromkeys(names, 0), Stamps(0, 0, 0, 0, ""))])
+at = time.monotonic_ns()
+rss = [l for l in open("/proc/self/status") if l.startswith("VmRSS")] if sys.platform == "linux" else ["VmRSS: 0"]
+print(time.perf_counter() - began, at, rss[0].split()[1])
+"""
+
+
+def silero_ticks(seconds: float) -> Iterator[Tick]:
+    """The detector's inputs over made sound; without end."""
+    rng = np.random.default_rng(0)
+    sound = rng.standard_normal(int(16000 * seconds)).astype(np.float32) * 0.05
+    while True:
+        before = np.zeros(64, np.float32)
+        for k in range(len(sound) // 512):
+            chunk = sound[512 * k : 512 * (k + 1)]
+            vector = np.concatenate([before, chunk])
+            yield Tick("0", k, 0, {"audio": vector}, {"audio": True}, {"audio": 0}, _NOWHERE)
+            before = chunk[-64:]
+
+
+def _silero(bench: _Bench) -> None:
+    """Another's stateful graph, by names, against its package's own wrappers."""
+    why = _why_not("silero_vad", "torch")
+    engine = StepEngine(SILERO)
+    engine.open("0")
+    ticks = silero_ticks(20.0)
+    samplers: dict[str, Sampler] = {"engine": sampled(lambda: engine.step([next(ticks)]))}
+    with contextlib.ExitStack() as stack:
+        if not why:
+            for name, kind in (("its onnx wrapper", "silero_onnx"), ("its jit", "silero_jit")):
+                remote = Remote(kind)
+                stack.callback(remote.close)
+                samplers[name] = remote.sample
+        of = ratios(bench.hot("silero", samplers), "engine")
+    bench.bound("silero_wrapper_over_engine", of.get("its onnx wrapper"), 1.5, more=True, why=why)
+    bench.bound("silero_jit_over_engine", of.get("its jit"), 3.0, more=True, why=why)
