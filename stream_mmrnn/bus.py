@@ -172,11 +172,16 @@ class Subscriber:
         self._socket.connect(address.subscribe)
         self.gaps = Gaps()
         self.garbage = 0
+        self._next: Envelope | None = None
 
     def receive(self, timeout_ms: int) -> Envelope | None:
         """The next envelope, or None after `timeout_ms` without one."""
-        if not self._socket.poll(timeout_ms, zmq.POLLIN):
-            return None
+        if self._next is not None:
+            envelope, self._next = self._next, None
+            return envelope
+        return self._read() if self._socket.poll(timeout_ms, zmq.POLLIN) else None
+
+    def _read(self) -> Envelope | None:
         frames = self._socket.recv_multipart()
         try:
             envelope = wire.decode(frames, now_ns())
@@ -185,6 +190,12 @@ class Subscriber:
             return None
         self.gaps.see(envelope)
         return envelope
+
+    def waiting(self) -> bool:
+        """Whether an envelope is there already: the next `receive` gives it at once."""
+        while self._next is None and self._socket.poll(0, zmq.POLLIN):
+            self._next = self._read()
+        return self._next is not None
 
     def stream(self, alive: Callable[[], bool], timeout_ms: int = 100) -> Iterator[Envelope]:
         """Envelopes as they come, until `alive()` says no."""

@@ -281,7 +281,8 @@ def engine(context: Context) -> None:
                 reporter.say("closed")
             reporter.keep()
 
-    for prediction in predict(messages(), aligner, step_engine, refused):
+    more = subscriber.waiting if settings.engine.slots > 1 else None
+    for prediction in predict(messages(), aligner, step_engine, refused, more):
         tick = prediction.tick
         publisher.publish(
             topics.PREDICTION,

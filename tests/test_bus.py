@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,6 +69,27 @@ def test_all_readers_see_one_order(address: Address) -> None:
         r.close()
     for p in publishers:
         p.close()
+
+
+def test_what_is_waiting_is_received_at_once_and_garbage_is_not_waiting(address: Address) -> None:
+    reader, publisher = Subscriber(address, [""], 100), Publisher(address, 100)
+    assert publisher.wait_for_reader("feature/audio", 5)
+    publisher.publish("feature/audio", "s", 0, 0, b"")
+    drain(reader, 1)
+    assert not reader.waiting()
+    publisher._socket.send_multipart([b"feature/audio", b"no header", b""])
+    publisher.publish("feature/audio", "s", 1, 1, b"")
+    deadline = time.monotonic() + 5
+    while not reader.waiting():
+        assert time.monotonic() < deadline
+    assert reader.waiting()
+    envelope = reader.receive(0)
+    assert envelope is not None
+    assert (envelope.seq, reader.garbage) == (1, 1)
+    assert not reader.waiting()
+    assert reader.receive(0) is None
+    reader.close()
+    publisher.close()
 
 
 def test_garbage_is_counted_and_dropped(address: Address) -> None:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from stream_mmrnn import topics, wire
 from stream_mmrnn.align import Aligner
@@ -13,7 +15,7 @@ from stream_mmrnn.bench.engine import synthetic
 from stream_mmrnn.engine import StepEngine
 from stream_mmrnn.errors import Busy, SessionError, SourceError, WireError
 from stream_mmrnn.pipeline import Pump, capture, pace, predict, reencode
-from stream_mmrnn.types import Envelope, Prediction, Sample
+from stream_mmrnn.types import Envelope, Prediction, Sample, Tick
 
 BEGIN = 10**15
 LATE = {"vision": 80_000_000, "audio": 80_000_000, "text": 0}
@@ -41,6 +43,42 @@ def test_many_sessions_together_equal_each_alone(toy: Path) -> None:
         one = StepEngine(toy, 4)
         only = [e for e in envelopes if e.session in (name, topics.EVERYONE)]
         assert results(predict(only, aligner(one), one)) == {name: expected}
+
+
+@settings(max_examples=25)
+@given(st.lists(st.booleans(), max_size=600), st.integers(1, 9))
+def test_ticks_that_are_gathered_give_the_same_predictions(toy: Path, there: list[bool], batch: int) -> None:
+    engine = StepEngine(toy, 3)
+    envelopes = list(synthetic(engine.spec, 3, 0.6, BEGIN, 7))
+    reopened = [*envelopes, *synthetic(engine.spec, 3, 0.4, BEGIN + 10**9, 8)]
+    expected = results(predict(reopened, aligner(engine), engine))
+    other = StepEngine(toy, 3)
+    answers = iter(there)
+    gathered = predict(reopened, aligner(other), other, more=lambda: next(answers, False), batch=batch)
+    assert results(gathered) == expected
+    assert len(other) == 0
+
+
+def test_what_waits_is_stepped_in_one_call(toy: Path) -> None:
+    """Ticks that close while messages wait go to the engine together; what is held never outlives the messages."""
+    engine = StepEngine(toy, 3)
+    envelopes = list(synthetic(engine.spec, 3, 0.6, BEGIN, 7))
+    calls: list[int] = []
+
+    class Counting:
+        open, reset, close = engine.open, engine.reset, engine.close
+
+        def __contains__(self, session: str) -> bool:
+            return session in engine
+
+        def step(self, ticks: Sequence[Tick]) -> list[Prediction]:
+            calls.append(len(ticks))
+            return engine.step(ticks)
+
+    got = list(predict(envelopes, aligner(engine), Counting(), more=lambda: True, batch=5))
+    assert len(got) == sum(calls) == 45
+    assert max(calls) >= 5
+    assert len(calls) < 15
 
 
 def test_a_session_without_a_slot_is_refused_and_the_others_go_on(toy: Path) -> None:
