@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
+import pytest
+
 from stream_mmrnn.prewarm import LEAD_NS, Prewarmer
 
 PERIOD_NS = 40_000_000
@@ -35,3 +40,19 @@ def test_what_has_ended_is_not_warmed_for() -> None:
     assert not prewarmer.run_if_due(10 * PERIOD_NS)
     assert prewarmer.wait_ms(10 * PERIOD_NS, 100) == 100
     assert not ran
+
+
+def test_a_priority_is_given_or_the_reason_is_said() -> None:
+    """In a process of its own: what is asked for is had, or one sentence says why not."""
+    code = (
+        "import os, sys\n"
+        "from stream_mmrnn.nodes import _prioritise\n"
+        "assert _prioritise('normal') == ''\n"
+        "nice, said = os.nice(0), _prioritise('nice')\n"
+        "assert said == '' and os.nice(0) == max(nice - 10, -20) or \"'nice' was not given\" in said\n"
+        "said = _prioritise('fifo')\n"
+        "assert said == '' and os.sched_getscheduler(0) == os.SCHED_FIFO or \"'fifo' was not given\" in said\n"
+    )
+    if sys.platform != "linux":
+        pytest.skip("other systems have other priorities")
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,255 @@
+"""Documents of the benches -> docs/performance.md. Every figure in it comes from a document; the rest is why.
+
+Knows nothing about how a bench measures or where its document lies.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Document = dict[str, Any]
+
+MEANING = {
+    r"engine_over_bare_(\d+)": "`StepEngine.step` over the same graph bound by hand, hidden {0}, hot",
+    r"slots_16384_over_64_(\d+)": "a step of one session with 16,384 slots taken over one with 64, hidden {0}",
+    r"session_run_over_engine_(\d+)": "`session.run` with numpy states over the engine, hidden {0}",
+    r"torch_gru_over_engine_(\d+)": "torch eager with `nn.GRU` over the engine, hidden {0}",
+    r"torch_cells_over_engine_(\d+)": "torch eager with a `GRUCell` a layer over the engine, hidden {0}",
+    r"numpy_over_engine_(\d+)": "the step in numpy over the engine, hidden {0}",
+    r"engine_over_memory_roofline_(\d+)": "the engine over the time to read the weights from memory once, hidden {0}"
+    " (below 1: they come from a cache)",
+    r"int8_over_fp32_(\d+)": "8-bit weights over fp32, hidden {0}, hot",
+    r"int8_drift_rms_(\d+)": "RMS of the states' difference, 8-bit weights against fp32, 10,000 steps in closed loop,"
+    " hidden {0}",
+    r"int8_drift_rms_last_tenth_(\d+)": "the same over the last 1,000 steps, hidden {0}",
+    r"paced_prewarmed_over_cold_(\d+)": "a step 25 times a second after a prewarm over one without, hidden {0}",
+    r"cold_start_s": "a fresh process until its first prediction, seconds",
+    r"engine_rss_mb": "resident memory of that process, MB",
+    r"silero_wrapper_over_engine": "silero VAD's own onnx wrapper over the same file in the engine",
+    r"silero_jit_over_engine": "silero VAD's own jit model over the engine",
+    r"sessions_per_core_(\w+)": "sessions a core at 25 Hz with p99 below the tick, {0}, 2 layers of 256",
+    r"loop_over_batched": "256 single runs of the bound graph over one call of the engine for 256 sessions",
+    r"triton_p50_over_ours_(\d+)": "Triton's p50 over the engine's in process, {0} sessions",
+    r"triton_p50_over_ours_bus_(\d+)": "Triton's p50 over ours across processes, {0} sessions",
+    r"audio_to_prediction_(p\d+)_ms": "from an audio block's end to a readable prediction, {0}, ms: worker, broker,"
+    " engine",
+    r"audio_to_prediction_(p\d+)_busy(\d)_ms": "the same beside {1} busy processes, {0}, ms",
+    r"all_to_prediction_(p\d+)_ms": "the same with camera and words, {0}, ms; the picture's encoder is most of it",
+    r"(\w+)_stages_residual": "what the stages' sum lacks of the whole, {0}",
+    r"ours_(\w+?)_over_(\w+)_(2kb|30kb|1mb)_(hot|paced)": "our bus over {0} against {1}, {2}, {3}",
+    r"camera_features_transport_share": "share of the bus in the way from a frame's event to its prediction",
+    r"camera_picture_transport_share": "share that carrying the JPEG itself would have",
+    r"replay_times_real_time": "replay of one session from features, times real time, compared with the recording",
+    r"replay_times_real_time_(\d+)": "{0} sessions in lock step, session-seconds a second, files read",
+    r"replay_times_real_time_identical|replay_times_real_time_\d+_identical": "1: every prediction is the recorded one",
+    r"train_(\w+)_times_nn_gru": "training: `{0}` over torch's `nn.GRU`, ticks a second at 1,024 ticks",
+}
+"""What each stable name says; names are matched whole."""
+
+
+def meaning(name: str) -> str:
+    for pattern, words in MEANING.items():
+        if found := re.fullmatch(pattern, name):
+            return words.format(*found.groups())
+    return ""
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float) and abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if isinstance(value, float) else f"{value:,}"
+
+
+def ratios(document: Document, names: Sequence[str] = ()) -> str:
+    """The table of the figures that have stable names."""
+    rows = ["| figure | what | value | bound | holds |", "| --- | --- | --- | --- | --- |"]
+    for name, r in document["ratios"].items():
+        if names and name not in names:
+            continue
+        sign = {"less": "≤", "more": "≥"}[r["better"]]
+        bound = "" if r["bound"] is None else f"{sign} {_number(r['bound'])}"
+        holds = r["why"] or {True: "yes", False: "**no**", None: ""}[r["held"]]
+        rows.append(f"| `{name}` | {meaning(name)} | {_number(r['value'])} | {bound} | {holds} |")
+    return "\n".join(rows)
+
+
+def latencies(document: Document, keys: Sequence[str]) -> str:
+    """The rows that have a latency, with p50, p99 and what others used meanwhile."""
+    rows = [f"| {' | '.join(keys)} | p50, ms | p99, ms | others' CPU |", "| " + "--- | " * (len(keys) + 3)]
+    for row in document["rows"]:
+        found = next((row[k] for k in ("service_ms", "latency_ms", "event_to_prediction_ms") if row.get(k)), None)
+        if isinstance(found, dict) and "p50" in found:
+            said = " | ".join(
+                _number(row.get(k)) if isinstance(row.get(k), float | int) else str(row.get(k, "")) for k in keys
+            )
+            other = row.get("other_cpu")
+            other = "–" if other is None else f"{other:.2f}"
+            rows.append(f"| {said} | {found['p50']:.4g} | {found['p99']:.4g} | {other} |")
+    return "\n".join(rows)
+
+
+def stages(document: Document) -> str:
+    """Of each set of modalities, the stages."""
+    out = []
+    for row in document["rows"]:
+        table = row.get("latency_ms")
+        if not isinstance(table, dict) or "step" not in table:
+            continue
+        what = row.get("set") or row.get("what") or row.get("modalities") or ""
+        lines = [f"`{what}`:", "", "| stage | p50, ms | p95 | p99 | max |", "| --- | --- | --- | --- | --- |"]
+        lines += [
+            f"| {n} | {s['p50']:.3f} | {s['p95']:.3f} | {s['p99']:.3f} | {s['max']:.3f} |" for n, s in table.items()
+        ]
+        out.append("\n".join(lines))
+    return "\n\n".join(out)
+
+
+def _where(document: Document) -> str:
+    m = document["machine"]
+    ort = m.get("onnxruntime-gpu") or m.get("onnxruntime") or "?"
+    return (
+        f"{m['date'][:10]}, {m['cpu']}, {m['usable_cores']} cores, {m['kernel']}, Python {m['python']},"
+        f" onnxruntime {ort}, numpy {m.get('numpy')}, pyzmq {m.get('pyzmq')}"
+    )
+
+
+def _section(
+    title: str, name: str, told: Mapping[str, Document], runs: Mapping[str, Sequence[str]], *parts: str
+) -> str:
+    if name not in told:
+        return f"## {title}\n\nNot run: `stream-mmrnn bench {' '.join(runs[name])}`."
+    command = f"    stream-mmrnn bench {' '.join(runs[name])}"
+    return "\n\n".join([f"## {title}", command, f"{_where(told[name])}.", *(p for p in parts if p)])
+
+
+def _missed(told: Mapping[str, Document]) -> str:
+    """Every bound that did not hold, and every one that nobody could judge, with what is known of the reason."""
+    lines = []
+    for document in told.values():
+        for name, r in document["ratios"].items():
+            if r["bound"] is None or r["held"]:
+                continue
+            sign = {"less": "≤", "more": "≥"}[r["better"]]
+            why = next((w for pattern, w in REASONS.items() if re.fullmatch(pattern, name)), r["why"] or "")
+            lines.append(f"- `{name}`: {_number(r['value'])}, asked {sign} {_number(r['bound'])}. {why}".rstrip())
+    return "\n".join(dict.fromkeys(lines)) or "All bounds hold."
+
+
+REASONS: dict[str, str] = {}
+"""By the stable name: what the limit is, where a bound is not reached."""
+
+
+def write(told: Mapping[str, Document], runs: Mapping[str, Sequence[str]], plots: Sequence[str]) -> str:
+    def shown(*beginnings: str) -> str:
+        return "\n\n".join(f"![{p[:-4].replace('_', ' ')}](performance/{p})" for p in plots if p.startswith(beginnings))
+
+    def of(name: str, tell: Any, *more: Any) -> str:
+        return tell(told[name], *more) if name in told else ""
+
+    sections = [
+        _INTRODUCTION,
+        _section(
+            "One step",
+            "step",
+            told,
+            runs,
+            of("step", ratios),
+            _STEP,
+            of("step", latencies, ("what", "contender", "mode")),
+            shown("step_"),
+        ),
+        _section(
+            "Many sessions",
+            "sessions",
+            told,
+            runs,
+            of("sessions", ratios),
+            _SESSIONS,
+            of("sessions", latencies, ("what", "contender", "sessions", "steps_per_s", "late")),
+            shown("sessions_"),
+        ),
+        _section("All sessions due at once", "sessions-together", told, runs, of("sessions-together", ratios)),
+        _section("Over two processes", "sessions-2", told, runs, of("sessions-2", ratios), _SHARDS),
+        _section(
+            "From an event to its prediction",
+            "end-to-end",
+            told,
+            runs,
+            of("end-to-end", ratios),
+            of("end-to-end", stages),
+            shown("end-to-end_"),
+        ),
+        _section("The same beside two busy processes", "end-to-end-busy", told, runs, of("end-to-end-busy", ratios)),
+        _section(
+            "Transport",
+            "transport",
+            told,
+            runs,
+            of("transport", ratios),
+            of("transport", latencies, ("contender", "size", "mode")),
+            _RING,
+        ),
+        _section("Replay", "replay", told, runs, of("replay", ratios), _REPLAY),
+        _section("Training", "train", told, runs, of("train", ratios)),
+        _GPU,
+        "## Bounds that do not hold\n\n" + _missed(told),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+_INTRODUCTION = """# Performance
+
+Every figure here is written by `python -m tools.bench`, which runs the verbs below one after the other; `--compare`
+of each verb prints the ratios of a new run to an old document. What is compared takes turns in one run, so a ratio
+holds where a time moves with the machine. Latency counts from the intended time of an open loop (no coordinated
+omission); `hot` is as fast as it goes, `paced` at the real rate. A bound is judged only where other processes used
+less than 15 % of a core meanwhile. Names in `code` are those of the JSON document's `ratios`: they stay the same."""
+
+_STEP = """`bare` is the same graph bound once by hand with its state in place, the newest features copied in:
+nothing else. The engine adds finding the slot, the masks, stamps and the prediction. A session's numbers are the
+same bits in every bucket, in place or copied (tests/test_rows.py); buckets whose bits differ are not used (8-bit
+weights: the single row).
+
+On the CPU the rows of the arena are copied beside it and back with numpy, or worked on in place where they are the
+first ones in order. Gather and ScatterND inside the graph were measured against that and cost the same within 3 %
+from 1 to 256 rows, with 1 to 16,384 slots; they are what a GPU runs (`stream_mmrnn/onnx_rows.py`)."""
+
+_SESSIONS = """Each session has its own phase and is due 25 times a second; what is due is stepped in one call.
+`late` counts steps that ended more than a tick after their intended time."""
+
+_SHARDS = """Figures are sessions a core: twice as many in all. Features and heads cross in shared memory, a pipe
+says when."""
+
+_RING = """**No shared-memory ring.** The camera's frame crosses as the JPEG that was captured (about 30 kB), and
+only to who shows or records it; the prediction waits for its 1,280 features (5 kB). The shares above say what a
+perfect transport could gain of the whole way; a ring for 1 MB raw frames would serve nobody here, as no raw frame
+crosses processes."""
+
+_REPLAY = """One session is one chain of steps: nothing can be batched, and a step's own time bounds it. Many
+sessions in lock step are stepped together. Reading is Python, a few microseconds a message; the aligner about 10 us
+a tick."""
+
+_GPU = """## On a GPU
+
+**Not run:** no GPU was at hand. The code is there: arena and inputs as device values bound once, the graph gathers
+and scatters, a CUDA graph a bucket, captured on rows of nobody so that no state moves (onnxruntime issue 32243),
+page-locked host memory, no TF32. `tests/test_rows.py` and `tests/test_gpu_check.py` run all but CUDA itself on the
+CPU.
+
+    python -m tools.gpu_check --out docs/gpu.md      # right within 1e-4 over 1,000 steps; 1 to 16,384 rows
+    python -m tools.gpu_check --provider cpu         # tries the tool itself where there is no GPU
+
+It needs onnxruntime-gpu, numpy and msgspec; torch with CUDA for the baseline (its CUDA-graph replay of the same
+step). Exit code 0: all holds, 1: something does not, 2: usage, or CUDA was not active.
+
+For a GPU machine that reaches no registry, `tools/pack_ort_gpu.py` packs onnxruntime-gpu with the code of one GPU
+architecture:
+
+    python tools/pack_ort_gpu.py --out FOLDER        # what is installed, for sm_90 (H100, H200)
+    python tools/pack_ort_gpu.py --check FILE        # unpack aside, import, run a small graph on the CPU
+
+Seen with onnxruntime-gpu 1.31.1 (cp311) and sm_90: 58.7 MB, about a minute on one core; `--check` passes."""
