@@ -24,7 +24,7 @@ METADATA_KEY = "stream_mmrnn"
 STATE, NEXT = "state.", "next."
 
 
-class StateWires(msgspec.Struct, frozen=True):
+class StateWires(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How the graph carries one state."""
 
     input: str
@@ -69,12 +69,6 @@ class _NamedHead(HeadSpec, frozen=True, forbid_unknown_fields=True, kw_only=True
     output: str
 
 
-class _NamedState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    input: str
-    output: str
-    batch_axis: int = 0
-
-
 class _Named(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The file beside a graph that states nothing."""
 
@@ -82,7 +76,7 @@ class _Named(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tick_ms: float
     modalities: tuple[_NamedModality, ...]
     heads: tuple[_NamedHead, ...]
-    states: tuple[_NamedState, ...]
+    states: tuple[StateWires, ...]
     active: str = ""
     reset: str = ""
     present: str = ""
@@ -159,7 +153,7 @@ def _named(graph: Graph, file: Path) -> Contract:
     wiring = Wiring(
         {m.name: m.input for m in named.modalities},
         {h.name: h.output for h in named.heads},
-        {s.input: StateWires(s.input, s.output, s.batch_axis) for s in named.states},
+        {s.input: s for s in named.states},
         named.active,
         named.reset,
         named.present,

@@ -93,17 +93,20 @@ def latencies(document: Document, keys: Sequence[str]) -> str:
 
 
 def stages(document: Document) -> str:
-    """Of each set of modalities, the stages."""
+    """Of each set of modalities, the stages, the processes' CPU, and what others used meanwhile."""
     out = []
     for row in document["rows"]:
-        table = row.get("latency_ms")
-        if not isinstance(table, dict) or "step" not in table:
-            continue
-        what = row.get("set") or row.get("what") or row.get("modalities") or ""
-        lines = [f"`{what}`:", "", "| stage | p50, ms | p95 | p99 | max |", "| --- | --- | --- | --- | --- |"]
-        lines += [
-            f"| {n} | {s['p50']:.3f} | {s['p95']:.3f} | {s['p99']:.3f} | {s['max']:.3f} |" for n, s in table.items()
+        lines = [
+            f"`{row['modalities']}`, {row['predictions']} predictions, {row['late']} late, {row['lost']} lost:",
+            "",
         ]
+        lines += ["| stage | p50, ms | p95 | p99 | max |", "| --- | --- | --- | --- | --- |"]
+        whole = {"event to reader": row["event_to_reader_ms"]}
+        for name, s in {**row["stages_ms"], **whole}.items():
+            lines.append(f"| {name} | {s['p50']:.3f} | {s['p95']:.3f} | {s['p99']:.3f} | {s['max']:.3f} |")
+        cpu = ", ".join(f"{name} {share:.3f}" for name, share in row["cpu"].items())
+        rss = ", ".join(f"{name} {mb:.0f}" for name, mb in row["rss_mb"].items())
+        lines += ["", f"Cores: {cpu}; all others on the machine {_number(row['other_cpu'])}. Resident MB: {rss}."]
         out.append("\n".join(lines))
     return "\n\n".join(out)
 
