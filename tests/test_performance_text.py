@@ -31,6 +31,8 @@ NAMES = (
     "loop_over_batched",
     "triton_p50_over_ours_16",
     "triton_p50_over_ours_bus_16",
+    "pytriton_p50_over_ours_64",
+    "pytriton_p50_over_ours_bus_64",
     "audio_to_prediction_p50_ms",
     "audio_to_prediction_p99_busy2_ms",
     "all_to_prediction_p99_ms",

@@ -250,6 +250,7 @@ def sessions(
     most: Annotated[int, typer.Option(min=1, max=65536, help="Do not try more.")] = 16384,
     provider: Where = Provider.cpu,
     seed: Seed = 0,
+    peers: Annotated[bool, typer.Option(help="Measure Triton, too, where it is (not with --model).")] = True,
     compare: Compare = None,
     plots: Plots = None,
     as_json: Json = False,
@@ -268,6 +269,7 @@ def sessions(
             provider=provider.value,
             most=most,
             seed=seed,
+            peers=peers,
             say=say,
             alive=alive,
         )

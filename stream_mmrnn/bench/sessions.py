@@ -31,7 +31,7 @@ from stream_mmrnn.types import Tick
 TICK_NS = 40_000_000
 BATCH = 256
 """Sessions of the hot comparison."""
-_SETTLE_S = 0.5
+SETTLE_S = 0.5
 """Not counted: the first steps get memory."""
 BOUNDS = {"fp32": 2000, "int8": 5000}
 
@@ -70,7 +70,7 @@ class Load:
         due, ticks, engine = self.due_ns, self.ticks, self.engine
         start_ns = now_ns() + 5_000_000
         end_ns = start_ns + int(duration_s * 1e9)
-        settled_ns = start_ns + int(_SETTLE_S * 1e9)
+        settled_ns = start_ns + int(SETTLE_S * 1e9)
         at, base_ns = 0, start_ns
         while alive():
             next_ns = base_ns + int(due[at])
@@ -104,10 +104,14 @@ def run(
     provider: Provider = "cpu",
     most: int = 16384,
     seed: int = 0,
+    peers: bool = False,
     say: Callable[[str], None] = lambda _: None,
     alive: Callable[[], bool] = lambda: True,
 ) -> tuple[Document, Pictures]:
-    """The capacity of fp32 and of 8-bit weights, and what batching is worth; of `model` alone where one is given."""
+    """The capacity of fp32 and of 8-bit weights, and what batching is worth; of `model` alone where one is given.
+
+    `peers`: servers of others, too (`servers`), where there are any and no `model` is given.
+    """
     rows: list[dict[str, Any]] = []
     found: dict[str, Ratio] = {}
     pictures = Pictures()
@@ -129,6 +133,13 @@ def run(
         if alive() and not model:
             say(f"one call for {BATCH} sessions against {BATCH} calls")
             _batched(first, rows, found)
+        if alive() and peers and not model:
+            from stream_mmrnn.bench import servers  # it measures with our Load
+
+            say("servers of others, across processes")
+            more, compared = servers.measure(first, duration_s=duration_s, seed=seed, say=say, alive=alive)
+            rows += more
+            found |= compared
     settings = {
         "model": model.parent.name if model else f"gru {hidden}, 2 layers",
         "duration_s": duration_s,
@@ -193,7 +204,7 @@ def _one(
         engine.prewarm()
         watch = Processes()
         began = time.monotonic()
-        kept_up = load.run(duration_s + _SETTLE_S, alive)
+        kept_up = load.run(duration_s + SETTLE_S, alive)
         seconds = time.monotonic() - began
         usage = watch.used()
     finally:
@@ -205,7 +216,7 @@ def _one(
         "latency_ms": load.latency.row(),
         "holds": good,
         "late": load.late,
-        "steps_per_s": round(load.latency.count / max(seconds - _SETTLE_S, 1e-3)),
+        "steps_per_s": round(load.latency.count / max(seconds - SETTLE_S, 1e-3)),
         "batch_p50": load.batches.percentile(50),
         "cpu_share": round(sum(usage.cpu.values()), 3),
         "other_cpu": usage.other_cpu,

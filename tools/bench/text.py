@@ -31,8 +31,10 @@ MEANING = {
     r"silero_jit_over_engine": "silero VAD's own jit model over the engine",
     r"sessions_per_core_(\w+)": "sessions a core at 25 Hz with p99 below the tick, {0}, 2 layers of 256",
     r"loop_over_batched": "256 single runs of the bound graph over one call of the engine for 256 sessions",
-    r"triton_p50_over_ours_(\d+)": "Triton's p50 over the engine's in process, {0} sessions",
-    r"triton_p50_over_ours_bus_(\d+)": "Triton's p50 over ours across processes, {0} sessions",
+    r"triton_p50_over_ours_(\d+)": "Triton's Python backend over the engine in the caller's process, {0} sessions",
+    r"triton_p50_over_ours_bus_(\d+)": "Triton's Python backend over ours across processes, {0} sessions",
+    r"pytriton_p50_over_ours_(\d+)": "the same with pytriton's own way of binding, {0} sessions",
+    r"pytriton_p50_over_ours_bus_(\d+)": "pytriton over ours across processes, {0} sessions",
     r"audio_to_prediction_(p\d+)_ms": "from an audio block's end to a readable prediction, {0}, ms: worker, broker,"
     " engine",
     r"audio_to_prediction_(p\d+)_busy(\d)_ms": "the same beside {1} busy processes, {0}, ms",
