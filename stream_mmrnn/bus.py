@@ -79,6 +79,9 @@ def run_broker(address: Address, queue: int, ready: Callable[[], None], alive: C
     context.destroy(linger=0)
 
 
+_LOOK_EVERY_NS = 50_000_000
+
+
 class Publisher:
     """Sends envelopes of one process; numbers them per topic and session."""
 
@@ -91,6 +94,7 @@ class Publisher:
         self._socket.connect(address.publish)
         self._seq: dict[tuple[str, str], int] = {}
         self._wanted: list[bytes] = []
+        self._looked_ns = 0
         self.refused: dict[str, int] = {}
         """Messages per topic that the full queue to the broker did not take."""
 
@@ -126,8 +130,12 @@ class Publisher:
         key = (topic, session)
         seq = self._seq.get(key, 0)
         self._seq[key] = seq + 1
-        envelope = Envelope(topic, session, seq, event_ns, capture_ns, now_ns(), payload, origin)
-        self._read_subscriptions(0)
+        at_ns = now_ns()
+        envelope = Envelope(topic, session, seq, event_ns, capture_ns, at_ns, payload, origin)
+        if at_ns - self._looked_ns > _LOOK_EVERY_NS:
+            # who subscribes is of no haste here, and looking costs as much as sending
+            self._looked_ns = at_ns
+            self._read_subscriptions(0)
         try:
             self._socket.send_multipart(wire.encode(envelope), zmq.DONTWAIT)
         except zmq.Again:

@@ -110,8 +110,6 @@ class Engine(_Section, frozen=True):
     """Over how many processes the slots are spread, where one core is not enough."""
     prewarm: bool = True
     """Run the graph (and the sound's encoder) on nobody's data just before it is due, so that caches are warm."""
-    priority: Literal["normal", "nice", "fifo"] = "normal"
-    """Of the engine's process: nice is -10, fifo the real-time class SCHED_FIFO; both want the right to it."""
 
 
 class Record(_Section, frozen=True):
@@ -152,6 +150,9 @@ class Dashboard(_Section, frozen=True):
 
 
 class Supervisor(_Section, frozen=True):
+    priority: Literal["normal", "nice", "fifo"] = "normal"
+    """Of the processes between a sample and its prediction (not recorder and page): nice is -10, fifo the real-time
+    class SCHED_FIFO. Both want the right to it; without it the session runs as usual, and says so."""
     backoff_s: _Positive = 0.25
     """Before the first restart; doubles up to `backoff_max_s`."""
     backoff_max_s: _Positive = 1.0

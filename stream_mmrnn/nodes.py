@@ -28,6 +28,8 @@ from stream_mmrnn.errors import SessionError, SourceError, StreamError, WireErro
 from stream_mmrnn.types import Envelope
 
 _STATUS_PERIOD_NS = 500_000_000
+_UNHURRIED = ("recorder", "dashboard")
+"""What may come later: files and pages."""
 _PREWARM_PERIOD_NS = 200_000_000
 """What comes less often than this is not expected at a time that could be named."""
 
@@ -47,6 +49,8 @@ class Context:
     ) -> None:
         self.name, self.settings, self.address = name, settings, address
         self.ready, self.stop, self.epoch, self.restarts = ready, stop, epoch, restarts
+        self.note = ""
+        """What is to be said of the process that runs this node."""
         self.stdin: Any = None
         """The terminal's input on its way to the text worker: `detach()` gives the file descriptor."""
 
@@ -257,7 +261,7 @@ def engine(context: Context) -> None:
     }
     _hear_clock(context, subscriber)
     publisher.wait_for_reader(topics.PREDICTION, 2.0)
-    reporter.say("ready", _prioritise(settings.engine.priority))
+    reporter.say("ready", context.note)
     context.ready.set()
 
     def refused(session: str, error: SessionError) -> None:
@@ -305,18 +309,6 @@ def engine(context: Context) -> None:
     step_engine.stop()
     subscriber.close()
     publisher.close()
-
-
-def _prioritise(priority: str) -> str:
-    """Give this process the priority that is asked for; why it could not be, or ""."""
-    try:
-        if priority == "nice":
-            os.nice(-10)
-        elif priority == "fifo":
-            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(10))
-    except (OSError, AttributeError) as e:
-        return f"engine.priority {priority!r} was not given ({e}); the engine runs as any other process"
-    return ""
 
 
 def part(path: Path, number: int) -> Path:
@@ -440,10 +432,24 @@ def dashboard(context: Context) -> None:
     publisher.close()
 
 
+def _prioritise(priority: str) -> str:
+    """Give this process the priority that is asked for; why it could not be, or ""."""
+    try:
+        if priority == "nice":
+            os.nice(-10)
+        elif priority == "fifo":
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(10))
+    except (OSError, AttributeError) as e:
+        return f"supervisor.priority {priority!r} was not given ({e}); the session runs as any other program"
+    return ""
+
+
 def run(target: Callable[..., None], context: Context, *args: Any) -> None:
     """What a new process executes: signals, then the node; an error ends it with one sentence and exit code 1."""
     with contextlib.suppress(OSError):  # so that `ps` and `top` name us; Linux alone has it
         Path("/proc/self/comm").write_text(f"mmrnn-{context.name}"[:15])
+    if context.name not in _UNHURRIED:
+        context.note = _prioritise(context.settings.supervisor.priority)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the supervisor, who tells us
     signal.signal(signal.SIGTERM, lambda *_: context.stop.set())
     try:

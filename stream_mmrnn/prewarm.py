@@ -6,11 +6,13 @@ ended less than a millisecond ago mends that (docs/performance.md has the figure
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 LEAD_NS = 1_000_000
 """How long before the expected moment; a run of some 0.5 ms ends in time, and what it warmed is still there."""
-_TOLERANCE_NS = 300_000
+_NEAR_NS = 1_000_000
+"""So near the moment is slept for: sockets wait in whole milliseconds."""
 
 
 class Prewarmer:
@@ -20,8 +22,14 @@ class Prewarmer:
     step that comes sooner than expected (another session's) has warmed the caches itself and moves the expectation on.
     """
 
-    def __init__(self, warm: Callable[[], None], period_ns: int, lead_ns: int = LEAD_NS) -> None:
-        self._warm = warm
+    def __init__(
+        self,
+        warm: Callable[[], None],
+        period_ns: int,
+        lead_ns: int = LEAD_NS,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._warm, self._sleep = warm, sleep
         self.period_ns, self._lead_ns = period_ns, lead_ns
         self._due_ns = 0
         self.runs = 0
@@ -37,9 +45,11 @@ class Prewarmer:
         return max(min((self._due_ns - now_ns) // 1_000_000, most_ms), 0)
 
     def run_if_due(self, now_ns: int) -> bool:
-        """Run where the moment has come (once for each step); whether it was."""
-        if not self._due_ns or now_ns < self._due_ns - _TOLERANCE_NS:
+        """Run where the moment has come or is about to (once for each step); whether it was."""
+        if not self._due_ns or now_ns < self._due_ns - _NEAR_NS:
             return False
+        if now_ns < self._due_ns:
+            self._sleep((self._due_ns - now_ns) / 1e9)
         # of a stream that has ended nothing is expected any more
         late = now_ns > self._due_ns + self.period_ns
         self._due_ns = 0

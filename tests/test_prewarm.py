@@ -12,17 +12,23 @@ PERIOD_NS = 40_000_000
 
 def test_it_runs_once_a_little_before_the_next_step_is_expected() -> None:
     ran: list[int] = []
-    prewarmer = Prewarmer(lambda: ran.append(1), PERIOD_NS)
+    slept: list[float] = []
+    prewarmer = Prewarmer(lambda: ran.append(1), PERIOD_NS, sleep=slept.append)
     assert prewarmer.wait_ms(0, 100) == 100
     assert not prewarmer.run_if_due(0)
     prewarmer.stepped(1_000_000_000)
     due_ns = 1_000_000_000 + PERIOD_NS - LEAD_NS
     assert prewarmer.wait_ms(1_000_000_000, 100) == 39
-    assert not prewarmer.run_if_due(due_ns - 1_000_000)
+    assert not prewarmer.run_if_due(due_ns - 1_000_001)
     assert prewarmer.wait_ms(due_ns - 500_000, 100) == 0
-    assert prewarmer.run_if_due(due_ns)
+    # what is nearer than a socket can wait is slept for
+    assert prewarmer.run_if_due(due_ns - 500_000)
+    assert slept == [0.0005]
     assert not prewarmer.run_if_due(due_ns)
     assert (len(ran), prewarmer.runs) == (1, 1)
+    prewarmer.stepped(2_000_000_000)
+    assert prewarmer.run_if_due(2_000_000_000 + PERIOD_NS - LEAD_NS)
+    assert slept == [0.0005]
 
 
 def test_a_step_that_came_sooner_moves_the_expectation_on() -> None:

@@ -31,6 +31,10 @@ class Sets(StrEnum):
     audio, all, both = "audio", "all", "both"
 
 
+class Priority(StrEnum):
+    normal, nice, fifo = "normal", "nice", "fifo"
+
+
 class Phases(StrEnum):
     spread, together = "spread", "together"
 
@@ -134,6 +138,9 @@ def end_to_end(
     modalities: Annotated[Sets, typer.Option(help="Sound alone, all modalities, or one after the other.")] = Sets.both,
     busy: Annotated[int, typer.Option(min=0, max=64, help="Busy processes to run beside it.")] = 0,
     bus: Annotated[Transport, typer.Option(help="What the bus runs over.")] = Transport.ipc,
+    priority: Annotated[Priority, typer.Option(help="Of the processes on the way, the reader among them.")] = (
+        Priority.normal
+    ),
     provider: Where = Provider.auto,
     seed: Seed = 0,
     compare: Compare = None,
@@ -152,6 +159,7 @@ def end_to_end(
             busy=busy,
             provider=provider.value,
             transport=bus.value,
+            priority=priority.value,
             seed=seed,
             alive=alive,
             say=say,

@@ -58,7 +58,7 @@ class _Run:
 
 
 def _settings(
-    modalities: Sequence[str], model: str | None, provider: Provider, transport: str, seed: int
+    modalities: Sequence[str], model: str | None, provider: Provider, transport: str, priority: str, seed: int
 ) -> config.Settings:
     chosen = {f"sources.{m}": "synthetic" if m in modalities else "none" for m in sources.EVERY}
     return config.load(
@@ -68,6 +68,7 @@ def _settings(
             "engine.model": model,
             "engine.provider": provider,
             "bus.transport": transport,
+            "supervisor.priority": priority,
             "synthetic.seed": seed,
             "session.name": "bench",
             "dashboard.enabled": False,
@@ -123,10 +124,10 @@ def _by_topic(seen: Sequence[Seen]) -> dict[str, dict[str, dict[str, float]]]:
     return {by: {name: h.row() for name, h in of.items()} for by, of in found.items()}
 
 
-def _ratios(rows: dict[str, dict[str, Any]], busy: int) -> dict[str, Ratio]:
+def _ratios(rows: dict[str, dict[str, Any]], busy: int, priority: str) -> dict[str, Ratio]:
     """The promises: of the audio block's end to a readable prediction, alone and beside busy processes."""
     found: dict[str, Ratio] = {}
-    suffix = f"_busy{busy}" if busy else ""
+    suffix = (f"_busy{busy}" if busy else "") + ("" if priority == "normal" else f"_{priority}")
     for name, row in rows.items():
         prefix = "audio_to_prediction" if name == "audio" else f"{name}_to_prediction"
         times = row["event_to_reader_ms"]
@@ -150,6 +151,7 @@ def run(
     busy: int = 0,
     provider: Provider = "auto",
     transport: str = "ipc",
+    priority: str = "normal",
     seed: int = 0,
     alive: Callable[[], bool] = lambda: True,
     say: Callable[[str], None] = lambda _: None,
@@ -162,7 +164,7 @@ def run(
     for name in sets:
         say(f"{name}: {duration_s:g} s")
         with beside(busy):
-            done = _Run(_settings(SETS[name], model, provider, transport, seed), duration_s, alive)
+            done = _Run(_settings(SETS[name], model, provider, transport, priority, seed), duration_s, alive)
         if not alive():
             raise ProcessError("the bench was stopped before it had measured; nothing is reported")
         rows[name], latency = _row(name, done, busy, spec.tick_ns)
@@ -176,6 +178,7 @@ def run(
         "busy": busy,
         "provider": provider,
         "transport": transport,
+        "priority": priority,
         "seed": seed,
     }
-    return document("end-to-end", settings, list(rows.values()), _ratios(rows, busy), notes=notes), pictures
+    return document("end-to-end", settings, list(rows.values()), _ratios(rows, busy, priority), notes=notes), pictures

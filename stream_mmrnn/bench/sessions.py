@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -24,7 +24,7 @@ from stream_mmrnn.bench.step import bare, tick_of
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.engine import StepEngine
 from stream_mmrnn.latency import Histogram
-from stream_mmrnn.runtime import Provider
+from stream_mmrnn.runtime import Graph, Provider
 from stream_mmrnn.shards import ShardedEngine
 from stream_mmrnn.types import Tick
 
@@ -232,11 +232,11 @@ def _batched(path: Path, rows: list[dict[str, Any]], found: dict[str, Ratio]) ->
     for i in range(BATCH):
         engine.open(str(i))
         ticks.append(tick_of(engine, str(i), rng))
-    each = [bare(path) for _ in range(32)]
-    repeated: Sequence[Callable[[], object]] = each * (BATCH // len(each))
+    graph = Graph(path)  # one: its weights are those of all sessions
+    each = [bare(graph) for _ in range(BATCH)]
 
     def loop() -> None:
-        for call in repeated:
+        for call in each:
             call()
 
     watch = Processes()

@@ -38,8 +38,11 @@ MEANING = {
     r"audio_to_prediction_(p\d+)_ms": "from an audio block's end to a readable prediction, {0}, ms: worker, broker,"
     " engine",
     r"audio_to_prediction_(p\d+)_busy(\d)_ms": "the same beside {1} busy processes, {0}, ms",
+    r"audio_to_prediction_(p\d+)_(nice|fifo)_ms": "the same with supervisor.priority = {1}, {0}, ms",
+    r"audio_to_prediction_(p\d+)_busy(\d)_(nice|fifo)_ms": "beside {1} busy processes with supervisor.priority = {2},"
+    " {0}, ms",
     r"all_to_prediction_(p\d+)_ms": "the same with camera and words, {0}, ms; the picture's encoder is most of it",
-    r"(\w+)_stages_residual": "what the stages' sum lacks of the whole, {0}",
+    r"(\w+?)_stages_residual\w*": "what the stages' sum lacks of the whole, {0}",
     r"ours_(\w+?)_over_(\w+)_(2kb|30kb|1mb)_(hot|paced)": "our bus over {0} against {1}, {2}, {3}",
     r"camera_features_transport_share": "share of the bus in the way from a frame's event to its prediction",
     r"camera_picture_transport_share": "share that carrying the JPEG itself would have",
@@ -189,6 +192,16 @@ def write(told: Mapping[str, Document], runs: Mapping[str, Sequence[str]], plots
             shown("end-to-end_"),
         ),
         _section("The same beside two busy processes", "end-to-end-busy", told, runs, of("end-to-end-busy", ratios)),
+        _section("With nice, beside two", "end-to-end-nice", told, runs, of("end-to-end-nice", ratios)),
+        _section("With SCHED_FIFO, beside two", "end-to-end-fifo", told, runs, of("end-to-end-fifo", ratios)),
+        _section(
+            "With SCHED_FIFO, alone",
+            "end-to-end-alone-fifo",
+            told,
+            runs,
+            of("end-to-end-alone-fifo", ratios),
+            _PRIORITY,
+        ),
         _section(
             "Transport",
             "transport",
@@ -228,6 +241,9 @@ _SESSIONS = """Each session has its own phase and is due 25 times a second; what
 
 _SHARDS = """Figures are sessions a core: twice as many in all. Features and heads cross in shared memory, a pipe
 says when."""
+
+_PRIORITY = """`supervisor.priority` lifts workers, broker, clock and engine (and here the reader) above other programs; it
+wants the right to it."""
 
 _RING = """**No shared-memory ring.** The camera's frame crosses as the JPEG that was captured (about 30 kB), and
 only to who shows or records it; the prediction waits for its 1,280 features (5 kB). The shares above say what a
