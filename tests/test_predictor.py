@@ -134,6 +134,16 @@ def test_the_exported_step_computes_what_was_trained(tmp_path: Path, cell: str, 
     assert str(Path(__file__).parent.parent).encode() not in (tmp_path / "step.onnx").read_bytes()
 
 
+def test_gates_that_are_closed_stay_so_in_the_exported_step(tmp_path: Path) -> None:
+    """Training closes gates far below -18, where onnxruntime's Sigmoid says 1e-8 whatever it is asked."""
+    p = network(recipe_of("rg_lru", "concat", False))
+    cell = p.cells.layers[-1]
+    with torch.no_grad():
+        cell.rate.fill_(9.0)
+        cell.input.bias[: len(cell.rate)] = torch.linspace(-40.0, 5.0, len(cell.rate))
+    assert max(export(p, tmp_path / "step.onnx", {}).values()) <= TOLERANCE
+
+
 def tick(session: str, index: int) -> Tick:
     rng = np.random.default_rng([ord(session), index])
     features = {m: rng.standard_normal(n).astype(np.float32) for m, n in (("vision", 6), ("audio", 4), ("text", 3))}

@@ -294,6 +294,8 @@ class RGLRU(LinearCell):
     """
 
     SCALE = 8.0
+    OPEN = 30.0
+    """From here on a gate is 1 in float32, and its exponential still a number."""
     SMALLEST = 1e-12
     """Of s: the root's slope at 0 is infinite, and infinity times a closed gate's 0 would be no number."""
 
@@ -309,7 +311,10 @@ class RGLRU(LinearCell):
     def coefficients(pre: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         r, i, u = pre
         (rate,) = parameters
-        s = torch.clamp(rate * torch.sigmoid(r), min=RGLRU.SMALLEST)
+        # the sigmoid of r, by its exponential: onnxruntime's Sigmoid is off by 6e-8 wherever it is small, and the root
+        # below makes 1e-3 of that
+        e = torch.exp(torch.clamp(r, max=RGLRU.OPEN))
+        s = torch.clamp(rate * (e / (1 + e)), min=RGLRU.SMALLEST)
         t = torch.tanh(s)
         return torch.exp(-s), torch.sqrt(2 * t / (1 + t)) * (torch.sigmoid(i) * u)
 
