@@ -17,7 +17,7 @@ from stream_mmrnn.arena import Arena
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.contract import Contract, contract_of
 from stream_mmrnn.rows import Bucket, DeviceRows, HostRows, Rows
-from stream_mmrnn.runtime import Graph, Provider, resolve
+from stream_mmrnn.runtime import Graph, Provider
 from stream_mmrnn.types import ModelSpec, Prediction, Tick
 
 MAX_AGE_S = 10.0
@@ -31,8 +31,7 @@ BUDGET = 0.25
 
 def check_model(path: Path, provider: Provider) -> ModelSpec:
     """Load and check a model before anything else starts; raises ModelError or ProviderError."""
-    resolve(provider)
-    return contract_of(Graph(path)).spec
+    return contract_of(Graph(path, provider)).spec
 
 
 def make_rows(graph: Graph, slots: int, batch: int = 0) -> tuple[Contract, Rows]:
@@ -66,7 +65,7 @@ class StepEngine:
             ProviderError: `cuda` was asked for and is not active.
 
         """
-        graph = Graph(path, provider)
+        self.graph = graph = Graph(path, provider)
         contract, self._rows = make_rows(graph, slots, batch)
         self.spec = contract.spec
         self.provider = graph.provider

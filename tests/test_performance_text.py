@@ -27,6 +27,8 @@ NAMES = (
     "engine_rss_mb",
     "silero_wrapper_over_engine",
     "silero_jit_over_engine",
+    "silero_iterator_over_engine",
+    "in_graph_over_copied_64",
     "sessions_per_core_fp32",
     "loop_over_batched",
     "triton_p50_over_ours_16",
@@ -79,8 +81,9 @@ def test_what_does_not_hold_is_said_with_its_bound() -> None:
 
 def test_a_figure_that_nobody_could_judge_is_told(tmp_path: Path) -> None:
     work, docs = tmp_path / "work", tmp_path / "docs"
-    (work / "plots").mkdir(parents=True)
-    (work / "plots" / "step_histogram_gru_256_hot.png").write_bytes(b"png")
+    for run in ("step", "sessions-2"):  # the plots of one run are not those of another
+        (work / "plots" / run).mkdir(parents=True)
+        (work / "plots" / run / "step_histogram_gru_256_hot.png").write_bytes(run.encode())
     busy = figure(0.2, 0.3, None, "no verdict: others used 31 % of a core")
     (work / "step.json").write_text(json.dumps(document(cold_start_s=busy)))
     (work / "replay.json").write_text("no document")
@@ -88,7 +91,7 @@ def test_a_figure_that_nobody_could_judge_is_told(tmp_path: Path) -> None:
     said = (docs / "performance.md").read_text(encoding="utf-8")
     assert "no verdict: others used 31 % of a core" in said
     assert "performance/step_histogram_gru_256_hot.png" in said
-    assert (docs / "performance" / "step_histogram_gru_256_hot.png").read_bytes() == b"png"
+    assert (docs / "performance" / "step_histogram_gru_256_hot.png").read_bytes() == b"step"
 
 
 def test_an_unknown_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

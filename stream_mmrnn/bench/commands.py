@@ -15,9 +15,11 @@ import typer
 from rich.console import Console
 
 from stream_mmrnn import config
+from stream_mmrnn.errors import FileError
 from stream_mmrnn.terminal import Alive, Json, ModelName, Provider, escape, print_document
 
 if TYPE_CHECKING:
+    from stream_mmrnn.bench.measure import Arrivals
     from stream_mmrnn.bench.plots import Pictures
 
 app = typer.Typer(help="Measure this machine: open loop, peers in the same run.", no_args_is_help=True)
@@ -220,6 +222,18 @@ def train(
     _bench("train", as_json, compare, plots, run)
 
 
+def _arrivals(named: str) -> Arrivals:
+    """What `--arrivals` names; raises FileError where it is a file that holds no times."""
+    if named == "constant":
+        return "constant"
+    if named == "poisson":
+        return "poisson"
+    try:
+        return [float(line) for line in Path(named).read_text(encoding="utf-8").split()]
+    except (OSError, ValueError) as e:
+        raise FileError(f"the arrivals {named} are no file with a time in seconds a line: {e}") from e
+
+
 @app.command()
 def step(
     duration: Annotated[
@@ -228,6 +242,9 @@ def step(
     rounds: Annotated[int, typer.Option(min=1, help="How often contenders take turns.")] = 21,
     calls: Annotated[int, typer.Option(min=1, help="Of each contender in a round.")] = 200,
     hidden: Annotated[str, typer.Option(help="Units of the two layers; comma-separated.")] = "256,512,1024",
+    arrivals: Annotated[
+        str, typer.Option(help="Of the paced part: constant, poisson, or a file with a time in seconds a line.")
+    ] = "constant",
     peers: Annotated[bool, typer.Option(help="Run what needs torch, too.")] = True,
     compare: Compare = None,
     plots: Plots = None,
@@ -242,7 +259,14 @@ def step(
         if len(sizes) != len(hidden.split(",")):
             raise typer.BadParameter(f"--hidden {hidden!r} must be multiples of 8, separated by commas")
         return bench.run(
-            duration_s=duration, rounds=rounds, calls=calls, sizes=sizes, peers=peers, say=say, alive=alive
+            duration_s=duration,
+            rounds=rounds,
+            calls=calls,
+            sizes=sizes,
+            arrivals=_arrivals(arrivals),
+            peers=peers,
+            say=say,
+            alive=alive,
         )
 
     _bench("step", as_json, compare, plots, run)

@@ -54,7 +54,7 @@ def _draw(draw: Any, values: Any, folder: Path, name: str) -> Path:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6, 3.6))
+    figure, axes = plt.subplots(figsize=(7.2, 3.6))
     axes.spines[["top", "right"]].set_visible(False)
     draw(axes, values)
     axes.set_title(name.replace("_", " "), fontsize=9)
@@ -65,19 +65,33 @@ def _draw(draw: Any, values: Any, folder: Path, name: str) -> Path:
     return path
 
 
+def _beside(axes: Any) -> None:
+    """The legend where no curve is."""
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1.0))
+
+
+def _plain(axis: Any) -> None:
+    """A logarithmic axis with 1, 2 and 5 of each decade, as plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(10, (1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _histograms(axes: Any, histograms: Mapping[str, Histogram]) -> None:
     for name, histogram in histograms.items():
         values, counts = zip(*histogram.buckets(), strict=True) if histogram.count else ((), ())
         bins = [10 ** (k / 40) for k in range(-120, 161)]  # 1 us to 10 s
         axes.hist([v / 1e6 for v in values], bins, weights=counts, histtype="step", label=name)
-    axes.set(xlabel="milliseconds", ylabel="how many", xscale="log")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:.1g}")
+    axes.set(xlabel="milliseconds; one of a thousand is further right", ylabel="how many", xscale="log")
+    _plain(axes.xaxis)
     counted = [h for h in histograms.values() if h.count]
     if counted:
-        low = min(h.buckets()[0][0] for h in counted)
-        axes.set_xlim(max(low, 1000) / 1.3e6, max(max(h.max_ns for h in counted), 2000) * 1.3 / 1e6)
-    axes.legend(frameon=False, fontsize=8)
+        low = min(h.percentile(0.1) for h in counted)
+        high = max(h.percentile(99.9) for h in counted)
+        axes.set_xlim(max(low, 1000) / 1.3e6, max(high, 2000) * 1.3 / 1e6)
+    _beside(axes)
 
 
 def _stages(axes: Any, seen: Sequence[tuple[float, Mapping[str, int]]]) -> None:
@@ -90,11 +104,13 @@ def _stages(axes: Any, seen: Sequence[tuple[float, Mapping[str, int]]]) -> None:
     if seconds:
         axes.stackplot(list(seconds), layers, labels=names)
     axes.set(xlabel="seconds", ylabel="milliseconds (median of each second)")
-    axes.legend(frameon=False, fontsize=8, ncols=3)
+    _beside(axes)
 
 
 def _curve(axes: Any, curve: Curve) -> None:
     axes.plot(*zip(*curve.points, strict=True), marker="o")
     if curve.limit is not None:
         axes.axhline(curve.limit, color="0.5", linestyle="--")
-    axes.set(xlabel=curve.x, ylabel=curve.y, xscale="log")
+    axes.set(xlabel=curve.x, ylabel=curve.y, xscale="log", yscale="log")
+    _plain(axes.xaxis)
+    _plain(axes.yaxis)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 
 from stream_mmrnn.bench import models
 from stream_mmrnn.bench.machine import Processes
-from stream_mmrnn.bench.measure import Sampler, Timing, paced, ratios, sampled, turns
+from stream_mmrnn.bench.measure import Arrivals, Sampler, Timing, paced, ratios, sampled, turns
 from stream_mmrnn.bench.plots import Pictures
 from stream_mmrnn.bench.report import Document, Ratio, document, ratio
 from stream_mmrnn.bench.roofline import roofline
@@ -30,6 +31,7 @@ from stream_mmrnn.config import models_folder
 from stream_mmrnn.contract import contract_of
 from stream_mmrnn.engine import StepEngine
 from stream_mmrnn.errors import ProcessError
+from stream_mmrnn.rows import DeviceRows, HostRows
 from stream_mmrnn.runtime import Graph
 from stream_mmrnn.types import Stamps, Tick
 
@@ -175,13 +177,14 @@ def run(
     rounds: int = 21,
     calls: int = 200,
     sizes: Sequence[int] = (256, 512, 1024),
+    arrivals: Arrivals = "constant",
     peers: bool = True,
     say: Callable[[str], None] = lambda _: None,
     alive: Callable[[], bool] = lambda: True,
 ) -> tuple[Document, Pictures]:
-    """All of it: hot, paced, many slots, 8-bit weights and their drift, silero, the engine's start.
+    """All of it: hot, paced, many slots, where rows are gathered, 8-bit weights and their drift, silero, the start.
 
-    `duration_s`: of each contender's paced part.
+    `duration_s` and `arrivals` are of each contender's paced part.
     """
     bench = _Bench(rounds, calls, say, alive)
     with tempfile.TemporaryDirectory(prefix="stream-mmrnn-bench-") as folder:
@@ -193,7 +196,9 @@ def run(
             if alive():
                 _int8(bench, hidden, made[hidden, False], made[hidden, True])
         if alive():
-            _paced(bench, made[sizes[0], False], sizes[0], duration_s)
+            _gathering(bench, made[sizes[0], False])
+        if alive():
+            _paced(bench, made[sizes[0], False], sizes[0], duration_s, arrivals)
         if alive():
             _start(bench, made[sizes[0], False])
     if alive() and peers:
@@ -203,11 +208,12 @@ def run(
 
 
 def _hot(bench: _Bench, hidden: int, path: Path, peers: bool) -> None:
-    _, one = stepper(path)
+    engine, one = stepper(path)
     _, few = stepper(path, 64)
     _, many = stepper(path, MANY)
     samplers = {
-        "bare": sampled(bare(Graph(path))),
+        # over the engine's own graph: where the weights of another copy come to lie moves a step by 3 %
+        "bare": sampled(bare(engine.graph)),
         "engine": sampled(one),
         "engine, 64 slots": sampled(few),
         f"engine, {MANY:,} slots": sampled(many),
@@ -281,7 +287,24 @@ def drift_of(
     )
 
 
-def _paced(bench: _Bench, path: Path, hidden: int, duration_s: float) -> None:
+def _gathering(bench: _Bench, path: Path) -> None:
+    """Rows of a large arena copied beside it and back by numpy, or gathered and scattered inside the graph."""
+    graph = Graph(path)
+    contract = contract_of(graph)
+    slots = 1024
+    host, inside = HostRows(graph, contract, slots, 64, 10**12), DeviceRows(graph, contract, slots, 64)
+    for count in (1, 8, 64):
+        some = np.random.default_rng(0).permutation(slots)[:count].astype(np.int64)
+        old = np.zeros(count, np.bool_)
+        samplers = {
+            name: sampled(partial(rows.bucket(count).run, some, old, count))
+            for name, rows in (("copied beside", host), ("in the graph", inside))
+        }
+        timings = bench.hot(f"{count} of {slots} rows", samplers, max(bench.calls // count, 5))
+        bench.bound(f"in_graph_over_copied_{count}", ratios(timings, "copied beside")["in the graph"], None)
+
+
+def _paced(bench: _Bench, path: Path, hidden: int, duration_s: float, arrivals: Arrivals) -> None:
     """25 times a second, from the intended time: the caches are cold, unless a prewarm ran a moment before."""
     bench.say(f"gru {hidden}: paced at 25 Hz, {2 * duration_s:g} s")
     _, cold = stepper(path)
@@ -292,6 +315,7 @@ def _paced(bench: _Bench, path: Path, hidden: int, duration_s: float) -> None:
         25.0,
         duration_s,
         before={"engine, prewarmed": engine.prewarm},
+        arrivals=arrivals,
         alive=bench.alive,
     )
     if not timings["engine, cold"].rounds:
@@ -366,10 +390,15 @@ def _silero(bench: _Bench) -> None:
     samplers: dict[str, Sampler] = {"engine": sampled(lambda: engine.step([next(ticks)]))}
     with contextlib.ExitStack() as stack:
         if not why:
-            for name, kind in (("its onnx wrapper", "silero_onnx"), ("its jit", "silero_jit")):
+            for name, kind in (
+                ("its onnx wrapper", "silero_onnx"),
+                ("its jit", "silero_jit"),
+                ("its VADIterator, onnx", "silero_iterator"),
+            ):
                 remote = Remote(kind)
                 stack.callback(remote.close)
                 samplers[name] = remote.sample
         of = ratios(bench.hot("silero", samplers), "engine")
     bench.bound("silero_wrapper_over_engine", of.get("its onnx wrapper"), 1.5, more=True, why=why)
     bench.bound("silero_jit_over_engine", of.get("its jit"), 3.0, more=True, why=why)
+    bench.bound("silero_iterator_over_engine", of.get("its VADIterator, onnx"), None, more=True, why=why)

@@ -37,8 +37,12 @@ RUNS: dict[str, list[str]] = {
     "train": ["train"],
 }
 """By the name under which a document is kept: the verb and its options."""
-PLOTS = ("step_histogram_gru_256", "sessions_curve", "end-to-end_stages", "end-to-end_histogram")
-"""Beginnings of the names of the plots that the text shows; the others are made and not kept."""
+PLOTS = {
+    "step": ("step_histogram_gru_256",),
+    "sessions": ("sessions_curve",),
+    "end-to-end": ("end-to-end_stages", "end-to-end_histogram"),
+}
+"""By the run, beginnings of the names of the plots that the text shows; the others are made and not kept."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plots.mkdir(parents=True, exist_ok=True)
     for old in plots.glob("*.png"):
         old.unlink()
-    shown = sorted(p for p in (asked.work / "plots").glob("*.png") if p.name.startswith(PLOTS))
+    made = ((path, PLOTS[name]) for name in PLOTS for path in _plots(asked.work, name).glob("*.png"))
+    shown = sorted(path for path, beginnings in made if path.name.startswith(beginnings))
     for path in shown:
         shutil.copy(path, plots / path.name)
     path = asked.docs / "performance.md"
@@ -70,10 +75,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
+def _plots(work: Path, name: str) -> Path:
+    return work / "plots" / name
+
+
 def _run(name: str, work: Path) -> bool:
     """Run one and keep its document; False where it ended badly, and what was kept before stays."""
     print(f"running {name}", file=sys.stderr)
-    command = [sys.executable, "-m", "stream_mmrnn", "bench", *RUNS[name], "--json", "--plots", str(work / "plots")]
+    command = [sys.executable, "-m", "stream_mmrnn", "bench", *RUNS[name], "--json", "--plots", str(_plots(work, name))]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     last = done.stdout.strip().rpartition("\n")[2]
     if done.returncode or not last.startswith("{"):

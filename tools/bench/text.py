@@ -28,6 +28,8 @@ MEANING = {
     r"cold_start_s": "a fresh process until its first prediction, seconds",
     r"engine_rss_mb": "resident memory of that process, MB",
     r"silero_wrapper_over_engine": "silero VAD's own onnx wrapper over the same file in the engine",
+    r"silero_iterator_over_engine": "silero VAD's own VADIterator (onnx) over the same file in the engine",
+    r"in_graph_over_copied_(\d+)": "gather and scatter inside the graph over copying with numpy, {0} of 1,024 rows",
     r"silero_jit_over_engine": "silero VAD's own jit model over the engine",
     r"sessions_per_core_(\w+)": "sessions a core at 25 Hz with p99 below the tick, {0}, 2 layers of 256",
     r"loop_over_batched": "256 single runs of the bound graph over one call of the engine for 256 sessions",
@@ -147,7 +149,38 @@ def _missed(told: Mapping[str, Document]) -> str:
     return "\n".join(dict.fromkeys(lines)) or "All bounds hold."
 
 
-REASONS: dict[str, str] = {}
+REASONS: dict[str, str] = {
+    r"torch_gru_over_engine_256": "The bound is from an older torch on another CPU; torch's eager step has become"
+    " faster, and the engine is within a few percent of the graph's own time.",
+    r"engine_over_bare_512": "What the engine adds is one to four microseconds of Python.",
+    r"int8_over_fp32_(512|1024)": "The bound is from a machine whose cache did not hold the fp32 weights, so that they"
+    " came from memory; here they lie in the cache (`engine_over_memory_roofline` below 1), and fp32 gains more from"
+    " that than 8 bits do.",
+    r"silero_(wrapper|jit)_over_engine": "The graph itself takes nearly all of the engine's time (62 of 66 us when"
+    " measured alone), and version 6.2 of the package's wrapper adds little to it: there is nothing left to save.",
+    r"sessions_per_core_int8": "At 64 rows MatMulNBits takes as long a row as the fp32 product (8.2 against 7.7 us"
+    " when measured alone): 8-bit weights save reading them, and 64 rows share one reading. They pay for few sessions.",
+    r"triton_p50_over_ours_bus_16": "Both sides cross processes twice; of ours, half is waking threads: ZeroMQ's"
+    " and the"
+    " broker's. In the caller's own process the engine is several times as fast (`triton_p50_over_ours`).",
+    r"audio_to_prediction_(p50|p99)(_fifo)?_ms": "Most of it is not computing: the stages below are a wake-up or"
+    " two each,"
+    " and on an idle core a wake-up costs 30 to 60 us. Two hops over the broker are some 0.4 ms, the encoder's two"
+    " graphs"
+    " 0.16 ms when prewarmed.",
+    r"audio_to_prediction_p99_busy2_ms": "Ordinary processes wait for their turn beside two busy ones on two cores;"
+    " `supervisor.priority` is for that: the two sections after this one.",
+    r"ours_ipc_over_dora_2kb_paced": "Ours passes a broker, which gives all readers one order; a message wakes three"
+    " threads more for it.",
+    r"replay_times_real_time": "A step waits for the one before it: `turn_taking` takes 40 us in a hot loop and 75"
+    " where"
+    " reading and aligning run between, which alone is 530 times real time. Everything else, in Python, is 41 to 48"
+    " us a"
+    " tick (9 messages).",
+    r"replay_times_real_time_16": "Reading each file, aligning and making ticks is 30 us a tick and session in"
+    " Python; the"
+    " steps are batched.",
+}
 """By the stable name: what the limit is, where a bound is not reached."""
 
 
@@ -233,8 +266,8 @@ same bits in every bucket, in place or copied (tests/test_rows.py); buckets whos
 weights: the single row).
 
 On the CPU the rows of the arena are copied beside it and back with numpy, or worked on in place where they are the
-first ones in order. Gather and ScatterND inside the graph were measured against that and cost the same within 3 %
-from 1 to 256 rows, with 1 to 16,384 slots; they are what a GPU runs (`stream_mmrnn/onnx_rows.py`)."""
+first ones in order. That is no slower than Gather and ScatterND inside the graph (`in_graph_over_copied`, whose way
+copies inputs and outputs, too), and the file is served as it is. A GPU runs those (`stream_mmrnn/onnx_rows.py`)."""
 
 _SESSIONS = """Each session has its own phase and is due 25 times a second; what is due is stepped in one call.
 `late` counts steps that ended more than a tick after their intended time."""
@@ -242,8 +275,8 @@ _SESSIONS = """Each session has its own phase and is due 25 times a second; what
 _SHARDS = """Figures are sessions a core: twice as many in all. Features and heads cross in shared memory, a pipe
 says when."""
 
-_PRIORITY = """`supervisor.priority` lifts workers, broker, clock and engine (and here the reader) above other programs; it
-wants the right to it."""
+_PRIORITY = """`supervisor.priority` lifts workers, broker, clock and engine (and here the reader) above other programs;
+it wants the right to it."""
 
 _RING = """**No shared-memory ring.** The camera's frame crosses as the JPEG that was captured (about 30 kB), and
 only to who shows or records it; the prediction waits for its 1,280 features (5 kB). The shares above say what a

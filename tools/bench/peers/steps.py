@@ -1,6 +1,6 @@
 """Peers of `stream-mmrnn bench step` that run in a process of their own, most because they want torch.
 
-    steps.py torch_gru|torch_cells|numpy HIDDEN, steps.py silero_onnx|silero_jit
+    steps.py torch_gru|torch_cells|numpy HIDDEN, steps.py silero_onnx|silero_jit|silero_iterator
 
 Each line of standard input is a number: so many calls are made, and one line of JSON has the nanoseconds of each. All
 use one thread. `torch_gru` is the same step in eager mode (fusion, two layers, a head) with the module that trains
@@ -77,19 +77,21 @@ def numpy_step(hidden: int) -> Callable[[], object]:
     return step
 
 
-def silero(onnx: bool) -> Callable[[], object]:
+def silero(onnx: bool, iterator: bool = False) -> Callable[[], object]:
     import silero_vad
     import torch
 
     torch.set_num_threads(1)
     model = silero_vad.load_silero_vad(onnx=onnx)
+    events = silero_vad.VADIterator(model, sampling_rate=16000)
     sound = torch.from_numpy(np.random.default_rng(0).standard_normal(512 * 600).astype(np.float32) * 0.05)
     at = 0
 
     def step() -> object:
         nonlocal at
+        chunk = sound[at : at + 512]
         with torch.inference_mode():
-            said = model(sound[at : at + 512], 16000).item()
+            said = events(chunk) if iterator else model(chunk, 16000).item()
         at = (at + 512) % len(sound)
         return said
 
@@ -103,6 +105,7 @@ def main(kind: str, *options: str) -> None:
         "numpy": lambda: numpy_step(int(options[0])),
         "silero_onnx": lambda: silero(True),
         "silero_jit": lambda: silero(False),
+        "silero_iterator": lambda: silero(True, True),
     }[kind]()
     for line in sys.stdin:
         took_ns = [0] * int(line)
