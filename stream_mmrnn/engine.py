@@ -16,7 +16,8 @@ import numpy as np
 from stream_mmrnn.arena import Arena
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.contract import Contract, contract_of
-from stream_mmrnn.rows import Bucket, DeviceRows, HostRows, Rows
+from stream_mmrnn.device_rows import DeviceRows
+from stream_mmrnn.rows import Bucket, HostRows, Rows
 from stream_mmrnn.runtime import Graph, Provider
 from stream_mmrnn.types import ModelSpec, Prediction, Tick
 

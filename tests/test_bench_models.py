@@ -11,8 +11,9 @@ import pytest
 from stream_mmrnn import onnx_bytes
 from stream_mmrnn.bench import models
 from stream_mmrnn.contract import contract_of
+from stream_mmrnn.device_rows import DeviceRows
 from stream_mmrnn.engine import StepEngine
-from stream_mmrnn.rows import DeviceRows, HostRows, sizes_for
+from stream_mmrnn.rows import HostRows, sizes_for
 from stream_mmrnn.runtime import Graph
 
 HOUR_NS = 3_600_000_000_000

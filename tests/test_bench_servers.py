@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stream_mmrnn.bench import models, servers, sessions
+from stream_mmrnn.bench import asked, models, servers, sessions
 from stream_mmrnn.engine import StepEngine
 from stream_mmrnn.types import Stamps, Tick
 
@@ -64,15 +64,15 @@ def step(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def peer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The script that stands for the peer; this Python runs it."""
-    monkeypatch.setenv(servers.PYTHON, sys.executable)
+    monkeypatch.setenv(asked.PYTHON, sys.executable)
     settle(monkeypatch)
-    monkeypatch.setattr(servers, "PEER", tmp_path / "peer.py")
+    monkeypatch.setattr(asked, "PEER", tmp_path / "peer.py")
     (tmp_path / "peer.py").write_text(FAKE)
     return tmp_path / "peer.py"
 
 
 def settle(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (servers, sessions):
+    for module in (asked, sessions):
         monkeypatch.setattr(module, "SETTLE_S", 0.1)
 
 
@@ -92,25 +92,25 @@ def check_nothing_measured(step: Path, reason: str) -> None:
 
 
 def test_without_pytriton_a_row_says_how_to_get_it(step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(servers.PYTHON, raising=False)
+    monkeypatch.delenv(asked.PYTHON, raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     check_nothing_measured(step, "pytriton is not installed; make an environment with nvidia-pytriton and onnxruntime")
 
 
 def test_a_python_that_is_none(step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(servers.PYTHON, "/no/such/python")
+    monkeypatch.setenv(asked.PYTHON, "/no/such/python")
     check_nothing_measured(step, "STREAM_MMRNN_TRITON_PYTHON names '/no/such/python', which is no program")
 
 
 def test_without_the_script(step: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(servers, "PEER", tmp_path / "peer.py")
+    monkeypatch.setattr(asked, "PEER", tmp_path / "peer.py")
     check_nothing_measured(step, "triton_sessions.py is not here: run it in a checkout")
 
 
 def test_the_pytriton_of_this_interpreter_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(servers.PYTHON, raising=False)
+    monkeypatch.delenv(asked.PYTHON, raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    assert servers.interpreter() == (sys.executable, "")
+    assert asked.interpreter() == (sys.executable, "")
 
 
 @pytest.mark.parametrize(
@@ -135,8 +135,8 @@ def test_a_peer_that_serves_something_else(step: Path, peer: Path, monkeypatch: 
 
 
 def test_a_peer_that_hangs_is_ended(step: Path, peer: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(servers, "_START_TIMEOUT_S", 3.0)
-    monkeypatch.setattr(servers, "_STOP_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(asked, "_START_TIMEOUT_S", 3.0)
+    monkeypatch.setattr(asked, "_STOP_TIMEOUT_S", 0.2)
     peer.write_text(
         "import os, pathlib, sys, time\n"
         f"pathlib.Path({str(tmp_path)!r}, f'pid.{{os.getpid()}}').touch()\n"
@@ -197,7 +197,7 @@ def test_a_stopped_bench_says_what_it_has(step: Path, peer: Path) -> None:
 
 def test_turns_over_the_bus_are_each_complete(step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settle(monkeypatch)
-    bus = servers.OverBus(step, 4, seed=0)
+    bus = asked.OverBus(step, 4, seed=0)
     try:
         for count in (1, 4, 3):
             turn = bus.turn(count, 0.2)
@@ -208,7 +208,7 @@ def test_turns_over_the_bus_are_each_complete(step: Path, monkeypatch: pytest.Mo
 
 
 def test_sessions_has_the_rows_only_where_peers_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(servers.PYTHON, "/no/such/python")
+    monkeypatch.setenv(asked.PYTHON, "/no/such/python")
     monkeypatch.setattr(sessions, "_capacity", lambda *_: (1, [], 0.0))
     monkeypatch.setattr(sessions, "_batched", lambda *_: None)
     document, _ = sessions.run(hidden=16, peers=True)
@@ -219,13 +219,13 @@ def test_sessions_has_the_rows_only_where_peers_are_wanted(monkeypatch: pytest.M
 
 
 def test_what_the_server_computes_is_the_models_step(step: Path) -> None:
-    spec = importlib.util.spec_from_file_location("triton_sessions", servers.PEER)
+    spec = importlib.util.spec_from_file_location("triton_sessions", asked.PEER)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     rows, engine = module.Rows(str(step)), StepEngine(step, 3)
-    said = servers.vectors(models.INPUT)
+    said = asked.vectors(models.INPUT)
     assert (rows.features, rows.head) == (models.INPUT, models.CLASSES)
     for name in "012":
         engine.open(name)
@@ -240,8 +240,8 @@ def test_what_the_server_computes_is_the_models_step(step: Path) -> None:
 
 
 def test_calls_come_in_order_until_the_end() -> None:
-    tick = servers.TICK_NS
-    calls = list(servers._calls([1, 5], 10, 12 * tick + 3))
+    tick = asked.TICK_NS
+    calls = list(asked._calls([1, 5], 10, 12 * tick + 3))
     assert calls == [
         (10 * tick + 1, 0, 10),
         (10 * tick + 5, 1, 10),

@@ -16,8 +16,8 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 from stream_mmrnn import runtime
 from stream_mmrnn.bench import models
+from stream_mmrnn.device_rows import DeviceBucket, DeviceRows
 from stream_mmrnn.errors import ProcessError, ProviderError
-from stream_mmrnn.rows import DeviceBucket, DeviceRows
 from tools.gpu_check import checks, report, speed, torch_step
 from tools.gpu_check.__main__ import main
 

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from stream_mmrnn import onnx_rows
 from stream_mmrnn.config import find_model, models_folder
 from stream_mmrnn.contract import contract_of
+from stream_mmrnn.device_rows import DeviceRows
 from stream_mmrnn.errors import ModelError
 from stream_mmrnn.onnx_rows import Carried, with_arena
-from stream_mmrnn.rows import SIZES, DeviceRows, HostRows, Rows, sizes_for
+from stream_mmrnn.rows import SIZES, HostRows, Rows, sizes_for
 from stream_mmrnn.runtime import Graph
 
 HOUR_NS = 3_600_000_000_000

@@ -1,389 +1,33 @@
 """Servers: a prediction asked for across processes, ours over the bus and NVIDIA's Triton, for sessions at 25 Hz.
 
 Open loop and in turns: each session has its own phase, the same for all contenders, and an answer's latency counts from
-the intended time until the client can read it. Contenders: `ours`, a call in the client's process (what the way costs
-nothing); `ours_bus`, publisher, broker, engine's process and subscriber, as a live session has them; `triton`, the
-server with ONNX Runtime in its Python backend; `pytriton`, the same by `Triton().bind`. The last two are
-`tools/bench/peers/triton_sessions.py` in a Python of their own, skipped with a reason where there is none. Knows
-nothing about how Triton is served.
+the intended time until the client can read it. `triton` is the server with ONNX Runtime in its Python backend,
+`pytriton` the same by `Triton().bind`; both are skipped with a reason where they cannot run. Knows nothing about how a
+contender (`asked`) is asked.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import json
 import math
-import os
-import queue
-import shutil
-import signal
 import statistics
-import subprocess
-import sys
-import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any
 
-import numpy as np
-
-from stream_mmrnn import config, nodes, topics, wire
-from stream_mmrnn.bench import models
+from stream_mmrnn.bench.asked import INSTALL, Contender, Ours, OverBus, Peer, Turn, interpreter
 from stream_mmrnn.bench.machine import Processes, Usage
-from stream_mmrnn.bench.measure import sleep_until
 from stream_mmrnn.bench.report import Ratio, ratio
-from stream_mmrnn.bench.sessions import SETTLE_S, TICK_NS, Load, phases
-from stream_mmrnn.bus import Address, Publisher, Subscriber
-from stream_mmrnn.clock import now_ns
-from stream_mmrnn.engine import StepEngine
-from stream_mmrnn.errors import ProcessError, WireError
+from stream_mmrnn.bench.sessions import TICK_NS
+from stream_mmrnn.errors import ProcessError
 from stream_mmrnn.latency import Histogram
-from stream_mmrnn.supervisor import process_context
-from stream_mmrnn.types import FloatArray, Stamps, Tick
 
-PEER = Path(__file__).parent.parent.parent / "tools" / "bench" / "peers" / "triton_sessions.py"
-PYTHON = "STREAM_MMRNN_TRITON_PYTHON"
-"""The environment variable that names a Python which has nvidia-pytriton."""
-_INSTALL = f"make an environment with nvidia-pytriton and onnxruntime, and name its Python in {PYTHON}"
 SESSIONS = (1, 8, 16, 64)
 BOUNDS = {"triton_p50_over_ours_bus_16": 2.0}
 """Across processes on both sides, and against the fastest way to have Triton serve the step."""
 
 _KINDS = {"triton": "backend", "pytriton": "bind"}
-_DRAIN_S = 10.0
-_START_TIMEOUT_S = 90.0
-_STOP_TIMEOUT_S = 20.0
-_PROBES = 4
-_TOLERANCE = 1e-4
-_LATENESS_MS = 5000.0
-"""A request that is late is answered late, as a server does: the clock shall not close its tick before."""
-
-
-class Turn(NamedTuple):
-    """What one contender did in one turn."""
-
-    requests: int
-    latency_ns: list[int]
-    """Of those that were answered, from the intended time."""
-    path_ns: list[int]
-    """Of the same, from the beginning of the call: without what the client's own timer was late."""
-    errors: dict[str, int]
-
-
-class Contender(Protocol):
-    name: str
-    versions: dict[str, str]
-
-    def turn(self, sessions: int, duration_s: float) -> Turn:
-        """So many sessions for so long, after `SETTLE_S` that are not counted."""
-
-    def close(self) -> None: ...
-
-
-def vectors(size: int) -> FloatArray:
-    """What sessions say, a row each; the 65th says the same as the first."""
-    return np.random.default_rng(0).standard_normal((64, size)).astype(np.float32) * np.float32(0.5)
-
-
-class Ours:
-    """The engine, called in this process."""
-
-    name = "ours"
-
-    def __init__(self, path: Path, seed: int) -> None:
-        self.versions: dict[str, str] = {}
-        self._path, self._seed = path, seed
-        self._loads: dict[int, Load] = {}
-
-    def turn(self, sessions: int, duration_s: float) -> Turn:
-        if sessions not in self._loads:
-            self._loads[sessions] = Load(StepEngine(self._path, sessions), sessions, "spread", self._seed)
-        load = self._loads[sessions]
-        load.latency = _Kept()
-        load.run(duration_s + SETTLE_S, lambda: True)
-        return Turn(load.latency.count, load.latency.values, [], {})
-
-    def close(self) -> None:
-        self._loads.clear()
-
-
-class _Kept(Histogram):
-    """With each value, beside the counts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.values: list[int] = []
-
-    def add(self, value_ns: int) -> None:
-        super().add(value_ns)
-        self.values.append(value_ns)
-
-
-_Wanted: TypeAlias = dict[tuple[str, int], tuple[int, int]]
-"""Session and tick of a request -> when it was due, and when its call began."""
-
-
-class OverBus:
-    """Features from here to an engine's process and predictions back, by a broker, as in a live session.
-
-    A request is a feature vector whose event time is its tick's end, so that it closes its tick when it comes; a
-    prediction for that tick of that session which has seen the vector is its answer. Between turns no session is open,
-    or the engine would step them all by the clock while others are measured.
-    """
-
-    name = "ours_bus"
-
-    def __init__(self, path: Path, most: int, seed: int) -> None:
-        self.versions: dict[str, str] = {}
-        self._seed, self._turn = seed, 0
-        settings = config.load(
-            None,
-            {
-                "engine.model": str(path),
-                "engine.slots": most,
-                "engine.provider": "cpu",
-                "align.signal_lateness_ms": _LATENESS_MS,
-                "session.name": "bench",
-            },
-        )
-        self._queue = settings.bus.queue
-        self._stack = contextlib.ExitStack()
-        try:
-            self._start(settings)
-        except BaseException:
-            self.close()
-            raise
-
-    def _start(self, settings: config.Settings) -> None:
-        address = Address.create(settings.bus.transport if sys.platform != "win32" else "tcp")
-        self._stack.callback(address.remove)
-        new: Any = process_context()
-        epoch = new.Value("q", 0)
-        self._subscriber: Subscriber | None = None
-        for name, node in (("broker", nodes.broker), ("clock", nodes.clock), ("engine", nodes.engine)):
-            context = nodes.Context(name, settings, address, new.Event(), new.Event(), epoch)
-            process = new.Process(target=nodes.run, args=(node, context), daemon=True)
-            process.start()
-            self._stack.callback(_end, process, context)
-            if name == "engine":
-                # it waits for a reader of predictions before it is ready
-                self._subscriber = Subscriber(address, [topics.PREDICTION], self._queue)
-                self._stack.callback(self._subscriber.close)
-            if not context.ready.wait(settings.supervisor.start_timeout_s):
-                raise ProcessError(f"the {name} of the bench's bus did not start")
-        self._publisher = Publisher(address, self._queue)
-        self._stack.callback(self._publisher.close, 0)
-        if not self._publisher.wait_for_reader(topics.FEATURE, settings.supervisor.start_timeout_s):
-            raise ProcessError("the engine of the bench's bus does not listen")
-        self._said = vectors(models.INPUT)
-
-    def turn(self, sessions: int, duration_s: float) -> Turn:
-        self._turn += 1
-        due_ns = phases(sessions, "spread", self._seed).tolist()
-        # new names: a publisher's numbers of a session begin with it
-        names = [f"bench-{self._turn}-{i}" for i in range(sessions)]
-        first = -(-(now_ns() + 100_000_000) // TICK_NS)
-        base_ns = first * TICK_NS
-        settled_ns, end_ns = base_ns + int(SETTLE_S * 1e9), base_ns + int((SETTLE_S + duration_s) * 1e9)
-        for name in names:
-            self._session(name, "open", base_ns - TICK_NS)
-        wanted: _Wanted = {}
-        answers: list[tuple[int, int, int]] = []
-        over = threading.Event()
-        reader = threading.Thread(target=self._read, args=(wanted, answers, over), daemon=True)
-        reader.start()
-        requests = 0
-        for intended_ns, i, tick in _calls(due_ns, first, end_ns):
-            sleep_until(intended_ns, now_ns)
-            wanted[names[i], tick] = intended_ns, now_ns()
-            self._publisher.publish(
-                topics.feature(models.MODALITY), names[i], tick * TICK_NS, intended_ns, self._said[i % len(self._said)]
-            )
-            requests += intended_ns >= settled_ns
-        deadline_s = time.monotonic() + _DRAIN_S
-        while wanted and time.monotonic() < deadline_s:
-            time.sleep(0.01)
-        over.set()
-        reader.join()
-        for name in names:
-            self._session(name, "close", base_ns - TICK_NS)
-        counted = [a for a in answers if a[0] >= settled_ns]
-        return Turn(requests, [read - intended for intended, _, read in counted], [r - b for _, b, r in counted], {})
-
-    def _session(self, name: str, op: Any, event_ns: int) -> None:
-        message = wire.SessionMessage(op, event_ns, (models.MODALITY,))
-        self._publisher.publish(topics.SESSION, name, event_ns, event_ns, wire.pack(message))
-
-    def _read(self, wanted: _Wanted, answers: list[tuple[int, int, int]], over: threading.Event) -> None:
-        """In a thread of its own, as the other client's answers are: an answer is not kept waiting by a call."""
-        assert self._subscriber is not None
-        while not over.is_set():
-            envelope = self._subscriber.receive(50)
-            if envelope is None:
-                continue
-            with contextlib.suppress(WireError):
-                said = wire.unpack(envelope.payload, wire.PredictionMessage)
-                read_ns = now_ns()
-                if said.present[models.MODALITY]:
-                    asked = wanted.pop((envelope.session, said.tick), None)
-                    if asked is not None:
-                        answers.append((*asked, read_ns))
-
-    def close(self) -> None:
-        self._stack.close()
-
-
-def _end(process: Any, context: nodes.Context) -> None:
-    context.stop.set()
-    process.join(5)
-    if process.is_alive():
-        process.kill()
-        process.join()
-
-
-def _calls(due_ns: Sequence[int], first: int, end_ns: int) -> Iterator[tuple[int, int, int]]:
-    """When, whose and for which tick, in order, until the end."""
-    tick = first
-    while True:
-        for i, offset_ns in enumerate(due_ns):
-            if tick * TICK_NS + offset_ns >= end_ns:
-                return
-            yield tick * TICK_NS + offset_ns, i, tick
-        tick += 1
-
-
-class Peer:
-    """A server and its client in processes of their own, on orders (`tools/bench/peers/triton_sessions.py`)."""
-
-    def __init__(self, name: str, python: str, kind: str, path: Path, seed: int) -> None:
-        self.name, self._seed, self._features = name, seed, vectors(models.INPUT)
-        self._said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 closed below
-        try:
-            self._process = subprocess.Popen(  # noqa: S603 a script of ours
-                [python, str(PEER), kind, str(path)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._said,
-                text=True,
-                start_new_session=True,  # Ctrl-C is for us, who tell it
-            )
-        except OSError as e:
-            self._said.close()
-            raise ProcessError(f"it did not start: {e}") from e
-        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._reader = threading.Thread(target=self._listen, daemon=True)
-        self._reader.start()
-        try:
-            ready = self._answer(_START_TIMEOUT_S)
-            versions = ready.get("versions")
-            self.versions = {str(k): str(v) for k, v in versions.items()} if isinstance(versions, dict) else {}
-            self._prove(path)
-        except BaseException:
-            self.close()
-            raise
-
-    def _listen(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._lines.put(line)
-        self._lines.put("")
-
-    def _answer(self, timeout_s: float) -> dict[str, Any]:
-        """The next line; raises ProcessError, with the last thing that it said where it has ended."""
-        try:
-            line = self._lines.get(timeout=timeout_s)
-        except queue.Empty:
-            raise ProcessError(f"it said nothing for {timeout_s:g} s") from None
-        if not line:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_STOP_TIMEOUT_S)
-            self._said.seek(0)
-            raise ProcessError(f"it ended: {self._said.read().strip().rpartition(chr(10))[2] or 'it said nothing'}")
-        with contextlib.suppress(ValueError):
-            answer = json.loads(line)
-            if isinstance(answer, dict):
-                return answer
-        raise ProcessError(f"it answered {line.strip()[:80]!r}, which is no object of JSON")
-
-    def _ask(self, timeout_s: float, **order: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):  # it is gone: the missing answer says why
-            self._process.stdin.write(json.dumps(order) + "\n")
-            self._process.stdin.flush()
-        return self._answer(timeout_s)
-
-    def _prove(self, path: Path) -> None:
-        """What it answers is what the model says: a server that is fast by doing something else is no peer."""
-        engine = StepEngine(path)
-        engine.open("probe")
-        features = self._features[:_PROBES]
-        nowhere, of = Stamps(0, 0, 0, 0, ""), models.MODALITY
-        heads = [
-            engine.step([Tick("probe", k, 0, {of: x}, {of: True}, {of: 0}, nowhere)])[0].heads[models.HEAD].copy()
-            for k, x in enumerate(features)
-        ]
-        said = self._ask(_START_TIMEOUT_S, do="probe", session=2**31, features=features.tolist())
-        try:
-            wrong = float(np.abs(np.array(said["heads"], np.float32) - np.stack(heads)).max())
-        except (KeyError, TypeError, ValueError) as e:
-            raise ProcessError(f"its answer to a probe cannot be read: {e}") from e
-        if not wrong <= _TOLERANCE:
-            raise ProcessError(f"its answers differ from the model's by {wrong:g}; it serves something else")
-
-    def turn(self, sessions: int, duration_s: float) -> Turn:
-        said = self._ask(
-            duration_s + SETTLE_S + _DRAIN_S + _START_TIMEOUT_S,
-            do="run",
-            due_ns=phases(sessions, "spread", self._seed).tolist(),
-            features=self._features[:sessions].tolist(),
-            tick_ns=TICK_NS,
-            duration_s=duration_s + SETTLE_S,
-            settle_s=SETTLE_S,
-        )
-        try:
-            requests = int(said["requests"])
-            latency_ns, path_ns = ([int(x) for x in said[name]] for name in ("latency_ns", "path_ns"))
-            errors = {str(why): int(n) for why, n in said.get("errors", {}).items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
-            raise ProcessError(f"its account of a turn cannot be read: {e}") from e
-        if len(latency_ns) > requests:
-            raise ProcessError(f"it has {len(latency_ns)} answers to {requests} requests")
-        return Turn(requests, latency_ns, path_ns, errors)
-
-    def close(self) -> None:
-        """Let it end its server by itself, which leaves shared memory behind else; then kill what is left."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(_STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            if hasattr(os, "killpg"):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            else:
-                self._process.kill()
-            self._process.wait()
-        self._reader.join(_STOP_TIMEOUT_S)
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-        self._said.close()
-
-
-def interpreter() -> tuple[str, str]:
-    """A Python that has nvidia-pytriton, and "" or why there is none."""
-    if not PEER.is_file():
-        return "", "tools/bench/peers/triton_sessions.py is not here: run it in a checkout"
-    named = os.environ.get(PYTHON, "")
-    if named:
-        found = shutil.which(named)
-        return (found, "") if found else ("", f"{PYTHON} names {named!r}, which is no program; {_INSTALL}")
-    if importlib.util.find_spec("pytriton") is None:
-        return "", f"pytriton is not installed; {_INSTALL}"
-    return sys.executable, ""
 
 
 class _Figures:
@@ -491,7 +135,7 @@ def _started(
         try:
             contender = start()
         except ProcessError as e:
-            why[name] = f"{e}; {_INSTALL}" if "No module named" in str(e) else str(e)
+            why[name] = f"{e}; {INSTALL}" if "No module named" in str(e) else str(e)
             continue
         stack.callback(contender.close)
         found.append(contender)

@@ -29,9 +29,10 @@ from stream_mmrnn.bench.roofline import roofline
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.config import models_folder
 from stream_mmrnn.contract import contract_of
+from stream_mmrnn.device_rows import DeviceRows
 from stream_mmrnn.engine import StepEngine
 from stream_mmrnn.errors import ProcessError
-from stream_mmrnn.rows import DeviceRows, HostRows
+from stream_mmrnn.rows import HostRows
 from stream_mmrnn.runtime import Graph
 from stream_mmrnn.types import Stamps, Tick
 

@@ -15,8 +15,9 @@ import numpy as np
 
 from stream_mmrnn.bench import models
 from stream_mmrnn.contract import contract_of
+from stream_mmrnn.device_rows import DeviceRows
 from stream_mmrnn.engine import StepEngine
-from stream_mmrnn.rows import Bucket, DeviceRows, HostRows
+from stream_mmrnn.rows import Bucket, HostRows
 from stream_mmrnn.runtime import Array, Graph, Provider
 from stream_mmrnn.types import Stamps, Tick
 
