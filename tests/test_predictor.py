@@ -43,9 +43,11 @@ def recipe_of(cell: str = "gru", kind: str = "concat", rare: bool = False, **cel
 def network(recipe: recipes.Recipe, seed: int = 0) -> Predictor:
     torch.manual_seed(seed)
     p = Predictor(recipe).eval()
+    # a rectifier's state grows from tick to tick where its U is far from the identity, and rounding with it
+    scale = 0.05 if recipe.cell.kind == "rnn_relu" else 0.2
     with torch.no_grad():
         for x in p.parameters():
-            x.add_(0.2 * torch.randn_like(x))
+            x.add_(scale * torch.randn_like(x))
     return p
 
 
@@ -115,8 +117,7 @@ def test_what_an_absent_modality_holds_makes_no_difference(kind: str, rare: bool
         assert torch.isfinite(nothing[name]).all()
 
 
-# every cell with one fusion, every fusion with one cell: an export takes seconds, and the gate looks at both apart
-PAIRS = [(c, "concat", False) for c in CELLS] + [("gru", k, False) for k in fusion.KINDS if k != "concat"]
+PAIRS = [(cell, kind, False) for cell in CELLS for kind in fusion.KINDS]
 PAIRS += [("rg_lru", "memory", True), ("gru", "attention_state", True)]
 
 
