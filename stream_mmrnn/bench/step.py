@@ -213,7 +213,7 @@ def _hot(bench: _Bench, hidden: int, path: Path, peers: bool) -> None:
     _, few = stepper(path, 64)
     _, many = stepper(path, MANY)
     samplers = {
-        # over the engine's own graph: where the weights of another copy come to lie moves a step by 3 %
+        # over the engine's own graph: where the weights of another copy come to lie moves a step by several percent
         "bare": sampled(bare(engine.graph)),
         "engine": sampled(one),
         "engine, 64 slots": sampled(few),

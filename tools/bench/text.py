@@ -150,38 +150,39 @@ def _missed(told: Mapping[str, Document]) -> str:
 
 
 REASONS: dict[str, str] = {
-    r"torch_gru_over_engine_256": "The bound is from an older torch on another CPU; torch's eager step has become"
-    " faster, and the engine is within a few percent of the graph's own time.",
-    r"engine_over_bare_512": "What the engine adds is one to four microseconds of Python.",
-    r"int8_over_fp32_(512|1024)": "The bound is from a machine whose cache did not hold the fp32 weights, so that they"
-    " came from memory; here they lie in the cache (`engine_over_memory_roofline` below 1), and fp32 gains more from"
-    " that than 8 bits do.",
-    r"silero_(wrapper|jit)_over_engine": "The graph itself takes nearly all of the engine's time (62 of 66 us when"
-    " measured alone), and version 6.2 of the package's wrapper adds little to it: there is nothing left to save.",
-    r"sessions_per_core_int8": "At 64 rows MatMulNBits takes as long a row as the fp32 product (8.2 against 7.7 us"
-    " when measured alone): 8-bit weights save reading them, and 64 rows share one reading. They pay for few sessions.",
-    r"triton_p50_over_ours_bus_16": "Both sides cross processes twice; of ours, half is waking threads: ZeroMQ's"
-    " and the"
-    " broker's. In the caller's own process the engine is several times as fast (`triton_p50_over_ours`).",
-    r"audio_to_prediction_(p50|p99)(_fifo)?_ms": "Most of it is not computing: the stages below are a wake-up or"
-    " two each,"
-    " and on an idle core a wake-up costs 30 to 60 us. Two hops over the broker are some 0.4 ms, the encoder's two"
-    " graphs"
-    " 0.16 ms when prewarmed.",
-    r"audio_to_prediction_p99_busy2_ms": "Ordinary processes wait for their turn beside two busy ones on two cores;"
-    " `supervisor.priority` is for that: the two sections after this one.",
-    r"ours_ipc_over_dora_2kb_paced": "Ours passes a broker, which gives all readers one order; a message wakes three"
-    " threads more for it.",
-    r"replay_times_real_time": "A step waits for the one before it: `turn_taking` takes 40 us in a hot loop and 75"
-    " where"
-    " reading and aligning run between, which alone is 530 times real time. Everything else, in Python, is 41 to 48"
-    " us a"
-    " tick (9 messages).",
-    r"replay_times_real_time_16": "Reading each file, aligning and making ticks is 30 us a tick and session in"
-    " Python; the"
-    " steps are batched.",
+    r"torch_gru_over_engine_256": "The engine's step is within a few percent of the bare graph, so what is missing is"
+    " torch's: its eager step takes 0.1 ms here. Why that is nearer than when the bound was set is not known.",
+    r"int8_over_fp32_(512|1024)": "fp32 takes less than reading its weights from memory would"
+    " (`engine_over_memory_roofline` below 1), so it reads them from a cache, and 8 bits have less to save. Not"
+    " measured"
+    " on a machine with a smaller cache.",
+    r"silero_(wrapper|jit)_over_engine": "The graph alone took 62 us (`session.run`, by hand, not in this suite) of the"
+    " engine's 66, so a faster engine would not reach it.",
+    r"sessions_per_core_int8": "Measured by hand, not in this suite: at 64 rows the 8-bit graph takes 8.2 us a"
+    " row and the"
+    " fp32 one 7.7, so 8 bits gain nothing there, and 8.2 us alone allow 4,900 sessions.",
+    r"triton_p50_over_ours_bus_16": "Looked at once by hand: of our 0.44 ms at 16 sessions 0.19 are the two ways"
+    " over the"
+    " broker and 0.1 the step. In the caller's own process the engine is several times as fast"
+    " (`triton_p50_over_ours`).",
+    r"audio_to_prediction_(p50|p99)(_fifo)?_ms": "By the stages above, the two ways over the broker (`transport` and"
+    " `deliver`) and the worker (`encode`: its two graphs take 0.16 to 0.21 ms prewarmed, by hand) are most of it."
+    " SCHED_FIFO does not help on idle cores. What in the ways could be saved was not looked into.",
+    r"audio_to_prediction_p99_busy2_ms": "At normal priority; with `supervisor.priority` it holds: the two"
+    " sections after"
+    " this one.",
+    r"ours_ipc_over_dora_2kb_paced": "Ours passes a broker, which gives all readers one order; without one, plain"
+    " pyzmq is"
+    " in the table above.",
+    r"replay_times_real_time": "A step waits for the one before it, and one of `turn_taking` takes 75 us also in a hot"
+    " loop: that alone allows 530 times real time, so this model cannot reach the bound on this machine. All else"
+    " is 50 us"
+    " a tick (9 messages), in Python.",
+    r"replay_times_real_time_16": "Of 47 us a tick and session, 22 are reading each session's file, in Python, and 26"
+    " aligning and stepping in batches of 16.",
 }
-"""By the stable name: what the limit is, where a bound is not reached."""
+"""By the stable name: what is known of the limit where a bound is not reached; what was measured by hand is called
+so."""
 
 
 def write(told: Mapping[str, Document], runs: Mapping[str, Sequence[str]], plots: Sequence[str]) -> str:
@@ -260,10 +261,14 @@ holds where a time moves with the machine. Latency counts from the intended time
 omission); `hot` is as fast as it goes, `paced` at the real rate. A bound is judged only where other processes used
 less than 15 % of a core meanwhile. Names in `code` are those of the JSON document's `ratios`: they stay the same."""
 
-_STEP = """`bare` is the same graph bound once by hand with its state in place, the newest features copied in:
-nothing else. The engine adds finding the slot, the masks, stamps and the prediction. A session's numbers are the
-same bits in every bucket, in place or copied (tests/test_rows.py); buckets whose bits differ are not used (8-bit
-weights: the single row).
+_STEP = """`bare` is the engine's own graph bound once by hand with its state in place, the newest features copied in,
+and run as onnxruntime documents it. The engine adds finding the slot, the masks, stamps and the prediction; it calls
+onnxruntime past the checks of its Python layer, which `bare` goes through. Over another copy of the graph the same call
+was between 1 % faster and 7 % slower (six pairs, by hand): where weights come to lie matters more than the engine, and
+before `bare` shared the engine's copy, `engine_over_bare_512` was 1.035 in two runs. A session's numbers are the same
+bits in every bucket, in place or copied (tests/test_rows.py); buckets whose bits differ are not used (8-bit
+weights: the
+single row).
 
 On the CPU the rows of the arena are copied beside it and back with numpy, or worked on in place where they are the
 first ones in order. That is no slower than Gather and ScatterND inside the graph (`in_graph_over_copied`, whose way
@@ -278,21 +283,19 @@ says when."""
 _PRIORITY = """`supervisor.priority` lifts workers, broker, clock and engine (and here the reader) above other programs;
 it wants the right to it."""
 
-_RING = """**No shared-memory ring.** The camera's frame crosses as the JPEG that was captured (about 30 kB), and
-only to who shows or records it; the prediction waits for its 1,280 features (5 kB). The shares above say what a
-perfect transport could gain of the whole way; a ring for 1 MB raw frames would serve nobody here, as no raw frame
-crosses processes."""
+_RING = """**No shared-memory ring was built or tried.** The camera's frame crosses as the JPEG that was captured
+(about 30 kB), and only to who shows or records it; the prediction waits for its 1,280 features (5 kB). The shares above
+say what a perfect transport could gain of the whole way: about a tenth. No raw frame crosses processes."""
 
-_REPLAY = """One session is one chain of steps: nothing can be batched, and a step's own time bounds it. Many
-sessions in lock step are stepped together. Reading is Python, a few microseconds a message; the aligner about 10 us
-a tick."""
+_REPLAY = """One session is one chain of steps: nothing can be batched, and a step's own time bounds it. Many sessions
+in lock step are stepped together."""
 
 _GPU = """## On a GPU
 
 **Not run:** no GPU was at hand. The code is there: arena and inputs as device values bound once, the graph gathers
 and scatters, a CUDA graph a bucket, captured on rows of nobody so that no state moves (onnxruntime issue 32243),
-page-locked host memory, no TF32. `tests/test_rows.py` and `tests/test_gpu_check.py` run all but CUDA itself on the
-CPU.
+page-locked host memory, no TF32. `tests/test_rows.py` and `tests/test_gpu_check.py` try what does not need CUDA;
+page-locked memory there is a stand-in.
 
     python -m tools.gpu_check --out docs/gpu.md      # right within 1e-4 over 1,000 steps; 1 to 16,384 rows
     python -m tools.gpu_check --provider cpu         # tries the tool itself where there is no GPU
