@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
 
-.PHONY: demo test lint format clean
+.PHONY: demo test faults lint format clean
 
 demo: ## install what it needs, run the main job on an embedded source for 20 s, end by itself
 	@tools/setup.sh demo
@@ -9,6 +9,10 @@ demo: ## install what it needs, run the main job on an embedded source for 20 s,
 test: ## set up and run the whole test suite
 	@tools/setup.sh test
 	.venv/bin/pytest $(PYTEST)
+
+faults: ## try to break every promise, in full, and write docs/reliability.md
+	@tools/setup.sh test
+	.venv/bin/python -m tools.faults --write
 
 lint: ## ruff, mypy, import-linter
 	@tools/setup.sh test

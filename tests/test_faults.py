@@ -1,0 +1,46 @@
+"""The promises in quick forms, each by the program that `make faults` runs in full."""
+
+from __future__ import annotations
+
+import pytest
+
+from tools.faults.__main__ import SUBJECTS, line, subject
+from tools.faults.promise import Figure
+from tools.faults.text import page
+
+READY = tuple(name for name in SUBJECTS if __import__("importlib").util.find_spec(f"tools.faults.{name}"))
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("name", READY)
+def test_promise_is_held(name: str) -> None:
+    figures = list(subject(name).run(True, print))
+    assert figures
+    for figure in figures:
+        print(line(figure))
+        assert figure.held or figure.timed, line(figure)
+
+
+def test_figures_that_do_not_hold_say_so() -> None:
+    below, above = Figure("a_b_s", "what", 0.2, "s", 0.5), Figure("a_c_s", "what", 0.7, "s", 0.5)
+    assert "held" in line(below)
+    assert "NOT HELD" in line(above)
+    assert not Figure("a_d", "what", 1, "", 0, "==").held
+    assert Figure("a_e", "what", 3, "", 2, ">=").held
+
+
+def test_the_page_names_figures_bounds_and_what_is_not_promised() -> None:
+    class Fake:
+        TITLE = "Title of it"
+        NOT_PROMISED = ("The moon.",)
+
+    figure = Figure("a_c_s", "what was done", 0.7, "s", 0.5)
+    document = {
+        "when": "2000-01-01",
+        "machine": {"cpu": "c", "cores": 1, "kernel": "k", "python": "3"},
+        "subjects": {"a": {"figures": [{**figure._asdict(), "held": figure.held}], "seconds": 1.0}},
+    }
+    text = page(document, {"a": Fake()})  # type: ignore[dict-item]
+    assert "## Title of it" in text
+    assert "| `a_c_s` | what was done | 0.7 s | ≤ 0.5 s | **no** |" in text
+    assert "- The moon." in text
