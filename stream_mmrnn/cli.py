@@ -92,7 +92,7 @@ def _capture(settings: config.Settings, duration: float | None, with_engine: boo
     from stream_mmrnn import sources
     from stream_mmrnn.dashboard.state import LiveState
     from stream_mmrnn.live import Session
-    from stream_mmrnn.view import render, summary_table
+    from stream_mmrnn.view import WATCHED, render, summary_table
 
     if all(getattr(settings.sources, m) == "none" for m in sources.EVERY):
         raise ConfigError("every source is `none`; name at least one, for example --source synthetic")
@@ -132,7 +132,9 @@ def _capture(settings: config.Settings, duration: float | None, with_engine: boo
             line_ns = now_ns()
             console.print(_line(seconds, view.snapshot(now_ns())), soft_wrap=True)
 
-    session = Session(settings, with_engine, alive, say, view.see, often)
+    # a machine reads the summary: the messages themselves are nobody's then
+    see, watch = (lambda _: None, ()) if as_json else (view.see, WATCHED)
+    session = Session(settings, with_engine, alive, say, see, often, watch)
     if screen is not None:
         with screen:
             summary = session.run(duration)

@@ -5,7 +5,8 @@ Knows nothing about terminals or pages: who wants to see is given every message.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from typing import Any
 
 from stream_mmrnn import config, topics, wire
@@ -16,6 +17,7 @@ from stream_mmrnn.supervisor import Node, Supervisor
 from stream_mmrnn.types import Envelope
 
 _CHECK_NS = 50_000_000
+_LOOK_S = 0.05
 
 
 class Session:
@@ -29,10 +31,13 @@ class Session:
         say: Callable[[str], None],
         see: Callable[[Envelope], None] = lambda _: None,
         often: Callable[[], None] = lambda: None,
+        watch: Collection[str] = (),
     ) -> None:
-        """`see` is given every message that the supervisor hears, `often` is called some twenty times a second."""
+        """`see` is given every message that the supervisor hears, which are status, predictions and the topics of
+        `watch`: what nobody looks at is not carried. `often` is called some twenty times a second.
+        """
         self.settings = settings
-        self.supervisor = Supervisor(settings, with_engine, say)
+        self.supervisor = Supervisor(settings, with_engine, say, watch)
         self._alive, self._see_too, self._often = alive, see, often
         self._latency = StageTable()
 
@@ -45,7 +50,9 @@ class Session:
             end_ns = None if duration_s is None else supervisor.opened_ns + int(duration_s * 1e9)
             next_ns = drained_ns = 0
             while self._alive() and (end_ns is None or now_ns() < end_ns):
-                for envelope in supervisor.messages(20):
+                # not woken by every prediction: whoever waits for it shall have the cores
+                time.sleep(_LOOK_S)
+                for envelope in supervisor.messages(0):
                     self._see(envelope)
                 if now_ns() >= next_ns:
                     next_ns = now_ns() + _CHECK_NS

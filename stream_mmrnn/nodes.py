@@ -7,6 +7,7 @@ nodes start or what happens when one dies: that is the supervisor's.
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import multiprocessing
 import os
@@ -28,6 +29,8 @@ from stream_mmrnn.errors import SessionError, SourceError, StreamError, WireErro
 from stream_mmrnn.types import Envelope
 
 _STATUS_PERIOD_NS = 500_000_000
+_CALM_MS = 4
+"""So long after a message its prediction is out, and the next one is still to come."""
 _UNHURRIED = ("recorder", "dashboard")
 """What may come later: files and pages."""
 _PREWARM_PERIOD_NS = 200_000_000
@@ -75,9 +78,14 @@ class Reporter:
         self._state, self._reason = state, reason
         self._send()
 
-    def keep(self) -> None:
-        """Say it again where it is time; cheap enough for every message."""
-        if now_ns() >= self._next_ns:
+    def wait_ms(self, most_ms: int) -> int:
+        """How long to wait for a message at most: a status that is due goes out in the calm after one."""
+        return min(most_ms, _CALM_MS) if now_ns() >= self._next_ns else most_ms
+
+    def keep(self, calm: bool = True) -> None:
+        """Say it again where it is time; not in the middle of messages, unless they leave no calm."""
+        late_ns = now_ns() - self._next_ns
+        if late_ns >= (0 if calm else _STATUS_PERIOD_NS):
             self._send()
 
     def _send(self) -> None:
@@ -152,6 +160,8 @@ def worker(context: Context, modality: str, spec: str) -> None:
     reporter.detail = lambda: {"source": source.origin, "encoder": encoder.origin, **source.info}
     # a publisher hears the clock by being heard: the broker tells it who listens
     publisher.wait_for_reader(topics.STATUS, 2.0)
+    gc.collect()
+    gc.freeze()
     context.ready.set()
     while not context.epoch.value and context.alive():
         time.sleep(0.002)
@@ -162,7 +172,6 @@ def worker(context: Context, modality: str, spec: str) -> None:
         publisher.publish(out.topic, session, sample.event_ns, sample.capture_ns, sample.data, out.origin)
         if out.topic == feature:
             counts["published"] += 1
-        reporter.keep()
 
     def run_once() -> None:
         encoder.reset()
@@ -176,21 +185,26 @@ def worker(context: Context, modality: str, spec: str) -> None:
         )
         pump.start()
 
-        prewarmer, newest_ns = Prewarmer(encoder.prewarm, 0), 0
+        def warm() -> None:
+            encoder.prewarm()
+            publisher.prewarm()
+
+        prewarmer, newest_ns = Prewarmer(warm, 0), 0
 
         def arriving() -> Iterator[Any]:
             nonlocal newest_ns
             while context.alive() and not pump.ended:
-                sample = pump.read(prewarmer.wait_ms(now_ns(), 100) / 1000)
-                reporter.keep()
+                sample = pump.read(prewarmer.wait_ms(now_ns(), reporter.wait_ms(100)) / 1000)
                 if sample is None:
-                    prewarmer.run_if_due(now_ns())
+                    if not prewarmer.run_if_due(now_ns()):
+                        reporter.keep()
                     continue
                 # the next is expected as long after this one as this one came after its predecessor
                 prewarmer.period_ns, newest_ns = sample.event_ns - newest_ns, sample.event_ns
                 if settings.engine.prewarm and 0 < prewarmer.period_ns < _PREWARM_PERIOD_NS:
                     prewarmer.stepped(sample.event_ns)
                 yield sample
+                reporter.keep(calm=False)
 
         try:
             for out in capture(arriving(), modality, source.origin, encoder, bad):
@@ -233,7 +247,13 @@ def engine(context: Context) -> None:
     subscriber = Subscriber(context.address, [topics.FEATURE, topics.CLOCK, topics.SESSION], settings.bus.queue)
     reporter = Reporter(context, publisher)
     counts = {"ticks": 0, "predictions": 0, "refused": 0}
-    prewarmer = Prewarmer(step_engine.prewarm, spec.tick_ns)
+
+    def warm() -> None:
+        step_engine.prewarm()
+        publisher.prewarm()
+        subscriber.prewarm()
+
+    prewarmer = Prewarmer(warm, spec.tick_ns)
     contract = {
         "name": spec.name,
         "sha256": spec.sha256,
@@ -262,6 +282,8 @@ def engine(context: Context) -> None:
     _hear_clock(context, subscriber)
     publisher.wait_for_reader(topics.PREDICTION, 2.0)
     reporter.say("ready", context.note)
+    gc.collect()
+    gc.freeze()  # what is there now stays: a collection need not look at it in the middle of a step
     context.ready.set()
 
     def refused(session: str, error: SessionError) -> None:
@@ -271,9 +293,10 @@ def engine(context: Context) -> None:
     def messages() -> Iterator[Envelope]:
         told = 0
         while context.alive():
-            envelope = subscriber.receive(prewarmer.wait_ms(now_ns(), 100))
+            envelope = subscriber.receive(prewarmer.wait_ms(now_ns(), reporter.wait_ms(100)))
             if envelope is None:
-                prewarmer.run_if_due(now_ns())
+                if not prewarmer.run_if_due(now_ns()):
+                    reporter.keep()
                 continue
             yield envelope
             # back here, the message and all its predictions are dealt with
@@ -283,7 +306,7 @@ def engine(context: Context) -> None:
                 reporter.say("ready", f"{name} is quarantined, {why}")
             if envelope.topic == topics.SESSION and not len(step_engine):
                 reporter.say("closed")
-            reporter.keep()
+            reporter.keep(calm=False)
 
     more = subscriber.waiting if settings.engine.slots > 1 else None
     for prediction in predict(messages(), aligner, step_engine, refused, more):
@@ -448,6 +471,8 @@ def run(target: Callable[..., None], context: Context, *args: Any) -> None:
     """What a new process executes: signals, then the node; an error ends it with one sentence and exit code 1."""
     with contextlib.suppress(OSError):  # so that `ps` and `top` name us; Linux alone has it
         Path("/proc/self/comm").write_text(f"mmrnn-{context.name}"[:15])
+        # else the kernel may end every sleep 50 us late, to save wake-ups
+        Path("/proc/self/timerslack_ns").write_text("1")
     if context.name not in _UNHURRIED:
         context.note = _prioritise(context.settings.supervisor.priority)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the supervisor, who tells us

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -71,11 +71,17 @@ class Supervisor:
     """A session from its first process to its last."""
 
     def __init__(
-        self, settings: config.Settings, with_engine: bool = True, say: Callable[[str], None] = lambda _: None
+        self,
+        settings: config.Settings,
+        with_engine: bool = True,
+        say: Callable[[str], None] = lambda _: None,
+        watch: Collection[str] = (),
     ) -> None:
-        """`say` is told, in one sentence each, what a person should know while it runs."""
+        """`say` is told, in one sentence each, what a person should know while it runs; `messages` gives the topics of
+        `watch`, too.
+        """
         self.settings = settings
-        self._say = say
+        self._say, self._watch = say, watch
         self._context = process_context()
         self.address = Address.create(settings.bus.transport)
         self._epoch: Any = self._context.Value("q", 0)
@@ -149,14 +155,7 @@ class Supervisor:
                 self._publisher = Publisher(self.address, self.settings.bus.queue)
                 self._monitor = Subscriber(
                     self.address,
-                    [
-                        topics.STATUS,
-                        topics.PREDICTION,
-                        topics.FEATURE,
-                        *topics.raws("text"),
-                        topics.CLOCK,
-                        topics.SESSION,
-                    ],
+                    [*dict.fromkeys((topics.STATUS, topics.PREDICTION, topics.SESSION, *self._watch))],
                     self.settings.bus.queue,
                 )
         self._wait_ready([n for n in self.nodes if not n.is_source], alive)

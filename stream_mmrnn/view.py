@@ -12,6 +12,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from stream_mmrnn import topics
+
 _BARS = " ▁▂▃▄▅▆▇█"
 _STATE_STYLE = {
     "open": "green",
@@ -20,6 +22,10 @@ _STATE_STYLE = {
     "starting": "yellow",
     "restarting": "yellow",
 }
+
+
+WATCHED = (topics.FEATURE, *topics.raws("text"), topics.CLOCK)
+"""What the view shows beside status and predictions."""
 
 
 def spark(values: list[float | None], width: int) -> str:
