@@ -18,6 +18,8 @@ from stream_mmrnn.errors import ConfigError
 from stream_mmrnn.topics import MODALITIES, Kind
 
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
+SESSION_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z"
+"""What a session may be called, by whoever opens it."""
 _Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 
 Policy = Literal["latest", "drop_oldest", "block"]
@@ -28,7 +30,7 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class Session(_Section, frozen=True):
-    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "live"
+    name: Annotated[str, msgspec.Meta(pattern=SESSION_NAME)] = "live"
 
 
 class Sources(_Section, frozen=True):
@@ -126,6 +128,17 @@ class State(_Section, frozen=True):
     """Ticks of a session from one snapshot to the next; 0: none but on leaving."""
 
 
+class Admission(_Section, frozen=True):
+    """When one session more is refused, though there is a slot."""
+
+    share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.7
+    """Of the tick: what the slowest hundredth of predictions may take, with one session more."""
+    retry_s: _Positive = 1.0
+    """The soonest that one who was refused is told to ask again, ..."""
+    retry_max_s: _Positive = 30.0
+    """... and the latest."""
+
+
 class Record(_Section, frozen=True):
     path: str = ""
     """"" records nothing."""
@@ -187,6 +200,7 @@ class Settings(_Section, frozen=True):
     align: Align = Align()
     engine: Engine = Engine()
     state: State = State()
+    admission: Admission = Admission()
     record: Record = Record()
     bus: Bus = Bus()
     queues: Queues = Queues()
