@@ -54,6 +54,8 @@ class Crowd:
         self.latency, self.refusal = Histogram(), Histogram()
         self.seconds: list[list[int]] = [[] for _ in range(round(duration_s) + 1)]
         """Latencies of ticks that were due in this second after the ramp."""
+        self.ramped = 0
+        """How many were in when the ramp ended; of the others some get in when they ask again."""
         self._free_ns = 0
         """When the newest step ended."""
         self.due = self.said = self.refused = self.hintless = 0
@@ -86,6 +88,8 @@ class Crowd:
                     heapq.heappush(events, self._ask(who, start_ns))
             if batch:
                 self._step(batch, counted_ns)
+            if at_ns < counted_ns:
+                self.ramped = len(self.sessions)
 
     def _ask(self, who: int, start_ns: int) -> tuple[int, int, int]:
         """The event that follows."""
@@ -132,15 +136,19 @@ def run(quick: bool, say: Say) -> Iterator[Figure]:
         path = models.write(Path(folder), HIDDEN)
         store = StateStore(Path(folder) / "states", 3600)
         yield from _slots(path, store)
+        whole = ""
         for attempt in range(1 if quick else ATTEMPTS):
             crowd, capacity = _crowd(path, store, ramp_s, duration_s)
             try:
                 crowd.run()
+                whole = ""
                 break
             except Stalled:
+                whole = "; cut short, for the machine stood still in every attempt"
                 say(f"attempt {attempt + 1}: the machine stood still for more than {STALL_NS / 1e9:g} s")
         say(
-            f"{crowd.most} sessions asked, {len(crowd.sessions)} are in; {crowd.refused} refusals; "
+            f"{crowd.most} sessions asked, {len(crowd.sessions)} are in, {crowd.ramped} after the ramp; "
+            f"{crowd.refused} refusals; "
             f"p50 {crowd.latency.percentile(50) / 1e6:.1f} ms, p99 {crowd.latency.percentile(99) / 1e6:.1f} ms"
         )
     admitted = len(crowd.sessions)
@@ -160,7 +168,7 @@ def run(quick: bool, say: Say) -> Iterator[Figure]:
     )
     yield Figure(
         "overload_admitted_p99_ms",
-        f"from the intended time to the prediction, the slowest hundredth over {duration_s:g} s",
+        f"from the intended time to the prediction, the slowest hundredth over {duration_s:g} s{whole}",
         crowd.latency.percentile(99) / 1e6,
         "ms",
         TICK_NS / 1e6,
@@ -168,7 +176,7 @@ def run(quick: bool, say: Say) -> Iterator[Figure]:
     )
     yield Figure(
         "overload_latency_growth_ms_per_min",
-        f"slope of each second's median over {duration_s:g} s",
+        f"slope of a second's median over {duration_s:g} s, {admitted - crowd.ramped} sessions more at the end{whole}",
         crowd.growth_ms_per_min(),
         "ms/min",
         1.0,
