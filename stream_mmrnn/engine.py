@@ -18,7 +18,7 @@ from stream_mmrnn.clock import now_ns
 from stream_mmrnn.contract import Contract, contract_of
 from stream_mmrnn.device_rows import DeviceRows
 from stream_mmrnn.rows import Bucket, HostRows, Rows
-from stream_mmrnn.runtime import Graph, Provider
+from stream_mmrnn.runtime import Array, Graph, Provider
 from stream_mmrnn.types import ModelSpec, Prediction, Tick
 
 MAX_AGE_S = 10.0
@@ -109,6 +109,14 @@ class StepEngine:
 
     def close(self, session: str) -> None:
         self.arena.release(session)
+
+    def snapshot(self, session: str) -> dict[str, Array]:
+        """A copy of the session's state tensors, by name; empty where it has not begun. Raises UnknownSession."""
+        return self.arena.snapshot(session)
+
+    def restore(self, session: str, state: dict[str, Array]) -> None:
+        """Go on from a snapshot; raises SessionError where it is not one of this model."""
+        self.arena.restore(session, state)
 
     def stop(self) -> None:
         """Nothing to end: the graph runs in this process."""

@@ -10,11 +10,14 @@
     ├── SourceError             a device or stream that is not there (yet): the session goes on
     ├── WireError               bytes from outside that are not a message: counted and dropped
     ├── RecordingError          a recording that is damaged or incomplete: exit code 3
+    ├── SnapshotError           a session's state that cannot be kept, or is damaged: exit code 3
     ├── ProcessError            a process of ours that did not start or died
     └── SessionError            what a session asked for cannot be done now
-        ├── Busy                no free slot: exit code 4
-        ├── UnknownSession
-        └── DuplicateSession
+        ├── Busy                no free slot, or no time for one more; says when to ask again: exit code 4
+        ├── UnknownSession      it is not open, and nothing of it is kept
+        ├── DuplicateSession    it is open already
+        ├── Evicted             it is not open, but its state is kept: its resume token brings it back
+        └── BadTick             features that are not the model's: not stepped, so nobody's state has seen them
 
 Knows nothing about who catches what.
 """
@@ -62,6 +65,10 @@ class RecordingError(StreamError):
     exit_code = 3
 
 
+class SnapshotError(StreamError):
+    exit_code = 3
+
+
 class ProcessError(StreamError):
     pass
 
@@ -71,7 +78,13 @@ class SessionError(StreamError):
 
 
 class Busy(SessionError):  # noqa: N818 the field's word
+    """`retry_after_s`: when it is worth asking again; 0 where nobody can say."""
+
     exit_code = 4
+
+    def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class UnknownSession(SessionError):  # noqa: N818
@@ -79,4 +92,12 @@ class UnknownSession(SessionError):  # noqa: N818
 
 
 class DuplicateSession(SessionError):  # noqa: N818
+    pass
+
+
+class Evicted(SessionError):  # noqa: N818
+    pass
+
+
+class BadTick(SessionError):  # noqa: N818
     pass
