@@ -110,6 +110,14 @@ class StepEngine:
     def close(self, session: str) -> None:
         self.arena.release(session)
 
+    def snapshot(self, session: str) -> dict[str, Any]:
+        """A copy of the session's state tensors, by name; empty where it has not begun. Raises UnknownSession."""
+        return self.arena.snapshot(session)
+
+    def restore(self, session: str, state: dict[str, Any]) -> None:
+        """Put a snapshot back; raises UnknownSession, or SessionError where it is not this model's."""
+        self.arena.restore(session, state)
+
     def stop(self) -> None:
         """Nothing to end: the graph runs in this process."""
 

@@ -347,7 +347,7 @@ def resumed(a: Aligner, specs: tuple[ModalitySpec, ...]) -> Aligner:
 @settings(max_examples=300)
 @given(st.integers(0, 2**32), st.sets(st.integers(0, 250), max_size=6))
 def test_going_on_from_a_snapshot_changes_nothing(seed: int, cuts: set[int]) -> None:
-    """Sessions that come and go, gaps, restarts, late and wrong messages: cut anywhere, ticks and counts are the same."""
+    """Sessions that come and go, gaps, restarts, late and wrong messages: cut anywhere, all is the same."""
     chance = random.Random(seed)
     specs = (ModalitySpec("vision", 2), ModalitySpec("audio", 2, reduction="stack", stack=2), ModalitySpec("text", 1))
     lateness_ns = {name: chance.choice([0, 20, 60, 80]) for name in LATE}
