@@ -172,7 +172,7 @@ class _Stream:
         return StreamState(
             self.next_seq,
             list(self.pending),
-            list(self.seen),
+            sorted(self.seen),  # so that the same state is the same bytes
             self.newest_ns,
             self.head_ns,
             self.last_used_ns,
