@@ -203,13 +203,9 @@ class Subscriber:
     def receive(self, timeout_ms: int) -> Envelope | None:
         """The next envelope, or None after `timeout_ms` without one."""
         if self._next is not None:
-            envelope: Envelope | None
             envelope, self._next = self._next, None
-        else:
-            envelope = self._read() if self._socket.poll(timeout_ms, zmq.POLLIN) else None
-        if envelope is not None:
-            self.gaps.see(envelope)  # what is handed out; what `waiting` read ahead is not yet
-        return envelope
+            return envelope
+        return self._read() if self._socket.poll(timeout_ms, zmq.POLLIN) else None
 
     def _read(self) -> Envelope | None:
         frames = self._socket.recv_multipart()
@@ -218,12 +214,18 @@ class Subscriber:
         except WireError:
             self.garbage += 1
             return None
+        self.gaps.see(envelope)
         return envelope
 
     def waiting(self) -> bool:
         """Whether an envelope is there already: the next `receive` gives it at once."""
         while self._next is None and self._socket.poll(0, zmq.POLLIN):
             self._next = self._read()
+        return self._next is not None
+
+    @property
+    def ahead(self) -> bool:
+        """Whether `gaps` has seen an envelope that `receive` has not given yet."""
         return self._next is not None
 
     def stream(self, alive: Callable[[], bool], timeout_ms: int = 100) -> Iterator[Envelope]:

@@ -347,14 +347,14 @@ def engine(context: Context) -> None:
                 continue
             yield envelope
             # back here, the message and all its predictions are dealt with
-            if checkpoints is not None:
-                checkpoints.keep_if_due(envelope)
             if len(aligner.misfits) > told:
                 told = len(aligner.misfits)
                 name, why = list(aligner.misfits.items())[-1]
                 reporter.say("ready", f"{name} is quarantined, {why}")
             if envelope.topic == topics.SESSION and not len(step_engine):
                 reporter.say("closed")
+            if checkpoints is not None:
+                checkpoints.keep_if_due(envelope)
             reporter.keep()
 
     more = subscriber.waiting if settings.engine.slots > 1 else None

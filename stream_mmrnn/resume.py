@@ -82,7 +82,7 @@ class Checkpoints:
         self._subscriber, self._publisher, self._counts = subscriber, publisher, counts
         self._sent: Mark | None = None
         self._group = -1
-        self._due = False
+        self._due = self._just_stepped = False
         self.skipped = 0
         """Checkpoints that were not made because the journal had not taken the one before."""
 
@@ -92,10 +92,15 @@ class Checkpoints:
         group = index // self._every
         self._due = self._due or self._group not in (-1, group)
         self._group = group
+        self._just_stepped = True
 
     def keep_if_due(self, envelope: Envelope) -> None:
-        """Call it when `envelope` and all that it led to are dealt with, and the next message is not begun."""
-        if not self._due:
+        """Call it when `envelope` and all that it led to are dealt with, and the next message is not begun.
+
+        Only right after a step is it sure that no tick waits for others to be stepped with it.
+        """
+        just_stepped, self._just_stepped = self._just_stepped, False
+        if not self._due or not just_stepped or self._subscriber.ahead:
             return
         self._due = False
         made = journal.Keep(mark(envelope), self._sent, _encode(self._take()))

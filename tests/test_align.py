@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stream_mmrnn import topics
-from stream_mmrnn.align import Aligner, AlignerState, stamps_of
+from stream_mmrnn.align import Aligner, AlignerState, SessionState, StreamState, _Session, _Stream, stamps_of
 from stream_mmrnn.errors import SessionError
 from stream_mmrnn.types import Envelope, ModalitySpec, Tick
 
@@ -385,6 +385,17 @@ def test_going_on_from_a_snapshot_changes_nothing(seed: int, cuts: set[int]) -> 
     assert whole.counts == pieces.counts
     assert whole.misfits == pieces.misfits
     assert whole.snapshot() == pieces.snapshot()
+
+
+def test_nothing_is_forgotten_in_a_snapshot() -> None:
+    """Who gives a stream or session another attribute has to say whether a snapshot needs it."""
+    made = {"all_true", "counts", "dense", "encoder", "expected", "flags", "lateness_ns", "name", "reduction"}
+    made |= {"shape", "spec", "zeros"}
+    assert set(_Stream.__slots__) == made | set(StreamState.__struct_fields__)
+    derived = {"bounds", "by_topic", "name", "soonest_ns"}
+    assert set(_Session.__slots__) == derived | set(SessionState.__struct_fields__)
+    settings_ = {"tick_ns", "_specs", "_lateness_ns", "_max_ahead_ns", "_max_behind_ns", "_feature_topics", "_zeros"}
+    assert set(vars(aligner())) == settings_ | {"counts", "malformed", "misfits", "_sessions"}
 
 
 def test_a_snapshot_reaches_as_far_back_as_the_aligner() -> None:
