@@ -24,22 +24,23 @@ _STOP = b"TERMINATE"
 class Address:
     """Where the broker's two sockets are. Made once by the supervisor, given to every process."""
 
-    def __init__(self, publish: str, subscribe: str, folder: str = "") -> None:
-        self.publish, self.subscribe, self.folder = publish, subscribe, folder
+    def __init__(self, publish: str, subscribe: str, folder: str = "", journal: str = "") -> None:
+        self.publish, self.subscribe, self.folder, self.journal = publish, subscribe, folder, journal
 
     @classmethod
     def create(cls, transport: str) -> Address:
         """Fresh addresses: ipc in a private folder (0700), or loopback tcp ports that were free just now."""
         if transport == "ipc":
             folder = tempfile.mkdtemp(prefix="stream-mmrnn-")
-            return cls(f"ipc://{folder}/publish", f"ipc://{folder}/subscribe", folder)
+            return cls(f"ipc://{folder}/publish", f"ipc://{folder}/subscribe", folder, f"ipc://{folder}/journal")
         context = zmq.Context()
-        sockets = [context.socket(zmq.PUB) for _ in range(2)]
+        sockets = [context.socket(zmq.PUB) for _ in range(3)]
         try:
             ports = [s.bind_to_random_port("tcp://127.0.0.1") for s in sockets]
         finally:
             context.destroy(linger=0)
-        return cls(*(f"tcp://127.0.0.1:{p}" for p in ports))
+        publish, subscribe, journal = (f"tcp://127.0.0.1:{p}" for p in ports)
+        return cls(publish, subscribe, journal=journal)
 
     def remove(self) -> None:
         if self.folder:
@@ -83,6 +84,9 @@ def run_broker(address: Address, queue: int, ready: Callable[[], None], alive: C
 _LOOK_EVERY_NS = 50_000_000
 _NOBODY = b"nobody"
 """A topic that nobody reads."""
+
+Numbers = list[tuple[str, str, int]]
+"""Topic, session, the next sequence number."""
 
 
 class Publisher:
@@ -153,6 +157,14 @@ class Publisher:
             with contextlib.suppress(zmq.Again):
                 self._socket.send_multipart([_NOBODY, *wire.encode(self._newest)[1:]], zmq.DONTWAIT)
 
+    def numbers(self) -> Numbers:
+        """The next number of each stream."""
+        return [(topic, session, seq) for (topic, session), seq in self._seq.items()]
+
+    def go_on(self, numbers: Numbers) -> None:
+        """Number as the publisher did that said `numbers`."""
+        self._seq = {(topic, session): seq for topic, session, seq in numbers}
+
     def close(self, linger_ms: int = 500) -> None:
         self._socket.close(linger=linger_ms)
         self._context.term()
@@ -177,6 +189,14 @@ class Gaps:
         # a seq below the expected one is a publisher that began anew
         self._next[key] = seq + 1
 
+    def snapshot(self) -> tuple[Numbers, dict[str, int], dict[str, int]]:
+        """All of it as a value: the next number of each stream; received; lost."""
+        return [(topic, session, seq) for (topic, session), seq in self._next.items()], self.received, self.lost
+
+    def restore(self, numbers: Numbers, received: dict[str, int], lost: dict[str, int]) -> None:
+        self._next = {(topic, session): seq for topic, session, seq in numbers}
+        self.received, self.lost = dict(received), dict(lost)
+
 
 class Subscriber:
     """Reads envelopes of some topics in the broker's order; counts gaps and garbage."""
@@ -186,9 +206,7 @@ class Subscriber:
         self._socket = self._context.socket(zmq.SUB)
         self._socket.set_hwm(queue)
         self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_PAYLOAD_BYTES)
-        for topic in topics:
-            self._socket.setsockopt(zmq.SUBSCRIBE, topic.encode())
-        self._socket.connect(address.subscribe)
+        _subscribe(self._socket, address, topics)
         self.gaps = Gaps()
         self.garbage = 0
         self._next: Envelope | None = None
@@ -230,12 +248,93 @@ class Subscriber:
             self._next = self._read(zmq.DONTWAIT)
         return self._next is not None
 
+    @property
+    def ahead(self) -> bool:
+        """Whether `gaps` has seen an envelope that `receive` has not given yet."""
+        return self._next is not None
+
     def stream(self, alive: Callable[[], bool], timeout_ms: int = 100) -> Iterator[Envelope]:
         """Envelopes as they come, until `alive()` says no."""
         while alive():
             envelope = self.receive(timeout_ms)
             if envelope is not None:
                 yield envelope
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+        self._context.term()
+
+
+def _subscribe(socket: zmq.Socket[bytes], address: Address, wanted: list[str]) -> None:
+    """Connect, and ask for `wanted`; for the clock last, so that hearing it proves that the others are heard, too."""
+    first = [topic for topic in wanted if topic != topics.CLOCK]
+    for topic in first:
+        socket.setsockopt(zmq.SUBSCRIBE, topic.encode())
+    socket.connect(address.subscribe)
+    if len(first) < len(wanted):
+        socket.setsockopt(zmq.SUBSCRIBE, topics.CLOCK.encode())
+
+
+class Tap:
+    """The journal's side: messages of some topics as they are on the wire, and requests of an engine."""
+
+    def __init__(self, address: Address, wanted: list[str], queue: int) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.SUB)
+        self._socket.set_hwm(queue)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_PAYLOAD_BYTES)
+        _subscribe(self._socket, address, wanted)
+        self._requests = self._context.socket(zmq.ROUTER)
+        try:
+            self._requests.bind(address.journal)
+        except zmq.ZMQError as e:
+            self.close()
+            raise ProcessError(f"the journal cannot bind {address.journal}: {e}") from e
+
+    def messages(self) -> Iterator[list[bytes]]:
+        """What has come, without waiting."""
+        while self._socket.poll(0, zmq.POLLIN):
+            yield self._socket.recv_multipart()
+
+    def request(self, timeout_ms: int) -> tuple[bytes, bytes] | None:
+        """Who asks, and what; None after `timeout_ms` without."""
+        if not self._requests.poll(timeout_ms, zmq.POLLIN):
+            return None
+        who, *frames = self._requests.recv_multipart()
+        return who, b"".join(frames)
+
+    def answer(self, who: bytes, content: bytes) -> None:
+        """To one that is gone meanwhile it is dropped."""
+        self._requests.send_multipart([who, content])
+
+    def close(self) -> None:
+        for socket in (self._socket, self._requests):
+            socket.close(linger=0)
+        self._context.term()
+
+
+class Caller:
+    """The engine's side of the journal's requests."""
+
+    def __init__(self, address: Address) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.set_hwm(2)
+        self._socket.connect(address.journal)
+
+    def send(self, content: bytes) -> bool:
+        """At once; False where the one before it has not been taken yet, or nobody is there."""
+        try:
+            self._socket.send(content, zmq.DONTWAIT)
+        except zmq.Again:
+            return False
+        return True
+
+    def ask(self, content: bytes, timeout_ms: int) -> bytes | None:
+        """The answer; None after `timeout_ms` without."""
+        if not self.send(content) or not self._socket.poll(timeout_ms, zmq.POLLIN):
+            return None
+        return self._socket.recv()
 
     def close(self) -> None:
         self._socket.close(linger=0)

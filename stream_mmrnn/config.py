@@ -126,6 +126,9 @@ class State(_Section, frozen=True):
     """A session without a tick for so long gives its slot to others; a resume token brings it back."""
     snapshot_every: Annotated[int, msgspec.Meta(ge=0)] = 25
     """Ticks of a session from one snapshot to the next; 0: none but on leaving."""
+    journal_s: _Positive = 30.0
+    """How much of the bus is remembered for an engine that has to go on after a crash."""
+    journal_mb: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 64
 
 
 class Admission(_Section, frozen=True):

@@ -12,6 +12,7 @@
     ├── RecordingError          a recording that is damaged or incomplete: exit code 3
     ├── SnapshotError           a session's state that cannot be kept, or is damaged: exit code 3
     ├── ProcessError            a process of ours that did not start or died
+    │   └── ShardDied           a part of an engine, and whose states went with it
     └── SessionError            what a session asked for cannot be done now
         ├── Busy                no free slot, or no time for one more; says when to ask again: exit code 4
         ├── UnknownSession      it is not open, and nothing of it is kept
@@ -21,6 +22,10 @@
 
 Knows nothing about who catches what.
 """
+
+from __future__ import annotations
+
+from typing import Any
 
 
 class StreamError(Exception):
@@ -71,6 +76,15 @@ class SnapshotError(StreamError):
 
 class ProcessError(StreamError):
     pass
+
+
+class ShardDied(ProcessError):  # noqa: N818
+    """Names what was lost. The engine has a new process in place of the dead one and goes on."""
+
+    sessions: tuple[str, ...] = ()
+    """Still open, but at the model's initial state: restore their snapshots, or let them begin anew."""
+    predictions: tuple[Any, ...] = ()
+    """What was stepped before it was known, in the order of the ticks. A tick that has none here was not stepped."""
 
 
 class SessionError(StreamError):

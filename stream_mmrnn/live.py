@@ -13,6 +13,7 @@ from stream_mmrnn import config, topics, wire
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.errors import WireError
 from stream_mmrnn.latency import StageTable, stages
+from stream_mmrnn.repeats import Repeats
 from stream_mmrnn.supervisor import Node, Supervisor
 from stream_mmrnn.types import Envelope
 
@@ -40,6 +41,7 @@ class Session:
         self.supervisor = Supervisor(settings, with_engine, say, watch)
         self._alive, self._see_too, self._often = alive, see, often
         self._latency = StageTable()
+        self._repeats = Repeats()
 
     def run(self, duration_s: float | None) -> dict[str, Any]:
         """Start, go on for `duration_s` (None: until told, or until every source has ended), stop, sum up."""
@@ -75,6 +77,8 @@ class Session:
             p = wire.unpack(envelope.payload, wire.PredictionMessage)
         except WireError:
             return
+        if not self._repeats.first(envelope.session, p.tick):
+            return
         self._latency.add(stages(p.event_ns, p.closed, p.step_start_ns, p.step_end_ns, envelope.publish_ns))
 
     def _summary(self, began_ns: int) -> dict[str, Any]:
@@ -108,6 +112,7 @@ class Session:
             }
             if recorder
             else None,
+            "repeated": self._repeats.count,
             "restarts": {n.name: n.deaths for n in supervisor.nodes if n.deaths},
         }
 

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
@@ -23,16 +24,19 @@ from typing import Any
 import msgspec
 
 from stream_mmrnn import config, topics, wire
-from stream_mmrnn.bus import Address, Publisher, Subscriber, run_broker
+from stream_mmrnn.bus import Address, Caller, Publisher, Subscriber, Tap, run_broker
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.errors import SessionError, SourceError, StreamError, WireError
+from stream_mmrnn.repeats import Repeats
 from stream_mmrnn.types import Envelope
 
 _STATUS_PERIOD_NS = 500_000_000
 _CALM_MS = 4
 """So long after a message its prediction is out, and the next one is still to come."""
-_UNHURRIED = ("recorder", "dashboard")
-"""What may come later: files and pages."""
+_UNHURRIED = ("recorder", "dashboard", "journal")
+"""What may come later: files and pages, and what is for a bad day."""
+_JOURNAL_MS = 50
+"""The journal takes what has come this often: woken for each message it would take a core from who is in haste."""
 _PREWARM_PERIOD_NS = 200_000_000
 """What comes less often than this is not expected at a time that could be named."""
 
@@ -126,6 +130,54 @@ def clock(context: Context) -> None:
         time.sleep(max(due_ns - now_ns(), 0) / 1e9)
         at_ns = now_ns()
         publisher.publish(topics.CLOCK, topics.EVERYONE, at_ns, at_ns, b"")
+    publisher.close()
+
+
+def journal(context: Context) -> None:
+    """What an engine needs that has to go on after a crash: the last of the bus, and checkpoints."""
+    from stream_mmrnn.journal import Ask, Journal, Keep, request
+
+    settings = context.settings
+    publisher = Publisher(context.address, settings.bus.queue)
+    tap = Tap(context.address, [topics.FEATURE, topics.SESSION, topics.TICK, topics.CLOCK], settings.bus.queue)
+    kept = Journal(settings.state.journal_s, settings.state.journal_mb << 20, complete=not context.restarts)
+    reporter = Reporter(context, publisher)
+    reporter.counts = lambda: {"messages": len(kept), "bytes": kept.bytes, "checkpoints": kept.kept}
+    asked: tuple[bytes, Ask, int] | None = None
+    garbage = 0
+
+    def take() -> None:
+        nonlocal garbage
+        for frames in tap.messages():
+            if len(frames) == 3:
+                kept.add((frames[0], frames[1], frames[2]), now_ns())
+            else:
+                garbage += 1
+
+    while context.alive():
+        came = tap.request(5 if asked else _JOURNAL_MS)
+        take()
+        if came is not None:
+            try:
+                message = request.decode(came[1])
+            except msgspec.MsgspecError:
+                garbage += 1
+                continue
+            if isinstance(message, Keep):
+                kept.keep(message)
+            else:
+                asked = (came[0], message, now_ns() + 1_000_000_000)
+        if asked is not None:
+            who, ask, until_ns = asked
+            if kept.heard(ask.until) or now_ns() > until_ns:
+                tap.answer(who, msgspec.msgpack.encode(kept.answer(ask)))
+                asked = None
+        if len(kept) and not context.ready.is_set():
+            # the clock is asked for last: all else is heard, too
+            reporter.say("ready")
+            context.ready.set()
+        reporter.keep()
+    tap.close()
     publisher.close()
 
 
@@ -237,6 +289,7 @@ def engine(context: Context) -> None:
     from stream_mmrnn.align import Aligner
     from stream_mmrnn.pipeline import predict
     from stream_mmrnn.prewarm import Prewarmer
+    from stream_mmrnn.resume import Checkpoints
     from stream_mmrnn.shards import create
 
     settings = context.settings
@@ -267,8 +320,16 @@ def engine(context: Context) -> None:
         "prewarmed": prewarmer.runs,
         "garbage": subscriber.garbage + aligner.malformed,
     }
+    every = settings.state.snapshot_every
+    caller = Caller(context.address) if every else None
+    checkpoints = (
+        Checkpoints(caller, every, step_engine, aligner, subscriber, publisher, counts) if caller is not None else None
+    )
+    missed: deque[Envelope] = deque()
+    anew = ""
     reporter.detail = lambda: {
         "spec": contract,
+        "anew": anew,
         "streams": {
             name: {
                 **msgspec.to_builtins(c),
@@ -279,9 +340,16 @@ def engine(context: Context) -> None:
         },
         "misfits": aligner.misfits,
     }
-    _hear_clock(context, subscriber)
+    heard = _hear_clock(context, subscriber)
     publisher.wait_for_reader(topics.PREDICTION, 2.0)
-    reporter.say("ready", context.note)
+    if context.restarts and heard is not None:
+        try:
+            if checkpoints is None:
+                raise SessionError("state.snapshot_every is 0")
+            missed.extend(checkpoints.resume(heard))
+        except StreamError as e:
+            anew = f"the session begins anew: {e}"
+    reporter.say("ready", "; ".join(filter(None, (context.note, anew))))
     gc.collect()
     gc.freeze()  # what is there now stays: a collection need not look at it in the middle of a step
     context.ready.set()
@@ -293,8 +361,10 @@ def engine(context: Context) -> None:
     def messages() -> Iterator[Envelope]:
         told = 0
         while context.alive():
-            envelope = subscriber.receive(prewarmer.wait_ms(now_ns(), reporter.wait_ms(100)))
-            if envelope is None:
+            envelope: Envelope | None
+            if missed:
+                subscriber.gaps.see(envelope := missed.popleft())
+            elif (envelope := subscriber.receive(prewarmer.wait_ms(now_ns(), reporter.wait_ms(100)))) is None:
                 if not prewarmer.run_if_due(now_ns()):
                     reporter.keep()
                 continue
@@ -306,6 +376,8 @@ def engine(context: Context) -> None:
                 reporter.say("ready", f"{name} is quarantined, {why}")
             if envelope.topic == topics.SESSION and not len(step_engine):
                 reporter.say("closed")
+            if checkpoints is not None:
+                checkpoints.keep_if_due(envelope)
             reporter.keep(calm=False)
 
     more = subscriber.waiting if settings.engine.slots > 1 else None
@@ -318,7 +390,7 @@ def engine(context: Context) -> None:
             prediction.step_end_ns,
             wire.pack(wire.prediction_message(prediction)),
         )
-        publisher.publish(
+        sent = publisher.publish(
             topics.TICK,
             tick.session,
             tick.event_ns,
@@ -327,9 +399,13 @@ def engine(context: Context) -> None:
         )
         counts["ticks"] += 1
         counts["predictions"] += 1
+        if checkpoints is not None:
+            checkpoints.stepped(sent, tick.index)
         if settings.engine.prewarm:
             prewarmer.stepped(prediction.step_start_ns)
     step_engine.stop()
+    if caller is not None:
+        caller.close()
     subscriber.close()
     publisher.close()
 
@@ -364,7 +440,19 @@ def recorder(context: Context) -> None:
         settings.record.fsync_ms,
     )
     statuses: dict[str, Any] = {}
+    # an engine that went on after a crash says again what is in the file already
+    repeats = {topic: Repeats() for topic in (topics.TICK, topics.PREDICTION)}
+
+    def again(envelope: Envelope) -> bool:
+        if envelope.topic not in repeats:
+            return False
+        try:
+            return not repeats[envelope.topic].first(envelope.session, wire.tick_index(envelope.payload))
+        except WireError:
+            return False  # the file says what was sent
+
     reporter.counts = lambda: {
+        "repeated": sum(r.count for r in repeats.values()),
         "messages": file.messages,
         "bytes": file.bytes,
         "refused": file.unwritable,
@@ -390,13 +478,14 @@ def recorder(context: Context) -> None:
             break
         elif envelope.session in (file.session, topics.EVERYONE):
             opened = opened or envelope.topic == topics.SESSION
-            if opened:
+            if opened and not again(envelope):
                 file.write(envelope)
     lost = {t: n for t, n in subscriber.gaps.lost.items() if n and not t.startswith(topics.STATUS)}
     file.close(
         {
             "ended": how,
             "lost": msgspec.json.encode(lost).decode(),
+            "repeated": msgspec.json.encode({t: r.count for t, r in repeats.items() if r.count}).decode(),
             "statuses": msgspec.json.encode(statuses).decode(),
         }
     )

@@ -24,6 +24,8 @@ from stream_mmrnn.clock import now_ns
 from stream_mmrnn.errors import ProcessError, WireError
 from stream_mmrnn.types import Envelope
 
+_AT_ONCE_NS = 1_000_000_000
+"""An engine that lived so long is started again at once."""
 _WORKERS = {"vision": "camera", "audio": "microphone"}
 """What the worker of a modality is called, where that is not the modality's name."""
 
@@ -99,6 +101,8 @@ class Supervisor:
         settings = self.settings
         yield Node("broker", nodes.broker)
         yield Node("clock", nodes.clock)
+        if with_engine and settings.state.snapshot_every:
+            yield Node("journal", nodes.journal)
         if settings.record.path:
             yield Node("recorder", nodes.recorder)
         if with_engine:
@@ -205,6 +209,8 @@ class Supervisor:
             self._say(f"{node.name}: is back")
         if node.is_source:
             self._expect()
+        if node.name == "engine" and before is None and message.detail.get("anew") and not self.closed_ns:
+            self._publish_session("open")
         if node.name == "dashboard" and "address" in message.detail:
             self._page_port = int(str(message.detail["address"]).rstrip("/").rsplit(":", 1)[1])
 
@@ -233,9 +239,6 @@ class Supervisor:
                 if at_ns >= node.again_ns:
                     node.again_ns = 0
                     self._spawn(node)
-                    if node.name == "engine" and self.opened_ns:
-                        node.ready.wait(settings.start_timeout_s)
-                        self._publish_session("open")
                 continue
             code = node.process.exitcode
             if code is None:
@@ -248,13 +251,15 @@ class Supervisor:
             # one that ran well for a while starts again as if for the first time
             recent = 0 if at_ns - node.started_ns > 10_000_000_000 else min(node.restarts, 8)
             wait_s = min(settings.backoff_s * 2**recent, settings.backoff_max_s)
+            if node.name == "engine" and at_ns - node.started_ns > _AT_ONCE_NS:
+                wait_s = 0.0  # ticks wait for it: back-off is for one that cannot live
             node.deaths.append(death)
             node.restarts += 1
             node.again_ns = at_ns + int(wait_s * 1e9)
             if node.status is not None:
                 node.published_before += node.status.counts.get("published", 0)
             node.status = None
-            self._say(f"{node.name}: {death}; started again in {wait_s:g} s")
+            self._say(f"{node.name}: {death}; started again {f'in {wait_s:g} s' if wait_s else 'at once'}")
             if node.is_source:
                 self._expect()
 
@@ -275,7 +280,7 @@ class Supervisor:
             at_ns = now_ns()
             self._publisher.publish(topics.CONTROL, self.settings.session.name, at_ns, at_ns, b"stop")
             self._await_closed("recorder", now_ns() + 500_000_000, see)
-        for names in (("engine", "recorder", "dashboard", "clock"), ("broker",)):
+        for names in (("engine", "recorder", "dashboard", "journal", "clock"), ("broker",)):
             self._end([n for n in self.nodes if n.name in names], max(deadline_ns, now_ns() + 100_000_000), see)
         if self._publisher is not None:
             self._publisher.close(0)

@@ -145,6 +145,8 @@ def summary_table(summary: dict[str, Any]) -> RenderableType:
         )
     for name, deaths in summary["restarts"].items():
         parts.append(Text(f"{name} {', '.join(deaths)}", "yellow"))
+    if summary["repeated"]:
+        parts.append(Text(f"{summary['repeated']} predictions were made again after that, and counted once", "yellow"))
     return Group(*parts)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from stream_mmrnn import topics
 from stream_mmrnn.errors import WireError
-from stream_mmrnn.types import Envelope, Prediction, Stamps, Tick
+from stream_mmrnn.types import Envelope, Mark, Prediction, Stamps, Tick
 
 VERSION = 1
 MAX_PAYLOAD_BYTES = 16 * 2**20
@@ -190,6 +190,15 @@ def _decode_any(
     )
 
 
+def mark_of(frames: Sequence[bytes | memoryview]) -> Mark:
+    """Which message it is, by topic and header alone; raises WireError where these are none."""
+    try:
+        header = _decode(frames[1])
+        return Mark(bytes(frames[0]).decode("ascii"), header.session, header.seq, header.publish_ns)
+    except (msgspec.MsgspecError, UnicodeDecodeError, IndexError) as e:
+        raise WireError(f"the header is not valid: {e}") from e
+
+
 class SessionMessage(msgspec.Struct, frozen=True):
     """The payload of `session`: a session begins, ends, or has other streams than before."""
 
@@ -257,6 +266,21 @@ def unpack(payload: Any, kind: type[_Message]) -> _Message:
     except (msgspec.MsgspecError, TypeError, UnicodeDecodeError) as e:
         raise WireError(f"the payload is no {kind.__name__}: {e}") from e
     return message
+
+
+class _Tick(msgspec.Struct, frozen=True, gc=False):
+    tick: int
+
+
+_read_tick = msgspec.json.Decoder(_Tick).decode
+
+
+def tick_index(payload: Any) -> int:
+    """The tick of a `tick` or `prediction` payload, the rest unread; raises WireError where it is none."""
+    try:
+        return _read_tick(payload).tick
+    except (msgspec.MsgspecError, TypeError, UnicodeDecodeError) as e:
+        raise WireError(f"the payload names no tick: {e}") from e
 
 
 def tick_message(tick: Tick) -> TickMessage:
