@@ -501,7 +501,7 @@ def test_close_without_start() -> None:
 
 
 def test_wrong_addresses() -> None:
-    with pytest.raises(ConfigError, match="dashboard serves on"):
+    with pytest.raises(ConfigError, match="needs a token"):
         Dashboard("0.0.0.0")
     board = Dashboard()
     with pytest.raises(ProcessError, match="cannot bind"):
