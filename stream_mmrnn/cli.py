@@ -379,10 +379,10 @@ def keys_new(
     console.print(f"client key, to be allowed elsewhere: {escape(made.client)}")
 
 
-@keys_app.command("allow", context_settings={"ignore_unknown_options": True})  # a key may begin with a -
+@keys_app.command("allow")
 def keys_allow(
     name: Annotated[str, typer.Argument(help="Whose key it is, to remove it by.")],
-    key: Annotated[str, typer.Argument(help="A public key, or a file with one.")],
+    key: Annotated[str, typer.Argument(help="A public key, or a file with one; after -- where it begins with -.")],
     folder: KeysFolder = None,
     write: Annotated[bool, typer.Option("--write", help="It may publish, too; a viewer must not.")] = False,
     as_json: Json = False,
