@@ -138,7 +138,7 @@ class Bus(_Section, frozen=True):
     clock_hz: Annotated[float, msgspec.Meta(ge=1, le=1000)] = 100.0
     queue: Annotated[int, msgspec.Meta(ge=1)] = 20_000
     """Messages a reader may fall behind before ZeroMQ drops; a reader counts every gap."""
-    bulk_queue: Annotated[int, msgspec.Meta(ge=1)] = 4096
+    bulk_queue: Annotated[int, msgspec.Meta(ge=1)] = 2048
     """The same for a reader (or sender) of pictures and sound, whose messages are large."""
     view_queue: Annotated[int, msgspec.Meta(ge=1)] = 256
     """The same for one that wants the newest: a page, a reader from outside."""
