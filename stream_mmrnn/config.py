@@ -6,6 +6,7 @@ Strict: an unknown key is an error that names the nearest one that exists. Knows
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import re
 import tomllib
@@ -23,6 +24,9 @@ SESSION_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z"
 _Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 
 Policy = Literal["latest", "drop_oldest", "block"]
+
+
+LOOPBACK = "127.0.0.1"
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -153,10 +157,20 @@ class Record(_Section, frozen=True):
 
 class Bus(_Section, frozen=True):
     transport: Literal["ipc", "tcp"] = "ipc"
-    """ipc: sockets in a private folder; tcp: on loopback, for systems without ipc."""
+    """ipc: sockets in a private folder; tcp: for systems without ipc, and for readers on other machines."""
+    host: str = LOOPBACK
+    """The address that tcp binds; one that others can reach needs `keys`."""
+    port: Annotated[int, msgspec.Meta(ge=0, le=65_532)] = 0
+    """The first of the four ports that tcp takes, one after the other; 0: any free ones."""
+    keys: str = ""
+    """A folder made by `stream-mmrnn keys new`: with it nobody gets in over tcp who has no key that is allowed."""
     clock_hz: Annotated[float, msgspec.Meta(ge=1, le=1000)] = 100.0
     queue: Annotated[int, msgspec.Meta(ge=1)] = 20_000
     """Messages a reader may fall behind before ZeroMQ drops; a reader counts every gap."""
+    bulk_queue: Annotated[int, msgspec.Meta(ge=1)] = 2048
+    """The same for a reader (or sender) of pictures and sound, whose messages are large."""
+    view_queue: Annotated[int, msgspec.Meta(ge=1)] = 256
+    """The same for one that wants the newest: a page, a reader from outside."""
 
 
 class Queues(_Section, frozen=True):
@@ -174,9 +188,12 @@ class Queues(_Section, frozen=True):
 
 class Dashboard(_Section, frozen=True):
     enabled: bool = True
-    host: Literal["127.0.0.1", "::1", "localhost"] = "127.0.0.1"
+    host: str = LOOPBACK
+    """The address that the page binds; one that others can reach needs a token."""
     port: _Port = 0
     """0: any free one."""
+    token_file: str = ""
+    """Where the page's token is; made, and shown once, where there is none. With it nobody gets in without."""
 
 
 class Supervisor(_Section, frozen=True):
@@ -256,9 +273,40 @@ def convert(table: dict[str, Any], kind: type[_Kind]) -> _Kind:
         raise ConfigError(f"`{key}` has a wrong value: {reason}") from e
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what is bound there."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_access(settings: Settings) -> None:
+    """Refuse what others could reach without a key or a token."""
+    bus, page = settings.bus, settings.dashboard
+    try:
+        ipaddress.ip_address(bus.host)
+    except ValueError:
+        raise ConfigError(f"`bus.host` is an IP address such as {LOOPBACK}, not {bus.host!r}") from None
+    if bus.transport == "ipc" and (bus.host != LOOPBACK or bus.port or bus.keys):
+        raise ConfigError("`bus.host`, `bus.port` and `bus.keys` are for tcp; set bus.transport to tcp, or leave them")
+    if not is_loopback(bus.host) and not bus.keys:
+        raise ConfigError(
+            f"`bus.host` {bus.host} can be reached by others: make keys (stream-mmrnn keys new FOLDER) and name the "
+            f"folder in bus.keys, or bind {LOOPBACK}"
+        )
+    if not is_loopback(page.host) and not page.token_file:
+        raise ConfigError(
+            f"`dashboard.host` {page.host} can be reached by others: name a file for its token in "
+            f"dashboard.token_file, or bind {LOOPBACK}"
+        )
+
+
 def parse(table: dict[str, Any]) -> Settings:
     """The settings of a table; raises ConfigError."""
-    return convert(table, Settings)
+    settings = convert(table, Settings)
+    _check_access(settings)
+    return settings
 
 
 def recorded(table: dict[str, Any]) -> Settings:
@@ -306,6 +354,11 @@ def state_folder(settings: State) -> Path:
         return Path(settings.folder).expanduser()
     home = os.environ.get("XDG_STATE_HOME", "")
     return (Path(home) if Path(home).is_absolute() else Path.home() / ".local" / "state") / "stream-mmrnn"
+
+
+def keys_folder() -> Path:
+    """Where `stream-mmrnn keys` works unless it is told otherwise."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "stream-mmrnn" / "keys"
 
 
 def models_folder() -> Path:

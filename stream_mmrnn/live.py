@@ -19,6 +19,7 @@ from stream_mmrnn.types import Envelope
 
 _CHECK_NS = 50_000_000
 _LOOK_S = 0.05
+_VIEWERS = ("dashboard",)
 
 
 class Session:
@@ -94,6 +95,7 @@ class Session:
                 streams[name]["reason"] = f"quarantined, {why}"
         recorder = nodes["recorder"].status if "recorder" in nodes else None
         first_ns = supervisor.first_prediction_ns
+        said = {name: node.status for name, node in nodes.items() if node.status is not None}
         return {
             "session": self.settings.session.name,
             "seconds": round((supervisor.closed_ns - supervisor.opened_ns) / 1e9, 3),
@@ -113,8 +115,23 @@ class Session:
             if recorder
             else None,
             "repeated": self._repeats.count,
+            "viewers": {name: viewer_summary(status.counts) for name, status in said.items() if name in _VIEWERS},
+            "denied": {name: status.detail["denied"] for name, status in said.items() if status.detail.get("denied")},
             "restarts": {n.name: n.deaths for n in supervisor.nodes if n.deaths},
         }
+
+
+def viewer_summary(counts: dict[str, int]) -> dict[str, Any]:
+    """What a reader that wants the newest was given of what was sent to it, in messages."""
+    dropped = {reason: counts[reason] for reason in ("lost", "oldest", "superseded", "stale") if counts.get(reason)}
+    produced, delivered, waiting = (counts.get(name, 0) for name in ("produced", "delivered", "waiting"))
+    return {
+        "produced": produced,
+        "delivered": delivered,
+        "waiting": waiting,
+        "dropped": dropped,
+        "balanced": produced == delivered + waiting + sum(dropped.values()),
+    }
 
 
 def stream_summary(node: Node, aligned: dict[str, int] | None) -> dict[str, Any]:

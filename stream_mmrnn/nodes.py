@@ -82,6 +82,11 @@ class Reporter:
         self._state, self._reason = state, reason
         self._send()
 
+    def say_if_new(self, state: str, reason: str) -> None:
+        """Say it where it was not the last thing said."""
+        if (state, reason) != (self._state, self._reason):
+            self.say(state, reason)
+
     def wait_ms(self, most_ms: int) -> int:
         """How long to wait for a message at most: a status that is due goes out in the calm after one."""
         return min(most_ms, _CALM_MS) if now_ns() >= self._next_ns else most_ms
@@ -112,12 +117,57 @@ def _hear_clock(context: Context, subscriber: Subscriber) -> Envelope | None:
 
 
 def broker(context: Context) -> None:
+    """The bus itself; where it asks for keys it says who was refused, through itself like everyone else."""
+    settings = context.settings.bus
+    door = None
+    if settings.keys:
+        from stream_mmrnn.keys import Folder
+
+        door = Folder(Path(settings.keys)).door()
+    reporter: Reporter | None = None
+    publisher: Publisher | None = None
+
+    def alive() -> bool:
+        """Asked again and again by one thread, which is the one that reports."""
+        nonlocal reporter, publisher
+        going = not context.stop.wait(0.1) and context.alive()
+        if door is not None:
+            if publisher is None or reporter is None:
+                publisher = Publisher(context.address, settings.queue)
+                reporter = Reporter(context, publisher)
+                reporter.counts = lambda: {"admitted": door.admitted, "denied": sum(door.refused.values())}
+                reporter.detail = lambda: {"denied": dict(door.refused)}
+                reporter.say("ready")
+            # a new reason is said at once, a further number of an old one in its turn
+            reporter.say_if_new("ready", _denials(door.refused))
+            reporter.keep()
+            if not going:
+                publisher.close(0)
+        return going
+
     run_broker(
         context.address,
-        context.settings.bus.queue,
+        settings.queue,
         context.ready.set,
-        lambda: not context.stop.wait(0.1) and context.alive(),
+        alive,
+        bulk_queue=settings.bulk_queue,
+        view_queue=settings.view_queue,
+        door=door,
     )
+
+
+_DENIED = {
+    "key_not_allowed": "with a key that is not allowed",
+    "no_key": "without a key",
+    "wrong_server_key": "with another server's key",
+    "unfinished": "that broke off before it had shown a key",
+}
+
+
+def _denials(refused: dict[str, int]) -> str:
+    """One sentence, which changes with the reasons and not with every number."""
+    reasons = [words for reason, words in _DENIED.items() if refused.get(reason)]
+    return f"refused connections {', '.join(reasons)}" if reasons else ""
 
 
 def clock(context: Context) -> None:
@@ -188,7 +238,7 @@ def worker(context: Context, modality: str, spec: str) -> None:
     from stream_mmrnn.prewarm import Prewarmer
 
     settings = context.settings
-    publisher = Publisher(context.address, settings.bus.queue)
+    publisher = Publisher(context.address, settings.bus.bulk_queue)
     reporter = Reporter(context, publisher, modality)
     encoder = encoders.create(modality)
     stdin_fd = context.stdin.detach() if context.stdin is not None else -1
@@ -503,6 +553,7 @@ def _model_sha256(name: str) -> str:
 
 def dashboard(context: Context) -> None:
     """The live page's server, over a view of the bus that it owns alone."""
+    from stream_mmrnn import keys
     from stream_mmrnn.dashboard.server import Dashboard
     from stream_mmrnn.dashboard.state import LiveState
 
@@ -518,12 +569,16 @@ def dashboard(context: Context) -> None:
             topics.PREDICTION,
             topics.STATUS,
         ],
-        256,
+        settings.bus.view_queue,
+        "drop_oldest",
     )
-    page = Dashboard(settings.dashboard.host, settings.dashboard.port)
+    shown = settings.dashboard
+    token = keys.token(Path(shown.token_file))[0] if shown.token_file else ""
+    page = Dashboard(shown.host, shown.port, token=token)
     page.start()
     reporter = Reporter(context, publisher)
-    reporter.detail = lambda: {"address": page.address}
+    reporter.counts = lambda: {**_totals(subscriber), "denied": sum(page.access.denied.values())}
+    reporter.detail = lambda: {"address": page.address, "denied": dict(page.access.denied)}
     _hear_clock(context, subscriber)
     reporter.say("ready")
     context.ready.set()
@@ -532,6 +587,8 @@ def dashboard(context: Context) -> None:
     while context.alive():
         envelope = subscriber.receive(100)
         reporter.keep()
+        if missed := subscriber.report():
+            reporter.say("ready", missed)
         if envelope is not None:
             view.see(envelope)
             if envelope.topic == topics.raw("vision") and isinstance(envelope.payload, bytes):
@@ -542,6 +599,15 @@ def dashboard(context: Context) -> None:
     page.close()
     subscriber.close()
     publisher.close()
+
+
+def _totals(subscriber: Subscriber) -> dict[str, int]:
+    """What a viewer had of all topics together: produced = delivered + waiting + the others."""
+    totals = dict.fromkeys(("produced", "delivered", "waiting", "lost", "oldest", "superseded", "stale"), 0)
+    for counts in subscriber.tally().values():
+        for name, count in counts.items():
+            totals[name] += count
+    return totals
 
 
 def _prioritise(priority: str) -> str:

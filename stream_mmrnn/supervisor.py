@@ -14,11 +14,12 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from stream_mmrnn import config, nodes, sources, topics, wire
+from stream_mmrnn import config, keys, nodes, sources, topics, wire
 from stream_mmrnn.bus import Address, Publisher, Subscriber
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.errors import ProcessError, WireError
@@ -85,7 +86,9 @@ class Supervisor:
         self.settings = settings
         self._say, self._watch = say, watch
         self._context = process_context()
-        self.address = Address.create(settings.bus.transport)
+        bus = settings.bus
+        own = keys.Folder(Path(bus.keys)).keys() if bus.keys else None
+        self.address = Address.create(bus.transport, bus.host, bus.port, own)
         self._epoch: Any = self._context.Value("q", 0)
         self.nodes = list(self._table(with_engine))
         self._by_name = {n.name: n for n in self.nodes}
@@ -152,6 +155,7 @@ class Supervisor:
 
     def start(self, alive: Callable[[], bool]) -> None:
         """All processes up, the session open, the sources going."""
+        self._say_how_to_get_in()
         for node in self.nodes:
             self._spawn(node)
             if node.name == "broker":
@@ -170,6 +174,17 @@ class Supervisor:
         self._publisher.wait_for_reader(topics.SESSION, 2.0)
         self._publish_session("open")
         self._epoch.value = now_ns()
+
+    def _say_how_to_get_in(self) -> None:
+        """What a person on another machine needs, once."""
+        bus, page = self.settings.bus, self.settings.dashboard
+        if self.address.keys is not None:
+            port = int(self.address.publish.rpartition(":")[2])
+            self._say(f"bus: {bus.host}, port {port}, server key {self.address.keys.server}")
+        if page.enabled and page.token_file:
+            token, made = keys.token(Path(page.token_file))
+            if made:
+                self._say(f"the page's token, shown this once: {token} (it is in {page.token_file})")
 
     def _publish_session(self, op: Any) -> int:
         at_ns = now_ns()

@@ -143,6 +143,13 @@ def summary_table(summary: dict[str, Any]) -> RenderableType:
         parts.append(
             Text(f"recorded {r['messages']} messages, {r['bytes'] / 1e6:.1f} MB, {r['lost']} lost: {r['path']}")
         )
+    for name, v in summary["viewers"].items():
+        if v["dropped"]:
+            reasons = ", ".join(f"{k} {n}" for k, n in v["dropped"].items())
+            parts.append(Text(f"{name}: {v['delivered']} of {v['produced']} messages; {reasons}", "yellow"))
+    for name, denied in summary["denied"].items():
+        reasons = ", ".join(f"{k} {n}" for k, n in denied.items())
+        parts.append(Text(f"{name} let nobody in without a right to it: {reasons}", "yellow"))
     for name, deaths in summary["restarts"].items():
         parts.append(Text(f"{name} {', '.join(deaths)}", "yellow"))
     if summary["repeated"]:

@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from stream_mmrnn import topics, wire
+from stream_mmrnn.dashboard.access import Access
 from stream_mmrnn.dashboard.server import MAX_CLIENTS, Dashboard
 from stream_mmrnn.dashboard.state import HISTORY_POINTS, LiveState
 from stream_mmrnn.errors import ConfigError, ProcessError
@@ -513,9 +514,113 @@ def test_close_without_start() -> None:
 
 
 def test_wrong_addresses() -> None:
-    with pytest.raises(ConfigError, match="dashboard serves on"):
+    with pytest.raises(ConfigError, match="needs a token"):
         Dashboard("0.0.0.0")
     board = Dashboard()
     with pytest.raises(ProcessError, match="cannot bind"):
         Dashboard("127.0.0.1", port(board))
     board.close()
+
+
+# --- access
+
+TOKEN = "0123456789abcdefghij"
+PATHS = ("/", "/events", "/picture.jpg", "/healthz", "/nothing")
+
+
+@pytest.fixture
+def guarded() -> Iterator[Dashboard]:
+    dashboard = Dashboard("0.0.0.0", 0, client_timeout_s=0.3, token=TOKEN)
+    dashboard.picture(b"jpeg")
+    dashboard.update({"a": 1})
+    dashboard.start()
+    yield dashboard
+    dashboard.close()
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "HEAD", "OPTIONS"])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Authorization": "Bearer "},
+        {"Authorization": f"Bearer {TOKEN}x"},
+        {"Authorization": f"Bearer {TOKEN[:-1]}"},
+        {"Authorization": f"Basic {TOKEN}"},
+        {"Authorization": "Bearer \xff\xfe"},
+        {"Cookie": f"stream_mmrnn={TOKEN}"},
+        {"Cookie": "stream_mmrnn_PORT="},
+        {"Cookie": "\x01;;==" + TOKEN},
+    ],
+    ids=range(9),
+)
+def test_without_its_token_the_page_says_nothing(guarded: Dashboard, method: str, headers: dict[str, str]) -> None:
+    for path in (*PATHS, "/?token=", "/events?token=wrong", "/?x&" * 20):
+        code, answered, body = ask(
+            guarded, path, method, **{k: v.replace("PORT", str(port(guarded))) for k, v in headers.items()}
+        )
+        assert code == 401
+        assert answered["www-authenticate"] == "Bearer"
+        assert TOKEN not in str(answered)
+        assert body in (b"", b"this page wants its token: open it as /?token=TOKEN\n")
+    assert guarded.access.denied["token"] == len(PATHS) + 3
+
+
+def test_the_token_opens_the_page(guarded: Dashboard) -> None:
+    bearer = {"Authorization": f"Bearer {TOKEN}"}
+    assert ask(guarded, "/", **bearer)[0] == 200
+    assert ask(guarded, "/picture.jpg?12", **bearer)[2] == b"jpeg"
+    assert ask(guarded, "/", "POST", **bearer)[0] == 405
+    code, headers, body = ask(guarded, f"/?token={TOKEN}")
+    assert (code, headers["location"], body) == (303, "/", b"")
+    cookie = headers["set-cookie"]
+    assert "HttpOnly" in cookie
+    assert "SameSite=Lax" in cookie
+    assert ask(guarded, "/healthz", Cookie="other=1; " + cookie.split(";")[0])[0] == 200
+    assert ask(guarded, f"//example.org/a?token={TOKEN}")[1]["location"] == "/example.org/a"
+    assert guarded.access.denied == {}
+
+
+@pytest.mark.parametrize(
+    ("headers", "code"),
+    [
+        ({"Origin": "http://HOST"}, 200),
+        ({"Origin": "https://HOST"}, 200),
+        ({"Origin": "http://example.org"}, 403),
+        ({"Origin": "http://HOST.example.org"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Sec-Fetch-Site": "none", "Sec-Fetch-Mode": "navigate"}, 200),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}, 200),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}, 403),
+        ({"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "cors"}, 403),
+    ],
+)
+def test_other_sites_may_not_ask(board: Dashboard, headers: dict[str, str], code: int) -> None:
+    host = f"127.0.0.1:{port(board)}"
+    given = {k: v.replace("HOST", host) for k, v in headers.items()}
+    assert ask(board, "/healthz", **given)[0] == code
+    # nor post, whatever the page will take one day
+    posted = ask(board, "/", "POST", **given)[0]
+    assert posted == 403 if code == 403 or "cross-site" in given.values() else posted == 405
+
+
+def test_a_name_that_can_be_made_to_resolve_here_is_refused(guarded: Dashboard) -> None:
+    bearer = {"Authorization": f"Bearer {TOKEN}"}
+    for host in ("192.0.2.1:80", "[2001:db8::1]:80", "127.0.0.1", "localhost", socket.gethostname()):
+        assert ask(guarded, "/healthz", Host=host, **bearer)[0] == 200
+    for host in ("example.org", "127.0.0.1.example.org", "", "x:y"):
+        assert ask(guarded, "/healthz", Host=host, **bearer)[0] == 403
+
+
+def test_a_page_on_loopback_may_have_a_token_and_one_for_others_must() -> None:
+    guarded = Dashboard(token=TOKEN)
+    guarded.start()
+    assert ask(guarded, "/")[0] == 401
+    assert ask(guarded, "/", Authorization=f"Bearer {TOKEN}")[0] == 200
+    guarded.close()
+    for host in ("0.0.0.0", "::", "192.0.2.1", "example.org"):
+        with pytest.raises(ConfigError, match="needs a token"):
+            Access(host)
+    for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost"):
+        Access(host)

@@ -40,8 +40,8 @@ _MAX_JSON_BYTES = 256 * 1024
 _LATENCY_EVERY_NS = 250_000_000
 """Percentiles are worked out anew at most this often."""
 _LOST_WORDS = ("dropped", "lost", "refused", "garbage", "overflow", "rejected", "undecodable")
-_LOST_REASONS = frozenset({"late", "duplicate", "quarantined", "superseded", "unclosed", "outside"})
-"""The aligner's reasons, each a loss of its own."""
+_LOST_REASONS = frozenset({"late", "duplicate", "quarantined", "superseded", "unclosed", "outside", "oldest", "stale"})
+"""The reasons of the aligner and of readers, each a loss of its own."""
 
 _SHOWN = frozenset({topics.CLOCK, topics.PREDICTION}) | {
     t for m in topics.MODALITIES for t in (topics.raw(m), topics.feature(m))
