@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import multiprocessing
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from stream_mmrnn import config, topics, wire
+from stream_mmrnn import config, signals, topics, wire
 from stream_mmrnn.bus import Address, Publisher, Subscriber, run_broker
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.errors import SessionError, SourceError, StreamError, WireError
@@ -126,10 +125,12 @@ def worker(context: Context, modality: str, spec: str) -> None:
     from stream_mmrnn import encoders, sources
     from stream_mmrnn.pipeline import Outgoing, Pump, capture
     from stream_mmrnn.prewarm import Prewarmer
+    from stream_mmrnn.rhythm import Rhythm
 
     settings = context.settings
     publisher = Publisher(context.address, settings.bus.queue)
     reporter = Reporter(context, publisher, modality)
+    rhythm = Rhythm(topics.MODALITIES[modality].dense)
     encoder = encoders.create(modality)
     stdin_fd = context.stdin.detach() if context.stdin is not None else -1
     source = sources.create(spec, modality, settings, stdin_fd)
@@ -143,7 +144,8 @@ def worker(context: Context, modality: str, spec: str) -> None:
         if pump is not None:
             produced, dropped = produced + pump.produced, dropped + pump.dropped
         refused = publisher.refused.get(feature, 0)
-        return {**counts, "captured": produced, "queue_dropped": dropped, "refused": refused}
+        stale = {"stale": rhythm.silences, "stale_ms": rhythm.stale_ns(now_ns()) // 1_000_000}
+        return {**counts, "captured": produced, "queue_dropped": dropped, "refused": refused, **stale}
 
     def bad(_: WireError) -> None:
         counts["undecodable"] += 1
@@ -181,11 +183,17 @@ def worker(context: Context, modality: str, spec: str) -> None:
         def arriving() -> Iterator[Any]:
             nonlocal newest_ns
             while context.alive() and not pump.ended:
-                sample = pump.read(prewarmer.wait_ms(now_ns(), 100) / 1000)
-                reporter.keep()
+                at_ns = now_ns()
+                sample = pump.read(rhythm.wait_s(at_ns, prewarmer.wait_ms(at_ns, 100) / 1000))
                 if sample is None:
+                    if rhythm.fall_silent(now_ns()):
+                        reporter.say("stale")
+                    reporter.keep()
                     prewarmer.run_if_due(now_ns())
                     continue
+                if rhythm.hear(sample.capture_ns):
+                    reporter.say("open")
+                reporter.keep()
                 # the next is expected as long after this one as this one came after its predecessor
                 prewarmer.period_ns, newest_ns = sample.event_ns - newest_ns, sample.event_ns
                 if settings.engine.prewarm and 0 < prewarmer.period_ns < _PREWARM_PERIOD_NS:
@@ -196,6 +204,7 @@ def worker(context: Context, modality: str, spec: str) -> None:
             for out in capture(arriving(), modality, source.origin, encoder, bad):
                 send(out)
         finally:
+            rhythm.stop(now_ns())
             pump.discard()
             pump.join(0.5)
             pump.discard()
@@ -326,6 +335,8 @@ def recorder(context: Context) -> None:
     wanted += [topics.CONTROL, topics.LABEL, *([topics.RAW] if settings.record.raw else [])]
     subscriber = Subscriber(context.address, wanted, settings.bus.queue)
     reporter = Reporter(context, publisher)
+    if not context.alive():
+        return  # told to end before it began: no file is better than an empty one
     file = Recorder(
         part(Path(settings.record.path), context.restarts),
         settings.session.name,
@@ -450,8 +461,7 @@ def run(target: Callable[..., None], context: Context, *args: Any) -> None:
         Path("/proc/self/comm").write_text(f"mmrnn-{context.name}"[:15])
     if context.name not in _UNHURRIED:
         context.note = _prioritise(context.settings.supervisor.priority)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the supervisor, who tells us
-    signal.signal(signal.SIGTERM, lambda *_: context.stop.set())
+    signals.ignore()  # they are for the supervisor, who tells us
     try:
         target(context, *args)
     except StreamError as e:

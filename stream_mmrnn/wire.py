@@ -151,7 +151,9 @@ class StatusMessage(msgspec.Struct, frozen=True, omit_defaults=True):
     """The payload of `status/NODE`: how a process is doing."""
 
     node: str
-    state: Literal["starting", "ready", "open", "missing", "ended", "closed"]
+    state: Literal["starting", "ready", "open", "stale", "missing", "ended", "closed", "restarting", "failed"]
+    """Of a source: `stale` is silent for twice its period, `missing` is not there. `restarting` and `failed` (it died
+    too often) are the supervisor's words for a process that is dead."""
     pid: int = 0
     modality: str = ""
     reason: str = ""
