@@ -125,13 +125,14 @@ class Publisher:
         capture_ns: int,
         payload: Payload,
         origin: str = "",
+        device_ns: int = 0,
     ) -> Envelope:
         """Stamp, number and send one message; the envelope as sent."""
         key = (topic, session)
         seq = self._seq.get(key, 0)
         self._seq[key] = seq + 1
         at_ns = now_ns()
-        envelope = Envelope(topic, session, seq, event_ns, capture_ns, at_ns, payload, origin)
+        envelope = Envelope(topic, session, seq, event_ns, capture_ns, at_ns, payload, origin, 0, device_ns)
         if at_ns - self._looked_ns > _LOOK_EVERY_NS:
             # who subscribes is of no haste here, and looking costs as much as sending
             self._looked_ns = at_ns

@@ -22,7 +22,7 @@ import msgspec
 
 from stream_mmrnn import config, signals, topics, wire
 from stream_mmrnn.bus import Address, Publisher, Subscriber, run_broker
-from stream_mmrnn.clock import now_ns
+from stream_mmrnn.clock import WallClock, now_ns
 from stream_mmrnn.errors import SessionError, SourceError, StreamError, WireError
 from stream_mmrnn.types import Envelope
 
@@ -161,7 +161,9 @@ def worker(context: Context, modality: str, spec: str) -> None:
 
     def send(out: Outgoing) -> None:
         sample = out.sample
-        publisher.publish(out.topic, session, sample.event_ns, sample.capture_ns, sample.data, out.origin)
+        publisher.publish(
+            out.topic, session, sample.event_ns, sample.capture_ns, sample.data, out.origin, sample.device_ns
+        )
         if out.topic == feature:
             counts["published"] += 1
         reporter.keep()
@@ -352,7 +354,9 @@ def recorder(context: Context) -> None:
         settings.record.fsync_ms,
     )
     statuses: dict[str, Any] = {}
+    wall = WallClock()
     reporter.counts = lambda: {
+        "wall_steps": wall.steps,
         "messages": file.messages,
         "bytes": file.bytes,
         "refused": file.unwritable,
@@ -366,7 +370,14 @@ def recorder(context: Context) -> None:
     how = "the recorder was ended before the session"
     while context.alive():
         envelope = subscriber.receive(50)
-        file.keep(now_ns())
+        at_ns = now_ns()
+        file.keep(at_ns)
+        if step_ns := wall.look(at_ns):
+            file.note_wall_step(at_ns, step_ns)
+            reporter.say(
+                "ready",
+                f"the wall clock was set by {step_ns / 1e9:+.3f} s; the recording's dates count on from its beginning",
+            )
         reporter.keep()
         if envelope is None:
             continue

@@ -49,7 +49,7 @@ def capture(
     for sample in samples:
         if modality == "text" and isinstance(sample.data, bytes) and sample.data.startswith(LABEL_COMMAND):
             name = sample.data.removeprefix(LABEL_COMMAND).strip()
-            yield Outgoing(topics.LABEL, Sample(sample.event_ns, sample.capture_ns, name), origin)
+            yield Outgoing(topics.LABEL, Sample(sample.event_ns, sample.capture_ns, name, sample.device_ns), origin)
             continue
         yield Outgoing(raw, sample, origin)
         try:
@@ -169,7 +169,9 @@ def reencode(
         encoder, waiting = encoders[modality], made[modality]
         if envelope.topic == topics.raw(modality):
             try:
-                vectors = encoder.encode(Sample(envelope.event_ns, envelope.capture_ns, envelope.payload))
+                vectors = encoder.encode(
+                    Sample(envelope.event_ns, envelope.capture_ns, envelope.payload, envelope.device_ns)
+                )
             except WireError:
                 continue
             if modality not in seq:

@@ -1,7 +1,8 @@
 """Envelope <-> bytes. Pure: no sockets, no clocks, and nothing that can run code.
 
 Three frames: the topic (so that a subscription is a prefix), a msgpack header, the payload's raw bytes.
-The header is the array [version, session, seq, event_ns, capture_ns, publish_ns, origin, dtype, shape];
+The header is the array [version, session, seq, event_ns, capture_ns, publish_ns, origin, dtype, shape, device_ns];
+the last may be missing, as it is in messages of the first release, and is 0 then.
 `dtype` is numpy's name of a little-endian number, or "" for plain bytes. The payloads of `session`, `tick`,
 `prediction` and `status` are JSON, whose forms stand at the end. Knows nothing about who sends or reads.
 """
@@ -36,6 +37,7 @@ class _Header(msgspec.Struct, array_like=True, frozen=True, gc=False):
     origin: Annotated[str, msgspec.Meta(max_length=256)]
     dtype: Annotated[str, msgspec.Meta(max_length=4)]
     shape: Annotated[tuple[Annotated[int, msgspec.Meta(ge=0, le=MAX_PAYLOAD_BYTES)], ...], msgspec.Meta(max_length=4)]
+    device_ns: _Stamp = 0
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -63,6 +65,7 @@ def encode(envelope: Envelope) -> list[bytes | memoryview]:
             envelope.origin,
             dtype,
             shape,
+            envelope.device_ns,
         )
     )
     return [envelope.topic.encode(), header, body]
@@ -110,6 +113,7 @@ def decode(frames: Sequence[bytes | memoryview], received_ns: int = 0) -> Envelo
         payload,
         header.origin,
         received_ns,
+        header.device_ns,
     )
 
 

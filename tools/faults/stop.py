@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +35,8 @@ class End(NamedTuple):
 
     what: str
     took_s: float
+    stood_s: float
+    """For how long this program, which does nothing, was not let run meanwhile: what the machine itself took."""
     code: int
     early: bool
     """The signal came before the program's first line."""
@@ -46,12 +47,14 @@ class End(NamedTuple):
 
 
 def _end(running: Command, path: Path, what: str, early: bool = False) -> End:
-    began_s = time.monotonic()
-    try:
-        code = running.process.wait(_HANGS_S)
-    except subprocess.TimeoutExpired:
-        code = 255
-    took_s = time.monotonic() - began_s
+    began_s = looked_s = time.monotonic()
+    stood_s = 0.0
+    while (code := running.process.poll()) is None and looked_s - began_s < _HANGS_S:
+        time.sleep(0.005)
+        stood_s = max(stood_s, time.monotonic() - looked_s)
+        looked_s = time.monotonic()
+    took_s = looked_s - began_s
+    code = 255 if code is None else code
     processes, files = running.left_behind()
     state = "none"
     if path.exists():
@@ -64,7 +67,7 @@ def _end(running: Command, path: Path, what: str, early: bool = False) -> End:
                 state = "finished"
         except StreamError:
             pass
-    return End(what, took_s, code, early, len(processes), len(files), state)
+    return End(what, took_s, stood_s, code, early, len(processes), len(files), state)
 
 
 class _Draw:
