@@ -114,10 +114,14 @@ class Command:
 
 
 @contextmanager
-def command(*args: object, env: dict[str, str] | None = None) -> Iterator[tuple[Command, Path]]:
-    """A running command and a folder that goes with it; `FOLDER` in `args` stands for that folder."""
+def command(*args: object, env: dict[str, str] | None = None, settings: str = "") -> Iterator[tuple[Command, Path]]:
+    """A running command and a folder that goes with it; `FOLDER` in `args` stands for that folder.
+
+    `settings` are in its `settings.toml`.
+    """
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         folder = Path(name)
+        (folder / "settings.toml").write_text(settings, encoding="utf-8")
         running = Command(folder, *(str(a).replace("FOLDER", name) for a in args), env=env)
         try:
             yield running, folder
