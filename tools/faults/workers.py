@@ -81,17 +81,27 @@ class _File(NamedTuple):
 
     ticks: list[wire.TickMessage]
     features: dict[str, list[Envelope]]
+    in_time: dict[str, list[int]]
+    """Event times of the samples that came before their tick was closed: no age counts from the others."""
 
     @classmethod
     def of(cls, path: Path) -> _File:
         ticks: list[wire.TickMessage] = []
         features: dict[str, list[Envelope]] = {}
-        for e in Recording(path).envelopes():
+        places: dict[tuple[str, int], int] = {}
+        for place, e in enumerate(Recording(path).envelopes()):
+            places[e.topic, e.publish_ns] = place
             if e.topic == topics.TICK:
                 ticks.append(wire.unpack(e.payload, wire.TickMessage))
             elif e.topic.startswith(topics.FEATURE):
                 features.setdefault(topics.TOPICS[e.topic].modality, []).append(e)
-        return cls(ticks, features)
+        # the file has the bus's order: a sample was in time if it comes no later than the message that closed its tick
+        closed = {t.tick: places.get((t.closed.by, t.closed.publish_ns), -1) for t in ticks}
+        in_time = {
+            modality: [e.event_ns for e in es if places[e.topic, e.publish_ns] <= closed.get(-(-e.event_ns // _T), -1)]
+            for modality, es in features.items()
+        }
+        return cls(ticks, features, in_time)
 
     @property
     def missing(self) -> int:
@@ -101,7 +111,7 @@ class _File(NamedTuple):
     def masked(self, modality: str, gone_ns: int) -> tuple[bool, bool]:
         """Of the first tick that begins after `gone_ns`: is it masked, and is its age that of the last sample?"""
         tick = next((t for t in self.ticks if t.event_ns - _T >= gone_ns), None)
-        before = [e.event_ns for e in self.features[modality] if e.event_ns <= gone_ns]
+        before = [event_ns for event_ns in self.in_time[modality] if event_ns <= gone_ns]
         if tick is None or not before:
             return False, False
         return not tick.present[modality], tick.age_ns[modality] == tick.event_ns - max(before)
@@ -248,7 +258,7 @@ def _device(times: int, say: Say) -> Iterator[Figure]:
 
 
 def _misfits(seconds: float) -> Iterator[Figure]:
-    """A publisher of our own, whose features are right, not finite, too short or no vector, in turn; one in each tick."""
+    """A publisher of our own: features that are right, not finite, too short or no vector, in turn, one in each tick."""
     encoder = encoders.create("vision")
     rng = np.random.default_rng(0)
     good: dict[int, bool] = {}
