@@ -20,6 +20,7 @@ from stream_mmrnn import config
 from stream_mmrnn.bench import commands as bench
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.errors import ConfigError, StreamError
+from stream_mmrnn.signals import ENDING, held
 from stream_mmrnn.terminal import Alive, Json, ModelName, Provider, escape, print_document, say_on
 from stream_mmrnn.training import commands
 
@@ -88,6 +89,14 @@ def _without_idle(
     return replace(settings, sources=chosen)
 
 
+def _begin_processes() -> None:
+    """Let the server of all processes import while we do other things; whoever calls early waits less later."""
+    from stream_mmrnn.supervisor import leave_nothing, process_context
+
+    ENDING.at_once = leave_nothing
+    process_context()
+
+
 def _capture(settings: config.Settings, duration: float | None, with_engine: bool, as_json: bool, plain: bool) -> None:
     """What `live` and `record` have in common."""
     from rich.live import Live
@@ -100,7 +109,8 @@ def _capture(settings: config.Settings, duration: float | None, with_engine: boo
     if all(getattr(settings.sources, m) == "none" for m in sources.EVERY):
         raise ConfigError("every source is `none`; name at least one, for example --source synthetic")
     console = Console(stderr=as_json, highlight=False)
-    alive = Alive()
+    ENDING.watch()
+    _begin_processes()
     notes: list[str] = []
     view = LiveState()
     began_ns = now_ns()
@@ -137,7 +147,16 @@ def _capture(settings: config.Settings, duration: float | None, with_engine: boo
 
     # a machine reads the summary: the messages themselves are nobody's then
     see, watch = (lambda _: None, ()) if as_json else (view.see, WATCHED)
-    session = Session(settings, with_engine, alive, say, see, often, watch)
+    with held():  # until it is known what must not be left behind
+        session = Session(settings, with_engine, ENDING.alive, say, see, often, watch)
+        supervisor = session.supervisor
+
+        def end_at_once() -> None:
+            supervisor.end_at_once()
+            if screen is not None:
+                console.show_cursor()
+
+        ENDING.at_once, ENDING.in_order = end_at_once, lambda: supervisor.begun
     if screen is not None:
         with screen:
             summary = session.run(duration)
@@ -147,6 +166,8 @@ def _capture(settings: config.Settings, duration: float | None, with_engine: boo
         print_document(summary)
     else:
         console.print(summary_table(summary))
+    if summary["failed"]:
+        raise typer.Exit(1)
 
 
 def _line(seconds: float, state: dict[str, Any]) -> str:
@@ -211,9 +232,7 @@ def live(
             "dashboard.port": port,
         },
     )
-    from stream_mmrnn.supervisor import process_context
-
-    process_context()
+    _begin_processes()
     from stream_mmrnn.engine import check_model
 
     spec = check_model(config.find_model(settings.engine.model), settings.engine.provider)

@@ -203,6 +203,10 @@ class Supervisor(_Section, frozen=True):
     backoff_s: _Positive = 0.25
     """Before the first restart; doubles up to `backoff_max_s`."""
     backoff_max_s: _Positive = 1.0
+    max_restarts: Annotated[int, msgspec.Meta(ge=0)] = 20
+    """Of one process in `restart_window_s`; one that dies once more is given up, and the session goes on without it,
+    or ends where it cannot (broker, clock, engine)."""
+    restart_window_s: _Positive = 60.0
     reopen_s: _Positive = 0.5
     """How often a device that is not there is asked for again."""
     start_timeout_s: _Positive = 20.0

@@ -11,7 +11,6 @@ import gc
 import hashlib
 import multiprocessing
 import os
-import signal
 import sys
 import time
 from collections import deque
@@ -23,9 +22,9 @@ from typing import Any
 
 import msgspec
 
-from stream_mmrnn import config, topics, wire
+from stream_mmrnn import config, signals, topics, wire
 from stream_mmrnn.bus import Address, Caller, Publisher, Subscriber, Tap, run_broker
-from stream_mmrnn.clock import now_ns
+from stream_mmrnn.clock import WallClock, now_ns
 from stream_mmrnn.errors import SessionError, SourceError, StreamError, WireError
 from stream_mmrnn.repeats import Repeats
 from stream_mmrnn.types import Envelope
@@ -236,10 +235,12 @@ def worker(context: Context, modality: str, spec: str) -> None:
     from stream_mmrnn import encoders, sources
     from stream_mmrnn.pipeline import Outgoing, Pump, capture
     from stream_mmrnn.prewarm import Prewarmer
+    from stream_mmrnn.rhythm import Rhythm
 
     settings = context.settings
     publisher = Publisher(context.address, settings.bus.bulk_queue)
     reporter = Reporter(context, publisher, modality)
+    rhythm = Rhythm(topics.MODALITIES[modality].dense)
     encoder = encoders.create(modality)
     stdin_fd = context.stdin.detach() if context.stdin is not None else -1
     source = sources.create(spec, modality, settings, stdin_fd)
@@ -253,7 +254,8 @@ def worker(context: Context, modality: str, spec: str) -> None:
         if pump is not None:
             produced, dropped = produced + pump.produced, dropped + pump.dropped
         refused = publisher.refused.get(feature, 0)
-        return {**counts, "captured": produced, "queue_dropped": dropped, "refused": refused}
+        stale = {"stale": rhythm.silences, "stale_ms": rhythm.stale_ns(now_ns()) // 1_000_000}
+        return {**counts, "captured": produced, "queue_dropped": dropped, "refused": refused, **stale}
 
     def bad(_: WireError) -> None:
         counts["undecodable"] += 1
@@ -271,7 +273,9 @@ def worker(context: Context, modality: str, spec: str) -> None:
 
     def send(out: Outgoing) -> None:
         sample = out.sample
-        publisher.publish(out.topic, session, sample.event_ns, sample.capture_ns, sample.data, out.origin)
+        publisher.publish(
+            out.topic, session, sample.event_ns, sample.capture_ns, sample.data, out.origin, sample.device_ns
+        )
         if out.topic == feature:
             counts["published"] += 1
 
@@ -296,11 +300,17 @@ def worker(context: Context, modality: str, spec: str) -> None:
         def arriving() -> Iterator[Any]:
             nonlocal newest_ns
             while context.alive() and not pump.ended:
-                sample = pump.read(prewarmer.wait_ms(now_ns(), reporter.wait_ms(100)) / 1000)
+                at_ns = now_ns()
+                wait_ms = prewarmer.wait_ms(at_ns, reporter.wait_ms(100))
+                sample = pump.read(rhythm.wait_s(at_ns, wait_ms / 1000))
                 if sample is None:
+                    if rhythm.fall_silent(now_ns()):
+                        reporter.say("stale")
                     if not prewarmer.run_if_due(now_ns()):
                         reporter.keep()
                     continue
+                if rhythm.hear(sample.capture_ns):
+                    reporter.say("open")
                 # the next is expected as long after this one as this one came after its predecessor
                 prewarmer.period_ns, newest_ns = sample.event_ns - newest_ns, sample.event_ns
                 if settings.engine.prewarm and 0 < prewarmer.period_ns < _PREWARM_PERIOD_NS:
@@ -312,6 +322,7 @@ def worker(context: Context, modality: str, spec: str) -> None:
             for out in capture(arriving(), modality, source.origin, encoder, bad):
                 send(out)
         finally:
+            rhythm.stop(now_ns())
             pump.discard()
             pump.join(0.5)
             pump.discard()
@@ -475,6 +486,8 @@ def recorder(context: Context) -> None:
     wanted += [topics.CONTROL, topics.LABEL, *([topics.RAW] if settings.record.raw else [])]
     subscriber = Subscriber(context.address, wanted, settings.bus.queue)
     reporter = Reporter(context, publisher)
+    if not context.alive():
+        return  # told to end before it began: no file is better than an empty one
     file = Recorder(
         part(Path(settings.record.path), context.restarts),
         settings.session.name,
@@ -501,7 +514,9 @@ def recorder(context: Context) -> None:
         except WireError:
             return False  # the file says what was sent
 
+    wall = WallClock()
     reporter.counts = lambda: {
+        "wall_steps": wall.steps,
         "repeated": sum(r.count for r in repeats.values()),
         "messages": file.messages,
         "bytes": file.bytes,
@@ -516,7 +531,14 @@ def recorder(context: Context) -> None:
     how = "the recorder was ended before the session"
     while context.alive():
         envelope = subscriber.receive(50)
-        file.keep(now_ns())
+        at_ns = now_ns()
+        file.keep(at_ns)
+        if step_ns := wall.look(at_ns):
+            file.note_wall_step(at_ns, step_ns)
+            reporter.say(
+                "ready",
+                f"the wall clock was set by {step_ns / 1e9:+.3f} s; the recording's dates count on from its beginning",
+            )
         reporter.keep()
         if envelope is None:
             continue
@@ -630,8 +652,7 @@ def run(target: Callable[..., None], context: Context, *args: Any) -> None:
         Path("/proc/self/timerslack_ns").write_text("1")
     if context.name not in _UNHURRIED:
         context.note = _prioritise(context.settings.supervisor.priority)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the supervisor, who tells us
-    signal.signal(signal.SIGTERM, lambda *_: context.stop.set())
+    signals.ignore()  # they are for the supervisor, who tells us
     try:
         target(context, *args)
     except StreamError as e:

@@ -45,6 +45,7 @@ from stream_mmrnn.types import Envelope
 
 METADATA = "stream_mmrnn"
 METADATA_END = "stream_mmrnn.end"
+METADATA_WALL = "stream_mmrnn.wall_step"
 FORMAT = "1"
 _MAX_RECORD_BYTES = 256 * 2**20
 
@@ -209,6 +210,10 @@ class Recorder:
         self.messages += 1
         self.counts[envelope.topic] = self.counts.get(envelope.topic, 0) + 1
 
+    def note_wall_step(self, at_ns: int, step_ns: int) -> None:
+        """Write down that the wall clock was set: our dates are those of the clock as it was at the beginning."""
+        self._writer.add_metadata(METADATA_WALL, {"at_ns": str(at_ns), "step_ns": str(step_ns)})
+
     def keep(self, at_ns: int) -> None:
         """Close the chunk and sync the file where it is time; call it often."""
         if at_ns - self._chunked_ns >= self._chunk_ns:
@@ -251,6 +256,9 @@ class Recording:
         self.metadata: dict[str, str] = {}
         self.end: dict[str, str] = {}
         """What the recorder wrote when it finished; empty in a file that was cut off."""
+        self.wall_steps: list[tuple[int, int]] = []
+        """When the wall clock was set while this was recorded, and by how many ns; known once it was read. The dates in
+        the file go on as if it had not been."""
         self.damage = ""
         """One sentence once reading met the end of a file that was cut off; "" for a whole one."""
         try:
@@ -321,6 +329,7 @@ class Recording:
         """The same, some at a time: who handles them so spares a step of a generator for each."""
         channels: dict[int, _Channel | None] = {}
         schemas: dict[int, Schema] = {}
+        steps = self.wall_steps = []
         for opcode, content in self._records():
             batch: list[Envelope] = []
             try:
@@ -330,6 +339,8 @@ class Recording:
                     record = Metadata.read(_stream(content))
                     if record.name == METADATA_END:
                         self.end = record.metadata
+                    elif record.name == METADATA_WALL:
+                        steps.append((int(record.metadata["at_ns"]), int(record.metadata["step_ns"])))
             except _UNREADABLE as e:
                 self.damage = f"{self.path.name} has a damaged record ({e})"
                 yield batch
@@ -389,11 +400,11 @@ class Recording:
                 channel = channels[channel_id]
                 if channel is not None:
                     topic, session, origin, decode = channel
-                    event_ns, capture_ns, payload = decode(data, at + message_size, following)
+                    event_ns, capture_ns, payload, device_ns = decode(data, at + message_size, following)
                     publish_ns -= offset_ns
                     if capture_ns is None:
                         capture_ns = publish_ns
-                    add(Envelope(topic, session, seq, event_ns, capture_ns, publish_ns, payload, origin))
+                    add(Envelope(topic, session, seq, event_ns, capture_ns, publish_ns, payload, origin, 0, device_ns))
             elif opcode == 0x03:
                 schema = Schema.read(_stream(data[at + head_size : following]))
                 schemas[schema.id] = schema
@@ -414,9 +425,9 @@ class Recording:
             decode = decode_json
         else:
 
-            def decode(data: bytes, at: int, end: int) -> tuple[int, None, Any]:
+            def decode(data: bytes, at: int, end: int) -> tuple[int, None, Any, int]:
                 event_ns, payload = self._foxglove_payload(topic, schema, data[at:end])
-                return event_ns, None, payload
+                return event_ns, None, payload, 0
 
         return _Channel(
             topic,

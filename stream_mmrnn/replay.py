@@ -269,6 +269,7 @@ def info(path: Path) -> dict[str, Any]:
         "started_unix_ns": recording.started_unix_ns,
         "model": {"name": m.get("model", ""), "sha256": m.get("model_sha256", "")},
         "raw": m.get("raw") == "true",
+        "wall_steps": [{"at_ns": at_ns, "step_ns": step_ns} for at_ns, step_ns in recording.wall_steps],
         "channels": dict(sorted(channels.items())),
         "lost": msgspec.json.decode(recording.end.get("lost", "{}")),
         "ended": recording.end.get("ended", "not finished"),

@@ -19,6 +19,8 @@ _STATE_STYLE = {
     "open": "green",
     "ready": "green",
     "missing": "red",
+    "failed": "red",
+    "stale": "yellow",
     "starting": "yellow",
     "restarting": "yellow",
 }
@@ -136,6 +138,11 @@ def summary_table(summary: dict[str, Any]) -> RenderableType:
     )
     parts.append(table)
     parts += [Text(f"{name}: {s['reason']}", "yellow") for name, s in summary["streams"].items() if s["reason"]]
+    parts += [
+        Text(f"{name}: stale {s['stale']['count']} times (silent for twice its period), {s['stale']['seconds']:.1f} s")
+        for name, s in summary["streams"].items()
+        if s["stale"]["count"]
+    ]
     if summary["latency_ms"]:
         parts.append(stage_table(summary["latency_ms"]))
     if summary["recording"]:
@@ -154,6 +161,8 @@ def summary_table(summary: dict[str, Any]) -> RenderableType:
         parts.append(Text(f"{name} {', '.join(deaths)}", "yellow"))
     if summary["repeated"]:
         parts.append(Text(f"{summary['repeated']} predictions were made again after that, and counted once", "yellow"))
+    if summary["failed"]:
+        parts.append(Text(summary["failed"], "red"))
     return Group(*parts)
 
 

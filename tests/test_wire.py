@@ -147,3 +147,15 @@ def test_predictions_survive_json_bit_for_bit(values: list[float]) -> None:
 def test_payloads_that_are_no_json_are_refused(data: bytes) -> None:
     with pytest.raises(WireError):
         wire.unpack(data, wire.StatusMessage)
+
+
+def test_the_devices_stamp_travels_and_a_message_without_one_is_read() -> None:
+    """The header has grown by one number: a release that knows nothing of it sends none and reads past it."""
+    stamped = Envelope("raw/audio", "a", 1, 2, 3, 4, b"x", "o", 0, -(2**63))
+    topic, head, body = wire.encode(stamped)
+    assert wire.decode([topic, head, body]) == stamped
+    fields = msgspec.msgpack.decode(head)
+    assert len(fields) == 10
+    first = wire.decode([topic, msgspec.msgpack.encode(fields[:9]), body])
+    assert first == msgspec.structs.replace(stamped, device_ns=0)
+    assert wire.decode([topic, msgspec.msgpack.encode([*fields, "later"]), body]) == stamped
