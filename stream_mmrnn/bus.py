@@ -5,6 +5,7 @@ The only file that speaks ZeroMQ. Knows nothing about what messages mean, beyond
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 import threading
@@ -23,22 +24,23 @@ _STOP = b"TERMINATE"
 class Address:
     """Where the broker's two sockets are. Made once by the supervisor, given to every process."""
 
-    def __init__(self, publish: str, subscribe: str, folder: str = "") -> None:
-        self.publish, self.subscribe, self.folder = publish, subscribe, folder
+    def __init__(self, publish: str, subscribe: str, folder: str = "", journal: str = "") -> None:
+        self.publish, self.subscribe, self.folder, self.journal = publish, subscribe, folder, journal
 
     @classmethod
     def create(cls, transport: str) -> Address:
         """Fresh addresses: ipc in a private folder (0700), or loopback tcp ports that were free just now."""
         if transport == "ipc":
             folder = tempfile.mkdtemp(prefix="stream-mmrnn-")
-            return cls(f"ipc://{folder}/publish", f"ipc://{folder}/subscribe", folder)
+            return cls(f"ipc://{folder}/publish", f"ipc://{folder}/subscribe", folder, f"ipc://{folder}/journal")
         context = zmq.Context()
-        sockets = [context.socket(zmq.PUB) for _ in range(2)]
+        sockets = [context.socket(zmq.PUB) for _ in range(3)]
         try:
             ports = [s.bind_to_random_port("tcp://127.0.0.1") for s in sockets]
         finally:
             context.destroy(linger=0)
-        return cls(*(f"tcp://127.0.0.1:{p}" for p in ports))
+        publish, subscribe, journal = (f"tcp://127.0.0.1:{p}" for p in ports)
+        return cls(publish, subscribe, journal=journal)
 
     def remove(self) -> None:
         if self.folder:
@@ -80,6 +82,11 @@ def run_broker(address: Address, queue: int, ready: Callable[[], None], alive: C
 
 
 _LOOK_EVERY_NS = 50_000_000
+_NOBODY = b"nobody"
+"""A topic that nobody reads."""
+
+Numbers = list[tuple[str, str, int]]
+"""Topic, session, the next sequence number."""
 
 
 class Publisher:
@@ -95,6 +102,7 @@ class Publisher:
         self._seq: dict[tuple[str, str], int] = {}
         self._wanted: list[bytes] = []
         self._looked_ns = 0
+        self._newest: Envelope | None = None
         self.refused: dict[str, int] = {}
         """Messages per topic that the full queue to the broker did not take."""
 
@@ -133,15 +141,30 @@ class Publisher:
         self._seq[key] = seq + 1
         at_ns = now_ns()
         envelope = Envelope(topic, session, seq, event_ns, capture_ns, at_ns, payload, origin, 0, device_ns)
-        if at_ns - self._looked_ns > _LOOK_EVERY_NS:
-            # who subscribes is of no haste here, and looking costs as much as sending
-            self._looked_ns = at_ns
-            self._read_subscriptions(0)
+        self._newest = envelope
         try:
             self._socket.send_multipart(wire.encode(envelope), zmq.DONTWAIT)
         except zmq.Again:
             self.refused[topic] = self.refused.get(topic, 0) + 1
+        if at_ns - self._looked_ns > _LOOK_EVERY_NS:
+            # who subscribes is of no haste here, and looking costs as much as sending
+            self._looked_ns = at_ns
+            self._read_subscriptions(0)
         return envelope
+
+    def prewarm(self) -> None:
+        """Send the newest message once more, to nobody: code and buffers are in the caches for the next one."""
+        if self._newest is not None and not any(_NOBODY.startswith(prefix) for prefix in self._wanted):
+            with contextlib.suppress(zmq.Again):
+                self._socket.send_multipart([_NOBODY, *wire.encode(self._newest)[1:]], zmq.DONTWAIT)
+
+    def numbers(self) -> Numbers:
+        """The next number of each stream."""
+        return [(topic, session, seq) for (topic, session), seq in self._seq.items()]
+
+    def go_on(self, numbers: Numbers) -> None:
+        """Number as the publisher did that said `numbers`."""
+        self._seq = {(topic, session): seq for topic, session, seq in numbers}
 
     def close(self, linger_ms: int = 500) -> None:
         self._socket.close(linger=linger_ms)
@@ -167,6 +190,14 @@ class Gaps:
         # a seq below the expected one is a publisher that began anew
         self._next[key] = seq + 1
 
+    def snapshot(self) -> tuple[Numbers, dict[str, int], dict[str, int]]:
+        """All of it as a value: the next number of each stream; received; lost."""
+        return [(topic, session, seq) for (topic, session), seq in self._next.items()], self.received, self.lost
+
+    def restore(self, numbers: Numbers, received: dict[str, int], lost: dict[str, int]) -> None:
+        self._next = {(topic, session): seq for topic, session, seq in numbers}
+        self.received, self.lost = dict(received), dict(lost)
+
 
 class Subscriber:
     """Reads envelopes of some topics in the broker's order; counts gaps and garbage."""
@@ -176,22 +207,29 @@ class Subscriber:
         self._socket = self._context.socket(zmq.SUB)
         self._socket.set_hwm(queue)
         self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_PAYLOAD_BYTES)
-        for topic in topics:
-            self._socket.setsockopt(zmq.SUBSCRIBE, topic.encode())
-        self._socket.connect(address.subscribe)
+        _subscribe(self._socket, address, topics)
         self.gaps = Gaps()
         self.garbage = 0
         self._next: Envelope | None = None
+        self._timeout_ms = -1
+        self._newest: list[bytes] = []
 
     def receive(self, timeout_ms: int) -> Envelope | None:
         """The next envelope, or None after `timeout_ms` without one."""
         if self._next is not None:
             envelope, self._next = self._next, None
             return envelope
-        return self._read() if self._socket.poll(timeout_ms, zmq.POLLIN) else None
+        if timeout_ms != self._timeout_ms:
+            self._timeout_ms = self._socket.rcvtimeo = timeout_ms
+        # to wait in the call that reads spares a poll between a message and its reader
+        return self._read(0)
 
-    def _read(self) -> Envelope | None:
-        frames = self._socket.recv_multipart()
+    def _read(self, flags: int) -> Envelope | None:
+        try:
+            frames = self._socket.recv_multipart(flags)
+        except zmq.Again:
+            return None
+        self._newest = frames
         try:
             envelope = wire.decode(frames, now_ns())
         except WireError:
@@ -200,10 +238,20 @@ class Subscriber:
         self.gaps.see(envelope)
         return envelope
 
+    def prewarm(self) -> None:
+        """Read the newest message once more, for nobody: code and what is known of streams are in the caches."""
+        with contextlib.suppress(WireError):
+            wire.decode(self._newest, now_ns())
+
     def waiting(self) -> bool:
         """Whether an envelope is there already: the next `receive` gives it at once."""
         while self._next is None and self._socket.poll(0, zmq.POLLIN):
-            self._next = self._read()
+            self._next = self._read(zmq.DONTWAIT)
+        return self._next is not None
+
+    @property
+    def ahead(self) -> bool:
+        """Whether `gaps` has seen an envelope that `receive` has not given yet."""
         return self._next is not None
 
     def stream(self, alive: Callable[[], bool], timeout_ms: int = 100) -> Iterator[Envelope]:
@@ -212,6 +260,82 @@ class Subscriber:
             envelope = self.receive(timeout_ms)
             if envelope is not None:
                 yield envelope
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+        self._context.term()
+
+
+def _subscribe(socket: zmq.Socket[bytes], address: Address, wanted: list[str]) -> None:
+    """Connect, and ask for `wanted`; for the clock last, so that hearing it proves that the others are heard, too."""
+    first = [topic for topic in wanted if topic != topics.CLOCK]
+    for topic in first:
+        socket.setsockopt(zmq.SUBSCRIBE, topic.encode())
+    socket.connect(address.subscribe)
+    if len(first) < len(wanted):
+        socket.setsockopt(zmq.SUBSCRIBE, topics.CLOCK.encode())
+
+
+class Tap:
+    """The journal's side: messages of some topics as they are on the wire, and requests of an engine."""
+
+    def __init__(self, address: Address, wanted: list[str], queue: int) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.SUB)
+        self._socket.set_hwm(queue)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_PAYLOAD_BYTES)
+        _subscribe(self._socket, address, wanted)
+        self._requests = self._context.socket(zmq.ROUTER)
+        try:
+            self._requests.bind(address.journal)
+        except zmq.ZMQError as e:
+            self.close()
+            raise ProcessError(f"the journal cannot bind {address.journal}: {e}") from e
+
+    def messages(self) -> Iterator[list[bytes]]:
+        """What has come, without waiting."""
+        while self._socket.poll(0, zmq.POLLIN):
+            yield self._socket.recv_multipart()
+
+    def request(self, timeout_ms: int) -> tuple[bytes, bytes] | None:
+        """Who asks, and what; None after `timeout_ms` without."""
+        if not self._requests.poll(timeout_ms, zmq.POLLIN):
+            return None
+        who, *frames = self._requests.recv_multipart()
+        return who, b"".join(frames)
+
+    def answer(self, who: bytes, content: bytes) -> None:
+        """To one that is gone meanwhile it is dropped."""
+        self._requests.send_multipart([who, content])
+
+    def close(self) -> None:
+        for socket in (self._socket, self._requests):
+            socket.close(linger=0)
+        self._context.term()
+
+
+class Caller:
+    """The engine's side of the journal's requests."""
+
+    def __init__(self, address: Address) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.set_hwm(2)
+        self._socket.connect(address.journal)
+
+    def send(self, content: bytes) -> bool:
+        """At once; False where the one before it has not been taken yet, or nobody is there."""
+        try:
+            self._socket.send(content, zmq.DONTWAIT)
+        except zmq.Again:
+            return False
+        return True
+
+    def ask(self, content: bytes, timeout_ms: int) -> bytes | None:
+        """The answer; None after `timeout_ms` without."""
+        if not self.send(content) or not self._socket.poll(timeout_ms, zmq.POLLIN):
+            return None
+        return self._socket.recv()
 
     def close(self) -> None:
         self._socket.close(linger=0)

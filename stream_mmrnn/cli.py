@@ -101,7 +101,7 @@ def _capture(settings: config.Settings, duration: float | None, with_engine: boo
     from stream_mmrnn import sources
     from stream_mmrnn.dashboard.state import LiveState
     from stream_mmrnn.live import Session
-    from stream_mmrnn.view import render, summary_table
+    from stream_mmrnn.view import WATCHED, render, summary_table
 
     if all(getattr(settings.sources, m) == "none" for m in sources.EVERY):
         raise ConfigError("every source is `none`; name at least one, for example --source synthetic")
@@ -142,8 +142,10 @@ def _capture(settings: config.Settings, duration: float | None, with_engine: boo
             line_ns = now_ns()
             console.print(_line(seconds, view.snapshot(now_ns())), soft_wrap=True)
 
+    # a machine reads the summary: the messages themselves are nobody's then
+    see, watch = (lambda _: None, ()) if as_json else (view.see, WATCHED)
     with held():  # until it is known what must not be left behind
-        session = Session(settings, with_engine, ENDING.alive, say, view.see, often)
+        session = Session(settings, with_engine, ENDING.alive, say, see, often, watch)
         supervisor = session.supervisor
 
         def end_at_once() -> None:

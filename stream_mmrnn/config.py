@@ -6,6 +6,7 @@ Strict: an unknown key is an error that names the nearest one that exists. Knows
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -17,6 +18,8 @@ from stream_mmrnn.errors import ConfigError
 from stream_mmrnn.topics import MODALITIES, Kind
 
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
+SESSION_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z"
+"""What a session may be called, by whoever opens it."""
 _Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 
 Policy = Literal["latest", "drop_oldest", "block"]
@@ -27,7 +30,7 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class Session(_Section, frozen=True):
-    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "live"
+    name: Annotated[str, msgspec.Meta(pattern=SESSION_NAME)] = "live"
 
 
 class Sources(_Section, frozen=True):
@@ -112,6 +115,33 @@ class Engine(_Section, frozen=True):
     """Run the graph (and the sound's encoder) on nobody's data just before it is due, so that caches are warm."""
 
 
+class State(_Section, frozen=True):
+    """What is kept of sessions on disk, so that they can go on after a pause, a crash or on another engine."""
+
+    folder: str = ""
+    """"" is a folder of this user's own: `state_folder`."""
+    ttl_s: _Positive = 86_400.0
+    """How long a state waits for its session to come back."""
+    idle_s: _Positive = 300.0
+    """A session without a tick for so long gives its slot to others; a resume token brings it back."""
+    snapshot_every: Annotated[int, msgspec.Meta(ge=0)] = 25
+    """Ticks of a session from one snapshot to the next; 0: none but on leaving."""
+    journal_s: _Positive = 30.0
+    """How much of the bus is remembered for an engine that has to go on after a crash."""
+    journal_mb: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 64
+
+
+class Admission(_Section, frozen=True):
+    """When one session more is refused, though there is a slot."""
+
+    share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.7
+    """Of the tick: what the slowest hundredth of predictions may take, with one session more."""
+    retry_s: _Positive = 1.0
+    """The soonest that one who was refused is told to ask again, ..."""
+    retry_max_s: _Positive = 30.0
+    """... and the latest."""
+
+
 class Record(_Section, frozen=True):
     path: str = ""
     """"" records nothing."""
@@ -176,6 +206,8 @@ class Settings(_Section, frozen=True):
     synthetic: Synthetic = Synthetic()
     align: Align = Align()
     engine: Engine = Engine()
+    state: State = State()
+    admission: Admission = Admission()
     record: Record = Record()
     bus: Bus = Bus()
     queues: Queues = Queues()
@@ -270,6 +302,14 @@ def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Settings
             raise ConfigError(f"`{section}` has a wrong value: expected a table, got {table[section]!r}")
         table[section][key] = value
     return parse(table)
+
+
+def state_folder(settings: State) -> Path:
+    """Where states are kept: as asked, or where this user's programs keep theirs."""
+    if settings.folder:
+        return Path(settings.folder).expanduser()
+    home = os.environ.get("XDG_STATE_HOME", "")
+    return (Path(home) if Path(home).is_absolute() else Path.home() / ".local" / "state") / "stream-mmrnn"
 
 
 def models_folder() -> Path:

@@ -7,11 +7,13 @@ nodes start or what happens when one dies: that is the supervisor's.
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import multiprocessing
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
@@ -21,14 +23,19 @@ from typing import Any
 import msgspec
 
 from stream_mmrnn import config, signals, topics, wire
-from stream_mmrnn.bus import Address, Publisher, Subscriber, run_broker
+from stream_mmrnn.bus import Address, Caller, Publisher, Subscriber, Tap, run_broker
 from stream_mmrnn.clock import WallClock, now_ns
 from stream_mmrnn.errors import SessionError, SourceError, StreamError, WireError
+from stream_mmrnn.repeats import Repeats
 from stream_mmrnn.types import Envelope
 
 _STATUS_PERIOD_NS = 500_000_000
-_UNHURRIED = ("recorder", "dashboard")
-"""What may come later: files and pages."""
+_CALM_MS = 4
+"""So long after a message its prediction is out, and the next one is still to come."""
+_UNHURRIED = ("recorder", "dashboard", "journal")
+"""What may come later: files and pages, and what is for a bad day."""
+_JOURNAL_MS = 50
+"""The journal takes what has come this often: woken for each message it would take a core from who is in haste."""
 _PREWARM_PERIOD_NS = 200_000_000
 """What comes less often than this is not expected at a time that could be named."""
 
@@ -74,9 +81,14 @@ class Reporter:
         self._state, self._reason = state, reason
         self._send()
 
-    def keep(self) -> None:
-        """Say it again where it is time; cheap enough for every message."""
-        if now_ns() >= self._next_ns:
+    def wait_ms(self, most_ms: int) -> int:
+        """How long to wait for a message at most: a status that is due goes out in the calm after one."""
+        return min(most_ms, _CALM_MS) if now_ns() >= self._next_ns else most_ms
+
+    def keep(self, calm: bool = True) -> None:
+        """Say it again where it is time; not in the middle of messages, unless they leave no calm."""
+        late_ns = now_ns() - self._next_ns
+        if late_ns >= (0 if calm else _STATUS_PERIOD_NS):
             self._send()
 
     def _send(self) -> None:
@@ -120,6 +132,54 @@ def clock(context: Context) -> None:
     publisher.close()
 
 
+def journal(context: Context) -> None:
+    """What an engine needs that has to go on after a crash: the last of the bus, and checkpoints."""
+    from stream_mmrnn.journal import Ask, Journal, Keep, request
+
+    settings = context.settings
+    publisher = Publisher(context.address, settings.bus.queue)
+    tap = Tap(context.address, [topics.FEATURE, topics.SESSION, topics.TICK, topics.CLOCK], settings.bus.queue)
+    kept = Journal(settings.state.journal_s, settings.state.journal_mb << 20, complete=not context.restarts)
+    reporter = Reporter(context, publisher)
+    reporter.counts = lambda: {"messages": len(kept), "bytes": kept.bytes, "checkpoints": kept.kept}
+    asked: tuple[bytes, Ask, int] | None = None
+    garbage = 0
+
+    def take() -> None:
+        nonlocal garbage
+        for frames in tap.messages():
+            if len(frames) == 3:
+                kept.add((frames[0], frames[1], frames[2]), now_ns())
+            else:
+                garbage += 1
+
+    while context.alive():
+        came = tap.request(5 if asked else _JOURNAL_MS)
+        take()
+        if came is not None:
+            try:
+                message = request.decode(came[1])
+            except msgspec.MsgspecError:
+                garbage += 1
+                continue
+            if isinstance(message, Keep):
+                kept.keep(message)
+            else:
+                asked = (came[0], message, now_ns() + 1_000_000_000)
+        if asked is not None:
+            who, ask, until_ns = asked
+            if kept.heard(ask.until) or now_ns() > until_ns:
+                tap.answer(who, msgspec.msgpack.encode(kept.answer(ask)))
+                asked = None
+        if len(kept) and not context.ready.is_set():
+            # the clock is asked for last: all else is heard, too
+            reporter.say("ready")
+            context.ready.set()
+        reporter.keep()
+    tap.close()
+    publisher.close()
+
+
 def worker(context: Context, modality: str, spec: str) -> None:
     """A source and its encoder. A device that is not there is asked for again; the session does not wait for it."""
     from stream_mmrnn import encoders, sources
@@ -154,6 +214,8 @@ def worker(context: Context, modality: str, spec: str) -> None:
     reporter.detail = lambda: {"source": source.origin, "encoder": encoder.origin, **source.info}
     # a publisher hears the clock by being heard: the broker tells it who listens
     publisher.wait_for_reader(topics.STATUS, 2.0)
+    gc.collect()
+    gc.freeze()
     context.ready.set()
     while not context.epoch.value and context.alive():
         time.sleep(0.002)
@@ -166,7 +228,6 @@ def worker(context: Context, modality: str, spec: str) -> None:
         )
         if out.topic == feature:
             counts["published"] += 1
-        reporter.keep()
 
     def run_once() -> None:
         encoder.reset()
@@ -180,27 +241,32 @@ def worker(context: Context, modality: str, spec: str) -> None:
         )
         pump.start()
 
-        prewarmer, newest_ns = Prewarmer(encoder.prewarm, 0), 0
+        def warm() -> None:
+            encoder.prewarm()
+            publisher.prewarm()
+
+        prewarmer, newest_ns = Prewarmer(warm, 0), 0
 
         def arriving() -> Iterator[Any]:
             nonlocal newest_ns
             while context.alive() and not pump.ended:
                 at_ns = now_ns()
-                sample = pump.read(rhythm.wait_s(at_ns, prewarmer.wait_ms(at_ns, 100) / 1000))
+                most_ms = prewarmer.wait_ms(at_ns, reporter.wait_ms(100))
+                sample = pump.read(rhythm.wait_s(at_ns, most_ms / 1000))
                 if sample is None:
                     if rhythm.fall_silent(now_ns()):
                         reporter.say("stale")
-                    reporter.keep()
-                    prewarmer.run_if_due(now_ns())
+                    if not prewarmer.run_if_due(now_ns()):
+                        reporter.keep()
                     continue
                 if rhythm.hear(sample.capture_ns):
                     reporter.say("open")
-                reporter.keep()
                 # the next is expected as long after this one as this one came after its predecessor
                 prewarmer.period_ns, newest_ns = sample.event_ns - newest_ns, sample.event_ns
                 if settings.engine.prewarm and 0 < prewarmer.period_ns < _PREWARM_PERIOD_NS:
                     prewarmer.stepped(sample.event_ns)
                 yield sample
+                reporter.keep(calm=False)
 
         try:
             for out in capture(arriving(), modality, source.origin, encoder, bad):
@@ -234,6 +300,7 @@ def engine(context: Context) -> None:
     from stream_mmrnn.align import Aligner
     from stream_mmrnn.pipeline import predict
     from stream_mmrnn.prewarm import Prewarmer
+    from stream_mmrnn.resume import Checkpoints
     from stream_mmrnn.shards import create
 
     settings = context.settings
@@ -244,7 +311,13 @@ def engine(context: Context) -> None:
     subscriber = Subscriber(context.address, [topics.FEATURE, topics.CLOCK, topics.SESSION], settings.bus.queue)
     reporter = Reporter(context, publisher)
     counts = {"ticks": 0, "predictions": 0, "refused": 0}
-    prewarmer = Prewarmer(step_engine.prewarm, spec.tick_ns)
+
+    def warm() -> None:
+        step_engine.prewarm()
+        publisher.prewarm()
+        subscriber.prewarm()
+
+    prewarmer = Prewarmer(warm, spec.tick_ns)
     contract = {
         "name": spec.name,
         "sha256": spec.sha256,
@@ -258,8 +331,16 @@ def engine(context: Context) -> None:
         "prewarmed": prewarmer.runs,
         "garbage": subscriber.garbage + aligner.malformed,
     }
+    every = settings.state.snapshot_every
+    caller = Caller(context.address) if every else None
+    checkpoints = (
+        Checkpoints(caller, every, step_engine, aligner, subscriber, publisher, counts) if caller is not None else None
+    )
+    missed: deque[Envelope] = deque()
+    anew = ""
     reporter.detail = lambda: {
         "spec": contract,
+        "anew": anew,
         "streams": {
             name: {
                 **msgspec.to_builtins(c),
@@ -270,9 +351,18 @@ def engine(context: Context) -> None:
         },
         "misfits": aligner.misfits,
     }
-    _hear_clock(context, subscriber)
+    heard = _hear_clock(context, subscriber)
     publisher.wait_for_reader(topics.PREDICTION, 2.0)
-    reporter.say("ready", context.note)
+    if context.restarts and heard is not None:
+        try:
+            if checkpoints is None:
+                raise SessionError("state.snapshot_every is 0")
+            missed.extend(checkpoints.resume(heard))
+        except StreamError as e:
+            anew = f"the session begins anew: {e}"
+    reporter.say("ready", "; ".join(filter(None, (context.note, anew))))
+    gc.collect()
+    gc.freeze()  # what is there now stays: a collection need not look at it in the middle of a step
     context.ready.set()
 
     def refused(session: str, error: SessionError) -> None:
@@ -282,9 +372,12 @@ def engine(context: Context) -> None:
     def messages() -> Iterator[Envelope]:
         told = 0
         while context.alive():
-            envelope = subscriber.receive(prewarmer.wait_ms(now_ns(), 100))
-            if envelope is None:
-                prewarmer.run_if_due(now_ns())
+            envelope: Envelope | None
+            if missed:
+                subscriber.gaps.see(envelope := missed.popleft())
+            elif (envelope := subscriber.receive(prewarmer.wait_ms(now_ns(), reporter.wait_ms(100)))) is None:
+                if not prewarmer.run_if_due(now_ns()):
+                    reporter.keep()
                 continue
             yield envelope
             # back here, the message and all its predictions are dealt with
@@ -294,7 +387,9 @@ def engine(context: Context) -> None:
                 reporter.say("ready", f"{name} is quarantined, {why}")
             if envelope.topic == topics.SESSION and not len(step_engine):
                 reporter.say("closed")
-            reporter.keep()
+            if checkpoints is not None:
+                checkpoints.keep_if_due(envelope)
+            reporter.keep(calm=False)
 
     more = subscriber.waiting if settings.engine.slots > 1 else None
     for prediction in predict(messages(), aligner, step_engine, refused, more):
@@ -306,7 +401,7 @@ def engine(context: Context) -> None:
             prediction.step_end_ns,
             wire.pack(wire.prediction_message(prediction)),
         )
-        publisher.publish(
+        sent = publisher.publish(
             topics.TICK,
             tick.session,
             tick.event_ns,
@@ -315,9 +410,13 @@ def engine(context: Context) -> None:
         )
         counts["ticks"] += 1
         counts["predictions"] += 1
+        if checkpoints is not None:
+            checkpoints.stepped(sent, tick.index)
         if settings.engine.prewarm:
             prewarmer.stepped(prediction.step_start_ns)
     step_engine.stop()
+    if caller is not None:
+        caller.close()
     subscriber.close()
     publisher.close()
 
@@ -355,7 +454,19 @@ def recorder(context: Context) -> None:
     )
     statuses: dict[str, Any] = {}
     wall = WallClock()
+    # an engine that went on after a crash says again what is in the file already
+    repeats = {topic: Repeats() for topic in (topics.TICK, topics.PREDICTION)}
+
+    def again(envelope: Envelope) -> bool:
+        if envelope.topic not in repeats:
+            return False
+        try:
+            return not repeats[envelope.topic].first(envelope.session, wire.tick_index(envelope.payload))
+        except WireError:
+            return False  # the file says what was sent
+
     reporter.counts = lambda: {
+        "repeated": sum(r.count for r in repeats.values()),
         "wall_steps": wall.steps,
         "messages": file.messages,
         "bytes": file.bytes,
@@ -389,13 +500,14 @@ def recorder(context: Context) -> None:
             break
         elif envelope.session in (file.session, topics.EVERYONE):
             opened = opened or envelope.topic == topics.SESSION
-            if opened:
+            if opened and not again(envelope):
                 file.write(envelope)
     lost = {t: n for t, n in subscriber.gaps.lost.items() if n and not t.startswith(topics.STATUS)}
     file.close(
         {
             "ended": how,
             "lost": msgspec.json.encode(lost).decode(),
+            "repeated": msgspec.json.encode({t: r.count for t, r in repeats.items() if r.count}).decode(),
             "statuses": msgspec.json.encode(statuses).decode(),
         }
     )
@@ -470,6 +582,8 @@ def run(target: Callable[..., None], context: Context, *args: Any) -> None:
     """What a new process executes: signals, then the node; an error ends it with one sentence and exit code 1."""
     with contextlib.suppress(OSError):  # so that `ps` and `top` name us; Linux alone has it
         Path("/proc/self/comm").write_text(f"mmrnn-{context.name}"[:15])
+        # else the kernel may end every sleep 50 us late, to save wake-ups
+        Path("/proc/self/timerslack_ns").write_text("1")
     if context.name not in _UNHURRIED:
         context.note = _prioritise(context.settings.supervisor.priority)
     signals.ignore()  # they are for the supervisor, who tells us

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -28,6 +28,8 @@ from stream_mmrnn.clock import now_ns
 from stream_mmrnn.errors import ProcessError, WireError
 from stream_mmrnn.types import Envelope
 
+_AT_ONCE_NS = 1_000_000_000
+"""An engine that lived so long is started again at once."""
 _WORKERS = {"vision": "camera", "audio": "microphone"}
 """What the worker of a modality is called, where that is not the modality's name."""
 _VITAL = ("broker", "clock", "engine")
@@ -110,11 +112,17 @@ class Supervisor:
     """A session from its first process to its last."""
 
     def __init__(
-        self, settings: config.Settings, with_engine: bool = True, say: Callable[[str], None] = lambda _: None
+        self,
+        settings: config.Settings,
+        with_engine: bool = True,
+        say: Callable[[str], None] = lambda _: None,
+        watch: Collection[str] = (),
     ) -> None:
-        """`say` is told, in one sentence each, what a person should know while it runs."""
+        """`say` is told, in one sentence each, what a person should know while it runs; `messages` gives the topics of
+        `watch`, too.
+        """
         self.settings = settings
-        self._say = say
+        self._say, self._watch = say, watch
         self._context = process_context()
         self.address = Address.create(settings.bus.transport)
         self._epoch: Any = self._context.Value("q", 0)
@@ -126,7 +134,6 @@ class Supervisor:
         self.opened_ns = self.closed_ns = 0
         self.first_prediction_ns = 0
         self._page_port = 0
-        self._alive: Callable[[], bool] = lambda: True
         self.begun = False
         """True from the first process on that has something to bring to an end: a file, a session."""
         self.failed = ""
@@ -137,6 +144,8 @@ class Supervisor:
         settings = self.settings
         yield Node("broker", nodes.broker)
         yield Node("clock", nodes.clock)
+        if with_engine and settings.state.snapshot_every:
+            yield Node("journal", nodes.journal)
         if settings.record.path:
             yield Node("recorder", nodes.recorder)
         if with_engine:
@@ -186,7 +195,6 @@ class Supervisor:
 
     def start(self, alive: Callable[[], bool]) -> None:
         """All processes up, the session open, the sources going; as far as it came where `alive` says no."""
-        self._alive = alive
         for node in self.nodes:
             if not alive():
                 return
@@ -197,14 +205,7 @@ class Supervisor:
                 self._publisher = Publisher(self.address, self.settings.bus.queue)
                 self._monitor = Subscriber(
                     self.address,
-                    [
-                        topics.STATUS,
-                        topics.PREDICTION,
-                        topics.FEATURE,
-                        *topics.raws("text"),
-                        topics.CLOCK,
-                        topics.SESSION,
-                    ],
+                    [*dict.fromkeys((topics.STATUS, topics.PREDICTION, topics.SESSION, *self._watch))],
                     self.settings.bus.queue,
                 )
         self._wait_ready([n for n in self.nodes if not n.is_source], alive)
@@ -253,6 +254,8 @@ class Supervisor:
             self._say(f"{node.name}: is back")
         if node.is_source:
             self._expect()
+        if node.name == "engine" and before is None and message.detail.get("anew") and not self.closed_ns:
+            self._publish_session("open")
         if node.name == "dashboard" and "address" in message.detail:
             self._page_port = int(str(message.detail["address"]).rstrip("/").rsplit(":", 1)[1])
 
@@ -281,12 +284,6 @@ class Supervisor:
                 if at_ns >= node.again_ns:
                     node.again_ns = 0
                     self._spawn(node)
-                    if node.name == "engine" and self.opened_ns:
-                        deadline_ns = now_ns() + int(settings.start_timeout_s * 1e9)
-                        while self._alive() and now_ns() < deadline_ns and not node.ready.wait(0.02):
-                            if node.process.exitcode is not None:
-                                break
-                        self._publish_session("open")
                 continue
             code = node.process.exitcode
             if code is None:
@@ -299,6 +296,8 @@ class Supervisor:
             # one that ran well for a while starts again as if for the first time
             recent = 0 if at_ns - node.started_ns > 10_000_000_000 else min(node.restarts, 8)
             wait_s = min(settings.backoff_s * 2**recent, settings.backoff_max_s)
+            if node.name == "engine" and at_ns - node.started_ns > _AT_ONCE_NS:
+                wait_s = 0.0  # ticks wait for it: back-off is for one that cannot live
             node.deaths.append(death)
             if node.status is not None:
                 counts = node.status.counts
@@ -310,7 +309,7 @@ class Supervisor:
                 continue
             node.restarts += 1
             node.again_ns = at_ns + int(wait_s * 1e9)
-            self._say(f"{node.name}: {death}; started again in {wait_s:g} s")
+            self._say(f"{node.name}: {death}; started again {f'in {wait_s:g} s' if wait_s else 'at once'}")
             self._tell(node, "restarting", death)
             if node.is_source:
                 self._expect()
@@ -365,7 +364,7 @@ class Supervisor:
             at_ns = now_ns()
             self._publisher.publish(topics.CONTROL, self.settings.session.name, at_ns, at_ns, b"stop")
             self._await_closed("recorder", now_ns() + 500_000_000, see)
-        for names in (("engine", "recorder", "dashboard", "clock"), ("broker",)):
+        for names in (("engine", "recorder", "dashboard", "journal", "clock"), ("broker",)):
             self._end([n for n in self.nodes if n.name in names], max(deadline_ns, now_ns() + 100_000_000), see)
         if self._publisher is not None:
             self._publisher.close(0)

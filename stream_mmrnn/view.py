@@ -12,6 +12,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from stream_mmrnn import topics
+
 _BARS = " ▁▂▃▄▅▆▇█"
 _STATE_STYLE = {
     "open": "green",
@@ -22,6 +24,10 @@ _STATE_STYLE = {
     "starting": "yellow",
     "restarting": "yellow",
 }
+
+
+WATCHED = (topics.FEATURE, *topics.raws("text"), topics.CLOCK)
+"""What the view shows beside status and predictions."""
 
 
 def spark(values: list[float | None], width: int) -> str:
@@ -146,6 +152,8 @@ def summary_table(summary: dict[str, Any]) -> RenderableType:
         )
     for name, deaths in summary["restarts"].items():
         parts.append(Text(f"{name} {', '.join(deaths)}", "yellow"))
+    if summary["repeated"]:
+        parts.append(Text(f"{summary['repeated']} predictions were made again after that, and counted once", "yellow"))
     if summary["failed"]:
         parts.append(Text(summary["failed"], "red"))
     return Group(*parts)

@@ -11,7 +11,7 @@ import pytest
 import zmq
 
 from stream_mmrnn import topics
-from stream_mmrnn.bus import Address, Gaps, Publisher, Subscriber, run_broker
+from stream_mmrnn.bus import Address, Caller, Gaps, Publisher, Subscriber, Tap, run_broker
 from stream_mmrnn.errors import ProcessError
 from stream_mmrnn.types import Envelope
 
@@ -155,3 +155,95 @@ def test_gaps_are_counted_per_stream() -> None:
     see("clock", 902, topics.EVERYONE)
     assert gaps.lost == {"feature/audio": 3, "feature/vision": 2, "clock": 1}
     assert gaps.received == {"feature/audio": 6, "feature/vision": 1, "clock": 2}
+
+
+def test_a_publisher_and_a_count_of_gaps_go_on_where_another_was(address: Address) -> None:
+    reader = Subscriber(address, ["feature/"], 100)
+    first, second = Publisher(address, 100), Publisher(address, 100)
+    for p in (first, second):
+        assert p.wait_for_reader("feature/text", 5)
+    for i in range(3):
+        first.publish("feature/text", "s", i, i, b"")
+    drain(reader, 3)
+    second.go_on(first.numbers())
+    second.publish("feature/text", "s", 3, 3, b"")
+    assert drain(reader, 1)[0].seq == 3
+    assert reader.gaps.lost == {}
+    gaps = Gaps()
+    gaps.restore(*reader.gaps.snapshot())
+    assert vars(gaps) == vars(reader.gaps)
+    assert set(vars(gaps)) == {"_next", "received", "lost"}, "is what came new part of its snapshot?"
+    gaps.see(Envelope("feature/text", "s", 6, 0, 0, 0, b""))
+    assert gaps.lost == {"feature/text": 2}
+    assert reader.gaps.lost == {}
+    for p in (first, second):
+        p.close()
+    reader.close()
+
+
+def test_who_hears_the_clock_hears_everything_else(address: Address) -> None:
+    """A reader subscribes to the clock last: what is sent after a clock that it heard cannot pass it by."""
+    publisher = Publisher(address, 10_000)
+    early = Subscriber(address, ["clock", "feature/", "session"], 10_000)
+    assert publisher.wait_for_reader("session", 5)
+    for _ in range(10):
+        reader = Subscriber(address, ["feature/", "clock", "session"], 10_000)
+        heard = None
+        while heard is None:
+            publisher.publish("session", "s", 0, 0, b"")
+            publisher.publish("clock", "host", 0, 0, b"")
+            while heard is None and (e := reader.receive(5)) is not None:
+                heard = e if e.topic == "clock" else None
+        sent = publisher.publish("session", "s", 1, 1, b"").seq
+        got = []
+        while (e := reader.receive(200)) is not None:
+            got.append((e.topic, e.seq))
+        assert ("session", sent) in got
+        reader.close()
+    early.close()
+    publisher.close()
+
+
+def test_the_journal_hears_raw_messages_and_answers_requests(address: Address) -> None:
+    tap = Tap(address, ["feature/", "clock"], 1000)
+    publisher = Publisher(address, 1000)
+    assert publisher.wait_for_reader("clock", 5)
+    sent = [publisher.publish("feature/text", "s", i, i, b"x") for i in range(5)]
+    got: list[list[bytes]] = []
+    end = time.monotonic() + 5
+    while len(got) < 5 and time.monotonic() < end:
+        got += tap.messages()
+    assert [f[0] for f in got] == [b"feature/text"] * 5
+    assert len({f[1] for f in got}) == len(sent)
+
+    assert tap.request(0) is None
+    caller = Caller(address)
+    assert caller.send(b"keep this")
+    request = tap.request(5000)
+    assert request is not None
+    assert request[1] == b"keep this"
+    answers: list[bytes | None] = []
+    asking = threading.Thread(target=lambda: answers.append(caller.ask(b"what?", 5000)))
+    asking.start()
+    request = tap.request(5000)
+    assert request is not None
+    tap.answer(request[0], b"a" * 1_000_000)
+    asking.join(5)
+    assert answers == [b"a" * 1_000_000]
+    if address.journal.startswith("tcp:"):  # over ipc a new one takes the place of a dead one
+        with pytest.raises(ProcessError, match="cannot bind"):
+            Tap(address, ["clock"], 10)
+    tap.answer(b"nobody", b"")
+    caller.close()
+    tap.close()
+    publisher.close()
+
+
+def test_nobody_waits_for_a_journal_that_stands_still(tmp_path: Path) -> None:
+    caller = Caller(Address("", "", journal=f"ipc://{tmp_path}/journal"))
+    began = time.monotonic()
+    taken = [caller.send(b"x" * 1000) for _ in range(10)]
+    assert not all(taken)
+    assert caller.ask(b"?", 20) is None
+    assert time.monotonic() - began < 5
+    caller.close()

@@ -123,7 +123,7 @@ def test_heads_have_values_meaning_and_a_bounded_history() -> None:
         status("engine", T0, state="ready", detail={"spec": {"name": "m", "heads": [head], "modalities": ["vision"]}})
     )
     for i in range(3000):
-        live.see(prediction(T0 + i * 10 * MS, {"vap": [i / 3000, 0.123456]}, seq=i))
+        live.see(prediction(T0 + i * 10 * MS, {"vap": [i / 3000, 0.123456]}, seq=i, tick=i))
     snap = live.snapshot(T0 + 30 * S)
     vap = snap["heads"]["vap"]
     assert vap["values"] == [round(2999 / 3000, 4), 0.1235]
@@ -138,7 +138,7 @@ def test_heads_have_values_meaning_and_a_bounded_history() -> None:
     assert snap["model"] == {"name": "m", "sha256": "ab" * 32}
     assert vap["threshold"] is None, "two numbers are no yes or no"
     assert snap["predictions_per_s"] == pytest.approx(100, abs=1)
-    assert snap["tick"] == (T0 + 2999 * 10 * MS) // (40 * MS)
+    assert snap["tick"] == 2999
     # the model speaks of vision, nothing of it ever came
     assert snap["streams"]["feature/vision"]["silent"]
     assert snap["streams"]["feature/vision"]["age_ms"] is None
@@ -150,8 +150,8 @@ def test_what_says_yes_or_no_is_read_against_its_threshold() -> None:
     live.see(
         status("engine", T0, state="ready", detail={"spec": {"name": "m", "heads": heads, "modalities": ["vision"]}})
     )
-    for value, word in ((0.3, "0.30 yes"), (0.2, "0.20 no")):
-        live.see(prediction(T0, {"over": [value]}))
+    for tick, (value, word) in enumerate(((0.3, "0.30 yes"), (0.2, "0.20 no"))):
+        live.see(prediction(T0, {"over": [value]}, tick=tick))
         snap = live.snapshot(T0 + S)
         assert snap["heads"]["over"]["threshold"] == 0.25
         written = io.StringIO()
@@ -165,8 +165,20 @@ def test_a_run_that_starts_anew_starts_a_new_history() -> None:
     live = LiveState()
     for i in range(50):
         live.see(prediction(T0 + i * 40 * MS, {"vap": [0.1]}, seq=i))
-    live.see(prediction(T0, {"vap": [0.9]}))
-    assert live.snapshot(T0 + S)["heads"]["vap"]["history"]["series"] == [[0.9]]
+    before = T0 - 5000 * 40 * MS
+    live.see(prediction(before, {"vap": [0.9]}))
+    assert live.snapshot(before + S)["heads"]["vap"]["history"]["series"] == [[0.9]]
+
+
+def test_what_an_engine_says_again_after_a_crash_is_shown_once() -> None:
+    live = LiveState()
+    for i in (*range(50), *range(30, 60)):
+        live.see(prediction(T0 + i * 40 * MS, {"vap": [i / 100]}, seq=i))
+    snap = live.snapshot(T0 + 60 * 40 * MS)
+    assert snap["repeated"] == 20
+    assert snap["heads"]["vap"]["history"]["series"] == [[i / 100 for i in range(60)]]
+    assert snap["latency"] != {}
+    assert snap["losses"] == []
 
 
 def test_one_session_is_followed_until_it_is_silent() -> None:

@@ -258,7 +258,7 @@ def _device(times: int, say: Say) -> Iterator[Figure]:
 
 
 def _misfits(seconds: float) -> Iterator[Figure]:
-    """A publisher of our own: features that are right, not finite, too short or no vector, in turn, one in each tick."""
+    """A publisher of our own: features that are right, not finite, too short or no vector, in turn, one a tick."""
     encoder = encoders.create("vision")
     rng = np.random.default_rng(0)
     good: dict[int, bool] = {}
