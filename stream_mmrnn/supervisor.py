@@ -137,7 +137,6 @@ class Supervisor:
         self.opened_ns = self.closed_ns = 0
         self.first_prediction_ns = 0
         self._page_port = 0
-        self._alive: Callable[[], bool] = lambda: True
         self.begun = False
         """True from the first process on that has something to bring to an end: a file, a session."""
         self.failed = ""
@@ -199,7 +198,6 @@ class Supervisor:
 
     def start(self, alive: Callable[[], bool]) -> None:
         """All processes up, the session open, the sources going; as far as it came where `alive` says no."""
-        self._alive = alive
         self._say_how_to_get_in()
         for node in self.nodes:
             if not alive():
