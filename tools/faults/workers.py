@@ -242,6 +242,7 @@ def _device(times: int, say: Say) -> Iterator[Figure]:
     what = f"a camera frozen {len(freezes)} times for 0.7 s and unplugged {len(unplugged)} times"
     yield Figure(
         "workers_stale_flagged_count", f"{what}: times it was called stale", len(flagged), "flags", everything, ">=",
+        timed=True,
     )  # fmt: skip
     yield Figure(
         "workers_stale_flag_ms", f"{what}: from its last picture to the flag; its period is 40 ms",
