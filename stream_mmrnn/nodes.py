@@ -38,6 +38,7 @@ _JOURNAL_MS = 50
 """The journal takes what has come this often: woken for each message it would take a core from who is in haste."""
 _PREWARM_PERIOD_NS = 200_000_000
 """What comes less often than this is not expected at a time that could be named."""
+_JOURNAL_NICE = 5
 
 
 class Context:
@@ -187,6 +188,8 @@ def journal(context: Context) -> None:
     from stream_mmrnn.journal import Ask, Journal, Keep, request
 
     settings = context.settings
+    with contextlib.suppress(OSError, AttributeError):
+        os.nice(_JOURNAL_NICE)  # before the sockets' threads are there: it wakes often, and nobody shall wait for it
     publisher = Publisher(context.address, settings.bus.queue)
     tap = Tap(context.address, [topics.FEATURE, topics.SESSION, topics.TICK, topics.CLOCK], settings.bus.queue)
     kept = Journal(settings.state.journal_s, settings.state.journal_mb << 20, complete=not context.restarts)
