@@ -29,6 +29,10 @@ def test_live_equals_replay(model: Path, tmp_path: Path) -> None:
     assert summary["ticks"] == summary["predictions"] >= 70
     assert summary["recording"]["path"] == str(path)
     assert summary["recording"]["lost"] == 0
+    page = summary["viewers"]["dashboard"]
+    assert page["balanced"]
+    assert page["delivered"] > 0
+    assert summary["denied"] == {}
     assert all(s["delivered"] > 0 for s in summary["streams"].values())
     # the model takes nothing of a second person, so that none is made for it
     assert tuple(summary["streams"]) == sources.MODALITIES
@@ -358,6 +362,8 @@ def test_features_only(model: Path, tmp_path: Path) -> None:
     assert code == 0, err
     code, info, _ = run("info", path)
     assert info["raw"] is False
+    shown = subprocess.run([*COMMAND, "info", str(path)], capture_output=True, text=True, timeout=60).stdout
+    assert "features only (record.raw = false)" in shown
     assert not [c for c in info["channels"] if c.startswith("raw/")]
     verify(path, summary["predictions"])
     code, _, err = run("replay", path, "--from", "raw")
