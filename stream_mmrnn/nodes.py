@@ -24,6 +24,7 @@ import msgspec
 from stream_mmrnn import config, topics, wire
 from stream_mmrnn.bus import Address, Publisher, Subscriber, run_broker
 from stream_mmrnn.clock import now_ns
+from stream_mmrnn.disk import part
 from stream_mmrnn.errors import SessionError, SourceError, StreamError, WireError
 from stream_mmrnn.types import Envelope
 
@@ -311,14 +312,14 @@ def engine(context: Context) -> None:
     publisher.close()
 
 
-def part(path: Path, number: int) -> Path:
-    """`x.mcap` -> `x.part2.mcap`: where a recorder goes on after a crash, so that nothing is overwritten."""
-    return path if not number else path.with_name(f"{path.stem}.part{number + 1}{path.suffix}")
+_CLOSE_S = 0.4
+"""How long what waits for the disk is still written at the end: the supervisor waits a little longer."""
 
 
 def recorder(context: Context) -> None:
-    """Everything of the session, as it comes, into a file."""
-    from stream_mmrnn.recording import Recorder
+    """Everything of the session, as it comes, into a file. Reading the bus never waits for the disk."""
+    from stream_mmrnn.backlog import Backlog
+    from stream_mmrnn.recording import Recorder, Recording
 
     settings = context.settings
     publisher = Publisher(context.address, settings.bus.queue)
@@ -326,10 +327,15 @@ def recorder(context: Context) -> None:
     wanted += [topics.CONTROL, topics.LABEL, *([topics.RAW] if settings.record.raw else [])]
     subscriber = Subscriber(context.address, wanted, settings.bus.queue)
     reporter = Reporter(context, publisher)
+    path, wall_offset_ns = Path(settings.record.path), None
+    if context.restarts:
+        with contextlib.suppress(StreamError):  # one that died at once has left no head
+            wall_offset_ns = int(Recording(path).metadata["wall_offset_ns"])
     file = Recorder(
-        part(Path(settings.record.path), context.restarts),
+        part(path, context.restarts),
         settings.session.name,
         {
+            "part": str(context.restarts + 1),
             "raw": str(settings.record.raw).lower(),
             "slots": str(settings.engine.slots),
             "model": settings.engine.model,
@@ -338,25 +344,29 @@ def recorder(context: Context) -> None:
             "platform": sys.platform,
         },
         settings.record.chunk_ms,
+        wall_offset_ns,
+    )
+    backlog = Backlog(
+        file,
+        int(settings.record.queue_mb * 1e6),
+        settings.record.policy,
         settings.record.fsync_ms,
+        later_part=context.restarts > 0,
     )
     statuses: dict[str, Any] = {}
-    reporter.counts = lambda: {
-        "messages": file.messages,
-        "bytes": file.bytes,
-        "refused": file.unwritable,
-        "lost": sum(n for t, n in subscriber.gaps.lost.items() if not t.startswith(topics.STATUS)),
-    }
-    reporter.detail = lambda: {"path": str(file.path), "messages": file.counts}
+    reporter.counts = lambda: backlog.counts
+    reporter.detail = lambda: {"path": str(file.path), "messages": file.counts.copy()}
     if _hear_clock(context, subscriber) is not None:
         reporter.say("ready")
     context.ready.set()
     opened = context.restarts > 0
-    how = "the recorder was ended before the session"
+    how, trouble = "the recorder was ended before the session", ""
     while context.alive():
         envelope = subscriber.receive(50)
-        file.keep(now_ns())
         reporter.keep()
+        if trouble != backlog.trouble:
+            trouble = backlog.trouble
+            reporter.say("ready", trouble)
         if envelope is None:
             continue
         if envelope.topic.startswith(topics.STATUS):
@@ -367,16 +377,12 @@ def recorder(context: Context) -> None:
             break
         elif envelope.session in (file.session, topics.EVERYONE):
             opened = opened or envelope.topic == topics.SESSION
-            if opened:
-                file.write(envelope)
-    lost = {t: n for t, n in subscriber.gaps.lost.items() if n and not t.startswith(topics.STATUS)}
-    file.close(
-        {
-            "ended": how,
-            "lost": msgspec.json.encode(lost).decode(),
-            "statuses": msgspec.json.encode(statuses).decode(),
-        }
-    )
+            while opened and not backlog.put(envelope) and context.alive():
+                reporter.keep()
+                time.sleep(0.005)
+    whole = backlog.close({"ended": how, "statuses": msgspec.json.encode(statuses).decode()}, _CLOSE_S)
+    if not whole:
+        reporter.say("ready", f"{file.path.name} has no end, because the disk did not take it")
     reporter.say("closed")
     subscriber.close()
     publisher.close()
