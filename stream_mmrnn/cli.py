@@ -19,6 +19,7 @@ from rich.console import Console
 from stream_mmrnn import config
 from stream_mmrnn.bench import commands as bench
 from stream_mmrnn.clock import now_ns
+from stream_mmrnn.disk import later_parts, part
 from stream_mmrnn.errors import ConfigError, StreamError
 from stream_mmrnn.signals import ENDING, held
 from stream_mmrnn.terminal import Alive, Json, ModelName, Provider, escape, print_document, say_on
@@ -58,8 +59,11 @@ def _keep_old(path: Path, say: Callable[[str], None]) -> None:
     number = 1
     while (old := path.with_name(f"{path.stem}.old{number}{path.suffix}")).exists():
         number += 1
+    parts = later_parts(path)
     path.rename(old)
-    say(f"{path} was there already; it is {old} now")
+    for number, later in parts.items():
+        later.rename(part(old, number - 1))
+    say(f"{path} was there already; it is {old} now" + (", and its parts likewise" if parts else ""))
 
 
 def _settings(
@@ -340,6 +344,44 @@ def info(path: Annotated[Path, typer.Argument(help="A recording.")], as_json: Js
     if not result["whole"]:
         say_on(Console(stderr=True))(result["damage"] or f"{path} was not finished")
         raise typer.Exit(3)
+
+
+@app.command()
+def verify(path: Annotated[Path, typer.Argument(help="A recording.")], as_json: Json = False) -> None:
+    """Whether a recording is whole, and what is in it where it is not: exit code 0 or 3.
+
+    `replay --verify` is another thing: it compares predictions.
+    """
+    from stream_mmrnn import repair as module
+    from stream_mmrnn.view import verified
+
+    result = module.verify(path)
+    if as_json:
+        print_document(result)
+    else:
+        Console(highlight=False).print(verified(result), soft_wrap=True)
+    if not result["whole"]:
+        say_on(Console(stderr=True))(result["why"])
+        raise typer.Exit(3)
+
+
+@app.command()
+def repair(
+    path: Annotated[Path, typer.Argument(help="A recording that was cut off or damaged; it stays as it is.")],
+    out: Annotated[Path, typer.Argument(help="The file to make.")],
+    as_json: Json = False,
+) -> None:
+    """Write what is sound in a recording and its later parts into one whole file."""
+    from stream_mmrnn import repair as module
+    from stream_mmrnn.view import verified
+
+    result = module.repair(path, out)
+    if as_json:
+        print_document(result)
+        return
+    console = Console(highlight=False)
+    console.print(f"{path} was {result['was']}; what is sound in {', '.join(result['of'])} is in {out}", soft_wrap=True)
+    console.print(verified(result["result"]), soft_wrap=True)
 
 
 @app.command()

@@ -153,6 +153,11 @@ class Record(_Section, frozen=True):
     """false: features, ticks and predictions only, no picture, sound or words."""
     chunk_ms: Annotated[float, msgspec.Meta(gt=0, le=10_000)] = 250.0
     fsync_ms: Annotated[float, msgspec.Meta(gt=0, le=60_000)] = 1000.0
+    queue_mb: Annotated[float, msgspec.Meta(gt=0, le=65_536)] = 64.0
+    """Memory for what waits while the disk is slow or full."""
+    policy: Literal["drop_oldest", "block"] = "drop_oldest"
+    """When that is used up. drop_oldest: raw pictures, sound and words go first, so that the rest still replays; what
+    goes is counted in the file. block: nothing goes here, but the bus's queue overflows after `bus.queue` messages."""
 
 
 class Bus(_Section, frozen=True):

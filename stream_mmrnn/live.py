@@ -117,6 +117,7 @@ class Session:
                 "messages": recorder.counts["messages"],
                 "bytes": recorder.counts["bytes"],
                 "lost": recorder.counts["lost"],
+                "dropped": recorder.counts["dropped"],
             }
             if recorder
             else None,

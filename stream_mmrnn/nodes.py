@@ -25,6 +25,7 @@ import msgspec
 from stream_mmrnn import config, signals, topics, wire
 from stream_mmrnn.bus import Address, Caller, Publisher, Subscriber, Tap, run_broker
 from stream_mmrnn.clock import WallClock, now_ns
+from stream_mmrnn.disk import part
 from stream_mmrnn.errors import SessionError, SourceError, StreamError, WireError
 from stream_mmrnn.repeats import Repeats
 from stream_mmrnn.types import Envelope
@@ -474,14 +475,14 @@ def engine(context: Context) -> None:
     publisher.close()
 
 
-def part(path: Path, number: int) -> Path:
-    """`x.mcap` -> `x.part2.mcap`: where a recorder goes on after a crash, so that nothing is overwritten."""
-    return path if not number else path.with_name(f"{path.stem}.part{number + 1}{path.suffix}")
+_CLOSE_S = 0.4
+"""How long what waits for the disk is still written at the end: the supervisor waits a little longer."""
 
 
 def recorder(context: Context) -> None:
-    """Everything of the session, as it comes, into a file."""
-    from stream_mmrnn.recording import Recorder
+    """Everything of the session, as it comes, into a file. Reading the bus never waits for the disk."""
+    from stream_mmrnn.recording import Recorder, Recording
+    from stream_mmrnn.spool import Spool
 
     settings = context.settings
     publisher = Publisher(context.address, settings.bus.queue)
@@ -491,10 +492,15 @@ def recorder(context: Context) -> None:
     reporter = Reporter(context, publisher)
     if not context.alive():
         return  # told to end before it began: no file is better than an empty one
+    path, wall_offset_ns = Path(settings.record.path), None
+    if context.restarts:
+        with contextlib.suppress(StreamError):  # one that died at once has left no head
+            wall_offset_ns = int(Recording(path).metadata["wall_offset_ns"])
     file = Recorder(
-        part(Path(settings.record.path), context.restarts),
+        part(path, context.restarts),
         settings.session.name,
         {
+            "part": str(context.restarts + 1),
             "raw": str(settings.record.raw).lower(),
             "slots": str(settings.engine.slots),
             "model": settings.engine.model,
@@ -503,7 +509,14 @@ def recorder(context: Context) -> None:
             "platform": sys.platform,
         },
         settings.record.chunk_ms,
+        wall_offset_ns,
+    )
+    spool = Spool(
+        file,
+        int(settings.record.queue_mb * 1e6),
+        settings.record.policy,
         settings.record.fsync_ms,
+        later_part=context.restarts > 0,
     )
     statuses: dict[str, Any] = {}
     # an engine that went on after a crash says again what is in the file already
@@ -519,30 +532,29 @@ def recorder(context: Context) -> None:
 
     wall = WallClock()
     reporter.counts = lambda: {
+        **spool.counts,
         "wall_steps": wall.steps,
         "repeated": sum(r.count for r in repeats.values()),
-        "messages": file.messages,
-        "bytes": file.bytes,
-        "refused": file.unwritable,
-        "lost": sum(n for t, n in subscriber.gaps.lost.items() if not t.startswith(topics.STATUS)),
     }
-    reporter.detail = lambda: {"path": str(file.path), "messages": file.counts}
+    reporter.detail = lambda: {"path": str(file.path), "messages": file.counts.copy()}
     if _hear_clock(context, subscriber) is not None:
         reporter.say("ready")
     context.ready.set()
     opened = context.restarts > 0
-    how = "the recorder was ended before the session"
+    how, trouble = "the recorder was ended before the session", ""
     while context.alive():
         envelope = subscriber.receive(50)
         at_ns = now_ns()
-        file.keep(at_ns)
         if step_ns := wall.look(at_ns):
-            file.note_wall_step(at_ns, step_ns)
+            spool.note_wall_step(at_ns, step_ns)
             reporter.say(
                 "ready",
                 f"the wall clock was set by {step_ns / 1e9:+.3f} s; the recording's dates count on from its beginning",
             )
         reporter.keep()
+        if trouble != spool.trouble:
+            trouble = spool.trouble
+            reporter.say("ready", trouble)
         if envelope is None:
             continue
         if envelope.topic.startswith(topics.STATUS):
@@ -553,17 +565,18 @@ def recorder(context: Context) -> None:
             break
         elif envelope.session in (file.session, topics.EVERYONE):
             opened = opened or envelope.topic == topics.SESSION
-            if opened and not again(envelope):
-                file.write(envelope)
-    lost = {t: n for t, n in subscriber.gaps.lost.items() if n and not t.startswith(topics.STATUS)}
-    file.close(
-        {
-            "ended": how,
-            "lost": msgspec.json.encode(lost).decode(),
-            "repeated": msgspec.json.encode({t: r.count for t, r in repeats.items() if r.count}).decode(),
-            "statuses": msgspec.json.encode(statuses).decode(),
-        }
-    )
+            while opened and not again(envelope):
+                if spool.put(envelope) or not context.alive():
+                    break
+                reporter.keep()
+                time.sleep(0.005)
+    end = {
+        "ended": how,
+        "repeated": msgspec.json.encode({t: r.count for t, r in repeats.items() if r.count}).decode(),
+        "statuses": msgspec.json.encode(statuses).decode(),
+    }
+    if not spool.close(end, _CLOSE_S):
+        reporter.say("ready", f"{file.path.name} has no end, because the disk did not take it")
     reporter.say("closed")
     subscriber.close()
     publisher.close()

@@ -75,7 +75,7 @@ def write(path: Path, envelopes: list[Envelope], close: bool = True) -> Path:
         recorder.close({"ended": "clean", "lost": "{}"})
     else:
         recorder.sync()
-        recorder._file.close()
+        recorder._disk.close()
     return path
 
 
