@@ -21,6 +21,10 @@ from stream_mmrnn import config, topics
 from stream_mmrnn.types import Envelope, FloatArray, ModalitySpec, Stamps, Tick
 
 _MAX_PENDING = 1024
+_MAX_PER_TICK = 4096
+"""Samples of one stream that wait for one tick."""
+_MAX_JUMP_NS = 600_000_000_000
+"""Ten minutes: a clock that leaps further needs a second message that agrees, and the ticks in between are not made."""
 _NEVER = -(2**62)
 _FLOAT32 = np.dtype(np.float32)
 _isfinite, _add, _divide = np.isfinite, np.add, np.divide
@@ -189,8 +193,8 @@ class _Session:
     """
 
     __slots__ = (
-        "bounds", "by_topic", "clock_ns", "closed", "due_ns", "end_ns", "expected", "name", "soonest_ns", "streams",
-        "unsettled",
+        "bounds", "by_topic", "clock_ns", "closed", "due_ns", "end_ns", "expected", "leapt_ns", "name", "soonest_ns",
+        "streams", "unsettled",
     )  # fmt: skip
 
     def __init__(self, name: str, streams: list[_Stream], closed: int, tick_ns: int, clock_ns: int) -> None:
@@ -199,6 +203,8 @@ class _Session:
         self.by_topic = {topics.feature(s.name): s for s in streams}
         self.clock_ns = clock_ns
         """What the session has heard of the clock. Not shared: what came before it opened is not in its recording."""
+        self.leapt_ns = _NEVER
+        """The last clock that was too far ahead to be believed at once."""
         self.soonest_ns = min(s.lateness_ns for s in streams)
         """No clock closes a tick before it is this far past the tick's end."""
         self.closed = closed
@@ -219,6 +225,17 @@ class _Session:
         """A gap may be given up, or what is expected has changed: any message may close a tick."""
         self.unsettled = True
         self.until(self.end_ns)
+
+    def skip_to(self, index: int, tick_ns: int) -> None:
+        """Make no tick up to this one; what waits for one of them goes into the next."""
+        if index <= self.closed:
+            return
+        self.closed = index
+        self.until((index + 1) * tick_ns)
+        for stream in self.streams:
+            waiting = [held for k in sorted(stream.open) if k <= index for held in stream.open.pop(k)]
+            if waiting:
+                stream.open[index + 1] = waiting + stream.open.get(index + 1, [])
 
     def until(self, end_ns: int) -> None:
         """The next tick to close ends at `end_ns`."""
@@ -265,7 +282,7 @@ class Aligner:
         self.tick_ns = tick_ns
         self.counts = {m.name: StreamCounts() for m in modalities}
         self.malformed = 0
-        """Session messages that could not be read."""
+        """Session messages that could not be read, and clocks that leapt."""
         self.misfits: dict[str, str] = {}
         """By modality, why its first quarantined message was."""
         self._specs = {m.name: m for m in modalities}
@@ -313,7 +330,9 @@ class Aligner:
         """End a session: the ticks up to `event_ns` close with what they have."""
         if session not in self._sessions:
             return []
-        ticks = self._close_until(self._sessions[session], event_ns // self.tick_ns, closed)
+        its_session = self._sessions[session]
+        until_ns = min(event_ns, its_session.clock_ns + _MAX_JUMP_NS)
+        ticks = self._close_until(its_session, until_ns // self.tick_ns, closed)
         self._discard(session)
         return ticks
 
@@ -328,6 +347,8 @@ class Aligner:
             ticks: list[Tick] = []
             for session in self._sessions.values():
                 if event_ns > session.clock_ns:
+                    if event_ns - session.clock_ns > _MAX_JUMP_NS and not self._leap(session, event_ns):
+                        continue
                     session.clock_ns = event_ns
                 if session.clock_ns >= session.due_ns:
                     ticks += self._advance(session, envelope)
@@ -351,6 +372,19 @@ class Aligner:
         ):
             return self._advance(its_session, envelope)
         return []
+
+    def _leap(self, session: _Session, event_ns: int) -> bool:
+        """Whether a clock that is far ahead of a session's is to be believed: the second in a row is.
+
+        A machine may have stood still for an hour; a number out of nowhere must not make a million ticks.
+        """
+        believed = 0 <= event_ns - session.leapt_ns <= self._max_ahead_ns
+        session.leapt_ns = event_ns
+        if believed:
+            session.skip_to((event_ns - _MAX_JUMP_NS) // self.tick_ns, self.tick_ns)
+        else:
+            self.malformed += 1
+        return believed
 
     def _take(self, session: _Session, stream: _Stream, envelope: Envelope, event_ns: int) -> bool:
         """Put a feature vector where it belongs; False if it is not in any tick."""
@@ -396,6 +430,10 @@ class Aligner:
         samples = stream.open.get(index)
         if samples is None:
             stream.open[index] = [(event_ns, seq, payload)]
+        elif len(samples) >= _MAX_PER_TICK:
+            counts.quarantined += 1
+            self.misfits.setdefault(stream.name, f"more than {_MAX_PER_TICK} samples came for one tick")
+            return False
         else:
             samples.append((event_ns, seq, payload))
             if event_ns <= samples[-2][0]:

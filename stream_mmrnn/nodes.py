@@ -23,7 +23,7 @@ import msgspec
 
 from stream_mmrnn import config, topics, wire
 from stream_mmrnn.bus import Address, Publisher, Subscriber, run_broker
-from stream_mmrnn.clock import now_ns
+from stream_mmrnn.clock import Sparingly, now_ns
 from stream_mmrnn.errors import SessionError, SourceError, StreamError, WireError
 from stream_mmrnn.types import Envelope
 
@@ -32,6 +32,8 @@ _UNHURRIED = ("recorder", "dashboard")
 """What may come later: files and pages."""
 _PREWARM_PERIOD_NS = 200_000_000
 """What comes less often than this is not expected at a time that could be named."""
+_MAX_NODES = 64
+"""Processes whose last status a recording keeps."""
 
 
 class Context:
@@ -233,6 +235,7 @@ def engine(context: Context) -> None:
     subscriber = Subscriber(context.address, [topics.FEATURE, topics.CLOCK, topics.SESSION], settings.bus.queue)
     reporter = Reporter(context, publisher)
     counts = {"ticks": 0, "predictions": 0, "refused": 0}
+    sparingly = Sparingly()
     prewarmer = Prewarmer(step_engine.prewarm, spec.tick_ns)
     contract = {
         "name": spec.name,
@@ -266,7 +269,8 @@ def engine(context: Context) -> None:
 
     def refused(session: str, error: SessionError) -> None:
         counts["refused"] += 1
-        reporter.say("ready", f"session {session!r} was refused: {error}")
+        if sparingly("refused", now_ns()):
+            reporter.say("ready", f"session {session!r} was refused: {error}")
 
     def messages() -> Iterator[Envelope]:
         told = 0
@@ -281,8 +285,12 @@ def engine(context: Context) -> None:
                 told = len(aligner.misfits)
                 name, why = list(aligner.misfits.items())[-1]
                 reporter.say("ready", f"{name} is quarantined, {why}")
-            if envelope.topic == topics.SESSION and not len(step_engine):
-                reporter.say("closed")
+            if envelope.topic == topics.SESSION:
+                if envelope.session not in step_engine:
+                    subscriber.gaps.end(envelope.session)
+                    publisher.end(envelope.session)
+                if not len(step_engine):
+                    reporter.say("closed")
             reporter.keep()
 
     more = subscriber.waiting if settings.engine.slots > 1 else None
@@ -345,6 +353,7 @@ def recorder(context: Context) -> None:
         "messages": file.messages,
         "bytes": file.bytes,
         "refused": file.unwritable,
+        "garbage": subscriber.garbage,
         "lost": sum(n for t, n in subscriber.gaps.lost.items() if not t.startswith(topics.STATUS)),
     }
     reporter.detail = lambda: {"path": str(file.path), "messages": file.counts}
@@ -361,6 +370,8 @@ def recorder(context: Context) -> None:
             continue
         if envelope.topic.startswith(topics.STATUS):
             with contextlib.suppress(WireError):
+                if envelope.topic not in statuses and len(statuses) >= _MAX_NODES:
+                    continue
                 statuses[envelope.topic] = wire.unpack(envelope.payload, wire.StatusMessage)
         elif envelope.topic == topics.CONTROL:
             how = "clean"

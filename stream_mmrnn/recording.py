@@ -9,6 +9,7 @@ Knows nothing about sockets or models.
 from __future__ import annotations
 
 import os
+import re
 import struct
 import zlib
 from collections.abc import Collection, Iterator, Mapping
@@ -47,6 +48,10 @@ METADATA = "stream_mmrnn"
 METADATA_END = "stream_mmrnn.end"
 FORMAT = "1"
 _MAX_RECORD_BYTES = 256 * 2**20
+_MAX_CHUNK_BYTES = 64 * 2**20
+"""Of the records of one chunk: ours close at 1 MiB, and the longest message adds 16."""
+_MAX_CHANNELS = 1024
+"""A channel is a topic and who made it. Our own sessions have some twenty."""
 
 _MAGIC = b"\x89MCAP0\r\n"
 _OURS = (Opcode.CHUNK, Opcode.METADATA)
@@ -57,6 +62,7 @@ _UNREADABLE = (
     KeyError,
     ValueError,
     OverflowError,
+    RecursionError,
     McapError,
     zstandard.ZstdError,
     msgspec.MsgspecError,
@@ -81,6 +87,14 @@ class _Channel(NamedTuple):
 
 def _stream(data: bytes) -> ReadDataStream:
     return ReadDataStream(BytesIO(data))
+
+
+def _stamp(text: str) -> int:
+    """A time in the metadata; ValueError where it is none that a clock could show."""
+    value = int(text)
+    if abs(value) >= 2**62:
+        raise ValueError(f"{text[:32]!r} is no time")
+    return value
 
 
 class Recorder:
@@ -153,6 +167,8 @@ class Recorder:
     def _channel(self, envelope: Envelope) -> int:
         key = (envelope.topic, envelope.origin)
         if key not in self._channels:
+            if len(self._channels) >= _MAX_CHANNELS:
+                raise WireError(f"a file has at most {_MAX_CHANNELS} channels")
             self._channels[key] = self._writer.register_channel(
                 envelope.topic,
                 "json" if envelope.topic in JSON_KINDS else "protobuf",
@@ -200,12 +216,13 @@ class Recorder:
             if not 0 <= publish_ns < 2**63:
                 raise WireError(f"publish_ns {envelope.publish_ns} is no time that a file can hold")
             data = self._data(envelope)
-        except (WireError, OverflowError, struct.error, TypeError, msgspec.MsgspecError):
+            channel = self._channel(envelope)
+        except (WireError, OverflowError, struct.error, TypeError, RecursionError, msgspec.MsgspecError):
             self.unwritable += 1
             return
         received_ns = envelope.received_ns or now_ns()
         self._last_log_ns = max(self._last_log_ns, received_ns + self._offset_ns)
-        self._writer.add_message(self._channel(envelope), self._last_log_ns, data, publish_ns, envelope.seq)
+        self._writer.add_message(channel, self._last_log_ns, data, publish_ns, envelope.seq)
         self.messages += 1
         self.counts[envelope.topic] = self.counts.get(envelope.topic, 0) + 1
 
@@ -256,8 +273,10 @@ class Recording:
         try:
             self.metadata = self._head()
             self.session = self.metadata["session"]
-            self._offset_ns = int(self.metadata["wall_offset_ns"])
-            self.started_unix_ns = int(self.metadata["started_ns"]) + self._offset_ns
+            if not re.match(topics.SESSION_NAME, self.session):
+                raise ValueError("its session has no name that a session may have")
+            self._offset_ns = _stamp(self.metadata["wall_offset_ns"])
+            self.started_unix_ns = _stamp(self.metadata["started_ns"]) + self._offset_ns
         except _UNREADABLE as e:
             raise FileError(f"{path} has a damaged head ({type(e).__name__}); nothing can be read from it") from e
         self._raw_decoders: dict[int, Any] = {}
@@ -343,15 +362,18 @@ class Recording:
         compression = chunk[_CHUNK.size : at].decode()
         (length,) = _LENGTH.unpack_from(chunk, at)
         at += _LENGTH.size
-        if size > _MAX_RECORD_BYTES:
+        if size > _MAX_CHUNK_BYTES:
             raise RecordingError(f"it says that it holds {size} bytes")
         if at + length > len(chunk):
             raise RecordingError("its records are longer than it is")
         records = memoryview(chunk)[at : at + length]
         if compression == "zstd":
+            # the library gives as much memory as the frame asks for, whatever limit it is told
+            if zstandard.frame_content_size(records) not in (size, -1):
+                raise RecordingError("its size is not what it says")
             data = self._zstd.decompress(records, max_output_size=size)
         elif compression:
-            raise RecordingError(f"compression {compression!r} is not one that this program writes")
+            raise RecordingError(f"compression {compression[:16]!r} is not one that this program writes")
         else:
             data = bytes(records)
         if checksum and zlib.crc32(data) != checksum:
@@ -428,19 +450,18 @@ class Recording:
     def _foxglove_payload(self, topic: str, schema: Schema, body: bytes) -> tuple[int, Any]:
         from mcap_protobuf.decoder import DecoderFactory
 
-        if schema.id not in self._raw_decoders:
-            self._raw_decoders[schema.id] = DecoderFactory().decoder_for("protobuf", schema)
         try:
+            if schema.id not in self._raw_decoders:
+                self._raw_decoders[schema.id] = DecoderFactory().decoder_for("protobuf", schema)
             message = self._raw_decoders[schema.id](body)
-        except Exception as e:  # protobuf's errors share no base that its stubs name
-            raise RecordingError(f"a message on {topic} is no {schema.name}") from e
-        event_ns = message.timestamp.seconds * 1_000_000_000 + message.timestamp.nanos - self._offset_ns
-        kind = topics.kind_of(topic)
-        if kind == "audio":
-            return event_ns, np.frombuffer(message.data, "<i2")
-        if kind == "text" or topic == topics.LABEL:
-            return event_ns, message.message.encode()
-        return event_ns, message.data
+            payload = message.message.encode() if hasattr(message, "message") else bytes(message.data)
+            event_ns = int(message.timestamp.seconds * 1_000_000_000 + message.timestamp.nanos)
+        except Exception as e:  # schema and message come from outside; protobuf's errors share no base
+            raise RecordingError(f"a message on {topic} is no {schema.name[:64]}") from e
+        event_ns -= self._offset_ns
+        if topics.kind_of(topic) == "audio":
+            return event_ns, np.frombuffer(payload, "<i2")
+        return event_ns, payload
 
     def predictions(self) -> Iterator[wire.PredictionMessage]:
         for envelope in self.envelopes({topics.PREDICTION}):

@@ -81,7 +81,7 @@ class Comparison:
         self.recorded += 1
         try:
             then = _then.decode(payload)
-        except msgspec.MsgspecError as e:
+        except (msgspec.MsgspecError, TypeError, ValueError, RecursionError) as e:
             self.missing += 1
             self._note(f"a recorded prediction cannot be read: {e}")
             return
@@ -144,7 +144,7 @@ def settings_of(recording: Recording) -> config.Settings:
     """The configuration that the recording was made with."""
     try:
         return config.recorded(json.loads(recording.metadata["config"]))
-    except (KeyError, ValueError, AttributeError, ConfigError) as e:
+    except (KeyError, ValueError, AttributeError, RecursionError, ConfigError) as e:
         raise FileError(f"{recording.path} holds no configuration that this release can read: {e}") from e
 
 
@@ -244,6 +244,11 @@ def info(path: Path) -> dict[str, Any]:
         del channel["_next"]
         channel["rate_hz"] = round(channel["messages"] / ((last_ns - first_ns) / 1e9), 2) if last_ns > first_ns else 0.0
     m = recording.metadata
+    try:
+        lost = msgspec.json.decode(recording.end.get("lost", "{}"), type=dict[str, int])
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        lost = {}
+        recording.damage = recording.damage or f"{path.name} has a damaged end: what it lost cannot be read"
     return {
         "recording": str(path),
         "bytes": path.stat().st_size,
@@ -253,7 +258,7 @@ def info(path: Path) -> dict[str, Any]:
         "model": {"name": m.get("model", ""), "sha256": m.get("model_sha256", "")},
         "raw": m.get("raw") == "true",
         "channels": dict(sorted(channels.items())),
-        "lost": msgspec.json.decode(recording.end.get("lost", "{}")),
+        "lost": lost,
         "ended": recording.end.get("ended", "not finished"),
         "whole": not recording.damage and bool(recording.end),
         "damage": recording.damage,
