@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -77,7 +78,7 @@ class _Named(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The file beside a graph that states nothing."""
 
     name: str
-    tick_ms: float
+    tick_ms: Annotated[float, msgspec.Meta(gt=0, le=_MAX_TICK_NS / 1e6)]
     modalities: tuple[_NamedModality, ...]
     heads: tuple[_NamedHead, ...]
     states: tuple[StateWires, ...]

@@ -167,6 +167,8 @@ class Recorder:
     def _channel(self, envelope: Envelope) -> int:
         key = (envelope.topic, envelope.origin)
         if key not in self._channels:
+            if envelope.topic not in topics.TOPICS or not topics.TOPICS[envelope.topic].recorded:
+                raise WireError(f"{envelope.topic} is not recorded")
             if len(self._channels) >= _MAX_CHANNELS:
                 raise WireError(f"a file has at most {_MAX_CHANNELS} channels")
             self._channels[key] = self._writer.register_channel(
@@ -196,6 +198,8 @@ class Recorder:
         if kind == "vision":
             message = self._foxglove.CompressedImage(timestamp=stamp, frame_id="camera", data=body, format="jpeg")
         elif kind == "audio":
+            if len(body) % 2 or not (isinstance(payload, bytes) or payload.dtype == np.int16):
+                raise WireError(f"{topic} is sound in 16 bits")
             message = self._foxglove.RawAudio(
                 timestamp=stamp, data=body, format="pcm-s16", sample_rate=topics.AUDIO_RATE_HZ, number_of_channels=1
             )
@@ -215,8 +219,8 @@ class Recorder:
         try:
             if not 0 <= publish_ns < 2**63:
                 raise WireError(f"publish_ns {envelope.publish_ns} is no time that a file can hold")
-            data = self._data(envelope)
             channel = self._channel(envelope)
+            data = self._data(envelope)
         except (WireError, OverflowError, struct.error, TypeError, RecursionError, msgspec.MsgspecError):
             self.unwritable += 1
             return

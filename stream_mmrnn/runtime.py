@@ -38,7 +38,7 @@ _NUMPY: dict[str, np.dtype[Any]] = {
 _MAX_FILE_BYTES = 2**31 - 1
 _CUDA = "CUDAExecutionProvider"
 
-ort.set_default_logger_severity(3)
+ort.set_default_logger_severity(4)  # what goes wrong is raised, and a bad file shall fill no log
 
 
 def _gpu_in_sight() -> bool:

@@ -36,6 +36,8 @@ _MAX_COUNTS = 64
 _MAX_LOSSES = 32
 _MAX_LATENCIES = 4096
 _MAX_JSON_BYTES = 256 * 1024
+_LONGEST_NS = 2**61
+"""Of a stage: what two stamps from outside are apart need not fit 64 bits."""
 _LATENCY_EVERY_NS = 250_000_000
 """Percentiles are worked out anew at most this often."""
 _LOST_WORDS = ("dropped", "lost", "refused", "garbage", "overflow", "rejected", "undecodable")
@@ -178,7 +180,7 @@ class _Latencies:
 
     def add(self, at_ns: int, took: dict[str, int]) -> None:
         i = self._next % _MAX_LATENCIES
-        self._rows[i] = [took[s] for s in STAGES]
+        self._rows[i] = [max(-_LONGEST_NS, min(took[s], _LONGEST_NS)) for s in STAGES]
         self._at[i] = at_ns
         self._next += 1
 
