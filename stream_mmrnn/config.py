@@ -6,6 +6,7 @@ Strict: an unknown key is an error that names the nearest one that exists. Knows
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -113,6 +114,19 @@ class Engine(_Section, frozen=True):
     """Run the graph (and the sound's encoder) on nobody's data just before it is due, so that caches are warm."""
 
 
+class State(_Section, frozen=True):
+    """What is kept of sessions on disk, so that they can go on after a pause, a crash or on another engine."""
+
+    folder: str = ""
+    """"" is a folder of this user's own: `state_folder`."""
+    ttl_s: _Positive = 86_400.0
+    """How long a state waits for its session to come back."""
+    idle_s: _Positive = 300.0
+    """A session without a tick for so long gives its slot to others; a resume token brings it back."""
+    snapshot_every: Annotated[int, msgspec.Meta(ge=0)] = 25
+    """Ticks of a session from one snapshot to the next; 0: none but on leaving."""
+
+
 class Record(_Section, frozen=True):
     path: str = ""
     """"" records nothing."""
@@ -173,6 +187,7 @@ class Settings(_Section, frozen=True):
     synthetic: Synthetic = Synthetic()
     align: Align = Align()
     engine: Engine = Engine()
+    state: State = State()
     record: Record = Record()
     bus: Bus = Bus()
     queues: Queues = Queues()
@@ -282,6 +297,14 @@ def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Settings
             raise ConfigError(f"`{section}` has a wrong value: expected a table, got {table[section]!r}")
         table[section][key] = value
     return parse(table)
+
+
+def state_folder(settings: State) -> Path:
+    """Where states are kept: as asked, or where this user's programs keep theirs."""
+    if settings.folder:
+        return Path(settings.folder).expanduser()
+    home = os.environ.get("XDG_STATE_HOME", "")
+    return (Path(home) if Path(home).is_absolute() else Path.home() / ".local" / "state") / "stream-mmrnn"
 
 
 def models_folder() -> Path:

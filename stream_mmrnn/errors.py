@@ -10,6 +10,7 @@
     ├── SourceError             a device or stream that is not there (yet): the session goes on
     ├── WireError               bytes from outside that are not a message: counted and dropped
     ├── RecordingError          a recording that is damaged or incomplete: exit code 3
+    ├── SnapshotError           a session's state that cannot be kept, or is damaged: exit code 3
     ├── ProcessError            a process of ours that did not start or died
     └── SessionError            what a session asked for cannot be done now
         ├── Busy                no free slot: exit code 4
@@ -59,6 +60,10 @@ class WireError(StreamError):
 
 
 class RecordingError(StreamError):
+    exit_code = 3
+
+
+class SnapshotError(StreamError):
     exit_code = 3
 
 
