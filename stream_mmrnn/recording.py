@@ -219,9 +219,9 @@ class Recorder:
         try:
             if not 0 <= publish_ns < 2**63:
                 raise WireError(f"publish_ns {envelope.publish_ns} is no time that a file can hold")
-            channel = self._channel(envelope)
             data = self._data(envelope)
-        except (WireError, OverflowError, struct.error, TypeError, RecursionError, msgspec.MsgspecError):
+            channel = self._channel(envelope)
+        except (WireError, OverflowError, struct.error, TypeError, KeyError, RecursionError, msgspec.MsgspecError):
             self.unwritable += 1
             return
         received_ns = envelope.received_ns or now_ns()

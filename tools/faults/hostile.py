@@ -11,6 +11,7 @@ The caps, each where it is held:
     recording   records of 256 MiB, chunks of 64 MiB unpacked, as many bytes as they say; written: 1,024 channels
     model       2 GiB, graphs 8 deep, no weights in other files, no operators of other libraries, rows of 4 Mi numbers,
                 256 modalities or heads, ticks of a minute
+    snapshot    64 MiB, a header of 1 MiB, sealed by a sha256, in a folder of this user's own
     settings    files of 1 MiB; every number has its range
     page        64 connections, 16 streams of events, 5 s between requests, 64 processes, 8 heads of 32 numbers
     supervisor  a sentence a second of each process, 500 printable characters
@@ -27,21 +28,28 @@ from tools.hostile import watch
 
 TITLE = "Hostile input"
 NOT_PROMISED = (
-    "A peer who is let in (the same user on this machine, or one with a key) can say what it likes in the name of any "
-    "process: it can confuse a session, end it or fill its queues. It crashes no process and hangs none.",
-    "How many frames a message may have is ZeroMQ's to limit, and it does not: a peer who is let in can make a reader "
-    "hold one message of many small frames, up to the memory that ZeroMQ takes for it.",
-    "A model file is a program. Our own checks refuse what is malformed, and onnxruntime refuses most of the rest, but "
-    "one that asks for more memory or time than there is gets it: serve models that you trust.",
+    (
+        "A peer who is let in (the same user on this machine, or one with a key) can say what it likes in the name of "
+        "any process: it can confuse a session, end it or fill its queues. It crashes no process and hangs none."
+    ),
+    (
+        "How many frames a message may have is ZeroMQ's to limit, and it does not: a peer who is let in can make a "
+        "reader hold one message of many small frames, up to the memory that ZeroMQ takes for it."
+    ),
+    (
+        "A model file is a program. Our own checks refuse what is malformed, and onnxruntime refuses most of the rest, "
+        "but one that asks for more memory or time than there is gets it: serve models that you trust."
+    ),
 )
 
 FULL = {
     "wire": 12_000, "json": 8_000, "bus": 6_000, "tcp": 3_000, "pipe": 2_000, "zmq": 2_000, "recordings": 4_000,
-    "models": 6_000, "contracts": 2_000, "settings": 2_000, "readers": 4_000, "page": 1_000, "names": 1_000,
+    "models": 6_000, "contracts": 2_000, "snapshots": 2_000, "settings": 2_000, "readers": 4_000, "page": 1_000,
+    "names": 1_000,
 }  # fmt: skip
 QUICK = {
     "wire": 1_000, "json": 1_000, "bus": 600, "tcp": 300, "pipe": 150, "zmq": 150, "recordings": 200, "models": 400,
-    "contracts": 100, "settings": 150, "readers": 400, "page": 50, "names": 200,
+    "contracts": 100, "snapshots": 200, "settings": 150, "readers": 400, "page": 50, "names": 200,
 }  # fmt: skip
 
 _MODULES = frozenset({"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "yaml"})

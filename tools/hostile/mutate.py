@@ -1,4 +1,7 @@
-"""Make bad bytes of good ones: flips, cuts, splices, protobuf and JSON with one thing wrong. Seeded; knows no format's use."""
+"""Make bad bytes of good ones: flips, cuts, splices, protobuf and JSON with one thing wrong.
+
+Seeded. Knows nothing about who reads them.
+"""
 
 from __future__ import annotations
 

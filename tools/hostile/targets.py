@@ -10,6 +10,7 @@ import os
 import socket
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +36,7 @@ from stream_mmrnn.live import Session
 from stream_mmrnn.pipeline import predict
 from stream_mmrnn.recording import Recorder, Recording
 from stream_mmrnn.replay import info, settings_of
+from stream_mmrnn.snapshots import Snapshot, StateStore, from_bytes, to_bytes
 from stream_mmrnn.sources import text
 from stream_mmrnn.types import Envelope, Stamps
 from stream_mmrnn.view import render, summary_table
@@ -614,6 +616,45 @@ def bad_toml(good: str, rng: Random) -> bytes:
     return (good[:at] + " " + rng.choice(NASTY_TOML) + good[end:]).encode("utf-8", "surrogatepass")
 
 
+class Snapshots:
+    """Snapshots of states: read whole or not at all, and put into an engine only where they fit."""
+
+    def __init__(self, folder: Path) -> None:
+        self._engine = StepEngine(_write_model(folder), 1)
+        self._engine.open("a")
+        state = {s.name: np.zeros(s.shape, np.float32) for s in self._engine.spec.states}
+        extra: dict[str, bytes | str] = {"token": "t", "clock": b"123"}
+        self._good = to_bytes(Snapshot("a", self._engine.spec.sha256, 3, state, extra))
+        self._store = StateStore(folder / "states", 3600)
+        self._path = self._store.save(from_bytes(self._good), time.time_ns())
+
+    def case(self, rng: Random, number: int) -> None:
+        size = int.from_bytes(self._good[:8], "little")
+        header, body = self._good[8 : 8 + size], self._good[8 + size :]
+        kind = rng.randrange(4)
+        if kind == 0:
+            raw = mutate.flipped(self._good, rng)
+        elif kind == 1:
+            raw = (rng.choice(mutate.NASTY_NUMBERS) % 2**64).to_bytes(8, "little") + header + body
+        elif kind == 2:
+            header = mutate.json(header, rng)
+            raw = len(header).to_bytes(8, "little") + header + body
+        else:  # by one who knows how it is sealed
+            state: dict[str, Any] = dict(from_bytes(self._good).state)
+            shape = rng.choice(((8,), (0,), (2, 4), (1000,), ()))
+            kind_of = rng.choice(("<f4", "<f8", "|u1", "?", "<i8"))
+            state[rng.choice((*state, "x", "", "../x"))] = np.zeros(shape, kind_of)
+            session, tick = rng.choice(("a", "a", "b", "../a", "x" * 300, "\n")), rng.choice((0, -1, 2**62))
+            raw = to_bytes(Snapshot(session, "0", tick, state, {"e": rng.randbytes(9)}))
+        self._path.write_bytes(raw)
+        found = self._store.load("a", time.time_ns())
+        if found is not None:
+            self._engine.arena.restore("a", dict(found.state))
+
+    def close(self) -> dict[str, int]:
+        return {}
+
+
 class Contracts:
     """A contract by names, beside a graph that states none."""
 
@@ -784,8 +825,10 @@ class Page:
             f"{method} {path} HTTP/{rng.choice(('1.1', '1.0', '0.9', '2.0', '9' * 9))}",
             f"Host: 127.0.0.1:{self._port}",
         ]
-        extra = ("Content-Length: 5", "Content-Length: -1", "Content-Length: 9" + "9" * 30, "Transfer-Encoding: chunked",
-                 "Host: evil.example", "Upgrade: websocket", "X: " + "y" * 70_000, ":", " folded", "Range: bytes=0-")  # fmt: skip
+        extra = (
+            "Content-Length: 5", "Content-Length: -1", "Content-Length: " + "9" * 30, "Transfer-Encoding: chunked",
+            "Host: evil.example", "Upgrade: websocket", "X: " + "y" * 70_000, ":", " folded", "Range: bytes=0-",
+        )  # fmt: skip
         lines += rng.sample(extra, rng.randrange(4)) + ["A: b"] * rng.choice((0, 0, 200))
         data = "\r\n".join(lines).encode() + b"\r\n\r\n"
         return mutate.flipped(data, rng, 4) if rng.randrange(2) else data
@@ -876,6 +919,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "recordings": Recordings,
     "models": Models,
     "contracts": Contracts,
+    "snapshots": Snapshots,
     "settings": Toml,
     "readers": Readers,
     "page": Page,

@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 from tools.faults.promise import Say
 
+MODULE = "tools.hostile"
+"""What the child executes."""
 HANG_S = 30.0
 """A case that takes longer is a hang. The machine may stand still for a while: a second look follows."""
 
@@ -74,9 +76,9 @@ def _part(target: str, first: int, count: int) -> tuple[Outcome, int]:
         folder = Path(name)
         progress, output, said = folder / "progress", folder / "output", folder / "outcome"
         progress.write_bytes(first.to_bytes(8, "little"))
-        command = [sys.executable, "-m", "tools.hostile", target, str(first), str(count), str(folder)]
+        command = [sys.executable, "-m", MODULE, target, str(first), str(count), str(folder)]
         with output.open("wb") as out, progress.open("r+b") as file, mmap.mmap(file.fileno(), 8) as seen:
-            child = subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
+            child = subprocess.Popen(command, env=_environment(), stdout=out, stderr=out, stdin=subprocess.DEVNULL)
             hung = _wait(child, seen)
             at = int.from_bytes(seen[:8], "little")
         lines = output.read_bytes().splitlines()
@@ -88,6 +90,11 @@ def _part(target: str, first: int, count: int) -> tuple[Outcome, int]:
         return Outcome(
             at - first + 1, 0, [], [] if hung else bad, bad if hung else [], len(lines), 0.0, 0.0, {}
         ), at + 1
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with our search path: a child finds the modules that we find."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
 
 
 def _wait(child: subprocess.Popen[bytes], seen: mmap.mmap) -> bool:
