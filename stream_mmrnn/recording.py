@@ -8,23 +8,25 @@ Knows nothing about sockets or models.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import struct
+import tempfile
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import msgspec
 import numpy as np
 import zstandard
-from mcap.data_stream import ReadDataStream
+from mcap.data_stream import ReadDataStream, RecordBuilder
 from mcap.exceptions import McapError
 from mcap.opcode import Opcode
-from mcap.records import Channel, Metadata, Schema
+from mcap.records import Channel, ChunkIndex, Metadata, Schema
 from mcap.writer import CompressionType, IndexType, Writer
 
 from stream_mmrnn import topics, wire
@@ -50,6 +52,7 @@ FORMAT = "1"
 _MAX_RECORD_BYTES = 256 * 2**20
 _MAX_CHUNK_BYTES = 64 * 2**20
 """Of the records of one chunk: ours close at 1 MiB, and the longest message adds 16."""
+_INDEXES_AT_ONCE = 256
 _MAX_CHANNELS = 1024
 """A channel is a topic and who made it. Our own sessions have some twenty."""
 
@@ -87,6 +90,52 @@ class _Channel(NamedTuple):
 
 def _stream(data: bytes) -> ReadDataStream:
     return ReadDataStream(BytesIO(data))
+
+
+class _Indexes:
+    """The writer's index of chunks, on the disk until the file's end: in memory an hour of it is 20 MB.
+
+    The writer appends to it and goes through it once. What the disk does not take stays in memory.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._waiting: list[bytes] = []
+        self._kept = 0
+        """Bytes that are in the file, whole records all."""
+
+    def append(self, index: ChunkIndex) -> None:
+        builder = RecordBuilder()
+        index.write(builder)
+        self._waiting.append(builder.end())  # type: ignore[no-untyped-call]
+        if len(self._waiting) >= _INDEXES_AT_ONCE:
+            piece = b"".join(self._waiting)
+            with contextlib.suppress(OSError):
+                self._file.seek(self._kept)
+                self._file.write(piece)
+                self._file.flush()
+                self._kept += len(piece)
+                self._waiting = []
+
+    def __iter__(self) -> Iterator[_Written]:
+        """In order, some together; ends with the file."""
+        self._file.seek(0)
+        for at in range(0, self._kept, 1 << 20):
+            yield _Written(self._file.read(min(1 << 20, self._kept - at)))
+        yield _Written(b"".join(self._waiting))
+        self._file.close()
+
+    def __del__(self) -> None:
+        self._file.close()
+
+
+class _Written(NamedTuple):
+    """Records as they are in a file already."""
+
+    data: bytes
+
+    def write(self, builder: RecordBuilder) -> None:
+        builder.write(self.data)
 
 
 def _stamp(text: str) -> int:
@@ -129,6 +178,9 @@ class Recorder:
         self._writer: Any = Writer(
             self._file, chunk_size=1 << 20, compression=CompressionType.ZSTD, index_types=IndexType.ALL
         )
+        with contextlib.suppress(OSError):
+            file = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115  # has no name: it goes with the process
+            cast(Any, self._writer)._Writer__chunk_indices = _Indexes(file)
         self._writer.start(profile="", library="stream_mmrnn")
         self._offset_ns = wall_offset_ns()
         self._schemas: dict[str, int] = {}
