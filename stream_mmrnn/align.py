@@ -27,7 +27,9 @@ _MAX_JUMP_NS = 600_000_000_000
 """Ten minutes: a clock that leaps further needs a second message that agrees, and the ticks in between are not made."""
 _NEVER = -(2**62)
 _FLOAT32 = np.dtype(np.float32)
-_isfinite, _add, _divide = np.isfinite, np.add, np.divide
+_absolute, _less, _add, _divide = np.absolute, np.less, np.add, np.divide
+_LARGEST = np.array(1e12, np.float32)
+"""A number beyond it is no feature. A finite one near float32's end makes a recurrent state NaN for good."""
 _COUNTS = tuple(np.array(n, np.float32) for n in range(64))
 """Divisors as arrays without an axis: numpy takes these in half the time that it takes its own scalars in."""
 
@@ -48,7 +50,7 @@ class StreamCounts(msgspec.Struct):
     """Dense, after its tick had closed: dropped."""
     duplicate: int = 0
     quarantined: int = 0
-    """A stamp too far from the clock, a wrong size, a number that is not finite, or another encoder."""
+    """A stamp too far from the clock, a wrong size, a number that is not finite or huge, or another encoder."""
     superseded: int = 0
     """A newer sample of the same tick took its place (reduction `last`, or more than `stack`)."""
     unclosed: int = 0
@@ -87,6 +89,7 @@ class _Stream:
         "reduction",
         "seen",
         "shape",
+        "size",
         "spec",
         "zeros",
     )
@@ -113,6 +116,8 @@ class _Stream:
         self.last_used_ns = _NEVER
         self.open: dict[int, list[Held]] = {}
         """Samples by tick, each tick's in event order."""
+        self.size = np.empty(self.shape, np.float32)
+        """How large each number of the last sample was."""
         self.flags = np.ones(self.shape, np.bool_)
         self.all_true = self.flags.tobytes()
 
@@ -396,7 +401,7 @@ class Aligner:
             or payload.dtype != _FLOAT32
             or payload.shape != stream.shape
             # not all(): comparing the flags as bytes takes a quarter of that
-            or _isfinite(payload, stream.flags).tobytes() != stream.all_true
+            or _less(_absolute(payload, stream.size), _LARGEST, stream.flags).tobytes() != stream.all_true
             or (stream.encoder and envelope.origin != stream.encoder)
             or not -self._max_behind_ns <= event_ns - session.clock_ns <= self._max_ahead_ns
         ):
@@ -448,8 +453,10 @@ class Aligner:
             return f"its features are no vector of float32, the model takes {stream.shape[0]} numbers"
         if payload.shape != stream.shape:
             return f"its features have {len(payload)} numbers, the model takes {stream.shape[0]}"
-        if not _isfinite(payload).all():
+        if not np.isfinite(payload).all():
             return "its features hold a number that is not finite"
+        if not (np.absolute(payload) < _LARGEST).all():
+            return f"its features hold a number beyond {float(_LARGEST):g}"
         if spec.encoder and envelope.origin != spec.encoder:
             return f"its encoder is {envelope.origin or 'not named'}, the model was trained with {spec.encoder}"
         return f"its stamp is {(envelope.event_ns - clock_ns) / 1e9:+.3f} s from the clock"

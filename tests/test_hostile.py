@@ -127,6 +127,25 @@ def test_samples_of_one_tick_are_bounded_and_counted() -> None:
     assert counts.received == counts.used + sum(counts.dropped().values()) == 5000
 
 
+@pytest.mark.parametrize("number", [3e38, -3e38, 1e13, float("nan"), float("inf"), float("-inf")])
+def test_one_huge_number_does_not_poison_a_session_for_good(number: float, toy: Path) -> None:
+    engine = StepEngine(toy)
+    a = Aligner.of(engine.spec.modalities, engine.spec.tick_ns, config.Align())
+    payload = wire.pack(wire.SessionMessage("open", 0, ("audio",)))
+    messages = [Envelope(topics.SESSION, "s", 0, 0, 0, 0, payload)]
+    for seq in range(6):
+        at_ns = (seq + 1) * TICK_NS
+        row = np.array([0.1, number if seq == 2 else 0.2, 0.3], np.float32)
+        messages.append(Envelope(topics.feature("audio"), "s", seq, at_ns, at_ns, at_ns, row))
+        messages.append(clock(at_ns))
+    messages.append(clock(7 * TICK_NS))
+    said = list(predict(messages, a, engine))
+    assert all(np.isfinite(values).all() for p in said for values in p.heads.values())
+    assert [p.tick.present["audio"] for p in said] == [True, True, False, True, True, True]
+    assert a.counts["audio"].quarantined == 1
+    assert "number" in a.misfits["audio"]
+
+
 # ---- what shrinks again ------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -314,11 +313,6 @@ def _lost(publisher: Publisher, monitor: _Monitor, sent: int) -> Iterator[tuple[
     yield "engine.not arrived", sent - arrived
 
 
-def document(found: Soak) -> dict[str, Any]:
-    """Everything, for JSON."""
-    return msgspec.to_builtins(found._asdict())  # type: ignore[no-any-return]
-
-
 def hour_slope(points: list[tuple[float, float]], speed: float) -> float:
     """Growth per hour of event time: the median of the slopes between points a good part of the time apart.
 
@@ -332,9 +326,9 @@ def hour_slope(points: list[tuple[float, float]], speed: float) -> float:
     return float(np.median((y[j] - y[i]) / (x[j] - x[i]))) * 3600.0 / speed
 
 
-def after_warm_up(found: Soak, share: float = 0.35) -> dict[str, list[Sample]]:
-    """Samples once every buffer has been filled for the first time."""
-    return {name: [s for s in held if s.at_s >= share * found.seconds] for name, held in found.samples.items()}
+def after_warm_up(found: Soak, warm_up_s: float) -> dict[str, list[Sample]]:
+    """Samples once buffers have been filled for the first time."""
+    return {name: [s for s in held if s.at_s >= warm_up_s] for name, held in found.samples.items()}
 
 
 def least(points: list[tuple[float, float]], parts: int = 10) -> list[tuple[float, float]]:
