@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 
 from stream_mmrnn import config, topics
+from stream_mmrnn.errors import SessionError
 from stream_mmrnn.types import Envelope, FloatArray, ModalitySpec, Stamps, Tick
 
 _MAX_PENDING = 1024
@@ -66,6 +67,40 @@ class StreamCounts(msgspec.Struct):
         """The reasons, each with its count where it is not 0."""
         names = ("late", "duplicate", "quarantined", "superseded", "unclosed", "outside")
         return {n: getattr(self, n) for n in names if getattr(self, n)}
+
+
+class StreamState(msgspec.Struct, frozen=True, array_like=True):
+    """What a stream of a session has heard, as a value."""
+
+    next_seq: int
+    pending: list[tuple[int, int]]
+    seen: list[int]
+    newest_ns: int
+    head_ns: int
+    last_used_ns: int
+    open: dict[int, list[tuple[int, int, bytes]]]
+
+
+class SessionState(msgspec.Struct, frozen=True, array_like=True):
+    """What is open of a session, as a value."""
+
+    streams: dict[str, StreamState]
+    expected: list[str]
+    clock_ns: int
+    closed: int
+    end_ns: int
+    due_ns: int
+    unsettled: bool
+    leapt_ns: int = _NEVER
+
+
+class AlignerState(msgspec.Struct, frozen=True):
+    """Everything that an aligner knows, as a value that msgspec writes and reads: `Aligner.snapshot` and `restore`."""
+
+    sessions: dict[str, SessionState]
+    counts: dict[str, StreamCounts]
+    malformed: int
+    misfits: dict[str, str]
 
 
 class _Stream:
@@ -142,6 +177,32 @@ class _Stream:
                 self.next_seq = self.pending[0][0]
             self._advance()
         return True
+
+    def state(self) -> StreamState:
+        return StreamState(
+            self.next_seq,
+            list(self.pending),
+            sorted(self.seen),  # so that the same state is the same bytes
+            self.newest_ns,
+            self.head_ns,
+            self.last_used_ns,
+            {k: [(at, seq, values.tobytes()) for at, seq, values in held] for k, held in self.open.items()},
+        )
+
+    def take(self, state: StreamState) -> None:
+        """Go on from `state`; raises SessionError where its vectors are not of this stream."""
+        size = self.shape[0] * _FLOAT32.itemsize
+        if any(len(values) != size for held in state.open.values() for _, _, values in held):
+            raise SessionError(f"the aligner's state holds no vectors of {self.shape[0]} numbers for {self.name!r}")
+        self.next_seq, self.newest_ns, self.head_ns = state.next_seq, state.newest_ns, state.head_ns
+        self.last_used_ns = state.last_used_ns
+        self.pending = list(state.pending)
+        heapq.heapify(self.pending)  # it is a heap already, where it was one
+        self.seen = set(state.seen)
+        self.open = {
+            k: [(at, seq, np.frombuffer(values, _FLOAT32)) for at, seq, values in held]
+            for k, held in state.open.items()
+        }
 
     def forget(self) -> None:
         """Keep the sequence numbers that are seen bounded: what is far behind is refused anyway."""
@@ -225,6 +286,32 @@ class _Session:
         self.bounds = [s for s in self.expected if s.dense or s.lateness_ns]
         """The streams that hold the watermark back."""
         self.unsettle()
+
+    def state(self) -> SessionState:
+        return SessionState(
+            {s.name: s.state() for s in self.streams},
+            [s.name for s in self.expected],
+            self.clock_ns,
+            self.closed,
+            self.end_ns,
+            self.due_ns,
+            self.unsettled,
+            self.leapt_ns,
+        )
+
+    def take(self, state: SessionState) -> None:
+        """Go on from `state`; raises SessionError where it is of other streams."""
+        if state.streams.keys() != {s.name for s in self.streams}:
+            raise SessionError(
+                f"the aligner's state of {self.name!r} is of {', '.join(state.streams)}, "
+                f"the model takes {', '.join(s.name for s in self.streams)}"
+            )
+        for stream in self.streams:
+            stream.take(state.streams[stream.name])
+        self.expect(state.expected)
+        self.clock_ns, self.closed = state.clock_ns, state.closed
+        self.end_ns, self.due_ns, self.unsettled = state.end_ns, state.due_ns, state.unsettled
+        self.leapt_ns = state.leapt_ns
 
     def unsettle(self) -> None:
         """A gap may be given up, or what is expected has changed: any message may close a tick."""
@@ -318,13 +405,48 @@ class Aligner:
         """Begin a session; its first tick is the one that `event_ns` falls in. An open one begins anew."""
         if session in self._sessions:
             self._discard(session)
+        self._sessions[session] = self._new(session, event_ns)
+        if expected is not None:
+            self.expect(session, expected)
+
+    def _new(self, session: str, event_ns: int) -> _Session:
         streams = [
             _Stream(spec, topics.MODALITIES[name], self._lateness_ns.get(name, 0), self.counts[name], self._zeros[name])
             for name, spec in self._specs.items()
         ]
-        self._sessions[session] = _Session(session, streams, event_ns // self.tick_ns, self.tick_ns, event_ns)
-        if expected is not None:
-            self.expect(session, expected)
+        return _Session(session, streams, event_ns // self.tick_ns, self.tick_ns, event_ns)
+
+    def snapshot(self) -> AlignerState:
+        """All that it knows between two messages. Restored, the same messages give the same ticks and counts."""
+        return AlignerState(
+            {name: session.state() for name, session in self._sessions.items()},
+            {name: msgspec.structs.replace(counts) for name, counts in self.counts.items()},
+            self.malformed,
+            dict(self.misfits),
+        )
+
+    def restore(self, state: AlignerState) -> None:
+        """Go on from a snapshot, in place of what is known now.
+
+        Raises:
+            SessionError: it is of other modalities; the aligner is as it was.
+
+        """
+        if state.counts.keys() != self.counts.keys():
+            raise SessionError(
+                f"the aligner's state is of {', '.join(state.counts)}, the model takes {', '.join(self.counts)}"
+            )
+        before = self.counts
+        self.counts = {name: msgspec.structs.replace(state.counts[name]) for name in before}
+        try:
+            sessions = {name: self._new(name, 0) for name in state.sessions}
+            for name, session in sessions.items():
+                session.take(state.sessions[name])
+        except SessionError:
+            self.counts = before
+            raise
+        self._sessions = sessions
+        self.malformed, self.misfits = state.malformed, dict(state.misfits)
 
     def expect(self, session: str, expected: Sequence[str]) -> None:
         """Say which streams the session has now: the others are not waited for."""

@@ -31,6 +31,11 @@ class Arena:
     def __contains__(self, session: str) -> bool:
         return session in self._slot_of
 
+    @property
+    def sessions(self) -> list[str]:
+        """Who has a slot, oldest first."""
+        return list(self._slot_of)
+
     def acquire(self, session: str) -> int:
         """A slot for a new session; its state is the model's initial one at its first step.
 

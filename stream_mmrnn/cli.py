@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Collection
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from msgspec.structs import replace
@@ -22,6 +22,9 @@ from stream_mmrnn.clock import now_ns
 from stream_mmrnn.errors import ConfigError, StreamError
 from stream_mmrnn.terminal import Alive, Json, ModelName, Provider, escape, print_document, say_on, shown
 from stream_mmrnn.training import commands
+
+if TYPE_CHECKING:
+    from stream_mmrnn.keys import Folder
 
 app = typer.Typer(
     help="Predict what happens next from camera, microphone and text, tick by tick.",
@@ -92,7 +95,7 @@ def _capture(settings: config.Settings, duration: float | None, with_engine: boo
     from stream_mmrnn import sources
     from stream_mmrnn.dashboard.state import LiveState
     from stream_mmrnn.live import Session
-    from stream_mmrnn.view import render, summary_table
+    from stream_mmrnn.view import WATCHED, render, summary_table
 
     if all(getattr(settings.sources, m) == "none" for m in sources.EVERY):
         raise ConfigError("every source is `none`; name at least one, for example --source synthetic")
@@ -133,7 +136,9 @@ def _capture(settings: config.Settings, duration: float | None, with_engine: boo
             line_ns = now_ns()
             console.print(_line(seconds, view.snapshot(now_ns())), soft_wrap=True, markup=False)
 
-    session = Session(settings, with_engine, alive, say, view.see, often)
+    # a machine reads the summary: the messages themselves are nobody's then
+    see, watch = (lambda _: None, ()) if as_json else (view.see, WATCHED)
+    session = Session(settings, with_engine, alive, say, see, often, watch)
     if screen is not None:
         with screen:
             summary = session.run(duration)
@@ -307,6 +312,8 @@ def info(path: Annotated[Path, typer.Argument(help="A recording.")], as_json: Js
         console.print(f"[bold]{path}[/bold]  session {result['session']!r}, {result['seconds']:.1f} s, begun {when}")
         model = result["model"]
         console.print(f"model {shown(model['name'], 64)} {shown(model['sha256'], 12)}, ended: {shown(result['ended'])}")
+        if not result["raw"]:
+            console.print("features only (record.raw = false): no pictures, no sound, no words")
         table = Table(header_style="dim")
         for name in ("channel", "messages", "rate", "gaps", "made by"):
             table.add_column(name, justify="right" if name in ("messages", "rate", "gaps") else "left")
@@ -346,5 +353,86 @@ def devices(as_json: Json = False) -> None:
         say_on(console)(problem)
 
 
+keys_app = typer.Typer(help="Who may connect to the bus over tcp (bus.keys).", no_args_is_help=True)
+KeysFolder = Annotated[
+    Path | None,
+    typer.Option("--folder", help="The folder of keys; without it the default one."),
+]
+
+
+def _opened(folder: Path | None) -> Folder:
+    from stream_mmrnn.keys import Folder
+
+    return Folder(folder or config.keys_folder())
+
+
+@keys_app.command("new")
+def keys_new(
+    folder: Annotated[Path | None, typer.Argument(help="A folder that is not there yet.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a folder with a key pair for the broker and one for our own processes; never overwrites."""
+    from stream_mmrnn.keys import Folder
+
+    made = Folder.new(folder or config.keys_folder())
+    if as_json:
+        print_document(made.list())
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"made {escape(str(made.path))}; name it in bus.keys, and allow others by stream-mmrnn keys allow")
+    console.print(f"server key, for those who connect: {escape(made.server)}")
+    console.print(f"client key, to be allowed elsewhere: {escape(made.client)}")
+
+
+@keys_app.command("allow")
+def keys_allow(
+    name: Annotated[str, typer.Argument(help="Whose key it is, to remove it by.")],
+    key: Annotated[str, typer.Argument(help="A public key, or a file with one; after -- where it begins with -.")],
+    folder: KeysFolder = None,
+    write: Annotated[bool, typer.Option("--write", help="It may publish, too; a viewer must not.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Let somebody's public key in, to read."""
+    done = _opened(folder).allow(name, key, write)
+    if as_json:
+        print_document(done)
+    else:
+        Console(highlight=False, soft_wrap=True).print(f"{name} may {' and '.join(done['rights'])}")
+
+
+@keys_app.command("remove")
+def keys_remove(
+    name: Annotated[str, typer.Argument(help="As it was allowed.")], folder: KeysFolder = None, as_json: Json = False
+) -> None:
+    """Let a key in no more: at once for new connections; those that are open last until they end."""
+    done = _opened(folder).remove(name)
+    if as_json:
+        print_document(done)
+    else:
+        Console(highlight=False, soft_wrap=True).print(
+            f"{name} gets in no more; a connection that it has open lasts until it ends, or the session does"
+        )
+
+
+@keys_app.command("list")
+def keys_list(folder: KeysFolder = None, as_json: Json = False) -> None:
+    """Who may connect; no secrets."""
+    from rich.table import Table
+
+    found = _opened(folder).list()
+    if as_json:
+        print_document(found)
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{escape(found['folder'])}: server key {escape(found['server'])}")
+    table = Table(header_style="dim")
+    for column in ("name", "may", "public key"):
+        table.add_column(column, no_wrap=True)
+    for row in found["allowed"]:
+        table.add_row(row["name"], " and ".join(row["rights"]), escape(row["public"]))
+    console.print(table if found["allowed"] else "nobody else is allowed")
+
+
+app.add_typer(keys_app, name="keys")
 app.add_typer(bench.app, name="bench")
 commands.register(app)

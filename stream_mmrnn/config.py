@@ -6,6 +6,7 @@ Strict: an unknown key is an error that names the nearest one that exists. Knows
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import re
 import tomllib
@@ -22,6 +23,9 @@ _Positive = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
 _Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 
 Policy = Literal["latest", "drop_oldest", "block"]
+
+
+LOOPBACK = "127.0.0.1"
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -125,6 +129,20 @@ class State(_Section, frozen=True):
     """A session without a tick for so long gives its slot to others; a resume token brings it back."""
     snapshot_every: Annotated[int, msgspec.Meta(ge=0)] = 25
     """Ticks of a session from one snapshot to the next; 0: none but on leaving."""
+    journal_s: _Positive = 30.0
+    """How much of the bus is remembered for an engine that has to go on after a crash."""
+    journal_mb: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 64
+
+
+class Admission(_Section, frozen=True):
+    """When one session more is refused, though there is a slot."""
+
+    share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.7
+    """Of the tick: what the slowest hundredth of predictions may take, with one session more."""
+    retry_s: _Positive = 1.0
+    """The soonest that one who was refused is told to ask again, ..."""
+    retry_max_s: _Positive = 30.0
+    """... and the latest."""
 
 
 class Record(_Section, frozen=True):
@@ -138,10 +156,20 @@ class Record(_Section, frozen=True):
 
 class Bus(_Section, frozen=True):
     transport: Literal["ipc", "tcp"] = "ipc"
-    """ipc: sockets in a private folder; tcp: on loopback, for systems without ipc."""
+    """ipc: sockets in a private folder; tcp: for systems without ipc, and for readers on other machines."""
+    host: str = LOOPBACK
+    """The address that tcp binds; one that others can reach needs `keys`."""
+    port: Annotated[int, msgspec.Meta(ge=0, le=65_532)] = 0
+    """The first of the four ports that tcp takes, one after the other; 0: any free ones."""
+    keys: str = ""
+    """A folder made by `stream-mmrnn keys new`: with it nobody gets in over tcp who has no key that is allowed."""
     clock_hz: Annotated[float, msgspec.Meta(ge=1, le=1000)] = 100.0
     queue: Annotated[int, msgspec.Meta(ge=1, le=10_000_000)] = 20_000
     """Messages a reader may fall behind before ZeroMQ drops; a reader counts every gap."""
+    bulk_queue: Annotated[int, msgspec.Meta(ge=1)] = 2048
+    """The same for a reader (or sender) of pictures and sound, whose messages are large."""
+    view_queue: Annotated[int, msgspec.Meta(ge=1)] = 256
+    """The same for one that wants the newest: a page, a reader from outside."""
 
 
 class Queues(_Section, frozen=True):
@@ -159,9 +187,12 @@ class Queues(_Section, frozen=True):
 
 class Dashboard(_Section, frozen=True):
     enabled: bool = True
-    host: Literal["127.0.0.1", "::1", "localhost"] = "127.0.0.1"
+    host: str = LOOPBACK
+    """The address that the page binds; one that others can reach needs a token."""
     port: _Port = 0
     """0: any free one."""
+    token_file: str = ""
+    """Where the page's token is; made, and shown once, where there is none. With it nobody gets in without."""
 
 
 class Supervisor(_Section, frozen=True):
@@ -188,6 +219,7 @@ class Settings(_Section, frozen=True):
     align: Align = Align()
     engine: Engine = Engine()
     state: State = State()
+    admission: Admission = Admission()
     record: Record = Record()
     bus: Bus = Bus()
     queues: Queues = Queues()
@@ -255,9 +287,40 @@ def read_toml(path: Path) -> dict[str, Any]:
     return tomllib.loads(text.decode())
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what is bound there."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_access(settings: Settings) -> None:
+    """Refuse what others could reach without a key or a token."""
+    bus, page = settings.bus, settings.dashboard
+    try:
+        ipaddress.ip_address(bus.host)
+    except ValueError:
+        raise ConfigError(f"`bus.host` is an IP address such as {LOOPBACK}, not {bus.host!r}") from None
+    if bus.transport == "ipc" and (bus.host != LOOPBACK or bus.port or bus.keys):
+        raise ConfigError("`bus.host`, `bus.port` and `bus.keys` are for tcp; set bus.transport to tcp, or leave them")
+    if not is_loopback(bus.host) and not bus.keys:
+        raise ConfigError(
+            f"`bus.host` {bus.host} can be reached by others: make keys (stream-mmrnn keys new FOLDER) and name the "
+            f"folder in bus.keys, or bind {LOOPBACK}"
+        )
+    if not is_loopback(page.host) and not page.token_file:
+        raise ConfigError(
+            f"`dashboard.host` {page.host} can be reached by others: name a file for its token in "
+            f"dashboard.token_file, or bind {LOOPBACK}"
+        )
+
+
 def parse(table: dict[str, Any]) -> Settings:
     """The settings of a table; raises ConfigError."""
-    return convert(table, Settings)
+    settings = convert(table, Settings)
+    _check_access(settings)
+    return settings
 
 
 def recorded(table: dict[str, Any]) -> Settings:
@@ -305,6 +368,11 @@ def state_folder(settings: State) -> Path:
         return Path(settings.folder).expanduser()
     home = os.environ.get("XDG_STATE_HOME", "")
     return (Path(home) if Path(home).is_absolute() else Path.home() / ".local" / "state") / "stream-mmrnn"
+
+
+def keys_folder() -> Path:
+    """Where `stream-mmrnn keys` works unless it is told otherwise."""
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "stream-mmrnn" / "keys"
 
 
 def models_folder() -> Path:

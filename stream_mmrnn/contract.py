@@ -78,7 +78,7 @@ class _Named(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The file beside a graph that states nothing."""
 
     name: str
-    tick_ms: Annotated[float, msgspec.Meta(gt=0, le=_MAX_TICK_NS / 1e6)]
+    tick_ms: Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
     modalities: tuple[_NamedModality, ...]
     heads: tuple[_NamedHead, ...]
     states: tuple[StateWires, ...]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,9 +17,9 @@ from stream_mmrnn.arena import Arena
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.contract import Contract, contract_of
 from stream_mmrnn.device_rows import DeviceRows
-from stream_mmrnn.errors import ModelError, StreamError
+from stream_mmrnn.errors import ModelError, SessionError, StreamError
 from stream_mmrnn.rows import Bucket, HostRows, Rows
-from stream_mmrnn.runtime import Graph, Provider
+from stream_mmrnn.runtime import Array, Graph, Provider
 from stream_mmrnn.types import ModelSpec, Prediction, Tick
 
 MAX_AGE_S = 10.0
@@ -34,6 +34,40 @@ BUDGET = 0.25
 def check_model(path: Path, provider: Provider) -> ModelSpec:
     """Load and check a model before anything else starts; raises ModelError or ProviderError."""
     return contract_of(Graph(path, provider)).spec
+
+
+class Movable(Protocol):
+    """What sessions can be moved from or to."""
+
+    spec: ModelSpec
+
+    def open(self, session: str) -> None: ...
+
+    def close(self, session: str) -> None: ...
+
+    def snapshot(self, session: str) -> dict[str, Any]: ...
+
+    def restore(self, session: str, state: dict[str, Any]) -> None: ...
+
+
+def move(session: str, source: Movable, target: Movable) -> None:
+    """Take a session from one engine of a model to another, between two steps; it goes on there bit for bit.
+
+    Raises:
+        UnknownSession, Busy, DuplicateSession: of the one or the other.
+        SessionError: they have not the same model. After any error the session is where it was.
+
+    """
+    if source.spec.sha256 != target.spec.sha256:
+        raise SessionError(f"session {session!r} cannot move to an engine of another model")
+    state = source.snapshot(session)
+    target.open(session)
+    try:
+        target.restore(session, state)
+    except StreamError:
+        target.close(session)
+        raise
+    source.close(session)
 
 
 def make_rows(graph: Graph, slots: int, batch: int = 0) -> tuple[Contract, Rows]:
@@ -119,6 +153,14 @@ class StepEngine:
 
     def close(self, session: str) -> None:
         self.arena.release(session)
+
+    def snapshot(self, session: str) -> dict[str, Array]:
+        """A copy of the session's state tensors, by name; empty where it has not begun. Raises UnknownSession."""
+        return self.arena.snapshot(session)
+
+    def restore(self, session: str, state: dict[str, Array]) -> None:
+        """Go on from a snapshot; raises SessionError where it is not one of this model."""
+        self.arena.restore(session, state)
 
     def stop(self) -> None:
         """Nothing to end: the graph runs in this process."""

@@ -12,13 +12,20 @@
     ├── RecordingError          a recording that is damaged or incomplete: exit code 3
     ├── SnapshotError           a session's state that cannot be kept, or is damaged: exit code 3
     ├── ProcessError            a process of ours that did not start or died
+    │   └── ShardDied           a part of an engine, and whose states went with it
     └── SessionError            what a session asked for cannot be done now
-        ├── Busy                no free slot: exit code 4
-        ├── UnknownSession
-        └── DuplicateSession
+        ├── Busy                no free slot, or no time for one more; says when to ask again: exit code 4
+        ├── UnknownSession      it is not open, and nothing of it is kept
+        ├── DuplicateSession    it is open already
+        ├── Evicted             it is not open, but its state is kept: its resume token brings it back
+        └── BadTick             features that are not the model's: not stepped, so nobody's state has seen them
 
 Knows nothing about who catches what.
 """
+
+from __future__ import annotations
+
+from typing import Any
 
 
 class StreamError(Exception):
@@ -71,12 +78,27 @@ class ProcessError(StreamError):
     pass
 
 
+class ShardDied(ProcessError):  # noqa: N818
+    """Names what was lost. The engine has a new process in place of the dead one and goes on."""
+
+    sessions: tuple[str, ...] = ()
+    """Still open, but at the model's initial state: restore their snapshots, or let them begin anew."""
+    predictions: tuple[Any, ...] = ()
+    """What was stepped before it was known, in the order of the ticks. A tick that has none here was not stepped."""
+
+
 class SessionError(StreamError):
     pass
 
 
 class Busy(SessionError):  # noqa: N818 the field's word
+    """`retry_after_s`: when it is worth asking again; 0 where nobody can say."""
+
     exit_code = 4
+
+    def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class UnknownSession(SessionError):  # noqa: N818
@@ -84,4 +106,12 @@ class UnknownSession(SessionError):  # noqa: N818
 
 
 class DuplicateSession(SessionError):  # noqa: N818
+    pass
+
+
+class Evicted(SessionError):  # noqa: N818
+    pass
+
+
+class BadTick(SessionError):  # noqa: N818
     pass

@@ -5,17 +5,21 @@ Knows nothing about terminals or pages: who wants to see is given every message.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from typing import Any
 
 from stream_mmrnn import config, topics, wire
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.errors import WireError
 from stream_mmrnn.latency import StageTable, stages
+from stream_mmrnn.repeats import Repeats
 from stream_mmrnn.supervisor import Node, Supervisor
 from stream_mmrnn.types import Envelope
 
 _CHECK_NS = 50_000_000
+_LOOK_S = 0.05
+_VIEWERS = ("dashboard",)
 
 
 class Session:
@@ -29,12 +33,16 @@ class Session:
         say: Callable[[str], None],
         see: Callable[[Envelope], None] = lambda _: None,
         often: Callable[[], None] = lambda: None,
+        watch: Collection[str] = (),
     ) -> None:
-        """`see` is given every message that the supervisor hears, `often` is called some twenty times a second."""
+        """`see` is given every message that the supervisor hears, which are status, predictions and the topics of
+        `watch`: what nobody looks at is not carried. `often` is called some twenty times a second.
+        """
         self.settings = settings
-        self.supervisor = Supervisor(settings, with_engine, say)
+        self.supervisor = Supervisor(settings, with_engine, say, watch)
         self._alive, self._see_too, self._often = alive, see, often
         self._latency = StageTable()
+        self._repeats = Repeats()
 
     def run(self, duration_s: float | None) -> dict[str, Any]:
         """Start, go on for `duration_s` (None: until told, or until every source has ended), stop, sum up."""
@@ -45,7 +53,9 @@ class Session:
             end_ns = None if duration_s is None else supervisor.opened_ns + int(duration_s * 1e9)
             next_ns = drained_ns = 0
             while self._alive() and (end_ns is None or now_ns() < end_ns):
-                for envelope in supervisor.messages(20):
+                # not woken by every prediction: whoever waits for it shall have the cores
+                time.sleep(_LOOK_S)
+                for envelope in supervisor.messages(0):
                     self._see(envelope)
                 if now_ns() >= next_ns:
                     next_ns = now_ns() + _CHECK_NS
@@ -68,6 +78,8 @@ class Session:
             p = wire.unpack(envelope.payload, wire.PredictionMessage)
         except WireError:
             return
+        if not self._repeats.first(envelope.session, p.tick):
+            return
         self._latency.add(stages(p.event_ns, p.closed, p.step_start_ns, p.step_end_ns, envelope.publish_ns))
 
     def _summary(self, began_ns: int) -> dict[str, Any]:
@@ -87,6 +99,7 @@ class Session:
         spec = _table(detail, "spec")
         recorder = nodes["recorder"].status if "recorder" in nodes else None
         first_ns = supervisor.first_prediction_ns
+        said = {name: node.status for name, node in nodes.items() if node.status is not None}
         return {
             "session": self.settings.session.name,
             "seconds": round((supervisor.closed_ns - supervisor.opened_ns) / 1e9, 3),
@@ -105,6 +118,9 @@ class Session:
             }
             if recorder
             else None,
+            "repeated": self._repeats.count,
+            "viewers": {name: viewer_summary(status.counts) for name, status in said.items() if name in _VIEWERS},
+            "denied": {name: status.detail["denied"] for name, status in said.items() if status.detail.get("denied")},
             "restarts": {n.name: n.deaths for n in supervisor.nodes if n.deaths},
         }
 
@@ -118,6 +134,19 @@ def _table(detail: dict[str, Any], key: str) -> dict[str, Any]:
 def _counts(value: Any) -> dict[str, int]:
     table = value if isinstance(value, dict) else {}
     return {key: n for key, n in table.items() if isinstance(n, int)}
+
+
+def viewer_summary(counts: dict[str, int]) -> dict[str, Any]:
+    """What a reader that wants the newest was given of what was sent to it, in messages."""
+    dropped = {reason: counts[reason] for reason in ("lost", "oldest", "superseded", "stale") if counts.get(reason)}
+    produced, delivered, waiting = (counts.get(name, 0) for name in ("produced", "delivered", "waiting"))
+    return {
+        "produced": produced,
+        "delivered": delivered,
+        "waiting": waiting,
+        "dropped": dropped,
+        "balanced": produced == delivered + waiting + sum(dropped.values()),
+    }
 
 
 def stream_summary(node: Node, aligned: dict[str, int] | None) -> dict[str, Any]:

@@ -7,12 +7,14 @@ nodes start or what happens when one dies: that is the supervisor's.
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import multiprocessing
 import os
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
@@ -22,14 +24,19 @@ from typing import Any
 import msgspec
 
 from stream_mmrnn import config, topics, wire
-from stream_mmrnn.bus import Address, Publisher, Subscriber, run_broker
+from stream_mmrnn.bus import Address, Caller, Publisher, Subscriber, Tap, run_broker
 from stream_mmrnn.clock import Sparingly, now_ns
 from stream_mmrnn.errors import SessionError, SourceError, StreamError, WireError
+from stream_mmrnn.repeats import Repeats
 from stream_mmrnn.types import Envelope
 
 _STATUS_PERIOD_NS = 500_000_000
-_UNHURRIED = ("recorder", "dashboard")
-"""What may come later: files and pages."""
+_CALM_MS = 4
+"""So long after a message its prediction is out, and the next one is still to come."""
+_UNHURRIED = ("recorder", "dashboard", "journal")
+"""What may come later: files and pages, and what is for a bad day."""
+_JOURNAL_MS = 50
+"""The journal takes what has come this often: woken for each message it would take a core from who is in haste."""
 _PREWARM_PERIOD_NS = 200_000_000
 """What comes less often than this is not expected at a time that could be named."""
 _MAX_NODES = 64
@@ -77,9 +84,19 @@ class Reporter:
         self._state, self._reason = state, reason
         self._send()
 
-    def keep(self) -> None:
-        """Say it again where it is time; cheap enough for every message."""
-        if now_ns() >= self._next_ns:
+    def say_if_new(self, state: str, reason: str) -> None:
+        """Say it where it was not the last thing said."""
+        if (state, reason) != (self._state, self._reason):
+            self.say(state, reason)
+
+    def wait_ms(self, most_ms: int) -> int:
+        """How long to wait for a message at most: a status that is due goes out in the calm after one."""
+        return min(most_ms, _CALM_MS) if now_ns() >= self._next_ns else most_ms
+
+    def keep(self, calm: bool = True) -> None:
+        """Say it again where it is time; not in the middle of messages, unless they leave no calm."""
+        late_ns = now_ns() - self._next_ns
+        if late_ns >= (0 if calm else _STATUS_PERIOD_NS):
             self._send()
 
     def _send(self) -> None:
@@ -102,12 +119,57 @@ def _hear_clock(context: Context, subscriber: Subscriber) -> Envelope | None:
 
 
 def broker(context: Context) -> None:
+    """The bus itself; where it asks for keys it says who was refused, through itself like everyone else."""
+    settings = context.settings.bus
+    door = None
+    if settings.keys:
+        from stream_mmrnn.keys import Folder
+
+        door = Folder(Path(settings.keys)).door()
+    reporter: Reporter | None = None
+    publisher: Publisher | None = None
+
+    def alive() -> bool:
+        """Asked again and again by one thread, which is the one that reports."""
+        nonlocal reporter, publisher
+        going = not context.stop.wait(0.1) and context.alive()
+        if door is not None:
+            if publisher is None or reporter is None:
+                publisher = Publisher(context.address, settings.queue)
+                reporter = Reporter(context, publisher)
+                reporter.counts = lambda: {"admitted": door.admitted, "denied": sum(door.refused.values())}
+                reporter.detail = lambda: {"denied": dict(door.refused)}
+                reporter.say("ready")
+            # a new reason is said at once, a further number of an old one in its turn
+            reporter.say_if_new("ready", _denials(door.refused))
+            reporter.keep()
+            if not going:
+                publisher.close(0)
+        return going
+
     run_broker(
         context.address,
-        context.settings.bus.queue,
+        settings.queue,
         context.ready.set,
-        lambda: not context.stop.wait(0.1) and context.alive(),
+        alive,
+        bulk_queue=settings.bulk_queue,
+        view_queue=settings.view_queue,
+        door=door,
     )
+
+
+_DENIED = {
+    "key_not_allowed": "with a key that is not allowed",
+    "no_key": "without a key",
+    "wrong_server_key": "with another server's key",
+    "unfinished": "that broke off before it had shown a key",
+}
+
+
+def _denials(refused: dict[str, int]) -> str:
+    """One sentence, which changes with the reasons and not with every number."""
+    reasons = [words for reason, words in _DENIED.items() if refused.get(reason)]
+    return f"refused connections {', '.join(reasons)}" if reasons else ""
 
 
 def clock(context: Context) -> None:
@@ -123,6 +185,54 @@ def clock(context: Context) -> None:
     publisher.close()
 
 
+def journal(context: Context) -> None:
+    """What an engine needs that has to go on after a crash: the last of the bus, and checkpoints."""
+    from stream_mmrnn.journal import Ask, Journal, Keep, request
+
+    settings = context.settings
+    publisher = Publisher(context.address, settings.bus.queue)
+    tap = Tap(context.address, [topics.FEATURE, topics.SESSION, topics.TICK, topics.CLOCK], settings.bus.queue)
+    kept = Journal(settings.state.journal_s, settings.state.journal_mb << 20, complete=not context.restarts)
+    reporter = Reporter(context, publisher)
+    reporter.counts = lambda: {"messages": len(kept), "bytes": kept.bytes, "checkpoints": kept.kept}
+    asked: tuple[bytes, Ask, int] | None = None
+    garbage = 0
+
+    def take() -> None:
+        nonlocal garbage
+        for frames in tap.messages():
+            if len(frames) == 3:
+                kept.add((frames[0], frames[1], frames[2]), now_ns())
+            else:
+                garbage += 1
+
+    while context.alive():
+        came = tap.request(5 if asked else _JOURNAL_MS)
+        take()
+        if came is not None:
+            try:
+                message = request.decode(came[1])
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+                garbage += 1
+                continue
+            if isinstance(message, Keep):
+                kept.keep(message)
+            else:
+                asked = (came[0], message, now_ns() + 1_000_000_000)
+        if asked is not None:
+            who, ask, until_ns = asked
+            if kept.heard(ask.until) or now_ns() > until_ns:
+                tap.answer(who, msgspec.msgpack.encode(kept.answer(ask)))
+                asked = None
+        if len(kept) and not context.ready.is_set():
+            # the clock is asked for last: all else is heard, too
+            reporter.say("ready")
+            context.ready.set()
+        reporter.keep()
+    tap.close()
+    publisher.close()
+
+
 def worker(context: Context, modality: str, spec: str) -> None:
     """A source and its encoder. A device that is not there is asked for again; the session does not wait for it."""
     from stream_mmrnn import encoders, sources
@@ -130,7 +240,7 @@ def worker(context: Context, modality: str, spec: str) -> None:
     from stream_mmrnn.prewarm import Prewarmer
 
     settings = context.settings
-    publisher = Publisher(context.address, settings.bus.queue)
+    publisher = Publisher(context.address, settings.bus.bulk_queue)
     reporter = Reporter(context, publisher, modality)
     encoder = encoders.create(modality)
     stdin_fd = context.stdin.detach() if context.stdin is not None else -1
@@ -154,6 +264,8 @@ def worker(context: Context, modality: str, spec: str) -> None:
     reporter.detail = lambda: {"source": source.origin, "encoder": encoder.origin, **source.info}
     # a publisher hears the clock by being heard: the broker tells it who listens
     publisher.wait_for_reader(topics.STATUS, 2.0)
+    gc.collect()
+    gc.freeze()
     context.ready.set()
     while not context.epoch.value and context.alive():
         time.sleep(0.002)
@@ -164,7 +276,6 @@ def worker(context: Context, modality: str, spec: str) -> None:
         publisher.publish(out.topic, session, sample.event_ns, sample.capture_ns, sample.data, out.origin)
         if out.topic == feature:
             counts["published"] += 1
-        reporter.keep()
 
     def run_once() -> None:
         encoder.reset()
@@ -178,21 +289,26 @@ def worker(context: Context, modality: str, spec: str) -> None:
         )
         pump.start()
 
-        prewarmer, newest_ns = Prewarmer(encoder.prewarm, 0), 0
+        def warm() -> None:
+            encoder.prewarm()
+            publisher.prewarm()
+
+        prewarmer, newest_ns = Prewarmer(warm, 0), 0
 
         def arriving() -> Iterator[Any]:
             nonlocal newest_ns
             while context.alive() and not pump.ended:
-                sample = pump.read(prewarmer.wait_ms(now_ns(), 100) / 1000)
-                reporter.keep()
+                sample = pump.read(prewarmer.wait_ms(now_ns(), reporter.wait_ms(100)) / 1000)
                 if sample is None:
-                    prewarmer.run_if_due(now_ns())
+                    if not prewarmer.run_if_due(now_ns()):
+                        reporter.keep()
                     continue
                 # the next is expected as long after this one as this one came after its predecessor
                 prewarmer.period_ns, newest_ns = sample.event_ns - newest_ns, sample.event_ns
                 if settings.engine.prewarm and 0 < prewarmer.period_ns < _PREWARM_PERIOD_NS:
                     prewarmer.stepped(sample.event_ns)
                 yield sample
+                reporter.keep(calm=False)
 
         try:
             for out in capture(arriving(), modality, source.origin, encoder, bad):
@@ -225,6 +341,7 @@ def engine(context: Context) -> None:
     from stream_mmrnn.align import Aligner
     from stream_mmrnn.pipeline import predict
     from stream_mmrnn.prewarm import Prewarmer
+    from stream_mmrnn.resume import Checkpoints
     from stream_mmrnn.shards import create
 
     settings = context.settings
@@ -236,7 +353,13 @@ def engine(context: Context) -> None:
     reporter = Reporter(context, publisher)
     counts = {"ticks": 0, "predictions": 0, "refused": 0}
     sparingly = Sparingly()
-    prewarmer = Prewarmer(step_engine.prewarm, spec.tick_ns)
+
+    def warm() -> None:
+        step_engine.prewarm()
+        publisher.prewarm()
+        subscriber.prewarm()
+
+    prewarmer = Prewarmer(warm, spec.tick_ns)
     contract = {
         "name": spec.name,
         "sha256": spec.sha256,
@@ -250,8 +373,16 @@ def engine(context: Context) -> None:
         "prewarmed": prewarmer.runs,
         "garbage": subscriber.garbage + aligner.malformed,
     }
+    every = settings.state.snapshot_every
+    caller = Caller(context.address) if every else None
+    checkpoints = (
+        Checkpoints(caller, every, step_engine, aligner, subscriber, publisher, counts) if caller is not None else None
+    )
+    missed: deque[Envelope] = deque()
+    anew = ""
     reporter.detail = lambda: {
         "spec": contract,
+        "anew": anew,
         "streams": {
             name: {
                 **msgspec.to_builtins(c),
@@ -262,9 +393,18 @@ def engine(context: Context) -> None:
         },
         "misfits": aligner.misfits,
     }
-    _hear_clock(context, subscriber)
+    heard = _hear_clock(context, subscriber)
     publisher.wait_for_reader(topics.PREDICTION, 2.0)
-    reporter.say("ready", context.note)
+    if context.restarts and heard is not None:
+        try:
+            if checkpoints is None:
+                raise SessionError("state.snapshot_every is 0")
+            missed.extend(checkpoints.resume(heard))
+        except StreamError as e:
+            anew = f"the session begins anew: {e}"
+    reporter.say("ready", "; ".join(filter(None, (context.note, anew))))
+    gc.collect()
+    gc.freeze()  # what is there now stays: a collection need not look at it in the middle of a step
     context.ready.set()
 
     def refused(session: str, error: SessionError) -> None:
@@ -275,9 +415,12 @@ def engine(context: Context) -> None:
     def messages() -> Iterator[Envelope]:
         told = 0
         while context.alive():
-            envelope = subscriber.receive(prewarmer.wait_ms(now_ns(), 100))
-            if envelope is None:
-                prewarmer.run_if_due(now_ns())
+            envelope: Envelope | None
+            if missed:
+                subscriber.gaps.see(envelope := missed.popleft())
+            elif (envelope := subscriber.receive(prewarmer.wait_ms(now_ns(), reporter.wait_ms(100)))) is None:
+                if not prewarmer.run_if_due(now_ns()):
+                    reporter.keep()
                 continue
             yield envelope
             # back here, the message and all its predictions are dealt with
@@ -291,7 +434,9 @@ def engine(context: Context) -> None:
                     publisher.end(envelope.session)
                 if not len(step_engine):
                     reporter.say("closed")
-            reporter.keep()
+            if checkpoints is not None:
+                checkpoints.keep_if_due(envelope)
+            reporter.keep(calm=False)
 
     more = subscriber.waiting if settings.engine.slots > 1 else None
     for prediction in predict(messages(), aligner, step_engine, refused, more):
@@ -303,7 +448,7 @@ def engine(context: Context) -> None:
             prediction.step_end_ns,
             wire.pack(wire.prediction_message(prediction)),
         )
-        publisher.publish(
+        sent = publisher.publish(
             topics.TICK,
             tick.session,
             tick.event_ns,
@@ -312,9 +457,13 @@ def engine(context: Context) -> None:
         )
         counts["ticks"] += 1
         counts["predictions"] += 1
+        if checkpoints is not None:
+            checkpoints.stepped(sent, tick.index)
         if settings.engine.prewarm:
             prewarmer.stepped(prediction.step_start_ns)
     step_engine.stop()
+    if caller is not None:
+        caller.close()
     subscriber.close()
     publisher.close()
 
@@ -349,7 +498,19 @@ def recorder(context: Context) -> None:
         settings.record.fsync_ms,
     )
     statuses: dict[str, Any] = {}
+    # an engine that went on after a crash says again what is in the file already
+    repeats = {topic: Repeats() for topic in (topics.TICK, topics.PREDICTION)}
+
+    def again(envelope: Envelope) -> bool:
+        if envelope.topic not in repeats:
+            return False
+        try:
+            return not repeats[envelope.topic].first(envelope.session, wire.tick_index(envelope.payload))
+        except WireError:
+            return False  # the file says what was sent
+
     reporter.counts = lambda: {
+        "repeated": sum(r.count for r in repeats.values()),
         "messages": file.messages,
         "bytes": file.bytes,
         "refused": file.unwritable,
@@ -378,13 +539,14 @@ def recorder(context: Context) -> None:
             break
         elif envelope.session in (file.session, topics.EVERYONE):
             opened = opened or envelope.topic == topics.SESSION
-            if opened:
+            if opened and not again(envelope):
                 file.write(envelope)
     lost = {t: n for t, n in subscriber.gaps.lost.items() if n and not t.startswith(topics.STATUS)}
     file.close(
         {
             "ended": how,
             "lost": msgspec.json.encode(lost).decode(),
+            "repeated": msgspec.json.encode({t: r.count for t, r in repeats.items() if r.count}).decode(),
             "statuses": msgspec.json.encode(statuses).decode(),
         }
     )
@@ -402,6 +564,7 @@ def _model_sha256(name: str) -> str:
 
 def dashboard(context: Context) -> None:
     """The live page's server, over a view of the bus that it owns alone."""
+    from stream_mmrnn import keys
     from stream_mmrnn.dashboard.server import Dashboard
     from stream_mmrnn.dashboard.state import LiveState
 
@@ -417,12 +580,16 @@ def dashboard(context: Context) -> None:
             topics.PREDICTION,
             topics.STATUS,
         ],
-        256,
+        settings.bus.view_queue,
+        "drop_oldest",
     )
-    page = Dashboard(settings.dashboard.host, settings.dashboard.port)
+    shown = settings.dashboard
+    token = keys.token(Path(shown.token_file))[0] if shown.token_file else ""
+    page = Dashboard(shown.host, shown.port, token=token)
     page.start()
     reporter = Reporter(context, publisher)
-    reporter.detail = lambda: {"address": page.address}
+    reporter.counts = lambda: {**_totals(subscriber), "denied": sum(page.access.denied.values())}
+    reporter.detail = lambda: {"address": page.address, "denied": dict(page.access.denied)}
     _hear_clock(context, subscriber)
     reporter.say("ready")
     context.ready.set()
@@ -431,6 +598,8 @@ def dashboard(context: Context) -> None:
     while context.alive():
         envelope = subscriber.receive(100)
         reporter.keep()
+        if missed := subscriber.report():
+            reporter.say("ready", missed)
         if envelope is not None:
             view.see(envelope)
             if envelope.topic == topics.raw("vision") and isinstance(envelope.payload, bytes):
@@ -441,6 +610,15 @@ def dashboard(context: Context) -> None:
     page.close()
     subscriber.close()
     publisher.close()
+
+
+def _totals(subscriber: Subscriber) -> dict[str, int]:
+    """What a viewer had of all topics together: produced = delivered + waiting + the others."""
+    totals = dict.fromkeys(("produced", "delivered", "waiting", "lost", "oldest", "superseded", "stale"), 0)
+    for counts in subscriber.tally().values():
+        for name, count in counts.items():
+            totals[name] += count
+    return totals
 
 
 def _prioritise(priority: str) -> str:
@@ -459,6 +637,8 @@ def run(target: Callable[..., None], context: Context, *args: Any) -> None:
     """What a new process executes: signals, then the node; an error ends it with one sentence and exit code 1."""
     with contextlib.suppress(OSError):  # so that `ps` and `top` name us; Linux alone has it
         Path("/proc/self/comm").write_text(f"mmrnn-{context.name}"[:15])
+        # else the kernel may end every sleep 50 us late, to save wake-ups
+        Path("/proc/self/timerslack_ns").write_text("1")
     if context.name not in _UNHURRIED:
         context.note = _prioritise(context.settings.supervisor.priority)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the supervisor, who tells us

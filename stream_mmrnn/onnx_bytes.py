@@ -35,11 +35,12 @@ _ATTRIBUTE_T, _ATTRIBUTE_G, _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS = 5, 6, 10, 11
 _MAX_DEPTH = 8
 _DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc")
 
-FLOAT, UINT8, INT64, BOOL = 1, 2, 7, 9
+FLOAT, UINT8, INT8, INT64, BOOL = 1, 2, 3, 7, 9
 """Element types."""
 _ELEMENTS = {
     np.dtype(np.float32): FLOAT,
     np.dtype(np.uint8): UINT8,
+    np.dtype(np.int8): INT8,
     np.dtype(np.int64): INT64,
     np.dtype(np.bool_): BOOL,
 }
@@ -141,7 +142,7 @@ def value(number: int, name: str, element: int, row: Sequence[int], rows: str) -
 
 
 def initializer(name: str, array: npt.NDArray[Any]) -> bytes:
-    """A constant or weight of a graph: float32, uint8, int64 or bool."""
+    """A constant or weight of a graph: float32, uint8, int8, int64 or bool."""
     element = _ELEMENTS[array.dtype]
     raw = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
     dims = b"".join(integer(_WEIGHT_DIMS, d) for d in array.shape)

@@ -6,6 +6,7 @@ them is a special case here. Knows nothing about sockets, files, devices or proc
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -40,7 +41,9 @@ def capture(
     encoder: Encoder,
     bad: Callable[[WireError], None],
 ) -> Iterator[Outgoing]:
-    """Each sample as it is, followed by the feature vectors that it completes; undecodable ones go to `bad`.
+    """The feature vectors that each sample completes, then the sample as it is; undecodable ones go to `bad`.
+
+    Features go first: a prediction waits for them, and nothing waits for a picture or a sound.
 
     A typed `/label NAME` is no text that a model may see: it goes out as a label, and nothing else. Labels are typed
     into `text` alone, never into `other_text`: one publisher numbers them.
@@ -51,14 +54,14 @@ def capture(
             name = sample.data.removeprefix(LABEL_COMMAND).strip()
             yield Outgoing(topics.LABEL, Sample(sample.event_ns, sample.capture_ns, name), origin)
             continue
-        yield Outgoing(raw, sample, origin)
         try:
             vectors = encoder.encode(sample)
         except WireError as e:
             bad(e)
-            continue
+            vectors = []
         for vector in vectors:
             yield Outgoing(feature, vector, encoder.origin)
+        yield Outgoing(raw, sample, origin)
 
 
 Out = TypeVar("Out", covariant=True)
@@ -156,41 +159,71 @@ def reencode(
 ) -> Iterator[Envelope]:
     """Replace each recorded feature vector by one made from the raw samples again, in the recorded order.
 
-    A vector keeps its place in the sequence, so the ticks close as they did; only the encoders' work is done again.
-    The streams of `featureless` were recorded without features: theirs come right after the raw message.
+    A vector keeps its place in the sequence, so the ticks close as they did; only the encoders' work is done again. One
+    whose raw sample was lost is left out. The streams of `featureless` were recorded without features: theirs come
+    right after the raw message.
     """
     made: dict[str, deque[Sample]] = {m: deque() for m in encoders}
     seq = dict.fromkeys(featureless, 0)
+    held: deque[Envelope] = deque()  # from the first vector on whose raw sample is still to come
     for envelope in envelopes:
         modality = topics.TOPICS[envelope.topic].modality
-        if modality not in encoders:
-            yield envelope
-            continue
-        encoder, waiting = encoders[modality], made[modality]
-        if envelope.topic == topics.raw(modality):
-            try:
+        if modality in encoders and envelope.topic == topics.raw(modality):
+            encoder = encoders[modality]
+            with contextlib.suppress(WireError):
                 vectors = encoder.encode(Sample(envelope.event_ns, envelope.capture_ns, envelope.payload))
-            except WireError:
-                continue
-            if modality not in seq:
-                waiting.extend(vectors)
-                continue
-            for vector in vectors:
-                yield msgspec.structs.replace(
-                    envelope,
-                    topic=topics.feature(modality),
-                    seq=seq[modality],
-                    event_ns=vector.event_ns,
-                    payload=vector.data,
-                    origin=encoder.origin,
-                )
-                seq[modality] += 1
+                if modality not in seq:
+                    made[modality].extend(vectors)
+                    vectors = []
+                for vector in vectors:
+                    held.append(
+                        msgspec.structs.replace(
+                            envelope,
+                            topic=topics.feature(modality),
+                            seq=seq[modality],
+                            event_ns=vector.event_ns,
+                            payload=vector.data,
+                            origin=encoder.origin,
+                        )
+                    )
+                    seq[modality] += 1
         else:
+            held.append(envelope)
+        yield from _made_again(held, made, encoders, seq, envelope.publish_ns - _RAW_WITHIN_NS)
+    yield from _made_again(held, made, encoders, seq, _FOREVER)
+
+
+_RAW_WITHIN_NS = 1_000_000_000
+"""A raw sample comes with its features, a little before or after; what has not come by then was lost."""
+_FOREVER = 2**63
+
+
+def _made_again(
+    held: deque[Envelope],
+    made: Mapping[str, deque[Sample]],
+    encoders: Mapping[str, Encoder],
+    featureless: Collection[str],
+    lost_before_ns: int,
+) -> Iterator[Envelope]:
+    """What need not be held any longer."""
+    while held:
+        envelope = held[0]
+        modality = topics.TOPICS[envelope.topic].modality
+        if modality in encoders and modality not in featureless:
+            waiting = made[modality]
             while waiting and waiting[0].event_ns < envelope.event_ns:
                 waiting.popleft()
             if waiting and waiting[0].event_ns == envelope.event_ns:
-                vector = waiting.popleft()
-                yield msgspec.structs.replace(envelope, payload=vector.data, origin=encoder.origin)
+                envelope = msgspec.structs.replace(
+                    envelope, payload=waiting.popleft().data, origin=encoders[modality].origin
+                )
+            elif waiting or envelope.publish_ns < lost_before_ns:
+                held.popleft()
+                continue
+            else:
+                return
+        held.popleft()
+        yield envelope
 
 
 def pace(envelopes: Iterable[Envelope], speed: float, alive: Callable[[], bool] = lambda: True) -> Iterator[Envelope]:
@@ -205,6 +238,10 @@ def pace(envelopes: Iterable[Envelope], speed: float, alive: Callable[[], bool] 
         if not alive():
             return
         yield msgspec.structs.replace(envelope, received_ns=now_ns())
+
+
+_YIELD_S = 0.003
+"""So long a source leaves the interpreter to who reads: a sample's features and their sending take less."""
 
 
 class Pump:
@@ -223,6 +260,10 @@ class Pump:
         self._changed = threading.Condition()
         self._error: BaseException | None = None
         self._ended = False
+        self._reading = False
+        """Whether somebody waits in `read`."""
+        self._asked = 0
+        """How often somebody began to."""
         self.produced = self.delivered = self.dropped = 0
         self._thread = threading.Thread(target=self._fill, name="pump", daemon=True)
 
@@ -240,6 +281,10 @@ class Pump:
                             self.dropped += 1
                     self._queue.append(sample)
                     self._changed.notify_all()
+                    if self._reading:
+                        # to make the next sample now would take the interpreter from the reader, who is waited for
+                        asked = self._asked
+                        self._changed.wait_for(lambda: self._asked != asked, _YIELD_S)  # noqa: B023 called here alone
                 if not self._alive():
                     break
         except BaseException as e:
@@ -252,7 +297,11 @@ class Pump:
         """The next sample, or None after `timeout_s` or at the end (see `ended`)."""
         with self._changed:
             if not self._queue and not self._ended:
+                self._reading = True
+                self._asked += 1
+                self._changed.notify_all()
                 self._changed.wait(timeout_s)
+                self._reading = False
             if self._queue:
                 self.delivered += 1
                 sample = self._queue.popleft()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -23,6 +24,7 @@ from stream_mmrnn.errors import ConfigError, FileError, UsageError
 from stream_mmrnn.latency import Histogram
 from stream_mmrnn.pipeline import pace, predict, reencode
 from stream_mmrnn.recording import Recording
+from stream_mmrnn.repeats import WINDOW
 from stream_mmrnn.runtime import Provider
 from stream_mmrnn.types import Envelope, Prediction, Vectors
 
@@ -58,10 +60,14 @@ class Comparison:
     def __init__(self) -> None:
         self._then: dict[int, _Then] = {}
         self._now: dict[int, _Now] = {}
+        self._recent: OrderedDict[int, _Then] = OrderedDict()
+        """The newest recorded ones, met or not: an engine that went on after a crash has said some of them twice."""
         self.recorded = 0
         self.different = 0
         self.extra = 0
         self.missing = 0
+        self.repeated = 0
+        """Recorded twice, the same both times."""
         self.max_abs_difference = 0.0
         self.first = ""
         """One sentence about the first difference."""
@@ -85,6 +91,16 @@ class Comparison:
             self.missing += 1
             self._note(f"a recorded prediction cannot be read: {e}")
             return
+        before = self._recent.get(then.tick)
+        if before is not None:
+            self.repeated += before == then
+            if before != then:
+                self.different += 1
+                self._note(f"tick {then.tick} was recorded twice, with other numbers")
+            return
+        self._recent[then.tick] = then
+        if len(self._recent) > WINDOW:
+            self._recent.popitem(last=False)
         now = self._now.pop(then.tick, None)
         if now is not None:
             self._compare(then, now)
@@ -135,6 +151,7 @@ class Comparison:
             "different": self.different,
             "missing": missing,
             "extra": extra,
+            "repeated": self.repeated,
             "max_abs_difference": self.max_abs_difference,
             "first_difference": self.first,
         }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
@@ -22,7 +22,7 @@ from stream_mmrnn.arena import Arena
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.contract import Contract, contract_of
 from stream_mmrnn.engine import MAX_AGE_S, StepEngine, make_rows
-from stream_mmrnn.errors import Busy, DuplicateSession, ProcessError, UnknownSession
+from stream_mmrnn.errors import Busy, DuplicateSession, ProcessError, ShardDied, UnknownSession, UsageError
 from stream_mmrnn.rows import Rows, Shapes
 from stream_mmrnn.runtime import Array, Graph, Provider
 from stream_mmrnn.types import Prediction, Tick
@@ -115,15 +115,35 @@ class _Shard:
     """A process, seen from the other side; what an arena asks of rows it asks of the process."""
 
     def __init__(self, path: Path, contract: Contract, slots: int, provider: Provider, batch: int) -> None:
-        context = multiprocessing.get_context("spawn")
         self.block = _Block(contract, slots)
-        self._pipe, theirs = context.Pipe()
-        arguments = (path, slots, provider, batch, self.block.memory.name, theirs)
-        self._process = context.Process(target=_serve, args=arguments, name="stream-mmrnn-shard", daemon=True)
-        self._process.start()
-        theirs.close()
+        self._arguments = (path, slots, provider, batch, self.block.memory.name)
         self.arena = Arena(self, slots)
         self._shapes: Shapes = {}
+        self._start()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(*self._arguments, theirs), name="stream-mmrnn-shard", daemon=True
+        )
+        self._process.start()
+        theirs.close()
+
+    def start_again(self) -> tuple[str, ...]:
+        """A new process in place of one that has died or no longer answers; the sessions that begin anew in it.
+
+        Raises:
+            ProcessError: it does not start.
+
+        """
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
+        self._start()
+        self.wait()
+        self.arena.fresh[:] = True
+        return tuple(self.arena.sessions)
 
     @property
     def pid(self) -> int:
@@ -140,13 +160,13 @@ class _Shard:
         try:
             return self._pipe.recv_bytes()
         except (EOFError, OSError) as e:
-            raise ProcessError(f"a shard of the engine (process {self.pid}) has died; start it again") from e
+            raise ProcessError(f"a shard of the engine (process {self.pid}) has died") from e
 
     def _tell(self, message: bytes) -> None:
         try:
             self._pipe.send_bytes(message)
         except OSError as e:
-            raise ProcessError(f"a shard of the engine (process {self.pid}) has died; start it again") from e
+            raise ProcessError(f"a shard of the engine (process {self.pid}) has died") from e
 
     def begin(self, count: int) -> None:
         self._tell(_STEP + count.to_bytes(4, "little"))
@@ -226,6 +246,56 @@ class ShardedEngine:
         except KeyError:
             raise UnknownSession(f"session {session!r} is not open; open it first") from None
 
+    def shard(self, session: str) -> int:
+        """The number of the process that a session is with, from 0."""
+        return self._shards.index(self._shard(session))
+
+    def move(self, session: str, shard: int) -> None:
+        """Take a session to another of the processes; its next step there goes on bit for bit.
+
+        Raises:
+            UnknownSession: it is not open.
+            UsageError: there is no such process.
+            Busy: that one has no free slot; the session stays where it is.
+            ShardDied: one of the two has died, and with it the states that the error names.
+
+        """
+        if not 0 <= shard < len(self._shards):
+            raise UsageError(f"there is no process {shard} of this engine; it has 0 to {len(self._shards) - 1}")
+        here, there = self._shard(session), self._shards[shard]
+        if here is there:
+            return
+        with self._mended(here):
+            state = here.arena.snapshot(session)
+        there.arena.acquire(session)
+        try:
+            there.arena.restore(session, state)
+        except ProcessError as e:
+            there.arena.release(session)
+            raise self._mend([there], e) from e
+        here.arena.release(session)
+        self._of[session] = there
+
+    @contextlib.contextmanager
+    def _mended(self, shard: _Shard) -> Iterator[None]:
+        """Where the process is found dead, it is started again and the error says what went with it."""
+        try:
+            yield
+        except ProcessError as e:
+            raise self._mend([shard], e) from e
+
+    @staticmethod
+    def _mend(dead: Sequence[_Shard], cause: ProcessError) -> ShardDied:
+        """Start the dead ones again; what to raise. Raises ProcessError itself where that cannot be."""
+        lost = tuple(session for shard in dead for session in shard.start_again())
+        names = ", ".join(map(repr, lost[:5])) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+        error = ShardDied(
+            f"{cause}; it was started again, and the state of {len(lost)} sessions is lost ({names or 'none'}): "
+            "restore their snapshots, or let them begin anew"
+        )
+        error.sessions = lost
+        return error
+
     def reset(self, session: str) -> None:
         self._shard(session).arena.reset(session)
 
@@ -234,21 +304,29 @@ class ShardedEngine:
         del self._of[session]
 
     def snapshot(self, session: str) -> dict[str, Array]:
-        return self._shard(session).arena.snapshot(session)
+        """A copy of the session's state tensors, by name; empty where it has not begun. Raises ShardDied."""
+        shard = self._shard(session)
+        with self._mended(shard):
+            return shard.arena.snapshot(session)
 
     def restore(self, session: str, state: dict[str, Array]) -> None:
-        self._shard(session).arena.restore(session, state)
+        """Put a snapshot back; raises SessionError where it is not this model's, ShardDied."""
+        shard = self._shard(session)
+        with self._mended(shard):
+            shard.arena.restore(session, state)
 
     def prewarm(self) -> None:
         for shard in self._shards:
-            shard.prewarm()
+            with contextlib.suppress(ProcessError):  # the next step finds it, and says so
+                shard.prewarm()
 
     def step(self, ticks: Sequence[Tick]) -> list[Prediction]:
         """Predictions for the ticks, in their order; all processes at once.
 
         Raises:
             UnknownSession: a tick of a session that is not open; nothing was stepped.
-            ProcessError: a shard has died.
+            ShardDied: a process has died; another one is in its place. The error holds what was predicted, and which
+                sessions begin anew.
 
         """
         shards = [self._shard(tick.session) for tick in ticks]
@@ -259,7 +337,11 @@ class ShardedEngine:
             while end < len(ticks) and ticks[end].session not in taken:
                 taken.add(ticks[end].session)
                 end += 1
-            out += self._round(ticks[start:end], shards[start:end])
+            try:
+                out += self._round(ticks[start:end], shards[start:end])
+            except ShardDied as e:
+                e.predictions = (*out, *e.predictions)
+                raise
             start = end
         return out
 
@@ -269,19 +351,38 @@ class ShardedEngine:
         for i, shard in enumerate(shards):
             places.setdefault(id(shard), []).append(i)
         busy = [(shard, places[id(shard)]) for shard in self._shards if id(shard) in places]
+        dead: dict[int, tuple[_Shard, ProcessError]] = {}
         for shard, mine in busy:
             self._fill(shard, [ticks[i] for i in mine])
-            shard.begin(len(mine))
-        heads: list[dict[str, Array]] = [{} for _ in ticks]
+            try:
+                shard.begin(len(mine))
+            except ProcessError as e:
+                dead[id(shard)] = shard, e
+        heads: list[dict[str, Array] | None] = [None] * len(ticks)
         for shard, mine in busy:
-            shard.end()
-            for name, output in self._wiring.heads.items():
-                for i, row in zip(mine, shard.block.columns[output][: len(mine)].copy(), strict=True):
-                    heads[i][name] = row
+            try:
+                if id(shard) not in dead:
+                    shard.end()
+            except ProcessError as e:
+                dead[id(shard)] = shard, e
+            if id(shard) in dead:
+                continue
+            outputs = {n: shard.block.columns[output][: len(mine)].copy() for n, output in self._wiring.heads.items()}
+            for row, i in enumerate(mine):
+                heads[i] = {name: rows[row] for name, rows in outputs.items()}
         end_ns = now_ns()
-        return [
-            Prediction(tick, said, self.spec.sha256, start_ns, end_ns) for tick, said in zip(ticks, heads, strict=True)
+        sha256 = self.spec.sha256
+        made = [
+            Prediction(tick, said, sha256, start_ns, end_ns)
+            for tick, said in zip(ticks, heads, strict=True)
+            if said is not None
         ]
+        if dead:
+            found = list(dead.values())
+            error = self._mend([shard for shard, _ in found], found[0][1])
+            error.predictions = tuple(made)
+            raise error from found[0][1]
+        return made
 
     def _fill(self, shard: _Shard, ticks: Sequence[Tick]) -> None:
         columns, wiring, count = shard.block.columns, self._wiring, len(ticks)

@@ -242,10 +242,20 @@ class StateStore:
             return None
         except OSError as e:
             raise SnapshotError(f"the state of session {session!r} cannot be read from {path}: {e.strerror}") from e
-        snapshot = from_bytes(raw)
+        try:
+            snapshot = from_bytes(raw)
+        except SnapshotError as e:
+            raise SnapshotError(f"{path} is damaged, remove it to begin session {session!r} anew: {e}") from e
         if snapshot.session != session:
             raise SnapshotError(f"{path} is not of session {session!r} but of {snapshot.session!r}; remove it")
         return snapshot
+
+    def holds(self, session: str, unix_ns: int) -> bool:
+        """Whether `load` would find something: one look at the folder, no reading."""
+        try:
+            return not self._expired(self.path(session).lstat().st_mtime_ns, unix_ns)
+        except OSError:
+            return False
 
     def _expired(self, saved_ns: int, unix_ns: int) -> bool:
         return unix_ns - saved_ns > self.ttl_ns

@@ -11,19 +11,22 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from stream_mmrnn import config, nodes, sources, topics, wire
+from stream_mmrnn import config, keys, nodes, sources, topics, wire
 from stream_mmrnn.bus import Address, Publisher, Subscriber
 from stream_mmrnn.clock import Sparingly, now_ns
 from stream_mmrnn.errors import ProcessError, WireError
 from stream_mmrnn.types import Envelope
 
+_AT_ONCE_NS = 1_000_000_000
+"""An engine that lived so long is started again at once."""
 _WORKERS = {"vision": "camera", "audio": "microphone"}
 """What the worker of a modality is called, where that is not the modality's name."""
 
@@ -73,13 +76,21 @@ class Supervisor:
     """A session from its first process to its last."""
 
     def __init__(
-        self, settings: config.Settings, with_engine: bool = True, say: Callable[[str], None] = lambda _: None
+        self,
+        settings: config.Settings,
+        with_engine: bool = True,
+        say: Callable[[str], None] = lambda _: None,
+        watch: Collection[str] = (),
     ) -> None:
-        """`say` is told, in one sentence each, what a person should know while it runs."""
+        """`say` is told, in one sentence each, what a person should know while it runs; `messages` gives the topics of
+        `watch`, too.
+        """
         self.settings = settings
-        self._say = say
+        self._say, self._watch = say, watch
         self._context = process_context()
-        self.address = Address.create(settings.bus.transport)
+        bus = settings.bus
+        own = keys.Folder(Path(bus.keys)).keys() if bus.keys else None
+        self.address = Address.create(bus.transport, bus.host, bus.port, own)
         self._epoch: Any = self._context.Value("q", 0)
         self.nodes = list(self._table(with_engine))
         self._by_name = {n.name: n for n in self.nodes}
@@ -96,6 +107,8 @@ class Supervisor:
         settings = self.settings
         yield Node("broker", nodes.broker)
         yield Node("clock", nodes.clock)
+        if with_engine and settings.state.snapshot_every:
+            yield Node("journal", nodes.journal)
         if settings.record.path:
             yield Node("recorder", nodes.recorder)
         if with_engine:
@@ -145,6 +158,7 @@ class Supervisor:
 
     def start(self, alive: Callable[[], bool]) -> None:
         """All processes up, the session open, the sources going."""
+        self._say_how_to_get_in()
         for node in self.nodes:
             self._spawn(node)
             if node.name == "broker":
@@ -152,14 +166,7 @@ class Supervisor:
                 self._publisher = Publisher(self.address, self.settings.bus.queue)
                 self._monitor = Subscriber(
                     self.address,
-                    [
-                        topics.STATUS,
-                        topics.PREDICTION,
-                        topics.FEATURE,
-                        *topics.raws("text"),
-                        topics.CLOCK,
-                        topics.SESSION,
-                    ],
+                    [*dict.fromkeys((topics.STATUS, topics.PREDICTION, topics.SESSION, *self._watch))],
                     self.settings.bus.queue,
                 )
         self._wait_ready([n for n in self.nodes if not n.is_source], alive)
@@ -170,6 +177,17 @@ class Supervisor:
         self._publisher.wait_for_reader(topics.SESSION, 2.0)
         self._publish_session("open")
         self._epoch.value = now_ns()
+
+    def _say_how_to_get_in(self) -> None:
+        """What a person on another machine needs, once."""
+        bus, page = self.settings.bus, self.settings.dashboard
+        if self.address.keys is not None:
+            port = int(self.address.publish.rpartition(":")[2])
+            self._say(f"bus: {bus.host}, port {port}, server key {self.address.keys.server}")
+        if page.enabled and page.token_file:
+            token, made = keys.token(Path(page.token_file))
+            if made:
+                self._say(f"the page's token, shown this once: {token} (it is in {page.token_file})")
 
     def _publish_session(self, op: Any) -> int:
         at_ns = now_ns()
@@ -219,6 +237,8 @@ class Supervisor:
             self._say(f"{node.name}: is back")
         if node.is_source:
             self._expect()
+        if node.name == "engine" and before is None and message.detail.get("anew") and not self.closed_ns:
+            self._publish_session("open")
         if node.name == "dashboard":
             port = str(message.detail.get("address", "")).rstrip("/").rpartition(":")[2]
             if port.isascii() and port.isdigit() and int(port[:6]) < 65536:
@@ -249,9 +269,6 @@ class Supervisor:
                 if at_ns >= node.again_ns:
                     node.again_ns = 0
                     self._spawn(node)
-                    if node.name == "engine" and self.opened_ns:
-                        node.ready.wait(settings.start_timeout_s)
-                        self._publish_session("open")
                 continue
             code = node.process.exitcode
             if code is None:
@@ -264,13 +281,15 @@ class Supervisor:
             # one that ran well for a while starts again as if for the first time
             recent = 0 if at_ns - node.started_ns > 10_000_000_000 else min(node.restarts, 8)
             wait_s = min(settings.backoff_s * 2**recent, settings.backoff_max_s)
+            if node.name == "engine" and at_ns - node.started_ns > _AT_ONCE_NS:
+                wait_s = 0.0  # ticks wait for it: back-off is for one that cannot live
             node.deaths.append(death)
             node.restarts += 1
             node.again_ns = at_ns + int(wait_s * 1e9)
             if node.status is not None:
                 node.published_before += node.status.counts.get("published", 0)
             node.status = None
-            self._say(f"{node.name}: {death}; started again in {wait_s:g} s")
+            self._say(f"{node.name}: {death}; started again {f'in {wait_s:g} s' if wait_s else 'at once'}")
             if node.is_source:
                 self._expect()
 
@@ -291,7 +310,7 @@ class Supervisor:
             at_ns = now_ns()
             self._publisher.publish(topics.CONTROL, self.settings.session.name, at_ns, at_ns, b"stop")
             self._await_closed("recorder", now_ns() + 500_000_000, see)
-        for names in (("engine", "recorder", "dashboard", "clock"), ("broker",)):
+        for names in (("engine", "recorder", "dashboard", "journal", "clock"), ("broker",)):
             self._end([n for n in self.nodes if n.name in names], max(deadline_ns, now_ns() + 100_000_000), see)
         if self._publisher is not None:
             self._publisher.close(0)

@@ -47,6 +47,15 @@ class Envelope(msgspec.Struct, frozen=True, gc=False):
     """When the reader had it; never on the wire, 0 where nobody stamped it."""
 
 
+class Mark(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Which message of the bus: numbers begin anew with their publisher, its clock does not."""
+
+    topic: str
+    session: str
+    seq: int
+    publish_ns: int
+
+
 class Stamps(msgspec.Struct, frozen=True, gc=False):
     """The times of the message that let a tick close."""
 

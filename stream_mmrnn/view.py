@@ -12,6 +12,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from stream_mmrnn import topics
+
 _BARS = " ▁▂▃▄▅▆▇█"
 _STATE_STYLE = {
     "open": "green",
@@ -20,6 +22,10 @@ _STATE_STYLE = {
     "starting": "yellow",
     "restarting": "yellow",
 }
+
+
+WATCHED = (topics.FEATURE, *topics.raws("text"), topics.CLOCK)
+"""What the view shows beside status and predictions."""
 
 
 def spark(values: list[float | None], width: int) -> str:
@@ -137,8 +143,17 @@ def summary_table(summary: dict[str, Any]) -> RenderableType:
         parts.append(
             Text(f"recorded {r['messages']} messages, {r['bytes'] / 1e6:.1f} MB, {r['lost']} lost: {r['path']}")
         )
+    for name, v in summary["viewers"].items():
+        if v["dropped"]:
+            reasons = ", ".join(f"{k} {n}" for k, n in v["dropped"].items())
+            parts.append(Text(f"{name}: {v['delivered']} of {v['produced']} messages; {reasons}", "yellow"))
+    for name, denied in summary["denied"].items():
+        reasons = ", ".join(f"{k} {n}" for k, n in denied.items())
+        parts.append(Text(f"{name} let nobody in without a right to it: {reasons}", "yellow"))
     for name, deaths in summary["restarts"].items():
         parts.append(Text(f"{name} {', '.join(deaths)}", "yellow"))
+    if summary["repeated"]:
+        parts.append(Text(f"{summary['repeated']} predictions were made again after that, and counted once", "yellow"))
     return Group(*parts)
 
 

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stream_mmrnn import topics
-from stream_mmrnn.align import Aligner, stamps_of
+from stream_mmrnn.align import Aligner, AlignerState, SessionState, StreamState, _Session, _Stream, stamps_of
+from stream_mmrnn.errors import SessionError
 from stream_mmrnn.types import Envelope, ModalitySpec, Tick
 
 T = 40
@@ -331,3 +333,94 @@ def test_one_clock_message_closes_the_ticks_of_all_sessions(count: int) -> None:
     for i in range(count):
         a.open(f"s{i}", 0)
     assert [(t.session, t.index) for t in a.push(clock(120))] == [(f"s{i}", 1) for i in range(count)]
+
+
+def resumed(a: Aligner, specs: tuple[ModalitySpec, ...]) -> Aligner:
+    """Another aligner that goes on from this one's snapshot, by way of bytes."""
+    content = msgspec.msgpack.encode(a.snapshot())
+    b = Aligner(specs, T, a._lateness_ns, 500, 5000)
+    b.restore(msgspec.msgpack.decode(content, type=AlignerState))
+    assert msgspec.msgpack.encode(b.snapshot()) == content
+    return b
+
+
+@settings(max_examples=300)
+@given(st.integers(0, 2**32), st.sets(st.integers(0, 250), max_size=6))
+def test_going_on_from_a_snapshot_changes_nothing(seed: int, cuts: set[int]) -> None:
+    """Sessions that come and go, gaps, restarts, late and wrong messages: cut anywhere, all is the same."""
+    chance = random.Random(seed)
+    specs = (ModalitySpec("vision", 2), ModalitySpec("audio", 2, reduction="stack", stack=2), ModalitySpec("text", 1))
+    lateness_ns = {name: chance.choice([0, 20, 60, 80]) for name in LATE}
+    whole = Aligner(specs, T, lateness_ns, 500, 5000)
+    pieces = Aligner(specs, T, lateness_ns, 500, 5000)
+    now, seq = 0, {(s, name): 0 for s in "ab" for name in LATE}
+    trouble, jitter = chance.choice([0, 0.05, 0.3]), chance.choice([0, 10, 60])
+    for i in range(250):
+        if i in cuts:
+            pieces = resumed(pieces, specs)
+        now += chance.choice([0, 1, 2, 5, 10])
+        kind, session = chance.choice(["clock", "clock", *LATE]), chance.choice("ab")
+        roll = chance.random()
+        if roll < 0.03 or i == 0:
+            for a in (whole, pieces):
+                a.open(session, now, ["audio", "text"] if seed % 2 else None)
+        elif roll < 0.05:
+            ends = [facts(a.close(session, now, stamps_of(clock(now)))) for a in (whole, pieces)]
+            assert ends[0] == ends[1]
+        elif roll < 0.1:
+            expected = chance.sample(sorted(LATE), chance.randint(0, 3))
+            whole.expect(session, expected)
+            pieces.expect(session, expected)
+        if kind == "clock":
+            message = clock(now)
+        else:
+            number = seq[session, kind]
+            if chance.random() < trouble:
+                number = max(0, chance.choice([0, number - 2, number - 1, number + 1, number + 3]))
+            seq[session, kind] = number + 1
+            value = chance.choice([None] * 20 + [float("nan")])
+            at = now - chance.randint(0, jitter) + chance.choice([0, 0, 0, 50, 50, 2000 if trouble else 0])
+            message = feature(kind, number, at, value, session)
+        assert facts(whole.push(message)) == facts(pieces.push(message))
+    assert whole.counts == pieces.counts
+    assert whole.misfits == pieces.misfits
+    assert whole.snapshot() == pieces.snapshot()
+
+
+def test_nothing_is_forgotten_in_a_snapshot() -> None:
+    """Who gives a stream or session another attribute has to say whether a snapshot needs it."""
+    made = {"all_true", "counts", "dense", "encoder", "expected", "flags", "lateness_ns", "name", "reduction"}
+    made |= {"shape", "size", "spec", "zeros"}
+    assert set(_Stream.__slots__) == made | set(StreamState.__struct_fields__)
+    derived = {"bounds", "by_topic", "name", "soonest_ns"}
+    assert set(_Session.__slots__) == derived | set(SessionState.__struct_fields__)
+    settings_ = {"tick_ns", "_specs", "_lateness_ns", "_max_ahead_ns", "_max_behind_ns", "_feature_topics", "_zeros"}
+    assert set(vars(aligner())) == settings_ | {"counts", "malformed", "misfits", "_sessions"}
+
+
+def test_a_snapshot_reaches_as_far_back_as_the_aligner() -> None:
+    a = aligner(specs=(ModalitySpec("audio", 1),))
+    a.open("s", 0)
+    run(a, [clock(1), *(e for i in range(5000) for e in (clock(i), feature("audio", i, i)))])
+    b = resumed(a, (ModalitySpec("audio", 1),))
+    for seq in (0, 3000, 3970, 4999):
+        for each in (a, b):
+            assert run(each, [feature("audio", seq, 4900)]) == []
+    assert a.counts == b.counts
+    assert b.counts["audio"].duplicate == 4
+
+
+def test_a_snapshot_of_other_modalities_is_refused_and_changes_nothing() -> None:
+    a = aligner()
+    a.open("s", 0)
+    run(a, [clock(1), feature("audio", 0, 20)])
+    before = a.snapshot()
+    for other in ((ModalitySpec("audio", 1),), (*SPECS[:2], ModalitySpec("text", 3))):
+        b = aligner(specs=other)
+        b.open("t", 0)
+        b.push(feature("text", 0, 20, session="t")) if len(other) == 1 else b.push(
+            Envelope("feature/text", "t", 0, 20, 20, 20, np.ones(3, np.float32))
+        )
+        with pytest.raises(SessionError):
+            a.restore(b.snapshot())
+        assert a.snapshot() == before

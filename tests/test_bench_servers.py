@@ -151,7 +151,7 @@ def test_a_peer_that_hangs_is_ended(step: Path, peer: Path, monkeypatch: pytest.
 
 
 def test_every_request_is_answered_or_lost(step: Path, peer: Path) -> None:
-    rows, ratios = servers.measure(step, **SMALL)
+    (*rows, bare), ratios = servers.measure(step, **SMALL)
     found = {r["contender"]: r for r in rows}
     assert found.keys() == {"ours", "ours_bus", "triton", "pytriton"}
     for row in rows:
@@ -168,6 +168,8 @@ def test_every_request_is_answered_or_lost(step: Path, peer: Path) -> None:
     assert (found["triton"]["lost"], found["triton"]["late"], found["triton"]["errors"]) == (4, 2, {"no": 4})
     assert found["triton"]["versions"] == {"fake": "backend"}
     assert found["pytriton"]["versions"] == {"fake": "bind"}
+    assert bare["contender"] == "two hops over ZeroMQ's own proxy"
+    assert bare["latency_ms"]["count"] > 0
     assert {
         f"{peer}_p50_over_{own}_2" for peer in ("triton", "pytriton") for own in ("ours", "ours_bus")
     } == ratios.keys()
@@ -178,7 +180,7 @@ def test_a_peer_that_dies_leaves_the_others(step: Path, peer: Path, monkeypatch:
     monkeypatch.setenv("FAKE", "dies")
     rows, ratios = servers.measure(step, **SMALL)
     assert skipped(rows) == {"pytriton": "with 2 sessions: it ended: it broke in two"}
-    assert {r["contender"] for r in rows if "skipped" not in r} == {"ours", "ours_bus", "triton"}
+    assert {r["contender"] for r in rows[:-1] if "skipped" not in r} == {"ours", "ours_bus", "triton"}
     assert ratios["triton_p50_over_ours_2"]["value"] > 0
     assert "it broke in two" in ratios["pytriton_p50_over_ours_2"]["why"]
 
@@ -211,11 +213,13 @@ def test_sessions_has_the_rows_only_where_peers_are_wanted(monkeypatch: pytest.M
     monkeypatch.setenv(asked.PYTHON, "/no/such/python")
     monkeypatch.setattr(sessions, "_capacity", lambda *_: (1, [], 0.0))
     monkeypatch.setattr(sessions, "_batched", lambda *_: None)
+    monkeypatch.setattr(sessions, "_graph_alone", lambda _: 8000.0)
     document, _ = sessions.run(hidden=16, peers=True)
-    assert [r["what"] for r in document["rows"]] == ["servers", "servers"]
+    assert [r["what"] for r in document["rows"]] == ["fp32", "int8", "servers", "servers"]
+    assert document["ratios"]["sessions_of_the_graph_alone_int8"]["value"] == 5000.0
     assert document["ratios"]["triton_p50_over_ours_bus_16"]["value"] is None
     document, _ = sessions.run(hidden=16)
-    assert document["rows"] == []
+    assert [r["what"] for r in document["rows"]] == ["fp32", "int8"]
 
 
 def test_what_the_server_computes_is_the_models_step(step: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from stream_mmrnn import topics, wire
+from stream_mmrnn.dashboard.access import Access
 from stream_mmrnn.dashboard.server import MAX_CLIENTS, Dashboard
 from stream_mmrnn.dashboard.state import HISTORY_POINTS, LiveState
 from stream_mmrnn.errors import ConfigError, ProcessError
@@ -123,7 +124,7 @@ def test_heads_have_values_meaning_and_a_bounded_history() -> None:
         status("engine", T0, state="ready", detail={"spec": {"name": "m", "heads": [head], "modalities": ["vision"]}})
     )
     for i in range(3000):
-        live.see(prediction(T0 + i * 10 * MS, {"vap": [i / 3000, 0.123456]}, seq=i))
+        live.see(prediction(T0 + i * 10 * MS, {"vap": [i / 3000, 0.123456]}, seq=i, tick=i))
     snap = live.snapshot(T0 + 30 * S)
     vap = snap["heads"]["vap"]
     assert vap["values"] == [round(2999 / 3000, 4), 0.1235]
@@ -138,7 +139,7 @@ def test_heads_have_values_meaning_and_a_bounded_history() -> None:
     assert snap["model"] == {"name": "m", "sha256": "ab" * 32}
     assert vap["threshold"] is None, "two numbers are no yes or no"
     assert snap["predictions_per_s"] == pytest.approx(100, abs=1)
-    assert snap["tick"] == (T0 + 2999 * 10 * MS) // (40 * MS)
+    assert snap["tick"] == 2999
     # the model speaks of vision, nothing of it ever came
     assert snap["streams"]["feature/vision"]["silent"]
     assert snap["streams"]["feature/vision"]["age_ms"] is None
@@ -150,8 +151,8 @@ def test_what_says_yes_or_no_is_read_against_its_threshold() -> None:
     live.see(
         status("engine", T0, state="ready", detail={"spec": {"name": "m", "heads": heads, "modalities": ["vision"]}})
     )
-    for value, word in ((0.3, "0.30 yes"), (0.2, "0.20 no")):
-        live.see(prediction(T0, {"over": [value]}))
+    for tick, (value, word) in enumerate(((0.3, "0.30 yes"), (0.2, "0.20 no"))):
+        live.see(prediction(T0, {"over": [value]}, tick=tick))
         snap = live.snapshot(T0 + S)
         assert snap["heads"]["over"]["threshold"] == 0.25
         written = io.StringIO()
@@ -165,8 +166,20 @@ def test_a_run_that_starts_anew_starts_a_new_history() -> None:
     live = LiveState()
     for i in range(50):
         live.see(prediction(T0 + i * 40 * MS, {"vap": [0.1]}, seq=i))
-    live.see(prediction(T0, {"vap": [0.9]}))
-    assert live.snapshot(T0 + S)["heads"]["vap"]["history"]["series"] == [[0.9]]
+    before = T0 - 5000 * 40 * MS
+    live.see(prediction(before, {"vap": [0.9]}))
+    assert live.snapshot(before + S)["heads"]["vap"]["history"]["series"] == [[0.9]]
+
+
+def test_what_an_engine_says_again_after_a_crash_is_shown_once() -> None:
+    live = LiveState()
+    for i in (*range(50), *range(30, 60)):
+        live.see(prediction(T0 + i * 40 * MS, {"vap": [i / 100]}, seq=i))
+    snap = live.snapshot(T0 + 60 * 40 * MS)
+    assert snap["repeated"] == 20
+    assert snap["heads"]["vap"]["history"]["series"] == [[i / 100 for i in range(60)]]
+    assert snap["latency"] != {}
+    assert snap["losses"] == []
 
 
 def test_one_session_is_followed_until_it_is_silent() -> None:
@@ -501,9 +514,113 @@ def test_close_without_start() -> None:
 
 
 def test_wrong_addresses() -> None:
-    with pytest.raises(ConfigError, match="dashboard serves on"):
+    with pytest.raises(ConfigError, match="needs a token"):
         Dashboard("0.0.0.0")
     board = Dashboard()
     with pytest.raises(ProcessError, match="cannot bind"):
         Dashboard("127.0.0.1", port(board))
     board.close()
+
+
+# --- access
+
+TOKEN = "0123456789abcdefghij"
+PATHS = ("/", "/events", "/picture.jpg", "/healthz", "/nothing")
+
+
+@pytest.fixture
+def guarded() -> Iterator[Dashboard]:
+    dashboard = Dashboard("0.0.0.0", 0, client_timeout_s=0.3, token=TOKEN)
+    dashboard.picture(b"jpeg")
+    dashboard.update({"a": 1})
+    dashboard.start()
+    yield dashboard
+    dashboard.close()
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "HEAD", "OPTIONS"])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Authorization": "Bearer "},
+        {"Authorization": f"Bearer {TOKEN}x"},
+        {"Authorization": f"Bearer {TOKEN[:-1]}"},
+        {"Authorization": f"Basic {TOKEN}"},
+        {"Authorization": "Bearer \xff\xfe"},
+        {"Cookie": f"stream_mmrnn={TOKEN}"},
+        {"Cookie": "stream_mmrnn_PORT="},
+        {"Cookie": "\x01;;==" + TOKEN},
+    ],
+    ids=range(9),
+)
+def test_without_its_token_the_page_says_nothing(guarded: Dashboard, method: str, headers: dict[str, str]) -> None:
+    for path in (*PATHS, "/?token=", "/events?token=wrong", "/?x&" * 20):
+        code, answered, body = ask(
+            guarded, path, method, **{k: v.replace("PORT", str(port(guarded))) for k, v in headers.items()}
+        )
+        assert code == 401
+        assert answered["www-authenticate"] == "Bearer"
+        assert TOKEN not in str(answered)
+        assert body in (b"", b"this page wants its token: open it as /?token=TOKEN\n")
+    assert guarded.access.denied["token"] == len(PATHS) + 3
+
+
+def test_the_token_opens_the_page(guarded: Dashboard) -> None:
+    bearer = {"Authorization": f"Bearer {TOKEN}"}
+    assert ask(guarded, "/", **bearer)[0] == 200
+    assert ask(guarded, "/picture.jpg?12", **bearer)[2] == b"jpeg"
+    assert ask(guarded, "/", "POST", **bearer)[0] == 405
+    code, headers, body = ask(guarded, f"/?token={TOKEN}")
+    assert (code, headers["location"], body) == (303, "/", b"")
+    cookie = headers["set-cookie"]
+    assert "HttpOnly" in cookie
+    assert "SameSite=Lax" in cookie
+    assert ask(guarded, "/healthz", Cookie="other=1; " + cookie.split(";")[0])[0] == 200
+    assert ask(guarded, f"//example.org/a?token={TOKEN}")[1]["location"] == "/example.org/a"
+    assert guarded.access.denied == {}
+
+
+@pytest.mark.parametrize(
+    ("headers", "code"),
+    [
+        ({"Origin": "http://HOST"}, 200),
+        ({"Origin": "https://HOST"}, 200),
+        ({"Origin": "http://example.org"}, 403),
+        ({"Origin": "http://HOST.example.org"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Sec-Fetch-Site": "none", "Sec-Fetch-Mode": "navigate"}, 200),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}, 200),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}, 403),
+        ({"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "cors"}, 403),
+    ],
+)
+def test_other_sites_may_not_ask(board: Dashboard, headers: dict[str, str], code: int) -> None:
+    host = f"127.0.0.1:{port(board)}"
+    given = {k: v.replace("HOST", host) for k, v in headers.items()}
+    assert ask(board, "/healthz", **given)[0] == code
+    # nor post, whatever the page will take one day
+    posted = ask(board, "/", "POST", **given)[0]
+    assert posted == 403 if code == 403 or "cross-site" in given.values() else posted == 405
+
+
+def test_a_name_that_can_be_made_to_resolve_here_is_refused(guarded: Dashboard) -> None:
+    bearer = {"Authorization": f"Bearer {TOKEN}"}
+    for host in ("192.0.2.1:80", "[2001:db8::1]:80", "127.0.0.1", "localhost", socket.gethostname()):
+        assert ask(guarded, "/healthz", Host=host, **bearer)[0] == 200
+    for host in ("example.org", "127.0.0.1.example.org", "", "x:y"):
+        assert ask(guarded, "/healthz", Host=host, **bearer)[0] == 403
+
+
+def test_a_page_on_loopback_may_have_a_token_and_one_for_others_must() -> None:
+    guarded = Dashboard(token=TOKEN)
+    guarded.start()
+    assert ask(guarded, "/")[0] == 401
+    assert ask(guarded, "/", Authorization=f"Bearer {TOKEN}")[0] == 200
+    guarded.close()
+    for host in ("0.0.0.0", "::", "192.0.2.1", "example.org"):
+        with pytest.raises(ConfigError, match="needs a token"):
+            Access(host)
+    for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost"):
+        Access(host)

@@ -168,20 +168,70 @@ def test_the_page_comes_back_where_it_was(model: Path, tmp_path: Path) -> None:
     assert summary["restarts"] == {"dashboard": ["was killed by SIGKILL"]}
 
 
+def kill_engine(live: Running, path: Path) -> None:
+    [pid] = live.wait_for(lambda: live.children("engine"))
+    os.kill(pid, signal.SIGKILL)
+    live.wait_for(lambda: [p for p in live.children("engine") if p != pid])
+    size = path.stat().st_size
+    live.wait_for(lambda: recording_grows(path, size + 150_000))
+
+
 @proc_only
-def test_a_killed_engine_begins_anew_and_the_summary_says_so(model: Path, tmp_path: Path) -> None:
-    path = tmp_path / "a.mcap"
-    with closing(session(model, path)) as live:
+def test_a_killed_engine_goes_on_where_it_was(model: Path, tmp_path: Path) -> None:
+    path, config = tmp_path / "a.mcap", tmp_path / "settings.toml"
+    config.write_text("[state]\nsnapshot_every = 10\n")
+    with closing(session(model, path, "--config", config)) as live:
         live.wait_for(lambda: recording_grows(path, 60_000))
-        [pid] = live.wait_for(lambda: live.children("engine"))
-        os.kill(pid, signal.SIGKILL)
-        live.wait_for(lambda: [p for p in live.children("engine") if p != pid])
-        size = path.stat().st_size
-        live.wait_for(lambda: recording_grows(path, size + 150_000))
+        kill_engine(live, path)
+        kill_engine(live, path)
+        code, summary, _ = live.end()
+    assert code == 0
+    assert summary["restarts"] == {"engine": ["was killed by SIGKILL"] * 2}
+    check_summary(summary)
+    assert summary["recording"]["lost"] == 0
+    ticks = [t.tick for t in ticks_of(path)]
+    assert ticks == list(range(ticks[0], ticks[0] + len(ticks)))
+    assert len(ticks) == summary["ticks"] == summary["predictions"]
+    # as if nothing had been
+    verify(path, summary["predictions"])
+
+
+@proc_only
+def test_a_killed_engine_without_snapshots_begins_anew_and_says_so(model: Path, tmp_path: Path) -> None:
+    path, config = tmp_path / "a.mcap", tmp_path / "settings.toml"
+    config.write_text("[state]\nsnapshot_every = 0\n")
+    with closing(session(model, path, "--config", config)) as live:
+        live.wait_for(lambda: recording_grows(path, 60_000))
+        assert not live.children("journal")
+        kill_engine(live, path)
         code, summary, _ = live.end()
     assert code == 0
     assert summary["restarts"] == {"engine": ["was killed by SIGKILL"]}
-    assert summary["predictions"] > 0
+    assert any("begins anew: state.snapshot_every is 0" in line for line in live.lines)
+    ticks = [t.tick for t in ticks_of(path)]
+    assert ticks == sorted(set(ticks))
+    assert len(ticks) < ticks[-1] - ticks[0] + 1, "a gap, and what was said before it is not said again"
+
+
+@proc_only
+def test_a_journal_that_dies_with_the_engine_is_a_new_beginning(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.mcap"
+    with closing(session(model, path)) as live:
+        live.wait_for(lambda: recording_grows(path, 60_000))
+        [journal], [engine] = live.wait_for(lambda: live.children("journal")), live.children("engine")
+        for pid in (journal, engine):
+            os.kill(pid, signal.SIGKILL)
+        live.wait_for(lambda: any("the session begins anew" in line for line in live.lines))
+        live.wait_for(lambda: [p for p in live.children("journal") if p != journal])
+        size = path.stat().st_size
+        live.wait_for(lambda: recording_grows(path, size + 250_000))
+        # from here on it can go on again
+        before = len(live.lines)
+        kill_engine(live, path)
+        code, summary, _ = live.end()
+    assert code == 0
+    assert not [line for line in live.lines[before:] if "begins anew" in line]
+    assert summary["restarts"].keys() == {"engine", "journal"}
 
 
 @proc_only

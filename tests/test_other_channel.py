@@ -200,7 +200,7 @@ def test_the_other_ones_words_are_never_labels() -> None:
     encoder = encoders.create("other_text")
     sample = Sample(1, 1, b"/label sitting")
     out = list(capture([sample], "other_text", "tcp", encoder, lambda _: None))
-    assert [o.topic for o in out] == ["raw/other_text", "feature/other_text"]
+    assert [o.topic for o in out] == ["feature/other_text", "raw/other_text"]
     out = list(capture([sample], "text", "tcp", encoder, lambda _: None))
     assert [o.topic for o in out] == [topics.LABEL]
 

@@ -80,7 +80,14 @@ def test_each_kind_of_difference_is_named() -> None:
     assert (more["identical"], more["missing"], more["extra"], more["different"]) == (False, 0, 2, 0)
     assert more["first_difference"] == "tick 1 has no recorded prediction"
     twice = compared([*same, same[1]], [*then, then[2]])
-    assert (twice["identical"], twice["missing"], twice["extra"], twice["recorded_predictions"]) == (False, 1, 1, 4)
+    assert (twice["identical"], twice["missing"], twice["extra"], twice["recorded_predictions"]) == (False, 0, 1, 4)
+    assert twice["repeated"] == 1
+    # said again by an engine that went on after a crash: the same numbers are one prediction, others are a difference
+    again = compared(same, [*then, then[1], then[2]])
+    assert (again["identical"], again["repeated"], again["different"]) == (True, 2, 0)
+    otherwise = compared(same, [*then, recorded(prediction(1, [0.5, 0.75]))])
+    assert (otherwise["identical"], otherwise["repeated"], otherwise["different"]) == (False, 0, 1)
+    assert otherwise["first_difference"] == "tick 1 was recorded twice, with other numbers"
     unreadable = compared(same, [*then, b'{"event_ns": 1}'])
     assert (unreadable["identical"], unreadable["missing"], unreadable["different"]) == (False, 1, 0)
     assert "cannot be read" in str(unreadable["first_difference"])

@@ -137,27 +137,34 @@ def _start(stack: contextlib.ExitStack, command: Sequence[str], **options: Any) 
 
 
 @contextlib.contextmanager
-def ours(transport: str) -> Iterator[Contender]:
-    """Publisher, broker and Subscriber."""
+def _brokered(name: str, transport: str, program: Sequence[str]) -> Iterator[Contender]:
+    """A sender and a reader with a broker between them: three processes of one program."""
     address = Address.create(transport)
-    program = [sys.executable, "-m", "stream_mmrnn.bench.peer"]
     with contextlib.ExitStack() as stack:
         stack.callback(address.remove)
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         broker, _ = _start(stack, [*program, "broker", "0", address.publish, address.subscribe], **pipes)
         if broker.stdout is None or not broker.stdout.readline():
-            raise ProcessError(f"the broker of the contender ours_{transport} did not start")
+            raise ProcessError(f"the broker of the contender {name} did not start")
         ends = (address.publish, address.subscribe)
-        pair = stack.enter_context(
-            _pair(f"ours_{transport}", lambda port: [[*program, role, port, *ends] for role in _ROLES])
-        )
+        pair = stack.enter_context(_pair(name, lambda port: [[*program, role, port, *ends] for role in _ROLES]))
         pair.pids.append(broker.pid)
         yield pair
 
 
+def ours(transport: str) -> contextlib.AbstractContextManager[Contender]:
+    """Publisher, broker and Subscriber."""
+    return _brokered(f"ours_{transport}", transport, [sys.executable, "-m", "stream_mmrnn.bench.peer"])
+
+
+def zmq_proxy(transport: str) -> contextlib.AbstractContextManager[Contender]:
+    """Plain PUB/SUB through ZeroMQ's own proxy: a broker with nothing of ours."""
+    return _brokered(f"zmq_proxy_{transport}", transport, [sys.executable, str(PEERS / "pyzmq_pubsub.py")])
+
+
 @contextlib.contextmanager
 def zmq(transport: str) -> Iterator[Contender]:
-    """Plain PUB/SUB."""
+    """Plain PUB/SUB, one to the other."""
     address = Address.create(transport)
     program = [sys.executable, str(PEERS / "pyzmq_pubsub.py")]
     try:
@@ -217,6 +224,7 @@ def available() -> tuple[dict[str, Start], dict[str, str]]:
     others: dict[str, tuple[str, str, Start]] = {
         f"pyzmq_{t}": ("zmq", "pyzmq_pubsub.py", partial(zmq, t)) for t in _TRANSPORTS
     }
+    others |= {f"zmq_proxy_{t}": ("zmq", "pyzmq_pubsub.py", partial(zmq_proxy, t)) for t in _TRANSPORTS}
     others |= {"dora": ("dora", "dora_nodes.py", dora), "lsl": ("pylsl", "pylsl_stream.py", lsl)}
     for name, (package, script, start) in others.items():
         if reason := _missing(package, script):

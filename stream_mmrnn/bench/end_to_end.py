@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from stream_mmrnn import config, sources
+from stream_mmrnn.bench import contenders
 from stream_mmrnn.bench.busy import beside
 from stream_mmrnn.bench.machine import Processes, Usage
 from stream_mmrnn.bench.plots import Pictures
@@ -26,6 +27,7 @@ from stream_mmrnn.runtime import Provider
 SETS: dict[str, tuple[str, ...]] = {"audio": ("audio",), "all": sources.EVERY}
 """Which modalities run beside each other."""
 
+_AUDIO_HZ, _FEATURES_BYTES = 50.0, 324
 _RESIDUAL_AT_MOST = 0.01
 
 
@@ -139,8 +141,31 @@ def _ratios(rows: dict[str, dict[str, Any]], busy: int, priority: str) -> dict[s
             found[f"{prefix}_{p}{suffix}_ms"] = ratio(
                 value, bounds.get(p), other_cpu=row["other_cpu"], why="no prediction was read"
             )
+        if hops := row.get("bare_hops_ms"):
+            for p in ("p50", "p99"):
+                value = hops[p] if hops["count"] else None
+                found[f"audio_bare_hops_{p}{suffix}_ms"] = ratio(value, why=hops["why"])
         found[f"{name}_stages_residual{suffix}"] = ratio(row["residual"], _RESIDUAL_AT_MOST)
     return found
+
+
+def _bare_hops(duration_s: float) -> tuple[Histogram, str]:
+    """What the way costs with nothing of ours on it: a sleep until the event, and two hops through ZeroMQ's own proxy.
+
+    The hops are two times one hop of an audio block's features, so these percentiles are a little above those of two
+    hops that differ. Empty, and why, where the peer is not there.
+    """
+    found = Histogram()
+    starts, why = contenders.available()
+    name = next((n for n in starts if n.startswith("zmq_proxy_")), None)
+    if name is None:
+        return found, next((reason for n, reason in why.items() if n.startswith("zmq_proxy_")), "no peer")
+    with starts[name]() as contender:
+        contender.warm(_FEATURES_BYTES)
+        done = contender.round(_FEATURES_BYTES, _AUDIO_HZ, max(25, round(duration_s * _AUDIO_HZ)))
+    for latency_ns, path_ns in zip(done.latency_ns, done.path_ns, strict=True):
+        found.add(latency_ns + path_ns)
+    return found, "" if found.count else "no message arrived"
 
 
 def run(
@@ -164,10 +189,13 @@ def run(
     for name in sets:
         say(f"{name}: {duration_s:g} s")
         with beside(busy):
+            hops, why = _bare_hops(duration_s / 4) if name == "audio" else (Histogram(), "")
             done = _Run(_settings(SETS[name], model, provider, transport, priority, seed), duration_s, alive)
         if not alive():
             raise ProcessError("the bench was stopped before it had measured; nothing is reported")
         rows[name], latency = _row(name, done, busy, spec.tick_ns)
+        if name == "audio":
+            rows[name]["bare_hops_ms"] = {**hops.row(), "why": why}
         notes += [f"{name}: {note}" for note in done.notes]
         pictures.histograms.setdefault("event_to_reader", {})[name] = latency
         pictures.stages[name] = [((s.event_ns - done.began_ns) / 1e9, s.took) for s in done.seen]

@@ -8,7 +8,7 @@ runs it.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,12 @@ TICK_NS = 40_000_000
 _OPSET, _IR = 17, 8
 _BATCH = "batch"
 _MICROSOFT, _BLOCK = "com.microsoft", 128
+
+Kind: TypeAlias = Literal["fp32", "int8", "int8_batch"]
+"""Of the cells' matrices: as they are; 8 bits with a scale for each 128 numbers (MatMulNBits, integer arithmetic:
+accuracy level 4), the fastest for one row; or 8 bits with a scale for each column, where the other side is a state:
+it lies between -1 and 1, so it is 8 bits by a fixed scale, the product is exact in integers, and rows neither get in
+each other's way nor differ in their bits with the size of the batch."""
 
 Weights: TypeAlias = dict[str, npt.NDArray[np.float32]]
 
@@ -52,10 +58,10 @@ def weights(hidden: int, seed: int = 0) -> Weights:
     return found
 
 
-def write(folder: Path, hidden: int, *, int8: bool = False) -> Path:
+def write(folder: Path, hidden: int, kind: Kind = "fp32") -> Path:
     """`gru_step` as a file in `folder`."""
-    path = folder / f"gru_{hidden}{'.int8' if int8 else ''}.onnx"
-    path.write_bytes(gru_step(hidden, int8=int8))
+    path = folder / f"gru_{hidden}.{kind}.onnx"
+    path.write_bytes(gru_step(hidden, kind=kind))
     return path
 
 
@@ -64,13 +70,12 @@ def weight_count(hidden: int) -> int:
     return sum(array.size for array in weights(hidden).values())
 
 
-def gru_step(hidden: int, seed: int = 0, *, int8: bool = False) -> bytes:
-    """The ONNX file; `hidden` should be a multiple of 8, as every width that is served.
-
-    `int8`: the cells' matrices in 8 bits (MatMulNBits, blocks of 128, integer arithmetic: accuracy level 4).
-    """
+def gru_step(hidden: int, seed: int = 0, *, kind: Kind = "fp32") -> bytes:
+    """The ONNX file; `hidden` should be a multiple of 8, as every width that is served."""
     held = weights(hidden, seed)
-    small = [n for n in held if int8 and n.endswith((".input.weight", ".state.weight"))]
+    small = [n for n in held if kind != "fp32" and n.endswith((".input.weight", ".state.weight"))]
+    if kind == "int8_batch":
+        small.remove("0.input.weight")  # the input may be anything
     parts = [
         node("Unsqueeze", ("reset", "column"), ("reset.column",), "reset"),
         node("Unsqueeze", ("active", "column"), ("active.column",), "active"),
@@ -80,12 +85,14 @@ def gru_step(hidden: int, seed: int = 0, *, int8: bool = False) -> bytes:
         node("Add", ("seen", "about.said"), ("layer.0",), "fused"),
     ]
     for layer, name in enumerate(state_names()):
-        parts += _layer(layer, name, {n: held[n].shape for n in small})
+        parts += _layer(layer, name, kind, {n: held[n].shape for n in small})
     parts += [
         _product(f"layer.{LAYERS}", "head", "logits"),
         node("Softmax", ("logits",), (f"head.{HEAD}",), "softmax", axis=1),
         *(initializer(name, array) for name, array in held.items() if name not in small),
-        *(part for name in small for part in _quantised(name, held[name])),
+        *(part for name in small for part in _QUANTISED[kind](name, held[name])),
+        initializer("state.scale", np.array(1 / 127, np.float32)),
+        initializer("state.zero", np.array(128, np.uint8)),
         initializer("column", np.array([1], np.int64)),
         initializer("nothing", np.zeros(1, np.float32)),
         initializer("gates", np.array([2 * hidden, hidden], np.int64)),
@@ -97,7 +104,7 @@ def gru_step(hidden: int, seed: int = 0, *, int8: bool = False) -> bytes:
         (ModalitySpec(MODALITY, INPUT),),
         (HeadSpec(HEAD, "classification", CLASSES, tuple(f"class {k}" for k in range(CLASSES))),),
     )
-    domains = {_MICROSOFT: 1} if int8 else {}
+    domains = {} if kind == "fp32" else {_MICROSOFT: 1}
     return onnx_bytes.model(f"gru_{hidden}", parts, {METADATA_KEY: said}, _OPSET, _IR, domains)
 
 
@@ -105,7 +112,7 @@ def _product(source: str, layer: str, target: str) -> bytes:
     return node("Gemm", (source, f"{layer}.weight", f"{layer}.bias"), (target,), target, transB=1)
 
 
-def _quantised(name: str, array: npt.NDArray[np.float32]) -> list[bytes]:
+def _in_blocks(name: str, array: npt.NDArray[np.float32]) -> list[bytes]:
     """A matrix [N, K] as MatMulNBits reads it: bytes around 128 [N, blocks, 128], and a scale a block."""
     rows, columns = array.shape
     blocks = -(-columns // _BLOCK)
@@ -115,6 +122,29 @@ def _quantised(name: str, array: npt.NDArray[np.float32]) -> list[bytes]:
     scale = np.maximum(np.abs(cut).max(-1), 1e-12) / np.float32(127)
     held = np.clip(np.rint(cut / scale[..., None]) + 128, 0, 255).astype(np.uint8)
     return [initializer(f"{name}.bits", held), initializer(f"{name}.scale", scale.reshape(-1).astype(np.float32))]
+
+
+def _in_columns(name: str, array: npt.NDArray[np.float32]) -> list[bytes]:
+    """A matrix [N, K] as MatMulIntegerToFloat reads it: int8 [K, N], and a scale a column."""
+    scale = np.maximum(np.abs(array).max(-1), 1e-12) / np.float32(127)
+    held = np.clip(np.rint(array / scale[:, None]), -127, 127).astype(np.int8)
+    return [
+        initializer(f"{name}.bits", np.ascontiguousarray(held.T)),
+        initializer(f"{name}.scale", scale.astype(np.float32)),
+        initializer(f"{name}.zero", np.zeros(len(scale), np.int8)),
+    ]
+
+
+_QUANTISED = {"int8": _in_blocks, "int8_batch": _in_columns}
+
+
+def _exact_product(source: str, layer: str, target: str) -> list[bytes]:
+    bits, weight = f"{target}.bits", f"{layer}.weight"
+    inputs = (bits, f"{weight}.bits", "state.scale", f"{weight}.scale", "state.zero", f"{weight}.zero", f"{layer}.bias")
+    return [
+        node("QuantizeLinear", (source, "state.scale", "state.zero"), (bits,), bits),
+        node("MatMulIntegerToFloat", inputs, (target,), target, domain=_MICROSOFT),
+    ]
 
 
 def _small_product(source: str, layer: str, target: str, shape: tuple[int, ...]) -> list[bytes]:
@@ -135,7 +165,7 @@ def _small_product(source: str, layer: str, target: str, shape: tuple[int, ...])
     return [product, node("Add", (f"{target}.product", f"{layer}.bias"), (target,), target)]
 
 
-def _layer(layer: int, state: str, small: dict[str, tuple[int, ...]]) -> list[bytes]:
+def _layer(layer: int, state: str, kind: Kind, small: dict[str, tuple[int, ...]]) -> list[bytes]:
     """`layer.N` -> `layer.N+1`, `state.X` -> `next.X`: h' = n + z (h - n), n = tanh(W x + r U h)."""
     at = f"layer.{layer}."
 
@@ -146,7 +176,11 @@ def _layer(layer: int, state: str, small: dict[str, tuple[int, ...]]) -> list[by
 
     def product(source: str, of: str, target: str) -> list[bytes]:
         shape = small.get(f"{of}.weight")
-        return [_product(source, of, target)] if shape is None else _small_product(source, of, target, shape)
+        if shape is None:
+            return [_product(source, of, target)]
+        if kind == "int8_batch":
+            return _exact_product(source, of, target)
+        return _small_product(source, of, target, shape)
 
     begun, new = at + "begun", f"layer.{layer + 1}"
     return [

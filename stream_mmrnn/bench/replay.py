@@ -28,7 +28,7 @@ from stream_mmrnn.live import Session
 from stream_mmrnn.pipeline import predict
 from stream_mmrnn.recording import Recording
 from stream_mmrnn.runtime import Provider
-from stream_mmrnn.types import Envelope, Prediction
+from stream_mmrnn.types import Envelope, Prediction, Tick
 
 _BOUNDS = {1: 1200.0, 16: 2000.0}
 
@@ -63,22 +63,22 @@ class _Lockstep:
     def __init__(self, path: Path, count: int, provider: Provider) -> None:
         self.recording = Recording(path)
         settings = verb.settings_of(self.recording)
-        self._path, self._count, self._provider, self._align = path, count, provider, settings.align
-        self._model = config.find_model(settings.engine.model)
+        self._count, self._provider, self.align = count, provider, settings.align
+        self.model = config.find_model(settings.engine.model)
         self._recorded = [e.payload for e in self.recording.envelopes({topics.PREDICTION})]
         self.compared: list[dict[str, Any]] = []
 
-    def _read(self, modalities: Sequence[str]) -> list[Envelope]:
+    def read(self, modalities: Sequence[str]) -> list[Envelope]:
         wanted = {topics.CLOCK, topics.SESSION, *map(topics.feature, modalities)}
         return list(self.recording.envelopes(wanted))
 
     def round(self) -> dict[str, float]:
         """Seconds of one round: the file read once for each session, then all of them predicted."""
-        engine = StepEngine(self._model, self._count, self._provider)
+        engine = StepEngine(self.model, self._count, self._provider)
         spec = engine.spec
-        aligner = Aligner.of(spec.modalities, spec.tick_ns, self._align)
+        aligner = Aligner.of(spec.modalities, spec.tick_ns, self.align)
         began_ns = now_ns()
-        envelopes = self._read([m.name for m in spec.modalities])
+        envelopes = self.read([m.name for m in spec.modalities])
         read_s = (now_ns() - began_ns) / 1e9
         merged = _merged(envelopes, self.recording.session, self._count)
         began_ns = now_ns()
@@ -99,6 +99,65 @@ class _Lockstep:
                     comparison.see_recorded(payload)
             comparisons[p.tick.session].see(p)
         self.compared = [c.summary() for c in comparisons.values()]
+
+
+class _Nothing:
+    """A stepper that answers every tick with the tick: what is left of a replay without the network."""
+
+    def __init__(self) -> None:
+        self._open: set[str] = set()
+
+    def __contains__(self, session: str) -> bool:
+        return session in self._open
+
+    def open(self, session: str) -> None:
+        self._open.add(session)
+
+    def reset(self, session: str) -> None:
+        """It has no state."""
+
+    def close(self, session: str) -> None:
+        self._open.discard(session)
+
+    def step(self, ticks: Sequence[Tick]) -> Sequence[Tick]:
+        return ticks
+
+
+def _parts(path: Path, count: int, rounds: int, provider: Provider) -> dict[str, float]:
+    """Microseconds a tick and session of what a replay of `count` sessions is made of, each alone and in turn."""
+    lockstep = _Lockstep(path, count, provider)
+    engine = StepEngine(lockstep.model, count, provider)
+    spec = engine.spec
+    envelopes = lockstep.read([m.name for m in spec.modalities])
+    merged = _merged(envelopes, lockstep.recording.session, count) if count > 1 else envelopes
+
+    def align() -> list[Tick]:
+        aligner = Aligner.of(spec.modalities, spec.tick_ns, lockstep.align)
+        return list(predict(merged, aligner, _Nothing(), more=lambda: True, batch=count))
+
+    ticks = align()
+    for session in {t.session for t in ticks}:
+        engine.open(session)
+    together = [ticks[i : i + count] for i in range(0, len(ticks), count)]
+
+    def step() -> None:
+        for some in together:
+            engine.step(some)
+
+    did: dict[str, Callable[[], object]] = {
+        "read": lambda: lockstep.read([m.name for m in spec.modalities]),
+        "align": align,
+        "step": step,
+    }
+    took: dict[str, list[float]] = {name: [] for name in did}
+    for _ in range(rounds):
+        for name, call in did.items():
+            began_ns = now_ns()
+            call()
+            # a file holds one session
+            ticks_of_it = len(ticks) / count if name == "read" else len(ticks)
+            took[name].append((now_ns() - began_ns) / 1e3 / ticks_of_it)
+    return {name: round(statistics.median(us), 2) for name, us in took.items()}
 
 
 def _one(path: Path, rounds: int, provider: Provider) -> dict[str, Any]:
@@ -164,11 +223,16 @@ def run(
         rows = [_one(path, rounds, provider)]
         say(f"replaying {sessions} sessions in lock step, {rounds} times")
         rows.append(_many(path, sessions, rounds, provider))
+        say("what a replay is made of, each part alone")
+        for row in rows:
+            row["us_a_tick"] = _parts(path, row["sessions"], rounds, provider)
+            row["tick_us"] = row["covered_s"] * 1e6 / row["predictions"]
     ratios = {}
     for row in rows:
         name = "replay_times_real_time" + (f"_{row['sessions']}" if row["sessions"] > 1 else "")
         bound = _BOUNDS.get(row["sessions"])
         ratios[name] = ratio(row["times_real_time"], bound, "more", row["other_cpu"])
+        ratios[f"{name}_step_alone"] = ratio(row["tick_us"] / row["us_a_tick"]["step"], None, "more", row["other_cpu"])
         ratios[f"{name}_identical"] = ratio(float(row["identical"]), 1.0, "more")
     settings = {
         "recording": "given" if recording else "made",

@@ -47,7 +47,7 @@ def _best_s(call: Callable[[], object]) -> float:
     return best
 
 
-def read_bytes_per_s(size_bytes: int) -> float:
+def read_again_bytes_per_s(size_bytes: int) -> float:
     """How fast one thread reads an array of this size again and again: a small one comes out of a cache."""
     array = np.ones(max(size_bytes // 4, 1), np.float32)
     times = max(1, 2**24 // array.nbytes)  # a small array: so often that the clock's grain does not matter
@@ -67,7 +67,9 @@ def _measure() -> Roofline:
     a = np.ones((_SIDE, _SIDE), np.float32)
     out = np.empty_like(a)
     flops_s = _best_s(lambda: np.matmul(a, a, out=out))
-    return Roofline(read_bytes_per_s(_FAR_LARGER_THAN_CACHE_BYTES), 2 * source.nbytes / copy_s, 2 * _SIDE**3 / flops_s)
+    return Roofline(
+        read_again_bytes_per_s(_FAR_LARGER_THAN_CACHE_BYTES), 2 * source.nbytes / copy_s, 2 * _SIDE**3 / flops_s
+    )
 
 
 @cache

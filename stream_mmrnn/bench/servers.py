@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from stream_mmrnn.bench import contenders
 from stream_mmrnn.bench.asked import INSTALL, Contender, Ours, OverBus, Peer, Turn, interpreter
 from stream_mmrnn.bench.machine import Processes, Usage
 from stream_mmrnn.bench.report import Ratio, ratio
@@ -27,6 +28,8 @@ SESSIONS = (1, 8, 16, 64)
 BOUNDS = {"triton_p50_over_ours_bus_16": 2.0}
 """Across processes on both sides, and against the fastest way to have Triton serve the step."""
 
+BARE_SESSIONS = 16
+_REQUEST_BYTES = 1024
 _KINDS = {"triton": "backend", "pytriton": "bind"}
 
 
@@ -119,7 +122,33 @@ def measure(
                 rows.append({**row, "versions": contender.versions} if contender.versions else row)
             field = [c for c in field if c.name not in why]
     rows += [{"what": "servers", "contender": name, "skipped": reason} for name, reason in why.items()]
-    return rows, _ratios(sessions, rounds_of, others, why)
+    found = _ratios(sessions, rounds_of, others, why)
+    if rounds_of and alive():
+        say("the two ways over a bare proxy")
+        rows.append(bare := _bare_hops(duration_s))
+        asked_ns = rounds_of.get((BARE_SESSIONS, "triton"))
+        if asked_ns and "latency_ms" in bare:
+            value = statistics.median(asked_ns) / 1e6 / bare["latency_ms"]["p50"]
+            name = f"triton_p50_over_bare_hops_{BARE_SESSIONS}"
+            found[name] = ratio(value, None, "more", others.get(BARE_SESSIONS))
+    return rows, found
+
+
+def _bare_hops(duration_s: float) -> dict[str, Any]:
+    """What is left of our way over the bus without engine, aligner and messages: ZeroMQ's own proxy, twice."""
+    row: dict[str, Any] = {"what": "servers", "contender": "two hops over ZeroMQ's own proxy"}
+    starts, why = contenders.available()
+    name = next((n for n in starts if n.startswith("zmq_proxy_")), None)
+    if name is None:
+        return {**row, "skipped": next((r for n, r in why.items() if n.startswith("zmq_proxy_")), "no peer")}
+    found = Histogram()
+    rate_hz = BARE_SESSIONS * 1e9 / TICK_NS
+    with starts[name]() as contender:
+        contender.warm(_REQUEST_BYTES)
+        done = contender.round(_REQUEST_BYTES, rate_hz, round(rate_hz * duration_s))
+    for latency_ns, path_ns in zip(done.latency_ns, done.path_ns, strict=True):
+        found.add(latency_ns + path_ns)
+    return {**row, "sessions": BARE_SESSIONS, "latency_ms": found.row()}
 
 
 def _started(

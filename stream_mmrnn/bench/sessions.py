@@ -7,6 +7,7 @@ of single ones over the same graph. Knows nothing about the bus: this is what an
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,8 +23,9 @@ from stream_mmrnn.bench.plots import Curve, Pictures
 from stream_mmrnn.bench.report import Document, Ratio, document, ratio
 from stream_mmrnn.bench.step import bare, tick_of
 from stream_mmrnn.clock import now_ns
-from stream_mmrnn.engine import StepEngine
+from stream_mmrnn.engine import StepEngine, make_rows
 from stream_mmrnn.latency import Histogram
+from stream_mmrnn.rows import HostRows
 from stream_mmrnn.runtime import Graph, Provider
 from stream_mmrnn.shards import ShardedEngine
 from stream_mmrnn.types import Tick
@@ -34,6 +36,7 @@ BATCH = 256
 SETTLE_S = 0.5
 """Not counted: the first steps get memory."""
 BOUNDS = {"fp32": 2000, "int8": 5000}
+KINDS: dict[str, models.Kind] = {"fp32": "fp32", "int8": "int8_batch"}
 
 Engine = StepEngine | ShardedEngine
 Arrivals: TypeAlias = Literal["spread", "together"]
@@ -116,7 +119,7 @@ def run(
     found: dict[str, Ratio] = {}
     pictures = Pictures()
     with tempfile.TemporaryDirectory(prefix="stream-mmrnn-bench-") as folder:
-        made = {"model": model} if model else {k: models.write(Path(folder), hidden, int8=k == "int8") for k in BOUNDS}
+        made = {"model": model} if model else {k: models.write(Path(folder), hidden, v) for k, v in KINDS.items()}
         for kind, path in made.items():
             assert path is not None
             if not alive():
@@ -126,6 +129,10 @@ def run(
             )
             bound = BOUNDS.get(kind) if hidden == 256 and processes == 1 else None
             found[f"sessions_per_core_{kind}"] = ratio(sessions / processes, bound, "more", other_cpu)
+            if processes == 1 and provider == "cpu":
+                alone_ns = _graph_alone(path)
+                rows.append({"what": kind, "contender": "the graph alone", "us_a_row": round(alone_ns / 1e3, 2)})
+                found[f"sessions_of_the_graph_alone_{kind}"] = ratio(TICK_NS / alone_ns, None, "more", other_cpu)
             points.sort()
             pictures.curves[kind] = Curve("sessions", "p99 from the intended time, ms", points, TICK_NS / 1e6)
         first = next(iter(made.values()))
@@ -223,6 +230,14 @@ def _one(
         "busiest": usage.busiest_other,
     }
     return row, good
+
+
+def _graph_alone(path: Path) -> float:
+    """Nanoseconds a row of the model's graph in the engine's largest batch, with nothing around it."""
+    _, rows = make_rows(Graph(path), BATCH)
+    assert isinstance(rows, HostRows)
+    timing = turns({"graph": sampled(rows.bucket(rows.batch).binding.run)}, 9, 20)["graph"]
+    return statistics.median(timing.rounds) / rows.batch
 
 
 def _batched(path: Path, rows: list[dict[str, Any]], found: dict[str, Ratio]) -> None:

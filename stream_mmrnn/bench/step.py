@@ -25,7 +25,7 @@ from stream_mmrnn.bench.machine import Processes
 from stream_mmrnn.bench.measure import Arrivals, Sampler, Timing, paced, ratios, sampled, turns
 from stream_mmrnn.bench.plots import Pictures
 from stream_mmrnn.bench.report import Document, Ratio, document, ratio
-from stream_mmrnn.bench.roofline import roofline
+from stream_mmrnn.bench.roofline import read_again_bytes_per_s, roofline
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.config import models_folder
 from stream_mmrnn.contract import contract_of
@@ -38,6 +38,7 @@ from stream_mmrnn.types import Stamps, Tick
 
 PEER = Path(__file__).parent.parent.parent / "tools" / "bench" / "peers" / "steps.py"
 SILERO = models_folder() / "encoders" / "silero_vad.onnx"
+KINDS: tuple[models.Kind, ...] = ("fp32", "int8", "int8_batch")
 MANY = 16384
 DRIFT_STEPS = 10_000
 _NOWHERE = Stamps(0, 0, 0, 0, "")
@@ -189,19 +190,19 @@ def run(
     """
     bench = _Bench(rounds, calls, say, alive)
     with tempfile.TemporaryDirectory(prefix="stream-mmrnn-bench-") as folder:
-        made = {(h, k): models.write(Path(folder), h, int8=k) for h in sizes for k in (False, True)}
+        made = {(h, k): models.write(Path(folder), h, k) for h in sizes for k in KINDS}
         for hidden in sizes:
             if alive():
-                _hot(bench, hidden, made[hidden, False], peers)
+                _hot(bench, hidden, made[hidden, "fp32"], peers)
         for hidden in sizes:
             if alive():
-                _int8(bench, hidden, made[hidden, False], made[hidden, True])
+                _int8(bench, hidden, *(made[hidden, k] for k in KINDS))
         if alive():
-            _gathering(bench, made[sizes[0], False])
+            _gathering(bench, made[sizes[0], "fp32"])
         if alive():
-            _paced(bench, made[sizes[0], False], sizes[0], duration_s, arrivals)
+            _paced(bench, made[sizes[0], "fp32"], sizes[0], duration_s, arrivals)
         if alive():
-            _start(bench, made[sizes[0], False])
+            _start(bench, made[sizes[0], "fp32"])
     if alive() and peers:
         _silero(bench)
     settings = {"rounds": rounds, "calls": calls, "duration_s": duration_s, "hidden": list(sizes), "layers": 2}
@@ -241,26 +242,39 @@ def _hot(bench: _Bench, hidden: int, path: Path, peers: bool) -> None:
         value = ratios(timings, "engine").get(name)
         bound = 2.2 if (key, hidden) == ("torch_gru", 256) else None
         bench.bound(f"{key}_over_engine_{hidden}", value, bound, more=True, why=why)
+    # what an engine that takes no time at all would be measured at
+    bench.bound(f"torch_gru_over_bare_{hidden}", against.get("torch nn.GRU"), None, more=True, why=why)
     median_ns = sorted(timings["engine"].rounds)[len(timings["engine"].rounds) // 2]
     bench.bound(f"engine_over_memory_roofline_{hidden}", median_ns / floor_ns, None)
 
 
-def _int8(bench: _Bench, hidden: int, path: Path, small: Path) -> None:
+def _int8(bench: _Bench, hidden: int, path: Path, small: Path, batched: Path) -> None:
     engine, full = stepper(path)
     engine8, eight = stepper(small)
+    engine8_batch, eight_batch = stepper(batched)
     calls = bench.calls if hidden < 1024 else max(bench.calls // 8, 5)
-    timings = bench.hot(f"int8 {hidden}", {"fp32": sampled(full), "int8": sampled(eight)}, calls)
+    samplers = {"fp32": sampled(full), "int8": sampled(eight), "int8_batch": sampled(eight_batch)}
+    samplers |= {"fp32, bare": sampled(bare(engine.graph)), "int8, bare": sampled(bare(engine8.graph))}
+    timings = bench.hot(f"int8 {hidden}", samplers, calls)
+    alone = ratios(timings, "fp32, bare")["int8, bare"]
+    bench.bound(f"int8_bare_over_fp32_bare_{hidden}", alone, None)
+    # the weights have to come from somewhere: as fast as an array of their size is read again and again
+    weights = models.weight_count(hidden)
+    read_s = weights / read_again_bytes_per_s(weights) / (4 * weights / read_again_bytes_per_s(4 * weights))
+    bench.bound(f"int8_reading_over_fp32_reading_{hidden}", read_s, None)
     bound = {512: 0.40, 1024: 0.12}.get(hidden)
     bench.bound(f"int8_over_fp32_{hidden}", ratios(timings, "fp32")["int8"], bound)
+    bench.bound(f"int8_batch_over_fp32_{hidden}", ratios(timings, "fp32")["int8_batch"], None)
     if hidden > 512:
         return  # ten thousand steps of a large one take minutes and say the same
     bench.say(f"int8 {hidden}: drift over {DRIFT_STEPS:,} steps")
-    drift, last = drift_of(engine, engine8, DRIFT_STEPS, bench.alive)
-    bench.rows.append(
-        {"what": f"int8 {hidden}", "contender": "drift", "mode": "closed loop", "rms": drift, "end": last}
-    )
-    bench.bound(f"int8_drift_rms_{hidden}", drift, 0.02)
-    bench.bound(f"int8_drift_rms_last_tenth_{hidden}", last, 0.02)
+    for kind, quantised in (("int8", engine8), ("int8_batch", engine8_batch)):
+        drift, last = drift_of(engine, quantised, DRIFT_STEPS, bench.alive)
+        bench.rows.append(
+            {"what": f"{kind} {hidden}", "contender": "drift", "mode": "closed loop", "rms": drift, "end": last}
+        )
+        bench.bound(f"{kind}_drift_rms_{hidden}", drift, 0.02)
+        bench.bound(f"{kind}_drift_rms_last_tenth_{hidden}", last, 0.02)
 
 
 def drift_of(
@@ -388,7 +402,12 @@ def _silero(bench: _Bench) -> None:
     engine = StepEngine(SILERO)
     engine.open("0")
     ticks = silero_ticks(20.0)
-    samplers: dict[str, Sampler] = {"engine": sampled(lambda: engine.step([next(ticks)]))}
+    alone = engine.graph.bind({"input": (1, 576), "sr": ()}, {"output": (1, 1)}, {"state": ("stateN", (2, 1, 128))})
+    alone.inputs["sr"][...] = 16000
+    samplers: dict[str, Sampler] = {
+        "engine": sampled(lambda: engine.step([next(ticks)])),
+        "the graph alone": sampled(alone.run),
+    }
     with contextlib.ExitStack() as stack:
         if not why:
             for name, kind in (
@@ -399,7 +418,10 @@ def _silero(bench: _Bench) -> None:
                 remote = Remote(kind)
                 stack.callback(remote.close)
                 samplers[name] = remote.sample
-        of = ratios(bench.hot("silero", samplers), "engine")
+        timings = bench.hot("silero", samplers)
+    of, limit = ratios(timings, "engine"), ratios(timings, "the graph alone")
     bench.bound("silero_wrapper_over_engine", of.get("its onnx wrapper"), 1.5, more=True, why=why)
     bench.bound("silero_jit_over_engine", of.get("its jit"), 3.0, more=True, why=why)
     bench.bound("silero_iterator_over_engine", of.get("its VADIterator, onnx"), None, more=True, why=why)
+    bench.bound("silero_wrapper_over_graph", limit.get("its onnx wrapper"), None, more=True, why=why)
+    bench.bound("silero_jit_over_graph", limit.get("its jit"), None, more=True, why=why)

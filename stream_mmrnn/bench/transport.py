@@ -25,7 +25,14 @@ SIZES_BYTES = {"2kb": 2048, "30kb": 30_000, "1mb": 2**20}
 
 RATES_HZ = {"hot": {"2kb": 1000.0, "30kb": 1000.0, "1mb": 200.0}, "paced": {"2kb": 50.0, "30kb": 25.0, "1mb": 25.0}}
 
-_PAIRS = (("ours_ipc", "pyzmq_ipc"), ("ours_tcp", "pyzmq_tcp"), ("ours_ipc", "dora"), ("ours_ipc", "lsl"))
+_PAIRS = (
+    ("ours_ipc", "pyzmq_ipc"),
+    ("ours_tcp", "pyzmq_tcp"),
+    ("ours_ipc", "zmq_proxy_ipc"),
+    ("ours_ipc", "dora"),
+    ("zmq_proxy_ipc", "dora"),
+    ("ours_ipc", "lsl"),
+)
 _BOUNDS = {"ours_ipc_over_dora_2kb_paced": 0.65}
 
 
@@ -99,7 +106,7 @@ def _ratios(
                 value,
                 _BOUNDS.get(name),
                 other_cpu=others[size, mode],
-                why=why.get(b, "it carries no messages of this size"),
+                why=why.get(a) or why.get(b, "it carries no messages of this size"),
             )
     return found
 

@@ -1,4 +1,4 @@
-"""A small web server on loopback: one page, one stream of states, the newest picture.
+"""A small web server: one page, one stream of states, the newest picture, for those whom `access` lets in.
 
 It hands out what it was given last and keeps nothing else, so a slow browser costs its own thread and no one
 else's time. Knows nothing about the bus, predictions or what a state holds.
@@ -22,7 +22,9 @@ from typing import Any
 
 import msgspec
 
-from stream_mmrnn.errors import ConfigError, ProcessError
+from stream_mmrnn.config import LOOPBACK
+from stream_mmrnn.dashboard.access import Access
+from stream_mmrnn.errors import ProcessError
 
 PERIOD_S = 0.1
 """A client gets at most one state in this time."""
@@ -37,9 +39,6 @@ MAX_CONNECTIONS = 64
 SEND_BUFFER = 64 * 1024
 """Small, so that what waits in the kernel for a slow browser is a moment old, not minutes."""
 MAX_BODY = 64 * 1024
-
-_FAMILIES = {"127.0.0.1": socket.AF_INET, "localhost": socket.AF_INET, "::1": socket.AF_INET6}
-_HOSTS = frozenset({"127.0.0.1", "localhost", "[::1]"})
 
 _HTML = "text/html; charset=utf-8"
 _TEXT = "text/plain; charset=utf-8"
@@ -92,15 +91,16 @@ class _Server(ThreadingHTTPServer):
     # on Windows the option would let another program take over a port in use
     allow_reuse_address = os.name != "nt"
 
-    def __init__(self, host: str, port: int, page: bytes, client_timeout_s: float) -> None:
+    def __init__(self, host: str, port: int, page: bytes, client_timeout_s: float, access: Access) -> None:
         self.board = Board()
+        self.access = access
         self.page = page
         self.policy = _policy(page)
         self.client_timeout_s = client_timeout_s
-        self.address_family = _FAMILIES[host]
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
-        super().__init__(("127.0.0.1" if host == "localhost" else host, port), _Handler)
+        super().__init__((LOOPBACK if host == "localhost" else host, port), _Handler)
 
     def server_bind(self) -> None:
         # the base class looks up its own name, which can take seconds where DNS does not answer
@@ -187,32 +187,40 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Cross-Origin-Resource-Policy", "same-origin")
         self.send_header("Referrer-Policy", "no-referrer")
 
-    def _wrong_method(self) -> None:
+    def _admitted(self) -> bool:
+        """Whether the request may be served; the answer is given where not."""
+
+        def values(name: str) -> list[str]:
+            return self.headers.get_all(name) or []
+
+        answer = self.server.access.judge(self.command, self.path, values, self.server.server_port)
+        if answer is None:
+            return True
+        self._skip_body()
+        body = b"" if self.command == "HEAD" else answer.words.encode()
+        self._reply(answer.code, body, **{**answer.headers, "Connection": "close"})
+        return False
+
+    def _skip_body(self) -> None:
         # an unread body would make the close a reset, and the client lose the answer
         length = self.headers.get("Content-Length", "0")
         if length.isascii() and length.isdigit():
             self.rfile.read(min(int(length[:9]), MAX_BODY))
         self.close_connection = True
+
+    def _wrong_method(self) -> None:
+        if not self._admitted():
+            return
+        self._skip_body()
         body = b"" if self.command == "HEAD" else b"only GET is served here\n"
         self._reply(405, body, Allow="GET", Connection="close")
-
-    def _host_is_loopback(self) -> bool:
-        """A page of another site whose name was made to resolve to this machine sends its own name here."""
-        hosts = self.headers.get_all("Host") or []
-        if len(hosts) != 1:
-            return False
-        name = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(:\d{1,5})?", hosts[0].strip())
-        return name is not None and name.group(1).lower() in _HOSTS
 
     def do_GET(self) -> None:
         # a GET with a body is not ours; left unread it would be taken for the next request
         if self.headers.get("Content-Length", "0") != "0" or self.headers.get("Transfer-Encoding"):
             self.close_connection = True
             self._reply(400, b"a GET has no body here\n", Connection="close")
-        elif not self._host_is_loopback():
-            self.close_connection = True
-            self._reply(403, b"the Host header is not this machine's loopback name\n", Connection="close")
-        else:
+        elif self._admitted():
             path = self.path.split("?", 1)[0]
             if path == "/":
                 policy = self.server.policy
@@ -255,20 +263,19 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class Dashboard:
-    """Serves the live page on loopback; `update` and `picture` never wait for a browser.
+    """Serves the live page; `update` and `picture` never wait for a browser.
 
     Raises:
-        ConfigError: the host is not a loopback name.
+        ConfigError: others can reach the host, and there is no token.
         ProcessError: the port cannot be had.
 
     """
 
-    def __init__(self, host: str = "127.0.0.1", port: int = 0, client_timeout_s: float = 2.0) -> None:
-        if host not in _FAMILIES:
-            raise ConfigError(f"the dashboard serves on {', '.join(_FAMILIES)}, not on {host!r}")
+    def __init__(self, host: str = LOOPBACK, port: int = 0, client_timeout_s: float = 2.0, token: str = "") -> None:
+        self.access = Access(host, token, (socket.gethostname(),))
         page = Path(__file__).with_name("page.html").read_bytes()
         try:
-            self._server = _Server(host, port, page, client_timeout_s)
+            self._server = _Server(host, port, page, client_timeout_s, self.access)
         except OSError as e:
             raise ProcessError(f"the dashboard cannot bind {host} port {port}: {e.strerror or e}") from e
         self._host = f"[{host}]" if ":" in host else host

@@ -16,6 +16,7 @@ import numpy as np
 
 from stream_mmrnn import topics
 from stream_mmrnn.latency import STAGES, stages
+from stream_mmrnn.repeats import Repeats
 from stream_mmrnn.types import Envelope, Stamps
 
 HISTORY_NS = 10_000_000_000
@@ -41,8 +42,8 @@ _LONGEST_NS = 2**61
 _LATENCY_EVERY_NS = 250_000_000
 """Percentiles are worked out anew at most this often."""
 _LOST_WORDS = ("dropped", "lost", "refused", "garbage", "overflow", "rejected", "undecodable")
-_LOST_REASONS = frozenset({"late", "duplicate", "quarantined", "superseded", "unclosed", "outside"})
-"""The aligner's reasons, each a loss of its own."""
+_LOST_REASONS = frozenset({"late", "duplicate", "quarantined", "superseded", "unclosed", "outside", "oldest", "stale"})
+"""The reasons of the aligner and of readers, each a loss of its own."""
 
 _SHOWN = frozenset({topics.CLOCK, topics.PREDICTION}) | {
     t for m in topics.MODALITIES for t in (topics.raw(m), topics.feature(m))
@@ -216,6 +217,8 @@ class LiveState:
     def __init__(self) -> None:
         self.malformed = 0
         """Payloads that could not be read, and names beyond what is kept."""
+        self._repeats = Repeats(_MAX_SESSIONS)
+        """What an engine says again that went on after a crash is passed over."""
         self.session = ""
         self._session_ns = 0
         self._sessions: dict[str, None] = {}
@@ -240,10 +243,16 @@ class LiveState:
             return
         if topic not in _SHOWN:
             return
-        self._see_stream(envelope, at_ns)
         if topic == topics.PREDICTION:
-            self._see_prediction(envelope, at_ns)
-        elif topic in self._texts:
+            p = self._read(_read_prediction, envelope.payload)
+            if p is not None and not self._repeats.first(envelope.session, p.tick):
+                return
+            self._see_stream(envelope, at_ns)
+            if p is not None:
+                self._see_prediction(envelope, p, at_ns)
+            return
+        self._see_stream(envelope, at_ns)
+        if topic in self._texts:
             self._see_text(envelope)
         elif topic == topics.raw("vision"):
             self._pictures += 1
@@ -262,10 +271,7 @@ class LiveState:
         if envelope.session != topics.EVERYONE and len(self._sessions) < _MAX_SESSIONS:
             self._sessions[envelope.session] = None
 
-    def _see_prediction(self, envelope: Envelope, at_ns: int) -> None:
-        p = self._read(_read_prediction, envelope.payload)
-        if p is None:
-            return
+    def _see_prediction(self, envelope: Envelope, p: _Prediction, at_ns: int) -> None:
         c = p.closed
         closed = Stamps(c.event_ns, c.capture_ns, c.publish_ns, c.received_ns, c.by)
         self._latencies.add(
@@ -339,6 +345,7 @@ class LiveState:
             "latency": self._latencies.table(now_ns),
             "nodes": {name: _node(node, now_ns) for name, node in sorted(self._nodes.items())},
             "losses": self._losses(),
+            "repeated": self._repeats.count,
             "malformed": self.malformed,
         }
 

@@ -7,25 +7,23 @@ nothing about training or data.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from onnx import numpy_helper
 from torch import Tensor, nn
 
 from stream_mmrnn.contract import METADATA_KEY, read_contract, write_contract
 from stream_mmrnn.errors import ModelError
 from stream_mmrnn.runtime import Graph
 from stream_mmrnn.training.predictor import Predictor, Step
+from stream_mmrnn.training.quantise import in_blocks, in_columns
 from stream_mmrnn.types import HeadSpec, ModalitySpec
 
 TOLERANCE = 1e-5
@@ -151,7 +149,8 @@ def with_contract(model: onnx.ModelProto, predictor: Predictor, origins: dict[st
 def export(predictor: Predictor, path: Path, origins: dict[str, str], int8: bool = False) -> dict[str, float]:
     """Write the step to `path` if it passes the gate; the largest differences seen.
 
-    `int8` writes weights of 8 bit beside it as `step.int8.onnx`, whose outputs are near but not within the gate.
+    `int8` writes weights of 8 bit beside it, whose outputs are near but not within the gate: `step.int8.onnx`, the
+    fastest for one session, and `step.int8_batch.onnx` for many (`quantise` says what they are).
 
     Raises:
         ModelError: the three do not agree; nothing was written.
@@ -165,9 +164,9 @@ def export(predictor: Predictor, path: Path, origins: dict[str, str], int8: bool
         differences = gate(predictor, candidate)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(candidate.read_bytes())
-    if int8:
-        small = path.with_name(f"{path.stem}.int8.onnx")
-        onnx.save(quantised(model), str(small))
+    for kind, quantise in (("int8", in_blocks), ("int8_batch", in_columns)) if int8 else ():
+        small = path.with_name(f"{path.stem}.{kind}.onnx")
+        onnx.save(quantise(model), str(small))
         read_contract(Graph(small))
     return differences
 
@@ -259,62 +258,3 @@ def _as(graph: Graph, name: str, array: np.ndarray[Any, Any]) -> np.ndarray[Any,
 def _note(worst: dict[str, float], what: str, one: Tensor, other: Tensor) -> None:
     difference = ((one - other).abs() / (1 + other.abs())).max().item() if one.numel() else 0.0
     worst[what] = max(worst[what], difference) if np.isfinite(difference) else float("inf")
-
-
-@contextlib.contextmanager
-def _logging_as_it_is() -> Iterator[None]:
-    """The quantizer sets up logging for the whole process when it is imported, and tells of every node."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    try:
-        yield
-    finally:
-        root.handlers[:], root.level = handlers, level
-    logging.getLogger("onnxruntime.quantization").setLevel(logging.WARNING)
-
-
-def quantised(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same graph with 8-bit weights (MatMulNBits, blocks of 128, integer arithmetic: accuracy level 4)."""
-    with _logging_as_it_is():
-        from onnxruntime.quantization.matmul_nbits_quantizer import (
-            DefaultWeightOnlyQuantConfig,
-            MatMulNBitsQuantizer,
-        )
-
-    plain = onnx.ModelProto()
-    plain.CopyFrom(model)
-    _split_gemm(plain)
-    settings = DefaultWeightOnlyQuantConfig(block_size=128, is_symmetric=True, accuracy_level=4, bits=8)
-    quantizer = MatMulNBitsQuantizer(plain, algo_config=settings)
-    quantizer.process()
-    small: onnx.ModelProto = quantizer.model.model
-    return small
-
-
-def _split_gemm(model: onnx.ModelProto) -> None:
-    """Gemm with a constant weight -> MatMul and Add, which is what the quantizer knows."""
-    graph = model.graph
-    weights = {i.name: i for i in graph.initializer}
-    nodes = []
-    for node in graph.node:
-        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        plain = node.op_type == "Gemm" and attributes.get("alpha", 1.0) == attributes.get("beta", 1.0) == 1.0
-        if not plain or attributes.get("transA", 0) or node.input[1] not in weights:
-            nodes.append(node)
-            continue
-        name = node.input[1]
-        if attributes.get("transB", 0):
-            turned = numpy_helper.to_array(weights[name]).T.copy()
-            name = f"{name}.T"
-            if name not in weights:
-                weights[name] = numpy_helper.from_array(turned, name)
-                graph.initializer.append(weights[name])
-        product = f"{node.output[0]}.product"
-        nodes.append(onnx.helper.make_node("MatMul", [node.input[0], name], [product]))
-        nodes.append(onnx.helper.make_node("Add", [product, node.input[2]], [node.output[0]]))
-    del graph.node[:]
-    graph.node.extend(nodes)
-    used = {i for n in graph.node for i in n.input}
-    kept = [i for i in graph.initializer if i.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)

@@ -43,9 +43,13 @@ MEANING = {
     r"audio_to_prediction_(p\d+)_(nice|fifo)_ms": "the same with supervisor.priority = {1}, {0}, ms",
     r"audio_to_prediction_(p\d+)_busy(\d)_(nice|fifo)_ms": "beside {1} busy processes with supervisor.priority = {2},"
     " {0}, ms",
+    r"audio_bare_hops_(p\d+)\w*_ms": "the same way with nothing of ours on it: a sleep, two hops through ZeroMQ's own"
+    " proxy, {0}, ms",
     r"all_to_prediction_(p\d+)_ms": "the same with camera and words, {0}, ms; the picture's encoder is most of it",
     r"(\w+?)_stages_residual\w*": "what the stages' sum lacks of the whole, {0}",
     r"ours_(\w+?)_over_(\w+)_(2kb|30kb|1mb)_(hot|paced)": "our bus over {0} against {1}, {2}, {3}",
+    r"zmq_proxy_(\w+?)_over_(\w+)_(2kb|30kb|1mb)_(hot|paced)": "ZeroMQ's own proxy with nothing of ours against {1},"
+    " {2}, {3}",
     r"camera_features_transport_share": "share of the bus in the way from a frame's event to its prediction",
     r"camera_picture_transport_share": "share that carrying the JPEG itself would have",
     r"replay_times_real_time": "replay of one session from features, times real time, compared with the recording",

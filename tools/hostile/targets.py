@@ -565,7 +565,7 @@ class Models:
     def __init__(self, folder: Path) -> None:
         self._path = folder / "bad.onnx"
         self._good = gru_step(8)
-        self._small = gru_step(8, int8=True)
+        self._small = gru_step(8, kind="int8")
 
     def case(self, rng: Random, number: int) -> None:
         good = rng.choice((self._good, self._small))

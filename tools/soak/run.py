@@ -80,7 +80,7 @@ def look(pid: int, at_s: float) -> Sample:
 
 
 class _Processes:
-    """Broker, engine and recorder, as the supervisor starts them."""
+    """Broker, journal, engine and recorder, as the supervisor starts them."""
 
     def __init__(self, settings: config.Settings) -> None:
         self._context: Any = process_context()
@@ -104,7 +104,7 @@ class _Processes:
         return bool(self._ready[name].is_set())
 
     def stop(self) -> None:
-        for name in ("recorder", "engine", "broker"):
+        for name in ("recorder", "engine", "journal", "broker"):
             if name in self.running:
                 self._stops[name].set()
                 self.running[name].join(5)
@@ -212,6 +212,7 @@ def settings_for(path: Path, speed: float) -> config.Settings:
             "session": {"name": LONG},
             "engine": {"slots": 8, "prewarm": False},
             "record": record,
+            "state": {"journal_s": 30.0 / speed},
             "dashboard": {"enabled": False},
             "bus": {"queue": 200_000},
         }
@@ -249,10 +250,11 @@ def soak(seconds: float, speed: float, folder: Path, say: Callable[[str], None])
             monitor.hear(0.0)
             publisher.publish(topics.CLOCK, topics.EVERYONE, began_ns - 1, began_ns - 1, b"")
 
-        processes.start("engine", nodes.engine)
-        processes.start("recorder", nodes.recorder)
-        if not _wait(lambda: processes.ready("engine") and processes.ready("recorder"), 60, beat):
-            raise ProcessError("engine and recorder were not ready within 60 s")
+        others = {"journal": nodes.journal, "recorder": nodes.recorder, "engine": nodes.engine}
+        for name, target in others.items():
+            processes.start(name, target)
+        if not _wait(lambda: all(map(processes.ready, others)), 60, beat):
+            raise ProcessError("the processes were not ready within 60 s")
         publisher.wait_for_reader(topics.SESSION, 5.0)
         feed = _Feed(publisher, tuple(s for s in specs if s.name in _RATES_HZ), event_ns)
         samples: dict[str, list[Sample]] = {name: [] for name in processes.running}

@@ -1,0 +1,197 @@
+"""8-bit weights: a step graph -> the same with smaller matrices. Near what was trained, not equal to it.
+
+`in_blocks` has a scale for each 128 weights and is the fastest for one row; onnxruntime takes another way for several
+rows, so bits differ with the size of the batch. `in_columns` multiplies integers where a matrix meets numbers that are
+known to lie between -1 and 1 (a state, what a tanh says): such a product is exact, so a row has the same bits in every
+batch, and many rows take about half the time. Knows nothing about torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import helper, numpy_helper
+
+_MICROSOFT = "com.microsoft"
+_PASSED_ON = (
+    "Identity",
+    "Reshape",
+    "Unsqueeze",
+    "Squeeze",
+    "Transpose",
+    "Slice",
+    "Split",
+    "Gather",
+    "GatherND",
+    "Expand",
+)
+"""Operations whose outputs hold numbers of their first input, and no others."""
+
+
+@contextlib.contextmanager
+def _logging_as_it_is() -> Iterator[None]:
+    """The quantizer sets up logging for the whole process when it is imported, and tells of every node."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        yield
+    finally:
+        root.handlers[:], root.level = handlers, level
+    logging.getLogger("onnxruntime.quantization").setLevel(logging.WARNING)
+
+
+def in_blocks(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The matrices as MatMulNBits: blocks of 128, integer arithmetic (accuracy level 4)."""
+    with _logging_as_it_is():
+        from onnxruntime.quantization.matmul_nbits_quantizer import (
+            DefaultWeightOnlyQuantConfig,
+            MatMulNBitsQuantizer,
+        )
+
+    plain = onnx.ModelProto()
+    plain.CopyFrom(model)
+    _split_gemm(plain)
+    settings = DefaultWeightOnlyQuantConfig(block_size=128, is_symmetric=True, accuracy_level=4, bits=8)
+    quantizer = MatMulNBitsQuantizer(plain, algo_config=settings)
+    quantizer.process()
+    small: onnx.ModelProto = quantizer.model.model
+    return small
+
+
+def _split_gemm(model: onnx.ModelProto) -> None:
+    """Gemm with a constant weight -> MatMul and Add, which is what the quantizer knows."""
+    graph = model.graph
+    weights = {i.name: i for i in graph.initializer}
+    nodes = []
+    for node in graph.node:
+        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        plain = node.op_type == "Gemm" and attributes.get("alpha", 1.0) == attributes.get("beta", 1.0) == 1.0
+        if not plain or attributes.get("transA", 0) or node.input[1] not in weights:
+            nodes.append(node)
+            continue
+        name = node.input[1]
+        if attributes.get("transB", 0):
+            turned = numpy_helper.to_array(weights[name]).T.copy()
+            name = f"{name}.T"
+            if name not in weights:
+                weights[name] = numpy_helper.from_array(turned, name)
+                graph.initializer.append(weights[name])
+        product = f"{node.output[0]}.product"
+        nodes.append(helper.make_node("MatMul", [node.input[0], name], [product]))
+        nodes.append(helper.make_node("Add", [product, node.input[2]], [node.output[0]]))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    used = {i for n in graph.node for i in n.input}
+    kept = [i for i in graph.initializer if i.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
+def bounded(model: onnx.ModelProto) -> set[str]:
+    """The tensors that are known to lie between -1 and 1, whatever the inputs.
+
+    By induction over the steps: a state's input counts as bounded as long as its output is, given that.
+    """
+    graph = model.graph
+    constants = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
+    states = {o.name.removeprefix("next.") for o in graph.output if o.name.startswith("next.")}
+    while True:
+        known = {n for n, a in constants.items() if a.dtype.kind == "f" and a.size and np.abs(a).max() <= 1}
+        known |= {f"state.{s}" for s in states} | {"present"}
+        _follow(graph, known)
+        open_ended = {s for s in states if f"next.{s}" not in known}
+        if not open_ended:
+            return known - set(constants)
+        states -= open_ended
+
+
+def _follow(graph: onnx.GraphProto, known: set[str]) -> None:
+    """Add to `known` what the graph's operations make bounded; nodes are in the order in which they run."""
+    made = {out: node for node in graph.node for out in node.output}
+    for node in graph.node:
+        inputs = list(node.input)
+        kind = node.op_type
+        if (
+            kind in ("Tanh", "Sigmoid", "Softmax")
+            or (kind == "ConstantOfShape" and _value(node) <= 1)
+            or (kind in _PASSED_ON and inputs[0] in known)
+            or (kind in ("Concat", "Mul", "Min", "Max") and all(i in known for i in inputs))
+            or (kind == "Where" and all(i in known for i in inputs[1:]))
+            or (kind == "Add" and _between(inputs, made, known))
+        ):
+            known.update(node.output)
+
+
+def _value(node: onnx.NodeProto) -> float:
+    values = [numpy_helper.to_array(a.t) for a in node.attribute if a.name == "value"]
+    return float(np.abs(values[0]).max()) if values else 0.0
+
+
+def _between(inputs: list[str], made: dict[str, onnx.NodeProto], known: set[str]) -> bool:
+    """N + z (h - n) with z of a sigmoid lies between n and h."""
+    for n, step in (inputs, inputs[::-1]):
+        product = made.get(step)
+        if n not in known or product is None or product.op_type != "Mul":
+            continue
+        for z, apart in (list(product.input), list(product.input)[::-1]):
+            gate, difference = made.get(z), made.get(apart)
+            while gate is not None and gate.op_type in _PASSED_ON:
+                gate = made.get(gate.input[0])
+            if gate is None or difference is None or (gate.op_type, difference.op_type) != ("Sigmoid", "Sub"):
+                continue
+            h, other = difference.input
+            if other == n and h in known:
+                return True
+    return False
+
+
+def in_columns(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The matrices that meet bounded numbers as MatMulIntegerToFloat: a scale a column, 1/127 for the other side."""
+    small = onnx.ModelProto()
+    small.CopyFrom(model)
+    graph = small.graph
+    weights = {i.name: i for i in graph.initializer}
+    known = bounded(small)
+    nodes, done = [], {}
+    scale, zero = "bounded.scale", "bounded.zero"
+    for node in graph.node:
+        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        whole = attributes.get("alpha", 1.0) == attributes.get("beta", 1.0) == 1.0 and not attributes.get("transA", 0)
+        source, name = node.input[0], node.input[1] if len(node.input) == 3 else ""
+        if node.op_type != "Gemm" or not whole or source not in known or name not in weights:
+            nodes.append(node)
+            continue
+        if source not in done:
+            done[source] = f"{source}.bits"
+            nodes.append(helper.make_node("QuantizeLinear", [source, scale, zero], [done[source]]))
+        array = numpy_helper.to_array(weights[name])
+        columns = array.T if attributes.get("transB", 0) else array
+        for suffix, value in zip(("bits", "scale", "zero"), _of_columns(columns), strict=True):
+            if f"{name}.{suffix}" not in weights:
+                weights[f"{name}.{suffix}"] = numpy_helper.from_array(value, f"{name}.{suffix}")
+        inputs = [done[source], f"{name}.bits", scale, f"{name}.scale", zero, f"{name}.zero", node.input[2]]
+        nodes.append(helper.make_node("MatMulIntegerToFloat", inputs, list(node.output), domain=_MICROSOFT))
+    weights[scale] = numpy_helper.from_array(np.array(1 / 127, np.float32), scale)
+    weights[zero] = numpy_helper.from_array(np.array(128, np.uint8), zero)
+    used = {i for n in nodes for i in n.input}
+    del graph.node[:]
+    graph.node.extend(nodes)
+    del graph.initializer[:]
+    graph.initializer.extend(i for name, i in weights.items() if name in used)
+    if all(o.domain != _MICROSOFT for o in small.opset_import):
+        small.opset_import.append(helper.make_opsetid(_MICROSOFT, 1))
+    return small
+
+
+def _of_columns(
+    array: npt.NDArray[np.float32],
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32], npt.NDArray[np.int8]]:
+    """[K, N] -> int8 [K, N], scales [N], zeros [N]."""
+    scale = (np.maximum(np.abs(array).max(0), 1e-12) / 127).astype(np.float32)
+    held = np.clip(np.rint(array / scale), -127, 127).astype(np.int8)
+    return np.ascontiguousarray(held), scale, np.zeros(len(scale), np.int8)
