@@ -187,7 +187,7 @@ def clock(context: Context) -> None:
 
 def journal(context: Context) -> None:
     """What an engine needs that has to go on after a crash: the last of the bus, and checkpoints."""
-    from stream_mmrnn.journal import Ask, Journal, Keep, request
+    from stream_mmrnn.journal import Ask, Journal, Keep, read_request
 
     settings = context.settings
     publisher = Publisher(context.address, settings.bus.queue)
@@ -211,8 +211,8 @@ def journal(context: Context) -> None:
         take()
         if came is not None:
             try:
-                message = request.decode(came[1])
-            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+                message = read_request(came[1])
+            except WireError:
                 garbage += 1
                 continue
             if isinstance(message, Keep):

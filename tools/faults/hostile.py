@@ -43,13 +43,13 @@ NOT_PROMISED = (
 )
 
 FULL = {
-    "wire": 12_000, "json": 8_000, "bus": 6_000, "tcp": 3_000, "pipe": 2_000, "zmq": 2_000, "recordings": 4_000,
-    "models": 6_000, "contracts": 2_000, "snapshots": 2_000, "settings": 2_000, "readers": 4_000, "page": 1_000,
-    "names": 1_000,
+    "wire": 12_000, "json": 8_000, "bus": 5_000, "journal": 2_000, "tcp": 3_000, "pipe": 2_000, "zmq": 2_000,
+    "recordings": 4_000, "models": 6_000, "contracts": 2_000, "snapshots": 2_000, "settings": 2_000, "readers": 4_000,
+    "page": 1_000, "names": 1_000,
 }  # fmt: skip
 QUICK = {
-    "wire": 1_000, "json": 1_000, "bus": 600, "tcp": 300, "pipe": 150, "zmq": 150, "recordings": 200, "models": 400,
-    "contracts": 100, "snapshots": 200, "settings": 150, "readers": 400, "page": 50, "names": 200,
+    "wire": 1_000, "json": 1_000, "bus": 600, "journal": 200, "tcp": 300, "pipe": 150, "zmq": 150, "recordings": 200,
+    "models": 400, "contracts": 100, "snapshots": 200, "settings": 150, "readers": 400, "page": 50, "names": 200,
 }  # fmt: skip
 
 _MODULES = frozenset({"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib", "yaml"})

@@ -22,7 +22,7 @@ import numpy as np
 import zmq
 import zstandard
 
-from stream_mmrnn import config, sources, topics, wire
+from stream_mmrnn import config, journal, sources, topics, wire
 from stream_mmrnn.align import Aligner
 from stream_mmrnn.bench.models import gru_step
 from stream_mmrnn.bus import Address, Publisher, Subscriber, run_broker
@@ -38,7 +38,7 @@ from stream_mmrnn.recording import Recorder, Recording
 from stream_mmrnn.replay import info, settings_of
 from stream_mmrnn.snapshots import Snapshot, StateStore, from_bytes, to_bytes
 from stream_mmrnn.sources import text
-from stream_mmrnn.types import Envelope, Stamps
+from stream_mmrnn.types import Envelope, Mark, Stamps
 from stream_mmrnn.view import render, summary_table
 from tools.hostile import mutate
 
@@ -273,6 +273,32 @@ class Bus:
         self._stop.set()
         self._broker.join(_WAIT_S)
         return {"bad": self._bad, "counted": self._reader.garbage, "uncounted": self._uncounted, "honest": self._good}
+
+
+class Requests:
+    """The journal: what an engine asks of it, and what came by the bus meanwhile."""
+
+    def __init__(self, folder: Path) -> None:
+        self._kept = journal.Journal(1.0, 1 << 20, True)
+        self._at_ns = 0
+
+    def case(self, rng: Random, number: int) -> None:
+        self._at_ns += 10_000_000
+        for _ in range(3):
+            frames = bad_frames(rng) if rng.randrange(2) else [bytes(f) for f in wire.encode(honest(rng))]
+            if len(frames) == 3:
+                self._kept.add((frames[0], frames[1], frames[2]), self._at_ns)
+        mark = Mark("clock", rng.choice("abc"), rng.randrange(1000), rng.choice((0, 2**62)))
+        made = rng.choice((journal.Keep(mark, rng.choice((None, mark)), rng.randbytes(50)), journal.Ask(mark)))
+        raw = msgspec.msgpack.encode(made)
+        asked = journal.read_request(mutate.flipped(raw, rng, 4) if rng.randrange(3) else raw)
+        if isinstance(asked, journal.Keep):
+            self._kept.keep(asked)
+        else:
+            msgspec.msgpack.encode(self._kept.answer(asked))
+
+    def close(self) -> dict[str, int]:
+        return {"journal_kb": self._kept.bytes // 1024}
 
 
 # ---- text --------------------------------------------------------------------------------------------------------
@@ -913,6 +939,7 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "wire": Wire,
     "json": Json,
     "bus": Bus,
+    "journal": Requests,
     "tcp": Tcp,
     "pipe": Pipe,
     "zmq": Zmq,
