@@ -22,9 +22,15 @@ from stream_mmrnn.errors import SessionError
 from stream_mmrnn.types import Envelope, FloatArray, ModalitySpec, Stamps, Tick
 
 _MAX_PENDING = 1024
+_MAX_PER_TICK = 4096
+"""Samples of one stream that wait for one tick."""
+_MAX_JUMP_NS = 600_000_000_000
+"""Ten minutes: a clock that leaps further needs a second message that agrees, and the ticks in between are not made."""
 _NEVER = -(2**62)
 _FLOAT32 = np.dtype(np.float32)
-_isfinite, _add, _divide = np.isfinite, np.add, np.divide
+_absolute, _less, _add, _divide = np.absolute, np.less, np.add, np.divide
+_LARGEST = np.array(1e12, np.float32)
+"""A number beyond it is no feature. A finite one near float32's end makes a recurrent state NaN for good."""
 _COUNTS = tuple(np.array(n, np.float32) for n in range(64))
 """Divisors as arrays without an axis: numpy takes these in half the time that it takes its own scalars in."""
 
@@ -45,7 +51,7 @@ class StreamCounts(msgspec.Struct):
     """Dense, after its tick had closed: dropped."""
     duplicate: int = 0
     quarantined: int = 0
-    """A stamp too far from the clock, a wrong size, a number that is not finite, or another encoder."""
+    """A stamp too far from the clock, a wrong size, a number that is not finite or huge, or another encoder."""
     superseded: int = 0
     """A newer sample of the same tick took its place (reduction `last`, or more than `stack`)."""
     unclosed: int = 0
@@ -85,6 +91,7 @@ class SessionState(msgspec.Struct, frozen=True, array_like=True):
     end_ns: int
     due_ns: int
     unsettled: bool
+    leapt_ns: int = _NEVER
 
 
 class AlignerState(msgspec.Struct, frozen=True):
@@ -117,6 +124,7 @@ class _Stream:
         "reduction",
         "seen",
         "shape",
+        "size",
         "spec",
         "zeros",
     )
@@ -143,6 +151,8 @@ class _Stream:
         self.last_used_ns = _NEVER
         self.open: dict[int, list[Held]] = {}
         """Samples by tick, each tick's in event order."""
+        self.size = np.empty(self.shape, np.float32)
+        """How large each number of the last sample was."""
         self.flags = np.ones(self.shape, np.bool_)
         self.all_true = self.flags.tobytes()
 
@@ -249,8 +259,8 @@ class _Session:
     """
 
     __slots__ = (
-        "bounds", "by_topic", "clock_ns", "closed", "due_ns", "end_ns", "expected", "name", "soonest_ns", "streams",
-        "unsettled",
+        "bounds", "by_topic", "clock_ns", "closed", "due_ns", "end_ns", "expected", "leapt_ns", "name", "soonest_ns",
+        "streams", "unsettled",
     )  # fmt: skip
 
     def __init__(self, name: str, streams: list[_Stream], closed: int, tick_ns: int, clock_ns: int) -> None:
@@ -259,6 +269,8 @@ class _Session:
         self.by_topic = {topics.feature(s.name): s for s in streams}
         self.clock_ns = clock_ns
         """What the session has heard of the clock. Not shared: what came before it opened is not in its recording."""
+        self.leapt_ns = _NEVER
+        """The last clock that was too far ahead to be believed at once."""
         self.soonest_ns = min(s.lateness_ns for s in streams)
         """No clock closes a tick before it is this far past the tick's end."""
         self.closed = closed
@@ -284,6 +296,7 @@ class _Session:
             self.end_ns,
             self.due_ns,
             self.unsettled,
+            self.leapt_ns,
         )
 
     def take(self, state: SessionState) -> None:
@@ -298,11 +311,23 @@ class _Session:
         self.expect(state.expected)
         self.clock_ns, self.closed = state.clock_ns, state.closed
         self.end_ns, self.due_ns, self.unsettled = state.end_ns, state.due_ns, state.unsettled
+        self.leapt_ns = state.leapt_ns
 
     def unsettle(self) -> None:
         """A gap may be given up, or what is expected has changed: any message may close a tick."""
         self.unsettled = True
         self.until(self.end_ns)
+
+    def skip_to(self, index: int, tick_ns: int) -> None:
+        """Make no tick up to this one; what waits for one of them goes into the next."""
+        if index <= self.closed:
+            return
+        self.closed = index
+        self.until((index + 1) * tick_ns)
+        for stream in self.streams:
+            waiting = [held for k in sorted(stream.open) if k <= index for held in stream.open.pop(k)]
+            if waiting:
+                stream.open[index + 1] = waiting + stream.open.get(index + 1, [])
 
     def until(self, end_ns: int) -> None:
         """The next tick to close ends at `end_ns`."""
@@ -349,7 +374,7 @@ class Aligner:
         self.tick_ns = tick_ns
         self.counts = {m.name: StreamCounts() for m in modalities}
         self.malformed = 0
-        """Session messages that could not be read."""
+        """Session messages that could not be read, and clocks that leapt."""
         self.misfits: dict[str, str] = {}
         """By modality, why its first quarantined message was."""
         self._specs = {m.name: m for m in modalities}
@@ -432,7 +457,9 @@ class Aligner:
         """End a session: the ticks up to `event_ns` close with what they have."""
         if session not in self._sessions:
             return []
-        ticks = self._close_until(self._sessions[session], event_ns // self.tick_ns, closed)
+        its_session = self._sessions[session]
+        until_ns = min(event_ns, its_session.clock_ns + _MAX_JUMP_NS)
+        ticks = self._close_until(its_session, until_ns // self.tick_ns, closed)
         self._discard(session)
         return ticks
 
@@ -447,6 +474,8 @@ class Aligner:
             ticks: list[Tick] = []
             for session in self._sessions.values():
                 if event_ns > session.clock_ns:
+                    if event_ns - session.clock_ns > _MAX_JUMP_NS and not self._leap(session, event_ns):
+                        continue
                     session.clock_ns = event_ns
                 if session.clock_ns >= session.due_ns:
                     ticks += self._advance(session, envelope)
@@ -471,6 +500,19 @@ class Aligner:
             return self._advance(its_session, envelope)
         return []
 
+    def _leap(self, session: _Session, event_ns: int) -> bool:
+        """Whether a clock that is far ahead of a session's is to be believed: the second in a row is.
+
+        A machine may have stood still for an hour; a number out of nowhere must not make a million ticks.
+        """
+        believed = 0 <= event_ns - session.leapt_ns <= self._max_ahead_ns
+        session.leapt_ns = event_ns
+        if believed:
+            session.skip_to((event_ns - _MAX_JUMP_NS) // self.tick_ns, self.tick_ns)
+        else:
+            self.malformed += 1
+        return believed
+
     def _take(self, session: _Session, stream: _Stream, envelope: Envelope, event_ns: int) -> bool:
         """Put a feature vector where it belongs; False if it is not in any tick."""
         counts = stream.counts
@@ -481,7 +523,7 @@ class Aligner:
             or payload.dtype != _FLOAT32
             or payload.shape != stream.shape
             # not all(): comparing the flags as bytes takes a quarter of that
-            or _isfinite(payload, stream.flags).tobytes() != stream.all_true
+            or _less(_absolute(payload, stream.size), _LARGEST, stream.flags).tobytes() != stream.all_true
             or (stream.encoder and envelope.origin != stream.encoder)
             or not -self._max_behind_ns <= event_ns - session.clock_ns <= self._max_ahead_ns
         ):
@@ -515,6 +557,10 @@ class Aligner:
         samples = stream.open.get(index)
         if samples is None:
             stream.open[index] = [(event_ns, seq, payload)]
+        elif len(samples) >= _MAX_PER_TICK:
+            counts.quarantined += 1
+            self.misfits.setdefault(stream.name, f"more than {_MAX_PER_TICK} samples came for one tick")
+            return False
         else:
             samples.append((event_ns, seq, payload))
             if event_ns <= samples[-2][0]:
@@ -529,8 +575,10 @@ class Aligner:
             return f"its features are no vector of float32, the model takes {stream.shape[0]} numbers"
         if payload.shape != stream.shape:
             return f"its features have {len(payload)} numbers, the model takes {stream.shape[0]}"
-        if not _isfinite(payload).all():
+        if not np.isfinite(payload).all():
             return "its features hold a number that is not finite"
+        if not (np.absolute(payload) < _LARGEST).all():
+            return f"its features hold a number beyond {float(_LARGEST):g}"
         if spec.encoder and envelope.origin != spec.encoder:
             return f"its encoder is {envelope.origin or 'not named'}, the model was trained with {spec.encoder}"
         return f"its stamp is {(envelope.event_ns - clock_ns) / 1e9:+.3f} s from the clock"

@@ -308,6 +308,10 @@ def run_broker(
 
 
 _LOOK_EVERY_NS = 50_000_000
+_MAX_STREAMS = 65_536
+"""Streams, each a topic of a session, whose numbers a reader remembers before it forgets those long silent."""
+_MAX_ENDED = 1024
+"""The same of sessions that have ended: a message of theirs may still be on its way."""
 _NOBODY = b"nobody"
 """A topic that nobody reads."""
 
@@ -386,6 +390,11 @@ class Publisher:
             self._read_subscriptions(0)
         return envelope
 
+    def end(self, session: str) -> None:
+        """Forget the numbers of a session that has ended; one that begins again begins at 0."""
+        for topic in topics.TOPICS:
+            self._seq.pop((topic, session), None)
+
     def prewarm(self) -> None:
         """Send the newest message once more, to nobody: code and buffers are in the caches for the next one."""
         if self._newest is not None and not any(_NOBODY.startswith(prefix) for prefix in self._wanted):
@@ -406,30 +415,52 @@ class Publisher:
 
 
 class Gaps:
-    """Counts, per stream, what a reader got and what its sequence numbers say is missing."""
+    """Counts, per stream, what a reader got and what its sequence numbers say is missing. Bounded."""
 
     def __init__(self) -> None:
         self._next: dict[tuple[str, str], int] = {}
+        self._before: dict[tuple[str, str], int] = {}
+        """Of streams that were silent since the others filled `_next`, or whose sessions have ended."""
         self.received: dict[str, int] = {}
+        """By topic; all statuses are one."""
         self.lost: dict[str, int] = {}
 
     def see(self, envelope: Envelope) -> None:
-        key = (envelope.topic, envelope.session)
-        seq = envelope.seq
-        # what belongs to no session has begun before we listened; a session's streams begin with it, at 0
-        expected = self._next.get(key, seq if envelope.session == topics.EVERYONE else 0)
-        self.received[envelope.topic] = self.received.get(envelope.topic, 0) + 1
+        topic, seq = envelope.topic, envelope.seq
+        key = (topic, envelope.session)
+        expected = self._next.get(key)
+        if expected is None:
+            expected = self._unseen(key, seq)
+        if topic not in topics.TOPICS:
+            topic = topics.STATUS  # whatever follows the prefix is the sender's to choose
+        self.received[topic] = self.received.get(topic, 0) + 1
         if seq > expected:
-            self.lost[envelope.topic] = self.lost.get(envelope.topic, 0) + seq - expected
+            self.lost[topic] = self.lost.get(topic, 0) + seq - expected
         # a seq below the expected one is a publisher that began anew
         self._next[key] = seq + 1
 
+    def _unseen(self, key: tuple[str, str], seq: int) -> int:
+        """The number that is expected of a stream that is not among those heard of late."""
+        if len(self._next) >= _MAX_STREAMS:
+            self._before, self._next = self._next, {}
+        # what belongs to no session has begun before we listened; a session's streams begin with it, at 0
+        return self._before.pop(key, seq if key[1] == topics.EVERYONE else 0)
+
+    def end(self, session: str) -> None:
+        """A session has ended: its numbers are kept a while, for what is still on its way."""
+        for key in ((topic, session) for topic in topics.TOPICS):
+            if key in self._next:
+                self._before[key] = self._next.pop(key)
+        while len(self._before) > _MAX_ENDED:
+            del self._before[next(iter(self._before))]
+
     def snapshot(self) -> tuple[Numbers, dict[str, int], dict[str, int]]:
         """All of it as a value: the next number of each stream; received; lost."""
-        return [(topic, session, seq) for (topic, session), seq in self._next.items()], self.received, self.lost
+        numbers = [(topic, session, seq) for (topic, session), seq in (self._before | self._next).items()]
+        return numbers, self.received, self.lost
 
     def restore(self, numbers: Numbers, received: dict[str, int], lost: dict[str, int]) -> None:
-        self._next = {(topic, session): seq for topic, session, seq in numbers}
+        self._next, self._before = {(topic, session): seq for topic, session, seq in numbers}, {}
         self.received, self.lost = dict(received), dict(lost)
 
 

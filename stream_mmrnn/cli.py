@@ -22,7 +22,7 @@ from stream_mmrnn.clock import now_ns
 from stream_mmrnn.disk import later_parts, part
 from stream_mmrnn.errors import ConfigError, StreamError
 from stream_mmrnn.signals import ENDING, held
-from stream_mmrnn.terminal import Alive, Json, ModelName, Provider, escape, print_document, say_on
+from stream_mmrnn.terminal import Alive, Json, ModelName, Provider, escape, print_document, say_on, shown
 from stream_mmrnn.training import commands
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def run() -> None:
     try:
         app()
     except StreamError as e:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {escape(str(e))}")
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {shown(str(e), 2000)}")
         raise SystemExit(e.exit_code) from None
 
 
@@ -124,6 +124,7 @@ def _capture(settings: config.Settings, duration: float | None, with_engine: boo
 
     def say(text: str) -> None:
         notes.append(text)
+        del notes[:-16]
         if screen is None:
             say_on(console)(text)
 
@@ -137,7 +138,7 @@ def _capture(settings: config.Settings, duration: float | None, with_engine: boo
         nonlocal drawn_ns, line_ns, address
         status = next((n.status for n in session.supervisor.nodes if n.name == "dashboard" and n.status), None)
         if status and not address:
-            address = status.detail.get("address", "")
+            address = shown(str(status.detail.get("address", "")), 64)
             if screen is None and address:
                 console.print(f"dashboard: {address}")
         seconds = (now_ns() - began_ns) / 1e9
@@ -147,7 +148,7 @@ def _capture(settings: config.Settings, duration: float | None, with_engine: boo
             screen.update(render(view.snapshot(now_ns()), console.width, headline, notes))
         elif screen is None and not as_json and now_ns() - line_ns > 1_000_000_000:
             line_ns = now_ns()
-            console.print(_line(seconds, view.snapshot(now_ns())), soft_wrap=True)
+            console.print(_line(seconds, view.snapshot(now_ns())), soft_wrap=True, markup=False)
 
     # a machine reads the summary: the messages themselves are nobody's then
     see, watch = (lambda _: None, ()) if as_json else (view.see, WATCHED)
@@ -310,7 +311,7 @@ def replay(
         )
         if result["recorded_predictions"]:
             verdict = "identical, bit for bit" if result["identical"] else f"different: {result['first_difference']}"
-            console.print(f"compared with {result['recorded_predictions']} recorded ones: {verdict}")
+            console.print(f"compared with {result['recorded_predictions']} recorded ones: {shown(verdict)}")
     if result["damage"]:
         say_on(Console(stderr=True))(f"{result['damage']}; what is whole was replayed")
         raise typer.Exit(3)
@@ -332,14 +333,16 @@ def info(path: Annotated[Path, typer.Argument(help="A recording.")], as_json: Js
         console = Console(highlight=False)
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(result["started_unix_ns"] / 1e9))
         console.print(f"[bold]{path}[/bold]  session {result['session']!r}, {result['seconds']:.1f} s, begun {when}")
-        console.print(f"model {result['model']['name']} {result['model']['sha256'][:12]}, ended: {result['ended']}")
+        model = result["model"]
+        console.print(f"model {shown(model['name'], 64)} {shown(model['sha256'], 12)}, ended: {shown(result['ended'])}")
         if not result["raw"]:
             console.print("features only (record.raw = false): no pictures, no sound, no words")
         table = Table(header_style="dim")
         for name in ("channel", "messages", "rate", "gaps", "made by"):
             table.add_column(name, justify="right" if name in ("messages", "rate", "gaps") else "left")
         for name, c in result["channels"].items():
-            table.add_row(name, str(c["messages"]), f"{c['rate_hz']:.1f} Hz", str(c["gaps"]), c["origin"][:48])
+            row = (str(c["messages"]), f"{c['rate_hz']:.1f} Hz", str(c["gaps"]))
+            table.add_row(shown(name, 64), *row, shown(c["origin"], 48))
         console.print(table)
     if not result["whole"]:
         say_on(Console(stderr=True))(result["damage"] or f"{path} was not finished")

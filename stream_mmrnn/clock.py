@@ -51,6 +51,27 @@ class WallClock:
         return step_ns
 
 
+class Sparingly:
+    """Says of each key at most once in a second that it may be spoken of: what comes from outside fills no log.
+
+    Bounded: of more keys than 256 none is told from the others.
+    """
+
+    def __init__(self, period_ns: int = 1_000_000_000) -> None:
+        self._period_ns = period_ns
+        self._next_ns: dict[str, int] = {}
+        self.unsaid = 0
+
+    def __call__(self, key: str, at_ns: int) -> bool:
+        if key not in self._next_ns and len(self._next_ns) >= 256:
+            key = ""
+        if at_ns < self._next_ns.get(key, at_ns):
+            self.unsaid += 1
+            return False
+        self._next_ns[key] = at_ns + self._period_ns
+        return True
+
+
 class DeviceClock:
     """Event time of blocks from a device that counts its own samples.
 

@@ -16,11 +16,10 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 import msgspec
 
 from stream_mmrnn.errors import ConfigError
-from stream_mmrnn.topics import MODALITIES, Kind
+from stream_mmrnn.topics import MODALITIES, SESSION_NAME, Kind
 
-_Positive = Annotated[float, msgspec.Meta(gt=0)]
-SESSION_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z"
-"""What a session may be called, by whoever opens it."""
+_MAX_TOML_BYTES = 2**20
+_Positive = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
 _Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 
 Policy = Literal["latest", "drop_oldest", "block"]
@@ -71,7 +70,7 @@ class Text(_Section, frozen=True):
 class Synthetic(_Section, frozen=True):
     """The seeded source that needs no hardware: a person who talks in turns, seen, heard and read."""
 
-    seed: Annotated[int, msgspec.Meta(ge=0)] = 0
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
     width: Annotated[int, msgspec.Meta(ge=16, le=4096)] = 320
     height: Annotated[int, msgspec.Meta(ge=16, le=4096)] = 240
     rate_hz: _Positive = 25.0
@@ -79,9 +78,9 @@ class Synthetic(_Section, frozen=True):
     """Standard deviation of how late a sample comes; its event time is right."""
     drop: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
     """Share of samples that never come."""
-    freeze_every_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    freeze_every_s: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = 0.0
     """0: never. Else each stream stops this often, for `freeze_s`."""
-    freeze_s: Annotated[float, msgspec.Meta(ge=0)] = 1.0
+    freeze_s: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = 1.0
 
 
 class Align(_Section, frozen=True):
@@ -91,9 +90,9 @@ class Align(_Section, frozen=True):
     audio_lateness_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = 80.0
     text_lateness_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = 0.0
     signal_lateness_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = 80.0
-    max_ahead_ms: Annotated[float, msgspec.Meta(gt=0)] = 500.0
+    max_ahead_ms: Annotated[float, msgspec.Meta(gt=0, le=3_600_000)] = 500.0
     """A stamp further ahead of the clock is quarantined."""
-    max_behind_ms: Annotated[float, msgspec.Meta(gt=0)] = 10_000.0
+    max_behind_ms: Annotated[float, msgspec.Meta(gt=0, le=3_600_000)] = 10_000.0
 
     def lateness_ns(self) -> dict[str, int]:
         """By modality."""
@@ -170,7 +169,7 @@ class Bus(_Section, frozen=True):
     keys: str = ""
     """A folder made by `stream-mmrnn keys new`: with it nobody gets in over tcp who has no key that is allowed."""
     clock_hz: Annotated[float, msgspec.Meta(ge=1, le=1000)] = 100.0
-    queue: Annotated[int, msgspec.Meta(ge=1)] = 20_000
+    queue: Annotated[int, msgspec.Meta(ge=1, le=10_000_000)] = 20_000
     """Messages a reader may fall behind before ZeroMQ drops; a reader counts every gap."""
     bulk_queue: Annotated[int, msgspec.Meta(ge=1)] = 2048
     """The same for a reader (or sender) of pictures and sound, whose messages are large."""
@@ -282,6 +281,21 @@ def convert(table: dict[str, Any], kind: type[_Kind]) -> _Kind:
         raise ConfigError(f"`{key}` has a wrong value: {reason}") from e
 
 
+def read_toml(path: Path) -> dict[str, Any]:
+    """The table of a TOML file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError, RecursionError: it is no TOML, or too long or too deep to be a file that a person wrote.
+
+    """
+    with path.open("rb") as file:
+        text = file.read(_MAX_TOML_BYTES + 1)
+    if len(text) > _MAX_TOML_BYTES:
+        raise ValueError(f"it has more than {_MAX_TOML_BYTES} bytes")
+    return tomllib.loads(text.decode())
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach what is bound there."""
     try:
@@ -341,10 +355,10 @@ def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Settings
     table: dict[str, Any] = {}
     if path is not None:
         try:
-            table = tomllib.loads(path.read_text(encoding="utf-8"))
+            table = read_toml(path)
         except OSError as e:
             raise ConfigError(f"the configuration {path} cannot be read: {e.strerror}") from e
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        except (ValueError, RecursionError) as e:
             raise ConfigError(f"the configuration {path} is not valid TOML: {e}") from e
     for dotted, value in (overrides or {}).items():
         if value is None:

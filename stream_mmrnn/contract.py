@@ -8,9 +8,10 @@ Knows nothing about sessions, slots or how a graph is run.
 
 from __future__ import annotations
 
-import tomllib
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -21,6 +22,10 @@ from stream_mmrnn.topics import MODALITIES
 from stream_mmrnn.types import HeadSpec, ModalitySpec, ModelSpec, StateSpec
 
 METADATA_KEY = "stream_mmrnn"
+_MAX_TICK_NS = 60_000_000_000
+_MAX_NUMBERS = 2**22
+"""In a row of an input, a state or a head."""
+_MAX_PARTS = 256
 STATE, NEXT = "state.", "next."
 
 
@@ -73,7 +78,7 @@ class _Named(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The file beside a graph that states nothing."""
 
     name: str
-    tick_ms: float
+    tick_ms: Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
     modalities: tuple[_NamedModality, ...]
     heads: tuple[_NamedHead, ...]
     states: tuple[StateWires, ...]
@@ -123,7 +128,7 @@ def _stated(graph: Graph) -> Contract:
     where = graph.path
     try:
         stated = msgspec.json.decode(graph.metadata[METADATA_KEY], type=_Stated)
-    except msgspec.MsgspecError as e:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as e:
         raise ModelError(f"{where} has a contract that cannot be read: {e}") from e
     states = {}
     for name in graph.inputs:
@@ -142,9 +147,9 @@ def _stated(graph: Graph) -> Contract:
 
 def _named(graph: Graph, file: Path) -> Contract:
     try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
+        table = config.read_toml(file)
         named = config.convert(table, _Named)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, ConfigError) as e:
+    except (OSError, ValueError, RecursionError, ConfigError) as e:
         raise ModelError(f"the contract {file} cannot be read: {e}") from e
     for state in named.states:
         for name, there in ((state.input, graph.inputs), (state.output, graph.outputs)):
@@ -195,10 +200,26 @@ def _fits(shape: tuple[int | None, ...], wanted: tuple[int | None, ...]) -> bool
     return len(shape) == len(wanted) and all(a is None or a == b for a, b in zip(shape, wanted, strict=True))
 
 
+def _check_sizes(where: Path, contract: Contract) -> None:
+    """No row that is empty, or so long that a file of lies would take all memory."""
+    spec = contract.spec
+    if not 0 < spec.tick_ns <= _MAX_TICK_NS:
+        raise ModelError(f"{where} has a tick of {spec.tick_ns} ns; expected more than 0 and at most {_MAX_TICK_NS}")
+    sizes = {m.name: m.size for m in spec.modalities} | {h.name: h.size for h in spec.heads}
+    sizes |= {s.name: math.prod(s.shape) for s in spec.states}
+    for name, size in sizes.items():
+        if not 0 < size <= _MAX_NUMBERS:
+            raise ModelError(f"{where}: {name[:64]!r} has {size} numbers a row; expected 1 to {_MAX_NUMBERS}")
+    for kind, names in (("modality", [m.name for m in spec.modalities]), ("head", [h.name for h in spec.heads])):
+        if not names or len(set(names)) < len(names) or len(names) > _MAX_PARTS:
+            raise ModelError(f"{where} must name each {kind} once; expected 1 to {_MAX_PARTS} of them")
+    if any(w.batch_axis < 0 for w in contract.wiring.states.values()):
+        raise ModelError(f"{where}: the batch axis of a state is counted from 0")
+
+
 def _check(graph: Graph, contract: Contract) -> None:
     where, spec, wiring = graph.path, contract.spec, contract.wiring
-    if spec.tick_ns <= 0:
-        raise ModelError(f"{where} has a tick of {spec.tick_ns} ns; it must be longer than 0")
+    _check_sizes(where, contract)
     count = len(spec.modalities)
     sized = {wiring.present: (count,), wiring.age: (count,), wiring.active: (), wiring.reset: ()}
     expected: dict[str, tuple[int, ...]] = {name: shape for name, shape in sized.items() if name}

@@ -17,7 +17,7 @@ from stream_mmrnn.arena import Arena
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.contract import Contract, contract_of
 from stream_mmrnn.device_rows import DeviceRows
-from stream_mmrnn.errors import SessionError, StreamError
+from stream_mmrnn.errors import ModelError, SessionError, StreamError
 from stream_mmrnn.rows import Bucket, HostRows, Rows
 from stream_mmrnn.runtime import Array, Graph, Provider
 from stream_mmrnn.types import ModelSpec, Prediction, Tick
@@ -73,12 +73,21 @@ def move(session: str, source: Movable, target: Movable) -> None:
 def make_rows(graph: Graph, slots: int, batch: int = 0) -> tuple[Contract, Rows]:
     """The rows of a model for so many sessions, where the graph runs; `batch` as for `StepEngine`."""
     contract = contract_of(graph)
+    try:
+        return contract, _rows_of(graph, contract, slots, batch)
+    except StreamError:
+        raise
+    except Exception as e:  # onnxruntime and numpy raise a dozen types where what the file says of itself is not so
+        raise ModelError(f"{graph.path} cannot be run as its contract says: {str(e)[:200]}") from e
+
+
+def _rows_of(graph: Graph, contract: Contract, slots: int, batch: int) -> Rows:
     most = batch or BATCH[graph.provider]
     if graph.provider == "cuda":
         device = DeviceRows(graph, contract, slots, most)
         device.capture()
-        return contract, device
-    return contract, HostRows(graph, contract, slots, most, round(BUDGET * contract.spec.tick_ns))
+        return device
+    return HostRows(graph, contract, slots, most, round(BUDGET * contract.spec.tick_ns))
 
 
 def _values(names: Sequence[str]) -> Callable[[dict[str, Any]], Sequence[Any]]:

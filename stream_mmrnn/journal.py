@@ -54,6 +54,15 @@ class Answer(msgspec.Struct, frozen=True):
 request = msgspec.msgpack.Decoder(Keep | Ask)
 
 
+def read_request(content: bytes) -> Keep | Ask:
+    """What an engine says; raises WireError where it is neither of the two."""
+    try:
+        asked: Keep | Ask = request.decode(content)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
+        raise WireError(f"this is no request to a journal: {e}") from e
+    return asked
+
+
 class Journal:
     """A ring of messages, bounded in time and bytes."""
 

@@ -92,32 +92,36 @@ class Session:
         supervisor = self.supervisor
         nodes = {n.name: n for n in supervisor.nodes}
         engine = nodes["engine"].status if "engine" in nodes else None
-        engine_streams = engine.detail.get("streams", {}) if engine else {}
+        detail = engine.detail if engine else {}
+        aligned = _table(detail, "streams")
         streams = {
-            n.modality: stream_summary(n, engine_streams.get(n.modality)) for n in supervisor.nodes if n.is_source
+            n.modality: stream_summary(n, _counts(aligned[n.modality]) if n.modality in aligned else None)
+            for n in supervisor.nodes
+            if n.is_source
         }
-        for name, why in (engine.detail.get("misfits", {}) if engine else {}).items():
+        for name, why in _table(detail, "misfits").items():
             if name in streams and not streams[name]["reason"]:
                 streams[name]["reason"] = f"quarantined, {why}"
+        spec = _table(detail, "spec")
         recorder = nodes["recorder"].status if "recorder" in nodes else None
         first_ns = supervisor.first_prediction_ns
         said = {name: node.status for name, node in nodes.items() if node.status is not None}
         return {
             "session": self.settings.session.name,
             "seconds": round((supervisor.closed_ns - supervisor.opened_ns) / 1e9, 3),
-            "ticks": engine.counts["ticks"] if engine else 0,
-            "predictions": engine.counts["predictions"] if engine else 0,
+            "ticks": engine.counts.get("ticks", 0) if engine else 0,
+            "predictions": engine.counts.get("predictions", 0) if engine else 0,
             "first_prediction_s": round((first_ns - began_ns) / 1e9, 3) if first_ns else None,
-            "model": {k: engine.detail["spec"][k] for k in ("name", "sha256", "provider")} if engine else None,
+            "model": {k: spec.get(k, "") for k in ("name", "sha256", "provider")} if engine else None,
             "streams": streams,
             "balanced": all(s["balanced"] for s in streams.values()),
             "latency_ms": self._latency.table(),
             "recording": {
-                "path": recorder.detail["path"],
-                "messages": recorder.counts["messages"],
-                "bytes": recorder.counts["bytes"],
-                "lost": recorder.counts["lost"],
-                "dropped": recorder.counts["dropped"],
+                "path": recorder.detail.get("path", ""),
+                "messages": recorder.counts.get("messages", 0),
+                "bytes": recorder.counts.get("bytes", 0),
+                "lost": recorder.counts.get("lost", 0),
+                "dropped": recorder.counts.get("dropped", 0),
             }
             if recorder
             else None,
@@ -128,6 +132,17 @@ class Session:
             "given_up": {n.name: n.given_up for n in supervisor.nodes if n.given_up},
             "failed": supervisor.failed,
         }
+
+
+def _table(detail: dict[str, Any], key: str) -> dict[str, Any]:
+    """A table in a status's detail; empty where it is none: who says he is the engine need not be."""
+    value = detail.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _counts(value: Any) -> dict[str, int]:
+    table = value if isinstance(value, dict) else {}
+    return {key: n for key, n in table.items() if isinstance(n, int)}
 
 
 def viewer_summary(counts: dict[str, int]) -> dict[str, Any]:
@@ -175,14 +190,14 @@ def stream_summary(node: Node, aligned: dict[str, int] | None) -> dict[str, Any]
         return summary
     reasons = ("lost", "late", "duplicate", "quarantined", "superseded", "unclosed", "outside")
     dropped = {r: aligned[r] for r in reasons if aligned.get(r)}
-    arrived = aligned["arrived"] + aligned["lost"]
+    arrived, used = aligned.get("arrived", 0) + aligned.get("lost", 0), aligned.get("used", 0)
     # a killed worker could not say how much it had sent: what the sequence numbers prove is the truth then
     produced = max(published, arrived) if node.deaths else published
     return {
         **summary,
         "produced": produced,
-        "delivered": aligned["used"],
+        "delivered": used,
         "dropped": dropped,
-        "late_joined": aligned["late_joined"],
-        "balanced": produced == aligned["used"] + sum(dropped.values()),
+        "late_joined": aligned.get("late_joined", 0),
+        "balanced": produced == used + sum(dropped.values()),
     }

@@ -24,7 +24,7 @@ import msgspec
 
 from stream_mmrnn import config, signals, topics, wire
 from stream_mmrnn.bus import Address, Caller, Publisher, Subscriber, Tap, run_broker
-from stream_mmrnn.clock import WallClock, now_ns
+from stream_mmrnn.clock import Sparingly, WallClock, now_ns
 from stream_mmrnn.disk import part
 from stream_mmrnn.errors import SessionError, SourceError, StreamError, WireError
 from stream_mmrnn.repeats import Repeats
@@ -40,6 +40,8 @@ _JOURNAL_MS = 50
 _PREWARM_PERIOD_NS = 200_000_000
 """What comes less often than this is not expected at a time that could be named."""
 _JOURNAL_NICE = 5
+_MAX_NODES = 64
+"""Processes whose last status a recording keeps."""
 
 
 class Context:
@@ -186,7 +188,7 @@ def clock(context: Context) -> None:
 
 def journal(context: Context) -> None:
     """What an engine needs that has to go on after a crash: the last of the bus, and checkpoints."""
-    from stream_mmrnn.journal import Ask, Journal, Keep, request
+    from stream_mmrnn.journal import Ask, Journal, Keep, read_request
 
     settings = context.settings
     with contextlib.suppress(OSError, AttributeError):
@@ -212,8 +214,8 @@ def journal(context: Context) -> None:
         take()
         if came is not None:
             try:
-                message = request.decode(came[1])
-            except msgspec.MsgspecError:
+                message = read_request(came[1])
+            except WireError:
                 garbage += 1
                 continue
             if isinstance(message, Keep):
@@ -365,6 +367,7 @@ def engine(context: Context) -> None:
     subscriber = Subscriber(context.address, [topics.FEATURE, topics.CLOCK, topics.SESSION], settings.bus.queue)
     reporter = Reporter(context, publisher)
     counts = {"ticks": 0, "predictions": 0, "refused": 0}
+    sparingly = Sparingly()
 
     def warm() -> None:
         step_engine.prewarm()
@@ -421,7 +424,8 @@ def engine(context: Context) -> None:
 
     def refused(session: str, error: SessionError) -> None:
         counts["refused"] += 1
-        reporter.say("ready", f"session {session!r} was refused: {error}")
+        if sparingly("refused", now_ns()):
+            reporter.say("ready", f"session {session!r} was refused: {error}")
 
     def messages() -> Iterator[Envelope]:
         told = 0
@@ -439,8 +443,12 @@ def engine(context: Context) -> None:
                 told = len(aligner.misfits)
                 name, why = list(aligner.misfits.items())[-1]
                 reporter.say("ready", f"{name} is quarantined, {why}")
-            if envelope.topic == topics.SESSION and not len(step_engine):
-                reporter.say("closed")
+            if envelope.topic == topics.SESSION:
+                if envelope.session not in step_engine:
+                    subscriber.gaps.end(envelope.session)
+                    publisher.end(envelope.session)
+                if not len(step_engine):
+                    reporter.say("closed")
             if checkpoints is not None:
                 checkpoints.keep_if_due(envelope)
             reporter.keep(calm=False)
@@ -535,6 +543,7 @@ def recorder(context: Context) -> None:
         **spool.counts,
         "wall_steps": wall.steps,
         "repeated": sum(r.count for r in repeats.values()),
+        "garbage": subscriber.garbage,
     }
     reporter.detail = lambda: {"path": str(file.path), "messages": file.counts.copy()}
     if _hear_clock(context, subscriber) is not None:
@@ -559,6 +568,8 @@ def recorder(context: Context) -> None:
             continue
         if envelope.topic.startswith(topics.STATUS):
             with contextlib.suppress(WireError):
+                if envelope.topic not in statuses and len(statuses) >= _MAX_NODES:
+                    continue
                 statuses[envelope.topic] = wire.unpack(envelope.payload, wire.StatusMessage)
         elif envelope.topic == topics.CONTROL:
             how = "clean"

@@ -2,7 +2,7 @@
 
 A file is protobuf, and protobuf is a row of numbered fields; the numbers here are those of onnx.proto (ONNX 1.x,
 github.com/onnx/onnx, Apache-2.0). So graphs can be edited and small ones written without the onnx package. Pure; knows
-nothing about what a graph computes, whether it is a valid one, or who runs it.
+nothing about what a graph computes or who runs it, nor whether it is a valid one beyond what `check` refuses.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MODEL_GRAPH = 7
 _MODEL_IR, _MODEL_PRODUCER, _MODEL_OPSET, _MODEL_METADATA = 1, 2, 8, 14
 _KEY, _VALUE = 1, 2
 _OPSET_DOMAIN, _OPSET_VERSION = 1, 2
-GRAPH_NODE, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT = 1, 5, 11, 12
+GRAPH_NODE, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT, GRAPH_SPARSE = 1, 5, 11, 12, 15
 _GRAPH_NAME = 2
 NODE_INPUT, NODE_OUTPUT, NODE_NAME, NODE_OP, NODE_ATTRIBUTE = 1, 2, 3, 4, 5
 _NODE_DOMAIN = 7
@@ -29,7 +29,11 @@ VALUE_NAME, VALUE_TYPE = 1, 2
 TYPE_TENSOR = 1
 TENSOR_ELEMENT, TENSOR_SHAPE = 1, 2
 _SHAPE_DIM, _DIM_VALUE, _DIM_PARAM = 1, 1, 2
-_WEIGHT_DIMS, _WEIGHT_ELEMENT, _WEIGHT_NAME, _WEIGHT_RAW = 1, 2, 8, 9
+_WEIGHT_DIMS, _WEIGHT_ELEMENT, _WEIGHT_NAME, _WEIGHT_RAW, _WEIGHT_EXTERNAL, _WEIGHT_LOCATION = 1, 2, 8, 9, 13, 14
+_MODEL_FUNCTION, _FUNCTION_NODE = 25, 7
+_ATTRIBUTE_T, _ATTRIBUTE_G, _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS = 5, 6, 10, 11
+_MAX_DEPTH = 8
+_DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc")
 
 FLOAT, UINT8, INT8, INT64, BOOL = 1, 2, 3, 7, 9
 """Element types."""
@@ -162,6 +166,81 @@ def model(
         message(_MODEL_OPSET, string(_OPSET_DOMAIN, d) + integer(_OPSET_VERSION, v)) for d, v in domains.items()
     )
     return head + message(MODEL_GRAPH, graph) + sets + said
+
+
+def check(data: bytes) -> None:
+    """Refuse, before anything native reads them, bytes that are no model of ours or that lead out of their file.
+
+    Raises:
+        ModelError: a message is cut off or nested too deep, a name is no text, weights lie in another file, or an
+            operator is of a library that would have to be loaded.
+
+    """
+    graphs = 0
+    for number, _, content in fields(memoryview(data)):
+        if number == MODEL_GRAPH:
+            graphs += 1
+            _check_graph(content, 0)
+        elif number == _MODEL_FUNCTION:
+            for inner, _, said in fields(content):
+                if inner == _FUNCTION_NODE:
+                    _check_node(said, 0)
+        elif number in (_MODEL_METADATA, _MODEL_OPSET):
+            for _, _, said in fields(content):
+                _text(said)
+    if graphs != 1:
+        raise ModelError(f"the model file holds {graphs} graphs, expected one; export it again")
+
+
+def _check_graph(graph: memoryview, depth: int) -> None:
+    if depth > _MAX_DEPTH:
+        raise ModelError(f"the model file nests graphs more than {_MAX_DEPTH} deep")
+    for number, _, content in fields(graph):
+        if number == GRAPH_NODE:
+            _check_node(content, depth)
+        elif number == GRAPH_INITIALIZER:
+            _check_tensor(content)
+        elif number == GRAPH_SPARSE:
+            for _, _, tensor in fields(content):
+                _check_tensor(tensor)
+        elif number in (GRAPH_INPUT, GRAPH_OUTPUT):
+            element_of(content)
+            _text_of(content, VALUE_NAME)
+
+
+def _check_node(content: memoryview, depth: int) -> None:
+    for number, _, said in fields(content):
+        if number in (NODE_INPUT, NODE_OUTPUT, NODE_NAME, NODE_OP):
+            _text(said)
+        elif number == _NODE_DOMAIN and _text(said) not in _DOMAINS:
+            raise ModelError(f"the model uses operators of {_text(said)[:64]!r}, expected ONNX's own and onnxruntime's")
+        elif number == NODE_ATTRIBUTE:
+            for inner, _, value in fields(said):
+                if inner in (_ATTRIBUTE_G, _ATTRIBUTE_GRAPHS):
+                    _check_graph(value, depth + 1)
+                elif inner in (_ATTRIBUTE_T, _ATTRIBUTE_TENSORS):
+                    _check_tensor(value)
+
+
+def _check_tensor(content: memoryview) -> None:
+    for number, whole, said in fields(content):
+        if number == _WEIGHT_EXTERNAL or (number == _WEIGHT_LOCATION and read_varint(whole, 1)[0]):
+            raise ModelError("the model keeps weights in another file, expected all of them in this one")
+        if number == _WEIGHT_NAME:
+            _text(said)
+
+
+def _text_of(content: memoryview, wanted: int) -> None:
+    for number, _, said in fields(content):
+        if number == wanted:
+            _text(said)
+
+
+def _text(said: memoryview) -> str:
+    try:
+        return bytes(said).decode()
+    except UnicodeDecodeError as e:
+        raise ModelError("the model file holds a name that is no text; export it again") from e
 
 
 def name_of(content: memoryview, number: int = VALUE_NAME) -> str:

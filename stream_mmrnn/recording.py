@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import struct
+import tempfile
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import msgspec
 import numpy as np
 import zstandard
-from mcap.data_stream import ReadDataStream
+from mcap.data_stream import ReadDataStream, RecordBuilder
 from mcap.exceptions import McapError
 from mcap.opcode import Opcode
-from mcap.records import Channel, Metadata, Schema
+from mcap.records import Channel, ChunkIndex, Metadata, Schema
 from mcap.writer import CompressionType, IndexType, Writer
 
 from stream_mmrnn import topics, wire
@@ -55,6 +57,11 @@ FORMAT = "1"
 LIBRARY = "stream_mmrnn"
 MAX_RECORD_BYTES = 256 * 2**20
 _HEAD_PERIOD_NS = 10_000_000_000
+MAX_CHUNK_BYTES = 64 * 2**20
+"""Of the records of one chunk: ours close at 1 MiB, and the longest message adds 16."""
+_INDEXES_AT_ONCE = 256
+_MAX_CHANNELS = 1024
+"""A channel is a topic and who made it. Our own sessions have some twenty."""
 
 MAGIC = b"\x89MCAP0\r\n"
 _OURS = (Opcode.CHUNK, Opcode.METADATA)
@@ -65,6 +72,7 @@ UNREADABLE = (
     KeyError,
     ValueError,
     OverflowError,
+    RecursionError,
     McapError,
     zstandard.ZstdError,
     msgspec.MsgspecError,
@@ -119,6 +127,60 @@ def _stream(data: bytes) -> ReadDataStream:
     return ReadDataStream(BytesIO(data))
 
 
+class _Indexes:
+    """The writer's index of chunks, on the disk until the file's end: in memory an hour of it is 20 MB.
+
+    The writer appends to it and goes through it once. What the disk does not take stays in memory.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._waiting: list[bytes] = []
+        self._kept = 0
+        """Bytes that are in the file, whole records all."""
+
+    def append(self, index: ChunkIndex) -> None:
+        builder = RecordBuilder()
+        index.write(builder)
+        self._waiting.append(builder.end())  # type: ignore[no-untyped-call]
+        if len(self._waiting) >= _INDEXES_AT_ONCE:
+            piece = b"".join(self._waiting)
+            with contextlib.suppress(OSError):
+                self._file.seek(self._kept)
+                self._file.write(piece)
+                self._file.flush()
+                self._kept += len(piece)
+                self._waiting = []
+
+    def __iter__(self) -> Iterator[_Written]:
+        """In order, some together; ends with the file."""
+        self._file.seek(0)
+        for at in range(0, self._kept, 1 << 20):
+            yield _Written(self._file.read(min(1 << 20, self._kept - at)))
+        yield _Written(b"".join(self._waiting))
+        self._file.close()
+
+    def __del__(self) -> None:
+        self._file.close()
+
+
+class _Written(NamedTuple):
+    """Records as they are in a file already."""
+
+    data: bytes
+
+    def write(self, builder: RecordBuilder) -> None:
+        builder.write(self.data)
+
+
+def _stamp(text: str) -> int:
+    """A time in the metadata; ValueError where it is none that a clock could show."""
+    value = int(text)
+    if abs(value) >= 2**62:
+        raise ValueError(f"{text[:32]!r} is no time")
+    return value
+
+
 class Recorder:
     """Writes one session's envelopes, and closes a chunk often enough that a crash costs little.
 
@@ -162,6 +224,9 @@ class Recorder:
             compression=CompressionType.ZSTD,
             index_types=IndexType.ALL,
         )
+        with contextlib.suppress(OSError):
+            file = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115  # has no name: it goes with the process
+            cast(Any, self._writer)._Writer__chunk_indices = _Indexes(file)
         self._writer.start(profile="", library=LIBRARY)
         self._offset_ns = clock.wall_offset_ns() if wall_offset_ns is None else wall_offset_ns
         self._schemas: dict[str, int] = {}
@@ -194,6 +259,10 @@ class Recorder:
     def _channel(self, envelope: Envelope) -> int:
         key = (envelope.topic, envelope.origin)
         if key not in self._channels:
+            if envelope.topic not in topics.TOPICS or not topics.TOPICS[envelope.topic].recorded:
+                raise WireError(f"{envelope.topic} is not recorded")
+            if len(self._channels) >= _MAX_CHANNELS:
+                raise WireError(f"a file has at most {_MAX_CHANNELS} channels")
             encoding, schema = scheme(envelope.topic)
             if schema[0] not in self._schemas:
                 self._schemas[schema[0]] = self._writer.register_schema(*schema)
@@ -222,6 +291,8 @@ class Recorder:
         if kind == "vision":
             message = self._foxglove.CompressedImage(timestamp=stamp, frame_id="camera", data=body, format="jpeg")
         elif kind == "audio":
+            if len(body) % 2 or not (isinstance(payload, bytes) or payload.dtype == np.int16):
+                raise WireError(f"{topic} is sound in 16 bits")
             message = self._foxglove.RawAudio(
                 timestamp=stamp, data=body, format="pcm-s16", sample_rate=topics.AUDIO_RATE_HZ, number_of_channels=1
             )
@@ -242,13 +313,14 @@ class Recorder:
             if not 0 <= publish_ns < 2**63:
                 raise WireError(f"publish_ns {envelope.publish_ns} is no time that a file can hold")
             data = self._data(envelope)
-        except (WireError, OverflowError, struct.error, TypeError, msgspec.MsgspecError):
+            channel = self._channel(envelope)
+        except (WireError, OverflowError, struct.error, TypeError, KeyError, RecursionError, msgspec.MsgspecError):
             self.unwritable += 1
             self.refused[envelope.topic] = self.refused.get(envelope.topic, 0) + 1
             return
         received_ns = envelope.received_ns or now_ns()
         self._last_log_ns = max(self._last_log_ns, received_ns + self._offset_ns)
-        self._writer.add_message(self._channel(envelope), self._last_log_ns, data, publish_ns, envelope.seq)
+        self._writer.add_message(channel, self._last_log_ns, data, publish_ns, envelope.seq)
         self.messages += 1
         self.counts[envelope.topic] = self.counts.get(envelope.topic, 0) + 1
 
@@ -316,15 +388,18 @@ def unpack_chunk(chunk: bytes) -> bytes:
     compression = chunk[_CHUNK.size : at].decode()
     (length,) = _LENGTH.unpack_from(chunk, at)
     at += _LENGTH.size
-    if size > MAX_RECORD_BYTES:
+    if size > MAX_CHUNK_BYTES:
         raise RecordingError(f"it says that it holds {size} bytes")
     if at + length > len(chunk):
         raise RecordingError("its records are longer than it is")
     records = memoryview(chunk)[at : at + length]
     if compression == "zstd":
+        # the library gives as much memory as the frame asks for, whatever limit it is told
+        if zstandard.frame_content_size(records) not in (size, -1):
+            raise RecordingError("its size is not what it says")
         data = _zstd.decompress(records, max_output_size=size)
     elif compression:
-        raise RecordingError(f"compression {compression!r} is not one that this program writes")
+        raise RecordingError(f"compression {compression[:16]!r} is not one that this program writes")
     else:
         data = bytes(records)
     if checksum and zlib.crc32(data) != checksum:
@@ -356,8 +431,10 @@ class Recording:
         try:
             self.metadata = self._head()
             self.session = self.metadata["session"]
-            self._offset_ns = int(self.metadata["wall_offset_ns"])
-            self.started_unix_ns = int(self.metadata["started_ns"]) + self._offset_ns
+            if not re.match(topics.SESSION_NAME, self.session):
+                raise ValueError("its session has no name that a session may have")
+            self._offset_ns = _stamp(self.metadata["wall_offset_ns"])
+            self.started_unix_ns = _stamp(self.metadata["started_ns"]) + self._offset_ns
         except UNREADABLE as e:
             raise FileError(f"{path} has a damaged head ({type(e).__name__}); nothing can be read from it") from e
         self._raw_decoders: dict[int, Any] = {}
@@ -514,19 +591,18 @@ class Recording:
     def _foxglove_payload(self, topic: str, schema: Schema, body: bytes) -> tuple[int, Any]:
         from mcap_protobuf.decoder import DecoderFactory
 
-        if schema.id not in self._raw_decoders:
-            self._raw_decoders[schema.id] = DecoderFactory().decoder_for("protobuf", schema)
         try:
+            if schema.id not in self._raw_decoders:
+                self._raw_decoders[schema.id] = DecoderFactory().decoder_for("protobuf", schema)
             message = self._raw_decoders[schema.id](body)
-        except Exception as e:  # protobuf's errors share no base that its stubs name
-            raise RecordingError(f"a message on {topic} is no {schema.name}") from e
-        event_ns = message.timestamp.seconds * 1_000_000_000 + message.timestamp.nanos - self._offset_ns
-        kind = topics.kind_of(topic)
-        if kind == "audio":
-            return event_ns, np.frombuffer(message.data, "<i2")
-        if kind == "text" or topic == topics.LABEL:
-            return event_ns, message.message.encode()
-        return event_ns, message.data
+            payload = message.message.encode() if hasattr(message, "message") else bytes(message.data)
+            event_ns = int(message.timestamp.seconds * 1_000_000_000 + message.timestamp.nanos)
+        except Exception as e:  # schema and message come from outside; protobuf's errors share no base
+            raise RecordingError(f"a message on {topic} is no {schema.name[:64]}") from e
+        event_ns -= self._offset_ns
+        if topics.kind_of(topic) == "audio":
+            return event_ns, np.frombuffer(payload, "<i2")
+        return event_ns, payload
 
     def predictions(self) -> Iterator[wire.PredictionMessage]:
         for envelope in self.envelopes({topics.PREDICTION}):

@@ -88,7 +88,7 @@ class Comparison:
         self.recorded += 1
         try:
             then = _then.decode(payload)
-        except msgspec.MsgspecError as e:
+        except (msgspec.MsgspecError, TypeError, ValueError, RecursionError) as e:
             self.missing += 1
             self._note(f"a recorded prediction cannot be read: {e}")
             return
@@ -162,7 +162,7 @@ def settings_of(recording: Recording) -> config.Settings:
     """The configuration that the recording was made with."""
     try:
         return config.recorded(json.loads(recording.metadata["config"]))
-    except (KeyError, ValueError, AttributeError, ConfigError) as e:
+    except (KeyError, ValueError, AttributeError, RecursionError, ConfigError) as e:
         raise FileError(f"{recording.path} holds no configuration that this release can read: {e}") from e
 
 

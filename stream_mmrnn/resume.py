@@ -8,6 +8,7 @@ kill costs is stepped again and published again: who reads removes what it has h
 
 from __future__ import annotations
 
+import contextlib
 from typing import Protocol
 
 import msgspec
@@ -134,11 +135,15 @@ class Checkpoints:
         try:
             answer = _read_answer(reply)
             checkpoint = _read_checkpoint(answer.content) if answer.content else None
-        except msgspec.MsgspecError as e:
+        except (msgspec.MsgspecError, RecursionError) as e:
             raise WireError(f"the journal's answer cannot be read: {e}") from e
         if answer.refused:
             raise SessionError(answer.refused)
-        messages = [wire.decode(frames, now_ns()) for frames in answer.messages]
+        messages = []
+        for frames in answer.messages:
+            # what is no message was none for the process before this one either
+            with contextlib.suppress(WireError):
+                messages.append(wire.decode(frames, now_ns()))
         self._subscriber.gaps = Gaps()
         if checkpoint is not None:
             self._restore(checkpoint)

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from stream_mmrnn import onnx_bytes
 from stream_mmrnn.errors import ModelError, ProviderError
 
 Provider = Literal["auto", "cpu", "cuda"]
@@ -34,9 +35,10 @@ _NUMPY: dict[str, np.dtype[Any]] = {
     "tensor(bool)": np.dtype(np.bool_),
     "tensor(uint8)": np.dtype(np.uint8),
 }
+_MAX_FILE_BYTES = 2**31 - 1
 _CUDA = "CUDAExecutionProvider"
 
-ort.set_default_logger_severity(3)
+ort.set_default_logger_severity(4)  # what goes wrong is raised, and a bad file shall fill no log
 
 
 def _gpu_in_sight() -> bool:
@@ -55,6 +57,20 @@ def resolve(provider: Provider) -> Literal["cpu", "cuda"]:
         reason = "this machine shows no NVIDIA GPU" if cuda_built else "this onnxruntime has no CUDA"
         raise ProviderError(f"provider `cuda` was asked for and {reason}; use `cpu` or `auto`")
     return "cuda" if provider != "cpu" and cuda_built and _gpu_in_sight() else "cpu"
+
+
+def _read(path: Path) -> bytes:
+    """A model file's bytes; ModelError where there is none. A pipe or device would never come to its end."""
+    try:
+        if path.exists() and not path.is_file():
+            raise ModelError(f"the model {path} is no file; give the path of an ONNX file")
+        if (size := path.stat().st_size) > _MAX_FILE_BYTES:
+            raise ModelError(f"the model {path} has {size} bytes; expected at most {_MAX_FILE_BYTES}, ONNX's own limit")
+        return path.read_bytes()
+    except OSError as e:
+        raise ModelError(f"the model {path} cannot be read: {e.strerror}; give the path of an ONNX file") from e
+    except ValueError as e:
+        raise ModelError(f"the model {str(path)!r} cannot be read: {e}; give the path of an ONNX file") from e
 
 
 class TensorSpec:
@@ -82,10 +98,11 @@ class Graph:
             ProviderError: `cuda` was asked for and is not active.
 
         """
+        data = _read(path) if data is None else data
         try:
-            data = path.read_bytes() if data is None else data
-        except OSError as e:
-            raise ModelError(f"the model {path} cannot be read: {e.strerror}; give the path of an ONNX file") from e
+            onnx_bytes.check(data)
+        except ModelError as e:
+            raise ModelError(f"{path} is not an ONNX graph that this program runs: {e}") from e
         self.path = path
         self.data = data
         self.sha256 = hashlib.sha256(data).hexdigest()
@@ -102,7 +119,11 @@ class Graph:
             options_of_cuda = {"enable_cuda_graph": "1" if cuda_graph else "0", "use_tf32": "0"}
             wanted.insert(0, (_CUDA, options_of_cuda))
         try:
-            self.session = ort.InferenceSession(data, options, providers=wanted)
+            # what it falls back to it says on standard output; without CUDA there is nothing to fall back to
+            self.session = ort.InferenceSession(data, options, providers=wanted, enable_fallback=len(wanted) - 1)
+            self.inputs = {n.name: TensorSpec(n) for n in self.session.get_inputs()}
+            self.outputs = {n.name: TensorSpec(n) for n in self.session.get_outputs()}
+            self.metadata: dict[str, str] = dict(self.session.get_modelmeta().custom_metadata_map)
         except Exception as e:  # onnxruntime raises a dozen types of its own
             raise ModelError(f"{path} is not an ONNX graph that onnxruntime can load: {str(e)[:200]}") from e
         self.provider: Literal["cpu", "cuda"] = "cuda" if self.session.get_providers()[0] == _CUDA else "cpu"
@@ -110,9 +131,6 @@ class Graph:
             raise ProviderError(
                 "provider `cuda` was asked for and is not active; run with `cpu`, or mend the CUDA setup"
             )
-        self.inputs = {n.name: TensorSpec(n) for n in self.session.get_inputs()}
-        self.outputs = {n.name: TensorSpec(n) for n in self.session.get_outputs()}
-        self.metadata: dict[str, str] = dict(self.session.get_modelmeta().custom_metadata_map)
 
     def zeros(self, name: str, shape: tuple[int, ...]) -> Array:
         """An array for an input or output, of its type."""

@@ -18,7 +18,7 @@ from typing import Literal, Protocol, TypeAlias
 import msgspec
 import numpy as np
 
-from stream_mmrnn import config
+from stream_mmrnn import config, topics
 from stream_mmrnn.admission import Admission
 from stream_mmrnn.errors import BadTick, Busy, DuplicateSession, Evicted, SessionError, SnapshotError, UnknownSession
 from stream_mmrnn.snapshots import NEVER, Array, Snapshot, StateStore
@@ -146,8 +146,8 @@ class Sessions:
             SnapshotError: its state cannot be read.
 
         """
-        if not re.match(config.SESSION_NAME, session):
-            raise SessionError(f"a session cannot be called {session[:80]!r}; expected {config.SESSION_NAME}")
+        if not re.match(topics.SESSION_NAME, session):
+            raise SessionError(f"a session cannot be called {session[:80]!r}; expected {topics.SESSION_NAME}")
         live = self._live.get(session)
         if live is not None:
             if token is None or not _equal(token, live.token):

@@ -25,7 +25,7 @@ import msgspec
 
 from stream_mmrnn import config, keys, nodes, signals, sources, topics, wire
 from stream_mmrnn.bus import Address, Publisher, Subscriber
-from stream_mmrnn.clock import now_ns
+from stream_mmrnn.clock import Sparingly, now_ns
 from stream_mmrnn.errors import ProcessError, WireError
 from stream_mmrnn.types import Envelope
 
@@ -99,6 +99,8 @@ class Node:
         self.stale_before = {"stale": 0, "stale_ms": 0}
         """What they said of the silences of their device."""
         self.started_ns = 0
+        self.said = ""
+        """The reason of its status that a person was told last."""
 
     @property
     def running(self) -> bool:
@@ -141,6 +143,7 @@ class Supervisor:
         """True from the first process on that has something to bring to an end: a file, a session."""
         self.failed = ""
         """Why the session cannot go on, as one sentence."""
+        self._sparingly = Sparingly()
 
     def _table(self, with_engine: bool) -> Iterator[Node]:
         """Every process; the order is the start order."""
@@ -263,16 +266,28 @@ class Supervisor:
         if node is None or (node.process is not None and message.pid != node.process.pid):
             return
         before, node.status = node.status, message
-        if message.reason and message.state != "closed" and (before is None or before.reason != message.reason):
-            self._say(f"{node.name}: {message.reason}")
-        elif before is not None and before.state == "missing" and message.state == "open":
+        if not message.reason:
+            node.said = ""
+        if message.reason not in ("", node.said) and message.state != "closed":
+            # a reason that is not said now is said with a later status, if it still holds
+            if self._sparingly(node.name, now_ns()):
+                node.said = message.reason
+                self._say(f"{node.name}: {message.reason}")
+        elif (
+            before is not None
+            and before.state == "missing"
+            and message.state == "open"
+            and self._sparingly(f"{node.name} back", now_ns())
+        ):
             self._say(f"{node.name}: is back")
         if node.is_source:
             self._expect()
         if node.name == "engine" and before is None and message.detail.get("anew") and not self.closed_ns:
             self._publish_session("open")
-        if node.name == "dashboard" and "address" in message.detail:
-            self._page_port = int(str(message.detail["address"]).rstrip("/").rsplit(":", 1)[1])
+        if node.name == "dashboard":
+            port = str(message.detail.get("address", "")).rstrip("/").rpartition(":")[2]
+            if port.isascii() and port.isdigit() and int(port[:6]) < 65536:
+                self._page_port = int(port)
 
     def _expect(self) -> None:
         """Tell the aligner which streams there are, where that has changed."""

@@ -33,9 +33,14 @@ def escape(text: str) -> str:
     return markup.escape(text)
 
 
+def shown(text: str, most: int = 500) -> str:
+    """Words from outside as a terminal may show them: printable, of a sensible length, and no markup."""
+    return escape("".join(c if c.isprintable() else " " for c in text[:most]))
+
+
 def say_on(console: Console) -> Callable[[str], None]:
     """A function that notes one sentence."""
-    return lambda text: console.print(f"[yellow]![/yellow] {escape(text)}", soft_wrap=True)
+    return lambda text: console.print(f"[yellow]![/yellow] {shown(text)}", soft_wrap=True)
 
 
 class Alive:

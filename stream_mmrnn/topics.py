@@ -25,6 +25,9 @@ CONTROL = "control"
 EVERYONE = "host"
 """The session of messages that belong to none: the clock's, status."""
 
+SESSION_NAME = r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z"
+"""What a session may be called: so it can be part of a file's name, and leads out of no folder."""
+
 AUDIO_RATE_HZ = 16_000
 """Of all sound on the bus: mono, int16."""
 

@@ -6,7 +6,7 @@ host's monotonic clock (`clock.now_ns`); a field's unit is in its name.
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
 import numpy as np
@@ -15,6 +15,8 @@ import numpy.typing as npt
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 Payload: TypeAlias = npt.NDArray[Any] | bytes
 Vectors: TypeAlias = dict[str, FloatArray]
+Nanoseconds: TypeAlias = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+"""A time or a span as it is read from outside: no number that a header or a file could not hold."""
 
 
 class Sample(msgspec.Struct, frozen=True, gc=False):
@@ -62,10 +64,10 @@ class Mark(msgspec.Struct, frozen=True, array_like=True, gc=False):
 class Stamps(msgspec.Struct, frozen=True, gc=False):
     """The times of the message that let a tick close."""
 
-    event_ns: int
-    capture_ns: int
-    publish_ns: int
-    received_ns: int
+    event_ns: Nanoseconds
+    capture_ns: Nanoseconds
+    publish_ns: Nanoseconds
+    received_ns: Nanoseconds
     by: str
     """Its topic: a feature topic, or `clock` where a stream was waited for in vain."""
 

@@ -78,7 +78,7 @@ def _head(name: str, head: dict[str, Any], width: int) -> Panel:
         if value is not None and head["threshold"] is not None:
             number += " yes" if value > head["threshold"] else " no "
         table.add_row(Text(label, "bold"), number, _bar(value), Text(line, "cyan"))
-    return Panel(table, title=f"{name} · {head['kind'] or 'values'}", title_align="left", border_style="dim")
+    return Panel(table, title=Text(f"{name} · {head['kind'] or 'values'}"), title_align="left", border_style="dim")
 
 
 def _latency(state: dict[str, Any]) -> Table:

@@ -18,27 +18,29 @@ import numpy as np
 
 from stream_mmrnn import topics
 from stream_mmrnn.errors import WireError
-from stream_mmrnn.types import Envelope, Mark, Prediction, Stamps, Tick
+from stream_mmrnn.types import Envelope, Mark, Nanoseconds, Prediction, Stamps, Tick
 
 VERSION = 1
 MAX_PAYLOAD_BYTES = 16 * 2**20
 MAX_TOPIC_BYTES = 64
+MAX_JSON_BYTES = 2**20
+"""Of a payload that is JSON: the longest honest one is a prediction of some ten thousand numbers."""
 
+_Count = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 _DTYPES = {"": None, "<f4": np.dtype("<f4"), "<i2": np.dtype("<i2"), "|u1": np.dtype("u1")}
-_Stamp = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 
 
 class _Header(msgspec.Struct, array_like=True, frozen=True, gc=False):
     version: int
-    session: Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    session: Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=topics.SESSION_NAME)]
     seq: Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
-    event_ns: _Stamp
-    capture_ns: _Stamp
-    publish_ns: _Stamp
+    event_ns: Nanoseconds
+    capture_ns: Nanoseconds
+    publish_ns: Nanoseconds
     origin: Annotated[str, msgspec.Meta(max_length=256)]
     dtype: Annotated[str, msgspec.Meta(max_length=4)]
     shape: Annotated[tuple[Annotated[int, msgspec.Meta(ge=0, le=MAX_PAYLOAD_BYTES)], ...], msgspec.Meta(max_length=4)]
-    device_ns: _Stamp = 0
+    device_ns: Nanoseconds = 0
 
 
 _pack = msgspec.msgpack.Encoder().encode
@@ -169,7 +171,7 @@ def _decode_any(
         if name not in topics.TOPICS and not name.startswith(topics.STATUS):
             raise WireError(f"{name!r} is no topic of ours")
         header = _decode(head)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as e:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
         raise WireError(f"the header is not valid: {e}") from e
     if header.version != VERSION:
         raise WireError(f"wire version {header.version} is not {VERSION}; use the same release on both sides")
@@ -208,7 +210,7 @@ def mark_of(frames: Sequence[bytes | memoryview]) -> Mark:
     try:
         header = _decode(frames[1])
         return Mark(bytes(frames[0]).decode("ascii"), header.session, header.seq, header.publish_ns)
-    except (msgspec.MsgspecError, UnicodeDecodeError, IndexError) as e:
+    except (msgspec.MsgspecError, UnicodeDecodeError, IndexError, RecursionError) as e:
         raise WireError(f"the header is not valid: {e}") from e
 
 
@@ -216,7 +218,7 @@ class SessionMessage(msgspec.Struct, frozen=True):
     """The payload of `session`: a session begins, ends, or has other streams than before."""
 
     op: Literal["open", "close", "streams"]
-    event_ns: int
+    event_ns: Nanoseconds
     streams: tuple[str, ...] = ()
     """The modalities that the aligner shall wait for."""
 
@@ -224,25 +226,25 @@ class SessionMessage(msgspec.Struct, frozen=True):
 class TickMessage(msgspec.Struct, frozen=True):
     """The payload of `tick`: what the step saw, without the features, which are messages of their own."""
 
-    tick: int
-    event_ns: int
+    tick: _Count
+    event_ns: Nanoseconds
     present: dict[str, bool]
-    age_ns: dict[str, int]
+    age_ns: dict[str, Nanoseconds]
     closed: Stamps
 
 
 class PredictionMessage(msgspec.Struct, frozen=True):
     """The payload of `prediction`."""
 
-    tick: int
-    event_ns: int
+    tick: _Count
+    event_ns: Nanoseconds
     heads: dict[str, list[float | None]]
     """float32 written so that it reads back bit for bit; null is not a number."""
     present: dict[str, bool]
-    age_ns: dict[str, int]
+    age_ns: dict[str, Nanoseconds]
     closed: Stamps
-    step_start_ns: int
-    step_end_ns: int
+    step_start_ns: Nanoseconds
+    step_end_ns: Nanoseconds
     model: str
 
 
@@ -257,7 +259,7 @@ class StatusMessage(msgspec.Struct, frozen=True, omit_defaults=True):
     modality: str = ""
     reason: str = ""
     """Why it is not well, as one sentence."""
-    counts: dict[str, int] = {}
+    counts: dict[str, _Count] = {}
     detail: dict[str, Any] = {}
     """Source: what was asked and got. Engine: the model's contract and the streams' counts. Recorder: the file."""
 
@@ -276,15 +278,17 @@ def pack(message: SessionMessage | TickMessage | PredictionMessage | StatusMessa
 
 def unpack(payload: Any, kind: type[_Message]) -> _Message:
     """The message of a JSON payload; raises WireError where it is none."""
+    if not isinstance(payload, bytes) or len(payload) > MAX_JSON_BYTES:
+        raise WireError(f"the payload is no {kind.__name__}: expected JSON of at most {MAX_JSON_BYTES} bytes")
     try:
         message: _Message = _json_decoders[kind].decode(payload)
-    except (msgspec.MsgspecError, TypeError, UnicodeDecodeError) as e:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
         raise WireError(f"the payload is no {kind.__name__}: {e}") from e
     return message
 
 
 class _Tick(msgspec.Struct, frozen=True, gc=False):
-    tick: int
+    tick: _Count
 
 
 _read_tick = msgspec.json.Decoder(_Tick).decode
@@ -294,7 +298,7 @@ def tick_index(payload: Any) -> int:
     """The tick of a `tick` or `prediction` payload, the rest unread; raises WireError where it is none."""
     try:
         return _read_tick(payload).tick
-    except (msgspec.MsgspecError, TypeError, UnicodeDecodeError) as e:
+    except (msgspec.MsgspecError, TypeError, UnicodeDecodeError, RecursionError) as e:
         raise WireError(f"the payload names no tick: {e}") from e
 
 

@@ -390,7 +390,7 @@ def test_going_on_from_a_snapshot_changes_nothing(seed: int, cuts: set[int]) -> 
 def test_nothing_is_forgotten_in_a_snapshot() -> None:
     """Who gives a stream or session another attribute has to say whether a snapshot needs it."""
     made = {"all_true", "counts", "dense", "encoder", "expected", "flags", "lateness_ns", "name", "reduction"}
-    made |= {"shape", "spec", "zeros"}
+    made |= {"shape", "size", "spec", "zeros"}
     assert set(_Stream.__slots__) == made | set(StreamState.__struct_fields__)
     derived = {"bounds", "by_topic", "name", "soonest_ns"}
     assert set(_Session.__slots__) == derived | set(SessionState.__struct_fields__)

@@ -37,6 +37,8 @@ _MAX_COUNTS = 64
 _MAX_LOSSES = 32
 _MAX_LATENCIES = 4096
 _MAX_JSON_BYTES = 256 * 1024
+_LONGEST_NS = 2**61
+"""Of a stage: what two stamps from outside are apart need not fit 64 bits."""
 _LATENCY_EVERY_NS = 250_000_000
 """Percentiles are worked out anew at most this often."""
 _LOST_WORDS = ("dropped", "lost", "refused", "garbage", "overflow", "rejected", "undecodable")
@@ -179,7 +181,7 @@ class _Latencies:
 
     def add(self, at_ns: int, took: dict[str, int]) -> None:
         i = self._next % _MAX_LATENCIES
-        self._rows[i] = [took[s] for s in STAGES]
+        self._rows[i] = [max(-_LONGEST_NS, min(took[s], _LONGEST_NS)) for s in STAGES]
         self._at[i] = at_ns
         self._next += 1
 
@@ -282,9 +284,10 @@ class LiveState:
             self._heads = {}
         self._session_ns = at_ns
         self._tick = p.tick
-        self._present = dict(list(p.present.items())[:_MAX_HEADS])
-        self._model["sha256"] = p.model[:64]
-        for name, values in list(p.heads.items())[:_MAX_HEADS]:
+        self._present = {_clean(name): here for name, here in list(p.present.items())[:_MAX_HEADS]}
+        self._model["sha256"] = _clean(p.model)
+        for said, values in list(p.heads.items())[:_MAX_HEADS]:
+            name = _clean(said)
             if name not in self._heads and len(self._heads) >= _MAX_HEADS:
                 self._heads = {}  # other names than before: another model
             self._heads.setdefault(name, _HeadView()).see(envelope.event_ns, values)
@@ -295,24 +298,25 @@ class LiveState:
             return
         # four bytes a character at most; what is cut in the middle becomes a replacement mark
         text = envelope.payload[: 4 * _MAX_TEXT_CHARS].decode("utf-8", "replace")
-        clean = "".join(c if c.isprintable() else " " for c in text)[:_MAX_TEXT_CHARS]
-        self._texts[envelope.topic].append((envelope.event_ns, clean, envelope.session))
+        self._texts[envelope.topic].append((envelope.event_ns, _clean(text, _MAX_TEXT_CHARS), envelope.session))
 
     def _see_status(self, name: str, payload: Any, at_ns: int) -> None:
         s = self._read(_read_status, payload)
         if s is None:
             return
-        if not name or len(name) > 64 or (name not in self._nodes and len(self._nodes) >= _MAX_NODES):
+        name = _clean(name)
+        if not name or (name not in self._nodes and len(self._nodes) >= _MAX_NODES):
             self.malformed += 1
             return
         detail = self._read(_read_detail, bytes(s.detail)) or _Detail()
         counts = dict(list(_flat({**s.counts, **detail.streams}))[:_MAX_COUNTS])
-        self._nodes[name] = _Node(s.state[:32], s.modality[:32], s.reason[:200], counts, at_ns)
+        self._nodes[name] = _Node(_clean(s.state), _clean(s.modality), _clean(s.reason, 200), counts, at_ns)
         spec = detail.spec
         if spec is not None:
-            self._meaning = {h.name: h for h in spec.heads[:_MAX_HEADS]}
-            self._modalities = [m if isinstance(m, str) else m.name for m in spec.modalities[:_MAX_HEADS]]
-            self._model["name"] = spec.name[:64]
+            self._meaning = {_clean(h.name): _cleaned(h) for h in spec.heads[:_MAX_HEADS]}
+            names = [m if isinstance(m, str) else m.name for m in spec.modalities[:_MAX_HEADS]]
+            self._modalities = [_clean(name) for name in names]
+            self._model["name"] = _clean(spec.name)
 
     def _read(self, decode: Callable[[bytes], _T], payload: Any) -> _T | None:
         """None, and counted, where the payload is not what it should be."""
@@ -390,8 +394,8 @@ class LiveState:
         return {
             "kind": meaning.kind,
             "unit": meaning.unit,
-            "labels": meaning.labels[:_MAX_OUTPUTS],
-            "horizons_s": meaning.horizons_s[:_MAX_OUTPUTS],
+            "labels": meaning.labels,
+            "horizons_s": meaning.horizons_s,
             # what says yes or no says it by one number
             "threshold": meaning.threshold if meaning.kind == "classification" and len(view.values) == 1 else None,
             "values": view.values,
@@ -437,11 +441,23 @@ def _is_loss(what: str) -> bool:
 def _flat(counts: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, int]]:
     """`{"vision": {"late": 2}}` -> `vision.late`, 2; what is not a count is left out."""
     for key, value in counts.items():
-        name = f"{prefix}{key}"[:80]
+        name = _clean(f"{prefix}{key}", 80)
         if isinstance(value, dict) and not prefix.count("."):
             yield from _flat(value, name + ".")
         elif isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
             yield name, value
+
+
+def _clean(text: str, most: int = 64) -> str:
+    """Words from outside as a view may show them: printable, and no longer than there is room for."""
+    return "".join(c if c.isprintable() else " " for c in text[:most])
+
+
+def _cleaned(head: _Head) -> _Head:
+    labels = [_clean(label) for label in head.labels[:_MAX_OUTPUTS]]
+    return _Head(
+        head.name, _clean(head.kind), labels, head.horizons_s[:_MAX_OUTPUTS], _clean(head.unit), head.threshold
+    )
 
 
 def _short(value: float | None) -> float | None:

@@ -167,6 +167,8 @@ class Tcp(_Text):
         self.info |= {"clients": 0, "refused": 0}
         self._port = port
         self._server: socket.socket | None = None
+        self._heard: dict[socket.socket, None] = {}
+        """Clients, the one that was silent for the longest first."""
 
     def open(self) -> None:
         self.close()
@@ -175,7 +177,7 @@ class Tcp(_Text):
             if sys.platform != "win32":  # there it would let two servers share a port
                 server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             server.bind(("127.0.0.1", self._port))
-            server.listen(16)
+            server.listen(_MAX_CLIENTS)
             server.setblocking(False)
         except OSError as e:
             server.close()
@@ -200,6 +202,7 @@ class Tcp(_Text):
                 for key in list(ready.get_map().values()):
                     if isinstance(key.fileobj, socket.socket) and key.fileobj is not server:
                         key.fileobj.close()
+                self._heard.clear()
                 self.info["clients"] = 0
 
     def _accept(self, server: socket.socket, ready: selectors.BaseSelector) -> None:
@@ -207,17 +210,26 @@ class Tcp(_Text):
             client, _ = server.accept()
         except OSError:  # gone before we looked
             return
-        if self.info["clients"] >= _MAX_CLIENTS:
+        if len(self._heard) >= _MAX_CLIENTS:
+            # who holds many connections and says nothing shall not shut the others out
             self.info["refused"] += 1
-            client.close()
-            return
+            self._leave(next(iter(self._heard)), ready)
         client.setblocking(False)
         ready.register(client, selectors.EVENT_READ, _Lines(self._max, self.info))
-        self.info["clients"] += 1
+        self._heard[client] = None
+        self.info["clients"] = len(self._heard)
+
+    def _leave(self, client: socket.socket, ready: selectors.BaseSelector) -> None:
+        ready.unregister(client)
+        client.close()
+        del self._heard[client]
+        self.info["clients"] = len(self._heard)
 
     def _read(self, key: selectors.SelectorKey, ready: selectors.BaseSelector) -> list[Sample]:
         client = key.fileobj
         assert isinstance(client, socket.socket)
+        if client not in self._heard:  # it had to leave since it was found ready
+            return []
         lines: _Lines = key.data
         try:
             data = client.recv(_READ_BYTES)
@@ -226,10 +238,9 @@ class Tcp(_Text):
         except OSError:  # reset by its peer: the end, less politely
             data = b""
         if data:
+            self._heard[client] = self._heard.pop(client)
             return lines.feed(data)
-        ready.unregister(client)
-        client.close()
-        self.info["clients"] -= 1
+        self._leave(client, ready)
         return lines.end()
 
     def close(self) -> None:
