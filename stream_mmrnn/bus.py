@@ -371,13 +371,14 @@ class Publisher:
         capture_ns: int,
         payload: Payload,
         origin: str = "",
+        device_ns: int = 0,
     ) -> Envelope:
         """Stamp, number and send one message; the envelope as sent."""
         key = (topic, session)
         seq = self._seq.get(key, 0)
         self._seq[key] = seq + 1
         at_ns = now_ns()
-        envelope = Envelope(topic, session, seq, event_ns, capture_ns, at_ns, payload, origin)
+        envelope = Envelope(topic, session, seq, event_ns, capture_ns, at_ns, payload, origin, 0, device_ns)
         self._newest = envelope
         try:
             self._socket.send_multipart(wire.encode(envelope), zmq.DONTWAIT)

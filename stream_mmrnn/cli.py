@@ -19,7 +19,9 @@ from rich.console import Console
 from stream_mmrnn import config
 from stream_mmrnn.bench import commands as bench
 from stream_mmrnn.clock import now_ns
+from stream_mmrnn.disk import later_parts, part
 from stream_mmrnn.errors import ConfigError, StreamError
+from stream_mmrnn.signals import ENDING, held
 from stream_mmrnn.terminal import Alive, Json, ModelName, Provider, escape, print_document, say_on, shown
 from stream_mmrnn.training import commands
 
@@ -57,8 +59,11 @@ def _keep_old(path: Path, say: Callable[[str], None]) -> None:
     number = 1
     while (old := path.with_name(f"{path.stem}.old{number}{path.suffix}")).exists():
         number += 1
+    parts = later_parts(path)
     path.rename(old)
-    say(f"{path} was there already; it is {old} now")
+    for number, later in parts.items():
+        later.rename(part(old, number - 1))
+    say(f"{path} was there already; it is {old} now" + (", and its parts likewise" if parts else ""))
 
 
 def _settings(
@@ -88,6 +93,14 @@ def _without_idle(
     return replace(settings, sources=chosen)
 
 
+def _begin_processes() -> None:
+    """Let the server of all processes import while we do other things; whoever calls early waits less later."""
+    from stream_mmrnn.supervisor import leave_nothing, process_context
+
+    ENDING.at_once = leave_nothing
+    process_context()
+
+
 def _capture(settings: config.Settings, duration: float | None, with_engine: bool, as_json: bool, plain: bool) -> None:
     """What `live` and `record` have in common."""
     from rich.live import Live
@@ -100,7 +113,8 @@ def _capture(settings: config.Settings, duration: float | None, with_engine: boo
     if all(getattr(settings.sources, m) == "none" for m in sources.EVERY):
         raise ConfigError("every source is `none`; name at least one, for example --source synthetic")
     console = Console(stderr=as_json, highlight=False)
-    alive = Alive()
+    ENDING.watch()
+    _begin_processes()
     notes: list[str] = []
     view = LiveState()
     began_ns = now_ns()
@@ -138,7 +152,16 @@ def _capture(settings: config.Settings, duration: float | None, with_engine: boo
 
     # a machine reads the summary: the messages themselves are nobody's then
     see, watch = (lambda _: None, ()) if as_json else (view.see, WATCHED)
-    session = Session(settings, with_engine, alive, say, see, often, watch)
+    with held():  # until it is known what must not be left behind
+        session = Session(settings, with_engine, ENDING.alive, say, see, often, watch)
+        supervisor = session.supervisor
+
+        def end_at_once() -> None:
+            supervisor.end_at_once()
+            if screen is not None:
+                console.show_cursor()
+
+        ENDING.at_once, ENDING.in_order = end_at_once, lambda: supervisor.begun
     if screen is not None:
         with screen:
             summary = session.run(duration)
@@ -148,6 +171,8 @@ def _capture(settings: config.Settings, duration: float | None, with_engine: boo
         print_document(summary)
     else:
         console.print(summary_table(summary))
+    if summary["failed"]:
+        raise typer.Exit(1)
 
 
 def _line(seconds: float, state: dict[str, Any]) -> str:
@@ -212,9 +237,7 @@ def live(
             "dashboard.port": port,
         },
     )
-    from stream_mmrnn.supervisor import process_context
-
-    process_context()
+    _begin_processes()
     from stream_mmrnn.engine import check_model
 
     spec = check_model(config.find_model(settings.engine.model), settings.engine.provider)
@@ -324,6 +347,44 @@ def info(path: Annotated[Path, typer.Argument(help="A recording.")], as_json: Js
     if not result["whole"]:
         say_on(Console(stderr=True))(result["damage"] or f"{path} was not finished")
         raise typer.Exit(3)
+
+
+@app.command()
+def verify(path: Annotated[Path, typer.Argument(help="A recording.")], as_json: Json = False) -> None:
+    """Whether a recording is whole, and what is in it where it is not: exit code 0 or 3.
+
+    `replay --verify` is another thing: it compares predictions.
+    """
+    from stream_mmrnn import repair as module
+    from stream_mmrnn.view import verified
+
+    result = module.verify(path)
+    if as_json:
+        print_document(result)
+    else:
+        Console(highlight=False).print(verified(result), soft_wrap=True)
+    if not result["whole"]:
+        say_on(Console(stderr=True))(result["why"])
+        raise typer.Exit(3)
+
+
+@app.command()
+def repair(
+    path: Annotated[Path, typer.Argument(help="A recording that was cut off or damaged; it stays as it is.")],
+    out: Annotated[Path, typer.Argument(help="The file to make.")],
+    as_json: Json = False,
+) -> None:
+    """Write what is sound in a recording and its later parts into one whole file."""
+    from stream_mmrnn import repair as module
+    from stream_mmrnn.view import verified
+
+    result = module.repair(path, out)
+    if as_json:
+        print_document(result)
+        return
+    console = Console(highlight=False)
+    console.print(f"{path} was {result['was']}; what is sound in {', '.join(result['of'])} is in {out}", soft_wrap=True)
+    console.print(verified(result["result"]), soft_wrap=True)
 
 
 @app.command()

@@ -46,6 +46,32 @@ class Sparingly:
         return True
 
 
+_LOOK_NS = 1_000_000_000
+_STEP_NS = 20_000_000
+"""A wall clock that is only slewed goes at most half a millisecond a second astray."""
+
+
+class WallClock:
+    """Notices when the wall clock is set, or runs on while the host sleeps: its distance from ours changes at once."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._offset_ns = wall_offset_ns()
+        self._looked_ns = now_ns()
+
+    def look(self, at_ns: int) -> int:
+        """By how many ns it was set since the last look, else 0; looks once a second at most."""
+        if at_ns - self._looked_ns < _LOOK_NS:
+            return 0
+        self._looked_ns = at_ns
+        before_ns, self._offset_ns = self._offset_ns, wall_offset_ns()
+        step_ns = self._offset_ns - before_ns
+        if abs(step_ns) < _STEP_NS:
+            return 0
+        self.steps += 1
+        return step_ns
+
+
 class DeviceClock:
     """Event time of blocks from a device that counts its own samples.
 

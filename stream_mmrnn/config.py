@@ -152,6 +152,11 @@ class Record(_Section, frozen=True):
     """false: features, ticks and predictions only, no picture, sound or words."""
     chunk_ms: Annotated[float, msgspec.Meta(gt=0, le=10_000)] = 250.0
     fsync_ms: Annotated[float, msgspec.Meta(gt=0, le=60_000)] = 1000.0
+    queue_mb: Annotated[float, msgspec.Meta(gt=0, le=65_536)] = 64.0
+    """Memory for what waits while the disk is slow or full."""
+    policy: Literal["drop_oldest", "block"] = "drop_oldest"
+    """When that is used up. drop_oldest: raw pictures, sound and words go first, so that the rest still replays; what
+    goes is counted in the file. block: nothing goes here, but the bus's queue overflows after `bus.queue` messages."""
 
 
 class Bus(_Section, frozen=True):
@@ -202,6 +207,10 @@ class Supervisor(_Section, frozen=True):
     backoff_s: _Positive = 0.25
     """Before the first restart; doubles up to `backoff_max_s`."""
     backoff_max_s: _Positive = 1.0
+    max_restarts: Annotated[int, msgspec.Meta(ge=0)] = 20
+    """Of one process in `restart_window_s`; one that dies once more is given up, and the session goes on without it,
+    or ends where it cannot (broker, clock, engine)."""
+    restart_window_s: _Positive = 60.0
     reopen_s: _Positive = 0.5
     """How often a device that is not there is asked for again."""
     start_timeout_s: _Positive = 20.0

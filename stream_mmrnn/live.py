@@ -45,7 +45,11 @@ class Session:
         self._repeats = Repeats()
 
     def run(self, duration_s: float | None) -> dict[str, Any]:
-        """Start, go on for `duration_s` (None: until told, or until every source has ended), stop, sum up."""
+        """Start, go on for `duration_s` (None: until told, or until every source has ended), stop, sum up.
+
+        A session that cannot go on, because a process that it needs died too often, is stopped and summed up like any
+        other; `failed` in the summary says why.
+        """
         supervisor = self.supervisor
         began_ns = now_ns()
         try:
@@ -61,6 +65,8 @@ class Session:
                     next_ns = now_ns() + _CHECK_NS
                     supervisor.check()
                     self._often()
+                if supervisor.failed:
+                    break
                 if supervisor.sources_done:
                     # what the sources sent last still has to become a tick
                     drained_ns = drained_ns or now_ns() + 300_000_000
@@ -112,9 +118,7 @@ class Session:
             "latency_ms": self._latency.table(),
             "recording": {
                 "path": recorder.detail.get("path", ""),
-                "messages": recorder.counts.get("messages", 0),
-                "bytes": recorder.counts.get("bytes", 0),
-                "lost": recorder.counts.get("lost", 0),
+                **{k: recorder.counts.get(k, 0) for k in ("messages", "bytes", "lost", "dropped")},
             }
             if recorder
             else None,
@@ -122,6 +126,8 @@ class Session:
             "viewers": {name: viewer_summary(status.counts) for name, status in said.items() if name in _VIEWERS},
             "denied": {name: status.detail["denied"] for name, status in said.items() if status.detail.get("denied")},
             "restarts": {n.name: n.deaths for n in supervisor.nodes if n.deaths},
+            "given_up": {n.name: n.given_up for n in supervisor.nodes if n.given_up},
+            "failed": supervisor.failed,
         }
 
 
@@ -154,7 +160,8 @@ def stream_summary(node: Node, aligned: dict[str, int] | None) -> dict[str, Any]
 
     Unit of the first four: feature vectors. `produced` is what the worker says it sent (of a killed worker, what the
     engine saw of it), `delivered` what ticks were made of, `dropped` the rest by reason; `balanced` says whether the
-    three agree. `capture` counts samples of the device on their way to the encoder.
+    three agree. `capture` counts samples of the device on their way to the encoder, `stale` how often the device fell
+    silent for twice its period, and the seconds from there until it was heard again.
     """
     status = node.status
     counts = status.counts if status else {}
@@ -164,14 +171,16 @@ def stream_summary(node: Node, aligned: dict[str, int] | None) -> dict[str, Any]
         "delivered": counts.get("captured", 0) - counts.get("queue_dropped", 0) - counts.get("undecodable", 0),
         "dropped": {k: counts[k] for k in ("queue_dropped", "undecodable") if counts.get(k)},
     }
+    stale = {k: n + counts.get(k, 0) for k, n in node.stale_before.items()}
     summary: dict[str, Any] = {
         "state": status.state if status else "dead",
-        "reason": status.reason if status else "",
+        "reason": status.reason if status else node.given_up,
         "produced": published,
         "delivered": published,
         "dropped": {},
         "balanced": True,
         "capture": capture,
+        "stale": {"count": stale["stale"], "seconds": stale["stale_ms"] / 1000},
         "source": status.detail if status else {},
     }
     if aligned is None:

@@ -11,7 +11,6 @@ import gc
 import hashlib
 import multiprocessing
 import os
-import signal
 import sys
 import time
 from collections import deque
@@ -23,9 +22,10 @@ from typing import Any
 
 import msgspec
 
-from stream_mmrnn import config, topics, wire
+from stream_mmrnn import config, signals, topics, wire
 from stream_mmrnn.bus import Address, Caller, Publisher, Subscriber, Tap, run_broker
-from stream_mmrnn.clock import Sparingly, now_ns
+from stream_mmrnn.clock import Sparingly, WallClock, now_ns
+from stream_mmrnn.disk import part
 from stream_mmrnn.errors import SessionError, SourceError, StreamError, WireError
 from stream_mmrnn.repeats import Repeats
 from stream_mmrnn.types import Envelope
@@ -41,6 +41,7 @@ _PREWARM_PERIOD_NS = 200_000_000
 """What comes less often than this is not expected at a time that could be named."""
 _MAX_NODES = 64
 """Processes whose last status a recording keeps."""
+_JOURNAL_NICE = 5
 
 
 class Context:
@@ -190,6 +191,8 @@ def journal(context: Context) -> None:
     from stream_mmrnn.journal import Ask, Journal, Keep, read_request
 
     settings = context.settings
+    with contextlib.suppress(OSError, AttributeError):
+        os.nice(_JOURNAL_NICE)  # before the sockets' threads are there: it wakes often, and nobody shall wait for it
     publisher = Publisher(context.address, settings.bus.queue)
     tap = Tap(context.address, [topics.FEATURE, topics.SESSION, topics.TICK, topics.CLOCK], settings.bus.queue)
     kept = Journal(settings.state.journal_s, settings.state.journal_mb << 20, complete=not context.restarts)
@@ -238,10 +241,12 @@ def worker(context: Context, modality: str, spec: str) -> None:
     from stream_mmrnn import encoders, sources
     from stream_mmrnn.pipeline import Outgoing, Pump, capture
     from stream_mmrnn.prewarm import Prewarmer
+    from stream_mmrnn.rhythm import Rhythm
 
     settings = context.settings
     publisher = Publisher(context.address, settings.bus.bulk_queue)
     reporter = Reporter(context, publisher, modality)
+    rhythm = Rhythm(topics.MODALITIES[modality].dense)
     encoder = encoders.create(modality)
     stdin_fd = context.stdin.detach() if context.stdin is not None else -1
     source = sources.create(spec, modality, settings, stdin_fd)
@@ -255,7 +260,8 @@ def worker(context: Context, modality: str, spec: str) -> None:
         if pump is not None:
             produced, dropped = produced + pump.produced, dropped + pump.dropped
         refused = publisher.refused.get(feature, 0)
-        return {**counts, "captured": produced, "queue_dropped": dropped, "refused": refused}
+        stale = {"stale": rhythm.silences, "stale_ms": rhythm.stale_ns(now_ns()) // 1_000_000}
+        return {**counts, "captured": produced, "queue_dropped": dropped, "refused": refused, **stale}
 
     def bad(_: WireError) -> None:
         counts["undecodable"] += 1
@@ -273,7 +279,9 @@ def worker(context: Context, modality: str, spec: str) -> None:
 
     def send(out: Outgoing) -> None:
         sample = out.sample
-        publisher.publish(out.topic, session, sample.event_ns, sample.capture_ns, sample.data, out.origin)
+        publisher.publish(
+            out.topic, session, sample.event_ns, sample.capture_ns, sample.data, out.origin, sample.device_ns
+        )
         if out.topic == feature:
             counts["published"] += 1
 
@@ -298,11 +306,17 @@ def worker(context: Context, modality: str, spec: str) -> None:
         def arriving() -> Iterator[Any]:
             nonlocal newest_ns
             while context.alive() and not pump.ended:
-                sample = pump.read(prewarmer.wait_ms(now_ns(), reporter.wait_ms(100)) / 1000)
+                at_ns = now_ns()
+                wait_ms = prewarmer.wait_ms(at_ns, reporter.wait_ms(100))
+                sample = pump.read(rhythm.wait_s(at_ns, wait_ms / 1000))
                 if sample is None:
+                    if rhythm.fall_silent(now_ns()):
+                        reporter.say("stale")
                     if not prewarmer.run_if_due(now_ns()):
                         reporter.keep()
                     continue
+                if rhythm.hear(sample.capture_ns):
+                    reporter.say("open")
                 # the next is expected as long after this one as this one came after its predecessor
                 prewarmer.period_ns, newest_ns = sample.event_ns - newest_ns, sample.event_ns
                 if settings.engine.prewarm and 0 < prewarmer.period_ns < _PREWARM_PERIOD_NS:
@@ -314,6 +328,7 @@ def worker(context: Context, modality: str, spec: str) -> None:
             for out in capture(arriving(), modality, source.origin, encoder, bad):
                 send(out)
         finally:
+            rhythm.stop(now_ns())
             pump.discard()
             pump.join(0.5)
             pump.discard()
@@ -468,14 +483,14 @@ def engine(context: Context) -> None:
     publisher.close()
 
 
-def part(path: Path, number: int) -> Path:
-    """`x.mcap` -> `x.part2.mcap`: where a recorder goes on after a crash, so that nothing is overwritten."""
-    return path if not number else path.with_name(f"{path.stem}.part{number + 1}{path.suffix}")
+_CLOSE_S = 0.4
+"""How long what waits for the disk is still written at the end: the supervisor waits a little longer."""
 
 
 def recorder(context: Context) -> None:
-    """Everything of the session, as it comes, into a file."""
-    from stream_mmrnn.recording import Recorder
+    """Everything of the session, as it comes, into a file. Reading the bus never waits for the disk."""
+    from stream_mmrnn.recording import Recorder, Recording
+    from stream_mmrnn.spool import Spool
 
     settings = context.settings
     publisher = Publisher(context.address, settings.bus.queue)
@@ -483,10 +498,17 @@ def recorder(context: Context) -> None:
     wanted += [topics.CONTROL, topics.LABEL, *([topics.RAW] if settings.record.raw else [])]
     subscriber = Subscriber(context.address, wanted, settings.bus.queue)
     reporter = Reporter(context, publisher)
+    if not context.alive():
+        return  # told to end before it began: no file is better than an empty one
+    path, wall_offset_ns = Path(settings.record.path), None
+    if context.restarts:
+        with contextlib.suppress(StreamError):  # one that died at once has left no head
+            wall_offset_ns = int(Recording(path).metadata["wall_offset_ns"])
     file = Recorder(
-        part(Path(settings.record.path), context.restarts),
+        part(path, context.restarts),
         settings.session.name,
         {
+            "part": str(context.restarts + 1),
             "raw": str(settings.record.raw).lower(),
             "slots": str(settings.engine.slots),
             "model": settings.engine.model,
@@ -495,7 +517,14 @@ def recorder(context: Context) -> None:
             "platform": sys.platform,
         },
         settings.record.chunk_ms,
+        wall_offset_ns,
+    )
+    spool = Spool(
+        file,
+        int(settings.record.queue_mb * 1e6),
+        settings.record.policy,
         settings.record.fsync_ms,
+        later_part=context.restarts > 0,
     )
     statuses: dict[str, Any] = {}
     # an engine that went on after a crash says again what is in the file already
@@ -509,24 +538,32 @@ def recorder(context: Context) -> None:
         except WireError:
             return False  # the file says what was sent
 
+    wall = WallClock()
     reporter.counts = lambda: {
+        **spool.counts,
+        "wall_steps": wall.steps,
         "repeated": sum(r.count for r in repeats.values()),
-        "messages": file.messages,
-        "bytes": file.bytes,
-        "refused": file.unwritable,
         "garbage": subscriber.garbage,
-        "lost": sum(n for t, n in subscriber.gaps.lost.items() if not t.startswith(topics.STATUS)),
     }
-    reporter.detail = lambda: {"path": str(file.path), "messages": file.counts}
+    reporter.detail = lambda: {"path": str(file.path), "messages": file.counts.copy()}
     if _hear_clock(context, subscriber) is not None:
         reporter.say("ready")
     context.ready.set()
     opened = context.restarts > 0
-    how = "the recorder was ended before the session"
+    how, trouble = "the recorder was ended before the session", ""
     while context.alive():
         envelope = subscriber.receive(50)
-        file.keep(now_ns())
+        at_ns = now_ns()
+        if step_ns := wall.look(at_ns):
+            spool.note_wall_step(at_ns, step_ns)
+            reporter.say(
+                "ready",
+                f"the wall clock was set by {step_ns / 1e9:+.3f} s; the recording's dates count on from its beginning",
+            )
         reporter.keep()
+        if trouble != spool.trouble:
+            trouble = spool.trouble
+            reporter.say("ready", trouble)
         if envelope is None:
             continue
         if envelope.topic.startswith(topics.STATUS):
@@ -539,17 +576,18 @@ def recorder(context: Context) -> None:
             break
         elif envelope.session in (file.session, topics.EVERYONE):
             opened = opened or envelope.topic == topics.SESSION
-            if opened and not again(envelope):
-                file.write(envelope)
-    lost = {t: n for t, n in subscriber.gaps.lost.items() if n and not t.startswith(topics.STATUS)}
-    file.close(
-        {
-            "ended": how,
-            "lost": msgspec.json.encode(lost).decode(),
-            "repeated": msgspec.json.encode({t: r.count for t, r in repeats.items() if r.count}).decode(),
-            "statuses": msgspec.json.encode(statuses).decode(),
-        }
-    )
+            while opened and not again(envelope):
+                if spool.put(envelope) or not context.alive():
+                    break
+                reporter.keep()
+                time.sleep(0.005)
+    end = {
+        "ended": how,
+        "repeated": msgspec.json.encode({t: r.count for t, r in repeats.items() if r.count}).decode(),
+        "statuses": msgspec.json.encode(statuses).decode(),
+    }
+    if not spool.close(end, _CLOSE_S):
+        reporter.say("ready", f"{file.path.name} has no end, because the disk did not take it")
     reporter.say("closed")
     subscriber.close()
     publisher.close()
@@ -641,8 +679,7 @@ def run(target: Callable[..., None], context: Context, *args: Any) -> None:
         Path("/proc/self/timerslack_ns").write_text("1")
     if context.name not in _UNHURRIED:
         context.note = _prioritise(context.settings.supervisor.priority)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the supervisor, who tells us
-    signal.signal(signal.SIGTERM, lambda *_: context.stop.set())
+    signals.ignore()  # they are for the supervisor, who tells us
     try:
         target(context, *args)
     except StreamError as e:

@@ -52,7 +52,7 @@ def capture(
     for sample in samples:
         if modality == "text" and isinstance(sample.data, bytes) and sample.data.startswith(LABEL_COMMAND):
             name = sample.data.removeprefix(LABEL_COMMAND).strip()
-            yield Outgoing(topics.LABEL, Sample(sample.event_ns, sample.capture_ns, name), origin)
+            yield Outgoing(topics.LABEL, Sample(sample.event_ns, sample.capture_ns, name, sample.device_ns), origin)
             continue
         try:
             vectors = encoder.encode(sample)
@@ -171,7 +171,9 @@ def reencode(
         if modality in encoders and envelope.topic == topics.raw(modality):
             encoder = encoders[modality]
             with contextlib.suppress(WireError):
-                vectors = encoder.encode(Sample(envelope.event_ns, envelope.capture_ns, envelope.payload))
+                vectors = encoder.encode(
+                    Sample(envelope.event_ns, envelope.capture_ns, envelope.payload, envelope.device_ns)
+                )
                 if modality not in seq:
                     made[modality].extend(vectors)
                     vectors = []

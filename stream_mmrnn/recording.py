@@ -3,7 +3,7 @@
 The only file that knows MCAP. Camera, microphone and text are Foxglove messages (protobuf); the others are as `formats`
 says. One file is one session. Times in the file are Unix times: the bus's monotonic ones plus
 `wall_offset_ns`, which the metadata holds, so that viewers show dates and reading gives back the exact stamps.
-Knows nothing about sockets or models.
+Knows nothing about sockets, models or threads; how a damaged file is read is `salvage`'s.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import re
 import struct
 import tempfile
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -26,11 +26,12 @@ import zstandard
 from mcap.data_stream import ReadDataStream, RecordBuilder
 from mcap.exceptions import McapError
 from mcap.opcode import Opcode
-from mcap.records import Channel, ChunkIndex, Metadata, Schema
+from mcap.records import Channel, ChunkIndex, Metadata, MetadataIndex, Schema
 from mcap.writer import CompressionType, IndexType, Writer
 
 from stream_mmrnn import topics, wire
 from stream_mmrnn.clock import now_ns
+from stream_mmrnn.disk import Disk, Tail
 from stream_mmrnn.errors import FileError, RecordingError, WireError
 from stream_mmrnn.formats import (
     JSON_KINDS,
@@ -48,18 +49,24 @@ from stream_mmrnn.types import Envelope
 
 METADATA = "stream_mmrnn"
 METADATA_END = "stream_mmrnn.end"
+METADATA_WALL = "stream_mmrnn.wall_step"
+METADATA_SO_FAR = "stream_mmrnn.so_far"
+"""Every few seconds: what was dropped until there, which channels there are and, now and then, the first metadata once
+more, so that a file that never gets an end or loses its head says it too."""
 FORMAT = "1"
-_MAX_RECORD_BYTES = 256 * 2**20
 _MAX_CHUNK_BYTES = 64 * 2**20
 """Of the records of one chunk: ours close at 1 MiB, and the longest message adds 16."""
 _INDEXES_AT_ONCE = 256
 _MAX_CHANNELS = 1024
 """A channel is a topic and who made it. Our own sessions have some twenty."""
+LIBRARY = "stream_mmrnn"
+MAX_RECORD_BYTES = 256 * 2**20
+_HEAD_PERIOD_NS = 10_000_000_000
 
-_MAGIC = b"\x89MCAP0\r\n"
+MAGIC = b"\x89MCAP0\r\n"
 _OURS = (Opcode.CHUNK, Opcode.METADATA)
-_RECORD = struct.Struct("<BQ")
-_UNREADABLE = (
+RECORD = struct.Struct("<BQ")
+UNREADABLE = (
     struct.error,
     IndexError,
     KeyError,
@@ -79,6 +86,34 @@ compression's name. Then the length of the records, and these."""
 _LENGTH = struct.Struct("<Q")
 
 
+def checked(metadata: Mapping[str, str]) -> dict[str, str]:
+    """With a checksum: MCAP has none for metadata."""
+    return {**metadata, "checksum": _checksum(metadata)}
+
+
+def is_sound(metadata: Mapping[str, str]) -> bool:
+    """False where the metadata is not what was written; a file of an older release cannot tell."""
+    return metadata.get("checksum", "") in ("", _checksum(metadata))
+
+
+def _checksum(metadata: Mapping[str, str]) -> str:
+    pairs = [pair for pair in sorted(metadata.items()) if pair[0] != "checksum"]
+    return f"{zlib.crc32(msgspec.json.encode(pairs)):08x}"
+
+
+def scheme(topic: str) -> tuple[str, tuple[str, str, bytes]]:
+    """How messages of a topic are encoded, and their schema: its name, its encoding and itself."""
+    name = topics.TOPICS[topic].schema
+    if name.startswith("foxglove."):
+        from foxglove import messages
+
+        schema = getattr(messages, name.removeprefix("foxglove.")).get_schema()
+        return "protobuf", (name, schema.encoding, schema.data)
+    if topic in JSON_KINDS:
+        return "json", (name, "jsonschema", json_schema(topic))
+    return "protobuf", (name, "protobuf", own_schema(name.removeprefix("stream_mmrnn.")))
+
+
 class _Channel(NamedTuple):
     """A channel of a file, and how to read it."""
 
@@ -93,7 +128,7 @@ def _stream(data: bytes) -> ReadDataStream:
 
 
 class _Indexes:
-    """The writer's index of chunks, on the disk until the file's end: in memory an hour of it is 20 MB.
+    """An index that the writer keeps, on the disk until the file's end: of chunks an hour is 20 MB in memory.
 
     The writer appends to it and goes through it once. What the disk does not take stays in memory.
     """
@@ -104,7 +139,7 @@ class _Indexes:
         self._kept = 0
         """Bytes that are in the file, whole records all."""
 
-    def append(self, index: ChunkIndex) -> None:
+    def append(self, index: ChunkIndex | MetadataIndex) -> None:
         builder = RecordBuilder()
         index.write(builder)
         self._waiting.append(builder.end())  # type: ignore[no-untyped-call]
@@ -147,7 +182,11 @@ def _stamp(text: str) -> int:
 
 
 class Recorder:
-    """Writes one session's envelopes; closes a chunk and syncs the file often enough that a crash costs little."""
+    """Writes one session's envelopes, and closes a chunk often enough that a crash costs little.
+
+    What the disk does not take stays in memory until it does (`trouble` says why); who calls bounds how much comes
+    meanwhile. `sync` may be called from another thread, nothing else.
+    """
 
     def __init__(
         self,
@@ -155,9 +194,12 @@ class Recorder:
         session: str,
         metadata: Mapping[str, str],
         chunk_ms: float = 250.0,
-        fsync_ms: float = 1000.0,
+        wall_offset_ns: int | None = None,
+        open_disk: Callable[[Path], Disk] = Disk,
     ) -> None:
         """`metadata`: what the file shall say of its making, beside what the recorder knows itself.
+
+        `wall_offset_ns`: that of the part before, so that all parts of a recording share it; None measures it.
 
         Raises:
             FileError: the file cannot be made, or there is one already.
@@ -165,24 +207,29 @@ class Recorder:
         """
         from foxglove import messages
 
-        from stream_mmrnn.clock import wall_offset_ns
+        from stream_mmrnn import clock
 
         self.path, self.session = path, session
         self._foxglove = messages
-        self._chunk_ns, self._fsync_ns = int(chunk_ms * 1e6), int(fsync_ms * 1e6)
+        self._chunk_ns = int(chunk_ms * 1e6)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("xb")
+            self._disk = open_disk(path)
         except OSError as e:
             raise FileError(f"the recording {path} cannot be made: {e.strerror}; choose another path") from e
+        self._tail = Tail(self._disk)
         self._writer: Any = Writer(
-            self._file, chunk_size=1 << 20, compression=CompressionType.ZSTD, index_types=IndexType.ALL
+            self._tail,  # type: ignore[arg-type]
+            chunk_size=1 << 20,
+            compression=CompressionType.ZSTD,
+            index_types=IndexType.ALL,
         )
         with contextlib.suppress(OSError):
-            file = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115  # has no name: it goes with the process
-            cast(Any, self._writer)._Writer__chunk_indices = _Indexes(file)
-        self._writer.start(profile="", library="stream_mmrnn")
-        self._offset_ns = wall_offset_ns()
+            for kind in ("chunk_indices", "metadata_indexes"):
+                file = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115  # has no name: it goes with the process
+                setattr(self._writer, f"_Writer__{kind}", _Indexes(file))
+        self._writer.start(profile="", library=LIBRARY)
+        self._offset_ns = clock.wall_offset_ns() if wall_offset_ns is None else wall_offset_ns
         self._schemas: dict[str, int] = {}
         self._channels: dict[tuple[str, str], int] = {}
         self._last_log_ns = 0
@@ -190,31 +237,25 @@ class Recorder:
         self.unwritable = 0
         """Messages whose stamps or payload no reader could read back."""
         self.counts: dict[str, int] = {}
-        self._writer.add_metadata(
-            METADATA,
-            {
-                "format": FORMAT,
-                "session": session,
-                "wall_offset_ns": str(self._offset_ns),
-                "started_ns": str(now_ns()),
-                **metadata,
-            },
-        )
-        self._chunked_ns = self._synced_ns = now_ns()
-        self.sync()
+        """Messages by topic; `refused` those that are unwritable."""
+        self.refused: dict[str, int] = {}
+        self._head = {
+            "format": FORMAT,
+            "session": session,
+            "wall_offset_ns": str(self._offset_ns),
+            "started_ns": str(now_ns()),
+            **metadata,
+        }
+        self._head_again = (0, 0)
+        """When the head was last repeated, and how many channels there were."""
+        self._writer.add_metadata(METADATA, checked(self._head))
+        self._chunked_ns = now_ns()
+        self._tail.drain()
 
-    def _schema(self, topic: str) -> int:
-        name = topics.TOPICS[topic].schema
-        if name not in self._schemas:
-            if name.startswith("foxglove."):
-                schema = getattr(self._foxglove, name.removeprefix("foxglove.")).get_schema()
-                encoding, data = schema.encoding, schema.data
-            elif topic in JSON_KINDS:
-                encoding, data = "jsonschema", json_schema(topic)
-            else:
-                encoding, data = "protobuf", own_schema(name.removeprefix("stream_mmrnn."))
-            self._schemas[name] = self._writer.register_schema(name, encoding, data)
-        return self._schemas[name]
+    @property
+    def trouble(self) -> str:
+        """Why the disk takes nothing now, or ""."""
+        return self._tail.trouble
 
     def _channel(self, envelope: Envelope) -> int:
         key = (envelope.topic, envelope.origin)
@@ -223,11 +264,12 @@ class Recorder:
                 raise WireError(f"{envelope.topic} is not recorded")
             if len(self._channels) >= _MAX_CHANNELS:
                 raise WireError(f"a file has at most {_MAX_CHANNELS} channels")
+            encoding, schema = scheme(envelope.topic)
+            if schema[0] not in self._schemas:
+                self._schemas[schema[0]] = self._writer.register_schema(*schema)
+            about = {"origin": envelope.origin, "modality": topics.TOPICS[envelope.topic].modality}
             self._channels[key] = self._writer.register_channel(
-                envelope.topic,
-                "json" if envelope.topic in JSON_KINDS else "protobuf",
-                self._schema(envelope.topic),
-                {"origin": envelope.origin, "modality": topics.TOPICS[envelope.topic].modality},
+                envelope.topic, encoding, self._schemas[schema[0]], about
             )
         return self._channels[key]
 
@@ -275,6 +317,7 @@ class Recorder:
             channel = self._channel(envelope)
         except (WireError, OverflowError, struct.error, TypeError, KeyError, RecursionError, msgspec.MsgspecError):
             self.unwritable += 1
+            self.refused[envelope.topic] = self.refused.get(envelope.topic, 0) + 1
             return
         received_ns = envelope.received_ns or now_ns()
         self._last_log_ns = max(self._last_log_ns, received_ns + self._offset_ns)
@@ -282,32 +325,87 @@ class Recorder:
         self.messages += 1
         self.counts[envelope.topic] = self.counts.get(envelope.topic, 0) + 1
 
-    def keep(self, at_ns: int) -> None:
-        """Close the chunk and sync the file where it is time; call it often."""
-        if at_ns - self._chunked_ns >= self._chunk_ns:
+    def note_wall_step(self, at_ns: int, step_ns: int) -> None:
+        """Write down that the wall clock was set: our dates are those of the clock as it was at the beginning."""
+        self._writer.add_metadata(METADATA_WALL, checked({"at_ns": str(at_ns), "step_ns": str(step_ns)}))
+
+    def keep(self, at_ns: int) -> bool:
+        """Close the chunk where it is time, and give the disk what it takes; call it often. True: a chunk was closed,
+        so that all messages until here are in the file or wait for the disk.
+        """
+        closed = at_ns - self._chunked_ns >= self._chunk_ns
+        if closed:
             self._chunked_ns = at_ns
             self._writer.flush()
-            self._file.flush()
-        if at_ns - self._synced_ns >= self._fsync_ns:
-            self.sync()
+        self._tail.drain()
+        return closed
+
+    @property
+    def news(self) -> bool:
+        """There are channels of which the file says nothing outside the chunks that they began in."""
+        return len(self._channels) != self._head_again[1]
+
+    def note(self, so_far: Mapping[str, str], at_ns: int) -> None:
+        """Put into the file what happened until here. To be called where `keep` has just closed a chunk."""
+        channels = {str(number): key for key, number in self._channels.items()}
+        so_far = {**so_far, "channels": msgspec.json.encode(channels).decode()}
+        if at_ns - self._head_again[0] >= _HEAD_PERIOD_NS or self.news:
+            self._head_again = (at_ns, len(self._channels))
+            so_far["head"] = msgspec.json.encode(self._head).decode()
+        self._writer.add_metadata(METADATA_SO_FAR, checked({"at_ns": str(at_ns), **so_far}))
+        self._tail.drain()
 
     def sync(self) -> None:
-        self._synced_ns = now_ns()
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Wait until the disk has what it took; raises OSError where it says that it lost it."""
+        self._disk.sync()
 
-    def close(self, end: Mapping[str, str]) -> None:
-        """Finish the file: `end` says what was lost and how it ended."""
-        self._writer.add_metadata(
-            METADATA_END, {"messages": str(self.messages), "unwritable": str(self.unwritable), **end}
-        )
+    def close(self, end: Mapping[str, str]) -> bool:
+        """Finish the file: `end` says what was lost and how it ended. False where the disk does not take the rest:
+        the file is readable, and ends earlier.
+        """
+        self._writer.flush()
+        counts = {"messages": str(self.messages), "unwritable": str(self.unwritable)}
+        self._writer.add_metadata(METADATA_END, checked({**counts, **end}))
         self._writer.finish()
-        self.sync()
-        self._file.close()
+        taken = self._tail.drain()
+        with contextlib.suppress(OSError):
+            self._disk.sync()
+        self._disk.close()
+        return taken
 
     @property
     def bytes(self) -> int:
-        return self._file.tell() if not self._file.closed else self.path.stat().st_size
+        """Of the file, once the disk has taken all."""
+        return self._tail.size
+
+
+_zstd = zstandard.ZstdDecompressor()
+
+
+def unpack_chunk(chunk: bytes) -> bytes:
+    """The records of a chunk, as its checksum says they were written; raises one of `UNREADABLE`."""
+    size, checksum, name_size = _CHUNK.unpack_from(chunk)
+    at = _CHUNK.size + name_size
+    compression = chunk[_CHUNK.size : at].decode()
+    (length,) = _LENGTH.unpack_from(chunk, at)
+    at += _LENGTH.size
+    if size > _MAX_CHUNK_BYTES:
+        raise RecordingError(f"it says that it holds {size} bytes")
+    if at + length > len(chunk):
+        raise RecordingError("its records are longer than it is")
+    records = memoryview(chunk)[at : at + length]
+    if compression == "zstd":
+        # the library gives as much memory as the frame asks for, whatever limit it is told
+        if zstandard.frame_content_size(records) not in (size, -1):
+            raise RecordingError("its size is not what it says")
+        data = _zstd.decompress(records, max_output_size=size)
+    elif compression:
+        raise RecordingError(f"compression {compression[:16]!r} is not one that this program writes")
+    else:
+        data = bytes(records)
+    if checksum and zlib.crc32(data) != checksum:
+        raise RecordingError("its checksum is wrong")
+    return data
 
 
 class Recording:
@@ -324,6 +422,11 @@ class Recording:
         self.metadata: dict[str, str] = {}
         self.end: dict[str, str] = {}
         """What the recorder wrote when it finished; empty in a file that was cut off."""
+        self.wall_steps: list[tuple[int, int]] = []
+        """When the wall clock was set while this was recorded, and by how many ns; known once it was read. The dates in
+        the file go on as if it had not been."""
+        self.so_far: dict[str, str] = {}
+        """What it wrote last while it went on: as far as one has read."""
         self.damage = ""
         """One sentence once reading met the end of a file that was cut off; "" for a whole one."""
         try:
@@ -333,10 +436,9 @@ class Recording:
                 raise ValueError("its session has no name that a session may have")
             self._offset_ns = _stamp(self.metadata["wall_offset_ns"])
             self.started_unix_ns = _stamp(self.metadata["started_ns"]) + self._offset_ns
-        except _UNREADABLE as e:
+        except UNREADABLE as e:
             raise FileError(f"{path} has a damaged head ({type(e).__name__}); nothing can be read from it") from e
         self._raw_decoders: dict[int, Any] = {}
-        self._zstd = zstandard.ZstdDecompressor()
 
     def _head(self) -> dict[str, str]:
         """The metadata that the recorder wrote first."""
@@ -345,6 +447,8 @@ class Recording:
                 break
             record = Metadata.read(_stream(data))
             if record.name == METADATA and record.metadata.get("format") == FORMAT:
+                if not is_sound(record.metadata):
+                    raise RecordingError("its checksum is wrong")
                 self.damage = ""
                 return dict(record.metadata)
         raise FileError(
@@ -364,23 +468,23 @@ class Recording:
             raise FileError(f"the recording {self.path} cannot be read: {e.strerror}") from e
         with file:
             size = os.fstat(file.fileno()).st_size
-            if file.read(len(_MAGIC)) != _MAGIC:
+            if file.read(len(MAGIC)) != MAGIC:
                 raise FileError(f"{self.path} is no MCAP file")
-            at = len(_MAGIC)
+            at = len(MAGIC)
             while True:
-                head = file.read(_RECORD.size)
-                if len(head) < _RECORD.size:
+                head = file.read(RECORD.size)
+                if len(head) < RECORD.size:
                     break
-                opcode, length = _RECORD.unpack(head)
-                at += _RECORD.size + length
-                if at > size or length > _MAX_RECORD_BYTES:
+                opcode, length = RECORD.unpack(head)
+                at += RECORD.size + length
+                if at > size or length > MAX_RECORD_BYTES:
                     break
                 if opcode in _OURS:
                     yield opcode, file.read(length)
                 else:
                     file.seek(at)
                 if opcode == Opcode.FOOTER:
-                    if file.read(len(_MAGIC)) == _MAGIC:
+                    if file.read(len(MAGIC)) == MAGIC:
                         return
                     break
             self.damage = f"{self.path.name} was cut off or damaged at byte {file.tell()} of {size}"
@@ -396,45 +500,27 @@ class Recording:
         """The same, some at a time: who handles them so spares a step of a generator for each."""
         channels: dict[int, _Channel | None] = {}
         schemas: dict[int, Schema] = {}
+        steps = self.wall_steps = []
         for opcode, content in self._records():
             batch: list[Envelope] = []
             try:
                 if opcode == Opcode.CHUNK:
-                    self._read(self._unpacked(content), channels, schemas, wanted, batch)
+                    self._read(unpack_chunk(content), channels, schemas, wanted, batch)
                 elif opcode == Opcode.METADATA:
                     record = Metadata.read(_stream(content))
+                    if not is_sound(record.metadata):
+                        raise RecordingError("the checksum of its metadata is wrong")
                     if record.name == METADATA_END:
                         self.end = record.metadata
-            except _UNREADABLE as e:
+                    elif record.name == METADATA_SO_FAR:
+                        self.so_far = record.metadata
+                    elif record.name == METADATA_WALL:
+                        steps.append((int(record.metadata["at_ns"]), int(record.metadata["step_ns"])))
+            except UNREADABLE as e:
                 self.damage = f"{self.path.name} has a damaged record ({e})"
                 yield batch
                 return
             yield batch
-
-    def _unpacked(self, chunk: bytes) -> bytes:
-        """The records of a chunk, as its checksum says they were written."""
-        size, checksum, name_size = _CHUNK.unpack_from(chunk)
-        at = _CHUNK.size + name_size
-        compression = chunk[_CHUNK.size : at].decode()
-        (length,) = _LENGTH.unpack_from(chunk, at)
-        at += _LENGTH.size
-        if size > _MAX_CHUNK_BYTES:
-            raise RecordingError(f"it says that it holds {size} bytes")
-        if at + length > len(chunk):
-            raise RecordingError("its records are longer than it is")
-        records = memoryview(chunk)[at : at + length]
-        if compression == "zstd":
-            # the library gives as much memory as the frame asks for, whatever limit it is told
-            if zstandard.frame_content_size(records) not in (size, -1):
-                raise RecordingError("its size is not what it says")
-            data = self._zstd.decompress(records, max_output_size=size)
-        elif compression:
-            raise RecordingError(f"compression {compression[:16]!r} is not one that this program writes")
-        else:
-            data = bytes(records)
-        if checksum and zlib.crc32(data) != checksum:
-            raise RecordingError("its checksum is wrong")
-        return data
 
     def _read(
         self,
@@ -449,7 +535,7 @@ class Recording:
         `channels` holds None for those that nobody wants: theirs are stepped over, whatever is in them.
         """
         at, end, offset_ns = 0, len(data), self._offset_ns
-        message, message_size, head_size = _MESSAGE.unpack_from, _MESSAGE.size, _RECORD.size
+        message, message_size, head_size = _MESSAGE.unpack_from, _MESSAGE.size, RECORD.size
         add = batch.append
         last = end - message_size  # no message begins later than here
         while at < end:
@@ -457,7 +543,7 @@ class Recording:
                 # as if every record were a message: nearly all are, and one reading is cheaper than two
                 opcode, length, channel_id, seq, publish_ns = message(data, at)
             else:
-                opcode, length = _RECORD.unpack_from(data, at)
+                opcode, length = RECORD.unpack_from(data, at)
             following = at + head_size + length
             if following > end:
                 raise RecordingError("a record is longer than its chunk")
@@ -467,11 +553,11 @@ class Recording:
                 channel = channels[channel_id]
                 if channel is not None:
                     topic, session, origin, decode = channel
-                    event_ns, capture_ns, payload = decode(data, at + message_size, following)
+                    event_ns, capture_ns, payload, device_ns = decode(data, at + message_size, following)
                     publish_ns -= offset_ns
                     if capture_ns is None:
                         capture_ns = publish_ns
-                    add(Envelope(topic, session, seq, event_ns, capture_ns, publish_ns, payload, origin))
+                    add(Envelope(topic, session, seq, event_ns, capture_ns, publish_ns, payload, origin, 0, device_ns))
             elif opcode == 0x03:
                 schema = Schema.read(_stream(data[at + head_size : following]))
                 schemas[schema.id] = schema
@@ -492,9 +578,9 @@ class Recording:
             decode = decode_json
         else:
 
-            def decode(data: bytes, at: int, end: int) -> tuple[int, None, Any]:
+            def decode(data: bytes, at: int, end: int) -> tuple[int, None, Any, int]:
                 event_ns, payload = self._foxglove_payload(topic, schema, data[at:end])
-                return event_ns, None, payload
+                return event_ns, None, payload, 0
 
         return _Channel(
             topic,

@@ -22,6 +22,7 @@ from stream_mmrnn.encoders import create
 from stream_mmrnn.engine import StepEngine
 from stream_mmrnn.errors import ConfigError, FileError, UsageError
 from stream_mmrnn.latency import Histogram
+from stream_mmrnn.ledger import LOST, Ledger
 from stream_mmrnn.pipeline import pace, predict, reencode
 from stream_mmrnn.recording import Recording
 from stream_mmrnn.repeats import WINDOW
@@ -261,6 +262,7 @@ def info(path: Path) -> dict[str, Any]:
         del channel["_next"]
         channel["rate_hz"] = round(channel["messages"] / ((last_ns - first_ns) / 1e9), 2) if last_ns > first_ns else 0.0
     m = recording.metadata
+    said = Ledger.of(recording.end or recording.so_far)
     try:
         lost = msgspec.json.decode(recording.end.get("lost", "{}"), type=dict[str, int])
     except (msgspec.MsgspecError, ValueError, RecursionError):
@@ -274,8 +276,10 @@ def info(path: Path) -> dict[str, Any]:
         "started_unix_ns": recording.started_unix_ns,
         "model": {"name": m.get("model", ""), "sha256": m.get("model_sha256", "")},
         "raw": m.get("raw") == "true",
+        "wall_steps": [{"at_ns": at_ns, "step_ns": step_ns} for at_ns, step_ns in recording.wall_steps],
         "channels": dict(sorted(channels.items())),
-        "lost": lost,
+        "lost": said.by_reason(LOST) or lost,
+        "dropped": said.dropped,
         "ended": recording.end.get("ended", "not finished"),
         "whole": not recording.damage and bool(recording.end),
         "damage": recording.damage,

@@ -1,4 +1,5 @@
-"""Supervisor: start in order, wait for ready, open the session, restart with back-off, name who died, stop cleanly.
+"""Supervisor: start in order, wait for ready, open the session, restart with back-off, name who died, give up on who
+dies too often, stop cleanly.
 
 Owns the processes and the session's beginning and end; watches through the bus what everyone says. Knows nothing
 about what the processes do, nor how it is shown.
@@ -6,11 +7,14 @@ about what the processes do, nor how it is shown.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -19,7 +23,7 @@ from typing import Any
 
 import msgspec
 
-from stream_mmrnn import config, keys, nodes, sources, topics, wire
+from stream_mmrnn import config, keys, nodes, signals, sources, topics, wire
 from stream_mmrnn.bus import Address, Publisher, Subscriber
 from stream_mmrnn.clock import Sparingly, now_ns
 from stream_mmrnn.errors import ProcessError, WireError
@@ -29,21 +33,46 @@ _AT_ONCE_NS = 1_000_000_000
 """An engine that lived so long is started again at once."""
 _WORKERS = {"vision": "camera", "audio": "microphone"}
 """What the worker of a modality is called, where that is not the modality's name."""
+_VITAL = ("broker", "clock", "engine")
+"""Without one of these there is no session; without any other it goes on."""
+_QUIET = "ignore::UserWarning:multiprocessing.resource_tracker"
+"""Who is ended at once cleans nothing up: the tracker does it, and need not say so."""
 
 
 def process_context() -> BaseContext:
-    """Processes are forked from a clean server that has done the slow imports, or started afresh (Windows)."""
+    """Processes are forked from a clean server that has done the slow imports, or started afresh (Windows).
+
+    The server and all its processes are born with SIGINT and SIGTERM held back: a terminal sends them to everyone, and
+    who ends when is for the supervisor to say.
+    """
     if sys.platform == "win32":
         return multiprocessing.get_context("spawn")
-    from multiprocessing import forkserver
+    from multiprocessing import forkserver, resource_tracker
 
     # a pool of BLAS threads in every process is of no use here, and forking one is not safe
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["stream_mmrnn.nodes", "stream_mmrnn.engine", "stream_mmrnn.pipeline"])
-    forkserver.ensure_running()  # its imports go on beside ours: whoever calls early waits less later
+    sys.warnoptions.append(_QUIET)
+    resource_tracker.ensure_running()  # first: it lets go of signals that are held
+    sys.warnoptions.remove(_QUIET)
+    with signals.held():
+        forkserver.ensure_running()  # its imports go on beside ours: whoever calls early waits less later
     return context
+
+
+def leave_nothing() -> None:
+    """End the server of `process_context` and remove its folder, at once: it would look at nothing while it imports."""
+    if sys.platform == "win32":
+        return
+    from multiprocessing import forkserver, util
+
+    pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
+    if pid is not None:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+    shutil.rmtree(util.get_temp_dir(), ignore_errors=True)
 
 
 class Node:
@@ -56,6 +85,10 @@ class Node:
         self.stop: Any = None
         self.restarts = 0
         self.deaths: list[str] = []
+        self.died_ns: deque[int] = deque()
+        """When, as far back as the restart budget looks."""
+        self.given_up = ""
+        """Why it is not started again, as one sentence without its name."""
         self.again_ns = 0
         """When a dead one is started again."""
         self.done = False
@@ -63,9 +96,15 @@ class Node:
         self.status: wire.StatusMessage | None = None
         self.published_before = 0
         """What earlier processes of this node said they had published."""
+        self.stale_before = {"stale": 0, "stale_ms": 0}
+        """What they said of the silences of their device."""
         self.started_ns = 0
         self.said = ""
         """The reason of its status that a person was told last."""
+
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.process.exitcode is None
 
     @property
     def is_source(self) -> bool:
@@ -101,6 +140,10 @@ class Supervisor:
         self.first_prediction_ns = 0
         self._page_port = 0
         self._sparingly = Sparingly()
+        self.begun = False
+        """True from the first process on that has something to bring to an end: a file, a session."""
+        self.failed = ""
+        """Why the session cannot go on, as one sentence."""
 
     def _table(self, with_engine: bool) -> Iterator[Node]:
         """Every process; the order is the start order."""
@@ -157,9 +200,12 @@ class Supervisor:
                     )
 
     def start(self, alive: Callable[[], bool]) -> None:
-        """All processes up, the session open, the sources going."""
+        """All processes up, the session open, the sources going; as far as it came where `alive` says no."""
         self._say_how_to_get_in()
         for node in self.nodes:
+            if not alive():
+                return
+            self.begun = node.name != "broker"
             self._spawn(node)
             if node.name == "broker":
                 self._wait_ready([node], alive)
@@ -171,9 +217,8 @@ class Supervisor:
                 )
         self._wait_ready([n for n in self.nodes if not n.is_source], alive)
         self._wait_ready([n for n in self.nodes if n.is_source], alive)
-        if not alive():
+        if not alive() or self._publisher is None:
             return
-        assert self._publisher is not None
         self._publisher.wait_for_reader(topics.SESSION, 2.0)
         self._publish_session("open")
         self._epoch.value = now_ns()
@@ -284,14 +329,50 @@ class Supervisor:
             if node.name == "engine" and at_ns - node.started_ns > _AT_ONCE_NS:
                 wait_s = 0.0  # ticks wait for it: back-off is for one that cannot live
             node.deaths.append(death)
+            if node.status is not None:
+                counts = node.status.counts
+                node.published_before += counts.get("published", 0)
+                node.stale_before = {k: n + counts.get(k, 0) for k, n in node.stale_before.items()}
+            node.status = None
+            if self._too_often(node, at_ns):
+                self._give_up(node, death)
+                continue
             node.restarts += 1
             node.again_ns = at_ns + int(wait_s * 1e9)
-            if node.status is not None:
-                node.published_before += node.status.counts.get("published", 0)
-            node.status = None
             self._say(f"{node.name}: {death}; started again {f'in {wait_s:g} s' if wait_s else 'at once'}")
+            self._tell(node, "restarting", death)
             if node.is_source:
                 self._expect()
+
+    def _too_often(self, node: Node, at_ns: int) -> bool:
+        """Take note of a death; whether it is one more than the restart budget has restarts for."""
+        settings = self.settings.supervisor
+        node.died_ns.append(at_ns)
+        while at_ns - node.died_ns[0] > settings.restart_window_s * 1e9:
+            node.died_ns.popleft()
+        return len(node.died_ns) > settings.max_restarts
+
+    def _give_up(self, node: Node, death: str) -> None:
+        settings = self.settings.supervisor
+        node.done = True
+        times = f"{len(node.died_ns)} times in {settings.restart_window_s:g} s"
+        node.given_up = f"{death}, for {times if settings.max_restarts else 'the first time'}, and was given up"
+        everyone = all(n.given_up for n in self.nodes if n.is_source)
+        # who only records has nothing left without its recorder
+        vital = node.name in _VITAL or (node.name == "recorder" and "engine" not in self._by_name)
+        if vital or (node.is_source and everyone):
+            self.failed = f"the {node.name} {node.given_up}; nothing is left to go on with"
+        self._say(self.failed or f"{node.name}: {node.given_up}; the session goes on without it")
+        self._tell(node, "failed", node.given_up)
+        if node.is_source:
+            self._expect()
+
+    def _tell(self, node: Node, state: Any, reason: str) -> None:
+        """Say for a process how it is where it cannot say so itself."""
+        assert self._publisher is not None
+        at_ns = now_ns()
+        message = wire.StatusMessage(node.name, state, 0, node.modality, reason)
+        self._publisher.publish(topics.STATUS + node.name, topics.EVERYONE, at_ns, at_ns, wire.pack(message), node.name)
 
     @property
     def sources_done(self) -> bool:
@@ -302,7 +383,10 @@ class Supervisor:
 
     def stop(self, see: Callable[[Envelope], None] = lambda _: None) -> None:
         """End in order, within 2 s: sources, session, engine, recorder, the rest."""
-        deadline_ns = now_ns() + 1_800_000_000
+        deadline_ns = now_ns() + 1_500_000_000
+        if not self.opened_ns:
+            # nobody has anything to bring to an end but the recorder its file; some still import, and hear nothing
+            self._kill([n for n in self.nodes if n.name != "recorder"])
         self._end([n for n in self.nodes if n.is_source], now_ns() + 600_000_000, see)
         if self.opened_ns and self._publisher is not None:
             self.closed_ns = self._publish_session("close")
@@ -320,20 +404,20 @@ class Supervisor:
 
     def _await_closed(self, name: str, deadline_ns: int, see: Callable[[Envelope], None]) -> None:
         node = self._by_name.get(name)
-        if node is None or node.process is None or node.process.exitcode is not None:
+        if node is None or not (node.running and self._by_name["broker"].running):
             return
         while now_ns() < deadline_ns and not (node.status and node.status.state == "closed"):
             for envelope in self.messages(20):
                 see(envelope)
 
     def _end(self, ending: list[Node], deadline_ns: int, see: Callable[[Envelope], None]) -> None:
-        running = [n for n in ending if n.process is not None and n.process.exitcode is None]
+        running = [n for n in ending if n.running]
         for node in running:
             node.stop.set()
         while running and now_ns() < deadline_ns:
             for envelope in self.messages(5) if self._monitor else ():
                 see(envelope)
-            running = [n for n in running if n.process is not None and n.process.exitcode is None]
+            running = [n for n in running if n.running]
             time.sleep(0.002)
         for node in running:
             assert node.process is not None
@@ -343,6 +427,28 @@ class Supervisor:
         if self._monitor:
             for envelope in self.messages(5):
                 see(envelope)
+
+    @staticmethod
+    def _kill(ending: list[Node]) -> None:
+        for node in ending:
+            if node.running:
+                assert node.process is not None
+                node.process.kill()
+                node.process.join(0.5)
+
+    def end_at_once(self) -> None:
+        """Kill every process and remove what is theirs; harmless in the middle of anything, and of `stop`, too.
+
+        A file that was being written ends where it is. Of a process that is just being born nobody knows the number: it
+        ends itself when it finds that we are gone.
+        """
+        for node in self.nodes:
+            pid = node.process.pid if node.process is not None else None
+            if pid is not None:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+        leave_nothing()
+        self.address.remove()
 
 
 def _death(code: int) -> str:

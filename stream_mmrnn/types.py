@@ -28,6 +28,9 @@ class Sample(msgspec.Struct, frozen=True, gc=False):
     """When the sample was in our hands."""
     data: Payload
     """Vision: JPEG bytes. Audio: int16 [frames] at 16 kHz. Text: UTF-8 bytes."""
+    device_ns: int = 0
+    """What the device itself said of the time, by whatever clock it has, before `event_ns` was made of it; 0 where it
+    said nothing. Never changed on the way."""
 
 
 class Envelope(msgspec.Struct, frozen=True, gc=False):
@@ -45,6 +48,8 @@ class Envelope(msgspec.Struct, frozen=True, gc=False):
     """Who made the payload: the source's description, or the encoder as `name@sha256`."""
     received_ns: int = 0
     """When the reader had it; never on the wire, 0 where nobody stamped it."""
+    device_ns: int = 0
+    """The sample's `device_ns`, as the device said it."""
 
 
 class Mark(msgspec.Struct, frozen=True, array_like=True, gc=False):

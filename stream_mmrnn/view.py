@@ -19,6 +19,8 @@ _STATE_STYLE = {
     "open": "green",
     "ready": "green",
     "missing": "red",
+    "failed": "red",
+    "stale": "yellow",
     "starting": "yellow",
     "restarting": "yellow",
 }
@@ -136,12 +138,20 @@ def summary_table(summary: dict[str, Any]) -> RenderableType:
     )
     parts.append(table)
     parts += [Text(f"{name}: {s['reason']}", "yellow") for name, s in summary["streams"].items() if s["reason"]]
+    parts += [
+        Text(f"{name}: stale {s['stale']['count']} times (silent for twice its period), {s['stale']['seconds']:.1f} s")
+        for name, s in summary["streams"].items()
+        if s["stale"]["count"]
+    ]
     if summary["latency_ms"]:
         parts.append(stage_table(summary["latency_ms"]))
     if summary["recording"]:
         r = summary["recording"]
         parts.append(
-            Text(f"recorded {r['messages']} messages, {r['bytes'] / 1e6:.1f} MB, {r['lost']} lost: {r['path']}")
+            Text(
+                f"recorded {r['messages']} messages, {r['bytes'] / 1e6:.1f} MB, {r['lost']} lost, "
+                f"{r['dropped']} dropped: {r['path']}"
+            )
         )
     for name, v in summary["viewers"].items():
         if v["dropped"]:
@@ -154,6 +164,54 @@ def summary_table(summary: dict[str, Any]) -> RenderableType:
         parts.append(Text(f"{name} {', '.join(deaths)}", "yellow"))
     if summary["repeated"]:
         parts.append(Text(f"{summary['repeated']} predictions were made again after that, and counted once", "yellow"))
+    if summary["failed"]:
+        parts.append(Text(summary["failed"], "red"))
+    return Group(*parts)
+
+
+def verified(result: dict[str, Any]) -> RenderableType:
+    """What `verify` prints of a recording."""
+    ends, holes = result["ends"], result["holes"]
+    parts: list[RenderableType] = [
+        Text.assemble(
+            (f"{result['recording']}: {result['state']}", "bold green" if result["whole"] else "bold yellow"),
+            f", {result['seconds']:.1f} s, {sum(result['messages'].values())} messages, "
+            f"{result['predictions']} predictions; ends at {ends['at_s']:.1f} s, byte {ends['at_byte']} of "
+            f"{result['bytes']}: {ends['how']}",
+        )
+    ]
+    table = Table(header_style="dim")
+    for name in ("topic", "messages", "dropped", "by reason"):
+        table.add_column(name, justify="left" if name in ("topic", "by reason") else "right")
+    for topic in sorted(result["messages"].keys() | result["dropped"].keys()):
+        dropped = result["dropped"].get(topic, {})
+        reasons = ", ".join(f"{reason} {n}" for reason, n in dropped.items()) or "–"
+        table.add_row(topic, str(result["messages"].get(topic, 0)), str(sum(dropped.values())), reasons)
+    parts.append(table)
+    if result["counted_until_s"] is not None:
+        parts.append(Text(f"what was dropped is counted until {result['counted_until_s']:.1f} s", "dim"))
+    for hole in holes:
+        missing = ", ".join(f"{topic} {n}" for topic, n in hole["missing"].items())
+        parts.append(
+            Text(
+                f"{hole['file']}: nothing sound from byte {hole['from_byte']} to {hole['to_byte']}, "
+                f"after {hole['after_s']:.1f} s ({hole['why']})" + (f"; missing: {missing}" if missing else ""),
+                "yellow",
+            )
+        )
+    if result["repaired"]:
+        for hole in result["repaired"].get("holes", []):
+            missing = ", ".join(f"{topic} {n}" for topic, n in hole["missing"].items()) or "what came after"
+            parts.append(
+                Text(f"repaired: after {hole['after_s']:.1f} s of {hole['file']} missing: {missing}", "yellow")
+            )
+    for row in result["parts"]:
+        parts.append(
+            Text(
+                f"part {row['part']}: {row['recording']}, {row['state']}, {row['seconds']:.1f} s, "
+                f"{row['messages']} messages"
+            )
+        )
     return Group(*parts)
 
 

@@ -1,7 +1,8 @@
 """Envelope <-> bytes. Pure: no sockets, no clocks, and nothing that can run code.
 
 Three frames: the topic (so that a subscription is a prefix), a msgpack header, the payload's raw bytes.
-The header is the array [version, session, seq, event_ns, capture_ns, publish_ns, origin, dtype, shape];
+The header is the array [version, session, seq, event_ns, capture_ns, publish_ns, origin, dtype, shape, device_ns];
+the last may be missing, as it is in messages of the first release, and is 0 then.
 `dtype` is numpy's name of a little-endian number, or "" for plain bytes. The payloads of `session`, `tick`,
 `prediction` and `status` are JSON, whose forms stand at the end. Knows nothing about who sends or reads.
 """
@@ -39,17 +40,18 @@ class _Header(msgspec.Struct, array_like=True, frozen=True, gc=False):
     origin: Annotated[str, msgspec.Meta(max_length=256)]
     dtype: Annotated[str, msgspec.Meta(max_length=4)]
     shape: Annotated[tuple[Annotated[int, msgspec.Meta(ge=0, le=MAX_PAYLOAD_BYTES)], ...], msgspec.Meta(max_length=4)]
+    device_ns: Nanoseconds = 0
 
 
 _pack = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(_Header).decode
 
-# A stream's messages differ in four numbers and a length. We write these with a fixed width, so that the rest is the
+# A stream's messages differ in five numbers and a length. We write these with a fixed width, so that the rest is the
 # same bytes each time: what takes 0.1 ms from cold caches (two functions of msgspec, a pattern) is done once a stream.
 _INTS = struct.Struct(">BIBqBqBq")
 """seq, event_ns, capture_ns, publish_ns, each after its type in msgpack."""
-_LENGTH = struct.Struct(">BBI")
-"""The shape of a row, in msgpack."""
+_END = struct.Struct(">BBIBq")
+"""The shape of a row and device_ns, in msgpack."""
 _U32, _I64, _ROW = 0xCE, 0xD3, 0x91
 _KNOWN_AT_MOST = 1024
 _COPIED_AT_MOST_BYTES = 65_536
@@ -81,7 +83,7 @@ def _numbers_at(head: bytes | memoryview) -> int:
 
 def _around(session: str, origin: str, dtype: str) -> tuple[bytes, bytes]:
     """The header's bytes before and after its numbers."""
-    return b"\x99" + _pack(VERSION) + _pack(session), _pack(origin) + _pack(dtype)
+    return b"\x9a" + _pack(VERSION) + _pack(session), _pack(origin) + _pack(dtype)
 
 
 def encode(envelope: Envelope) -> list[bytes | memoryview]:
@@ -107,8 +109,9 @@ def encode(envelope: Envelope) -> list[bytes | memoryview]:
     numbers = _INTS.pack(
         _U32, envelope.seq, _I64, envelope.event_ns, _I64, envelope.capture_ns, _I64, envelope.publish_ns
     )
-    length = _LENGTH.pack(_ROW, _U32, shape[0]) if len(shape) == 1 else _pack(shape)
-    return [envelope.topic.encode(), b"".join((around[0], numbers, around[1], length)), body]
+    device_ns = envelope.device_ns
+    end = _END.pack(_ROW, _U32, shape[0], _I64, device_ns) if len(shape) == 1 else _pack(shape) + _pack(device_ns)
+    return [envelope.topic.encode(), b"".join((around[0], numbers, around[1], end)), body]
 
 
 def decode(frames: Sequence[bytes | memoryview], received_ns: int = 0) -> Envelope:
@@ -134,18 +137,27 @@ def _decode_known(
     """The envelope of one more message of a stream; None where it may be something else."""
     after = at + _INTS.size
     length = after + len(stream.after)
-    if len(head) != length + _LENGTH.size or head[after:length] != stream.after or len(body) > MAX_PAYLOAD_BYTES:
+    if len(head) != length + _END.size or head[after:length] != stream.after or len(body) > MAX_PAYLOAD_BYTES:
         return None
     u32, seq, first, event_ns, second, capture_ns, third, publish_ns = _INTS.unpack_from(head, at)
-    row, size, count = _LENGTH.unpack_from(head, length)
-    if (u32, first, second, third, row, size) != (_U32, _I64, _I64, _I64, _ROW, _U32):
+    row, size, count, last, device_ns = _END.unpack_from(head, length)
+    if (u32, first, second, third, row, size, last) != (_U32, _I64, _I64, _I64, _ROW, _U32, _I64):
         return None
     dtype = stream.dtype
     if count * (1 if dtype is None else dtype.itemsize) != len(body):
         return None
     payload = bytes(body) if dtype is None else np.frombuffer(body, dtype)
     return Envelope(
-        stream.topic, stream.session, seq, event_ns, capture_ns, publish_ns, payload, stream.origin, received_ns
+        stream.topic,
+        stream.session,
+        seq,
+        event_ns,
+        capture_ns,
+        publish_ns,
+        payload,
+        stream.origin,
+        received_ns,
+        device_ns,
     )
 
 
@@ -189,6 +201,7 @@ def _decode_any(
         payload,
         header.origin,
         received_ns,
+        header.device_ns,
     )
 
 
@@ -239,7 +252,9 @@ class StatusMessage(msgspec.Struct, frozen=True, omit_defaults=True):
     """The payload of `status/NODE`: how a process is doing."""
 
     node: str
-    state: Literal["starting", "ready", "open", "missing", "ended", "closed"]
+    state: Literal["starting", "ready", "open", "stale", "missing", "ended", "closed", "restarting", "failed"]
+    """Of a source: `stale` is silent for twice its period, `missing` is not there. `restarting` and `failed` (it died
+    too often) are the supervisor's words for a process that is dead."""
     pid: int = 0
     modality: str = ""
     reason: str = ""

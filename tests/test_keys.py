@@ -215,6 +215,7 @@ def test_a_session_with_keys(model: Path, tmp_path: Path) -> None:
         found = live.wait_for(lambda: re.search(r"bus: (\S+), port (\d+), server key (\S{40})", "".join(live.lines)))
         host, port, server = found.group(1), int(found.group(2)), found.group(3)
         assert server == ours.server
+        live.wait_for(lambda: any("shown this once" in line for line in live.lines))
         secret = (tmp_path / "token").read_text().strip()
         assert any(secret in line for line in live.lines), "a new token is shown"
         address = Address.at(host, port, theirs.keys(server))

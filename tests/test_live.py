@@ -14,7 +14,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from harness import Running, check_summary, descendants, recording_grows, run, ticks_of, verify
+from harness import COMMAND, Running, check_summary, descendants, recording_grows, run, ticks_of, verify
 
 from stream_mmrnn import encoders, sources
 from stream_mmrnn.recording import Recording
@@ -29,6 +29,10 @@ def test_live_equals_replay(model: Path, tmp_path: Path) -> None:
     assert summary["ticks"] == summary["predictions"] >= 70
     assert summary["recording"]["path"] == str(path)
     assert summary["recording"]["lost"] == 0
+    page = summary["viewers"]["dashboard"]
+    assert page["balanced"]
+    assert page["delivered"] > 0
+    assert summary["denied"] == {}
     assert all(s["delivered"] > 0 for s in summary["streams"].values())
     # the model takes nothing of a second person, so that none is made for it
     assert tuple(summary["streams"]) == sources.MODALITIES
@@ -358,6 +362,8 @@ def test_features_only(model: Path, tmp_path: Path) -> None:
     assert code == 0, err
     code, info, _ = run("info", path)
     assert info["raw"] is False
+    shown = subprocess.run([*COMMAND, "info", str(path)], capture_output=True, text=True, timeout=60).stdout
+    assert "features only (record.raw = false)" in shown
     assert not [c for c in info["channels"] if c.startswith("raw/")]
     verify(path, summary["predictions"])
     code, _, err = run("replay", path, "--from", "raw")
@@ -400,3 +406,74 @@ def test_the_session_ends_with_its_file(model: Path, tmp_path: Path) -> None:
     assert summary["streams"]["audio"]["state"] == "ended"
     assert summary["streams"]["audio"]["produced"] == 50
     assert 0.9 < summary["seconds"] < 5
+
+
+@proc_only
+@pytest.mark.parametrize(("victim", "goes_on"), [("text", True), ("clock", False), ("broker", False)])
+def test_who_dies_too_often_is_given_up(model: Path, tmp_path: Path, victim: str, goes_on: bool) -> None:
+    path, config = tmp_path / "a.mcap", tmp_path / "settings.toml"
+    config.write_text("[supervisor]\nmax_restarts = 1\nbackoff_s = 0.05\n")
+    with closing(session(model, path, "--config", config)) as live:
+        live.wait_for(lambda: recording_grows(path, 60_000))
+        [first] = live.wait_for(lambda: live.children(victim))
+        os.kill(first, signal.SIGKILL)
+        [second] = live.wait_for(lambda: [p for p in live.children(victim) if p != first])
+        os.kill(second, signal.SIGKILL)
+        said = live.wait_for(lambda: next((x for x in live.lines if "and was given up" in x), ""))
+        assert f"{victim}{'' if not goes_on else ':'} was killed by SIGKILL, for 2 times in 60 s" in said
+        if goes_on:
+            size = path.stat().st_size
+            live.wait_for(lambda: recording_grows(path, size + 60_000))
+            code, summary, _ = live.end()
+        else:
+            code, summary = live.finish()
+    assert code == (0 if goes_on else 1)
+    assert summary["given_up"].keys() == {victim}
+    assert bool(summary["failed"]) is not goes_on
+    recording = Recording(path)
+    assert len(list(recording.envelopes())) > 100
+    assert recording.damage == ""
+    assert recording.end["ended"] == ("the recorder was ended before the session" if victim == "broker" else "clean")
+
+
+def test_a_stream_that_freezes_is_stale_and_counted(model: Path, tmp_path: Path) -> None:
+    config = tmp_path / "settings.toml"
+    config.write_text("[synthetic]\nfreeze_every_s = 1.0\nfreeze_s = 0.5\n")
+    code, summary, err = run("live", "--config", config, "--source", "synthetic", "--duration", "3.2", "--model", model)
+    assert code == 0, err
+    for name in ("vision", "audio"):
+        stale = summary["streams"][name]["stale"]
+        assert stale["count"] >= 2
+        assert stale["seconds"] >= 2 * 0.3
+    assert summary["streams"]["text"]["stale"] == {"count": 0, "seconds": 0.0}
+
+
+@proc_only
+@pytest.mark.parametrize("verb", ["live", "record"])
+@pytest.mark.parametrize("to_group", [False, True])
+def test_a_signal_at_start_up_leaves_nothing(model: Path, tmp_path: Path, verb: str, to_group: bool) -> None:
+    """At moments that one start-up takes; tools/faults/stop.py does it at many more."""
+    for number, seconds in ((signal.SIGTERM, 0.1), (signal.SIGINT, 0.4), (signal.SIGTERM, 0.8)):
+        path, temporary = tmp_path / f"{seconds}.mcap", tmp_path / f"{seconds}"
+        temporary.mkdir()
+        args = ("live", "--model", model, "--record", path) if verb == "live" else ("record", path)
+        process = subprocess.Popen(
+            [*COMMAND, *map(str, args), "--source", "synthetic", "--json"],
+            env={**os.environ, "TMPDIR": str(temporary)},
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        # SIGTERM is the program's from its first line on
+        caught = f"/proc/{process.pid}/status"
+        while not int(next(x for x in Path(caught).read_text().splitlines() if "SigCgt" in x).split()[1], 16) & 1 << 14:
+            time.sleep(0.002)
+        time.sleep(seconds)
+        (os.killpg if to_group else os.kill)(process.pid, number)
+        assert process.wait(30) == 0
+        # onnxruntime leaves a file of its own there
+        assert [p.name for p in temporary.iterdir() if p.name != ".ses"] == []
+        if path.exists():
+            recording = Recording(path)
+            list(recording.envelopes())
+            assert recording.end
+            assert recording.damage == ""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,9 @@ def session_of(count: int) -> list[Envelope]:
 
         def add(topic: str, payload: object, origin: str = "", at: int = at, seq: int = i) -> None:
             session = topics.EVERYONE if topic == topics.CLOCK else "live"
-            out.append(Envelope(topic, session, seq, at, at + 1, at + 2, payload, origin))
+            # the microphone has a clock of its own, which lives in another year
+            device_ns = 77 * at + seq if topic.startswith("feature/") and "audio" in topic else 0
+            out.append(Envelope(topic, session, seq, at, at + 1, at + 2, payload, origin, 0, device_ns))
 
         add(topics.CLOCK, b"")
         if i == 0:
@@ -52,7 +55,7 @@ def session_of(count: int) -> list[Envelope]:
 
 
 def same(a: Envelope, b: Envelope) -> bool:
-    fields = ["topic", "session", "seq", "event_ns", "publish_ns", "origin"]
+    fields = ["topic", "session", "seq", "event_ns", "publish_ns", "origin", "device_ns"]
     if a.topic.startswith(topics.FEATURE):
         fields.append("capture_ns")
     payload = (
@@ -72,7 +75,7 @@ def write(path: Path, envelopes: list[Envelope], close: bool = True) -> Path:
         recorder.close({"ended": "clean", "lost": "{}"})
     else:
         recorder.sync()
-        recorder._file.close()
+        recorder._disk.close()
     return path
 
 
@@ -230,13 +233,14 @@ STAMPS = st.integers(-(2**63), 2**63 - 1)
 def near_messages(draw: st.DrawFn) -> bytes:
     """Ours, the same in another layout, and both with damage."""
     numbers = draw(st.lists(st.floats(width=32), max_size=draw(st.sampled_from([4, 40]))))
-    event, capture = draw(STAMPS), draw(STAMPS)
+    event, capture, device = draw(STAMPS), draw(STAMPS), draw(st.one_of(st.just(0), STAMPS))
     if draw(st.booleans()):
-        made = encode_features(Envelope("feature/audio", "s", 0, event, capture, 0, np.array(numbers, np.float32)))
+        values = np.array(numbers, np.float32)
+        made = encode_features(Envelope("feature/audio", "s", 0, event, capture, 0, values, "", 0, device))
     else:
-        made = FEATURES(event_ns=event, capture_ns=capture, values=numbers).SerializeToString()
+        made = FEATURES(event_ns=event, capture_ns=capture, values=numbers, device_ns=device).SerializeToString()
     if draw(st.booleans()):
-        made = made[: draw(st.sampled_from([9, 18, len(made)]))]
+        made = made[: draw(st.sampled_from([9, 18, 27, len(made)]))]
     content = bytearray(made)
     for _ in range(draw(st.integers(0, 2))):
         if content:
@@ -257,8 +261,9 @@ def test_features_are_read_as_protobuf_reads_them(message: bytes, before: bytes,
         with pytest.raises(RecordingError, match="no Features"):
             decode_features(before + message + after, at, end)
         return
-    event_ns, capture_ns, values = decode_features(before + message + after, at, end)
+    event_ns, capture_ns, values, device_ns = decode_features(before + message + after, at, end)
     assert (event_ns, capture_ns, values.dtype) == (expected.event_ns, expected.capture_ns, np.float32)
+    assert device_ns == expected.device_ns
     np.testing.assert_array_equal(values, np.array(expected.values, np.float32))
 
 
@@ -272,7 +277,7 @@ def test_the_clock_is_read_as_protobuf_reads_it(message: bytes, before: bytes, a
         with pytest.raises(RecordingError, match="no Clock"):
             decode_clock(before + message + after, at, end)
         return
-    assert decode_clock(before + message + after, at, end) == (expected.event_ns, None, b"")
+    assert decode_clock(before + message + after, at, end) == (expected.event_ns, None, b"", 0)
 
 
 @pytest.mark.parametrize("count", [0, 1, 31, 32, 4095, 4096, 600_000])
@@ -280,12 +285,14 @@ def test_features_of_any_length_are_read_where_they_lie(count: int) -> None:
     """Without protobuf, whatever the length of what says their length."""
     numbers = np.random.default_rng(0).standard_normal(count).astype(np.float32)
     numbers[::7] = np.nan
-    message = encode_features(Envelope("feature/audio", "s", 0, 5, 6, 0, numbers))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stream_mmrnn.formats._by_protobuf", None)
-        event_ns, capture_ns, values = decode_features(b"x" + message, 1, 1 + len(message))
-    assert (event_ns, capture_ns, values.tobytes()) == (5, 6, numbers.tobytes())
-    assert FEATURES.FromString(message).event_ns == 5
+    for device in (0, 7, -(2**63)):
+        message = encode_features(Envelope("feature/audio", "s", 0, 5, 6, 0, numbers, "", 0, device))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("stream_mmrnn.formats._by_protobuf", None)
+            event_ns, capture_ns, values, device_ns = decode_features(b"x" + message, 1, 1 + len(message))
+        assert (event_ns, capture_ns, device_ns, values.tobytes()) == (5, 6, device, numbers.tobytes())
+        assert FEATURES.FromString(message).event_ns == 5
+        assert FEATURES.FromString(message).device_ns == device
 
 
 def test_what_nobody_wants_is_not_read(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,7 +334,7 @@ def test_the_index_of_chunks_is_kept_on_the_disk_and_written_whole(
     from stream_mmrnn import recording as module
 
     def write(name: str) -> bytes:
-        recorder = module.Recorder(tmp_path / name, "a", {"x": "y"}, chunk_ms=0.0, fsync_ms=1e9)
+        recorder = module.Recorder(tmp_path / name, "a", {"x": "y"}, chunk_ms=0.0)
         recorder._offset_ns = 0
         for n in range(700):
             recorder.write(Envelope(topics.CLOCK, topics.EVERYONE, n, n + 1, n + 1, n + 1, b"", "", n + 1))
@@ -348,3 +355,59 @@ def test_the_index_of_chunks_is_kept_on_the_disk_and_written_whole(
 
     monkeypatch.setattr(module.tempfile, "TemporaryFile", no_folder)
     assert len(write("b.mcap")) == len(spooled)
+
+
+def test_a_wall_clock_that_is_set_stands_in_the_file_and_moves_no_stamp(tmp_path: Path) -> None:
+    """The recorder's own process, on a real bus, in threads of this one, whose wall clock is set while it writes."""
+    import threading
+    import time
+
+    from stream_mmrnn import config, nodes
+    from stream_mmrnn.bus import Address, Publisher
+    from stream_mmrnn.clock import now_ns
+
+    path = tmp_path / "a.mcap"
+    settings = config.parse({"record": {"path": str(path)}, "session": {"name": "s"}})
+    address = Address.create("ipc")
+    contexts = {
+        n: nodes.Context(n, settings, address, threading.Event(), threading.Event(), None)  # type: ignore[arg-type]
+        for n in ("broker", "clock", "recorder")
+    }
+    running = {n: threading.Thread(target=getattr(nodes, n), args=(c,)) for n, c in contexts.items()}
+    true, by = time.time_ns, [0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "time_ns", lambda: true() + by[0])
+        for name, thread in running.items():
+            thread.start()
+            assert contexts[name].ready.wait(20)
+        publisher = Publisher(address, 100)
+        assert publisher.wait_for_reader(topics.SESSION, 20)
+        at_ns = now_ns()
+        publisher.publish(topics.SESSION, "s", at_ns, at_ns, wire.pack(wire.SessionMessage("open", at_ns)))
+        sent = []
+        for k in range(60):
+            by[0] = 0 if k < 20 else 7_200_000_000_000
+            payload = np.zeros(81, "<f4")
+            sent.append(publisher.publish("feature/audio", "s", now_ns(), now_ns(), payload, "mel", 9**18 + k))
+            time.sleep(0.05)
+        publisher.publish(topics.CONTROL, "s", 0, 0, b"stop")
+        running["recorder"].join(20)
+        for name in ("clock", "broker"):
+            contexts[name].stop.set()
+            running[name].join(20)
+        publisher.close(0)
+        address.remove()
+    recording = Recording(path)
+    read = list(recording.envelopes({"feature/audio"}))
+    # not a stamp is other than it was sent, the device's own among them, though the wall clock went two hours on
+    assert all(same(a, b) for a, b in zip(sent, read, strict=True))
+    [(stepped_ns, step_ns)] = recording.wall_steps
+    assert abs(step_ns - 7_200_000_000_000) < 50_000_000
+    assert sent[19].publish_ns < stepped_ns < sent[59].publish_ns
+    assert recording.end["ended"] == "clean"
+    assert recording.started_unix_ns == pytest.approx(true(), abs=120e9)
+    with path.open("rb") as file:
+        times = [m.publish_time for _, _, m in make_reader(file).iter_messages(topics=["feature/audio"])]
+    assert [b - a for a, b in itertools.pairwise(times)] == [
+        b.publish_ns - a.publish_ns for a, b in itertools.pairwise(sent)
+    ]

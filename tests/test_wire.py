@@ -28,6 +28,7 @@ envelopes = st.builds(
     publish_ns=stamps,
     payload=st.binary(max_size=64) | arrays,
     origin=st.text(max_size=32),
+    device_ns=st.just(0) | stamps,
 )
 
 
@@ -35,7 +36,7 @@ envelopes = st.builds(
 def test_round_trip(envelope: Envelope) -> None:
     frames = [bytes(f) for f in wire.encode(envelope)]
     back = wire.decode(frames)
-    for field in ("topic", "session", "seq", "event_ns", "capture_ns", "publish_ns", "origin"):
+    for field in ("topic", "session", "seq", "event_ns", "capture_ns", "publish_ns", "origin", "device_ns"):
         assert getattr(back, field) == getattr(envelope, field)
     if isinstance(envelope.payload, bytes):
         assert back.payload == envelope.payload
@@ -70,7 +71,7 @@ def read(decode: Callable[..., Envelope], frames: list[bytes]) -> tuple[object, 
     except WireError as error:
         return str(error)
     payload = e.payload if isinstance(e.payload, bytes) else (e.payload.tobytes(), e.payload.dtype, e.payload.shape)
-    return (e.topic, e.session, e.seq, e.event_ns, e.capture_ns, e.publish_ns, e.origin, payload)
+    return (e.topic, e.session, e.seq, e.event_ns, e.capture_ns, e.publish_ns, e.origin, payload, e.device_ns)
 
 
 @given(st.lists(envelopes, max_size=4), envelopes, st.data())
@@ -147,3 +148,15 @@ def test_predictions_survive_json_bit_for_bit(values: list[float]) -> None:
 def test_payloads_that_are_no_json_are_refused(data: bytes) -> None:
     with pytest.raises(WireError):
         wire.unpack(data, wire.StatusMessage)
+
+
+def test_the_devices_stamp_travels_and_a_message_without_one_is_read() -> None:
+    """The header has grown by one number: a release that knows nothing of it sends none and reads past it."""
+    stamped = Envelope("raw/audio", "a", 1, 2, 3, 4, b"x", "o", 0, -(2**63))
+    topic, head, body = wire.encode(stamped)
+    assert wire.decode([topic, head, body]) == stamped
+    fields = msgspec.msgpack.decode(head)
+    assert len(fields) == 10
+    first = wire.decode([topic, msgspec.msgpack.encode(fields[:9]), body])
+    assert first == msgspec.structs.replace(stamped, device_ns=0)
+    assert wire.decode([topic, msgspec.msgpack.encode([*fields, "later"]), body]) == stamped

@@ -428,7 +428,7 @@ def _node(node: _Node, now_ns: int) -> dict[str, Any]:
         "modality": node.modality,
         "reason": node.reason,
         "age_ms": age_ms,
-        "silent": node.state not in ("closed", "ended") and age_ms > _SILENT_MS["node"],
+        "silent": node.state not in ("closed", "ended", "failed") and age_ms > _SILENT_MS["node"],
         "counts": node.counts,
     }
 

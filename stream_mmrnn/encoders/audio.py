@@ -111,7 +111,7 @@ class AudioEncoder:
                 self._in_hop = 0
                 self._hop /= np.float32(32768)
                 end_ns = sample.event_ns - (len(block) - at) * _SAMPLE_NS
-                done.append(Sample(end_ns, sample.capture_ns, self._complete()))
+                done.append(Sample(end_ns, sample.capture_ns, self._complete(), sample.device_ns))
         return done
 
     def _complete(self) -> FloatArray:

@@ -86,4 +86,6 @@ class ImageEncoder:
         """The picture's features, with its times; raises WireError where it cannot be decoded."""
         cv2.cvtColor(shrink(sample.data), cv2.COLOR_BGR2RGB, dst=self._binding.inputs["image"][0])
         self._binding.run()
-        return [Sample(sample.event_ns, sample.capture_ns, self._binding.outputs["features"][0].copy())]
+        return [
+            Sample(sample.event_ns, sample.capture_ns, self._binding.outputs["features"][0].copy(), sample.device_ns)
+        ]

@@ -75,4 +75,4 @@ class TextEncoder:
             np.clip(ids, 0, len(self._vectors) - 1, out=ids)
             np.sum(self._vectors[ids].astype(np.float32), axis=0, dtype=np.float32, out=vector)
             vector /= np.float32(len(ids))
-        return [Sample(sample.event_ns, sample.capture_ns, vector)]
+        return [Sample(sample.event_ns, sample.capture_ns, vector, sample.device_ns)]

@@ -231,14 +231,15 @@ class Microphone:
             if block.lost:
                 self.info["overflows"] += 1
                 clock.lost()
-            smooth_ns = clock.stamp(frames, block.now_ns + self._end_after_callback_ns(block.offset_s, frames))
+            device_ns = block.now_ns + self._end_after_callback_ns(block.offset_s, frames)
+            smooth_ns = clock.stamp(frames, device_ns)
             event_ns = min(smooth_ns, block.now_ns)  # nothing ends after we have it, whatever the average says
             self.info["jumps"] = clock.jumps
             if resampler is None:
-                yield Sample(event_ns, block.now_ns, data)
+                yield Sample(event_ns, block.now_ns, data, device_ns)
             else:
                 for sound, end_ns in resampler.feed(data, event_ns):
-                    yield Sample(end_ns, block.now_ns, sound)
+                    yield Sample(end_ns, block.now_ns, sound, device_ns)
 
     def _end_after_callback_ns(self, offset_s: float, frames: int) -> int:
         """When the block ended, relative to the callback: its first sample's age (negative) plus its length."""

@@ -20,7 +20,19 @@ MEANING = {
     r"numpy_over_engine_(\d+)": "the step in numpy over the engine, hidden {0}",
     r"engine_over_memory_roofline_(\d+)": "the engine over the time to read the weights from memory once, hidden {0}"
     " (below 1: they come from a cache)",
-    r"int8_over_fp32_(\d+)": "8-bit weights over fp32, hidden {0}, hot",
+    r"torch_gru_over_bare_(\d+)": "the same over the bare graph: what an engine that takes no time would be"
+    " measured at,"
+    " hidden {0}",
+    r"int8_over_fp32_(\d+)": "8-bit weights (`int8`) over fp32, hidden {0}, hot",
+    r"int8_batch_over_fp32_(\d+)": "8-bit weights for many sessions (`int8_batch`) over fp32, one session, hidden {0},"
+    " hot",
+    r"int8_bare_over_fp32_bare_(\d+)": "8-bit weights over fp32, both graphs bare, hidden {0}",
+    r"int8_reading_over_fp32_reading_(\d+)": "the time to read 8-bit weights again and again over that for fp32,"
+    " hidden {0}",
+    r"int8_batch_drift_rms_(\d+)": "RMS of the states' difference, `int8_batch` against fp32, 10,000 steps in"
+    " closed loop,"
+    " hidden {0}",
+    r"int8_batch_drift_rms_last_tenth_(\d+)": "the same over the last 1,000 steps, hidden {0}",
     r"int8_drift_rms_(\d+)": "RMS of the states' difference, 8-bit weights against fp32, 10,000 steps in closed loop,"
     " hidden {0}",
     r"int8_drift_rms_last_tenth_(\d+)": "the same over the last 1,000 steps, hidden {0}",
@@ -30,11 +42,19 @@ MEANING = {
     r"silero_wrapper_over_engine": "silero VAD's own onnx wrapper over the same file in the engine",
     r"silero_iterator_over_engine": "silero VAD's own VADIterator (onnx) over the same file in the engine",
     r"in_graph_over_copied_(\d+)": "gather and scatter inside the graph over copying with numpy, {0} of 1,024 rows",
+    r"silero_wrapper_over_graph": "its onnx wrapper over the graph alone, bound once: what an engine that takes no time"
+    " would be measured at",
+    r"silero_jit_over_graph": "its jit model over the graph alone",
     r"silero_jit_over_engine": "silero VAD's own jit model over the engine",
     r"sessions_per_core_(\w+)": "sessions a core at 25 Hz with p99 below the tick, {0}, 2 layers of 256",
+    r"sessions_of_the_graph_alone_(\w+)": "sessions a core if nothing but the graph took time, in its largest"
+    " batch, {0}",
     r"loop_over_batched": "256 single runs of the bound graph over one call of the engine for 256 sessions",
     r"triton_p50_over_ours_(\d+)": "Triton's Python backend over the engine in the caller's process, {0} sessions",
     r"triton_p50_over_ours_bus_(\d+)": "Triton's Python backend over ours across processes, {0} sessions",
+    r"triton_p50_over_bare_hops_(\d+)": "Triton's Python backend over two hops through ZeroMQ's own proxy,"
+    " which neither"
+    " align nor step, {0} sessions",
     r"pytriton_p50_over_ours_(\d+)": "the same with pytriton's own way of binding, {0} sessions",
     r"pytriton_p50_over_ours_bus_(\d+)": "pytriton over ours across processes, {0} sessions",
     r"audio_to_prediction_(p\d+)_ms": "from an audio block's end to a readable prediction, {0}, ms: worker, broker,"
@@ -54,6 +74,8 @@ MEANING = {
     r"camera_picture_transport_share": "share that carrying the JPEG itself would have",
     r"replay_times_real_time": "replay of one session from features, times real time, compared with the recording",
     r"replay_times_real_time_(\d+)": "{0} sessions in lock step, session-seconds a second, files read",
+    r"replay_times_real_time_step_alone": "the same if nothing but the step took time",
+    r"replay_times_real_time_(\d+)_step_alone": "the same if nothing but stepping {0} sessions together took time",
     r"replay_times_real_time_identical|replay_times_real_time_\d+_identical": "1: every prediction is the recorded one",
     r"train_(\w+)_times_nn_gru": "training: `{0}` over torch's `nn.GRU`, ticks a second at 1,024 ticks",
 }
@@ -122,6 +144,15 @@ def stages(document: Document) -> str:
     return "\n\n".join(out)
 
 
+def parts(document: Document) -> str:
+    """What a replay is made of, each part alone."""
+    rows = ["| sessions | read, us a tick and session | align | step |", "| --- | --- | --- | --- |"]
+    for row in document["rows"]:
+        if us := row.get("us_a_tick"):
+            rows.append(f"| {row['sessions']} | {us['read']:.1f} | {us['align']:.1f} | {us['step']:.1f} |")
+    return "\n".join(rows)
+
+
 def _where(document: Document) -> str:
     m = document["machine"]
     ort = m.get("onnxruntime-gpu") or m.get("onnxruntime") or "?"
@@ -154,36 +185,37 @@ def _missed(told: Mapping[str, Document]) -> str:
 
 
 REASONS: dict[str, str] = {
-    r"torch_gru_over_engine_256": "The engine's step is within a few percent of the bare graph, so what is missing is"
-    " torch's: its eager step takes 0.1 ms here. Why that is nearer than when the bound was set is not known.",
-    r"int8_over_fp32_(512|1024)": "fp32 takes less than reading its weights from memory would"
-    " (`engine_over_memory_roofline` below 1), so it reads them from a cache, and 8 bits have less to save. Not"
-    " measured"
-    " on a machine with a smaller cache.",
-    r"silero_(wrapper|jit)_over_engine": "The graph alone took 62 us (`session.run`, by hand, not in this suite) of the"
-    " engine's 66, so a faster engine would not reach it.",
-    r"sessions_per_core_int8": "Measured by hand, not in this suite: at 64 rows the 8-bit graph takes 8.2 us a"
-    " row and the"
-    " fp32 one 7.7, so 8 bits gain nothing there, and 8.2 us alone allow 4,900 sessions.",
-    r"triton_p50_over_ours_bus_16": "Looked at once by hand: of our 0.44 ms at 16 sessions 0.19 are the two ways"
-    " over the"
-    " broker and 0.1 the step. In the caller's own process the engine is several times as fast"
-    " (`triton_p50_over_ours`).",
-    r"audio_to_prediction_(p50|p99)(_fifo)?_ms": "By the stages above, the two ways over the broker (`transport` and"
-    " `deliver`) and the worker (`encode`: its two graphs take 0.16 to 0.21 ms prewarmed, by hand) are most of it."
-    " SCHED_FIFO does not help on idle cores. What in the ways could be saved was not looked into.",
+    r"torch_gru_over_engine_256": "The limit is the graph: `torch_gru_over_bare_256` is what an engine that"
+    " takes no time"
+    " would be measured at. Why torch's eager step (0.1 ms here) is nearer than when the bound was set is not known.",
+    r"int8_over_fp32_(512|1024)": "The limit is the graph: without any engine the ratio is `int8_bare_over_fp32_bare`."
+    " fp32 takes less than reading its weights from memory would (`engine_over_memory_roofline` below 1), so it reads"
+    " them from a cache, and 8 bits have less to save. Not measured on a machine with a smaller cache.",
+    r"silero_(wrapper|jit)_over_engine": "The limit is the graph: `silero_wrapper_over_graph` and"
+    " `silero_jit_over_graph`"
+    " are what an engine that takes no time would be measured at.",
+    r"triton_p50_over_ours_bus_16": "`triton_p50_over_bare_hops_16` is what a server that computes nothing"
+    " behind the same"
+    " two ways over a proxy would be measured at; the aligner, the step and our messages come on top of it. In the"
+    " caller's own process the engine is several times as fast (`triton_p50_over_ours`).",
+    r"audio_to_prediction_(p50|p99)(_fifo)?_ms": "`audio_bare_hops` is the part of it that a sleep and two ways over"
+    " ZeroMQ's own proxy take with nothing of ours on them, in the same run. The rest are the stages above. The slowest"
+    " hundredth moves from run to run between 1.2 and 2.8 ms; with `supervisor.priority` it holds (further below).",
     r"audio_to_prediction_p99_busy2_ms": "At normal priority; with `supervisor.priority` it holds: the two"
     " sections after"
     " this one.",
-    r"ours_ipc_over_dora_2kb_paced": "Ours passes a broker, which gives all readers one order; without one, plain"
-    " pyzmq is"
-    " in the table above.",
-    r"replay_times_real_time": "A step waits for the one before it, and one of `turn_taking` takes 75 us also in a hot"
-    " loop: that alone allows 530 times real time, so this model cannot reach the bound on this machine. All else"
-    " is 50 us"
-    " a tick (9 messages), in Python.",
-    r"replay_times_real_time_16": "Of 47 us a tick and session, 22 are reading each session's file, in Python, and 26"
-    " aligning and stepping in batches of 16.",
+    r"ours_ipc_over_dora_2kb_paced": "`zmq_proxy_ipc_over_dora_2kb_paced` is the part that one order for all"
+    " readers costs"
+    " with nothing of ours on it: ZeroMQ's own proxy between plain sockets. Ours adds numbers, stamps, types"
+    " and checks in Python,"
+    " which cost little from hot caches and much from cold ones: compare `ours_ipc` with `zmq_proxy_ipc`, hot"
+    " and paced.",
+    r"replay_times_real_time": "The limit is the step: one waits for the one before it, so"
+    " `replay_times_real_time_step_alone` is the most that this model can reach on this machine.",
+    r"replay_times_real_time_16": "The parts, each alone, are in the table above: reading each session's file, aligning"
+    " and stepping. The step alone would allow `replay_times_real_time_16_step_alone`; reading and aligning"
+    " nine messages"
+    " a tick in Python take more than it.",
 }
 """By the stable name: what is known of the limit where a bound is not reached; what was measured by hand is called
 so."""
@@ -205,6 +237,7 @@ def write(told: Mapping[str, Document], runs: Mapping[str, Sequence[str]], plots
             runs,
             of("step", ratios),
             _STEP,
+            _INT8,
             of("step", latencies, ("what", "contender", "mode")),
             shown("step_"),
         ),
@@ -249,7 +282,7 @@ def write(told: Mapping[str, Document], runs: Mapping[str, Sequence[str]], plots
             of("transport", latencies, ("contender", "size", "mode")),
             _RING,
         ),
-        _section("Replay", "replay", told, runs, of("replay", ratios), _REPLAY),
+        _section("Replay", "replay", told, runs, of("replay", ratios), of("replay", parts), _REPLAY),
         _section("Training", "train", told, runs, of("train", ratios)),
         _GPU,
         "## Bounds that do not hold\n\n" + _missed(told),
@@ -290,6 +323,12 @@ it wants the right to it."""
 _RING = """**No shared-memory ring was built or tried.** The camera's frame crosses as the JPEG that was captured
 (about 30 kB), and only to who shows or records it; the prediction waits for its 1,280 features (5 kB). The shares above
 say what a perfect transport could gain of the whole way: about a tenth. No raw frame crosses processes."""
+
+_INT8 = """Two kinds of 8-bit weights (`export --int8` writes both). `int8` is MatMulNBits, the fastest for one session;
+its bits differ with the size of the batch. `int8_batch` multiplies integers where a matrix meets a state or what a tanh
+says, so its products are exact, a session's bits are the same in every batch, and many sessions take about half the
+time:
+it is what `bench sessions` measures. Up to 2026-11-24 that was `int8`, and 3,584 sessions."""
 
 _REPLAY = """One session is one chain of steps: nothing can be batched, and a step's own time bounds it. Many sessions
 in lock step are stepped together."""

@@ -1,0 +1,73 @@
+"""SIGINT and SIGTERM of a command as a question that can be asked: the first asks for an end in order, the second ends.
+
+Imports nothing of ours and nothing slow: it is there before anything else is. Knows nothing about verbs, nor about what
+it means to end in order.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_NUMBERS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Let both signals wait until the block is left; a process that is born in it is born with both held back."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows, where nobody sends them to single processes
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _NUMBERS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def ignore() -> None:
+    """From now on neither signal does anything to this process, held back or not."""
+    for number in _NUMBERS:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _NUMBERS)
+
+
+class Ending:
+    """Whether this process was asked to end; the first signal asks, a second one ends it at once.
+
+    As long as `in_order` says that nothing has begun that must be brought to an end, the first one ends it at once,
+    too, with exit code 0. A process that is ended by its second signal has exit code 130.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.in_order: Callable[[], bool] = lambda: False
+        self.at_once: Callable[[], None] = lambda: None
+        """Leaves nothing behind, whatever is going on: it is called in the middle of anything."""
+
+    def watch(self) -> None:
+        """Take both signals; from the main thread."""
+        for number in _NUMBERS:
+            signal.signal(number, self._come)
+
+    def alive(self) -> bool:
+        """True until a signal came."""
+        return not self.asked
+
+    def _come(self, *_: Any) -> None:
+        first, self.asked = not self.asked, True
+        if first and self.in_order():
+            return
+        ignore()  # nothing may come between
+        try:
+            self.at_once()
+        finally:
+            os._exit(0 if first else 130)
+
+
+ENDING = Ending()
+"""This process's own: signals are sent to a process, not to one of its parts."""
