@@ -55,7 +55,7 @@ class Ledger(msgspec.Struct, frozen=True):
         def table(name: str) -> Any:
             try:
                 return msgspec.json.decode(metadata.get(name, "{}"), type=hints[name])
-            except msgspec.MsgspecError:
+            except (msgspec.MsgspecError, ValueError, RecursionError):
                 return {}
 
         hints = get_type_hints(cls)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -26,7 +26,7 @@ import zstandard
 from mcap.data_stream import ReadDataStream, RecordBuilder
 from mcap.exceptions import McapError
 from mcap.opcode import Opcode
-from mcap.records import Channel, ChunkIndex, Metadata, Schema
+from mcap.records import Channel, ChunkIndex, Metadata, MetadataIndex, Schema
 from mcap.writer import CompressionType, IndexType, Writer
 
 from stream_mmrnn import topics, wire
@@ -128,7 +128,7 @@ def _stream(data: bytes) -> ReadDataStream:
 
 
 class _Indexes:
-    """The writer's index of chunks, on the disk until the file's end: in memory an hour of it is 20 MB.
+    """An index that the writer keeps, on the disk until the file's end: of chunks an hour is 20 MB in memory.
 
     The writer appends to it and goes through it once. What the disk does not take stays in memory.
     """
@@ -139,7 +139,7 @@ class _Indexes:
         self._kept = 0
         """Bytes that are in the file, whole records all."""
 
-    def append(self, index: ChunkIndex) -> None:
+    def append(self, index: ChunkIndex | MetadataIndex) -> None:
         builder = RecordBuilder()
         index.write(builder)
         self._waiting.append(builder.end())  # type: ignore[no-untyped-call]
@@ -225,8 +225,9 @@ class Recorder:
             index_types=IndexType.ALL,
         )
         with contextlib.suppress(OSError):
-            file = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115  # has no name: it goes with the process
-            cast(Any, self._writer)._Writer__chunk_indices = _Indexes(file)
+            for kind in ("chunk_indices", "metadata_indexes"):
+                file = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115  # has no name: it goes with the process
+                setattr(self._writer, f"_Writer__{kind}", _Indexes(file))
         self._writer.start(profile="", library=LIBRARY)
         self._offset_ns = clock.wall_offset_ns() if wall_offset_ns is None else wall_offset_ns
         self._schemas: dict[str, int] = {}

@@ -263,6 +263,11 @@ def info(path: Path) -> dict[str, Any]:
         channel["rate_hz"] = round(channel["messages"] / ((last_ns - first_ns) / 1e9), 2) if last_ns > first_ns else 0.0
     m = recording.metadata
     said = Ledger.of(recording.end or recording.so_far)
+    try:
+        lost = msgspec.json.decode(recording.end.get("lost", "{}"), type=dict[str, int])
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        lost = {}
+        recording.damage = recording.damage or f"{path.name} has a damaged end: what it lost cannot be read"
     return {
         "recording": str(path),
         "bytes": path.stat().st_size,
@@ -273,7 +278,7 @@ def info(path: Path) -> dict[str, Any]:
         "raw": m.get("raw") == "true",
         "wall_steps": [{"at_ns": at_ns, "step_ns": step_ns} for at_ns, step_ns in recording.wall_steps],
         "channels": dict(sorted(channels.items())),
-        "lost": said.by_reason(LOST) or msgspec.json.decode(recording.end.get("lost", "{}")),
+        "lost": said.by_reason(LOST) or lost,
         "dropped": said.dropped,
         "ended": recording.end.get("ended", "not finished"),
         "whole": not recording.damage and bool(recording.end),

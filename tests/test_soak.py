@@ -9,7 +9,7 @@ import pytest
 
 from tools.faults.determinism import _Sum
 from tools.faults.soak import _grown
-from tools.soak.run import hour_slope, least, look, medians
+from tools.soak.run import hour_slope, least, look, medians, step_slope
 
 
 def test_a_steady_growth_is_seen_under_what_comes_and_goes() -> None:
@@ -19,6 +19,14 @@ def test_a_steady_growth_is_seen_under_what_comes_and_goes() -> None:
     assert hour_slope(least(held), 20.0) == pytest.approx(0.01 * 3600 / 20, rel=0.15)
     flat = [(t / 2, 20.0 + 5.0 * (rng.random() < 0.3)) for t in range(120)]
     assert hour_slope(least(flat), 20.0) == pytest.approx(0.0, abs=0.01)
+
+
+def test_a_step_is_no_leak_and_a_leak_is_no_step() -> None:
+    step = [(t / 2, 20.0 + 5.0 * (t > 70)) for t in range(120)]
+    assert step_slope(step, 20.0) == 0.0
+    assert hour_slope(least(step), 20.0) > 1.0
+    leak = [(t / 2, 20.0 + t / 2 * 0.01 + 5.0 * (t > 70)) for t in range(120)]
+    assert step_slope(leak, 20.0) == pytest.approx(0.01 * 3600 / 20, rel=0.15)
 
 
 def test_medians_of_parts() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tools.faults.promise import Figure, Say
-from tools.soak.run import after_warm_up, hour_slope, least, medians, soak
+from tools.soak.run import after_warm_up, hour_slope, least, medians, soak, step_slope
 
 TITLE = "Soak"
 NOT_PROMISED = (
@@ -29,11 +29,22 @@ def figures(seconds: float, speed: float, say: Say, quick: bool = False, warm_up
     slopes = {n: hour_slope(least([(s.at_s, s.uss_mb) for s in samples]), speed) for n, samples in held.items()}
     say(", ".join(f"{n} {slope:+.3f} MB/h" for n, slope in slopes.items()))
     say(f"{hours:.2f} h, {found.predictions} predictions, {found.sessions} sessions came and went")
-    # in seconds there is more of the allocator's noise than of an hour's growth
+    # a machine that stands still for a moment fills queues, whose memory stays: a step that comes once
     yield Figure(
         "soak_memory_mb_per_h",
-        f"growth of {', '.join(held)} together per hour of event time (USS), {of}",
+        f"growth of {', '.join(held)} together per hour of event time (USS), steps and all, {of}",
         sum(slopes.values()),
+        "MB",
+        1.0,
+        timed=True,
+    )
+    steady = {n: step_slope([(s.at_s, s.uss_mb) for s in samples], speed) for n, samples in held.items()}
+    say("between one look and the next: " + ", ".join(f"{n} {slope:+.3f} MB/h" for n, slope in steady.items()))
+    # in seconds there is more of the allocator's noise than of an hour's growth
+    yield Figure(
+        "soak_steady_mb_per_h",
+        "the same without steps: what the middle one of the twelfths of the time grew by",
+        sum(steady.values()),
         "MB",
         1.0,
         timed=quick,

@@ -339,6 +339,16 @@ def least(points: list[tuple[float, float]], parts: int = 10) -> list[tuple[floa
     return [min(points[at : at + size], key=lambda p: p[1]) for at in range(0, len(points), size)]
 
 
+def step_slope(points: list[tuple[float, float]], speed: float, parts: int = 12) -> float:
+    """Growth per hour of event time from each part of the time to the next, the median of them.
+
+    A leak grows in each part; what a crowded moment left behind, in one.
+    """
+    low = least(points, parts)
+    steps = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(low) if b[0] > a[0]]
+    return float(np.median(steps)) * 3600.0 / speed if steps else 0.0
+
+
 def medians(points: list[tuple[float, float]], seconds: float, parts: int = 20) -> list[tuple[float, float]]:
     """The median of each part of the time."""
     out = []
