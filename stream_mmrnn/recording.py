@@ -13,6 +13,7 @@ import os
 import re
 import struct
 import tempfile
+import weakref
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from io import BytesIO
@@ -135,6 +136,7 @@ class _Indexes:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
+        weakref.finalize(self, file.close)
         self._waiting: list[bytes] = []
         self._kept = 0
         """Bytes that are in the file, whole records all."""

@@ -112,3 +112,8 @@ def raws(kind: Kind) -> list[str]:
 
 def feature(modality: str) -> str:
     return FEATURE + modality
+
+
+def counted_as(topic: str) -> str:
+    """Under which name a message is counted: all statuses are one, because what follows the prefix is the sender's."""
+    return topic if topic in TOPICS else STATUS

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -136,18 +136,20 @@ def _uncounted(reader: dict[str, Any], witness: dict[str, Any]) -> tuple[int, in
     """Messages that the reader missed, by the witness; and by how many its own counts are off, over all topics."""
     there, had = _streams(witness["got"]), _streams(reader["got"])
     first = {(topic, session): seq for topic, session, seq in reader["first"]}
-    missed = off = 0
+    true: Counter[str] = Counter()
+    before: Counter[str] = Counter()
     for topic, sessions in had.items():
-        true = before = 0
+        name = topics.counted_as(topic)
         for session, seqs in sessions.items():
             begin = first[topic, session]
-            true += sum(begin <= seq <= max(seqs) and seq not in seqs for seq in there[topic][session])
+            true[name] += sum(begin <= seq <= max(seqs) and seq not in seqs for seq in there[topic][session])
             # a session's streams begin with it: what was sent before the reader was heard of is counted as lost
-            before += begin if session != topics.EVERYONE else 0
-        counts = reader["tally"][topic]
-        counted = counts["produced"] - counts["delivered"] - counts["waiting"] - before
-        missed += true
-        off += abs(true - counted)
+            before[name] += begin if session != topics.EVERYONE else 0
+    off = 0
+    for name in {topics.counted_as(topic) for topic in had}:
+        counts = reader["tally"][name]
+        off += abs(true[name] - (counts["produced"] - counts["delivered"] - counts["waiting"] - before[name]))
+    missed = true.total()
     return missed, off
 
 
@@ -155,7 +157,7 @@ def _wrong_sums(reader: dict[str, Any]) -> int:
     """Topics of which produced = delivered + waiting + dropped is not so, or not what was handed out."""
     handed: dict[str, int] = defaultdict(int)
     for topic, *_ in reader["got"]:
-        handed[topic] += 1
+        handed[topics.counted_as(topic)] += 1
     wrong = 0
     for topic, counts in reader["tally"].items():
         parts = sum(n for name, n in counts.items() if name != "produced")
