@@ -109,8 +109,9 @@ class Address:
                     for i, socket in enumerate(sockets[1:], 1):
                         socket.bind(f"tcp://{_bracketed(host)}:{first + i}")
                     return cls.at(host, first, keys)._with_journal()
-                except zmq.ZMQError:
-                    continue  # one of them is taken
+                except zmq.ZMQError:  # one of them is taken
+                    for socket in sockets:
+                        socket.close(0)
         except zmq.ZMQError as e:
             raise ProcessError(f"the bus cannot bind {host}: {e}; give bus.host an address of this machine") from e
         finally:
@@ -155,8 +156,9 @@ _LARGE = (*topics.raws("vision"), *topics.raws("audio"))
 
 def _free_on_loopback() -> str:
     context = zmq.Context()
+    socket = context.socket(zmq.PUB)
     try:
-        return f"tcp://{LOOPBACK}:{context.socket(zmq.PUB).bind_to_random_port(f'tcp://{LOOPBACK}')}"
+        return f"tcp://{LOOPBACK}:{socket.bind_to_random_port(f'tcp://{LOOPBACK}')}"
     finally:
         context.destroy(linger=0)
 
