@@ -126,6 +126,8 @@ class HostRows:
             raise
         except Exception as e:  # onnxruntime raises a dozen types of its own
             raise ModelError(f"{self.graph.path} cannot be run in batches: {str(e)[:200]}") from e
+        if most == 1:
+            same.add(1)  # a session that is alone here has nobody whose bits it could share
         good = [b for b in self.buckets if b.size in same]
         needed = next(b.size for b in good if b.size >= most)
         kept = [b for b in good if b.size <= needed]
