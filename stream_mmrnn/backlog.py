@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict, deque
 from typing import Literal
 
+from stream_mmrnn import topics
 from stream_mmrnn.types import Envelope
 
 Keeping = Literal["latest", "drop_oldest"]
@@ -33,7 +34,7 @@ class Backlog:
 
     def drop(self, envelope: Envelope, reason: Reason) -> None:
         """Count one that nobody will be given."""
-        self.dropped.setdefault(envelope.topic, Counter())[reason] += 1
+        self.dropped.setdefault(topics.counted(envelope.topic), Counter())[reason] += 1
 
     def put(self, envelope: Envelope) -> None:
         if self._queue is None:
@@ -55,7 +56,7 @@ class Backlog:
         if not len(self):
             return None
         envelope = self._pop()
-        self.delivered[envelope.topic] += 1
+        self.delivered[topics.counted(envelope.topic)] += 1
         return envelope
 
     def clear(self) -> None:
@@ -65,4 +66,5 @@ class Backlog:
 
     def waiting(self) -> Counter[str]:
         """How many wait, by topic."""
-        return Counter(e.topic for e in (self._newest.values() if self._queue is None else self._queue))
+        held = self._newest.values() if self._queue is None else self._queue
+        return Counter(topics.counted(e.topic) for e in held)

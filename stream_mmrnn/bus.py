@@ -431,8 +431,7 @@ class Gaps:
         expected = self._next.get(key)
         if expected is None:
             expected = self._unseen(key, seq)
-        if topic not in topics.TOPICS:
-            topic = topics.STATUS  # whatever follows the prefix is the sender's to choose
+        topic = topics.counted(topic)
         self.received[topic] = self.received.get(topic, 0) + 1
         if seq > expected:
             self.lost[topic] = self.lost.get(topic, 0) + seq - expected
@@ -623,7 +622,13 @@ class Subscriber:
         `produced` is what the sequence numbers say was sent; `lost` what never reached us.
         """
         backlog = self._backlog
-        waiting = backlog.waiting() if backlog is not None else {self._next.topic: 1} if self._next is not None else {}
+        waiting = (
+            backlog.waiting()
+            if backlog is not None
+            else {topics.counted(self._next.topic): 1}
+            if self._next is not None
+            else {}
+        )
         found: dict[str, dict[str, int]] = {}
         for topic, received in self.gaps.received.items():
             lost, waits = self.gaps.lost.get(topic, 0), waiting.get(topic, 0)

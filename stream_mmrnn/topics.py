@@ -101,6 +101,11 @@ def kind_of(topic: str) -> Kind | None:
     return MODALITIES[row.modality].kind if row and row.modality else None
 
 
+def counted(topic: str) -> str:
+    """What a message is counted as: all statuses are one, for what follows their prefix is the sender's to choose."""
+    return topic if topic in TOPICS else STATUS
+
+
 def raw(modality: str) -> str:
     return RAW + modality
 
