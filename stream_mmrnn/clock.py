@@ -25,27 +25,6 @@ def wall_offset_ns() -> int:
     return best[1]
 
 
-class Sparingly:
-    """Says of each key at most once in a second that it may be spoken of: what comes from outside fills no log.
-
-    Bounded: of more keys than 256 none is told from the others.
-    """
-
-    def __init__(self, period_ns: int = 1_000_000_000) -> None:
-        self._period_ns = period_ns
-        self._next_ns: dict[str, int] = {}
-        self.unsaid = 0
-
-    def __call__(self, key: str, at_ns: int) -> bool:
-        if key not in self._next_ns and len(self._next_ns) >= 256:
-            key = ""
-        if at_ns < self._next_ns.get(key, at_ns):
-            self.unsaid += 1
-            return False
-        self._next_ns[key] = at_ns + self._period_ns
-        return True
-
-
 _LOOK_NS = 1_000_000_000
 _STEP_NS = 20_000_000
 """A wall clock that is only slewed goes at most half a millisecond a second astray."""
@@ -70,6 +49,27 @@ class WallClock:
             return 0
         self.steps += 1
         return step_ns
+
+
+class Sparingly:
+    """Says of each key at most once in a second that it may be spoken of: what comes from outside fills no log.
+
+    Bounded: of more keys than 256 none is told from the others.
+    """
+
+    def __init__(self, period_ns: int = 1_000_000_000) -> None:
+        self._period_ns = period_ns
+        self._next_ns: dict[str, int] = {}
+        self.unsaid = 0
+
+    def __call__(self, key: str, at_ns: int) -> bool:
+        if key not in self._next_ns and len(self._next_ns) >= 256:
+            key = ""
+        if at_ns < self._next_ns.get(key, at_ns):
+            self.unsaid += 1
+            return False
+        self._next_ns[key] = at_ns + self._period_ns
+        return True
 
 
 class DeviceClock:

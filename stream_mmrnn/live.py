@@ -118,7 +118,10 @@ class Session:
             "latency_ms": self._latency.table(),
             "recording": {
                 "path": recorder.detail.get("path", ""),
-                **{k: recorder.counts.get(k, 0) for k in ("messages", "bytes", "lost", "dropped")},
+                "messages": recorder.counts.get("messages", 0),
+                "bytes": recorder.counts.get("bytes", 0),
+                "lost": recorder.counts.get("lost", 0),
+                "dropped": recorder.counts.get("dropped", 0),
             }
             if recorder
             else None,

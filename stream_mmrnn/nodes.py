@@ -39,9 +39,9 @@ _JOURNAL_MS = 50
 """The journal takes what has come this often: woken for each message it would take a core from who is in haste."""
 _PREWARM_PERIOD_NS = 200_000_000
 """What comes less often than this is not expected at a time that could be named."""
+_JOURNAL_NICE = 5
 _MAX_NODES = 64
 """Processes whose last status a recording keeps."""
-_JOURNAL_NICE = 5
 
 
 class Context:

@@ -54,14 +54,14 @@ METADATA_SO_FAR = "stream_mmrnn.so_far"
 """Every few seconds: what was dropped until there, which channels there are and, now and then, the first metadata once
 more, so that a file that never gets an end or loses its head says it too."""
 FORMAT = "1"
-_MAX_CHUNK_BYTES = 64 * 2**20
+LIBRARY = "stream_mmrnn"
+MAX_RECORD_BYTES = 256 * 2**20
+_HEAD_PERIOD_NS = 10_000_000_000
+MAX_CHUNK_BYTES = 64 * 2**20
 """Of the records of one chunk: ours close at 1 MiB, and the longest message adds 16."""
 _INDEXES_AT_ONCE = 256
 _MAX_CHANNELS = 1024
 """A channel is a topic and who made it. Our own sessions have some twenty."""
-LIBRARY = "stream_mmrnn"
-MAX_RECORD_BYTES = 256 * 2**20
-_HEAD_PERIOD_NS = 10_000_000_000
 
 MAGIC = b"\x89MCAP0\r\n"
 _OURS = (Opcode.CHUNK, Opcode.METADATA)
@@ -389,7 +389,7 @@ def unpack_chunk(chunk: bytes) -> bytes:
     compression = chunk[_CHUNK.size : at].decode()
     (length,) = _LENGTH.unpack_from(chunk, at)
     at += _LENGTH.size
-    if size > _MAX_CHUNK_BYTES:
+    if size > MAX_CHUNK_BYTES:
         raise RecordingError(f"it says that it holds {size} bytes")
     if at + length > len(chunk):
         raise RecordingError("its records are longer than it is")

@@ -139,11 +139,11 @@ class Supervisor:
         self.opened_ns = self.closed_ns = 0
         self.first_prediction_ns = 0
         self._page_port = 0
-        self._sparingly = Sparingly()
         self.begun = False
         """True from the first process on that has something to bring to an end: a file, a session."""
         self.failed = ""
         """Why the session cannot go on, as one sentence."""
+        self._sparingly = Sparingly()
 
     def _table(self, with_engine: bool) -> Iterator[Node]:
         """Every process; the order is the start order."""

@@ -244,7 +244,8 @@ def test_a_session_with_keys(model: Path, tmp_path: Path) -> None:
     denied = summary["denied"]["broker"]
     # the stranger, the viewer that would publish, the one whose key was removed; the plain client goes on trying
     assert denied["key_not_allowed"] == 3
-    assert denied["no_key"] >= 1
+    # a connection may break off before it has shown what is wrong with it
+    assert denied.get("no_key", 0) + denied.get("unfinished", 0) >= 1
     assert set(denied) <= {"key_not_allowed", "no_key", "unfinished"}
     data = path.read_bytes() + json.dumps(summary).encode() + "".join(live.lines).encode()
     assert ours.keys().secret.encode() not in data

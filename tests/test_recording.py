@@ -326,37 +326,6 @@ def test_a_chunk_is_read_up_to_its_damaged_message(tmp_path: Path, opened: bytes
     assert "damaged record" in recording.damage
 
 
-def test_the_index_of_chunks_is_kept_on_the_disk_and_written_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from mcap.reader import make_reader
-
-    from stream_mmrnn import recording as module
-
-    def write(name: str) -> bytes:
-        recorder = module.Recorder(tmp_path / name, "a", {"x": "y"}, chunk_ms=0.0)
-        recorder._offset_ns = 0
-        for n in range(700):
-            recorder.write(Envelope(topics.CLOCK, topics.EVERYONE, n, n + 1, n + 1, n + 1, b"", "", n + 1))
-            recorder.keep(2**61 + n)
-        recorder.close({})
-        with (tmp_path / name).open("rb") as file:
-            summary = make_reader(file).get_summary()
-            assert summary is not None
-            assert [c.message_start_time for c in summary.chunk_indexes] == list(range(1, 701))
-            file.seek(0)
-            assert len(list(make_reader(file).iter_messages())) == 700
-        return (tmp_path / name).read_bytes()
-
-    spooled = write("a.mcap")
-
-    def no_folder(dir: Path) -> None:
-        raise OSError
-
-    monkeypatch.setattr(module.tempfile, "TemporaryFile", no_folder)
-    assert len(write("b.mcap")) == len(spooled)
-
-
 def test_a_wall_clock_that_is_set_stands_in_the_file_and_moves_no_stamp(tmp_path: Path) -> None:
     """The recorder's own process, on a real bus, in threads of this one, whose wall clock is set while it writes."""
     import threading
@@ -411,3 +380,34 @@ def test_a_wall_clock_that_is_set_stands_in_the_file_and_moves_no_stamp(tmp_path
     assert [b - a for a, b in itertools.pairwise(times)] == [
         b.publish_ns - a.publish_ns for a, b in itertools.pairwise(sent)
     ]
+
+
+def test_the_index_of_chunks_is_kept_on_the_disk_and_written_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mcap.reader import make_reader
+
+    from stream_mmrnn import recording as module
+
+    def write(name: str) -> bytes:
+        recorder = module.Recorder(tmp_path / name, "a", {"x": "y"}, chunk_ms=0.0)
+        recorder._offset_ns = 0
+        for n in range(700):
+            recorder.write(Envelope(topics.CLOCK, topics.EVERYONE, n, n + 1, n + 1, n + 1, b"", "", n + 1))
+            recorder.keep(2**61 + n)
+        recorder.close({})
+        with (tmp_path / name).open("rb") as file:
+            summary = make_reader(file).get_summary()
+            assert summary is not None
+            assert [c.message_start_time for c in summary.chunk_indexes] == list(range(1, 701))
+            file.seek(0)
+            assert len(list(make_reader(file).iter_messages())) == 700
+        return (tmp_path / name).read_bytes()
+
+    spooled = write("a.mcap")
+
+    def no_folder(dir: Path) -> None:
+        raise OSError
+
+    monkeypatch.setattr(module.tempfile, "TemporaryFile", no_folder)
+    assert len(write("b.mcap")) == len(spooled)
