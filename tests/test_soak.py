@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import mmap
-import os
-import threading
-from pathlib import Path
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -37,23 +35,33 @@ def test_medians_of_parts() -> None:
     assert hour_slope(found, 1.0) == pytest.approx(36.0, rel=0.05)
 
 
+TAKER = """
+import os, sys, threading
+input()
+held = [open(os.devnull) for _ in range(5)]
+taken = os.urandom(1 << 23)
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+print("taken", flush=True)
+input()
+"""
+
+
 def test_a_process_is_seen_to_take_files_threads_and_memory() -> None:
-    before = look(os.getpid(), 0.0)
-    held = [Path(os.devnull).open() for _ in range(5)]  # noqa: SIM115
-    taken = mmap.mmap(-1, 8 * 2**20)  # of its own: the allocator may have what it needs already
-    taken.write(b"x" * len(taken))
-    stop = threading.Event()
-    thread = threading.Thread(target=stop.wait)
-    thread.start()
-    after = look(os.getpid(), 1.0)
-    stop.set()
-    thread.join()
-    for file in held:
-        file.close()
-    size = len(taken)
-    taken.close()
+    with subprocess.Popen(
+        [sys.executable, "-c", "print('here', flush=True)" + TAKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdin is not None
+        child.stdout.readline()
+        before = look(child.pid, 0.0)
+        child.stdin.write(b"\n")
+        child.stdin.flush()
+        child.stdout.readline()
+        after = look(child.pid, 1.0)
+        child.kill()
     assert (after.fds - before.fds, after.threads - before.threads) == (5, 1)
-    assert after.uss_mb - before.uss_mb > 0.9 * size / 2**20
+    assert after.uss_mb - before.uss_mb > 7.5
+    assert look(child.pid, 2.0) == (2.0, 0.0, 0, 0)
     assert _grown([before.fds] * 4 + [after.fds] * 4) == 5
     assert _grown([3, 5, 3, 5, 3, 5, 3, 5]) == 0
 

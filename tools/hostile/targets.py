@@ -346,8 +346,9 @@ class _Text:
             self.send(data, rng)
         except OSError as e:
             raise WireError(str(e)) from e
-        if number % self.EVERY == self.EVERY - 1:
-            self._check(number)
+        finally:
+            if number % self.EVERY == self.EVERY - 1:
+                self._check(number)
 
     def _check(self, number: int) -> None:
         self._came.clear()
