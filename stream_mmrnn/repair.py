@@ -105,7 +105,7 @@ class Account:
             self._next[topic] = (message.seq + 1, self._hole)
 
     def _compare(self, note: Note, broken: bool) -> None:
-        if note.name not in (METADATA_SO_FAR, METADATA_END) or "produced" not in note.metadata:
+        if note.name not in (METADATA_SO_FAR, METADATA_END) or not note.metadata.keys() >= {"produced", "checksum"}:
             return
         self.told = Ledger.of(note.metadata)
         self.told_at_ns = number(note.metadata, "at_ns")

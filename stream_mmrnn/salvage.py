@@ -42,6 +42,7 @@ from stream_mmrnn.recording import (
 _SIGNS = re.compile(rb"\x04\x00\x00\x00zstd.{8}\x28\xb5\x2f\xfd|.\x00\x00\x00" + METADATA.encode(), re.DOTALL)
 """What stands near the beginning of a chunk and of metadata of ours."""
 _BEFORE_CHUNK_SIGN = RECORD.size + 28
+_HEAD_KEYS = {"session", "wall_offset_ns", "started_ns"}
 _MAX_TRIES = 10_000
 """Signs that may lead nowhere, in one file; a file that is made of them is no recording."""
 _WINDOW_BYTES = 4 * 2**20
@@ -319,6 +320,11 @@ class Salvage:
         self.chunks = 0
         copies: dict[str, str] = {}
         self._read(copies)
+        if self.so_far:  # of a release that checks its metadata: what has no checksum lost it
+            self.head = self.head if "checksum" in self.head else {}
+            self.end = self.end if "checksum" in self.end else {}
+        if not self.head.keys() >= _HEAD_KEYS:
+            self.head = {}
         self.head_damaged = not self.head
         self.head = self.head or copies
         for channel_id in self.channels.keys() & self.names.keys():
@@ -372,7 +378,7 @@ class Salvage:
             self.head = self.head or note.metadata
         elif note.name == METADATA_END:
             self.end = note.metadata
-        elif note.name == METADATA_SO_FAR:
+        elif note.name == METADATA_SO_FAR and "checksum" in note.metadata:
             self.so_far = note.metadata
             try:
                 copies.update(msgspec.json.decode(note.metadata.get("head", "{}"), type=dict[str, str]))

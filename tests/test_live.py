@@ -33,6 +33,9 @@ def test_live_equals_replay(model: Path, tmp_path: Path) -> None:
     assert page["balanced"]
     assert page["delivered"] > 0
     assert summary["denied"] == {}
+    assert summary["recording"]["lost"] == summary["recording"]["dropped"] == 0
+    code, result, err = run("verify", path)
+    assert (code, result["predictions"], result["adds_up"]) == (0, summary["predictions"], True), err
     assert all(s["delivered"] > 0 for s in summary["streams"].values())
     # the model takes nothing of a second person, so that none is made for it
     assert tuple(summary["streams"]) == sources.MODALITIES
@@ -256,6 +259,15 @@ def test_a_killed_recorder_loses_nothing_that_was_written(model: Path, tmp_path:
     assert first["different"] == 0
     code, info, _ = run("info", second)
     assert (code, info["ended"]) == (0, "clean")
+    code, result, err = run("verify", path)
+    assert (code, result["state"], [p["part"] for p in result["parts"]]) == (3, "cut off", [2])
+    assert "was cut off at byte" in err
+    joined = tmp_path / "joined.mcap"
+    code, done, err = run("repair", path, joined)
+    assert code == 0, err
+    there = [(e.topic, e.seq) for e in Recording(joined).envelopes()]
+    assert there == [(e.topic, e.seq) for p in (path, second) for e in Recording(p).envelopes()]
+    assert done["result"]["predictions"] > 0
 
 
 @proc_only

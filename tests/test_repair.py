@@ -304,6 +304,20 @@ def test_a_lost_head_is_in_the_file_again(whole: Path, tmp_path: Path) -> None:
     assert {**was.metadata, "checksum": ""} == {"part": "1", **read.metadata, "checksum": ""}
 
 
+@pytest.mark.parametrize("word", [b"session", b"checksum", b"wall_offset_ns", b"format"])
+def test_a_head_that_lost_a_word_and_its_checksum_is_not_believed(whole: Path, tmp_path: Path, word: bytes) -> None:
+    content = whole.read_bytes()
+    end = extents(whole)[0][0]
+    head = content[:end].replace(b"checksum", bytes(8)).replace(word, bytes(len(word)))
+    path, out = tmp_path / "a.mcap", tmp_path / "out.mcap"
+    path.write_bytes(head + content[end:])
+    assert verify(path)["state"] == "damaged"
+    assert verify(path)["session"] == "live"
+    repair(path, out)
+    assert keys(out) == keys(whole)
+    assert Recording(out).metadata["wall_offset_ns"] == "7"
+
+
 def test_a_wrong_index_is_found_and_mended(whole: Path, tmp_path: Path) -> None:
     """Our reader does not use it, others do."""
     content = bytearray(whole.read_bytes())
