@@ -577,6 +577,8 @@ class Subscriber:
                 self._measure_way(envelope)
             there = self._socket.poll(0, zmq.POLLIN)
         self._looked_ns = now_ns()
+        if self._looked_ns - at_ns > _AWAY_NS and self._way_ns is not None:
+            self._return(backlog, self._looked_ns, self._looked_ns - at_ns)  # stopped in the middle of it
 
     def _return(self, backlog: Backlog, at_ns: int, away_ns: int) -> None:
         if not self._untold:
