@@ -82,6 +82,28 @@ class Stepper(Protocol[Out]):
     def step(self, ticks: Sequence[Tick]) -> Sequence[Out]: ...
 
 
+class NoEngine:
+    """A stepper that predicts nothing: it hands the ticks on."""
+
+    def __init__(self) -> None:
+        self._open: set[str] = set()
+
+    def __contains__(self, session: str) -> bool:
+        return session in self._open
+
+    def open(self, session: str) -> None:
+        self._open.add(session)
+
+    def reset(self, session: str) -> None:
+        """Nothing is kept that could be reset."""
+
+    def close(self, session: str) -> None:
+        self._open.discard(session)
+
+    def step(self, ticks: Sequence[Tick]) -> Sequence[Tick]:
+        return ticks
+
+
 def predict(
     envelopes: Iterable[Envelope],
     aligner: Aligner,

@@ -25,7 +25,7 @@ from stream_mmrnn.clock import now_ns
 from stream_mmrnn.engine import StepEngine
 from stream_mmrnn.errors import FileError, ProcessError
 from stream_mmrnn.live import Session
-from stream_mmrnn.pipeline import predict
+from stream_mmrnn.pipeline import NoEngine, predict
 from stream_mmrnn.recording import Recording
 from stream_mmrnn.runtime import Provider
 from stream_mmrnn.types import Envelope, Prediction, Tick
@@ -101,28 +101,6 @@ class _Lockstep:
         self.compared = [c.summary() for c in comparisons.values()]
 
 
-class _Nothing:
-    """A stepper that answers every tick with the tick: what is left of a replay without the network."""
-
-    def __init__(self) -> None:
-        self._open: set[str] = set()
-
-    def __contains__(self, session: str) -> bool:
-        return session in self._open
-
-    def open(self, session: str) -> None:
-        self._open.add(session)
-
-    def reset(self, session: str) -> None:
-        """It has no state."""
-
-    def close(self, session: str) -> None:
-        self._open.discard(session)
-
-    def step(self, ticks: Sequence[Tick]) -> Sequence[Tick]:
-        return ticks
-
-
 def _parts(path: Path, count: int, rounds: int, provider: Provider) -> dict[str, float]:
     """Microseconds a tick and session of what a replay of `count` sessions is made of, each alone and in turn."""
     lockstep = _Lockstep(path, count, provider)
@@ -133,7 +111,7 @@ def _parts(path: Path, count: int, rounds: int, provider: Provider) -> dict[str,
 
     def align() -> list[Tick]:
         aligner = Aligner.of(spec.modalities, spec.tick_ns, lockstep.align)
-        return list(predict(merged, aligner, _Nothing(), more=lambda: True, batch=count))
+        return list(predict(merged, aligner, NoEngine(), more=lambda: True, batch=count))
 
     ticks = align()
     for session in {t.session for t in ticks}:

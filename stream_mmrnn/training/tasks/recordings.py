@@ -18,7 +18,7 @@ from stream_mmrnn.align import Aligner
 from stream_mmrnn.encoders.audio import SPEECH
 from stream_mmrnn.engine import MAX_AGE_S
 from stream_mmrnn.errors import ConfigError, FileError
-from stream_mmrnn.pipeline import predict
+from stream_mmrnn.pipeline import NoEngine, predict
 from stream_mmrnn.recording import Recording
 from stream_mmrnn.replay import settings_of
 from stream_mmrnn.training.data import Array, Task, Ticks, cut
@@ -30,28 +30,6 @@ SOURCES = {"classification": "label", "activity_projection": "speech", "hazard":
 """Where a head's targets come from, unless the recipe's `data.options.targets` says otherwise."""
 NOTHING = ("", "none")
 """Labels that say that there is none."""
-
-
-class _Collector:
-    """An engine that predicts nothing: it hands the ticks on."""
-
-    def __init__(self) -> None:
-        self._open: set[str] = set()
-
-    def __contains__(self, session: str) -> bool:
-        return session in self._open
-
-    def open(self, session: str) -> None:
-        self._open.add(session)
-
-    def reset(self, session: str) -> None:
-        """Nothing is kept that could be reset."""
-
-    def close(self, session: str) -> None:
-        self._open.discard(session)
-
-    def step(self, ticks: Sequence[Tick]) -> Sequence[Tick]:
-        return ticks
 
 
 class Events:
@@ -89,7 +67,7 @@ def ticks_of(path: Path, specs: Sequence[ModalitySpec], tick_ns: int) -> tuple[l
     settings = settings_of(recording)
     aligner = Aligner.of(specs, tick_ns, settings.align)
     wanted = {topics.CLOCK, topics.SESSION, *(topics.feature(s.name) for s in specs)}
-    ticks = list(predict(recording.envelopes(wanted), aligner, _Collector()))
+    ticks = list(predict(recording.envelopes(wanted), aligner, NoEngine()))
     if not ticks:
         raise FileError(f"{path} holds no ticks; was anything recorded?")
     quarantined = {n: c.quarantined for n, c in aligner.counts.items() if c.quarantined and not c.used}
