@@ -576,11 +576,10 @@ def recorder(context: Context) -> None:
             break
         elif envelope.session in (file.session, topics.EVERYONE):
             opened = opened or envelope.topic == topics.SESSION
-            while opened and not again(envelope):
-                if spool.put(envelope) or not context.alive():
-                    break
-                reporter.keep()
-                time.sleep(0.005)
+            if opened and not again(envelope):  # asked once: whoever waits for room is no repetition of itself
+                while not spool.put(envelope) and context.alive():
+                    reporter.keep()
+                    time.sleep(0.005)
     end = {
         "ended": how,
         "repeated": msgspec.json.encode({t: r.count for t, r in repeats.items() if r.count}).decode(),

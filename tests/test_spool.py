@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stream_mmrnn import topics, wire
+from stream_mmrnn import config, nodes, topics, wire
+from stream_mmrnn.bus import Address, Publisher
 from stream_mmrnn.disk import Disk
 from stream_mmrnn.ledger import CLOSING, LOST, REFUSED, SLOW, UNWRITABLE, Ledger
 from stream_mmrnn.recording import Recorder, Recording
@@ -342,3 +344,45 @@ def test_whatever_the_disk_does_the_sums_hold(
     made.disk.open.set()
     assert made.close()
     check(made, dict(produced))
+
+
+def test_a_prediction_that_had_to_wait_for_room_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recorder's node on a real bus, whose queue has no room at the first try: nothing is a repetition."""
+    path = tmp_path / "a.mcap"
+    asked = config.parse({"record": {"path": str(path), "policy": "block"}, "session": {"name": "s"}})
+    address = Address.create("ipc")
+    contexts = {
+        n: nodes.Context(n, asked, address, threading.Event(), threading.Event(), None)  # type: ignore[arg-type]
+        for n in ("broker", "clock", "recorder")
+    }
+    put, tried = Spool.put, set[tuple[str, int]]()
+
+    def full_at_first(self: Spool, envelope: Envelope) -> bool:
+        key = (envelope.topic, envelope.seq)
+        if key in tried:
+            return put(self, envelope)
+        tried.add(key)
+        return False
+
+    monkeypatch.setattr(Spool, "put", full_at_first)
+    running = {n: threading.Thread(target=getattr(nodes, n), args=(c,)) for n, c in contexts.items()}
+    for name, thread in running.items():
+        thread.start()
+        assert contexts[name].ready.wait(20)
+    publisher = Publisher(address, 100)
+    assert publisher.wait_for_reader(topics.SESSION, 20)
+    publisher.publish(topics.SESSION, "s", 1, 1, wire.pack(wire.SessionMessage("open", 1)))
+    for k in range(5):
+        for topic in (topics.PREDICTION, topics.TICK):
+            publisher.publish(topic, "s", k, k, msgspec.json.encode({"event_ns": k, "tick": k}))
+    publisher.publish(topics.CONTROL, "s", 0, 0, b"stop")
+    running["recorder"].join(20)
+    for name in ("clock", "broker"):
+        contexts[name].stop.set()
+        running[name].join(20)
+    publisher.close(0)
+    address.remove()
+    recording = Recording(path)
+    assert [e.seq for e in recording.envelopes({topics.PREDICTION})] == list(range(5))
+    assert [e.seq for e in recording.envelopes({topics.TICK})] == list(range(5))
+    assert recording.end["repeated"] == "{}"
