@@ -393,8 +393,8 @@ def unpack_chunk(chunk: bytes) -> bytes:
     at += _LENGTH.size
     if size > MAX_CHUNK_BYTES:
         raise RecordingError(f"it says that it holds {size} bytes")
-    if at + length > len(chunk):
-        raise RecordingError("its records are longer than it is")
+    if at + length != len(chunk):  # a wrong length of the whole would end it in the middle of the next one
+        raise RecordingError("its records are not as long as it is")
     records = memoryview(chunk)[at : at + length]
     if compression == "zstd":
         # the library gives as much memory as the frame asks for, whatever limit it is told

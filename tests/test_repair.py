@@ -244,6 +244,18 @@ def test_damage_costs_only_the_chunks_that_it_hits(
     check_saved(path, folder / "out.mcap", must, keys(whole))
 
 
+def test_a_chunk_that_says_it_is_longer_costs_no_other(whole: Path, tmp_path: Path) -> None:
+    content, chunks = bytearray(whole.read_bytes()), extents(whole)
+    for number, (begin, _, _) in enumerate(chunks):
+        for bit in range(8):
+            changed = bytearray(content)
+            changed[begin + 2] ^= 1 << bit  # of its length
+            path = tmp_path / f"{number}.{bit}.mcap"
+            path.write_bytes(changed)
+            must = [k for n, (_, _, ks) in enumerate(chunks) if n != number for k in ks]
+            check_saved(path, path.with_suffix(".out.mcap"), must, keys(whole))
+
+
 @settings(max_examples=60)
 @given(st.data())
 def test_bytes_that_are_gone_or_too_many_do_not_mislead(
