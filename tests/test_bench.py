@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ from stream_mmrnn.bench import (
     transport,
 )
 from stream_mmrnn.bench.busy import beside
-from stream_mmrnn.bench.machine import Processes, machine
+from stream_mmrnn.bench.machine import Processes, _stolen_s, machine
 from stream_mmrnn.bench.plots import Curve, Pictures
 from stream_mmrnn.bench.reader import Seen
 from stream_mmrnn.engine import StepEngine
@@ -131,6 +132,23 @@ def test_the_cpu_time_of_a_child_that_ended_is_its_parents() -> None:
     assert strange.other_cpu is not None
     assert used.other_cpu is not None
     assert strange.other_cpu > used.other_cpu
+
+
+@linux
+def test_what_the_host_took_is_counted_with_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken_s = iter((5.0, 95.0))
+    monkeypatch.setattr("stream_mmrnn.bench.machine._stolen_s", lambda: next(taken_s))
+    used = Processes().used()
+    assert used.other_cpu is not None
+    assert used.other_cpu > 0.15
+    assert used.busiest_other == "the host"
+
+
+def test_time_that_was_stolen_is_the_kernels_eighth_number(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("stream_mmrnn.bench.machine._PROC", tmp_path)
+    assert _stolen_s() == 0.0
+    (tmp_path / "stat").write_text("cpu  87328 126 17537 176343 884 0 909 7341 0 0\ncpu0 1 2 3 4\n")
+    assert _stolen_s() == 7341 / os.sysconf("SC_CLK_TCK")
 
 
 def test_without_proc_nothing_is_claimed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from tools.faults.__main__ import SUBJECTS, line, subject
+from tools.faults.__main__ import SUBJECTS, keep, kept, line, subject
 from tools.faults.promise import Figure
 from tools.faults.text import page
 
@@ -29,7 +31,7 @@ def test_figures_that_do_not_hold_say_so() -> None:
     assert Figure("a_e", "what", 3, "", 2, ">=").held
 
 
-def test_the_page_names_figures_bounds_and_what_is_not_promised() -> None:
+def test_the_page_names_figures_bounds_and_what_is_not_promised(tmp_path: Path) -> None:
     class Fake:
         TITLE = "Title of it"
         NOT_PROMISED = ("The moon.",)
@@ -37,10 +39,15 @@ def test_the_page_names_figures_bounds_and_what_is_not_promised() -> None:
     figure = Figure("a_c_s", "what was done", 0.7, "s", 0.5)
     document = {
         "when": "2000-01-01",
-        "machine": {"cpu": "c", "cores": 1, "kernel": "k", "python": "3"},
-        "subjects": {"a": {"figures": [{**figure._asdict(), "held": figure.held}], "seconds": 1.0}},
+        "machine": {"cpu": "c", "instructions": "avx2", "cores": 1, "kernel": "k", "python": "3"},
+        "subjects": {
+            "state": {"figures": [{**figure._asdict(), "held": figure.held}], "seconds": 1.0, "other_cpu": 0.4}
+        },
     }
-    text = page(document, {"a": Fake()})  # type: ignore[dict-item]
+    keep(tmp_path, "state", document)
+    text = page(kept(tmp_path), {"state": Fake(), "stop": Fake()})  # type: ignore[dict-item]
+    assert "2000-01-01, 1 s on 1 cores of c (avx2), Python 3; all others used 40 % of a core." in text
+    assert text.count("Not run.") == 1
     assert "## Title of it" in text
     assert "| `a_c_s` | what was done | 0.7 s | ≤ 0.5 s | **no** |" in text
     assert "- The moon." in text

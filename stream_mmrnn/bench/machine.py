@@ -18,6 +18,9 @@ from typing import Any, NamedTuple
 _PROC = Path("/proc")
 _ENOUGH_S = 0.5
 """The kernel counts CPU time in hundredths of a second: over this long, 0.15 of a core is 7 of them."""
+_INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm", "sve")
+"""What decides how fast a matrix is multiplied, as the kernel calls it; a CPU's name alone often hides it."""
+_HOST = "the host"
 _PACKAGES = ("onnxruntime-gpu", "onnxruntime", "numpy", "pyzmq")
 
 
@@ -55,6 +58,15 @@ def _snapshot() -> dict[int, _Process]:
     return {pid: process for pid, process in found if process is not None}
 
 
+def _stolen_s() -> float:
+    """CPU time that a virtual machine wanted and its host gave to others, of all cores since the start."""
+    try:
+        fields = (_PROC / "stat").read_text().split(None, 9)
+    except OSError:
+        return 0.0
+    return int(fields[8]) / os.sysconf("SC_CLK_TCK") if len(fields) > 8 and fields[8].isdigit() else 0.0
+
+
 def _family(snapshot: dict[int, _Process], roots: Collection[int]) -> set[int]:
     """The processes of `roots` and all that descend from them."""
     children: dict[int, list[int]] = {}
@@ -77,7 +89,7 @@ class Usage(NamedTuple):
     rss_mb: dict[str, float]
     """Resident memory at the second moment, shared pages included."""
     other_cpu: float | None
-    """The share of all processes that are not ours; None where it cannot be read."""
+    """The share of all that are not ours: processes, and what the host took from us; None where it cannot be read."""
     busiest_other: str
 
     def row(self) -> dict[str, Any]:
@@ -94,7 +106,7 @@ class Processes:
     def __init__(self, roots: Collection[int] = ()) -> None:
         self._roots = roots or (os.getpid(),)
         self._began_s = time.monotonic()
-        self._before = _snapshot()
+        self._before, self._stolen_s = _snapshot(), _stolen_s()
 
     def used(self, at_least_s: float = _ENOUGH_S) -> Usage:
         """Until now. Others are watched for `at_least_s` in all: of less, the kernel's counts say nothing."""
@@ -122,17 +134,22 @@ class Processes:
         others = {pid: p.cpu_s + p.reaped_s for pid, p in now.items() if pid not in ours}
         others_before = {pid: p.cpu_s + p.reaped_s for pid, p in self._before.items() if pid not in ours_before}
         used_s = max(sum(others.values()) - sum(others_before.values()), 0.0)
-        busiest = max(others, key=lambda pid: others[pid] - others_before.get(pid, 0.0), default=None)
-        return round(used_s / seconds, 3), now[busiest].name if busiest is not None and used_s else ""
+        stolen_s = max(_stolen_s() - self._stolen_s, 0.0)
+        each_s = {pid: cpu_s - others_before.get(pid, 0.0) for pid, cpu_s in others.items()}
+        pid = max(each_s, key=lambda pid: each_s[pid], default=None)
+        busiest = _HOST if pid is None or stolen_s > each_s[pid] else now[pid].name
+        return round((used_s + stolen_s) / seconds, 3), busiest if used_s + stolen_s else ""
 
 
-def _cpu_model() -> str:
+def _cpu() -> tuple[str, str]:
+    """Its name, and those of its instructions that matter here."""
     try:
         lines = (_PROC / "cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.machine()
+        return platform.processor() or platform.machine(), ""
+    said = dict(reversed([[p.strip() for p in line.split(":", 1)] for line in lines if ":" in line]))
+    flags = (said.get("flags") or said.get("Features") or "").split()
+    return said.get("model name") or platform.machine(), " ".join(i for i in _INSTRUCTIONS if i in flags)
 
 
 def _versions() -> dict[str, str]:
@@ -148,10 +165,12 @@ def _versions() -> dict[str, str]:
 def machine() -> dict[str, Any]:
     """What a reader must know of the machine to judge a figure; nothing that names it or its owner."""
     memory_bytes = None
+    cpu, instructions = _cpu()
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu,
+        "instructions": instructions,
         "cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gb": round(memory_bytes / 1e9, 1) if memory_bytes else None,

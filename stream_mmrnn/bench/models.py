@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from stream_mmrnn import onnx_bytes
 from stream_mmrnn.contract import METADATA_KEY, NEXT, STATE, write_contract
+from stream_mmrnn.integer_columns import STATE_SCALE, STATE_ZERO, integer_columns
 from stream_mmrnn.onnx_bytes import initializer, node
 from stream_mmrnn.types import HeadSpec, ModalitySpec
 
@@ -27,9 +28,9 @@ _MICROSOFT, _BLOCK = "com.microsoft", 128
 
 Kind: TypeAlias = Literal["fp32", "int8", "int8_batch"]
 """Of the cells' matrices: as they are; 8 bits with a scale for each 128 numbers (MatMulNBits, integer arithmetic:
-accuracy level 4), the fastest for one row; or 8 bits with a scale for each column, where the other side is a state:
-it lies between -1 and 1, so it is 8 bits by a fixed scale, the product is exact in integers, and rows neither get in
-each other's way nor differ in their bits with the size of the batch."""
+accuracy level 4), the fastest for one row; or `integer_columns`, where the other side is a state: it lies between -1
+and 1, so it is 8 bits by a fixed scale, the product is exact in integers, and rows neither get in each other's way nor
+differ in their bits with the size of the batch."""
 
 Weights: TypeAlias = dict[str, npt.NDArray[np.float32]]
 
@@ -91,8 +92,8 @@ def gru_step(hidden: int, seed: int = 0, *, kind: Kind = "fp32") -> bytes:
         node("Softmax", ("logits",), (f"head.{HEAD}",), "softmax", axis=1),
         *(initializer(name, array) for name, array in held.items() if name not in small),
         *(part for name in small for part in _QUANTISED[kind](name, held[name])),
-        initializer("state.scale", np.array(1 / 127, np.float32)),
-        initializer("state.zero", np.array(128, np.uint8)),
+        initializer("state.scale", np.array(STATE_SCALE, np.float32)),
+        initializer("state.zero", np.array(STATE_ZERO, np.uint8)),
         initializer("column", np.array([1], np.int64)),
         initializer("nothing", np.zeros(1, np.float32)),
         initializer("gates", np.array([2 * hidden, hidden], np.int64)),
@@ -126,12 +127,11 @@ def _in_blocks(name: str, array: npt.NDArray[np.float32]) -> list[bytes]:
 
 def _in_columns(name: str, array: npt.NDArray[np.float32]) -> list[bytes]:
     """A matrix [N, K] as MatMulIntegerToFloat reads it: int8 [K, N], and a scale a column."""
-    scale = np.maximum(np.abs(array).max(-1), 1e-12) / np.float32(127)
-    held = np.clip(np.rint(array / scale[:, None]), -127, 127).astype(np.int8)
+    held, scale, zero = integer_columns(array.T)
     return [
-        initializer(f"{name}.bits", np.ascontiguousarray(held.T)),
-        initializer(f"{name}.scale", scale.astype(np.float32)),
-        initializer(f"{name}.zero", np.zeros(len(scale), np.int8)),
+        initializer(f"{name}.bits", held),
+        initializer(f"{name}.scale", scale),
+        initializer(f"{name}.zero", zero),
     ]
 
 

@@ -156,8 +156,9 @@ def parts(document: Document) -> str:
 def _where(document: Document) -> str:
     m = document["machine"]
     ort = m.get("onnxruntime-gpu") or m.get("onnxruntime") or "?"
+    cpu = f"{m['cpu']} ({m['instructions']})" if m.get("instructions") else m["cpu"]
     return (
-        f"{m['date'][:10]}, {m['cpu']}, {m['usable_cores']} cores, {m['kernel']}, Python {m['python']},"
+        f"{m['date'][:10]}, {cpu}, {m['usable_cores']} cores, {m['kernel']}, Python {m['python']},"
         f" onnxruntime {ort}, numpy {m.get('numpy')}, pyzmq {m.get('pyzmq')}"
     )
 

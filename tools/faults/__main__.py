@@ -2,6 +2,7 @@
 
     python -m tools.faults [--only recorder,state] [--quick] [--json] [--write]
 
+What a subject measured last is kept under trained/faults, so that one can be run again and the page holds them all.
 Knows nothing about single promises: the modules of `SUBJECTS` do.
 """
 
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from stream_mmrnn.bench.machine import machine
+from stream_mmrnn.bench.machine import Processes, machine
 from tools.faults.promise import Figure, Subject
 from tools.faults.text import page
 
@@ -34,7 +35,9 @@ SUBJECTS = (
     "stop",
     "determinism",
 )
-DOCUMENT = Path(__file__).parents[2] / "docs" / "reliability.md"
+_ROOT = Path(__file__).parents[2]
+PAGE = _ROOT / "docs" / "reliability.md"
+KEPT = _ROOT / "trained" / "faults"
 
 
 def subject(name: str) -> Subject:
@@ -48,19 +51,31 @@ def line(figure: Figure) -> str:
     return f"{figure.name:44} {figure.value:>12.6g}{unit:10} {figure.relation} {figure.bound:<10g} {verdict}"
 
 
+def keep(folder: Path, name: str, document: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {"when": document["when"], "machine": document["machine"], **document["subjects"][name]}
+    (folder / f"{name}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def kept(folder: Path) -> dict[str, dict[str, Any]]:
+    """What each subject measured last, in the order of `SUBJECTS`; those that never ran are left out."""
+    files = {name: folder / f"{name}.json" for name in SUBJECTS}
+    return {name: json.loads(f.read_text(encoding="utf-8")) for name, f in files.items() if f.exists()}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.faults", description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", default="", help="subjects, with commas between")
     parser.add_argument("--quick", action="store_true", help="what the test suite does")
     parser.add_argument("--json", action="store_true", help="the JSON document alone")
-    parser.add_argument("--write", action="store_true", help="write docs/reliability.md (all subjects, in full)")
+    parser.add_argument("--write", action="store_true", help="keep the figures and write docs/reliability.md")
     given = parser.parse_args(arguments)
     names = tuple(given.only.split(",")) if given.only else SUBJECTS
     unknown = [n for n in names if n not in SUBJECTS]
     if unknown:
         parser.error(f"there is no subject {unknown[0]!r}; there are {', '.join(SUBJECTS)}")
-    if given.write and (given.only or given.quick):
-        parser.error("--write wants every subject in full: leave --only and --quick out")
+    if given.write and given.quick:
+        parser.error("--write wants figures in full: leave --quick out")
 
     def say(text: str) -> None:
         if not given.json:
@@ -70,16 +85,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     held = True
     for name in names:
         start_s = time.monotonic()
-        figures = []
+        figures, processes = [], Processes()
         for figure in subject(name).run(given.quick, say):
             figures.append({**figure._asdict(), "held": figure.held})
             held &= figure.held
             if not given.json:
                 print(line(figure), flush=True)
-        document["subjects"][name] = {"figures": figures, "seconds": round(time.monotonic() - start_s, 1)}
+        seconds, others = round(time.monotonic() - start_s, 1), processes.used().other_cpu
+        document["subjects"][name] = {"figures": figures, "seconds": seconds, "other_cpu": others}
+        if given.write:
+            keep(KEPT, name, document)
     document["held"] = held
     if given.write:
-        DOCUMENT.write_text(page(document, {n: subject(n) for n in names}), encoding="utf-8")
+        PAGE.write_text(page(kept(KEPT), {n: subject(n) for n in SUBJECTS}), encoding="utf-8")
     print(json.dumps(document))
     return 0 if held else 3
 

@@ -1,4 +1,4 @@
-"""docs/reliability.md as text, from the document of a run. Knows nothing about how a figure came to be."""
+"""docs/reliability.md as text, from what subjects measured. Knows nothing about how a figure came to be."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _HEAD = """# Reliability
 
 What this program promises about loss, time, state and access, and how near it came when it was tried. Every figure here
 is written by `make faults`, which breaks things on purpose; `make test` does the same in quick forms. A bound in time
-moves with the machine: these were taken on the one named here.
+moves with the machine, and with who else used it: both are named.
 """
 
 
@@ -19,16 +19,26 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:.3g}"
 
 
-def page(document: dict[str, Any], subjects: Mapping[str, Subject]) -> str:
-    machine = document["machine"]
-    cpu = f"{machine['cpu']}, {machine['cores']} cores, {machine['kernel']}, Python {machine['python']}"
-    parts = [_HEAD, f"{document['when']}, {cpu}.\n"]
+def _where(found: dict[str, Any]) -> str:
+    m, other = found["machine"], found["other_cpu"]
+    cpu = f"{m['cpu']} ({m['instructions']})" if m["instructions"] else m["cpu"]
+    beside = "" if other is None else f"; all others used {100 * other:.0f} % of a core"
+    return f"{found['when']}, {found['seconds']:.0f} s on {m['cores']} cores of {cpu}, Python {m['python']}{beside}."
+
+
+def page(told: Mapping[str, dict[str, Any]], subjects: Mapping[str, Subject]) -> str:
+    """`told` is by subject what it measured and where; a subject that is not in it has not been run."""
+    parts = [_HEAD]
     not_promised: list[str] = []
-    for name, found in document["subjects"].items():
-        module = subjects[name]
+    for name, module in subjects.items():
         parts.append(f"## {module.TITLE}\n\n    python -m tools.faults --only {name}\n")
+        not_promised += module.NOT_PROMISED
+        if name not in told:
+            parts.append("Not run.\n")
+            continue
+        parts.append(f"{_where(told[name])}\n")
         parts.append("| figure | what | value | bound | held |\n| --- | --- | --- | --- | --- |")
-        for f in found["figures"]:
+        for f in told[name]["figures"]:
             unit = f" {f['unit']}" if f["unit"] else ""
             relation = {"<=": "≤", ">=": "≥", "==": "="}[f["relation"]]
             held = "yes" if f["held"] else "**no**"
@@ -37,7 +47,6 @@ def page(document: dict[str, Any], subjects: Mapping[str, Subject]) -> str:
                 f"| {relation} {_number(f['bound'])}{unit} | {held} |"
             )
         parts.append("")
-        not_promised += module.NOT_PROMISED
     parts.append("## What is not promised\n")
     parts += [f"- {sentence}" for sentence in not_promised]
     return "\n".join(parts) + "\n"
