@@ -34,6 +34,8 @@ _SPARSE_HZ = 1 / 30
 _SHORT_NS = 10_000_000_000
 """How long a session that comes and goes is there."""
 _STEP_S = 0.002
+_LAG_NS = 5_000_000_000
+"""Of event time: when the engine is so far behind, event time waits. Messages that wait would be called growth."""
 _SAMPLE_S = 0.5
 _ROWS = 16
 """Different vectors of a stream: so that a recording of hours has the size of minutes."""
@@ -53,6 +55,7 @@ class Soak(NamedTuple):
 
     seconds: float
     speed: float
+    """Times real time, as it was: less than what was asked for where the machine could not follow."""
     samples: dict[str, list[Sample]]
     """By process."""
     latencies_ms: list[tuple[float, float]]
@@ -182,6 +185,8 @@ class _Monitor:
         self.statuses: dict[str, wire.StatusMessage] = {}
         self.predictions = self.missing = 0
         self.latencies_ms: list[tuple[float, float]] = []
+        self.heard_ns = 0
+        """Event time of the long session's newest prediction."""
         self._last = 0
         self._next_ns = 0
 
@@ -198,6 +203,7 @@ class _Monitor:
             if self._last:
                 self.missing += p.tick - self._last - 1
             self._last = p.tick
+            self.heard_ns = envelope.event_ns
             if envelope.publish_ns >= self._next_ns:
                 self._next_ns = envelope.publish_ns + 5_000_000
                 took_ms = (envelope.publish_ns - p.closed.publish_ns) / 1e6
@@ -264,8 +270,9 @@ def soak(seconds: float, speed: float, folder: Path, say: Callable[[str], None])
             at_ns = now_ns()
             passed_s = min((at_ns - last_ns) / 1e9, 0.05)
             last_ns, spent_s = at_ns, spent_s + passed_s
-            event_ns += int(passed_s * speed * 1e9)
-            feed.until(event_ns)
+            if event_ns - max(monitor.heard_ns, began_ns) <= _LAG_NS:
+                event_ns += int(passed_s * speed * 1e9)
+                feed.until(event_ns)
             monitor.hear(spent_s)
             if spent_s >= next_s:
                 next_s += _SAMPLE_S
@@ -286,8 +293,9 @@ def soak(seconds: float, speed: float, folder: Path, say: Callable[[str], None])
         lost = dict(_lost(publisher, monitor, feed.sent))
         publisher.close(0)
         monitor.subscriber.close()
+        reached = (event_ns - began_ns) / 1e9 / spent_s
         return Soak(
-            spent_s, speed, samples, monitor.latencies_ms, monitor.predictions, monitor.missing, lost, feed.sessions
+            spent_s, reached, samples, monitor.latencies_ms, monitor.predictions, monitor.missing, lost, feed.sessions
         )
     finally:
         processes.stop()
