@@ -328,8 +328,9 @@ say what a perfect transport could gain of the whole way: about a tenth. No raw 
 _INT8 = """Two kinds of 8-bit weights (`export --int8` writes both). `int8` is MatMulNBits, the fastest for one session;
 its bits differ with the size of the batch. `int8_batch` multiplies integers where a matrix meets a state or what a tanh
 says, so its products are exact, a session's bits are the same in every batch, and many sessions take about half the
-time:
-it is what `bench sessions` measures. Up to 2026-11-24 that was `int8`, and 3,584 sessions."""
+time where the CPU has VNNI: it is what `bench sessions` measures. Its weights have 7 of the 8 bits since 2026-11-25:
+with 8, CPUs without VNNI cut what two products add up to (`stream_mmrnn/integer_columns.py`), and states were 3 % off.
+Figures of before are of 8 bits: the same products in the same time, the drift a little smaller."""
 
 _REPLAY = """One session is one chain of steps: nothing can be batched, and a step's own time bounds it. Many sessions
 in lock step are stepped together."""
