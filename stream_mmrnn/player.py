@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Annotated, Any
 
 import msgspec
@@ -61,13 +61,19 @@ class Player:
         self._shown_ns = 0
         self._view = LiveState()
         self._predictions = 0
+        self._statuses: Collection[wire.StatusMessage] = ()
 
     @property
     def address(self) -> str:
         return self._page.address
 
-    def load(self, name: str, spec: ModelSpec, first_ns: int, last_ns: int) -> None:
-        """Say what is played: `first_ns` and `last_ns` are when its first and its last message were published."""
+    def load(
+        self, name: str, spec: ModelSpec, first_ns: int, last_ns: int, statuses: Collection[wire.StatusMessage] = ()
+    ) -> None:
+        """Say what is played: `first_ns` and `last_ns` are when its first and its last message were published,
+        `statuses` what the processes said last when it was recorded.
+        """
+        self._statuses = statuses
         self._name, self._first_ns, self._last_ns = name, first_ns, max(first_ns, last_ns)
         heads = msgspec.to_builtins({"modalities": spec.modalities, "heads": spec.heads})
         self._contract = {"name": spec.name, "sha256": spec.sha256, **heads}
@@ -78,6 +84,8 @@ class Player:
         self._back = self._ended = False
         self._position_ns = self._first_ns
         self._rebase()
+        for status in self._statuses:
+            self._say(status)
         for envelope in envelopes:
             if not self._wait_for(envelope.publish_ns):
                 return
@@ -168,14 +176,15 @@ class Player:
             time.sleep(min((due_ns - self._position_ns) / self._speed / 1e9, _POLL_S))
         return False
 
+    def _say(self, status: wire.StatusMessage) -> None:
+        topic, at_ns = topics.STATUS + status.node, self._position_ns
+        self._view.see(Envelope(topic, topics.EVERYONE, 0, at_ns, at_ns, at_ns, wire.pack(status), "", at_ns))
+
     def _show(self) -> None:
         self._shown_ns, at_ns = now_ns(), self._position_ns
-        state = wire.StatusMessage(
-            "engine", "ready", counts={"predictions": self._predictions}, detail={"spec": self._contract}
-        )
-        self._view.see(
-            Envelope(topics.STATUS + "engine", topics.EVERYONE, 0, at_ns, at_ns, at_ns, wire.pack(state), "", at_ns)
-        )
+        # last, so that it is this model's contract that is shown
+        counts = {"predictions": self._predictions}
+        self._say(wire.StatusMessage("replay", "ready", counts=counts, detail={"spec": self._contract}))
         sound = self._view.sound
         self._page.sound(sound.first, sound.columns)
         self._page.update(

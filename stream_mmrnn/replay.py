@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 
-from stream_mmrnn import config, topics
+from stream_mmrnn import config, topics, wire
 from stream_mmrnn.align import Aligner
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.encoders import create
@@ -208,7 +208,7 @@ def replay(
         wanted |= {topics.raw(m.name) for m in engine.spec.modalities}
     if player is not None:
         wanted |= player.WANTED
-        player.load(path.name, engine.spec, *_span(recording))
+        player.load(path.name, engine.spec, *_span(recording), _statuses(recording))
     while True:
         aligner = Aligner.of(engine.spec.modalities, engine.spec.tick_ns, settings.align)
         comparison = Comparison()
@@ -260,6 +260,15 @@ def replay(
         "latency_ms": {"step": steps.row()} if count else {},
         "damage": recording.damage,
     }
+
+
+def _statuses(recording: Recording) -> list[wire.StatusMessage]:
+    """What each process said last, where the recording has an end that says it."""
+    try:
+        said = msgspec.json.decode(recording.end.get("statuses", "{}"), type=dict[str, wire.StatusMessage])
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return []
+    return list(said.values())
 
 
 def _span(recording: Recording) -> tuple[int, int]:

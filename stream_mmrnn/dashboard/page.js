@@ -72,13 +72,13 @@ function showStreams(s) {
     const v = s.streams[name], [a, b, c, d] = tr.children;
     if (!a.firstChild) { a.append(make("span"), make("span", "why")); b.append(make("span")); }
     set(a.firstChild, STREAMS[name]); set(a.lastChild, BAD.includes(v.state) ? v.reason : "");
-    state(b.firstChild, v.state, v.silent);
+    state(b.firstChild, s.replay ? "" : v.state, v.silent);
     set(c, v.rate_hz.toFixed(1) + " Hz"); set(d, age(v.age_ms));
   });
 }
 function showDelays(s) {
   const stages = Object.entries(s.latency), top = s.latency.total ? Math.max(s.latency.total.p99, .001) : 1;
-  set($("delays-note"), s.replay ? "ms, last 10 s; as recorded, the step as now" : "ms, last 10 s");
+  set($("delays-what"), s.replay ? "As it was recorded, but the step, which is of now; there is no bus here." : "The stages of one prediction add up to its total; percentiles do not. Bars: median, and p99 behind it.");
   fill($("t-delays"), stages, row(["", "bars", "n", "n"]), (tr, [name, v]) => {
     const [a, b, c, d] = tr.children;
     tr.className = name === "total" ? "whole" : "";
@@ -91,7 +91,7 @@ function showDelays(s) {
 const known = new Map();
 function showProcesses(s) {
   const nodes = Object.entries(s.nodes), ill = nodes.filter(([, v]) => BAD.includes(v.state));
-  set($("processes-note"), nodes.length ? ill.length ? `${ill.length} of ${nodes.length} not well` : `all ${nodes.length} well` : "none heard yet");
+  set($("processes-note"), s.replay ? "as they were when the recording ended, and this replay" : nodes.length ? ill.length ? `${ill.length} of ${nodes.length} not well` : `all ${nodes.length} well` : "none heard yet");
   fill($("t-processes"), nodes, row(["", "", "", "", "n"]), (tr, [name, v]) => {
     const [a, b, c, d, e] = tr.children;
     if (!b.firstChild) b.append(make("span"));
@@ -106,6 +106,7 @@ function showProcesses(s) {
 }
 function showLosses(s) {
   $("no-losses").hidden = s.losses.length > 0;
+  set($("losses-note"), s.replay ? "when it was recorded" : "since the start");
   fill($("t-losses"), s.losses, row(["", "", "n"]), (tr, v) => {
     set(tr.children[0], v.node); set(tr.children[1], v.what.replaceAll("_", " ")); set(tr.children[2], number(v.count));
   });
@@ -146,7 +147,8 @@ function showKey(s) {
 
 const picture = {shown: 0, busy: false};
 function showPicture(s) {
-  $("main").classList.toggle("no-camera", !s.picture.number && !("feature/vision" in s.streams));
+  const eye = s.streams["feature/vision"];
+  $("main").classList.toggle("no-camera", !s.picture.number && !(eye && (eye.state || eye.age_ms != null)));
   set($("camera-age"), s.picture.age_ms == null ? "\u00a0" : age(s.picture.age_ms) + " old");
   if (picture.busy || !s.picture.number || s.picture.number === picture.shown) return;
   const image = new Image(), wanted = s.picture.number;
@@ -237,7 +239,7 @@ function showSound(s) {
 function showEvents(s) {
   const c = context($("events"));
   if (!c) return;
-  const {g, w, h} = c, taken = [[], [], []], step = h / taken.length;
+  const {g, w, h} = c, taken = [[], [], []], step = (h - 6) / taken.length;
   grid(g, w, h);
   g.strokeStyle = paint("line"); g.beginPath(); g.moveTo(LEFT, h - .5); g.lineTo(w, h - .5); g.stroke();
   const all = [...s.texts.map(v => [v, "ink"]), ...s.other_texts.map(v => [v, "quiet"]), ...s.labels.map(v => [v, "c1"])];

@@ -78,6 +78,7 @@ class _Prediction(msgspec.Struct):
 
 class _Status(msgspec.Struct):
     state: str
+    pid: int = 0
     modality: str = ""
     reason: str = ""
     counts: dict[str, Any] = {}
@@ -213,6 +214,7 @@ class _Node(msgspec.Struct):
     counts: dict[str, int]
     at_ns: int
     source: str = ""
+    pid: int = 0
 
 
 class _Deaths(msgspec.Struct):
@@ -336,18 +338,26 @@ class LiveState:
             return
         detail = self._read(_read_detail, bytes(s.detail)) or _Detail()
         counts = dict(list(_flat({**s.counts, **detail.streams}))[:_MAX_COUNTS])
-        self._nodes[name] = _Node(
-            _clean(s.state), _clean(s.modality), _clean(s.reason, 200), counts, at_ns, _clean(detail.source)
+        node = _Node(
+            _clean(s.state), _clean(s.modality), _clean(s.reason, 200), counts, at_ns, _clean(detail.source), s.pid
         )
+        before = self._nodes.get(name)
+        self._nodes[name] = node
         if s.state in ("restarting", "failed"):
-            before = self._deaths.get(name)
-            self._deaths[name] = _Deaths(1 + (before.count if before else 0), _clean(s.reason, 200), at_ns)
+            self._see_death(name, node.reason, at_ns)
+        elif before is not None and before.pid and s.pid not in (0, before.pid):
+            # a viewer that is slow may miss the word of its death, not that it is another process
+            self._see_death(name, "started again", at_ns)
         spec = detail.spec
         if spec is not None:
             self._meaning = {_clean(h.name): _cleaned(h) for h in spec.heads[:_MAX_HEADS]}
             names = [m if isinstance(m, str) else m.name for m in spec.modalities[:_MAX_HEADS]]
             self._modalities = [_clean(name) for name in names]
             self._model["name"] = _clean(spec.name)
+
+    def _see_death(self, name: str, reason: str, at_ns: int) -> None:
+        before = self._deaths.get(name)
+        self._deaths[name] = _Deaths(1 + (before.count if before else 0), reason, at_ns)
 
     def _read(self, decode: Callable[[bytes], _T], payload: Any) -> _T | None:
         """None, and counted, where the payload is not what it should be."""
