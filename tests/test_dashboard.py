@@ -13,11 +13,14 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from stream_mmrnn import topics, wire
 from stream_mmrnn.dashboard.access import Access
-from stream_mmrnn.dashboard.server import MAX_CLIENTS, Dashboard
+from stream_mmrnn.dashboard.server import MAX_CLIENTS, MAX_CONNECTIONS, METRICS_TYPE, Dashboard
+from stream_mmrnn.dashboard.sound import BANDS, COLUMN_NS, COLUMNS, Sound
 from stream_mmrnn.dashboard.state import HISTORY_POINTS, LiveState
 from stream_mmrnn.errors import ConfigError, ProcessError
 from stream_mmrnn.latency import STAGES
@@ -134,7 +137,7 @@ def test_heads_have_values_meaning_and_a_bounded_history() -> None:
     ages = vap["history"]["age_ms"]
     assert 240 <= len(ages) <= HISTORY_POINTS
     assert ages == sorted(ages, reverse=True)
-    assert ages[0] <= 10_000
+    assert 29_000 <= ages[0] <= 30_000
     assert all(len(line) == len(ages) for line in vap["history"]["series"])
     assert snap["model"] == {"name": "m", "sha256": "ab" * 32}
     assert vap["threshold"] is None, "two numbers are no yes or no"
@@ -177,7 +180,7 @@ def test_what_an_engine_says_again_after_a_crash_is_shown_once() -> None:
         live.see(prediction(T0 + i * 40 * MS, {"vap": [i / 100]}, seq=i))
     snap = live.snapshot(T0 + 60 * 40 * MS)
     assert snap["repeated"] == 20
-    assert snap["heads"]["vap"]["history"]["series"] == [[i / 100 for i in range(60)]]
+    assert snap["heads"]["vap"]["history"]["series"] == [[i / 100 for i in range(1, 60, 2)]]  # two ticks a point
     assert snap["latency"] != {}
     assert snap["losses"] == []
 
@@ -201,7 +204,8 @@ def test_text_is_newest_first_cut_and_without_control_characters() -> None:
         live.see(envelope("raw/text", T0 + i * S, f"line\x1b[2J {i}".encode(), seq=i))
     live.see(envelope("raw/text", T0 + 20 * S, b"\xff" * 10_000, seq=20))
     texts = live.snapshot(T0 + 21 * S)["texts"]
-    assert len(texts) == 8
+    assert len(texts) == 21
+    assert len(live.snapshot(T0 + 90 * S)["texts"]) == 8, "of what is older than the page's 30 s"
     assert texts[0]["age_ms"] == 1000
     assert len(texts[0]["text"]) == 240
     assert texts[1] == {"text": "line [2J 19", "session": "a", "age_ms": 2000}
@@ -503,7 +507,7 @@ def test_close_is_quick_with_clients_connected() -> None:
         assert events.next() == {}
         start = time.monotonic()
         board.close()
-        assert time.monotonic() - start < 0.3
+        assert time.monotonic() - start < 2
         board.close()
         with pytest.raises(OSError):
             socket.create_connection(("127.0.0.1", port(board)), timeout=1)
@@ -624,3 +628,234 @@ def test_a_page_on_loopback_may_have_a_token_and_one_for_others_must() -> None:
             Access(host)
     for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost"):
         Access(host)
+
+
+# --- what other programs ask for
+
+
+def test_metrics_and_readiness() -> None:
+    waits_for = ["the engine is starting"]
+    board = Dashboard(metrics=lambda: b"frames_total 3\n", ready=lambda: waits_for[0])
+    board.start()
+    code, headers, body = ask(board, "/metrics")
+    assert (code, headers["content-type"], body) == (200, METRICS_TYPE, b"frames_total 3\n")
+    assert ask(board, "/readyz")[::2] == (503, b"the engine is starting\n")
+    waits_for[0] = ""
+    assert ask(board, "/readyz")[::2] == (200, b"ready\n")
+    assert ask(board, "/healthz")[0] == 200
+    board.close()
+
+
+def test_without_metrics_there_are_none(board: Dashboard) -> None:
+    assert ask(board, "/metrics")[0] == 404
+    assert ask(board, "/readyz")[0] == 200
+
+
+def test_a_picture_that_nobody_reads_is_dropped(board: Dashboard) -> None:
+    board.picture(b"\xff\xd8" + bytes(4_000_000))
+    with socket.socket() as stalled:
+        stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        stalled.settimeout(10)
+        stalled.connect(("127.0.0.1", port(board)))
+        stalled.sendall(f"GET /picture.jpg HTTP/1.1\r\nHost: localhost:{port(board)}\r\n\r\n".encode())
+        assert wait_until(lambda: board.connections == 1)
+        assert wait_until(lambda: board.connections == 0)
+
+
+def test_who_connects_and_asks_nothing_is_cut_off(board: Dashboard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stream_mmrnn.dashboard.server.IDLE_S", 0.2)
+    for said in (b"", b"GET / HTTP/1.1\r\nHost:"):
+        with socket.create_connection(("127.0.0.1", port(board)), timeout=5) as slow:
+            slow.sendall(said)
+            assert slow.recv(1) == b""
+    assert wait_until(lambda: board.connections == 0)
+
+
+def test_more_connections_than_there_is_room_for_are_closed(board: Dashboard) -> None:
+    many = [socket.create_connection(("127.0.0.1", port(board)), timeout=5) for _ in range(MAX_CONNECTIONS)]
+    try:
+        assert wait_until(lambda: board.connections == MAX_CONNECTIONS)
+        with socket.create_connection(("127.0.0.1", port(board)), timeout=5) as one_more:
+            assert one_more.recv(1) == b""
+    finally:
+        for s in many:
+            s.close()
+    assert wait_until(lambda: board.connections == 0)
+    assert ask(board, "/healthz")[0] == 200
+
+
+# --- what is typed and pressed
+
+
+@pytest.fixture
+def asked() -> Iterator[tuple[Dashboard, list[bytes]]]:
+    taken: list[bytes] = []
+
+    def take(body: bytes) -> str:
+        taken.append(body)
+        return "not now" if body == b'"no"' else ""
+
+    board = Dashboard(posts={"/text": take})
+    board.start()
+    yield board, taken
+    board.close()
+
+
+def post(board: Dashboard, body: bytes, **headers: str) -> tuple[int, bytes]:
+    headers = {"Content-Type": "application/json"} | {k.replace("_", "-"): v for k, v in headers.items()}
+    connection = http.client.HTTPConnection("127.0.0.1", port(board), timeout=5)
+    try:
+        connection.request("POST", "/text", body, headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+def test_what_is_posted_is_taken_or_refused_with_a_reason(asked: tuple[Dashboard, list[bytes]]) -> None:
+    board, taken = asked
+    assert post(board, b'"hello"') == (200, b"done\n")
+    assert post(board, b'"no"') == (409, b"not now\n")
+    assert post(board, b'"x"', Origin=f"http://127.0.0.1:{port(board)}") == (200, b"done\n")
+    assert taken == [b'"hello"', b'"no"', b'"x"']
+    assert ask(board, "/text")[0] == 405
+    assert ask(board, "/text")[1]["allow"] == "POST"
+
+
+@pytest.mark.parametrize(
+    ("headers", "code"),
+    [
+        ({"Origin": "http://example.org"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Sec_Fetch_Site": "cross-site", "Sec_Fetch_Mode": "navigate"}, 403),
+        ({"Host": "example.org"}, 403),
+        ({"Content_Type": "text/plain"}, 415),
+        ({"Content_Type": "application/x-www-form-urlencoded"}, 415),
+        ({"Content_Length": "999999"}, 413),
+    ],
+)
+def test_what_others_post_is_not_taken(
+    asked: tuple[Dashboard, list[bytes]], headers: dict[str, str], code: int
+) -> None:
+    board, taken = asked
+    assert post(board, b'"hello"', **headers)[0] == code
+    assert taken == []
+
+
+def test_a_post_that_never_arrives_is_given_up(
+    asked: tuple[Dashboard, list[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board, taken = asked
+    monkeypatch.setattr("stream_mmrnn.dashboard.server.IDLE_S", 0.2)
+    head = f"POST /text HTTP/1.1\r\nHost: localhost:{port(board)}\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", port(board)), timeout=5) as slow:
+        slow.sendall(head.encode() + b'Content-Length: 9\r\n\r\n"h')
+        assert slow.recv(4096).startswith(b"HTTP/1.1 408 ")
+    with socket.create_connection(("127.0.0.1", port(board)), timeout=5) as endless:
+        endless.sendall(head.encode() + b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n")
+        assert endless.recv(4096).startswith(b"HTTP/1.1 411 ")
+    assert taken == []
+
+
+# --- sound
+
+
+def tone(hz: float, samples: int, level: float = 0.5, at: int = 0) -> Any:
+    t = (at + np.arange(samples)) / topics.AUDIO_RATE_HZ
+    return np.rint(level * 32767 * np.sin(2 * np.pi * hz * t)).astype(np.int16)
+
+
+def test_the_spectrogram_shows_a_tone_where_it_is() -> None:
+    peaks = []
+    for hz in (200, 1000, 4000):
+        sound = Sound()
+        for k in range(50):  # 1 s in blocks of 20 ms
+            sound.see(T0 + (k + 1) * 20 * MS, tone(hz, 320, at=320 * k))
+        columns = np.frombuffer(sound.columns, np.uint8).reshape(-1, BANDS)
+        assert len(columns) == 25
+        peaks.append(int(columns[-1].argmax()))
+        said = sound.snapshot(T0 + S)
+        assert said["level_db"] == pytest.approx(-9, abs=0.2)  # RMS of a sine of half the full scale
+        assert said["peak_db"] == pytest.approx(-6, abs=0.2)
+        assert said["newest"] == said["first"] + 24
+        assert said["age_ms"] <= 40
+    assert peaks == sorted(peaks)
+    assert len(set(peaks)) == 3
+
+
+@given(st.lists(st.tuples(st.integers(-5, 60), st.integers(1, 3000)), max_size=60))
+def test_the_spectrogram_is_bounded_and_on_its_grid(steps: list[tuple[int, int]]) -> None:
+    """Blocks of any length, at times that stand still, leap or go back."""
+    sound, at_ns, latest_ns = Sound(), T0, T0
+    for seconds, samples in steps:
+        at_ns += seconds * S + samples * S // topics.AUDIO_RATE_HZ
+        latest_ns = max(latest_ns, at_ns)
+        sound.see(at_ns, np.zeros(samples, np.int16))
+        assert len(sound.columns) <= COLUMNS * BANDS
+        said = sound.snapshot(at_ns)
+        assert (said["newest"] - said["first"] + 1) * BANDS == len(sound.columns)
+        assert said["newest"] <= latest_ns // COLUMN_NS
+
+
+@pytest.mark.parametrize("payload", [b"x", np.zeros(0, np.int16), np.zeros(10, np.float32), np.zeros(10**6, np.int16)])
+def test_what_is_no_sound_is_left_out(payload: Any) -> None:
+    sound = Sound()
+    sound.see(T0, payload)
+    assert sound.snapshot(T0)["level_db"] is None
+    assert sound.columns == b""
+
+
+def test_a_browser_asks_for_the_columns_it_has_not(board: Dashboard) -> None:
+    columns = bytes(range(3)) * BANDS
+    board.sound(7, columns)
+    assert ask(board, "/sound")[1:] == (ask(board, "/sound?since=7")[1], columns)
+    code, headers, body = ask(board, "/sound?since=9")
+    assert (code, headers["x-first"], body) == (200, "9", columns[2 * BANDS :])
+    assert ask(board, "/sound?since=99")[2] == b""
+    for wrong in ("x", "-1", "9" * 17, "%00"):
+        assert ask(board, f"/sound?since={wrong}")[0] == 400
+
+
+# --- typing, labels, deaths
+
+
+def test_the_page_says_whether_one_can_type() -> None:
+    live = LiveState()
+    assert "start it with --text page" in live.typing()["why"]
+    live.see(status("text", T0, state="starting", modality="text"))
+    assert live.typing() == {"possible": False, "why": "the text source is starting"}
+    live.see(status("text", T0, state="open", modality="text", detail={"source": "stdin"}))
+    assert live.snapshot(T0)["typing"] == {"possible": True, "why": ""}
+    live.see(status("text", T0, state="missing", modality="text", reason="port 5 is taken"))
+    assert live.typing()["why"] == "the text source is missing: port 5 is taken"
+    live.see(status("text", T0, state="ended", modality="text", detail={"source": "stdin"}))
+    assert live.typing()["why"].startswith("the text source stdin has ended")
+
+
+def test_labels_are_shown() -> None:
+    live = LiveState()
+    live.see(envelope("label", T0, b"speaking"))
+    assert live.snapshot(T0 + S)["labels"] == [{"text": "speaking", "session": "a", "age_ms": 1000}]
+
+
+def test_deaths_are_counted_even_where_the_word_of_them_was_missed() -> None:
+    live = LiveState()
+    live.see(status("camera", T0, state="open", pid=1))
+    assert live.snapshot(T0)["nodes"]["camera"]["deaths"] is None
+    live.see(status("camera", T0 + S, state="restarting", reason="was killed by SIGKILL"))
+    live.see(status("camera", T0 + S, state="open", pid=2))
+    deaths = live.snapshot(T0 + 2 * S)["nodes"]["camera"]["deaths"]
+    assert deaths == {"count": 1, "reason": "was killed by SIGKILL", "age_ms": 1000}
+    live.see(status("camera", T0 + 3 * S, state="open", pid=3))
+    assert live.snapshot(T0 + 3 * S)["nodes"]["camera"]["deaths"]["count"] == 2
+
+
+def test_what_nobody_looked_at_was_not_lost() -> None:
+    live = LiveState()
+    live.see(envelope("raw/vision", T0, b"", seq=0))
+    live.see(envelope("feature/audio", T0, seq=0))
+    live.skip(("raw/vision",))
+    live.see(envelope("raw/vision", T0 + S, b"", seq=50))
+    live.see(envelope("feature/audio", T0 + S, seq=2))
+    losses = {x["what"]: x["count"] for x in live.snapshot(T0 + S)["losses"]}
+    assert losses == {"lost.feature/audio": 1}

@@ -7,7 +7,7 @@ what=${1:-demo}
 
 case $what in
 demo) extras="" packages="libportaudio2" ;;
-test) extras="[dev,train]" packages="libportaudio2 pulseaudio pulseaudio-utils libasound2-plugins" ;;
+test) extras="[dev,train]" packages="libportaudio2 pulseaudio pulseaudio-utils libasound2-plugins chromium" ;;
 *) echo "setup.sh: expected demo or test, got $what" >&2 && exit 2 ;;
 esac
 
@@ -28,7 +28,7 @@ if command -v dpkg-query >/dev/null 2>&1; then
         apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null ||
             echo "setup.sh: not all of$missing could be installed; what needs them says so" >&2
     elif [ -n "$missing" ]; then
-        echo "setup.sh: for microphones$([ "$what" = test ] && echo ' and the tests of devices') install:$missing" >&2
+        echo "setup.sh: for microphones$([ "$what" = test ] && echo ' and the tests of devices and of the page') install:$missing" >&2
     fi
 else
     echo "setup.sh: no Debian packages here; what Debian calls $packages may be needed" >&2
