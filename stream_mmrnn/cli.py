@@ -19,6 +19,7 @@ from rich.console import Console
 from stream_mmrnn import config
 from stream_mmrnn.bench import commands as bench
 from stream_mmrnn.clock import now_ns
+from stream_mmrnn.diff import commands as diff_commands
 from stream_mmrnn.disk import later_parts, part
 from stream_mmrnn.errors import ConfigError, StreamError
 from stream_mmrnn.signals import ENDING, held
@@ -497,3 +498,4 @@ def keys_list(folder: KeysFolder = None, as_json: Json = False) -> None:
 app.add_typer(keys_app, name="keys")
 app.add_typer(bench.app, name="bench")
 commands.register(app)
+diff_commands.register(app)
