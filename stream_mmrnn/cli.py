@@ -192,7 +192,7 @@ Source = Annotated[str | None, typer.Option("--source", "-s", help="All modaliti
 Vision = Annotated[str | None, typer.Option(help="camera:0, camera:URL, file:PATH, synthetic or none.")]
 Audio = Annotated[str | None, typer.Option(help="microphone, microphone:NAME, file:PATH, synthetic or none.")]
 TextSource = Annotated[
-    str | None, typer.Option("--text", help="stdin, pipe:PATH, tcp:PORT, zmq:PORT, synthetic or none.")
+    str | None, typer.Option("--text", help="stdin, pipe:PATH, tcp:PORT, zmq:PORT, page, synthetic or none.")
 ]
 OtherAudio = Annotated[
     str | None, typer.Option("--other-audio", help="The second person's sound, named like --audio; none by default.")
