@@ -25,6 +25,7 @@ from stream_mmrnn.errors import ConfigError, StreamError
 from stream_mmrnn.signals import ENDING, held
 from stream_mmrnn.terminal import Alive, Json, ModelName, Provider, escape, print_document, say_on, shown
 from stream_mmrnn.training import commands
+from stream_mmrnn.watch import commands as watch_commands
 
 if TYPE_CHECKING:
     from stream_mmrnn.keys import Folder
@@ -499,3 +500,4 @@ app.add_typer(keys_app, name="keys")
 app.add_typer(bench.app, name="bench")
 commands.register(app)
 diff_commands.register(app)
+watch_commands.register(app)

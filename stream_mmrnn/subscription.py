@@ -10,6 +10,7 @@ for a reader. Knows nothing about terminals or pages, nor how a session is made.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter, deque
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -105,7 +106,11 @@ def document(prediction: PredictionView) -> dict[str, Any]:
         "event_ns": prediction.event_ns,
         "latency_ms": round(prediction.latency_ms, 3),
         "missed": prediction.missed,
-        "heads": {name: values.tolist() for name, values in prediction.heads.items()},
+        "heads": {
+            # JSON has no NaN: null, as on the wire
+            name: [v if math.isfinite(v) else None for v in values.tolist()]
+            for name, values in prediction.heads.items()
+        },
         "present": prediction.present,
         "age_ms": {name: None if ns < 0 else round(ns / 1e6, 3) for name, ns in prediction.age_ns.items()},
         "model": prediction.model_sha256,
@@ -132,6 +137,10 @@ class Reading:
     def repeated(self) -> int:
         """Predictions that an engine said again after a crash; not given again."""
         return self._repeats.count
+
+    def skip(self) -> None:
+        """Nobody listened for a while: what came meanwhile was not missed."""
+        self._before.clear()
 
     def see(self, envelope: Envelope) -> PredictionView | None:
         """The prediction of an envelope, if it holds a new one.
