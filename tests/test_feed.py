@@ -8,6 +8,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -21,15 +22,16 @@ MODEL = {"name": "m", "heads": []}
 
 
 @pytest.fixture
-def board() -> Iterator[Dashboard]:
+def board(caplog: pytest.LogCaptureFixture) -> Iterator[Dashboard]:
     dashboard = Dashboard("127.0.0.1", 0, client_timeout_s=0.5)
     dashboard.start()
     yield dashboard
     dashboard.close()
+    assert not caplog.records, "what clients do is no error of ours"
 
 
 def listen(board: Dashboard, **more: Any) -> ClientConnection:
-    return connect(board.address.replace("http:", "ws:") + "predictions", compression=None, **more)
+    return connect(board.address.replace("http:", "ws:") + "predictions", compression=None, max_queue=None, **more)
 
 
 def wait_until(what: Callable[[], object], seconds: float = 20) -> None:
@@ -124,16 +126,16 @@ def test_what_a_listener_says_is_not_looked_at_and_has_a_limit(board: Dashboard)
 
 
 def test_too_many_are_refused_and_the_end_comes_to_all(board: Dashboard) -> None:
-    many = [listen(board) for _ in range(MAX_LISTENERS)]
-    wait_until(lambda: board.listeners == MAX_LISTENERS)
-    with pytest.raises(InvalidStatus) as refused, listen(board):
-        pass
-    assert refused.value.response.status_code == 503
-    board.close()
-    for websocket in many:
-        with pytest.raises(ConnectionClosed):
-            websocket.recv(5)
-        websocket.close()
+    with ExitStack() as stack:
+        many = [stack.enter_context(listen(board)) for _ in range(MAX_LISTENERS)]
+        wait_until(lambda: board.listeners == MAX_LISTENERS)
+        with pytest.raises(InvalidStatus) as refused, listen(board):
+            pass
+        assert refused.value.response.status_code == 503
+        board.close()
+        for websocket in many:
+            with pytest.raises(ConnectionClosed):
+                websocket.recv(5)
 
 
 def test_a_token_is_asked_for_where_there_is_one() -> None:

@@ -173,12 +173,17 @@ class _Connection(H11Protocol):
 
 
 class _WebSocket(WebSocketsSansIOProtocol):
-    """uvicorn's, with the same end to patience with who reads nothing."""
+    """uvicorn's, with the same end to patience with who reads nothing; a refusal is no error to it."""
 
     def __init__(self, *args: Any, patience_s: float, **more: Any) -> None:
         super().__init__(*args, **more)
         self._patience_s = patience_s
         self._stall: asyncio.TimerHandle | None = None
+
+    async def send(self, message: Any) -> None:
+        await super().send(message)
+        if message["type"] == "websocket.http.response.body" and not message.get("more_body"):
+            self.handshake_complete = True  # else it logs that there was none
 
     def pause_writing(self) -> None:
         super().pause_writing()

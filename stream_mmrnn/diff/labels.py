@@ -100,7 +100,7 @@ def _changes(track: Track, decided: Ints, target: Ints, known: Bools, events: Ev
     """
     typed_ns = [at_ns for at_ns, _ in events.labels]
     changed = np.flatnonzero(known[1:] & known[:-1] & (target[1:] != target[:-1])) + 1
-    ends = [*changed[1:].tolist(), len(target)]
+    ends = [*changed.tolist(), len(target)][1:]
     delays = []
     for begin, end in zip(changed.tolist(), ends, strict=True):
         right = np.flatnonzero(decided[begin:end] == target[begin])

@@ -114,8 +114,8 @@ def predictions(
             if not _print(document(prediction)):
                 return
             printed += 1
-    lost = {**reader.lost, **({"passed_over": passed} if passed else {})}
-    summary = {"predictions": printed, "lost": lost, "repeated": reader.repeated, "ended": reader.ended}
+        lost = {**reader.lost, **({"passed_over": passed} if passed else {})}
+        summary = {"predictions": printed, "lost": lost, "repeated": reader.repeated, "ended": reader.ended}
     if as_json:
         _print(summary)
         return
