@@ -19,11 +19,13 @@ from rich.console import Console
 from stream_mmrnn import config
 from stream_mmrnn.bench import commands as bench
 from stream_mmrnn.clock import now_ns
+from stream_mmrnn.diff import commands as diff_commands
 from stream_mmrnn.disk import later_parts, part
 from stream_mmrnn.errors import ConfigError, StreamError
 from stream_mmrnn.signals import ENDING, held
 from stream_mmrnn.terminal import Alive, Json, ModelName, Provider, escape, print_document, say_on, shown
 from stream_mmrnn.training import commands
+from stream_mmrnn.watch import commands as watch_commands
 
 if TYPE_CHECKING:
     from stream_mmrnn.keys import Folder
@@ -512,3 +514,5 @@ def keys_list(folder: KeysFolder = None, as_json: Json = False) -> None:
 app.add_typer(keys_app, name="keys")
 app.add_typer(bench.app, name="bench")
 commands.register(app)
+diff_commands.register(app)
+watch_commands.register(app)

@@ -628,6 +628,7 @@ def dashboard(context: Context) -> None:
     from stream_mmrnn import keys
     from stream_mmrnn.dashboard.server import Dashboard
     from stream_mmrnn.dashboard.state import LiveState
+    from stream_mmrnn.subscription import Reading, document
 
     settings = context.settings
     publisher = Publisher(context.address, settings.bus.queue)
@@ -670,6 +671,7 @@ def dashboard(context: Context) -> None:
     reporter.say("ready")
     context.ready.set()
     next_ns = 0
+    reading, explained = Reading(), None
     while context.alive():
         envelope = subscriber.receive(100)
         reporter.keep()
@@ -680,6 +682,15 @@ def dashboard(context: Context) -> None:
             publisher.publish(topics.TYPED, settings.session.name, at_ns, at_ns, typed.popleft(), "page")
         if envelope is not None:
             view.see(envelope)
+            if envelope.topic != topics.PREDICTION or page.listeners:
+                said = reading.see(envelope)
+                if reading.model is not explained:
+                    explained = reading.model
+                    page.explain(msgspec.to_builtins(explained))
+                if said is not None:
+                    page.predict(document(said))
+            else:
+                reading.skip()
         for heavy in looking.read(page.clients > 0):
             view.see(heavy)
             if heavy.topic == topics.raw("vision") and isinstance(heavy.payload, bytes):

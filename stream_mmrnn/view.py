@@ -15,7 +15,7 @@ from rich.text import Text
 from stream_mmrnn import topics
 
 _BARS = " ▁▂▃▄▅▆▇█"
-_STATE_STYLE = {
+STATE_STYLE = {
     "open": "green",
     "ready": "green",
     "missing": "red",
@@ -64,7 +64,7 @@ def _streams(state: dict[str, Any]) -> Table:
         age = "–" if s["age_ms"] is None else f"{s['age_ms']:.0f} ms" if s["age_ms"] < 10_000 else "> 10 s"
         used = {True: Text("● present", "green"), False: Text("○ absent", "dim"), None: Text("")}[s["present"]]
         what = s["state"] or "–"
-        table.add_row(s["modality"], Text(what, _STATE_STYLE.get(what, "")), f"{s['rate_hz']:.1f} Hz", age, used)
+        table.add_row(s["modality"], Text(what, STATE_STYLE.get(what, "")), f"{s['rate_hz']:.1f} Hz", age, used)
     return table
 
 

@@ -22,17 +22,20 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import h11
 import msgspec
 import uvicorn
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
-from starlette.routing import Route, Router
+from starlette.routing import Route, Router, WebSocketRoute
 from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from stream_mmrnn.config import LOOPBACK
 from stream_mmrnn.dashboard.access import Access
+from stream_mmrnn.dashboard.feed import Feed
 from stream_mmrnn.dashboard.sound import BANDS
 from stream_mmrnn.errors import ProcessError
 
@@ -56,6 +59,9 @@ MAX_SINCE = 2**53
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """Prometheus' text format."""
 _CLOSE_S = 2.0
+_PREDICTIONS = "/predictions"
+_MAX_SAID = 4096
+"""Bytes of a message from a listener; nothing that it says is looked at."""
 
 
 class Board:
@@ -121,6 +127,11 @@ class _Connection(H11Protocol):
         self._patience_s = patience_s
         self._arrival: asyncio.TimerHandle | None = None
         self._stall: asyncio.TimerHandle | None = None
+        self._upgraded = False
+
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        self._upgraded = True
+        super().handle_websocket_upgrade(event)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         if len(self.connections) >= MAX_CONNECTIONS:
@@ -138,7 +149,7 @@ class _Connection(H11Protocol):
         self._expect_request()
 
     def _expect_request(self) -> None:
-        answering = self.cycle is not None and not self.cycle.response_complete
+        answering = self._upgraded or (self.cycle is not None and not self.cycle.response_complete)
         if answering and self._arrival is not None:
             self._arrival.cancel()
             self._arrival = None
@@ -158,6 +169,34 @@ class _Connection(H11Protocol):
         for timer in (self._arrival, self._stall):
             if timer is not None:
                 timer.cancel()
+        super().connection_lost(exc)
+
+
+class _WebSocket(WebSocketsSansIOProtocol):
+    """uvicorn's, with the same end to patience with who reads nothing; a refusal is no error to it."""
+
+    def __init__(self, *args: Any, patience_s: float, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._patience_s = patience_s
+        self._stall: asyncio.TimerHandle | None = None
+
+    async def send(self, message: Any) -> None:
+        await super().send(message)
+        if message["type"] == "websocket.http.response.body" and not message.get("more_body"):
+            self.handshake_complete = True  # else it logs that there was none
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stall = self.loop.call_later(self._patience_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
+        super().resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
         super().connection_lost(exc)
 
 
@@ -237,6 +276,7 @@ class Dashboard:
         self._policy = _policy(self._page)
         self._metrics, self._ready, self._posts = metrics, ready, posts
         self._board = Board()
+        self._feed = Feed()
         try:
             self._socket = _bind(host, port)
         except OSError as e:
@@ -255,6 +295,7 @@ class Dashboard:
             [
                 *(Route(path, endpoint) for path, endpoint in self._routes.items()),
                 *(Route(path, self._post, methods=["POST"]) for path in posts),
+                WebSocketRoute(_PREDICTIONS, self._feed.serve),
             ],
             redirect_slashes=False,
             default=self._nothing,
@@ -265,7 +306,9 @@ class Dashboard:
                 http=partial(_Connection, patience_s=client_timeout_s),  # type: ignore[arg-type]
                 interface="asgi3",
                 loop="none",
-                ws="none",
+                ws=partial(_WebSocket, patience_s=client_timeout_s),  # type: ignore[arg-type]
+                ws_max_size=_MAX_SAID,
+                ws_per_message_deflate=False,
                 lifespan="off",
                 proxy_headers=False,
                 server_header=False,
@@ -289,6 +332,11 @@ class Dashboard:
         return self._board.clients
 
     @property
+    def listeners(self) -> int:
+        """How many programs follow the predictions."""
+        return self._feed.listeners
+
+    @property
     def connections(self) -> int:
         return len(self._server.server_state.connections)
 
@@ -296,6 +344,14 @@ class Dashboard:
         """Replace the state; NaN and infinity become null, as JSON wants."""
         self._board.put(msgspec.json.encode(state))
         self._call(self._board.wake)
+
+    def predict(self, prediction: dict[str, Any]) -> None:
+        """One more prediction for those who listen, with `missed`: how many are missing before it."""
+        self._call(partial(self._feed.put, prediction))
+
+    def explain(self, model: dict[str, Any]) -> None:
+        """What the predictions from here on mean."""
+        self._call(partial(self._feed.put_model, model))
 
     def picture(self, jpeg: bytes) -> None:
         self._board.picture = jpeg
@@ -335,6 +391,7 @@ class Dashboard:
         self._server.should_exit = True
         self._board.closing = True
         self._board.wake()
+        self._feed.close()
         for connection in list(self._server.server_state.connections):
             connection.transport.abort()
 
@@ -342,7 +399,7 @@ class Dashboard:
         """Every request: who may, then what is asked for, and what every answer says of itself."""
 
         async def answer(message: Message) -> None:
-            if message["type"] == "http.response.start":
+            if message["type"].endswith("http.response.start"):
                 message["headers"] += [(k.lower().encode(), v.encode()) for k, v in _COMMON.items()]
             await send(message)
 
@@ -351,7 +408,8 @@ class Dashboard:
 
     def _refusal(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)
-        method, query = scope["method"], scope["query_string"].decode("latin-1")
+        # a WebSocket begins with a GET
+        method, query = scope.get("method", "GET"), scope["query_string"].decode("latin-1")
         # a GET with a body is not ours
         if method == "GET" and (headers.get("content-length", "0") != "0" or "transfer-encoding" in headers):
             return PlainTextResponse("a GET has no body here\n", 400, {"Connection": "close"})

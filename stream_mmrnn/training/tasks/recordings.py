@@ -97,11 +97,21 @@ def sequence(path: Path, recipe: Recipe, specs: Sequence[ModalitySpec]) -> Ticks
 
 def _label(head: Head, ticks: list[Tick], events: Events, recipe: Recipe) -> tuple[Array, FloatArray]:
     """The class that holds at the tick's end, or as much later as the head's first horizon says."""
-    ahead_ns = round(head.horizons_s[0][1] * 1e9) if head.horizons_s else 0
-    last_ns = ticks[-1].event_ns
-    classes = {name: i for i, name in enumerate(head.labels)}
-    held = [events.label_at(t.event_ns + ahead_ns) for t in ticks]
-    known = [h in classes and t.event_ns + ahead_ns <= last_ns for h, t in zip(held, ticks, strict=True)]
+    return classes_at(head.labels, ahead_ns_of(head.horizons_s), [t.event_ns for t in ticks], events)
+
+
+def ahead_ns_of(horizons_s: Sequence[tuple[float, float]]) -> int:
+    """How much later than its tick a classifier's label is looked up; 0 of one that speaks of now."""
+    return round(horizons_s[0][1] * 1e9) if horizons_s else 0
+
+
+def classes_at(
+    labels: Sequence[str], ahead_ns: int, event_ns: Sequence[int], events: Events
+) -> tuple[Array, FloatArray]:
+    """For T ticks' ends: the class [T] that is typed `ahead_ns` later, and whether that is known [T] (1 or 0)."""
+    classes = {name: i for i, name in enumerate(labels)}
+    held = [events.label_at(at_ns + ahead_ns) for at_ns in event_ns]
+    known = [h in classes and at_ns + ahead_ns <= event_ns[-1] for h, at_ns in zip(held, event_ns, strict=True)]
     return np.array([classes.get(h, 0) for h in held], np.int64), np.array(known, np.float32)
 
 
