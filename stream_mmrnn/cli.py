@@ -19,10 +19,24 @@ from rich.console import Console
 from stream_mmrnn import config
 from stream_mmrnn.bench import commands as bench
 from stream_mmrnn.clock import now_ns
+from stream_mmrnn.devices.commands import devices
 from stream_mmrnn.disk import later_parts, part
+from stream_mmrnn.doctor.commands import doctor
 from stream_mmrnn.errors import ConfigError, StreamError
+from stream_mmrnn.settings import commands as settings_commands
 from stream_mmrnn.signals import ENDING, held
-from stream_mmrnn.terminal import Alive, Json, ModelName, Provider, escape, print_document, say_on, shown
+from stream_mmrnn.terminal import (
+    COMMAND,
+    Alive,
+    ConfigFile,
+    Json,
+    ModelName,
+    Provider,
+    escape,
+    print_document,
+    say_on,
+    shown,
+)
 from stream_mmrnn.training import commands
 
 if TYPE_CHECKING:
@@ -40,13 +54,10 @@ class From(StrEnum):
     features, raw = "features", "raw"
 
 
-ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="The TOML file with the settings.")]
-
-
 def run() -> None:
     """The console script: errors of ours become one sentence and an exit code."""
     try:
-        app()
+        app(prog_name=COMMAND)
     except StreamError as e:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {shown(str(e), 2000)}")
         raise SystemExit(e.exit_code) from None
@@ -387,33 +398,6 @@ def repair(
     console.print(verified(result["result"]), soft_wrap=True)
 
 
-@app.command()
-def devices(as_json: Json = False) -> None:
-    """Cameras and microphones that can be named in `--vision camera:...` and `--audio microphone:...`."""
-    from stream_mmrnn.errors import SourceError
-    from stream_mmrnn.sources import camera
-
-    cameras = [{"source": s, "is": what} for s, what in camera.list_cameras()]
-    microphones: list[dict[str, str]] = []
-    problem = ""
-    try:
-        from stream_mmrnn.sources import microphone
-
-        microphones = [{"source": s, "is": what} for s, what in microphone.list_devices()]
-    except SourceError as e:
-        problem = str(e)
-    if as_json:
-        print_document({"cameras": cameras, "microphones": microphones, "problem": problem})
-        return
-    console = Console(highlight=False)
-    for title, found in (("cameras", cameras), ("microphones", microphones)):
-        console.print(f"[bold]{title}[/bold]" + ("" if found else ": none"))
-        for device in found:
-            console.print(f"  {device['source']:<24} {escape(device['is'])}")
-    if problem:
-        say_on(console)(problem)
-
-
 keys_app = typer.Typer(help="Who may connect to the bus over tcp (bus.keys).", no_args_is_help=True)
 KeysFolder = Annotated[
     Path | None,
@@ -494,6 +478,10 @@ def keys_list(folder: KeysFolder = None, as_json: Json = False) -> None:
     console.print(table if found["allowed"] else "nobody else is allowed")
 
 
+app.command()(devices)
+app.command()(doctor)
+app.add_typer(settings_commands.app, name="config")
+app.command()(settings_commands.completion)
 app.add_typer(keys_app, name="keys")
 app.add_typer(bench.app, name="bench")
 commands.register(app)

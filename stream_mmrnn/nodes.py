@@ -658,7 +658,7 @@ def _totals(subscriber: Subscriber) -> dict[str, int]:
     return totals
 
 
-def _prioritise(priority: str) -> str:
+def prioritise(priority: str) -> str:
     """Give this process the priority that is asked for; why it could not be, or ""."""
     try:
         if priority == "nice":
@@ -670,14 +670,20 @@ def _prioritise(priority: str) -> str:
     return ""
 
 
+def sharpen_sleep() -> None:
+    """Have this thread, and those that it starts, woken when they asked to be; Linux alone needs and has it."""
+    with contextlib.suppress(OSError):
+        # else the kernel may end every sleep 50 us late, to save wake-ups
+        Path("/proc/self/timerslack_ns").write_text("1")
+
+
 def run(target: Callable[..., None], context: Context, *args: Any) -> None:
     """What a new process executes: signals, then the node; an error ends it with one sentence and exit code 1."""
     with contextlib.suppress(OSError):  # so that `ps` and `top` name us; Linux alone has it
         Path("/proc/self/comm").write_text(f"mmrnn-{context.name}"[:15])
-        # else the kernel may end every sleep 50 us late, to save wake-ups
-        Path("/proc/self/timerslack_ns").write_text("1")
+    sharpen_sleep()
     if context.name not in _UNHURRIED:
-        context.note = _prioritise(context.settings.supervisor.priority)
+        context.note = prioritise(context.settings.supervisor.priority)
     signals.ignore()  # they are for the supervisor, who tells us
     try:
         target(context, *args)
