@@ -1,26 +1,33 @@
-"""A small web server: one page, one stream of states, the newest picture, for those whom `access` lets in.
+"""The page's web server: the page, a stream of states, the newest picture, and what other programs ask for.
 
-It hands out what it was given last and keeps nothing else, so a slow browser costs its own thread and no one
-else's time. Knows nothing about the bus, predictions or what a state holds.
+Starlette and uvicorn on a thread of their own. It hands out what it was given last and keeps nothing else, so a slow
+browser costs nobody's time but its own, and one that stops reading is cut off. Who may ask is `access`'s to say.
+Knows nothing about the bus, predictions or what a state holds.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import hashlib
 import os
 import re
 import socket
-import sys
 import threading
-import time
-from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import uvicorn
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route, Router
+from starlette.types import Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from stream_mmrnn.config import LOOPBACK
 from stream_mmrnn.dashboard.access import Access
@@ -31,114 +38,119 @@ PERIOD_S = 0.1
 HEARTBEAT_S = 1.0
 """How often a silent stream is written to, so that a client who left is noticed."""
 IDLE_S = 5.0
-"""How long a connection may wait between requests."""
+"""How long a connection may wait between requests, and how long a request may take to arrive."""
 MAX_CLIENTS = 16
 """Streams of events at once."""
 MAX_CONNECTIONS = 64
-"""Threads at once; a browser opens up to six a page."""
+"""A browser opens up to six a page."""
 SEND_BUFFER = 64 * 1024
 """Small, so that what waits in the kernel for a slow browser is a moment old, not minutes."""
-MAX_BODY = 64 * 1024
 
-_HTML = "text/html; charset=utf-8"
-_TEXT = "text/plain; charset=utf-8"
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+"""Prometheus' text format."""
+_CLOSE_S = 2.0
 
 
 class Board:
-    """The newest state and picture, and who is looking. Shared by all threads."""
+    """The newest state and picture, and how many are looking. Given from any thread, read in the server's."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._number = 0
-        self._state = b""
+        self._newest = (0, b"")
+        self._changed = asyncio.Event()
         self.picture = b""
         self.clients = 0
-        self.closing = threading.Event()
+        self.closing = False
 
     def put(self, state: bytes) -> None:
-        with self._changed:
-            self._number += 1
-            self._state = state
-            self._changed.notify_all()
+        self._newest = (self._newest[0] + 1, state)
 
-    def wait(self, seen: int, timeout_s: float) -> tuple[int, bytes]:
-        """The newest state and its number: at once if it is not the one seen, else after `timeout_s`."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._number != seen or self.closing.is_set(), timeout_s)
-            return self._number, self._state
+    def wake(self) -> None:
+        """Tell those who wait; in the server's thread."""
+        self._changed.set()
+        self._changed = asyncio.Event()
 
-    def enter(self) -> bool:
-        with self._changed:
-            if self.clients >= MAX_CLIENTS:
-                return False
-            self.clients += 1
-            return True
-
-    def leave(self) -> None:
-        with self._changed:
-            self.clients -= 1
-
-    def close(self) -> None:
-        with self._changed:
-            self.closing.set()
-            self._changed.notify_all()
+    async def wait(self, seen: int) -> tuple[int, bytes]:
+        """The newest state and its number: at once if it is not the one seen, else after `HEARTBEAT_S` at most."""
+        if self._newest[0] == seen and not self.closing:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), HEARTBEAT_S)
+        return self._newest
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 32
-    # on Windows the option would let another program take over a port in use
-    allow_reuse_address = os.name != "nt"
+class _States(StreamingResponse):
+    """Server-sent events: the newest state, whenever it is another one, at most every `PERIOD_S`."""
 
-    def __init__(self, host: str, port: int, page: bytes, client_timeout_s: float, access: Access) -> None:
-        self.board = Board()
-        self.access = access
-        self.page = page
-        self.policy = _policy(page)
-        self.client_timeout_s = client_timeout_s
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._lock = threading.Lock()
-        self._open: set[socket.socket] = set()
-        super().__init__((LOOPBACK if host == "localhost" else host, port), _Handler)
+    def __init__(self, board: Board) -> None:
+        super().__init__(self._lines(), media_type="text/event-stream", headers={"Connection": "close"})
+        self._board = board
 
-    def server_bind(self) -> None:
-        # the base class looks up its own name, which can take seconds where DNS does not answer
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(self.allow_reuse_address))
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+    async def _lines(self) -> AsyncIterator[bytes]:
+        yield b"retry: 1000\n\n"
+        seen = 0
+        while not self._board.closing:
+            number, state = await self._board.wait(seen)
+            # a state is one line: the encoder writes no line breaks
+            yield b"data: %b\n\n" % state if number != seen else b": alive\n\n"
+            seen = number
+            await asyncio.sleep(PERIOD_S)
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        with self._lock:
-            full = len(self._open) >= MAX_CONNECTIONS
-            if not full:
-                self._open.add(request)
-        if full:
-            self.shutdown_request(request)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._board.clients += 1
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._board.clients -= 1
+
+
+class _Connection(H11Protocol):
+    """uvicorn's, with an end to all patience: with who connects and asks nothing, and with who asks and reads nothing.
+
+    Such a one is cut off, which frees what waits to be sent to it.
+    """
+
+    def __init__(self, *args: Any, patience_s: float, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._patience_s = patience_s
+        self._arrival: asyncio.TimerHandle | None = None
+        self._stall: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        if len(self.connections) >= MAX_CONNECTIONS:
+            self.transport = transport
+            transport.abort()
             return
-        request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        super().process_request(request, client_address)
+        super().connection_made(transport)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        # whatever the kernel does not take at once is for a browser that is slow
+        transport.set_write_buffer_limits(high=0)
+        self._expect_request()
 
-    def shutdown_request(self, request: Any) -> None:
-        with self._lock:
-            self._open.discard(request)
-        super().shutdown_request(request)
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._expect_request()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that went away is no error; everything else is, and the base class prints it."""
-        if not isinstance(sys.exception(), OSError):
-            super().handle_error(request, client_address)
+    def _expect_request(self) -> None:
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if answering and self._arrival is not None:
+            self._arrival.cancel()
+            self._arrival = None
+        elif not answering and self._arrival is None:
+            self._arrival = self.loop.call_later(IDLE_S, self.transport.abort)
 
-    def drop_all(self, timeout_s: float) -> None:
-        """Cut every connection and give its thread a moment to end."""
-        with self._lock:
-            for request in self._open:
-                with contextlib.suppress(OSError):
-                    request.shutdown(socket.SHUT_RDWR)
-        deadline = time.monotonic() + timeout_s
-        while self._open and time.monotonic() < deadline:
-            time.sleep(0.005)
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stall = self.loop.call_later(self._patience_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
+        super().resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in (self._arrival, self._stall):
+            if timer is not None:
+                timer.cancel()
+        super().connection_lost(exc)
 
 
 def _policy(page: bytes) -> str:
@@ -152,118 +164,35 @@ def _policy(page: bytes) -> str:
     )
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    timeout = IDLE_S
-    server: _Server
+_COMMON = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "Server": "stream-mmrnn",
+}
 
-    def version_string(self) -> str:
-        return "stream-mmrnn"
 
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: a line a picture would drown what matters."""
-
-    def __getattr__(self, name: str) -> Callable[[], None]:
-        # the base class asks for `do_METHOD` and answers 501 where there is none; 405 is the right word
-        if name.startswith("do_"):
-            return self._wrong_method
-        raise AttributeError(name)
-
-    def _reply(self, code: int, body: bytes = b"", kind: str = _TEXT, **more: str) -> None:
-        self.send_response(code)
-        if code != 204:
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(body)))
-        self._common()
-        for name, value in more.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def _common(self) -> None:
-        self.send_header("Cache-Control", "no-store")
-        self.send_header("X-Content-Type-Options", "nosniff")
-        self.send_header("Cross-Origin-Resource-Policy", "same-origin")
-        self.send_header("Referrer-Policy", "no-referrer")
-
-    def _admitted(self) -> bool:
-        """Whether the request may be served; the answer is given where not."""
-
-        def values(name: str) -> list[str]:
-            return self.headers.get_all(name) or []
-
-        answer = self.server.access.judge(self.command, self.path, values, self.server.server_port)
-        if answer is None:
-            return True
-        self._skip_body()
-        body = b"" if self.command == "HEAD" else answer.words.encode()
-        self._reply(answer.code, body, **{**answer.headers, "Connection": "close"})
-        return False
-
-    def _skip_body(self) -> None:
-        # an unread body would make the close a reset, and the client lose the answer
-        length = self.headers.get("Content-Length", "0")
-        if length.isascii() and length.isdigit():
-            self.rfile.read(min(int(length[:9]), MAX_BODY))
-        self.close_connection = True
-
-    def _wrong_method(self) -> None:
-        if not self._admitted():
-            return
-        self._skip_body()
-        body = b"" if self.command == "HEAD" else b"only GET is served here\n"
-        self._reply(405, body, Allow="GET", Connection="close")
-
-    def do_GET(self) -> None:
-        # a GET with a body is not ours; left unread it would be taken for the next request
-        if self.headers.get("Content-Length", "0") != "0" or self.headers.get("Transfer-Encoding"):
-            self.close_connection = True
-            self._reply(400, b"a GET has no body here\n", Connection="close")
-        elif self._admitted():
-            path = self.path.split("?", 1)[0]
-            if path == "/":
-                policy = self.server.policy
-                self._reply(200, self.server.page, _HTML, Content_Security_Policy=policy)
-            elif path == "/events":
-                self._events()
-            elif path == "/picture.jpg":
-                picture = self.server.board.picture
-                self._reply(200 if picture else 204, picture, "image/jpeg")
-            elif path == "/healthz":
-                self._reply(200, b"ok\n")
-            else:
-                self._reply(404, b"there is /, /events, /picture.jpg and /healthz\n")
-
-    def _events(self) -> None:
-        board = self.server.board
-        self.close_connection = True
-        if not board.enter():
-            self._reply(503, b"too many open pages\n", Retry_After="2", Connection="close")
-            return
-        try:
-            self.connection.settimeout(self.server.client_timeout_s)
-            self.send_response(200)
-            self.send_header("Content-Type", "text/event-stream; charset=utf-8")
-            self.send_header("Connection", "close")
-            self._common()
-            self.end_headers()
-            self.wfile.write(b"retry: 1000\n\n")
-            seen = 0
-            while not board.closing.is_set():
-                number, state = board.wait(seen, HEARTBEAT_S)
-                # a state is one line: the encoder writes no line breaks
-                self.wfile.write(b"data: %b\n\n" % state if number != seen else b": alive\n\n")
-                seen = number
-                board.closing.wait(PERIOD_S)
-        except OSError:
-            pass  # gone, or stalled past the timeout: nobody else is to notice
-        finally:
-            board.leave()
+def _bind(host: str, port: int) -> socket.socket:
+    """A listening socket; raises OSError."""
+    s = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        # on Windows the option would let another program take over a port in use
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(os.name != "nt"))
+        s.bind((LOOPBACK if host == "localhost" else host, port))
+        s.listen(32)
+    except OSError:
+        s.close()
+        raise
+    return s
 
 
 class Dashboard:
     """Serves the live page; `update` and `picture` never wait for a browser.
+
+    `metrics` gives what /metrics answers, in Prometheus' text format. `ready` gives what keeps the system from being
+    ready, "" where nothing does: /readyz answers 200 or 503; /healthz is 200 while the server lives. Both are called
+    in the server's thread and must be quick.
 
     Raises:
         ConfigError: others can reach the host, and there is no token.
@@ -271,44 +200,160 @@ class Dashboard:
 
     """
 
-    def __init__(self, host: str = LOOPBACK, port: int = 0, client_timeout_s: float = 2.0, token: str = "") -> None:
+    def __init__(
+        self,
+        host: str = LOOPBACK,
+        port: int = 0,
+        client_timeout_s: float = 2.0,
+        token: str = "",
+        metrics: Callable[[], bytes] | None = None,
+        ready: Callable[[], str] = lambda: "",
+    ) -> None:
         self.access = Access(host, token, (socket.gethostname(),))
-        page = Path(__file__).with_name("page.html").read_bytes()
+        self._page = Path(__file__).with_name("page.html").read_bytes()
+        self._policy = _policy(self._page)
+        self._metrics, self._ready = metrics, ready
+        self._board = Board()
         try:
-            self._server = _Server(host, port, page, client_timeout_s, self.access)
+            self._socket = _bind(host, port)
         except OSError as e:
             raise ProcessError(f"the dashboard cannot bind {host} port {port}: {e.strerror or e}") from e
+        self._port = int(self._socket.getsockname()[1])
         self._host = f"[{host}]" if ":" in host else host
+        self._routes = {
+            "/": self._get_page,
+            "/events": self._get_events,
+            "/picture.jpg": self._get_picture,
+            "/healthz": self._get_health,
+            "/readyz": self._get_readiness,
+        } | ({"/metrics": self._get_metrics} if metrics else {})
+        self._router = Router(
+            [Route(path, endpoint) for path, endpoint in self._routes.items()],
+            redirect_slashes=False,
+            default=self._nothing,
+        )
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                self._app,
+                http=partial(_Connection, patience_s=client_timeout_s),  # type: ignore[arg-type]
+                interface="asgi3",
+                loop="none",
+                ws="none",
+                lifespan="off",
+                proxy_headers=False,
+                server_header=False,
+                access_log=False,
+                log_config=None,
+                log_level="error",  # what clients get wrong is their business, and counted
+                timeout_keep_alive=int(IDLE_S),
+                timeout_graceful_shutdown=1,
+            )
+        )
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 
     @property
     def address(self) -> str:
-        return f"http://{self._host}:{self._server.server_port}/"
+        return f"http://{self._host}:{self._port}/"
 
     @property
     def clients(self) -> int:
         """How many browsers follow the events."""
-        return self._server.board.clients
+        return self._board.clients
+
+    @property
+    def connections(self) -> int:
+        return len(self._server.server_state.connections)
 
     def update(self, state: dict[str, Any]) -> None:
         """Replace the state; NaN and infinity become null, as JSON wants."""
-        self._server.board.put(msgspec.json.encode(state))
+        self._board.put(msgspec.json.encode(state))
+        self._call(self._board.wake)
 
     def picture(self, jpeg: bytes) -> None:
-        self._server.board.picture = jpeg
+        self._board.picture = jpeg
 
     def start(self) -> None:
         if self._thread is None:
-            self._thread = threading.Thread(
-                target=self._server.serve_forever, args=(0.05,), name="dashboard", daemon=True
-            )
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=self._run, args=(self._loop,), name="dashboard", daemon=True)
             self._thread.start()
 
     def close(self) -> None:
-        self._server.board.close()
+        """Cut every connection and give the port back; within some tenths of a second."""
+        self._call(self._end)
         if self._thread is not None:
-            self._server.shutdown()
-            self._thread.join(0.1)
+            self._thread.join(_CLOSE_S)
             self._thread = None
-        self._server.drop_all(0.1)
-        self._server.server_close()
+        self._socket.close()
+
+    def _call(self, what: Callable[[], None]) -> None:
+        """Have it called in the server's thread; not at all where that does not run."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # closed
+                self._loop.call_soon_threadsafe(what)
+
+    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            loop.run_until_complete(self._server.serve([self._socket]))
+        finally:
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.close()
+
+    def _end(self) -> None:
+        self._server.should_exit = True
+        self._board.closing = True
+        self._board.wake()
+        for connection in list(self._server.server_state.connections):
+            connection.transport.abort()
+
+    async def _app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Every request: who may, then what is asked for, and what every answer says of itself."""
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] += [(k.lower().encode(), v.encode()) for k, v in _COMMON.items()]
+            await send(message)
+
+        response = self._refusal(scope) or self._router
+        await response(scope, receive, answer)
+
+    def _refusal(self, scope: Scope) -> Response | None:
+        headers = Headers(scope=scope)
+        method, query = scope["method"], scope["query_string"].decode("latin-1")
+        # a GET with a body is not ours
+        if method == "GET" and (headers.get("content-length", "0") != "0" or "transfer-encoding" in headers):
+            return PlainTextResponse("a GET has no body here\n", 400, {"Connection": "close"})
+        target = scope["raw_path"].decode("latin-1") + (f"?{query}" if query else "")
+        denied = self.access.judge(method, target, headers.getlist, self._port)
+        if denied is not None:
+            return PlainTextResponse(denied.words, denied.code, denied.headers)
+        if method != "GET":
+            return PlainTextResponse("only GET is served here\n", 405, {"Allow": "GET"})
+        return None
+
+    async def _nothing(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = PlainTextResponse(f"there is {', '.join(self._routes)}\n", 404)
+        await answer(scope, receive, send)
+
+    async def _get_page(self, _: Request) -> Response:
+        return Response(self._page, headers={"Content-Security-Policy": self._policy}, media_type="text/html")
+
+    async def _get_events(self, _: Request) -> Response:
+        if self._board.clients >= MAX_CLIENTS:
+            return PlainTextResponse("too many open pages\n", 503, {"Retry-After": "2"})
+        return _States(self._board)
+
+    async def _get_picture(self, _: Request) -> Response:
+        picture = self._board.picture
+        return Response(picture, media_type="image/jpeg") if picture else Response(status_code=204)
+
+    async def _get_health(self, _: Request) -> Response:
+        return PlainTextResponse("ok\n")
+
+    async def _get_readiness(self, _: Request) -> Response:
+        why_not = self._ready()
+        return PlainTextResponse(f"{why_not or 'ready'}\n", 503 if why_not else 200)
+
+    async def _get_metrics(self, _: Request) -> Response:
+        return Response(self._metrics() if self._metrics else b"", headers={"Content-Type": METRICS_TYPE})
