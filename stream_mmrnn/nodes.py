@@ -602,6 +602,7 @@ def _model_sha256(name: str) -> str:
 def dashboard(context: Context) -> None:
     """The live page's server, over a view of the bus that it owns alone."""
     from stream_mmrnn import keys
+    from stream_mmrnn.dashboard.metrics import Metrics
     from stream_mmrnn.dashboard.server import Dashboard
     from stream_mmrnn.dashboard.state import LiveState
 
@@ -622,7 +623,14 @@ def dashboard(context: Context) -> None:
     )
     shown = settings.dashboard
     token = keys.token(Path(shown.token_file))[0] if shown.token_file else ""
-    page = Dashboard(shown.host, shown.port, token=token)
+    metrics = Metrics()
+    page = Dashboard(
+        shown.host,
+        shown.port,
+        token=token,
+        metrics=lambda: metrics.text(now_ns()),
+        ready=lambda: metrics.why_not_ready(now_ns()),
+    )
     page.start()
     reporter = Reporter(context, publisher)
     reporter.counts = lambda: {**_totals(subscriber), "denied": sum(page.access.denied.values())}
@@ -639,6 +647,7 @@ def dashboard(context: Context) -> None:
             reporter.say("ready", missed)
         if envelope is not None:
             view.see(envelope)
+            metrics.see(envelope)
             if envelope.topic == topics.raw("vision") and isinstance(envelope.payload, bytes):
                 page.picture(envelope.payload)
         if now_ns() >= next_ns:
