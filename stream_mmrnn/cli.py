@@ -6,6 +6,7 @@ is one JSON document and everything else goes to stderr. Knows nothing about how
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Collection
 from enum import StrEnum
@@ -50,6 +51,10 @@ app = typer.Typer(
 )
 
 
+class LogFormat(StrEnum):
+    text, json = "text", "json"
+
+
 class From(StrEnum):
     features, raw = "features", "raw"
 
@@ -65,6 +70,8 @@ def run() -> None:
 
 def _keep_old(path: Path, say: Callable[[str], None]) -> None:
     """A recording that is already there keeps its content under another name."""
+    from stream_mmrnn.log import Note
+
     if not path.exists():
         return
     number = 1
@@ -74,7 +81,8 @@ def _keep_old(path: Path, say: Callable[[str], None]) -> None:
     path.rename(old)
     for number, later in parts.items():
         later.rename(part(old, number - 1))
-    say(f"{path} was there already; it is {old} now" + (", and its parts likewise" if parts else ""))
+    text = f"{path} was there already; it is {old} now" + (", and its parts likewise" if parts else "")
+    say(Note(text, "recorder", "renamed", old=str(old)))
 
 
 def _settings(
@@ -119,10 +127,15 @@ def _capture(settings: config.Settings, duration: float | None, with_engine: boo
     from stream_mmrnn import sources
     from stream_mmrnn.dashboard.state import LiveState
     from stream_mmrnn.live import Session
+    from stream_mmrnn.log import JsonLines, Note, at_least
     from stream_mmrnn.view import WATCHED, render, summary_table
 
     if all(getattr(settings.sources, m) == "none" for m in sources.EVERY):
         raise ConfigError("every source is `none`; name at least one, for example --source synthetic")
+    if with_engine and settings.trace.ratio:
+        from stream_mmrnn import traces
+
+        traces.require()
     console = Console(stderr=as_json, highlight=False)
     ENDING.watch()
     _begin_processes()
@@ -130,14 +143,17 @@ def _capture(settings: config.Settings, duration: float | None, with_engine: boo
     view = LiveState()
     began_ns = now_ns()
     screen = None
-    if console.is_terminal and not plain and not as_json:
+    lines = JsonLines(settings.log.level) if settings.log.format == "json" else None
+    if console.is_terminal and not plain and not as_json and lines is None:
         screen = Live(console=console, refresh_per_second=8, transient=True)
 
-    def say(text: str) -> None:
+    def show(text: str) -> None:
         notes.append(text)
         del notes[:-16]
         if screen is None:
             say_on(console)(text)
+
+    say: Callable[[str], None] = lines or at_least(settings.log.level, show)
 
     path = Path(settings.record.path) if settings.record.path else None
     if path is not None:
@@ -150,19 +166,21 @@ def _capture(settings: config.Settings, duration: float | None, with_engine: boo
         status = next((n.status for n in session.supervisor.nodes if n.name == "dashboard" and n.status), None)
         if status and not address:
             address = shown(str(status.detail.get("address", "")), 64)
-            if screen is None and address:
+            if lines is not None and address:
+                lines(Note(f"dashboard: {address}", "dashboard", "address", address=address))
+            elif screen is None and address:
                 console.print(f"dashboard: {address}")
         seconds = (now_ns() - began_ns) / 1e9
         if screen is not None and now_ns() - drawn_ns > 120_000_000:
             drawn_ns = now_ns()
             headline = f"{seconds:6.1f} s   {address}"
             screen.update(render(view.snapshot(now_ns()), console.width, headline, notes))
-        elif screen is None and not as_json and now_ns() - line_ns > 1_000_000_000:
+        elif screen is None and lines is None and not as_json and now_ns() - line_ns > 1_000_000_000:
             line_ns = now_ns()
             console.print(_line(seconds, view.snapshot(now_ns())), soft_wrap=True, markup=False)
 
     # a machine reads the summary: the messages themselves are nobody's then
-    see, watch = (lambda _: None, ()) if as_json else (view.see, WATCHED)
+    see, watch = (lambda _: None, ()) if as_json or lines is not None else (view.see, WATCHED)
     with held():  # until it is known what must not be left behind
         session = Session(settings, with_engine, ENDING.alive, say, see, often, watch)
         supervisor = session.supervisor
@@ -173,14 +191,20 @@ def _capture(settings: config.Settings, duration: float | None, with_engine: boo
                 console.show_cursor()
 
         ENDING.at_once, ENDING.in_order = end_at_once, lambda: supervisor.begun
-    if screen is not None:
-        with screen:
+    try:
+        with screen or contextlib.nullcontext():
             summary = session.run(duration)
-    else:
-        summary = session.run(duration)
+    except StreamError as e:
+        if lines is None:
+            raise
+        lines(Note(str(e), "supervisor", "error", "error"))
+        raise typer.Exit(e.exit_code) from None
+    if lines is not None and not as_json:
+        level = "error" if summary["failed"] else "info"
+        lines(Note(f"the session {summary['session']!r} is over", "supervisor", "summary", level, **summary))
     if as_json:
         print_document(summary)
-    else:
+    elif lines is None:
         console.print(summary_table(summary))
     if summary["failed"]:
         raise typer.Exit(1)
@@ -211,6 +235,7 @@ OtherText = Annotated[
     str | None, typer.Option("--other-text", help="The second person's words, named like --text; none by default.")
 ]
 Duration = Annotated[float | None, typer.Option("--duration", "-d", min=0.1, help="Seconds; without it until Ctrl-C.")]
+Log = Annotated[LogFormat | None, typer.Option("--log", help="What is said while it runs: sentences, or JSON lines.")]
 Plain = Annotated[bool, typer.Option("--plain", help="A line a second instead of the full view.")]
 
 
@@ -230,6 +255,7 @@ def live(
     session: Annotated[str | None, typer.Option(help="The session's name.")] = None,
     dashboard: Annotated[bool | None, typer.Option(help="Serve the live page on loopback.")] = None,
     port: Annotated[int | None, typer.Option(help="The page's port; 0 takes any free one.")] = None,
+    log: Log = None,
     plain: Plain = False,
     as_json: Json = False,
 ) -> None:
@@ -246,6 +272,7 @@ def live(
             "session.name": session,
             "dashboard.enabled": dashboard,
             "dashboard.port": port,
+            "log.format": log.value if log else None,
         },
     )
     _begin_processes()
@@ -268,12 +295,13 @@ def record(
     other_text: OtherText = None,
     duration: Duration = None,
     session: Annotated[str | None, typer.Option(help="The session's name.")] = None,
+    log: Log = None,
     plain: Plain = False,
     as_json: Json = False,
 ) -> None:
     """Capture and record, without an engine."""
     named = {"vision": vision, "audio": audio, "text": text, "other_audio": other_audio, "other_text": other_text}
-    overrides = {"record.path": str(path), "session.name": session}
+    overrides = {"record.path": str(path), "session.name": session, "log.format": log.value if log else None}
     _capture(_settings(config_file, source, named, overrides), duration, False, as_json, plain)
 
 

@@ -217,6 +217,25 @@ class Supervisor(_Section, frozen=True):
     start_timeout_s: _Positive = 20.0
 
 
+class Log(_Section, frozen=True):
+    """What a session says while it runs, on standard error."""
+
+    format: Literal["text", "json"] = "text"
+    """json: one object a line, for programs; there is no view in the terminal then."""
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """What is less bad is not said."""
+
+
+class Trace(_Section, frozen=True):
+    """Predictions as OpenTelemetry traces (extra `otel`)."""
+
+    ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    """The share of predictions that become traces; 0: none, and no process for it."""
+    endpoint: str = f"http://{LOOPBACK}:4318/v1/traces"
+    """Where a collector takes OTLP over HTTP. Elsewhere than here the spans, with names of sessions, go over the
+    network."""
+
+
 class Settings(_Section, frozen=True):
     """Everything that can be set; each section is a table of the TOML file."""
 
@@ -235,6 +254,8 @@ class Settings(_Section, frozen=True):
     queues: Queues = Queues()
     dashboard: Dashboard = Dashboard()
     supervisor: Supervisor = Supervisor()
+    log: Log = Log()
+    trace: Trace = Trace()
 
 
 def _nearest(unknown: str, known: list[str]) -> str:

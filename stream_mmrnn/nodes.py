@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import sys
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from multiprocessing.sharedctypes import Synchronized
@@ -22,7 +23,7 @@ from typing import Any
 
 import msgspec
 
-from stream_mmrnn import config, signals, topics, wire
+from stream_mmrnn import config, log, signals, topics, wire
 from stream_mmrnn.bus import Address, Caller, Publisher, Subscriber, Tap, run_broker
 from stream_mmrnn.clock import Sparingly, WallClock, now_ns
 from stream_mmrnn.disk import part
@@ -33,7 +34,7 @@ from stream_mmrnn.types import Envelope
 _STATUS_PERIOD_NS = 500_000_000
 _CALM_MS = 4
 """So long after a message its prediction is out, and the next one is still to come."""
-_UNHURRIED = ("recorder", "dashboard", "journal")
+_UNHURRIED = ("recorder", "dashboard", "journal", "tracer")
 """What may come later: files and pages, and what is for a bad day."""
 _JOURNAL_MS = 50
 """The journal takes what has come this often: woken for each message it would take a core from who is in haste."""
@@ -658,6 +659,41 @@ def dashboard(context: Context) -> None:
     publisher.close()
 
 
+def tracer(context: Context) -> None:
+    """Predictions as traces, to a collector; one that is slow or gone costs nobody else anything."""
+    from stream_mmrnn.clock import wall_offset_ns
+    from stream_mmrnn.traces import Tracer
+
+    settings = context.settings
+    publisher = Publisher(context.address, settings.bus.queue)
+    wanted = [topics.CLOCK, topics.PREDICTION]
+    subscriber = Subscriber(context.address, wanted, settings.bus.view_queue, "drop_oldest")
+    traces = Tracer(settings.trace, wall_offset_ns())
+    reporter = Reporter(context, publisher)
+    reporter.counts = lambda: {
+        **_totals(subscriber),
+        "traces": traces.traces,
+        "spans_exported": traces.exported,
+        "spans_failed": traces.failed,
+    }
+    _hear_clock(context, subscriber)
+    reporter.say("ready")
+    context.ready.set()
+    lost = False
+    while context.alive():
+        envelope = subscriber.receive(100)
+        reporter.keep()
+        if traces.failed and not lost:
+            lost = True
+            reporter.say("ready", f"the collector at {settings.trace.endpoint} does not take spans; they are dropped")
+        if envelope is not None and envelope.topic == topics.PREDICTION:
+            traces.see(envelope)
+    traces.close()
+    reporter.say("closed")
+    subscriber.close()
+    publisher.close()
+
+
 def _totals(subscriber: Subscriber) -> dict[str, int]:
     """What a viewer had of all topics together: produced = delivered + waiting + the others."""
     totals = dict.fromkeys(("produced", "delivered", "waiting", "lost", "oldest", "superseded", "stale"), 0)
@@ -697,5 +733,10 @@ def run(target: Callable[..., None], context: Context, *args: Any) -> None:
     try:
         target(context, *args)
     except StreamError as e:
-        print(f"stream-mmrnn {context.name}: {e}", file=sys.stderr, flush=True)
+        log.report(context.settings.log, context.name, str(e))
         raise SystemExit(e.exit_code) from None
+    except Exception as e:
+        if context.settings.log.format == "text":
+            raise  # as Python shows it, with all its lines
+        log.report(context.settings.log, context.name, f"{type(e).__name__}: {e}", traceback=traceback.format_exc())
+        raise SystemExit(1) from None

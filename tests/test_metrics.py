@@ -114,7 +114,9 @@ def test_a_process_is_up_until_it_is_silent_or_dead() -> None:
     assert (read(metrics.text(10 * _S))[up], metrics.why_not_ready(10 * _S)) == (1, "")
 
 
-_counts = st.dictionaries(st.sampled_from(["published", "captured", "stale_ms", "ticks", "refused", "x"]), st.integers())
+_counts = st.dictionaries(
+    st.sampled_from(["published", "captured", "stale_ms", "ticks", "refused", "x"]), st.integers()
+)
 _json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
     lambda inner: st.dictionaries(st.sampled_from(["streams", "vision", "used", "denied", "late"]), inner, max_size=3),
@@ -123,7 +125,7 @@ _said = st.fixed_dictionaries(
     {
         "node": st.text(max_size=5),
         "state": st.sampled_from(["ready", "open", "failed", "no such"]),
-        "modality": st.sampled_from(["", "vision", "text", "nix\"}\n"]),
+        "modality": st.sampled_from(["", "vision", "text", 'nix"}\n']),
         "counts": _counts,
         "detail": st.dictionaries(st.sampled_from(["streams", "denied"]), _json),
     }

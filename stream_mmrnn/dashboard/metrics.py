@@ -101,7 +101,9 @@ FAMILIES: dict[str, Family] = {
             "Messages that are not in the recording: lost on the bus, dropped by its queue, refused by the file.",
             ("reason",),
         ),
-        Family("bus_refused_messages_total", "counter", "Messages that the queue to the broker did not take.", ("node",)),
+        Family(
+            "bus_refused_messages_total", "counter", "Messages that the queue to the broker did not take.", ("node",)
+        ),
         Family("bus_denied_connections_total", "counter", "Connections that were not let in, with keys.", ("reason",)),
         Family("page_denied_requests_total", "counter", "Requests that this server did not answer.", ("reason",)),
         Family("viewer_delivered_messages_total", "counter", "Messages that a view was given.", ("node",)),
