@@ -23,6 +23,12 @@ class Note(str):
 
     __slots__ = ("event", "fields", "level", "node", "private")
 
+    node: str
+    event: str
+    level: str
+    private: bool
+    fields: dict[str, Any]
+
     def __new__(
         cls,
         text: str,
@@ -37,9 +43,6 @@ class Note(str):
         note = super().__new__(cls, text)
         note.node, note.event, note.level, note.private, note.fields = node, event, level, private, fields
         return note
-
-    def __getnewargs__(self) -> tuple[str]:
-        return (str(self),)
 
 
 class JsonLines:
