@@ -163,9 +163,8 @@ def _capture(settings: config.Settings, duration: float | None, with_engine: boo
 
     def often() -> None:
         nonlocal drawn_ns, line_ns, address
-        status = next((n.status for n in session.supervisor.nodes if n.name == "dashboard" and n.status), None)
-        if status and not address:
-            address = shown(str(status.detail.get("address", "")), 64)
+        if not address:
+            address = shown(session.page, 64)
             if lines is not None and address:
                 lines(Note(f"dashboard: {address}", "dashboard", "address", address=address))
             elif screen is None and address:
@@ -226,7 +225,7 @@ Source = Annotated[str | None, typer.Option("--source", "-s", help="All modaliti
 Vision = Annotated[str | None, typer.Option(help="camera:0, camera:URL, file:PATH, synthetic or none.")]
 Audio = Annotated[str | None, typer.Option(help="microphone, microphone:NAME, file:PATH, synthetic or none.")]
 TextSource = Annotated[
-    str | None, typer.Option("--text", help="stdin, pipe:PATH, tcp:PORT, zmq:PORT, synthetic or none.")
+    str | None, typer.Option("--text", help="stdin, pipe:PATH, tcp:PORT, zmq:PORT, page, synthetic or none.")
 ]
 OtherAudio = Annotated[
     str | None, typer.Option("--other-audio", help="The second person's sound, named like --audio; none by default.")
@@ -320,16 +319,31 @@ def replay(
         bool,
         typer.Option("--verify", help="Exit 0 only if every prediction is the recorded one, bit for bit."),
     ] = False,
+    page: Annotated[
+        bool | None, typer.Option("--page/--no-page", help="Serve the live page of it; with --speed it is served.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The page's port; 0 takes any free one.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Run a recording through the same pipeline again."""
+    """Run a recording through the same pipeline again; with --speed it is on the live page, to pause and scrub."""
+    from contextlib import ExitStack, closing
+
     from rich.progress import Progress
 
     from stream_mmrnn import replay as module
 
     console = Console(stderr=as_json, highlight=False)
     alive = Alive()
-    with Progress(console=console, transient=True, disable=as_json or not console.is_terminal) as progress:
+    with ExitStack() as stack:
+        player = None
+        if page or (page is None and speed is not None):
+            from stream_mmrnn.player import Player
+
+            player = stack.enter_context(closing(Player(speed or 1.0, alive, port)))
+            console.print(f"dashboard: {player.address}")
+        progress = stack.enter_context(
+            Progress(console=console, transient=True, disable=as_json or not console.is_terminal)
+        )
         task = progress.add_task("replaying", total=None)
         result = module.replay(
             path,
@@ -340,6 +354,7 @@ def replay(
             verify=verify,
             see=lambda _: progress.advance(task),
             alive=alive,
+            player=player,
         )
     if as_json:
         print_document(result)

@@ -39,8 +39,9 @@ class Session(_Section, frozen=True):
 
 class Sources(_Section, frozen=True):
     """Where each modality comes from: `camera:0`, `camera:URL`, `microphone`, `microphone:NAME`, `file:PATH`,
-    `synthetic`, `stdin`, `pipe:PATH`, `tcp:PORT`, `zmq:PORT` or `none`. The first three are of the person that a
-    session is about, `other_*` of a second one: a voice agent, the other party of a call.
+    `synthetic`, `stdin`, `pipe:PATH`, `tcp:PORT`, `zmq:PORT`, `page` (what is typed on the live page, which joins every
+    other source of text, too) or `none`. The first three are of the person that a session is about, `other_*` of a
+    second one: a voice agent, the other party of a call.
     """
 
     vision: str = "camera:0"

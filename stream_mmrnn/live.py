@@ -44,6 +44,12 @@ class Session:
         self._latency = StageTable()
         self._repeats = Repeats()
 
+    @property
+    def page(self) -> str:
+        """The address of the live page, once its process has said it; "" until then, and where there is none."""
+        status = next((n.status for n in self.supervisor.nodes if n.name == "dashboard" and n.status), None)
+        return str(status.detail.get("address", "")) if status else ""
+
     def run(self, duration_s: float | None) -> dict[str, Any]:
         """Start, go on for `duration_s` (None: until told, or until every source has ended), stop, sum up.
 

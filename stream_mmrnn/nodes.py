@@ -12,6 +12,7 @@ import hashlib
 import multiprocessing
 import os
 import sys
+import threading
 import time
 import traceback
 from collections import deque
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -31,6 +32,9 @@ from stream_mmrnn.errors import SessionError, SourceError, StreamError, WireErro
 from stream_mmrnn.repeats import Repeats
 from stream_mmrnn.types import Envelope
 
+if TYPE_CHECKING:
+    from stream_mmrnn.pipeline import Pump
+
 _STATUS_PERIOD_NS = 500_000_000
 _CALM_MS = 4
 """So long after a message its prediction is out, and the next one is still to come."""
@@ -41,6 +45,8 @@ _JOURNAL_MS = 50
 _PREWARM_PERIOD_NS = 200_000_000
 """What comes less often than this is not expected at a time that could be named."""
 _JOURNAL_NICE = 5
+_MAX_TYPED = 64
+"""Lines typed on the page that wait for the bus."""
 _MAX_NODES = 64
 """Processes whose last status a recording keeps."""
 
@@ -237,6 +243,19 @@ def journal(context: Context) -> None:
     publisher.close()
 
 
+def _join_typed(context: Context, pump: Pump) -> None:
+    """What is typed on the page, joined to the lines of the source: from there on it is a line like any other."""
+    from stream_mmrnn.sources.text import typed
+
+    settings = context.settings
+
+    def going() -> bool:
+        return context.alive() and not pump.ended
+
+    for sample in typed(context.address, settings.session.name, settings.text, going):
+        pump.put(sample)
+
+
 def worker(context: Context, modality: str, spec: str) -> None:
     """A source and its encoder. A device that is not there is asked for again; the session does not wait for it."""
     from stream_mmrnn import encoders, sources
@@ -297,6 +316,9 @@ def worker(context: Context, modality: str, spec: str) -> None:
             context.alive,
         )
         pump.start()
+        typing = threading.Thread(target=_join_typed, args=(context, pump), name="typed", daemon=True)
+        if modality == "text" and settings.dashboard.enabled:
+            typing.start()
 
         def warm() -> None:
             encoder.prewarm()
@@ -332,6 +354,8 @@ def worker(context: Context, modality: str, spec: str) -> None:
             rhythm.stop(now_ns())
             pump.discard()
             pump.join(0.5)
+            if typing.ident is not None:
+                typing.join(0.5)
             pump.discard()
             produced, dropped = state["before"]
             state.update(pump=None, before=(produced + pump.produced, dropped + pump.dropped))
@@ -611,17 +635,29 @@ def dashboard(context: Context) -> None:
     publisher = Publisher(context.address, settings.bus.queue)
     subscriber = Subscriber(
         context.address,
-        [
-            topics.FEATURE,
-            *topics.raws("vision"),
-            *topics.raws("text"),
-            topics.CLOCK,
-            topics.PREDICTION,
-            topics.STATUS,
-        ],
+        [topics.FEATURE, *topics.raws("text"), topics.LABEL, topics.CLOCK, topics.PREDICTION, topics.STATUS],
         settings.bus.view_queue,
         "drop_oldest",
     )
+    looking = _Looking(context)
+    view = LiveState()
+    typed: deque[bytes] = deque()
+
+    def take_line(body: bytes) -> str:
+        """In the server's thread: the bus is ours."""
+        if why := view.typing()["why"]:
+            return str(why)
+        try:
+            line = msgspec.json.decode(body, type=str).strip().encode()
+        except (msgspec.MsgspecError, UnicodeError):
+            return "a line is a JSON string"
+        if not line or len(line) > settings.text.max_line_bytes:
+            return f"a line has 1 to {settings.text.max_line_bytes} bytes, this one has {len(line)}"
+        if len(typed) >= _MAX_TYPED:
+            return "more was typed than could be sent; wait a moment"
+        typed.append(line)
+        return ""
+
     shown = settings.dashboard
     token = keys.token(Path(shown.token_file))[0] if shown.token_file else ""
     metrics = Metrics()
@@ -629,32 +665,44 @@ def dashboard(context: Context) -> None:
         shown.host,
         shown.port,
         token=token,
+        posts={"/text": take_line},
         metrics=lambda: metrics.text(now_ns()),
         ready=lambda: metrics.why_not_ready(now_ns()),
     )
     page.start()
     reporter = Reporter(context, publisher)
-    reporter.counts = lambda: {**_totals(subscriber), "denied": sum(page.access.denied.values())}
+    reporter.counts = lambda: {
+        **_totals(subscriber.tally(), looking.tally()),
+        "denied": sum(page.access.denied.values()),
+    }
     reporter.detail = lambda: {"address": page.address, "denied": dict(page.access.denied)}
     _hear_clock(context, subscriber)
     reporter.say("ready")
     context.ready.set()
-    view = LiveState()
     next_ns = 0
     while context.alive():
         envelope = subscriber.receive(100)
         reporter.keep()
         if missed := subscriber.report():
             reporter.say("ready", missed)
+        while typed:
+            at_ns = now_ns()
+            publisher.publish(topics.TYPED, settings.session.name, at_ns, at_ns, typed.popleft(), "page")
         if envelope is not None:
             view.see(envelope)
             metrics.see(envelope)
-            if envelope.topic == topics.raw("vision") and isinstance(envelope.payload, bytes):
-                page.picture(envelope.payload)
+        for heavy in looking.read(page.clients > 0):
+            view.see(heavy)
+            if heavy.topic == topics.raw("vision") and isinstance(heavy.payload, bytes):
+                page.picture(heavy.payload)
         if now_ns() >= next_ns:
             next_ns = now_ns() + 100_000_000
+            if not page.clients:
+                view.skip(_Looking.TOPICS)
+            page.sound(view.sound.first, view.sound.columns)
             page.update(view.snapshot(now_ns()))
     page.close()
+    looking.close()
     subscriber.close()
     publisher.close()
 
@@ -671,7 +719,7 @@ def tracer(context: Context) -> None:
     traces = Tracer(settings.trace, wall_offset_ns())
     reporter = Reporter(context, publisher)
     reporter.counts = lambda: {
-        **_totals(subscriber),
+        **_totals(subscriber.tally()),
         "traces": traces.traces,
         "spans_exported": traces.exported,
         "spans_failed": traces.failed,
@@ -694,10 +742,52 @@ def tracer(context: Context) -> None:
     publisher.close()
 
 
-def _totals(subscriber: Subscriber) -> dict[str, int]:
+class _Looking:
+    """Pictures and sound for the page, which are on the way to it only while a browser looks."""
+
+    TOPICS = (topics.raw("vision"), topics.raw("audio"))
+
+    def __init__(self, context: Context) -> None:
+        self._address, self._queue = context.address, context.settings.bus.view_queue
+        self._subscriber: Subscriber | None = None
+        self._before: dict[str, dict[str, int]] = {}
+
+    def read(self, somebody: bool) -> Iterator[Envelope]:
+        """What has come, without waiting; nothing where nobody looks."""
+        if not somebody:
+            self.close()
+            return
+        if self._subscriber is None:
+            self._subscriber = Subscriber(self._address, list(self.TOPICS), self._queue, "drop_oldest")
+        for _ in range(self._queue):
+            envelope = self._subscriber.receive(0)
+            if envelope is None:
+                return
+            yield envelope
+
+    def tally(self) -> dict[str, dict[str, int]]:
+        """As `Subscriber.tally`, of all the times that somebody looked."""
+        found = {topic: dict(counts) for topic, counts in self._before.items()}
+        for topic, counts in (self._subscriber.tally() if self._subscriber else {}).items():
+            before = found.setdefault(topic, {})
+            for name, count in counts.items():
+                before[name] = before.get(name, 0) + count
+        return found
+
+    def close(self) -> None:
+        if self._subscriber is None:
+            return
+        while self._subscriber.receive(0) is not None:
+            pass  # what waits was delivered, to nobody
+        self._before = self.tally()
+        self._subscriber.close()
+        self._subscriber = None
+
+
+def _totals(*tallies: dict[str, dict[str, int]]) -> dict[str, int]:
     """What a viewer had of all topics together: produced = delivered + waiting + the others."""
     totals = dict.fromkeys(("produced", "delivered", "waiting", "lost", "oldest", "superseded", "stale"), 0)
-    for counts in subscriber.tally().values():
+    for counts in (counts for tally in tallies for counts in tally.values()):
         for name, count in counts.items():
             totals[name] += count
     return totals

@@ -294,21 +294,7 @@ class Pump:
     def _fill(self) -> None:
         try:
             for sample in self._samples:
-                with self._changed:
-                    self.produced += 1
-                    if len(self._queue) >= self._length:
-                        if self._block:
-                            while len(self._queue) >= self._length and self._alive():
-                                self._changed.wait(0.1)
-                        else:
-                            self._queue.popleft()
-                            self.dropped += 1
-                    self._queue.append(sample)
-                    self._changed.notify_all()
-                    if self._reading:
-                        # to make the next sample now would take the interpreter from the reader, who is waited for
-                        asked = self._asked
-                        self._changed.wait_for(lambda: self._asked != asked, _YIELD_S)  # noqa: B023 called here alone
+                self.put(sample)
                 if not self._alive():
                     break
         except BaseException as e:
@@ -316,6 +302,24 @@ class Pump:
         with self._changed:
             self._ended = True
             self._changed.notify_all()
+
+    def put(self, sample: Sample) -> None:
+        """Add a sample: the device's thread does, and who has one more of the same kind."""
+        with self._changed:
+            self.produced += 1
+            if len(self._queue) >= self._length:
+                if self._block:
+                    while len(self._queue) >= self._length and self._alive():
+                        self._changed.wait(0.1)
+                else:
+                    self._queue.popleft()
+                    self.dropped += 1
+            self._queue.append(sample)
+            self._changed.notify_all()
+            if self._reading:
+                # to make the next sample now would take the interpreter from the reader, who is waited for
+                asked = self._asked
+                self._changed.wait_for(lambda: self._asked != asked, _YIELD_S)
 
     def read(self, timeout_s: float) -> Sample | None:
         """The next sample, or None after `timeout_s` or at the end (see `ended`)."""

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 
@@ -28,6 +28,9 @@ from stream_mmrnn.recording import Recording
 from stream_mmrnn.repeats import WINDOW
 from stream_mmrnn.runtime import Provider
 from stream_mmrnn.types import Envelope, Prediction, Vectors
+
+if TYPE_CHECKING:
+    from stream_mmrnn.player import Player
 
 From = Literal["features", "raw"]
 
@@ -176,12 +179,14 @@ def replay(
     verify: bool = False,
     see: Callable[[Prediction], None] = lambda _: None,
     alive: Callable[[], bool] = lambda: True,
+    player: Player | None = None,
 ) -> dict[str, Any]:
     """Run a recording through aligner and engine again.
 
     `speed` paces it (1 is as it was); None is as fast as it goes. `source` says whether the recorded feature vectors
     are used or made again from the raw samples. Always compares with the recorded predictions where there are some;
-    `verify` makes a comparison that cannot be made an error.
+    `verify` makes a comparison that cannot be made an error. A `player` shows it on a page and paces it instead of
+    `speed`; what is returned is then of the last pass.
 
     Raises:
         UsageError: the file, its model or its raw streams are not there.
@@ -196,29 +201,39 @@ def replay(
             raise FileError(f"{path} holds no predictions to compare with; it was made by `record`, or cut off early")
         if engine.spec.sha256 != recording.metadata.get("model_sha256"):
             raise UsageError(f"{path} was predicted by another version of the model {name!r}; give that one by --model")
-    aligner = Aligner.of(engine.spec.modalities, engine.spec.tick_ns, settings.align)
     wanted = {topics.CLOCK, topics.SESSION, *(topics.feature(m.name) for m in engine.spec.modalities)}
     if source == "raw":
         if recording.metadata.get("raw") == "false":
             raise UsageError(f"{path} was recorded without raw streams (record.raw = false); replay it from features")
         wanted |= {topics.raw(m.name) for m in engine.spec.modalities}
-    comparison = Comparison()
-    envelopes = comparison.aside(recording.batches(wanted | {topics.PREDICTION}))
-    if source == "raw":
-        envelopes = reencode(envelopes, {m.name: create(m.name) for m in engine.spec.modalities})
-    if speed is not None:
-        envelopes = pace(envelopes, speed, alive)
-    steps = Histogram()
-    count, first_ns, last_ns = 0, 0, 0
-    began_ns = now_ns()
-    for prediction in predict(envelopes, aligner, engine):
-        count += 1
-        first_ns = first_ns or prediction.tick.event_ns
-        last_ns = prediction.tick.event_ns
-        steps.add(prediction.step_end_ns - prediction.step_start_ns)
-        comparison.see(prediction)
-        see(prediction)
-        if not alive():
+    if player is not None:
+        wanted |= player.WANTED
+        player.load(path.name, engine.spec, *_span(recording))
+    while True:
+        aligner = Aligner.of(engine.spec.modalities, engine.spec.tick_ns, settings.align)
+        comparison = Comparison()
+        envelopes = comparison.aside(recording.batches(wanted | {topics.PREDICTION}))
+        if player is not None:
+            envelopes = player.play(envelopes)
+        if source == "raw":
+            envelopes = reencode(envelopes, {m.name: create(m.name) for m in engine.spec.modalities})
+        if speed is not None and player is None:
+            envelopes = pace(envelopes, speed, alive)
+        steps = Histogram()
+        count, first_ns, last_ns = 0, 0, 0
+        began_ns = now_ns()
+        for prediction in predict(envelopes, aligner, engine):
+            count += 1
+            first_ns = first_ns or prediction.tick.event_ns
+            last_ns = prediction.tick.event_ns
+            steps.add(prediction.step_end_ns - prediction.step_start_ns)
+            comparison.see(prediction)
+            if player is not None:
+                player.see(prediction)
+            see(prediction)
+            if not alive():
+                break
+        if player is None or not player.again():
             break
     seconds = (now_ns() - began_ns) / 1e9
     covered_s = (last_ns - first_ns + engine.spec.tick_ns) / 1e9 if count else 0.0
@@ -245,6 +260,12 @@ def replay(
         "latency_ms": {"step": steps.row()} if count else {},
         "damage": recording.damage,
     }
+
+
+def _span(recording: Recording) -> tuple[int, int]:
+    """When the first and the last tick of time in it were published."""
+    stamps = [e.publish_ns for e in recording.envelopes({topics.CLOCK})]
+    return (stamps[0], stamps[-1]) if stamps else (0, 0)
 
 
 def info(path: Path) -> dict[str, Any]:

@@ -17,6 +17,8 @@ TICK = "tick"
 PREDICTION = "prediction"
 LABEL = "label"
 """What a person says is true from now on, typed as `/label NAME`: for training, never seen by a model."""
+TYPED = "typed"
+"""Lines typed on the page, on their way to the text worker, which makes text events or labels of them."""
 STATUS = "status/"
 """Counters and state of each process, about twice a second; not part of a session."""
 CONTROL = "control"
@@ -91,6 +93,7 @@ TOPICS: dict[str, Topic] = {
         Topic(TICK, schema="stream_mmrnn.Tick"),
         Topic(PREDICTION, schema="stream_mmrnn.Prediction"),
         Topic(CONTROL, recorded=False),
+        Topic(TYPED, recorded=False),
     )
 }
 

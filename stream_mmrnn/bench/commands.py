@@ -143,6 +143,9 @@ def end_to_end(
     priority: Annotated[Priority, typer.Option(help="Of the processes on the way, the reader among them.")] = (
         Priority.normal
     ),
+    page: Annotated[
+        bool, typer.Option("--page", help="Serve the live page meanwhile, which costs what it costs.")
+    ] = False,
     provider: Where = Provider.auto,
     seed: Seed = 0,
     compare: Compare = None,
@@ -163,6 +166,7 @@ def end_to_end(
             transport=bus.value,
             priority=priority.value,
             seed=seed,
+            page=page,
             alive=alive,
             say=say,
         )

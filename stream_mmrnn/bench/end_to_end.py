@@ -34,7 +34,10 @@ _RESIDUAL_AT_MOST = 0.01
 class _Run:
     """One live session and what was seen of it."""
 
-    def __init__(self, settings: config.Settings, duration_s: float, alive: Callable[[], bool]) -> None:
+    def __init__(
+        self, settings: config.Settings, duration_s: float, alive: Callable[[], bool], say: Callable[[str], None]
+    ) -> None:
+        self._say, self._told = say, not settings.dashboard.enabled
         self._processes: Processes | None = None
         self.usage: Usage | None = None
         self.notes: list[str] = []
@@ -52,6 +55,9 @@ class _Run:
         self.read = len(seen)
 
     def _often(self, warm_ns: int, end_ns: int) -> None:
+        if not self._told and (page := self.session.page):
+            self._told = True
+            self._say(f"dashboard: {page}")
         running_ns = now_ns() - self.session.supervisor.opened_ns if self.session.supervisor.opened_ns else 0
         if self._processes is None and running_ns >= warm_ns:
             self._processes = Processes()
@@ -60,7 +66,13 @@ class _Run:
 
 
 def _settings(
-    modalities: Sequence[str], model: str | None, provider: Provider, transport: str, priority: str, seed: int
+    modalities: Sequence[str],
+    model: str | None,
+    provider: Provider,
+    transport: str,
+    priority: str,
+    seed: int,
+    page: bool,
 ) -> config.Settings:
     chosen = {f"sources.{m}": "synthetic" if m in modalities else "none" for m in sources.EVERY}
     return config.load(
@@ -73,7 +85,7 @@ def _settings(
             "supervisor.priority": priority,
             "synthetic.seed": seed,
             "session.name": "bench",
-            "dashboard.enabled": False,
+            "dashboard.enabled": page,
         },
     )
 
@@ -178,10 +190,14 @@ def run(
     transport: str = "ipc",
     priority: str = "normal",
     seed: int = 0,
+    page: bool = False,
     alive: Callable[[], bool] = lambda: True,
     say: Callable[[str], None] = lambda _: None,
 ) -> tuple[Document, Pictures]:
-    """A live session for each of `sets`, `duration_s` long, beside `busy` busy processes."""
+    """A live session for each of `sets`, `duration_s` long, beside `busy` busy processes.
+
+    With `page` each session serves the live page, which takes from the machine that is measured; `say` names it.
+    """
     spec = check_model(config.find_model(model or config.Engine().model), provider)
     pictures = Pictures()
     rows: dict[str, dict[str, Any]] = {}
@@ -190,7 +206,7 @@ def run(
         say(f"{name}: {duration_s:g} s")
         with beside(busy):
             hops, why = _bare_hops(duration_s / 4) if name == "audio" else (Histogram(), "")
-            done = _Run(_settings(SETS[name], model, provider, transport, priority, seed), duration_s, alive)
+            done = _Run(_settings(SETS[name], model, provider, transport, priority, seed, page), duration_s, alive, say)
         if not alive():
             raise ProcessError("the bench was stopped before it had measured; nothing is reported")
         rows[name], latency = _row(name, done, busy, spec.tick_ns)
@@ -208,5 +224,6 @@ def run(
         "transport": transport,
         "priority": priority,
         "seed": seed,
+        "page": page,
     }
     return document("end-to-end", settings, list(rows.values()), _ratios(rows, busy, priority), notes=notes), pictures

@@ -1,4 +1,5 @@
-"""The page's web server: the page, a stream of states, the newest picture, and what other programs ask for.
+"""The page's web server: the page, a stream of states, the newest picture and sound, what is typed or pressed there,
+and what other programs ask for.
 
 Starlette and uvicorn on a thread of their own. It hands out what it was given last and keeps nothing else, so a slow
 browser costs nobody's time but its own, and one that stops reading is cut off. Who may ask is `access`'s to say.
@@ -15,15 +16,16 @@ import os
 import re
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
 import uvicorn
 from starlette.datastructures import Headers
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
@@ -31,6 +33,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from stream_mmrnn.config import LOOPBACK
 from stream_mmrnn.dashboard.access import Access
+from stream_mmrnn.dashboard.sound import BANDS
 from stream_mmrnn.errors import ProcessError
 
 PERIOD_S = 0.1
@@ -46,6 +49,10 @@ MAX_CONNECTIONS = 64
 SEND_BUFFER = 64 * 1024
 """Small, so that what waits in the kernel for a slow browser is a moment old, not minutes."""
 
+MAX_BODY = 16 * 1024
+"""Of what is posted."""
+MAX_SINCE = 2**53
+
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """Prometheus' text format."""
 _CLOSE_S = 2.0
@@ -58,6 +65,7 @@ class Board:
         self._newest = (0, b"")
         self._changed = asyncio.Event()
         self.picture = b""
+        self.sound = (0, b"")
         self.clients = 0
         self.closing = False
 
@@ -153,13 +161,24 @@ class _Connection(H11Protocol):
         super().connection_lost(exc)
 
 
+def _page() -> bytes:
+    """The page in one piece: its style and its script are in it, so that the policy can name what is in them."""
+    parts = {name: Path(__file__).with_name(name).read_bytes() for name in ("page.html", "page.css", "page.js")}
+    page = parts["page.html"].replace(
+        b'<link rel="stylesheet" href="page.css">', b"<style>%b</style>" % parts["page.css"]
+    )
+    return page.replace(b'<script src="page.js"></script>', b"<script>%b</script>" % parts["page.js"])
+
+
 def _policy(page: bytes) -> str:
-    """A policy under which only the page's own script runs, and nothing is fetched from elsewhere."""
-    scripts = re.findall(rb"<script>(.*?)</script>", page, re.DOTALL)
-    digests = [base64.b64encode(hashlib.sha256(s).digest()).decode() for s in scripts]
-    allowed = " ".join(f"'sha256-{d}'" for d in digests) or "'none'"
+    """A policy under which only the page's own script and style count, and nothing is fetched from elsewhere."""
+
+    def own(tag: bytes) -> str:
+        found = re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), page, re.DOTALL)
+        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s).digest()).decode()}'" for s in found)
+
     return (
-        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src 'self' data:; "
+        f"default-src 'none'; script-src {own(b'script')}; style-src {own(b'style')}; img-src 'self' data:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
 
@@ -194,6 +213,9 @@ class Dashboard:
     ready, "" where nothing does: /readyz answers 200 or 503; /healthz is 200 while the server lives. Both are called
     in the server's thread and must be quick.
 
+    `posts`: by path, who takes the body of a POST of JSON and answers "" or, as one sentence, why it cannot be done.
+    They are called in the server's thread, too.
+
     Raises:
         ConfigError: others can reach the host, and there is no token.
         ProcessError: the port cannot be had.
@@ -208,11 +230,12 @@ class Dashboard:
         token: str = "",
         metrics: Callable[[], bytes] | None = None,
         ready: Callable[[], str] = lambda: "",
+        posts: Mapping[str, Callable[[bytes], str]] = MappingProxyType({}),
     ) -> None:
         self.access = Access(host, token, (socket.gethostname(),))
-        self._page = Path(__file__).with_name("page.html").read_bytes()
+        self._page = _page()
         self._policy = _policy(self._page)
-        self._metrics, self._ready = metrics, ready
+        self._metrics, self._ready, self._posts = metrics, ready, posts
         self._board = Board()
         try:
             self._socket = _bind(host, port)
@@ -224,11 +247,15 @@ class Dashboard:
             "/": self._get_page,
             "/events": self._get_events,
             "/picture.jpg": self._get_picture,
+            "/sound": self._get_sound,
             "/healthz": self._get_health,
             "/readyz": self._get_readiness,
         } | ({"/metrics": self._get_metrics} if metrics else {})
         self._router = Router(
-            [Route(path, endpoint) for path, endpoint in self._routes.items()],
+            [
+                *(Route(path, endpoint) for path, endpoint in self._routes.items()),
+                *(Route(path, self._post, methods=["POST"]) for path in posts),
+            ],
             redirect_slashes=False,
             default=self._nothing,
         )
@@ -272,6 +299,10 @@ class Dashboard:
 
     def picture(self, jpeg: bytes) -> None:
         self._board.picture = jpeg
+
+    def sound(self, first: int, columns: bytes) -> None:
+        """The spectrogram, `BANDS` bytes a column, and the number of the first."""
+        self._board.sound = (first, columns)
 
     def start(self) -> None:
         if self._thread is None:
@@ -328,8 +359,9 @@ class Dashboard:
         denied = self.access.judge(method, target, headers.getlist, self._port)
         if denied is not None:
             return PlainTextResponse(denied.words, denied.code, denied.headers)
-        if method != "GET":
-            return PlainTextResponse("only GET is served here\n", 405, {"Allow": "GET"})
+        allowed = "POST" if scope["path"] in self._posts else "GET"
+        if method != allowed:
+            return PlainTextResponse(f"only {allowed} is served here\n", 405, {"Allow": allowed})
         return None
 
     async def _nothing(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -347,6 +379,32 @@ class Dashboard:
     async def _get_picture(self, _: Request) -> Response:
         picture = self._board.picture
         return Response(picture, media_type="image/jpeg") if picture else Response(status_code=204)
+
+    async def _get_sound(self, request: Request) -> Response:
+        """The columns from number `since` on, with the number of the first of them in `X-First`."""
+        since = request.query_params.get("since", "0")
+        if not (since.isascii() and since.isdigit() and int(since[:16]) < MAX_SINCE):
+            return PlainTextResponse("since is the number of a column\n", 400)
+        first, columns = self._board.sound
+        begin = max(first, int(since))
+        body = columns[(begin - first) * BANDS :]
+        return Response(body, headers={"X-First": str(begin)}, media_type="application/octet-stream")
+
+    async def _post(self, request: Request) -> Response:
+        """200, or 409 and why not. JSON alone is taken: a form of another site cannot send it without asking first."""
+        if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
+            return PlainTextResponse("this wants application/json\n", 415)
+        length = request.headers.get("content-length", "")
+        if not (length.isascii() and length.isdigit()):
+            return PlainTextResponse("how long is it? a Content-Length is missing\n", 411)
+        if int(length[:9]) > MAX_BODY:
+            return PlainTextResponse(f"at most {MAX_BODY} bytes are taken\n", 413, {"Connection": "close"})
+        try:
+            body = await asyncio.wait_for(request.body(), IDLE_S)
+        except (TimeoutError, ClientDisconnect):
+            return PlainTextResponse("it did not arrive in time\n", 408, {"Connection": "close"})
+        why_not = self._posts[request.url.path](body)
+        return PlainTextResponse(f"{why_not or 'done'}\n", 409 if why_not else 200)
 
     async def _get_health(self, _: Request) -> Response:
         return PlainTextResponse("ok\n")

@@ -8,26 +8,32 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 import numpy as np
 
 from stream_mmrnn import topics
+from stream_mmrnn.dashboard.sound import Sound
 from stream_mmrnn.latency import STAGES, stages
 from stream_mmrnn.repeats import Repeats
 from stream_mmrnn.types import Envelope, Stamps
 
-HISTORY_NS = 10_000_000_000
-HISTORY_POINTS = 250
+HISTORY_NS = 30_000_000_000
+"""Of heads, and of what was said."""
+HISTORY_POINTS = 375
 _STEP_NS = HISTORY_NS // HISTORY_POINTS
 _BUCKET_NS = 50_000_000
 _BUCKETS = 40
 """Rates are over 40 buckets of 50 ms: 2 s."""
 _SILENT_MS = {"stream": 1000.0, "node": 3000.0}
 """A dense stream or a process that said nothing for so long is called silent."""
-_MAX_TEXTS = 8
+_LATENCY_NS = 10_000_000_000
+"""Percentiles are of so long."""
+_MAX_TEXTS = 64
+_OLD_TEXTS = 8
+"""So many are shown, however old they are."""
 _MAX_TEXT_CHARS = 240
 _MAX_HEADS = 8
 _MAX_OUTPUTS = 32
@@ -45,7 +51,7 @@ _LOST_WORDS = ("dropped", "lost", "refused", "garbage", "overflow", "rejected", 
 _LOST_REASONS = frozenset({"late", "duplicate", "quarantined", "superseded", "unclosed", "outside", "oldest", "stale"})
 """The reasons of the aligner and of readers, each a loss of its own."""
 
-_SHOWN = frozenset({topics.CLOCK, topics.PREDICTION}) | {
+_SHOWN = frozenset({topics.CLOCK, topics.PREDICTION, topics.LABEL}) | {
     t for m in topics.MODALITIES for t in (topics.raw(m), topics.feature(m))
 }
 
@@ -103,6 +109,7 @@ class _Detail(msgspec.Struct):
 
     spec: _Spec | None = None
     streams: dict[str, Any] = {}
+    source: str = ""
 
 
 _T = TypeVar("_T")
@@ -144,7 +151,7 @@ class _StreamView:
 
 
 class _HeadView:
-    """A head's newest values and its last 10 s, one point in 40 ms."""
+    """A head's newest values and its last 30 s, one point in 80 ms."""
 
     def __init__(self) -> None:
         self.values: list[float | None] = []
@@ -190,7 +197,7 @@ class _Latencies:
         if 0 <= now_ns - self._worked_out_ns < _LATENCY_EVERY_NS:
             return self._table
         self._worked_out_ns = now_ns
-        rows = self._rows[self._at >= now_ns - HISTORY_NS]
+        rows = self._rows[self._at >= now_ns - _LATENCY_NS]
         self._table = {}
         if len(rows):
             p50, p99 = np.percentile(rows, (50, 99), axis=0) / 1e6
@@ -205,6 +212,14 @@ class _Node(msgspec.Struct):
     reason: str
     counts: dict[str, int]
     at_ns: int
+    source: str = ""
+
+
+class _Deaths(msgspec.Struct):
+    count: int
+    reason: str
+    at_ns: int
+    """Of the last one."""
 
 
 class LiveState:
@@ -231,9 +246,18 @@ class LiveState:
         self._tick = -1
         self._present: dict[str, bool] = {}
         self._latencies = _Latencies()
-        self._texts: dict[str, deque[tuple[int, str, str]]] = {t: deque(maxlen=_MAX_TEXTS) for t in topics.raws("text")}
+        self._texts: dict[str, deque[tuple[int, str, str]]] = {
+            t: deque(maxlen=_MAX_TEXTS) for t in (*topics.raws("text"), topics.LABEL)
+        }
         self._pictures = 0
         self._nodes: dict[str, _Node] = {}
+        self._deaths: dict[str, _Deaths] = {}
+        self.sound = Sound()
+
+    def skip(self, names: Collection[str]) -> None:
+        """Nobody looked at these topics for a while: what came meanwhile was not lost."""
+        for key in [k for k in self._next_seq if k[0] in names]:
+            del self._next_seq[key]
 
     def see(self, envelope: Envelope) -> None:
         topic = envelope.topic
@@ -256,6 +280,8 @@ class LiveState:
             self._see_text(envelope)
         elif topic == topics.raw("vision"):
             self._pictures += 1
+        elif topic == topics.raw("audio"):
+            self.sound.see(envelope.event_ns, envelope.payload)
 
     def _see_stream(self, envelope: Envelope, at_ns: int) -> None:
         stream = self._streams.setdefault(envelope.topic, _StreamView())
@@ -310,7 +336,12 @@ class LiveState:
             return
         detail = self._read(_read_detail, bytes(s.detail)) or _Detail()
         counts = dict(list(_flat({**s.counts, **detail.streams}))[:_MAX_COUNTS])
-        self._nodes[name] = _Node(_clean(s.state), _clean(s.modality), _clean(s.reason, 200), counts, at_ns)
+        self._nodes[name] = _Node(
+            _clean(s.state), _clean(s.modality), _clean(s.reason, 200), counts, at_ns, _clean(detail.source)
+        )
+        if s.state in ("restarting", "failed"):
+            before = self._deaths.get(name)
+            self._deaths[name] = _Deaths(1 + (before.count if before else 0), _clean(s.reason, 200), at_ns)
         spec = detail.spec
         if spec is not None:
             self._meaning = {_clean(h.name): _cleaned(h) for h in spec.heads[:_MAX_HEADS]}
@@ -339,21 +370,39 @@ class LiveState:
             "predictions_per_s": round(prediction.rate.per_s(now_ns), 1) if prediction else 0.0,
             "streams": {t: self._stream(t, now_ns) for t in self._stream_names()},
             "heads": {name: self._head(name, view, now_ns) for name, view in self._heads.items()},
-            "texts": self._lines("text", now_ns),
-            "other_texts": self._lines("other_text", now_ns),
+            "texts": self._lines(topics.raw("text"), now_ns),
+            "other_texts": self._lines(topics.raw("other_text"), now_ns),
+            "labels": self._lines(topics.LABEL, now_ns),
+            "typing": self.typing(),
+            "sound": self.sound.snapshot(now_ns),
             "picture": {"number": self._pictures, "age_ms": self._age_ms(topics.raw("vision"), now_ns)},
             "latency": self._latencies.table(now_ns),
-            "nodes": {name: _node(node, now_ns) for name, node in sorted(self._nodes.items())},
+            "nodes": {name: _node(node, self._deaths.get(name), now_ns) for name, node in sorted(self._nodes.items())},
             "losses": self._losses(),
             "repeated": self._repeats.count,
             "malformed": self.malformed,
         }
 
-    def _lines(self, modality: str, now_ns: int) -> list[dict[str, Any]]:
-        """What one person said, newest first."""
+    def typing(self) -> dict[str, Any]:
+        """Whether a line typed on the page would become a text event, and why not, as one sentence."""
+        worker = self._nodes.get("text")
+        if worker is None:
+            why = "this session takes no text; start it with --text page, and type here"
+        elif worker.state in ("open", "stale"):
+            why = ""
+        elif worker.state in ("ended", "closed"):
+            why = f"the text source {worker.source} has ended; start with --text page, which does not"
+        else:
+            why = f"the text source is {worker.state}" + (f": {worker.reason}" if worker.reason else "")
+        return {"possible": not why, "why": why}
+
+    def _lines(self, topic: str, now_ns: int) -> list[dict[str, Any]]:
+        """What one person said or marked in the last 30 s, and the newest that is older; newest first."""
+        found = list(reversed(self._texts[topic]))
+        recent = sum(now_ns - at <= HISTORY_NS for at, _, _ in found)
         return [
             {"text": text, "session": session, "age_ms": _ms(now_ns - at)}
-            for at, text, session in reversed(self._texts[topics.raw(modality)])
+            for at, text, session in found[: max(recent, _OLD_TEXTS)]
         ]
 
     def _stream_names(self) -> list[str]:
@@ -421,7 +470,7 @@ class LiveState:
         return rows[:_MAX_LOSSES] + own
 
 
-def _node(node: _Node, now_ns: int) -> dict[str, Any]:
+def _node(node: _Node, deaths: _Deaths | None, now_ns: int) -> dict[str, Any]:
     age_ms = _ms(now_ns - node.at_ns)
     return {
         "state": node.state,
@@ -430,6 +479,9 @@ def _node(node: _Node, now_ns: int) -> dict[str, Any]:
         "age_ms": age_ms,
         "silent": node.state not in ("closed", "ended", "failed") and age_ms > _SILENT_MS["node"],
         "counts": node.counts,
+        "deaths": None
+        if deaths is None
+        else {"count": deaths.count, "reason": deaths.reason, "age_ms": _ms(now_ns - deaths.at_ns)},
     }
 
 

@@ -51,7 +51,7 @@ def split(spec: str) -> tuple[str, str]:
 _KINDS: dict[Kind, tuple[str, ...]] = {
     "vision": ("camera", "file", "synthetic", "none"),
     "audio": ("microphone", "file", "synthetic", "none"),
-    "text": ("stdin", "pipe", "tcp", "zmq", "synthetic", "none"),
+    "text": ("stdin", "pipe", "tcp", "zmq", "page", "synthetic", "none"),
 }
 
 
@@ -75,6 +75,8 @@ def check(spec: str, modality: str) -> None:
     known = _KINDS[_TABLE[modality].kind]
     if kind not in known:
         raise SourceSpecError(f"{spec!r} is no source of {modality}; use one of {', '.join(known)}")
+    if kind == "page" and _TABLE[modality].other:
+        raise SourceSpecError(f"what is typed on the page is of the first person, not {modality}; use text = 'page'")
     if kind in ("tcp", "zmq") and not (rest.isdigit() and int(rest) < 65536):
         raise SourceSpecError(f"{spec!r} needs a port on this machine, such as {kind}:5555")
     if kind in ("file", "pipe") and not rest:

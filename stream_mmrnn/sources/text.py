@@ -1,4 +1,4 @@
-"""Lines of text as events: from standard input, a pipe, a TCP port or a ZeroMQ socket on this machine.
+"""Lines of text as events: from standard input, a pipe, a TCP port, a ZeroMQ socket on this machine, or the page.
 
 Every line is one event at the moment we read it. Knows nothing about words or encoders.
 """
@@ -11,11 +11,13 @@ import selectors
 import socket
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from stream_mmrnn.bus import LineSocket
+from stream_mmrnn import topics
+from stream_mmrnn.bus import Address, LineSocket, Subscriber
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.config import Text as TextSettings
 from stream_mmrnn.errors import SourceError, SourceSpecError
@@ -24,6 +26,8 @@ from stream_mmrnn.types import Sample
 _LOOK_S = 0.05
 _READ_BYTES = 65536
 _MAX_CLIENTS = 64
+_MAX_TYPED = 64
+"""Lines from the page that wait to be read."""
 
 
 class _Lines:
@@ -279,7 +283,37 @@ class Zmq(_Text):
             self._socket = None
 
 
-def create(kind: str, rest: str, settings: TextSettings, stdin_fd: int) -> Stdin | Pipe | Tcp | Zmq:
+class Page(_Text):
+    """No lines of its own: only what is typed on the page, which joins every source of text (see `typed`)."""
+
+    def __init__(self, settings: TextSettings) -> None:
+        super().__init__("page", settings)
+
+    def open(self) -> None:
+        """Nothing to take."""
+
+    def samples(self, alive: Callable[[], bool], epoch_ns: int) -> Iterator[Sample]:
+        while alive():
+            time.sleep(_LOOK_S)
+        yield from ()
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+def typed(address: Address, session: str, settings: TextSettings, alive: Callable[[], bool]) -> Iterator[Sample]:
+    """The lines that are typed on the page, as they come over the bus, until `alive` says no."""
+    lines = _Lines(settings.max_line_bytes, {"too_long": 0, "garbage": 0})
+    subscriber = Subscriber(address, [topics.TYPED], _MAX_TYPED)
+    try:
+        for envelope in subscriber.stream(alive, round(_LOOK_S * 1000)):
+            if envelope.topic == topics.TYPED and envelope.session == session and isinstance(envelope.payload, bytes):
+                yield from lines.feed(envelope.payload + b"\n")
+    finally:
+        subscriber.close()
+
+
+def create(kind: str, rest: str, settings: TextSettings, stdin_fd: int) -> Stdin | Pipe | Tcp | Zmq | Page:
     """The text source of that kind; nothing is opened yet."""
     if kind == "stdin":
         return Stdin(stdin_fd, settings)
@@ -289,4 +323,6 @@ def create(kind: str, rest: str, settings: TextSettings, stdin_fd: int) -> Stdin
         return Tcp(int(rest), settings)
     if kind == "zmq":
         return Zmq(int(rest), settings)
-    raise SourceSpecError(f"{kind!r} is no source of text; use stdin, pipe:PATH, tcp:PORT or zmq:PORT")
+    if kind == "page":
+        return Page(settings)
+    raise SourceSpecError(f"{kind!r} is no source of text; use stdin, pipe:PATH, tcp:PORT, zmq:PORT or page")
