@@ -6,6 +6,7 @@ is one JSON document and everything else goes to stderr. Knows nothing about how
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Collection
 from enum import StrEnum
@@ -19,11 +20,25 @@ from rich.console import Console
 from stream_mmrnn import config
 from stream_mmrnn.bench import commands as bench
 from stream_mmrnn.clock import now_ns
+from stream_mmrnn.devices.commands import devices
 from stream_mmrnn.diff import commands as diff_commands
 from stream_mmrnn.disk import later_parts, part
+from stream_mmrnn.doctor.commands import doctor
 from stream_mmrnn.errors import ConfigError, StreamError
+from stream_mmrnn.settings import commands as settings_commands
 from stream_mmrnn.signals import ENDING, held
-from stream_mmrnn.terminal import Alive, Json, ModelName, Provider, escape, print_document, say_on, shown
+from stream_mmrnn.terminal import (
+    COMMAND,
+    Alive,
+    ConfigFile,
+    Json,
+    ModelName,
+    Provider,
+    escape,
+    print_document,
+    say_on,
+    shown,
+)
 from stream_mmrnn.training import commands
 from stream_mmrnn.watch import commands as watch_commands
 
@@ -38,17 +53,18 @@ app = typer.Typer(
 )
 
 
+class LogFormat(StrEnum):
+    text, json = "text", "json"
+
+
 class From(StrEnum):
     features, raw = "features", "raw"
-
-
-ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="The TOML file with the settings.")]
 
 
 def run() -> None:
     """The console script: errors of ours become one sentence and an exit code."""
     try:
-        app()
+        app(prog_name=COMMAND)
     except StreamError as e:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {shown(str(e), 2000)}")
         raise SystemExit(e.exit_code) from None
@@ -56,6 +72,8 @@ def run() -> None:
 
 def _keep_old(path: Path, say: Callable[[str], None]) -> None:
     """A recording that is already there keeps its content under another name."""
+    from stream_mmrnn.log import Note
+
     if not path.exists():
         return
     number = 1
@@ -65,7 +83,8 @@ def _keep_old(path: Path, say: Callable[[str], None]) -> None:
     path.rename(old)
     for number, later in parts.items():
         later.rename(part(old, number - 1))
-    say(f"{path} was there already; it is {old} now" + (", and its parts likewise" if parts else ""))
+    text = f"{path} was there already; it is {old} now" + (", and its parts likewise" if parts else "")
+    say(Note(text, "recorder", "renamed", old=str(old)))
 
 
 def _settings(
@@ -110,10 +129,15 @@ def _capture(settings: config.Settings, duration: float | None, with_engine: boo
     from stream_mmrnn import sources
     from stream_mmrnn.dashboard.state import LiveState
     from stream_mmrnn.live import Session
+    from stream_mmrnn.log import JsonLines, Note, at_least
     from stream_mmrnn.view import WATCHED, render, summary_table
 
     if all(getattr(settings.sources, m) == "none" for m in sources.EVERY):
         raise ConfigError("every source is `none`; name at least one, for example --source synthetic")
+    if with_engine and settings.trace.ratio:
+        from stream_mmrnn import traces
+
+        traces.require()
     console = Console(stderr=as_json, highlight=False)
     ENDING.watch()
     _begin_processes()
@@ -121,14 +145,17 @@ def _capture(settings: config.Settings, duration: float | None, with_engine: boo
     view = LiveState()
     began_ns = now_ns()
     screen = None
-    if console.is_terminal and not plain and not as_json:
+    lines = JsonLines(settings.log.level) if settings.log.format == "json" else None
+    if console.is_terminal and not plain and not as_json and lines is None:
         screen = Live(console=console, refresh_per_second=8, transient=True)
 
-    def say(text: str) -> None:
+    def show(text: str) -> None:
         notes.append(text)
         del notes[:-16]
         if screen is None:
             say_on(console)(text)
+
+    say: Callable[[str], None] = lines or at_least(settings.log.level, show)
 
     path = Path(settings.record.path) if settings.record.path else None
     if path is not None:
@@ -140,19 +167,21 @@ def _capture(settings: config.Settings, duration: float | None, with_engine: boo
         nonlocal drawn_ns, line_ns, address
         if not address:
             address = shown(session.page, 64)
-            if screen is None and address:
+            if lines is not None and address:
+                lines(Note(f"dashboard: {address}", "dashboard", "address", address=address))
+            elif screen is None and address:
                 console.print(f"dashboard: {address}")
         seconds = (now_ns() - began_ns) / 1e9
         if screen is not None and now_ns() - drawn_ns > 120_000_000:
             drawn_ns = now_ns()
             headline = f"{seconds:6.1f} s   {address}"
             screen.update(render(view.snapshot(now_ns()), console.width, headline, notes))
-        elif screen is None and not as_json and now_ns() - line_ns > 1_000_000_000:
+        elif screen is None and lines is None and not as_json and now_ns() - line_ns > 1_000_000_000:
             line_ns = now_ns()
             console.print(_line(seconds, view.snapshot(now_ns())), soft_wrap=True, markup=False)
 
     # a machine reads the summary: the messages themselves are nobody's then
-    see, watch = (lambda _: None, ()) if as_json else (view.see, WATCHED)
+    see, watch = (lambda _: None, ()) if as_json or lines is not None else (view.see, WATCHED)
     with held():  # until it is known what must not be left behind
         session = Session(settings, with_engine, ENDING.alive, say, see, often, watch)
         supervisor = session.supervisor
@@ -163,14 +192,20 @@ def _capture(settings: config.Settings, duration: float | None, with_engine: boo
                 console.show_cursor()
 
         ENDING.at_once, ENDING.in_order = end_at_once, lambda: supervisor.begun
-    if screen is not None:
-        with screen:
+    try:
+        with screen or contextlib.nullcontext():
             summary = session.run(duration)
-    else:
-        summary = session.run(duration)
+    except StreamError as e:
+        if lines is None:
+            raise
+        lines(Note(str(e), "supervisor", "error", "error"))
+        raise typer.Exit(e.exit_code) from None
+    if lines is not None and not as_json:
+        level = "error" if summary["failed"] else "info"
+        lines(Note(f"the session {summary['session']!r} is over", "supervisor", "summary", level, **summary))
     if as_json:
         print_document(summary)
-    else:
+    elif lines is None:
         console.print(summary_table(summary))
     if summary["failed"]:
         raise typer.Exit(1)
@@ -201,6 +236,7 @@ OtherText = Annotated[
     str | None, typer.Option("--other-text", help="The second person's words, named like --text; none by default.")
 ]
 Duration = Annotated[float | None, typer.Option("--duration", "-d", min=0.1, help="Seconds; without it until Ctrl-C.")]
+Log = Annotated[LogFormat | None, typer.Option("--log", help="What is said while it runs: sentences, or JSON lines.")]
 Plain = Annotated[bool, typer.Option("--plain", help="A line a second instead of the full view.")]
 
 
@@ -220,6 +256,7 @@ def live(
     session: Annotated[str | None, typer.Option(help="The session's name.")] = None,
     dashboard: Annotated[bool | None, typer.Option(help="Serve the live page on loopback.")] = None,
     port: Annotated[int | None, typer.Option(help="The page's port; 0 takes any free one.")] = None,
+    log: Log = None,
     plain: Plain = False,
     as_json: Json = False,
 ) -> None:
@@ -236,6 +273,7 @@ def live(
             "session.name": session,
             "dashboard.enabled": dashboard,
             "dashboard.port": port,
+            "log.format": log.value if log else None,
         },
     )
     _begin_processes()
@@ -258,12 +296,13 @@ def record(
     other_text: OtherText = None,
     duration: Duration = None,
     session: Annotated[str | None, typer.Option(help="The session's name.")] = None,
+    log: Log = None,
     plain: Plain = False,
     as_json: Json = False,
 ) -> None:
     """Capture and record, without an engine."""
     named = {"vision": vision, "audio": audio, "text": text, "other_audio": other_audio, "other_text": other_text}
-    overrides = {"record.path": str(path), "session.name": session}
+    overrides = {"record.path": str(path), "session.name": session, "log.format": log.value if log else None}
     _capture(_settings(config_file, source, named, overrides), duration, False, as_json, plain)
 
 
@@ -404,33 +443,6 @@ def repair(
     console.print(verified(result["result"]), soft_wrap=True)
 
 
-@app.command()
-def devices(as_json: Json = False) -> None:
-    """Cameras and microphones that can be named in `--vision camera:...` and `--audio microphone:...`."""
-    from stream_mmrnn.errors import SourceError
-    from stream_mmrnn.sources import camera
-
-    cameras = [{"source": s, "is": what} for s, what in camera.list_cameras()]
-    microphones: list[dict[str, str]] = []
-    problem = ""
-    try:
-        from stream_mmrnn.sources import microphone
-
-        microphones = [{"source": s, "is": what} for s, what in microphone.list_devices()]
-    except SourceError as e:
-        problem = str(e)
-    if as_json:
-        print_document({"cameras": cameras, "microphones": microphones, "problem": problem})
-        return
-    console = Console(highlight=False)
-    for title, found in (("cameras", cameras), ("microphones", microphones)):
-        console.print(f"[bold]{title}[/bold]" + ("" if found else ": none"))
-        for device in found:
-            console.print(f"  {device['source']:<24} {escape(device['is'])}")
-    if problem:
-        say_on(console)(problem)
-
-
 keys_app = typer.Typer(help="Who may connect to the bus over tcp (bus.keys).", no_args_is_help=True)
 KeysFolder = Annotated[
     Path | None,
@@ -511,6 +523,10 @@ def keys_list(folder: KeysFolder = None, as_json: Json = False) -> None:
     console.print(table if found["allowed"] else "nobody else is allowed")
 
 
+app.command()(devices)
+app.command()(doctor)
+app.add_typer(settings_commands.app, name="config")
+app.command()(settings_commands.completion)
 app.add_typer(keys_app, name="keys")
 app.add_typer(bench.app, name="bench")
 commands.register(app)

@@ -11,6 +11,7 @@ import os
 import re
 import tempfile
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -218,6 +219,25 @@ class Supervisor(_Section, frozen=True):
     start_timeout_s: _Positive = 20.0
 
 
+class Log(_Section, frozen=True):
+    """What a session says while it runs, on standard error."""
+
+    format: Literal["text", "json"] = "text"
+    """json: one object a line, for programs; there is no view in the terminal then."""
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """What is less bad is not said."""
+
+
+class Trace(_Section, frozen=True):
+    """Predictions as OpenTelemetry traces (extra `otel`)."""
+
+    ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    """The share of predictions that become traces; 0: none, and no process for it."""
+    endpoint: str = f"http://{LOOPBACK}:4318/v1/traces"
+    """Where a collector takes OTLP over HTTP. Elsewhere than here the spans, with names of sessions, go over the
+    network."""
+
+
 class Settings(_Section, frozen=True):
     """Everything that can be set; each section is a table of the TOML file."""
 
@@ -236,6 +256,8 @@ class Settings(_Section, frozen=True):
     queues: Queues = Queues()
     dashboard: Dashboard = Dashboard()
     supervisor: Supervisor = Supervisor()
+    log: Log = Log()
+    trace: Trace = Trace()
 
 
 def _nearest(unknown: str, known: list[str]) -> str:
@@ -243,8 +265,8 @@ def _nearest(unknown: str, known: list[str]) -> str:
     return f"the nearest is `{close[0]}`" if close else f"the keys there are {', '.join(known)}"
 
 
-def _check_keys(value: Any, kind: Any, where: str) -> None:
-    """Refuse the first unknown key, however deep: in tables, tables of tables and lists of tables."""
+def _unknown_keys(value: Any, kind: Any, where: str) -> Iterator[tuple[str, str]]:
+    """Each unknown key and what is to be said of it, however deep: in tables, tables of tables and lists of tables."""
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         if not isinstance(value, dict):
             return
@@ -252,14 +274,44 @@ def _check_keys(value: Any, kind: Any, where: str) -> None:
         for key, inner in value.items():
             full = f"{where}.{key}" if where else key
             if key not in fields:
-                raise ConfigError(f"unknown key `{full}`: {_nearest(key, fields)}")
-            _check_keys(inner, hints[key], full)
+                yield full, f"unknown key `{full}`: {_nearest(key, fields)}"
+            else:
+                yield from _unknown_keys(inner, hints[key], full)
     elif get_origin(kind) is dict and isinstance(value, dict):
         for key, inner in value.items():
-            _check_keys(inner, get_args(kind)[1], f"{where}.{key}")
+            yield from _unknown_keys(inner, get_args(kind)[1], f"{where}.{key}")
     elif get_origin(kind) is tuple and isinstance(value, list | tuple):
         for i, inner in enumerate(value):
-            _check_keys(inner, get_args(kind)[0], f"{where}[{i}]")
+            yield from _unknown_keys(inner, get_args(kind)[0], f"{where}[{i}]")
+
+
+def _wrong_values(value: Any, kind: Any, where: str) -> Iterator[tuple[str, str]]:
+    """Each value that its key does not take and what is to be said of it; unknown keys are passed over."""
+    if where and isinstance(kind, type) and issubclass(kind, msgspec.Struct) and not isinstance(value, dict):
+        yield where, f"`{where}` has a wrong value: expected a table, got {value!r}"
+    elif isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        hints = get_type_hints(kind, include_extras=True)
+        for key, inner in value.items():
+            if key in kind.__struct_fields__:
+                yield from _wrong_values(inner, hints[key], f"{where}.{key}" if where else key)
+    else:
+        try:
+            msgspec.convert(value, kind)
+        except msgspec.ValidationError as e:
+            yield where, _wrong(e, where)
+
+
+def faults(table: dict[str, Any]) -> list[tuple[str, str]]:
+    """All that is wrong with a table of settings, where `parse` stops at the first: (key, one sentence) each."""
+    found = [*_unknown_keys(table, Settings, ""), *_wrong_values(table, Settings, "")]
+    if not found:
+        try:
+            parse(table)
+        except ConfigError as e:
+            text = str(e)
+            key = re.search(r"`([^`]*)`", text)
+            found.append((key.group(1) if key else "", text))
+    return found
 
 
 _Kind = TypeVar("_Kind", bound=msgspec.Struct)
@@ -272,15 +324,21 @@ def convert(table: dict[str, Any], kind: type[_Kind]) -> _Kind:
         ConfigError: an unknown key (with the nearest known one) or a value out of its range.
 
     """
-    _check_keys(table, kind, "")
+    for _, says in _unknown_keys(table, kind, ""):
+        raise ConfigError(says)
     try:
         return msgspec.convert(table, kind)
     except msgspec.ValidationError as e:
-        text = str(e)
-        where = re.search(r"`\$\.?([^`]*)`", text)
-        key = where.group(1) if where else "the file"
-        reason = text.split(" - at")[0].replace("Expected", "expected")
-        raise ConfigError(f"`{key}` has a wrong value: {reason}") from e
+        raise ConfigError(_wrong(e)) from e
+
+
+def _wrong(error: msgspec.ValidationError, where: str = "") -> str:
+    """One sentence, with the key's path; `where` is the path of what was converted."""
+    text = str(error)
+    inside = re.search(r"`\$\.?([^`]*)`", text)
+    key = (where + (inside.group(1) if inside else "")) or "the file"
+    reason = text.split(" - at")[0].replace("Expected", "expected")
+    return f"`{key}` has a wrong value: {reason}"
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -352,16 +410,19 @@ def recorded(table: dict[str, Any]) -> Settings:
     return convert(known, Settings)
 
 
+def read(path: Path) -> dict[str, Any]:
+    """The table of a configuration, whatever is in it; raises ConfigError where it is no TOML."""
+    try:
+        return read_toml(path)
+    except OSError as e:
+        raise ConfigError(f"the configuration {path} cannot be read: {e.strerror}") from e
+    except (ValueError, RecursionError) as e:
+        raise ConfigError(f"the configuration {path} is not valid TOML: {e}") from e
+
+
 def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Settings:
     """The settings of a TOML file, with dotted-key overrides (`{"engine.model": ...}`) on top."""
-    table: dict[str, Any] = {}
-    if path is not None:
-        try:
-            table = read_toml(path)
-        except OSError as e:
-            raise ConfigError(f"the configuration {path} cannot be read: {e.strerror}") from e
-        except (ValueError, RecursionError) as e:
-            raise ConfigError(f"the configuration {path} is not valid TOML: {e}") from e
+    table: dict[str, Any] = {} if path is None else read(path)
     for dotted, value in (overrides or {}).items():
         if value is None:
             continue
@@ -402,6 +463,11 @@ def models_folder() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "models"
 
 
+def zoo_names() -> list[str]:
+    """The models that have a name of their own."""
+    return sorted(p.parent.name for p in models_folder().glob("*/step.onnx"))
+
+
 def find_model(name: str) -> Path:
     """The ONNX file of a zoo name or a path; whether it can be read is the loader's to say."""
     in_zoo = models_folder() / name / "step.onnx"
@@ -409,5 +475,5 @@ def find_model(name: str) -> Path:
         return in_zoo
     if "/" in name or "\\" in name or name.endswith(".onnx"):
         return Path(name)
-    zoo = sorted(p.parent.name for p in models_folder().glob("*/step.onnx"))
-    raise ConfigError(f"there is no model {name!r}; give an ONNX file's path, or one of {', '.join(zoo) or 'none'}")
+    zoo = ", ".join(zoo_names()) or "none"
+    raise ConfigError(f"there is no model {name!r}; give an ONNX file's path, or one of {zoo}")

@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from multiprocessing.sharedctypes import Synchronized
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from stream_mmrnn import config, signals, topics, wire
+from stream_mmrnn import config, log, signals, topics, wire
 from stream_mmrnn.bus import Address, Caller, Publisher, Subscriber, Tap, run_broker
 from stream_mmrnn.clock import Sparingly, WallClock, now_ns
 from stream_mmrnn.disk import part
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 _STATUS_PERIOD_NS = 500_000_000
 _CALM_MS = 4
 """So long after a message its prediction is out, and the next one is still to come."""
-_UNHURRIED = ("recorder", "dashboard", "journal")
+_UNHURRIED = ("recorder", "dashboard", "journal", "tracer")
 """What may come later: files and pages, and what is for a bad day."""
 _JOURNAL_MS = 50
 """The journal takes what has come this often: woken for each message it would take a core from who is in haste."""
@@ -626,6 +627,7 @@ def _model_sha256(name: str) -> str:
 def dashboard(context: Context) -> None:
     """The live page's server, over a view of the bus that it owns alone."""
     from stream_mmrnn import keys
+    from stream_mmrnn.dashboard.metrics import Metrics
     from stream_mmrnn.dashboard.server import Dashboard
     from stream_mmrnn.dashboard.state import LiveState
     from stream_mmrnn.subscription import Reading, document
@@ -659,7 +661,15 @@ def dashboard(context: Context) -> None:
 
     shown = settings.dashboard
     token = keys.token(Path(shown.token_file))[0] if shown.token_file else ""
-    page = Dashboard(shown.host, shown.port, token=token, posts={"/text": take_line})
+    metrics = Metrics()
+    page = Dashboard(
+        shown.host,
+        shown.port,
+        token=token,
+        posts={"/text": take_line},
+        metrics=lambda: metrics.text(now_ns()),
+        ready=lambda: metrics.why_not_ready(now_ns()),
+    )
     page.start()
     reporter = Reporter(context, publisher)
     reporter.counts = lambda: {
@@ -691,6 +701,7 @@ def dashboard(context: Context) -> None:
                     page.predict(document(said))
             else:
                 reading.skip()
+            metrics.see(envelope)
         for heavy in looking.read(page.clients > 0):
             view.see(heavy)
             if heavy.topic == topics.raw("vision") and isinstance(heavy.payload, bytes):
@@ -703,6 +714,41 @@ def dashboard(context: Context) -> None:
             page.update(view.snapshot(now_ns()))
     page.close()
     looking.close()
+    subscriber.close()
+    publisher.close()
+
+
+def tracer(context: Context) -> None:
+    """Predictions as traces, to a collector; one that is slow or gone costs nobody else anything."""
+    from stream_mmrnn.clock import wall_offset_ns
+    from stream_mmrnn.traces import Tracer
+
+    settings = context.settings
+    publisher = Publisher(context.address, settings.bus.queue)
+    wanted = [topics.CLOCK, topics.PREDICTION]
+    subscriber = Subscriber(context.address, wanted, settings.bus.view_queue, "drop_oldest")
+    traces = Tracer(settings.trace, wall_offset_ns())
+    reporter = Reporter(context, publisher)
+    reporter.counts = lambda: {
+        **_totals(subscriber.tally()),
+        "traces": traces.traces,
+        "spans_exported": traces.exported,
+        "spans_failed": traces.failed,
+    }
+    _hear_clock(context, subscriber)
+    reporter.say("ready")
+    context.ready.set()
+    lost = False
+    while context.alive():
+        envelope = subscriber.receive(100)
+        reporter.keep()
+        if traces.failed and not lost:
+            lost = True
+            reporter.say("ready", f"the collector at {settings.trace.endpoint} does not take spans; they are dropped")
+        if envelope is not None and envelope.topic == topics.PREDICTION:
+            traces.see(envelope)
+    traces.close()
+    reporter.say("closed")
     subscriber.close()
     publisher.close()
 
@@ -758,7 +804,7 @@ def _totals(*tallies: dict[str, dict[str, int]]) -> dict[str, int]:
     return totals
 
 
-def _prioritise(priority: str) -> str:
+def prioritise(priority: str) -> str:
     """Give this process the priority that is asked for; why it could not be, or ""."""
     try:
         if priority == "nice":
@@ -770,17 +816,28 @@ def _prioritise(priority: str) -> str:
     return ""
 
 
+def sharpen_sleep() -> None:
+    """Have this thread, and those that it starts, woken when they asked to be; Linux alone needs and has it."""
+    with contextlib.suppress(OSError):
+        # else the kernel may end every sleep 50 us late, to save wake-ups
+        Path("/proc/self/timerslack_ns").write_text("1")
+
+
 def run(target: Callable[..., None], context: Context, *args: Any) -> None:
     """What a new process executes: signals, then the node; an error ends it with one sentence and exit code 1."""
     with contextlib.suppress(OSError):  # so that `ps` and `top` name us; Linux alone has it
         Path("/proc/self/comm").write_text(f"mmrnn-{context.name}"[:15])
-        # else the kernel may end every sleep 50 us late, to save wake-ups
-        Path("/proc/self/timerslack_ns").write_text("1")
+    sharpen_sleep()
     if context.name not in _UNHURRIED:
-        context.note = _prioritise(context.settings.supervisor.priority)
+        context.note = prioritise(context.settings.supervisor.priority)
     signals.ignore()  # they are for the supervisor, who tells us
     try:
         target(context, *args)
     except StreamError as e:
-        print(f"stream-mmrnn {context.name}: {e}", file=sys.stderr, flush=True)
+        log.report(context.settings.log, context.name, str(e))
         raise SystemExit(e.exit_code) from None
+    except Exception as e:
+        if context.settings.log.format == "text":
+            raise  # as Python shows it, with all its lines
+        log.report(context.settings.log, context.name, f"{type(e).__name__}: {e}", traceback=traceback.format_exc())
+        raise SystemExit(1) from None

@@ -41,7 +41,18 @@ _CUDA = "CUDAExecutionProvider"
 ort.set_default_logger_severity(4)  # what goes wrong is raised, and a bad file shall fill no log
 
 
-def _gpu_in_sight() -> bool:
+def version() -> str:
+    """Of onnxruntime."""
+    return str(ort.__version__)
+
+
+def cuda_built() -> bool:
+    """Whether this onnxruntime has CUDA; whether it can be used is another question."""
+    return _CUDA in ort.get_available_providers()
+
+
+def gpu_in_sight() -> bool:
+    """Whether the machine shows an NVIDIA GPU."""
     return sys.platform != "linux" or Path("/dev/nvidiactl").exists()
 
 
@@ -52,11 +63,11 @@ def resolve(provider: Provider) -> Literal["cpu", "cuda"]:
         ProviderError: `cuda` was asked for and cannot be.
 
     """
-    cuda_built = _CUDA in ort.get_available_providers()
-    if provider == "cuda" and not (cuda_built and _gpu_in_sight()):
-        reason = "this machine shows no NVIDIA GPU" if cuda_built else "this onnxruntime has no CUDA"
+    built = cuda_built()
+    if provider == "cuda" and not (built and gpu_in_sight()):
+        reason = "this machine shows no NVIDIA GPU" if built else "this onnxruntime has no CUDA"
         raise ProviderError(f"provider `cuda` was asked for and {reason}; use `cpu` or `auto`")
-    return "cuda" if provider != "cpu" and cuda_built and _gpu_in_sight() else "cpu"
+    return "cuda" if provider != "cpu" and built and gpu_in_sight() else "cpu"
 
 
 def _read(path: Path) -> bytes:

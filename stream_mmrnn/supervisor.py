@@ -27,6 +27,7 @@ from stream_mmrnn import config, keys, nodes, running, signals, sources, topics,
 from stream_mmrnn.bus import Address, Publisher, Subscriber
 from stream_mmrnn.clock import Sparingly, now_ns
 from stream_mmrnn.errors import FileError, ProcessError, WireError
+from stream_mmrnn.log import Note
 from stream_mmrnn.types import Envelope
 
 _AT_ONCE_NS = 1_000_000_000
@@ -121,8 +122,8 @@ class Supervisor:
         say: Callable[[str], None] = lambda _: None,
         watch: Collection[str] = (),
     ) -> None:
-        """`say` is told, in one sentence each, what a person should know while it runs; `messages` gives the topics of
-        `watch`, too.
+        """`say` is told, in one sentence each (a `log.Note`), what a person should know while it runs; `messages` gives
+        the topics of `watch`, too.
         """
         self.settings = settings
         self._say, self._watch = say, watch
@@ -159,6 +160,8 @@ class Supervisor:
             yield Node("engine", nodes.engine)
         if settings.dashboard.enabled:
             yield Node("dashboard", nodes.dashboard)
+        if with_engine and settings.trace.ratio:
+            yield Node("tracer", nodes.tracer)
         for modality in sources.EVERY:
             spec = getattr(settings.sources, modality)
             if spec != "none":
@@ -246,11 +249,14 @@ class Supervisor:
         bus, page = self.settings.bus, self.settings.dashboard
         if self.address.keys is not None:
             port = int(self.address.publish.rpartition(":")[2])
-            self._say(f"bus: {bus.host}, port {port}, server key {self.address.keys.server}")
+            server = self.address.keys.server
+            text = f"bus: {bus.host}, port {port}, server key {server}"
+            self._say(Note(text, "broker", "address", host=bus.host, port=port, server_key=server))
         if page.enabled and page.token_file:
             token, made = keys.token(Path(page.token_file))
             if made:
-                self._say(f"the page's token, shown this once: {token} (it is in {page.token_file})")
+                text = f"the page's token, shown this once: {token} (it is in {page.token_file})"
+                self._say(Note(text, "dashboard", "token", private=True, token_file=page.token_file))
 
     def _publish_session(self, op: Any) -> int:
         at_ns = now_ns()
@@ -290,14 +296,15 @@ class Supervisor:
             # a reason that is not said now is said with a later status, if it still holds
             if self._sparingly(node.name, now_ns()):
                 node.said = message.reason
-                self._say(f"{node.name}: {message.reason}")
+                text = f"{node.name}: {message.reason}"
+                self._say(Note(text, node.name, "status", "warning", state=message.state))
         elif (
             before is not None
             and before.state == "missing"
             and message.state == "open"
             and self._sparingly(f"{node.name} back", now_ns())
         ):
-            self._say(f"{node.name}: is back")
+            self._say(Note(f"{node.name}: is back", node.name, "back"))
         if node.is_source:
             self._expect()
         if node.name == "engine" and before is None and message.detail.get("anew") and not self.closed_ns:
@@ -359,7 +366,8 @@ class Supervisor:
                 continue
             node.restarts += 1
             node.again_ns = at_ns + int(wait_s * 1e9)
-            self._say(f"{node.name}: {death}; started again {f'in {wait_s:g} s' if wait_s else 'at once'}")
+            text = f"{node.name}: {death}; started again {f'in {wait_s:g} s' if wait_s else 'at once'}"
+            self._say(Note(text, node.name, "died", "warning", death=death, again_s=wait_s, restarts=node.restarts))
             self._tell(node, "restarting", death)
             self._tell_of_nodes()
             if node.is_source:
@@ -383,7 +391,8 @@ class Supervisor:
         vital = node.name in _VITAL or (node.name == "recorder" and "engine" not in self._by_name)
         if vital or (node.is_source and everyone):
             self.failed = f"the {node.name} {node.given_up}; nothing is left to go on with"
-        self._say(self.failed or f"{node.name}: {node.given_up}; the session goes on without it")
+        text = self.failed or f"{node.name}: {node.given_up}; the session goes on without it"
+        self._say(Note(text, node.name, "given_up", "error", death=death, deaths=len(node.died_ns)))
         self._tell(node, "failed", node.given_up)
         self._tell_of_nodes()
         if node.is_source:
@@ -418,7 +427,7 @@ class Supervisor:
             at_ns = now_ns()
             self._publisher.publish(topics.CONTROL, self.settings.session.name, at_ns, at_ns, b"stop")
             self._await_closed("recorder", now_ns() + 500_000_000, see)
-        for names in (("engine", "recorder", "dashboard", "journal", "clock"), ("broker",)):
+        for names in (("engine", "recorder", "dashboard", "tracer", "journal", "clock"), ("broker",)):
             self._end([n for n in self.nodes if n.name in names], max(deadline_ns, now_ns() + 100_000_000), see)
         if self._publisher is not None:
             self._publisher.close(0)
@@ -445,7 +454,7 @@ class Supervisor:
             time.sleep(0.002)
         for node in running:
             assert node.process is not None
-            self._say(f"{node.name}: did not end in time and was killed")
+            self._say(Note(f"{node.name}: did not end in time and was killed", node.name, "killed", "warning"))
             node.process.kill()
             node.process.join(0.5)
         if self._monitor:

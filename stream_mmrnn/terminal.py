@@ -10,10 +10,16 @@ import signal
 import sys
 from collections.abc import Callable
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+
+from stream_mmrnn import config
+
+COMMAND = "stream-mmrnn"
+"""What the command is called, however it was started."""
 
 
 class Provider(StrEnum):
@@ -22,8 +28,18 @@ class Provider(StrEnum):
     auto, cpu, cuda = "auto", "cpu", "cuda"
 
 
+ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="The TOML file with the settings.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document as the last line of stdout.")]
-ModelName = Annotated[str | None, typer.Option("--model", help="A model of the zoo, or an ONNX file.")]
+
+
+def _models(incomplete: str) -> list[str]:
+    """For a shell that completes: names of the zoo; a path is the shell's own to complete."""
+    return [name for name in config.zoo_names() if name.startswith(incomplete)]
+
+
+ModelName = Annotated[
+    str | None, typer.Option("--model", help="A model of the zoo, or an ONNX file.", autocompletion=_models)
+]
 
 
 def escape(text: str) -> str:

@@ -52,11 +52,11 @@ def test_a_priority_is_given_or_the_reason_is_said() -> None:
     """In a process of its own: what is asked for is had, or one sentence says why not."""
     code = (
         "import os, sys\n"
-        "from stream_mmrnn.nodes import _prioritise\n"
-        "assert _prioritise('normal') == ''\n"
-        "nice, said = os.nice(0), _prioritise('nice')\n"
+        "from stream_mmrnn.nodes import prioritise\n"
+        "assert prioritise('normal') == ''\n"
+        "nice, said = os.nice(0), prioritise('nice')\n"
         "assert said == '' and os.nice(0) == max(nice - 10, -20) or \"'nice' was not given\" in said\n"
-        "said = _prioritise('fifo')\n"
+        "said = prioritise('fifo')\n"
         "assert said == '' and os.sched_getscheduler(0) == os.SCHED_FIFO or \"'fifo' was not given\" in said\n"
     )
     if sys.platform != "linux":

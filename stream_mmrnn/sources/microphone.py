@@ -31,7 +31,7 @@ _WAITING_BLOCKS = 500
 Int16Array = npt.NDArray[np.int16]
 
 
-def _portaudio() -> Any:
+def portaudio() -> Any:
     """The sounddevice module; imported late, for its import is what fails where PortAudio is missing."""
     try:
         import sounddevice
@@ -43,9 +43,9 @@ def _portaudio() -> Any:
     return sounddevice
 
 
-def _fresh_portaudio() -> Any:
+def _freshportaudio() -> Any:
     """PortAudio lists devices once, when it starts: what was plugged in since is seen only by a fresh start."""
-    sd = _portaudio()
+    sd = portaudio()
     with contextlib.suppress(sd.PortAudioError):  # it did not start the last time either
         sd._terminate()
     try:
@@ -64,7 +64,7 @@ def list_devices() -> list[tuple[str, str]]:
 
     Not beside an open microphone in the same process: the fresh start would end its stream.
     """
-    sd = _fresh_portaudio()
+    sd = _freshportaudio()
     default = sd.default.device[0]
     result = []
     for device in _inputs(sd):
@@ -136,7 +136,7 @@ class Microphone:
 
         """
         self.close()
-        sd = _fresh_portaudio()
+        sd = _freshportaudio()
         device = self._find(sd)
         own_rate = round(device["default_samplerate"])
         tries = [(RATE_HZ, 1), (own_rate, 1), (own_rate, 2)]
