@@ -110,7 +110,7 @@ def _capture(settings: config.Settings, duration: float | None, with_engine: boo
     from stream_mmrnn.live import Session
     from stream_mmrnn.view import WATCHED, render, summary_table
 
-    if all(getattr(settings.sources, m) == "none" for m in sources.EVERY):
+    if all(getattr(settings.sources, m) == "none" for m in sources.NAMED):
         raise ConfigError("every source is `none`; name at least one, for example --source synthetic")
     console = Console(stderr=as_json, highlight=False)
     ENDING.watch()
@@ -189,10 +189,13 @@ def _line(seconds: float, state: dict[str, Any]) -> str:
 
 Source = Annotated[str | None, typer.Option("--source", "-s", help="All modalities: synthetic, devices, file:CLIP.")]
 Vision = Annotated[str | None, typer.Option(help="camera:0, camera:URL, file:PATH, synthetic or none.")]
-Audio = Annotated[str | None, typer.Option(help="microphone, microphone:NAME, file:PATH, synthetic or none.")]
-TextSource = Annotated[
-    str | None, typer.Option("--text", help="stdin, pipe:PATH, tcp:PORT, zmq:PORT, synthetic or none.")
+Audio = Annotated[
+    str | None, typer.Option(help="microphone, microphone:NAME, file:PATH, lsl:NAME, synthetic or none.")
 ]
+TextSource = Annotated[
+    str | None, typer.Option("--text", help="stdin, pipe:PATH, tcp:PORT, zmq:PORT, lsl:NAME, synthetic or none.")
+]
+Signal = Annotated[str | None, typer.Option(help="A sensor: lsl:NAME, lsl:type=TYPE or none.")]
 OtherAudio = Annotated[
     str | None, typer.Option("--other-audio", help="The second person's sound, named like --audio; none by default.")
 ]
@@ -212,6 +215,7 @@ def live(
     text: TextSource = None,
     other_audio: OtherAudio = None,
     other_text: OtherText = None,
+    signal: Signal = None,
     model: ModelName = None,
     provider: Annotated[Provider | None, typer.Option(help="Where the model runs.")] = None,
     duration: Duration = None,
@@ -219,11 +223,22 @@ def live(
     session: Annotated[str | None, typer.Option(help="The session's name.")] = None,
     dashboard: Annotated[bool | None, typer.Option(help="Serve the live page on loopback.")] = None,
     port: Annotated[int | None, typer.Option(help="The page's port; 0 takes any free one.")] = None,
+    foxglove: Annotated[bool | None, typer.Option(help="Serve what is on the bus to Foxglove, on loopback.")] = None,
+    lsl_out: Annotated[
+        bool | None, typer.Option(help="Give predictions out as a stream of Lab Streaming Layer.")
+    ] = None,
     plain: Plain = False,
     as_json: Json = False,
 ) -> None:
     """Capture, predict and show, live."""
-    named = {"vision": vision, "audio": audio, "text": text, "other_audio": other_audio, "other_text": other_text}
+    named = {
+        "vision": vision,
+        "audio": audio,
+        "text": text,
+        "other_audio": other_audio,
+        "other_text": other_text,
+        "signal": signal,
+    }
     settings = _settings(
         config_file,
         source,
@@ -235,6 +250,8 @@ def live(
             "session.name": session,
             "dashboard.enabled": dashboard,
             "dashboard.port": port,
+            "foxglove.enabled": foxglove,
+            "lsl.outlet": lsl_out,
         },
     )
     _begin_processes()
@@ -255,13 +272,21 @@ def record(
     text: TextSource = None,
     other_audio: OtherAudio = None,
     other_text: OtherText = None,
+    signal: Signal = None,
     duration: Duration = None,
     session: Annotated[str | None, typer.Option(help="The session's name.")] = None,
     plain: Plain = False,
     as_json: Json = False,
 ) -> None:
     """Capture and record, without an engine."""
-    named = {"vision": vision, "audio": audio, "text": text, "other_audio": other_audio, "other_text": other_text}
+    named = {
+        "vision": vision,
+        "audio": audio,
+        "text": text,
+        "other_audio": other_audio,
+        "other_text": other_text,
+        "signal": signal,
+    }
     overrides = {"record.path": str(path), "session.name": session}
     _capture(_settings(config_file, source, named, overrides), duration, False, as_json, plain)
 
