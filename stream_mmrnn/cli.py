@@ -132,19 +132,19 @@ def _capture(settings: config.Settings, duration: float | None, with_engine: boo
     if path is not None:
         _keep_old(path, say)
     drawn_ns = line_ns = 0
-    address = ""
+    addresses: dict[str, str] = {}
 
     def often() -> None:
-        nonlocal drawn_ns, line_ns, address
-        status = next((n.status for n in session.supervisor.nodes if n.name == "dashboard" and n.status), None)
-        if status and not address:
-            address = shown(str(status.detail.get("address", "")), 64)
-            if screen is None and address:
-                console.print(f"dashboard: {address}")
+        nonlocal drawn_ns, line_ns
+        for node in session.supervisor.nodes:
+            if node.name not in addresses and node.status and node.status.detail.get("address"):
+                addresses[node.name] = shown(str(node.status.detail["address"]), 64)
+                if screen is None:
+                    console.print(f"{node.name}: {addresses[node.name]}")
         seconds = (now_ns() - began_ns) / 1e9
         if screen is not None and now_ns() - drawn_ns > 120_000_000:
             drawn_ns = now_ns()
-            headline = f"{seconds:6.1f} s   {address}"
+            headline = f"{seconds:6.1f} s   {'  '.join(addresses.values())}"
             screen.update(render(view.snapshot(now_ns()), console.width, headline, notes))
         elif screen is None and not as_json and now_ns() - line_ns > 1_000_000_000:
             line_ns = now_ns()

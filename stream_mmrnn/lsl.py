@@ -23,10 +23,17 @@ ListenAddress = 127.0.0.1
 AddressesOverride = {127.0.0.1}
 [lab]
 KnownPeers = {127.0.0.1}
+[tuning]
+MulticastMinRTT = 0.05
+MulticastMaxRTT = 0.2
+UnicastMinRTT = 0.05
+UnicastMaxRTT = 0.2
+ContinuousResolveInterval = 0.2
 [log]
 level = -3
 """
-"""Streams are looked for, and found, on this machine alone; and nothing is written over our terminal."""
+"""Streams are looked for, and found, on this machine alone; where answers are quick; and nothing is written
+over our terminal."""
 _PROBE_NS = 1_000_000_000
 _KEPT = 16
 

@@ -6,6 +6,7 @@ stays in `device_ns`. Knows nothing about encoders or the bus.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,15 +22,17 @@ from stream_mmrnn.types import Sample
 
 _KEYS = ("name", "type", "source_id", "hostname")
 _RESOLVE_S = 0.4
-"""Streams answer in milliseconds; one that does not is asked for again by the worker."""
+"""How long `open` waits: the search itself goes on from one call to the next."""
+_FORGOTTEN_S = 3.0
+"""A stream that answered so long ago is there no more."""
 _ANSWER_S = 3.0
-_LOOK_S = 0.05
+_LOOK_S, _POLL_S = 0.05, 0.02
 _BUFFER_S = 60
 """How much the library keeps for a reader that is slow."""
 _VALUES_AT_ONCE = 65_536
 _MAX_CHANNELS = 4096
 _MIN_AUDIO_HZ = 4_000
-_GAP_PERIODS, _JITTER_NS = 1.5, 5_000_000
+_GAP_PERIODS, _JITTER_NS = 1.5, 100_000_000
 
 Rows = npt.NDArray[Any]
 """[samples, channels]: numbers of the stream's own type, or bytes."""
@@ -57,6 +60,10 @@ class Stream:
         self._block = round(microphone.block_ms * AUDIO_RATE_HZ / 1000)
         self._max_bytes = text.max_line_bytes
         self._pylsl: Any = None
+        self._search: Any = None
+        self._uid = ""
+        self._lost = ("", 0)
+        """The stream that was lost last, which the search still finds for a while, and until when."""
         self._inlet: Any = None
         self._offsets: lsl.Offsets | None = None
         self.info: dict[str, Any] = {"missing": 0, "too_long": 0, "garbage": 0}
@@ -73,12 +80,12 @@ class Stream:
         self.close()
         if self._pylsl is None:
             self._pylsl = lsl.load(self._settings)
+            self._search = self._pylsl.ContinuousResolver(self._key, self._value, forget_after=_FORGOTTEN_S)
         pylsl = self._pylsl
-        found = pylsl.resolve_byprop(self._key, self._value, 1, _RESOLVE_S)
-        if not found:
+        chosen = self._find()
+        if chosen is None:
             where = "" if self._settings.config else " on this machine (lsl.config names a file for wider networks)"
             raise SourceError(f"{self.origin} is not there: no stream has that {self._key}{where}")
-        chosen = found[0]
         self._check(chosen)
         inlet = pylsl.StreamInlet(chosen, _BUFFER_S, recover=False, as_numpy=True)
         offsets = lsl.Offsets(pylsl, inlet)
@@ -88,7 +95,7 @@ class Stream:
             inlet.open_stream(_ANSWER_S)
         except (TimeoutError, RuntimeError) as e:
             raise SourceError(f"{self.origin} was found but does not answer: {e}") from e
-        self._inlet, self._offsets = inlet, offsets
+        self._inlet, self._offsets, self._uid = inlet, offsets, chosen.uid()
         self.info |= {
             "stream": {
                 "name": full.name(),
@@ -101,6 +108,16 @@ class Stream:
             },
             "clock": offsets.info,
         }
+
+    def _find(self) -> Any:
+        """The stream, or None where there is none after a moment."""
+        until_ns = now_ns() + round(_RESOLVE_S * 1e9)
+        while True:
+            lost = self._lost[0] if now_ns() < self._lost[1] else ""
+            found = [s for s in self._search.results() if s.uid() != lost]
+            if found or now_ns() > until_ns:
+                return found[0] if found else None
+            time.sleep(_POLL_S)
 
     def _check(self, stream: Any) -> None:
         is_text = stream.channel_format() == self._pylsl.cf_string
@@ -136,6 +153,7 @@ class Stream:
                 self._offsets.probe()
                 rows, stamps_ns = self._pull(self._inlet)
             except (TimeoutError, RuntimeError) as e:
+                self._lost = (self._uid, now_ns() + round(_FORGOTTEN_S * 1e9))
                 raise SourceError(f"{self.origin} is lost: {str(e).rstrip('.')}; start its program again") from e
             if stamps_ns:
                 self._count_missing(stamps_ns)
@@ -151,7 +169,7 @@ class Stream:
         return rows, [round(s * 1e9) for s in (at_s, *stamps_s)]
 
     def _count_missing(self, stamps_ns: list[int]) -> None:
-        """Of a stream of a fixed rate. Stamps jitter by a few ms: a shorter gap is none."""
+        """Of a stream of a fixed rate. Stamps jitter, and samples come in chunks: a shorter gap is none."""
         rate_hz = self.info["stream"]["rate_hz"]
         if not rate_hz:
             return
