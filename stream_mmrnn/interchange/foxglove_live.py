@@ -31,7 +31,7 @@ class FoxgloveServer:
         """
         import foxglove
 
-        context = foxglove.Context()
+        self._context = context = foxglove.Context()  # channels and server go with it
         self._offset_ns = wall_offset_ns()
         self._channels: dict[str, Any] = {}
         for topic in SHOWN:
@@ -61,3 +61,5 @@ class FoxgloveServer:
 
     def close(self) -> None:
         self._server.stop()
+        for channel in self._channels.values():
+            channel.close()
