@@ -21,6 +21,7 @@ from stream_mmrnn.bench import commands as bench
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.disk import later_parts, part
 from stream_mmrnn.errors import ConfigError, StreamError
+from stream_mmrnn.interchange import commands as interchange
 from stream_mmrnn.signals import ENDING, held
 from stream_mmrnn.terminal import Alive, Json, ModelName, Provider, escape, print_document, say_on, shown
 from stream_mmrnn.training import commands
@@ -522,3 +523,4 @@ def keys_list(folder: KeysFolder = None, as_json: Json = False) -> None:
 app.add_typer(keys_app, name="keys")
 app.add_typer(bench.app, name="bench")
 commands.register(app)
+interchange.register(app)

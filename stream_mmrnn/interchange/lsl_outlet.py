@@ -9,47 +9,14 @@ import math
 import time
 from typing import Any
 
-import msgspec
-
 from stream_mmrnn import lsl, wire
 from stream_mmrnn.config import Lsl
 from stream_mmrnn.errors import WireError
-from stream_mmrnn.types import HeadSpec
+from stream_mmrnn.interchange.heads import columns, contract_of
 
 _BUFFER_S = 60
 """How much the library keeps for a reader that is slow; then the oldest goes."""
 _FLUSH_S = 0.1
-
-
-class Contract(msgspec.Struct, frozen=True):
-    """What the engine's status says of its model, as far as it matters here."""
-
-    name: str
-    sha256: str
-    tick_ns: int
-    heads: tuple[HeadSpec, ...]
-
-
-class Column(msgspec.Struct, frozen=True):
-    """One number of a prediction."""
-
-    head: str
-    index: int
-    label: str
-    kind: str
-    unit: str
-    horizon_s: tuple[float, float] | None
-
-
-def columns(heads: tuple[HeadSpec, ...]) -> list[Column]:
-    """The numbers of a prediction, one after the other, with a name each that no other has."""
-    found = []
-    for head in heads:
-        for i in range(head.size):
-            label = head.labels[i] if i < len(head.labels) else str(i)
-            horizon_s = head.horizons_s[i] if i < len(head.horizons_s) else None
-            found.append(Column(head.name, i, f"{head.name}.{label}", head.kind, head.unit, horizon_s))
-    return found
 
 
 class Outlet:
@@ -63,10 +30,7 @@ class Outlet:
             WireError: `spec` is not what an engine says.
 
         """
-        try:
-            contract = msgspec.convert(spec, Contract)
-        except msgspec.ValidationError as e:
-            raise WireError(f"the engine's status names no model: {e}") from e
+        contract = contract_of(spec)
         pylsl = lsl.load(settings)
         self.name = settings.name
         self._columns = columns(contract.heads)
