@@ -383,6 +383,10 @@ class Recorder:
         self._disk.close()
         return taken
 
+    def abandon(self) -> None:
+        """Close the file as it is, without an end."""
+        self._disk.close()
+
     @property
     def bytes(self) -> int:
         """Of the file, once the disk has taken all."""

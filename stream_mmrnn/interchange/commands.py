@@ -6,14 +6,16 @@ Knows nothing about how anything is done.
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from stream_mmrnn.errors import FileError, UsageError
-from stream_mmrnn.terminal import Json, escape, print_document, say_on, shown
+from stream_mmrnn.terminal import Alive, Json, escape, print_document, say_on, shown
 
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
 
@@ -21,6 +23,13 @@ Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command."""
     app.command()(view)
+    app.command("import")(import_)
+    app.command()(unpack)
+
+
+def _bar(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _write(path: Path, text: str, force: bool) -> None:
@@ -92,3 +101,92 @@ def view(
         raise typer.Exit(3)
     if done.get("exit_code"):
         raise typer.Exit(1)
+
+
+def import_(
+    path: Annotated[Path, typer.Argument(help="An XDF file, as LabRecorder makes it.")],
+    out: Annotated[Path, typer.Argument(help="The MCAP file to make.")],
+    chosen: Annotated[
+        list[str] | None,
+        typer.Option("--as", help="What a stream becomes: NAME=audio, text, signal, label, none; repeatable."),
+    ] = None,
+    session: Annotated[str, typer.Option(help="The session's name.")] = "imported",
+    as_json: Json = False,
+) -> None:
+    """Make a recording of an XDF file, to replay and to train on."""
+    from stream_mmrnn.interchange import xdf
+
+    pairs = [entry.rpartition("=") for entry in chosen or []]
+    if wrong := next((e for e, (name, _, _) in zip(chosen or [], pairs, strict=True) if not name), None):
+        raise UsageError(f"--as wants NAME=ROLE, such as EEG=signal, not {wrong!r}")
+    console = Console(stderr=as_json, highlight=False, soft_wrap=True)
+    with _bar(console) as bar:
+        task = bar.add_task("importing", total=1.0)
+        result = xdf.convert(
+            path,
+            out,
+            session,
+            {name: role for name, _, role in pairs},
+            lambda share: bar.update(task, completed=share),
+        )
+    if as_json:
+        print_document(result)
+    else:
+        for stream in result["streams"]:
+            console.print(
+                f"  {shown(stream['name'], 64)} ({shown(stream['type'], 64)}): {stream['samples']} samples, "
+                + ("left out" if stream["role"] == "none" else f"as {stream['role']}")
+            )
+        console.print(f"{escape(str(out))}: {result['seconds']:.1f} s, {sum(result['messages'].values())} messages")
+    if result["damage"]:
+        say_on(Console(stderr=True))(f"{result['damage']}; what could be read was imported")
+        raise typer.Exit(3)
+
+
+class Codec(StrEnum):
+    """How pictures are written."""
+
+    h264, mjpeg = "h264", "mjpeg"
+
+
+def unpack(
+    path: Annotated[Path, typer.Argument(help="A recording.")],
+    folder: Annotated[Path, typer.Argument(help="Where the files go.")],
+    to: Annotated[str, typer.Option("--to", help="Which formats, of parquet,wav,mp4,csv.")] = "parquet,wav,mp4,csv",
+    video: Annotated[
+        Codec, typer.Option("--video", help="h264 plays everywhere; mjpeg keeps every picture as it was recorded.")
+    ] = Codec.h264,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write a recording as plain files: tables, sound and pictures."""
+    from stream_mmrnn.interchange import unpack as module
+
+    console = Console(stderr=as_json, highlight=False, soft_wrap=True)
+    alive = Alive()
+    with _bar(console) as bar:
+        task = bar.add_task("unpacking", total=None)
+        result = module.unpack(
+            path,
+            folder,
+            [name.strip() for name in to.split(",") if name.strip()],
+            codec=video.value,
+            force=force,
+            progress=lambda done, of: bar.update(task, completed=done, total=of),
+            alive=alive,
+        )
+    if as_json:
+        print_document(result)
+    else:
+        for name, about in result["files"].items():
+            words = [f"{value} {key.replace('_', ' ')}" for key, value in about.items() if isinstance(value, int)]
+            gaps = about.get("gaps", [])
+            if gaps:
+                words.append(f"{len(gaps)} gaps, {sum(g['seconds'] for g in gaps):.2f} s of silence in them")
+            console.print(f"  {escape(name):<28} {', '.join(words)}")
+        console.print(f"{len(result['files'])} files of {result['seconds']:.1f} s in {escape(str(folder))}")
+    if result["damage"]:
+        say_on(Console(stderr=True))(
+            f"{shown(result['damage'])}; what is whole until there was written, stream-mmrnn repair may save more"
+        )
+        raise typer.Exit(3)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from stream_mmrnn.config import LOOPBACK
 from stream_mmrnn.errors import FileError, ProcessError, UsageError
 
 _ANSWER_S = 60
@@ -84,7 +85,7 @@ def _settings(rerun: Path, env: dict[str, str]) -> _Settings:
 
 def show(path: Path, rerun: Path, env: dict[str, str]) -> int:
     """Open the viewer on a file, and wait until it is closed; its exit code."""
-    return subprocess.run([str(rerun), str(path), "--hide-welcome-screen"], env=env).returncode  # noqa: S603
+    return subprocess.run([str(rerun), str(path), "--hide-welcome-screen", "--bind", LOOPBACK], env=env).returncode  # noqa: S603
 
 
 def convert(path: Path, out: Path, rerun: Path, env: dict[str, str]) -> None:
