@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-import numpy as np
-
 _FORMATS = {"int8": "b", "int16": "<h", "int32": "<i", "int64": "<q", "float32": "<f", "double64": "<d"}
 
 
@@ -32,7 +30,7 @@ class XdfFile:
 
     def __init__(self, date: str = "2026-03-01T12:00:00+0000") -> None:
         header = f'<?xml version="1.0"?><info><version>1.0</version><datetime>{date}</datetime></info>'
-        self.data = b"XDF:" + chunk(1, header.encode())
+        self._data = bytearray(b"XDF:") + chunk(1, header.encode())
         self._formats: dict[int, str] = {}
 
     def stream(self, number: int, name: str, kind: str, form: str, channels: int, rate_hz: float) -> None:
@@ -42,11 +40,11 @@ class XdfFile:
             f"<channel_format>{form}</channel_format><created_at>0</created_at></info>"
         )
         self._formats[number] = form
-        self.data += chunk(2, struct.pack("<I", number) + xml.encode())
+        self._data += chunk(2, struct.pack("<I", number) + xml.encode())
 
     def samples(self, number: int, stamps_s: Sequence[float], values: Sequence[Sequence[object]]) -> None:
         form = self._formats[number]
-        body = b""
+        body = bytearray()
         for at_s, row in zip(stamps_s, values, strict=True):
             body += struct.pack("<Bd", 8, at_s)
             for value in row:
@@ -54,14 +52,18 @@ class XdfFile:
                     text = str(value).encode()
                     body += _length(len(text)) + text
                 else:
-                    body += struct.pack(_FORMATS[form], np.asarray(value).item())
-        self.data += chunk(3, struct.pack("<I", number) + _length(len(stamps_s)) + body)
+                    body += struct.pack(_FORMATS[form], value)
+        self._data += chunk(3, struct.pack("<I", number) + _length(len(stamps_s)) + bytes(body))
 
     def clock_offset(self, number: int, at_s: float, offset_s: float) -> None:
-        self.data += chunk(4, struct.pack("<Idd", number, at_s, offset_s))
+        self._data += chunk(4, struct.pack("<Idd", number, at_s, offset_s))
 
     def footer(self, number: int) -> None:
-        self.data += chunk(6, struct.pack("<I", number) + b'<?xml version="1.0"?><info></info>')
+        self._data += chunk(6, struct.pack("<I", number) + b'<?xml version="1.0"?><info></info>')
+
+    @property
+    def data(self) -> bytes:
+        return bytes(self._data)
 
     def write(self, path: Path) -> Path:
         path.write_bytes(self.data)
