@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from xdf_file import XdfFile
 
-from stream_mmrnn import encoders, topics
+from stream_mmrnn import encoders, repair, replay, topics
 from stream_mmrnn.encoders.signal import SignalEncoder
 from stream_mmrnn.errors import FileError, StreamError, UsageError
 from stream_mmrnn.interchange import xdf
@@ -120,8 +120,8 @@ def test_what_is_imported_is_what_pyxdf_reads(source: Path, imported: tuple[Path
 
 def test_the_recording_is_whole_and_replays(imported: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     path, document = imported
-    code, result, err = run("verify", path)
-    assert (code, result["state"]) == (0, "whole"), err
+    result = repair.verify(path)
+    assert result["state"] == "whole"
     assert result["messages"] == dict(sorted(document["messages"].items()))
     text, audio = encoders.create("text"), encoders.create("audio")
     specs = (
@@ -130,15 +130,13 @@ def test_the_recording_is_whole_and_replays(imported: tuple[Path, dict[str, Any]
         ModalitySpec("text", text.size, text.origin),
     )
     model = toy_model.make(tmp_path / "toy.onnx", specs)
-    code, first, err = run("replay", path, "--model", model)
-    assert code == 0, err
+    first = replay.replay(path, model=str(model))
     assert first["predictions"] >= 300
     signal = first["streams"]["signal"]
     assert (signal["received"], signal["delivered"], signal["dropped"]) == (600, 600, {})
     assert first["streams"]["text"]["delivered"] == 2
     assert first["streams"]["audio"]["dropped"] == {}
-    code, raw, err = run("replay", path, "--model", model, "--from", "raw")
-    assert code == 0, err
+    raw = replay.replay(path, model=str(model), source="raw")
     assert raw["streams"]["signal"]["delivered"] == 600
     assert raw["streams"]["audio"]["delivered"] == first["streams"]["audio"]["delivered"]
 
@@ -159,9 +157,7 @@ def test_the_recording_can_be_trained_on(imported: tuple[Path, dict[str, Any]]) 
 
 def test_the_user_says_what_a_stream_is(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.mcap"
-    args = ("--as", "EEG=none", "--as", "Mic=other_audio", "--as", "3=text", "--session", "lab-1")
-    code, document, err = run("import", source, out, *args)
-    assert code == 0, err
+    document = xdf.convert(source, out, "lab-1", {"EEG": "none", "Mic": "other_audio", "3": "text"})
     assert {s["name"]: s["role"] for s in document["streams"]}["Task"] == "text"
     recording = Recording(out)
     assert recording.session == "lab-1"
@@ -170,9 +166,8 @@ def test_the_user_says_what_a_stream_is(source: Path, tmp_path: Path) -> None:
     assert of(out, "raw/other_audio")
     # what is there is never written over
     before = out.read_bytes()
-    code, _, err = run("import", source, out)
-    assert code == 2
-    assert "cannot be made: File exists" in err
+    with pytest.raises(FileError, match="cannot be made: File exists"):
+        xdf.convert(source, out)
     assert out.read_bytes() == before
 
 
@@ -198,10 +193,9 @@ def test_what_a_stream_cannot_be_is_said_in_a_sentence(
 
 def test_no_xdf_at_all(tmp_path: Path) -> None:
     (tmp_path / "a.xdf").write_bytes(b"RIFF")
-    for name in ("a.xdf", "b.xdf"):
-        code, _, err = run("import", tmp_path / name, tmp_path / "a.mcap")
-        assert code == 2
-        assert "Traceback" not in err
+    for name, words in (("a.xdf", "no XDF file|cannot be read"), ("b.xdf", "is not there")):
+        with pytest.raises(FileError, match=words):
+            xdf.convert(tmp_path / name, tmp_path / "a.mcap")
     code, _, err = run("import", tmp_path / "a.xdf", tmp_path / "a.mcap", "--as", "signal")
     assert code == 2
     assert "--as wants NAME=ROLE" in err
@@ -215,7 +209,7 @@ def test_a_damaged_file_gives_what_is_there(source: Path, tmp_path: Path) -> Non
     assert code == 3, err
     assert "is damaged" in document["damage"]
     assert 0 < len(of(tmp_path / "a.mcap", "feature/signal")) <= 600
-    assert run("verify", tmp_path / "a.mcap")[0] == 0
+    assert repair.verify(tmp_path / "a.mcap")["whole"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
