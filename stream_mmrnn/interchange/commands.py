@@ -81,17 +81,16 @@ def view(
             "this by Layouts, Import from file"
         )
     if path is not None and (rrd is not None or layout is None):
-        rerun = rerun_viewer.program()
-        env = rerun_viewer.environment(config.state_folder(config.State()) / "rerun", rerun)
-        done["rerun"] = str(rerun)
+        rerun = rerun_viewer.find(config.state_folder(config.State()) / "rerun")
+        done["rerun"] = rerun.program
         if rrd is not None:
             if rrd.exists() and not force:
                 raise FileError(f"{rrd} is there already; choose another name, or say --force")
-            rerun_viewer.convert(path, rrd, rerun, env)
+            rerun_viewer.convert(path, rrd, rerun)
             done["rrd"] = str(rrd)
             console.print(f"wrote {escape(str(rrd))}")
         else:
-            done["exit_code"] = code = rerun_viewer.show(path, rerun, env)
+            done["exit_code"] = code = rerun_viewer.show(path, rerun)
             if code:
                 say_on(Console(stderr=True))(f"Rerun ended with exit code {code}")
     if as_json:

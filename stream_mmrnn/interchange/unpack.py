@@ -36,6 +36,7 @@ _ROWS_AT_ONCE = 4096
 _SILENCE = bytes(2 * _RATE_HZ)
 _TIME_BASE = Fraction(1, 90_000)
 """Of the pictures' presentation times: what MP4 commonly counts in."""
+_LAST = _TIME_BASE.denominator // 25
 _MIN_GAP_S = 0.005
 _MAX_GAP_S = 24 * 3600
 _MANIFEST = "manifest.json"
@@ -132,8 +133,9 @@ class Mp4:
         import av
 
         self._zero_ns, self._codec = zero_ns, codec
-        # a picture may come after any time: what is between is no error
-        self._file = av.open(str(path), "w", format="mp4")
+        # else the first picture's time would be one of whole milliseconds, and all others off by as much
+        options = {"movie_timescale": str(_TIME_BASE.denominator)}
+        self._file = av.open(str(path), "w", format="mp4", options=options)
         self._stream: Any = None
         self._last = -1
         self._frames = self._undecodable = self._same_time = 0
@@ -160,6 +162,7 @@ class Mp4:
             packet = av.Packet(jpeg)
             packet.pts = packet.dts = at
             packet.time_base = _TIME_BASE
+            packet.duration = _LAST  # of the last one: the others last until the next
             packet.stream = self._stream
             packet.is_keyframe = True
             self._file.mux(packet)
