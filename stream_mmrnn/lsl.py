@@ -48,9 +48,7 @@ def load(settings: Lsl) -> Any:
     try:
         import pylsl
     except (ImportError, RuntimeError, OSError) as e:  # RuntimeError: the package without its library
-        raise UsageError(
-            f"Lab Streaming Layer needs the extra `lsl` ({e}): pip install 'stream-mmrnn[lsl]'"
-        ) from e
+        raise UsageError(f"Lab Streaming Layer needs the extra `lsl` ({e}): pip install 'stream-mmrnn[lsl]'") from e
     try:
         if settings.config:
             pylsl.set_config_filename(settings.config)
@@ -63,10 +61,10 @@ def load(settings: Lsl) -> Any:
 
 def clock_offset_ns(pylsl: Any) -> int:
     """Nanoseconds to add to the library's clock to get ours; the best of five readings."""
-    best = None
+    best: tuple[int, int] | None = None
     for _ in range(5):
         before = now_ns()
-        theirs = round(pylsl.local_clock() * 1e9)
+        theirs = round(float(pylsl.local_clock()) * 1e9)
         after = now_ns()
         if best is None or after - before < best[0]:
             best = (after - before, (before + after) // 2 - theirs)

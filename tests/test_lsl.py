@@ -163,7 +163,12 @@ def test_strings_are_text_and_fast_numbers_are_sound() -> None:
 
 
 def test_what_cannot_be_a_source_is_said_in_a_sentence() -> None:
-    for spec, modality in (("lsl:", "signal"), ("lsl:color=red", "signal"), ("lsl:x", "vision"), ("synthetic", "signal")):
+    for spec, modality in (
+        ("lsl:", "signal"),
+        ("lsl:color=red", "signal"),
+        ("lsl:x", "vision"),
+        ("synthetic", "signal"),
+    ):
         with pytest.raises(SourceSpecError):
             sources.check(spec, modality)
     sources.check("lsl:type=EEG", "signal")

@@ -241,8 +241,8 @@ def test_nothing_is_written_over_unless_it_is_said(recorded: Path, tmp_path: Pat
 def test_who_is_told_to_stop_leaves_nothing(recorded: Path, tmp_path: Path) -> None:
     asked = itertools.count()
     told: list[tuple[int, int]] = []
-    with pytest.raises(Exception, match="nothing was written"):
-        unpack(recorded, tmp_path, progress=lambda *p: told.append(p), alive=lambda: next(asked) < 3)
+    result = unpack(recorded, tmp_path, progress=lambda *p: told.append(p), alive=lambda: next(asked) < 3)
+    assert (result["stopped"], result["files"]) == (True, {})
     assert not list(tmp_path.iterdir())
     assert [done for done, _ in told] == sorted(done for done, _ in told)
     assert all(done <= of for done, of in told)
@@ -256,7 +256,7 @@ def test_what_it_cannot_do_is_said_in_a_sentence(recorded: Path, tmp_path: Path)
     with pytest.raises(FileError, match="cannot be read"):
         unpack(tmp_path / "nix.mcap", tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(FileError, match="cannot be written: (Not a directory|File exists)"):
+    with pytest.raises(FileError, match=r"cannot be written: (Not a directory|File exists)"):
         unpack(recorded, tmp_path / "file")
 
 

@@ -228,7 +228,7 @@ def test_rerun_is_started_on_loopback(recording: Path, state: Path) -> None:
     done = subprocess.run([*COMMAND, "view", str(recording)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "Rerun ended with exit code" in done.stderr
-    assert "0.0.0.0" not in done.stderr  # noqa: S104
+    assert "0.0.0.0" not in done.stderr
 
 
 def test_one_that_would_send_statistics_is_not_started(tmp_path: Path) -> None:

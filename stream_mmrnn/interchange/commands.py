@@ -96,7 +96,7 @@ def view(
     if as_json:
         print_document(done)
     if recording is not None and recording.damage:
-        say_on(Console(stderr=True))(f"{shown(recording.damage)}; what is whole was read")
+        say_on(Console(stderr=True))(f"{recording.damage}; what is whole was read")
         raise typer.Exit(3)
     if done.get("exit_code"):
         raise typer.Exit(1)
@@ -184,8 +184,11 @@ def unpack(
                 words.append(f"{len(gaps)} gaps, {sum(g['seconds'] for g in gaps):.2f} s of silence in them")
             console.print(f"  {escape(name):<28} {', '.join(words)}")
         console.print(f"{len(result['files'])} files of {result['seconds']:.1f} s in {escape(str(folder))}")
+    if result["stopped"]:
+        say_on(Console(stderr=True))("stopped before the end: nothing was written")
+        raise typer.Exit(3)
     if result["damage"]:
         say_on(Console(stderr=True))(
-            f"{shown(result['damage'])}; what is whole until there was written, stream-mmrnn repair may save more"
+            f"{result['damage']}; what is whole until there was written, stream-mmrnn repair may save more"
         )
         raise typer.Exit(3)

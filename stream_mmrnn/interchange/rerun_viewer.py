@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess  # noqa: S404  # a program that the user asked for
+import subprocess  # a program that the user asked for
 import sys
 from pathlib import Path
 from typing import NamedTuple

@@ -10,20 +10,20 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import os
 import shutil
 import tempfile
 import wave
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
 
 from stream_mmrnn import topics, wire
-from stream_mmrnn.errors import FileError, StreamError, UsageError, WireError
+from stream_mmrnn.errors import FileError, UsageError, WireError
 from stream_mmrnn.interchange.heads import Column, columns_of
 from stream_mmrnn.recording import Recording
 from stream_mmrnn.repeats import Repeats
@@ -215,9 +215,8 @@ class Parquet:
                 self._flush()
 
     def _flush(self) -> None:
-        arrays = [
-            self._pa.array(column, field.type) for column, field in zip(zip(*self._rows, strict=True), self._schema, strict=True)
-        ]
+        columns = zip(*self._rows, strict=True)
+        arrays = [self._pa.array(c, field.type) for c, field in zip(columns, self._schema, strict=True)]
         self._file.write_batch(self._pa.record_batch(arrays, schema=self._schema))
         self._rows = []
 
@@ -303,45 +302,42 @@ class _Rows:
 _WHEN = ("event_ns", "unix_ns", "seconds")
 
 
-def _files(folder: Path, formats: Sequence[str], seen: Seen, rows: _Rows, codec: Codec) -> Iterator[tuple[str, str, Callable[[], Writer]]]:
-    """Name, topics' prefix and making of each file that there is something for."""
+class Planned(NamedTuple):
+    """A file to be made."""
+
+    name: str
+    topics: tuple[str, ...]
+    make: Callable[[Path], Writer]
+
+
+def _plan(formats: Sequence[str], seen: Seen, rows: _Rows, codec: Codec) -> Iterator[Planned]:
+    """Each file that there is something for."""
 
     def has(topic: str) -> bool:
         return seen.counts.get(topic, 0) > 0
 
-    labels = [c.label for c in seen.columns]
-    predictions = ["tick", *_WHEN, "step_start_ns", "step_end_ns", *labels]
-    for name in topics.MODALITIES:
-        kind, raw, feature = topics.MODALITIES[name].kind, topics.raw(name), topics.feature(name)
-        if "wav" in formats and kind == "audio" and has(raw):
-            yield f"{name}.wav", raw, lambda name=name: Wav(folder / f"{name}.wav", seen.zero_ns)
-        if "mp4" in formats and kind == "vision" and has(raw):
-            yield f"{name}.mp4", raw, lambda name=name: Mp4(folder / f"{name}.mp4", seen.zero_ns, codec)
+    names = ["tick", *_WHEN, "step_start_ns", "step_end_ns", *(c.label for c in seen.columns)]
+    for name, modality in topics.MODALITIES.items():
+        raw, feature = topics.raw(name), topics.feature(name)
+        if "wav" in formats and modality.kind == "audio" and has(raw):
+            yield Planned(f"{name}.wav", (raw,), partial(Wav, zero_ns=seen.zero_ns))
+        if "mp4" in formats and modality.kind == "vision" and has(raw):
+            yield Planned(f"{name}.mp4", (raw,), partial(Mp4, zero_ns=seen.zero_ns, codec=codec))
         if "parquet" in formats and has(feature):
-            file = f"features_{name}.parquet"
-            yield file, feature, lambda file=file: Parquet(folder / file, _feature_schema(), rows.features)
+            make = partial(Parquet, schema=_feature_schema(), row=rows.features)
+            yield Planned(f"features_{name}.parquet", (feature,), make)
     if "parquet" in formats and has(topics.TICK):
-        yield "ticks.parquet", topics.TICK, lambda: Parquet(folder / "ticks.parquet", _tick_schema(), rows.ticks())
+        yield Planned("ticks.parquet", (topics.TICK,), partial(Parquet, schema=_tick_schema(), row=rows.ticks()))
     if "parquet" in formats and has(topics.PREDICTION):
-        schema = _prediction_schema
-        yield (
-            "predictions.parquet",
-            topics.PREDICTION,
-            lambda: Parquet(folder / "predictions.parquet", schema(predictions, seen.columns), rows.predictions()),
-        )
-    if "csv" in formats:
-        words = [topics.raw(m.name) for m in topics.MODALITIES.values() if m.kind == "text"]
-        if any(map(has, words)):
-            names = [*_WHEN, "modality", "text"]
-            yield "text.csv", ",".join(words), lambda: Csv(folder / "text.csv", names, rows.words)
-        if has(topics.LABEL):
-            yield "labels.csv", topics.LABEL, lambda: Csv(folder / "labels.csv", [*_WHEN, "label"], rows.words)
-        if has(topics.PREDICTION):
-            yield (
-                "predictions.csv",
-                topics.PREDICTION,
-                lambda: Csv(folder / "predictions.csv", predictions, rows.predictions()),
-            )
+        make = partial(Parquet, schema=_prediction_schema(seen.columns), row=rows.predictions())
+        yield Planned("predictions.parquet", (topics.PREDICTION,), make)
+    words = tuple(topics.raw(m.name) for m in topics.MODALITIES.values() if m.kind == "text")
+    if "csv" in formats and any(map(has, words)):
+        yield Planned("text.csv", words, partial(Csv, names=[*_WHEN, "modality", "text"], row=rows.words))
+    if "csv" in formats and has(topics.LABEL):
+        yield Planned("labels.csv", (topics.LABEL,), partial(Csv, names=[*_WHEN, "label"], row=rows.words))
+    if "csv" in formats and has(topics.PREDICTION):
+        yield Planned("predictions.csv", (topics.PREDICTION,), partial(Csv, names=names, row=rows.predictions()))
 
 
 def _fields(*fields: tuple[str, Any]) -> Any:
@@ -370,7 +366,7 @@ def _tick_schema() -> Any:
     return _fields(("tick", pa.int64()), *_when_fields(), ("closed_by", pa.string()), *seen)
 
 
-def _prediction_schema(names: Sequence[str], columns: Sequence[Column]) -> Any:
+def _prediction_schema(columns: Sequence[Column]) -> Any:
     import pyarrow as pa
 
     numbers = [(n, pa.int64()) for n in ("step_start_ns", "step_end_ns")]
@@ -389,7 +385,8 @@ def unpack(
 ) -> dict[str, Any]:
     """Write what is in a recording as plain files into `folder`, and say what they are.
 
-    `progress` is told how many messages are done, and of how many. Nothing is written where it does not come to its end.
+    `progress` is told how many messages are done, and of how many. Where `alive` says no, nothing is written, and
+    `stopped` is true.
 
     Raises:
         UsageError: an unknown format, or one whose package is not installed.
@@ -416,27 +413,29 @@ def unpack(
     except OSError as e:
         raise FileError(f"{folder} cannot be written: {e.strerror}; choose another place") from e
     try:
-        planned = list(_files(beside, formats, seen, rows, codec))
-        _refuse([folder / name for name, _, _ in planned] + [folder / _MANIFEST], force)
-        about = _write(recording, planned, seen.counts, progress, alive)
-        document = {
+        planned = list(_plan(formats, seen, rows, codec))
+        _refuse([folder / file.name for file in planned] + [folder / _MANIFEST], force)
+        about = _write(recording, beside, planned, seen.counts, progress, alive)
+        document: dict[str, Any] = {
             "recording": str(path),
             "session": recording.session,
             "zero_ns": seen.zero_ns,
             "zero_unix_ns": seen.zero_ns + wall_offset_ns,
             "seconds": round((seen.end_ns - seen.zero_ns) / 1e9, 3),
-            "files": about,
+            "files": about or {},
             "malformed": rows.malformed,
             "damage": recording.damage,
         }
+        if about is None:
+            return {**document, "folder": str(folder), "stopped": True}
         (beside / _MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(document)))
         for name in [*about, _MANIFEST]:
-            os.replace(beside / name, folder / name)
+            (beside / name).replace(folder / name)
     except OSError as e:
         raise FileError(f"{folder} cannot be written: {e.strerror or e}; make room, or choose another place") from e
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return {**document, "folder": str(folder)}
+    return {**document, "folder": str(folder), "stopped": False}
 
 
 def _refuse(files: Sequence[Path], force: bool) -> None:
@@ -445,34 +444,32 @@ def _refuse(files: Sequence[Path], force: bool) -> None:
         raise FileError(f"{files[0].parent} holds {', '.join(there)} already; choose another folder, or say --force")
 
 
-class _Stopped(StreamError):
-    exit_code = 130
-
-
 def _write(
     recording: Recording,
-    planned: Sequence[tuple[str, str, Callable[[], Writer]]],
+    beside: Path,
+    planned: Sequence[Planned],
     counts: dict[str, int],
     progress: Callable[[int, int], None],
     alive: Callable[[], bool],
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
+    """What is to be said of each file, or None where it was stopped."""
     writers: dict[str, Writer] = {}
     by_topic: dict[str, list[Writer]] = {}
     about: dict[str, Any] = {}
     try:
-        for name, wanted, make in planned:
-            writers[name] = make()
-            for topic in wanted.split(","):
-                by_topic.setdefault(topic, []).append(writers[name])
-        done, count = 0, sum(counts[topic] for topic in by_topic if topic in counts)
+        for file in planned:
+            writers[file.name] = file.make(beside / file.name)
+            for topic in file.topics:
+                by_topic.setdefault(topic, []).append(writers[file.name])
+        done, count = 0, sum(counts.get(topic, 0) for topic in by_topic)
         for batch in recording.batches(set(by_topic)):
             for envelope in batch:
-                for writer in by_topic.get(envelope.topic, ()):
+                for writer in by_topic[envelope.topic]:
                     writer.add(envelope)
             done += len(batch)
             progress(done, count)
             if not alive():
-                raise _Stopped("stopped before the end: nothing was written")
+                return None
         while writers:
             name = next(iter(writers))
             about[name] = writers.pop(name).close()

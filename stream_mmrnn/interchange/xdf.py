@@ -7,6 +7,7 @@ out, nor how a recording is.
 
 from __future__ import annotations
 
+import gzip
 import heapq
 import logging
 import sys
@@ -22,15 +23,16 @@ import numpy.typing as npt
 from stream_mmrnn import config, encoders, topics, wire
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.errors import FileError, UsageError, WireError
-from stream_mmrnn.sources.lsl import int16_of
 from stream_mmrnn.pipeline import Outgoing, capture
 from stream_mmrnn.recording import Recorder
+from stream_mmrnn.sources.lsl import int16_of
 from stream_mmrnn.types import Envelope, Sample
 
 ROLES = ("audio", "other_audio", "text", "other_text", "signal", topics.LABEL, "none")
 _MARKERS, _AUDIO = ("markers", "marker", "events"), "audio"
 _ALONE = ("audio", "other_audio", "signal")
 """Roles that one stream can have; words and labels of several come together."""
+_PACKED = (".xdfz", ".gz")
 _BLOCK_S = 0.02
 _CLOCK_NS = 10_000_000
 _TAIL_NS = 500_000_000
@@ -84,14 +86,14 @@ def read(path: Path) -> tuple[list[Stream], str, str]:
     logger.addHandler(complaints)
     logger.propagate = False
     try:
-        found, header = pyxdf.load_xdf(str(path))
+        # opened here: pyxdf leaves a file open that is none of its own
+        with gzip.open(path) if path.suffix in _PACKED else path.open("rb") as file:
+            found, header = pyxdf.load_xdf(file)
         streams = [_stream(row) for row in found]
         date = str(header["info"]["datetime"][0]) if header and header["info"].get("datetime") else ""
     except OSError as e:
-        raise FileError(f"{path} cannot be read: {e.strerror or e}") from e
+        raise FileError(f"{path} cannot be read: {e.strerror or e}; expected an XDF file") from e
     except Exception as e:  # it parses bytes from outside, and its errors share no base
-        if not path.exists():
-            raise FileError(f"{path} is not there") from None
         raise FileError(f"{path} is no XDF file that pyxdf can read: {type(e).__name__}: {e}") from e
     finally:
         logger.removeHandler(complaints)
@@ -368,9 +370,7 @@ def _envelopes(
         number = seq[topic] = seq.get(topic, -1) + 1
         summary.messages += 1
         owner = topics.EVERYONE if topic == topics.CLOCK else session
-        return Envelope(
-            topic, owner, number, sample.event_ns, arrival_ns, arrival_ns, sample.data, origin, arrival_ns
-        )
+        return Envelope(topic, owner, number, sample.event_ns, arrival_ns, arrival_ns, sample.data, origin, arrival_ns)
 
     def about(op: str, at_ns: int) -> Sample:
         return Sample(at_ns, at_ns, wire.pack(wire.SessionMessage(op, at_ns, tuple(modalities))))  # type: ignore[arg-type]

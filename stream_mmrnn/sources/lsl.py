@@ -220,7 +220,10 @@ class Stream:
 
 def int16_of(data: npt.NDArray[Any]) -> npt.NDArray[np.int16]:
     """Sound as 16-bit numbers: floats are of -1 to 1, integers of the whole range of their type."""
+    whole: npt.NDArray[Any]
     if np.issubdtype(data.dtype, np.floating):
-        return (np.clip(np.nan_to_num(data), -1.0, 1.0) * 32767).astype(np.int16)
-    bits = 8 * data.dtype.itemsize
-    return (data.astype(np.int64) >> (bits - 16) if bits > 16 else data.astype(np.int64) << (16 - bits)).astype(np.int16)
+        whole = np.clip(np.nan_to_num(data), -1.0, 1.0) * 32767
+    else:
+        bits, whole = 8 * data.dtype.itemsize, data.astype(np.int64)
+        whole = whole >> (bits - 16) if bits > 16 else whole << (16 - bits)
+    return whole.astype(np.int16)
