@@ -25,6 +25,7 @@ from stream_mmrnn.diff import commands as diff_commands
 from stream_mmrnn.disk import later_parts, part
 from stream_mmrnn.doctor.commands import doctor
 from stream_mmrnn.errors import ConfigError, StreamError
+from stream_mmrnn.interchange import commands as interchange
 from stream_mmrnn.settings import commands as settings_commands
 from stream_mmrnn.signals import ENDING, held
 from stream_mmrnn.terminal import (
@@ -132,7 +133,7 @@ def _capture(settings: config.Settings, duration: float | None, with_engine: boo
     from stream_mmrnn.log import JsonLines, Note, at_least
     from stream_mmrnn.view import WATCHED, render, summary_table
 
-    if all(getattr(settings.sources, m) == "none" for m in sources.EVERY):
+    if all(getattr(settings.sources, m) == "none" for m in sources.NAMED):
         raise ConfigError("every source is `none`; name at least one, for example --source synthetic")
     if with_engine and settings.trace.ratio:
         from stream_mmrnn import traces
@@ -161,20 +162,21 @@ def _capture(settings: config.Settings, duration: float | None, with_engine: boo
     if path is not None:
         _keep_old(path, say)
     drawn_ns = line_ns = 0
-    address = ""
+    addresses: dict[str, str] = {}
 
     def often() -> None:
-        nonlocal drawn_ns, line_ns, address
-        if not address:
-            address = shown(session.page, 64)
-            if lines is not None and address:
-                lines(Note(f"dashboard: {address}", "dashboard", "address", address=address))
-            elif screen is None and address:
-                console.print(f"dashboard: {address}")
+        nonlocal drawn_ns, line_ns
+        for node in session.supervisor.nodes:
+            if node.name not in addresses and node.status and node.status.detail.get("address"):
+                found = addresses[node.name] = shown(str(node.status.detail["address"]), 64)
+                if lines is not None:
+                    lines(Note(f"{node.name}: {found}", node.name, "address", address=found))
+                elif screen is None:
+                    console.print(f"{node.name}: {found}")
         seconds = (now_ns() - began_ns) / 1e9
         if screen is not None and now_ns() - drawn_ns > 120_000_000:
             drawn_ns = now_ns()
-            headline = f"{seconds:6.1f} s   {address}"
+            headline = f"{seconds:6.1f} s   {'  '.join(addresses.values())}"
             screen.update(render(view.snapshot(now_ns()), console.width, headline, notes))
         elif screen is None and lines is None and not as_json and now_ns() - line_ns > 1_000_000_000:
             line_ns = now_ns()
@@ -225,10 +227,12 @@ def _line(seconds: float, state: dict[str, Any]) -> str:
 
 Source = Annotated[str | None, typer.Option("--source", "-s", help="All modalities: synthetic, devices, file:CLIP.")]
 Vision = Annotated[str | None, typer.Option(help="camera:0, camera:URL, file:PATH, synthetic or none.")]
-Audio = Annotated[str | None, typer.Option(help="microphone, microphone:NAME, file:PATH, synthetic or none.")]
+Audio = Annotated[str | None, typer.Option(help="microphone, microphone:NAME, file:PATH, lsl:NAME, synthetic or none.")]
 TextSource = Annotated[
-    str | None, typer.Option("--text", help="stdin, pipe:PATH, tcp:PORT, zmq:PORT, page, synthetic or none.")
+    str | None,
+    typer.Option("--text", help="stdin, pipe:PATH, tcp:PORT, zmq:PORT, lsl:NAME, page, synthetic or none."),
 ]
+Signal = Annotated[str | None, typer.Option(help="A sensor: lsl:NAME, lsl:type=TYPE or none.")]
 OtherAudio = Annotated[
     str | None, typer.Option("--other-audio", help="The second person's sound, named like --audio; none by default.")
 ]
@@ -249,6 +253,7 @@ def live(
     text: TextSource = None,
     other_audio: OtherAudio = None,
     other_text: OtherText = None,
+    signal: Signal = None,
     model: ModelName = None,
     provider: Annotated[Provider | None, typer.Option(help="Where the model runs.")] = None,
     duration: Duration = None,
@@ -257,11 +262,22 @@ def live(
     dashboard: Annotated[bool | None, typer.Option(help="Serve the live page on loopback.")] = None,
     port: Annotated[int | None, typer.Option(help="The page's port; 0 takes any free one.")] = None,
     log: Log = None,
+    foxglove: Annotated[bool | None, typer.Option(help="Serve what is on the bus to Foxglove, on loopback.")] = None,
+    lsl_out: Annotated[
+        bool | None, typer.Option(help="Give predictions out as a stream of Lab Streaming Layer.")
+    ] = None,
     plain: Plain = False,
     as_json: Json = False,
 ) -> None:
     """Capture, predict and show, live."""
-    named = {"vision": vision, "audio": audio, "text": text, "other_audio": other_audio, "other_text": other_text}
+    named = {
+        "vision": vision,
+        "audio": audio,
+        "text": text,
+        "other_audio": other_audio,
+        "other_text": other_text,
+        "signal": signal,
+    }
     settings = _settings(
         config_file,
         source,
@@ -274,6 +290,8 @@ def live(
             "dashboard.enabled": dashboard,
             "dashboard.port": port,
             "log.format": log.value if log else None,
+            "foxglove.enabled": foxglove,
+            "lsl.outlet": lsl_out,
         },
     )
     _begin_processes()
@@ -294,6 +312,7 @@ def record(
     text: TextSource = None,
     other_audio: OtherAudio = None,
     other_text: OtherText = None,
+    signal: Signal = None,
     duration: Duration = None,
     session: Annotated[str | None, typer.Option(help="The session's name.")] = None,
     log: Log = None,
@@ -301,7 +320,14 @@ def record(
     as_json: Json = False,
 ) -> None:
     """Capture and record, without an engine."""
-    named = {"vision": vision, "audio": audio, "text": text, "other_audio": other_audio, "other_text": other_text}
+    named = {
+        "vision": vision,
+        "audio": audio,
+        "text": text,
+        "other_audio": other_audio,
+        "other_text": other_text,
+        "signal": signal,
+    }
     overrides = {"record.path": str(path), "session.name": session, "log.format": log.value if log else None}
     _capture(_settings(config_file, source, named, overrides), duration, False, as_json, plain)
 
@@ -532,3 +558,4 @@ app.add_typer(bench.app, name="bench")
 commands.register(app)
 diff_commands.register(app)
 watch_commands.register(app)
+interchange.register(app)

@@ -40,9 +40,9 @@ class Session(_Section, frozen=True):
 
 class Sources(_Section, frozen=True):
     """Where each modality comes from: `camera:0`, `camera:URL`, `microphone`, `microphone:NAME`, `file:PATH`,
-    `synthetic`, `stdin`, `pipe:PATH`, `tcp:PORT`, `zmq:PORT`, `page` (what is typed on the live page, which joins every
-    other source of text, too) or `none`. The first three are of the person that a session is about, `other_*` of a
-    second one: a voice agent, the other party of a call.
+    `synthetic`, `stdin`, `pipe:PATH`, `tcp:PORT`, `zmq:PORT`, `lsl:NAME`, `page` (what is typed on the live page, which
+    joins every other source of text, too) or `none`. The first three are of the person that a session is about,
+    `other_*` of a second one: a voice agent, the other party of a call. `signal` is a sensor.
     """
 
     vision: str = "camera:0"
@@ -50,6 +50,7 @@ class Sources(_Section, frozen=True):
     text: str = "stdin"
     other_audio: str = "none"
     other_text: str = "none"
+    signal: str = "none"
 
 
 class Camera(_Section, frozen=True):
@@ -186,10 +187,17 @@ class Queues(_Section, frozen=True):
     vision: Policy = "latest"
     audio: Policy = "drop_oldest"
     text: Policy = "block"
+    signal: Policy = "block"
+    """The library of Lab Streaming Layer keeps what waits, for a minute."""
     length: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 64
 
     def policy(self, modality: str) -> Policy:
-        by_kind: dict[Kind, Policy] = {"vision": self.vision, "audio": self.audio, "text": self.text}
+        by_kind: dict[Kind, Policy] = {
+            "vision": self.vision,
+            "audio": self.audio,
+            "text": self.text,
+            "signal": self.signal,
+        }
         return by_kind[MODALITIES[modality].kind]
 
 
@@ -201,6 +209,26 @@ class Dashboard(_Section, frozen=True):
     """0: any free one."""
     token_file: str = ""
     """Where the page's token is; made, and shown once, where there is none. With it nobody gets in without."""
+
+
+class Foxglove(_Section, frozen=True):
+    """A server of what is on the bus for Foxglove, on loopback."""
+
+    enabled: bool = False
+    port: _Port = 8765
+    """0: any free one."""
+
+
+class Lsl(_Section, frozen=True):
+    """Lab Streaming Layer: `lsl:NAME` as a source, predictions as a stream."""
+
+    outlet: bool = False
+    """Give the predictions out as a stream. Its library listens on all addresses of this machine and asks nobody for a
+    key; only whom it lets find the stream is a matter of `config`."""
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=64)] = "stream_mmrnn"
+    """Of that stream."""
+    config: str = ""
+    """The library's configuration file (lsl_api.cfg); "": streams are found on this machine alone."""
 
 
 class Supervisor(_Section, frozen=True):
@@ -255,6 +283,8 @@ class Settings(_Section, frozen=True):
     bus: Bus = Bus()
     queues: Queues = Queues()
     dashboard: Dashboard = Dashboard()
+    foxglove: Foxglove = Foxglove()
+    lsl: Lsl = Lsl()
     supervisor: Supervisor = Supervisor()
     log: Log = Log()
     trace: Trace = Trace()

@@ -19,7 +19,7 @@ from stream_mmrnn.types import Envelope
 
 _CHECK_NS = 50_000_000
 _LOOK_S = 0.05
-_VIEWERS = ("dashboard", "tracer")
+_VIEWERS = ("dashboard", "tracer", "foxglove", "lsl")
 
 
 class Session:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _STATUS_PERIOD_NS = 500_000_000
 _CALM_MS = 4
 """So long after a message its prediction is out, and the next one is still to come."""
-_UNHURRIED = ("recorder", "dashboard", "journal", "tracer")
+_UNHURRIED = ("recorder", "dashboard", "foxglove", "lsl", "journal", "tracer")
 """What may come later: files and pages, and what is for a bad day."""
 _JOURNAL_MS = 50
 """The journal takes what has come this often: woken for each message it would take a core from who is in haste."""
@@ -749,6 +749,83 @@ def tracer(context: Context) -> None:
             traces.see(envelope)
     traces.close()
     reporter.say("closed")
+    subscriber.close()
+    publisher.close()
+
+
+def foxglove(context: Context) -> None:
+    """What is on the bus, for Foxglove: a server that Foxglove connects to."""
+    from stream_mmrnn.interchange.foxglove_live import SHOWN, FoxgloveServer
+
+    settings = context.settings
+    publisher = Publisher(context.address, settings.bus.queue)
+    subscriber = Subscriber(context.address, list(SHOWN), settings.bus.view_queue, "drop_oldest")
+    server = FoxgloveServer(settings.foxglove.port, settings.bus.view_queue)
+    reporter = Reporter(context, publisher)
+    reporter.counts = lambda: {**_totals(subscriber.tally()), "garbage": subscriber.garbage + server.garbage}
+    reporter.detail = lambda: {"address": server.address}
+    _hear_clock(context, subscriber)
+    reporter.say("ready")
+    context.ready.set()
+    while context.alive():
+        envelope = subscriber.receive(100)
+        reporter.keep()
+        if missed := subscriber.report():
+            reporter.say("ready", missed)
+        if envelope is not None and envelope.session in (settings.session.name, topics.EVERYONE):
+            server.show(envelope)
+    server.close()
+    subscriber.close()
+    publisher.close()
+
+
+def lsl(context: Context) -> None:
+    """The session's predictions as a stream of Lab Streaming Layer."""
+    from stream_mmrnn.interchange.lsl_outlet import Outlet
+
+    settings = context.settings
+    publisher = Publisher(context.address, settings.bus.queue)
+    engine_says = topics.STATUS + "engine"
+    wanted = [engine_says, topics.PREDICTION, topics.CLOCK]
+    subscriber = Subscriber(context.address, wanted, settings.bus.view_queue, "drop_oldest")
+    reporter = Reporter(context, publisher)
+    outlet: Outlet | None = None
+    reporter.counts = lambda: {
+        **_totals(subscriber.tally()),
+        "pushed": outlet.pushed if outlet else 0,
+        "garbage": subscriber.garbage + malformed,
+    }
+    reporter.detail = lambda: {"stream": outlet.name if outlet else ""}
+    repeats = Repeats()  # an engine that went on after a crash says some again
+    malformed = 0
+
+    def see(envelope: Envelope) -> None:
+        nonlocal outlet, malformed
+        try:
+            if envelope.topic == engine_says and outlet is None:
+                spec = wire.unpack(envelope.payload, wire.StatusMessage).detail.get("spec")
+                if spec is not None:
+                    outlet = Outlet(settings.lsl, settings.session.name, spec)
+                    reporter.say("ready")
+                    context.ready.set()
+            elif envelope.topic == topics.PREDICTION and envelope.session == settings.session.name and outlet:
+                prediction = wire.unpack(envelope.payload, wire.PredictionMessage)
+                if repeats.first(envelope.session, prediction.tick):
+                    outlet.push(prediction)
+        except WireError:
+            malformed += 1
+
+    while context.alive():
+        envelope = subscriber.receive(100)
+        reporter.keep()
+        if missed := subscriber.report():
+            reporter.say("ready", missed)
+        if envelope is not None:
+            see(envelope)
+    while (envelope := subscriber.receive(0)) is not None:
+        see(envelope)
+    if outlet is not None:
+        outlet.close()
     subscriber.close()
     publisher.close()
 

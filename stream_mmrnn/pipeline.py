@@ -41,7 +41,8 @@ def capture(
     encoder: Encoder,
     bad: Callable[[WireError], None],
 ) -> Iterator[Outgoing]:
-    """The feature vectors that each sample completes, then the sample as it is; undecodable ones go to `bad`.
+    """The feature vectors that each sample completes, then the sample as it is, where its modality has such messages;
+    undecodable ones go to `bad`.
 
     Features go first: a prediction waits for them, and nothing waits for a picture or a sound.
 
@@ -49,6 +50,7 @@ def capture(
     into `text` alone, never into `other_text`: one publisher numbers them.
     """
     raw, feature = topics.raw(modality), topics.feature(modality)
+    has_raw = raw in topics.TOPICS
     for sample in samples:
         if modality == "text" and isinstance(sample.data, bytes) and sample.data.startswith(LABEL_COMMAND):
             name = sample.data.removeprefix(LABEL_COMMAND).strip()
@@ -61,7 +63,8 @@ def capture(
             vectors = []
         for vector in vectors:
             yield Outgoing(feature, vector, encoder.origin)
-        yield Outgoing(raw, sample, origin)
+        if has_raw:
+            yield Outgoing(raw, sample, origin)
 
 
 Out = TypeVar("Out", covariant=True)

@@ -115,6 +115,51 @@ def scheme(topic: str) -> tuple[str, tuple[str, str, bytes]]:
     return "protobuf", (name, "protobuf", own_schema(name.removeprefix("stream_mmrnn.")))
 
 
+def encoded(envelope: Envelope, wall_offset_ns: int) -> bytes:
+    """A message as `scheme` says; `wall_offset_ns` makes its event time a date, where it carries one.
+
+    Raises one of `UNWRITABLE` where no reader could read it back.
+    """
+    payload, topic = envelope.payload, envelope.topic
+    if topic.startswith(topics.FEATURE):
+        return encode_features(envelope)
+    if topic == topics.CLOCK:
+        return encode_clock(envelope)
+    if topic in JSON_KINDS:
+        if not isinstance(payload, bytes):
+            raise WireError(f"{topic} is JSON")
+        event_time.decode(payload)
+        return payload
+    from foxglove import messages
+
+    seconds, nanoseconds = divmod(envelope.event_ns + wall_offset_ns, 1_000_000_000)
+    stamp = messages.Timestamp(seconds, nanoseconds)
+    body = payload if isinstance(payload, bytes) else payload.tobytes()
+    message: Any
+    kind = topics.kind_of(topic)
+    if kind == "vision":
+        message = messages.CompressedImage(timestamp=stamp, frame_id="camera", data=body, format="jpeg")
+    elif kind == "audio":
+        if len(body) % 2 or not (isinstance(payload, bytes) or payload.dtype == np.int16):
+            raise WireError(f"{topic} is sound in 16 bits")
+        message = messages.RawAudio(
+            timestamp=stamp, data=body, format="pcm-s16", sample_rate=topics.AUDIO_RATE_HZ, number_of_channels=1
+        )
+    else:
+        message = messages.Log(
+            timestamp=stamp,
+            level=messages.LogLevel.Info,
+            message=body.decode("utf-8", "replace"),
+            name=topics.TOPICS[topic].modality or topic,
+        )
+    data: bytes = message.encode()
+    return data
+
+
+UNWRITABLE = (WireError, OverflowError, struct.error, TypeError, KeyError, RecursionError, msgspec.MsgspecError)
+"""What `encoded` raises of a message that no file can hold."""
+
+
 class _Channel(NamedTuple):
     """A channel of a file, and how to read it."""
 
@@ -207,12 +252,9 @@ class Recorder:
             FileError: the file cannot be made, or there is one already.
 
         """
-        from foxglove import messages
-
         from stream_mmrnn import clock
 
         self.path, self.session = path, session
-        self._foxglove = messages
         self._chunk_ns = int(chunk_ms * 1e6)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -275,49 +317,15 @@ class Recorder:
             )
         return self._channels[key]
 
-    def _data(self, envelope: Envelope) -> bytes:
-        payload, topic = envelope.payload, envelope.topic
-        if topic.startswith(topics.FEATURE):
-            return encode_features(envelope)
-        if topic == topics.CLOCK:
-            return encode_clock(envelope)
-        if topic in JSON_KINDS:
-            if not isinstance(payload, bytes):
-                raise WireError(f"{topic} is JSON")
-            event_time.decode(payload)
-            return payload
-        seconds, nanoseconds = divmod(envelope.event_ns + self._offset_ns, 1_000_000_000)
-        stamp = self._foxglove.Timestamp(seconds, nanoseconds)
-        body = payload if isinstance(payload, bytes) else payload.tobytes()
-        message: Any
-        kind = topics.kind_of(topic)
-        if kind == "vision":
-            message = self._foxglove.CompressedImage(timestamp=stamp, frame_id="camera", data=body, format="jpeg")
-        elif kind == "audio":
-            if len(body) % 2 or not (isinstance(payload, bytes) or payload.dtype == np.int16):
-                raise WireError(f"{topic} is sound in 16 bits")
-            message = self._foxglove.RawAudio(
-                timestamp=stamp, data=body, format="pcm-s16", sample_rate=topics.AUDIO_RATE_HZ, number_of_channels=1
-            )
-        else:
-            message = self._foxglove.Log(
-                timestamp=stamp,
-                level=self._foxglove.LogLevel.Info,
-                message=body.decode("utf-8", "replace"),
-                name=topics.TOPICS[topic].modality or topic,
-            )
-        data: bytes = message.encode()
-        return data
-
     def write(self, envelope: Envelope) -> None:
         """Append one message; the file's order is the order of the calls. One that no file can hold is counted."""
         publish_ns = envelope.publish_ns + self._offset_ns
         try:
             if not 0 <= publish_ns < 2**63:
                 raise WireError(f"publish_ns {envelope.publish_ns} is no time that a file can hold")
-            data = self._data(envelope)
+            data = encoded(envelope, self._offset_ns)
             channel = self._channel(envelope)
-        except (WireError, OverflowError, struct.error, TypeError, KeyError, RecursionError, msgspec.MsgspecError):
+        except UNWRITABLE:
             self.unwritable += 1
             self.refused[envelope.topic] = self.refused.get(envelope.topic, 0) + 1
             return
@@ -374,6 +382,10 @@ class Recorder:
             self._disk.sync()
         self._disk.close()
         return taken
+
+    def abandon(self) -> None:
+        """Close the file as it is, without an end."""
+        self._disk.close()
 
     @property
     def bytes(self) -> int:

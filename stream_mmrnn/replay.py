@@ -216,7 +216,9 @@ def replay(
         if player is not None:
             envelopes = player.play(envelopes)
         if source == "raw":
-            envelopes = reencode(envelopes, {m.name: create(m.name) for m in engine.spec.modalities})
+            # a signal has no raw messages: its features are the raw ones
+            raw = [m.name for m in engine.spec.modalities if topics.MODALITIES[m.name].schema]
+            envelopes = reencode(envelopes, {name: create(name) for name in raw})
         if speed is not None and player is None:
             envelopes = pace(envelopes, speed, alive)
         steps = Histogram()

@@ -162,7 +162,11 @@ class Supervisor:
             yield Node("dashboard", nodes.dashboard)
         if with_engine and settings.trace.ratio:
             yield Node("tracer", nodes.tracer)
-        for modality in sources.EVERY:
+        if settings.foxglove.enabled:
+            yield Node("foxglove", nodes.foxglove)
+        if with_engine and settings.lsl.outlet:
+            yield Node("lsl", nodes.lsl)
+        for modality in sources.NAMED:
             spec = getattr(settings.sources, modality)
             if spec != "none":
                 yield Node(_WORKERS.get(modality, modality), nodes.worker, modality, spec, modality=modality)
@@ -427,8 +431,9 @@ class Supervisor:
             at_ns = now_ns()
             self._publisher.publish(topics.CONTROL, self.settings.session.name, at_ns, at_ns, b"stop")
             self._await_closed("recorder", now_ns() + 500_000_000, see)
-        for names in (("engine", "recorder", "dashboard", "tracer", "journal", "clock"), ("broker",)):
-            self._end([n for n in self.nodes if n.name in names], max(deadline_ns, now_ns() + 100_000_000), see)
+        for last in (False, True):
+            ending = [n for n in self.nodes if not n.is_source and (n.name == "broker") == last]
+            self._end(ending, max(deadline_ns, now_ns() + 100_000_000), see)
         if self._publisher is not None:
             self._publisher.close(0)
         if self._monitor is not None:

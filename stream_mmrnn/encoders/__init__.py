@@ -54,4 +54,8 @@ def create(modality: str) -> Encoder:
         from stream_mmrnn.encoders.text import TextEncoder
 
         return TextEncoder()
+    if kind == "signal":
+        from stream_mmrnn.encoders.signal import SignalEncoder
+
+        return SignalEncoder()
     raise UsageError(f"there is no encoder of {modality}: its features come from outside; replay them as recorded")

@@ -50,13 +50,16 @@ def split(spec: str) -> tuple[str, str]:
 
 _KINDS: dict[Kind, tuple[str, ...]] = {
     "vision": ("camera", "file", "synthetic", "none"),
-    "audio": ("microphone", "file", "synthetic", "none"),
-    "text": ("stdin", "pipe", "tcp", "zmq", "page", "synthetic", "none"),
+    "audio": ("microphone", "file", "lsl", "synthetic", "none"),
+    "text": ("stdin", "pipe", "tcp", "zmq", "lsl", "page", "synthetic", "none"),
+    "signal": ("lsl", "none"),
 }
 
 
-EVERY = tuple(m.name for m in _TABLE.values() if m.kind in _KINDS)
-"""The modalities that a source of ours gives; features of the others come from whoever publishes them."""
+NAMED = tuple(m.name for m in _TABLE.values() if m.kind in _KINDS)
+"""The modalities that a source can be named for; features of the others come from whoever publishes them."""
+EVERY = tuple(name for name in NAMED if "synthetic" in _KINDS[_TABLE[name].kind])
+"""Of them, those of people, who can be seen, heard and read: what one source may give together."""
 MODALITIES = tuple(name for name in EVERY if not _TABLE[name].other)
 """Of them, those of the person that a session is about."""
 OTHER = tuple(name for name in EVERY if _TABLE[name].other)
@@ -81,6 +84,10 @@ def check(spec: str, modality: str) -> None:
         raise SourceSpecError(f"{spec!r} needs a port on this machine, such as {kind}:5555")
     if kind in ("file", "pipe") and not rest:
         raise SourceSpecError(f"{spec!r} needs a path, such as {kind}:PATH")
+    if kind == "lsl":
+        from stream_mmrnn.sources.lsl import query
+
+        query(rest)
     if kind == "file":
         from stream_mmrnn.sources.file import streams_of
 
@@ -95,10 +102,10 @@ def check_all(chosen: Sources) -> None:
         FileError: as `check`.
 
     """
-    for modality in EVERY:
+    for modality in NAMED:
         check(getattr(chosen, modality), modality)
     kind, rest = split(chosen.text)
-    if chosen.text == chosen.other_text and kind not in ("synthetic", "none") and rest != "0":
+    if chosen.text == chosen.other_text and kind not in ("synthetic", "lsl", "none") and rest != "0":
         raise SourceSpecError(
             f"text and other_text cannot both be {chosen.text!r}, whose lines are read once; give one of them another "
             "source, such as tcp:5555"
@@ -146,6 +153,10 @@ def create(spec: str, modality: str, settings: Settings, stdin_fd: int = -1) -> 
         from stream_mmrnn.sources.synthetic import Synthetic
 
         return Synthetic(modality, settings.synthetic)
+    if kind == "lsl":
+        from stream_mmrnn.sources.lsl import Stream
+
+        return Stream(rest, _TABLE[modality].kind, settings.lsl, settings.microphone, settings.text)
     from stream_mmrnn.sources import text
 
     return text.create(kind, rest, settings.text, stdin_fd)
