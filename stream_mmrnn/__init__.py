@@ -1,1 +1,23 @@
-"""A streaming real-time sequence predictor."""
+"""A streaming real-time sequence predictor.
+
+`subscribe` reads the predictions of a running session. Importing this opens and imports nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stream_mmrnn.subscription import PredictionView as PredictionView
+    from stream_mmrnn.subscription import Subscription as Subscription
+    from stream_mmrnn.subscription import subscribe as subscribe
+
+__all__ = ["PredictionView", "Subscription", "subscribe"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from stream_mmrnn import subscription
+
+        return getattr(subscription, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

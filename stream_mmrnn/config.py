@@ -9,6 +9,7 @@ import difflib
 import ipaddress
 import os
 import re
+import tempfile
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -377,6 +378,16 @@ def state_folder(settings: State) -> Path:
         return Path(settings.folder).expanduser()
     home = os.environ.get("XDG_STATE_HOME", "")
     return (Path(home) if Path(home).is_absolute() else Path.home() / ".local" / "state") / "stream-mmrnn"
+
+
+def run_folders() -> list[Path]:
+    """Where it may be said what is running, the best first: this user's run folder, and one in the temporary folder
+    for who has none (a service, a shell without a login). Whether one is fit for it is the caller's to see.
+    """
+    user = str(os.getuid()) if hasattr(os, "getuid") else "user"
+    own = Path(tempfile.gettempdir()) / f"stream-mmrnn-run-{user}"
+    given = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
+    return [given / "stream-mmrnn", own] if given.is_absolute() else [own]
 
 
 def keys_folder() -> Path:

@@ -13,6 +13,8 @@
     ├── SnapshotError           a session's state that cannot be kept, or is damaged: exit code 3
     ├── ProcessError            a process of ours that did not start or died
     │   └── ShardDied           a part of an engine, and whose states went with it
+    ├── NotRunning              no session that could be watched, or nobody answers where one should be
+    ├── TimedOut                nothing came in the time that was given
     └── SessionError            what a session asked for cannot be done now
         ├── Busy                no free slot, or no time for one more; says when to ask again: exit code 4
         ├── UnknownSession      it is not open, and nothing of it is kept
@@ -85,6 +87,14 @@ class ShardDied(ProcessError):  # noqa: N818
     """Still open, but at the model's initial state: restore their snapshots, or let them begin anew."""
     predictions: tuple[Any, ...] = ()
     """What was stepped before it was known, in the order of the ticks. A tick that has none here was not stepped."""
+
+
+class NotRunning(StreamError):  # noqa: N818
+    pass
+
+
+class TimedOut(StreamError, TimeoutError):  # noqa: N818
+    pass
 
 
 class SessionError(StreamError):

@@ -23,10 +23,10 @@ from typing import Any
 
 import msgspec
 
-from stream_mmrnn import config, keys, nodes, signals, sources, topics, wire
+from stream_mmrnn import config, keys, nodes, running, signals, sources, topics, wire
 from stream_mmrnn.bus import Address, Publisher, Subscriber
 from stream_mmrnn.clock import Sparingly, now_ns
-from stream_mmrnn.errors import ProcessError, WireError
+from stream_mmrnn.errors import FileError, ProcessError, WireError
 from stream_mmrnn.types import Envelope
 
 _AT_ONCE_NS = 1_000_000_000
@@ -144,6 +144,7 @@ class Supervisor:
         self.failed = ""
         """Why the session cannot go on, as one sentence."""
         self._sparingly = Sparingly()
+        self._registration: running.Registration | None = None
 
     def _table(self, with_engine: bool) -> Iterator[Node]:
         """Every process; the order is the start order."""
@@ -222,6 +223,23 @@ class Supervisor:
         self._publisher.wait_for_reader(topics.SESSION, 2.0)
         self._publish_session("open")
         self._epoch.value = now_ns()
+        self._register()
+
+    def _register(self) -> None:
+        """Let other programs of this user find the session; it goes on where they cannot."""
+        bus, name = self.settings.bus, self.settings.session.name
+        try:
+            entry = running.entry_of(name, "engine" in self._by_name, self.address, bus.keys)
+            self._registration = running.Registration(entry)
+        except FileError as e:
+            self._say(f"other programs cannot find this session by its name: {e}")
+
+    def _tell_of_nodes(self) -> None:
+        if self._registration is not None:
+            self._registration.update(
+                restarts={n.name: n.restarts for n in self.nodes if n.restarts},
+                given_up={n.name: n.given_up for n in self.nodes if n.given_up},
+            )
 
     def _say_how_to_get_in(self) -> None:
         """What a person on another machine needs, once."""
@@ -286,8 +304,10 @@ class Supervisor:
             self._publish_session("open")
         if node.name == "dashboard":
             port = str(message.detail.get("address", "")).rstrip("/").rpartition(":")[2]
-            if port.isascii() and port.isdigit() and int(port[:6]) < 65536:
+            if port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536 and int(port) != self._page_port:
                 self._page_port = int(port)
+                if self._registration is not None:
+                    self._registration.update(page=str(message.detail["address"])[:256])
 
     def _expect(self) -> None:
         """Tell the aligner which streams there are, where that has changed."""
@@ -341,6 +361,7 @@ class Supervisor:
             node.again_ns = at_ns + int(wait_s * 1e9)
             self._say(f"{node.name}: {death}; started again {f'in {wait_s:g} s' if wait_s else 'at once'}")
             self._tell(node, "restarting", death)
+            self._tell_of_nodes()
             if node.is_source:
                 self._expect()
 
@@ -364,6 +385,7 @@ class Supervisor:
             self.failed = f"the {node.name} {node.given_up}; nothing is left to go on with"
         self._say(self.failed or f"{node.name}: {node.given_up}; the session goes on without it")
         self._tell(node, "failed", node.given_up)
+        self._tell_of_nodes()
         if node.is_source:
             self._expect()
 
@@ -383,6 +405,8 @@ class Supervisor:
 
     def stop(self, see: Callable[[Envelope], None] = lambda _: None) -> None:
         """End in order, within 2 s: sources, session, engine, recorder, the rest."""
+        if self._registration is not None:
+            self._registration.remove()
         deadline_ns = now_ns() + 1_500_000_000
         if not self.opened_ns:
             # nobody has anything to bring to an end but the recorder its file; some still import, and hear nothing
@@ -449,6 +473,8 @@ class Supervisor:
                     os.kill(pid, signal.SIGKILL)
         leave_nothing()
         self.address.remove()
+        if self._registration is not None:
+            self._registration.remove()
 
 
 def _death(code: int) -> str:
