@@ -113,12 +113,7 @@ def render() -> str:
         parts.append("\n| key | value | default | what it does |\n| --- | --- | --- | --- |\n")
         for field in section.type.fields:
             kind, default = _kind(field.type, hints[field.name]), json.dumps(field.default)
-            row = (
-                f"`{field.encode_name}`",
-                _kind(field.type, hints[field.name]),
-                f"`{json.dumps(field.default)}`",
-                words,
-            )
+            row = (f"`{field.encode_name}`", kind, f"`{default}`", docs.get(field.name, ""))
             parts.append(f"| {' | '.join(row)} |\n".replace("|  |", "| |"))
     return "".join(parts)
 
