@@ -207,7 +207,7 @@ def test_each_block_runs_or_says_why_not(capsys: pytest.CaptureFixture[str]) -> 
             if block.file and block.kind == "python":
                 later = [b.body for b in blocks[i + 1 :] if b.kind in RUN and not b.mark.startswith("not run")]
                 assert any(f"python {block.file}" in body for body in later), f"{block.where}: nobody runs it"
-        strays = [m for m in re.findall(r"<!-- (?:not run|in another)[^>]*-->", text)]
+        strays = list(re.findall(r"<!-- (?:not run|in another)[^>]*-->", text))
         assert len(strays) == sum(bool(b.mark) for b in blocks), f"{named(page)}: a mark that stands above no block"
     with capsys.disabled():
         print(f"\ndocumentation: {run} blocks run, {len(not_run)} do not:")
