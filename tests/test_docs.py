@@ -43,7 +43,7 @@ LIMIT_S = 150
 
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<kind>\S*)[^\n]*\n(?P<body>.*?)^(?P=indent)```$", re.M | re.S)
 _MARK = re.compile(r"<!-- (?P<words>not run: [^>]+|in another terminal) -->\s*\Z")
-_FILE = re.compile(r"# (?P<name>[\w-]+\.(?:py|toml))\n")
+_FILE = re.compile(r"# (?P<name>[\w.-]+\.(?:py|toml))\n")
 _GIVEN = re.compile(r"<!-- given: (?P<name>\S+) -->")
 
 
@@ -172,6 +172,7 @@ def talk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", RUNNING, ids=named)
 def test_the_commands_of_a_page_run(page: Path, talk: Path, tmp_path: Path) -> None:
     terminal = Terminal(tmp_path)
