@@ -1,6 +1,6 @@
 #!/bin/sh
-# Sets up .venv for `make demo` (the program) or `make test` (and what tests and training need), and the system
-# packages that go with it: installs them where it is root on a Debian system, else says which. Safe to run again.
+# Sets up .venv for `make demo` (the program), `make docs` (the site) or `make test` (and what tests and training need),
+# and the system packages that go with it: installs them where it is root on a Debian system, else says which. Safe to run again.
 set -eu
 cd "$(dirname "$0")/.."
 what=${1:-demo}
@@ -8,7 +8,8 @@ what=${1:-demo}
 case $what in
 demo) extras="" packages="libportaudio2" ;;
 test) extras="[dev,train]" packages="libportaudio2 pulseaudio pulseaudio-utils libasound2-plugins chromium" ;;
-*) echo "setup.sh: expected demo or test, got $what" >&2 && exit 2 ;;
+docs) extras="[docs]" packages="" ;;
+*) echo "setup.sh: expected demo, docs or test, got $what" >&2 && exit 2 ;;
 esac
 
 python=${PYTHON:-python3}
@@ -40,5 +41,5 @@ stamp=".venv/.installed-$what"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".$extras"
 # silero VAD's own wrapper, to compare with: without what its package asks for, of which it needs torch alone
-[ "$what" = demo ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "silero-vad>=6.2,<7"
+[ "$what" != test ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "silero-vad>=6.2,<7"
 cp pyproject.toml "$stamp"

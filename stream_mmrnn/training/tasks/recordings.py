@@ -218,6 +218,7 @@ def recipe_for(paths: Sequence[Path], name: str) -> Recipe:
             "fusion": {"kind": "attention", "width": 48},
             "cell": {"kind": "gru", "hidden": 64},
             "train": {"epochs": 40, "batch": 8, "length": 50, "learning_rate": 3e-3, "patience": 10},
+            "quick": {"epochs": 4},
         }
     )
 
@@ -260,6 +261,13 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
         return [found[i] for i in rng.permutation(len(found))]
 
     held = "whole recordings" if len(sequences) >= 3 else "the last quarter of each recording"
+    for head in recipe.heads:
+        for part in (validation, test):
+            if not any(t.weights[head.name].any() for t in part):
+                raise FileError(
+                    f"no tick that is held out ({held}) has a target for the head {head.name!r}: nothing could be "
+                    "measured; label every recording to its end, or give three or more"
+                )
     return Task(
         epoch,
         validation,
