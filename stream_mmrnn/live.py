@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Collection
 from typing import Any
 
-from stream_mmrnn import config, topics, wire
+from stream_mmrnn import config, nodes, topics, wire
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.errors import WireError
 from stream_mmrnn.latency import StageTable, stages
@@ -19,7 +19,6 @@ from stream_mmrnn.types import Envelope
 
 _CHECK_NS = 50_000_000
 _LOOK_S = 0.05
-_VIEWERS = ("dashboard", "tracer", "foxglove", "lsl")
 
 
 class Session:
@@ -96,8 +95,8 @@ class Session:
 
     def _summary(self, began_ns: int) -> dict[str, Any]:
         supervisor = self.supervisor
-        nodes = {n.name: n for n in supervisor.nodes}
-        engine = nodes["engine"].status if "engine" in nodes else None
+        running = {n.name: n for n in supervisor.nodes}
+        engine = running["engine"].status if "engine" in running else None
         detail = engine.detail if engine else {}
         aligned = _table(detail, "streams")
         streams = {
@@ -109,9 +108,9 @@ class Session:
             if name in streams and not streams[name]["reason"]:
                 streams[name]["reason"] = f"quarantined, {why}"
         spec = _table(detail, "spec")
-        recorder = nodes["recorder"].status if "recorder" in nodes else None
+        recorder = running["recorder"].status if "recorder" in running else None
         first_ns = supervisor.first_prediction_ns
-        said = {name: node.status for name, node in nodes.items() if node.status is not None}
+        said = {name: node.status for name, node in running.items() if node.status is not None}
         return {
             "session": self.settings.session.name,
             "seconds": round((supervisor.closed_ns - supervisor.opened_ns) / 1e9, 3),
@@ -132,7 +131,7 @@ class Session:
             if recorder
             else None,
             "repeated": self._repeats.count,
-            "viewers": {name: viewer_summary(status.counts) for name, status in said.items() if name in _VIEWERS},
+            "viewers": {name: viewer_summary(status.counts) for name, status in said.items() if name in nodes.VIEWERS},
             "denied": {name: status.detail["denied"] for name, status in said.items() if status.detail.get("denied")},
             "restarts": {n.name: n.deaths for n in supervisor.nodes if n.deaths},
             "given_up": {n.name: n.given_up for n in supervisor.nodes if n.given_up},

@@ -1,0 +1,156 @@
+"""Where a bus is: the places of its sockets, by ipc or tcp, and the keys that belong to them.
+
+Knows nothing about messages.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from typing import Literal
+
+import zmq
+
+from stream_mmrnn import topics
+from stream_mmrnn.config import LOOPBACK, Policy
+from stream_mmrnn.errors import ProcessError
+
+_LANES = ("publish", "subscribe", "bulk", "view")
+_TRIES, _LAST_PORT = 50, 65_000
+_ANY = {"0.0.0.0": LOOPBACK, "::": "::1"}  # noqa: S104 named, not bound
+"""What a process of this machine connects to where all interfaces are bound."""
+Right = Literal["read", "write"]
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """A CURVE key pair and the broker's public key, each as 40 characters of Z85."""
+
+    public: str
+    secret: str = field(repr=False)
+    server: str
+
+    def put_on(self, socket: zmq.Socket[bytes]) -> None:
+        socket.curve_publickey = self.public.encode()
+        socket.curve_secretkey = self.secret.encode()
+        socket.curve_serverkey = self.server.encode()
+
+
+def new_pair() -> tuple[str, str]:
+    """A fresh public and secret key."""
+    public, secret = zmq.curve_keypair()
+    return public.decode(), secret.decode()
+
+
+def public_of(secret: str) -> str:
+    """The public key that belongs to a secret one; raises ValueError where it is none."""
+    try:
+        return zmq.curve_public(secret.encode("ascii")).decode()
+    except (zmq.ZMQError, UnicodeEncodeError) as e:
+        raise ValueError("no CURVE secret key") from e
+
+
+class Address:
+    """Where the broker's sockets are. Made once by the supervisor, given to every process."""
+
+    def __init__(
+        self,
+        publish: str,
+        subscribe: str,
+        folder: str = "",
+        bulk: str = "",
+        view: str = "",
+        host: str = LOOPBACK,
+        keys: Keys | None = None,
+        journal: str = "",
+    ) -> None:
+        """`host` is what the broker binds; `keys` those of our own processes. Without `bulk` or `view` it is
+        `subscribe`. `journal` is for processes of ours alone.
+        """
+        self.publish, self.subscribe, self.folder = publish, subscribe, folder
+        self.bulk, self.view = bulk or subscribe, view or subscribe
+        self.host, self.keys, self.journal = host, keys, journal
+
+    @classmethod
+    def create(cls, transport: str, host: str = LOOPBACK, port: int = 0, keys: Keys | None = None) -> Address:
+        """Fresh addresses: ipc in a private folder (0700), or tcp ports that were free just now."""
+        if transport == "ipc":
+            folder = tempfile.mkdtemp(prefix="stream-mmrnn-")
+            publish, subscribe, bulk, view = (f"ipc://{folder}/{lane}" for lane in _LANES)
+            return cls(publish, subscribe, folder, bulk, view, journal=f"ipc://{folder}/journal")
+        if port:
+            return cls.at(host, port, keys)._with_journal()
+        context = zmq.Context()
+        context.setsockopt(zmq.IPV6, 1)
+        try:
+            for _ in range(_TRIES):
+                sockets = [context.socket(zmq.PUB) for _ in _LANES]
+                first = sockets[0].bind_to_random_port(f"tcp://{_bracketed(host)}", max_port=_LAST_PORT)
+                try:
+                    for i, socket in enumerate(sockets[1:], 1):
+                        socket.bind(f"tcp://{_bracketed(host)}:{first + i}")
+                    return cls.at(host, first, keys)._with_journal()
+                except zmq.ZMQError:  # one of them is taken
+                    for socket in sockets:
+                        socket.close(0)
+        except zmq.ZMQError as e:
+            raise ProcessError(f"the bus cannot bind {host}: {e}; give bus.host an address of this machine") from e
+        finally:
+            context.destroy(linger=0)
+        raise ProcessError(f"the bus found no {len(_LANES)} free ports in a row on {host}; give bus.port")
+
+    @classmethod
+    def at(cls, host: str, port: int, keys: Keys | None = None) -> Address:
+        """A bus over tcp whose `bus.port` is known: how a program on another machine finds it."""
+        reach = _bracketed(_ANY.get(host, host))
+        publish, subscribe, bulk, view = (f"tcp://{reach}:{port + i}" for i in range(len(_LANES)))
+        return cls(publish, subscribe, "", bulk, view, host, keys)
+
+    def _with_journal(self) -> Address:
+        """A place for the journal that this user's processes alone can reach, where the system has such places."""
+        if sys.platform == "win32":
+            self.journal = _free_on_loopback()
+        else:
+            self.folder = tempfile.mkdtemp(prefix="stream-mmrnn-")
+            self.journal = f"ipc://{self.folder}/journal"
+        return self
+
+    def bound(self, endpoint: str) -> str:
+        """An endpoint as the broker binds it."""
+        if self.host not in _ANY:
+            return endpoint
+        return f"tcp://{_bracketed(self.host)}:{endpoint.rpartition(':')[2]}"
+
+    def lane(self, policy: Policy, wanted: list[str]) -> str:
+        """Where a reader of these topics connects."""
+        if policy != "block":
+            return self.view
+        return self.bulk if any(large.startswith(prefix) for prefix in wanted for large in _LARGE) else self.subscribe
+
+    def remove(self) -> None:
+        if self.folder:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+_LARGE = (*topics.raws("vision"), *topics.raws("audio"))
+
+
+def _free_on_loopback() -> str:
+    context = zmq.Context()
+    socket = context.socket(zmq.PUB)
+    try:
+        return f"tcp://{LOOPBACK}:{socket.bind_to_random_port(f'tcp://{LOOPBACK}')}"
+    finally:
+        context.destroy(linger=0)
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def secure(socket: zmq.Socket[bytes], keys: Keys | None) -> None:
+    socket.setsockopt(zmq.IPV6, 1)
+    if keys is not None:
+        keys.put_on(socket)

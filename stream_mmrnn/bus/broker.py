@@ -1,0 +1,159 @@
+"""The broker, which gives all messages one order, and its door: who may come in. Knows nothing about what they mean."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import zmq
+from zmq.utils import z85
+from zmq.utils.monitor import parse_monitor_message
+
+from stream_mmrnn import config, wire
+from stream_mmrnn.bus.address import Address, Right
+from stream_mmrnn.errors import ProcessError
+
+_STOP = b"TERMINATE"
+VIEW_BUFFER_BYTES = 256 * 1024
+"""Of the kernel, where a viewer reads over tcp: left alone it grows to megabytes of what nobody will look at."""
+_REFUSALS = {
+    zmq.Event.HANDSHAKE_FAILED_AUTH: "key_not_allowed",
+    zmq.Event.HANDSHAKE_FAILED_PROTOCOL: "no_key",
+    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: "unfinished",
+}
+_WRONG_SERVER_KEY = 0x11000001  # ZMQ_PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC, which pyzmq does not name
+_ZAP = "inproc://zeromq.zap.01"
+
+
+class Door:
+    """Who may come in, where the broker asks for keys; counts who may not.
+
+    `allowed(right, public_key)` is asked at every new connection, from a thread of the broker.
+    """
+
+    def __init__(self, secret: str, allowed: Callable[[Right, str], bool]) -> None:
+        """`secret` is the server's."""
+        self._secret, self._allowed = secret, allowed
+        self._monitors: list[zmq.Socket[bytes]] = []
+        self.admitted = 0
+        self.refused: dict[str, int] = {}
+        """Connections by reason: `key_not_allowed` (unknown, or removed since), `no_key` (a client without CURVE),
+        `wrong_server_key`, `unfinished` (it left in the middle). A client that goes on trying counts each time."""
+
+    def guard(self, socket: zmq.Socket[bytes], right: Right) -> None:
+        """Before it is bound: only keys with this right may connect."""
+        socket.curve_server = True
+        socket.curve_secretkey = self._secret.encode()
+        socket.zap_domain = right.encode()
+        monitor: Any = socket.get_monitor_socket(sum(_REFUSALS) | zmq.Event.HANDSHAKE_SUCCEEDED)
+        self._monitors.append(monitor)
+
+    def open(self, context: zmq.Context[zmq.Socket[bytes]], stop: threading.Event) -> threading.Thread:
+        """Begin to answer; before the sockets are bound, so that nobody slips in."""
+        asked = context.socket(zmq.REP)
+        asked.setsockopt(zmq.LINGER, 0)
+        asked.bind(_ZAP)
+        thread = threading.Thread(target=self._serve, args=(asked, stop), name="door", daemon=True)
+        thread.start()
+        return thread
+
+    def _serve(self, asked: zmq.Socket[bytes], stop: threading.Event) -> None:
+        poller = zmq.Poller()
+        for socket in (asked, *self._monitors):
+            poller.register(socket, zmq.POLLIN)
+        while not stop.is_set():
+            for socket, _ in poller.poll(50):
+                if socket is asked:
+                    self._answer(asked)
+                else:
+                    self._see(socket)
+        for socket in (asked, *self._monitors):
+            socket.close(0)
+
+    def _answer(self, asked: zmq.Socket[bytes]) -> None:
+        """One request of ZeroMQ's authentication protocol (RFC 27)."""
+        version, request, domain, _, _, mechanism, *credentials = asked.recv_multipart()
+        let_in = False
+        if mechanism == b"CURVE" and len(credentials) == 1 and len(credentials[0]) == 32:
+            right: Right = "write" if domain == b"write" else "read"
+            let_in = self._allowed(right, z85.encode(credentials[0]).decode())
+        code, text = (b"200", b"OK") if let_in else (b"400", b"this key is not allowed here")
+        asked.send_multipart([version, request, code, text, b"", b""])
+
+    def _see(self, monitor: zmq.Socket[bytes]) -> None:
+        said = parse_monitor_message(monitor.recv_multipart())
+        event = zmq.Event(said["event"])
+        if event == zmq.Event.HANDSHAKE_SUCCEEDED:
+            self.admitted += 1
+            return
+        reason = "wrong_server_key" if said["value"] == _WRONG_SERVER_KEY else _REFUSALS[event]
+        self.refused[reason] = self.refused.get(reason, 0) + 1
+
+
+def run_broker(
+    address: Address,
+    queue: int,
+    ready: Callable[[], None],
+    alive: Callable[[], bool],
+    *,
+    bulk_queue: int = 0,
+    view_queue: int = 0,
+    door: Door | None = None,
+) -> None:
+    """Forward every message from publishers to subscribers in one order until told to stop.
+
+    The loop is ZeroMQ's own (`zmq_proxy_steerable`), in C and without the GIL. It never waits for a reader: one whose
+    queue is full loses the newest, and counts it. Queues of 0 are as `queue`.
+
+    Raises:
+        ProcessError: a place is taken, or others could reach it and there is no door.
+
+    """
+    if door is None and address.publish.startswith("tcp:") and not config.is_loopback(address.host):
+        raise ProcessError(f"the broker does not bind {address.host} without keys: others could reach it; set bus.keys")
+    context = zmq.Context()
+    context.setsockopt(zmq.IPV6, 1)
+    front, back, control = context.socket(zmq.XSUB), context.socket(zmq.XPUB), context.socket(zmq.PAIR)
+    steer = context.socket(zmq.PAIR)
+    over = threading.Event()
+    for socket in (front, back):
+        socket.set_hwm(queue)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_PAYLOAD_BYTES)
+    doorkeeper = None
+    if door is not None:
+        door.guard(front, "write")
+        door.guard(back, "read")
+        doorkeeper = door.open(context, over)
+    try:
+        front.bind(address.bound(address.publish))
+        # a queue's length is taken over when a place is bound: one socket, one order, three lengths
+        lanes = {address.subscribe: queue, address.bulk: bulk_queue or queue, address.view: view_queue or queue}
+        for endpoint, length in lanes.items():
+            back.set_hwm(length)
+            back.setsockopt(zmq.SNDBUF, VIEW_BUFFER_BYTES if endpoint == address.view else -1)
+            back.bind(address.bound(endpoint))
+    except zmq.ZMQError as e:
+        over.set()
+        if doorkeeper is not None:
+            doorkeeper.join()
+        context.destroy(linger=0)
+        raise ProcessError(f"the broker cannot bind {address.publish} or {address.subscribe}: {e}") from e
+    control.bind("inproc://control")
+    steer.connect("inproc://control")
+
+    def watch() -> None:
+        while alive():
+            pass
+        steer.send(_STOP)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    ready()
+    zmq.proxy_steerable(front, back, None, control)
+    watcher.join()
+    over.set()
+    if doorkeeper is not None:
+        doorkeeper.join()
+    context.destroy(linger=0)

@@ -1,0 +1,26 @@
+"""Lines of text over ZeroMQ from a program of somebody else. Knows nothing about the bus."""
+
+from __future__ import annotations
+
+import zmq
+
+
+class LineSocket:
+    """A PULL socket on loopback whose every message is a line of text, for the text source."""
+
+    def __init__(self, port: int, max_bytes: int) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.PULL)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
+        try:
+            self._socket.bind(f"tcp://127.0.0.1:{port}")
+        except zmq.ZMQError as e:
+            self.close()
+            raise OSError(str(e)) from e
+
+    def receive(self, timeout_ms: int) -> bytes | None:
+        return self._socket.recv() if self._socket.poll(timeout_ms, zmq.POLLIN) else None
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+        self._context.term()
