@@ -250,7 +250,7 @@ class _Looking:
             self.close()
             return
         if self._subscriber is None:
-            self._subscriber = Subscriber(self._address, list(self.TOPICS), self._queue, "drop_oldest")
+            self._subscriber = Subscriber(self._address, list(self.TOPICS), self._queue, "drop_oldest", midway=True)
         for _ in range(self._queue):
             envelope = self._subscriber.receive(0)
             if envelope is None:
