@@ -1,6 +1,7 @@
 """The live page in a real browser, Debian's Chromium, over real sessions in real processes.
 
-What a person would look at is kept as pictures in test-results/page/.
+What a person would look at is kept as pictures in test-results/page/. `python tests/test_page.py FILE.png` makes the
+one of the documentation.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -220,9 +222,11 @@ def test_what_is_typed_is_a_text_event_and_recorded(browser: Any, model: Path, t
 TEXTS = ("raw/text", "label")
 
 
-def test_a_replay_is_paused_and_scrubbed(browser: Any, tmp_path: Path) -> None:
+def test_a_replay_is_paused_and_scrubbed(browser: Any, model: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.mcap"
-    code, summary, err = run("live", "--source", "synthetic", "--duration", "5", "--record", path, "--no-dashboard")
+    code, summary, err = run(
+        *("live", "--source", "synthetic", "--duration", "4", "--model", model, "--record", path, "--no-dashboard")
+    )
     assert code == 0, err
     assert recording_grows(path, 10_000)
     with closing(Running(path, "--speed", "1", verb=("replay",))) as replay:
@@ -249,3 +253,24 @@ def test_a_replay_is_paused_and_scrubbed(browser: Any, tmp_path: Path) -> None:
         # nobody looks any more: it ends, and its last pass gave what was recorded, bit for bit
         code, result = replay.finish()
     assert (code, result["identical"], result["predictions"]) == (0, True, summary["predictions"])
+
+
+def main(path: Path) -> None:
+    """Keep a picture of the page after half a minute of a live session, with a line and a label typed."""
+    with sync_api.sync_playwright() as playwright, closing(Running("--source", "synthetic")) as session:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGS)
+        with closing(Tab(chromium, address_of(session), device_scale_factor=1.5)) as tab:
+            tab.page.wait_for_timeout(24_000)
+            tab.page.fill("#label", "listening")
+            tab.page.keyboard.press("Enter")
+            tab.page.wait_for_timeout(6_000)
+            tab.page.fill("#line", "and what do you think")
+            tab.page.keyboard.press("Enter")
+            tab.page.wait_for_timeout(1_500)
+            tab.page.evaluate("document.activeElement.blur()")
+            tab.page.screenshot(path=path, full_page=True)
+        chromium.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -95,11 +95,11 @@ function showProcesses(s) {
   fill($("t-processes"), nodes, row(["", "", "", "", "n"]), (tr, [name, v]) => {
     const [a, b, c, d, e] = tr.children;
     if (!b.firstChild) b.append(make("span"));
-    set(a, name); state(b.firstChild, v.state, v.silent);
+    set(a, name); state(b.firstChild, v.state, v.silent && !s.replay);
     tr.className = (v.reason ? "said" : "") + (v.deaths ? " died" : "");
     set(c, v.reason || Object.entries(v.counts).filter(([, n]) => n).slice(0, 4).map(([k, n]) => `${k.replaceAll("_", " ")} ${number(n)}`).join(" · "));
     set(d, v.deaths ? `${v.deaths.count}×: ${v.deaths.reason}, ${age(v.deaths.age_ms)} ago` : "none");
-    set(e, age(v.age_ms) + " ago");
+    set(e, s.replay ? name === "replay" ? "now" : "then" : age(v.age_ms) + " ago");
     if (known.get(name) !== v.state && (BAD.includes(v.state) || BAD.includes(known.get(name)))) aloud(`${name}: ${v.state}`);
     known.set(name, v.state);
   });
