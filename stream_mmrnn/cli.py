@@ -95,12 +95,14 @@ def _settings(
     overrides: dict[str, Any],
 ) -> config.Settings:
     """`named`: the modalities' own options, which win over `source`."""
-    from stream_mmrnn import sources
+    from stream_mmrnn import lsl, sources
 
     chosen = sources.everything_from(source) if source else {}
     chosen |= {k: v for k, v in named.items() if v}
     settings = config.load(config_file, {**{f"sources.{k}": v for k, v in chosen.items()}, **overrides})
     sources.check_all(settings.sources)
+    if settings.lsl.outlet or any(sources.split(getattr(settings.sources, m))[0] == "lsl" for m in sources.NAMED):
+        lsl.require(settings.lsl)
     return settings
 
 

@@ -22,9 +22,9 @@ from harness import Running, check_summary, run, verify
 from stream_mmrnn import config, encoders, sources, topics
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.encoders.signal import SignalEncoder
-from stream_mmrnn.errors import SourceError, SourceSpecError, WireError
+from stream_mmrnn.errors import FileError, SourceError, SourceSpecError, WireError
 from stream_mmrnn.interchange.lsl_outlet import Outlet
-from stream_mmrnn.lsl import clock_offset_ns
+from stream_mmrnn.lsl import clock_offset_ns, require
 from stream_mmrnn.recording import Recording
 from stream_mmrnn.sources.lsl import int16_of
 from stream_mmrnn.types import HeadSpec, ModalitySpec, Sample, Stamps
@@ -187,14 +187,18 @@ def test_what_cannot_be_a_source_is_said_in_a_sentence() -> None:
 
 def test_without_the_package_it_says_how_to_get_it() -> None:
     code = (
-        "import sys; sys.modules['pylsl'] = None\n"
-        "from stream_mmrnn import config, lsl\n"
-        "try: lsl.load(config.Lsl())\n"
-        "except Exception as e: print(type(e).__name__, e)"
+        "import importlib.util as u, sys; find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'pylsl' else find(name, *a)\n"
+        "from stream_mmrnn.cli import run; sys.argv = ['stream-mmrnn', *sys.argv[1:]]; run()"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout.startswith("UsageError Lab Streaming Layer needs the extra `lsl`")
-    assert "pip install 'stream-mmrnn[lsl]'" in done.stdout
+    for asked in (("--signal", "lsl:x"), ("--lsl-out",)):
+        command = [sys.executable, "-c", code, "live", "--source", "synthetic", *asked]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2
+        assert "needs the extra `lsl`: pip install 'stream-mmrnn[lsl]'" in done.stderr
+    # without its file the library would be on all networks
+    with pytest.raises(FileError, match="which is no file"):
+        require(config.Lsl(config="/no/such.cfg"))
 
 
 def test_sound_of_any_type_is_16_bits() -> None:

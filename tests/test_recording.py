@@ -308,15 +308,17 @@ def test_what_nobody_wants_is_not_read(whole: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("opened", [b"\x09\x01", b"\xff\xff\xff"])
-def test_a_chunk_is_read_up_to_its_damaged_message(tmp_path: Path, opened: bytes) -> None:
+def test_a_chunk_is_read_up_to_its_damaged_message(
+    tmp_path: Path, opened: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another program's file: the checksum is right, the message is not."""
     good = [e for e in session_of(4) if e.topic == topics.CLOCK]
     recorder = Recorder(tmp_path / "a.mcap", "live", {})
     for e in good[:2]:
         recorder.write(e)
-    recorder._data = lambda _: opened
-    recorder.write(good[2])
-    del recorder._data
+    with monkeypatch.context() as patched:
+        patched.setattr("stream_mmrnn.recording.encoded", lambda *_: opened)
+        recorder.write(good[2])
     recorder.write(good[3])
     recorder.close({})
     recording = Recording(tmp_path / "a.mcap")

@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from stream_mmrnn.errors import FileError, UsageError
 from stream_mmrnn.terminal import Alive, Json, escape, print_document, say_on, shown
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
 
@@ -28,6 +30,8 @@ def register(app: typer.Typer) -> None:
 
 
 def _bar(console: Console) -> Progress:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
