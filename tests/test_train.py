@@ -280,3 +280,24 @@ def test_recordings_without_labels_say_what_to_do(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert "has a target for the head 'act' (sitting, flying)" in done.stderr
+
+
+def test_labels_that_end_before_what_is_held_out_are_said(tmp_path: Path) -> None:
+    """One recording: its last quarter is held out, and it was labelled in its first half alone."""
+    path = tmp_path / "a.mcap"
+    read, write = os.pipe()
+    live = Running("record", path, "--vision", "none", "--audio", "synthetic", "--text", "stdin", stdin=read, verb=())
+    try:
+        os.close(read)
+        live.wait_for(lambda: recording_grows(path, 20_000))
+        for line in ("/label sitting", "/label walking", "/label none"):
+            os.write(write, f"{line}\n".encode())
+            time.sleep(0.3)
+        time.sleep(3)
+        assert live.end()[0] == 0
+    finally:
+        os.close(write)
+        live.close()
+    done = subprocess.run([*COMMAND, "train", "--data", str(path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "(the last quarter of each recording) has a target for the head 'label'" in " ".join(done.stderr.split())
