@@ -266,7 +266,7 @@ def main(path: Path) -> None:
             tab.page.wait_for_timeout(6_000)
             tab.page.fill("#line", "and what do you think")
             tab.page.keyboard.press("Enter")
-            tab.page.wait_for_timeout(1_500)
+            tab.page.wait_for_timeout(700)
             tab.page.evaluate("document.activeElement.blur()")
             tab.page.screenshot(path=path, full_page=True)
         chromium.close()
