@@ -13,16 +13,13 @@ from collections.abc import Callable
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stream_mmrnn import config, log, signals, topics, wire
 from stream_mmrnn.bus import Address, Publisher, Subscriber
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.errors import StreamError
 from stream_mmrnn.types import Envelope
-
-if TYPE_CHECKING:
-    pass
 
 _STATUS_PERIOD_NS = 500_000_000
 _CALM_MS = 4

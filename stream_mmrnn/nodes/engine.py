@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -16,11 +15,8 @@ from stream_mmrnn import topics, wire
 from stream_mmrnn.bus import Caller, Publisher, Subscriber
 from stream_mmrnn.clock import Sparingly, now_ns
 from stream_mmrnn.errors import SessionError, StreamError
-from stream_mmrnn.types import Envelope
-
-if TYPE_CHECKING:
-    pass
 from stream_mmrnn.nodes.context import Context, Reporter, hear_clock
+from stream_mmrnn.types import Envelope
 
 
 def engine(context: Context) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -16,12 +16,9 @@ from stream_mmrnn.bus import Publisher, Subscriber
 from stream_mmrnn.clock import WallClock, now_ns
 from stream_mmrnn.disk import part
 from stream_mmrnn.errors import StreamError, WireError
+from stream_mmrnn.nodes.context import Context, Reporter, hear_clock
 from stream_mmrnn.repeats import Repeats
 from stream_mmrnn.types import Envelope
-
-if TYPE_CHECKING:
-    pass
-from stream_mmrnn.nodes.context import Context, Reporter, hear_clock
 
 _CLOSE_S = 0.4
 """How long what waits for the disk is still written at the end: the supervisor waits a little longer."""

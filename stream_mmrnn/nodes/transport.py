@@ -9,7 +9,6 @@ import contextlib
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -17,9 +16,6 @@ from stream_mmrnn import topics
 from stream_mmrnn.bus import Publisher, Tap, run_broker
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.errors import WireError
-
-if TYPE_CHECKING:
-    pass
 from stream_mmrnn.nodes.context import Context, Reporter
 
 _JOURNAL_MS = 50

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -17,12 +16,9 @@ from stream_mmrnn import topics, wire
 from stream_mmrnn.bus import Publisher, Subscriber
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.errors import WireError
+from stream_mmrnn.nodes.context import Context, Reporter, hear_clock
 from stream_mmrnn.repeats import Repeats
 from stream_mmrnn.types import Envelope
-
-if TYPE_CHECKING:
-    pass
-from stream_mmrnn.nodes.context import Context, Reporter, hear_clock
 
 _MAX_TYPED = 64
 """Lines typed on the page that wait for the bus."""
@@ -110,10 +106,10 @@ def dashboard(context: Context) -> None:
             view.see(heavy)
             if heavy.topic == topics.raw("vision") and isinstance(heavy.payload, bytes):
                 page.picture(heavy.payload)
-        if now_ns() >= next_ns:
+        if not page.clients:
+            view.skip(_Looking.TOPICS)
+        elif now_ns() >= next_ns:
             next_ns = now_ns() + 100_000_000
-            if not page.clients:
-                view.skip(_Looking.TOPICS)
             page.sound(view.sound.first, view.sound.columns)
             page.update(view.snapshot(now_ns()))
     page.close()
