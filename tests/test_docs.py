@@ -36,7 +36,7 @@ from tools import config_reference
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RUN = ("sh", "console", "python")
-SHOWN = ("", "text", "toml", "json")
+SHOWN = ("", "text", "toml", "json", "yaml", "js")
 """Blocks that are no commands."""
 LIMIT_S = 150
 """Of one block; none needs a third of it."""
