@@ -419,7 +419,9 @@ class Publisher:
 class Gaps:
     """Counts, per stream, what a reader got and what its sequence numbers say is missing. Bounded."""
 
-    def __init__(self) -> None:
+    def __init__(self, since_now: bool = False) -> None:
+        """`since_now`: what a session said before the first message that is seen is not missing."""
+        self._since_now = since_now
         self._next: dict[tuple[str, str], int] = {}
         self._before: dict[tuple[str, str], int] = {}
         """Of streams that were silent since the others filled `_next`, or whose sessions have ended."""
@@ -445,7 +447,7 @@ class Gaps:
         if len(self._next) >= _MAX_STREAMS:
             self._before, self._next = self._next, {}
         # what belongs to no session has begun before we listened; a session's streams begin with it, at 0
-        return self._before.pop(key, seq if key[1] == topics.EVERYONE else 0)
+        return self._before.pop(key, seq if self._since_now or key[1] == topics.EVERYONE else 0)
 
     def end(self, session: str) -> None:
         """A session has ended: its numbers are kept a while, for what is still on its way."""
@@ -497,8 +499,11 @@ class Subscriber:
         queue: int,
         policy: Policy = "block",
         keys: Keys | None = None,
+        since_now: bool = False,
     ) -> None:
-        """`keys`: others than those of the address, if any."""
+        """`keys`: others than those of the address, if any. `since_now`: a reader that comes in the middle of sessions
+        has not lost what was before.
+        """
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.SUB)
         self._socket.set_hwm(queue)
@@ -510,7 +515,7 @@ class Subscriber:
         _subscribe(self._socket, address.lane(policy, topics), topics)
         self._timeout_ms = -1
         self._newest: list[bytes] = []
-        self.gaps = Gaps()
+        self.gaps = Gaps(since_now)
         self.garbage = 0
         self._next: Envelope | None = None
         self._queue = queue

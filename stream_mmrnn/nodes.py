@@ -684,10 +684,10 @@ def dashboard(context: Context) -> None:
             view.see(heavy)
             if heavy.topic == topics.raw("vision") and isinstance(heavy.payload, bytes):
                 page.picture(heavy.payload)
-        if now_ns() >= next_ns:
+        if not page.clients:
+            view.skip(_Looking.TOPICS)
+        elif now_ns() >= next_ns:
             next_ns = now_ns() + 100_000_000
-            if not page.clients:
-                view.skip(_Looking.TOPICS)
             page.sound(view.sound.first, view.sound.columns)
             page.update(view.snapshot(now_ns()))
     page.close()
@@ -712,7 +712,7 @@ class _Looking:
             self.close()
             return
         if self._subscriber is None:
-            self._subscriber = Subscriber(self._address, list(self.TOPICS), self._queue, "drop_oldest")
+            self._subscriber = Subscriber(self._address, list(self.TOPICS), self._queue, "drop_oldest", since_now=True)
         for _ in range(self._queue):
             envelope = self._subscriber.receive(0)
             if envelope is None:
