@@ -148,6 +148,13 @@ def test_a_place_that_is_taken() -> None:
     context.term()
 
 
+def test_who_comes_in_the_middle_has_not_lost_what_was_before() -> None:
+    gaps = Gaps(midway=True)
+    for seq in (50, 51, 53):
+        gaps.see(Envelope("raw/vision", "a", seq, 0, 0, 0, b""))
+    assert (gaps.received, gaps.lost) == ({"raw/vision": 3}, {"raw/vision": 1})
+
+
 def test_gaps_are_counted_per_stream() -> None:
     gaps = Gaps()
 
