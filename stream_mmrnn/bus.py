@@ -419,9 +419,7 @@ class Publisher:
 class Gaps:
     """Counts, per stream, what a reader got and what its sequence numbers say is missing. Bounded."""
 
-    def __init__(self, since_now: bool = False) -> None:
-        """`since_now`: what a session said before the first message that is seen is not missing."""
-        self._since_now = since_now
+    def __init__(self) -> None:
         self._next: dict[tuple[str, str], int] = {}
         self._before: dict[tuple[str, str], int] = {}
         """Of streams that were silent since the others filled `_next`, or whose sessions have ended."""
@@ -446,8 +444,11 @@ class Gaps:
         """The number that is expected of a stream that is not among those heard of late."""
         if len(self._next) >= _MAX_STREAMS:
             self._before, self._next = self._next, {}
-        # what belongs to no session has begun before we listened; a session's streams begin with it, at 0
-        return self._before.pop(key, seq if self._since_now or key[1] == topics.EVERYONE else 0)
+        return self._before.pop(key, self._begins_at(key[1], seq))
+
+    def _begins_at(self, session: str, seq: int) -> int:
+        """What belongs to no session has begun before we listened; a session's streams begin with it, at 0."""
+        return seq if session == topics.EVERYONE else 0
 
     def end(self, session: str) -> None:
         """A session has ended: its numbers are kept a while, for what is still on its way."""
@@ -465,6 +466,13 @@ class Gaps:
     def restore(self, numbers: Numbers, received: dict[str, int], lost: dict[str, int]) -> None:
         self._next, self._before = {(topic, session): seq for topic, session, seq in numbers}, {}
         self.received, self.lost = dict(received), dict(lost)
+
+
+class GapsSinceNow(Gaps):
+    """Of a reader that comes in the middle of sessions: what was before the first message that it sees is not missing."""
+
+    def _begins_at(self, session: str, seq: int) -> int:
+        return seq
 
 
 _AWAY_NS = 1_000_000_000
@@ -515,7 +523,7 @@ class Subscriber:
         _subscribe(self._socket, address.lane(policy, topics), topics)
         self._timeout_ms = -1
         self._newest: list[bytes] = []
-        self.gaps = Gaps(since_now)
+        self.gaps = GapsSinceNow() if since_now else Gaps()
         self.garbage = 0
         self._next: Envelope | None = None
         self._queue = queue

@@ -18,7 +18,19 @@ import pytest
 import zmq
 
 from stream_mmrnn import topics
-from stream_mmrnn.bus import Address, Caller, Door, Gaps, Keys, Publisher, Subscriber, Tap, new_pair, run_broker
+from stream_mmrnn.bus import (
+    Address,
+    Caller,
+    Door,
+    Gaps,
+    GapsSinceNow,
+    Keys,
+    Publisher,
+    Subscriber,
+    Tap,
+    new_pair,
+    run_broker,
+)
 from stream_mmrnn.config import Policy
 from stream_mmrnn.errors import ProcessError
 from stream_mmrnn.types import Envelope
@@ -149,7 +161,7 @@ def test_a_place_that_is_taken() -> None:
 
 
 def test_who_comes_in_the_middle_has_not_lost_what_was_before() -> None:
-    gaps = Gaps(since_now=True)
+    gaps = GapsSinceNow()
     for seq in (50, 51, 53):
         gaps.see(Envelope("raw/vision", "a", seq, 0, 0, 0, b""))
     assert (gaps.received, gaps.lost) == ({"raw/vision": 3}, {"raw/vision": 1})
