@@ -469,7 +469,7 @@ class Gaps:
 
 
 class GapsSinceNow(Gaps):
-    """Of a reader that comes in the middle of sessions: what was before the first message that it sees is not missing."""
+    """Of a reader that comes in the middle of sessions: what was before the first message it sees is not missing."""
 
     def _begins_at(self, session: str, seq: int) -> int:
         return seq
