@@ -18,7 +18,18 @@ import pytest
 import zmq
 
 from stream_mmrnn import topics
-from stream_mmrnn.bus import Address, Caller, Door, Gaps, Keys, Publisher, Subscriber, Tap, new_pair, run_broker
+from stream_mmrnn.bus import (
+    Address,
+    Caller,
+    Door,
+    Gaps,
+    Keys,
+    Publisher,
+    Subscriber,
+    Tap,
+    new_pair,
+    run_broker,
+)
 from stream_mmrnn.config import Policy
 from stream_mmrnn.errors import ProcessError
 from stream_mmrnn.types import Envelope
