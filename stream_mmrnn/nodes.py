@@ -659,7 +659,6 @@ def dashboard(context: Context) -> None:
     shown = settings.dashboard
     token = keys.token(Path(shown.token_file))[0] if shown.token_file else ""
     page = Dashboard(shown.host, shown.port, token=token, posts={"/text": take_line})
-    page.start()
     reporter = Reporter(context, publisher)
     reporter.counts = lambda: {
         **_totals(subscriber.tally(), looking.tally()),
@@ -673,6 +672,8 @@ def dashboard(context: Context) -> None:
     while context.alive():
         envelope = subscriber.receive(100)
         reporter.keep()
+        if context.epoch.value:
+            page.start()  # not before: what it imports would keep the cores from those who are waited for
         if missed := subscriber.report():
             reporter.say("ready", missed)
         while typed:
