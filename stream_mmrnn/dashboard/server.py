@@ -1,4 +1,4 @@
-"""The page's web server, as who feeds it sees it: it is given states, pictures and sound, and never makes its giver wait.
+"""The page's web server, for who feeds it: it is given states, pictures and sound, and never makes its giver wait.
 
 It hands out what it was given last and keeps nothing else, so a slow browser costs nobody's time but its own, and one
 that stops reading is cut off. The port is taken at once; what answers there (`app`) is imported and runs on a thread of
