@@ -19,7 +19,8 @@ from rich.console import Console
 
 from stream_mmrnn import topics, wire
 from stream_mmrnn.dashboard.access import Access
-from stream_mmrnn.dashboard.server import MAX_CLIENTS, MAX_CONNECTIONS, METRICS_TYPE, Dashboard
+from stream_mmrnn.dashboard.app import MAX_CLIENTS, MAX_CONNECTIONS, METRICS_TYPE
+from stream_mmrnn.dashboard.server import Dashboard
 from stream_mmrnn.dashboard.sound import BANDS, COLUMN_NS, COLUMNS, Sound
 from stream_mmrnn.dashboard.state import HISTORY_POINTS, LiveState
 from stream_mmrnn.errors import ConfigError, ProcessError
@@ -663,7 +664,7 @@ def test_a_picture_that_nobody_reads_is_dropped(board: Dashboard) -> None:
 
 
 def test_who_connects_and_asks_nothing_is_cut_off(board: Dashboard, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stream_mmrnn.dashboard.server.IDLE_S", 0.2)
+    monkeypatch.setattr("stream_mmrnn.dashboard.app.IDLE_S", 0.2)
     for said in (b"", b"GET / HTTP/1.1\r\nHost:"):
         with socket.create_connection(("127.0.0.1", port(board)), timeout=5) as slow:
             slow.sendall(said)
@@ -746,7 +747,7 @@ def test_a_post_that_never_arrives_is_given_up(
     asked: tuple[Dashboard, list[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     board, taken = asked
-    monkeypatch.setattr("stream_mmrnn.dashboard.server.IDLE_S", 0.2)
+    monkeypatch.setattr("stream_mmrnn.dashboard.app.IDLE_S", 0.2)
     head = f"POST /text HTTP/1.1\r\nHost: localhost:{port(board)}\r\nContent-Type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", port(board)), timeout=5) as slow:
         slow.sendall(head.encode() + b'Content-Length: 9\r\n\r\n"h')

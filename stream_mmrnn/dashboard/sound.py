@@ -6,6 +6,7 @@ Pure and bounded: it is given blocks of samples and their event times. Knows not
 from __future__ import annotations
 
 from collections import deque
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ def _mel(hz: float) -> float:
     return 2595.0 * float(np.log10(1 + hz / 700))
 
 
+@cache
 def _filters() -> npt.NDArray[np.float32]:
     """(bins, bands): triangles on the mel scale, each adding up to one, and none without a bin."""
     edges = 700 * (10 ** (np.linspace(_mel(_LOWEST_HZ), _mel(_HIGHEST_HZ), BANDS + 2) / 2595) - 1)
@@ -53,7 +55,6 @@ class Sound:
         self._newest = -1
         self._levels: deque[tuple[float, float]] = deque(maxlen=8)
         self._window = np.hanning(_WINDOW).astype(np.float32)
-        self._filters = _filters()
         # so that a sine of full scale is 0 dB
         self._scale = 4.0 / float(self._window.sum()) ** 2
 
@@ -81,7 +82,7 @@ class Sound:
             if number == self._newest and self._columns:
                 self._columns.pop()
         power = np.abs(np.fft.rfft(self._samples * self._window)) ** 2 * self._scale
-        bands_db = 10 * np.log10(power.astype(np.float32) @ self._filters + 1e-12)
+        bands_db = 10 * np.log10(power.astype(np.float32) @ _filters() + 1e-12)
         self._columns.append(np.clip((bands_db - _FLOOR_DB) / _RANGE_DB * 255, 0, 255).astype(np.uint8).tobytes())
         self._newest = number
         recent = self._samples[-_HOP:]

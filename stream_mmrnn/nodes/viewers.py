@@ -70,7 +70,6 @@ def dashboard(context: Context) -> None:
         metrics=lambda: metrics.text(now_ns()),
         ready=lambda: metrics.why_not_ready(now_ns()),
     )
-    page.start()
     reporter = Reporter(context, publisher)
     reporter.counts = lambda: {
         **_totals(subscriber.tally(), looking.tally()),
@@ -85,6 +84,8 @@ def dashboard(context: Context) -> None:
     while context.alive():
         envelope = subscriber.receive(100)
         reporter.keep()
+        if context.epoch.value:
+            page.start()  # not before: what it imports would keep the cores from those who are waited for
         if missed := subscriber.report():
             reporter.say("ready", missed)
         while typed:

@@ -1,0 +1,36 @@
+"""What the page's server was given last, and how many are looking. Knows nothing about HTTP, nor what a state holds."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+HEARTBEAT_S = 1.0
+"""How often a silent stream is written to, so that a client who left is noticed."""
+
+
+class Board:
+    """The newest state and picture, and how many are looking. Given from any thread, read in the server's."""
+
+    def __init__(self) -> None:
+        self._newest = (0, b"")
+        self._changed = asyncio.Event()
+        self.picture = b""
+        self.sound = (0, b"")
+        self.clients = 0
+        self.closing = False
+
+    def put(self, state: bytes) -> None:
+        self._newest = (self._newest[0] + 1, state)
+
+    def wake(self) -> None:
+        """Tell those who wait; in the server's thread."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def wait(self, seen: int) -> tuple[int, bytes]:
+        """The newest state and its number: at once if it is not the one seen, else after `HEARTBEAT_S` at most."""
+        if self._newest[0] == seen and not self.closing:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), HEARTBEAT_S)
+        return self._newest
