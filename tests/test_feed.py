@@ -15,8 +15,9 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
+from stream_mmrnn.dashboard.app import IDLE_S
 from stream_mmrnn.dashboard.feed import MAX_LISTENERS, QUEUE, _Listener
-from stream_mmrnn.dashboard.server import IDLE_S, Dashboard
+from stream_mmrnn.dashboard.server import Dashboard
 
 MODEL = {"name": "m", "heads": []}
 
@@ -105,7 +106,7 @@ def test_one_that_reads_nothing_is_cut_off_and_costs_nobody_anything(board: Dash
 
 def test_a_silent_listener_stays(board: Dashboard, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who listens asks nothing; the patience with those who ask nothing is not for it."""
-    monkeypatch.setattr("stream_mmrnn.dashboard.server.IDLE_S", 0.2)
+    monkeypatch.setattr("stream_mmrnn.dashboard.app.IDLE_S", 0.2)
     assert IDLE_S > 0.2
     with listen(board) as websocket:
         wait_until(lambda: board.listeners == 1)
