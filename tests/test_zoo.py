@@ -63,6 +63,7 @@ def test_a_model_is_what_its_folder_says(name: str) -> None:
         ("mnist_rows", "mnist.tgz"),
     ],
 )
+@pytest.mark.timeout(900)  # 2,438 dialogues
 def test_a_model_measures_as_its_card_says(name: str, data: str) -> None:
     if not (SHARED / "data").is_dir():
         pytest.skip("the shared data folder is not beside this checkout")

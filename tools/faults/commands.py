@@ -37,6 +37,8 @@ class Command:
     def __init__(self, folder: Path, *args: object, env: dict[str, str] | None = None) -> None:
         self.temp = folder / "tmp"
         self.temp.mkdir(parents=True)
+        self._runtime = folder / "run"
+        self._runtime.mkdir(mode=0o700)
         self._out = (folder / "out").open("w+b")
         self._err = (folder / "err").open("w+b")
         search = os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", ""))).rstrip(os.pathsep)
@@ -46,7 +48,13 @@ class Command:
             stdin=subprocess.DEVNULL,
             stdout=self._out,
             stderr=self._err,
-            env={**os.environ, **(env or {}), "TMPDIR": str(self.temp), "PYTHONPATH": search},
+            env={
+                **os.environ,
+                **(env or {}),
+                "TMPDIR": str(self.temp),
+                "XDG_RUNTIME_DIR": str(self._runtime),
+                "PYTHONPATH": search,
+            },
             start_new_session=True,
         )
 
@@ -97,12 +105,15 @@ class Command:
             (os.killpg if to_group else os.kill)(self.process.pid, number)
 
     def left_behind(self, grace_s: float = 1.0) -> tuple[list[str], list[str]]:
-        """Processes that are still there `grace_s` after the command's end, and what is in its temporary folder."""
+        """Processes that are still there `grace_s` after the command's end; what is in its temporary folder, and what
+        it says of itself where running systems are looked for.
+        """
         end = time.monotonic() + grace_s
         while (left := self.processes()) and time.monotonic() < end:
             time.sleep(0.01)
         # onnxruntime leaves a file of its own in any temporary folder, as soon as it is imported
-        return [name for _, name in left], sorted(p.name for p in self.temp.iterdir() if p.name != ".ses")
+        said = [p.name for p in self._runtime.rglob("*") if p.is_file()]
+        return [name for _, name in left], sorted([p.name for p in self.temp.iterdir() if p.name != ".ses"] + said)
 
     def kill(self) -> None:
         for pid in (self.process.pid, *(pid for pid, _ in self.processes())):
