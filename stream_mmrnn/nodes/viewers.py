@@ -80,11 +80,12 @@ def dashboard(context: Context) -> None:
     reporter.say("ready")
     context.ready.set()
     next_ns = 0
-    reading, explained = Reading(), None
+    reading, explained, started = Reading(), None, False
     while context.alive():
         envelope = subscriber.receive(100)
         reporter.keep()
-        if context.epoch.value:
+        if context.epoch.value and not started:
+            started = True
             page.start()  # not before: what it imports would keep the cores from those who are waited for
         if missed := subscriber.report():
             reporter.say("ready", missed)
@@ -95,7 +96,7 @@ def dashboard(context: Context) -> None:
             view.see(envelope)
             if envelope.topic != topics.PREDICTION or page.listeners:
                 said = reading.see(envelope)
-                if reading.model is not explained:
+                if started and reading.model is not explained:
                     explained = reading.model
                     page.explain(msgspec.to_builtins(explained))
                 if said is not None:
