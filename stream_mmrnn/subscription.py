@@ -51,6 +51,14 @@ class Model(msgspec.Struct, frozen=True):
     provider: str = ""
 
 
+def model_of(spec: Any) -> Model:
+    """The model in an engine's status; raises WireError where it is none."""
+    try:
+        return msgspec.convert(spec, Model)
+    except msgspec.ValidationError as e:
+        raise WireError(f"the engine's status names no model: {e}") from e
+
+
 class PredictionView(msgspec.Struct, frozen=True, eq=False):
     """One prediction as a reader has it."""
 
@@ -173,12 +181,10 @@ class Reading:
         if message.state == "closed" and not message.counts.get("sessions"):
             self.over = "the session was closed"
         said = message.detail.get("spec")
-        if said is None or (self.model is not None and said.get("sha256") == self.model.sha256):
-            return
-        try:
-            self.model = msgspec.convert(said, Model)
-        except (msgspec.ValidationError, AttributeError):
-            self.unreadable += 1
+        if said is not None:
+            model = model_of(said)
+            if self.model is None or model.sha256 != self.model.sha256:
+                self.model = model
 
     def _prediction(self, envelope: Envelope) -> PredictionView | None:
         if not self._is_meant(envelope):
@@ -231,7 +237,23 @@ class Subscription:
         queue: int = 256,
         timeout: float | None = None,
     ) -> None:
-        """As for `subscribe`."""
+        """Listen to the predictions of a running session; what comes from now on is given.
+
+        `session`: its name, or the number of its process; without one the only session of this user that is running.
+        `address`: HOST:PORT of a bus over tcp (its `bus.port`) instead, on this or another machine; `session` then says
+        which of its sessions, without one all. `keys`: the folder with our key pair where that bus asks for keys, and
+        `server_key` its public key (without one that of the folder). `heads`: only these.
+        `policy`: what becomes of predictions that we are too slow for. `drop_oldest` keeps the newest `queue` of them,
+        `latest` the newest one of each session, `block` all, up to `bus.queue` of them. The session never waits for us.
+        `timeout`: seconds without a prediction after which iterating raises; without it only the session's end ends it.
+
+        Raises:
+            NotRunning: no such session is running, or nobody answers.
+            TimedOut: while iterating, after `timeout`.
+            UsageError: several sessions are running, or there is no such head, policy or address.
+            FileError: there is no such folder of keys.
+
+        """
         if isinstance(heads, str):
             heads = [heads]
         if policy not in ("latest", "drop_oldest", "block"):
@@ -424,41 +446,5 @@ class Subscription:
             self.close()
 
 
-def subscribe(
-    session: str | None = None,
-    *,
-    address: str = "",
-    keys: Path | str | None = None,
-    server_key: str = "",
-    heads: Collection[str] | None = None,
-    policy: Policy = "drop_oldest",
-    queue: int = 256,
-    timeout: float | None = None,
-) -> Subscription:
-    """Listen to the predictions of a running session; what comes from now on is given.
-
-    `session`: its name, or the number of its process; without one the only session of this user that is running.
-    `address`: HOST:PORT of a bus over tcp (its `bus.port`) instead, on this or another machine; `session` then says
-    which of its sessions, without one all. `keys`: the folder with our key pair where that bus asks for keys, and
-    `server_key` its public key (without one that of the folder). `heads`: only these.
-    `policy`: what becomes of predictions that we are too slow for. `drop_oldest` keeps the newest `queue` of them,
-    `latest` the newest one of each session, `block` all, up to `bus.queue` of them. The session never waits for us.
-    `timeout`: seconds without a prediction after which iterating raises; without it the session's end alone ends it.
-
-    Raises:
-        NotRunning: no such session is running, or nobody answers.
-        TimedOut: while iterating, after `timeout`.
-        UsageError: several sessions are running, or there is no such head, policy or address.
-        FileError: there is no such folder of keys.
-
-    """
-    return Subscription(
-        session,
-        address=address,
-        keys=keys,
-        server_key=server_key,
-        heads=heads,
-        policy=policy,
-        queue=queue,
-        timeout=timeout,
-    )
+subscribe = Subscription
+"""How a program asks for it: `for prediction in stream_mmrnn.subscribe(): ...`."""

@@ -6,23 +6,14 @@ Knows nothing about where predictions come from.
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import msgspec
 
 from stream_mmrnn import wire
 from stream_mmrnn.errors import WireError
 from stream_mmrnn.recording import Recording
+from stream_mmrnn.subscription import model_of
 from stream_mmrnn.types import HeadSpec
-
-
-class Contract(msgspec.Struct, frozen=True):
-    """What an engine's status says of its model, as far as it matters here."""
-
-    name: str
-    sha256: str
-    tick_ns: int
-    heads: tuple[HeadSpec, ...]
 
 
 class Column(msgspec.Struct, frozen=True):
@@ -35,14 +26,6 @@ class Column(msgspec.Struct, frozen=True):
     kind: str = ""
     unit: str = ""
     horizon_s: tuple[float, float] | None = None
-
-
-def contract_of(spec: Any) -> Contract:
-    """The contract in an engine's status; raises WireError where it is none."""
-    try:
-        return msgspec.convert(spec, Contract)
-    except msgspec.ValidationError as e:
-        raise WireError(f"the engine's status names no model: {e}") from e
 
 
 def columns(heads: tuple[HeadSpec, ...]) -> list[Column]:
@@ -67,7 +50,7 @@ def columns_of(recording: Recording, first: wire.PredictionMessage | None) -> li
     sizes = {name: len(values) for name, values in first.heads.items()}
     try:
         engine = json.loads((recording.end or recording.so_far)["statuses"])["status/engine"]
-        heads = contract_of(engine["detail"]["spec"]).heads
+        heads = model_of(engine["detail"]["spec"]).heads
         if {h.name: h.size for h in heads} == sizes:
             return columns(heads)
     except (KeyError, TypeError, ValueError, RecursionError, WireError):

@@ -12,7 +12,8 @@ from typing import Any
 from stream_mmrnn import lsl, wire
 from stream_mmrnn.config import Lsl
 from stream_mmrnn.errors import WireError
-from stream_mmrnn.interchange.heads import columns, contract_of
+from stream_mmrnn.interchange.heads import columns
+from stream_mmrnn.subscription import model_of
 
 _BUFFER_S = 60
 """How much the library keeps for a reader that is slow; then the oldest goes."""
@@ -30,23 +31,23 @@ class Outlet:
             WireError: `spec` is not what an engine says.
 
         """
-        contract = contract_of(spec)
+        model = model_of(spec)
         pylsl = lsl.load(settings)
         self.name = settings.name
-        self._columns = columns(contract.heads)
+        self._columns = columns(model.heads)
         info = pylsl.StreamInfo(
             settings.name,
             "Prediction",
             len(self._columns),
-            1e9 / contract.tick_ns,
+            1e9 / model.tick_ns,
             "float32",
             f"stream_mmrnn.{session}",  # so that readers find the stream again after a restart
         )
         about = info.desc()
         about.append_child_value("manufacturer", "stream_mmrnn")
         about.append_child_value("session", session)
-        about.append_child_value("model", contract.name)
-        about.append_child_value("model_sha256", contract.sha256)
+        about.append_child_value("model", model.name)
+        about.append_child_value("model_sha256", model.sha256)
         channels = about.append_child("channels")
         for column in self._columns:
             channel = channels.append_child("channel")
