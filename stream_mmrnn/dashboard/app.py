@@ -75,17 +75,38 @@ class _States(StreamingResponse):
             self._board.clients -= 1
 
 
-class _Connection(H11Protocol):
-    """uvicorn's, with an end to all patience: with who connects and asks nothing, and with who asks and reads nothing.
+class _Impatient(asyncio.Protocol):
+    """An end to the patience with who reads nothing: it is cut off, which frees what waits to be sent to it."""
 
-    Such a one is cut off, which frees what waits to be sent to it.
-    """
+    loop: asyncio.AbstractEventLoop
+    transport: Any
 
     def __init__(self, *args: Any, patience_s: float, **more: Any) -> None:
         super().__init__(*args, **more)
         self._patience_s = patience_s
-        self._arrival: asyncio.TimerHandle | None = None
         self._stall: asyncio.TimerHandle | None = None
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stall = self.loop.call_later(self._patience_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
+        super().resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
+        super().connection_lost(exc)
+
+
+class _Connection(_Impatient, H11Protocol):
+    """uvicorn's; who connects and asks nothing is cut off, too."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._arrival: asyncio.TimerHandle | None = None
         self._upgraded = False
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
@@ -115,48 +136,19 @@ class _Connection(H11Protocol):
         elif not answering and self._arrival is None:
             self._arrival = self.loop.call_later(IDLE_S, self.transport.abort)
 
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._stall = self.loop.call_later(self._patience_s, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        if self._stall is not None:
-            self._stall.cancel()
-        super().resume_writing()
-
     def connection_lost(self, exc: Exception | None) -> None:
-        for timer in (self._arrival, self._stall):
-            if timer is not None:
-                timer.cancel()
+        if self._arrival is not None:
+            self._arrival.cancel()
         super().connection_lost(exc)
 
 
-class _WebSocket(WebSocketsSansIOProtocol):
-    """uvicorn's, with the same end to patience with who reads nothing; a refusal is no error to it."""
-
-    def __init__(self, *args: Any, patience_s: float, **more: Any) -> None:
-        super().__init__(*args, **more)
-        self._patience_s = patience_s
-        self._stall: asyncio.TimerHandle | None = None
+class _WebSocket(_Impatient, WebSocketsSansIOProtocol):
+    """uvicorn's; a refusal is no error to it."""
 
     async def send(self, message: Any) -> None:
         await super().send(message)
         if message["type"] == "websocket.http.response.body" and not message.get("more_body"):
             self.handshake_complete = True  # else it logs that there was none
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._stall = self.loop.call_later(self._patience_s, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        if self._stall is not None:
-            self._stall.cancel()
-        super().resume_writing()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._stall is not None:
-            self._stall.cancel()
-        super().connection_lost(exc)
 
 
 _COMMON = {

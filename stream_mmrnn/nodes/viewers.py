@@ -24,6 +24,16 @@ _MAX_TYPED = 64
 """Lines typed on the page that wait for the bus."""
 
 
+def _follow(context: Context, subscriber: Subscriber, reporter: Reporter) -> Iterator[Envelope | None]:
+    """What comes, and None where nothing did for a while, until this process shall end; what was missed is said."""
+    while context.alive():
+        envelope = subscriber.receive(100)
+        reporter.keep()
+        if missed := subscriber.report():
+            reporter.say("ready", missed)
+        yield envelope
+
+
 def dashboard(context: Context) -> None:
     """The live page's server, over a view of the bus that it owns alone."""
     from stream_mmrnn import keys
@@ -81,14 +91,10 @@ def dashboard(context: Context) -> None:
     context.ready.set()
     next_ns = 0
     reading, explained, started = Reading(), None, False
-    while context.alive():
-        envelope = subscriber.receive(100)
-        reporter.keep()
+    for envelope in _follow(context, subscriber, reporter):
         if context.epoch.value and not started:
             started = True
             page.start()  # not before: what it imports would keep the cores from those who are waited for
-        if missed := subscriber.report():
-            reporter.say("ready", missed)
         while typed:
             at_ns = now_ns()
             publisher.publish(topics.TYPED, settings.session.name, at_ns, at_ns, typed.popleft(), "page")
@@ -141,9 +147,7 @@ def tracer(context: Context) -> None:
     reporter.say("ready")
     context.ready.set()
     lost = False
-    while context.alive():
-        envelope = subscriber.receive(100)
-        reporter.keep()
+    for envelope in _follow(context, subscriber, reporter):
         if traces.failed and not lost:
             lost = True
             reporter.say("ready", f"the collector at {settings.trace.endpoint} does not take spans; they are dropped")
@@ -169,11 +173,7 @@ def foxglove(context: Context) -> None:
     hear_clock(context, subscriber)
     reporter.say("ready")
     context.ready.set()
-    while context.alive():
-        envelope = subscriber.receive(100)
-        reporter.keep()
-        if missed := subscriber.report():
-            reporter.say("ready", missed)
+    for envelope in _follow(context, subscriber, reporter):
         if envelope is not None and envelope.session in (settings.session.name, topics.EVERYONE):
             server.show(envelope)
     server.close()
@@ -217,11 +217,7 @@ def lsl(context: Context) -> None:
         except WireError:
             malformed += 1
 
-    while context.alive():
-        envelope = subscriber.receive(100)
-        reporter.keep()
-        if missed := subscriber.report():
-            reporter.say("ready", missed)
+    for envelope in _follow(context, subscriber, reporter):
         if envelope is not None:
             see(envelope)
     while (envelope := subscriber.receive(0)) is not None:
