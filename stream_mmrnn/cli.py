@@ -26,6 +26,7 @@ from stream_mmrnn.disk import later_parts, part
 from stream_mmrnn.doctor.commands import doctor
 from stream_mmrnn.errors import ConfigError, StreamError
 from stream_mmrnn.interchange import commands as interchange
+from stream_mmrnn.keys import commands as keys_commands
 from stream_mmrnn.settings import commands as settings_commands
 from stream_mmrnn.signals import ENDING, held
 from stream_mmrnn.terminal import (
@@ -35,7 +36,6 @@ from stream_mmrnn.terminal import (
     Json,
     ModelName,
     Provider,
-    escape,
     print_document,
     say_on,
     shown,
@@ -44,7 +44,7 @@ from stream_mmrnn.training import commands
 from stream_mmrnn.watch import commands as watch_commands
 
 if TYPE_CHECKING:
-    from stream_mmrnn.keys import Folder
+    pass
 
 app = typer.Typer(
     help="Predict what happens next from camera, microphone and text, tick by tick.",
@@ -471,91 +471,11 @@ def repair(
     console.print(verified(result["result"]), soft_wrap=True)
 
 
-keys_app = typer.Typer(help="Who may connect to the bus over tcp (bus.keys).", no_args_is_help=True)
-KeysFolder = Annotated[
-    Path | None,
-    typer.Option("--folder", help="The folder of keys; without it the default one."),
-]
-
-
-def _opened(folder: Path | None) -> Folder:
-    from stream_mmrnn.keys import Folder
-
-    return Folder(folder or config.keys_folder())
-
-
-@keys_app.command("new")
-def keys_new(
-    folder: Annotated[Path | None, typer.Argument(help="A folder that is not there yet.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Make a folder with a key pair for the broker and one for our own processes; never overwrites."""
-    from stream_mmrnn.keys import Folder
-
-    made = Folder.new(folder or config.keys_folder())
-    if as_json:
-        print_document(made.list())
-        return
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(f"made {escape(str(made.path))}; name it in bus.keys, and allow others by stream-mmrnn keys allow")
-    console.print(f"server key, for those who connect: {escape(made.server)}")
-    console.print(f"client key, to be allowed elsewhere: {escape(made.client)}")
-
-
-@keys_app.command("allow")
-def keys_allow(
-    name: Annotated[str, typer.Argument(help="Whose key it is, to remove it by.")],
-    key: Annotated[str, typer.Argument(help="A public key, or a file with one; after -- where it begins with -.")],
-    folder: KeysFolder = None,
-    write: Annotated[bool, typer.Option("--write", help="It may publish, too; a viewer must not.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Let somebody's public key in, to read."""
-    done = _opened(folder).allow(name, key, write)
-    if as_json:
-        print_document(done)
-    else:
-        Console(highlight=False, soft_wrap=True).print(f"{name} may {' and '.join(done['rights'])}")
-
-
-@keys_app.command("remove")
-def keys_remove(
-    name: Annotated[str, typer.Argument(help="As it was allowed.")], folder: KeysFolder = None, as_json: Json = False
-) -> None:
-    """Let a key in no more: at once for new connections; those that are open last until they end."""
-    done = _opened(folder).remove(name)
-    if as_json:
-        print_document(done)
-    else:
-        Console(highlight=False, soft_wrap=True).print(
-            f"{name} gets in no more; a connection that it has open lasts until it ends, or the session does"
-        )
-
-
-@keys_app.command("list")
-def keys_list(folder: KeysFolder = None, as_json: Json = False) -> None:
-    """Who may connect; no secrets."""
-    from rich.table import Table
-
-    found = _opened(folder).list()
-    if as_json:
-        print_document(found)
-        return
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(f"{escape(found['folder'])}: server key {escape(found['server'])}")
-    table = Table(header_style="dim")
-    for column in ("name", "may", "public key"):
-        table.add_column(column, no_wrap=True)
-    for row in found["allowed"]:
-        table.add_row(row["name"], " and ".join(row["rights"]), escape(row["public"]))
-    console.print(table if found["allowed"] else "nobody else is allowed")
-
-
 app.command()(devices)
 app.command()(doctor)
 app.add_typer(settings_commands.app, name="config")
 app.command()(settings_commands.completion)
-app.add_typer(keys_app, name="keys")
+app.add_typer(keys_commands.app, name="keys")
 app.add_typer(bench.app, name="bench")
 commands.register(app)
 diff_commands.register(app)

@@ -24,7 +24,7 @@ from msgspec.structs import replace
 from stream_mmrnn import config
 from stream_mmrnn.bus import Address
 from stream_mmrnn.errors import FileError, NotRunning, UsageError
-from stream_mmrnn.keys import Folder
+from stream_mmrnn.keys.folder import Folder
 
 _MAX_BYTES = 65_536
 _MAX_PORT = 65_532

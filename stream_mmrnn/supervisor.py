@@ -23,10 +23,11 @@ from typing import Any
 
 import msgspec
 
-from stream_mmrnn import config, keys, nodes, running, signals, sources, topics, wire
+from stream_mmrnn import config, nodes, running, signals, sources, topics, wire
 from stream_mmrnn.bus import Address, Publisher, Subscriber
 from stream_mmrnn.clock import Sparingly, now_ns
 from stream_mmrnn.errors import FileError, ProcessError, WireError
+from stream_mmrnn.keys import folder as keys
 from stream_mmrnn.log import Note
 from stream_mmrnn.types import Envelope
 

@@ -18,7 +18,7 @@ from harness import COMMAND, Running
 
 from stream_mmrnn.bus import Address, Publisher, Subscriber, new_pair
 from stream_mmrnn.errors import FileError, UsageError
-from stream_mmrnn.keys import Folder, token
+from stream_mmrnn.keys.folder import Folder, token
 
 modes = pytest.mark.skipif(sys.platform == "win32", reason="needs the rights of POSIX files")
 

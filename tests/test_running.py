@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from stream_mmrnn import config, running
 from stream_mmrnn.bus import Address
 from stream_mmrnn.errors import FileError, NotRunning, UsageError
-from stream_mmrnn.keys import Folder
+from stream_mmrnn.keys.folder import Folder
 from stream_mmrnn.running import Entry, Registration
 
 ADDRESS = Address("ipc:///x/publish", "ipc:///x/subscribe", "/x", "ipc:///x/bulk", "ipc:///x/view")

@@ -24,7 +24,7 @@ import stream_mmrnn
 from stream_mmrnn import config, topics, wire
 from stream_mmrnn.bus import Address, Door, Publisher, run_broker
 from stream_mmrnn.errors import NotRunning, TimedOut, UsageError
-from stream_mmrnn.keys import Folder
+from stream_mmrnn.keys.folder import Folder
 from stream_mmrnn.subscription import PredictionView, Reading, Subscription, document
 from stream_mmrnn.types import Envelope, HeadSpec, Prediction, Stamps, Tick
 

@@ -28,7 +28,7 @@ def broker(context: Context) -> None:
     settings = context.settings.bus
     door = None
     if settings.keys:
-        from stream_mmrnn.keys import Folder
+        from stream_mmrnn.keys.folder import Folder
 
         door = Folder(Path(settings.keys)).door()
     reporter: Reporter | None = None

@@ -36,10 +36,10 @@ def _follow(context: Context, subscriber: Subscriber, reporter: Reporter) -> Ite
 
 def dashboard(context: Context) -> None:
     """The live page's server, over a view of the bus that it owns alone."""
-    from stream_mmrnn import keys
     from stream_mmrnn.dashboard.metrics import Metrics
     from stream_mmrnn.dashboard.server import Dashboard
     from stream_mmrnn.dashboard.state import LiveState
+    from stream_mmrnn.keys import folder as keys
     from stream_mmrnn.subscription import Reading, document
 
     settings = context.settings

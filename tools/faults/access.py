@@ -24,7 +24,7 @@ from stream_mmrnn import config, topics
 from stream_mmrnn.bus import Address, Keys, Publisher, Subscriber, run_broker
 from stream_mmrnn.dashboard.server import Dashboard
 from stream_mmrnn.errors import StreamError
-from stream_mmrnn.keys import Folder
+from stream_mmrnn.keys.folder import Folder
 from tools.faults.promise import Figure, Say
 
 TITLE = "Access"

@@ -850,15 +850,22 @@ class Page:
     EVERY = 25
 
     def __init__(self, folder: Path) -> None:
-        self._page = Dashboard()
+        self._page = Dashboard(metrics=lambda: b"", posts={"/text": lambda body: "" if body == b'"a"' else "no"})
         self._page.start()
         self._page.update({"x": 1})
+        self._page.sound(0, bytes(64))
         self._port = int(self._page.address.rstrip("/").rsplit(":", 1)[1])
         self._honest = 0
         self._open: list[socket.socket] = []
 
     def _requests(self, rng: Random) -> bytes:
-        path = rng.choice(("/", "/events", "/picture.jpg", "/healthz", "/../../etc/passwd", "/%00", "*", "x" * 70_000))
+        path = rng.choice(
+            (
+                "/", "/events", "/picture.jpg", "/healthz", "/readyz", "/metrics", "/text", "/predictions", "/sound",
+                f"/sound?since={rng.choice(('0', '-1', '9' * 40, '%00', 'x'))}", "/../../etc/passwd", "/%00", "*",
+                "x" * 70_000,
+            )
+        )  # fmt: skip
         method = rng.choice(("GET", "GET", "HEAD", "POST", "OPTIONS", "TRACE", "PRI", "\0", "G" * 1000))
         lines = [
             f"{method} {path} HTTP/{rng.choice(('1.1', '1.0', '0.9', '2.0', '9' * 9))}",
@@ -866,7 +873,9 @@ class Page:
         ]
         extra = (
             "Content-Length: 5", "Content-Length: -1", "Content-Length: " + "9" * 30, "Transfer-Encoding: chunked",
-            "Host: evil.example", "Upgrade: websocket", "X: " + "y" * 70_000, ":", " folded", "Range: bytes=0-",
+            "Host: evil.example", "Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13",
+            "Sec-WebSocket-Key: " + "A" * rng.choice((0, 22, 24, 4000)), "Content-Type: application/json",
+            "X: " + "y" * 70_000, ":", " folded", "Range: bytes=0-",
         )  # fmt: skip
         lines += rng.sample(extra, rng.randrange(4)) + ["A: b"] * rng.choice((0, 0, 200))
         data = "\r\n".join(lines).encode() + b"\r\n\r\n"
