@@ -7,13 +7,13 @@ that is from this machine's, and keeps what it said. Knows nothing about samples
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.config import Lsl
 from stream_mmrnn.errors import FileError, UsageError
+from stream_mmrnn.extras import need
 from stream_mmrnn.remote_clock import RemoteClock
 
 _THIS_MACHINE = """\
@@ -36,7 +36,6 @@ level = -3
 """
 """Streams are looked for, and found, on this machine alone; where answers are quick; and nothing is written
 over our terminal."""
-_EXTRA = "the extra `lsl`: pip install 'stream-mmrnn[lsl]'"
 _PROBE_NS = 1_000_000_000
 _KEPT = 16
 
@@ -49,8 +48,7 @@ def require(settings: Lsl) -> None:
         FileError: the configuration file is not there: the library would go on without it, on all networks.
 
     """
-    if importlib.util.find_spec("pylsl") is None:
-        raise UsageError(f"Lab Streaming Layer needs {_EXTRA}")
+    need("Lab Streaming Layer", "lsl", "pylsl")
     if settings.config and not Path(settings.config).is_file():
         raise FileError(f"lsl.config names {settings.config}, which is no file; name liblsl's lsl_api.cfg, or leave it")
 
@@ -67,7 +65,7 @@ def load(settings: Lsl) -> Any:
     try:
         import pylsl
     except (ImportError, RuntimeError, OSError) as e:  # RuntimeError: the package without its library
-        raise UsageError(f"pylsl cannot be loaded: {e}; install {_EXTRA} anew") from e
+        raise UsageError(f"pylsl cannot be loaded: {e}; install it anew: pip install --force-reinstall pylsl") from e
     try:
         if settings.config:
             pylsl.set_config_filename(settings.config)

@@ -6,13 +6,13 @@ Knows nothing about the bus.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Sequence
 from typing import Any
 
 from stream_mmrnn import config, wire
-from stream_mmrnn.errors import UsageError, WireError
+from stream_mmrnn.errors import WireError
+from stream_mmrnn.extras import need
 from stream_mmrnn.latency import STAGES, stages
 from stream_mmrnn.repeats import Repeats
 from stream_mmrnn.types import Envelope
@@ -25,16 +25,7 @@ _TIMEOUT_S = 1.0
 
 def require() -> None:
     """Raises UsageError where the extra is not installed."""
-    missing = [n for n in ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http") if not _installed(n)]
-    if missing:
-        raise UsageError("trace.ratio needs the extra `otel`: pip install 'stream-mmrnn[otel]'")
-
-
-def _installed(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
+    need("trace.ratio", "otel", "opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
 
 
 class Tracer:

@@ -195,7 +195,7 @@ def test_without_the_package_it_says_how_to_get_it() -> None:
         command = [sys.executable, "-c", code, "live", "--source", "synthetic", *asked]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert done.returncode == 2
-        assert "needs the extra `lsl`: pip install 'stream-mmrnn[lsl]'" in done.stderr
+        assert "needs the extra `lsl` (pylsl missing): pip install 'stream-mmrnn[lsl]'" in done.stderr
     # without its file the library would be on all networks
     with pytest.raises(FileError, match="which is no file"):
         require(config.Lsl(config="/no/such.cfg"))

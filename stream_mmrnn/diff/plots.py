@@ -5,7 +5,6 @@ Needs matplotlib. Knows nothing about recordings.
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 from stream_mmrnn.diff.compare import common, decisions, distance, stretches
 from stream_mmrnn.diff.tracks import Track
 from stream_mmrnn.errors import FileError, UsageError
+from stream_mmrnn.extras import need
 
 _MAX_LINES = 8
 _MAX_HEADS = 8
@@ -21,8 +21,7 @@ _MAX_HEADS = 8
 
 def check(path: Path) -> None:
     """Before anything is computed: can it be drawn? Raises UsageError."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("a plot needs matplotlib: pip install 'stream-mmrnn[plots]'")
+    need("a plot", "plots", "matplotlib")
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise UsageError(f"{path} is no name for a plot; end it in .png, .svg or .pdf")
 

@@ -19,6 +19,7 @@ import msgspec
 
 from stream_mmrnn import topics, wire
 from stream_mmrnn.errors import FileError, UsageError, WireError
+from stream_mmrnn.extras import need
 from stream_mmrnn.interchange.heads import Column, columns_of
 from stream_mmrnn.interchange.writers import Codec, Csv, Mp4, Parquet, Row, Wav, Writer
 from stream_mmrnn.recording import Recording
@@ -211,12 +212,7 @@ def unpack(
     if unknown or not formats:
         raise UsageError(f"there is no format {unknown[0] if unknown else ''!r}; use some of {','.join(FORMATS)}")
     if "parquet" in formats:
-        try:
-            import pyarrow.parquet  # noqa: F401
-        except ImportError as e:
-            raise UsageError(
-                "Parquet needs the extra `export` (pyarrow missing): pip install 'stream-mmrnn[export]'"
-            ) from e
+        need("Parquet", "export", "pyarrow")
     seen = look(path)
     recording = Recording(path)
     wall_offset_ns = recording.started_unix_ns - int(recording.metadata["started_ns"])

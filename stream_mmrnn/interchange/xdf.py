@@ -23,6 +23,7 @@ import numpy.typing as npt
 from stream_mmrnn import config, encoders, topics, wire
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.errors import FileError, UsageError, WireError
+from stream_mmrnn.extras import need
 from stream_mmrnn.pipeline import Outgoing, capture
 from stream_mmrnn.recording import Recorder
 from stream_mmrnn.sources.lsl import int16_of
@@ -77,10 +78,9 @@ def read(path: Path) -> tuple[list[Stream], str, str]:
         FileError: the file is missing, or no XDF.
 
     """
-    try:
-        import pyxdf
-    except ImportError as e:
-        raise UsageError("XDF needs the extra `lsl` (pyxdf missing): pip install 'stream-mmrnn[lsl]'") from e
+    need("XDF", "lsl", "pyxdf")
+    import pyxdf
+
     complaints = _Complaints()
     logger = logging.getLogger("pyxdf")
     logger.addHandler(complaints)

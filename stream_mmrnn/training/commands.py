@@ -5,14 +5,13 @@ Imports torch only when one of them runs. Knows nothing about how anything is do
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from stream_mmrnn.errors import UsageError
+from stream_mmrnn.extras import need
 from stream_mmrnn.terminal import Alive, Json, print_document, say_on
 
 _EXTRA = ("torch", "onnx", "onnxscript", "matplotlib", "tomli_w")
@@ -26,11 +25,7 @@ def register(app: typer.Typer) -> None:
 
 def _training(needs: tuple[str, ...]) -> Any:
     """What the verbs do, where the packages that they need are there; else one sentence that says how to get them."""
-    missing = [name for name in needs if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f"this needs the extra `train` ({', '.join(missing)} missing): pip install 'stream-mmrnn[train]'"
-        )
+    need("this", "train", *needs)
     from stream_mmrnn.training import verbs
 
     return verbs
