@@ -29,6 +29,7 @@ from stream_mmrnn.clock import Sparingly, now_ns
 from stream_mmrnn.errors import FileError, ProcessError, WireError
 from stream_mmrnn.keys import folder as keys
 from stream_mmrnn.log import Note
+from stream_mmrnn.private_folder import private_folder
 from stream_mmrnn.types import Envelope
 
 _AT_ONCE_NS = 1_000_000_000
@@ -49,8 +50,12 @@ def process_context() -> BaseContext:
     """
     if sys.platform == "win32":
         return multiprocessing.get_context("spawn")
-    from multiprocessing import forkserver, resource_tracker
+    from multiprocessing import forkserver, process, resource_tracker, util
 
+    kept = vars(process.current_process())["_config"]
+    if "tempdir" not in kept:  # else the server makes one wherever TMPDIR is, and fails where that is deep
+        kept["tempdir"] = private_folder("pymp-")
+        util.Finalize(None, shutil.rmtree, (kept["tempdir"], True), exitpriority=-100)
     # a pool of BLAS threads in every process is of no use here, and forking one is not safe
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -463,10 +463,12 @@ def test_a_stream_that_freezes_is_stale_and_counted(model: Path, tmp_path: Path)
 @proc_only
 @pytest.mark.parametrize("verb", ["live", "record"])
 @pytest.mark.parametrize("to_group", [False, True])
-def test_a_signal_at_start_up_leaves_nothing(model: Path, tmp_path: Path, verb: str, to_group: bool) -> None:
+def test_a_signal_at_start_up_leaves_nothing(
+    model: Path, tmp_path: Path, short_path: Path, verb: str, to_group: bool
+) -> None:
     """At moments that one start-up takes; tools/faults/stop.py does it at many more."""
     for number, seconds in ((signal.SIGTERM, 0.1), (signal.SIGINT, 0.4), (signal.SIGTERM, 0.8)):
-        path, temporary = tmp_path / f"{seconds}.mcap", tmp_path / f"{seconds}"
+        path, temporary = tmp_path / f"{seconds}.mcap", short_path / f"{seconds}"
         temporary.mkdir()
         args = ("live", "--model", model, "--record", path) if verb == "live" else ("record", path)
         process = subprocess.Popen(

@@ -37,6 +37,7 @@ def test_medians_of_parts() -> None:
 
 TAKER = """
 import os, sys, threading
+print("here", flush=True)
 input()
 held = [open(os.devnull) for _ in range(5)]
 taken = os.urandom(1 << 23)
@@ -47,9 +48,7 @@ input()
 
 
 def test_a_process_is_seen_to_take_files_threads_and_memory() -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", "print('here', flush=True)" + TAKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as child:
+    with subprocess.Popen([sys.executable, "-c", TAKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         assert child.stdin is not None
         child.stdout.readline()

@@ -192,6 +192,17 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @needs_rerun
+@pytest.mark.parametrize("ci", ["", "true"])
+def test_rerun_is_silenced_wherever_it_runs(tmp_path: Path, ci: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CI", raising=False)
+    if ci:
+        monkeypatch.setenv("CI", ci)
+    rerun_viewer.find(tmp_path)
+    [settings] = (tmp_path / "config").rglob("analytics.json")
+    assert json.loads(settings.read_text())["analytics_enabled"] is False
+
+
+@needs_rerun
 def test_rerun_reads_every_message(recording: Path, tmp_path: Path, state: Path) -> None:
     chunk = pytest.importorskip("rerun.chunk", reason="this rerun-sdk has no reader of its own files")
     out = tmp_path / "a.rrd"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-import tempfile
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,6 +15,7 @@ import zmq
 from stream_mmrnn import topics
 from stream_mmrnn.config import LOOPBACK, Policy
 from stream_mmrnn.errors import ProcessError
+from stream_mmrnn.private_folder import private_folder
 
 _LANES = ("publish", "subscribe", "bulk", "view")
 _TRIES, _LAST_PORT = 50, 65_000
@@ -77,7 +77,7 @@ class Address:
     def create(cls, transport: str, host: str = LOOPBACK, port: int = 0, keys: Keys | None = None) -> Address:
         """Fresh addresses: ipc in a private folder (0700), or tcp ports that were free just now."""
         if transport == "ipc":
-            folder = tempfile.mkdtemp(prefix="stream-mmrnn-")
+            folder = private_folder("stream-mmrnn-")
             publish, subscribe, bulk, view = (f"ipc://{folder}/{lane}" for lane in _LANES)
             return cls(publish, subscribe, folder, bulk, view, journal=f"ipc://{folder}/journal")
         if port:
@@ -113,7 +113,7 @@ class Address:
         if sys.platform == "win32":
             self.journal = _free_on_loopback()
         else:
-            self.folder = tempfile.mkdtemp(prefix="stream-mmrnn-")
+            self.folder = private_folder("stream-mmrnn-")
             self.journal = f"ipc://{self.folder}/journal"
         return self
 

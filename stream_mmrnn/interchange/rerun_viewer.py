@@ -38,6 +38,7 @@ def find(folder: Path) -> Rerun:
 
     """
     env = {**os.environ, "XDG_CONFIG_HOME": str(folder / "config"), "XDG_DATA_HOME": str(folder / "data")}
+    env.pop("CI", None)  # where it is set, Rerun does not say where its settings are before there are any
     try:
         for name in ("config", "data"):
             (folder / name).mkdir(parents=True, exist_ok=True)
