@@ -1,15 +1,19 @@
 """DeviceRows: runs over rows of an arena that stays on the graph's device; the graph itself gathers and scatters.
 
 Buckets have fixed shapes and addresses, as CUDA graphs want them. Runs on the CPU, too, where tests compare it with
-`HostRows`. Knows nothing about sessions, ticks or time.
+`HostRows`. They belong to the thread that made them: with CUDA graphs, steps by another one were seen to go wrong (an
+H100, onnxruntime 1.31). Knows nothing about sessions, ticks or time.
 """
 
 from __future__ import annotations
+
+import threading
 
 import numpy as np
 
 from stream_mmrnn import onnx_rows
 from stream_mmrnn.contract import Contract
+from stream_mmrnn.errors import UsageError
 from stream_mmrnn.rows import Shapes, row_inputs, sizes_for
 from stream_mmrnn.runtime import Array, DeviceBinding, DeviceTensor, Graph
 
@@ -39,8 +43,14 @@ class DeviceRows:
         self.batch = min(self._sizes[-1], max(batch, 1))
         self._cuda_graphs = cuda_graphs
         self._buckets: dict[int, DeviceBucket] = {}
+        self._thread = threading.get_ident()
 
     def _of_size(self, size: int) -> DeviceBucket:
+        if threading.get_ident() != self._thread:
+            raise UsageError(
+                f"an engine on {self.graph.provider} belongs to the thread that made it, and another one asks for a "
+                "step: make the engine in the thread that steps it"
+            )
         if size not in self._buckets:
             bucket = DeviceBucket(self, size, 1 + self._sizes.index(size) if self._cuda_graphs else -1)
             # a capture runs the graph more than once: here on rows of nobody, so no state moves
@@ -54,6 +64,7 @@ class DeviceRows:
             self._of_size(size)
 
     def bucket(self, count: int) -> DeviceBucket:
+        """Raises UsageError in another thread than the one that made these rows."""
         return self._of_size(next(s for s in self._sizes if s >= count))
 
     def prewarm(self) -> None:

@@ -42,7 +42,7 @@ def test_all_of_it_runs_on_the_cpu(capsys: pytest.CaptureFixture[str], tmp_path:
     code, said = document(capsys, "--out", str(page))
     assert code == 0
     assert said["passed"]
-    assert [c["ok"] for c in said["checks"]] == [True] * 3
+    assert [c["ok"] for c in said["checks"]] == [True] * 4
     assert said["checks"][0]["steps"] == 60
     assert [row["batch"] for row in said["steps"]] == [1, 8]
     assert all(row["ms"]["no CUDA graph"]["p99"] >= row["ms"]["no CUDA graph"]["p50"] > 0 for row in said["steps"])
@@ -78,7 +78,7 @@ def test_wrong_numbers_are_found(capsys: pytest.CaptureFixture[str], monkeypatch
     code, said = document(capsys)
     assert code == 1
     assert not said["passed"]
-    assert [c["ok"] for c in said["checks"]] == [False, True, True]
+    assert [c["ok"] for c in said["checks"]] == [False, True, True, True]
     assert said["checks"][0]["worst_output"] == pytest.approx(2e-4, rel=0.01)
     assert said["checks"][0]["worst_state"] == 0
     assert "Wrong on cpu: 2 x GRU 16, no CUDA graph" in report.verdict(said)
@@ -132,8 +132,13 @@ def test_a_capture_that_moves_a_state_is_found(gru: Path, monkeypatch: pytest.Mo
     assert said["moved_by_prewarm"] == 2
 
 
-def test_another_thread_may_step_on_the_cpu(gru: Path) -> None:
-    assert checks.from_another_thread(gru, "cpu", 8, 10)
+def test_a_step_by_another_thread_is_refused(gru: Path) -> None:
+    assert checks.another_thread_is_refused("another", gru, "cpu", 8) == {
+        "check": "another",
+        "refused": True,
+        "moved_rows": 0,
+        "ok": True,
+    }
 
 
 def test_cuda_that_is_not_there_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:

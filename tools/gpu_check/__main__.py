@@ -71,12 +71,6 @@ class Check:
             self._engine_is_there(path)
             name = f"2 x GRU {hidden}"
             self.document["checks"] += self._checks(name, path, hidden)
-            if not checks.from_another_thread(
-                path, self._where, self._plan.slots // 8 or 1, self._plan.steps // 10 or 1
-            ):
-                self.document["notes"].append(
-                    f"{name}: a step by another thread than the one that made the engine goes wrong: keep to one thread"
-                )
             self.document["steps"] += self._steps(name, path, hidden)
             self.document["sessions"] += self._sessions(name, path)
             for slots in self._plan.cold_slots:
@@ -105,6 +99,7 @@ class Check:
         yield checks.engine_against_the_cpu(title, path, where, max(plan.slots // 8, 1), steps)
         self._say(f"{name}: making runs (on CUDA: their graphs) moves no state")
         yield checks.capture_moves_nothing(f"{name}: making runs moves no state", path, where, plan.slots, most)
+        yield checks.another_thread_is_refused(f"{name}: a step by another thread", path, where, plan.slots // 8 or 1)
         if not self._no_torch:
             torch_rows = torch_step.TorchRows(hidden, plan.slots, most)
             title, steps = f"{name}, torch with a CUDA graph: as the CPU", max(plan.steps // 10, 1)

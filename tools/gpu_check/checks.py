@@ -17,6 +17,7 @@ from stream_mmrnn.bench import models
 from stream_mmrnn.contract import contract_of
 from stream_mmrnn.device_rows import DeviceRows
 from stream_mmrnn.engine import StepEngine
+from stream_mmrnn.errors import UsageError
 from stream_mmrnn.rows import Bucket, HostRows
 from stream_mmrnn.runtime import Array, Graph, Provider
 from stream_mmrnn.types import Stamps, Tick
@@ -130,12 +131,16 @@ def against_the_cpu(name: str, path: Path, rows: Candidate, slots: int, most: in
     }
 
 
-def from_another_thread(path: Path, provider: Provider, slots: int, steps: int) -> bool:
-    """Whether a step is right that another thread takes than the one that made the rows (and their CUDA graphs)."""
-    rows = device_rows(path, provider, slots, slots)
-    rows.capture()
+def another_thread_is_refused(name: str, path: Path, provider: Provider, slots: int) -> Result:
+    """A step by another thread than the one that made the rows is an error; no state has moved, to the bit."""
+    rows, rng = device_rows(path, provider, slots, slots), np.random.default_rng(7)
+    step(rows, np.arange(slots), np.ones(slots, np.bool_), noise(rng, slots))
+    before = _states(rows, slots)
     with ThreadPoolExecutor(1) as other:
-        return bool(other.submit(against_the_cpu, "", path, rows, slots, slots, steps).result()["ok"])
+        asked = other.submit(step, rows, np.arange(slots), np.zeros(slots, np.bool_), noise(rng, slots))
+        refused = isinstance(asked.exception(), UsageError)
+    moved = sum(_differing(array, before[state]) for state, array in _states(rows, slots).items())
+    return {"check": name, "refused": refused, "moved_rows": moved, "ok": refused and not moved}
 
 
 def _states(rows: Candidate, slots: int) -> dict[str, Array]:
