@@ -21,8 +21,19 @@ from stream_mmrnn.runtime import Array, DeviceBinding, DeviceTensor, Graph
 class DeviceRows:
     """The arena stays on the graph's device; one row more than the slots takes what belongs to nobody."""
 
-    def __init__(self, graph: Graph, contract: Contract, slots: int, batch: int, *, cuda_graphs: bool = True) -> None:
-        """`graph`: the file as it is; it is loaded again with its states in an arena."""
+    def __init__(
+        self,
+        graph: Graph,
+        contract: Contract,
+        slots: int,
+        batch: int,
+        *,
+        cuda_graphs: bool = True,
+        scatter: onnx_rows.Scatter | None = None,
+    ) -> None:
+        """`graph`: the file as it is; it is loaded again with its states in an arena. `scatter`: else as suits its
+        device.
+        """
         wiring = contract.wiring
         carried = {
             wiring.states[s.name].input: onnx_rows.Carried(
@@ -32,9 +43,10 @@ class DeviceRows:
         }
         self.contract, self.scratch = contract, slots
         cuda_graphs = cuda_graphs and graph.provider == "cuda"
-        self.graph = Graph(
-            graph.path, graph.provider, data=onnx_rows.with_arena(graph.data, carried), cuda_graph=cuda_graphs
+        data = onnx_rows.with_arena(
+            graph.data, carried, scatter or ("elements" if graph.provider == "cuda" else "rows")
         )
+        self.graph = Graph(graph.path, graph.provider, data=data, cuda_graph=cuda_graphs)
         self.arena = {
             s.name: DeviceTensor(self.graph, onnx_rows.arena_name(wiring.states[s.name].input), (slots + 1, *s.shape))
             for s in contract.spec.states

@@ -17,7 +17,7 @@ from stream_mmrnn.config import find_model, models_folder
 from stream_mmrnn.contract import contract_of
 from stream_mmrnn.device_rows import DeviceRows
 from stream_mmrnn.errors import ModelError
-from stream_mmrnn.onnx_rows import Carried, with_arena
+from stream_mmrnn.onnx_rows import Carried, Scatter, with_arena
 from stream_mmrnn.rows import SIZES, HostRows, Rows, sizes_for
 from stream_mmrnn.runtime import Graph
 
@@ -30,10 +30,10 @@ def host(path: Path, slots: int, batch: int = 64) -> HostRows:
     return HostRows(graph, contract_of(graph), slots, batch, HOUR_NS)
 
 
-def device(path: Path, slots: int, batch: int = 64) -> DeviceRows:
+def device(path: Path, slots: int, batch: int = 64, scatter: Scatter = "rows") -> DeviceRows:
     """What a GPU runs, on the CPU: the arena inside the graph's run, by gather and scatter."""
     graph = Graph(path)
-    return DeviceRows(graph, contract_of(graph), slots, batch)
+    return DeviceRows(graph, contract_of(graph), slots, batch, scatter=scatter)
 
 
 def fill(rows: Rows, count: int, seed: int) -> None:
@@ -52,11 +52,12 @@ def stepped(rows: Rows, slots: list[int], fresh: list[bool], seed: int) -> list[
     return [b"".join(a[i].tobytes() for a in bucket.outputs.values()) for i in range(count)]
 
 
+@pytest.mark.parametrize("scatter", ["rows", "elements"])
 @pytest.mark.parametrize("name", ["toy", "turn_taking", "digits", "silero"])
-def test_the_graph_with_its_arena_inside_computes_what_the_host_does(name: str, toy: Path) -> None:
+def test_the_graph_with_its_arena_inside_computes_what_the_host_does(name: str, scatter: Scatter, toy: Path) -> None:
     path = {"toy": toy, "silero": SILERO}.get(name) or find_model(name)
     slots = 40
-    a, b = host(path, slots), device(path, slots)
+    a, b = host(path, slots), device(path, slots, scatter=scatter)
     begun: set[int] = set()
     rng = np.random.default_rng(1)
     for k in range(30):
@@ -151,10 +152,11 @@ def states_of(path: Path) -> dict[str, Carried]:
     }
 
 
+@pytest.mark.parametrize("scatter", ["rows", "elements"])
 @pytest.mark.parametrize("name", ["toy", "turn_taking"])
-def test_the_edited_file_is_a_valid_model(name: str, toy: Path) -> None:
+def test_the_edited_file_is_a_valid_model(name: str, scatter: Scatter, toy: Path) -> None:
     path = toy if name == "toy" else find_model(name)
-    model = onnx.load_from_string(with_arena(path.read_bytes(), states_of(path)))
+    model = onnx.load_from_string(with_arena(path.read_bytes(), states_of(path), scatter))
     onnx.checker.check_model(model, full_check=True)
     inputs = {i.name for i in model.graph.input}
     for state in states_of(path):
