@@ -254,6 +254,60 @@ def _locked(array: Array) -> Array | None:
     return whole[begin : begin + array.nbytes].view(array.dtype).reshape(array.shape)
 
 
+_APART_BYTES = 256
+"""Tensors of a block begin at multiples of this, as CUDA's own allocations do."""
+
+
+class _Block:
+    """Tensors beside each other, on the host and on the graph's device: one copy moves them all.
+
+    A copy to or from a GPU takes about 12 us, however little there is to copy (measured on an H100).
+    """
+
+    def __init__(self, graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.provider = graph.provider
+        like = {name: graph.zeros(name, shape) for name, shape in shapes.items()}
+        self.offsets: dict[str, int] = {}
+        size = 0
+        for name, array in like.items():
+            self.offsets[name] = size
+            size += -(-max(array.nbytes, 1) // _APART_BYTES) * _APART_BYTES
+        whole = np.zeros(max(size, 1), np.uint8)
+        locked = _pinned(whole) if graph.provider == "cuda" else None
+        self.pinned = locked is not None
+        self._value, self.whole = locked or (ort.OrtValue.ortvalue_from_numpy(whole, "cpu", 0), whole)
+        self.whole[...] = 0
+        self.arrays: dict[str, Array] = {
+            name: self.whole[at : at + like[name].nbytes].view(like[name].dtype).reshape(like[name].shape)
+            for name, at in self.offsets.items()
+        }
+        for name, array in like.items():
+            self.arrays[name][...] = array
+        self._there = ort.OrtValue.ortvalue_from_numpy(self.whole, graph.provider, 0)
+
+    def place(self, name: str) -> dict[str, Any]:
+        """Where a tensor is on the device, in the words of an IO binding."""
+        array = self.arrays[name]
+        return {
+            "name": name,
+            "device_type": self.provider,
+            "device_id": 0,
+            "element_type": array.dtype.type,
+            "shape": array.shape,
+            "buffer_ptr": self._there.data_ptr() + self.offsets[name],
+        }
+
+    def send(self) -> None:
+        self._there.update_inplace(self.whole)
+
+    def fetch(self) -> None:
+        self._value.update_inplace(self._there)
+
+    def fetch_around(self) -> None:
+        """The same through an array that is made anew each time."""
+        np.copyto(self.whole, self._there.numpy())
+
+
 class DeviceBinding:
     """A graph with all tensors on its own device, bound once: write `inputs`, `run()`, read `outputs`.
 
@@ -271,24 +325,15 @@ class DeviceBinding:
         graph_id: int = -1,
     ) -> None:
         """`held` maps an input to (the output written to the same memory, that memory)."""
-        self.inputs: dict[str, Array] = {}
-        self.outputs: dict[str, Array] = {}
-        self.pinned = graph.provider == "cuda"
         self._session = graph.session
         self._io = graph.session.io_binding()
-        self._there: dict[str, Any] = {}
-        self._here: dict[str, Any] = {}
-        for names, arrays in ((inputs, self.inputs), (outputs, self.outputs)):
-            for name, shape in names.items():
-                array = graph.zeros(name, shape)
-                self._there[name] = ort.OrtValue.ortvalue_from_numpy(array, graph.provider, 0)
-                locked = _pinned(array) if graph.provider == "cuda" else None
-                self.pinned = self.pinned and locked is not None
-                self._here[name], arrays[name] = locked or (ort.OrtValue.ortvalue_from_numpy(array, "cpu", 0), array)
+        self._given, self._said = _Block(graph, inputs), _Block(graph, outputs)
+        self.inputs, self.outputs = self._given.arrays, self._said.arrays
+        self.pinned = self._given.pinned and self._said.pinned
         for name in inputs:
-            self._io.bind_ortvalue_input(name, self._there[name])
+            self._io.bind_input(**self._given.place(name))
         for name in outputs:
-            self._io.bind_ortvalue_output(name, self._there[name])
+            self._io.bind_output(**self._said.place(name))
         self._held = dict(held)
         for name, (following, tensor) in held.items():
             self._io.bind_ortvalue_input(name, tensor.value)
@@ -296,24 +341,18 @@ class DeviceBinding:
         self._options = ort.RunOptions()
         if graph.provider == "cuda":
             self._options.add_run_config_entry("gpu_graph_id", str(graph_id))
-        self._direct = self._copies_directly()
+        self._fetch = self._said.fetch if self._copies_directly() else self._said.fetch_around
 
     def _copies_directly(self) -> bool:
         """Whether outputs can be copied into host memory of ours; else each fetch makes an array of its own."""
         try:
-            for name in self.outputs:
-                self._here[name].update_inplace(self._there[name])
+            self._said.fetch()
         except Exception:  # not every build of onnxruntime knows the way
             return False
         return True
 
     def run(self) -> None:
-        for name, array in self.inputs.items():
-            self._there[name].update_inplace(array)
+        self._given.send()
         self._session.run_with_iobinding(self._io, self._options)
         self._io.synchronize_outputs()
-        for name, array in self.outputs.items():
-            if self._direct:
-                self._here[name].update_inplace(self._there[name])
-            else:
-                np.copyto(array, self._there[name].numpy())
+        self._fetch()
