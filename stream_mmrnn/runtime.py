@@ -272,7 +272,7 @@ class _Block:
         for name, array in like.items():
             self.offsets[name] = size
             size += -(-max(array.nbytes, 1) // _APART_BYTES) * _APART_BYTES
-        whole = np.zeros(max(size, 1), np.uint8)
+        whole: Array = np.zeros(max(size, 1), np.uint8)
         locked = _pinned(whole) if graph.provider == "cuda" else None
         self.pinned = locked is not None
         self._value, self.whole = locked or (ort.OrtValue.ortvalue_from_numpy(whole, "cpu", 0), whole)

@@ -337,15 +337,17 @@ in lock step are stepped together."""
 
 _GPU = """## On a GPU
 
-Measured on one NVIDIA H100 on 2026-11-26: `docs/gpu.md` has the tables. All ten checks hold: CUDA computes what the
+Measured on one NVIDIA H100 on 2026-11-26: `docs/gpu.md` has the tables. All twelve checks hold: CUDA computes what the
 CPU computes (2e-7 in outputs, 8e-7 in states, over 1,000 steps), with CUDA graphs and without; making the graphs moves
-no state (onnxruntime issue 32243: they are captured on rows of nobody); host buffers are page-locked. By rows it holds
-47,104 sessions at 25 Hz (2 layers of 256); `StepEngine.step`, with Python objects for each tick, holds 8,192.
+no state (onnxruntime issue 32243: they are captured on rows of nobody); host buffers are page-locked; a step by another
+thread than the engine's is refused (it went wrong before it was). By rows the GPU holds 131,072 sessions at 25 Hz
+(2 layers of 256); `StepEngine.step`, with Python objects for each tick, holds 14,336.
 
-It does **not** beat what one would write by hand for a GPU: the same step as a CUDA graph of torch, with its fused GRU
-cell, takes 0.32 to 0.65 times ours from 1 to 1,024 rows of 256, and 0.48 to 0.56 times at 4,096 and 16,384. Where the
-time goes was not measured; the graph is made of plain operators (Gemm, Sigmoid, Tanh); inputs are copied one by one.
-A step by another thread than the one that made the engine went wrong in that run, and is an error since.
+It does **not** beat what one would write by hand for a GPU: torch's CUDA graph of the same step, with its fused GRU cell,
+takes 0.71 to 0.86 times ours from 1 to 1,024 rows of 256, and 0.63 at 16,384. The rest is the graph: it is made of plain
+operators (Gemm, Split, Sigmoid), 47 kernels a step where torch has 24. The first run of the day was slower, with 0.32 to
+0.65: onnxruntime's ScatterND on CUDA copies a row by one thread (194 of 306 us of kernels at 256 rows, seen with torch's
+profiler), and each input had a copy of its own (12 us). States are scattered by number now, and inputs copied at once.
 
     python -m tools.gpu_check --out docs/gpu.md      # right within 1e-4 over 1,000 steps; 1 to 16,384 rows
     python -m tools.gpu_check --provider cpu         # tries the tool itself where there is no GPU
