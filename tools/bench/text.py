@@ -343,11 +343,12 @@ no state (onnxruntime issue 32243: they are captured on rows of nobody); host bu
 thread than the engine's is refused (it went wrong before it was). By rows the GPU holds 131,072 sessions at 25 Hz
 (2 layers of 256); `StepEngine.step`, with Python objects for each tick, holds 14,336.
 
-It does **not** beat what one would write by hand for a GPU: torch's CUDA graph of the same step, with its fused GRU cell,
-takes 0.71 to 0.86 times ours from 1 to 1,024 rows of 256, and 0.63 at 16,384. The rest is the graph: it is made of plain
-operators (Gemm, Split, Sigmoid), 47 kernels a step where torch has 24. The first run of the day was slower, with 0.32 to
-0.65: onnxruntime's ScatterND on CUDA copies a row by one thread (194 of 306 us of kernels at 256 rows, seen with torch's
-profiler), and each input had a copy of its own (12 us). States are scattered by number now, and inputs copied at once.
+It does **not** beat what one would write by hand for a GPU: torch's CUDA graph of the same step, with its fused GRU
+cell, takes 0.71 to 0.86 times ours from 1 to 1,024 rows of 256, and 0.63 at 16,384. The rest is the graph: it is made
+of plain operators (Gemm, Split, Sigmoid), 47 kernels a step where torch has 24. The first run of the day was slower,
+with 0.32 to 0.65: onnxruntime's ScatterND on CUDA copies a row by one thread (194 of 306 us of kernels at 256 rows,
+seen with torch's profiler), and each input had a copy of its own (12 us). States are scattered by number now, and
+inputs copied at once.
 
     python -m tools.gpu_check --out docs/gpu.md      # right within 1e-4 over 1,000 steps; 1 to 16,384 rows
     python -m tools.gpu_check --provider cpu         # tries the tool itself where there is no GPU
