@@ -199,7 +199,7 @@ def test_a_publisher_and_a_count_of_gaps_go_on_where_another_was(address: Addres
     gaps.restore(*reader.gaps.snapshot())
     assert vars(gaps) == vars(reader.gaps)
     counted = set(vars(gaps)) - {"_midway"}  # how the reader came, not what it has seen
-    assert counted == {"_next", "_before", "received", "lost"}, "is what came new part of its snapshot?"
+    assert counted == {"_next", "_before", "_ended", "received", "lost"}, "is what came new part of its snapshot?"
     gaps.see(Envelope("feature/text", "s", 6, 0, 0, 0, b""))
     assert gaps.lost == {"feature/text": 2}
     assert reader.gaps.lost == {}

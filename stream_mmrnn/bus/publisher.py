@@ -14,8 +14,8 @@ from stream_mmrnn.types import Envelope, Payload
 _LOOK_EVERY_NS = 50_000_000
 MAX_STREAMS = 65_536
 """Streams, each a topic of a session, whose numbers a reader remembers before it forgets those long silent."""
-MAX_ENDED = 1024
-"""The same of sessions that have ended: a message of theirs may still be on its way."""
+MAX_ENDED = 256
+"""Sessions that have ended, of which it remembers the same: a message of theirs may still be on its way."""
 _NOBODY = b"nobody"
 """A topic that nobody reads."""
 Numbers = list[tuple[str, str, int]]

@@ -1,11 +1,12 @@
 """Who reads: envelopes in the order of the broker, what is missing among them, and what a slow reader is still given.
 
-Knows nothing about what messages mean, beyond a clock that says we are heard.
+Knows nothing about what messages mean, beyond a clock that says we are heard and sessions that begin and end.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 
 import zmq
@@ -18,7 +19,7 @@ from stream_mmrnn.bus.publisher import MAX_ENDED, MAX_STREAMS, Numbers
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.config import Policy
 from stream_mmrnn.errors import WireError
-from stream_mmrnn.types import Envelope
+from stream_mmrnn.types import Envelope, Payload
 
 
 class Gaps:
@@ -29,46 +30,69 @@ class Gaps:
         self._midway = midway
         self._next: dict[tuple[str, str], int] = {}
         self._before: dict[tuple[str, str], int] = {}
-        """Of streams that were silent since the others filled `_next`, or whose sessions have ended."""
+        """Of streams that were silent since the others filled `_next`."""
+        self._ended: OrderedDict[str, dict[str, int]] = OrderedDict()
+        """Of sessions that have ended, by topic: something may still be on its way."""
         self.received: dict[str, int] = {}
         """By topic; all statuses are one."""
         self.lost: dict[str, int] = {}
 
     def see(self, envelope: Envelope) -> None:
-        topic, seq = envelope.topic, envelope.seq
-        key = (topic, envelope.session)
+        topic, session, seq = envelope.topic, envelope.session, envelope.seq
+        key = (topic, session)
         expected = self._next.get(key)
-        if expected is None:
-            expected = self._unseen(key, seq)
-        topic = topics.counted_as(topic)
-        self.received[topic] = self.received.get(topic, 0) + 1
-        if seq > expected:
-            self.lost[topic] = self.lost.get(topic, 0) + seq - expected
         # a seq below the expected one is a publisher that began anew
-        self._next[key] = seq + 1
+        if expected is not None:
+            self._next[key] = seq + 1
+        elif (ended := self._ended.get(session)) is not None:
+            expected = ended.get(topic, self._first(session, seq))
+            ended[topic] = seq + 1
+        else:
+            expected = self._unseen(key, seq)
+            self._next[key] = seq + 1
+        counted = topics.counted_as(topic)
+        self.received[counted] = self.received.get(counted, 0) + 1
+        if seq > expected:
+            self.lost[counted] = self.lost.get(counted, 0) + seq - expected
+        if topic == topics.SESSION:
+            self._hear(session, envelope.payload)
 
     def _unseen(self, key: tuple[str, str], seq: int) -> int:
         """The number that is expected of a stream that is not among those heard of late."""
         if len(self._next) >= MAX_STREAMS:
             self._before, self._next = self._next, {}
-        # what belongs to no session has begun before we listened; a session's streams begin with it, at 0
-        return self._before.pop(key, seq if self._midway or key[1] == topics.EVERYONE else 0)
+        return self._before.pop(key, self._first(key[1], seq))
 
-    def end(self, session: str) -> None:
-        """A session has ended: its numbers are kept a while, for what is still on its way."""
-        for key in ((topic, session) for topic in topics.TOPICS):
-            if key in self._next:
-                self._before[key] = self._next.pop(key)
-        while len(self._before) > MAX_ENDED:
-            del self._before[next(iter(self._before))]
+    def _first(self, session: str, seq: int) -> int:
+        # what belongs to no session has begun before we listened; a session's streams begin with it, at 0
+        return seq if self._midway or session == topics.EVERYONE else 0
+
+    def _hear(self, session: str, payload: Payload) -> None:
+        """A session begins or ends: of those that have ended, the numbers of some are kept, and of no more."""
+        try:
+            op = wire.unpack(payload, wire.SessionMessage).op
+        except WireError:
+            return
+        if op == "open":
+            for topic, seq in self._ended.pop(session, {}).items():
+                self._next[topic, session] = seq
+        elif op == "close" and session not in self._ended:
+            numbers: dict[str, int] = {}
+            for kept in (self._before, self._next):
+                numbers |= {topic: kept.pop((topic, session)) for topic in topics.TOPICS if (topic, session) in kept}
+            self._ended[session] = numbers
+            while len(self._ended) > MAX_ENDED:
+                self._ended.popitem(last=False)
 
     def snapshot(self) -> tuple[Numbers, dict[str, int], dict[str, int]]:
         """All of it as a value: the next number of each stream; received; lost."""
-        numbers = [(topic, session, seq) for (topic, session), seq in (self._before | self._next).items()]
+        ended = {(topic, session): seq for session, kept in self._ended.items() for topic, seq in kept.items()}
+        numbers = [(topic, session, seq) for (topic, session), seq in (ended | self._before | self._next).items()]
         return numbers, self.received, self.lost
 
     def restore(self, numbers: Numbers, received: dict[str, int], lost: dict[str, int]) -> None:
         self._next, self._before = {(topic, session): seq for topic, session, seq in numbers}, {}
+        self._ended.clear()
         self.received, self.lost = dict(received), dict(lost)
 
 

@@ -113,7 +113,6 @@ def engine(context: Context) -> None:
                 reporter.say("ready", f"{name} is quarantined, {why}")
             if envelope.topic == topics.SESSION:
                 if envelope.session not in step_engine:
-                    subscriber.gaps.end(envelope.session)
                     publisher.end(envelope.session)
                 if not len(step_engine):
                     reporter.say("closed")
