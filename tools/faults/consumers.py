@@ -135,19 +135,15 @@ def _streams(got: list[list[Any]]) -> dict[str, dict[str, set[int]]]:
 def _uncounted(reader: dict[str, Any], witness: dict[str, Any]) -> tuple[int, int]:
     """Messages that the reader missed, by the witness; and by how many its own counts are off, over all topics."""
     there, had = _streams(witness["got"]), _streams(reader["got"])
-    first = {(topic, session): seq for topic, session, seq in reader["first"]}
     true: Counter[str] = Counter()
     before: Counter[str] = Counter()
-    for topic, sessions in had.items():
-        name = topics.counted_as(topic)
-        for session, seqs in sessions.items():
-            begin = first[topic, session]
-            true[name] += sum(begin <= seq <= max(seqs) and seq not in seqs for seq in there[topic][session])
-            # a session's streams begin with it: what was sent before the reader was heard of is counted as lost
-            before[name] += begin if session != topics.EVERYONE else 0
+    for topic, session, first, newest in reader["came"]:
+        name, seqs = topics.counted_as(topic), had[topic][session]
+        true[name] += sum(first <= seq <= newest and seq not in seqs for seq in there[topic][session])
+        # a session's streams begin with it: what was sent before the reader was heard of is counted as lost
+        before[name] += first if session != topics.EVERYONE else 0
     off = 0
-    for name in {topics.counted_as(topic) for topic in had}:
-        counts = reader["tally"][name]
+    for name, counts in reader["tally"].items():
         off += abs(true[name] - (counts["produced"] - counts["delivered"] - counts["waiting"] - before[name]))
     missed = true.total()
     return missed, off

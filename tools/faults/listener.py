@@ -21,22 +21,25 @@ from stream_mmrnn.config import Policy
 from stream_mmrnn.types import Envelope
 
 
-class _Firsts(Gaps):
-    """Remembers, too, which message of each stream was the first to come, whether it was handed out or not."""
+class _Ends(Gaps):
+    """Remembers, too, the first and the newest message of each stream that came, handed out or not."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first: dict[tuple[str, str], int] = {}
+        self.newest: dict[tuple[str, str], int] = {}
 
     def see(self, envelope: Envelope) -> None:
-        self.first.setdefault((envelope.topic, envelope.session), envelope.seq)
+        key = (envelope.topic, envelope.session)
+        self.first.setdefault(key, envelope.seq)
+        self.newest[key] = envelope.seq
         super().see(envelope)
 
 
 def listen(address: Address, policy: Policy, queue: int) -> dict[str, Any]:
     """Messages as (topic, session, seq, read_ns, age_ns); the reader's own counts."""
     reader = Subscriber(address, [""], queue, policy)
-    reader.gaps = firsts = _Firsts()
+    reader.gaps = ends = _Ends()
     print("up", flush=True)
     got: list[tuple[str, str, int, int, int]] = []
     said: list[str] = []
@@ -53,8 +56,8 @@ def listen(address: Address, policy: Policy, queue: int) -> dict[str, Any]:
         if going and select.select([sys.stdin], [], [], 0)[0]:
             going = False
     reader.close()
-    first = [(topic, session, seq) for (topic, session), seq in firsts.first.items()]
-    return {"got": got, "said": said, "tally": reader.tally(), "first": first}
+    came = [(*stream, first, ends.newest[stream]) for stream, first in ends.first.items()]
+    return {"got": got, "said": said, "tally": reader.tally(), "came": came}
 
 
 class Listener:
