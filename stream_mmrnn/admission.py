@@ -52,6 +52,7 @@ class Admission:
     def __init__(self, period_ns: int, share: float) -> None:
         """`period_ns`: of a session's ticks; `share`: of it that the slowest hundredth may take."""
         self.bound_ns = share * period_ns
+        self._least: Cost | None = None
         self._counts = np.ones(WINDOW)
         self._took_ns = np.zeros(WINDOW)
         self._at = self._held = 0
@@ -74,14 +75,22 @@ class Admission:
         late_ns = took_ns - call_ns - counts * tick_ns
         return Cost(call_ns, tick_ns, max(float(np.quantile(late_ns, 0.99, method="lower")), 0.0))
 
+    def settle(self) -> None:
+        """What was measured so far is the least that will be counted on, however quick a few steps are.
+
+        While sessions come one by one, steps hold few ticks each: a line through those says little of full ones, and
+        has been seen to let in a quarter more than could be served.
+        """
+        self._least = self.cost()
+
+    def _costs(self) -> list[Cost]:
+        return [cost for cost in (self._least, self.cost()) if cost is not None]
+
     def admits(self, sessions: int) -> bool:
         """Whether so many sessions can be served in time."""
-        cost = self.cost()
-        return cost is None or cost.p99_ns(sessions) <= self.bound_ns
+        return all(cost.p99_ns(sessions) <= self.bound_ns for cost in self._costs())
 
     def capacity(self) -> int | None:
         """The most sessions that can be served in time; None where nobody can say (yet)."""
-        cost = self.cost()
-        if cost is None or not cost.tick_ns:
-            return None
-        return max(int((self.bound_ns - cost.p99_ns(0)) / cost.tick_ns), 0)
+        most = [int((self.bound_ns - cost.p99_ns(0)) / cost.tick_ns) for cost in self._costs() if cost.tick_ns]
+        return max(min(most), 0) if most else None

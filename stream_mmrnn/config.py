@@ -141,8 +141,9 @@ class State(_Section, frozen=True):
 class Admission(_Section, frozen=True):
     """When one session more is refused, though there is a slot."""
 
-    share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.7
-    """Of the tick: what the slowest hundredth of predictions may take, with one session more."""
+    share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.5
+    """Of the tick: what the slowest hundredth of predictions may take, with one session more. Half: machines that are
+    shared with others have been seen to step at half their speed for seconds."""
     retry_s: _Positive = 1.0
     """The soonest that one who was refused is told to ask again, ..."""
     retry_max_s: _Positive = 30.0

@@ -428,6 +428,7 @@ class Sessions:
                         self.admission.add(count, took_ns)
                 if round_ and spent_ns > _MEASURED_NS:
                     break
+            self.admission.settle()
         finally:
             for name in names:
                 self.engine.close(name)

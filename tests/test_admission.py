@@ -75,3 +75,21 @@ def test_what_is_long_ago_is_forgotten() -> None:
 
 def test_the_share_is_of_the_tick() -> None:
     assert fed(0, 1_000_000, [1, 2, 3, 4] * 10, 0.5).capacity() == 20
+
+
+def test_what_was_settled_is_the_least_that_is_counted_on() -> None:
+    """A ramp of small steps that happen to be quick lets nobody in whom full steps could not serve."""
+    admission = Admission(TICK_NS, 0.5)
+    for count in (1, 16, 64) * 20:
+        admission.add(count, 1_000_000 + count * 200_000)
+    before = admission.capacity()
+    admission.settle()
+    for count in (1, 2, 3) * 300:
+        admission.add(count, 100_000 + count * 100_000)
+    assert admission.capacity() == before
+    assert before is not None
+    assert admission.admits(before)
+    assert not admission.admits(before + 1)
+    for count in (1, 16, 64) * 300:  # slower than ever: that counts at once
+        admission.add(count, 1_000_000 + count * 400_000)
+    assert (admission.capacity() or 0) < before

@@ -325,7 +325,7 @@ def test_an_engine_that_is_measured_refuses_what_it_could_not_serve(make: Make) 
     assert len(sessions.engine) == 0  # who measured has left
     for i in range(512):  # this model as if a tick took 4 ms
         admission.add(1 + i % 4, (1 + i % 4) * 4_000_000)
-    for i in range(7):  # 0.7 of 40 ms
+    for i in range(5):  # half of 40 ms
         sessions.open(f"s{i}", now_ns=NOW)
     with pytest.raises(Busy, match="could not be served in time") as busy:
         sessions.open("more", now_ns=NOW)

@@ -105,4 +105,5 @@ def _grown(counts: list[int]) -> int:
 
 
 def run(quick: bool, say: Say) -> Iterator[Figure]:
-    yield from figures(12.0 if quick else 60.0, 20.0, say, quick, 8.0 if quick else 30.0)
+    # what is bounded by a number of sessions that have ended is full after some 0.4 h of event time
+    yield from figures(12.0 if quick else 150.0, 20.0, say, quick, 8.0 if quick else 90.0)
