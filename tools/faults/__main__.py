@@ -51,10 +51,16 @@ def line(figure: Figure) -> str:
     return f"{figure.name:44} {figure.value:>12.6g}{unit:10} {figure.relation} {figure.bound:<10g} {verdict}"
 
 
-def keep(folder: Path, name: str, document: dict[str, Any]) -> None:
+def keep(name: str, about: dict[str, Any], found: dict[str, Any], folder: Path = KEPT) -> None:
+    """What a subject measured, and when and on which machine, for the page."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = {"when": document["when"], "machine": document["machine"], **document["subjects"][name]}
+    found = {"when": about["when"], "machine": about["machine"], **found}
     (folder / f"{name}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def write() -> None:
+    """The page, of all that is kept."""
+    PAGE.write_text(page(kept(KEPT), {n: subject(n) for n in SUBJECTS}), encoding="utf-8")
 
 
 def kept(folder: Path) -> dict[str, dict[str, Any]]:
@@ -94,10 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seconds, others = round(time.monotonic() - start_s, 1), processes.used().other_cpu
         document["subjects"][name] = {"figures": figures, "seconds": seconds, "other_cpu": others}
         if given.write:
-            keep(KEPT, name, document)
+            keep(name, document, document["subjects"][name])
     document["held"] = held
     if given.write:
-        PAGE.write_text(page(kept(KEPT), {n: subject(n) for n in SUBJECTS}), encoding="utf-8")
+        write()
     print(json.dumps(document))
     return 0 if held else 3
 

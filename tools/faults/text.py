@@ -32,7 +32,8 @@ def page(told: Mapping[str, dict[str, Any]], subjects: Mapping[str, Subject]) ->
     parts = [_HEAD]
     not_promised: list[str] = []
     for name, module in subjects.items():
-        parts.append(f"## {module.TITLE}\n\n    python -m tools.faults --only {name}\n")
+        command = told.get(name, {}).get("command", f"python -m tools.faults --only {name}")
+        parts.append(f"## {module.TITLE}\n\n    {command}\n")
         not_promised += module.NOT_PROMISED
         if name not in told:
             parts.append("Not run.\n")
