@@ -1,4 +1,4 @@
-"""`python -m tools.soak [--minutes 10] [--speed 20] [--json] [--write]`: hours of sessions in minutes, what they cost."""
+"""`python -m tools.soak [--minutes 10] [--speed 20] [--json] [--write]`: hours of sessions in minutes, their cost."""
 
 from __future__ import annotations
 
