@@ -37,15 +37,16 @@ def test_the_page_names_figures_bounds_and_what_is_not_promised(tmp_path: Path) 
         NOT_PROMISED = ("The moon.",)
 
     figure = Figure("a_c_s", "what was done", 0.7, "s", 0.5)
-    document = {
+    about = {
         "when": "2000-01-01",
         "machine": {"cpu": "c", "instructions": "avx2", "cores": 1, "kernel": "k", "python": "3"},
-        "subjects": {
-            "state": {"figures": [{**figure._asdict(), "held": figure.held}], "seconds": 1.0, "other_cpu": 0.4}
-        },
     }
-    keep(tmp_path, "state", document)
-    text = page(kept(tmp_path), {"state": Fake(), "stop": Fake()})  # type: ignore[dict-item]
+    found = {"figures": [{**figure._asdict(), "held": figure.held}], "seconds": 1.0, "other_cpu": 0.4}
+    keep("state", about, found, tmp_path)
+    keep("soak", about, {**found, "command": "by hand"}, tmp_path)
+    text = page(kept(tmp_path), {"state": Fake(), "soak": Fake(), "stop": Fake()})  # type: ignore[dict-item]
+    assert "    python -m tools.faults --only state\n" in text
+    assert "    by hand\n" in text
     assert "2000-01-01, 1 s on 1 cores of c (avx2), Python 3; others" in text
     assert "used 40 % of a core." in text
     assert text.count("Not run.") == 1
