@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from stream_mmrnn import journal, wire
 from stream_mmrnn.align import Aligner, AlignerState
-from stream_mmrnn.bus import Caller, Gaps, Numbers, Publisher, Subscriber
+from stream_mmrnn.bus import Caller, Gaps, GapsState, Numbers, Publisher, Subscriber
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.errors import ProcessError, SessionError, StreamError, WireError
 from stream_mmrnn.snapshots import Snapshot, from_bytes, to_bytes
@@ -49,7 +49,7 @@ class Checkpoint(msgspec.Struct, frozen=True):
     sessions: dict[str, bytes]
     """Each one's recurrent state, as `snapshots` writes it."""
     aligner: AlignerState
-    gaps: tuple[Numbers, dict[str, int], dict[str, int]]
+    gaps: GapsState
     numbers: Numbers
     """The publisher's."""
     counts: dict[str, int]
@@ -165,6 +165,6 @@ class Checkpoints:
                     engine.close(name)
             self._aligner.restore(before)
             raise
-        self._subscriber.gaps.restore(*checkpoint.gaps)
+        self._subscriber.gaps.restore(checkpoint.gaps)
         self._publisher.go_on(checkpoint.numbers)
         self._counts.update(checkpoint.counts)

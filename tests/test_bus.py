@@ -196,7 +196,7 @@ def test_a_publisher_and_a_count_of_gaps_go_on_where_another_was(address: Addres
     assert drain(reader, 1)[0].seq == 3
     assert reader.gaps.lost == {}
     gaps = Gaps()
-    gaps.restore(*reader.gaps.snapshot())
+    gaps.restore(reader.gaps.snapshot())
     assert vars(gaps) == vars(reader.gaps)
     counted = set(vars(gaps)) - {"_midway"}  # how the reader came, not what it has seen
     assert counted == {"_next", "_before", "_ended", "received", "lost"}, "is what came new part of its snapshot?"

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import toy_model
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from stream_mmrnn import journal, topics, wire
@@ -122,6 +122,7 @@ def bus(toy: Path) -> Bus:
 
 @settings(max_examples=60)
 @given(deaths=st.lists(st.floats(0.01, 0.99), max_size=4), every=st.integers(1, 40), lose=st.integers(0, 5))
+@example(deaths=[0.9375, 0.9375, 0.9375], every=1, lose=0)  # after one session has ended, before the others have
 def test_whoever_ends_nothing_is_missing_and_nothing_differs(
     toy: Path, bus: list[Envelope], deaths: list[float], every: int, lose: int
 ) -> None:

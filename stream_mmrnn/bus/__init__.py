@@ -12,7 +12,7 @@ from stream_mmrnn.bus.address import Address, Keys, Right, new_pair, public_of
 from stream_mmrnn.bus.broker import Door, run_broker
 from stream_mmrnn.bus.lines import LineSocket
 from stream_mmrnn.bus.publisher import Numbers, Publisher
-from stream_mmrnn.bus.subscriber import Gaps, Subscriber
+from stream_mmrnn.bus.subscriber import Gaps, GapsState, Subscriber
 from stream_mmrnn.bus.tap import Caller, Tap
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Caller",
     "Door",
     "Gaps",
+    "GapsState",
     "Keys",
     "LineSocket",
     "Numbers",

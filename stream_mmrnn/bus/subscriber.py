@@ -21,6 +21,10 @@ from stream_mmrnn.config import Policy
 from stream_mmrnn.errors import WireError
 from stream_mmrnn.types import Envelope, Payload
 
+GapsState = tuple[Numbers, dict[str, dict[str, int]], dict[str, int], dict[str, int]]
+"""The next number of each stream; that of the streams of sessions that have ended, by session and topic; received;
+lost."""
+
 
 class Gaps:
     """Counts, per stream, what a reader got and what its sequence numbers say is missing. Bounded."""
@@ -84,15 +88,15 @@ class Gaps:
             while len(self._ended) > MAX_ENDED:
                 self._ended.popitem(last=False)
 
-    def snapshot(self) -> tuple[Numbers, dict[str, int], dict[str, int]]:
-        """All of it as a value: the next number of each stream; received; lost."""
-        ended = {(topic, session): seq for session, kept in self._ended.items() for topic, seq in kept.items()}
-        numbers = [(topic, session, seq) for (topic, session), seq in (ended | self._before | self._next).items()]
-        return numbers, self.received, self.lost
+    def snapshot(self) -> GapsState:
+        """All of it as a value."""
+        numbers = [(topic, session, seq) for (topic, session), seq in (self._before | self._next).items()]
+        return numbers, dict(self._ended), self.received, self.lost
 
-    def restore(self, numbers: Numbers, received: dict[str, int], lost: dict[str, int]) -> None:
+    def restore(self, state: GapsState) -> None:
+        numbers, ended, received, lost = state
         self._next, self._before = {(topic, session): seq for topic, session, seq in numbers}, {}
-        self._ended.clear()
+        self._ended = OrderedDict((session, dict(kept)) for session, kept in ended.items())
         self.received, self.lost = dict(received), dict(lost)
 
 
