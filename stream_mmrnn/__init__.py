@@ -1,6 +1,7 @@
 """A streaming real-time sequence predictor.
 
-`subscribe` reads the predictions of a running session. Importing this opens and imports nothing else.
+`subscribe` reads the predictions of a running session; `Client` and `AsyncClient` have sessions of their own on a
+server. Importing this opens and imports nothing else.
 """
 
 from __future__ import annotations
@@ -8,14 +9,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stream_mmrnn.serve.client import AsyncClient as AsyncClient
+    from stream_mmrnn.serve.client import Client as Client
     from stream_mmrnn.subscription import PredictionView as PredictionView
     from stream_mmrnn.subscription import Subscription as Subscription
     from stream_mmrnn.subscription import subscribe as subscribe
 
-__all__ = ["PredictionView", "Subscription", "subscribe"]
+__all__ = ["AsyncClient", "Client", "PredictionView", "Subscription", "subscribe"]
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("AsyncClient", "Client"):
+        from stream_mmrnn.serve import client
+
+        return getattr(client, name)
     if name in __all__:
         from stream_mmrnn import subscription
 

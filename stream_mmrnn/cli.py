@@ -27,6 +27,7 @@ from stream_mmrnn.doctor.commands import doctor
 from stream_mmrnn.errors import ConfigError, StreamError
 from stream_mmrnn.interchange import commands as interchange
 from stream_mmrnn.keys import commands as keys_commands
+from stream_mmrnn.serve.commands import serve
 from stream_mmrnn.settings import commands as settings_commands
 from stream_mmrnn.signals import ENDING, held
 from stream_mmrnn.terminal import (
@@ -471,6 +472,7 @@ def repair(
     console.print(verified(result["result"]), soft_wrap=True)
 
 
+app.command()(serve)
 app.command()(devices)
 app.command()(doctor)
 app.add_typer(settings_commands.app, name="config")

@@ -150,6 +150,21 @@ class Admission(_Section, frozen=True):
     """... and the latest."""
 
 
+class Serve(_Section, frozen=True):
+    """A server of sessions for other programs: `stream-mmrnn serve`."""
+
+    host: str = LOOPBACK
+    """The address that it binds; one that others can reach needs `keys`."""
+    port: _Port = 7701
+    """0: any free one."""
+    keys: str = ""
+    """A folder made by `stream-mmrnn keys new`: with it nobody gets in who has no key that may write."""
+    slots: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 1024
+    """Sessions at most; `admission` lets in no more than can be served in time."""
+    queue: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 256
+    """Ticks of one session that may wait for their step, and messages that a client may leave unread."""
+
+
 class Record(_Section, frozen=True):
     path: str = ""
     """"" records nothing."""
@@ -280,6 +295,7 @@ class Settings(_Section, frozen=True):
     engine: Engine = Engine()
     state: State = State()
     admission: Admission = Admission()
+    serve: Serve = Serve()
     record: Record = Record()
     bus: Bus = Bus()
     queues: Queues = Queues()
@@ -408,6 +424,11 @@ def _check_access(settings: Settings) -> None:
         raise ConfigError(
             f"`bus.host` {bus.host} can be reached by others: make keys (stream-mmrnn keys new FOLDER) and name the "
             f"folder in bus.keys, or bind {LOOPBACK}"
+        )
+    if not is_loopback(settings.serve.host) and not settings.serve.keys:
+        raise ConfigError(
+            f"`serve.host` {settings.serve.host} can be reached by others: make keys (stream-mmrnn keys new FOLDER) "
+            f"and name the folder in serve.keys, or bind {LOOPBACK}"
         )
     if not is_loopback(page.host) and not page.token_file:
         raise ConfigError(

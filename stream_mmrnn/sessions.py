@@ -13,6 +13,8 @@ import hmac
 import re
 import secrets
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
+from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
 import msgspec
@@ -24,8 +26,8 @@ from stream_mmrnn.errors import BadTick, Busy, DuplicateSession, Evicted, Sessio
 from stream_mmrnn.snapshots import NEVER, Array, Snapshot, StateStore
 from stream_mmrnn.types import ModelSpec, Prediction, Stamps, Tick
 
-Reason: TypeAlias = Literal["idle", "cancelled", "leaving"]
-"""Why a session lost its slot: it was silent, its peer broke off, or the engine goes."""
+Reason: TypeAlias = Literal["idle", "cancelled", "leaving", "lost"]
+"""Why a session lost its slot: it was silent, its peer broke off, the engine goes, or a part of it has died."""
 
 _TOKEN_SHA256 = "token_sha256"  # noqa: S105 a name, not a secret
 _MEASURED_ROUNDS, _MEASURED_NS = 16, 1_000_000_000
@@ -100,24 +102,29 @@ class Sessions:
         admission: config.Admission | None = None,
         wall_offset_ns: int = 0,
         make_token: Callable[[], str] = secrets.token_urlsafe,
+        writer: Executor | None = None,
     ) -> None:
         """`admission`: with it the engine is measured at once, and never given more than it can serve in time; without,
-        slots are the only limit. `wall_offset_ns` (`clock.wall_offset_ns`) makes Unix time of the times given.
+        slots are the only limit. `wall_offset_ns` (`clock.wall_offset_ns`) makes Unix time of the times given. With a
+        `writer` of one thread `keep` does not wait for the disk; who ends it does so after `leave`.
         """
         self.engine, self.store, self.settings = engine, store, settings
         self.counts = {
-            **dict.fromkeys(("opened", "resumed", "closed", "evicted", "stepped", "duplicates", "stale", "skipped"), 0),
-            **dict.fromkeys(("busy", "unknown", "duplicate", "evicted_asked", "bad_ticks", "saved", "unsaved"), 0),
+            **dict.fromkeys(("opened", "resumed", "closed", "evicted", "lost", "stepped", "duplicates", "stale"), 0),
+            **dict.fromkeys(("skipped", "busy", "unknown", "duplicate", "evicted_asked", "bad_ticks"), 0),
+            **dict.fromkeys(("saved", "unsaved"), 0),
         }
         """`duplicates`: ticks that were their session's last one again, `stale`: older ones; both were not stepped.
         `skipped`: ticks that never came. `busy`, `unknown`, `duplicate`, `evicted_asked`: refusals. `unsaved`: states
-        that could not be written; a session stays open rather than be evicted so."""
+        that could not be written; a session stays open rather than be evicted so. `lost`: with a part of the engine."""
         self.last_problem = ""
         """Why the newest state could not be written."""
         self._offset_ns = wall_offset_ns
         self._idle_ns = round(settings.idle_s * 1e9)
         self._make_token = make_token
         self._live: dict[str, _Live] = {}
+        self._writer = writer
+        self._writing: dict[str, Future[Path]] = {}
         self._sizes = tuple((m.name, (m.size,)) for m in engine.spec.modalities)
         self._retry = admission or config.Admission()
         self.admission: Admission | None = None
@@ -220,8 +227,10 @@ class Sessions:
         *,
         now_ns: int,
         refused: Callable[[Tick, SessionError], None] | None = None,
+        skipped: Callable[[Tick], None] | None = None,
     ) -> list[Prediction]:
-        """Predictions for the ticks, in their order, less those that their session has seen, which are counted.
+        """Predictions for the ticks, in their order, less those that their session has seen, which are counted and
+        given to `skipped`.
 
         Ticks of sessions that are not open, and ticks that do not fit the model, go to `refused` with their error and
         do not hold up the others. Without `refused` the error is raised, and nothing was stepped.
@@ -233,14 +242,19 @@ class Sessions:
         """
         checked: list[Tick] = []
         for tick in ticks:
-            error = self._missing(tick.session, now_ns) if tick.session not in self._live else self._misfit(tick)
+            error = self.missing(tick.session, now_ns) if tick.session not in self._live else self._misfit(tick)
             if error is None:
                 checked.append(tick)
             elif refused is None:
                 raise error
             else:
                 refused(tick, error)
-        fit = [tick for tick in checked if self._is_new(tick, now_ns)]
+        fit: list[Tick] = []
+        for tick in checked:
+            if self._is_new(tick, now_ns):
+                fit.append(tick)
+            elif skipped is not None:
+                skipped(tick)
         if not fit:
             return []
         predictions = self.engine.step(fit)
@@ -281,9 +295,14 @@ class Sessions:
             return BadTick(f"tick {tick.index} of session {tick.session!r}: expected an index from 0 on")
         return None
 
+    def next_index(self, session: str) -> int:
+        """The first tick of an open session that is still to come."""
+        return self._live[session].last + 1
+
     def reset(self, session: str, *, now_ns: int) -> None:
         """Start the session's state anew; its ticks count on. Raises UnknownSession or Evicted."""
-        self._find(session, now_ns).heard_ns = now_ns
+        live = self._find(session, now_ns)
+        live.heard_ns, live.unsaved = now_ns, -1
         self.engine.reset(session)
 
     # ---- leaving -------------------------------------------------------------------------------------------------
@@ -296,10 +315,11 @@ class Sessions:
             Evicted: it is not open, and the token is not its.
 
         """
+        self._settle(session)
         if self._live.pop(session, None) is not None:
             self.engine.close(session)
         elif token is None or not self._owns(session, token, now_ns):
-            raise self._missing(session, now_ns)
+            raise self.missing(session, now_ns)
         self.store.forget(session)
         self.counts["closed"] += 1
 
@@ -317,6 +337,14 @@ class Sessions:
 
         """
         return self._evict(session, self._find(session, now_ns), "cancelled", now_ns)
+
+    def lose(self, session: str) -> Notice:
+        """The engine has lost its state with a part of itself: the slot is free, and what is on disk of it stays."""
+        live = self._live.pop(session)
+        self._settle(session)
+        self.engine.close(session)
+        self.counts["lost"] += 1
+        return Notice(session, live.token, "lost", 0)
 
     def evict_idle(self, now_ns: int) -> list[Notice]:
         """Put to disk what was silent for too long. What cannot be written stays, and is counted."""
@@ -348,17 +376,28 @@ class Sessions:
     def keep(self, now_ns: int, most: int = 1) -> list[str]:
         """Write snapshots of at most `most` sessions that are due, those with the most ticks since their last first.
 
-        For when there is nothing to step: a write waits for the disk. After a crash a session goes on from its newest
-        snapshot, and what it is told as `next_index` says which ticks to send again. One that cannot be written is
-        counted, and is due again.
+        For when there is nothing to step: without a writer it waits for the disk. After a crash a session goes on from
+        its newest snapshot, and what it is told as `next_index` says which ticks to send again. One that cannot be
+        written is counted, and is due again.
         """
-        every = self.settings.snapshot_every
+        for session in [name for name, writing in self._writing.items() if writing.done()]:
+            self._settle(session)
+        every, most = self.settings.snapshot_every, most - len(self._writing)
+        if most <= 0:
+            return []
         due = [(live.unsaved, name) for name, live in self._live.items() if live.unsaved < 0 or live.unsaved >= every]
         if not every or not due:
             return []
         due.sort(key=lambda of: (of[0] >= 0, -of[0]))
         saved = []
         for _, session in due[:most]:
+            if self._writer is not None:
+                live = self._live[session]
+                made = self._snapshot(session, live)
+                self._writing[session] = self._writer.submit(self.store.save, made, self._unix_ns(now_ns))
+                live.unsaved = 0
+                saved.append(session)
+                continue
             try:
                 self._save(session, self._live[session], now_ns)
                 saved.append(session)
@@ -366,15 +405,46 @@ class Sessions:
                 self.last_problem = str(e)
         return saved
 
+    def _settle(self, session: str) -> None:
+        """A state that is being written is on disk, or its session is due again: before anything else is done to it."""
+        writing = self._writing.pop(session, None)
+        if writing is None:
+            return
+        try:
+            writing.result()
+            self.counts["saved"] += 1
+        except SnapshotError as e:
+            self.counts["unsaved"] += 1
+            self.last_problem = str(e)
+            if (live := self._live.get(session)) is not None:
+                live.unsaved = -1
+
+    def flush(self, session: str, *, now_ns: int) -> int:
+        """Write the session's state now; the first tick that is not in it.
+
+        Raises:
+            UnknownSession, Evicted: it is not open.
+            SnapshotError: it cannot be written; it is open still.
+
+        """
+        live = self._find(session, now_ns)
+        self._settle(session)
+        if live.unsaved:
+            self._save(session, live, now_ns)
+        return live.last + 1
+
     def sweep(self, now_ns: int) -> int:
         """Remove states that have outlived their time; how many files that were."""
         return self.store.sweep(self._unix_ns(now_ns))
 
-    def _save(self, session: str, live: _Live, now_ns: int) -> None:
+    def _snapshot(self, session: str, live: _Live) -> Snapshot:
         extra: dict[str, bytes | str] = {_TOKEN_SHA256: _sha256(live.token)}  # who reads the disk resumes nothing
-        state = self.engine.snapshot(session)
+        return Snapshot(session, self.engine.spec.sha256, live.last, self.engine.snapshot(session), extra)
+
+    def _save(self, session: str, live: _Live, now_ns: int) -> None:
+        self._settle(session)
         try:
-            self.store.save(Snapshot(session, self.engine.spec.sha256, live.last, state, extra), self._unix_ns(now_ns))
+            self.store.save(self._snapshot(session, live), self._unix_ns(now_ns))
         except SnapshotError:
             self.counts["unsaved"] += 1
             raise
@@ -389,10 +459,11 @@ class Sessions:
     def _find(self, session: str, now_ns: int) -> _Live:
         live = self._live.get(session)
         if live is None:
-            raise self._missing(session, now_ns)
+            raise self.missing(session, now_ns)
         return live
 
-    def _missing(self, session: str, now_ns: int) -> SessionError:
+    def missing(self, session: str, now_ns: int) -> SessionError:
+        """What is to be said of a session that is not open: UnknownSession, or Evicted where its state is kept."""
         if self.store.holds(session, self._unix_ns(now_ns)):
             return self._evicted(session)
         self.counts["unknown"] += 1

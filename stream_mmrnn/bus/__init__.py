@@ -10,6 +10,7 @@ where keys are kept: who may come in is asked of a function.
 
 from stream_mmrnn.bus.address import Address, Keys, Right, new_pair, public_of
 from stream_mmrnn.bus.broker import Door, run_broker
+from stream_mmrnn.bus.direct import AsyncDealer, Dealer, Router
 from stream_mmrnn.bus.lines import LineSocket
 from stream_mmrnn.bus.publisher import Numbers, Publisher
 from stream_mmrnn.bus.subscriber import Gaps, GapsState, Subscriber
@@ -17,7 +18,9 @@ from stream_mmrnn.bus.tap import Caller, Tap
 
 __all__ = [
     "Address",
+    "AsyncDealer",
     "Caller",
+    "Dealer",
     "Door",
     "Gaps",
     "GapsState",
@@ -26,6 +29,7 @@ __all__ = [
     "Numbers",
     "Publisher",
     "Right",
+    "Router",
     "Subscriber",
     "Tap",
     "new_pair",

@@ -1,0 +1,152 @@
+"""One to one over ZeroMQ: a server that many connect to and answers each, and the two kinds of clients of it.
+
+Messages are bytes; who speaks first and what is said is the callers' business. Knows nothing about the bus.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Literal
+
+import zmq
+
+from stream_mmrnn import config
+from stream_mmrnn.bus.address import Keys, secure
+from stream_mmrnn.bus.broker import Door
+from stream_mmrnn.errors import ProcessError
+
+_HEARTBEAT_MS, _DEAD_AFTER_MS = 2000, 6000
+"""A peer whose machine is gone is noticed by this, not only by what cannot be sent."""
+Fate = Literal["sent", "gone", "slow"]
+"""Of a message: on its way, its peer has gone, or its peer does not read and its queue is full."""
+
+
+class Router:
+    """Binds one place; receives from all peers, answers one."""
+
+    def __init__(self, host: str, port: int, queue: int, max_bytes: int, door: Door | None = None) -> None:
+        """`port` 0: any free one. `queue`: messages a peer may have waiting each way before `slow`.
+
+        Raises:
+            ProcessError: the place is taken, or others could reach it and there is no door.
+
+        """
+        if door is None and not config.is_loopback(host):
+            raise ProcessError(f"the server does not bind {host} without keys: others could reach it; set serve.keys")
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._over = threading.Event()
+        self._doorkeeper: threading.Thread | None = None
+        secure(self._socket, None)
+        self._socket.set_hwm(queue)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
+        _watch_peers(self._socket)
+        if door is not None:
+            door.guard(self._socket, "write")
+            self._doorkeeper = door.open(self._context, self._over)
+        place = f"tcp://{f'[{host}]' if ':' in host else host}"
+        try:
+            self.port = port or self._socket.bind_to_random_port(place)
+            if port:
+                self._socket.bind(f"{place}:{port}")
+        except zmq.ZMQError as e:
+            self.close(0)
+            raise ProcessError(f"the server cannot bind {place}:{port}: {e}; give serve.port or serve.host") from e
+        self.address = f"{place}:{self.port}"
+
+    def receive(self, timeout_ms: int) -> tuple[bytes, bytes] | None:
+        """Who, and what; None after the time. What has not two parts is given with the first and the last."""
+        if not self._socket.poll(timeout_ms, zmq.POLLIN):
+            return None
+        frames = self._socket.recv_multipart()
+        return frames[0], frames[-1] if len(frames) == 2 else b""
+
+    def send(self, peer: bytes, content: bytes) -> Fate:
+        try:
+            self._socket.send_multipart((peer, content), zmq.DONTWAIT)
+        except zmq.Again:
+            return "slow"
+        except zmq.ZMQError:
+            return "gone"
+        return "sent"
+
+    def close(self, linger_ms: int = 500) -> None:
+        self._over.set()
+        if self._doorkeeper is not None:
+            self._doorkeeper.join()
+        self._context.destroy(linger=linger_ms)
+
+
+def _watch_peers(socket: zmq.Socket[bytes]) -> None:
+    socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _DEAD_AFTER_MS)
+
+
+def _connect(socket: Any, address: str, queue: int, max_bytes: int, keys: Keys | None) -> None:
+    secure(socket, keys)
+    socket.set_hwm(queue)
+    socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
+    socket.setsockopt(zmq.RECONNECT_IVL, 50)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+    _watch_peers(socket)
+    try:
+        socket.connect(address)
+    except zmq.ZMQError as e:
+        socket.close(0)
+        raise ProcessError(f"{address!r} is no address to connect to ({e}); expected tcp://HOST:PORT") from e
+
+
+class Dealer:
+    """A connection to a `Router`; comes back by itself where the server does."""
+
+    def __init__(self, address: str, queue: int, max_bytes: int, keys: Keys | None = None) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        try:
+            _connect(self._socket, address, queue, max_bytes, keys)
+        except ProcessError:
+            self._context.term()
+            raise
+
+    def receive(self, timeout_ms: int) -> bytes | None:
+        return self._socket.recv_multipart()[-1] if self._socket.poll(timeout_ms, zmq.POLLIN) else None
+
+    def send(self, content: bytes) -> bool:
+        """False where the queue is full: nobody reads at the other end."""
+        try:
+            self._socket.send(content, zmq.DONTWAIT)
+        except zmq.Again:
+            return False
+        return True
+
+    def close(self) -> None:
+        self._socket.close(linger=500)
+        self._context.term()
+
+
+class AsyncDealer:
+    """The same for an event loop."""
+
+    def __init__(self, address: str, queue: int, max_bytes: int, keys: Keys | None = None) -> None:
+        import zmq.asyncio  # here: it brings all of asyncio, which none of our processes wants
+
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        try:
+            _connect(self._socket, address, queue, max_bytes, keys)
+        except ProcessError:
+            self._context.term()
+            raise
+
+    async def receive(self) -> bytes:
+        frames: list[bytes] = await self._socket.recv_multipart()
+        return frames[-1]
+
+    async def send(self, content: bytes) -> None:
+        """Waits while the queue is full."""
+        await self._socket.send(content)
+
+    def close(self) -> None:
+        self._socket.close(linger=500)
+        self._context.term()

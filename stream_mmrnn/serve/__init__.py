@@ -1,0 +1,1 @@
+"""Sessions of other programs, over ZeroMQ, on one engine: `stream-mmrnn serve` and its client."""

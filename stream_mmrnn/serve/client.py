@@ -1,0 +1,551 @@
+"""Client, AsyncClient: sessions of an engine that `stream-mmrnn serve` runs, from a program of yours.
+
+    from stream_mmrnn import Client
+
+    with Client("tcp://127.0.0.1:7701") as client, client.open("alice") as session:
+        for features in source:                      # {"audio": float32 [n], ...}; a missing one is absent
+            answer = session.step(features)
+            print(answer.tick, answer.heads)
+
+A server that dies and comes back is met again: sessions go on from its newest state, and ticks that it has not seen are
+sent again. One thread, or one event loop, uses a client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from stream_mmrnn.bus import AsyncDealer, Dealer, Keys
+from stream_mmrnn.clock import now_ns
+from stream_mmrnn.errors import NotRunning, SessionError, TimedOut, WireError
+from stream_mmrnn.keys.folder import Folder
+from stream_mmrnn.serve import protocol
+from stream_mmrnn.serve.conversation import Answer, Conversation, Track
+
+QUEUE = 4096
+"""Messages that may wait each way."""
+_LOOK_MS = 100
+_TIMEOUT_S = 5.0
+
+
+def _keys(keys: str | Path | Keys | None, server: str) -> Keys | None:
+    """Those of a folder; `server`: the public key of the server, where the folder is not the server's own."""
+    if keys is None or isinstance(keys, Keys):
+        return keys
+    return Folder(Path(keys)).keys(server)
+
+
+class _Session:
+    """What both kinds of session know without asking."""
+
+    def __init__(self, conversation: Conversation, track: Track) -> None:
+        self._conversation, self._track = conversation, track
+
+    @property
+    def name(self) -> str:
+        return self._track.name
+
+    @property
+    def token(self) -> str:
+        """Secret: with it the session can be opened from elsewhere, or later."""
+        return self._track.token or ""
+
+    @property
+    def next_tick(self) -> int:
+        """What the next tick will be called, unless it is given."""
+        return self._track.next_tick
+
+    @property
+    def resumed(self) -> bool:
+        """Whether it began with a state."""
+        return self._track.opened is not None and self._track.opened.resumed
+
+    @property
+    def skipped(self) -> int:
+        """Ticks that the server had seen already, whose answers went with it or that were sent twice."""
+        return self._track.skipped
+
+    @property
+    def waiting(self) -> int:
+        """Ticks that have no answer yet."""
+        return len(self._track.unanswered)
+
+    def send(
+        self,
+        features: Mapping[str, Any],
+        *,
+        tick: int | None = None,
+        event_ns: int = 0,
+        age_ns: Mapping[str, int] | None = None,
+    ) -> int:
+        """Send one tick and do not wait; its index.
+
+        `features`: float32 [size] by modality; one that is missing or None is absent. `tick`: its index, the next one
+        if not given. `event_ns`: its end, by a clock of yours; it comes back with the answer. `age_ns`: by modality,
+        how old the newest sample is at the tick's end.
+
+        Raises:
+            BadTick: it is not of this model; nothing was sent.
+            Evicted: the session has been taken over, or cannot go on.
+
+        """
+        index = self._conversation.put(self._track, features, tick, event_ns, age_ns, now_ns())
+        self._post()
+        return index
+
+    def _post(self) -> None:
+        """Hand what is to be said to the transport."""
+
+
+def _taken(track: Track) -> Answer | None:
+    """The next answer that waits; raises what was said instead of one."""
+    if track.answers:
+        said = track.answers.popleft()
+        if isinstance(said, SessionError):
+            raise said
+        return said
+    if track.error is not None:
+        raise track.error
+    return None
+
+
+class Session(_Session):
+    """One session of a `Client`; as a context manager it is closed at the end."""
+
+    def __init__(self, client: Client, track: Track) -> None:
+        super().__init__(client.conversation, track)
+        self._client = client
+
+    def _post(self) -> None:
+        self._client.post()
+
+    def step(
+        self,
+        features: Mapping[str, Any],
+        *,
+        tick: int | None = None,
+        event_ns: int = 0,
+        age_ns: Mapping[str, int] | None = None,
+        timeout_s: float = _TIMEOUT_S,
+    ) -> Answer | None:
+        """Send one tick and wait for its answer, as `send` and `receive`; answers to earlier ticks are passed over.
+
+        None where the session had seen this tick already.
+        """
+        index = self.send(features, tick=tick, event_ns=event_ns, age_ns=age_ns)
+        end_ns = now_ns() + round(timeout_s * 1e9)
+        while (answer := self._next(end_ns, lambda: index not in self._track.unanswered)) is not None:
+            if answer.tick == index:
+                return answer
+        return None
+
+    def receive(self, timeout_s: float = _TIMEOUT_S) -> Answer | None:
+        """The next answer; None where no tick waits for one. Raises TimedOut, or the error that a tick got instead."""
+        return self._next(now_ns() + round(timeout_s * 1e9), lambda: not self._track.unanswered)
+
+    def _next(self, end_ns: int, over: Callable[[], bool]) -> Answer | None:
+        track = self._track
+        self._client.wait(
+            lambda: bool(track.answers) or track.error is not None or over(),
+            end_ns,
+            f"no answer came to {len(track.unanswered)} ticks of session {track.name!r}",
+        )
+        return _taken(track)
+
+    def answers(self, timeout_s: float = _TIMEOUT_S) -> Iterator[Answer]:
+        """Answers as they come, while ticks wait for one."""
+        while (answer := self.receive(timeout_s)) is not None:
+            yield answer
+
+    def _ask(self, request: protocol.Request, timeout_s: float) -> protocol.Done | protocol.Flushed:
+        track = self._track
+        if track.error is not None:
+            raise track.error
+        track.done = None
+        self._client.conversation.say(request)
+        self._client.wait(
+            lambda: track.done is not None or track.error is not None,
+            now_ns() + round(timeout_s * 1e9),
+            f"session {track.name!r} had no reply",
+        )
+        return _done(track)
+
+    def flush(self, timeout_s: float = _TIMEOUT_S) -> int:
+        """Until every tick sent before is answered and the state is on the server's disk; the tick after those."""
+        done = self._ask(protocol.Flush(session=self.name), timeout_s)
+        return done.next if isinstance(done, protocol.Flushed) else self.next_tick
+
+    def reset(self, timeout_s: float = _TIMEOUT_S) -> None:
+        """Start the state anew; ticks count on."""
+        self._ask(protocol.Reset(session=self.name), timeout_s)
+        self._track.sent.clear()
+
+    def close(self, timeout_s: float = _TIMEOUT_S) -> None:
+        """The session is over, and nothing of it is kept. Where it is over already, this does nothing."""
+        try:
+            if self._track.error is None:
+                self._ask(protocol.Close(session=self.name, token=self._track.token), timeout_s)
+        finally:
+            self._client.conversation.tracks.pop(self.name, None)
+
+    def leave(self) -> None:
+        """Let the session be, to be opened again with its token, from here or elsewhere."""
+        self._client.conversation.tracks.pop(self.name, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            with contextlib.suppress(Exception):  # the first error is the one to be seen
+                self.close(1.0)
+
+
+def _done(track: Track) -> protocol.Done | protocol.Flushed:
+    if track.error is not None:
+        error, track.error = track.error, None
+        raise error
+    assert track.done is not None
+    return track.done
+
+
+def _ready(conversation: Conversation, track: Track) -> None:
+    """An `open` has been answered; raises its refusal."""
+    if track.error is not None:
+        del conversation.tracks[track.name]
+        raise track.error
+
+
+class Client:
+    """A connection to a server of sessions."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        keys: str | Path | Keys | None = None,
+        server_key: str = "",
+        timeout_s: float = _TIMEOUT_S,
+    ) -> None:
+        """`address`: tcp://HOST:PORT. `keys`: a folder made by `stream-mmrnn keys new`, where the server asks for keys;
+        `server_key`: the server's public key then.
+
+        Raises:
+            NotRunning: nobody answers there, or not to these keys.
+            ProcessError: it is no address, or another version answers.
+
+        """
+        self.conversation = Conversation()
+        self._address = address
+        self._dealer = Dealer(address, QUEUE, protocol.MAX_BYTES, _keys(keys, server_key))
+        self._looked_ns = now_ns()
+        self.conversation.say(protocol.Hello())
+        try:
+            self.wait(
+                lambda: self.conversation.welcome is not None, now_ns() + round(timeout_s * 1e9), "it said nothing"
+            )
+        except TimedOut:
+            self.close()
+            raise NotRunning(
+                f"no server answers at {address}: start one by stream-mmrnn serve, and see that its keys let you in"
+            ) from None
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def model(self) -> protocol.Welcome:
+        """What the server's model takes and says."""
+        assert self.conversation.welcome is not None
+        return self.conversation.welcome
+
+    def open(self, session: str, token: str | None = None, timeout_s: float = _TIMEOUT_S) -> Session:
+        """Begin a session, or go on with one by its token.
+
+        Raises:
+            Busy: there is no room for one more; `retry_after_s` says when to ask again.
+            DuplicateSession, Evicted, UnknownSession, SessionError: as the server says.
+            TimedOut: it says nothing.
+
+        """
+        track = self.conversation.track(session)
+        self.conversation.say(protocol.Open(session=session, token=token))
+        try:
+            self.wait(
+                lambda: track.opened is not None or track.error is not None,
+                now_ns() + round(timeout_s * 1e9),
+                f"session {session!r} had no reply",
+            )
+        except TimedOut:
+            del self.conversation.tracks[session]
+            raise
+        _ready(self.conversation, track)
+        return Session(self, track)
+
+    def post(self) -> None:
+        """Send what is to be said, as far as the queue takes it."""
+        out = self.conversation.out
+        while out and self._dealer.send(out[0]):
+            out.popleft()
+
+    def wait(self, over: Callable[[], bool], end_ns: int, late: str) -> None:
+        """Listen until `over`; raises TimedOut at `end_ns`."""
+        talk = self.conversation
+        self.post()
+        while not over():
+            at_ns = now_ns()
+            if talk.problem is not None:
+                raise talk.problem
+            if at_ns >= end_ns:
+                raise TimedOut(f"{late} from {self._address} in time")
+            content = self._dealer.receive(min((end_ns - at_ns) // 1_000_000 + 1, _LOOK_MS))
+            at_ns = now_ns()
+            if content is not None:
+                with contextlib.suppress(WireError):  # nothing of ours: as if it had not come
+                    talk.hear(content, at_ns)
+            if at_ns - self._looked_ns > _LOOK_MS * 1_000_000:
+                self._looked_ns = at_ns
+                talk.look(at_ns)
+            if talk.out:
+                self.post()
+
+    def close(self) -> None:
+        """Sessions that are open are not closed: their tokens bring them back."""
+        self._dealer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class AsyncSession(_Session):
+    """One session of an `AsyncClient`; as an async context manager it is closed at the end."""
+
+    def __init__(self, client: AsyncClient, track: Track) -> None:
+        super().__init__(client.conversation, track)
+        self._client = client
+
+    def _post(self) -> None:
+        self._client.wake()
+
+    async def step(
+        self,
+        features: Mapping[str, Any],
+        *,
+        tick: int | None = None,
+        event_ns: int = 0,
+        age_ns: Mapping[str, int] | None = None,
+        timeout_s: float = _TIMEOUT_S,
+    ) -> Answer | None:
+        """As `Session.step`."""
+        index = self.send(features, tick=tick, event_ns=event_ns, age_ns=age_ns)
+        while (answer := await self._next(timeout_s, lambda: index not in self._track.unanswered)) is not None:
+            if answer.tick == index:
+                return answer
+        return None
+
+    async def receive(self, timeout_s: float = _TIMEOUT_S) -> Answer | None:
+        """As `Session.receive`."""
+        return await self._next(timeout_s, lambda: not self._track.unanswered)
+
+    async def _next(self, timeout_s: float, over: Callable[[], bool]) -> Answer | None:
+        track = self._track
+        await self._client.wait(
+            track.name,
+            lambda: bool(track.answers) or track.error is not None or over(),
+            timeout_s,
+            f"no answer came to {len(track.unanswered)} ticks of session {track.name!r}",
+        )
+        return _taken(track)
+
+    async def answers(self, timeout_s: float = _TIMEOUT_S) -> AsyncIterator[Answer]:
+        """Answers as they come, while ticks wait for one."""
+        while (answer := await self.receive(timeout_s)) is not None:
+            yield answer
+
+    async def _ask(self, request: protocol.Request, timeout_s: float) -> protocol.Done | protocol.Flushed:
+        track = self._track
+        if track.error is not None:
+            raise track.error
+        track.done = None
+        self._client.conversation.say(request)
+        self._client.wake()
+        await self._client.wait(
+            track.name,
+            lambda: track.done is not None or track.error is not None,
+            timeout_s,
+            f"session {track.name!r} had no reply",
+        )
+        return _done(track)
+
+    async def flush(self, timeout_s: float = _TIMEOUT_S) -> int:
+        """As `Session.flush`."""
+        done = await self._ask(protocol.Flush(session=self.name), timeout_s)
+        return done.next if isinstance(done, protocol.Flushed) else self.next_tick
+
+    async def reset(self, timeout_s: float = _TIMEOUT_S) -> None:
+        """As `Session.reset`."""
+        await self._ask(protocol.Reset(session=self.name), timeout_s)
+        self._track.sent.clear()
+
+    async def close(self, timeout_s: float = _TIMEOUT_S) -> None:
+        """As `Session.close`."""
+        try:
+            if self._track.error is None:
+                await self._ask(protocol.Close(session=self.name, token=self._track.token), timeout_s)
+        finally:
+            self._client.conversation.tracks.pop(self.name, None)
+
+    def leave(self) -> None:
+        """As `Session.leave`."""
+        self._client.conversation.tracks.pop(self.name, None)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        if kind is None:
+            await self.close()
+        else:
+            with contextlib.suppress(Exception):
+                await self.close(1.0)
+
+
+class AsyncClient:
+    """The same for an event loop: `async with AsyncClient(address) as client`."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        keys: str | Path | Keys | None = None,
+        server_key: str = "",
+        timeout_s: float = _TIMEOUT_S,
+    ) -> None:
+        """As for `Client`; the connection is made by `async with`."""
+        self.conversation = Conversation()
+        self._address, self._timeout_s = address, timeout_s
+        self._keys = _keys(keys, server_key)
+        self._dealer: AsyncDealer | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._said = asyncio.Event()
+        self._waiting: dict[str, set[asyncio.Future[None]]] = {}
+        """Who waits, by session; "" for the server itself."""
+
+    @property
+    def model(self) -> protocol.Welcome:
+        """What the server's model takes and says."""
+        assert self.conversation.welcome is not None
+        return self.conversation.welcome
+
+    def wake(self) -> None:
+        """There is something to be said."""
+        self._said.set()
+
+    async def _speak(self, dealer: AsyncDealer) -> None:
+        out = self.conversation.out
+        while True:
+            while out:
+                await dealer.send(out[0])
+                out.popleft()
+            self._said.clear()
+            await self._said.wait()
+
+    async def _listen(self, dealer: AsyncDealer) -> None:
+        while True:
+            content = await dealer.receive()
+            with contextlib.suppress(WireError):
+                self._tell(self.conversation.hear(content, now_ns()))
+
+    async def _look(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_MS / 1000)
+            self.conversation.look(now_ns())
+            if self.conversation.out:
+                self._said.set()
+
+    def _tell(self, session: str) -> None:
+        """Who waits for this session looks again; where the server has a problem, everyone does."""
+        names = [session] if self.conversation.problem is None else list(self._waiting)
+        for name in names:
+            for waits in self._waiting.get(name, ()):
+                if not waits.done():
+                    waits.set_result(None)
+        if self.conversation.out:
+            self._said.set()
+
+    async def wait(self, session: str, over: Callable[[], bool], timeout_s: float, late: str) -> None:
+        """Until `over`, which only what is heard of the session can change; raises TimedOut after the time."""
+        end_ns = now_ns() + round(timeout_s * 1e9)
+        while not over():
+            if self.conversation.problem is not None:
+                raise self.conversation.problem
+            for task in self._tasks:
+                if task.done():
+                    task.result()
+            left_s = (end_ns - now_ns()) / 1e9
+            if left_s <= 0:
+                raise TimedOut(f"{late} from {self._address} in time")
+            waits = asyncio.get_running_loop().create_future()
+            self._waiting.setdefault(session, set()).add(waits)
+            try:
+                await asyncio.wait((waits, *self._tasks), timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                self._waiting[session].discard(waits)
+                if not self._waiting[session]:
+                    del self._waiting[session]
+
+    async def open(self, session: str, token: str | None = None, timeout_s: float = _TIMEOUT_S) -> AsyncSession:
+        """As `Client.open`."""
+        track = self.conversation.track(session)
+        self.conversation.say(protocol.Open(session=session, token=token))
+        self.wake()
+        try:
+            await self.wait(
+                session,
+                lambda: track.opened is not None or track.error is not None,
+                timeout_s,
+                f"session {session!r} had no reply",
+            )
+        except TimedOut:
+            del self.conversation.tracks[session]
+            raise
+        _ready(self.conversation, track)
+        return AsyncSession(self, track)
+
+    async def __aenter__(self) -> Self:
+        dealer = self._dealer = AsyncDealer(self._address, QUEUE, protocol.MAX_BYTES, self._keys)
+        self._tasks = [asyncio.create_task(c) for c in (self._speak(dealer), self._listen(dealer), self._look())]
+        self.conversation.say(protocol.Hello())
+        self.wake()
+        try:
+            await self.wait("", lambda: self.conversation.welcome is not None, self._timeout_s, "it said nothing")
+        except TimedOut:
+            await self.__aexit__()
+            raise NotRunning(
+                f"no server answers at {self._address}: start one by stream-mmrnn serve, and see that its keys let you "
+                "in"
+            ) from None
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Sessions that are open are not closed: their tokens bring them back."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._dealer is not None:
+            self._dealer.close()

@@ -1,0 +1,171 @@
+"""Server: a host of sessions behind a socket, in one process and one thread; what is ready is stepped at once.
+
+States go to disk by a thread that does nothing else. Knows nothing about terminals or signals.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any
+
+from msgspec.structs import replace
+
+from stream_mmrnn import config
+from stream_mmrnn.bus.direct import Router
+from stream_mmrnn.clock import Sparingly, now_ns, wall_offset_ns
+from stream_mmrnn.errors import UsageError
+from stream_mmrnn.keys.folder import Folder
+from stream_mmrnn.latency import Histogram
+from stream_mmrnn.serve import protocol
+from stream_mmrnn.serve.host import Host
+from stream_mmrnn.sessions import Sessions
+from stream_mmrnn.shards import create
+from stream_mmrnn.snapshots import StateStore
+
+_WAIT_MS = 5
+"""How long nobody may have said anything before states and silent sessions are looked after."""
+_AT_ONCE = 512
+"""Messages that are read before what is ready is stepped."""
+_SAID_EVERY_NS = 1_000_000_000
+
+
+def _lock(folder: Path) -> IO[str]:
+    """One server a folder of states; raises UsageError where another one has it. Released when the file is closed."""
+    file = (folder / "lock").open("a+")
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise UsageError(
+            f"another server keeps its sessions in {folder}; stop it, or give this one another state.folder"
+        ) from None
+    return file
+
+
+def _figures(histogram: Histogram) -> dict[str, float]:
+    return {f"p{p}_ms": round(histogram.percentile(p) / 1e6, 3) for p in (50, 99)} if histogram.count else {}
+
+
+class Server:
+    """Made, it is reachable at `address`; `run` serves until it is told to stop, `close` frees everything."""
+
+    def __init__(self, settings: config.Settings, say: Callable[[str], None] = lambda _: None) -> None:
+        """Raises ModelError, ProviderError, ConfigError, FileError, ProcessError, UsageError."""
+        serve = settings.serve
+        self._say, self._sparingly = say, Sparingly()
+        self._slots = serve.slots
+        with ExitStack() as stack:
+            door = Folder(Path(serve.keys).expanduser()).door() if serve.keys else None
+            self.door = door
+            store = StateStore(config.state_folder(settings.state) / "sessions", settings.state.ttl_s)
+            stack.enter_context(_lock(store.folder))
+            self.engine = create(replace(settings.engine, slots=serve.slots))
+            stack.callback(self.engine.stop)
+            writer = stack.enter_context(ThreadPoolExecutor(1, "states"))
+            self.sessions = Sessions(
+                self.engine,
+                store,
+                settings.state,
+                admission=settings.admission,
+                wall_offset_ns=wall_offset_ns(),
+                writer=writer,
+            )
+            self.host = Host(self.sessions, serve.queue)
+            self._router = Router(serve.host, serve.port, serve.queue, protocol.MAX_BYTES, door)
+            stack.callback(self._router.close)
+            self._stack = stack.pop_all()
+        self.address = self._router.address
+        self._began_ns = now_ns()
+
+    @property
+    def capacity(self) -> int:
+        """The most sessions that are let in, by what was measured so far."""
+        found = self.sessions.admission.capacity() if self.sessions.admission is not None else None
+        return min(self._slots, max(found, 1)) if found is not None else self._slots
+
+    def run(self, alive: Callable[[], bool], often: Callable[[], None] = lambda: None) -> None:
+        """Serve until `alive()` says no; then every session is put to disk and its client told."""
+        host, router = self.host, self._router
+        said_ns = 0
+        while alive():
+            self._hear(0 if host.ready else _WAIT_MS)
+            at_ns = now_ns()
+            if host.ready:
+                host.step(at_ns)
+                self._send()
+            if not host.ready:
+                host.calm(at_ns)
+                self._send()
+            if at_ns - said_ns > _SAID_EVERY_NS:
+                said_ns = at_ns
+                often()
+        while (heard := router.receive(0)) is not None:
+            host.hear(*heard, now_ns())
+        host.leave(now_ns())
+        self._send()
+
+    def _hear(self, timeout_ms: int) -> None:
+        """What has come, up to a number; waits for the first."""
+        host, router = self.host, self._router
+        garbage = host.counts["garbage"]
+        for _ in range(_AT_ONCE):
+            heard = router.receive(timeout_ms)
+            if heard is None:
+                break
+            timeout_ms = 0
+            host.hear(*heard, now_ns())
+            if host.counts["garbage"] != garbage:
+                garbage = host.counts["garbage"]
+                if self._sparingly(heard[0].hex(), now_ns()):
+                    self._say(f"the client {heard[0].hex()} sent what is no message ({garbage} by all so far)")
+        self._send()
+
+    def _send(self) -> None:
+        host, router = self.host, self._router
+        while host.out:
+            said, host.out = host.out, []
+            gone = set()
+            for peer, content in said:
+                if peer in gone:
+                    continue
+                fate = router.send(peer, content)
+                if fate == "slow":
+                    # what it does not read it cannot miss without knowing: ticks are numbered
+                    host.counts["unread"] += 1
+                    if self._sparingly(peer.hex(), now_ns()):
+                        self._say(f"the client {peer.hex()} does not read what it is sent; it misses some")
+                elif fate == "gone":
+                    gone.add(peer)
+                    host.gone(peer, now_ns())
+
+    def summary(self) -> dict[str, Any]:
+        """What was done so far, as a JSON document."""
+        host, seconds = self.host, (now_ns() - self._began_ns) / 1e9
+        return {
+            "address": self.address,
+            "model": self.engine.spec.name,
+            "model_sha256": self.engine.spec.sha256,
+            "provider": self.engine.provider,
+            "seconds": round(seconds, 3),
+            "sessions": len(self.sessions),
+            "capacity": self.capacity,
+            "waited": _figures(host.waited),
+            "step": _figures(host.stepped),
+            "counts": {**self.sessions.counts, **{f"host_{k}": v for k, v in sorted(host.counts.items())}},
+            "refused_connections": self.door.refused if self.door is not None else {},
+            "last_problem": self.sessions.last_problem,
+        }
+
+    def close(self) -> None:
+        self._stack.close()
