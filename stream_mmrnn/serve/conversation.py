@@ -6,6 +6,7 @@ it has not seen; every tick is answered once, whoever answers it. Knows nothing 
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict, deque
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from stream_mmrnn import topics
 from stream_mmrnn.errors import (
     BadTick,
     Busy,
@@ -79,6 +81,9 @@ class Track(msgspec.Struct):
     done: protocol.Done | protocol.Flushed | None = None
     error: SessionError | None = None
     """Why the newest `open`, `flush`, `reset` or `close` failed, or why the session is over here."""
+    to_send: deque[int] = msgspec.field(default_factory=deque)
+    """Ticks that wait until the server has room for them."""
+    on_the_way: set[int] = msgspec.field(default_factory=set)
     coming_back: bool = False
     skipped: int = 0
     """Ticks that the server had seen already and whose answers are lost with it."""
@@ -98,6 +103,9 @@ class Conversation:
         self.out.append(protocol.encode(request))
 
     def track(self, session: str) -> Track:
+        """A session of this connection. Raises SessionError where there is one already, or none can be called so."""
+        if not re.match(topics.SESSION_NAME, session):
+            raise SessionError(f"a session cannot be called {session[:80]!r}; expected {topics.SESSION_NAME}")
         if session in self.tracks:
             raise DuplicateSession(f"session {session!r} is open over this connection already")
         track = self.tracks[session] = Track(session)
@@ -116,6 +124,11 @@ class Conversation:
         assert self.welcome is not None
         if track.error is not None:
             raise track.error
+        if len(track.unanswered) >= KEPT_TICKS:
+            raise SessionError(
+                f"{KEPT_TICKS} ticks of session {track.name!r} wait for an answer; read answers, and send no faster "
+                "than the model's tick"
+            )
         index = track.next_tick if tick is None else tick
         content = protocol.encode(
             protocol.Step(
@@ -129,11 +142,25 @@ class Conversation:
         track.sent[index] = _Sent(content, now_ns)
         track.unanswered[index] = now_ns
         track.next_tick = max(track.next_tick, index + 1)
-        while len(track.sent) > KEPT_TICKS:
+        track.to_send.append(index)
+        while len(track.sent) > KEPT_TICKS and next(iter(track.sent)) < track.to_send[0]:
             track.sent.popitem(last=False)
-        if not track.coming_back:
-            self.out.append(content)
+        self._pump(track)
         return index
+
+    def _pump(self, track: Track) -> None:
+        """Send as many ticks as the server lets wait."""
+        assert self.welcome is not None
+        while track.to_send and not track.coming_back and len(track.on_the_way) < self.welcome.queue:
+            tick = track.to_send.popleft()
+            track.on_the_way.add(tick)
+            self.out.append(track.sent[tick].content)
+
+    def _arrived(self, track: Track, tick: int) -> bool:
+        """The server has dealt with a tick; whether somebody waits for its answer."""
+        track.on_the_way.discard(tick)
+        self._pump(track)
+        return track.unanswered.pop(tick, None) is not None
 
     def hear(self, content: bytes, now_ns: int) -> str:
         """One message of the server; the session it is of, or "". Raises WireError where it is none."""
@@ -154,8 +181,7 @@ class Conversation:
             case protocol.Ready():
                 self._ready(track, reply, now_ns)
             case protocol.Skipped():
-                if track.unanswered.pop(reply.tick, None) is not None:
-                    track.skipped += 1
+                track.skipped += self._arrived(track, reply.tick)
             case protocol.Done() | protocol.Flushed():
                 track.done = reply
             case protocol.BusyNow():
@@ -168,7 +194,7 @@ class Conversation:
         return track.name
 
     def _answer(self, track: Track, reply: protocol.Pred, now_ns: int) -> None:
-        if track.unanswered.pop(reply.tick, None) is None:
+        if not self._arrived(track, reply.tick):
             return  # it was answered before the server came back
         assert self.welcome is not None
         sent = track.sent.get(reply.tick)
@@ -213,9 +239,11 @@ class Conversation:
                 )
                 return
         for tick in missing:
-            self.out.append(track.sent[tick].content)
             if tick in track.unanswered:
                 track.unanswered[tick] = now_ns
+        track.on_the_way.clear()
+        track.to_send = deque(missing)
+        self._pump(track)
 
     def _come_back(self, track: Track) -> None:
         if track.token is None:
@@ -238,7 +266,7 @@ class Conversation:
         elif reply.error in ("evicted", "unknown") and track.token is not None and track.error is None:
             if not track.coming_back:
                 self._come_back(track)
-        elif track.unanswered.pop(reply.tick, None) is not None:
+        elif self._arrived(track, reply.tick):
             track.answers.append(error)
 
     def look(self, now_ns: int) -> None:

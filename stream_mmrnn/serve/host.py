@@ -83,6 +83,7 @@ class Host:
                 name=spec.name,
                 model=spec.sha256,
                 tick_ns=spec.tick_ns,
+                queue=queue,
                 modalities=tuple(protocol.Modality(m.name, m.size, m.encoder) for m in spec.modalities),
                 heads=tuple(
                     protocol.Head(h.name, h.kind, h.size, h.labels, h.horizons_s, h.unit, h.threshold)

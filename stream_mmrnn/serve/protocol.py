@@ -112,6 +112,8 @@ class Welcome(_Message, frozen=True, tag="welcome"):
     model: str
     """sha256 of its file."""
     tick_ns: int
+    queue: int
+    """Ticks of one session that may wait for their answers; one more is refused as `overrun`."""
     modalities: tuple[Modality, ...]
     """In the order of `features`."""
     heads: tuple[Head, ...]
