@@ -86,7 +86,7 @@ def say(host: Host, request: protocol.Request, peer: bytes = b"a", at_ns: int = 
 
 def said(host: Host) -> list[tuple[bytes, protocol.Reply]]:
     out, host.out = host.out, []
-    return [(peer, protocol.read_reply(content)) for peer, content in out]
+    return [(peer, protocol.read_reply(protocol.encode(reply))) for peer, reply in out]
 
 
 def step_of(of: Tick) -> protocol.Step:
@@ -339,8 +339,8 @@ def test_no_message_harms_a_host(toy: Path, messages: list[dict[str, object]]) -
     for i, message in enumerate(messages):
         host.hear(b"xy"[i % 2 :], msgspec.msgpack.encode(message), NOW)
         host.step(NOW)
-        for _, content in host.out:
-            protocol.read_reply(content)
+        for _, reply in host.out:
+            assert protocol.read_reply(protocol.encode(reply)) == reply
         host.calm(NOW)
     assert len(host.sessions) <= 2
 
@@ -379,12 +379,12 @@ class Line:
         """Both ways, until nobody has anything to say; without `answers` what the host says is lost."""
         while self.talk.out or self.host.ready:
             while self.talk.out:
-                self.host.hear(b"c", self.talk.out.popleft(), self.at_ns)
+                self.host.hear(b"c", self.talk.out.popleft()[1], self.at_ns)
             while self.host.ready:
                 self.host.step(self.at_ns)
-            for _, content in self.host.out:
+            for _, reply in self.host.out:
                 if answers:
-                    self.talk.hear(content, self.at_ns)
+                    self.talk.hear(protocol.encode(reply), self.at_ns)
             self.host.out.clear()
 
     def die(self) -> None:

@@ -18,7 +18,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from stream_mmrnn.bus import AsyncDealer, Dealer, Keys
 from stream_mmrnn.clock import now_ns
@@ -253,9 +253,7 @@ class Client:
             )
         except TimedOut:
             self.close()
-            raise NotRunning(
-                f"no server answers at {address}: start one by stream-mmrnn serve, and see that its keys let you in"
-            ) from None
+            raise NotRunning(f"no server answers at {address}: {AsyncClient.starting}") from None
         except BaseException:
             self.close()
             raise
@@ -292,7 +290,7 @@ class Client:
     def post(self) -> None:
         """Send what is to be said, as far as the queue takes it."""
         out = self.conversation.out
-        while out and self._dealer.send(out[0]):
+        while out and self._dealer.send(out[0][1]):
             out.popleft()
 
     def wait(self, over: Callable[[], bool], end_ns: int, late: str) -> None:
@@ -422,8 +420,39 @@ class AsyncSession(_Session):
                 await self.close(1.0)
 
 
+class Way(Protocol):
+    """How an `AsyncClient` reaches who serves it."""
+
+    async def send(self, session: str, content: bytes) -> None:
+        """Take one message; waits while too many are on their way. `session`: whose it is, "" of nobody's."""
+
+    async def receive(self) -> bytes:
+        """The next message."""
+
+    async def close(self) -> None: ...
+
+
+class _OverZmq:
+    """A connection to one server."""
+
+    def __init__(self, address: str, keys: Keys | None) -> None:
+        self._dealer = AsyncDealer(address, QUEUE, protocol.MAX_BYTES, keys)
+
+    async def send(self, session: str, content: bytes) -> None:
+        await self._dealer.send(content)
+
+    async def receive(self) -> bytes:
+        return await self._dealer.receive()
+
+    async def close(self) -> None:
+        self._dealer.close()
+
+
 class AsyncClient:
     """The same for an event loop: `async with AsyncClient(address) as client`."""
+
+    starting = "start one by stream-mmrnn serve, and see that its keys let you in"
+    """What to do where nobody answers."""
 
     def __init__(
         self,
@@ -437,7 +466,7 @@ class AsyncClient:
         self.conversation = Conversation()
         self._address, self._timeout_s = address, timeout_s
         self._keys = _keys(keys, server_key)
-        self._dealer: AsyncDealer | None = None
+        self._way: Way | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._said = asyncio.Event()
         self._waiting: dict[str, set[asyncio.Future[None]]] = {}
@@ -453,18 +482,21 @@ class AsyncClient:
         """There is something to be said."""
         self._said.set()
 
-    async def _speak(self, dealer: AsyncDealer) -> None:
+    async def _connect(self) -> Way:
+        return _OverZmq(self._address, self._keys)
+
+    async def _speak(self, way: Way) -> None:
         out = self.conversation.out
         while True:
             while out:
-                await dealer.send(out[0])
+                await way.send(*out[0])
                 out.popleft()
             self._said.clear()
             await self._said.wait()
 
-    async def _listen(self, dealer: AsyncDealer) -> None:
+    async def _listen(self, way: Way) -> None:
         while True:
-            content = await dealer.receive()
+            content = await way.receive()
             with contextlib.suppress(WireError):
                 self._tell(self.conversation.hear(content, now_ns()))
 
@@ -525,18 +557,15 @@ class AsyncClient:
         return AsyncSession(self, track)
 
     async def __aenter__(self) -> Self:
-        dealer = self._dealer = AsyncDealer(self._address, QUEUE, protocol.MAX_BYTES, self._keys)
-        self._tasks = [asyncio.create_task(c) for c in (self._speak(dealer), self._listen(dealer), self._look())]
+        way = self._way = await self._connect()
+        self._tasks = [asyncio.create_task(c) for c in (self._speak(way), self._listen(way), self._look())]
         self.conversation.say(protocol.Hello())
         self.wake()
         try:
             await self.wait("", lambda: self.conversation.welcome is not None, self._timeout_s, "it said nothing")
         except TimedOut:
             await self.__aexit__()
-            raise NotRunning(
-                f"no server answers at {self._address}: start one by stream-mmrnn serve, and see that its keys let you "
-                "in"
-            ) from None
+            raise NotRunning(f"no server answers at {self._address}: {self.starting}") from None
         except BaseException:
             await self.__aexit__()
             raise
@@ -547,5 +576,5 @@ class AsyncClient:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._dealer is not None:
-            self._dealer.close()
+        if self._way is not None:
+            await self._way.close()

@@ -93,14 +93,15 @@ class Conversation:
     """Messages in, messages out, for any number of sessions over one connection."""
 
     def __init__(self) -> None:
-        self.out: deque[bytes] = deque()
+        self.out: deque[tuple[str, bytes]] = deque()
+        """What is to be sent, in order, and the session that it is of; "" where it is of none."""
         self.welcome: protocol.Welcome | None = None
         self.problem: ProcessError | None = None
         """The server speaks, but not with us."""
         self.tracks: dict[str, Track] = {}
 
     def say(self, request: protocol.Request) -> None:
-        self.out.append(protocol.encode(request))
+        self.out.append((getattr(request, "session", ""), protocol.encode(request)))
 
     def track(self, session: str) -> Track:
         """A session of this connection. Raises SessionError where there is one already, or none can be called so."""
@@ -154,7 +155,7 @@ class Conversation:
         while track.to_send and not track.coming_back and len(track.on_the_way) < self.welcome.queue:
             tick = track.to_send.popleft()
             track.on_the_way.add(tick)
-            self.out.append(track.sent[tick].content)
+            self.out.append((track.name, track.sent[tick].content))
 
     def _arrived(self, track: Track, tick: int) -> bool:
         """The server has dealt with a tick; whether somebody waits for its answer."""

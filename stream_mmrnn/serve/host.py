@@ -61,7 +61,7 @@ class Host:
     def __init__(self, sessions: Sessions, queue: int) -> None:
         """`queue`: ticks of one session that may wait; one more is refused as `overrun`."""
         self.sessions = sessions
-        self.out: list[tuple[Peer, bytes]] = []
+        self.out: list[tuple[Peer, protocol.Reply]] = []
         """What is to be sent, in order; the caller takes it away."""
         self.counts: Counter[str] = Counter()
         """`messages`, `garbage`, `predictions`, `skipped`, `refused`, `overrun`, `taken`, `gone`."""
@@ -77,19 +77,16 @@ class Host:
         self._sizes = [(m.name, m.size) for m in spec.modalities]
         self._zeros: dict[str, FloatArray] = {name: np.zeros(size, np.float32) for name, size in self._sizes}
         self._heads = [h.name for h in spec.heads]
-        self._welcome = protocol.encode(
-            protocol.Welcome(
-                version=protocol.VERSION,
-                name=spec.name,
-                model=spec.sha256,
-                tick_ns=spec.tick_ns,
-                queue=queue,
-                modalities=tuple(protocol.Modality(m.name, m.size, m.encoder) for m in spec.modalities),
-                heads=tuple(
-                    protocol.Head(h.name, h.kind, h.size, h.labels, h.horizons_s, h.unit, h.threshold)
-                    for h in spec.heads
-                ),
-            )
+        self.welcome = protocol.Welcome(
+            version=protocol.VERSION,
+            name=spec.name,
+            model=spec.sha256,
+            tick_ns=spec.tick_ns,
+            queue=queue,
+            modalities=tuple(protocol.Modality(m.name, m.size, m.encoder) for m in spec.modalities),
+            heads=tuple(
+                protocol.Head(h.name, h.kind, h.size, h.labels, h.horizons_s, h.unit, h.threshold) for h in spec.heads
+            ),
         )
         self._answers: dict[type, Callable[..., None]] = {
             protocol.Hello: self._hello,
@@ -124,7 +121,7 @@ class Host:
             self._refuse(peer, e, getattr(request, "session", ""), getattr(request, "tick", -1))
 
     def _say(self, peer: Peer, reply: protocol.Reply) -> None:
-        self.out.append((peer, protocol.encode(reply)))
+        self.out.append((peer, reply))
 
     def _refuse(self, peer: Peer, error: StreamError, session: str, tick: int) -> None:
         self.counts["refused"] += 1
@@ -138,7 +135,7 @@ class Host:
             why = f"protocol version {request.version} is not {protocol.VERSION}; use the same release on both sides"
             self._say(peer, protocol.Refused(error="bad_message", why=why))
             return
-        self.out.append((peer, self._welcome))
+        self._say(peer, self.welcome)
 
     def _open(self, peer: Peer, request: protocol.Open, now_ns: int) -> None:
         session = request.session

@@ -136,10 +136,10 @@ class Server:
         while host.out:
             said, host.out = host.out, []
             gone = set()
-            for peer, content in said:
+            for peer, reply in said:
                 if peer in gone:
                     continue
-                fate = router.send(peer, content)
+                fate = router.send(peer, protocol.encode(reply))
                 if fate == "slow":
                     # what it does not read it cannot miss without knowing: ticks are numbered
                     host.counts["unread"] += 1
