@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stream_mmrnn.cluster.client import ClusterClient as ClusterClient
     from stream_mmrnn.serve.client import AsyncClient as AsyncClient
     from stream_mmrnn.serve.client import Client as Client
     from stream_mmrnn.subscription import PredictionView as PredictionView
     from stream_mmrnn.subscription import Subscription as Subscription
     from stream_mmrnn.subscription import subscribe as subscribe
 
-__all__ = ["AsyncClient", "Client", "PredictionView", "Subscription", "subscribe"]
+__all__ = ["AsyncClient", "Client", "ClusterClient", "PredictionView", "Subscription", "subscribe"]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,6 +24,13 @@ def __getattr__(name: str) -> Any:
         from stream_mmrnn.serve import client
 
         return getattr(client, name)
+    if name == "ClusterClient":
+        from stream_mmrnn.extras import need
+
+        need("a cluster", "cluster", "nats")
+        from stream_mmrnn.cluster.client import ClusterClient
+
+        return ClusterClient
     if name in __all__:
         from stream_mmrnn import subscription
 

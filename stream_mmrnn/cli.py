@@ -20,6 +20,7 @@ from rich.console import Console
 from stream_mmrnn import config
 from stream_mmrnn.bench import commands as bench
 from stream_mmrnn.clock import now_ns
+from stream_mmrnn.cluster.commands import serve
 from stream_mmrnn.devices.commands import devices
 from stream_mmrnn.diff import commands as diff_commands
 from stream_mmrnn.disk import later_parts, part
@@ -27,7 +28,6 @@ from stream_mmrnn.doctor.commands import doctor
 from stream_mmrnn.errors import ConfigError, StreamError
 from stream_mmrnn.interchange import commands as interchange
 from stream_mmrnn.keys import commands as keys_commands
-from stream_mmrnn.serve.commands import serve
 from stream_mmrnn.settings import commands as settings_commands
 from stream_mmrnn.signals import ENDING, held
 from stream_mmrnn.terminal import (

@@ -165,6 +165,21 @@ class Serve(_Section, frozen=True):
     """Ticks of one session that may wait for their step, and messages that a client may leave unread."""
 
 
+class Cluster(_Section, frozen=True):
+    """Engines of many machines over NATS with JetStream: `stream-mmrnn serve --cluster URL` (extra `cluster`)."""
+
+    url: str = ""
+    """nats://HOST:PORT, several separated by commas; "" serves alone."""
+    prefix: Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9_-]{1,32}\Z")] = "mmrnn"
+    """Of all that the cluster has on that server; another prefix is another cluster."""
+    credentials: str = ""
+    """A credentials file of NATS's, where the server asks for one."""
+    replicas: Annotated[int, msgspec.Meta(ge=1, le=5)] = 1
+    """Of logs and states, over the servers of NATS's own cluster."""
+    disk_mb: Annotated[int, msgspec.Meta(ge=16, le=1_048_576)] = 1024
+    """Of each of the two logs, at most; the oldest goes first."""
+
+
 class Record(_Section, frozen=True):
     path: str = ""
     """"" records nothing."""
@@ -296,6 +311,7 @@ class Settings(_Section, frozen=True):
     state: State = State()
     admission: Admission = Admission()
     serve: Serve = Serve()
+    cluster: Cluster = Cluster()
     record: Record = Record()
     bus: Bus = Bus()
     queues: Queues = Queues()

@@ -14,7 +14,6 @@ import re
 import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
-from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
 
 import msgspec
@@ -23,7 +22,7 @@ import numpy as np
 from stream_mmrnn import config, topics
 from stream_mmrnn.admission import Admission
 from stream_mmrnn.errors import BadTick, Busy, DuplicateSession, Evicted, SessionError, SnapshotError, UnknownSession
-from stream_mmrnn.snapshots import NEVER, Array, Snapshot, StateStore
+from stream_mmrnn.snapshots import NEVER, Array, Snapshot
 from stream_mmrnn.types import ModelSpec, Prediction, Stamps, Tick
 
 Reason: TypeAlias = Literal["idle", "cancelled", "leaving", "lost"]
@@ -56,6 +55,20 @@ class Engine(Protocol):
     def restore(self, session: str, state: dict[str, Array]) -> None: ...
 
     def step(self, ticks: Sequence[Tick]) -> list[Prediction]: ...
+
+
+class Store(Protocol):
+    """What is asked of where states are kept: StateStore is one."""
+
+    def save(self, snapshot: Snapshot, unix_ns: int) -> object: ...
+
+    def load(self, session: str, unix_ns: int) -> Snapshot | None: ...
+
+    def holds(self, session: str, unix_ns: int) -> bool: ...
+
+    def forget(self, session: str) -> object: ...
+
+    def sweep(self, unix_ns: int) -> int: ...
 
 
 class Opened(msgspec.Struct, frozen=True):
@@ -96,7 +109,7 @@ class Sessions:
     def __init__(
         self,
         engine: Engine,
-        store: StateStore,
+        store: Store,
         settings: config.State,
         *,
         admission: config.Admission | None = None,
@@ -124,7 +137,7 @@ class Sessions:
         self._make_token = make_token
         self._live: dict[str, _Live] = {}
         self._writer = writer
-        self._writing: dict[str, Future[Path]] = {}
+        self._writing: dict[str, Future[object]] = {}
         self._sizes = tuple((m.name, (m.size,)) for m in engine.spec.modalities)
         self._retry = admission or config.Admission()
         self.admission: Admission | None = None
@@ -172,15 +185,46 @@ class Sessions:
             self._live[session] = live = _Live(self._make_token(), now_ns)
             self.counts["opened"] += 1
             return Opened(session, live.token, 0, False)
-        try:
-            self.engine.restore(session, snapshot.state)
-        except BaseException:
-            self.engine.close(session)
-            raise
         assert token is not None
-        self._live[session] = _Live(token, now_ns, snapshot.tick_index, 0)
-        self.counts["resumed"] += 1
+        self._restore(snapshot, token, now_ns)
         return Opened(session, token, snapshot.tick_index + 1, True)
+
+    def adopt(self, snapshot: Snapshot, token: str, *, now_ns: int) -> None:
+        """Go on with a session that was open on another engine, as this one left it; nobody asked for it.
+
+        Raises:
+            Busy: no slot, or no time for one more.
+            SessionError: its state is another model's.
+
+        """
+        if snapshot.model_sha256 != self.engine.spec.sha256:
+            raise self._other_model(snapshot)
+        self._admit(snapshot.session, now_ns)
+        self._restore(snapshot, token, now_ns)
+
+    def _restore(self, snapshot: Snapshot, token: str, now_ns: int) -> None:
+        """Into the slot that the session has been given."""
+        try:
+            self.engine.restore(snapshot.session, snapshot.state)
+        except BaseException:
+            self.engine.close(snapshot.session)
+            raise
+        self._live[snapshot.session] = _Live(token, now_ns, snapshot.tick_index, 0)
+        self.counts["resumed"] += 1
+
+    def drop(self, session: str) -> bool:
+        """It is another engine's now: its slot is free, nothing is written; whether it was open."""
+        if self._live.pop(session, None) is None:
+            return False
+        self._settle(session)
+        self.engine.close(session)
+        return True
+
+    def _other_model(self, snapshot: Snapshot) -> SessionError:
+        return SessionError(
+            f"the state of session {snapshot.session!r} is of model {snapshot.model_sha256[:12]}, this engine's is "
+            f"{self.engine.spec.sha256[:12]}; close it with its token to begin anew"
+        )
 
     def _kept(self, session: str, token: str, now_ns: int) -> Snapshot:
         """What is on disk of a session whose token this is."""
@@ -192,10 +236,7 @@ class Sessions:
         if not isinstance(expected, str) or not _equal(_sha256(token), expected):
             raise self._evicted(session)
         if snapshot.model_sha256 != self.engine.spec.sha256:
-            raise SessionError(
-                f"the state of session {session!r} is of model {snapshot.model_sha256[:12]}, this engine's is "
-                f"{self.engine.spec.sha256[:12]}; close it with its token to begin anew"
-            )
+            raise self._other_model(snapshot)
         return snapshot
 
     def _admit(self, session: str, now_ns: int) -> None:
@@ -348,8 +389,11 @@ class Sessions:
 
     def evict_idle(self, now_ns: int) -> list[Notice]:
         """Put to disk what was silent for too long. What cannot be written stays, and is counted."""
-        silent = [name for name, live in self._live.items() if now_ns - live.heard_ns > self._idle_ns]
-        return self._evict_all(silent, "idle", now_ns)
+        return self._evict_all(self.silent(now_ns, self._idle_ns), "idle", now_ns)
+
+    def silent(self, now_ns: int, for_ns: int) -> list[str]:
+        """Open sessions that have had no tick for longer."""
+        return [name for name, live in self._live.items() if now_ns - live.heard_ns > for_ns]
 
     def leave(self, now_ns: int) -> list[Notice]:
         """Put all sessions to disk: the engine goes, another one may take them up."""

@@ -401,11 +401,11 @@ class AsyncSession(_Session):
             if self._track.error is None:
                 await self._ask(protocol.Close(session=self.name, token=self._track.token), timeout_s)
         finally:
-            self._client.conversation.tracks.pop(self.name, None)
+            await self.leave()
 
-    def leave(self) -> None:
+    async def leave(self) -> None:
         """As `Session.leave`."""
-        self._client.conversation.tracks.pop(self.name, None)
+        await self._client.end(self.name)
 
     async def __aenter__(self) -> Self:
         return self
@@ -429,6 +429,12 @@ class Way(Protocol):
     async def receive(self) -> bytes:
         """The next message."""
 
+    async def again(self, session: str) -> None:
+        """An answer is late: look whether it is there."""
+
+    async def end(self, session: str) -> None:
+        """Nothing more is sent or heard of it."""
+
     async def close(self) -> None: ...
 
 
@@ -443,6 +449,12 @@ class _OverZmq:
 
     async def receive(self) -> bytes:
         return await self._dealer.receive()
+
+    async def again(self, session: str) -> None:
+        pass  # what the connection has is read already
+
+    async def end(self, session: str) -> None:
+        pass  # a session needs nothing of its own here
 
     async def close(self) -> None:
         self._dealer.close()
@@ -482,6 +494,12 @@ class AsyncClient:
         """There is something to be said."""
         self._said.set()
 
+    async def end(self, session: str) -> None:
+        """Know nothing more of a session."""
+        self.conversation.tracks.pop(session, None)
+        if self._way is not None:
+            await self._way.end(session)
+
     async def _connect(self) -> Way:
         return _OverZmq(self._address, self._keys)
 
@@ -500,9 +518,11 @@ class AsyncClient:
             with contextlib.suppress(WireError):
                 self._tell(self.conversation.hear(content, now_ns()))
 
-    async def _look(self) -> None:
+    async def _look(self, way: Way) -> None:
         while True:
             await asyncio.sleep(_LOOK_MS / 1000)
+            for session in self.conversation.late(now_ns()):
+                await way.again(session)
             self.conversation.look(now_ns())
             if self.conversation.out:
                 self._said.set()
@@ -551,14 +571,14 @@ class AsyncClient:
                 f"session {session!r} had no reply",
             )
         except TimedOut:
-            del self.conversation.tracks[session]
+            await self.end(session)
             raise
         _ready(self.conversation, track)
         return AsyncSession(self, track)
 
     async def __aenter__(self) -> Self:
         way = self._way = await self._connect()
-        self._tasks = [asyncio.create_task(c) for c in (self._speak(way), self._listen(way), self._look())]
+        self._tasks = [asyncio.create_task(c) for c in (self._speak(way), self._listen(way), self._look(way))]
         self.conversation.say(protocol.Hello())
         self.wake()
         try:

@@ -270,15 +270,22 @@ class Conversation:
         elif self._arrived(track, reply.tick):
             track.answers.append(error)
 
+    def late(self, now_ns: int) -> list[str]:
+        """Sessions with a tick that nobody has answered for long."""
+        return [
+            name
+            for name, track in self.tracks.items()
+            if track.unanswered
+            and track.error is None
+            and now_ns - track.unanswered[next(iter(track.unanswered))] > ASK_AGAIN_NS
+        ]
+
     def look(self, now_ns: int) -> None:
-        """Ask about ticks that nobody has answered for long; to be called now and then."""
-        for track in self.tracks.values():
-            if not track.unanswered or track.error is not None:
-                continue
-            oldest = next(iter(track.unanswered))
-            if now_ns - track.unanswered[oldest] > ASK_AGAIN_NS:
-                track.unanswered[oldest] = now_ns
-                self._come_back(track)
+        """Ask about those; to be called now and then."""
+        for name in self.late(now_ns):
+            track = self.tracks[name]
+            track.unanswered[next(iter(track.unanswered))] = now_ns
+            self._come_back(track)
 
 
 def _vectors(

@@ -58,8 +58,10 @@ class _Waiting(msgspec.Struct, gc=False):
 class Host:
     """Sessions for peers: `hear` what they say, `step` what is ready, send what is in `out`."""
 
-    def __init__(self, sessions: Sessions, queue: int) -> None:
-        """`queue`: ticks of one session that may wait; one more is refused as `overrun`."""
+    def __init__(self, sessions: Sessions, queue: int, told: int = 0) -> None:
+        """`queue`: ticks of one session that may wait; one more is refused as `overrun`. `told`: what clients are told
+        instead, if anything.
+        """
         self.sessions = sessions
         self.out: list[tuple[Peer, protocol.Reply]] = []
         """What is to be sent, in order; the caller takes it away."""
@@ -82,7 +84,7 @@ class Host:
             name=spec.name,
             model=spec.sha256,
             tick_ns=spec.tick_ns,
-            queue=queue,
+            queue=told or queue,
             modalities=tuple(protocol.Modality(m.name, m.size, m.encoder) for m in spec.modalities),
             heads=tuple(
                 protocol.Head(h.name, h.kind, h.size, h.labels, h.horizons_s, h.unit, h.threshold) for h in spec.heads
@@ -113,6 +115,10 @@ class Host:
             self.counts["garbage"] += 1
             self._say(peer, protocol.Refused(error="bad_message", why=str(e)[:500]))
             return
+        self.take(peer, request, now_ns)
+
+    def take(self, peer: Peer, request: protocol.Request, now_ns: int) -> None:
+        """One message that has been read."""
         if isinstance(request, protocol.Flush | protocol.Reset | protocol.Close | protocol.Open):
             self._finish(request.session, now_ns)
         try:
@@ -142,13 +148,12 @@ class Host:
         opened = self.sessions.open(session, request.token, now_ns=now_ns)
         before = self._owner.get(session)
         if before is not None and before != peer:
-            self._disown(session)
+            self.disown(session)
             self.counts["taken"] += 1
             self._say(
                 before, protocol.EvictedNow(session=session, token="", reason="taken", next=opened.next_index)
             )  # fmt: skip
-        self._owner[session] = peer
-        self._of.setdefault(peer, set()).add(session)
+        self.own(session, peer)
         ready = protocol.Ready(
             session=session, token=opened.token, next=opened.next_index, resumed=opened.resumed
         )  # fmt: skip
@@ -216,10 +221,16 @@ class Host:
         if request.session in self.sessions:
             self._check_owner(peer, request.session, now_ns)
         self.sessions.close(request.session, request.token, now_ns=now_ns)
-        self._disown(request.session)
+        self.disown(request.session)
         self._say(peer, protocol.Done(session=request.session))
 
-    def _disown(self, session: str) -> None:
+    def own(self, session: str, peer: Peer) -> None:
+        """The session is served for this peer from now on."""
+        self._owner[session] = peer
+        self._of.setdefault(peer, set()).add(session)
+
+    def disown(self, session: str) -> None:
+        """It is served for nobody; its ticks that wait are forgotten."""
         peer = self._owner.pop(session, None)
         if peer is not None:
             of = self._of[peer]
@@ -293,19 +304,23 @@ class Host:
     def calm(self, now_ns: int) -> None:
         """For when nothing is ready: a snapshot that is due, sessions that are idle, states that are too old."""
         self.sessions.keep(now_ns)
+        self.evict_idle(now_ns)
+        if now_ns - self._swept_ns > _SWEEP_NS:
+            self._swept_ns = now_ns
+            self.sessions.sweep(now_ns)
+
+    def evict_idle(self, now_ns: int) -> None:
+        """Now and then: sessions that have been silent for too long lose their slots, and their peers are told."""
         if now_ns - self._looked_ns > _LOOK_NS:
             self._looked_ns = now_ns
             for notice in self.sessions.evict_idle(now_ns):
                 self._tell(notice)
-        if now_ns - self._swept_ns > _SWEEP_NS:
-            self._swept_ns = now_ns
-            self.sessions.sweep(now_ns)
 
     def gone(self, peer: Peer, now_ns: int) -> int:
         """Nobody is there any more: its sessions are put to disk, for their tokens. How many those were."""
         sessions = list(self._of.get(peer, ()))
         for session in sessions:
-            self._disown(session)
+            self.disown(session)
             try:
                 self.sessions.cancel(session, now_ns=now_ns)
             except (SessionError, SnapshotError):
@@ -324,7 +339,7 @@ class Host:
 
     def _tell(self, notice: Notice) -> None:
         owner = self._owner.get(notice.session)
-        self._disown(notice.session)
+        self.disown(notice.session)
         if owner is not None:
             self._say(
                 owner,

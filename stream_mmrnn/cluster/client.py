@@ -1,0 +1,144 @@
+"""ClusterClient: sessions on a cluster, with the calls of `AsyncClient`; which engine serves one it never knows.
+
+    async with ClusterClient("nats://127.0.0.1:4222") as client, await client.open("alice") as session:
+        answer = await session.step({"audio": vector})
+
+What is sent is in the cluster's log before the next of its session is sent; what was said while the connection was away
+is read from the log of answers. Knows nothing about engines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+from stream_mmrnn.cluster.layout import PREFIX, Names
+from stream_mmrnn.cluster.link import FAILURES, Link, connect, new_name
+from stream_mmrnn.errors import NotRunning
+from stream_mmrnn.serve.client import AsyncClient, Way
+
+
+class _Line:
+    """One session's way."""
+
+    def __init__(self) -> None:
+        self.queue: asyncio.Queue[bytes] = asyncio.Queue(4096)
+        self.subscription: Any = None
+        self.heard = 0
+        """The number of the newest answer, in the log of answers."""
+        self.sender: asyncio.Task[None] | None = None
+
+
+class _OverNats:
+    """Messages of each session in their order; a message is sent until it is in the log, which has it once."""
+
+    def __init__(self) -> None:
+        self.link: Link | None = None
+        self._name = new_name()
+        self._lines: dict[str, _Line] = {}
+        self._inbox: asyncio.Queue[bytes] = asyncio.Queue()
+        self._sent = 0
+
+    async def begin(self, url: str, prefix: str, credentials: str) -> None:
+        connection = await connect(url, credentials, self._returned)
+        self.link = Link(connection, Names(prefix))
+        welcome = await self.link.common("model") if await self.link.find() else None
+        if welcome is None:
+            await connection.close()
+            raise NotRunning(f"no engine has served a cluster at {url} yet: {ClusterClient.starting}")
+        self._inbox.put_nowait(welcome)
+
+    async def send(self, session: str, content: bytes) -> None:
+        if not session:
+            return  # `hello`: who they are is in the bucket
+        line = self._lines.get(session)
+        if line is None:
+            line = self._lines[session] = _Line()
+            await self._listen(session, line)
+            line.sender = asyncio.create_task(self._speak(session, line))
+        await line.queue.put(content)
+
+    async def _listen(self, session: str, line: _Line) -> None:
+        assert self.link is not None
+
+        async def take(message: Any) -> None:
+            self._hear(line, int(message.headers["Nats-Sequence"]), message.data)
+
+        # nothing that was said before we came is for us
+        line.heard = await self.link.newest()
+        line.subscription = await self.link.nats.subscribe(self.link.names.said(session), cb=take)
+        await self.link.nats.flush()
+
+    def _hear(self, line: _Line, number: int, content: bytes) -> None:
+        if number > line.heard:
+            line.heard = number
+            self._inbox.put_nowait(content)
+
+    async def _speak(self, session: str, line: _Line) -> None:
+        assert self.link is not None
+        while True:
+            content = await line.queue.get()
+            self._sent += 1
+            name = f"{self._name} {self._sent}"
+            while True:
+                try:
+                    await self.link.log(session, name, content)
+                    break
+                except FAILURES:
+                    await asyncio.sleep(0.05)
+                    await self._catch_up(session, line)
+
+    async def _returned(self) -> None:
+        for session, line in list(self._lines.items()):
+            await self._catch_up(session, line)
+
+    async def _catch_up(self, session: str, line: _Line) -> None:
+        """What was said while we did not hear."""
+        assert self.link is not None
+        with contextlib.suppress(*FAILURES):
+            async for number, content in self.link.said_after(session, line.heard):
+                self._hear(line, number, content)
+
+    async def receive(self) -> bytes:
+        return await self._inbox.get()
+
+    async def again(self, session: str) -> None:
+        line = self._lines.get(session)
+        if line is not None:
+            await self._catch_up(session, line)
+
+    async def end(self, session: str) -> None:
+        line = self._lines.pop(session, None)
+        if line is None:
+            return
+        if line.sender is not None:
+            line.sender.cancel()
+            await asyncio.gather(line.sender, return_exceptions=True)
+        with contextlib.suppress(*FAILURES):
+            await line.subscription.unsubscribe()
+
+    async def close(self) -> None:
+        assert self.link is not None
+        for session in list(self._lines):
+            await self.end(session)
+        with contextlib.suppress(*FAILURES):
+            await self.link.nats.close()
+
+
+class ClusterClient(AsyncClient):
+    """A client of a cluster: `async with ClusterClient(url) as client`."""
+
+    starting = "start some by stream-mmrnn serve --cluster URL"
+
+    def __init__(self, url: str, *, prefix: str = PREFIX, credentials: str = "", timeout_s: float = 5.0) -> None:
+        """`url`: nats://HOST:PORT, several separated by commas; `prefix`: the cluster's name on that server;
+        `credentials`: a file of NATS's.
+        """
+        super().__init__(url, timeout_s=timeout_s)
+        self._prefix, self._credentials = prefix, credentials
+
+    async def _connect(self) -> Way:
+        way = _OverNats()
+        await way.begin(self._address, self._prefix, self._credentials)
+        return way

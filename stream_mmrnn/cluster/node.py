@@ -1,0 +1,488 @@
+"""Node: one engine of a cluster. It says that it is alive, takes its share of the partitions, serves them by a replica
+of their log, and gives them back when it ends.
+
+Who is alive is heard; who has what is decided by the table alone, which one at a time can change; who may write is
+judged by the server. An engine that stood still has lost its partitions without knowing: what it writes is refused, and
+it forgets them. Knows nothing about terminals or signals.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from msgspec.structs import replace
+
+from stream_mmrnn import config
+from stream_mmrnn.clock import now_ns
+from stream_mmrnn.cluster.layout import PARTITIONS, STATE_EVERY_S, Beat, Fence, Lease, Names, Table, shares
+from stream_mmrnn.cluster.link import FAILURES, Link, Reading, Refused, connect, new_name
+from stream_mmrnn.cluster.replica import Kept, Replica, Said
+from stream_mmrnn.errors import ProcessError, SnapshotError
+from stream_mmrnn.serve import protocol
+from stream_mmrnn.shards import create
+
+BEAT_S = 0.05
+DEAD_AFTER_S = 0.45
+"""An engine that has not been heard for so long is taken for dead. Where it was not, what it writes is refused."""
+_AT_ONCE = 512
+"""Messages of the log that are heard before what is ready is stepped."""
+_WAIT_S = 0.02
+_SAY_AGAIN_S = 1.0
+_LOW_EVERY_S = 1.0
+_RELEASE_S = 5.0
+
+
+class _Part:
+    """A partition that is ours."""
+
+    def __init__(self, number: int, epoch: int, fence: int) -> None:
+        self.number, self.epoch, self.fence = number, epoch, fence
+        self.reading: Reading | None = None
+        self.unstored: OrderedDict[str, tuple[Said, asyncio.Future[Any], float]] = OrderedDict()
+        """What was said and is not stored yet, by session and name, in order; since when."""
+        self.revisions: dict[str, int] = {}
+        self.keeping: dict[str, asyncio.Task[None]] = {}
+        """The newest state of each session that is being kept."""
+        self.low = -1
+        self.ours = True
+
+
+class Node:
+    """One engine; `run` serves until it is told to stop."""
+
+    def __init__(self, settings: config.Settings, say: Callable[[str], None] = lambda _: None) -> None:
+        """Raises ModelError, ProviderError, ConfigError."""
+        self.settings, self._say = settings, say
+        self.name = new_name()
+        self.engine = create(replace(settings.engine, slots=settings.serve.slots))
+        self.counts: Counter[str] = Counter()
+        """`taken`, `given_back`, `fenced` partitions; `stored`, `repeated` (what was stored before) and `refused` of
+        what was said; `kept` states."""
+        self.parts: dict[int, _Part] = {}
+        self.replica: Replica | None = None
+        self._inbox: deque[tuple[int, str, int, bytes]] = deque()
+        self._something = asyncio.Event()
+        self._heard_ns: dict[str, int] = {}
+        self._beats: dict[str, Beat] = {}
+        self._taking: set[int] = set()
+        self._giving: set[int] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._leaving = False
+        self._beaten_ns = 0
+
+    @property
+    def link(self) -> Link:
+        assert self._link is not None
+        return self._link
+
+    _link: Link | None = None
+
+    # ---- coming and going ----------------------------------------------------------------------------------------
+
+    async def run(self, alive: Callable[[], bool], often: Callable[[], None] = lambda: None) -> None:
+        """Join, serve until `alive()` says no, give everything back and leave.
+
+        Raises:
+            NotRunning: no NATS server answers.
+            ProcessError: it cannot keep our logs, or the cluster serves another model.
+
+        """
+        cluster = self.settings.cluster
+        connection = await connect(cluster.url, cluster.credentials, self._returned)
+        try:
+            self._link = Link(connection, Names(cluster.prefix))
+            await self._join()
+            await connection.subscribe(self.link.names.beat, cb=self._hear_beat)
+            beating = asyncio.create_task(self._beat())
+            serving = asyncio.create_task(self._serve())
+            try:
+                while alive():
+                    for task in (beating, serving):
+                        if task.done():
+                            task.result()
+                    often()
+                    await asyncio.sleep(0.1)
+                await self._leave()
+            finally:
+                for task in (beating, serving, *self._tasks):
+                    task.cancel()
+                await asyncio.gather(beating, serving, *self._tasks, return_exceptions=True)
+        finally:
+            with contextlib.suppress(*FAILURES):
+                await connection.close()
+            self.engine.stop()
+
+    async def _join(self) -> None:
+        settings = self.settings
+        await self.link.settle(settings.state.ttl_s, settings.cluster.replicas, settings.cluster.disk_mb)
+        secret = await self.link.secret()
+        self.replica = Replica(self.engine, settings.state, settings.admission, secret, settings.serve.queue)
+        mine = protocol.encode(self.replica.host.welcome)
+        theirs = await self.link.in_common("model", mine)
+        if (welcome := protocol.read_reply(theirs)) != self.replica.host.welcome:
+            assert isinstance(welcome, protocol.Welcome)
+            raise ProcessError(
+                f"the cluster at {settings.cluster.url} serves {welcome.name} ({welcome.model[:12]}) with a queue of "
+                f"{welcome.queue}, not {self.engine.spec.name} ({self.engine.spec.sha256[:12]}) with "
+                f"{settings.serve.queue}; serve that, or give this one another cluster.prefix"
+            )
+
+    async def _leave(self) -> None:
+        """Give everything back, so that others go on at once."""
+        self._leaving = True
+        end_s = asyncio.get_running_loop().time() + _RELEASE_S
+        while self.parts and asyncio.get_running_loop().time() < end_s:
+            await asyncio.sleep(0.01)
+        await self._tell(gone=True)
+        with contextlib.suppress(*FAILURES):
+            await asyncio.wait_for(self.link.nats.flush(), 1.0)
+
+    def _start(self, coroutine: Any) -> None:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._say(f"{type(error).__name__}: {error}")
+
+    async def _returned(self) -> None:
+        """The connection is back: what was on its way is not."""
+        self._heard_ns.clear()
+        for part in list(self.parts.values()):
+            if part.reading is not None:
+                with contextlib.suppress(*FAILURES):
+                    await part.reading.begin()
+            await self._say_again(part, 0.0)
+
+    # ---- who is alive, who has what ------------------------------------------------------------------------------
+
+    async def _hear_beat(self, message: Any) -> None:
+        try:
+            beat = msgspec.msgpack.decode(message.data, type=Beat)
+        except msgspec.MsgspecError:
+            self.counts["garbage"] += 1
+            return
+        self._heard_ns[beat.engine], self._beats[beat.engine] = now_ns(), beat
+        if beat.gone:
+            self._heard_ns.pop(beat.engine, None)
+
+    def alive(self) -> list[str]:
+        """Engines that are heard; empty where not even we are, so that nobody can be judged."""
+        at_ns = now_ns()
+        heard = [name for name, ns in self._heard_ns.items() if at_ns - ns < DEAD_AFTER_S * 1e9]
+        return sorted(heard) if self.name in heard else []
+
+    async def _tell(self, gone: bool = False) -> None:
+        assert self.replica is not None
+        beat = Beat(self.name, len(self.replica.sessions), self._leaving, gone)
+        with contextlib.suppress(*FAILURES):
+            await self.link.nats.publish(self.link.names.beat, msgspec.msgpack.encode(beat))
+
+    async def _beat(self) -> None:
+        began_s = asyncio.get_running_loop().time()
+        while True:
+            await self._tell()
+            at_ns = now_ns()
+            stood_still = self._beaten_ns and at_ns - self._beaten_ns > DEAD_AFTER_S * 1e9
+            self._beaten_ns = at_ns
+            if stood_still:
+                self._heard_ns.clear()  # what we heard is as old as we stood
+            # whoever has just come hears the others first
+            if asyncio.get_running_loop().time() - began_s > DEAD_AFTER_S:
+                with contextlib.suppress(*FAILURES):
+                    await self._share()
+            await asyncio.sleep(BEAT_S)
+
+    async def _share(self) -> None:
+        """Look who has what; take, give back, notice what is another one's."""
+        table, revision = await self.link.table()
+        for number in [n for n, part in self.parts.items() if self._is_lost(table, n, part)]:
+            self._lose(number)
+        engines = self.alive()
+        if not engines:
+            return
+        held = {n for n, lease in table.leases.items() if lease.engine == self.name}
+        free = {n for n in range(PARTITIONS) if (lease := table.leases.get(n)) is None or lease.engine not in engines}
+        # a lease of ours that we know nothing of is of a start that failed
+        free |= {n for n in held if n not in self.parts and n not in self._taking}
+        takers = [name for name in engines if not self._beats[name].leaving]
+        if self._leaving:
+            take, give = 0, PARTITIONS
+        elif self.name in takers:
+            take, give = shares(len(held - free), len(free), len(takers))
+        else:
+            return  # our first word has not come back yet
+        if take:
+            # everybody begins elsewhere: fewer want the same
+            first = takers.index(self.name) * PARTITIONS // len(takers)
+            chosen = sorted(free, key=lambda n: (n - first) % PARTITIONS)[:take]
+            leases = dict(table.leases)
+            for n in chosen:
+                before = leases.get(n)
+                leases[n] = Lease(self.name, (before.epoch if before is not None else 0) + 1)
+            try:
+                await self.link.replace_table(Table(leases), revision)
+            except Refused:
+                return  # somebody was quicker; the next look is soon
+            for n in chosen:
+                self._taking.add(n)
+                self._start(self._take(n, leases[n].epoch))
+        elif give:
+            for n in sorted(n for n in self.parts if n not in self._giving)[-give:]:
+                self._giving.add(n)
+                self._start(self._give(n))
+
+    def _is_lost(self, table: Table, number: int, part: _Part) -> bool:
+        lease = table.leases.get(number)
+        return lease is None or lease.engine != self.name or lease.epoch != part.epoch
+
+    async def _take(self, number: int, epoch: int) -> None:
+        """A partition whose lease is ours: nobody else writes any more, its sessions go on from what is kept."""
+        assert self.replica is not None
+        try:
+            fence = await self.link.fence(number, Fence(self.name, epoch))
+            part = _Part(number, epoch, fence)
+            states, low = await asyncio.gather(self.link.states_of(number), self.link.low(number))
+            for raw, revision in states:
+                try:
+                    part.revisions[self.replica.adopt(number, raw, now_ns())] = revision
+                except SnapshotError as e:
+                    self.counts["damaged"] += 1
+                    self._say(str(e))
+            part.low = low
+            part.reading = Reading(self.link, number, low, self._hear)
+            self.parts[number] = part
+            await part.reading.begin()
+            self.counts["taken"] += 1
+        except Refused:
+            self._lose(number)
+        except FAILURES as e:
+            self.replica.drop(number)
+            self.parts.pop(number, None)
+            self._say(f"partition {number} could not be taken ({e or type(e).__name__}); it is tried again")
+        finally:
+            self._taking.discard(number)
+
+    def _lose(self, number: int) -> None:
+        """It is another engine's: nothing more is written of it."""
+        assert self.replica is not None
+        part = self.parts.pop(number, None)
+        self._giving.discard(number)
+        if part is None:
+            return
+        part.ours = False
+        self.counts["fenced"] += 1
+        for task in part.keeping.values():
+            task.cancel()
+        self.replica.drop(number)
+        if part.reading is not None:
+            self._start(part.reading.end())
+
+    async def _give(self, number: int) -> None:
+        """Step what was read, keep every session, and let another engine take the partition."""
+        assert self.replica is not None
+        part = self.parts.get(number)
+        if part is None or part.reading is None:
+            self._giving.discard(number)
+            return
+        await part.reading.end()
+        while part.ours and (self.replica.waits(number) or any(of[0] == number for of in self._inbox)):
+            await asyncio.sleep(0.001)
+        if not part.ours:
+            return
+        self.replica.save_all(number, now_ns())
+        await self._hand_on()
+        while part.ours and (part.unstored or part.keeping):
+            await asyncio.sleep(0.001)
+            await self._say_again(part, _SAY_AGAIN_S)
+        if not part.ours:
+            return
+        try:
+            await self.link.set_low(number, self.replica.low(number, part.reading.read))
+            while part.ours:
+                table, revision = await self.link.table()
+                if self._is_lost(table, number, part):
+                    break
+                leases = {**table.leases, number: Lease("", part.epoch)}
+                try:
+                    await self.link.replace_table(Table(leases), revision)
+                    break
+                except Refused:
+                    continue
+        except FAILURES:
+            self._giving.discard(number)
+            await part.reading.begin()
+            return
+        if self.parts.pop(number, None) is not None:
+            part.ours = False
+            self.replica.drop(number)
+            self.counts["given_back"] += 1
+        self._giving.discard(number)
+
+    # ---- serving -------------------------------------------------------------------------------------------------
+
+    def _hear(self, partition: int, session: str, seq: int, content: bytes) -> None:
+        self._inbox.append((partition, session, seq, content))
+        self._something.set()
+
+    async def _serve(self) -> None:
+        replica = self.replica
+        assert replica is not None
+        looked_s = 0.0
+        loop = asyncio.get_running_loop()
+        while True:
+            if not self._inbox and not replica.ready:
+                self._something.clear()
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._something.wait(), _WAIT_S)
+            at_ns = now_ns()
+            for _ in range(min(len(self._inbox), _AT_ONCE)):
+                partition, session, seq, content = self._inbox.popleft()
+                if partition in self.parts:
+                    replica.hear(partition, session, seq, content, at_ns)
+            if replica.ready:
+                replica.step(at_ns)
+            replica.look_after(at_ns)
+            await self._hand_on()
+            if loop.time() - looked_s > _LOW_EVERY_S:
+                looked_s = loop.time()
+                replica.save_silent(round(STATE_EVERY_S * 1e9), at_ns)
+                await self._look_after_parts()
+            await asyncio.sleep(0)
+
+    async def _hand_on(self) -> None:
+        """What the replica says and wants kept, to the server."""
+        assert self.replica is not None
+        said, kept = self.replica.take()
+        promised: dict[str, list[Said]] = {}
+        for of in said:
+            if of.after_kept and any(k.session == of.session for k in kept):
+                promised.setdefault(of.session, []).append(of)
+            else:
+                await self._say_one(of)
+        for state in kept:
+            part = self.parts.get(state.partition)
+            if part is None:
+                continue
+            before = part.keeping.get(state.session)
+            after = promised.pop(state.session, []) if state is _last(kept, state.session) else []
+            task = asyncio.create_task(self._keep(part, state, before, after))
+            part.keeping[state.session] = task
+            self._tasks.add(task)
+            task.add_done_callback(self._ended)
+
+    async def _say_one(self, said: Said) -> None:
+        part = self.parts.get(said.partition)
+        if part is None:
+            return
+        try:
+            future = await self.link.say(said.partition, said.session, said.name, said.content, part.fence)
+        except FAILURES:
+            future = asyncio.get_running_loop().create_future()  # it is said again
+        key = f"{said.session} {said.name}"
+        part.unstored[key] = said, future, asyncio.get_running_loop().time()
+        future.add_done_callback(lambda done: self._stored(part, key, done))
+
+    def _stored(self, part: _Part, key: str, done: asyncio.Future[Any]) -> None:
+        if done.cancelled() or part.unstored.get(key, (None, None))[1] is not done:
+            return
+        try:
+            self.counts["stored" if self.link.stored(done) else "repeated"] += 1
+        except Refused:
+            self.counts["refused"] += 1
+            if part.ours and self.parts.get(part.number) is part:
+                self._lose(part.number)
+            return
+        except FAILURES:
+            return  # it is said again
+        del part.unstored[key]
+
+    async def _say_again(self, part: _Part, after_s: float) -> None:
+        """What has not been stored for so long, in order, under its name: the server has it once."""
+        at_s = asyncio.get_running_loop().time()
+        for said, _, since_s in [of for of in part.unstored.values() if at_s - of[2] >= after_s]:
+            del since_s
+            await self._say_one(said)
+
+    async def _keep(self, part: _Part, state: Kept, before: asyncio.Task[None] | None, promised: list[Said]) -> None:
+        """Keep a state when what was said before is stored, and the state before it; then say what was promised."""
+        assert self.replica is not None
+        owed = [future for said, future, _ in part.unstored.values() if said.session == state.session]
+        me = asyncio.current_task()
+        while part.ours and owed:
+            if any(not future.done() for future in owed):
+                await asyncio.wait(owed, timeout=0.05)
+            owed = [
+                future
+                for said, future, _ in part.unstored.values()
+                if said.session == state.session and int(said.name.partition(".")[0]) <= state.seq
+            ]
+        if before is not None:
+            await asyncio.wait((before,))
+        while part.ours:
+            try:
+                revision = part.revisions.get(state.session, 0)
+                part.revisions[state.session] = await self.link.keep(part.number, state.session, state.raw, revision)
+                break
+            except Refused:
+                with contextlib.suppress(*FAILURES):
+                    part.revisions[state.session] = await self.link.revision(part.number, state.session)
+            except FAILURES:
+                await asyncio.sleep(0.05)
+        if not part.ours:
+            return
+        if state.raw is None:
+            with contextlib.suppress(*FAILURES):
+                part.revisions[state.session] = await self.link.revision(part.number, state.session)
+        self.counts["kept"] += 1
+        self.replica.kept(state)
+        for said in promised:
+            await self._say_one(said)
+        if part.keeping.get(state.session) is me:
+            del part.keeping[state.session]
+
+    async def _look_after_parts(self) -> None:
+        assert self.replica is not None
+        for part in list(self.parts.values()):
+            await self._say_again(part, _SAY_AGAIN_S)
+            if part.reading is None or part.number in self._giving:
+                continue
+            with contextlib.suppress(*FAILURES):
+                if part.reading.silent:
+                    await part.reading.begin()
+                queued = any(of[0] == part.number for of in self._inbox)
+                low = self.replica.low(part.number, part.low if queued else part.reading.read)
+                if low > part.low:
+                    await self.link.set_low(part.number, low)
+                    part.low = low
+
+    def summary(self) -> dict[str, Any]:
+        """What was done so far, as a JSON document."""
+        assert self.replica is not None
+        replica = self.replica
+        return {
+            "engine": self.name,
+            "cluster": self.settings.cluster.url,
+            "model": self.engine.spec.name,
+            "model_sha256": self.engine.spec.sha256,
+            "provider": self.engine.provider,
+            "partitions": len(self.parts),
+            "sessions": len(replica.sessions),
+            "counts": {
+                **replica.sessions.counts,
+                **{f"host_{k}": v for k, v in sorted(replica.host.counts.items())},
+                **{f"log_{k}": v for k, v in sorted(replica.counts.items())},
+                **{f"cluster_{k}": v for k, v in sorted(self.counts.items())},
+            },
+        }
+
+
+def _last(kept: list[Kept], session: str) -> Kept:
+    return [k for k in kept if k.session == session][-1]
