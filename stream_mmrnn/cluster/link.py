@@ -18,7 +18,7 @@ from nats.aio.client import Client as Nats
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 from nats.js import api
-from nats.js.errors import APIError, KeyNotFoundError, KeyWrongLastSequenceError, NoKeysError, NotFoundError
+from nats.js.errors import APIError, KeyNotFoundError, KeyWrongLastSequenceError, NotFoundError
 from nats.js.kv import KeyValue
 
 from stream_mmrnn.cluster.layout import LOG_S, SAID_S, Fence, Names, Table, session_of, token_of
@@ -321,10 +321,9 @@ class Link:
 
     async def states_of(self, partition: int) -> list[tuple[bytes, int]]:
         """The newest snapshots of a partition's sessions, each with its revision."""
-        try:
-            keys = await self.states.keys(filters=[f"state.{partition}.*"])
-        except NoKeysError:
-            return []
+        prefix = f"$KV.{self.names.states}."
+        info = await self.js.stream_info(f"KV_{self.names.states}", subjects_filter=f"{prefix}state.{partition}.*")
+        keys = [subject.removeprefix(prefix) for subject in info.state.subjects or ()]
         found: list[tuple[bytes, int]] = []
         for at in range(0, len(keys), 64):
             entries = await asyncio.gather(
