@@ -40,14 +40,21 @@ class _OverNats:
         self._inbox: asyncio.Queue[bytes] = asyncio.Queue()
         self._sent = 0
 
-    async def begin(self, url: str, prefix: str, credentials: str) -> None:
-        connection = await connect(url, credentials, self._returned)
+    async def begin(self, url: str, prefix: str, credentials: str, timeout_s: float) -> None:
+        """Connect, and see who they are; raises NotRunning where nobody is there in that time."""
+        end_s = asyncio.get_running_loop().time() + timeout_s
+        connection = await connect(url, credentials, self._returned, timeout_s)
         self.link = Link(connection, Names(prefix))
-        welcome = await self.link.common("model") if await self.link.find() else None
-        if welcome is None:
-            await connection.close()
-            raise NotRunning(f"no engine has served a cluster at {url} yet: {ClusterClient.starting}")
-        self._inbox.put_nowait(welcome)
+        while True:
+            with contextlib.suppress(*FAILURES):
+                welcome = await self.link.common("model") if await self.link.find() else None
+                if welcome is not None:
+                    self._inbox.put_nowait(welcome)
+                    return
+            if asyncio.get_running_loop().time() > end_s:
+                await connection.close()
+                raise NotRunning(f"no engine has served a cluster at {url} yet: {ClusterClient.starting}")
+            await asyncio.sleep(0.1)
 
     async def send(self, session: str, content: bytes) -> None:
         if not session:
@@ -140,5 +147,5 @@ class ClusterClient(AsyncClient):
 
     async def _connect(self) -> Way:
         way = _OverNats()
-        await way.begin(self._address, self._prefix, self._credentials)
+        await way.begin(self._address, self._prefix, self._credentials, self._timeout_s)
         return way

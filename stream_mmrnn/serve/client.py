@@ -75,6 +75,11 @@ class _Session:
         """Ticks that have no answer yet."""
         return len(self._track.unanswered)
 
+    @property
+    def unread(self) -> int:
+        """Answers that have come and were not read yet."""
+        return len(self._track.answers)
+
     def send(
         self,
         features: Mapping[str, Any],

@@ -34,6 +34,7 @@ SUBJECTS = (
     "soak",
     "stop",
     "determinism",
+    "cluster",
 )
 _ROOT = Path(__file__).parents[2]
 PAGE = _ROOT / "docs" / "reliability.md"

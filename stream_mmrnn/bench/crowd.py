@@ -1,0 +1,153 @@
+"""A crowd of clients in one event loop: sessions at 25 Hz in an open loop, whoever serves them.
+
+When a tick is due is fixed beforehand, whatever came of those before it; its latency counts from there until its answer
+can be read. Knows nothing about servers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from stream_mmrnn.bench import models
+from stream_mmrnn.bench.sessions import TICK_NS, phases
+from stream_mmrnn.clock import now_ns
+from stream_mmrnn.engine import StepEngine
+from stream_mmrnn.errors import StreamError, TimedOut
+from stream_mmrnn.serve.client import AsyncClient, AsyncSession
+from stream_mmrnn.types import FloatArray, Stamps, Tick
+
+DRAIN_S = 15.0
+"""How long an answer may take that somebody waits for."""
+
+
+def vector(who: int, tick: int) -> FloatArray:
+    """What one says at a tick; everybody something else."""
+    return np.random.default_rng([who, tick]).standard_normal(models.INPUT).astype(np.float32) * np.float32(0.5)
+
+
+class Member:
+    """One of them: what it sent, when that was due, and what it was answered."""
+
+    def __init__(self, name: str, who: int, phase_ns: int) -> None:
+        self.name, self.who, self.phase_ns = name, who, phase_ns
+        self.due_ns: list[int] = []
+        self.answers: dict[int, list[tuple[int, bytes]]] = {}
+        """By tick: when each answer to it came, and its bits."""
+        self.errors: Counter[str] = Counter()
+        self.skipped = 0
+
+    @property
+    def missing(self) -> int:
+        return sum(tick not in self.answers for tick in range(len(self.due_ns)))
+
+    @property
+    def repeated(self) -> int:
+        return sum(len(got) - 1 for got in self.answers.values())
+
+    def latencies_ns(self, since_ns: int = 0) -> list[int]:
+        return [got[0][0] - self.due_ns[tick] for tick, got in self.answers.items() if self.due_ns[tick] >= since_ns]
+
+    def gap_ns(self) -> int:
+        """The longest that it was without a new answer."""
+        came = sorted(got[0][0] for got in self.answers.values())
+        return max((b - a for a, b in itertools.pairwise(came)), default=0)
+
+    def differing(self, engine: StepEngine) -> int:
+        """Answers that are not the bits of this session alone on an engine."""
+        wrong = 0
+        engine.open("alone")
+        for tick in range(len(self.due_ns)):
+            features = {models.MODALITY: vector(self.who, tick)}
+            present, age_ns = {models.MODALITY: True}, {models.MODALITY: 0}
+            said = engine.step([Tick("alone", tick, 0, features, present, age_ns, Stamps(0, 0, 0, 0, ""))])
+            expected = said[0].heads[models.HEAD].tobytes()
+            wrong += any(bits != expected for _, bits in self.answers.get(tick, ()))
+        engine.close("alone")
+        return wrong
+
+    async def run(self, session: AsyncSession, begin_ns: int, end_ns: int) -> None:
+        """Ticks from the one time to the other, and all answers to them."""
+        reading = asyncio.create_task(self._read(session))
+        tick = 0
+        try:
+            while (due_ns := begin_ns + self.phase_ns + tick * TICK_NS) < end_ns:
+                wait_s = (due_ns - now_ns()) / 1e9
+                if wait_s > 0:
+                    await asyncio.sleep(wait_s)
+                try:
+                    session.send({models.MODALITY: vector(self.who, tick)}, tick=tick, event_ns=due_ns)
+                except StreamError as e:
+                    self.errors[type(e).__name__] += 1
+                    return
+                self.due_ns.append(due_ns)
+                tick += 1
+            deadline_ns = now_ns() + round(DRAIN_S * 1e9)
+            while (session.waiting or session.unread) and now_ns() < deadline_ns:
+                await asyncio.sleep(0.005)
+        finally:
+            self.skipped = session.skipped
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+
+    async def _read(self, session: AsyncSession) -> None:
+        while True:
+            try:
+                answer = await session.receive(DRAIN_S)
+            except TimedOut:
+                continue
+            except StreamError as e:
+                self.errors[type(e).__name__] += 1
+                await asyncio.sleep(0.001)
+                continue
+            if answer is None:
+                await asyncio.sleep(0.001)
+                continue
+            self.answers.setdefault(answer.tick, []).append((now_ns(), answer.heads[models.HEAD].tobytes()))
+
+
+class Crowd:
+    """Clients that come, stay connected, and have a session each whenever they are asked to."""
+
+    def __init__(
+        self, make: Callable[[], AsyncClient], count: int, seed: int = 0, apart: bool = True, named: str = "crowd"
+    ) -> None:
+        """`apart`: each over a connection of its own; `named`: what their sessions' names begin with."""
+        self._make, self._apart, self._named = make, apart, named
+        self.phases_ns: Sequence[int] = phases(count, "spread", seed).tolist()
+        self.clients: list[AsyncClient] = []
+        self._stack = contextlib.AsyncExitStack()
+        self._runs = 0
+
+    async def __aenter__(self) -> Crowd:
+        for _ in range(len(self.phases_ns) if self._apart else 1):
+            self.clients.append(await self._stack.enter_async_context(self._make()))
+        return self
+
+    async def __aexit__(self, *_: Any) -> None:
+        await self._stack.aclose()
+
+    async def run(self, duration_s: float, meanwhile: Callable[[], Any] | None = None) -> list[Member]:
+        """Everybody for so long, at once; `meanwhile` is awaited beside it."""
+        self._runs += 1
+        members = [Member(f"{self._named}-{self._runs}-{i}", i, phase_ns) for i, phase_ns in enumerate(self.phases_ns)]
+        sessions = [
+            await self.clients[i if self._apart else 0].open(member.name, timeout_s=DRAIN_S)
+            for i, member in enumerate(members)
+        ]
+        begin_ns = now_ns() + 50_000_000
+        end_ns = begin_ns + round(duration_s * 1e9)
+        jobs = [m.run(s, begin_ns, end_ns) for m, s in zip(members, sessions, strict=True)]
+        if meanwhile is not None:
+            jobs.append(meanwhile())
+        await asyncio.gather(*jobs)
+        for session in sessions:
+            with contextlib.suppress(StreamError):
+                await session.close()
+        return members
