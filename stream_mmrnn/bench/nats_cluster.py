@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from stream_mmrnn import config
 from stream_mmrnn.cluster.layout import PARTITIONS, Names
 from stream_mmrnn.cluster.link import FAILURES, Link, connect
 from stream_mmrnn.config import LOOPBACK
@@ -108,6 +109,11 @@ class Cluster:
         assert self.server is not None
         self.server.kill()
         self.server.wait()
+
+    def settings(self) -> config.Settings:
+        """Of one more engine in the caller's process."""
+        table = {"engine": {"model": str(self._model)}, "cluster": {"url": self.url, "prefix": self.prefix}}
+        return config.parse({**table, "admission": {"share": 1.0}})
 
     def start_engine(self) -> Engine:
         engine = Engine(self.url, self._model, self.prefix, self._folder)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from stream_mmrnn.cluster.layout import PREFIX, Names
@@ -20,35 +21,46 @@ from stream_mmrnn.serve.client import AsyncClient, Way
 
 
 class _Line:
-    """One session's way."""
+    """What one session has to say, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, sender: Callable[[_Line], Coroutine[Any, Any, None]]) -> None:
         self.queue: asyncio.Queue[bytes] = asyncio.Queue(4096)
-        self.subscription: Any = None
-        self.heard = 0
-        """The number of the newest answer, in the log of answers."""
-        self.sender: asyncio.Task[None] | None = None
+        self.sender = asyncio.create_task(sender(self))
 
 
 class _OverNats:
     """Messages of each session in their order; a message is sent until it is in the log, which has it once."""
 
     def __init__(self) -> None:
-        self.link: Link | None = None
+        self._link: Link | None = None
         self._name = new_name()
         self._lines: dict[str, _Line] = {}
         self._inbox: asyncio.Queue[bytes] = asyncio.Queue()
         self._sent = 0
+        self._heard = 0
+        """The number of the newest answer, in the log of answers."""
+        self._missed_from: int | None = None
+        """What it was when the connection was lost, until what was said since has been read."""
+        self._seen: set[int] = set()
+        """And what came by itself meanwhile."""
+
+    @property
+    def link(self) -> Link:
+        assert self._link is not None
+        return self._link
 
     async def begin(self, url: str, prefix: str, credentials: str, timeout_s: float) -> None:
         """Connect, and see who they are; raises NotRunning where nobody is there in that time."""
         end_s = asyncio.get_running_loop().time() + timeout_s
-        connection = await connect(url, credentials, self._returned, timeout_s)
-        self.link = Link(connection, Names(prefix))
+        connection = await connect(url, credentials, self._catch_up, timeout_s, self._lost)
+        self._link = Link(connection, Names(prefix))
         while True:
             with contextlib.suppress(*FAILURES):
                 welcome = await self.link.common("model") if await self.link.find() else None
                 if welcome is not None:
+                    self._heard = await self.link.newest()
+                    await connection.subscribe(self.link.names.said_to(self._name), cb=self._take)
+                    await connection.flush()
                     self._inbox.put_nowait(welcome)
                     return
             if asyncio.get_running_loop().time() > end_s:
@@ -56,34 +68,30 @@ class _OverNats:
                 raise NotRunning(f"no engine has served a cluster at {url} yet: {ClusterClient.starting}")
             await asyncio.sleep(0.1)
 
+    async def _take(self, message: Any) -> None:
+        self._hear(int(message.headers["Nats-Sequence"]), message.data)
+
+    def _hear(self, number: int, content: bytes) -> None:
+        if number in self._seen or number <= (self._heard if self._missed_from is None else self._missed_from):
+            return
+        if self._missed_from is not None:
+            self._seen.add(number)
+        self._heard = max(self._heard, number)
+        self._inbox.put_nowait(content)
+
+    async def _lost(self) -> None:
+        if self._missed_from is None:
+            self._missed_from = self._heard
+
     async def send(self, session: str, content: bytes) -> None:
         if not session:
-            return  # `hello`: who they are is in the bucket
+            return  # `hello`: who they are is known
         line = self._lines.get(session)
         if line is None:
-            line = self._lines[session] = _Line()
-            await self._listen(session, line)
-            line.sender = asyncio.create_task(self._speak(session, line))
+            line = self._lines[session] = _Line(lambda line: self._speak(session, line))
         await line.queue.put(content)
 
-    async def _listen(self, session: str, line: _Line) -> None:
-        assert self.link is not None
-
-        async def take(message: Any) -> None:
-            self._hear(line, int(message.headers["Nats-Sequence"]), message.data)
-
-        # nothing that was said before we came is for us
-        line.heard = await self.link.newest()
-        line.subscription = await self.link.nats.subscribe(self.link.names.said(session), cb=take)
-        await self.link.nats.flush()
-
-    def _hear(self, line: _Line, number: int, content: bytes) -> None:
-        if number > line.heard:
-            line.heard = number
-            self._inbox.put_nowait(content)
-
     async def _speak(self, session: str, line: _Line) -> None:
-        assert self.link is not None
         while True:
             content = await line.queue.get()
             self._sent += 1
@@ -94,39 +102,31 @@ class _OverNats:
                     break
                 except FAILURES:
                     await asyncio.sleep(0.05)
-                    await self._catch_up(session, line)
 
-    async def _returned(self) -> None:
-        for session, line in list(self._lines.items()):
-            await self._catch_up(session, line)
-
-    async def _catch_up(self, session: str, line: _Line) -> None:
+    async def _catch_up(self) -> None:
         """What was said while we did not hear."""
-        assert self.link is not None
+        if self._link is None:
+            return
+        since = self._heard if self._missed_from is None else self._missed_from
         with contextlib.suppress(*FAILURES):
-            async for number, content in self.link.said_after(session, line.heard):
-                self._hear(line, number, content)
+            async for number, content in self.link.said_after(self._name, since):
+                self._hear(number, content)
+            self._missed_from = None
+            self._seen.clear()
 
     async def receive(self) -> bytes:
         return await self._inbox.get()
 
     async def again(self, session: str) -> None:
-        line = self._lines.get(session)
-        if line is not None:
-            await self._catch_up(session, line)
+        await self._catch_up()
 
     async def end(self, session: str) -> None:
         line = self._lines.pop(session, None)
-        if line is None:
-            return
-        if line.sender is not None:
+        if line is not None:
             line.sender.cancel()
             await asyncio.gather(line.sender, return_exceptions=True)
-        with contextlib.suppress(*FAILURES):
-            await line.subscription.unsubscribe()
 
     async def close(self) -> None:
-        assert self.link is not None
         for session in list(self._lines):
             await self.end(session)
         with contextlib.suppress(*FAILURES):

@@ -2,8 +2,8 @@
 
     PREFIX.in.SESSION              a client's messages (`serve.protocol`), which the stream PREFIX_in keeps as
     PREFIX.log.PARTITION.SESSION   by the server's own hash of the name, so that everybody agrees
-    PREFIX.out.PARTITION.SESSION   what an engine says to a client, which the stream PREFIX_out, once it has it, says as
-    PREFIX.said.PARTITION.SESSION  where clients listen
+    PREFIX.out.PARTITION.SESSION.CLIENT  what an engine says, which the stream PREFIX_out, once it has it, says again as
+    PREFIX.said.PARTITION.SESSION.CLIENT where that client listens
     PREFIX.out.PARTITION.=fence    the newest owner of a partition: whoever writes to it names the number of this, and
                                    the server refuses who names an older one
     PREFIX.beat                    engines that are alive; not kept
@@ -22,6 +22,8 @@ import msgspec
 PARTITIONS = 64
 """Fixed for a cluster's life: a session's partition is what the server's hash says."""
 PREFIX = "mmrnn"
+CLIENT = re.compile(r"[a-z0-9]{1,32}", re.ASCII)
+"""How a client may call itself: it names its messages so, CLIENT and a number."""
 FENCE = "=fence"
 """No session is written so: none begins with a dot."""
 LOG_S = 120.0
@@ -60,17 +62,17 @@ class Names:
     def log(self, partition: int) -> str:
         return f"{self.prefix}.log.{partition}.*"
 
-    def out(self, partition: int, session: str) -> str:
-        return f"{self.prefix}.out.{partition}.{token_of(session)}"
+    def out(self, partition: int, session: str, client: str) -> str:
+        return f"{self.prefix}.out.{partition}.{token_of(session)}.{client}"
 
     def fence(self, partition: int) -> str:
         return f"{self.prefix}.out.{partition}.{FENCE}"
 
-    def out_of(self, session: str) -> str:
-        return f"{self.prefix}.out.*.{token_of(session)}"
+    def out_to(self, client: str) -> str:
+        return f"{self.prefix}.out.*.*.{client}"
 
-    def said(self, session: str) -> str:
-        return f"{self.prefix}.said.*.{token_of(session)}"
+    def said_to(self, client: str) -> str:
+        return f"{self.prefix}.said.*.*.{client}"
 
 
 class Lease(msgspec.Struct, frozen=True):

@@ -30,12 +30,24 @@ _EXPECTED_OF = "Nats-Expected-Last-Subject-Sequence-Subject"
 _REQUEST_S = 1.0
 FAILURES = (NatsError, APIError, OSError, asyncio.TimeoutError)
 """What NATS's client raises where the server is away, slow or says no."""
-Heard = Callable[[int, str, int, bytes], None]
-"""Partition, session, number, content."""
+Heard = Callable[[int, str, int, str, bytes], None]
+"""Partition, session, number, client, content."""
 
 
 class Refused(Exception):  # noqa: N818 told from failures by its name
     """The server says that another one has been there since."""
+
+
+class _Error(msgspec.Struct):
+    err_code: int = 0
+    description: str = ""
+
+
+class _Receipt(msgspec.Struct):
+    """What the server says of a message for a stream."""
+
+    error: _Error | None = None
+    duplicate: bool = False
 
 
 def _refuses(error: BaseException) -> bool:
@@ -43,7 +55,11 @@ def _refuses(error: BaseException) -> bool:
 
 
 async def connect(
-    url: str, credentials: str = "", on_return: Callable[[], Awaitable[None]] | None = None, timeout_s: float = 5.0
+    url: str,
+    credentials: str = "",
+    on_return: Callable[[], Awaitable[None]] | None = None,
+    timeout_s: float = 5.0,
+    on_loss: Callable[[], Awaitable[None]] | None = None,
 ) -> Nats:
     """A connection that comes back by itself for ever.
 
@@ -68,6 +84,7 @@ async def connect(
                 max_outstanding_pings=3,
                 error_cb=nothing,
                 reconnected_cb=on_return or nothing,
+                disconnected_cb=on_loss or nothing,
                 **options,
             ),
             timeout_s,
@@ -130,7 +147,9 @@ class Reading:
             return
         self._expected += 1
         self.read = number
-        self._heard(self._partition, session_of(message.subject.rpartition(".")[2]), number, message.data)
+        named = (message.headers or {}).get(api.Header.MSG_ID.value, "")
+        session = session_of(message.subject.rpartition(".")[2])
+        self._heard(self._partition, session, number, named.partition(" ")[0], message.data)
 
     async def end(self) -> None:
         """Read no more."""
@@ -148,7 +167,11 @@ class Link:
 
     def __init__(self, connection: Nats, names: Names) -> None:
         self.nats, self.names = connection, names
-        self.js = connection.jetstream(timeout=_REQUEST_S, publish_async_max_pending=65_536)
+        self.js = connection.jetstream(timeout=_REQUEST_S)
+        self._inbox = ""
+        self._owed: dict[str, asyncio.Future[bool]] = {}
+        """Receipts that have not come, by their address."""
+        self._receipts = 0
         self._leases: KeyValue | None = None
         self._states: KeyValue | None = None
 
@@ -277,24 +300,54 @@ class Link:
 
     # ---- what is said --------------------------------------------------------------------------------------------
 
-    async def say(self, partition: int, session: str, name: str, content: bytes, fence: int) -> asyncio.Future[Any]:
-        """Write what is said to a session; a future of its being stored, which may fail by `Refused`, or for ever
-        not be done where the server went away: then it is to be said again, under its name.
+    async def say(
+        self, partition: int, session: str, client: str, name: str, content: bytes, fence: int
+    ) -> asyncio.Future[bool]:
+        """Write what is said of a session to a client; a future of its being stored, and whether that was new.
+
+        It fails by `Refused`, or by one of FAILURES, or is for ever not done where the server went away: then it is to
+        be said again, under its name.
         """
         headers = {
             _EXPECTED: str(fence),
             _EXPECTED_OF: self.names.fence(partition),
             api.Header.MSG_ID.value: f"{session} {name}",
+            api.Header.MSG_TTL.value: f"{SAID_S:.0f}s",
         }
-        return await self.js.publish_async(self.names.out(partition, session), content, headers=headers, msg_ttl=SAID_S)
+        if not self._inbox:
+            self._inbox = self.nats.new_inbox()
+            await self.nats.subscribe(f"{self._inbox}.*", cb=self._receive)
+        self._receipts += 1
+        address = f"{self._inbox}.{self._receipts}"
+        future = self._owed[address] = asyncio.get_running_loop().create_future()
+        future.add_done_callback(lambda _: self._owed.pop(address, None))
+        await self.nats.publish(self.names.out(partition, session, client), content, address, headers)
+        return future
+
+    async def _receive(self, message: Msg) -> None:
+        """A receipt. (The client's own `publish_async` lets a future wait for ever where the server says no.)"""
+        future = self._owed.get(message.subject)
+        if future is None or future.done():
+            return
+        try:
+            receipt = msgspec.json.decode(message.data, type=_Receipt)
+        except msgspec.MsgspecError:  # nobody keeps what is said there (yet)
+            future.set_exception(NatsError("the log of answers is not there"))
+            return
+        if receipt.error is None:
+            future.set_result(not receipt.duplicate)
+        elif receipt.error.err_code == _WRONG_LAST_SEQUENCE:
+            future.set_exception(Refused())
+        else:
+            future.set_exception(NatsError(receipt.error.description))
 
     async def newest(self) -> int:
         """The number of the newest thing that was said to anybody."""
         return (await self.js.stream_info(self.names.stream_out)).state.last_seq
 
-    async def said_after(self, session: str, number: int) -> AsyncIterator[tuple[int, bytes]]:
-        """What was said to a session after this number, each with its own."""
-        subject = self.names.out_of(session)
+    async def said_after(self, client: str, number: int) -> AsyncIterator[tuple[int, bytes]]:
+        """What was said to a client after this number, each with its own."""
+        subject = self.names.out_to(client)
         while True:
             try:
                 found = await self.js.get_msg(self.names.stream_out, number + 1, subject, next=True)
@@ -306,16 +359,6 @@ class Link:
     async def log(self, session: str, name: str, content: bytes) -> None:
         """Put a client's message into the log, once under this name; it is there when this returns."""
         await self.js.publish(self.names.into(session), content, headers={api.Header.MSG_ID.value: name})
-
-    def stored(self, done: asyncio.Future[Any]) -> bool:
-        """Whether it was new; raises Refused, or one of FAILURES."""
-        error = done.exception()
-        if error is not None:
-            if _refuses(error):
-                raise Refused from error
-            raise error
-        ack: api.PubAck = done.result()
-        return not ack.duplicate
 
     # ---- states --------------------------------------------------------------------------------------------------
 

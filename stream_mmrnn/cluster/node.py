@@ -43,7 +43,7 @@ class _Part:
     def __init__(self, number: int, epoch: int, fence: int) -> None:
         self.number, self.epoch, self.fence = number, epoch, fence
         self.reading: Reading | None = None
-        self.unstored: OrderedDict[str, tuple[Said, asyncio.Future[Any], float]] = OrderedDict()
+        self.unstored: OrderedDict[str, tuple[Said, asyncio.Future[bool], float]] = OrderedDict()
         """What was said and is not stored yet, by session and name, in order; since when."""
         self.revisions: dict[str, int] = {}
         self.keeping: dict[str, asyncio.Task[None]] = {}
@@ -65,7 +65,7 @@ class Node:
         what was said; `kept` states."""
         self.parts: dict[int, _Part] = {}
         self.replica: Replica | None = None
-        self._inbox: deque[tuple[int, str, int, bytes]] = deque()
+        self._inbox: deque[tuple[int, str, int, str, bytes]] = deque()
         self._something = asyncio.Event()
         self._heard_ns: dict[str, int] = {}
         self._beats: dict[str, Beat] = {}
@@ -204,7 +204,8 @@ class Node:
         """Look who has what; take, give back, notice what is another one's."""
         table, revision = await self.link.table()
         for number in [n for n, part in self.parts.items() if self._is_lost(table, n, part)]:
-            self._lose(number)
+            if number not in self._giving:  # else it may be we who have just given it back
+                self._lose(number)
         engines = self.alive()
         if not engines:
             return
@@ -328,8 +329,8 @@ class Node:
 
     # ---- serving -------------------------------------------------------------------------------------------------
 
-    def _hear(self, partition: int, session: str, seq: int, content: bytes) -> None:
-        self._inbox.append((partition, session, seq, content))
+    def _hear(self, partition: int, session: str, seq: int, client: str, content: bytes) -> None:
+        self._inbox.append((partition, session, seq, client, content))
         self._something.set()
 
     async def _serve(self) -> None:
@@ -344,9 +345,9 @@ class Node:
                     await asyncio.wait_for(self._something.wait(), _WAIT_S)
             at_ns = now_ns()
             for _ in range(min(len(self._inbox), _AT_ONCE)):
-                partition, session, seq, content = self._inbox.popleft()
+                partition, session, seq, client, content = self._inbox.popleft()
                 if partition in self.parts:
-                    replica.hear(partition, session, seq, content, at_ns)
+                    replica.hear(partition, session, seq, client, content, at_ns)
             if replica.ready:
                 replica.step(at_ns)
             replica.look_after(at_ns)
@@ -383,18 +384,18 @@ class Node:
         if part is None:
             return
         try:
-            future = await self.link.say(said.partition, said.session, said.name, said.content, part.fence)
+            future = await self.link.say(said.partition, said.session, said.client, said.name, said.content, part.fence)
         except FAILURES:
             future = asyncio.get_running_loop().create_future()  # it is said again
         key = f"{said.session} {said.name}"
         part.unstored[key] = said, future, asyncio.get_running_loop().time()
         future.add_done_callback(lambda done: self._stored(part, key, done))
 
-    def _stored(self, part: _Part, key: str, done: asyncio.Future[Any]) -> None:
-        if done.cancelled() or part.unstored.get(key, (None, None))[1] is not done:
+    def _stored(self, part: _Part, key: str, done: asyncio.Future[bool]) -> None:
+        if done.cancelled() or (done.exception() and part.unstored.get(key, (None, None))[1] is not done):
             return
         try:
-            self.counts["stored" if self.link.stored(done) else "repeated"] += 1
+            self.counts["stored" if done.result() else "repeated"] += 1
         except Refused:
             self.counts["refused"] += 1
             if part.ours and self.parts.get(part.number) is part:
@@ -402,7 +403,7 @@ class Node:
             return
         except FAILURES:
             return  # it is said again
-        del part.unstored[key]
+        part.unstored.pop(key, None)
 
     async def _say_again(self, part: _Part, after_s: float) -> None:
         """What has not been stored for so long, in order, under its name: the server has it once."""

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 from collections import Counter, deque
 
 import msgspec
 
-from stream_mmrnn import config
+from stream_mmrnn import config, topics
+from stream_mmrnn.cluster.layout import CLIENT
 from stream_mmrnn.errors import SessionError, SnapshotError, WireError
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.host import Host
 from stream_mmrnn.sessions import Engine, Sessions
 from stream_mmrnn.snapshots import Snapshot, from_bytes, to_bytes
 
-_SEQ, _OPENED, _EVICTED = "seq", "opened", "evicted"
+_SEQ, _OPENED, _OWNER = "seq", "opened", "owner"
 _LATE_TICKS = 65_536
 """Ticks of one session that may wait: a log that is read again holds more than a client sends ahead."""
 _SAVED_AT_ONCE = 64
@@ -31,6 +33,7 @@ class Said(msgspec.Struct, frozen=True):
 
     partition: int
     session: str
+    client: str
     name: str
     """The same for the same answer, whoever gives it."""
     content: bytes
@@ -79,6 +82,8 @@ class _Place(msgspec.Struct):
     partition: int
     opened: int
     """The message that opened it: its token is made of that."""
+    owner: str
+    """The client that it is served for."""
     handled: int
     """The newest that is in its state."""
     made: int = 0
@@ -134,14 +139,15 @@ class Replica:
         name = snapshot.session
         try:
             seq, opened = (int(snapshot.extra[of]) for of in (_SEQ, _OPENED))
+            owner = str(snapshot.extra[_OWNER])
         except (KeyError, ValueError) as e:
             raise SnapshotError(f"the snapshot of session {name!r} does not say where in the log it stands") from e
-        self._places[name] = _Place(partition, opened, seq, seq, seq)
+        self._places[name] = _Place(partition, opened, owner, seq, seq, seq)
         self._shelf.found[name] = snapshot
-        if not snapshot.extra.get(_EVICTED):
+        if owner:
             try:
                 self.sessions.adopt(snapshot, self.token(name, opened), now_ns=now_ns)
-                self.host.own(name, name.encode())
+                self.host.own(name, owner.encode())
             except SessionError:
                 self.counts["left"] += 1  # as if evicted: its client comes back with its token, and is told why not
         return name
@@ -198,8 +204,11 @@ class Replica:
 
     # ---- what comes ----------------------------------------------------------------------------------------------
 
-    def hear(self, partition: int, session: str, seq: int, content: bytes, now_ns: int) -> None:
-        """One message of the log."""
+    def hear(self, partition: int, session: str, seq: int, client: str, content: bytes, now_ns: int) -> None:
+        """One message of the log, and which client's it is."""
+        if not CLIENT.fullmatch(client) or not re.match(topics.SESSION_NAME, session):
+            self.host.counts["garbage"] += 1  # nobody that could be answered
+            return
         place = self._places.get(session)
         if place is not None and seq <= max(place.handled, place.waiting[-1][1] if place.waiting else 0):
             self.counts["again"] += 1
@@ -212,11 +221,11 @@ class Replica:
         except WireError as e:
             self.host.counts["garbage"] += 1
             refused = protocol.Refused(error="bad_message", why=str(e)[:500], session=session)
-            self._say(partition, seq, refused)
+            self._say(partition, seq, client, refused)
             if place is not None:
                 self._handled(place, seq)
             return
-        self.host.take(session.encode(), request, now_ns)
+        self.host.take(client.encode(), request, now_ns)
         if isinstance(request, protocol.Step) and not self.host.out:
             assert place is not None  # or it had been refused
             place.waiting.append((request.tick, seq))
@@ -224,8 +233,9 @@ class Replica:
         self._collect(partition)
         place = self._places.get(session)
         if place is None and session in self.sessions:
-            place = self._places[session] = _Place(partition, seq, seq)
+            place = self._places[session] = _Place(partition, seq, client, seq)
         if place is not None:
+            place.owner = self.host.owner(session).decode()
             self._handled(place, seq)
         self._make_states()
 
@@ -248,24 +258,25 @@ class Replica:
     def _collect(self, partition: int) -> None:
         """Name what the host says after the messages that it answers; `partition`: of the one that is being heard."""
         out, self.host.out = self.host.out, []
-        for _, reply in out:
+        for peer, reply in out:
+            client = peer.decode()
             session = getattr(reply, "session", self._heard[0])
             place = self._places.get(session)
             tick = getattr(reply, "tick", -1)
             if place is not None and place.waiting and place.waiting[0][0] == tick:
                 seq = place.waiting.popleft()[1]
                 place.handled = max(place.handled, seq)
-                self._say(place.partition, seq, reply)
-            elif isinstance(reply, protocol.EvictedNow) and place is not None:
-                self._say(place.partition, place.handled, reply)
+                self._say(place.partition, seq, client, reply)
+            elif isinstance(reply, protocol.EvictedNow) and reply.reason != "taken" and place is not None:
+                self._say(place.partition, place.handled, client, reply)
             else:
-                self._say(place.partition if place is not None else partition, self._heard[1], reply)
+                self._say(place.partition if place is not None else partition, self._heard[1], client, reply)
 
-    def _say(self, partition: int, seq: int, reply: protocol.Reply) -> None:
+    def _say(self, partition: int, seq: int, client: str, reply: protocol.Reply) -> None:
         name = f"{seq}.evicted" if isinstance(reply, protocol.EvictedNow) else str(seq)
         after_kept = isinstance(reply, protocol.Flushed | protocol.Done)
         session = getattr(reply, "session", "") or self._heard[0]
-        self._said.append(Said(partition, session, name, protocol.encode(reply), after_kept))
+        self._said.append(Said(partition, session, client, name, protocol.encode(reply), after_kept))
 
     def _make_states(self) -> None:
         """Of what was saved just now: nothing has been stepped since, so that `handled` is what is in it."""
@@ -276,8 +287,8 @@ class Replica:
                 del self._places[name]
                 self._to_keep.append(Kept(place.partition, name, None, place.handled))
                 continue
-            evicted = "" if name in self.sessions else "1"
-            extra = {**snapshot.extra, _SEQ: str(place.handled), _OPENED: str(place.opened), _EVICTED: evicted}
+            owner = place.owner if name in self.sessions else ""  # it is evicted
+            extra = {**snapshot.extra, _SEQ: str(place.handled), _OPENED: str(place.opened), _OWNER: owner}
             snapshot = msgspec.structs.replace(snapshot, extra=extra)
             self._shelf.found[name] = snapshot
             place.made = place.handled

@@ -229,6 +229,10 @@ class Host:
         self._owner[session] = peer
         self._of.setdefault(peer, set()).add(session)
 
+    def owner(self, session: str) -> Peer:
+        """The peer that it is served for; b"" where it is for nobody."""
+        return self._owner.get(session, b"")
+
     def disown(self, session: str) -> None:
         """It is served for nobody; its ticks that wait are forgotten."""
         peer = self._owner.pop(session, None)
