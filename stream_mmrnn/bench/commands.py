@@ -41,7 +41,7 @@ class Phases(StrEnum):
     spread, together = "spread", "together"
 
 
-Bench: TypeAlias = Literal["step", "sessions", "engine", "transport", "end-to-end", "replay", "train"]
+Bench: TypeAlias = Literal["step", "sessions", "engine", "transport", "end-to-end", "replay", "serve", "train"]
 Run: TypeAlias = "Callable[[Callable[[], bool], Callable[[str], None]], tuple[dict[str, Any], Pictures]]"
 
 Compare = Annotated[
@@ -311,3 +311,34 @@ def sessions(
         )
 
     _bench("sessions", as_json, compare, plots, run)
+
+
+@app.command()
+def serve(
+    clients: Annotated[int, typer.Option(min=1, max=4096, help="Each with a session at 25 Hz.")] = 200,
+    duration: Annotated[float, typer.Option("--duration", "-d", min=0.5, help="Seconds of each turn.")] = 8.0,
+    rounds: Annotated[int, typer.Option(min=1, help="How often contenders take turns.")] = 3,
+    hidden: Annotated[int, typer.Option(min=8, help="Units of the two layers.")] = 256,
+    seed: Seed = 0,
+    peers: Annotated[bool, typer.Option(help="Measure Triton, too, where it is.")] = True,
+    compare: Compare = None,
+    plots: Plots = None,
+    as_json: Json = False,
+) -> None:
+    """Clients over the network: ours over ZeroMQ, over NATS, Triton; and who is told busy beyond the capacity."""
+
+    def run(alive: Callable[[], bool], say: Callable[[str], None]) -> Any:
+        from stream_mmrnn.bench import serve as bench
+
+        return bench.run(
+            clients=clients,
+            duration_s=duration,
+            rounds=rounds,
+            hidden=hidden,
+            seed=seed,
+            peers=peers,
+            say=say,
+            alive=alive,
+        )
+
+    _bench("serve", as_json, compare, plots, run)

@@ -27,9 +27,13 @@ DRAIN_S = 15.0
 """How long an answer may take that somebody waits for."""
 
 
+_SAID = np.random.default_rng(0).standard_normal((997, models.INPUT)).astype(np.float32) * np.float32(0.5)
+
+
 def vector(who: int, tick: int) -> FloatArray:
     """What one says at a tick; everybody something else."""
-    return np.random.default_rng([who, tick]).standard_normal(models.INPUT).astype(np.float32) * np.float32(0.5)
+    said: FloatArray = _SAID[(31 * who + tick) % len(_SAID)]
+    return said
 
 
 class Member:

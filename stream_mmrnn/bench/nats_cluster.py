@@ -55,6 +55,11 @@ class Engine:
     def send(self, number: int) -> None:
         self.process.send_signal(number)
 
+    def said(self) -> str:
+        """What it has said so far."""
+        self._err.seek(0)
+        return self._err.read().decode(errors="replace").strip()
+
     def wait(self, timeout_s: float = 15.0) -> dict[str, Any]:
         """Its summary once it has ended; {} where it was killed."""
         try:
@@ -62,8 +67,7 @@ class Engine:
         except subprocess.TimeoutExpired:
             self.process.kill()
             out, _ = self.process.communicate()
-        self._err.seek(0)
-        said = self._err.read().decode(errors="replace")
+        said = self.said()
         self._err.close()
         lines = out.decode(errors="replace").splitlines()
         found: dict[str, Any] = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
@@ -86,6 +90,11 @@ class Cluster:
         self.server: subprocess.Popen[bytes] | None = None
         self.engines: list[Engine] = []
         self.start_server()
+
+    def version(self) -> str:
+        """What the server says of itself."""
+        said = subprocess.run([self._program, "--version"], capture_output=True, text=True, check=False)  # noqa: S603
+        return said.stdout.strip().rpartition(" ")[2]
 
     def start_server(self) -> None:
         self.server = subprocess.Popen(  # noqa: S603 found on the PATH
@@ -124,6 +133,7 @@ class Cluster:
         """Until so many engines have all partitions in even shares; raises ProcessError."""
         end_s = time.monotonic() + timeout_s
         fair = -(-PARTITIONS // engines)
+        counts: list[int] = []
         while time.monotonic() < end_s:
             for engine in self.engines:
                 if engine.process.poll() not in (None, -signal.SIGKILL, 0):
@@ -141,7 +151,10 @@ class Cluster:
                 finally:
                     await connection.close()
             await asyncio.sleep(0.05)
-        raise ProcessError(f"{engines} engines had not shared the partitions after {timeout_s:g} s")
+        said = "; ".join(filter(None, (engine.said() for engine in self.engines)))
+        raise ProcessError(
+            f"{engines} engines had not shared the partitions after {timeout_s:g} s: they have {counts}; they say {said}"
+        )
 
     def close(self) -> list[dict[str, Any]]:
         """End all of it; summaries of the engines that ended in order."""

@@ -33,7 +33,7 @@ _REQUEST_BYTES = 1024
 _KINDS = {"triton": "backend", "pytriton": "bind"}
 
 
-class _Figures:
+class Figures:
     """What one contender did with so many sessions."""
 
     def __init__(self) -> None:
@@ -97,19 +97,19 @@ def measure(
             starts: dict[str, Callable[[], Contender]] = {
                 name: partial(Peer, name, python, kind, path, seed) for name, kind in _KINDS.items()
             }
-            field += _started(stack, starts, why, say)
+            field += started(stack, starts, why, say)
         if field:
             own: dict[str, Callable[[], Contender]] = {
                 "ours": partial(Ours, path, seed),
                 "ours_bus": partial(OverBus, path, max(sessions), seed),
             }
-            field = _started(stack, own, why, say) + field
+            field = started(stack, own, why, say) + field
         for count in sessions if field else ():
             if not alive():
                 break
             say(f"{count} sessions, {rounds} turns each of {', '.join(c.name for c in field)}")
             watch = Processes()
-            figures = _in_turn(field, count, duration_s, rounds, why, alive)
+            figures = in_turn(field, count, duration_s, rounds, why, alive)
             usage = watch.used()
             others[count] = usage.other_cpu
             for contender in field:
@@ -151,7 +151,7 @@ def _bare_hops(duration_s: float) -> dict[str, Any]:
     return {**row, "sessions": BARE_SESSIONS, "latency_ms": found.row()}
 
 
-def _started(
+def started(
     stack: contextlib.ExitStack,
     starts: dict[str, Callable[[], Contender]],
     why: dict[str, str],
@@ -171,16 +171,16 @@ def _started(
     return found
 
 
-def _in_turn(
+def in_turn(
     field: Sequence[Contender],
     sessions: int,
     duration_s: float,
     rounds: int,
     why: dict[str, str],
     alive: Callable[[], bool],
-) -> dict[str, _Figures]:
+) -> dict[str, Figures]:
     """A B C A B C; one that breaks is left out from then on, with its reason."""
-    figures = {c.name: _Figures() for c in field}
+    figures = {c.name: Figures() for c in field}
     for _ in range(rounds):
         for contender in field:
             if contender.name in why or not alive():

@@ -415,16 +415,9 @@ class Node:
     async def _keep(self, part: _Part, state: Kept, before: asyncio.Task[None] | None, promised: list[Said]) -> None:
         """Keep a state when what was said before is stored, and the state before it; then say what was promised."""
         assert self.replica is not None
-        owed = [future for said, future, _ in part.unstored.values() if said.session == state.session]
         me = asyncio.current_task()
-        while part.ours and owed:
-            if any(not future.done() for future in owed):
-                await asyncio.wait(owed, timeout=0.05)
-            owed = [
-                future
-                for said, future, _ in part.unstored.values()
-                if said.session == state.session and int(said.name.partition(".")[0]) <= state.seq
-            ]
+        while part.ours and self._owes(part, state):
+            await asyncio.sleep(0.002)  # what failed is said again by others
         if before is not None:
             await asyncio.wait((before,))
         while part.ours:
@@ -448,6 +441,13 @@ class Node:
             await self._say_one(said)
         if part.keeping.get(state.session) is me:
             del part.keeping[state.session]
+
+    def _owes(self, part: _Part, state: Kept) -> bool:
+        """Whether something that was said of what is in this state is not stored yet."""
+        return any(
+            said.session == state.session and int(said.name.partition(".")[0]) <= state.seq
+            for said, _, _ in part.unstored.values()
+        )
 
     async def _look_after_parts(self) -> None:
         assert self.replica is not None

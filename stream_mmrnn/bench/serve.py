@@ -1,0 +1,244 @@
+"""Serve: clients over the network, each with a session at 25 Hz, and one engine behind; who is told busy, and how soon.
+
+Open loop and in turns: `serve` is ours over ZeroMQ, `cluster` the same over NATS with JetStream, where every tick
+and answer is kept in a log, and `triton` and `pytriton` are NVIDIA's server; each with its engine in processes of its
+own and all its clients in one. The optional ones are skipped with a reason. Knows nothing about how a server works.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from stream_mmrnn.bench import models
+from stream_mmrnn.bench.asked import Contender, Peer, Turn, interpreter
+from stream_mmrnn.bench.crowd import DRAIN_S, Crowd, Member
+from stream_mmrnn.bench.machine import Processes
+from stream_mmrnn.bench.plots import Pictures
+from stream_mmrnn.bench.report import Document, Ratio, document, ratio
+from stream_mmrnn.bench.servers import Figures, in_turn, started
+from stream_mmrnn.bench.sessions import SETTLE_S, TICK_NS
+from stream_mmrnn.clock import now_ns
+from stream_mmrnn.errors import Busy, ProcessError
+from stream_mmrnn.extras import missing
+from stream_mmrnn.latency import Histogram
+from stream_mmrnn.serve.client import AsyncClient
+
+CLIENTS = 200
+HIDDEN = 256
+BEYOND = 100
+"""Times that somebody is told busy."""
+
+
+def _turn(members: list[Member]) -> Turn:
+    """What comes after the crowd has settled."""
+    first_ns = min((m.due_ns[0] for m in members if m.due_ns), default=0) + round(SETTLE_S * 1e9)
+    requests = sum(due_ns >= first_ns for m in members for due_ns in m.due_ns)
+    errors: dict[str, int] = {}
+    for m in members:
+        for name, count in m.errors.items():
+            errors[name] = errors.get(name, 0) + count
+    return Turn(requests, [ns for m in members for ns in m.latencies_ns(first_ns)], [], errors)
+
+
+class Served:
+    """`stream-mmrnn serve` as a process, its clients here."""
+
+    name = "serve"
+
+    def __init__(self, path: Path, seed: int, folder: Path) -> None:
+        self.versions: dict[str, str] = {}
+        self._seed = seed
+        self._process = subprocess.Popen(  # noqa: S603 ourselves
+            [sys.executable, "-m", "stream_mmrnn", "serve", "--model", str(path), "--port", "0", "--json"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+            env=os.environ | {"XDG_STATE_HOME": str(folder)},
+        )
+        assert self._process.stderr is not None
+        line = self._process.stderr.readline()
+        if " at tcp://" not in line:
+            self._process.kill()
+            raise ProcessError(f"the server did not start: {line}{self._process.stderr.read()}".strip())
+        self._address = line.split(" at ")[1].split(": up")[0]
+
+    def turn(self, sessions: int, duration_s: float) -> Turn:
+        return asyncio.run(self._crowd(sessions, duration_s))
+
+    async def _crowd(self, sessions: int, duration_s: float) -> Turn:
+        async with Crowd(lambda: AsyncClient(self._address, timeout_s=DRAIN_S), sessions, self._seed) as crowd:
+            return _turn(await crowd.run(duration_s + SETTLE_S))
+
+    def beyond(self, sessions: int) -> dict[str, Any]:
+        """So many clients at work; others come until `BEYOND` of them have been told busy."""
+        return asyncio.run(self._beyond(sessions))
+
+    async def _beyond(self, sessions: int) -> dict[str, Any]:
+        refused, opened, hintless = Histogram(), 0, 0
+
+        async def come() -> None:
+            nonlocal opened, hintless
+            async with AsyncClient(self._address, timeout_s=DRAIN_S) as client:
+                while refused.count < BEYOND:
+                    began_ns = now_ns()
+                    try:
+                        await client.open(f"more-{opened}-{refused.count}", timeout_s=DRAIN_S)
+                        opened += 1
+                    except Busy as e:
+                        refused.add(now_ns() - began_ns)
+                        hintless += e.retry_after_s <= 0
+                for session in list(client.conversation.tracks):
+                    await client.end(session)
+
+        async with Crowd(lambda: AsyncClient(self._address, timeout_s=DRAIN_S), sessions, self._seed) as crowd:
+            members = await crowd.run(4.0, come)
+        found = Figures()
+        for ns in _turn(members).latency_ns:
+            found.latency.add(ns)
+        return {
+            "what": "busy",
+            "contender": self.name,
+            "sessions": sessions,
+            "admitted": sessions + opened,
+            "busy": refused.count,
+            "hintless": hintless,
+            "busy_ms": refused.row(),
+            "latency_ms": found.latency.row(),
+        }
+
+    def close(self) -> None:
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            out, _ = self._process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            out, _ = self._process.communicate()
+        lines = out.splitlines()
+        self.summary: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+
+
+class Clustered:
+    """One engine of a cluster and a NATS server as processes, its clients here."""
+
+    name = "cluster"
+
+    def __init__(self, path: Path, seed: int, folder: Path) -> None:
+        if absent := missing(("nats",)):
+            raise ProcessError(f"{absent[0]} is not installed; pip install 'stream-mmrnn[cluster]'")
+        from stream_mmrnn.bench.nats_cluster import Cluster
+
+        self._seed = seed
+        folder.mkdir()
+        self._cluster = Cluster(folder, path)
+        try:
+            self.versions = {"nats-server": self._cluster.version()}
+            self._cluster.start_engine()
+            asyncio.run(self._cluster.settled(1))
+        except BaseException:
+            self._cluster.close()
+            raise
+
+    def turn(self, sessions: int, duration_s: float) -> Turn:
+        return asyncio.run(self._crowd(sessions, duration_s))
+
+    async def _crowd(self, sessions: int, duration_s: float) -> Turn:
+        from stream_mmrnn.cluster.client import ClusterClient
+
+        cluster = self._cluster
+        make = partial(ClusterClient, cluster.url, prefix=cluster.prefix, timeout_s=DRAIN_S)
+        async with Crowd(make, sessions, self._seed) as crowd:
+            return _turn(await crowd.run(duration_s + SETTLE_S))
+
+    def close(self) -> None:
+        self._cluster.close()
+
+
+def run(
+    *,
+    clients: int = CLIENTS,
+    duration_s: float = 8.0,
+    rounds: int = 3,
+    hidden: int = HIDDEN,
+    seed: int = 0,
+    peers: bool = True,
+    say: Callable[[str], None] = lambda _: None,
+    alive: Callable[[], bool] = lambda: True,
+) -> tuple[Document, Pictures]:
+    """`duration_s` is of each turn; `peers`: Triton, too, where it is."""
+    rows: list[dict[str, Any]] = []
+    why: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stream-mmrnn-serve-")))
+        path = models.write(folder, hidden)
+        starts: dict[str, Callable[[], Contender]] = {
+            "serve": partial(Served, path, seed, folder / "alone"),
+            "cluster": partial(Clustered, path, seed, folder / "nats"),
+        }
+        python, reason = interpreter() if peers else ("", "left out, as asked")
+        for name, kind in {"triton": "backend", "pytriton": "bind"}.items():
+            if reason:
+                why[name] = reason
+            else:
+                starts[name] = partial(Peer, name, python, kind, path, seed)
+        field = started(stack, starts, why, say)
+        say(f"{clients} clients, {rounds} turns each of {', '.join(c.name for c in field)}")
+        watch = Processes()
+        figures = in_turn(field, clients, duration_s, rounds, why, alive)
+        usage = watch.used()
+        for contender in field:
+            if contender.name in why or not figures[contender.name].requests:
+                continue
+            row = {"what": "serve", "contender": contender.name, "sessions": clients}
+            row |= figures[contender.name].row()
+            row |= {"other_cpu": usage.other_cpu, "busiest": usage.busiest_other}
+            rows.append({**row, "versions": contender.versions} if contender.versions else row)
+        rows += [{"what": "serve", "contender": name, "skipped": reason} for name, reason in why.items()]
+        beyond: dict[str, Any] = {}
+        for contender in field:
+            if isinstance(contender, Served) and alive():
+                say("more clients than can be served in time")
+                beyond = contender.beyond(clients)
+                rows.append(beyond)
+    ratios = _ratios(clients, figures, beyond, usage.other_cpu, why)
+    settings = {"clients": clients, "duration_s": duration_s, "rounds": rounds, "hidden": hidden, "seed": seed}
+    return document("serve", settings, rows, ratios), Pictures()
+
+
+def _ratios(
+    clients: int, figures: dict[str, Figures], beyond: dict[str, Any], other_cpu: float | None, why: dict[str, str]
+) -> dict[str, Ratio]:
+    found: dict[str, Ratio] = {}
+    for name, of in figures.items():
+        late = of.latency.percentile(99) / TICK_NS if of.latency.count else None
+        if name in ("serve", "cluster"):
+            found[f"{name}_p99_over_tick_{clients}"] = ratio(late, 1.0, "less", other_cpu, why.get(name, ""))
+    for name in ("serve", "cluster", "triton", "pytriton"):
+        figures.setdefault(name, Figures())
+    for name, own in (("cluster", "serve"), *((t, o) for t in ("triton", "pytriton") for o in ("serve", "cluster"))):
+        times = [
+            a / b for a, b in zip(figures[name].rounds, figures[own].rounds, strict=False) if a == a and b == b and b
+        ]
+        found[f"{name}_p50_over_{own}_{clients}"] = ratio(
+            statistics.median(times) if times else None,
+            None,
+            "less" if name == "cluster" else "more",
+            other_cpu,
+            why.get(name) or why.get(own) or "it was stopped before",
+        )
+    busy_ms = beyond["busy_ms"]["p99"] if beyond.get("busy") else None
+    found["busy_p99_ms"] = ratio(busy_ms, 10.0, "less", other_cpu, "nobody was told busy")
+    return found
