@@ -46,6 +46,7 @@ class Member:
         """By tick: when each answer to it came, and its bits."""
         self.errors: Counter[str] = Counter()
         self.skipped = 0
+        self._sent = asyncio.Event()
 
     @property
     def missing(self) -> int:
@@ -91,6 +92,7 @@ class Member:
                     self.errors[type(e).__name__] += 1
                     return
                 self.due_ns.append(due_ns)
+                self._sent.set()
                 tick += 1
             deadline_ns = now_ns() + round(DRAIN_S * 1e9)
             while (session.waiting or session.unread) and now_ns() < deadline_ns:
@@ -111,7 +113,9 @@ class Member:
                 await asyncio.sleep(0.001)
                 continue
             if answer is None:
-                await asyncio.sleep(0.001)
+                self._sent.clear()
+                if not session.waiting:
+                    await self._sent.wait()
                 continue
             self.answers.setdefault(answer.tick, []).append((now_ns(), answer.heads[models.HEAD].tobytes()))
 

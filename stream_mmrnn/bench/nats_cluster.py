@@ -153,7 +153,7 @@ class Cluster:
             await asyncio.sleep(0.05)
         said = "; ".join(filter(None, (engine.said() for engine in self.engines)))
         raise ProcessError(
-            f"{engines} engines had not shared the partitions after {timeout_s:g} s: they have {counts}; they say {said}"
+            f"{engines} engines had not shared the partitions in {timeout_s:g} s: they have {counts}; they say {said}"
         )
 
     def close(self) -> list[dict[str, Any]]:

@@ -17,25 +17,26 @@ from typing import Any
 from stream_mmrnn.cluster.layout import PREFIX, Names
 from stream_mmrnn.cluster.link import FAILURES, Link, connect, new_name
 from stream_mmrnn.errors import NotRunning
-from stream_mmrnn.serve.client import AsyncClient, Way
+from stream_mmrnn.serve.client import AsyncClient, Hear, Way
 
 
 class _Line:
     """What one session has to say, in order."""
 
     def __init__(self, sender: Callable[[_Line], Coroutine[Any, Any, None]]) -> None:
-        self.queue: asyncio.Queue[bytes] = asyncio.Queue(4096)
+        self.queue: asyncio.Queue[bytes] = asyncio.Queue()
         self.sender = asyncio.create_task(sender(self))
 
 
 class _OverNats:
     """Messages of each session in their order; a message is sent until it is in the log, which has it once."""
 
-    def __init__(self) -> None:
+    def __init__(self, hear: Hear) -> None:
+        self._give = hear
         self._link: Link | None = None
         self._name = new_name()
         self._lines: dict[str, _Line] = {}
-        self._inbox: asyncio.Queue[bytes] = asyncio.Queue()
+        self._welcome = b""
         self._sent = 0
         self._heard = 0
         """The number of the newest answer, in the log of answers."""
@@ -61,7 +62,7 @@ class _OverNats:
                     self._heard = await self.link.newest()
                     await connection.subscribe(self.link.names.said_to(self._name), cb=self._take)
                     await connection.flush()
-                    self._inbox.put_nowait(welcome)
+                    self._welcome = welcome
                     return
             if asyncio.get_running_loop().time() > end_s:
                 await connection.close()
@@ -77,19 +78,20 @@ class _OverNats:
         if self._missed_from is not None:
             self._seen.add(number)
         self._heard = max(self._heard, number)
-        self._inbox.put_nowait(content)
+        self._give(content)
 
     async def _lost(self) -> None:
         if self._missed_from is None:
             self._missed_from = self._heard
 
-    async def send(self, session: str, content: bytes) -> None:
-        if not session:
-            return  # `hello`: who they are is known
+    def post(self, session: str, content: bytes) -> None:
+        if not session:  # `hello`
+            self._give(self._welcome)
+            return
         line = self._lines.get(session)
         if line is None:
             line = self._lines[session] = _Line(lambda line: self._speak(session, line))
-        await line.queue.put(content)
+        line.queue.put_nowait(content)
 
     async def _speak(self, session: str, line: _Line) -> None:
         while True:
@@ -114,11 +116,9 @@ class _OverNats:
             self._missed_from = None
             self._seen.clear()
 
-    async def receive(self) -> bytes:
-        return await self._inbox.get()
-
     async def again(self, session: str) -> None:
-        await self._catch_up()
+        if self._missed_from is not None:  # else what is said comes by itself
+            await self._catch_up()
 
     async def end(self, session: str) -> None:
         line = self._lines.pop(session, None)
@@ -145,7 +145,7 @@ class ClusterClient(AsyncClient):
         super().__init__(url, timeout_s=timeout_s)
         self._prefix, self._credentials = prefix, credentials
 
-    async def _connect(self) -> Way:
-        way = _OverNats()
+    async def _connect(self, hear: Hear) -> Way:
+        way = _OverNats(hear)
         await way.begin(self._address, self._prefix, self._credentials, self._timeout_s)
         return way

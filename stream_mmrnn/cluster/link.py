@@ -50,6 +50,11 @@ class _Receipt(msgspec.Struct):
     duplicate: bool = False
 
 
+def _give_up(future: asyncio.Future[bool]) -> None:
+    if not future.done():
+        future.set_exception(TimeoutError())
+
+
 def _refuses(error: BaseException) -> bool:
     return isinstance(error, APIError) and error.err_code == _WRONG_LAST_SEQUENCE
 
@@ -314,6 +319,10 @@ class Link:
             api.Header.MSG_ID.value: f"{session} {name}",
             api.Header.MSG_TTL.value: f"{SAID_S:.0f}s",
         }
+        return await self._post(self.names.out(partition, session, client), content, headers)
+
+    async def _post(self, subject: str, content: bytes, headers: dict[str, str]) -> asyncio.Future[bool]:
+        """Send a message that a stream keeps; a future of its receipt."""
         if not self._inbox:
             self._inbox = self.nats.new_inbox()
             await self.nats.subscribe(f"{self._inbox}.*", cb=self._receive)
@@ -321,7 +330,7 @@ class Link:
         address = f"{self._inbox}.{self._receipts}"
         future = self._owed[address] = asyncio.get_running_loop().create_future()
         future.add_done_callback(lambda _: self._owed.pop(address, None))
-        await self.nats.publish(self.names.out(partition, session, client), content, address, headers)
+        await self.nats.publish(subject, content, address, headers)
         return future
 
     async def _receive(self, message: Msg) -> None:
@@ -358,7 +367,12 @@ class Link:
 
     async def log(self, session: str, name: str, content: bytes) -> None:
         """Put a client's message into the log, once under this name; it is there when this returns."""
-        await self.js.publish(self.names.into(session), content, headers={api.Header.MSG_ID.value: name})
+        future = await self._post(self.names.into(session), content, {api.Header.MSG_ID.value: name})
+        timer = asyncio.get_running_loop().call_later(_REQUEST_S, _give_up, future)
+        try:
+            await future
+        finally:
+            timer.cancel()
 
     # ---- states --------------------------------------------------------------------------------------------------
 

@@ -338,7 +338,7 @@ class AsyncSession(_Session):
         self._client = client
 
     def _post(self) -> None:
-        self._client.wake()
+        self._client.post()
 
     async def step(
         self,
@@ -381,7 +381,7 @@ class AsyncSession(_Session):
             raise track.error
         track.done = None
         self._client.conversation.say(request)
-        self._client.wake()
+        self._client.post()
         await self._client.wait(
             track.name,
             lambda: track.done is not None or track.error is not None,
@@ -425,20 +425,25 @@ class AsyncSession(_Session):
                 await self.close(1.0)
 
 
+def _wake(waits: asyncio.Future[None]) -> None:
+    if not waits.done():
+        waits.set_result(None)
+
+
+Hear = Callable[[bytes], None]
+
+
 class Way(Protocol):
-    """How an `AsyncClient` reaches who serves it."""
+    """How an `AsyncClient` reaches who serves it; what comes is given to the function that it was made with."""
 
-    async def send(self, session: str, content: bytes) -> None:
-        """Take one message; waits while too many are on their way. `session`: whose it is, "" of nobody's."""
-
-    async def receive(self) -> bytes:
-        """The next message."""
+    def post(self, session: str, content: bytes) -> None:
+        """Take one message, to be sent in its order. `session`: whose it is, "" of nobody's."""
 
     async def again(self, session: str) -> None:
         """An answer is late: look whether it is there."""
 
     async def end(self, session: str) -> None:
-        """Nothing more is sent or heard of it."""
+        """Nothing more is sent of it."""
 
     async def close(self) -> None: ...
 
@@ -446,14 +451,11 @@ class Way(Protocol):
 class _OverZmq:
     """A connection to one server."""
 
-    def __init__(self, address: str, keys: Keys | None) -> None:
-        self._dealer = AsyncDealer(address, QUEUE, protocol.MAX_BYTES, keys)
+    def __init__(self, address: str, keys: Keys | None, hear: Hear) -> None:
+        self._dealer = AsyncDealer(address, QUEUE, protocol.MAX_BYTES, hear, keys)
 
-    async def send(self, session: str, content: bytes) -> None:
-        await self._dealer.send(content)
-
-    async def receive(self) -> bytes:
-        return await self._dealer.receive()
+    def post(self, session: str, content: bytes) -> None:
+        self._dealer.send(content)
 
     async def again(self, session: str) -> None:
         pass  # what the connection has is read already
@@ -484,8 +486,7 @@ class AsyncClient:
         self._address, self._timeout_s = address, timeout_s
         self._keys = _keys(keys, server_key)
         self._way: Way | None = None
-        self._tasks: list[asyncio.Task[None]] = []
-        self._said = asyncio.Event()
+        self._looking: asyncio.Task[None] | None = None
         self._waiting: dict[str, set[asyncio.Future[None]]] = {}
         """Who waits, by session; "" for the server itself."""
 
@@ -495,9 +496,12 @@ class AsyncClient:
         assert self.conversation.welcome is not None
         return self.conversation.welcome
 
-    def wake(self) -> None:
-        """There is something to be said."""
-        self._said.set()
+    def post(self) -> None:
+        """Send what is to be said."""
+        assert self._way is not None
+        out = self.conversation.out
+        while out:
+            self._way.post(*out.popleft())
 
     async def end(self, session: str) -> None:
         """Know nothing more of a session."""
@@ -505,23 +509,18 @@ class AsyncClient:
         if self._way is not None:
             await self._way.end(session)
 
-    async def _connect(self) -> Way:
-        return _OverZmq(self._address, self._keys)
+    async def _connect(self, hear: Hear) -> Way:
+        return _OverZmq(self._address, self._keys, hear)
 
-    async def _speak(self, way: Way) -> None:
-        out = self.conversation.out
-        while True:
-            while out:
-                await way.send(*out[0])
-                out.popleft()
-            self._said.clear()
-            await self._said.wait()
-
-    async def _listen(self, way: Way) -> None:
-        while True:
-            content = await way.receive()
-            with contextlib.suppress(WireError):
-                self._tell(self.conversation.hear(content, now_ns()))
+    def _hear(self, content: bytes) -> None:
+        with contextlib.suppress(WireError):  # nothing of ours: as if it had not come
+            session = self.conversation.hear(content, now_ns())
+            # where the server has a problem, everyone does
+            for name in (session,) if self.conversation.problem is None else list(self._waiting):
+                for waits in self._waiting.get(name, ()):
+                    _wake(waits)
+            if self.conversation.out:
+                self.post()
 
     async def _look(self, way: Way) -> None:
         while True:
@@ -529,18 +528,7 @@ class AsyncClient:
             for session in self.conversation.late(now_ns()):
                 await way.again(session)
             self.conversation.look(now_ns())
-            if self.conversation.out:
-                self._said.set()
-
-    def _tell(self, session: str) -> None:
-        """Who waits for this session looks again; where the server has a problem, everyone does."""
-        names = [session] if self.conversation.problem is None else list(self._waiting)
-        for name in names:
-            for waits in self._waiting.get(name, ()):
-                if not waits.done():
-                    waits.set_result(None)
-        if self.conversation.out:
-            self._said.set()
+            self.post()
 
     async def wait(self, session: str, over: Callable[[], bool], timeout_s: float, late: str) -> None:
         """Until `over`, which only what is heard of the session can change; raises TimedOut after the time."""
@@ -548,17 +536,17 @@ class AsyncClient:
         while not over():
             if self.conversation.problem is not None:
                 raise self.conversation.problem
-            for task in self._tasks:
-                if task.done():
-                    task.result()
             left_s = (end_ns - now_ns()) / 1e9
             if left_s <= 0:
                 raise TimedOut(f"{late} from {self._address} in time")
-            waits = asyncio.get_running_loop().create_future()
+            loop = asyncio.get_running_loop()
+            waits = loop.create_future()
             self._waiting.setdefault(session, set()).add(waits)
+            timer = loop.call_later(left_s, _wake, waits)
             try:
-                await asyncio.wait((waits, *self._tasks), timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+                await waits
             finally:
+                timer.cancel()
                 self._waiting[session].discard(waits)
                 if not self._waiting[session]:
                     del self._waiting[session]
@@ -567,7 +555,7 @@ class AsyncClient:
         """As `Client.open`."""
         track = self.conversation.track(session)
         self.conversation.say(protocol.Open(session=session, token=token))
-        self.wake()
+        self.post()
         try:
             await self.wait(
                 session,
@@ -582,10 +570,10 @@ class AsyncClient:
         return AsyncSession(self, track)
 
     async def __aenter__(self) -> Self:
-        way = self._way = await self._connect()
-        self._tasks = [asyncio.create_task(c) for c in (self._speak(way), self._listen(way), self._look(way))]
+        way = self._way = await self._connect(self._hear)
+        self._looking = asyncio.create_task(self._look(way))
         self.conversation.say(protocol.Hello())
-        self.wake()
+        self.post()
         try:
             await self.wait("", lambda: self.conversation.welcome is not None, self._timeout_s, "it said nothing")
         except TimedOut:
@@ -598,8 +586,8 @@ class AsyncClient:
 
     async def __aexit__(self, *_: object) -> None:
         """Sessions that are open are not closed: their tokens bring them back."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.gather(self._looking, return_exceptions=True)
         if self._way is not None:
             await self._way.close()
