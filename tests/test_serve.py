@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
+import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -720,3 +722,46 @@ def test_a_server_that_ends_in_order_keeps_every_session(toy: Path, tmp_path: Pa
         with client.open("s", token) as session:
             assert (session.resumed, session.next_tick) == (True, 5)
             assert first + drive(session, ticks[5:]) == alone(toy, ticks)
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parent.parent / "docs" / "serve.md").read_text()
+
+
+def test_the_page_as_it_stands(tmp_path: Path) -> None:
+    command = re.search(r"```sh\n(stream-mmrnn serve .*)\n```", PAGE)
+    assert command is not None
+    env = os.environ | {"XDG_STATE_HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent.parent)}
+    # it says how many sessions it can serve in time: on a machine that is busy just now, perhaps none but the first
+    (tmp_path / "serve.toml").write_text("[admission]\nshare = 1.0\n")
+    words = [*command.group(1).split()[1:], "--config", str(tmp_path / "serve.toml")]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "stream_mmrnn", *words], stdout=subprocess.PIPE, text=True, env=env
+    )
+    try:
+        assert server.stdout is not None
+        assert "serving turn_taking at tcp://127.0.0.1:7701" in server.stdout.readline()
+        snippets = [b for b in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "ClusterClient" not in b]
+        assert len(snippets) == 2
+        for snippet in snippets:
+            said = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, env=env, timeout=60)
+            assert said.returncode == 0, said.stderr
+            assert len(said.stdout.splitlines()) == 25
+        server.send_signal(signal.SIGINT)
+        said, _ = server.communicate(timeout=10)
+        assert server.returncode == 0
+        assert "50 ticks of 2 sessions" in said
+    finally:
+        if server.poll() is None:
+            server.kill()
+            server.communicate()
+
+
+def test_the_page_names_every_message_and_every_key_of_it() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", PAGE, re.MULTILINE))
+    kinds = [*typing.get_args(protocol.Request), *typing.get_args(protocol.Reply)]
+    for kind in kinds:
+        row = rows[kind.__struct_config__.tag]
+        for field in kind.__struct_fields__:
+            assert f"`{field}`" in row, (kind, field)

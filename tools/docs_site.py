@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 ORDER: dict[str, tuple[str, ...]] = {
     "Begin": ("index.md", "quickstart.md"),
     "Guides": ("guides/voice_agent.md", "guides/robot.md", "guides/study.md"),
-    "Use": ("page.md", "observe.md", "use.md", "interchange.md", "robustness.md", "troubleshooting.md"),
+    "Use": ("page.md", "observe.md", "use.md", "serve.md", "interchange.md", "robustness.md", "troubleshooting.md"),
     "Reference": ("how.md", "formats.md", "model.md", "configuration.md", "api.md", "install.md"),
     "Measured": ("performance.md", "avx2/performance.md", "gpu.md", "reliability.md", "study.md"),
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import heapq
 import json
 import os
 import signal
@@ -23,17 +24,19 @@ from typing import Any
 
 from stream_mmrnn.bench import models
 from stream_mmrnn.bench.asked import Contender, Peer, Turn, interpreter
-from stream_mmrnn.bench.crowd import DRAIN_S, Crowd, Member
+from stream_mmrnn.bench.crowd import DRAIN_S, Crowd, Member, vector
 from stream_mmrnn.bench.machine import Processes
 from stream_mmrnn.bench.plots import Pictures
 from stream_mmrnn.bench.report import Document, Ratio, document, ratio
 from stream_mmrnn.bench.servers import Figures, in_turn, started
-from stream_mmrnn.bench.sessions import SETTLE_S, TICK_NS
+from stream_mmrnn.bench.sessions import SETTLE_S, TICK_NS, phases
+from stream_mmrnn.bus import Dealers
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.errors import Busy, ProcessError
 from stream_mmrnn.extras import missing
 from stream_mmrnn.latency import Histogram
-from stream_mmrnn.serve.client import AsyncClient
+from stream_mmrnn.serve import protocol
+from stream_mmrnn.serve.client import QUEUE, AsyncClient
 
 CLIENTS = 200
 FEWER = 64
@@ -61,7 +64,7 @@ class Served:
 
     def __init__(self, path: Path, seed: int, folder: Path) -> None:
         self.versions: dict[str, str] = {}
-        self._seed = seed
+        self._seed, self._turns = seed, 0
         self._process = subprocess.Popen(  # noqa: S603 ourselves
             [sys.executable, "-m", "stream_mmrnn", "serve", "--model", str(path), "--port", "0", "--json"],
             stdout=subprocess.PIPE,
@@ -79,11 +82,64 @@ class Served:
         self._address = line.split(" at ")[1].split(": up")[0]
 
     def turn(self, sessions: int, duration_s: float) -> Turn:
-        return asyncio.run(self._crowd(sessions, duration_s))
+        """Each client has a connection of its own; all are played by one loop that does as little as it can."""
+        self._turns += 1
+        dealers = Dealers(self._address, sessions, QUEUE, protocol.MAX_BYTES)
+        try:
+            return self._play(dealers, sessions, duration_s)
+        finally:
+            dealers.close()
 
-    async def _crowd(self, sessions: int, duration_s: float) -> Turn:
-        async with Crowd(lambda: AsyncClient(self._address, timeout_s=DRAIN_S), sessions, self._seed) as crowd:
-            return _turn(await crowd.run(duration_s + SETTLE_S))
+    def _play(self, dealers: Dealers, sessions: int, duration_s: float) -> Turn:
+        names = [f"player-{self._turns}-{i}" for i in range(sessions)]
+        for i, name in enumerate(names):
+            dealers.send(i, protocol.encode(protocol.Open(session=name)))
+        self._hear(dealers, sessions, protocol.Ready)
+        begin_ns = now_ns() + 50_000_000
+        settled_ns = begin_ns + round(SETTLE_S * 1e9)
+        end_ns = settled_ns + round(duration_s * 1e9)
+        due = [(begin_ns + int(at), i, 0) for i, at in enumerate(phases(sessions, "spread", self._seed))]
+        heapq.heapify(due)
+        sent: dict[tuple[str, int], int] = {}
+        latency_ns: list[int] = []
+        requests = 0
+        deadline_ns = end_ns + round(DRAIN_S * 1e9)
+        while now_ns() < deadline_ns:
+            at_ns = now_ns()
+            while due and due[0][0] <= at_ns:
+                due_ns, i, tick = heapq.heappop(due)
+                features = (vector(i, tick).tobytes(),)
+                step = protocol.Step(session=names[i], tick=tick, event_ns=due_ns, features=features)
+                dealers.send(i, protocol.encode(step))
+                sent[names[i], tick] = due_ns
+                requests += due_ns >= settled_ns
+                if due_ns + TICK_NS < end_ns:
+                    heapq.heappush(due, (due_ns + TICK_NS, i, tick + 1))
+            if not due and not sent:
+                break
+            wait_ms = max((due[0][0] - now_ns()) // 1_000_000, 0) if due else 10
+            for _, content in dealers.receive(int(wait_ms)):
+                said = protocol.read_reply(content)
+                if isinstance(said, protocol.Pred):
+                    due_ns = sent.pop((said.session, said.tick))
+                    if due_ns >= settled_ns:
+                        latency_ns.append(now_ns() - due_ns)
+        for i, name in enumerate(names):
+            dealers.send(i, protocol.encode(protocol.Close(session=name)))
+        self._hear(dealers, sessions, protocol.Done)
+        return Turn(requests, latency_ns, [], {})
+
+    def _hear(self, dealers: Dealers, count: int, kind: type[protocol.Reply]) -> None:
+        """So many replies of a kind; raises ProcessError where others come instead, or none."""
+        end_ns = now_ns() + round(DRAIN_S * 1e9)
+        while count and now_ns() < end_ns:
+            for _, content in dealers.receive(100):
+                said = protocol.read_reply(content)
+                if isinstance(said, protocol.BusyNow | protocol.Refused):
+                    raise ProcessError(f"{count} clients more were not served: {said.why}")
+                count -= isinstance(said, kind)
+        if count:
+            raise ProcessError(f"{count} clients had no reply")
 
     def beyond(self, sessions: int) -> dict[str, Any]:
         """So many clients at work; others come until `BEYOND` of them have been told busy."""

@@ -10,7 +10,7 @@ where keys are kept: who may come in is asked of a function.
 
 from stream_mmrnn.bus.address import Address, Keys, Right, new_pair, public_of
 from stream_mmrnn.bus.broker import Door, run_broker
-from stream_mmrnn.bus.direct import AsyncDealer, Dealer, Router
+from stream_mmrnn.bus.direct import AsyncDealer, Dealer, Dealers, Router
 from stream_mmrnn.bus.lines import LineSocket
 from stream_mmrnn.bus.publisher import Numbers, Publisher
 from stream_mmrnn.bus.subscriber import Gaps, GapsState, Subscriber
@@ -21,6 +21,7 @@ __all__ = [
     "AsyncDealer",
     "Caller",
     "Dealer",
+    "Dealers",
     "Door",
     "Gaps",
     "GapsState",

@@ -64,9 +64,12 @@ class Router:
 
     def receive(self, timeout_ms: int) -> tuple[bytes, bytes] | None:
         """Who, and what; None after the time. What has not two parts is given with the first and the last."""
-        if not self._socket.poll(timeout_ms, zmq.POLLIN):
-            return None
-        frames = self._socket.recv_multipart()
+        try:
+            frames = self._socket.recv_multipart(zmq.DONTWAIT)  # where much comes, to ask first costs as much again
+        except zmq.Again:
+            if not timeout_ms or not self._socket.poll(timeout_ms, zmq.POLLIN):
+                return None
+            frames = self._socket.recv_multipart()
         return frames[0], frames[-1] if len(frames) == 2 else b""
 
     def send(self, peer: bytes, content: bytes) -> Fate:
@@ -130,6 +133,41 @@ class Dealer:
     def close(self) -> None:
         self._socket.close(linger=500)
         self._context.term()
+
+
+class Dealers:
+    """Many connections to one `Router`, for who plays many clients: read together, each its own peer there."""
+
+    def __init__(self, address: str, count: int, queue: int, max_bytes: int) -> None:
+        self._context = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, count + 16)
+        self._poller = zmq.Poller()
+        self._sockets = [self._context.socket(zmq.DEALER) for _ in range(count)]
+        self._which = {socket: i for i, socket in enumerate(self._sockets)}
+        for socket in self._sockets:
+            _connect(socket, address, queue, max_bytes, None)
+            self._poller.register(socket, zmq.POLLIN)
+
+    def send(self, which: int, content: bytes) -> None:
+        """Raises ProcessError where nobody reads at the other end."""
+        try:
+            self._sockets[which].send(content, zmq.DONTWAIT)
+        except zmq.Again:
+            raise ProcessError("the server does not read what it is sent") from None
+
+    def receive(self, timeout_ms: int) -> list[tuple[int, bytes]]:
+        """All that has come, as soon as something has: whose connection, and what."""
+        found: list[tuple[int, bytes]] = []
+        for socket, _ in self._poller.poll(timeout_ms):
+            while True:
+                try:
+                    found.append((self._which[socket], socket.recv(zmq.DONTWAIT)))
+                except zmq.Again:
+                    break
+        return found
+
+    def close(self) -> None:
+        self._context.destroy(linger=0)
 
 
 class AsyncDealer:

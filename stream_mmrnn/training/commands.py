@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from stream_mmrnn.extras import need
-from stream_mmrnn.terminal import Alive, Json, print_document, say_on
+from stream_mmrnn.terminal import Alive, Json, print_document, say_on, shown
 
 _EXTRA = ("torch", "onnx", "onnxscript", "matplotlib", "tomli_w")
 
@@ -123,15 +123,35 @@ def evaluate(
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint (.safetensors).")],
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint (.safetensors); with --triton also a model.")],
     out: Annotated[Path | None, typer.Option(help="The ONNX file; beside the checkpoint without it.")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Write 8-bit weights too.")] = False,
+    triton: Annotated[
+        Path | None, typer.Option(help="Write a model repository for Triton into this folder; needs no torch.")
+    ] = None,
+    sessions: Annotated[int, typer.Option(min=1, max=1_000_000, help="Of --triton: how many at once.")] = 1024,
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint's step graph, if it computes what was trained."""
-    result = _training(_EXTRA).export(checkpoint, out, int8)
+    """Write a checkpoint's step graph, if it computes what was trained; or what Triton wants to serve a model."""
+    result: dict[str, Any] = {}
+    if triton is None or checkpoint.endswith(".safetensors"):
+        result = _training(_EXTRA).export(Path(checkpoint), out, int8)
+    if triton is not None:
+        from stream_mmrnn import config
+        from stream_mmrnn.interchange.triton import write
+
+        model = Path(result["model"]) if result else config.find_model(checkpoint)
+        result["triton"] = write(model, triton, sessions)
     if as_json:
         print_document(result)
+        return
+    if "triton" in result:
+        made = result["triton"]
+        Console(highlight=False, soft_wrap=True).print(
+            f"{made['model']}: {len(made['states'])} states, {len(made['inputs'])} inputs and {len(made['outputs'])} "
+            f"outputs in {shown(made['repository'])}"
+        )
+    if "parity" not in result:
         return
     differences = ", ".join(f"{k} {v:.1e}" for k, v in result["parity"].items())
     Console(highlight=False).print(f"{result['model']}: {result['bytes'] / 1e6:.2f} MB; differences: {differences}")
