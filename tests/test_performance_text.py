@@ -48,6 +48,14 @@ NAMES = (
     "replay_times_real_time",
     "replay_times_real_time_16",
     "replay_times_real_time_16_identical",
+    "serve_p99_over_tick_200",
+    "cluster_p99_over_tick_64",
+    "cluster_p50_over_serve_64",
+    "triton_p50_over_serve_200",
+    "triton_p50_over_cluster_64",
+    "pytriton_p50_over_serve_200",
+    "pytriton_p50_over_cluster_200",
+    "busy_p99_ms",
     "train_min_gru_times_nn_gru",
 )
 

@@ -57,6 +57,15 @@ MEANING = {
     " align nor step, {0} sessions",
     r"pytriton_p50_over_ours_(\d+)": "the same with pytriton's own way of binding, {0} sessions",
     r"pytriton_p50_over_ours_bus_(\d+)": "pytriton over ours across processes, {0} sessions",
+    r"serve_p99_over_tick_(\d+)": "{0} clients of `serve`: the slowest hundredth of answers, from the intended time,"
+    " over the tick of 40 ms",
+    r"cluster_p99_over_tick_(\d+)": "the same with {0} clients over NATS with JetStream",
+    r"cluster_p50_over_serve_(\d+)": "over NATS, where every tick and answer is kept, over ZeroMQ, {0} clients",
+    r"triton_p50_over_serve_(\d+)": "Triton's Python backend over `serve`, {0} clients",
+    r"triton_p50_over_cluster_(\d+)": "Triton's Python backend over ours over NATS, {0} clients",
+    r"pytriton_p50_over_serve_(\d+)": "pytriton over `serve`, {0} clients",
+    r"pytriton_p50_over_cluster_(\d+)": "pytriton over ours over NATS, {0} clients",
+    r"busy_p99_ms": "until one beyond the capacity is told busy, 200 clients at work beside it, ms",
     r"audio_to_prediction_(p\d+)_ms": "from an audio block's end to a readable prediction, {0}, ms: worker, broker,"
     " engine",
     r"audio_to_prediction_(p\d+)_busy(\d)_ms": "the same beside {1} busy processes, {0}, ms",
@@ -255,6 +264,15 @@ def write(told: Mapping[str, Document], runs: Mapping[str, Sequence[str]], plots
         _section("All sessions due at once", "sessions-together", told, runs, of("sessions-together", ratios)),
         _section("Over two processes", "sessions-2", told, runs, of("sessions-2", ratios), _SHARDS),
         _section(
+            "Sessions of other programs",
+            "serve",
+            told,
+            runs,
+            of("serve", ratios),
+            _SERVE,
+            of("serve", latencies, ("what", "contender", "sessions", "late", "lost", "admitted", "busy")),
+        ),
+        _section(
             "From an event to its prediction",
             "end-to-end",
             told,
@@ -314,6 +332,12 @@ copies inputs and outputs, too), and the file is served as it is. A GPU runs tho
 
 _SESSIONS = """Each session has its own phase and is due 25 times a second; what is due is stepped in one call.
 `late` counts steps that ended more than a tick after their intended time."""
+
+_SERVE = """All on the same two cores: server, engine, and all clients in one process. `serve` is played by a loop that
+does as little as it can, the others by their own clients in an event loop (ours over NATS) or threads (Triton's).
+`cluster` keeps every tick and answer in a log before it is said, which is what its time is spent on; beyond some hundred
+clients these two cores are not enough for NATS, engine and clients together, and answers come later and later. `late`
+counts answers after more than the tick."""
 
 _SHARDS = """Figures are sessions a core: twice as many in all. Features and heads cross in shared memory, a pipe
 says when."""
