@@ -37,11 +37,11 @@ def test_rows_and_ratios_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"serve_p99_over_tick_3", "cluster_p99_over_tick_6", "busy_p99_ms"} <= set(ratios)
 
 
-def test_the_verb_ends_with_one_document_where_there_is_no_nats(tmp_path: object) -> None:
+def test_the_verb_ends_with_one_document_where_there_is_no_nats() -> None:
+    words = "bench serve --clients 2 --duration 0.5 --rounds 1 --no-peers --hidden 32 --json"
     code = (
-        "import sys; from stream_mmrnn.bench import serve; serve.missing = lambda names: list(names);"
-        "serve.BEYOND = 2; sys.argv[1:] = ['bench', 'serve', '--clients', '2', '-d', '0.5', '--rounds', '1', '--no-peers',"
-        "'--hidden', '32', '--json']; from stream_mmrnn.cli import run; run()"
+        "import sys; from stream_mmrnn.bench import serve; serve.missing = lambda names: list(names); serve.BEYOND = 2;"
+        f"sys.argv[1:] = {words.split()}; from stream_mmrnn.cli import run; run()"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert said.returncode == 0, said.stderr

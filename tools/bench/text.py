@@ -335,9 +335,9 @@ _SESSIONS = """Each session has its own phase and is due 25 times a second; what
 
 _SERVE = """All on the same two cores: server, engine, and all clients in one process. `serve` is played by a loop that
 does as little as it can, the others by their own clients in an event loop (ours over NATS) or threads (Triton's).
-`cluster` keeps every tick and answer in a log before it is said, which is what its time is spent on; beyond some hundred
-clients these two cores are not enough for NATS, engine and clients together, and answers come later and later. `late`
-counts answers after more than the tick."""
+`cluster` keeps every tick and answer in a log before it is said, which is what its time is spent on; beyond some
+hundred clients these two cores are not enough for NATS, engine and clients together, and answers come later and later.
+`late` counts answers after more than the tick."""
 
 _SHARDS = """Figures are sessions a core: twice as many in all. Features and heads cross in shared memory, a pipe
 says when."""
