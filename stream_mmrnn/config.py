@@ -162,7 +162,8 @@ class Serve(_Section, frozen=True):
     slots: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 1024
     """Sessions at most; `admission` lets in no more than can be served in time."""
     queue: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 256
-    """Ticks of one session that may wait for their step, and messages that a client may leave unread."""
+    """Ticks of one session that may wait for their step. A client may leave as many messages unread, and two more for
+    each of `slots`."""
 
 
 class Cluster(_Section, frozen=True):

@@ -31,8 +31,11 @@ Fate = Literal["sent", "gone", "slow"]
 class Router:
     """Binds one place; receives from all peers, answers one."""
 
-    def __init__(self, host: str, port: int, queue: int, max_bytes: int, door: Door | None = None) -> None:
-        """`port` 0: any free one. `queue`: messages a peer may have waiting each way before `slow`.
+    def __init__(
+        self, host: str, port: int, queue: int, max_bytes: int, door: Door | None = None, *, unread: int = 0
+    ) -> None:
+        """`port` 0: any free one. `queue`: messages of a peer that may wait here. `unread`: those to a peer that may
+        wait before `slow`, as many as `queue` if not given.
 
         Raises:
             ProcessError: the place is taken, or others could reach it and there is no door.
@@ -45,7 +48,8 @@ class Router:
         self._over = threading.Event()
         self._doorkeeper: threading.Thread | None = None
         secure(self._socket, None)
-        self._socket.set_hwm(queue)
+        self._socket.setsockopt(zmq.RCVHWM, queue)
+        self._socket.setsockopt(zmq.SNDHWM, unread or queue)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
         _watch_peers(self._socket)
@@ -73,13 +77,19 @@ class Router:
         return frames[0], frames[-1] if len(frames) == 2 else b""
 
     def send(self, peer: bytes, content: bytes) -> Fate:
-        try:
-            self._socket.send_multipart((peer, content), zmq.DONTWAIT)
-        except zmq.Again:
-            return "slow"
-        except zmq.ZMQError:
-            return "gone"
-        return "sent"
+        for last in (False, True):
+            try:
+                self._socket.send_multipart((peer, content), zmq.DONTWAIT)
+            except zmq.Again:
+                if last:
+                    break
+                # that the peer's queue has room again is noted now and then; asking for events notes it at once
+                self._socket.getsockopt(zmq.EVENTS)
+            except zmq.ZMQError:
+                return "gone"
+            else:
+                return "sent"
+        return "slow"
 
     def close(self, linger_ms: int = 500) -> None:
         self._over.set()

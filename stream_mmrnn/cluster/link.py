@@ -116,7 +116,7 @@ class Reading:
         link = self._link
         inbox = link.nats.new_inbox()
         self._expected = 1
-        self._beat_s = asyncio.get_running_loop().time()
+        self._beat_s = -1e9  # until there is somebody who sends
         self._subscription = await link.nats.subscribe(
             inbox, cb=self._take, pending_msgs_limit=0, pending_bytes_limit=0
         )
@@ -135,6 +135,7 @@ class Reading:
             ),
         )
         self._consumer = info.name or ""
+        self._beat_s = max(self._beat_s, asyncio.get_running_loop().time())
 
     @property
     def silent(self) -> bool:
@@ -159,12 +160,13 @@ class Reading:
     async def end(self) -> None:
         """Read no more."""
         subscription, self._subscription = self._subscription, None
-        if subscription is None:
-            return
-        with contextlib.suppress(*FAILURES):
-            await subscription.unsubscribe()
-        with contextlib.suppress(*FAILURES):
-            await self._link.js.delete_consumer(self._link.names.stream_in, self._consumer)
+        consumer, self._consumer = self._consumer, ""
+        if subscription is not None:
+            with contextlib.suppress(*FAILURES):
+                await subscription.unsubscribe()
+        if consumer:
+            with contextlib.suppress(*FAILURES):
+                await self._link.js.delete_consumer(self._link.names.stream_in, consumer)
 
 
 class Link:

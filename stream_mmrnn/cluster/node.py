@@ -238,7 +238,7 @@ class Node:
         elif give:
             for n in sorted(n for n in self.parts if n not in self._giving)[-give:]:
                 self._giving.add(n)
-                self._start(self._give(n))
+                self._start(self._give_back(n))
 
     def _is_lost(self, table: Table, number: int, part: _Part) -> bool:
         lease = table.leases.get(number)
@@ -286,13 +286,21 @@ class Node:
         if part.reading is not None:
             self._start(part.reading.end())
 
-    async def _give(self, number: int) -> None:
-        """Step what was read, keep every session, and let another engine take the partition."""
-        assert self.replica is not None
+    async def _give_back(self, number: int) -> None:
+        """Let another engine take the partition; where that fails it is served on, and tried again."""
         part = self.parts.get(number)
-        if part is None or part.reading is None:
+        try:
+            if part is not None:
+                await self._give(part, number)
+        finally:
             self._giving.discard(number)
-            return
+            if part is not None and part.ours and part.reading is not None:
+                await part.reading.begin()
+
+    async def _give(self, part: _Part, number: int) -> None:
+        """Step what was read, keep every session, and write down that it is nobody's."""
+        assert self.replica is not None
+        assert part.reading is not None
         await part.reading.end()
         while part.ours and (self.replica.waits(number) or any(of[0] == number for of in self._inbox)):
             await asyncio.sleep(0.001)
@@ -305,27 +313,20 @@ class Node:
             await self._say_again(part, _SAY_AGAIN_S)
         if not part.ours:
             return
-        try:
-            await self.link.set_low(number, self.replica.low(number, part.reading.read))
-            while part.ours:
-                table, revision = await self.link.table()
-                if self._is_lost(table, number, part):
-                    break
-                leases = {**table.leases, number: Lease("", part.epoch)}
-                try:
-                    await self.link.replace_table(Table(leases), revision)
-                    break
-                except Refused:
-                    continue
-        except FAILURES:
-            self._giving.discard(number)
-            await part.reading.begin()
-            return
+        await self.link.set_low(number, self.replica.low(number, part.reading.read))
+        while part.ours:
+            table, revision = await self.link.table()
+            if self._is_lost(table, number, part):
+                break
+            try:
+                await self.link.replace_table(Table({**table.leases, number: Lease("", part.epoch)}), revision)
+                break
+            except Refused:
+                continue
         if self.parts.pop(number, None) is not None:
             part.ours = False
             self.replica.drop(number)
             self.counts["given_back"] += 1
-        self._giving.discard(number)
 
     # ---- serving -------------------------------------------------------------------------------------------------
 

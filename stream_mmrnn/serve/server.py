@@ -82,7 +82,9 @@ class Server:
                 writer=writer,
             )
             self.host = Host(self.sessions, serve.queue)
-            self._router = Router(serve.host, serve.port, serve.queue, protocol.MAX_BYTES, door)
+            # a client may have every slot, and then a batch's answers are all its own, while the last ones leave
+            unread = serve.queue + 2 * serve.slots
+            self._router = Router(serve.host, serve.port, serve.queue, protocol.MAX_BYTES, door, unread=unread)
             stack.callback(self._router.close)
             self._stack = stack.pop_all()
         self.address = self._router.address

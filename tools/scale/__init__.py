@@ -1,0 +1,1 @@
+"""What a million sessions would take: a simulation on measured figures -> docs/scale.md."""
