@@ -421,7 +421,10 @@ def test_the_server_refuses_who_has_lost_its_lease(cluster: Cluster) -> None:
         assert await new.states_of(5) == [(b"state", revision)]
         await new.keep(5, "s", None, revision)
         assert await new.states_of(5) == []
-        assert await new.keep(5, "s", b"anew", await new.revision(5, "s")) > revision
+        raw, revision = await new.kept(5, "s")
+        assert raw == b""
+        assert await new.keep(5, "s", b"anew", revision) > revision
+        assert (await old.kept(5, "s"))[0] == b"anew"
         for connection in connections:
             await connection.close()
 

@@ -21,6 +21,7 @@ from stream_mmrnn.clock import now_ns
 from stream_mmrnn.engine import StepEngine
 from stream_mmrnn.errors import StreamError, TimedOut
 from stream_mmrnn.serve.client import AsyncClient, AsyncSession
+from stream_mmrnn.serve.conversation import KEPT_TICKS
 from stream_mmrnn.types import FloatArray, Stamps, Tick
 
 DRAIN_S = 15.0
@@ -86,6 +87,8 @@ class Member:
                 wait_s = (due_ns - now_ns()) / 1e9
                 if wait_s > 0:
                     await asyncio.sleep(wait_s)
+                while session.waiting >= KEPT_TICKS:  # more are not taken: it was stopped, or is not answered
+                    await asyncio.sleep(0.001)
                 try:
                     session.send({models.MODALITY: vector(self.who, tick)}, tick=tick, event_ns=due_ns)
                 except StreamError as e:

@@ -42,6 +42,7 @@ CLIENTS = 200
 FEWER = 64
 """So many again: a log that keeps everything costs more than a step, and two cores may not be enough for 200."""
 HIDDEN = 256
+WAKE_S = 2.0
 BEYOND = 100
 """Times that somebody is told busy."""
 
@@ -258,7 +259,7 @@ def run(
         for count in sorted({clients, min(clients, FEWER)}, reverse=True):
             say(f"{count} clients, {rounds} turns each of {', '.join(c.name for c in field)}")
             watch = Processes()
-            figures = in_turn(field, count, duration_s, rounds, why, alive)
+            figures = in_turn(field, count, duration_s, rounds, why, alive, min(WAKE_S, duration_s))
             usage = watch.used()
             other_cpu = usage.other_cpu
             for contender in field:

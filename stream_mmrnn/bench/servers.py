@@ -178,15 +178,22 @@ def in_turn(
     rounds: int,
     why: dict[str, str],
     alive: Callable[[], bool],
+    wake_s: float = 0.0,
 ) -> dict[str, Figures]:
-    """A B C A B C; one that breaks is left out from then on, with its reason."""
+    """A B C A B C; one that breaks is left out from then on, with its reason.
+
+    `wake_s`: of a turn before each that is not counted, where contenders have rested for long: systems take the memory
+    of those who rest.
+    """
     figures = {c.name: Figures() for c in field}
     for _ in range(rounds):
         for contender in field:
             if contender.name in why or not alive():
                 continue
-            watch = Processes()
             try:
+                if wake_s:
+                    contender.turn(sessions, wake_s)
+                watch = Processes()
                 turn = contender.turn(sessions, duration_s)
             except ProcessError as e:
                 why[contender.name] = f"with {sessions} sessions: {e}"

@@ -30,8 +30,8 @@ _EXPECTED_OF = "Nats-Expected-Last-Subject-Sequence-Subject"
 _REQUEST_S = 1.0
 FAILURES = (NatsError, APIError, OSError, asyncio.TimeoutError)
 """What NATS's client raises where the server is away, slow or says no."""
-Heard = Callable[[int, str, int, str, bytes], None]
-"""Partition, session, number, client, content."""
+Heard = Callable[[str, int, str, bytes], None]
+"""Session, number, client, content."""
 
 
 class Refused(Exception):  # noqa: N818 told from failures by its name
@@ -155,7 +155,7 @@ class Reading:
         self.read = number
         named = (message.headers or {}).get(api.Header.MSG_ID.value, "")
         session = session_of(message.subject.rpartition(".")[2])
-        self._heard(self._partition, session, number, named.partition(" ")[0], message.data)
+        self._heard(session, number, named.partition(" ")[0], message.data)
 
     async def end(self) -> None:
         """Read no more."""
@@ -407,13 +407,15 @@ class Link:
         except KeyWrongLastSequenceError as e:
             raise Refused from e
 
-    async def revision(self, partition: int, session: str) -> int:
+    async def kept(self, partition: int, session: str) -> tuple[bytes, int]:
+        """What is kept of a session, b"" where nothing is, and its revision."""
         try:
-            return (await self.states.get(f"state.{partition}.{token_of(session)}")).revision or 0
+            entry = await self.states.get(f"state.{partition}.{token_of(session)}")
         except KeyNotFoundError as e:
             # one that was deleted has left its number behind
-            entry = getattr(e, "entry", None)
-            return (entry.revision or 0) if entry is not None else 0
+            deleted = getattr(e, "entry", None)
+            return b"", (deleted.revision or 0) if deleted is not None else 0
+        return entry.value or b"", entry.revision or 0
 
     async def low(self, partition: int) -> int:
         try:

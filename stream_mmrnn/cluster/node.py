@@ -65,7 +65,7 @@ class Node:
         what was said; `kept` states."""
         self.parts: dict[int, _Part] = {}
         self.replica: Replica | None = None
-        self._inbox: deque[tuple[int, str, int, str, bytes]] = deque()
+        self._inbox: deque[tuple[_Part, str, int, str, bytes]] = deque()
         self._something = asyncio.Event()
         self._heard_ns: dict[str, int] = {}
         self._beats: dict[str, Beat] = {}
@@ -74,6 +74,8 @@ class Node:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._leaving = False
         self._beaten_ns = 0
+        self._judges_from_s = 0.0
+        """Before, it has not heard for long enough to say who is dead."""
 
     @property
     def link(self) -> Link:
@@ -154,7 +156,7 @@ class Node:
 
     async def _returned(self) -> None:
         """The connection is back: what was on its way is not."""
-        self._heard_ns.clear()
+        self._forget_who_was_heard()
         for part in list(self.parts.values()):
             if part.reading is not None:
                 with contextlib.suppress(*FAILURES):
@@ -179,6 +181,11 @@ class Node:
         heard = [name for name, ns in self._heard_ns.items() if at_ns - ns < DEAD_AFTER_S * 1e9]
         return sorted(heard) if self.name in heard else []
 
+    def _forget_who_was_heard(self) -> None:
+        """We have just come, or come back: whoever is alive is to be heard again first."""
+        self._heard_ns.clear()
+        self._judges_from_s = asyncio.get_running_loop().time() + DEAD_AFTER_S
+
     async def _tell(self, gone: bool = False) -> None:
         assert self.replica is not None
         beat = Beat(self.name, len(self.replica.sessions), self._leaving, gone)
@@ -186,16 +193,15 @@ class Node:
             await self.link.nats.publish(self.link.names.beat, msgspec.msgpack.encode(beat))
 
     async def _beat(self) -> None:
-        began_s = asyncio.get_running_loop().time()
+        self._forget_who_was_heard()
         while True:
             await self._tell()
             at_ns = now_ns()
             stood_still = self._beaten_ns and at_ns - self._beaten_ns > DEAD_AFTER_S * 1e9
             self._beaten_ns = at_ns
             if stood_still:
-                self._heard_ns.clear()  # what we heard is as old as we stood
-            # whoever has just come hears the others first
-            if asyncio.get_running_loop().time() - began_s > DEAD_AFTER_S:
+                self._forget_who_was_heard()  # what we heard is as old as we stood
+            if asyncio.get_running_loop().time() > self._judges_from_s:
                 with contextlib.suppress(*FAILURES):
                     await self._share()
             await asyncio.sleep(BEAT_S)
@@ -258,7 +264,7 @@ class Node:
                     self.counts["damaged"] += 1
                     self._say(str(e))
             part.low = low
-            part.reading = Reading(self.link, number, low, self._hear)
+            part.reading = Reading(self.link, number, low, lambda *message: self._hear(part, *message))
             self.parts[number] = part
             await part.reading.begin()
             self.counts["taken"] += 1
@@ -302,7 +308,7 @@ class Node:
         assert self.replica is not None
         assert part.reading is not None
         await part.reading.end()
-        while part.ours and (self.replica.waits(number) or any(of[0] == number for of in self._inbox)):
+        while part.ours and (self.replica.waits(number) or any(of[0] is part for of in self._inbox)):
             await asyncio.sleep(0.001)
         if not part.ours:
             return
@@ -330,8 +336,10 @@ class Node:
 
     # ---- serving -------------------------------------------------------------------------------------------------
 
-    def _hear(self, partition: int, session: str, seq: int, client: str, content: bytes) -> None:
-        self._inbox.append((partition, session, seq, client, content))
+    def _hear(self, part: _Part, session: str, seq: int, client: str, content: bytes) -> None:
+        # with the part, not its number: what was read before a partition was lost and taken again is not of its new
+        # beginning, and would be stepped out of its order
+        self._inbox.append((part, session, seq, client, content))
         self._something.set()
 
     async def _serve(self) -> None:
@@ -346,9 +354,9 @@ class Node:
                     await asyncio.wait_for(self._something.wait(), _WAIT_S)
             at_ns = now_ns()
             for _ in range(min(len(self._inbox), _AT_ONCE)):
-                partition, session, seq, client, content = self._inbox.popleft()
-                if partition in self.parts:
-                    replica.hear(partition, session, seq, client, content, at_ns)
+                part, session, seq, client, content = self._inbox.popleft()
+                if self.parts.get(part.number) is part:
+                    replica.hear(part.number, session, seq, client, content, at_ns)
             if replica.ready:
                 replica.step(at_ns)
             replica.look_after(at_ns)
@@ -427,15 +435,19 @@ class Node:
                 part.revisions[state.session] = await self.link.keep(part.number, state.session, state.raw, revision)
                 break
             except Refused:
+                # an owner before us was still writing. What it kept is a state as good as ours, and by what it kept it
+                # may have said from where on the log is to be read: a newer one stays
                 with contextlib.suppress(*FAILURES):
-                    part.revisions[state.session] = await self.link.revision(part.number, state.session)
+                    raw, part.revisions[state.session] = await self.link.kept(part.number, state.session)
+                    if state.raw is not None and self.replica.seq_of(raw) >= state.seq:
+                        break
             except FAILURES:
                 await asyncio.sleep(0.05)
         if not part.ours:
             return
         if state.raw is None:
             with contextlib.suppress(*FAILURES):
-                part.revisions[state.session] = await self.link.revision(part.number, state.session)
+                _, part.revisions[state.session] = await self.link.kept(part.number, state.session)
         self.counts["kept"] += 1
         self.replica.kept(state)
         for said in promised:
@@ -459,7 +471,7 @@ class Node:
             with contextlib.suppress(*FAILURES):
                 if part.reading.silent:
                     await part.reading.begin()
-                queued = any(of[0] == part.number for of in self._inbox)
+                queued = any(of[0] is part for of in self._inbox)
                 low = self.replica.low(part.number, part.low if queued else part.reading.read)
                 if low > part.low:
                     await self.link.set_low(part.number, low)

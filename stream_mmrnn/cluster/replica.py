@@ -152,6 +152,14 @@ class Replica:
                 self.counts["left"] += 1  # as if evicted: its client comes back with its token, and is told why not
         return name
 
+    @staticmethod
+    def seq_of(raw: bytes) -> int:
+        """The newest message that is in a snapshot; -1 where it is none of ours."""
+        try:
+            return int(from_bytes(raw).extra.get(_SEQ, -1))
+        except (SnapshotError, ValueError):
+            return -1
+
     def drop(self, partition: int) -> int:
         """Forget all of a partition: it is another engine's. How many sessions were open."""
         dropped = 0
