@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from test_serve import alone, running, settings_for, tick
 
+from stream_mmrnn import config
+from stream_mmrnn.bus.direct import Router
+from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.server import Server
+from stream_mmrnn.types import Tick
 
 CLIENT = Path(__file__).parent.parent / "docs" / "clients" / "stream_mmrnn.mjs"
 
@@ -45,6 +53,24 @@ def run(tmp_path: Path, body: str, **given: Any) -> Any:
     return json.loads(said.stdout)
 
 
+def plain(of: Tick) -> dict[str, Any]:
+    """A tick as a script is given it."""
+    features = {m: vector.tolist() for m, vector in of.features.items() if of.present[m]}
+    return {"event_ns": of.event_ns, "age_ns": of.age_ns, "features": features}
+
+
+CODES = """
+    const codes = {};
+    const code = async (name, ask) => {
+        const long = new Promise((resolve) => setTimeout(resolve, 8000, { code: "hangs" }).unref());
+        const said = await Promise.race([(async () => ask())().then(() => ({ code: "none" }), (error) => error), long]);
+        codes[name] = said.code ?? String(said);
+        return said;
+    };
+"""
+"""What a call fails with, by a name; `hangs` where it neither fails nor comes to an end."""
+
+
 def test_a_session_is_the_one_of_an_engine_alone(server: Server, toy: Path, tmp_path: Path) -> None:
     ticks = [tick("js", i) for i in range(50)]
     said = run(
@@ -69,14 +95,7 @@ def test_a_session_is_the_one_of_an_engine_alone(server: Server, toy: Path, tmp_
         }));
         """,
         address=server.address,
-        ticks=[
-            {
-                "event_ns": t.event_ns,
-                "age_ns": t.age_ns,
-                "features": {m: v.tolist() for m, v in t.features.items() if t.present[m]},
-            }
-            for t in ticks
-        ],
+        ticks=[plain(of) for of in ticks],
     )
     assert said["ticks"] == list(range(50))
     assert [bytes.fromhex(bits) for bits in said["bits"]] == alone(toy, ticks[:40]) + alone(toy, ticks[40:])
@@ -140,6 +159,304 @@ def test_refusals_have_codes_and_tokens_bring_sessions_back(server: Server, toy:
     assert said["tick"] >= 1
 
 
+@pytest.mark.parametrize("queue", [1, 256])
+def test_what_is_sent_at_once_is_answered_in_order_and_nothing_is_refused(
+    toy: Path, tmp_path: Path, queue: int
+) -> None:
+    ticks = [tick("js", i) for i in range(200)]
+    with running(settings_for(toy, tmp_path / "states", queue=queue)) as server:
+        said = run(
+            tmp_path,
+            """
+            const client = await connect(given.address);
+            const session = await client.open("js");
+            const bits = (answer) => Buffer.from(answer.heads.next.buffer).toString("hex");
+            const sent = given.ticks.map((t) => session.send(t.features, { eventNs: t.event_ns, ageNs: t.age_ns }));
+            const flushed = await session.flush(); // comes after all of them
+            const got = [];
+            for await (const answer of session.answers()) got.push(answer);
+            for await (const answer of session.answers()) got.push(answer); // none is awaited: it ends at once
+            session.send({}, { tick: 7 }); // seen already
+            for await (const answer of session.answers()) got.push(answer);
+            await session.close();
+            client.close();
+            console.log(JSON.stringify({
+                sent, flushed, ticks: got.map((a) => a.tick), bits: got.map(bits), skipped: session.skipped,
+            }));
+            """,
+            address=server.address,
+            ticks=[plain(of) for of in ticks],
+        )
+        counts = dict(server.host.counts)
+    assert said["sent"] == said["ticks"] == list(range(200))
+    assert [bytes.fromhex(bits) for bits in said["bits"]] == alone(toy, ticks)
+    assert (said["flushed"], said["skipped"]) == (200, 1)
+    assert "overrun" not in counts
+    assert "refused" not in counts
+
+
+def test_a_session_goes_on_from_where_another_connection_had_it(server: Server, toy: Path, tmp_path: Path) -> None:
+    ticks = [tick("s", i) for i in range(20)]
+    said = run(
+        tmp_path,
+        """
+        const first = await connect(given.address), second = await connect(given.address);
+        const got = [];
+        const send = async (session, t) => {
+            const answer = await session.step(t.features, { eventNs: t.event_ns, ageNs: t.age_ns });
+            got.push(Buffer.from(answer.heads.next.buffer).toString("hex"));
+        };
+        const session = await first.open("s");
+        for (const t of given.ticks.slice(0, 10)) await send(session, t);
+        const again = await second.open("s", { token: session.token });
+        for (const t of given.ticks.slice(10)) await send(again, t);
+        const { code, reason, token } = session.error; // heard without asking
+        first.close();
+        second.close();
+        console.log(JSON.stringify({ got, heard: [code, reason, token], next: again.nextTick }));
+        """,
+        address=server.address,
+        ticks=[plain(of) for of in ticks],
+    )
+    assert [bytes.fromhex(bits) for bits in said["got"]] == alone(toy, ticks)
+    assert said["heard"] == ["evicted", "taken", ""]
+    assert said["next"] == 20
+
+
+def test_a_session_that_was_silent_is_opened_again_by_its_token(toy: Path, tmp_path: Path) -> None:
+    asked = settings_for(toy, tmp_path / "states")
+    with running(msgspec.structs.replace(asked, state=msgspec.structs.replace(asked.state, idle_s=1.0))) as server:
+        said = run(
+            tmp_path,
+            """
+            const client = await connect(given.address);
+            const session = await client.open("s");
+            await session.step({});
+            await new Promise((resolve) => setTimeout(resolve, 2000));
+            const { code, reason, token } = session.error;
+            const again = await client.open("s", { token });
+            await session.close(); // is over here: the new one of the same name stays
+            const answer = await again.step({});
+            client.close();
+            console.log(JSON.stringify([code, reason, token === session.token, again.resumed, answer.tick]));
+            """,
+            address=server.address,
+        )
+    assert said == ["evicted", "idle", True, True, 1]
+
+
+def test_what_cannot_be_sent_is_refused_here_and_leaves_the_session_as_it_was(server: Server, tmp_path: Path) -> None:
+    said = run(
+        tmp_path,
+        CODES
+        + """
+        const client = await connect(given.address);
+        const session = await client.open("s");
+        await code("fraction", () => session.step({}, { eventNs: 1.5 }));
+        await code("long", () => session.step({}, { eventNs: 2n ** 63n }));
+        await code("nan", () => session.step({}, { ageNs: { audio: NaN } }));
+        await code("negative", () => session.step({}, { tick: -1 }));
+        await code("big", () => session.step({ audio: new Float32Array(2 ** 18) }));
+        const sent = session.step({});
+        await code("twice", () => session.step({}, { tick: 0 }));
+        await sent;
+        await code("name", () => client.open("no spaces"));
+        await code("token", () => client.open("t", { token: "x".repeat(129) }));
+        await code("port", () => connect("tcp://127.0.0.1:99999"));
+        await code("flood", async () => { for (let i = 0; i < 257; i++) session.send({}); });
+        for await (const answer of session.answers());
+        const ns = Date.now() * 1e6; // whole, and more than 2^53
+        const events = [];
+        for (const eventNs of [ns, BigInt(ns), -(2n ** 63n), 5]) {
+            const answer = await session.step({}, { eventNs });
+            events.push(String(answer.eventNs));
+        }
+        const next = session.nextTick;
+        await session.close();
+        await code("closed", () => session.step({}));
+        await code("closed flush", () => session.flush());
+        await code("closed close", () => session.close());
+        client.close();
+        console.log(JSON.stringify({ codes, events, ns: String(BigInt(ns)), next }));
+        """,
+        address=server.address,
+    )
+    assert said["codes"] == {
+        "fraction": "bad_tick",
+        "long": "bad_tick",
+        "nan": "bad_tick",
+        "negative": "bad_tick",
+        "big": "bad_tick",
+        "twice": "bad_tick",
+        "name": "failed",
+        "token": "unknown",
+        "port": "closed",
+        "flood": "overrun",
+        "closed": "closed",
+        "closed flush": "closed",
+        "closed close": "none",
+    }
+    assert said["events"] == [said["ns"], said["ns"], str(-(2**63)), "5"]
+    assert said["next"] == 1 + 256 + 4
+
+
+def test_the_pages_as_they_stand(tmp_path: Path) -> None:
+    """On the real model, at another port than the usual one."""
+    docs = CLIENT.parent.parent
+    pages = {docs / "serve.md": 1, docs / "clients" / "README.md": 26}  # answers that each prints
+    model = config.models_folder() / "turn_taking" / "step.onnx"
+    with running(settings_for(model, tmp_path / "states")) as server:
+        for page, answers in pages.items():
+            [snippet] = re.findall(r"```js\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+            assert "tcp://127.0.0.1:7701" in snippet
+            script = tmp_path / "page.mjs"
+            script.write_text(
+                snippet.replace("./stream_mmrnn.mjs", CLIENT.as_uri()).replace("tcp://127.0.0.1:7701", server.address)
+            )
+            said = subprocess.run([node(), str(script)], capture_output=True, text=True, timeout=60)
+            assert said.returncode == 0, said.stderr
+            assert len(re.findall(r"^\d+ Float32Array", said.stdout, re.MULTILINE)) == answers
+            assert "undefined" not in said.stdout
+        assert server.host.counts["predictions"] == sum(pages.values())
+
+
+# ---- a server that does not do what it should ------------------------------------------------------------------------
+
+WELCOME = protocol.Welcome(
+    version=1, name="m", model="0" * 64, tick_ns=1, queue=4, modalities=(protocol.Modality("audio", 1),), heads=()
+)
+
+
+@contextmanager
+def lying(answers: Callable[[protocol.Request], list[protocol.Reply | bytes]]) -> Iterator[str]:
+    """The address of who answers as it is told; it hangs up after b"bye"."""
+    router = Router("127.0.0.1", 0, 4096, protocol.MAX_BYTES)
+    over = threading.Event()
+
+    def play() -> None:
+        while not over.is_set():
+            if (heard := router.receive(50)) is None:
+                continue
+            for said in answers(protocol.read_request(heard[1])):
+                if said == b"bye":
+                    over.set()
+                else:
+                    router.send(heard[0], said if isinstance(said, bytes) else protocol.encode(said))
+        router.close(100)
+
+    thread = threading.Thread(target=play)
+    thread.start()
+    try:
+        yield router.address
+    finally:
+        over.set()
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def pred(tick: int) -> protocol.Pred:
+    return protocol.Pred(
+        session="s", tick=tick, event_ns=0, heads=(), present=(False,), age_ns=(-1,), waited_ns=0, step_ns=0, model=""
+    )  # fmt: skip
+
+
+def test_garbage_between_messages_is_passed_over(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    garbage: list[protocol.Reply | bytes] = [rng.bytes(rng.integers(1, 300)) for _ in range(200)]
+    whole = protocol.encode(pred(0))
+    garbage += [whole[:end] for end in range(1, len(whole))]
+    garbage += [msgspec.msgpack.encode(v) for v in (None, 7, "pred", [], {"op": "pred", "session": "t", "tick": 0})]
+
+    def answers(request: protocol.Request) -> list[protocol.Reply | bytes]:
+        match request:
+            case protocol.Hello():
+                return [*garbage, WELCOME]
+            case protocol.Open():
+                return [*garbage, protocol.Ready(session="s", token="t", next=0, resumed=False)]
+            case protocol.Step(tick=tick):
+                return [*garbage, pred(tick), *garbage]
+        return []
+
+    body = """
+        const client = await connect(given.address);
+        const session = await client.open("s");
+        const ticks = [(await session.step({})).tick, (await session.step({})).tick];
+        client.close();
+        console.log(JSON.stringify(ticks));
+    """
+    with lying(answers) as address:
+        assert run(tmp_path, body, address=address) == [0, 1]
+
+
+def test_nobody_waits_for_ever(tmp_path: Path) -> None:
+    """What is not answered, not answered any more or hung up on ends with an error that says which."""
+
+    def answers(request: protocol.Request) -> list[protocol.Reply | bytes]:
+        match request:
+            case protocol.Hello():
+                return [WELCOME]
+            case protocol.Open(session=session) if session != "never":
+                return [protocol.Ready(session=session, token="t", next=0, resumed=False)]
+            case protocol.Step(session="s", tick=1):
+                return [pred(1)]  # and tick 0 never
+            case protocol.Step(session="bye"):
+                return [b"bye"]
+        return []
+
+    body = (
+        CODES
+        + """
+        const client = await connect(given.address, { timeoutMs: 500 });
+        const session = await client.open("s");
+        const dropped = code("dropped", () => session.step({}, { timeoutMs: 60_000 }));
+        await session.step({});
+        await dropped; // by the answer to what was sent later
+        await code("late", () => session.step({}));
+        session.send({});
+        await code("late answers", async () => { for await (const answer of session.answers()); });
+        await code("flush", () => session.flush());
+        await code("over", () => session.step({}));
+        await code("open", () => client.open("never"));
+        const bye = await client.open("bye");
+        bye.send({});
+        await Promise.all([
+            code("step at the end", () => bye.step({})),
+            code("answers at the end", async () => { for await (const answer of bye.answers()); }),
+            code("flush at the end", () => bye.flush()),
+        ]);
+        await code("afterwards", () => client.open("t"));
+        console.log(JSON.stringify(codes));
+        """
+    )
+    with lying(answers) as address:
+        assert run(tmp_path, body, address=address) == {
+            "dropped": "timed_out",
+            "late": "timed_out",
+            "late answers": "timed_out",
+            "flush": "timed_out",
+            "over": "timed_out",
+            "open": "timed_out",
+            "step at the end": "closed",
+            "answers at the end": "closed",
+            "flush at the end": "closed",
+            "afterwards": "closed",
+        }
+
+
+@pytest.mark.parametrize(
+    ("first", "code"),
+    [
+        (msgspec.structs.replace(WELCOME, version=2), "closed"),
+        (msgspec.msgpack.encode({"op": "welcome", "version": 1}), "closed"),
+        (protocol.Refused(error="bad_message", why="no"), "bad_message"),
+    ],
+)
+def test_a_server_that_speaks_otherwise_is_left(tmp_path: Path, first: protocol.Reply | bytes, code: str) -> None:
+    with lying(lambda _: [first]) as address:
+        body = CODES + 'await code("said", () => connect(given.address)); console.log(JSON.stringify(codes));'
+        assert run(tmp_path, body, address=address) == {"said": code}
+
+
 def test_a_connection_that_says_nothing_stays(server: Server, tmp_path: Path) -> None:
     said = run(
         tmp_path,
@@ -147,7 +464,8 @@ def test_a_connection_that_says_nothing_stays(server: Server, tmp_path: Path) ->
         const client = await connect(given.address);
         const session = await client.open("s");
         await session.step({});
-        await new Promise((resolve) => setTimeout(resolve, 8000)); // longer than the server waits for a sign of life
+        // the server asks after 2 s for the first time, and hangs up 6 s after that
+        await new Promise((resolve) => setTimeout(resolve, 9000));
         const answer = await session.step({});
         client.close();
         console.log(JSON.stringify(answer.tick));
@@ -157,7 +475,7 @@ def test_a_connection_that_says_nothing_stays(server: Server, tmp_path: Path) ->
     assert said == 1
 
 
-def test_a_server_that_dies_is_noticed_by_all_who_wait(server: Server, tmp_path: Path) -> None:
+def test_what_is_no_server_of_ours_is_noticed(tmp_path: Path) -> None:
     said = run(
         tmp_path,
         """

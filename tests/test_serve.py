@@ -525,6 +525,33 @@ def test_ticks_may_be_sent_ahead_and_answers_read_later(server: Server, toy: Pat
         assert drive(session, again) == alone(toy, again)
 
 
+def test_a_client_that_reads_misses_nothing_whatever_the_queue_and_however_many_sessions_it_has(
+    toy: Path, tmp_path: Path
+) -> None:
+    """A batch's answers are all one client's; so are a tick's answer and the reply to what was asked after it."""
+
+    async def drive(address: str) -> int:
+        async with AsyncClient(address) as client:
+            sessions = [await client.open(f"s{i}") for i in range(40)]
+            for _ in range(10):
+                for session in sessions:
+                    session.send({})
+                for session in sessions:
+                    assert len([answer async for answer in session.answers()]) == 1
+            assert [await session.flush() for session in sessions] == [10] * 40
+            return sum(session.skipped for session in sessions)
+
+    with running(settings_for(toy, tmp_path / "many", slots=40, queue=8)) as server:
+        assert asyncio.run(drive(server.address)) == 0
+        assert "unread" not in server.host.counts
+    with running(settings_for(toy, tmp_path / "one", slots=2, queue=1)) as server:
+        with Client(server.address) as client, client.open("s") as session:
+            for i in range(20):
+                session.send({})
+                assert session.flush() == i + 1
+        assert "unread" not in server.host.counts
+
+
 def test_errors_come_as_what_they_are(server: Server, toy: Path) -> None:
     with Client(server.address) as client, client.open("s") as session, Client(server.address) as other:
         with pytest.raises(DuplicateSession, match="is open already"):

@@ -1,12 +1,16 @@
 // A client of `stream-mmrnn serve` for Node 18 and newer: one file, no dependencies. docs/serve.md has the protocol.
 //
-// It speaks ZMTP 3.1 (https://rfc.zeromq.org/spec/37/) as a DEALER without security, and msgpack as far as it is needed.
-// Whole numbers beyond 2^53 come as BigInt. It does not connect again by itself: open sessions go on by their tokens.
+// It speaks ZMTP 3.1 (https://rfc.zeromq.org/spec/37/) as a DEALER without security, and msgpack as far as it is
+// needed. Whole numbers beyond 2^53 come as BigInt. It does not connect again by itself: whoever connects anew opens
+// the sessions by their tokens. README.md beside it says how to use it, and what it does not do.
 
 import net from "node:net";
 
 export const VERSION = 1;
 const QUIET_MS = 10_000; // the server says something every 2 s
+const MAX_BYTES = 2 ** 20; // of a message; a server hangs up on a longer one
+const KEPT = 256; // ticks of a session that may have been sent and not read
+const SESSION_NAME = /^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$/;
 
 export class ServeError extends Error {
   /** `code`: busy, unknown, duplicate, evicted, bad_tick, bad_message, overrun, failed, timed_out, closed. */
@@ -173,7 +177,12 @@ function property(name, value) {
   return Buffer.concat([bytes(name.length), Buffer.from(name), size, Buffer.from(value)]);
 }
 
-const READY = Buffer.concat([bytes(5), Buffer.from("READY"), property("Socket-Type", "DEALER"), property("Identity", "")]);
+const READY = Buffer.concat([
+  bytes(5),
+  Buffer.from("READY"),
+  property("Socket-Type", "DEALER"),
+  property("Identity", ""),
+]);
 
 /** One connection: bytes in, whole messages out. */
 class Dealer {
@@ -186,8 +195,14 @@ class Dealer {
     this.waiting = [];
     socket.write(GREETING);
     socket.setNoDelay(true);
-    socket.setTimeout(QUIET_MS, () => fail(new ServeError("closed", "the server has said nothing for long")));
+    // not socket.setTimeout: what is written counts there as well, and a client that steps would never notice
+    let heardMs = performance.now();
+    const watch = setInterval(() => {
+      if (performance.now() - heardMs > QUIET_MS)
+        fail(new ServeError("closed", "the server has said nothing for long"));
+    }, 1000);
     socket.on("data", (data) => {
+      heardMs = performance.now();
       try {
         this.take(data);
       } catch (error) {
@@ -195,7 +210,10 @@ class Dealer {
       }
     });
     socket.on("error", (error) => fail(new ServeError("closed", error.message)));
-    socket.on("close", () => fail(new ServeError("closed", "the server has closed the connection")));
+    socket.on("close", () => {
+      clearInterval(watch);
+      fail(new ServeError("closed", "the server has closed the connection"));
+    });
   }
 
   take(data) {
@@ -259,18 +277,27 @@ function named(names, values) {
   return Object.fromEntries(names.map((name, i) => [name, values[i]]));
 }
 
+/** A whole number of 64 bits, as msgpack wants it: `Date.now() * 1e6` is one, and JavaScript would send a float. */
+function whole(value, what, tick) {
+  if (typeof value === "bigint" || Number.isInteger(value)) {
+    const big = BigInt(value);
+    if (BigInt.asIntN(64, big) === big) return big;
+  }
+  throw new ServeError("bad_tick", `${what} of tick ${tick} is ${value}; expected a whole number of 64 bits`, { tick });
+}
+
 /** Connect to `tcp://HOST:PORT`; a Client. Rejects with a ServeError. */
-export function connect(address, { timeoutMs = 5000 } = {}) {
+export async function connect(address, { timeoutMs = 5000 } = {}) {
   const match = /^tcp:\/\/\[?([^\]]+)\]?:(\d+)$/.exec(address);
-  if (!match) return Promise.reject(new ServeError("closed", `${address} is no address; expected tcp://HOST:PORT`));
+  if (!match || match[2] > 65535) throw new ServeError("closed", `${address} is no address; expected tcp://HOST:PORT`);
   const client = new Client(net.connect(Number(match[2]), match[1]), timeoutMs);
-  return client.ask({ op: "hello", version: VERSION }, "").then(
-    () => client,
-    (error) => {
-      client.close();
-      throw error;
-    },
-  );
+  try {
+    await client.ask({ op: "hello", version: VERSION }, "", "welcome");
+    return client;
+  } catch (error) {
+    client.close();
+    throw error;
+  }
 }
 
 class Client {
@@ -283,35 +310,40 @@ class Client {
     this.dealer = new Dealer(socket, (raw) => this.hear(raw), (error) => this.fail(error));
   }
 
-  /** Send a request and wait for its reply. */
-  ask(request, session) {
+  /** Send a request and wait for its reply, a message that is called `reply`. `send` takes the bytes. */
+  ask(request, session, reply, send = (content) => this.dealer.send(content)) {
     if (this.over) return Promise.reject(this.over);
     if (this.asked.has(session)) return Promise.reject(new ServeError("failed", "it is being asked already"));
     return new Promise((resolve, reject) => {
       const timer = setTimeout(() => {
-        this.asked.delete(session);
-        reject(new ServeError("timed_out", `there was no reply to ${request.op} in time`));
+        const error = new ServeError("timed_out", `there was no reply to ${request.op} in ${this.timeoutMs} ms`);
+        this.asked.get(session)?.reject(error);
+        this.sessions.get(session)?.end(error); // else the late reply would be taken for another's
       }, this.timeoutMs);
       const end = (settle) => (value) => {
         clearTimeout(timer);
         this.asked.delete(session);
         settle(value);
       };
-      this.asked.set(session, { resolve: end(resolve), reject: end(reject) });
-      this.dealer.send(encode(request));
+      this.asked.set(session, { reply, resolve: end(resolve), reject: end(reject) });
+      send(encode(request));
     });
   }
 
+  /** A session; with its `token` one that was open before, from anywhere. */
   async open(name, { token = null } = {}) {
+    if (!SESSION_NAME.test(name))
+      throw new ServeError("failed", `a session cannot be called ${name}; expected ${SESSION_NAME.source}`);
+    if (token !== null && (typeof token !== "string" || token.length > 128))
+      throw new ServeError("unknown", "this is no token; expected the text that session.token was");
     if (this.sessions.has(name)) throw new ServeError("duplicate", `session ${name} is open here already`);
     const session = new Session(this, name);
     this.sessions.set(name, session);
     try {
-      const ready = await this.ask({ op: "open", session: name, token }, name);
-      Object.assign(session, { token: ready.token, nextTick: ready.next, resumed: ready.resumed });
+      await this.ask({ op: "open", session: name, token }, name, "ready");
       return session;
     } catch (error) {
-      this.sessions.delete(name);
+      session.end(error);
       throw error;
     }
   }
@@ -324,36 +356,44 @@ class Client {
       return; // nothing of ours: as if it had not come
     }
     const asked = this.asked.get(said?.session ?? "");
-    const session = this.sessions.get(said?.session);
+    const opening = this.sessions.get(said?.session);
+    // what comes before `ready` is of a session that was called so before
+    const session = opening?.token ? opening : undefined;
     switch (said?.op) {
       case "welcome":
+        if (said.version !== VERSION) throw new Error(`it speaks version ${said.version}, not ${VERSION}`);
+        if (!Array.isArray(said.modalities) || !Array.isArray(said.heads) || !(said.queue > 0))
+          throw new Error("its welcome does not say what the model takes");
         this.model = said;
-        asked?.resolve(said);
         break;
       case "ready":
-      case "flushed":
-      case "done":
-        asked?.resolve(said);
+        if (opening) Object.assign(opening, { token: said.token, nextTick: said.next, resumed: said.resumed });
         break;
       case "busy":
         asked?.reject(new ServeError("busy", said.why, { retryS: said.retry_s }));
         break;
       case "refused": {
         const error = new ServeError(said.error, said.why, { tick: said.tick });
-        if (session && said.tick >= 0) session.settle(said.tick, error);
-        else asked?.reject(error);
+        if (said.tick >= 0) {
+          session?.settle(said.tick, error);
+          if (said.error === "evicted" || said.error === "unknown") session?.end(error);
+        } else if (asked) asked.reject(error);
+        else if (!said.session) this.fail(error); // whose message it was cannot be known
         break;
       }
       case "pred":
+        session?.missed(said.tick);
         session?.answer(said);
         break;
       case "skipped":
+        session?.missed(said.tick);
         session?.settle(said.tick, null);
         break;
       case "evicted":
         session?.end(new ServeError("evicted", `session ${said.session} is not open any more (${said.reason})`, said));
         break;
     }
+    if (asked && asked.reply === said?.op) asked.resolve(said);
   }
 
   fail(error) {
@@ -370,6 +410,7 @@ class Client {
   }
 }
 
+/** One session. `token` brings it back; `error` is why it is over here; `skipped`: ticks of `send` it had seen. */
 class Session {
   constructor(client, name) {
     this.client = client;
@@ -378,37 +419,113 @@ class Session {
     this.nextTick = 0;
     this.resumed = false;
     this.error = null;
-    this.waiting = new Map(); // by tick
+    this.skipped = 0;
+    this.waiting = new Map(); // by tick: who waits for its answer
+    this.toSend = []; // [tick, bytes] until the server has room, [null, bytes] of what is asked after them
+    this.onTheWay = new Set();
+    this.sent = 0; // by `send`, and not answered
+    this.came = []; // what came of those, and was not read
+    this.wake = () => {};
   }
 
   /**
    * Send one tick; a promise of its answer, null where the session has seen it already.
-   * `features`: a Float32Array by modality; one that is missing is absent.
+   * `features`: a Float32Array by modality; one that is missing is absent. `tick`: its number, the next one if not
+   * given. `eventNs`: its end by a clock of yours, a number or BigInt; it comes back. `ageNs`: by modality, how old the
+   * newest sample is at that end.
    */
-  step(features, { tick = this.nextTick, eventNs = 0, ageNs = null } = {}) {
-    const { modalities } = this.client.model;
-    if (this.error) return Promise.reject(this.error);
-    const unknown = Object.keys(features).find((name) => !modalities.some((m) => m.name === name));
-    if (unknown !== undefined) return Promise.reject(new ServeError("bad_tick", `the model has no ${unknown}`, { tick }));
-    if (this.waiting.has(tick)) return Promise.reject(new ServeError("bad_tick", `tick ${tick} was sent`, { tick }));
-    const request = {
-      op: "step",
-      session: this.name,
-      tick,
-      event_ns: eventNs,
-      features: modalities.map((m) => (features[m.name] == null ? null : vectorBytes(features[m.name]))),
-      age_ns: ageNs ? modalities.map((m) => ageNs[m.name] ?? (features[m.name] == null ? -1 : 0)) : [],
-    };
-    this.nextTick = Math.max(this.nextTick, tick + 1);
+  async step(features, { timeoutMs = this.client.timeoutMs, ...more } = {}) {
     return new Promise((resolve, reject) => {
-      this.waiting.set(tick, { resolve, reject, atMs: performance.now() });
-      this.client.dealer.send(encode(request));
+      const tick = this.put(features, more, (outcome) => {
+        clearTimeout(timer);
+        if (outcome instanceof Error) reject(outcome);
+        else resolve(outcome);
+      });
+      const timer = setTimeout(() => {
+        const error = new ServeError("timed_out", `tick ${tick} had no answer in ${timeoutMs} ms`, { tick });
+        this.waiting.get(tick)?.settle(error);
+        this.waiting.delete(tick);
+      }, timeoutMs);
     });
   }
 
+  /** Send one tick and do not wait; its number. `answers` has what comes of it. Throws what `step` rejects with. */
+  send(features, more = {}) {
+    const tick = this.put(features, more, (outcome) => {
+      this.sent--;
+      if (outcome === null) this.skipped++;
+      else this.came.push(outcome);
+      this.wake();
+    });
+    this.sent++;
+    return tick;
+  }
+
+  /** Answers to ticks of `send`, as they come, until none is awaited; throws the error that a tick got instead. */
+  async *answers({ timeoutMs = this.client.timeoutMs } = {}) {
+    for (;;) {
+      if (!this.came.length) {
+        if (!this.sent) return;
+        const found = await new Promise((resolve) => {
+          const timer = setTimeout(resolve, timeoutMs, false);
+          this.wake = () => {
+            clearTimeout(timer);
+            resolve(true);
+          };
+        });
+        if (!found) throw new ServeError("timed_out", `${this.sent} ticks had no answer in ${timeoutMs} ms`);
+        continue;
+      }
+      const outcome = this.came.shift();
+      if (outcome instanceof Error) throw outcome;
+      yield outcome;
+    }
+  }
+
+  put(features, { tick = this.nextTick, eventNs = 0, ageNs = null }, settle) {
+    const { modalities } = this.client.model;
+    if (this.error) throw this.error;
+    if (!Number.isSafeInteger(tick) || tick < 0)
+      throw new ServeError("bad_tick", `a tick cannot be called ${tick}; expected a whole number from 0 on`);
+    const unknown = Object.keys(features).find((name) => !modalities.some((m) => m.name === name));
+    if (unknown !== undefined) throw new ServeError("bad_tick", `the model has no ${unknown}`, { tick });
+    if (this.waiting.has(tick) || this.onTheWay.has(tick))
+      throw new ServeError("bad_tick", `tick ${tick} was sent and is not answered`, { tick });
+    if (this.waiting.size + this.came.length >= KEPT) {
+      const why = `${KEPT} ticks of session ${this.name} wait for an answer, or to be read; read, and send no faster`;
+      throw new ServeError("overrun", why, { tick });
+    }
+    const content = encode({
+      op: "step",
+      session: this.name,
+      tick,
+      event_ns: whole(eventNs, "eventNs", tick),
+      features: modalities.map((m) => (features[m.name] == null ? null : vectorBytes(features[m.name]))),
+      age_ns: ageNs
+        ? modalities.map((m) => whole(ageNs[m.name] ?? (features[m.name] == null ? -1 : 0), `ageNs.${m.name}`, tick))
+        : [],
+    });
+    if (content.length > MAX_BYTES) {
+      const why = `tick ${tick} has ${content.length} bytes; a message has at most ${MAX_BYTES}`;
+      throw new ServeError("bad_tick", why, { tick });
+    }
+    this.nextTick = Math.max(this.nextTick, tick + 1);
+    this.waiting.set(tick, { settle, atMs: performance.now() });
+    this.toSend.push([tick, content]);
+    this.pump();
+    return tick;
+  }
+
+  /** Send as many ticks as the server lets wait: one more would be refused, and be missing between the others. */
+  pump() {
+    while (this.toSend.length && (this.toSend[0][0] === null || this.onTheWay.size < this.client.model.queue)) {
+      const [tick, content] = this.toSend.shift();
+      if (tick !== null) this.onTheWay.add(tick);
+      this.client.dealer.send(content);
+    }
+  }
+
   answer(said) {
-    const waits = this.waiting.get(said.tick);
-    if (!waits) return;
     const { modalities, heads } = this.client.model;
     const of = modalities.map((m) => m.name);
     this.settle(said.tick, {
@@ -420,37 +537,61 @@ class Session {
       ageNs: named(of, said.age_ns),
       waitedNs: said.waited_ns,
       stepNs: said.step_ns,
-      roundTripMs: performance.now() - waits.atMs,
+      roundTripMs: performance.now() - (this.waiting.get(said.tick)?.atMs ?? NaN),
       model: said.model,
     });
+  }
+
+  /** The server answers a session in order: what was sent before this tick will have no answer any more. */
+  missed(tick) {
+    if (!this.onTheWay.has(tick)) return;
+    for (const earlier of this.onTheWay) {
+      if (earlier === tick) return;
+      const why = `the answer to tick ${earlier} of session ${this.name} was dropped: it was not read in time here`;
+      this.settle(earlier, new ServeError("timed_out", why, { tick: earlier }));
+    }
   }
 
   settle(tick, outcome) {
     const waits = this.waiting.get(tick);
     this.waiting.delete(tick);
-    if (outcome instanceof Error) waits?.reject(outcome);
-    else waits?.resolve(outcome);
+    this.onTheWay.delete(tick);
+    this.pump();
+    waits?.settle(outcome);
   }
 
   end(error) {
     this.error = error;
-    this.client.sessions.delete(this.name);
+    if (this.toSend.some(([tick]) => tick === null)) this.client.asked.get(this.name)?.reject(error);
+    this.toSend = [];
+    // another session may be called so by now
+    if (this.client.sessions.get(this.name) === this) this.client.sessions.delete(this.name);
     for (const tick of [...this.waiting.keys()]) this.settle(tick, error);
+  }
+
+  /** Ask something of the server that comes after the ticks that were sent before. */
+  async ask(op, reply, more = {}) {
+    if (this.error) throw this.error;
+    return this.client.ask({ op, session: this.name, ...more }, this.name, reply, (content) => {
+      this.toSend.push([null, content]);
+      this.pump();
+    });
   }
 
   /** Until everything that was sent is answered and the state is on the server's disk; the tick after that. */
   async flush() {
-    return (await this.client.ask({ op: "flush", session: this.name }, this.name)).next;
+    return (await this.ask("flush", "flushed")).next;
   }
 
   /** Start the state anew; ticks count on. */
   async reset() {
-    await this.client.ask({ op: "reset", session: this.name }, this.name);
+    await this.ask("reset", "done");
   }
 
-  /** The session is over, and nothing of it is kept. */
+  /** The session is over, and nothing of it is kept. Where it is over here already, this does nothing. */
   async close() {
-    await this.client.ask({ op: "close", session: this.name, token: this.token }, this.name);
-    this.client.sessions.delete(this.name);
+    if (this.error) return;
+    await this.ask("close", "done", { token: this.token });
+    this.end(new ServeError("closed", `session ${this.name} is closed`));
   }
 }
