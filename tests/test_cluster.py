@@ -432,6 +432,26 @@ def test_the_server_refuses_who_has_lost_its_lease(cluster: Cluster) -> None:
 
 
 @needs_nats
+def test_what_was_read_before_a_partition_was_lost_is_not_stepped_after(cluster: Cluster, toy: Path) -> None:
+    async def main() -> None:
+        async with running(cluster, toy) as node, ClusterClient(cluster.url, prefix=cluster.prefix) as client:
+            ticks = [tick("s", i) for i in range(8)]
+            async with await client.open("s") as session:
+                first = await drive(session, ticks[:4])
+                await session.flush()
+                [number] = {place.partition for place in node.replica._places.values()}
+                before = node.parts[number]
+                node._lose(number)  # as if it had stood still; the table still says that it is ours
+                while node.parts.get(number) in (None, before) or "s" not in node.replica.sessions:
+                    await asyncio.sleep(0.01)
+                node._hear(before, "s", 10**6, "c", protocol.encode(step_of(ticks[7])))
+                assert first + await drive(session, ticks[4:]) == alone(toy, ticks)
+                assert node.replica.sessions.counts["skipped"] == 0
+
+    asyncio.run(main())
+
+
+@needs_nats
 def test_an_engine_of_another_model_does_not_join(cluster: Cluster, toy: Path, model: Path) -> None:
     async def main() -> None:
         async with running(cluster, toy):
