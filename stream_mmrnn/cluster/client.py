@@ -53,7 +53,7 @@ class _OverNats:
     async def begin(self, url: str, prefix: str, credentials: str, timeout_s: float) -> None:
         """Connect, and see who they are; raises NotRunning where nobody is there in that time."""
         end_s = asyncio.get_running_loop().time() + timeout_s
-        connection = await connect(url, credentials, self._catch_up, timeout_s, self._lost)
+        connection = await connect(url, credentials, self._returned, timeout_s, self._lost)
         self._link = Link(connection, Names(prefix))
         while True:
             with contextlib.suppress(*FAILURES):
@@ -104,6 +104,11 @@ class _OverNats:
                     break
                 except FAILURES:
                     await asyncio.sleep(0.05)
+
+    async def _returned(self) -> None:
+        if self._link is not None:
+            self._link.give_up()  # what has no receipt is sent again at once; the log has it once
+        await self._catch_up()
 
     async def _catch_up(self) -> None:
         """What was said while we did not hear."""

@@ -335,6 +335,11 @@ class Link:
         await self.nats.publish(subject, content, address, headers)
         return future
 
+    def give_up(self) -> None:
+        """The connection was lost and is back: receipts that were on their way do not come any more."""
+        for future in list(self._owed.values()):
+            _give_up(future)
+
     async def _receive(self, message: Msg) -> None:
         """A receipt. (The client's own `publish_async` lets a future wait for ever where the server says no.)"""
         future = self._owed.get(message.subject)

@@ -34,7 +34,7 @@ RUNS: dict[str, list[str]] = {
     "end-to-end-alone-fifo": ["end-to-end", "--duration", "20", "--modalities", "audio", "--priority", "fifo"],
     "transport": ["transport", "--duration", "5"],
     "replay": ["replay"],
-    "serve": ["serve"],
+    "serve": ["serve", "--rounds", "2", "--duration", "5"],
     "train": ["train"],
 }
 """By the name under which a document is kept: the verb and its options."""
