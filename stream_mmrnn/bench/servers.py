@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,8 @@ BOUNDS = {"triton_p50_over_ours_bus_16": 2.0}
 """Across processes on both sides, and against the fastest way to have Triton serve the step."""
 
 BARE_SESSIONS = 16
+_RESTS, _REST_AT_MOST = 0.2, 40
+"""Of a core, all our processes together; looks, each of half a second."""
 _REQUEST_BYTES = 1024
 _KINDS = {"triton": "backend", "pytriton": "bind"}
 
@@ -171,6 +174,15 @@ def started(
     return found
 
 
+def _rest() -> None:
+    """Until none of our processes does much, or for long."""
+    for _ in range(_REST_AT_MOST):
+        watch = Processes()
+        time.sleep(0.5)
+        if sum(watch.used(at_least_s=0.0).cpu.values()) < _RESTS:
+            return
+
+
 def in_turn(
     field: Sequence[Contender],
     sessions: int,
@@ -183,7 +195,7 @@ def in_turn(
     """A B C A B C; one that breaks is left out from then on, with its reason.
 
     `wake_s`: of a turn before each that is not counted, where contenders have rested for long: systems take the memory
-    of those who rest.
+    of those who rest. And before that it is waited until those who had more than they could do have done it.
     """
     figures = {c.name: Figures() for c in field}
     for _ in range(rounds):
@@ -192,6 +204,7 @@ def in_turn(
                 continue
             try:
                 if wake_s:
+                    _rest()
                     contender.turn(sessions, wake_s)
                 watch = Processes()
                 turn = contender.turn(sessions, duration_s)
