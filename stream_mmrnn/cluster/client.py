@@ -17,7 +17,7 @@ from typing import Any
 from stream_mmrnn.cluster.layout import PREFIX, Names
 from stream_mmrnn.cluster.link import FAILURES, Link, connect, new_name
 from stream_mmrnn.errors import NotRunning
-from stream_mmrnn.serve.client import AsyncClient, Hear, Way
+from stream_mmrnn.serve.client import AsyncClient, Hear, Way, end_tasks
 
 
 class _Line:
@@ -128,8 +128,7 @@ class _OverNats:
     async def end(self, session: str) -> None:
         line = self._lines.pop(session, None)
         if line is not None:
-            line.sender.cancel()
-            await asyncio.gather(line.sender, return_exceptions=True)
+            await end_tasks(line.sender)
 
     async def close(self) -> None:
         for session in list(self._lines):

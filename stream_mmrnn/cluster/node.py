@@ -24,6 +24,7 @@ from stream_mmrnn.cluster.link import FAILURES, Link, Reading, Refused, connect,
 from stream_mmrnn.cluster.replica import Kept, Replica, Said
 from stream_mmrnn.errors import ProcessError, SnapshotError
 from stream_mmrnn.serve import protocol
+from stream_mmrnn.serve.client import end_tasks
 from stream_mmrnn.shards import create
 
 BEAT_S = 0.05
@@ -111,12 +112,10 @@ class Node:
                     await asyncio.sleep(0.1)
                 await self._leave()
             finally:
-                for task in (beating, serving, *self._tasks):
-                    task.cancel()
-                await asyncio.gather(beating, serving, *self._tasks, return_exceptions=True)
+                await end_tasks(beating, serving, *self._tasks)
         finally:
             with contextlib.suppress(*FAILURES):
-                await connection.close()
+                await asyncio.wait_for(connection.close(), 2.0)
             self.engine.stop()
 
     async def _join(self) -> None:
@@ -350,8 +349,9 @@ class Node:
         while True:
             if not self._inbox and not replica.ready:
                 self._something.clear()
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._something.wait(), _WAIT_S)
+                timer = loop.call_later(_WAIT_S, self._something.set)
+                await self._something.wait()
+                timer.cancel()
             at_ns = now_ns()
             for _ in range(min(len(self._inbox), _AT_ONCE)):
                 part, session, seq, client, content = self._inbox.popleft()

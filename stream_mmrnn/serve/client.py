@@ -430,6 +430,18 @@ def _wake(waits: asyncio.Future[None]) -> None:
         waits.set_result(None)
 
 
+async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel tasks until they have ended: Python 3.11 swallows a cancellation that comes just as a `wait_for` is done."""
+    left = {task for task in tasks if not task.done()}
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=0.1)
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # it is looked at; who waits for it has been told otherwise
+
+
 Hear = Callable[[bytes], None]
 
 
@@ -587,7 +599,6 @@ class AsyncClient:
     async def __aexit__(self, *_: object) -> None:
         """Sessions that are open are not closed: their tokens bring them back."""
         if self._looking is not None:
-            self._looking.cancel()
-            await asyncio.gather(self._looking, return_exceptions=True)
+            await end_tasks(self._looking)
         if self._way is not None:
             await self._way.close()
