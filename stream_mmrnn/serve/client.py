@@ -431,7 +431,7 @@ def _wake(waits: asyncio.Future[None]) -> None:
 
 
 async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
-    """Cancel tasks until they have ended: Python 3.11 swallows a cancellation that comes just as a `wait_for` is done."""
+    """Cancel tasks until they have ended: Python 3.11 swallows a cancellation that comes as a `wait_for` is done."""
     left = {task for task in tasks if not task.done()}
     while left:
         for task in left:

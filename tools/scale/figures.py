@@ -41,12 +41,12 @@ GIVEN: dict[str, Given] = {
     "cluster_core_ticks": Given(
         4400,
         "ticks a second a core of an engine takes from NATS and answers there",
-        "2,500 a second took 0.57 of a core, by hand, 2026-11-26",
+        "by hand: 2,500 a second took 0.57 of one",
     ),
     "nats_core_ticks": Given(
         4600,
         "ticks a second a core of the NATS server logs, with their answers",
-        "2,500 a second took 0.54 of a core, by hand, 2026-11-26",
+        "by hand: 2,500 a second took 0.54 of one",
     ),
     "price_vcpu_h": Given(0.04, "US$ a vCPU-hour", "assumed: the order of large clouds' list prices"),
     "price_gpu_h": Given(4.0, "US$ an H100-hour", "assumed: the order of large clouds' list prices"),
