@@ -78,12 +78,14 @@ class Member:
         engine.close("alone")
         return wrong
 
-    async def run(self, session: AsyncSession, begin_ns: int, end_ns: int) -> None:
-        """Ticks from the one time to the other, and all answers to them."""
+    async def run(
+        self, session: AsyncSession, begin_ns: int, end_ns: int, over: Callable[[], bool] = lambda: True
+    ) -> None:
+        """Ticks from the one time to the other, at least until `over`, and all answers to them."""
         reading = asyncio.create_task(self._read(session))
         tick = 0
         try:
-            while (due_ns := begin_ns + self.phase_ns + tick * TICK_NS) < end_ns:
+            while (due_ns := begin_ns + self.phase_ns + tick * TICK_NS) < end_ns or not over():
                 wait_s = (due_ns - now_ns()) / 1e9
                 if wait_s > 0:
                     await asyncio.sleep(wait_s)
@@ -144,7 +146,7 @@ class Crowd:
         await self._stack.aclose()
 
     async def run(self, duration_s: float, meanwhile: Callable[[], Any] | None = None) -> list[Member]:
-        """Everybody for so long, at once; `meanwhile` is awaited beside it."""
+        """Everybody for so long, at once; `meanwhile` is awaited beside it, and nobody ends before it has."""
         self._runs += 1
         members = [Member(f"{self._named}-{self._runs}-{i}", i, phase_ns) for i, phase_ns in enumerate(self.phases_ns)]
         sessions = [
@@ -153,10 +155,10 @@ class Crowd:
         ]
         begin_ns = now_ns() + 50_000_000
         end_ns = begin_ns + round(duration_s * 1e9)
-        jobs = [m.run(s, begin_ns, end_ns) for m, s in zip(members, sessions, strict=True)]
-        if meanwhile is not None:
-            jobs.append(meanwhile())
-        await asyncio.gather(*jobs)
+        beside = asyncio.ensure_future(meanwhile() if meanwhile is not None else asyncio.sleep(0))
+        await asyncio.gather(
+            beside, *(m.run(s, begin_ns, end_ns, beside.done) for m, s in zip(members, sessions, strict=True))
+        )
         for session in sessions:
             with contextlib.suppress(StreamError):
                 await session.close()
