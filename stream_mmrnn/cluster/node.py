@@ -30,6 +30,7 @@ from stream_mmrnn.shards import create
 BEAT_S = 0.05
 DEAD_AFTER_S = 0.45
 """An engine that has not been heard for so long is taken for dead. Where it was not, what it writes is refused."""
+_FORGOTTEN_S = 60.0
 _AT_ONCE = 512
 """Messages of the log that are heard before what is ready is stepped."""
 _WAIT_S = 0.02
@@ -172,17 +173,20 @@ class Node:
             return
         self._heard_ns[beat.engine], self._beats[beat.engine] = now_ns(), beat
         if beat.gone:
-            self._heard_ns.pop(beat.engine, None)
+            del self._heard_ns[beat.engine], self._beats[beat.engine]
 
     def alive(self) -> list[str]:
         """Engines that are heard; empty where not even we are, so that nobody can be judged."""
         at_ns = now_ns()
+        for name in [name for name, ns in self._heard_ns.items() if at_ns - ns > _FORGOTTEN_S * 1e9]:
+            del self._heard_ns[name], self._beats[name]
         heard = [name for name, ns in self._heard_ns.items() if at_ns - ns < DEAD_AFTER_S * 1e9]
         return sorted(heard) if self.name in heard else []
 
     def _forget_who_was_heard(self) -> None:
         """We have just come, or come back: whoever is alive is to be heard again first."""
         self._heard_ns.clear()
+        self._beats.clear()
         self._judges_from_s = asyncio.get_running_loop().time() + DEAD_AFTER_S
 
     async def _tell(self, gone: bool = False) -> None:
@@ -417,8 +421,7 @@ class Node:
     async def _say_again(self, part: _Part, after_s: float) -> None:
         """What has not been stored for so long, in order, under its name: the server has it once."""
         at_s = asyncio.get_running_loop().time()
-        for said, _, since_s in [of for of in part.unstored.values() if at_s - of[2] >= after_s]:
-            del since_s
+        for said in [said for said, _, since_s in part.unstored.values() if at_s - since_s >= after_s]:
             await self._say_one(said)
 
     async def _keep(self, part: _Part, state: Kept, before: asyncio.Task[None] | None, promised: list[Said]) -> None:
