@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stream_mmrnn.cluster.client import ClusterClient as ClusterClient
-    from stream_mmrnn.serve.client import AsyncClient as AsyncClient
+    from stream_mmrnn.serve.async_client import AsyncClient as AsyncClient
     from stream_mmrnn.serve.client import Client as Client
     from stream_mmrnn.subscription import PredictionView as PredictionView
     from stream_mmrnn.subscription import Subscription as Subscription
@@ -20,10 +20,14 @@ __all__ = ["AsyncClient", "Client", "ClusterClient", "PredictionView", "Subscrip
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("AsyncClient", "Client"):
-        from stream_mmrnn.serve import client
+    if name == "Client":
+        from stream_mmrnn.serve.client import Client
 
-        return getattr(client, name)
+        return Client
+    if name == "AsyncClient":
+        from stream_mmrnn.serve.async_client import AsyncClient
+
+        return AsyncClient
     if name == "ClusterClient":
         from stream_mmrnn.extras import need
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -16,9 +16,11 @@ from test_serve import alone, features_of, tick
 
 from stream_mmrnn import AsyncClient, ClusterClient, config
 from stream_mmrnn.bench.nats_cluster import Cluster, find_server
-from stream_mmrnn.cluster.layout import PARTITIONS, Fence, Lease, Names, Table, session_of, shares, token_of
-from stream_mmrnn.cluster.link import Link, Refused, connect
+from stream_mmrnn.cluster.layout import PARTITIONS, Beat, Fence, Lease, Names, Table, session_of, token_of
+from stream_mmrnn.cluster.link import Followed, Link, Logged, Refused, connect
+from stream_mmrnn.cluster.members import DEAD_AFTER_S, Members, plan
 from stream_mmrnn.cluster.node import Node
+from stream_mmrnn.cluster.reading import Reading
 from stream_mmrnn.cluster.replica import Replica
 from stream_mmrnn.engine import StepEngine
 from stream_mmrnn.errors import (
@@ -32,7 +34,7 @@ from stream_mmrnn.errors import (
     UnknownSession,
 )
 from stream_mmrnn.serve import protocol
-from stream_mmrnn.serve.client import AsyncSession
+from stream_mmrnn.serve.async_client import AsyncSession
 from stream_mmrnn.topics import SESSION_NAME
 from stream_mmrnn.types import Tick
 
@@ -53,26 +55,67 @@ def test_a_session_has_one_place_and_no_other_has_it(one: str, other: str) -> No
     assert not names.out(3, one, "c").startswith(names.fence(3))
 
 
-@given(st.integers(1, 70), st.data())
-def test_shares_come_to_rest_with_everything_taken_and_nobody_above_the_others(
-    engines: int, data: st.DataObject
-) -> None:
-    have = [0] * engines
-    free = PARTITIONS
-    for _ in range(10 * engines):
-        who = data.draw(st.integers(0, engines - 1)) if engines < 6 else _ % engines
-        take, give = shares(have[who], free, engines)
-        assert 0 <= take <= free
-        assert take == 0 or give == 0
-        have[who] += take - give
-        free += give - take
-    assert sum(have) + free == PARTITIONS
-    fair = -(-PARTITIONS // engines)
-    assert max(have) <= fair
-    for who in range(engines):
-        take, _ = shares(have[who], free, engines)
-        have[who], free = have[who] + take, free - take
-    assert free == 0
+@settings(max_examples=60)
+@given(st.data())
+def test_engines_that_decide_by_one_table_come_to_rest_with_even_shares(data: st.DataObject) -> None:
+    """Whoever comes, dies and leaves, and in whatever order they look: one owner each, and no epoch twice."""
+    table, owners = Table(), dict[tuple[int, int], str]()
+    parts: dict[str, set[int]] = {}
+    leaving: set[str] = set()
+    for step in range(12):
+        act = data.draw(st.sampled_from(["come", "die", "leave", "look"])) if step < 8 else "look"
+        if act == "come" or not parts:
+            parts[f"engine{step}"] = set()
+        elif act == "die" and len(parts) > 1:
+            del parts[data.draw(st.sampled_from(sorted(parts)))]
+        elif act == "leave" and len(set(parts) - leaving) > 1:
+            leaving.add(data.draw(st.sampled_from(sorted(set(parts) - leaving))))
+        leaving &= set(parts)
+        alive = {name: Beat(name, 0, name in leaving) for name in sorted(parts)}
+        for name in data.draw(st.permutations(sorted(parts))) * (3 if step > 8 else 1):
+            take, give = plan(table, name, alive, parts[name], set(), set())
+            assert not (take and give)
+            for number, lease in take.items():
+                assert owners.setdefault((number, lease.epoch), name) == name
+            table = Table({**table.leases, **take, **{n: Lease("", table.leases[n].epoch) for n in give}})
+            parts[name] = parts[name] - set(give) | set(take)
+            for other in parts:
+                parts[other] = {n for n in parts[other] if table.leases[n].engine == other}
+    staying = len(set(parts) - leaving)
+    fair = -(-PARTITIONS // max(staying, 1))
+    assert sorted(n for of in parts.values() for n in of) == (list(range(PARTITIONS)) if staying else [])
+    for name, of in parts.items():
+        assert len(of) <= (0 if name in leaving else fair)
+
+
+def test_what_is_on_its_way_back_is_not_given_twice() -> None:
+    table = Table({n: Lease("a", 1) for n in range(PARTITIONS)})
+    alive = {name: Beat(name, 0) for name in ("a", "b")}
+    parts = set(range(PARTITIONS))
+    first = plan(table, "a", alive, parts, set(), set())
+    assert len(first.give) == PARTITIONS // 2
+    assert plan(table, "a", alive, parts, set(), set(first.give)) == ({}, [])
+    assert plan(table, "b", alive, set(), set(), set()) == ({}, []), "they are the other's still"
+    # a lease of ours that we serve nothing of is of a start that failed, or of one that goes on
+    assert set(plan(table, "a", {"a": alive["a"]}, set(), set(), set()).take) == parts
+    assert not plan(table, "a", {"a": alive["a"]}, set(), parts, set()).take
+
+
+def test_nobody_is_judged_before_he_could_have_been_heard() -> None:
+    members = Members("a")
+    assert members.alive(5.0) == {}
+    members.begin(10.0)
+    for at_s in (10.1, 10.2, 10.3, 10.4, 10.5):
+        members.hear(Beat("a", 0), at_s)
+        assert set(members.alive(at_s)) == ({"a"} if at_s > 10 + DEAD_AFTER_S else set())
+    members.hear(Beat("b", 0), 10.5)
+    assert set(members.alive(10.6)) == {"a", "b"}
+    members.hear(Beat("a", 0), 11.0)
+    assert set(members.alive(11.0)) == {"a"}
+    assert members.alive(12.0) == {}, "who does not hear himself hears nobody"
+    members.hear(Beat("a", 0), 12.0)
+    members.hear(Beat("b", 0, gone=True), 12.0)
+    assert set(members.alive(12.0)) == {"a"}
 
 
 # ---- the replica -----------------------------------------------------------------------------------------------------
@@ -499,5 +542,56 @@ def test_garbage_in_the_log_is_counted_and_harms_nobody(cluster: Cluster, toy: P
             while node.replica.host.counts["garbage"] < 41:
                 await asyncio.sleep(0.01)
             await connection.close()
+
+    asyncio.run(main())
+
+
+# ---- reading the log -------------------------------------------------------------------------------------------------
+
+
+class FakeLog:
+    """A link whose server may forget, leave out or repeat; what it gives is in order all the same."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.follows: list[Callable[[Logged | None], None]] = []
+
+    async def follow(self, partition: int, after: int, heard: Callable[[Logged | None], None]) -> Followed:
+        self.follows.append(heard)
+        self.at, self.nth = after, 0
+        return Followed(None, "")  # type: ignore[arg-type]
+
+    async def leave(self, followed: Followed) -> None:
+        pass
+
+    def give(self, skip: int = 0, by: int = -1) -> None:
+        self.at, self.nth = self.at + 1 + skip, self.nth + 1 + skip
+        if self.at <= self.length:
+            self.follows[by](Logged("s", self.at, self.nth, "c", b""))
+
+
+@given(st.lists(st.sampled_from(["give", "skip", "begin", "old", "life"]), max_size=40))
+def test_a_reading_leaves_nothing_out_whatever_becomes_of_the_server(acts: list[str]) -> None:
+    async def main() -> None:
+        log, heard = FakeLog(10), list[int]()
+        reading = Reading(log, 0, 0, lambda session, number, client, content: heard.append(number))  # type: ignore[arg-type]
+        await reading.begin()
+        for act in acts:
+            if act == "give":
+                log.give()
+            elif act == "skip":
+                log.give(skip=1)
+            elif act == "old" and len(log.follows) > 1:
+                log.follows[0](Logged("s", 1, 1, "c", b""))  # of the beginning before
+            elif act == "life":
+                log.follows[-1](None)
+            if act == "begin" or reading.silent:
+                await reading.begin()
+        while log.at < 10:
+            log.give()
+        assert heard == list(range(1, 11))
+        await reading.end()
+        log.follows[-1](Logged("s", 11, 11, "c", b""))
+        assert len(heard) == 10
 
     asyncio.run(main())

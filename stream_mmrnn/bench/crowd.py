@@ -20,7 +20,7 @@ from stream_mmrnn.bench.sessions import TICK_NS, phases
 from stream_mmrnn.clock import now_ns
 from stream_mmrnn.engine import StepEngine
 from stream_mmrnn.errors import StreamError, TimedOut
-from stream_mmrnn.serve.client import AsyncClient, AsyncSession, end_tasks
+from stream_mmrnn.serve.async_client import AsyncClient, AsyncSession, end_tasks
 from stream_mmrnn.serve.conversation import KEPT_TICKS
 from stream_mmrnn.types import FloatArray, Stamps, Tick
 

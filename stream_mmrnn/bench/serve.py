@@ -36,7 +36,8 @@ from stream_mmrnn.errors import Busy, ProcessError, StreamError
 from stream_mmrnn.extras import missing
 from stream_mmrnn.latency import Histogram
 from stream_mmrnn.serve import protocol
-from stream_mmrnn.serve.client import QUEUE, AsyncClient
+from stream_mmrnn.serve.async_client import AsyncClient
+from stream_mmrnn.serve.client import QUEUE
 
 CLIENTS = 200
 FEWER = 64

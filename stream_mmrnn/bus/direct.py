@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import zmq
 
@@ -77,19 +77,13 @@ class Router:
         return frames[0], frames[-1] if len(frames) == 2 else b""
 
     def send(self, peer: bytes, content: bytes) -> Fate:
-        for last in (False, True):
-            try:
-                self._socket.send_multipart((peer, content), zmq.DONTWAIT)
-            except zmq.Again:
-                if last:
-                    break
-                # that the peer's queue has room again is noted now and then; asking for events notes it at once
-                self._socket.getsockopt(zmq.EVENTS)
-            except zmq.ZMQError:
-                return "gone"
-            else:
-                return "sent"
-        return "slow"
+        try:
+            self._socket.send_multipart((peer, content), zmq.DONTWAIT)
+        except zmq.Again:
+            return "slow"
+        except zmq.ZMQError:
+            return "gone"
+        return "sent"
 
     def close(self, linger_ms: int = 500) -> None:
         self._over.set()
@@ -103,7 +97,11 @@ def _watch_peers(socket: zmq.Socket[bytes]) -> None:
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _DEAD_AFTER_MS)
 
 
-def _connect(socket: Any, address: str, queue: int, max_bytes: int, keys: Keys | None) -> None:
+def _connected(
+    context: zmq.Context[zmq.Socket[bytes]], address: str, queue: int, max_bytes: int, keys: Keys | None
+) -> zmq.Socket[bytes]:
+    """A DEALER; where the address is none, the context is ended, too."""
+    socket = context.socket(zmq.DEALER)
     secure(socket, keys)
     socket.set_hwm(queue)
     socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
@@ -113,8 +111,9 @@ def _connect(socket: Any, address: str, queue: int, max_bytes: int, keys: Keys |
     try:
         socket.connect(address)
     except zmq.ZMQError as e:
-        socket.close(0)
+        context.destroy(linger=0)
         raise ProcessError(f"{address!r} is no address to connect to ({e}); expected tcp://HOST:PORT") from e
+    return socket
 
 
 class Dealer:
@@ -122,12 +121,7 @@ class Dealer:
 
     def __init__(self, address: str, queue: int, max_bytes: int, keys: Keys | None = None) -> None:
         self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        try:
-            _connect(self._socket, address, queue, max_bytes, keys)
-        except ProcessError:
-            self._context.term()
-            raise
+        self._socket = _connected(self._context, address, queue, max_bytes, keys)
 
     def receive(self, timeout_ms: int) -> bytes | None:
         return self._socket.recv_multipart()[-1] if self._socket.poll(timeout_ms, zmq.POLLIN) else None
@@ -152,10 +146,9 @@ class Dealers:
         self._context = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, count + 16)
         self._poller = zmq.Poller()
-        self._sockets = [self._context.socket(zmq.DEALER) for _ in range(count)]
+        self._sockets = [_connected(self._context, address, queue, max_bytes, None) for _ in range(count)]
         self._which = {socket: i for i, socket in enumerate(self._sockets)}
         for socket in self._sockets:
-            _connect(socket, address, queue, max_bytes, None)
             self._poller.register(socket, zmq.POLLIN)
 
     def send(self, which: int, content: bytes) -> None:
@@ -191,12 +184,7 @@ class AsyncDealer:
         self, address: str, queue: int, max_bytes: int, hear: Callable[[bytes], None], keys: Keys | None = None
     ) -> None:
         self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        try:
-            _connect(self._socket, address, queue, max_bytes, keys)
-        except ProcessError:
-            self._context.term()
-            raise
+        self._socket = _connected(self._context, address, queue, max_bytes, keys)
         self._hear = hear
         self._unsent: deque[bytes] = deque()
         import asyncio  # here: none of our own processes wants it

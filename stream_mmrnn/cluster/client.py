@@ -17,7 +17,7 @@ from typing import Any
 from stream_mmrnn.cluster.layout import PREFIX, Names
 from stream_mmrnn.cluster.link import FAILURES, Link, connect, new_name
 from stream_mmrnn.errors import NotRunning
-from stream_mmrnn.serve.client import AsyncClient, Hear, Way, end_tasks
+from stream_mmrnn.serve.async_client import AsyncClient, Hear, Way, end_tasks
 
 
 class _Line:

@@ -105,9 +105,3 @@ class Beat(msgspec.Struct, frozen=True):
     """It takes no more partitions, and gives those away that it has."""
     gone: bool = False
     """Its last word."""
-
-
-def shares(mine: int, free: int, engines: int) -> tuple[int, int]:
-    """How many of the free partitions one of so many engines takes that has so many, and how many it gives back."""
-    fair = -(-PARTITIONS // engines)
-    return max(0, min(fair - mine, free)), max(0, mine - fair)

@@ -10,12 +10,13 @@ import contextlib
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import nats
 from nats.aio.client import Client as Nats
 from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 from nats.js import api
 from nats.js.errors import APIError, KeyNotFoundError, KeyWrongLastSequenceError, NotFoundError
@@ -30,8 +31,6 @@ _EXPECTED_OF = "Nats-Expected-Last-Subject-Sequence-Subject"
 _REQUEST_S = 1.0
 FAILURES = (NatsError, APIError, OSError, asyncio.TimeoutError)
 """What NATS's client raises where the server is away, slow or says no."""
-Heard = Callable[[str, int, str, bytes], None]
-"""Session, number, client, content."""
 
 
 class Refused(Exception):  # noqa: N818 told from failures by its name
@@ -98,75 +97,23 @@ async def connect(
         raise NotRunning(f"no NATS server answers at {url} ({e or type(e).__name__}); start one with JetStream") from e
 
 
-class Reading:
-    """One partition's part of the log from a number on, whatever becomes of server and connection meanwhile."""
+class Logged(NamedTuple):
+    """A message of the log."""
 
-    def __init__(self, link: Link, partition: int, after: int, heard: Heard) -> None:
-        self.read = after
-        """The newest number that was given."""
-        self._link, self._partition, self._heard = link, partition, heard
-        self._subscription: Any = None
-        self._consumer = ""
-        self._expected = 1
-        self._beat_s = asyncio.get_running_loop().time()
+    session: str
+    number: int
+    nth: int
+    """Of those that were given since it is followed, from 1; one that is left out leaves a gap."""
+    client: str
+    """Who says that it is of it; "" where nobody does."""
+    content: bytes
 
-    async def begin(self) -> None:
-        """Read on; also after the server was away."""
-        await self.end()
-        link = self._link
-        inbox = link.nats.new_inbox()
-        self._expected = 1
-        self._beat_s = -1e9  # until there is somebody who sends
-        self._subscription = await link.nats.subscribe(
-            inbox, cb=self._take, pending_msgs_limit=0, pending_bytes_limit=0
-        )
-        info = await link.js.add_consumer(
-            link.names.stream_in,
-            api.ConsumerConfig(
-                deliver_subject=inbox,
-                deliver_policy=api.DeliverPolicy.BY_START_SEQUENCE,
-                opt_start_seq=self.read + 1,
-                ack_policy=api.AckPolicy.NONE,
-                filter_subject=link.names.log(self._partition),
-                idle_heartbeat=1.0,
-                inactive_threshold=10.0,
-                mem_storage=True,
-                num_replicas=1,
-            ),
-        )
-        self._consumer = info.name or ""
-        self._beat_s = max(self._beat_s, asyncio.get_running_loop().time())
 
-    @property
-    def silent(self) -> bool:
-        """Nothing came, not even a sign of life: the server has forgotten that we read."""
-        return asyncio.get_running_loop().time() - self._beat_s > 3.5
+class Followed(NamedTuple):
+    """What is to be ended."""
 
-    async def _take(self, message: Msg) -> None:
-        self._beat_s = asyncio.get_running_loop().time()
-        if message.headers and "Status" in message.headers:
-            return
-        sequence = message.metadata.sequence
-        number, ours = sequence.stream, sequence.consumer
-        if ours != self._expected:
-            self._beat_s = -1e9  # something is missing between: it is read again
-            return
-        self._expected += 1
-        self.read = number
-        named = (message.headers or {}).get(api.Header.MSG_ID.value, "")
-        session = session_of(message.subject.rpartition(".")[2])
-        self._heard(session, number, named.partition(" ")[0], message.data)
-
-    async def end(self) -> None:
-        """Read no more."""
-        subscription, self._subscription = self._subscription, None
-        consumer, self._consumer = self._consumer, ""
-        if subscription is not None:
-            with contextlib.suppress(*FAILURES):
-                await subscription.unsubscribe()
-        if consumer:
-            with contextlib.suppress(*FAILURES):
-                await self._link.js.delete_consumer(self._link.names.stream_in, consumer)
+    subscription: Subscription
+    consumer: str
 
 
 class Link:
@@ -304,6 +251,51 @@ class Link:
             except APIError as e:
                 if not _refuses(e):
                     raise
+
+    # ---- the log -------------------------------------------------------------------------------------------------
+
+    async def follow(self, partition: int, after: int, heard: Callable[[Logged | None], None]) -> Followed:
+        """Give what is in a partition's log after a number, and what comes, until `leave`; None is a sign of life."""
+        inbox = self.nats.new_inbox()
+
+        async def take(message: Msg) -> None:
+            headers = message.headers or {}
+            if "Status" in headers:
+                heard(None)
+                return
+            sequence = message.metadata.sequence
+            session = session_of(message.subject.rpartition(".")[2])
+            client = headers.get(api.Header.MSG_ID.value, "").partition(" ")[0]
+            heard(Logged(session, sequence.stream, sequence.consumer, client, message.data))
+
+        subscription = await self.nats.subscribe(inbox, cb=take, pending_msgs_limit=0, pending_bytes_limit=0)
+        try:
+            info = await self.js.add_consumer(
+                self.names.stream_in,
+                api.ConsumerConfig(
+                    deliver_subject=inbox,
+                    deliver_policy=api.DeliverPolicy.BY_START_SEQUENCE,
+                    opt_start_seq=after + 1,
+                    ack_policy=api.AckPolicy.NONE,
+                    filter_subject=self.names.log(partition),
+                    idle_heartbeat=1.0,
+                    inactive_threshold=10.0,
+                    mem_storage=True,
+                    num_replicas=1,
+                ),
+            )
+        except BaseException:
+            with contextlib.suppress(*FAILURES):
+                await subscription.unsubscribe()
+            raise
+        return Followed(subscription, info.name or "")
+
+    async def leave(self, followed: Followed) -> None:
+        """Follow no more; where the server is away, it finds out by itself."""
+        with contextlib.suppress(*FAILURES):
+            await followed.subscription.unsubscribe()
+        with contextlib.suppress(*FAILURES):
+            await self.js.delete_consumer(self.names.stream_in, followed.consumer)
 
     # ---- what is said --------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import msgspec
@@ -19,18 +19,17 @@ from msgspec.structs import replace
 
 from stream_mmrnn import config
 from stream_mmrnn.clock import now_ns
-from stream_mmrnn.cluster.layout import PARTITIONS, STATE_EVERY_S, Beat, Fence, Lease, Names, Table, shares
-from stream_mmrnn.cluster.link import FAILURES, Link, Reading, Refused, connect, new_name
+from stream_mmrnn.cluster.layout import STATE_EVERY_S, Beat, Fence, Lease, Names, Table
+from stream_mmrnn.cluster.link import FAILURES, Link, Refused, connect, new_name
+from stream_mmrnn.cluster.members import DEAD_AFTER_S, Members, is_lost, plan
+from stream_mmrnn.cluster.reading import Reading
 from stream_mmrnn.cluster.replica import Kept, Replica, Said
 from stream_mmrnn.errors import ProcessError, SnapshotError
 from stream_mmrnn.serve import protocol
-from stream_mmrnn.serve.client import end_tasks
+from stream_mmrnn.serve.async_client import end_tasks
 from stream_mmrnn.shards import create
 
 BEAT_S = 0.05
-DEAD_AFTER_S = 0.45
-"""An engine that has not been heard for so long is taken for dead. Where it was not, what it writes is refused."""
-_FORGOTTEN_S = 60.0
 _AT_ONCE = 512
 """Messages of the log that are heard before what is ready is stepped."""
 _WAIT_S = 0.02
@@ -61,6 +60,7 @@ class Node:
         """Raises ModelError, ProviderError, ConfigError."""
         self.settings, self._say = settings, say
         self.name = new_name()
+        """Unlike any other engine's."""
         self.engine = create(replace(settings.engine, slots=settings.serve.slots))
         self.counts: Counter[str] = Counter()
         """`taken`, `given_back`, `fenced` partitions; `stored`, `repeated` (what was stored before) and `refused` of
@@ -69,22 +69,17 @@ class Node:
         self.replica: Replica | None = None
         self._inbox: deque[tuple[_Part, str, int, str, bytes]] = deque()
         self._something = asyncio.Event()
-        self._heard_ns: dict[str, int] = {}
-        self._beats: dict[str, Beat] = {}
+        self._link: Link | None = None
+        self._members = Members(self.name)
         self._taking: set[int] = set()
         self._giving: set[int] = set()
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._leaving = False
-        self._beaten_ns = 0
-        self._judges_from_s = 0.0
-        """Before, it has not heard for long enough to say who is dead."""
 
     @property
     def link(self) -> Link:
         assert self._link is not None
         return self._link
-
-    _link: Link | None = None
 
     # ---- coming and going ----------------------------------------------------------------------------------------
 
@@ -137,26 +132,27 @@ class Node:
     async def _leave(self) -> None:
         """Give everything back, so that others go on at once."""
         self._leaving = True
-        end_s = asyncio.get_running_loop().time() + _RELEASE_S
-        while self.parts and asyncio.get_running_loop().time() < end_s:
+        end_s = _now_s() + _RELEASE_S
+        while self.parts and _now_s() < end_s:
             await asyncio.sleep(0.01)
         await self._tell(gone=True)
         with contextlib.suppress(*FAILURES):
             await asyncio.wait_for(self.link.nats.flush(), 1.0)
 
-    def _start(self, coroutine: Any) -> None:
+    def _start(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        return task
 
-    def _ended(self, task: asyncio.Task[Any]) -> None:
+    def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self._say(f"{type(error).__name__}: {error}")
 
     async def _returned(self) -> None:
         """The connection is back: what was on its way is not."""
-        self._forget_who_was_heard()
+        self._members.begin(_now_s())
         for part in list(self.parts.values()):
             if part.reading is not None:
                 with contextlib.suppress(*FAILURES):
@@ -167,27 +163,9 @@ class Node:
 
     async def _hear_beat(self, message: Any) -> None:
         try:
-            beat = msgspec.msgpack.decode(message.data, type=Beat)
+            self._members.hear(msgspec.msgpack.decode(message.data, type=Beat), _now_s())
         except msgspec.MsgspecError:
             self.counts["garbage"] += 1
-            return
-        self._heard_ns[beat.engine], self._beats[beat.engine] = now_ns(), beat
-        if beat.gone:
-            del self._heard_ns[beat.engine], self._beats[beat.engine]
-
-    def alive(self) -> list[str]:
-        """Engines that are heard; empty where not even we are, so that nobody can be judged."""
-        at_ns = now_ns()
-        for name in [name for name, ns in self._heard_ns.items() if at_ns - ns > _FORGOTTEN_S * 1e9]:
-            del self._heard_ns[name], self._beats[name]
-        heard = [name for name, ns in self._heard_ns.items() if at_ns - ns < DEAD_AFTER_S * 1e9]
-        return sorted(heard) if self.name in heard else []
-
-    def _forget_who_was_heard(self) -> None:
-        """We have just come, or come back: whoever is alive is to be heard again first."""
-        self._heard_ns.clear()
-        self._beats.clear()
-        self._judges_from_s = asyncio.get_running_loop().time() + DEAD_AFTER_S
 
     async def _tell(self, gone: bool = False) -> None:
         assert self.replica is not None
@@ -196,62 +174,37 @@ class Node:
             await self.link.nats.publish(self.link.names.beat, msgspec.msgpack.encode(beat))
 
     async def _beat(self) -> None:
-        self._forget_who_was_heard()
+        self._members.begin(_now_s())
+        beaten_s = _now_s()
         while True:
             await self._tell()
-            at_ns = now_ns()
-            stood_still = self._beaten_ns and at_ns - self._beaten_ns > DEAD_AFTER_S * 1e9
-            self._beaten_ns = at_ns
-            if stood_still:
-                self._forget_who_was_heard()  # what we heard is as old as we stood
-            if asyncio.get_running_loop().time() > self._judges_from_s:
-                with contextlib.suppress(*FAILURES):
-                    await self._share()
+            if _now_s() - beaten_s > DEAD_AFTER_S:
+                self._members.begin(_now_s())  # what we heard is as old as we stood
+            beaten_s = _now_s()
+            with contextlib.suppress(*FAILURES):
+                await self._share()
             await asyncio.sleep(BEAT_S)
 
     async def _share(self) -> None:
         """Look who has what; take, give back, notice what is another one's."""
         table, revision = await self.link.table()
-        for number in [n for n, part in self.parts.items() if self._is_lost(table, n, part)]:
-            if number not in self._giving:  # else it may be we who have just given it back
-                self._lose(number)
-        engines = self.alive()
-        if not engines:
-            return
-        held = {n for n, lease in table.leases.items() if lease.engine == self.name}
-        free = {n for n in range(PARTITIONS) if (lease := table.leases.get(n)) is None or lease.engine not in engines}
-        # a lease of ours that we know nothing of is of a start that failed
-        free |= {n for n in held if n not in self.parts and n not in self._taking}
-        takers = [name for name in engines if not self._beats[name].leaving]
-        if self._leaving:
-            take, give = 0, PARTITIONS
-        elif self.name in takers:
-            take, give = shares(len(held - free), len(free), len(takers))
-        else:
-            return  # our first word has not come back yet
+        for part in list(self.parts.values()):
+            # one that is being given back: it may be we who have just done so
+            if part.number not in self._giving and is_lost(table, part.number, self.name, part.epoch):
+                self._lose(part.number)
+        alive = self._members.alive(_now_s())
+        take, give = plan(table, self.name, alive, set(self.parts), self._taking, self._giving)
         if take:
-            # everybody begins elsewhere: fewer want the same
-            first = takers.index(self.name) * PARTITIONS // len(takers)
-            chosen = sorted(free, key=lambda n: (n - first) % PARTITIONS)[:take]
-            leases = dict(table.leases)
-            for n in chosen:
-                before = leases.get(n)
-                leases[n] = Lease(self.name, (before.epoch if before is not None else 0) + 1)
             try:
-                await self.link.replace_table(Table(leases), revision)
+                await self.link.replace_table(Table({**table.leases, **take}), revision)
             except Refused:
                 return  # somebody was quicker; the next look is soon
-            for n in chosen:
-                self._taking.add(n)
-                self._start(self._take(n, leases[n].epoch))
-        elif give:
-            for n in sorted(n for n in self.parts if n not in self._giving)[-give:]:
-                self._giving.add(n)
-                self._start(self._give_back(n))
-
-    def _is_lost(self, table: Table, number: int, part: _Part) -> bool:
-        lease = table.leases.get(number)
-        return lease is None or lease.engine != self.name or lease.epoch != part.epoch
+        for number, lease in take.items():
+            self._taking.add(number)
+            self._start(self._take(number, lease.epoch))
+        for number in give:
+            self._giving.add(number)
+            self._start(self._give_back(number))
 
     async def _take(self, number: int, epoch: int) -> None:
         """A partition whose lease is ours: nobody else writes any more, its sessions go on from what is kept."""
@@ -272,10 +225,10 @@ class Node:
             await part.reading.begin()
             self.counts["taken"] += 1
         except Refused:
-            self._lose(number)
+            self.counts["fenced"] += 1
         except FAILURES as e:
-            self.replica.drop(number)
-            self.parts.pop(number, None)
+            self._lose(number)
+            self.replica.drop(number)  # what was adopted before it was a part of ours
             self._say(f"partition {number} could not be taken ({e or type(e).__name__}); it is tried again")
         finally:
             self._taking.discard(number)
@@ -325,7 +278,7 @@ class Node:
         await self.link.set_low(number, self.replica.low(number, part.reading.read))
         while part.ours:
             table, revision = await self.link.table()
-            if self._is_lost(table, number, part):
+            if is_lost(table, number, self.name, part.epoch):
                 break
             try:
                 await self.link.replace_table(Table({**table.leases, number: Lease("", part.epoch)}), revision)
@@ -365,8 +318,8 @@ class Node:
                 replica.step(at_ns)
             replica.look_after(at_ns)
             await self._hand_on()
-            if loop.time() - looked_s > _LOW_EVERY_S:
-                looked_s = loop.time()
+            if _now_s() - looked_s > _LOW_EVERY_S:
+                looked_s = _now_s()
                 replica.save_silent(round(STATE_EVERY_S * 1e9), at_ns)
                 await self._look_after_parts()
             await asyncio.sleep(0)
@@ -375,9 +328,10 @@ class Node:
         """What the replica says and wants kept, to the server."""
         assert self.replica is not None
         said, kept = self.replica.take()
+        newest = {state.session: state for state in kept}
         promised: dict[str, list[Said]] = {}
         for of in said:
-            if of.after_kept and any(k.session == of.session for k in kept):
+            if of.after_kept and of.session in newest:
                 promised.setdefault(of.session, []).append(of)
             else:
                 await self._say_one(of)
@@ -386,11 +340,8 @@ class Node:
             if part is None:
                 continue
             before = part.keeping.get(state.session)
-            after = promised.pop(state.session, []) if state is _last(kept, state.session) else []
-            task = asyncio.create_task(self._keep(part, state, before, after))
-            part.keeping[state.session] = task
-            self._tasks.add(task)
-            task.add_done_callback(self._ended)
+            after = promised.pop(state.session, []) if state is newest[state.session] else []
+            part.keeping[state.session] = self._start(self._keep(part, state, before, after))
 
     async def _say_one(self, said: Said) -> None:
         part = self.parts.get(said.partition)
@@ -401,7 +352,7 @@ class Node:
         except FAILURES:
             future = asyncio.get_running_loop().create_future()  # it is said again
         key = f"{said.session} {said.name}"
-        part.unstored[key] = said, future, asyncio.get_running_loop().time()
+        part.unstored[key] = said, future, _now_s()
         future.add_done_callback(lambda done: self._stored(part, key, done))
 
     def _stored(self, part: _Part, key: str, done: asyncio.Future[bool]) -> None:
@@ -420,7 +371,7 @@ class Node:
 
     async def _say_again(self, part: _Part, after_s: float) -> None:
         """What has not been stored for so long, in order, under its name: the server has it once."""
-        at_s = asyncio.get_running_loop().time()
+        at_s = _now_s()
         for said in [said for said, _, since_s in part.unstored.values() if at_s - since_s >= after_s]:
             await self._say_one(said)
 
@@ -501,5 +452,5 @@ class Node:
         }
 
 
-def _last(kept: list[Kept], session: str) -> Kept:
-    return [k for k in kept if k.session == session][-1]
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()

@@ -79,17 +79,7 @@ class Host:
         self._sizes = [(m.name, m.size) for m in spec.modalities]
         self._zeros: dict[str, FloatArray] = {name: np.zeros(size, np.float32) for name, size in self._sizes}
         self._heads = [h.name for h in spec.heads]
-        self.welcome = protocol.Welcome(
-            version=protocol.VERSION,
-            name=spec.name,
-            model=spec.sha256,
-            tick_ns=spec.tick_ns,
-            queue=told or queue,
-            modalities=tuple(protocol.Modality(m.name, m.size, m.encoder) for m in spec.modalities),
-            heads=tuple(
-                protocol.Head(h.name, h.kind, h.size, h.labels, h.horizons_s, h.unit, h.threshold) for h in spec.heads
-            ),
-        )
+        self.welcome = protocol.welcome(spec, told or queue)
         self._answers: dict[type, Callable[..., None]] = {
             protocol.Hello: self._hello,
             protocol.Open: self._open,

@@ -13,7 +13,7 @@ import msgspec
 
 from stream_mmrnn import topics
 from stream_mmrnn.errors import WireError
-from stream_mmrnn.types import Nanoseconds
+from stream_mmrnn.types import HeadSpec, ModalitySpec, ModelSpec, Nanoseconds
 
 VERSION = 1
 MAX_BYTES = 2**20
@@ -88,21 +88,12 @@ Request: TypeAlias = Hello | Open | Step | Flush | Reset | Close
 # ---- what a server says ----------------------------------------------------------------------------------------------
 
 
-class Modality(msgspec.Struct, frozen=True):
-    name: str
-    size: int
-    encoder: str = ""
-    """`name@sha256` of what the model was trained with; "" where any is accepted."""
+class Modality(ModalitySpec, frozen=True, forbid_unknown_fields=False):
+    """As the model's contract has it; a newer server may say more."""
 
 
-class Head(msgspec.Struct, frozen=True):
-    name: str
-    kind: str
-    size: int
-    labels: tuple[str, ...] = ()
-    horizons_s: tuple[tuple[float, float], ...] = ()
-    unit: str = "probability"
-    threshold: float = 0.5
+class Head(HeadSpec, frozen=True, forbid_unknown_fields=False):
+    """As the model's contract has it; a newer server may say more."""
 
 
 class Welcome(_Message, frozen=True, tag="welcome"):
@@ -188,6 +179,19 @@ class EvictedNow(_Message, frozen=True, tag="evicted"):
     """"" where another client has taken it over."""
     reason: Literal["idle", "cancelled", "leaving", "lost", "taken"]
     next: int
+
+
+def welcome(spec: ModelSpec, queue: int) -> Welcome:
+    """What a server of this model says of itself."""
+    return Welcome(
+        version=VERSION,
+        name=spec.name,
+        model=spec.sha256,
+        tick_ns=spec.tick_ns,
+        queue=queue,
+        modalities=tuple(msgspec.convert(m, Modality, from_attributes=True) for m in spec.modalities),
+        heads=tuple(msgspec.convert(h, Head, from_attributes=True) for h in spec.heads),
+    )
 
 
 Reply: TypeAlias = Welcome | Ready | BusyNow | Refused | Pred | Skipped | Flushed | Done | EvictedNow

@@ -1,0 +1,294 @@
+"""AsyncClient: `client.Client` for an event loop, over ZeroMQ or any other way to who serves.
+
+Knows nothing about what is at the other end of a way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from stream_mmrnn.bus import AsyncDealer, Keys
+from stream_mmrnn.clock import now_ns
+from stream_mmrnn.errors import NotRunning, TimedOut, WireError
+from stream_mmrnn.serve import protocol
+from stream_mmrnn.serve.client import LOOK_MS, QUEUE, STARTING, TIMEOUT_S, AnySession, done, keys_of, ready, taken
+from stream_mmrnn.serve.conversation import Answer, Conversation, Track
+
+
+class AsyncSession(AnySession):
+    """One session of an `AsyncClient`; as an async context manager it is closed at the end."""
+
+    def __init__(self, client: AsyncClient, track: Track) -> None:
+        super().__init__(client.conversation, track)
+        self._client = client
+
+    def _post(self) -> None:
+        self._client.post()
+
+    async def step(
+        self,
+        features: Mapping[str, Any],
+        *,
+        tick: int | None = None,
+        event_ns: int = 0,
+        age_ns: Mapping[str, int] | None = None,
+        timeout_s: float = TIMEOUT_S,
+    ) -> Answer | None:
+        """As `Session.step`."""
+        index = self.send(features, tick=tick, event_ns=event_ns, age_ns=age_ns)
+        while (answer := await self._next(timeout_s, lambda: index not in self._track.unanswered)) is not None:
+            if answer.tick == index:
+                return answer
+        return None
+
+    async def receive(self, timeout_s: float = TIMEOUT_S) -> Answer | None:
+        """As `Session.receive`."""
+        return await self._next(timeout_s, lambda: not self._track.unanswered)
+
+    async def _next(self, timeout_s: float, over: Callable[[], bool]) -> Answer | None:
+        track = self._track
+        await self._client.wait(
+            track.name,
+            lambda: bool(track.answers) or track.error is not None or over(),
+            timeout_s,
+            f"no answer came to {len(track.unanswered)} ticks of session {track.name!r}",
+        )
+        return taken(track)
+
+    async def answers(self, timeout_s: float = TIMEOUT_S) -> AsyncIterator[Answer]:
+        """Answers as they come, while ticks wait for one."""
+        while (answer := await self.receive(timeout_s)) is not None:
+            yield answer
+
+    async def _ask(self, request: protocol.Request, timeout_s: float) -> protocol.Done | protocol.Flushed:
+        track = self._track
+        if track.error is not None:
+            raise track.error
+        track.done = None
+        self._client.conversation.say(request)
+        self._client.post()
+        await self._client.wait(
+            track.name,
+            lambda: track.done is not None or track.error is not None,
+            timeout_s,
+            f"session {track.name!r} had no reply",
+        )
+        return done(track)
+
+    async def flush(self, timeout_s: float = TIMEOUT_S) -> int:
+        """As `Session.flush`."""
+        done = await self._ask(protocol.Flush(session=self.name), timeout_s)
+        return done.next if isinstance(done, protocol.Flushed) else self.next_tick
+
+    async def reset(self, timeout_s: float = TIMEOUT_S) -> None:
+        """As `Session.reset`."""
+        await self._ask(protocol.Reset(session=self.name), timeout_s)
+        self._track.sent.clear()
+
+    async def close(self, timeout_s: float = TIMEOUT_S) -> None:
+        """As `Session.close`."""
+        try:
+            if self._track.error is None:
+                await self._ask(protocol.Close(session=self.name, token=self._track.token), timeout_s)
+        finally:
+            await self.leave()
+
+    async def leave(self) -> None:
+        """As `Session.leave`."""
+        await self._client.end(self.name)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        if kind is None:
+            await self.close()
+        else:
+            with contextlib.suppress(Exception):
+                await self.close(1.0)
+
+
+def _wake(waits: asyncio.Future[None]) -> None:
+    if not waits.done():
+        waits.set_result(None)
+
+
+async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel tasks until they have ended: Python 3.11 swallows a cancellation that comes as a `wait_for` is done."""
+    left = {task for task in tasks if not task.done()}
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=0.1)
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # it is looked at; who waits for it has been told otherwise
+
+
+Hear = Callable[[bytes], None]
+
+
+class Way(Protocol):
+    """How an `AsyncClient` reaches who serves it; what comes is given to the function that it was made with."""
+
+    def post(self, session: str, content: bytes) -> None:
+        """Take one message, to be sent in its order. `session`: whose it is, "" of nobody's."""
+
+    async def again(self, session: str) -> None:
+        """An answer is late: look whether it is there."""
+
+    async def end(self, session: str) -> None:
+        """Nothing more is sent of it."""
+
+    async def close(self) -> None: ...
+
+
+class _OverZmq:
+    """A connection to one server."""
+
+    def __init__(self, address: str, keys: Keys | None, hear: Hear) -> None:
+        self._dealer = AsyncDealer(address, QUEUE, protocol.MAX_BYTES, hear, keys)
+
+    def post(self, session: str, content: bytes) -> None:
+        self._dealer.send(content)
+
+    async def again(self, session: str) -> None:
+        pass  # what the connection has is read already
+
+    async def end(self, session: str) -> None:
+        pass  # a session needs nothing of its own here
+
+    async def close(self) -> None:
+        self._dealer.close()
+
+
+class AsyncClient:
+    """The same for an event loop: `async with AsyncClient(address) as client`."""
+
+    starting = STARTING
+    """What to do where nobody answers."""
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        keys: str | Path | Keys | None = None,
+        server_key: str = "",
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        """As for `Client`; the connection is made by `async with`."""
+        self.conversation = Conversation()
+        self._address, self._timeout_s = address, timeout_s
+        self._keys = keys_of(keys, server_key)
+        self._way: Way | None = None
+        self._looking: asyncio.Task[None] | None = None
+        self._waiting: dict[str, set[asyncio.Future[None]]] = {}
+        """Who waits, by session; "" for the server itself."""
+
+    @property
+    def model(self) -> protocol.Welcome:
+        """What the server's model takes and says."""
+        assert self.conversation.welcome is not None
+        return self.conversation.welcome
+
+    def post(self) -> None:
+        """Send what is to be said."""
+        assert self._way is not None
+        out = self.conversation.out
+        while out:
+            self._way.post(*out.popleft())
+
+    async def end(self, session: str) -> None:
+        """Know nothing more of a session."""
+        self.conversation.tracks.pop(session, None)
+        if self._way is not None:
+            await self._way.end(session)
+
+    async def _connect(self, hear: Hear) -> Way:
+        return _OverZmq(self._address, self._keys, hear)
+
+    def _hear(self, content: bytes) -> None:
+        with contextlib.suppress(WireError):  # nothing of ours: as if it had not come
+            session = self.conversation.hear(content, now_ns())
+            # where the server has a problem, everyone does
+            for name in (session,) if self.conversation.problem is None else list(self._waiting):
+                for waits in self._waiting.get(name, ()):
+                    _wake(waits)
+            if self.conversation.out:
+                self.post()
+
+    async def _look(self, way: Way) -> None:
+        while True:
+            await asyncio.sleep(LOOK_MS / 1000)
+            for session in self.conversation.late(now_ns()):
+                await way.again(session)
+            self.conversation.look(now_ns())
+            self.post()
+
+    async def wait(self, session: str, over: Callable[[], bool], timeout_s: float, late: str) -> None:
+        """Until `over`, which only what is heard of the session can change; raises TimedOut after the time."""
+        end_ns = now_ns() + round(timeout_s * 1e9)
+        while not over():
+            if self.conversation.problem is not None:
+                raise self.conversation.problem
+            left_s = (end_ns - now_ns()) / 1e9
+            if left_s <= 0:
+                raise TimedOut(f"{late} from {self._address} in time")
+            loop = asyncio.get_running_loop()
+            waits = loop.create_future()
+            self._waiting.setdefault(session, set()).add(waits)
+            timer = loop.call_later(left_s, _wake, waits)
+            try:
+                await waits
+            finally:
+                timer.cancel()
+                self._waiting[session].discard(waits)
+                if not self._waiting[session]:
+                    del self._waiting[session]
+
+    async def open(self, session: str, token: str | None = None, timeout_s: float = TIMEOUT_S) -> AsyncSession:
+        """As `Client.open`."""
+        track = self.conversation.track(session)
+        self.conversation.say(protocol.Open(session=session, token=token))
+        self.post()
+        try:
+            await self.wait(
+                session,
+                lambda: track.opened is not None or track.error is not None,
+                timeout_s,
+                f"session {session!r} had no reply",
+            )
+        except TimedOut:
+            await self.end(session)
+            raise
+        ready(self.conversation, track)
+        return AsyncSession(self, track)
+
+    async def __aenter__(self) -> Self:
+        way = self._way = await self._connect(self._hear)
+        self._looking = asyncio.create_task(self._look(way))
+        self.conversation.say(protocol.Hello())
+        self.post()
+        try:
+            await self.wait("", lambda: self.conversation.welcome is not None, self._timeout_s, "it said nothing")
+        except TimedOut:
+            await self.__aexit__()
+            raise NotRunning(f"no server answers at {self._address}: {self.starting}") from None
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Sessions that are open are not closed: their tokens bring them back."""
+        if self._looking is not None:
+            await end_tasks(self._looking)
+        if self._way is not None:
+            await self._way.close()
