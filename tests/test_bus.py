@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,13 @@ def test_all_readers_see_one_order(address: Address) -> None:
     names = ("vision", "audio", "text")
     for p, name in zip(publishers, names, strict=True):
         assert p.wait_for_reader(f"feature/{name}", 5)
-    # a reader is sure to be heard of once something reaches it
-    for p in publishers:
-        p.publish("feature/text", "warm", 0, 0, b"")
+    attempts = itertools.count()
     for r in readers:
-        drain(r, 3)
+        # publishers hear of one reader; the broker is sure to know this one, too, once something reaches it
+        deadline = time.monotonic() + 20
+        while r.receive(20) is None:
+            assert time.monotonic() < deadline
+            publishers[0].publish("feature/text", f"attempt-{next(attempts)}", 0, 0, b"")
 
     def send(p: Publisher, name: str) -> None:
         for i in range(300):
@@ -78,13 +80,18 @@ def test_all_readers_see_one_order(address: Address) -> None:
     threads = [threading.Thread(target=send, args=x) for x in zip(publishers, names, strict=True)]
     for t in threads:
         t.start()
-    got = [[(e.topic, e.seq) for e in drain(r, 900)] for r in readers]
+    got = []
+    for r in readers:
+        order: list[tuple[str, int]] = []
+        while len(order) < 900:
+            order += [(e.topic, e.seq) for e in drain(r, 1) if e.session == "s"]
+        got.append(order)
     for t in threads:
         t.join()
     assert got[0] == got[1] == got[2]
     for r in readers:
         assert not any(r.gaps.lost.values())
-        assert sum(r.gaps.received.values()) == 903
+        assert all(r.gaps.received[f"feature/{name}"] >= 300 for name in names)
         r.close()
     for p in publishers:
         p.close()
@@ -473,8 +480,14 @@ class Guarded:
         return Keys(public, secret, self.server)
 
     def wait_refused(self, reason: str, before: int = 0) -> None:
+        self._wait(lambda: self.door.refused.get(reason, 0) > before)
+
+    def wait_any_refused(self, before: int) -> None:
+        self._wait(lambda: sum(self.door.refused.values()) > before)
+
+    def _wait(self, until: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 20
-        while self.door.refused.get(reason, 0) <= before:
+        while not until():
             assert time.monotonic() < deadline, self.door.refused
             time.sleep(0.02)
 
@@ -525,14 +538,19 @@ def test_who_has_no_right_key_gets_nothing_and_is_counted(guarded: Guarded, who:
         "other server": Keys(allowed.public, allowed.secret, new_pair()[0]),
     }[who]
     publisher, good = Publisher(guarded.address, 100, own), Subscriber(guarded.address, ["clock"], 100, keys=own)
-    bad = [Subscriber(guarded.address, ["clock"], 100, policy, keys) for policy in ("block", "latest")]
-    guarded.wait_refused(reason, 1)  # once by each socket
+    bad: list[Subscriber] = []
+    policies: itertools.cycle[Policy] = itertools.cycle(("block", "latest"))
+    while guarded.door.refused.get(reason, 0) < 2:
+        # a connection may break off before it has shown what is wrong with it, and is not always tried again
+        assert len(bad) < 20, guarded.door.refused
+        before = sum(guarded.door.refused.values())
+        bad.append(Subscriber(guarded.address, ["clock"], 100, next(policies), keys))
+        guarded.wait_any_refused(before)
     assert publisher.wait_for_reader("clock", 10)
     for i in range(50):
         publisher.publish("clock", "s", i, i, b"")
     assert len(drain(good, 50)) == 50
-    assert [b.receive(100) for b in bad] == [None, None]
-    # a connection may break off before it has shown what is wrong with it
+    assert [b.receive(100) for b in bad] == [None] * len(bad)
     assert set(guarded.door.refused) <= {reason, "unfinished"}
     publisher.close(0)
     for r in (good, *bad):
