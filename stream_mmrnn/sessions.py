@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 
 from stream_mmrnn import config, topics
-from stream_mmrnn.admission import Admission
+from stream_mmrnn.admission import LEAST, Admission
 from stream_mmrnn.errors import BadTick, Busy, DuplicateSession, Evicted, SessionError, SnapshotError, UnknownSession
 from stream_mmrnn.snapshots import NEVER, Array, Snapshot
 from stream_mmrnn.types import ModelSpec, Prediction, Stamps, Tick
@@ -532,7 +532,7 @@ class Sessions:
         ticks = [Tick(name, 0, 0, features, present, age_ns, nowhere) for name in names]
         assert self.admission is not None
         counts = sorted({min(n, len(ticks)) for n in _MEASURED_COUNTS} - {0})
-        spent_ns = 0
+        spent_ns = measured = 0
         try:
             for round_ in range(_MEASURED_ROUNDS + 1):
                 for count in counts:
@@ -541,7 +541,8 @@ class Sessions:
                     spent_ns += took_ns
                     if round_:  # the first runs also get their memory
                         self.admission.add(count, took_ns)
-                if round_ and spent_ns > _MEASURED_NS:
+                        measured += 1
+                if measured >= LEAST and spent_ns > _MEASURED_NS:
                     break
             self.admission.settle()
         finally:

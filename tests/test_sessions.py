@@ -25,7 +25,7 @@ from stream_mmrnn.errors import (
 from stream_mmrnn.sessions import Notice, Sessions
 from stream_mmrnn.shards import ShardedEngine
 from stream_mmrnn.snapshots import Snapshot, StateStore
-from stream_mmrnn.types import Tick
+from stream_mmrnn.types import Prediction, Tick
 from tools.faults import session_machine
 
 S = 1_000_000_000
@@ -336,6 +336,22 @@ def test_an_engine_that_is_measured_refuses_what_it_could_not_serve(make: Make) 
     assert sessions.counts["busy"] == 2
     sessions.close("s0", now_ns=NOW)
     sessions.open("more", now_ns=NOW)
+
+
+def test_an_engine_whose_steps_are_slow_is_measured_all_the_same(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine the time for measuring may be over after one round, which is too little to judge by."""
+    step = StepEngine.step
+
+    def slow(self: StepEngine, ticks: list[Tick]) -> list[Prediction]:
+        return [msgspec.structs.replace(p, step_end_ns=p.step_start_ns + S) for p in step(self, ticks)]
+
+    monkeypatch.setattr(StepEngine, "step", slow)
+    sessions = make(64, admission=config.Admission())
+    assert sessions.admission is not None
+    assert sessions.admission.cost() is not None
+    sessions.open("a", now_ns=NOW)
+    with pytest.raises(Busy, match="could not be served in time"):
+        sessions.open("b", now_ns=NOW)
 
 
 def test_one_session_is_served_however_slow(make: Make) -> None:
