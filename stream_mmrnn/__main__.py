@@ -7,13 +7,13 @@ _ENDED_BY_SIGNALS = ("live", "record")
 def main() -> None:
     import sys
 
-    from stream_mmrnn import signals
+    from stream_mmrnn.core import signals
 
     watched = sys.argv[1:2] and sys.argv[1] in _ENDED_BY_SIGNALS
     if watched:
         signals.ENDING.watch()  # before the imports, which take longer than many an impatient finger
     try:
-        from stream_mmrnn.cli import run
+        from stream_mmrnn.cli.app import run
 
         run()
     finally:

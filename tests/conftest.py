@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 import toy_model
 from hypothesis import HealthCheck, settings
+from places import SHARED
 
-from stream_mmrnn import encoders, sources
-from stream_mmrnn.types import ModalitySpec
+from stream_mmrnn.capture import encoders, sources
+from stream_mmrnn.core.types import ModalitySpec
 
 # how long an example takes says nothing on a machine that others use too
 settings.register_profile("shared_machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared_machine")
-
-SHARED = Path(__file__).parent.parent.parent / "shared"
 
 
 @pytest.fixture(scope="session")

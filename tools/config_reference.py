@@ -17,7 +17,7 @@ from typing import Any, get_args, get_type_hints
 
 from msgspec import inspect as kinds
 
-from stream_mmrnn import config
+from stream_mmrnn.core import config
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
 

@@ -15,10 +15,11 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from stream_mmrnn import config, onnx_bytes, wire
-from stream_mmrnn.errors import StreamError
-from stream_mmrnn.recording import Recording
-from stream_mmrnn.snapshots import from_bytes
+from stream_mmrnn.core import config, wire
+from stream_mmrnn.core.errors import StreamError
+from stream_mmrnn.graph import model_file as onnx_bytes
+from stream_mmrnn.predict.snapshots import from_bytes
+from stream_mmrnn.recording.mcap_file import Recording
 
 
 def _wire(data: bytes) -> None:

@@ -25,17 +25,18 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 
-from stream_mmrnn import config, nodes, topics, wire
 from stream_mmrnn.bench import models
 from stream_mmrnn.bench.measure import sleep_until
 from stream_mmrnn.bench.sessions import SETTLE_S, TICK_NS, Load, phases
 from stream_mmrnn.bus import Address, Publisher, Subscriber
-from stream_mmrnn.clock import now_ns
-from stream_mmrnn.engine import StepEngine
-from stream_mmrnn.errors import ProcessError, WireError
-from stream_mmrnn.latency import Histogram
-from stream_mmrnn.supervisor import process_context
-from stream_mmrnn.types import FloatArray, Stamps, Tick
+from stream_mmrnn.core import config, topics, wire
+from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.errors import ProcessError, WireError
+from stream_mmrnn.core.latency import Histogram
+from stream_mmrnn.core.types import FloatArray, Stamps, Tick
+from stream_mmrnn.live import nodes
+from stream_mmrnn.live.supervisor import process_context
+from stream_mmrnn.predict.engine import StepEngine
 
 PEER = Path(__file__).parent.parent.parent / "tools" / "bench" / "peers" / "triton_sessions.py"
 PYTHON = "STREAM_MMRNN_TRITON_PYTHON"

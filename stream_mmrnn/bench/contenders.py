@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO, TypeAlias
 
 from stream_mmrnn.bus import Address
-from stream_mmrnn.errors import ProcessError
+from stream_mmrnn.core.errors import ProcessError
 
 PEERS = Path(__file__).parent.parent.parent / "tools" / "bench" / "peers"
 

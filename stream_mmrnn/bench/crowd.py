@@ -17,12 +17,12 @@ import numpy as np
 
 from stream_mmrnn.bench import models
 from stream_mmrnn.bench.sessions import TICK_NS, phases
-from stream_mmrnn.clock import now_ns
-from stream_mmrnn.engine import StepEngine
-from stream_mmrnn.errors import StreamError, TimedOut
+from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.errors import StreamError, TimedOut
+from stream_mmrnn.core.types import FloatArray, Stamps, Tick
+from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.serve.async_client import AsyncClient, AsyncSession, end_tasks
-from stream_mmrnn.serve.conversation import KEPT_TICKS
-from stream_mmrnn.types import FloatArray, Stamps, Tick
+from stream_mmrnn.serve.client_state import KEPT_TICKS
 
 DRAIN_S = 15.0
 """How long an answer may take that somebody waits for."""

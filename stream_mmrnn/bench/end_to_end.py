@@ -10,19 +10,20 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from stream_mmrnn import config, sources
 from stream_mmrnn.bench import contenders
 from stream_mmrnn.bench.busy import beside
 from stream_mmrnn.bench.machine import Processes, Usage
 from stream_mmrnn.bench.plots import Pictures
 from stream_mmrnn.bench.reader import STAGES, Reader, Seen
 from stream_mmrnn.bench.report import Document, Ratio, document, ratio
-from stream_mmrnn.clock import now_ns
-from stream_mmrnn.engine import check_model
-from stream_mmrnn.errors import ProcessError
-from stream_mmrnn.latency import Histogram
-from stream_mmrnn.live import Session
-from stream_mmrnn.runtime import Provider
+from stream_mmrnn.capture import sources
+from stream_mmrnn.core import config
+from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.errors import ProcessError
+from stream_mmrnn.core.latency import Histogram
+from stream_mmrnn.graph.runtime import Provider
+from stream_mmrnn.live.session import Session
+from stream_mmrnn.predict.engine import check_model
 
 SETS: dict[str, tuple[str, ...]] = {"audio": ("audio",), "all": sources.EVERY}
 """Which modalities run beside each other."""

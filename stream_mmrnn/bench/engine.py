@@ -15,17 +15,17 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from stream_mmrnn import config, topics, wire
-from stream_mmrnn.align import Aligner
 from stream_mmrnn.bench.machine import Processes
 from stream_mmrnn.bench.plots import Pictures
 from stream_mmrnn.bench.report import Document, document, ratio
-from stream_mmrnn.clock import now_ns
-from stream_mmrnn.engine import StepEngine
-from stream_mmrnn.latency import Histogram, StageTable, stages
-from stream_mmrnn.pipeline import predict
-from stream_mmrnn.runtime import Provider
-from stream_mmrnn.types import Envelope, ModelSpec
+from stream_mmrnn.core import config, topics, wire
+from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.latency import Histogram, StageTable, stages
+from stream_mmrnn.core.types import Envelope, ModelSpec
+from stream_mmrnn.graph.runtime import Provider
+from stream_mmrnn.predict.align import Aligner
+from stream_mmrnn.predict.engine import StepEngine
+from stream_mmrnn.predict.pipeline import predict
 
 RATES_HZ: dict[topics.Kind, float] = {"vision": 25.0, "audio": 50.0, "text": 2.0, "signal": 50.0}
 CLOCK_HZ = 100.0

@@ -15,8 +15,8 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from stream_mmrnn.errors import UsageError
-from stream_mmrnn.latency import Histogram
+from stream_mmrnn.core.errors import UsageError
+from stream_mmrnn.core.latency import Histogram
 
 Contenders: TypeAlias = Mapping[str, Callable[[], object]]
 Sampler: TypeAlias = Callable[[int], list[int]]

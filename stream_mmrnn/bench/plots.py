@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from stream_mmrnn.latency import Histogram
+from stream_mmrnn.core.latency import Histogram
 
 
 class Curve(NamedTuple):

@@ -9,12 +9,13 @@ import contextlib
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-from stream_mmrnn import config, nodes, topics, wire
 from stream_mmrnn.bus import Address, Subscriber
-from stream_mmrnn.clock import now_ns
-from stream_mmrnn.errors import ProcessError, WireError
-from stream_mmrnn.latency import stages
-from stream_mmrnn.supervisor import process_context
+from stream_mmrnn.core import config, topics, wire
+from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.errors import ProcessError, WireError
+from stream_mmrnn.core.latency import stages
+from stream_mmrnn.live import nodes
+from stream_mmrnn.live.supervisor import process_context
 
 STAGES = ("capture", "encode", "transport", "queue", "step", "emit", "deliver")
 """The way of a sample that closes a tick: those of `latency`, and `deliver`, from the prediction sent to it read."""

@@ -15,20 +15,22 @@ from typing import Any
 
 import msgspec
 
-from stream_mmrnn import config, sources, topics
-from stream_mmrnn import replay as verb
-from stream_mmrnn.align import Aligner
 from stream_mmrnn.bench.machine import Processes
 from stream_mmrnn.bench.plots import Pictures
 from stream_mmrnn.bench.report import Document, document, ratio
-from stream_mmrnn.clock import now_ns
-from stream_mmrnn.engine import StepEngine
-from stream_mmrnn.errors import FileError, ProcessError
-from stream_mmrnn.live import Session
-from stream_mmrnn.pipeline import NoEngine, predict
-from stream_mmrnn.recording import Recording
-from stream_mmrnn.runtime import Provider
-from stream_mmrnn.types import Envelope, Prediction, Tick
+from stream_mmrnn.capture import sources
+from stream_mmrnn.core import config, topics
+from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.errors import FileError, ProcessError
+from stream_mmrnn.core.types import Envelope, Prediction, Tick
+from stream_mmrnn.graph.runtime import Provider
+from stream_mmrnn.live.session import Session
+from stream_mmrnn.offline import replay as verb
+from stream_mmrnn.predict.align import Aligner
+from stream_mmrnn.predict.engine import StepEngine
+from stream_mmrnn.predict.pipeline import NoEngine, predict
+from stream_mmrnn.recording.mcap_file import Recording
+from stream_mmrnn.recording.settings import settings_of
 
 _BOUNDS = {1: 1200.0, 16: 2000.0}
 
@@ -62,7 +64,7 @@ class _Lockstep:
 
     def __init__(self, path: Path, count: int, provider: Provider) -> None:
         self.recording = Recording(path)
-        settings = verb.settings_of(self.recording)
+        settings = settings_of(self.recording)
         self._count, self._provider, self.align = count, provider, settings.align
         self.model = config.find_model(settings.engine.model)
         self._recorded = [e.payload for e in self.recording.envelopes({topics.PREDICTION})]

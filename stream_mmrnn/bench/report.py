@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stream_mmrnn.bench.machine import machine
-from stream_mmrnn.errors import FileError
+from stream_mmrnn.core.errors import FileError
 
 Better = Literal["less", "more"]
 Ratio = dict[str, Any]

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stream_mmrnn.errors import ProcessError
+from stream_mmrnn.core.errors import ProcessError
 
 _FAR_LARGER_THAN_CACHE_BYTES = 512 * 2**20
 _SIDE = 1024

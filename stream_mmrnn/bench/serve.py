@@ -31,10 +31,10 @@ from stream_mmrnn.bench.report import Document, Ratio, document, ratio
 from stream_mmrnn.bench.servers import Figures, in_turn, started
 from stream_mmrnn.bench.sessions import SETTLE_S, TICK_NS, phases
 from stream_mmrnn.bus import Dealers
-from stream_mmrnn.clock import now_ns
-from stream_mmrnn.errors import Busy, ProcessError, StreamError
-from stream_mmrnn.extras import missing
-from stream_mmrnn.latency import Histogram
+from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.errors import Busy, ProcessError, StreamError
+from stream_mmrnn.core.extras import missing
+from stream_mmrnn.core.latency import Histogram
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.async_client import AsyncClient
 from stream_mmrnn.serve.client import QUEUE
@@ -161,7 +161,7 @@ class Served:
                     except Busy as e:
                         refused.add(now_ns() - began_ns)
                         hintless += e.retry_after_s <= 0
-                for session in list(client.conversation.tracks):
+                for session in list(client.client_state.client_sessions):
                     await client.end(session)
 
         async with Crowd(lambda: AsyncClient(self._address, timeout_s=DRAIN_S), sessions, self._seed) as crowd:
@@ -216,7 +216,7 @@ class Clustered:
         return asyncio.run(self._crowd(sessions, duration_s))
 
     async def _crowd(self, sessions: int, duration_s: float) -> Turn:
-        from stream_mmrnn.cluster.client import ClusterClient
+        from stream_mmrnn.serve.cluster.client import ClusterClient
 
         cluster = self._cluster
         make = partial(ClusterClient, cluster.url, prefix=cluster.prefix, timeout_s=DRAIN_S)

@@ -22,8 +22,8 @@ from stream_mmrnn.bench.asked import INSTALL, Contender, Ours, OverBus, Peer, Tu
 from stream_mmrnn.bench.machine import Processes, Usage
 from stream_mmrnn.bench.report import Ratio, ratio
 from stream_mmrnn.bench.sessions import TICK_NS
-from stream_mmrnn.errors import ProcessError
-from stream_mmrnn.latency import Histogram
+from stream_mmrnn.core.errors import ProcessError
+from stream_mmrnn.core.latency import Histogram
 
 SESSIONS = (1, 8, 16, 64)
 BOUNDS = {"triton_p50_over_ours_bus_16": 2.0}

@@ -22,13 +22,13 @@ from stream_mmrnn.bench.measure import ratios, sampled, sleep_until, turns
 from stream_mmrnn.bench.plots import Curve, Pictures
 from stream_mmrnn.bench.report import Document, Ratio, document, ratio
 from stream_mmrnn.bench.step import bare, tick_of
-from stream_mmrnn.clock import now_ns
-from stream_mmrnn.engine import StepEngine, make_rows
-from stream_mmrnn.latency import Histogram
-from stream_mmrnn.rows import HostRows
-from stream_mmrnn.runtime import Graph, Provider
-from stream_mmrnn.shards import ShardedEngine
-from stream_mmrnn.types import Tick
+from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.latency import Histogram
+from stream_mmrnn.core.types import Tick
+from stream_mmrnn.graph.runtime import Graph, Provider
+from stream_mmrnn.predict.cpu_batches import HostRows
+from stream_mmrnn.predict.engine import StepEngine, make_rows
+from stream_mmrnn.predict.sharded_engine import ShardedEngine
 
 TICK_NS = 40_000_000
 BATCH = 256

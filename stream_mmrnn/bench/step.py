@@ -26,15 +26,15 @@ from stream_mmrnn.bench.measure import Arrivals, Sampler, Timing, paced, ratios,
 from stream_mmrnn.bench.plots import Pictures
 from stream_mmrnn.bench.report import Document, Ratio, document, ratio
 from stream_mmrnn.bench.roofline import read_again_bytes_per_s, roofline
-from stream_mmrnn.clock import now_ns
-from stream_mmrnn.config import models_folder
-from stream_mmrnn.contract import contract_of
-from stream_mmrnn.device_rows import DeviceRows
-from stream_mmrnn.engine import StepEngine
-from stream_mmrnn.errors import ProcessError
-from stream_mmrnn.rows import HostRows
-from stream_mmrnn.runtime import Graph
-from stream_mmrnn.types import Stamps, Tick
+from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.config import models_folder
+from stream_mmrnn.core.errors import ProcessError
+from stream_mmrnn.core.types import Stamps, Tick
+from stream_mmrnn.graph.runtime import Graph
+from stream_mmrnn.predict.contract import contract_of
+from stream_mmrnn.predict.cpu_batches import HostRows
+from stream_mmrnn.predict.device_batches import DeviceRows
+from stream_mmrnn.predict.engine import StepEngine
 
 PEER = Path(__file__).parent.parent.parent / "tools" / "bench" / "peers" / "steps.py"
 SILERO = models_folder() / "encoders" / "silero_vad.onnx"

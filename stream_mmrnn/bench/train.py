@@ -15,7 +15,7 @@ from pathlib import Path
 from stream_mmrnn.bench.machine import Processes
 from stream_mmrnn.bench.plots import Pictures
 from stream_mmrnn.bench.report import Document, document, ratio
-from stream_mmrnn.errors import ProcessError
+from stream_mmrnn.core.errors import ProcessError
 
 _SCRIPT = Path(__file__).parent.parent.parent / "tools" / "bench_cells.py"
 

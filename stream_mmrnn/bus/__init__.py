@@ -9,20 +9,20 @@ where keys are kept: who may come in is asked of a function.
 """
 
 from stream_mmrnn.bus.address import Address, Keys, Right, new_pair, public_of
-from stream_mmrnn.bus.broker import Door, run_broker
-from stream_mmrnn.bus.direct import AsyncDealer, Dealer, Dealers, Router
-from stream_mmrnn.bus.lines import LineSocket
+from stream_mmrnn.bus.broker import Authenticator, run_broker
+from stream_mmrnn.bus.journal_socket import Caller, Tap
+from stream_mmrnn.bus.line_socket import LineSocket
 from stream_mmrnn.bus.publisher import Numbers, Publisher
+from stream_mmrnn.bus.request_reply import AsyncDealer, Dealer, Dealers, Router
 from stream_mmrnn.bus.subscriber import Gaps, GapsState, Subscriber
-from stream_mmrnn.bus.tap import Caller, Tap
 
 __all__ = [
     "Address",
     "AsyncDealer",
+    "Authenticator",
     "Caller",
     "Dealer",
     "Dealers",
-    "Door",
     "Gaps",
     "GapsState",
     "Keys",

@@ -12,10 +12,10 @@ from typing import Literal
 
 import zmq
 
-from stream_mmrnn import topics
-from stream_mmrnn.config import LOOPBACK, Policy
-from stream_mmrnn.errors import ProcessError
-from stream_mmrnn.private_folder import private_folder
+from stream_mmrnn.bus.socket_dir import private_folder
+from stream_mmrnn.core import topics
+from stream_mmrnn.core.config import LOOPBACK, Policy
+from stream_mmrnn.core.errors import ProcessError
 
 _LANES = ("publish", "subscribe", "bulk", "view")
 _TRIES, _LAST_PORT = 50, 65_000

@@ -10,9 +10,9 @@ import zmq
 from zmq.utils import z85
 from zmq.utils.monitor import parse_monitor_message
 
-from stream_mmrnn import config, wire
 from stream_mmrnn.bus.address import Address, Right
-from stream_mmrnn.errors import ProcessError
+from stream_mmrnn.core import config, wire
+from stream_mmrnn.core.errors import ProcessError
 
 _STOP = b"TERMINATE"
 VIEW_BUFFER_BYTES = 256 * 1024
@@ -26,7 +26,7 @@ _WRONG_SERVER_KEY = 0x11000001  # ZMQ_PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC, which p
 _ZAP = "inproc://zeromq.zap.01"
 
 
-class Door:
+class Authenticator:
     """Who may come in, where the broker asks for keys; counts who may not.
 
     `allowed(right, public_key)` is asked at every new connection, from a thread of the broker.
@@ -54,7 +54,7 @@ class Door:
         asked = context.socket(zmq.REP)
         asked.setsockopt(zmq.LINGER, 0)
         asked.bind(_ZAP)
-        thread = threading.Thread(target=self._serve, args=(asked, stop), name="door", daemon=True)
+        thread = threading.Thread(target=self._serve, args=(asked, stop), name="authenticator", daemon=True)
         thread.start()
         return thread
 
@@ -99,7 +99,7 @@ def run_broker(
     *,
     bulk_queue: int = 0,
     view_queue: int = 0,
-    door: Door | None = None,
+    authenticator: Authenticator | None = None,
 ) -> None:
     """Forward every message from publishers to subscribers in one order until told to stop.
 
@@ -110,7 +110,7 @@ def run_broker(
         ProcessError: a place is taken, or others could reach it and there is no door.
 
     """
-    if door is None and address.publish.startswith("tcp:") and not config.is_loopback(address.host):
+    if authenticator is None and address.publish.startswith("tcp:") and not config.is_loopback(address.host):
         raise ProcessError(f"the broker does not bind {address.host} without keys: others could reach it; set bus.keys")
     context = zmq.Context()
     context.setsockopt(zmq.IPV6, 1)
@@ -122,10 +122,10 @@ def run_broker(
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_PAYLOAD_BYTES)
     doorkeeper = None
-    if door is not None:
-        door.guard(front, "write")
-        door.guard(back, "read")
-        doorkeeper = door.open(context, over)
+    if authenticator is not None:
+        authenticator.guard(front, "write")
+        authenticator.guard(back, "read")
+        doorkeeper = authenticator.open(context, over)
     try:
         front.bind(address.bound(address.publish))
         # a queue's length is taken over when a place is bound: one socket, one order, three lengths

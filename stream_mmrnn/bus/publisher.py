@@ -6,10 +6,10 @@ import contextlib
 
 import zmq
 
-from stream_mmrnn import topics, wire
 from stream_mmrnn.bus.address import Address, Keys, secure
-from stream_mmrnn.clock import now_ns
-from stream_mmrnn.types import Envelope, Payload
+from stream_mmrnn.core import topics, wire
+from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.types import Envelope, Payload
 
 _LOOK_EVERY_NS = 50_000_000
 MAX_STREAMS = 65_536

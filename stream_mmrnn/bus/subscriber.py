@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterator, Mapping
 
 import zmq
 
-from stream_mmrnn import topics, wire
-from stream_mmrnn.backlog import Backlog
 from stream_mmrnn.bus.address import Address, Keys, secure
 from stream_mmrnn.bus.broker import VIEW_BUFFER_BYTES
 from stream_mmrnn.bus.publisher import MAX_ENDED, MAX_STREAMS, Numbers
-from stream_mmrnn.clock import now_ns
-from stream_mmrnn.config import Policy
-from stream_mmrnn.errors import WireError
-from stream_mmrnn.types import Envelope, Payload
+from stream_mmrnn.bus.reader_queue import Backlog
+from stream_mmrnn.core import topics, wire
+from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.config import Policy
+from stream_mmrnn.core.errors import WireError
+from stream_mmrnn.core.types import Envelope, Payload
 
 GapsState = tuple[Numbers, dict[str, dict[str, int]], dict[str, int], dict[str, int]]
 """The next number of each stream; that of the streams of sessions that have ended, by session and topic; received;

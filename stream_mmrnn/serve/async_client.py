@@ -13,18 +13,18 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from stream_mmrnn.bus import AsyncDealer, Keys
-from stream_mmrnn.clock import now_ns
-from stream_mmrnn.errors import NotRunning, TimedOut, WireError
+from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.errors import NotRunning, TimedOut, WireError
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.client import LOOK_MS, QUEUE, STARTING, TIMEOUT_S, AnySession, done, keys_of, ready, taken
-from stream_mmrnn.serve.conversation import Answer, Conversation, Track
+from stream_mmrnn.serve.client_state import Answer, ClientSession, ClientState
 
 
 class AsyncSession(AnySession):
     """One session of an `AsyncClient`; as an async context manager it is closed at the end."""
 
-    def __init__(self, client: AsyncClient, track: Track) -> None:
-        super().__init__(client.conversation, track)
+    def __init__(self, client: AsyncClient, client_session: ClientSession) -> None:
+        super().__init__(client.client_state, client_session)
         self._client = client
 
     def _post(self) -> None:
@@ -41,24 +41,24 @@ class AsyncSession(AnySession):
     ) -> Answer | None:
         """As `Session.step`."""
         index = self.send(features, tick=tick, event_ns=event_ns, age_ns=age_ns)
-        while (answer := await self._next(timeout_s, lambda: index not in self._track.unanswered)) is not None:
+        while (answer := await self._next(timeout_s, lambda: index not in self._client_session.unanswered)) is not None:
             if answer.tick == index:
                 return answer
         return None
 
     async def receive(self, timeout_s: float = TIMEOUT_S) -> Answer | None:
         """As `Session.receive`."""
-        return await self._next(timeout_s, lambda: not self._track.unanswered)
+        return await self._next(timeout_s, lambda: not self._client_session.unanswered)
 
     async def _next(self, timeout_s: float, over: Callable[[], bool]) -> Answer | None:
-        track = self._track
+        client_session = self._client_session
         await self._client.wait(
-            track.name,
-            lambda: bool(track.answers) or track.error is not None or over(),
+            client_session.name,
+            lambda: bool(client_session.answers) or client_session.error is not None or over(),
             timeout_s,
-            f"no answer came to {len(track.unanswered)} ticks of session {track.name!r}",
+            f"no answer came to {len(client_session.unanswered)} ticks of session {client_session.name!r}",
         )
-        return taken(track)
+        return taken(client_session)
 
     async def answers(self, timeout_s: float = TIMEOUT_S) -> AsyncIterator[Answer]:
         """Answers as they come, while ticks wait for one."""
@@ -66,19 +66,19 @@ class AsyncSession(AnySession):
             yield answer
 
     async def _ask(self, request: protocol.Request, timeout_s: float) -> protocol.Done | protocol.Flushed:
-        track = self._track
-        if track.error is not None:
-            raise track.error
-        track.done = None
-        self._client.conversation.say(request)
+        client_session = self._client_session
+        if client_session.error is not None:
+            raise client_session.error
+        client_session.done = None
+        self._client.client_state.say(request)
         self._client.post()
         await self._client.wait(
-            track.name,
-            lambda: track.done is not None or track.error is not None,
+            client_session.name,
+            lambda: client_session.done is not None or client_session.error is not None,
             timeout_s,
-            f"session {track.name!r} had no reply",
+            f"session {client_session.name!r} had no reply",
         )
-        return done(track)
+        return done(client_session)
 
     async def flush(self, timeout_s: float = TIMEOUT_S) -> int:
         """As `Session.flush`."""
@@ -88,13 +88,13 @@ class AsyncSession(AnySession):
     async def reset(self, timeout_s: float = TIMEOUT_S) -> None:
         """As `Session.reset`."""
         await self._ask(protocol.Reset(session=self.name), timeout_s)
-        self._track.sent.clear()
+        self._client_session.sent.clear()
 
     async def close(self, timeout_s: float = TIMEOUT_S) -> None:
         """As `Session.close`."""
         try:
-            if self._track.error is None:
-                await self._ask(protocol.Close(session=self.name, token=self._track.token), timeout_s)
+            if self._client_session.error is None:
+                await self._ask(protocol.Close(session=self.name, token=self._client_session.token), timeout_s)
         finally:
             await self.leave()
 
@@ -135,7 +135,7 @@ async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
 Hear = Callable[[bytes], None]
 
 
-class Way(Protocol):
+class Transport(Protocol):
     """How an `AsyncClient` reaches who serves it; what comes is given to the function that it was made with."""
 
     def post(self, session: str, content: bytes) -> None:
@@ -184,10 +184,10 @@ class AsyncClient:
         timeout_s: float = TIMEOUT_S,
     ) -> None:
         """As for `Client`; the connection is made by `async with`."""
-        self.conversation = Conversation()
+        self.client_state = ClientState()
         self._address, self._timeout_s = address, timeout_s
         self._keys = keys_of(keys, server_key)
-        self._way: Way | None = None
+        self._transport: Transport | None = None
         self._looking: asyncio.Task[None] | None = None
         self._waiting: dict[str, set[asyncio.Future[None]]] = {}
         """Who waits, by session; "" for the server itself."""
@@ -195,49 +195,49 @@ class AsyncClient:
     @property
     def model(self) -> protocol.Welcome:
         """What the server's model takes and says."""
-        assert self.conversation.welcome is not None
-        return self.conversation.welcome
+        assert self.client_state.welcome is not None
+        return self.client_state.welcome
 
     def post(self) -> None:
         """Send what is to be said."""
-        assert self._way is not None
-        out = self.conversation.out
+        assert self._transport is not None
+        out = self.client_state.out
         while out:
-            self._way.post(*out.popleft())
+            self._transport.post(*out.popleft())
 
     async def end(self, session: str) -> None:
         """Know nothing more of a session."""
-        self.conversation.tracks.pop(session, None)
-        if self._way is not None:
-            await self._way.end(session)
+        self.client_state.client_sessions.pop(session, None)
+        if self._transport is not None:
+            await self._transport.end(session)
 
-    async def _connect(self, hear: Hear) -> Way:
+    async def _connect(self, hear: Hear) -> Transport:
         return _OverZmq(self._address, self._keys, hear)
 
     def _hear(self, content: bytes) -> None:
         with contextlib.suppress(WireError):  # nothing of ours: as if it had not come
-            session = self.conversation.hear(content, now_ns())
+            session = self.client_state.hear(content, now_ns())
             # where the server has a problem, everyone does
-            for name in (session,) if self.conversation.problem is None else list(self._waiting):
+            for name in (session,) if self.client_state.problem is None else list(self._waiting):
                 for waits in self._waiting.get(name, ()):
                     _wake(waits)
-            if self.conversation.out:
+            if self.client_state.out:
                 self.post()
 
-    async def _look(self, way: Way) -> None:
+    async def _look(self, transport: Transport) -> None:
         while True:
             await asyncio.sleep(LOOK_MS / 1000)
-            for session in self.conversation.late(now_ns()):
-                await way.again(session)
-            self.conversation.look(now_ns())
+            for session in self.client_state.late(now_ns()):
+                await transport.again(session)
+            self.client_state.look(now_ns())
             self.post()
 
     async def wait(self, session: str, over: Callable[[], bool], timeout_s: float, late: str) -> None:
         """Until `over`, which only what is heard of the session can change; raises TimedOut after the time."""
         end_ns = now_ns() + round(timeout_s * 1e9)
         while not over():
-            if self.conversation.problem is not None:
-                raise self.conversation.problem
+            if self.client_state.problem is not None:
+                raise self.client_state.problem
             left_s = (end_ns - now_ns()) / 1e9
             if left_s <= 0:
                 raise TimedOut(f"{late} from {self._address} in time")
@@ -255,29 +255,29 @@ class AsyncClient:
 
     async def open(self, session: str, token: str | None = None, timeout_s: float = TIMEOUT_S) -> AsyncSession:
         """As `Client.open`."""
-        track = self.conversation.track(session)
-        self.conversation.say(protocol.Open(session=session, token=token))
+        client_session = self.client_state.client_session(session)
+        self.client_state.say(protocol.Open(session=session, token=token))
         self.post()
         try:
             await self.wait(
                 session,
-                lambda: track.opened is not None or track.error is not None,
+                lambda: client_session.opened is not None or client_session.error is not None,
                 timeout_s,
                 f"session {session!r} had no reply",
             )
         except TimedOut:
             await self.end(session)
             raise
-        ready(self.conversation, track)
-        return AsyncSession(self, track)
+        ready(self.client_state, client_session)
+        return AsyncSession(self, client_session)
 
     async def __aenter__(self) -> Self:
-        way = self._way = await self._connect(self._hear)
-        self._looking = asyncio.create_task(self._look(way))
-        self.conversation.say(protocol.Hello())
+        transport = self._transport = await self._connect(self._hear)
+        self._looking = asyncio.create_task(self._look(transport))
+        self.client_state.say(protocol.Hello())
         self.post()
         try:
-            await self.wait("", lambda: self.conversation.welcome is not None, self._timeout_s, "it said nothing")
+            await self.wait("", lambda: self.client_state.welcome is not None, self._timeout_s, "it said nothing")
         except TimedOut:
             await self.__aexit__()
             raise NotRunning(f"no server answers at {self._address}: {self.starting}") from None
@@ -290,5 +290,5 @@ class AsyncClient:
         """Sessions that are open are not closed: their tokens bring them back."""
         if self._looking is not None:
             await end_tasks(self._looking)
-        if self._way is not None:
-            await self._way.close()
+        if self._transport is not None:
+            await self._transport.close()

@@ -20,11 +20,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from stream_mmrnn.bus import Dealer, Keys
-from stream_mmrnn.clock import now_ns
-from stream_mmrnn.errors import NotRunning, SessionError, TimedOut, WireError
-from stream_mmrnn.keys.folder import Folder
+from stream_mmrnn.bus.keys import Folder
+from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.errors import NotRunning, SessionError, TimedOut, WireError
 from stream_mmrnn.serve import protocol
-from stream_mmrnn.serve.conversation import Answer, Conversation, Track
+from stream_mmrnn.serve.client_state import Answer, ClientSession, ClientState
 
 QUEUE = 4096
 """Messages that may wait each way."""
@@ -44,42 +44,42 @@ def keys_of(keys: str | Path | Keys | None, server: str) -> Keys | None:
 class AnySession:
     """What both kinds of session know without asking."""
 
-    def __init__(self, conversation: Conversation, track: Track) -> None:
-        self._conversation, self._track = conversation, track
+    def __init__(self, client_state: ClientState, client_session: ClientSession) -> None:
+        self._client_state, self._client_session = client_state, client_session
 
     @property
     def name(self) -> str:
-        return self._track.name
+        return self._client_session.name
 
     @property
     def token(self) -> str:
         """Secret: with it the session can be opened from elsewhere, or later."""
-        return self._track.token or ""
+        return self._client_session.token or ""
 
     @property
     def next_tick(self) -> int:
         """What the next tick will be called, unless it is given."""
-        return self._track.next_tick
+        return self._client_session.next_tick
 
     @property
     def resumed(self) -> bool:
         """Whether it began with a state."""
-        return self._track.opened is not None and self._track.opened.resumed
+        return self._client_session.opened is not None and self._client_session.opened.resumed
 
     @property
     def skipped(self) -> int:
         """Ticks that the server had seen already, whose answers went with it or that were sent twice."""
-        return self._track.skipped
+        return self._client_session.skipped
 
     @property
     def waiting(self) -> int:
         """Ticks that have no answer yet."""
-        return len(self._track.unanswered)
+        return len(self._client_session.unanswered)
 
     @property
     def unread(self) -> int:
         """Answers that have come and were not read yet."""
-        return len(self._track.answers)
+        return len(self._client_session.answers)
 
     def send(
         self,
@@ -100,7 +100,7 @@ class AnySession:
             Evicted: the session has been taken over, or cannot go on.
 
         """
-        index = self._conversation.put(self._track, features, tick, event_ns, age_ns, now_ns())
+        index = self._client_state.put(self._client_session, features, tick, event_ns, age_ns, now_ns())
         self._post()
         return index
 
@@ -108,23 +108,23 @@ class AnySession:
         """Hand what is to be said to the transport."""
 
 
-def taken(track: Track) -> Answer | None:
+def taken(client_session: ClientSession) -> Answer | None:
     """The next answer that waits; raises what was said instead of one."""
-    if track.answers:
-        said = track.answers.popleft()
+    if client_session.answers:
+        said = client_session.answers.popleft()
         if isinstance(said, SessionError):
             raise said
         return said
-    if track.error is not None:
-        raise track.error
+    if client_session.error is not None:
+        raise client_session.error
     return None
 
 
 class Session(AnySession):
     """One session of a `Client`; as a context manager it is closed at the end."""
 
-    def __init__(self, client: Client, track: Track) -> None:
-        super().__init__(client.conversation, track)
+    def __init__(self, client: Client, client_session: ClientSession) -> None:
+        super().__init__(client.client_state, client_session)
         self._client = client
 
     def _post(self) -> None:
@@ -145,23 +145,23 @@ class Session(AnySession):
         """
         index = self.send(features, tick=tick, event_ns=event_ns, age_ns=age_ns)
         end_ns = now_ns() + round(timeout_s * 1e9)
-        while (answer := self._next(end_ns, lambda: index not in self._track.unanswered)) is not None:
+        while (answer := self._next(end_ns, lambda: index not in self._client_session.unanswered)) is not None:
             if answer.tick == index:
                 return answer
         return None
 
     def receive(self, timeout_s: float = TIMEOUT_S) -> Answer | None:
         """The next answer; None where no tick waits for one. Raises TimedOut, or the error that a tick got instead."""
-        return self._next(now_ns() + round(timeout_s * 1e9), lambda: not self._track.unanswered)
+        return self._next(now_ns() + round(timeout_s * 1e9), lambda: not self._client_session.unanswered)
 
     def _next(self, end_ns: int, over: Callable[[], bool]) -> Answer | None:
-        track = self._track
+        client_session = self._client_session
         self._client.wait(
-            lambda: bool(track.answers) or track.error is not None or over(),
+            lambda: bool(client_session.answers) or client_session.error is not None or over(),
             end_ns,
-            f"no answer came to {len(track.unanswered)} ticks of session {track.name!r}",
+            f"no answer came to {len(client_session.unanswered)} ticks of session {client_session.name!r}",
         )
-        return taken(track)
+        return taken(client_session)
 
     def answers(self, timeout_s: float = TIMEOUT_S) -> Iterator[Answer]:
         """Answers as they come, while ticks wait for one."""
@@ -169,17 +169,17 @@ class Session(AnySession):
             yield answer
 
     def _ask(self, request: protocol.Request, timeout_s: float) -> protocol.Done | protocol.Flushed:
-        track = self._track
-        if track.error is not None:
-            raise track.error
-        track.done = None
-        self._client.conversation.say(request)
+        client_session = self._client_session
+        if client_session.error is not None:
+            raise client_session.error
+        client_session.done = None
+        self._client.client_state.say(request)
         self._client.wait(
-            lambda: track.done is not None or track.error is not None,
+            lambda: client_session.done is not None or client_session.error is not None,
             now_ns() + round(timeout_s * 1e9),
-            f"session {track.name!r} had no reply",
+            f"session {client_session.name!r} had no reply",
         )
-        return done(track)
+        return done(client_session)
 
     def flush(self, timeout_s: float = TIMEOUT_S) -> int:
         """Until every tick sent before is answered and the state is on the server's disk; the tick after those."""
@@ -189,19 +189,19 @@ class Session(AnySession):
     def reset(self, timeout_s: float = TIMEOUT_S) -> None:
         """Start the state anew; ticks count on."""
         self._ask(protocol.Reset(session=self.name), timeout_s)
-        self._track.sent.clear()
+        self._client_session.sent.clear()
 
     def close(self, timeout_s: float = TIMEOUT_S) -> None:
         """The session is over, and nothing of it is kept. Where it is over already, this does nothing."""
         try:
-            if self._track.error is None:
-                self._ask(protocol.Close(session=self.name, token=self._track.token), timeout_s)
+            if self._client_session.error is None:
+                self._ask(protocol.Close(session=self.name, token=self._client_session.token), timeout_s)
         finally:
-            self._client.conversation.tracks.pop(self.name, None)
+            self._client.client_state.client_sessions.pop(self.name, None)
 
     def leave(self) -> None:
         """Let the session be, to be opened again with its token, from here or elsewhere."""
-        self._client.conversation.tracks.pop(self.name, None)
+        self._client.client_state.client_sessions.pop(self.name, None)
 
     def __enter__(self) -> Self:
         return self
@@ -214,19 +214,19 @@ class Session(AnySession):
                 self.close(1.0)
 
 
-def done(track: Track) -> protocol.Done | protocol.Flushed:
-    if track.error is not None:
-        error, track.error = track.error, None
+def done(client_session: ClientSession) -> protocol.Done | protocol.Flushed:
+    if client_session.error is not None:
+        error, client_session.error = client_session.error, None
         raise error
-    assert track.done is not None
-    return track.done
+    assert client_session.done is not None
+    return client_session.done
 
 
-def ready(conversation: Conversation, track: Track) -> None:
+def ready(client_state: ClientState, client_session: ClientSession) -> None:
     """An `open` has been answered; raises its refusal."""
-    if track.error is not None:
-        del conversation.tracks[track.name]
-        raise track.error
+    if client_session.error is not None:
+        del client_state.client_sessions[client_session.name]
+        raise client_session.error
 
 
 class Client:
@@ -248,14 +248,14 @@ class Client:
             ProcessError: it is no address, or another version answers.
 
         """
-        self.conversation = Conversation()
+        self.client_state = ClientState()
         self._address = address
         self._dealer = Dealer(address, QUEUE, protocol.MAX_BYTES, keys_of(keys, server_key))
         self._looked_ns = now_ns()
-        self.conversation.say(protocol.Hello())
+        self.client_state.say(protocol.Hello())
         try:
             self.wait(
-                lambda: self.conversation.welcome is not None, now_ns() + round(timeout_s * 1e9), "it said nothing"
+                lambda: self.client_state.welcome is not None, now_ns() + round(timeout_s * 1e9), "it said nothing"
             )
         except TimedOut:
             self.close()
@@ -267,8 +267,8 @@ class Client:
     @property
     def model(self) -> protocol.Welcome:
         """What the server's model takes and says."""
-        assert self.conversation.welcome is not None
-        return self.conversation.welcome
+        assert self.client_state.welcome is not None
+        return self.client_state.welcome
 
     def open(self, session: str, token: str | None = None, timeout_s: float = TIMEOUT_S) -> Session:
         """Begin a session, or go on with one by its token.
@@ -279,29 +279,29 @@ class Client:
             TimedOut: it says nothing.
 
         """
-        track = self.conversation.track(session)
-        self.conversation.say(protocol.Open(session=session, token=token))
+        client_session = self.client_state.client_session(session)
+        self.client_state.say(protocol.Open(session=session, token=token))
         try:
             self.wait(
-                lambda: track.opened is not None or track.error is not None,
+                lambda: client_session.opened is not None or client_session.error is not None,
                 now_ns() + round(timeout_s * 1e9),
                 f"session {session!r} had no reply",
             )
         except TimedOut:
-            del self.conversation.tracks[session]
+            del self.client_state.client_sessions[session]
             raise
-        ready(self.conversation, track)
-        return Session(self, track)
+        ready(self.client_state, client_session)
+        return Session(self, client_session)
 
     def post(self) -> None:
         """Send what is to be said, as far as the queue takes it."""
-        out = self.conversation.out
+        out = self.client_state.out
         while out and self._dealer.send(out[0][1]):
             out.popleft()
 
     def wait(self, over: Callable[[], bool], end_ns: int, late: str) -> None:
         """Listen until `over`; raises TimedOut at `end_ns`."""
-        talk = self.conversation
+        talk = self.client_state
         self.post()
         while not over():
             at_ns = now_ns()

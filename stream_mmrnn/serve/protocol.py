@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 
-from stream_mmrnn import topics
-from stream_mmrnn.errors import WireError
-from stream_mmrnn.types import HeadSpec, ModalitySpec, ModelSpec, Nanoseconds
+from stream_mmrnn.core import topics
+from stream_mmrnn.core.errors import WireError
+from stream_mmrnn.core.types import HeadSpec, ModalitySpec, ModelSpec, Nanoseconds
 
 VERSION = 1
 MAX_BYTES = 2**20

@@ -14,17 +14,17 @@ from typing import IO, Any
 
 from msgspec.structs import replace
 
-from stream_mmrnn import config
-from stream_mmrnn.bus.direct import Router
-from stream_mmrnn.clock import Sparingly, now_ns, wall_offset_ns
-from stream_mmrnn.errors import UsageError
-from stream_mmrnn.keys.folder import Folder
-from stream_mmrnn.latency import Histogram
+from stream_mmrnn.bus.keys import Folder
+from stream_mmrnn.bus.request_reply import Router
+from stream_mmrnn.core import config
+from stream_mmrnn.core.clock import RateLimiter, now_ns, wall_offset_ns
+from stream_mmrnn.core.errors import UsageError
+from stream_mmrnn.core.latency import Histogram
+from stream_mmrnn.predict.sharded_engine import create
+from stream_mmrnn.predict.snapshots import StateStore
 from stream_mmrnn.serve import protocol
-from stream_mmrnn.serve.host import Host
-from stream_mmrnn.sessions import Sessions
-from stream_mmrnn.shards import create
-from stream_mmrnn.snapshots import StateStore
+from stream_mmrnn.serve.session_host import Host
+from stream_mmrnn.serve.sessions import Sessions
 
 _WAIT_MS = 5
 """How long nobody may have said anything before states and silent sessions are looked after."""
@@ -63,11 +63,11 @@ class Server:
     def __init__(self, settings: config.Settings, say: Callable[[str], None] = lambda _: None) -> None:
         """Raises ModelError, ProviderError, ConfigError, FileError, ProcessError, UsageError."""
         serve = settings.serve
-        self._say, self._sparingly = say, Sparingly()
+        self._say, self._rate_limiter = say, RateLimiter()
         self._slots = serve.slots
         with ExitStack() as stack:
-            door = Folder(Path(serve.keys).expanduser()).door() if serve.keys else None
-            self.door = door
+            authenticator = Folder(Path(serve.keys).expanduser()).authenticator() if serve.keys else None
+            self.authenticator = authenticator
             store = StateStore(config.state_folder(settings.state) / "sessions", settings.state.ttl_s)
             stack.enter_context(_lock(store.folder))
             self.engine = create(replace(settings.engine, slots=serve.slots))
@@ -84,7 +84,7 @@ class Server:
             self.host = Host(self.sessions, serve.queue)
             # a client may have every slot, and then a batch's answers are all its own, while the last ones leave
             unread = serve.queue + 2 * serve.slots
-            self._router = Router(serve.host, serve.port, serve.queue, protocol.MAX_BYTES, door, unread=unread)
+            self._router = Router(serve.host, serve.port, serve.queue, protocol.MAX_BYTES, authenticator, unread=unread)
             stack.callback(self._router.close)
             self._stack = stack.pop_all()
         self.address = self._router.address
@@ -107,7 +107,7 @@ class Server:
                 host.step(at_ns)
                 self._send()
             if not host.ready:
-                host.calm(at_ns)
+                host.housekeeping(at_ns)
                 self._send()
             if at_ns - said_ns > _SAID_EVERY_NS:
                 said_ns = at_ns
@@ -129,7 +129,7 @@ class Server:
             host.hear(*heard, now_ns())
             if host.counts["garbage"] != garbage:
                 garbage = host.counts["garbage"]
-                if self._sparingly(heard[0].hex(), now_ns()):
+                if self._rate_limiter(heard[0].hex(), now_ns()):
                     self._say(f"the client {heard[0].hex()} sent what is no message ({garbage} by all so far)")
         self._send()
 
@@ -145,7 +145,7 @@ class Server:
                 if fate == "slow":
                     # what it does not read it cannot miss without knowing: ticks are numbered
                     host.counts["unread"] += 1
-                    if self._sparingly(peer.hex(), now_ns()):
+                    if self._rate_limiter(peer.hex(), now_ns()):
                         self._say(f"the client {peer.hex()} does not read what it is sent; it misses some")
                 elif fate == "gone":
                     gone.add(peer)
@@ -165,7 +165,7 @@ class Server:
             "waited": _figures(host.waited),
             "step": _figures(host.stepped),
             "counts": {**self.sessions.counts, **{f"host_{k}": v for k, v in sorted(host.counts.items())}},
-            "refused_connections": self.door.refused if self.door is not None else {},
+            "refused_connections": self.authenticator.refused if self.authenticator is not None else {},
             "last_problem": self.sessions.last_problem,
         }
 

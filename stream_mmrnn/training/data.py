@@ -15,9 +15,9 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
-from stream_mmrnn.errors import FileError
+from stream_mmrnn.core.errors import FileError
+from stream_mmrnn.core.types import FloatArray
 from stream_mmrnn.training.recipe import Recipe
-from stream_mmrnn.types import FloatArray
 
 Array = npt.NDArray[np.generic]
 

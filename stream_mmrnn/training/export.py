@@ -19,12 +19,12 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from stream_mmrnn.contract import METADATA_KEY, read_contract, write_contract
-from stream_mmrnn.errors import ModelError
-from stream_mmrnn.runtime import Graph
+from stream_mmrnn.core.errors import ModelError
+from stream_mmrnn.core.types import HeadSpec, ModalitySpec
+from stream_mmrnn.graph.runtime import Graph
+from stream_mmrnn.predict.contract import METADATA_KEY, read_contract, write_contract
 from stream_mmrnn.training.predictor import Predictor, Step
 from stream_mmrnn.training.quantise import in_blocks, in_columns
-from stream_mmrnn.types import HeadSpec, ModalitySpec
 
 TOLERANCE = 1e-5
 _FORBIDDEN = {"GRU", "LSTM", "RNN", "Loop", "Scan"}

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from stream_mmrnn.errors import ConfigError
+from stream_mmrnn.core.errors import ConfigError
 
 AGE_SCALE_S = 1.0
 State = dict[str, Tensor]

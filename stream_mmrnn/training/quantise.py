@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from stream_mmrnn.integer_columns import STATE_SCALE, STATE_ZERO, integer_columns
+from stream_mmrnn.graph.int8 import STATE_SCALE, STATE_ZERO, integer_columns
 
 _MICROSOFT = "com.microsoft"
 _PASSED_ON = (

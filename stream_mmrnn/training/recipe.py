@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from stream_mmrnn import config
-from stream_mmrnn.errors import ConfigError
+from stream_mmrnn.core import config
+from stream_mmrnn.core.errors import ConfigError
 
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
 _Count = Annotated[int, msgspec.Meta(ge=1)]

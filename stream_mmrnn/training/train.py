@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stream_mmrnn.errors import FileError, StreamError, UsageError
+from stream_mmrnn.core.errors import FileError, StreamError, UsageError
 from stream_mmrnn.training.data import Batch, Task, Ticks, batches, check
 from stream_mmrnn.training.heads import loss
 from stream_mmrnn.training.metrics import best_threshold

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from stream_mmrnn.errors import FileError, UsageError
+from stream_mmrnn.core.errors import FileError, UsageError
 from stream_mmrnn.training import metrics, tasks
 from stream_mmrnn.training import recipe as recipes
 from stream_mmrnn.training.recipe import Recipe

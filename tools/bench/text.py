@@ -322,8 +322,8 @@ and run as onnxruntime documents it. The engine adds finding the slot, the masks
 onnxruntime past the checks of its Python layer, which `bare` goes through. Over another copy of the graph the same call
 was between 1 % faster and 7 % slower (six pairs, by hand): where weights come to lie matters more than the engine, and
 before `bare` shared the engine's copy, `engine_over_bare_512` was 1.035 in two runs. A session's numbers are the same
-bits in every bucket, in place or copied (tests/test_rows.py); buckets whose bits differ are not used (8-bit
-weights: the
+bits in every bucket, in place or copied (tests/predict/test_cpu_batches.py); buckets whose bits differ are not used
+(8-bit weights: the
 single row).
 
 On the CPU the rows of the arena are copied beside it and back with numpy, or worked on in place where they are the

@@ -20,11 +20,11 @@ from typing import Any
 
 from mcap.reader import make_reader
 
-from stream_mmrnn import config, topics
 from stream_mmrnn.bus import Address, Keys, Publisher, Subscriber, run_broker
-from stream_mmrnn.dashboard.server import Dashboard
-from stream_mmrnn.errors import StreamError
-from stream_mmrnn.keys.folder import Folder
+from stream_mmrnn.bus.keys import Folder
+from stream_mmrnn.core import config, topics
+from stream_mmrnn.core.errors import StreamError
+from stream_mmrnn.viewers.dashboard.server import Dashboard
 from tools.faults.promise import Figure, Say
 
 TITLE = "Access"
@@ -53,7 +53,7 @@ class _Bus:
 
     def __init__(self, folder: Path) -> None:
         self.folder = Folder.new(folder)
-        self.door = self.folder.door()
+        self.authenticator = self.folder.authenticator()
         self.address = Address.create("tcp", keys=self.folder.keys())
         ready, self._stop = threading.Event(), threading.Event()
 
@@ -61,7 +61,7 @@ class _Bus:
             return not self._stop.wait(0.02)
 
         self._thread = threading.Thread(
-            target=run_broker, args=(self.address, 1000, ready.set, alive), kwargs={"door": self.door}
+            target=run_broker, args=(self.address, 1000, ready.set, alive), kwargs={"authenticator": self.authenticator}
         )
         self._thread.start()
         ready.wait(_WAIT_S)
@@ -80,11 +80,11 @@ def _until(what: Callable[[], bool]) -> bool:
 
 def _tried(bus: _Bus, publisher: Publisher, keys: Keys | None, count: int) -> tuple[int, int]:
     """`count` readers and as many publishers with these keys: messages that got through, and refusals counted."""
-    before = sum(bus.door.refused.values())
+    before = sum(bus.authenticator.refused.values())
     plain = Address.at(config.LOOPBACK, int(bus.address.publish.rpartition(":")[2]))
     readers = [Subscriber(plain, [""], 100, ("block", "latest", "drop_oldest")[i % 3], keys) for i in range(count)]
     writers = [Publisher(plain, 10, keys) for _ in range(count)]
-    _until(lambda: sum(bus.door.refused.values()) - before >= 2 * count)
+    _until(lambda: sum(bus.authenticator.refused.values()) - before >= 2 * count)
     witness = Subscriber(bus.address, [topics.LABEL], 1000)
     for _ in range(20):
         publisher.publish(topics.CLOCK, topics.EVERYONE, 0, 0, b"")
@@ -92,7 +92,7 @@ def _tried(bus: _Bus, publisher: Publisher, keys: Keys | None, count: int) -> tu
             writer.publish(topics.LABEL, "intruder", 0, 0, b"")
         time.sleep(0.01)
     through = sum(reader.receive(20) is not None for reader in readers) + (witness.receive(100) is not None)
-    refused = sum(bus.door.refused.values()) - before
+    refused = sum(bus.authenticator.refused.values()) - before
     for reader in (*readers, witness):
         reader.close()
     for writer in writers:

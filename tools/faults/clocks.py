@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from stream_mmrnn import topics
-from stream_mmrnn.align import Aligner
-from stream_mmrnn.clock import DeviceClock, WallClock, now_ns
-from stream_mmrnn.recording import Recorder, Recording
-from stream_mmrnn.remote_clock import RemoteClock
-from stream_mmrnn.types import Envelope, ModalitySpec
+from stream_mmrnn.capture.remote_clock import RemoteClock
+from stream_mmrnn.core import topics
+from stream_mmrnn.core.clock import DeviceClock, WallClock, now_ns
+from stream_mmrnn.core.types import Envelope, ModalitySpec
+from stream_mmrnn.predict.align import Aligner
+from stream_mmrnn.recording.mcap_file import Recorder, Recording
 from tools.faults.promise import Figure, Say
 
 TITLE = "Clocks"

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from stream_mmrnn import config, topics, wire
-from stream_mmrnn.clock import now_ns
-from stream_mmrnn.config import Policy
-from stream_mmrnn.errors import WireError
-from stream_mmrnn.live import Session
-from stream_mmrnn.types import Envelope
+from stream_mmrnn.core import config, topics, wire
+from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.config import Policy
+from stream_mmrnn.core.errors import WireError
+from stream_mmrnn.core.types import Envelope
+from stream_mmrnn.live.session import Session
 from tools.faults.listener import Listener
 from tools.faults.promise import Figure, Say
 

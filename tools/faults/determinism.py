@@ -17,15 +17,16 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from stream_mmrnn import config, topics
-from stream_mmrnn.align import Aligner
-from stream_mmrnn.clock import now_ns
-from stream_mmrnn.engine import StepEngine
-from stream_mmrnn.pipeline import pace, predict
-from stream_mmrnn.recording import Recorder, Recording
-from stream_mmrnn.replay import settings_of
-from stream_mmrnn.shards import ShardedEngine
-from stream_mmrnn.types import Envelope
+from stream_mmrnn.core import config, topics
+from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.types import Envelope
+from stream_mmrnn.offline.pacing import pace
+from stream_mmrnn.predict.align import Aligner
+from stream_mmrnn.predict.engine import StepEngine
+from stream_mmrnn.predict.pipeline import predict
+from stream_mmrnn.predict.sharded_engine import ShardedEngine
+from stream_mmrnn.recording.mcap_file import Recorder, Recording
+from stream_mmrnn.recording.settings import settings_of
 from tools.faults.promise import Figure, Say
 
 TITLE = "Determinism"

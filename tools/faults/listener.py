@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from stream_mmrnn.bus import Address, Gaps, Subscriber
-from stream_mmrnn.clock import now_ns
-from stream_mmrnn.config import Policy
-from stream_mmrnn.types import Envelope
+from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.config import Policy
+from stream_mmrnn.core.types import Envelope
 
 
 class _Ends(Gaps):

@@ -14,18 +14,18 @@ from pathlib import Path
 
 import numpy as np
 
-from stream_mmrnn import config
 from stream_mmrnn.bench import models
 from stream_mmrnn.bench.measure import sleep_until
 from stream_mmrnn.bench.sessions import TICK_NS, phases
 from stream_mmrnn.bench.step import tick_of
-from stream_mmrnn.clock import now_ns, wall_offset_ns
-from stream_mmrnn.engine import StepEngine
-from stream_mmrnn.errors import Busy
-from stream_mmrnn.latency import Histogram
-from stream_mmrnn.sessions import Sessions
-from stream_mmrnn.snapshots import StateStore
-from stream_mmrnn.types import Tick
+from stream_mmrnn.core import config
+from stream_mmrnn.core.clock import now_ns, wall_offset_ns
+from stream_mmrnn.core.errors import Busy
+from stream_mmrnn.core.latency import Histogram
+from stream_mmrnn.core.types import Tick
+from stream_mmrnn.predict.engine import StepEngine
+from stream_mmrnn.predict.snapshots import StateStore
+from stream_mmrnn.serve.sessions import Sessions
 from tools.faults.promise import Figure, Say
 
 TITLE = "Overload"

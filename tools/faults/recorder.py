@@ -25,18 +25,19 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from stream_mmrnn import config, nodes, topics, wire
 from stream_mmrnn.bus import Address, Publisher, Subscriber, run_broker
-from stream_mmrnn.clock import now_ns
-from stream_mmrnn.disk import Disk, part
-from stream_mmrnn.errors import FileError, StreamError, WireError
-from stream_mmrnn.ledger import LOST, Ledger
-from stream_mmrnn.live import Session
-from stream_mmrnn.recording import Recorder, Recording
-from stream_mmrnn.repair import repair, verify
-from stream_mmrnn.salvage import Chunk, Message, pieces, split
-from stream_mmrnn.supervisor import process_context
-from stream_mmrnn.types import Envelope
+from stream_mmrnn.core import config, topics, wire
+from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.errors import FileError, StreamError, WireError
+from stream_mmrnn.core.types import Envelope
+from stream_mmrnn.live import nodes
+from stream_mmrnn.live.session import Session
+from stream_mmrnn.live.supervisor import process_context
+from stream_mmrnn.recording.append_file import Disk, part
+from stream_mmrnn.recording.damaged_file import Chunk, Message, pieces, split
+from stream_mmrnn.recording.mcap_file import Recorder, Recording
+from stream_mmrnn.recording.message_counts import LOST, MessageCounts
+from stream_mmrnn.recording.repair import repair, verify
 from tools.faults.promise import Figure, Say
 
 TITLE = "Recordings"
@@ -299,15 +300,15 @@ def _disturbed(
     result = verify(running.path)
     recording = Recording(running.path)
     there = Counter(e.topic for e in recording.envelopes())
-    ledger = Ledger.of(recording.end)
+    counts = MessageCounts.of(recording.end)
     published = Counter(s.key[0] for s in bus.log[name])
     # clock messages before the session opened may be the first that the log holds; none is between
-    off = {t for t in published | there if ledger.produced.get(t) != published[t]} | ledger.off.keys()
-    off |= {t for t in there if there[t] != ledger.recorded.get(t)}
+    off = {t for t in published | there if counts.produced.get(t) != published[t]} | counts.off.keys()
+    off |= {t for t in there if there[t] != counts.recorded.get(t)}
     return _Disturbed(
         len(off) + (not result["whole"]),
-        ledger.lost,
-        sum(ledger.by_reason(LOST).values()),
+        counts.lost,
+        sum(counts.by_reason(LOST).values()),
         any(word in reason for reason in reasons),
         int(not early["adds_up"] or early["state"] != "cut off"),
     )
@@ -359,8 +360,8 @@ def _small(path: Path, frames: int) -> list[Key]:
             recorder.write(e)
             out.append((e.topic, e.seq))
             if recorder.keep(at_ns):
-                recorder.note(Ledger(recorder.counts, recorder.counts, {}, {}).as_metadata(), at_ns)
-    recorder.close({"ended": "clean", **Ledger(recorder.counts, recorder.counts, {}, {}).as_metadata()})
+                recorder.note(MessageCounts(recorder.counts, recorder.counts, {}, {}).as_metadata(), at_ns)
+    recorder.close({"ended": "clean", **MessageCounts(recorder.counts, recorder.counts, {}, {}).as_metadata()})
     return out
 
 

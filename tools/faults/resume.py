@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from stream_mmrnn import config, topics, wire
-from stream_mmrnn.clock import now_ns
-from stream_mmrnn.engine import Movable, StepEngine, move
-from stream_mmrnn.errors import WireError
-from stream_mmrnn.live import Session
-from stream_mmrnn.recording import Recording
-from stream_mmrnn.replay import replay
-from stream_mmrnn.shards import ShardedEngine
-from stream_mmrnn.types import Envelope, Stamps, Tick
+from stream_mmrnn.core import config, topics, wire
+from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.errors import WireError
+from stream_mmrnn.core.types import Envelope, Stamps, Tick
+from stream_mmrnn.live.session import Session
+from stream_mmrnn.offline.replay import replay
+from stream_mmrnn.predict.engine import Movable, StepEngine, move
+from stream_mmrnn.predict.sharded_engine import ShardedEngine
+from stream_mmrnn.recording.mcap_file import Recording
 from tools.faults.promise import Figure, Say
 
 TITLE = "Snapshot, resume, migrate"

@@ -21,13 +21,13 @@ from hypothesis import HealthCheck, Phase, Verbosity, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from stream_mmrnn import config
-from stream_mmrnn.engine import StepEngine
-from stream_mmrnn.errors import Busy, DuplicateSession, Evicted, SessionError, UnknownSession
-from stream_mmrnn.sessions import Notice, Sessions
-from stream_mmrnn.shards import ShardedEngine
-from stream_mmrnn.snapshots import StateStore
-from stream_mmrnn.types import ModelSpec, Stamps, Tick
+from stream_mmrnn.core import config
+from stream_mmrnn.core.errors import Busy, DuplicateSession, Evicted, SessionError, UnknownSession
+from stream_mmrnn.core.types import ModelSpec, Stamps, Tick
+from stream_mmrnn.predict.engine import StepEngine
+from stream_mmrnn.predict.sharded_engine import ShardedEngine
+from stream_mmrnn.predict.snapshots import StateStore
+from stream_mmrnn.serve.sessions import Notice, Sessions
 
 SECOND_NS = 1_000_000_000
 SLOTS = 5

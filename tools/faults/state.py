@@ -11,15 +11,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from stream_mmrnn import config
 from stream_mmrnn.bench import models
-from stream_mmrnn.clock import now_ns, wall_offset_ns
-from stream_mmrnn.engine import StepEngine
-from stream_mmrnn.errors import Busy, DuplicateSession, Evicted, SessionError, SnapshotError, UnknownSession
-from stream_mmrnn.latency import Histogram
-from stream_mmrnn.sessions import Sessions
-from stream_mmrnn.shards import ShardedEngine
-from stream_mmrnn.snapshots import StateStore
+from stream_mmrnn.core import config
+from stream_mmrnn.core.clock import now_ns, wall_offset_ns
+from stream_mmrnn.core.errors import Busy, DuplicateSession, Evicted, SessionError, SnapshotError, UnknownSession
+from stream_mmrnn.core.latency import Histogram
+from stream_mmrnn.predict.engine import StepEngine
+from stream_mmrnn.predict.sharded_engine import ShardedEngine
+from stream_mmrnn.predict.snapshots import StateStore
+from stream_mmrnn.serve.sessions import Sessions
 from tools.faults import session_machine
 from tools.faults.promise import Figure, Say
 from tools.faults.session_machine import SLOTS, tick_of

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from stream_mmrnn.errors import StreamError
-from stream_mmrnn.recording import Recording
+from stream_mmrnn.core.errors import StreamError
+from stream_mmrnn.recording.mcap_file import Recording
 from tools.faults.commands import Command, command, wait_for
 from tools.faults.promise import Figure, Say
 

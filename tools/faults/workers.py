@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stream_mmrnn import encoders, topics, wire
 from stream_mmrnn.bus import Address, Publisher, Subscriber
-from stream_mmrnn.clock import now_ns
-from stream_mmrnn.recording import Recording
-from stream_mmrnn.types import Envelope
+from stream_mmrnn.capture import encoders
+from stream_mmrnn.core import topics, wire
+from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.types import Envelope
+from stream_mmrnn.recording.mcap_file import Recording
 from tools import virtual_devices
 from tools.faults.commands import Command, command, wait_for
 from tools.faults.promise import Figure, Say

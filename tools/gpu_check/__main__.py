@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from stream_mmrnn.bench import models
-from stream_mmrnn.engine import BATCH, StepEngine
-from stream_mmrnn.errors import ProviderError, StreamError
+from stream_mmrnn.core.errors import ProviderError, StreamError
+from stream_mmrnn.predict.engine import BATCH, StepEngine
 from tools.gpu_check import checks, device, report, speed, torch_step
 
 Where: TypeAlias = Literal["cuda", "cpu"]

@@ -14,13 +14,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from stream_mmrnn.bench import models
-from stream_mmrnn.contract import contract_of
-from stream_mmrnn.device_rows import DeviceRows
-from stream_mmrnn.engine import StepEngine
-from stream_mmrnn.errors import UsageError
-from stream_mmrnn.rows import Bucket, HostRows
-from stream_mmrnn.runtime import Array, Graph, Provider
-from stream_mmrnn.types import Stamps, Tick
+from stream_mmrnn.core.errors import UsageError
+from stream_mmrnn.core.types import Stamps, Tick
+from stream_mmrnn.graph.runtime import Array, Graph, Provider
+from stream_mmrnn.predict.contract import contract_of
+from stream_mmrnn.predict.cpu_batches import Bucket, HostRows
+from stream_mmrnn.predict.device_batches import DeviceRows
+from stream_mmrnn.predict.engine import StepEngine
 
 BOUND = 1e-4
 _HOUR_NS = 3_600_000_000_000

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 
 from stream_mmrnn.bench import measure, models
-from stream_mmrnn.engine import StepEngine
-from stream_mmrnn.errors import ProcessError
-from stream_mmrnn.latency import Histogram
-from stream_mmrnn.runtime import Provider
+from stream_mmrnn.core.errors import ProcessError
+from stream_mmrnn.core.latency import Histogram
+from stream_mmrnn.graph.runtime import Provider
+from stream_mmrnn.predict.engine import StepEngine
 from tools.gpu_check.checks import Candidate, noise, step, ticks_of
 
 TICK_NS = models.TICK_NS

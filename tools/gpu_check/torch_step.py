@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from stream_mmrnn.bench import models
-from stream_mmrnn.rows import sizes_for
-from stream_mmrnn.runtime import Array
+from stream_mmrnn.graph.runtime import Array
+from stream_mmrnn.predict.cpu_batches import sizes_for
 
 _WARM_RUNS = 3
 """Before a capture: libraries and memory are made in the first runs, and may not be in a capture."""

@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 from random import Random
 
-from stream_mmrnn.errors import StreamError
+from stream_mmrnn.core.errors import StreamError
 from tools.hostile.targets import TARGETS
 
 MEMORY_BYTES = 8 * 2**30

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
-from stream_mmrnn import onnx_bytes
-from stream_mmrnn.errors import ModelError
+from stream_mmrnn.core.errors import ModelError
+from stream_mmrnn.graph import model_file as onnx_bytes
 
 NASTY_NUMBERS = (0, 1, -1, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**61, 2**62, 2**63 - 1, -(2**63), 2**63, 2**64, 10**40)
 NASTY_JSON = (

@@ -22,25 +22,28 @@ import numpy as np
 import zmq
 import zstandard
 
-from stream_mmrnn import config, journal, sources, topics, wire
-from stream_mmrnn.align import Aligner
 from stream_mmrnn.bench.models import gru_step
 from stream_mmrnn.bus import Address, Publisher, Subscriber, run_broker
-from stream_mmrnn.clock import now_ns
-from stream_mmrnn.contract import beside
-from stream_mmrnn.dashboard.server import Dashboard
-from stream_mmrnn.dashboard.state import LiveState
-from stream_mmrnn.engine import StepEngine
-from stream_mmrnn.errors import StreamError, WireError
-from stream_mmrnn.live import Session
-from stream_mmrnn.pipeline import predict
-from stream_mmrnn.recording import Recorder, Recording
-from stream_mmrnn.repair import repair, verify
-from stream_mmrnn.replay import info, settings_of
-from stream_mmrnn.snapshots import Snapshot, StateStore, from_bytes, to_bytes
-from stream_mmrnn.sources import text
-from stream_mmrnn.types import Envelope, Mark, Stamps
-from stream_mmrnn.view import render, summary_table
+from stream_mmrnn.capture import sources
+from stream_mmrnn.capture.sources import text
+from stream_mmrnn.core import config, topics, wire
+from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.errors import StreamError, WireError
+from stream_mmrnn.core.types import Envelope, Mark, Stamps
+from stream_mmrnn.live import journal
+from stream_mmrnn.live.session import Session
+from stream_mmrnn.offline.replay import info
+from stream_mmrnn.predict.align import Aligner
+from stream_mmrnn.predict.contract import beside
+from stream_mmrnn.predict.engine import StepEngine
+from stream_mmrnn.predict.pipeline import predict
+from stream_mmrnn.predict.snapshots import Snapshot, StateStore, from_bytes, to_bytes
+from stream_mmrnn.recording.mcap_file import Recorder, Recording
+from stream_mmrnn.recording.repair import repair, verify
+from stream_mmrnn.recording.settings import settings_of
+from stream_mmrnn.viewers.dashboard.server import Dashboard
+from stream_mmrnn.viewers.dashboard.state import LiveState
+from stream_mmrnn.viewers.terminal_view import render, summary_table
 from tools.hostile import mutate
 
 _WAIT_S = 20.0

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from stream_mmrnn.cluster.layout import LOG_S, PARTITIONS
+from stream_mmrnn.serve.cluster.subjects import LOG_S, PARTITIONS
 from tools.scale import figures, simulate, text
 from tools.scale.figures import GIVEN
 from tools.scale.simulate import TICK_S, Engine

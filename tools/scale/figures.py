@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stream_mmrnn import config
+from stream_mmrnn.core import config
+from stream_mmrnn.core.types import ModelSpec
+from stream_mmrnn.predict.snapshots import Snapshot, to_bytes
 from stream_mmrnn.serve import protocol
-from stream_mmrnn.snapshots import Snapshot, to_bytes
-from stream_mmrnn.types import ModelSpec
 
 MEASURED = Path(__file__).parent / "measured.json"
 """One engine's steps and queue, by `python -m tools.scale --measure`."""
@@ -84,8 +84,8 @@ def sizes(spec: ModelSpec, states: dict[str, tuple[int, ...]]) -> dict[str, int]
 
 def of_model(name: str) -> dict[str, int]:
     """`sizes` of a model of the zoo."""
-    from stream_mmrnn.contract import contract_of
-    from stream_mmrnn.runtime import Graph
+    from stream_mmrnn.graph.runtime import Graph
+    from stream_mmrnn.predict.contract import contract_of
 
     spec = contract_of(Graph(config.find_model(name), "cpu")).spec
     return sizes(spec, {s.name: s.shape for s in spec.states})
@@ -99,8 +99,8 @@ def measure(hidden: int = 256, seed: int = 0) -> dict[str, Any]:
     from stream_mmrnn.bench.machine import Processes, machine
     from stream_mmrnn.bench.sessions import Load
     from stream_mmrnn.bench.step import tick_of
-    from stream_mmrnn.engine import StepEngine
-    from stream_mmrnn.types import Tick
+    from stream_mmrnn.core.types import Tick
+    from stream_mmrnn.predict.engine import StepEngine
 
     rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as folder:

@@ -19,14 +19,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from stream_mmrnn import config, nodes, topics, wire
 from stream_mmrnn.bus import Address, Publisher, Subscriber
-from stream_mmrnn.clock import now_ns
-from stream_mmrnn.contract import contract_of
-from stream_mmrnn.errors import ProcessError
-from stream_mmrnn.runtime import Graph
-from stream_mmrnn.supervisor import process_context
-from stream_mmrnn.types import ModalitySpec
+from stream_mmrnn.core import config, topics, wire
+from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.errors import ProcessError
+from stream_mmrnn.core.types import ModalitySpec
+from stream_mmrnn.graph.runtime import Graph
+from stream_mmrnn.live import nodes
+from stream_mmrnn.live.supervisor import process_context
+from stream_mmrnn.predict.contract import contract_of
 
 LONG, SPARSE = "long", "sparse"
 _CLOCK_NS, _RATES_HZ = 10_000_000, {"vision": 25.0, "audio": 50.0, "text": 0.2}

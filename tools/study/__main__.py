@@ -22,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from stream_mmrnn.errors import StreamError
+from stream_mmrnn.core.errors import StreamError
 
 from . import plots, text
 from .plan import PARTS, Run, whole

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from stream_mmrnn.config import models_folder
+from stream_mmrnn.core.config import models_folder
 from stream_mmrnn.training import recipe as recipes
 
 VERSION = 1

@@ -22,12 +22,12 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from stream_mmrnn.errors import StreamError
+from stream_mmrnn.core.errors import StreamError
+from stream_mmrnn.core.types import FloatArray
 from stream_mmrnn.training import metrics, tasks
 from stream_mmrnn.training import recipe as recipes
 from stream_mmrnn.training.data import Task, Ticks
 from stream_mmrnn.training.recipe import Recipe
-from stream_mmrnn.types import FloatArray
 
 from .plan import CELLS, Run
 
@@ -230,8 +230,8 @@ def _step(run: Run, data: Sequence[Path], result: Result) -> None:
     """The exported step graph of a fresh network: its size, and the time of one step for one session."""
     import torch
 
-    from stream_mmrnn.contract import read_contract
-    from stream_mmrnn.runtime import Graph
+    from stream_mmrnn.graph.runtime import Graph
+    from stream_mmrnn.predict.contract import read_contract
     from stream_mmrnn.training.export import export
     from stream_mmrnn.training.predictor import Predictor
 

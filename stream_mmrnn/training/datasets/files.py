@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from stream_mmrnn.errors import FileError, UsageError
+from stream_mmrnn.core.errors import FileError, UsageError
 
 Wanted = Callable[[str], bool]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from stream_mmrnn.errors import FileError
+from stream_mmrnn.core.errors import FileError
 from stream_mmrnn.training.datasets.audio import Int16Array, pcm
 from stream_mmrnn.training.datasets.files import choose, complete, files
 

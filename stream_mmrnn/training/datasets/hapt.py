@@ -18,9 +18,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from stream_mmrnn.errors import FileError
+from stream_mmrnn.core.errors import FileError
+from stream_mmrnn.core.types import FloatArray
 from stream_mmrnn.training.datasets.files import complete, files, reason, table
-from stream_mmrnn.types import FloatArray
 
 LabelArray = npt.NDArray[np.int8]
 

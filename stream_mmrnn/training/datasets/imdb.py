@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from stream_mmrnn.errors import FileError
+from stream_mmrnn.core.errors import FileError
 from stream_mmrnn.training.datasets.files import choose, complete, files, text
 
 COUNTS = {"train": 25_000, "test": 25_000, "unsup": 50_000}

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from stream_mmrnn.errors import FileError
+from stream_mmrnn.core.errors import FileError
 from stream_mmrnn.training.datasets.files import choose, files, reason
 
 ByteArray = npt.NDArray[np.uint8]

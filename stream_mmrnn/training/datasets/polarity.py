@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from stream_mmrnn.errors import FileError
+from stream_mmrnn.core.errors import FileError
 from stream_mmrnn.training.datasets.files import complete, files, text
 
 SENTENCES = 10_662

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from stream_mmrnn.errors import FileError
+from stream_mmrnn.core.errors import FileError
 from stream_mmrnn.training.datasets.files import files, reason, text
 
 Seconds = npt.NDArray[np.float64]

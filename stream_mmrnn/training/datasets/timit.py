@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from stream_mmrnn.errors import FileError
+from stream_mmrnn.core.errors import FileError
 from stream_mmrnn.training.datasets.audio import Int16Array, pcm
 from stream_mmrnn.training.datasets.files import choose, names, read, text
 

@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from stream_mmrnn.errors import ConfigError, UsageError
+from stream_mmrnn.core.errors import ConfigError, UsageError
 from stream_mmrnn.training.data import Task
 from stream_mmrnn.training.recipe import Recipe
 

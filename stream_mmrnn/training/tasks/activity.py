@@ -13,13 +13,13 @@ from typing import Annotated, Literal
 import msgspec
 import numpy as np
 
-from stream_mmrnn.config import convert
-from stream_mmrnn.errors import ConfigError, FileError, UsageError
+from stream_mmrnn.core.config import convert
+from stream_mmrnn.core.errors import ConfigError, FileError, UsageError
+from stream_mmrnn.core.types import FloatArray
 from stream_mmrnn.training.data import Array, Task, Ticks
 from stream_mmrnn.training.datasets import hapt
 from stream_mmrnn.training.recipe import Head, Recipe
 from stream_mmrnn.training.tasks.common import find, pieces
-from stream_mmrnn.types import FloatArray
 
 LABELS = tuple(name.replace(" ", "_") for name in hapt.ACTIVITIES.values())
 SIGNALS = len(hapt.SIGNALS)

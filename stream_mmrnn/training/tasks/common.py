@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from stream_mmrnn.encoders.text import TextEncoder
-from stream_mmrnn.errors import ConfigError
+from stream_mmrnn.capture.encoders.text import TextEncoder
+from stream_mmrnn.core.errors import ConfigError
+from stream_mmrnn.core.types import FloatArray, Sample
 from stream_mmrnn.training.data import Ticks, cut
 from stream_mmrnn.training.recipe import Recipe
-from stream_mmrnn.types import FloatArray, Sample
 
 _ARCHIVES = (".tgz", ".tar", ".gz", ".xz", ".bz2", ".zip", ".npz")
 

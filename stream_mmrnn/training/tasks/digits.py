@@ -17,18 +17,18 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from stream_mmrnn.config import convert, models_folder
-from stream_mmrnn.encoders.audio import HOP, MELS, RATE, WINDOW
-from stream_mmrnn.encoders.text import TextEncoder
-from stream_mmrnn.engine import MAX_AGE_S
-from stream_mmrnn.errors import ConfigError, FileError
+from stream_mmrnn.capture.encoders.audio import HOP, MELS, RATE, WINDOW
+from stream_mmrnn.capture.encoders.text import TextEncoder
+from stream_mmrnn.core.config import convert, models_folder
+from stream_mmrnn.core.errors import ConfigError, FileError
+from stream_mmrnn.core.types import FloatArray
+from stream_mmrnn.predict.engine import MAX_AGE_S
 from stream_mmrnn.training.data import Array, Task, Ticks
 from stream_mmrnn.training.datasets import fsdd, mnist
 from stream_mmrnn.training.datasets.audio import Int16Array
 from stream_mmrnn.training.datasets.mnist import ByteArray
 from stream_mmrnn.training.recipe import Recipe
 from stream_mmrnn.training.tasks.common import Words, find, require
-from stream_mmrnn.types import FloatArray
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 RULES = {"up": 1, "down": -1, "by two": 2}

@@ -12,14 +12,14 @@ from typing import Annotated, Literal
 import msgspec
 import numpy as np
 
-from stream_mmrnn.config import convert
-from stream_mmrnn.errors import FileError
+from stream_mmrnn.core.config import convert
+from stream_mmrnn.core.errors import FileError
+from stream_mmrnn.core.types import FloatArray
 from stream_mmrnn.training.data import Task, Ticks
 from stream_mmrnn.training.datasets import mnist
 from stream_mmrnn.training.datasets.mnist import ByteArray
 from stream_mmrnn.training.recipe import Recipe
 from stream_mmrnn.training.tasks.common import find, require
-from stream_mmrnn.types import FloatArray
 
 _CHUNK = 1000
 

@@ -13,18 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from stream_mmrnn import topics
-from stream_mmrnn.align import Aligner
-from stream_mmrnn.encoders.audio import SPEECH
-from stream_mmrnn.engine import MAX_AGE_S
-from stream_mmrnn.errors import ConfigError, FileError
-from stream_mmrnn.pipeline import NoEngine, predict
-from stream_mmrnn.recording import Recording
-from stream_mmrnn.replay import settings_of
+from stream_mmrnn.capture.encoders.audio import SPEECH
+from stream_mmrnn.core import topics
+from stream_mmrnn.core.errors import ConfigError, FileError
+from stream_mmrnn.core.types import FloatArray, ModalitySpec, Tick
+from stream_mmrnn.predict.align import Aligner
+from stream_mmrnn.predict.engine import MAX_AGE_S
+from stream_mmrnn.predict.pipeline import NoEngine, predict
+from stream_mmrnn.recording.mcap_file import Recording
+from stream_mmrnn.recording.settings import settings_of
 from stream_mmrnn.training.data import Array, Task, Ticks, cut
 from stream_mmrnn.training.recipe import Head, Recipe, parse
 from stream_mmrnn.training.tasks.common import pieces
-from stream_mmrnn.types import FloatArray, ModalitySpec, Tick
 
 SOURCES = {"classification": "label", "activity_projection": "speech", "hazard": "text", "regression": "motion"}
 """Where a head's targets come from, unless the recipe's `data.options.targets` says otherwise."""

@@ -15,16 +15,16 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from stream_mmrnn.config import convert
-from stream_mmrnn.encoders.audio import MELS, SPEECH, AudioEncoder
-from stream_mmrnn.encoders.text import TextEncoder
-from stream_mmrnn.engine import MAX_AGE_S
-from stream_mmrnn.errors import ConfigError
+from stream_mmrnn.capture.encoders.audio import MELS, SPEECH, AudioEncoder
+from stream_mmrnn.capture.encoders.text import TextEncoder
+from stream_mmrnn.core.config import convert
+from stream_mmrnn.core.errors import ConfigError
+from stream_mmrnn.core.types import FloatArray
+from stream_mmrnn.predict.engine import MAX_AGE_S
 from stream_mmrnn.training.data import Array, Made, Task, Ticks
 from stream_mmrnn.training.datasets.switchboard import Dialogue, Seconds, Switchboard, spoken, voice
 from stream_mmrnn.training.recipe import Head, Recipe
 from stream_mmrnn.training.tasks.common import Words, find
-from stream_mmrnn.types import FloatArray
 
 SILENCE_S = 0.25
 """A mutual silence this long is where shift or hold is decided."""

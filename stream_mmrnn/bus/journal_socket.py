@@ -1,0 +1,79 @@
+"""The journal's own way: all messages as they are, and questions about them. Knows nothing about what is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import zmq
+
+from stream_mmrnn.bus.address import Address, secure
+from stream_mmrnn.bus.subscriber import subscribe
+from stream_mmrnn.core import wire
+from stream_mmrnn.core.errors import ProcessError
+
+
+class Tap:
+    """The journal's side: messages of some topics as they are on the wire, and requests of an engine."""
+
+    def __init__(self, address: Address, wanted: list[str], queue: int) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.SUB)
+        self._socket.set_hwm(queue)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_PAYLOAD_BYTES)
+        secure(self._socket, address.keys)
+        subscribe(self._socket, address.lane("block", wanted), wanted)
+        self._requests = self._context.socket(zmq.ROUTER)
+        try:
+            self._requests.bind(address.journal)
+        except zmq.ZMQError as e:
+            self.close()
+            raise ProcessError(f"the journal cannot bind {address.journal}: {e}") from e
+
+    def messages(self) -> Iterator[list[bytes]]:
+        """What has come, without waiting."""
+        while self._socket.poll(0, zmq.POLLIN):
+            yield self._socket.recv_multipart()
+
+    def request(self, timeout_ms: int) -> tuple[bytes, bytes] | None:
+        """Who asks, and what; None after `timeout_ms` without."""
+        if not self._requests.poll(timeout_ms, zmq.POLLIN):
+            return None
+        who, *frames = self._requests.recv_multipart()
+        return who, b"".join(frames)
+
+    def answer(self, who: bytes, content: bytes) -> None:
+        """To one that is gone meanwhile it is dropped."""
+        self._requests.send_multipart([who, content])
+
+    def close(self) -> None:
+        for socket in (self._socket, self._requests):
+            socket.close(linger=0)
+        self._context.term()
+
+
+class Caller:
+    """The engine's side of the journal's requests."""
+
+    def __init__(self, address: Address) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.set_hwm(2)
+        self._socket.connect(address.journal)
+
+    def send(self, content: bytes) -> bool:
+        """At once; False where the one before it has not been taken yet, or nobody is there."""
+        try:
+            self._socket.send(content, zmq.DONTWAIT)
+        except zmq.Again:
+            return False
+        return True
+
+    def ask(self, content: bytes, timeout_ms: int) -> bytes | None:
+        """The answer; None after `timeout_ms` without."""
+        if not self.send(content) or not self._socket.poll(timeout_ms, zmq.POLLIN):
+            return None
+        return self._socket.recv()
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+        self._context.term()

@@ -1,0 +1,41 @@
+"""A private folder for sockets: systems cap the length of a socket's path, and a temporary folder may be deep.
+
+Knows nothing about what is bound in it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from stream_mmrnn.core.errors import ProcessError
+
+_PATH_BYTES = 103 if sys.platform == "darwin" else 107
+"""Of a socket's path: `sun_path` without its closing zero (unix(7); sys/un.h on macOS)."""
+_NAME_BYTES = 20
+"""Kept for a socket's name in the folder, and the slash before it."""
+_SHORT = "/tmp"  # noqa: S108 the folder in it is made for us alone
+
+
+def private_folder(prefix: str) -> str:
+    """Make a folder (0700) in the temporary folder or, where its paths would be too long, in /tmp.
+
+    Raises:
+        ProcessError: a folder with a short path cannot be made.
+
+    """
+    for place in (None, _SHORT):
+        try:
+            folder = tempfile.mkdtemp(prefix=prefix, dir=place)
+        except OSError:
+            continue
+        if sys.platform == "win32" or len(os.fsencode(folder)) + _NAME_BYTES <= _PATH_BYTES:
+            return folder
+        Path(folder).rmdir()
+    most = _PATH_BYTES - _NAME_BYTES - len(prefix) - 9
+    raise ProcessError(
+        f"no folder for sockets can be made in {tempfile.gettempdir()}: set TMPDIR to one that can be written to, with "
+        f"a path of at most {most} bytes"
+    )

@@ -1,0 +1,137 @@
+"""AudioEncoder: 16 kHz sound -> every 20 ms 80 log-mel values and the probability of speech.
+
+Works sample by sample: however the sound is cut into blocks, the vectors are the same, bit for bit. Knows
+nothing about microphones or how blocks travel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from stream_mmrnn.core.config import models_folder
+from stream_mmrnn.core.errors import WireError
+from stream_mmrnn.core.topics import AUDIO_RATE_HZ
+from stream_mmrnn.core.types import FloatArray, Sample
+from stream_mmrnn.graph.runtime import Binding, Graph
+
+RATE = AUDIO_RATE_HZ
+HOP = 320
+"""A vector every 20 ms."""
+WINDOW = 400
+"""The log-mel window, 25 ms: a hop and the end of the one before."""
+MELS = 80
+SPEECH = MELS
+"""Index of the speech probability in a vector."""
+
+_SAMPLE_NS = 62_500  # 1e9 / 16,000, exactly
+_CHUNK, _CONTEXT = 512, 64  # what silero's detector was trained on: 32 ms, and the 4 ms before
+_TOLERANCE_NS = 10_000_000
+_FORGET_NS = 1_000_000_000
+
+
+def _bind(logmel: Graph, detector: Graph) -> tuple[Binding, Binding]:
+    detecting = detector.bind(
+        {"input": (1, _CONTEXT + _CHUNK), "sr": ()},
+        {"output": (1, 1)},
+        {"state": ("stateN", (2, 1, 128))},
+    )
+    detecting.inputs["sr"][...] = RATE
+    return logmel.bind({"samples": (1, WINDOW)}, {"features": (1, MELS)}, {}), detecting
+
+
+class AudioEncoder:
+    """One vector a hop; the speech probability is the newest that the detector has said (every 32 ms)."""
+
+    size = MELS + 1
+
+    def __init__(self) -> None:
+        """Load both graphs; raises ModelError where a file is missing."""
+        folder = models_folder() / "encoders"
+        logmel, detector = Graph(folder / "logmel80.onnx"), Graph(folder / "silero_vad.onnx")
+        both = hashlib.sha256(logmel.path.read_bytes() + detector.path.read_bytes()).hexdigest()
+        self.origin = f"logmel80+silero_vad@{both}"
+        self._logmel, self._detector = _bind(logmel, detector)
+        self._spare = _bind(logmel, detector)
+        """The same graphs over sound that is nobody's."""
+        self._window: FloatArray = self._logmel.inputs["samples"][0]
+        self._chunk: FloatArray = self._detector.inputs["input"][0]
+        self._hop = np.zeros(HOP, np.float32)
+        self.reset()
+
+    def prewarm(self) -> None:
+        """Run both graphs on nobody's sound: no state moves, but code and weights are in the caches."""
+        for binding in (*self._spare, *self._spare):  # the second time finds what the first one brought
+            binding.run()
+
+    def reset(self) -> None:
+        """Forget the stream so far."""
+        self._speech = np.float32(0)
+        self._detector.state["state"][...] = 0
+        self._due_ns: int | None = None
+        self._forget_samples()
+
+    def _forget_samples(self) -> None:
+        self._window[...] = 0
+        self._chunk[...] = 0
+        self._in_hop = self._in_chunk = 0
+
+    def _follow(self, start_ns: int) -> None:
+        """See that the block follows its predecessor.
+
+        A hop must not span a hole, or its samples and its time would not belong together. The tolerance is
+        half a hop: a lost block of 10 ms or more is noticed, the jitter of a device's stamps (about 1 ms) is
+        not taken for one. After a hole the samples kept so far are forgotten; the detector's state and last
+        word stay, because who spoke 20 ms ago still speaks, until time jumps by more than a second.
+        """
+        if self._due_ns is None:
+            return
+        hole_ns = start_ns - self._due_ns
+        if not -_FORGET_NS <= hole_ns <= _FORGET_NS:
+            self.reset()
+        elif abs(hole_ns) >= _TOLERANCE_NS:
+            self._forget_samples()
+
+    def encode(self, sample: Sample) -> list[Sample]:
+        """The vectors of the hops that the block completes; raises WireError where it is not 16-bit mono."""
+        block = sample.data
+        if isinstance(block, bytes) or block.dtype != np.int16 or block.ndim != 1:
+            raise WireError("a block of sound is not one row of 16-bit samples; send mono int16 at 16 kHz")
+        self._follow(sample.event_ns - len(block) * _SAMPLE_NS)
+        self._due_ns = sample.event_ns
+        done: list[Sample] = []
+        at = 0
+        while at < len(block):
+            count = min(HOP - self._in_hop, len(block) - at)
+            self._hop[self._in_hop : self._in_hop + count] = block[at : at + count]
+            at += count
+            self._in_hop += count
+            if self._in_hop == HOP:
+                self._in_hop = 0
+                self._hop /= np.float32(32768)
+                end_ns = sample.event_ns - (len(block) - at) * _SAMPLE_NS
+                done.append(Sample(end_ns, sample.capture_ns, self._complete(), sample.device_ns))
+        return done
+
+    def _complete(self) -> FloatArray:
+        """The vector of the hop that is full."""
+        self._window[: WINDOW - HOP] = self._window[HOP:].copy()
+        self._window[WINDOW - HOP :] = self._hop
+        self._logmel.run()
+        taken = 0
+        while taken < HOP:
+            count = min(_CHUNK - self._in_chunk, HOP - taken)
+            start = _CONTEXT + self._in_chunk
+            self._chunk[start : start + count] = self._hop[taken : taken + count]
+            taken += count
+            self._in_chunk += count
+            if self._in_chunk == _CHUNK:
+                self._in_chunk = 0
+                self._detector.run()
+                self._speech = self._detector.outputs["output"][0, 0]
+                self._chunk[:_CONTEXT] = self._chunk[_CHUNK:]
+        vector = np.empty(self.size, np.float32)
+        vector[:MELS] = self._logmel.outputs["features"][0]
+        vector[SPEECH] = self._speech
+        return vector

@@ -1,0 +1,91 @@
+"""ImageEncoder: a JPEG picture -> 1280 numbers of EfficientNet-Lite0 at 128 x 128.
+
+Every picture stands alone, so there is nothing to forget. Knows nothing about cameras or rates.
+"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from stream_mmrnn.core.config import models_folder
+from stream_mmrnn.core.errors import WireError
+from stream_mmrnn.core.types import Payload, Sample
+from stream_mmrnn.graph.runtime import Graph
+
+PICTURE = 128
+MAX_SIDE = 8192
+"""As the largest camera that can be set; a few bytes must not be able to claim gigabytes."""
+
+# start-of-frame markers: C0 to CF without C4 (Huffman tables), C8 (reserved) and CC (arithmetic coding)
+_START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+
+
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height from a JPEG's header, or None where the bytes are no JPEG; nothing is decoded."""
+    if data[:2] != b"\xff\xd8":
+        return None
+    at = 2
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker in _START_OF_FRAME:
+            return int.from_bytes(data[at + 7 : at + 9], "big"), int.from_bytes(data[at + 5 : at + 7], "big")
+        if marker == 0xFF:  # a fill byte
+            at += 1
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return None
+
+
+def _reduction(width: int, height: int) -> int:
+    """The decoder's flag: it drops what the resize would drop anyway, at a fraction of the time."""
+    side = min(width, height)
+    if side >= 8 * PICTURE:
+        return cv2.IMREAD_REDUCED_COLOR_8
+    if side >= 4 * PICTURE:
+        return cv2.IMREAD_REDUCED_COLOR_4
+    if side >= 2 * PICTURE:
+        return cv2.IMREAD_REDUCED_COLOR_2
+    return cv2.IMREAD_COLOR
+
+
+def shrink(data: Payload) -> npt.NDArray[np.uint8]:
+    """A JPEG as 128 x 128 pixels, blue first; raises WireError where it cannot be decoded."""
+    size = jpeg_size(data) if isinstance(data, bytes) else None
+    if size is None or not 0 < min(size) <= max(size) <= MAX_SIDE:
+        raise WireError(f"a picture is not a JPEG of 1 to {MAX_SIDE} pixels a side; encode it as JPEG")
+    try:
+        picture = cv2.imdecode(np.frombuffer(data, np.uint8), _reduction(*size))
+    except cv2.error as e:
+        raise WireError("a JPEG picture is damaged and cannot be decoded; it is dropped") from e
+    if picture is None:
+        raise WireError("a JPEG picture is damaged and cannot be decoded; it is dropped")
+    return cv2.resize(picture, (PICTURE, PICTURE), interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
+
+
+class ImageEncoder:
+    """One feature vector a picture."""
+
+    size = 1280
+
+    def __init__(self) -> None:
+        """Load the graph; raises ModelError where its file is missing."""
+        cv2.setNumThreads(1)  # the worker has one core's worth of work; more threads only add jitter
+        graph = Graph(models_folder() / "encoders" / "efficientnet-lite0-128.onnx")
+        self.origin = f"efficientnet-lite0-128@{graph.sha256}"
+        self._binding = graph.bind({"image": (1, PICTURE, PICTURE, 3)}, {"features": (1, self.size)}, {})
+
+    def prewarm(self) -> None:
+        """Nothing: a run costs milliseconds, more than warm caches save."""
+
+    def reset(self) -> None:
+        """Nothing is kept between pictures."""
+
+    def encode(self, sample: Sample) -> list[Sample]:
+        """The picture's features, with its times; raises WireError where it cannot be decoded."""
+        cv2.cvtColor(shrink(sample.data), cv2.COLOR_BGR2RGB, dst=self._binding.inputs["image"][0])
+        self._binding.run()
+        return [
+            Sample(sample.event_ns, sample.capture_ns, self._binding.outputs["features"][0].copy(), sample.device_ns)
+        ]

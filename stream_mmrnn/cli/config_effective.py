@@ -1,0 +1,68 @@
+"""Which settings hold, where each comes from, and what is wrong with a file of them. Knows nothing about terminals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from stream_mmrnn.capture import sources
+from stream_mmrnn.core import config
+from stream_mmrnn.core.errors import StreamError
+
+
+def faults(path: Path) -> list[dict[str, str]]:
+    """Everything that is wrong with a file: `key` and what is to be said of it, in one sentence.
+
+    Raises:
+        ConfigError: it cannot be read, or is no TOML.
+
+    """
+    table = config.read(path)
+    found = [{"key": key, "says": says} for key, says in config.faults(table)]
+    if found:
+        return found
+    settings = config.parse(table)
+    for key, check in (
+        ("sources", lambda: sources.check_all(settings.sources)),
+        ("engine.model", lambda: config.find_model(settings.engine.model)),
+    ):
+        try:
+            check()
+        except StreamError as e:
+            found.append({"key": key, "says": f"`{key}`: {e}"})
+    return found
+
+
+def effective(path: Path | None) -> dict[str, dict[str, dict[str, Any]]]:
+    """By section and key: `value`, and `from`, the file's name or `default`."""
+    table = config.read(path) if path is not None else {}
+    settings: dict[str, dict[str, Any]] = msgspec.to_builtins(config.parse(table))
+    return {
+        section: {
+            key: {"value": value, "from": str(path) if key in table.get(section, {}) else "default"}
+            for key, value in values.items()
+        }
+        for section, values in settings.items()
+    }
+
+
+def as_toml(values: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """A file that says the same, with a comment where each value comes from."""
+    lines = []
+    for section, keys in values.items():
+        lines.append(f"[{section}]")
+        lines += [f"{key} = {_toml(v['value'])}  # {_printable(v['from'])}" for key, v in keys.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def _toml(value: Any) -> str:
+    # numbers, truths and texts are written alike in JSON, but for one control character
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,136 @@
+"""The verbs that look at a running system from outside: `top` and `predictions`.
+
+Exit code 1: no session is running. Knows nothing about how anything is gathered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from stream_mmrnn.cli.terminal import Alive, Json, print_document, say_on
+from stream_mmrnn.core.errors import NotRunning
+
+Session = Annotated[
+    str | None, typer.Option("--session", help="The session's name, or its process's number, where several run.")
+]
+
+
+class Policy(StrEnum):
+    """What `--policy` takes."""
+
+    latest, drop_oldest, block = "latest", "drop_oldest", "block"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the command."""
+    for verb in (top, predictions):
+        app.command()(verb)
+
+
+def top(
+    session: Session = None,
+    once: Annotated[
+        bool, typer.Option("--once", help="Show it once and end; so it is where there is no terminal.")
+    ] = False,
+    every: Annotated[float, typer.Option(min=0.2, max=60.0, help="Seconds from one measurement to the next.")] = 1.0,
+    as_json: Json = False,
+) -> None:
+    """Processes, streams, losses and latency of what is running. Exit code 1 where nothing is."""
+    from rich.live import Live
+
+    from stream_mmrnn.viewers.top.show import draw
+    from stream_mmrnn.viewers.top.system import Systems
+
+    console = Console(highlight=False)
+    alive = Alive()
+    with contextlib.closing(Systems(session)) as systems:
+        if as_json or once or not console.is_terminal:
+            systems.listen(every)
+            systems.look()
+            if not systems.systems:
+                raise NotRunning("the session ended while it was looked at")
+            if as_json:
+                print_document(systems.document())
+            else:
+                console.print(draw(systems, console.width))
+            return
+        with Live(console=console, screen=True, auto_refresh=False) as screen:
+            while alive() and (systems.systems or systems.notes):
+                waited_s = 0.0
+                while alive() and waited_s < every:
+                    systems.listen(0.1)
+                    waited_s += 0.1
+                    screen.update(draw(systems, console.width), refresh=True)
+                systems.look()
+    if alive():
+        say_on(console)("nothing is running any more")
+
+
+def predictions(
+    session: Session = None,
+    head: Annotated[list[str] | None, typer.Option("--head", help="Only this head; more than once for more.")] = None,
+    every: Annotated[float, typer.Option(min=0.0, help="Seconds of event time between two lines at least.")] = 0.0,
+    count: Annotated[int, typer.Option(min=0, help="End after so many lines; 0 goes on.")] = 0,
+    policy: Annotated[Policy, typer.Option(help="What becomes of what we are too slow for.")] = Policy.drop_oldest,
+    address: Annotated[str, typer.Option(help="HOST:PORT of a bus over tcp, instead of a session of this user.")] = "",
+    keys: Annotated[Path | None, typer.Option(help="The folder of our keys, where that bus asks for them.")] = None,
+    server_key: Annotated[str, typer.Option(help="That bus's public key, where it is not the folder's own.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Print a running session's predictions as JSON lines, one a prediction, until it ends or nobody reads them.
+
+    With `--json` one more line comes at the end, the only one with the key `predictions`: how many there were, what
+    was lost, and why it ended.
+    """
+    from stream_mmrnn.bus.subscription import document, subscribe
+
+    alive = Alive()
+    say = say_on(Console(stderr=True))
+    reader = subscribe(
+        session, address=address, keys=keys, server_key=server_key, heads=head or None, policy=policy.value
+    )
+    printed, passed = 0, 0
+    due_ns: dict[str, int] = {}
+    # by session: the event time from which on the next line is due
+    with reader:
+        while alive() and not (count and printed >= count):
+            prediction = reader.receive(0.1)
+            if prediction is None:
+                if reader.ended:
+                    break
+                continue
+            if prediction.event_ns < due_ns.get(prediction.session, prediction.event_ns):
+                passed += 1
+                continue
+            due_ns[prediction.session] = prediction.event_ns + round(every * 1e9)
+            if not _print(document(prediction)):
+                return
+            printed += 1
+        lost = {**reader.lost, **({"passed_over": passed} if passed else {})}
+        summary = {"predictions": printed, "lost": lost, "repeated": reader.repeated, "ended": reader.ended}
+    if as_json:
+        _print(summary)
+        return
+    if reader.lost:
+        say(f"not printed: {', '.join(f'{n} {reason}' for reason, n in reader.lost.items())}")
+
+
+def _print(line: dict[str, Any]) -> bool:
+    """One line on stdout, at once; False where nobody reads it any more."""
+    try:
+        print_document(line)
+    except BrokenPipeError:
+        # else Python would say at its end that it could not write what is still in the buffer
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return False
+    return True

@@ -1,0 +1,158 @@
+"""The verbs of training at the terminal: `train`, `evaluate`, `export`.
+
+Imports torch only when one of them runs. Knows nothing about how anything is done.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from stream_mmrnn.cli.terminal import Alive, Json, print_document, say_on
+from stream_mmrnn.core.extras import need
+from stream_mmrnn.core.printable import shown
+
+_EXTRA = ("torch", "onnx", "onnxscript", "matplotlib", "tomli_w")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the command."""
+    for verb in (train, evaluate, export):
+        app.command()(verb)
+
+
+def _training(needs: tuple[str, ...]) -> Any:
+    """What the verbs do, where the packages that they need are there; else one sentence that says how to get them."""
+    need("this", "train", *needs)
+    from stream_mmrnn.training import verbs
+
+    return verbs
+
+
+Data = Annotated[list[Path] | None, typer.Option("--data", help="Where the data is; recordings, or their folder.")]
+
+
+def train(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe.toml or a zoo folder; none for own labels.")] = None,
+    data: Data = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the model; trained/NAME without it.")] = None,
+    name: Annotated[str, typer.Option(help="What a model of own recordings is called.")] = "own",
+    quick: Annotated[bool, typer.Option("--quick", help="A run of minutes that says whether all is well.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Write 8-bit weights too.")] = False,
+    seed: Annotated[int | None, typer.Option(min=0, help="Another start.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a model from a recipe, or from own labelled recordings."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    verbs = _training(_EXTRA)
+    console = Console(stderr=as_json, highlight=False)
+    alive = Alive()
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("reading the data", total=None)
+
+        def progress(what: dict[str, Any]) -> None:
+            if what["event"] == "step":
+                bar.update(task, description=f"epoch {what['epoch'] + 1}", completed=what["step"], total=what["of"])
+            elif what["event"] == "epoch":
+                losses = f"loss {what['train_loss']:.4f}, validation {what['validation_loss']:.4f}"
+                best = " (best)" if what["best"] == what["epoch"] else ""
+                console.print(f"epoch {what['epoch']:3d}  {losses}{best}  {what['seconds']:.1f} s")
+            elif what["event"] == "report":
+                bar.update(task, description="calibrated; testing and exporting", total=None)
+
+        result = verbs.train(
+            recipe,
+            data or [],
+            out,
+            name=name,
+            quick=quick,
+            resume=resume,
+            int8=int8,
+            seed=seed,
+            progress=progress,
+            alive=alive,
+        )
+    if as_json:
+        print_document(result)
+    else:
+        _print_heads(console, result["test"])
+        console.print(
+            f"{result['parameters']:,} weights, {result['epochs']} epochs; run it by --model {result['model']}"
+        )
+    if result["stopped"]:
+        say_on(console)("stopped early: this is the best model until then; --resume goes on from the last epoch")
+        raise typer.Exit(3)
+
+
+def _print_heads(console: Console, heads: dict[str, dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table(title="on held-out data", title_justify="left", header_style="dim")
+    for column in ("head", "ticks", "figure", "value"):
+        table.add_column(column, justify="right" if column in ("ticks", "value") else "left")
+    for name, figures in heads.items():
+        for key in ("accuracy", "balanced_accuracy", "auc", "r2", "mse", "log_loss", "calibration_error"):
+            value = figures.get(key)
+            rows = value.items() if isinstance(value, dict) else [("", value)]
+            for label, number in rows:
+                if number is not None:
+                    what = f"{key.replace('_', ' ')} {label}".strip()
+                    table.add_row(name, str(figures["ticks"]), what, f"{number:.3f}")
+    console.print(table)
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A model's folder, with step.onnx and recipe.toml.")],
+    data: Data = None,
+    present: Annotated[str | None, typer.Option(help="Only these modalities, such as audio,text.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model file on its test data, as it is served."""
+    result = _training(()).evaluate(model, data or [], present.split(",") if present else None)
+    if as_json:
+        print_document(result)
+        return
+    console = Console(highlight=False)
+    console.print(f"[bold]{result['name']}[/bold] with {', '.join(result['present'])}")
+    _print_heads(console, result["test"])
+
+
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint (.safetensors); with --triton also a model.")],
+    out: Annotated[Path | None, typer.Option(help="The ONNX file; beside the checkpoint without it.")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Write 8-bit weights too.")] = False,
+    triton: Annotated[
+        Path | None, typer.Option(help="Write a model repository for Triton into this folder; needs no torch.")
+    ] = None,
+    sessions: Annotated[int, typer.Option(min=1, max=1_000_000, help="Of --triton: how many at once.")] = 1024,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint's step graph, if it computes what was trained; or what Triton wants to serve a model."""
+    result: dict[str, Any] = {}
+    if triton is None or checkpoint.endswith(".safetensors"):
+        result = _training(_EXTRA).export(Path(checkpoint), out, int8)
+    if triton is not None:
+        from stream_mmrnn.core import config
+        from stream_mmrnn.offline.convert.triton import write
+
+        model = Path(result["model"]) if result else config.find_model(checkpoint)
+        result["triton"] = write(model, triton, sessions)
+    if as_json:
+        print_document(result)
+        return
+    if "triton" in result:
+        made = result["triton"]
+        Console(highlight=False, soft_wrap=True).print(
+            f"{made['model']}: {len(made['states'])} states, {len(made['inputs'])} inputs and {len(made['outputs'])} "
+            f"outputs in {shown(made['repository'])}"
+        )
+    if "parity" not in result:
+        return
+    differences = ", ".join(f"{k} {v:.1e}" for k, v in result["parity"].items())
+    Console(highlight=False).print(f"{result['model']}: {result['bytes'] / 1e6:.2f} MB; differences: {differences}")

@@ -1,0 +1,72 @@
+"""The settings as JSON Schema, for editors and other programs; made from the types in `config` and their docstrings.
+
+Knows nothing about files of settings.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from typing import Any
+
+import msgspec
+
+from stream_mmrnn.core import config
+
+DIALECT = "http://json-schema.org/draft-07/schema#"
+"""The one that editors of TOML know best; only a name, nothing is fetched."""
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of the TOML file, each section in its place, with defaults and descriptions."""
+    (_,), parts = msgspec.json.schema_components([config.Settings], ref_template="{name}")
+    described = _docstrings(inspect.getsource(config))
+    sections = {name: _section(part, described.get(name, {})) for name, part in parts.items()}
+    top = sections.pop("Settings")
+    tables = {key: sections[kind["allOf"][0]["$ref"]] for key, kind in _wrapped(top["properties"]).items()}
+    return {"$schema": DIALECT, **top, "title": "stream-mmrnn settings", "properties": tables}
+
+
+def _wrapped(properties: dict[str, Any]) -> dict[str, Any]:
+    """Whichever way a reference stands beside its default."""
+    return {k: v if "allOf" in v else {"allOf": [{"$ref": v["$ref"]}]} for k, v in properties.items()}
+
+
+def _section(part: dict[str, Any], described: dict[str, str]) -> dict[str, Any]:
+    properties = {key: _portable(value) for key, value in part["properties"].items()}
+    for key, text in described.items():
+        if key in properties:
+            properties[key]["description"] = text
+    clean = {k: v for k, v in part.items() if k != "required"}
+    if "description" in clean:
+        clean["description"] = " ".join(clean["description"].split())
+    return {**clean, "properties": properties, "additionalProperties": False}
+
+
+def _portable(value: dict[str, Any]) -> dict[str, Any]:
+    """Python's words for the ends of a text are not those of other programs."""
+    if "pattern" in value:
+        return {**value, "pattern": value["pattern"].replace("\\A", "^").replace("\\Z", "$")}
+    return dict(value)
+
+
+def _docstrings(source: str) -> dict[str, dict[str, str]]:
+    """By class and field: the text that stands under a field, in one line."""
+    found: dict[str, dict[str, str]] = {}
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        field = ""
+        for line in node.body:
+            text = _text(line)
+            if text and field:
+                found.setdefault(node.name, {})[field] = " ".join(text.split())
+            is_field = isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
+            field = line.target.id if is_field else ""  # type: ignore[attr-defined]
+    return found
+
+
+def _text(line: ast.stmt) -> str:
+    if isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) and isinstance(line.value.value, str):
+        return line.value.value
+    return ""

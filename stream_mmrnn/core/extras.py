@@ -1,0 +1,30 @@
+"""Packages that only some of what we do needs: whether they are there, and how to get them.
+
+Knows nothing about what is done with them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+
+from stream_mmrnn.core.errors import UsageError
+
+
+def missing(packages: Iterable[str]) -> list[str]:
+    """Those that are not installed; nothing is imported but the parents of dotted names."""
+    return [name for name in packages if not _is_there(name)]
+
+
+def _is_there(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # its parent is not
+        return False
+
+
+def need(what: str, extra: str, *packages: str) -> None:
+    """Raises UsageError, with the command that installs the extra, where one of its packages is not there."""
+    if absent := missing(packages):
+        are = ", ".join(absent)
+        raise UsageError(f"{what} needs the extra `{extra}` ({are} missing): pip install 'stream-mmrnn[{extra}]'")

@@ -1,1 +1,0 @@
-"""`stream-mmrnn devices`: which cameras and microphones there are, and which is which."""

@@ -1,1 +1,0 @@
-"""`stream-mmrnn doctor`: what of this machine a session can use, and what to do about the rest."""

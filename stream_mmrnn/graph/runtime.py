@@ -1,0 +1,358 @@
+"""Load an ONNX file, choose CUDA or the CPU, bind inputs, outputs and state at fixed addresses.
+
+The only file that uses onnxruntime. Knows nothing about sessions, ticks or encoders: the engine's graph and the
+encoders' graphs (silero VAD is a stateful one) come through here alike.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import mmap
+import sys
+import weakref
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from stream_mmrnn.core.errors import ModelError, ProviderError
+from stream_mmrnn.graph import model_file as onnx_bytes
+
+Provider = Literal["auto", "cpu", "cuda"]
+Array = npt.NDArray[Any]
+
+_NUMPY: dict[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(double)": np.dtype(np.float64),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(int64)": np.dtype(np.int64),
+    "tensor(int32)": np.dtype(np.int32),
+    "tensor(bool)": np.dtype(np.bool_),
+    "tensor(uint8)": np.dtype(np.uint8),
+}
+_MAX_FILE_BYTES = 2**31 - 1
+_CUDA = "CUDAExecutionProvider"
+
+ort.set_default_logger_severity(4)  # what goes wrong is raised, and a bad file shall fill no log
+
+
+def version() -> str:
+    """Of onnxruntime."""
+    return str(ort.__version__)
+
+
+def cuda_built() -> bool:
+    """Whether this onnxruntime has CUDA; whether it can be used is another question."""
+    return _CUDA in ort.get_available_providers()
+
+
+def gpu_in_sight() -> bool:
+    """Whether the machine shows an NVIDIA GPU."""
+    return sys.platform != "linux" or Path("/dev/nvidiactl").exists()
+
+
+def resolve(provider: Provider) -> Literal["cpu", "cuda"]:
+    """What `auto` means here.
+
+    Raises:
+        ProviderError: `cuda` was asked for and cannot be.
+
+    """
+    built = cuda_built()
+    if provider == "cuda" and not (built and gpu_in_sight()):
+        reason = "this machine shows no NVIDIA GPU" if built else "this onnxruntime has no CUDA"
+        raise ProviderError(f"provider `cuda` was asked for and {reason}; use `cpu` or `auto`")
+    return "cuda" if provider != "cpu" and built and gpu_in_sight() else "cpu"
+
+
+def _read(path: Path) -> bytes:
+    """A model file's bytes; ModelError where there is none. A pipe or device would never come to its end."""
+    try:
+        if path.exists() and not path.is_file():
+            raise ModelError(f"the model {path} is no file; give the path of an ONNX file")
+        if (size := path.stat().st_size) > _MAX_FILE_BYTES:
+            raise ModelError(f"the model {path} has {size} bytes; expected at most {_MAX_FILE_BYTES}, ONNX's own limit")
+        return path.read_bytes()
+    except OSError as e:
+        raise ModelError(f"the model {path} cannot be read: {e.strerror}; give the path of an ONNX file") from e
+    except ValueError as e:
+        raise ModelError(f"the model {str(path)!r} cannot be read: {e}; give the path of an ONNX file") from e
+
+
+class TensorSpec:
+    """Name, type and shape of an input or output; None stands for an axis that the file leaves open."""
+
+    def __init__(self, node: Any) -> None:
+        self.name: str = node.name
+        self.dtype: np.dtype[Any] = _NUMPY.get(node.type, np.dtype(object))
+        self.type: str = node.type
+        self.shape: tuple[int | None, ...] = tuple(n if isinstance(n, int) else None for n in node.shape)
+
+
+class Graph:
+    """An ONNX file in memory, ready to be bound."""
+
+    def __init__(
+        self, path: Path, provider: Provider = "cpu", *, data: bytes | None = None, cuda_graph: bool = False
+    ) -> None:
+        """Load `path` on one thread, without spinning.
+
+        `data` stands for the file's content (an edited one); `cuda_graph` lets a `DeviceBinding` capture its runs.
+
+        Raises:
+            ModelError: the file is missing or is no ONNX graph.
+            ProviderError: `cuda` was asked for and is not active.
+
+        """
+        data = _read(path) if data is None else data
+        try:
+            onnx_bytes.check(data)
+        except ModelError as e:
+            raise ModelError(f"{path} is not an ONNX graph that this program runs: {e}") from e
+        self.path = path
+        self.data = data
+        self.sha256 = hashlib.sha256(data).hexdigest()
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+        options.log_severity_level = 4
+        wanted: list[Any] = ["CPUExecutionProvider"]
+        if resolve(provider) == "cuda":
+            ort.preload_dlls()
+            # TF32 is onnxruntime's default and rounds factors to 10 bits: too coarse for what the CPU computes
+            options_of_cuda = {"enable_cuda_graph": "1" if cuda_graph else "0", "use_tf32": "0"}
+            wanted.insert(0, (_CUDA, options_of_cuda))
+        try:
+            # what it falls back to it says on standard output; without CUDA there is nothing to fall back to
+            self.session = ort.InferenceSession(data, options, providers=wanted, enable_fallback=len(wanted) - 1)
+            self.inputs = {n.name: TensorSpec(n) for n in self.session.get_inputs()}
+            self.outputs = {n.name: TensorSpec(n) for n in self.session.get_outputs()}
+            self.metadata: dict[str, str] = dict(self.session.get_modelmeta().custom_metadata_map)
+        except Exception as e:  # onnxruntime raises a dozen types of its own
+            raise ModelError(f"{path} is not an ONNX graph that onnxruntime can load: {str(e)[:200]}") from e
+        self.provider: Literal["cpu", "cuda"] = "cuda" if self.session.get_providers()[0] == _CUDA else "cpu"
+        if provider == "cuda" and self.provider != "cuda":
+            raise ProviderError(
+                "provider `cuda` was asked for and is not active; run with `cpu`, or mend the CUDA setup"
+            )
+
+    def zeros(self, name: str, shape: tuple[int, ...]) -> Array:
+        """An array for an input or output, of its type."""
+        return np.zeros(shape, (self.inputs.get(name) or self.outputs[name]).dtype)
+
+    def bind(
+        self,
+        inputs: Mapping[str, tuple[int, ...]],
+        outputs: Mapping[str, tuple[int, ...]],
+        state: Mapping[str, tuple[str, tuple[int, ...]]],
+    ) -> Binding:
+        """Fix shapes, on the CPU; `state` maps an input to (the output that follows it, its shape)."""
+        return Binding(
+            self,
+            {name: self.zeros(name, shape) for name, shape in inputs.items()},
+            {name: self.zeros(name, shape) for name, shape in outputs.items()},
+            {name: (after, self.zeros(name, shape)) for name, (after, shape) in state.items()},
+        )
+
+
+class Binding:
+    """A graph on the CPU with its tensors at fixed addresses: write `inputs`, `run()`, read `outputs`.
+
+    A state tensor is input and output at one address (measured bit-equal to two buffers in turn). The arrays share
+    memory with onnxruntime; they must be contiguous and may be views, so several bindings can share one buffer.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        inputs: Mapping[str, Array],
+        outputs: Mapping[str, Array],
+        state: Mapping[str, tuple[str, Array]],
+    ) -> None:
+        self.inputs, self.outputs = dict(inputs), dict(outputs)
+        self.state = {name: array for name, (_, array) in state.items()}
+        self._io = graph.session.io_binding()  # kept alive: dropping it while bound values live aborts
+        self._values: list[Any] = []
+        for name, array in self.inputs.items():
+            self._io.bind_ortvalue_input(name, self._value(array))
+        for name, array in self.outputs.items():
+            self._io.bind_ortvalue_output(name, self._value(array))
+        for name, (following, array) in state.items():
+            value = self._value(array)
+            self._io.bind_ortvalue_input(name, value)
+            self._io.bind_ortvalue_output(following, value)
+        self._session = graph.session
+        # the same call without the checks that onnxruntime's Python makes for another provider before each run
+        inner, binding = getattr(graph.session, "_sess", None), getattr(self._io, "_iobinding", None)
+        self.run: Callable[[], None] = self.documented_run
+        """One run of the graph; state moves one step on."""
+        if inner is not None and binding is not None:
+            self.run = partial(inner.run_with_iobinding, binding, None)
+
+    def _value(self, array: Array) -> Any:
+        assert array.flags.c_contiguous
+        value = ort.OrtValue.ortvalue_from_numpy(array, "cpu", 0)
+        self._values.append(value)
+        return value
+
+    def documented_run(self) -> None:
+        """`run` as onnxruntime documents it."""
+        self._session.run_with_iobinding(self._io)
+
+
+class DeviceTensor:
+    """A tensor that stays where the graph runs; read and written as a whole."""
+
+    def __init__(self, graph: Graph, name: str, shape: tuple[int, ...]) -> None:
+        self.value = ort.OrtValue.ortvalue_from_numpy(graph.zeros(name, shape), graph.provider, 0)
+
+    def read(self) -> Array:
+        array: Array = np.array(self.value.numpy())
+        return array
+
+    def write(self, array: Array) -> None:
+        self.value.update_inplace(array)
+
+
+def _pinned(array: Array) -> tuple[Any, Array] | None:
+    """Page-locked memory of the same shape and type, as a value and as an array; None where there is none."""
+    try:
+        kind = ort.OrtDeviceMemoryType.HOST_ACCESSIBLE
+        infos = [d.memory_info(kind) for d in ort.get_ep_devices() if d.ep_name == _CUDA]
+        if infos and infos[0] is not None:
+            value = ort.OrtValue.ortvalue_from_shape_and_type(array.shape, array.dtype.type, memory_info=infos[0])
+            return value, value.numpy()
+    except Exception:  # noqa: S110  # onnxruntime raises a dozen types of its own; there is another way
+        pass
+    locked = _locked(array)
+    return None if locked is None else (ort.OrtValue.ortvalue_from_numpy(locked, "cpu", 0), locked)
+
+
+def _locked(array: Array) -> Array | None:
+    """Pages of our own, locked by the CUDA runtime that the provider has loaded; None where it is not or does not.
+
+    A build whose CUDA is no plug-in lists no devices, so onnxruntime has no such memory to give.
+    """
+    try:
+        cuda = ctypes.CDLL(f"libcudart.so.{str(getattr(ort, 'cuda_version', '')).split('.')[0]}")
+    except OSError:
+        return None
+    pages = -(-max(array.nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+    whole = np.zeros(pages + mmap.PAGESIZE, np.uint8)  # no page is shared with what is not locked
+    begin = -whole.ctypes.data % mmap.PAGESIZE
+    address = ctypes.c_void_p(whole.ctypes.data + begin)
+    if cuda.cudaHostRegister(address, ctypes.c_size_t(pages), 0) != 0:
+        return None
+    weakref.finalize(whole, cuda.cudaHostUnregister, address)
+    return whole[begin : begin + array.nbytes].view(array.dtype).reshape(array.shape)
+
+
+_APART_BYTES = 256
+"""Tensors of a block begin at multiples of this, as CUDA's own allocations do."""
+
+
+class _Block:
+    """Tensors beside each other, on the host and on the graph's device: one copy moves them all.
+
+    A copy to or from a GPU takes about 12 us, however little there is to copy (measured on an H100).
+    """
+
+    def __init__(self, graph: Graph, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.provider = graph.provider
+        like = {name: graph.zeros(name, shape) for name, shape in shapes.items()}
+        self.offsets: dict[str, int] = {}
+        size = 0
+        for name, array in like.items():
+            self.offsets[name] = size
+            size += -(-max(array.nbytes, 1) // _APART_BYTES) * _APART_BYTES
+        whole: Array = np.zeros(max(size, 1), np.uint8)
+        locked = _pinned(whole) if graph.provider == "cuda" else None
+        self.pinned = locked is not None
+        self._value, self.whole = locked or (ort.OrtValue.ortvalue_from_numpy(whole, "cpu", 0), whole)
+        self.whole[...] = 0
+        self.arrays: dict[str, Array] = {
+            name: self.whole[at : at + like[name].nbytes].view(like[name].dtype).reshape(like[name].shape)
+            for name, at in self.offsets.items()
+        }
+        for name, array in like.items():
+            self.arrays[name][...] = array
+        self._there = ort.OrtValue.ortvalue_from_numpy(self.whole, graph.provider, 0)
+
+    def place(self, name: str) -> dict[str, Any]:
+        """Where a tensor is on the device, in the words of an IO binding."""
+        array = self.arrays[name]
+        return {
+            "name": name,
+            "device_type": self.provider,
+            "device_id": 0,
+            "element_type": array.dtype.type,
+            "shape": array.shape,
+            "buffer_ptr": self._there.data_ptr() + self.offsets[name],
+        }
+
+    def send(self) -> None:
+        self._there.update_inplace(self.whole)
+
+    def fetch(self) -> None:
+        self._value.update_inplace(self._there)
+
+    def fetch_around(self) -> None:
+        """The same through an array that is made anew each time."""
+        np.copyto(self.whole, self._there.numpy())
+
+
+class DeviceBinding:
+    """A graph with all tensors on its own device, bound once: write `inputs`, `run()`, read `outputs`.
+
+    `inputs` and `outputs` are arrays of the host (page-locked ones where `pinned`), copied by `run`. With `graph_id` of
+    1 and more the first run is captured as a CUDA graph and later ones replay it. Capturing runs the graph more than
+    once (onnxruntime issue 32243), so the caller sees to it that a first run moves no state that matters.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        inputs: Mapping[str, tuple[int, ...]],
+        outputs: Mapping[str, tuple[int, ...]],
+        held: Mapping[str, tuple[str, DeviceTensor]],
+        graph_id: int = -1,
+    ) -> None:
+        """`held` maps an input to (the output written to the same memory, that memory)."""
+        self._session = graph.session
+        self._io = graph.session.io_binding()
+        self._given, self._said = _Block(graph, inputs), _Block(graph, outputs)
+        self.inputs, self.outputs = self._given.arrays, self._said.arrays
+        self.pinned = self._given.pinned and self._said.pinned
+        for name in inputs:
+            self._io.bind_input(**self._given.place(name))
+        for name in outputs:
+            self._io.bind_output(**self._said.place(name))
+        self._held = dict(held)
+        for name, (following, tensor) in held.items():
+            self._io.bind_ortvalue_input(name, tensor.value)
+            self._io.bind_ortvalue_output(following, tensor.value)
+        self._options = ort.RunOptions()
+        if graph.provider == "cuda":
+            self._options.add_run_config_entry("gpu_graph_id", str(graph_id))
+        self._fetch = self._said.fetch if self._copies_directly() else self._said.fetch_around
+
+    def _copies_directly(self) -> bool:
+        """Whether outputs can be copied into host memory of ours; else each fetch makes an array of its own."""
+        try:
+            self._said.fetch()
+        except Exception:  # not every build of onnxruntime knows the way
+            return False
+        return True
+
+    def run(self) -> None:
+        self._given.send()
+        self._session.run_with_iobinding(self._io, self._options)
+        self._io.synchronize_outputs()
+        self._fetch()

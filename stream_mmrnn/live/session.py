@@ -1,0 +1,209 @@
+"""A live session from start to summary: the loop around the supervisor that the verbs `live` and `record` share.
+
+Knows nothing about terminals or pages: who wants to see is given every message.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from typing import Any
+
+from stream_mmrnn.core import config, topics, wire
+from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.dedup import TickDeduplicator
+from stream_mmrnn.core.errors import WireError
+from stream_mmrnn.core.latency import StageTable, stages
+from stream_mmrnn.core.types import Envelope
+from stream_mmrnn.live import nodes
+from stream_mmrnn.live.supervisor import Node, Supervisor
+
+_CHECK_NS = 50_000_000
+_LOOK_S = 0.05
+
+
+class Session:
+    """One run of live capture; `run` returns its summary."""
+
+    def __init__(
+        self,
+        settings: config.Settings,
+        with_engine: bool,
+        alive: Callable[[], bool],
+        say: Callable[[str], None],
+        see: Callable[[Envelope], None] = lambda _: None,
+        often: Callable[[], None] = lambda: None,
+        watch: Collection[str] = (),
+    ) -> None:
+        """`see` is given every message that the supervisor hears, which are status, predictions and the topics of
+        `watch`: what nobody looks at is not carried. `often` is called some twenty times a second.
+        """
+        self.settings = settings
+        self.supervisor = Supervisor(settings, with_engine, say, watch)
+        self._alive, self._see_too, self._often = alive, see, often
+        self._latency = StageTable()
+        self._deduplicator = TickDeduplicator()
+
+    @property
+    def page(self) -> str:
+        """The address of the live page, once its process has said it; "" until then, and where there is none."""
+        status = next((n.status for n in self.supervisor.nodes if n.name == "dashboard" and n.status), None)
+        return str(status.detail.get("address", "")) if status else ""
+
+    def run(self, duration_s: float | None) -> dict[str, Any]:
+        """Start, go on for `duration_s` (None: until told, or until every source has ended), stop, sum up.
+
+        A session that cannot go on, because a process that it needs died too often, is stopped and summed up like any
+        other; `failed` in the summary says why.
+        """
+        supervisor = self.supervisor
+        began_ns = now_ns()
+        try:
+            supervisor.start(self._alive)
+            end_ns = None if duration_s is None else supervisor.opened_ns + int(duration_s * 1e9)
+            next_ns = drained_ns = 0
+            while self._alive() and (end_ns is None or now_ns() < end_ns):
+                # not woken by every prediction: whoever waits for it shall have the cores
+                time.sleep(_LOOK_S)
+                for envelope in supervisor.messages(0):
+                    self._see(envelope)
+                if now_ns() >= next_ns:
+                    next_ns = now_ns() + _CHECK_NS
+                    supervisor.check()
+                    self._often()
+                if supervisor.failed:
+                    break
+                if supervisor.sources_done:
+                    # what the sources sent last still has to become a tick
+                    drained_ns = drained_ns or now_ns() + 300_000_000
+                    if now_ns() >= drained_ns:
+                        break
+        finally:
+            supervisor.stop(self._see)
+        return self._summary(began_ns)
+
+    def _see(self, envelope: Envelope) -> None:
+        self._see_too(envelope)
+        if envelope.topic != topics.PREDICTION:
+            return
+        try:
+            p = wire.unpack(envelope.payload, wire.PredictionMessage)
+        except WireError:
+            return
+        if not self._deduplicator.first(envelope.session, p.tick):
+            return
+        self._latency.add(stages(p.event_ns, p.closed, p.step_start_ns, p.step_end_ns, envelope.publish_ns))
+
+    def _summary(self, began_ns: int) -> dict[str, Any]:
+        supervisor = self.supervisor
+        running = {n.name: n for n in supervisor.nodes}
+        engine = running["engine"].status if "engine" in running else None
+        detail = engine.detail if engine else {}
+        aligned = _table(detail, "streams")
+        streams = {
+            n.modality: stream_summary(n, _counts(aligned[n.modality]) if n.modality in aligned else None)
+            for n in supervisor.nodes
+            if n.is_source
+        }
+        for name, why in _table(detail, "misfits").items():
+            if name in streams and not streams[name]["reason"]:
+                streams[name]["reason"] = f"quarantined, {why}"
+        spec = _table(detail, "spec")
+        recorder = running["recorder"].status if "recorder" in running else None
+        first_ns = supervisor.first_prediction_ns
+        said = {name: node.status for name, node in running.items() if node.status is not None}
+        return {
+            "session": self.settings.session.name,
+            "seconds": round((supervisor.closed_ns - supervisor.opened_ns) / 1e9, 3),
+            "ticks": engine.counts.get("ticks", 0) if engine else 0,
+            "predictions": engine.counts.get("predictions", 0) if engine else 0,
+            "first_prediction_s": round((first_ns - began_ns) / 1e9, 3) if first_ns else None,
+            "model": {k: spec.get(k, "") for k in ("name", "sha256", "provider")} if engine else None,
+            "streams": streams,
+            "balanced": all(s["balanced"] for s in streams.values()),
+            "latency_ms": self._latency.table(),
+            "recording": {
+                "path": recorder.detail.get("path", ""),
+                "messages": recorder.counts.get("messages", 0),
+                "bytes": recorder.counts.get("bytes", 0),
+                "lost": recorder.counts.get("lost", 0),
+                "dropped": recorder.counts.get("dropped", 0),
+            }
+            if recorder
+            else None,
+            "repeated": self._deduplicator.count,
+            "viewers": {name: viewer_summary(status.counts) for name, status in said.items() if name in nodes.VIEWERS},
+            "denied": {name: status.detail["denied"] for name, status in said.items() if status.detail.get("denied")},
+            "restarts": {n.name: n.deaths for n in supervisor.nodes if n.deaths},
+            "given_up": {n.name: n.given_up for n in supervisor.nodes if n.given_up},
+            "failed": supervisor.failed,
+        }
+
+
+def _table(detail: dict[str, Any], key: str) -> dict[str, Any]:
+    """A table in a status's detail; empty where it is none: who says he is the engine need not be."""
+    value = detail.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _counts(value: Any) -> dict[str, int]:
+    table = value if isinstance(value, dict) else {}
+    return {key: n for key, n in table.items() if isinstance(n, int)}
+
+
+def viewer_summary(counts: dict[str, int]) -> dict[str, Any]:
+    """What a reader that wants the newest was given of what was sent to it, in messages."""
+    dropped = {reason: counts[reason] for reason in ("lost", "oldest", "superseded", "stale") if counts.get(reason)}
+    produced, delivered, waiting = (counts.get(name, 0) for name in ("produced", "delivered", "waiting"))
+    return {
+        "produced": produced,
+        "delivered": delivered,
+        "waiting": waiting,
+        "dropped": dropped,
+        "balanced": produced == delivered + waiting + sum(dropped.values()),
+    }
+
+
+def stream_summary(node: Node, aligned: dict[str, int] | None) -> dict[str, Any]:
+    """Where the messages of one stream went, hop by hop.
+
+    Unit of the first four: feature vectors. `produced` is what the worker says it sent (of a killed worker, what the
+    engine saw of it), `delivered` what ticks were made of, `dropped` the rest by reason; `balanced` says whether the
+    three agree. `capture` counts samples of the device on their way to the encoder, `stale` how often the device fell
+    silent for twice its period, and the seconds from there until it was heard again.
+    """
+    status = node.status
+    counts = status.counts if status else {}
+    published = node.published_before + counts.get("published", 0)
+    capture = {
+        "produced": counts.get("captured", 0),
+        "delivered": counts.get("captured", 0) - counts.get("queue_dropped", 0) - counts.get("undecodable", 0),
+        "dropped": {k: counts[k] for k in ("queue_dropped", "undecodable") if counts.get(k)},
+    }
+    stale = {k: n + counts.get(k, 0) for k, n in node.stale_before.items()}
+    summary: dict[str, Any] = {
+        "state": status.state if status else "dead",
+        "reason": status.reason if status else node.given_up,
+        "produced": published,
+        "delivered": published,
+        "dropped": {},
+        "balanced": True,
+        "capture": capture,
+        "stale": {"count": stale["stale"], "seconds": stale["stale_ms"] / 1000},
+        "source": status.detail if status else {},
+    }
+    if aligned is None:
+        return summary
+    reasons = ("lost", "late", "duplicate", "quarantined", "superseded", "unclosed", "outside")
+    dropped = {r: aligned[r] for r in reasons if aligned.get(r)}
+    arrived, used = aligned.get("arrived", 0) + aligned.get("lost", 0), aligned.get("used", 0)
+    # a killed worker could not say how much it had sent: what the sequence numbers prove is the truth then
+    produced = max(published, arrived) if node.deaths else published
+    return {
+        **summary,
+        "produced": produced,
+        "delivered": used,
+        "dropped": dropped,
+        "late_joined": aligned.get("late_joined", 0),
+        "balanced": produced == used + sum(dropped.values()),
+    }

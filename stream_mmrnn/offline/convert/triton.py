@@ -1,0 +1,194 @@
+"""A model repository for NVIDIA's Triton of a stateful model: `export --triton DIR`.
+
+    DIR/NAME/config.pbtxt     sequence batching with implicit state: Triton keeps the states, by the contract's pairs
+    DIR/NAME/1/model.onnx     the graph; Triton's controls are columns [batch, 1], which its first nodes make rows of
+
+Written from the contract alone, without torch. The words of the configuration are those of Triton's own model_config
+.proto. Knows nothing about who serves it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from stream_mmrnn.core import config
+from stream_mmrnn.core.errors import FileError, ModelError
+from stream_mmrnn.graph import model_file as onnx_bytes
+from stream_mmrnn.graph.model_file import node
+from stream_mmrnn.graph.runtime import Graph
+from stream_mmrnn.predict.contract import Contract, contract_of
+
+READY, START = "READY", "START"
+"""Triton's controls for `active` and `reset`."""
+_TYPES = {
+    "tensor(float)": "TYPE_FP32",
+    "tensor(float16)": "TYPE_FP16",
+    "tensor(double)": "TYPE_FP64",
+    "tensor(bool)": "TYPE_BOOL",
+    "tensor(int64)": "TYPE_INT64",
+    "tensor(int32)": "TYPE_INT32",
+    "tensor(int8)": "TYPE_INT8",
+    "tensor(uint8)": "TYPE_UINT8",
+}
+_ROWS = "triton/rows"
+
+
+class Word(NamedTuple):
+    """A name of an enumeration, which stands without quotes."""
+
+    text: str
+
+
+Value = str | int | bool | Word | Mapping[str, Any] | Sequence[Any]
+
+
+def _lines(key: str, value: Value, indent: str) -> Iterable[str]:
+    if isinstance(value, Word):
+        yield f"{indent}{key}: {value.text}"
+    elif isinstance(value, Mapping):
+        yield f"{indent}{key} {{"
+        for name, inner in value.items():
+            yield from _lines(name, inner, indent + "  ")
+        yield f"{indent}}}"
+    elif isinstance(value, bool | int):
+        yield f"{indent}{key}: {str(value).lower()}"
+    elif isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        yield f'{indent}{key}: "{escaped}"'
+    elif all(isinstance(inner, int) for inner in value):
+        yield f"{indent}{key}: [ {', '.join(str(int(inner)) for inner in value)} ]"
+    else:
+        for inner in value:
+            yield from _lines(key, inner, indent)
+
+
+def text_of(table: Mapping[str, Value]) -> str:
+    """A message of protobuf as text; a list of messages is the key as often as there are some."""
+    return "\n".join(line for key, value in table.items() for line in _lines(key, value, "")) + "\n"
+
+
+def _tensor(name: str, kind: str, shape: Sequence[int | None], where: Path) -> dict[str, Any]:
+    """Name, type and the axes after the batch's."""
+    if kind not in _TYPES:
+        raise ModelError(f"{where}: Triton has no name for the type {kind} of `{name}`")
+    return {"name": name, "data_type": Word(_TYPES[kind]), "dims": [-1 if n is None else n for n in shape]}
+
+
+def configuration(name: str, graph: Graph, contract: Contract, sessions: int, idle_s: float) -> dict[str, Any]:
+    """config.pbtxt as a table. Up to `sessions` at once; one that is silent for `idle_s` loses its state.
+
+    Raises:
+        ModelError: the graph cannot be served so; it names what stands in the way.
+
+    """
+    where, wiring = graph.path, contract.wiring
+    if wiring.constants:
+        raise ModelError(f"{where} has inputs that are the same in every run ({', '.join(wiring.constants)}); Triton's "
+                         "sequences have no such: make them constants of the graph")  # fmt: skip
+    turned = [name for name, wires in wiring.states.items() if wires.batch_axis]
+    if turned:
+        raise ModelError(f"{where}: the batch of the state `{turned[0]}` is not its first axis, as Triton wants it")
+    if not wiring.reset:
+        raise ModelError(f"{where} has no input that starts a session anew, which Triton's sequences want")
+    rows = [*wiring.inputs.values(), *(n for n in (wiring.present, wiring.age) if n)]
+    controls = []
+    for control, input_name, kind in (
+        (READY, wiring.active, "CONTROL_SEQUENCE_READY"),
+        (START, wiring.reset, "CONTROL_SEQUENCE_START"),
+    ):
+        if input_name:
+            # the type is the graph's; true means what it says there
+            said = {"tensor(bool)": "bool_false_true", "tensor(float)": "fp32_false_true"}.get(
+                graph.inputs[input_name].type, "int32_false_true"
+            )
+            controls.append({"name": control, "control": [{"kind": Word(kind), said: [0, 1]}]})
+    states = []
+    for wires in wiring.states.values():
+        spec = graph.inputs[wires.input]
+        held = _tensor(wires.input, spec.type, spec.shape[1:], where)
+        states.append(
+            {
+                "input_name": wires.input,
+                "output_name": wires.output,
+                "data_type": held["data_type"],
+                "dims": held["dims"],
+                # what a slot holds before its first step would be anybody's else, and a product with it not a number
+                "initial_state": [{"name": "zeros", **{k: held[k] for k in ("data_type", "dims")}, "zero_data": True}],
+            }
+        )
+    return {
+        "name": name,
+        "backend": "onnxruntime",
+        "max_batch_size": min(sessions, 64),
+        "input": [_tensor(n, graph.inputs[n].type, graph.inputs[n].shape[1:], where) for n in rows],
+        "output": [_tensor(n, graph.outputs[n].type, graph.outputs[n].shape[1:], where) for n in wiring.heads.values()],
+        "sequence_batching": {
+            "max_sequence_idle_microseconds": round(idle_s * 1e6),
+            "control_input": controls,
+            "state": states,
+            # `direct` would give each session a row of its own for as long as it lasts, and run the empty ones, too
+            "oldest": {"max_candidate_sequences": sessions, "max_queue_delay_microseconds": 0},
+        },
+        "instance_group": [{"kind": Word("KIND_AUTO"), "count": 1}],
+    }
+
+
+def with_controls(model: bytes, wiring_names: Mapping[str, str]) -> bytes:
+    """The graph with `[batch, 1]` inputs in place of rows: by the new name, the old one."""
+    old = {was: control for control, was in wiring_names.items() if was}
+    out = []
+    for number, whole, content in onnx_bytes.fields(memoryview(model)):
+        if number != onnx_bytes.MODEL_GRAPH:
+            out.append(bytes(whole))
+            continue
+        before = [onnx_bytes.initializer(_ROWS, np.array([-1], np.int64))]
+        rest = []
+        for inner, part, said in onnx_bytes.fields(content):
+            name = onnx_bytes.name_of(said) if inner == onnx_bytes.GRAPH_INPUT else ""
+            if name in old:
+                element = onnx_bytes.element_of(said)
+                rest.append(onnx_bytes.value(onnx_bytes.GRAPH_INPUT, old[name], element, (1,), "batch"))
+                before.append(node("Reshape", (old[name], _ROWS), (name,), f"triton/{name}"))
+            else:
+                rest.append(bytes(part))
+        out.append(onnx_bytes.message(onnx_bytes.MODEL_GRAPH, b"".join((*before, *rest))))
+    return b"".join(out)
+
+
+def write(model: Path, folder: Path, sessions: int = 1024, idle_s: float | None = None) -> dict[str, Any]:
+    """Write the repository of an ONNX file into `folder`; what was written, as a JSON document.
+
+    Raises:
+        ModelError: it is none of a stateful model with a contract, or Triton cannot serve it so.
+        FileError: the folder has a model of that name, or cannot be written.
+
+    """
+    graph = Graph(model, "cpu")
+    contract = contract_of(graph)
+    name = contract.spec.name
+    place = folder / name
+    table = configuration(name, graph, contract, sessions, config.State().idle_s if idle_s is None else idle_s)
+    content = with_controls(model.read_bytes(), {READY: contract.wiring.active, START: contract.wiring.reset})
+    if place.exists():
+        raise FileError(f"{place} is there already; remove it, or give another folder")
+    try:
+        (place / "1").mkdir(parents=True)
+        (place / "1" / "model.onnx").write_bytes(content)
+        (place / "config.pbtxt").write_text(text_of(table), encoding="utf-8")
+    except OSError as e:
+        shutil.rmtree(place, ignore_errors=True)
+        raise FileError(f"the repository cannot be written to {folder}: {e.strerror}") from e
+    return {
+        "repository": str(folder),
+        "model": name,
+        "files": [str(place / "config.pbtxt"), str(place / "1" / "model.onnx")],
+        "inputs": [i["name"] for i in table["input"]],
+        "outputs": [o["name"] for o in table["output"]],
+        "states": [s["input_name"] for s in table["sequence_batching"]["state"]],
+        "sessions": sessions,
+    }

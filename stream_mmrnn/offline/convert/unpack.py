@@ -1,0 +1,290 @@
+"""A recording as plain files: Parquet and CSV tables, WAV and MP4.
+
+Every file counts its time from the same moment (`zero_ns`), so that sound, pictures and tables lie over each other, and
+tables carry the nanoseconds themselves. Files are made beside their places and moved there when all of them are whole.
+Knows nothing about how a recording is laid out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from stream_mmrnn.core import topics, wire
+from stream_mmrnn.core.dedup import TickDeduplicator
+from stream_mmrnn.core.errors import FileError, UsageError, WireError
+from stream_mmrnn.core.extras import need
+from stream_mmrnn.core.types import Envelope
+from stream_mmrnn.offline.convert.writers import Codec, Csv, Mp4, Parquet, Row, Wav, Writer
+from stream_mmrnn.recording.mcap_file import Recording
+from stream_mmrnn.viewers.columns import Column, columns_of
+
+FORMATS = ("parquet", "wav", "mp4", "csv")
+_RATE_HZ = topics.AUDIO_RATE_HZ
+_MANIFEST = "manifest.json"
+
+
+class Seen(msgspec.Struct):
+    """What is in a recording, as one reading shows."""
+
+    counts: dict[str, int]
+    zero_ns: int
+    """The beginning: of the session, or of what is earlier."""
+    end_ns: int
+    columns: list[Column]
+    damage: str
+
+
+def look(path: Path) -> Seen:
+    """Read a recording once; raises FileError where it is none."""
+    recording = Recording(path)
+    counts: dict[str, int] = {}
+    zero_ns = end_ns = None
+    first: wire.PredictionMessage | None = None
+    for e in recording.envelopes():
+        counts[e.topic] = counts.get(e.topic, 0) + 1
+        if e.topic == topics.CLOCK:
+            continue
+        begin_ns = e.event_ns
+        if e.topic.startswith(topics.RAW) and topics.kind_of(e.topic) == "audio":
+            begin_ns -= round(len(e.payload) * 1e9 / _RATE_HZ)
+        zero_ns = begin_ns if zero_ns is None else min(zero_ns, begin_ns)
+        end_ns = e.event_ns if end_ns is None else max(end_ns, e.event_ns)
+        if first is None and e.topic == topics.PREDICTION:
+            with contextlib.suppress(WireError):
+                first = wire.unpack(e.payload, wire.PredictionMessage)
+    return Seen(counts, zero_ns or 0, end_ns or 0, columns_of(recording, first), recording.damage)
+
+
+class _Rows:
+    """What tables have for rows."""
+
+    def __init__(self, zero_ns: int, wall_offset_ns: int, columns: Sequence[Column]) -> None:
+        self._zero_ns, self._wall_ns, self._columns = zero_ns, wall_offset_ns, columns
+        self.malformed = 0
+
+    def _when(self, event_ns: int) -> list[Any]:
+        return [event_ns, event_ns + self._wall_ns, (event_ns - self._zero_ns) / 1e9]
+
+    def features(self, e: Envelope) -> Row | None:
+        return [*self._when(e.event_ns), e.seq, e.capture_ns, e.publish_ns, e.device_ns, e.origin, e.payload]
+
+    def words(self, e: Envelope) -> Row | None:
+        modality = topics.TOPICS[e.topic].modality
+        text = bytes(e.payload).decode("utf-8", "replace")
+        return [*self._when(e.event_ns), *([modality] if modality else []), text]
+
+    def ticks(self) -> Callable[[Envelope], Row | None]:
+        deduplicator, modalities = TickDeduplicator(), list(topics.MODALITIES)
+
+        def row(e: Envelope) -> Row | None:
+            t = self._unpack(e, wire.TickMessage)
+            if t is None or not deduplicator.first(e.session, t.tick):
+                return None
+            seen = [v for m in modalities for v in (t.present.get(m), t.age_ns.get(m))]
+            return [t.tick, *self._when(t.event_ns), t.closed.by, *seen]
+
+        return row
+
+    def predictions(self) -> Callable[[Envelope], Row | None]:
+        deduplicator = TickDeduplicator()  # an engine that went on after a crash says some twice
+
+        def row(e: Envelope) -> Row | None:
+            p = self._unpack(e, wire.PredictionMessage)
+            if p is None or not deduplicator.first(e.session, p.tick):
+                return None
+            heads = p.heads
+            values = [heads[c.head][c.index] if c.index < len(heads.get(c.head, ())) else None for c in self._columns]
+            return [p.tick, *self._when(p.event_ns), p.step_start_ns, p.step_end_ns, *values]
+
+        return row
+
+    def _unpack(self, e: Envelope, kind: Any) -> Any:
+        try:
+            return wire.unpack(e.payload, kind)
+        except WireError:
+            self.malformed += 1
+            return None
+
+
+_WHEN = ("event_ns", "unix_ns", "seconds")
+
+
+class Planned(NamedTuple):
+    """A file to be made."""
+
+    name: str
+    topics: tuple[str, ...]
+    make: Callable[[Path], Writer]
+
+
+def _plan(formats: Sequence[str], seen: Seen, rows: _Rows, codec: Codec) -> Iterator[Planned]:
+    """Each file that there is something for."""
+
+    def has(topic: str) -> bool:
+        return seen.counts.get(topic, 0) > 0
+
+    names = ["tick", *_WHEN, "step_start_ns", "step_end_ns", *(c.label for c in seen.columns)]
+    for name, modality in topics.MODALITIES.items():
+        raw, feature = topics.raw(name), topics.feature(name)
+        if "wav" in formats and modality.kind == "audio" and has(raw):
+            yield Planned(f"{name}.wav", (raw,), partial(Wav, zero_ns=seen.zero_ns))
+        if "mp4" in formats and modality.kind == "vision" and has(raw):
+            yield Planned(f"{name}.mp4", (raw,), partial(Mp4, zero_ns=seen.zero_ns, codec=codec))
+        if "parquet" in formats and has(feature):
+            make = partial(Parquet, schema=_feature_schema(), row=rows.features)
+            yield Planned(f"features_{name}.parquet", (feature,), make)
+    if "parquet" in formats and has(topics.TICK):
+        yield Planned("ticks.parquet", (topics.TICK,), partial(Parquet, schema=_tick_schema(), row=rows.ticks()))
+    if "parquet" in formats and has(topics.PREDICTION):
+        make = partial(Parquet, schema=_prediction_schema(seen.columns), row=rows.predictions())
+        yield Planned("predictions.parquet", (topics.PREDICTION,), make)
+    words = tuple(topics.raw(m.name) for m in topics.MODALITIES.values() if m.kind == "text")
+    if "csv" in formats and any(map(has, words)):
+        yield Planned("text.csv", words, partial(Csv, names=[*_WHEN, "modality", "text"], row=rows.words))
+    if "csv" in formats and has(topics.LABEL):
+        yield Planned("labels.csv", (topics.LABEL,), partial(Csv, names=[*_WHEN, "label"], row=rows.words))
+    if "csv" in formats and has(topics.PREDICTION):
+        yield Planned("predictions.csv", (topics.PREDICTION,), partial(Csv, names=names, row=rows.predictions()))
+
+
+def _fields(*fields: tuple[str, Any]) -> Any:
+    import pyarrow as pa
+
+    return pa.schema(list(fields))
+
+
+def _when_fields() -> list[tuple[str, Any]]:
+    import pyarrow as pa
+
+    return [("event_ns", pa.int64()), ("unix_ns", pa.int64()), ("seconds", pa.float64())]
+
+
+def _feature_schema() -> Any:
+    import pyarrow as pa
+
+    numbers = [(n, pa.int64()) for n in ("seq", "capture_ns", "publish_ns", "device_ns")]
+    return _fields(*_when_fields(), *numbers, ("origin", pa.string()), ("values", pa.list_(pa.float32())))
+
+
+def _tick_schema() -> Any:
+    import pyarrow as pa
+
+    seen = [f for m in topics.MODALITIES for f in ((f"present.{m}", pa.bool_()), (f"age_ns.{m}", pa.int64()))]
+    return _fields(("tick", pa.int64()), *_when_fields(), ("closed_by", pa.string()), *seen)
+
+
+def _prediction_schema(columns: Sequence[Column]) -> Any:
+    import pyarrow as pa
+
+    numbers = [(n, pa.int64()) for n in ("step_start_ns", "step_end_ns")]
+    return _fields(("tick", pa.int64()), *_when_fields(), *numbers, *((c.label, pa.float32()) for c in columns))
+
+
+def unpack(
+    path: Path,
+    folder: Path,
+    formats: Sequence[str] = FORMATS,
+    *,
+    codec: Codec = "h264",
+    force: bool = False,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+    alive: Callable[[], bool] = lambda: True,
+) -> dict[str, Any]:
+    """Write what is in a recording as plain files into `folder`, and say what they are.
+
+    `progress` is told how many messages are done, and of how many. Where `alive` says no, nothing is written, and
+    `stopped` is true.
+
+    Raises:
+        UsageError: an unknown format, or one whose package is not installed.
+        FileError: the recording is none, a file is there already (unless `force`), or the disk does not take it.
+
+    """
+    unknown = [f for f in formats if f not in FORMATS]
+    if unknown or not formats:
+        raise UsageError(f"there is no format {unknown[0] if unknown else ''!r}; use some of {','.join(FORMATS)}")
+    if "parquet" in formats:
+        need("Parquet", "export", "pyarrow")
+    seen = look(path)
+    recording = Recording(path)
+    wall_offset_ns = recording.started_unix_ns - int(recording.metadata["started_ns"])
+    rows = _Rows(seen.zero_ns, wall_offset_ns, seen.columns)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=".unpack-", dir=folder))
+    except OSError as e:
+        raise FileError(f"{folder} cannot be written: {e.strerror}; choose another place") from e
+    try:
+        planned = list(_plan(formats, seen, rows, codec))
+        _refuse([folder / file.name for file in planned] + [folder / _MANIFEST], force)
+        about = _write(recording, beside, planned, seen.counts, progress, alive)
+        document: dict[str, Any] = {
+            "recording": str(path),
+            "session": recording.session,
+            "zero_ns": seen.zero_ns,
+            "zero_unix_ns": seen.zero_ns + wall_offset_ns,
+            "seconds": round((seen.end_ns - seen.zero_ns) / 1e9, 3),
+            "files": about or {},
+            "malformed": rows.malformed,
+            "damage": recording.damage,
+        }
+        if about is None:
+            return {**document, "folder": str(folder), "stopped": True}
+        (beside / _MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(document)))
+        for name in [*about, _MANIFEST]:
+            (beside / name).replace(folder / name)
+    except OSError as e:
+        raise FileError(f"{folder} cannot be written: {e.strerror or e}; make room, or choose another place") from e
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return {**document, "folder": str(folder), "stopped": False}
+
+
+def _refuse(files: Sequence[Path], force: bool) -> None:
+    there = [f.name for f in files if f.exists()]
+    if there and not force:
+        raise FileError(f"{files[0].parent} holds {', '.join(there)} already; choose another folder, or say --force")
+
+
+def _write(
+    recording: Recording,
+    beside: Path,
+    planned: Sequence[Planned],
+    counts: dict[str, int],
+    progress: Callable[[int, int], None],
+    alive: Callable[[], bool],
+) -> dict[str, Any] | None:
+    """What is to be said of each file, or None where it was stopped."""
+    writers: dict[str, Writer] = {}
+    by_topic: dict[str, list[Writer]] = {}
+    about: dict[str, Any] = {}
+    try:
+        for file in planned:
+            writers[file.name] = file.make(beside / file.name)
+            for topic in file.topics:
+                by_topic.setdefault(topic, []).append(writers[file.name])
+        done, count = 0, sum(counts.get(topic, 0) for topic in by_topic)
+        for batch in recording.batches(set(by_topic)):
+            for envelope in batch:
+                for writer in by_topic[envelope.topic]:
+                    writer.add(envelope)
+            done += len(batch)
+            progress(done, count)
+            if not alive():
+                return None
+        while writers:
+            name = next(iter(writers))
+            about[name] = writers.pop(name).close()
+    finally:
+        for writer in writers.values():  # of a failure: what they say is of no use
+            with contextlib.suppress(Exception):
+                writer.close()
+    return about

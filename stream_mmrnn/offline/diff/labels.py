@@ -1,0 +1,114 @@
+"""A track beside the labels that were typed while it was recorded: how often it is right, and how soon after a change.
+
+A head is scored where labels of the recording are among its own. One that says yes or no in a single number is scored
+where its label (or, where it has none, its name) was typed: that label means yes, any other, and `none`, means no, from
+the first label on. Knows nothing about how predictions were made.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stream_mmrnn.core.errors import FileError, UsageError
+from stream_mmrnn.core.types import HeadSpec
+from stream_mmrnn.offline.diff.compare import Bools, Ints, decisions
+from stream_mmrnn.offline.diff.tracks import Track
+from stream_mmrnn.recording.mcap_file import Recording
+from stream_mmrnn.training import metrics
+from stream_mmrnn.training.recipe import Head
+from stream_mmrnn.training.tasks.recordings import NOTHING, Events, ahead_ns_of, classes_at
+
+YES_NO = ("no", "yes")
+
+
+def labels_of(path: Path) -> Events:
+    """What was typed; raises FileError where nothing was."""
+    events = Events(Recording(path))
+    if not {name for _, name in events.labels} - set(NOTHING):
+        raise FileError(f"{path} holds no labels; type `/label NAME` into the text source while recording")
+    return events
+
+
+def _names(spec: HeadSpec) -> tuple[str, ...]:
+    """The labels that a head can be right about."""
+    if spec.kind != "classification":
+        return ()
+    return spec.labels if spec.size > 1 else (spec.labels[:1] or (spec.name,))
+
+
+def _targets(spec: HeadSpec, track: Track, events: Events, ahead_ns: int) -> tuple[Ints, Bools]:
+    """The class [T] that is true at each tick, and whether that is known."""
+    times = track.event_ns.tolist()
+    target, known = classes_at(_names(spec), ahead_ns, times, events)
+    if spec.size > 1:
+        return target.astype(np.int64), known > 0
+    yes = known > 0
+    begun = [events.labels[0][0] <= at_ns + ahead_ns <= times[-1] for at_ns in times]
+    return yes.astype(np.int64), np.array(begun, np.bool_)
+
+
+def score(track: Track, events: Events) -> dict[str, Any]:
+    """By head: accuracy, balanced accuracy, confusion, and how long after a change of label the head follows.
+
+    Raises:
+        UsageError: no head has a label that was typed.
+
+    """
+    typed = {name for _, name in events.labels} - set(NOTHING)
+    heads = {}
+    for name, said in track.heads.items():
+        spec = track.specs.get(name)
+        if spec is None or not typed & set(_names(spec)):
+            continue
+        ahead_ns = ahead_ns_of(spec.horizons_s)
+        target, known = _targets(spec, track, events, ahead_ns)
+        decided = decisions(spec, said)
+        assert decided is not None  # a classification decides
+        decided = decided.reshape(len(said))
+        counts = known & (decided >= 0)
+        head = Head(name=name, kind="classification", size=spec.size, labels=spec.labels)
+        figures = metrics.score(head, said[counts], target[counts], spec.threshold)
+        figures.pop("reliability", None)
+        names = spec.labels if spec.size > 1 else YES_NO
+        figures["confusion"] = {
+            "labels": list(names),
+            "true_by_said": metrics.confusion(decided[counts], target[counts], len(names)).tolist(),
+        }
+        heads[name] = {
+            **metrics.clean(figures),
+            "unknown": int((~known).sum()),
+            "not_a_number": int((known & (decided < 0)).sum()),
+            "changes": _changes(track, decided, target, known, events, ahead_ns),
+        }
+    if not heads:
+        offered = "; ".join(f"{s.name}: {', '.join(_names(s))}" for s in track.specs.values() if _names(s)) or "none"
+        raise UsageError(
+            f"{track.name} has no head for the labels {', '.join(sorted(typed))}; "
+            f"the heads that take labels are {offered}"
+        )
+    return heads
+
+
+def _changes(track: Track, decided: Ints, target: Ints, known: Bools, events: Events, ahead_ns: int) -> dict[str, Any]:
+    """How long after a label that changes what is true the head says so, until the next change; ms of event time.
+
+    A head that speaks of the future may be right before the label was typed: its delay is then negative.
+    """
+    typed_ns = [at_ns for at_ns, _ in events.labels]
+    changed = np.flatnonzero(known[1:] & known[:-1] & (target[1:] != target[:-1])) + 1
+    ends = [*changed.tolist(), len(target)][1:]
+    delays = []
+    for begin, end in zip(changed.tolist(), ends, strict=True):
+        right = np.flatnonzero(decided[begin:end] == target[begin])
+        if len(right):
+            label_ns = typed_ns[bisect_right(typed_ns, int(track.event_ns[begin]) + ahead_ns) - 1]
+            delays.append((int(track.event_ns[begin + right[0]]) - label_ns) / 1e6)
+    row: dict[str, Any] = {"count": len(changed), "followed": len(delays), "missed": len(changed) - len(delays)}
+    if delays:
+        p50, p95 = np.quantile(delays, (0.5, 0.95), method="inverted_cdf")
+        row |= {"p50_ms": float(p50), "p95_ms": float(p95), "max_ms": max(delays)}
+    return row

@@ -1,0 +1,312 @@
+"""Replay: a recording through the same generator as live, and the comparison with what was predicted then.
+
+Knows nothing about the bus or processes: a recording is an iterable of envelopes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import msgspec
+
+from stream_mmrnn.capture.encoders import create
+from stream_mmrnn.capture.pipeline import reencode
+from stream_mmrnn.core import config, topics, wire
+from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.dedup import WINDOW
+from stream_mmrnn.core.errors import FileError, UsageError
+from stream_mmrnn.core.latency import Histogram
+from stream_mmrnn.core.types import Envelope, Prediction, Vectors
+from stream_mmrnn.graph.runtime import Provider
+from stream_mmrnn.offline.pacing import pace
+from stream_mmrnn.predict.align import Aligner
+from stream_mmrnn.predict.engine import StepEngine
+from stream_mmrnn.predict.pipeline import predict
+from stream_mmrnn.recording.mcap_file import Recording
+from stream_mmrnn.recording.message_counts import LOST, MessageCounts
+from stream_mmrnn.recording.settings import settings_of
+
+if TYPE_CHECKING:
+    from stream_mmrnn.offline.player import Player
+
+From = Literal["features", "raw"]
+
+
+class Recorded(msgspec.Struct, frozen=True, gc=False):
+    """What is compared of a recorded prediction: reading no more is half the work."""
+
+    tick: int
+    heads: dict[str, list[float | None]]
+    present: dict[str, bool]
+    age_ns: dict[str, int]
+
+
+_then = msgspec.json.Decoder(Recorded)
+
+
+class Replayed(NamedTuple):
+    """The same of a prediction made now. Not the prediction itself: it would keep the features, too."""
+
+    heads: Vectors
+    present: dict[str, bool]
+    age_ns: dict[str, int]
+
+
+class Comparison:
+    """Predictions made now against those in the recording, tick by tick.
+
+    Both come in one pass, in whatever order; what has met its counterpart is forgotten.
+    """
+
+    def __init__(self) -> None:
+        self._then: dict[int, Recorded] = {}
+        self._now: dict[int, Replayed] = {}
+        self._recent: OrderedDict[int, Recorded] = OrderedDict()
+        """The newest recorded ones, met or not: an engine that went on after a crash has said some of them twice."""
+        self.recorded = 0
+        self.different = 0
+        self.extra = 0
+        self.missing = 0
+        self.repeated = 0
+        """Recorded twice, the same both times."""
+        self.max_abs_difference = 0.0
+        self.first = ""
+        """One sentence about the first difference."""
+
+    def aside(self, batches: Iterable[Sequence[Envelope]]) -> Iterator[Envelope]:
+        """The same messages one by one, without the recorded predictions: these come here."""
+
+        def without(batch: Sequence[Envelope]) -> Sequence[Envelope]:
+            for envelope in batch:
+                if envelope.topic == topics.PREDICTION:
+                    self.see_recorded(envelope.payload)
+            return [e for e in batch if e.topic != topics.PREDICTION]
+
+        return chain.from_iterable(map(without, batches))
+
+    def see_recorded(self, payload: Any) -> None:
+        self.recorded += 1
+        try:
+            then = _then.decode(payload)
+        except (msgspec.MsgspecError, TypeError, ValueError, RecursionError) as e:
+            self.missing += 1
+            self._note(f"a recorded prediction cannot be read: {e}")
+            return
+        before = self._recent.get(then.tick)
+        if before is not None:
+            self.repeated += before == then
+            if before != then:
+                self.different += 1
+                self._note(f"tick {then.tick} was recorded twice, with other numbers")
+            return
+        self._recent[then.tick] = then
+        if len(self._recent) > WINDOW:
+            self._recent.popitem(last=False)
+        now = self._now.pop(then.tick, None)
+        if now is not None:
+            self._compare(then, now)
+        elif self._then.setdefault(then.tick, then) is not then:
+            self.missing += 1
+
+    def see(self, prediction: Prediction) -> None:
+        tick = prediction.tick
+        now = Replayed(prediction.heads, tick.present, tick.age_ns)
+        then = self._then.pop(tick.index, None)
+        if then is not None:
+            self._compare(then, now)
+        elif self._now.setdefault(tick.index, now) is not now:
+            self.extra += 1
+
+    def _compare(self, then: Recorded, now: Replayed) -> None:
+        same = then.present == now.present and then.age_ns == now.age_ns
+        if same and then.heads == {name: values.tolist() for name, values in now.heads.items()}:
+            return
+        same = same and then.heads.keys() == now.heads.keys()
+        if not same:
+            self._note(f"tick {then.tick} saw other inputs than when it was recorded")
+        for name, values in now.heads.items():
+            before = then.heads.get(name, [])
+            for new, old in zip(values.tolist(), before, strict=False):
+                if old is None or math.isnan(new):
+                    same = same and old is None and math.isnan(new)
+                elif new != old:
+                    same = False
+                    self.max_abs_difference = max(self.max_abs_difference, abs(new - old))
+                    self._note(f"tick {then.tick}, head {name!r}: {new!r} now, {old!r} recorded")
+            same = same and len(values) == len(before)
+        self.different += not same
+
+    def _note(self, sentence: str) -> None:
+        self.first = self.first or sentence
+
+    def summary(self) -> dict[str, Any]:
+        """Counts, once both are at their end."""
+        extra, missing = self.extra + len(self._now), self.missing + len(self._then)
+        if extra and self._now:
+            self._note(f"tick {next(iter(self._now))} has no recorded prediction")
+        if missing:
+            self._note(f"{missing} recorded predictions were not made again")
+        return {
+            "identical": not (self.different or extra or missing) and self.recorded > 0,
+            "recorded_predictions": self.recorded,
+            "different": self.different,
+            "missing": missing,
+            "extra": extra,
+            "repeated": self.repeated,
+            "max_abs_difference": self.max_abs_difference,
+            "first_difference": self.first,
+        }
+
+
+def replay(
+    path: Path,
+    *,
+    speed: float | None = None,
+    source: From = "features",
+    model: str | None = None,
+    provider: Provider = "cpu",
+    verify: bool = False,
+    see: Callable[[Prediction], None] = lambda _: None,
+    alive: Callable[[], bool] = lambda: True,
+    player: Player | None = None,
+) -> dict[str, Any]:
+    """Run a recording through aligner and engine again.
+
+    `speed` paces it (1 is as it was); None is as fast as it goes. `source` says whether the recorded feature vectors
+    are used or made again from the raw samples. Always compares with the recorded predictions where there are some;
+    `verify` makes a comparison that cannot be made an error. A `player` shows it on a page and paces it instead of
+    `speed`; what is returned is then of the last pass.
+
+    Raises:
+        UsageError: the file, its model or its raw streams are not there.
+
+    """
+    recording = Recording(path)
+    settings = settings_of(recording)
+    name = model or settings.engine.model
+    engine = StepEngine(config.find_model(name), settings.engine.slots, provider)
+    if verify:
+        if next(recording.predictions(), None) is None:
+            raise FileError(f"{path} holds no predictions to compare with; it was made by `record`, or cut off early")
+        if engine.spec.sha256 != recording.metadata.get("model_sha256"):
+            raise UsageError(f"{path} was predicted by another version of the model {name!r}; give that one by --model")
+    wanted = {topics.CLOCK, topics.SESSION, *(topics.feature(m.name) for m in engine.spec.modalities)}
+    if source == "raw":
+        if recording.metadata.get("raw") == "false":
+            raise UsageError(f"{path} was recorded without raw streams (record.raw = false); replay it from features")
+        wanted |= {topics.raw(m.name) for m in engine.spec.modalities}
+    if player is not None:
+        wanted |= player.WANTED
+        player.load(path.name, engine.spec, *_span(recording), _statuses(recording))
+    while True:
+        aligner = Aligner.of(engine.spec.modalities, engine.spec.tick_ns, settings.align)
+        comparison = Comparison()
+        envelopes = comparison.aside(recording.batches(wanted | {topics.PREDICTION}))
+        if player is not None:
+            envelopes = player.play(envelopes)
+        if source == "raw":
+            # a signal has no raw messages: its features are the raw ones
+            raw = [m.name for m in engine.spec.modalities if topics.MODALITIES[m.name].schema]
+            envelopes = reencode(envelopes, {name: create(name) for name in raw})
+        if speed is not None and player is None:
+            envelopes = pace(envelopes, speed, alive)
+        steps = Histogram()
+        count, first_ns, last_ns = 0, 0, 0
+        began_ns = now_ns()
+        for prediction in predict(envelopes, aligner, engine):
+            count += 1
+            first_ns = first_ns or prediction.tick.event_ns
+            last_ns = prediction.tick.event_ns
+            steps.add(prediction.step_end_ns - prediction.step_start_ns)
+            comparison.see(prediction)
+            if player is not None:
+                player.see(prediction)
+            see(prediction)
+            if not alive():
+                break
+        if player is None or not player.again():
+            break
+    seconds = (now_ns() - began_ns) / 1e9
+    covered_s = (last_ns - first_ns + engine.spec.tick_ns) / 1e9 if count else 0.0
+    return {
+        "recording": str(path),
+        "session": recording.session,
+        "source": source,
+        "model": {"name": engine.spec.name, "sha256": engine.spec.sha256, "provider": engine.provider},
+        "ticks": count,
+        "predictions": count,
+        **comparison.summary(),
+        "streams": {
+            name: {
+                "received": c.received,
+                "delivered": c.used,
+                "dropped": c.dropped(),
+                "late_joined": c.late_joined,
+            }
+            for name, c in aligner.counts.items()
+        },
+        "covered_s": round(covered_s, 3),
+        "seconds": round(seconds, 4),
+        "times_real_time": round(covered_s / seconds, 1) if seconds else 0.0,
+        "latency_ms": {"step": steps.row()} if count else {},
+        "damage": recording.damage,
+    }
+
+
+def _statuses(recording: Recording) -> list[wire.StatusMessage]:
+    """What each process said last, where the recording has an end that says it."""
+    try:
+        said = msgspec.json.decode(recording.end.get("statuses", "{}"), type=dict[str, wire.StatusMessage])
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return []
+    return list(said.values())
+
+
+def _span(recording: Recording) -> tuple[int, int]:
+    """When the first and the last tick of time in it were published."""
+    stamps = [e.publish_ns for e in recording.envelopes({topics.CLOCK})]
+    return (stamps[0], stamps[-1]) if stamps else (0, 0)
+
+
+def info(path: Path) -> dict[str, Any]:
+    """What is in a recording: streams with their counts and times, model, encoders, losses, and whether it is whole."""
+    recording = Recording(path)
+    channels: dict[str, dict[str, Any]] = {}
+    first_ns = last_ns = 0
+    for e in recording.envelopes():
+        channel = channels.setdefault(e.topic, {"messages": 0, "origin": e.origin, "gaps": 0, "_next": e.seq})
+        channel["gaps"] += max(0, e.seq - channel["_next"])
+        channel["_next"] = e.seq + 1
+        channel["messages"] += 1
+        first_ns, last_ns = first_ns or e.publish_ns, max(last_ns, e.publish_ns)
+    for channel in channels.values():
+        del channel["_next"]
+        channel["rate_hz"] = round(channel["messages"] / ((last_ns - first_ns) / 1e9), 2) if last_ns > first_ns else 0.0
+    m = recording.metadata
+    said = MessageCounts.of(recording.end or recording.so_far)
+    try:
+        lost = msgspec.json.decode(recording.end.get("lost", "{}"), type=dict[str, int])
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        lost = {}
+        recording.damage = recording.damage or f"{path.name} has a damaged end: what it lost cannot be read"
+    return {
+        "recording": str(path),
+        "bytes": path.stat().st_size,
+        "session": recording.session,
+        "seconds": round((last_ns - first_ns) / 1e9, 3),
+        "started_unix_ns": recording.started_unix_ns,
+        "model": {"name": m.get("model", ""), "sha256": m.get("model_sha256", "")},
+        "raw": m.get("raw") == "true",
+        "wall_steps": [{"at_ns": at_ns, "step_ns": step_ns} for at_ns, step_ns in recording.wall_steps],
+        "channels": dict(sorted(channels.items())),
+        "lost": said.by_reason(LOST) or lost,
+        "dropped": said.dropped,
+        "ended": recording.end.get("ended", "not finished"),
+        "whole": not recording.damage and bool(recording.end),
+        "damage": recording.damage,
+    }

@@ -1,0 +1,248 @@
+"""The contract between a graph and the engine: which tensor is which modality, state and head.
+
+A graph of ours states it itself: inputs `input.MODALITY`, `present`, `age`, `active`, `reset`, pairs `state.X` and
+`next.X`, outputs `head.NAME`, and the rest as JSON in the file's metadata under `stream_mmrnn`. Any other stateful
+graph gets one by names, in a file beside it (`x.onnx`, `x.contract.toml`). What does not fit is said in one sentence.
+Knows nothing about sessions, slots or how a graph is run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from stream_mmrnn.core import config
+from stream_mmrnn.core.errors import ConfigError, ModelError
+from stream_mmrnn.core.topics import MODALITIES
+from stream_mmrnn.core.types import HeadSpec, ModalitySpec, ModelSpec, StateSpec
+from stream_mmrnn.graph.runtime import Graph, TensorSpec
+
+METADATA_KEY = "stream_mmrnn"
+_MAX_TICK_NS = 60_000_000_000
+_MAX_NUMBERS = 2**22
+"""In a row of an input, a state or a head."""
+_MAX_PARTS = 256
+STATE, NEXT = "state.", "next."
+
+
+class StateWires(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the graph carries one state."""
+
+    input: str
+    output: str
+    batch_axis: int = 0
+
+
+class Wiring(msgspec.Struct, frozen=True):
+    """The graph's own names for what the engine feeds and reads; "" where it has no such input."""
+
+    inputs: dict[str, str]
+    """By modality."""
+    heads: dict[str, str]
+    states: dict[str, StateWires]
+    active: str = "active"
+    reset: str = "reset"
+    present: str = "present"
+    age: str = "age"
+    constants: dict[str, float] = {}
+    """Inputs that are the same in every run (a sample rate, for example)."""
+
+
+class Contract(msgspec.Struct, frozen=True):
+    spec: ModelSpec
+    wiring: Wiring
+
+
+class _Stated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The metadata of a graph of ours."""
+
+    name: str
+    tick_ns: int
+    modalities: tuple[ModalitySpec, ...]
+    heads: tuple[HeadSpec, ...]
+
+
+class _NamedModality(ModalitySpec, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    input: str
+
+
+class _NamedHead(HeadSpec, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    output: str
+
+
+class _Named(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The file beside a graph that states nothing."""
+
+    name: str
+    tick_ms: Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
+    modalities: tuple[_NamedModality, ...]
+    heads: tuple[_NamedHead, ...]
+    states: tuple[StateWires, ...]
+    active: str = ""
+    reset: str = ""
+    present: str = ""
+    age: str = ""
+    constants: dict[str, float] = {}
+
+
+def write_contract(name: str, tick_ns: int, modalities: Sequence[ModalitySpec], heads: Sequence[HeadSpec]) -> str:
+    """The metadata value that `contract_of` reads: what an exporter puts into the file."""
+    return msgspec.json.encode(_Stated(name, tick_ns, tuple(modalities), tuple(heads))).decode()
+
+
+def beside(path: Path) -> Path:
+    """Where the contract of a graph that states none is looked for."""
+    return path.with_name(f"{path.stem}.contract.toml")
+
+
+def read_contract(graph: Graph) -> ModelSpec:
+    """What the graph promises; raises ModelError as `contract_of` does."""
+    return contract_of(graph).spec
+
+
+def contract_of(graph: Graph) -> Contract:
+    """What the graph promises, and by which names.
+
+    Raises:
+        ModelError: it promises nothing, or its inputs and outputs are not what it promises.
+
+    """
+    if METADATA_KEY in graph.metadata:
+        contract = _stated(graph)
+    elif beside(graph.path).is_file():
+        contract = _named(graph, beside(graph.path))
+    else:
+        raise ModelError(
+            f"{graph.path} has no `{METADATA_KEY}` metadata, so its contract is unknown; export it again, or write"
+            f" {beside(graph.path).name} beside it"
+        )
+    _check(graph, contract)
+    return contract
+
+
+def _stated(graph: Graph) -> Contract:
+    where = graph.path
+    try:
+        stated = msgspec.json.decode(graph.metadata[METADATA_KEY], type=_Stated)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as e:
+        raise ModelError(f"{where} has a contract that cannot be read: {e}") from e
+    states = {}
+    for name in graph.inputs:
+        if name.startswith(STATE):
+            following = NEXT + name.removeprefix(STATE)
+            if following not in graph.outputs:
+                raise ModelError(f"{where} has the input `{name}` but no output `{following}` that carries it on")
+            states[name.removeprefix(STATE)] = StateWires(name, following)
+    wiring = Wiring(
+        {m.name: f"input.{m.name}" for m in stated.modalities},
+        {h.name: f"head.{h.name}" for h in stated.heads},
+        states,
+    )
+    return _contract(graph, stated.name, stated.tick_ns, stated.modalities, stated.heads, wiring)
+
+
+def _named(graph: Graph, file: Path) -> Contract:
+    try:
+        table = config.read_toml(file)
+        named = config.convert(table, _Named)
+    except (OSError, ValueError, RecursionError, ConfigError) as e:
+        raise ModelError(f"the contract {file} cannot be read: {e}") from e
+    for state in named.states:
+        for name, there in ((state.input, graph.inputs), (state.output, graph.outputs)):
+            if name not in there:
+                raise ModelError(f"{graph.path} has no `{name}`, which {file.name} names; it has {', '.join(there)}")
+    wiring = Wiring(
+        {m.name: m.input for m in named.modalities},
+        {h.name: h.output for h in named.heads},
+        {s.input: s for s in named.states},
+        named.active,
+        named.reset,
+        named.present,
+        named.age,
+        named.constants,
+    )
+    modalities = tuple(ModalitySpec(m.name, m.size, m.encoder, m.reduction, m.stack) for m in named.modalities)
+    heads = tuple(HeadSpec(h.name, h.kind, h.size, h.labels, h.horizons_s, h.unit, h.threshold) for h in named.heads)
+    return _contract(graph, named.name, round(named.tick_ms * 1e6), modalities, heads, wiring)
+
+
+def _contract(
+    graph: Graph,
+    name: str,
+    tick_ns: int,
+    modalities: tuple[ModalitySpec, ...],
+    heads: tuple[HeadSpec, ...],
+    wiring: Wiring,
+) -> Contract:
+    states = []
+    for state, wires in wiring.states.items():
+        shape = graph.inputs[wires.input].shape
+        rest = (*shape[: wires.batch_axis], *shape[wires.batch_axis + 1 :])
+        after = _without_batch(graph.outputs[wires.output], wires.batch_axis)
+        if len(shape) <= wires.batch_axis or None in rest or not _fits(after, rest):
+            raise ModelError(
+                f"{graph.path}: `{wires.input}` {shape} and `{wires.output}` must have one fixed shape per row"
+            )
+        states.append(StateSpec(state, tuple(n or 0 for n in rest)))
+    return Contract(ModelSpec(name, graph.sha256, tick_ns, modalities, heads, tuple(states)), wiring)
+
+
+def _without_batch(tensor: TensorSpec, axis: int) -> tuple[int | None, ...]:
+    return (*tensor.shape[:axis], *tensor.shape[axis + 1 :])
+
+
+def _fits(shape: tuple[int | None, ...], wanted: tuple[int | None, ...]) -> bool:
+    """Whether a shape, where the file states it, is the wanted one."""
+    return len(shape) == len(wanted) and all(a is None or a == b for a, b in zip(shape, wanted, strict=True))
+
+
+def _check_sizes(where: Path, contract: Contract) -> None:
+    """No row that is empty, or so long that a file of lies would take all memory."""
+    spec = contract.spec
+    if not 0 < spec.tick_ns <= _MAX_TICK_NS:
+        raise ModelError(f"{where} has a tick of {spec.tick_ns} ns; expected more than 0 and at most {_MAX_TICK_NS}")
+    sizes = {m.name: m.size for m in spec.modalities} | {h.name: h.size for h in spec.heads}
+    sizes |= {s.name: math.prod(s.shape) for s in spec.states}
+    for name, size in sizes.items():
+        if not 0 < size <= _MAX_NUMBERS:
+            raise ModelError(f"{where}: {name[:64]!r} has {size} numbers a row; expected 1 to {_MAX_NUMBERS}")
+    for kind, names in (("modality", [m.name for m in spec.modalities]), ("head", [h.name for h in spec.heads])):
+        if not names or len(set(names)) < len(names) or len(names) > _MAX_PARTS:
+            raise ModelError(f"{where} must name each {kind} once; expected 1 to {_MAX_PARTS} of them")
+    if any(w.batch_axis < 0 for w in contract.wiring.states.values()):
+        raise ModelError(f"{where}: the batch axis of a state is counted from 0")
+
+
+def _check(graph: Graph, contract: Contract) -> None:
+    where, spec, wiring = graph.path, contract.spec, contract.wiring
+    _check_sizes(where, contract)
+    count = len(spec.modalities)
+    sized = {wiring.present: (count,), wiring.age: (count,), wiring.active: (), wiring.reset: ()}
+    expected: dict[str, tuple[int, ...]] = {name: shape for name, shape in sized.items() if name}
+    for modality in spec.modalities:
+        if modality.name not in MODALITIES:
+            raise ModelError(f"{where} wants the modality {modality.name!r}; known are {', '.join(MODALITIES)}")
+        if modality.stack < 1 or modality.size % modality.stack:
+            raise ModelError(f"{where}: the size {modality.size} of {modality.name} is not {modality.stack} samples")
+        expected[wiring.inputs[modality.name]] = (modality.size,)
+    for name, row in expected.items():
+        if name not in graph.inputs:
+            raise ModelError(f"{where} has no input `{name}`, which its contract needs")
+        got = graph.inputs[name].shape
+        if len(got) != len(row) + 1 or not _fits(got[1:], row):
+            raise ModelError(f"{where}: input `{name}` has shape {got}, the contract says {(None, *row)}")
+    carried = {s.input for s in wiring.states.values()}
+    for name in wiring.constants:
+        if name not in graph.inputs or None in graph.inputs[name].shape:
+            raise ModelError(f"{where} has no input `{name}` of a fixed shape, which its contract makes a constant")
+    for name in graph.inputs:
+        if name not in expected and name not in carried and name not in wiring.constants:
+            raise ModelError(f"{where} has the input `{name}`, which is neither state nor in its contract")
+    for head in spec.heads:
+        output = graph.outputs.get(wiring.heads[head.name])
+        if output is None or len(output.shape) != 2 or not _fits(output.shape[1:], (head.size,)):
+            raise ModelError(f"{where} has no output `{wiring.heads[head.name]}` of {head.size} numbers a row")

@@ -1,0 +1,271 @@
+"""Rows: runs of a graph over any rows of an arena of states, in a few fixed batch sizes (buckets); on the CPU.
+
+The arena is an array: a run copies its rows beside it and back, or, where the rows are the first ones in order, works
+on them in place. A bucket is used only if its rows have the same bits as in the largest: so a session's numbers never
+depend on who runs beside it. Knows nothing about sessions, ticks or time, nor about devices (`device_rows`).
+"""
+
+from __future__ import annotations
+
+from time import perf_counter_ns
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+
+from stream_mmrnn.core.errors import ModelError
+from stream_mmrnn.graph.runtime import Array, Binding, Graph
+from stream_mmrnn.predict.contract import Contract
+
+SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192, 16384)
+"""Of buckets. Above 1 they are even: integer kernels work on rows in pairs, and an odd row gets other bits."""
+_LEAST = 8
+"""The largest bucket has at least so many rows, so that engines of any size agree on the bits of a single one."""
+
+
+Shapes: TypeAlias = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]
+
+
+class Bucket(Protocol):
+    """A run of up to `size` rows: write the first rows of `inputs`, `run`, read those of `outputs`.
+
+    Both are by the graph's names, [size, ...].
+    """
+
+    size: int
+    inputs: dict[str, Array]
+    outputs: dict[str, Array]
+
+    def run(self, slots: Array, fresh: Array, count: int) -> None:
+        """Step the first `count` of `slots` (int64); where `fresh` (bool), from the initial state."""
+
+    def run_one(self, slot: int, fresh: bool) -> None:
+        """The same for one slot, in the first row."""
+
+
+class States(Protocol):
+    """What an arena asks for: the states of a slot, wherever they lie."""
+
+    def read(self, slot: int) -> dict[str, Array]:
+        """A copy of a slot's states, by name."""
+
+    def write(self, slot: int, state: dict[str, Array]) -> None: ...
+
+    @property
+    def shapes(self) -> Shapes:
+        """Shape without the slot, and type, of each state."""
+
+
+class Rows(States, Protocol):
+    """What an engine asks for."""
+
+    batch: int
+    """The most rows of a run."""
+
+    def bucket(self, count: int) -> Bucket:
+        """The smallest that holds `count` rows, 1 to `batch`."""
+
+    def prewarm(self) -> None:
+        """Run the graph once on rows of nobody, so that code and weights are in the caches."""
+
+
+def sizes_for(batch: int) -> list[int]:
+    """Buckets for up to `batch` rows: the last one is the first that holds them."""
+    last = next((s for s in SIZES if s >= batch), SIZES[-1])
+    return [s for s in SIZES if s <= last]
+
+
+def row_inputs(graph: Graph, contract: Contract) -> dict[str, tuple[int, ...]]:
+    """The graph's inputs with a row for each session, and a row's shape; state and constants are not among them."""
+    spec, wiring = contract.spec, contract.wiring
+    count = len(spec.modalities)
+    shapes: dict[str, tuple[int, ...]] = {wiring.inputs[m.name]: (m.size,) for m in spec.modalities}
+    for name, shape in ((wiring.present, (count,)), (wiring.age, (count,)), (wiring.active, ()), (wiring.reset, ())):
+        if name:
+            shapes[name] = shape
+    return shapes
+
+
+class HostRows:
+    """The arena is an array of the host."""
+
+    def __init__(self, graph: Graph, contract: Contract, slots: int, batch: int, budget_ns: int) -> None:
+        """Buckets whose run takes longer than `budget_ns` are not used, but for the smallest.
+
+        Raises:
+            ModelError: the graph cannot be run so.
+
+        """
+        self.graph, self.contract = graph, contract
+        spec, wiring = contract.spec, contract.wiring
+        wanted = sizes_for(max(min(batch, slots), 1))
+        tried = sizes_for(max(wanted[-1], _LEAST))
+        largest = tried[-1]
+        self.arena: dict[str, Array] = {
+            s.name: graph.zeros(wiring.states[s.name].input, (max(slots, largest), *s.shape)) for s in spec.states
+        }
+        self.inputs = {n: graph.zeros(n, (largest, *shape)) for n, shape in row_inputs(graph, contract).items()}
+        self.outputs = {wiring.heads[h.name]: np.zeros((largest, h.size), np.float32) for h in spec.heads}
+        self.constants = {n: graph.zeros(n, tuple(k or 1 for k in graph.inputs[n].shape)) for n in wiring.constants}
+        for name, value in wiring.constants.items():
+            self.constants[name][...] = value
+        self.work: dict[str, Array] = {
+            s.name: graph.zeros(wiring.states[s.name].input, (largest, *s.shape))
+            for s in spec.states
+            if not wiring.states[s.name].batch_axis
+        }
+        self.in_place = len(self.work) == len(spec.states)
+        self.iota = np.arange(largest, dtype=np.int64)
+        self.buckets = [HostBucket(self, size) for size in tried]
+        self._choose(wanted[-1], budget_ns)
+
+    def _choose(self, most: int, budget_ns: int) -> None:
+        """Keep the buckets whose rows have the largest one's bits, as far as they are wanted and in time."""
+        try:
+            cost_ns, same = self._probe()
+        except ModelError:
+            raise
+        except Exception as e:  # onnxruntime raises a dozen types of its own
+            raise ModelError(f"{self.graph.path} cannot be run in batches: {str(e)[:200]}") from e
+        if most == 1:
+            same.add(1)  # a session that is alone here has nobody whose bits it could share
+        good = [b for b in self.buckets if b.size in same]
+        needed = next(b.size for b in good if b.size >= most)
+        kept = [b for b in good if b.size <= needed]
+        self.buckets = [b for b in kept if cost_ns[b.size] <= budget_ns] or kept[:1]
+        self.batch = min(self.buckets[-1].size, most)
+        self.cost_ns = {b.size: cost_ns[b.size] for b in self.buckets}
+
+    def _probe(self) -> tuple[dict[int, int], set[int]]:
+        """Run every bucket on the same rows: what it costs, and which agree with the largest bit for bit."""
+        rng = np.random.default_rng(0)
+        for name, array in self.inputs.items():
+            array[...] = name == self.contract.wiring.active if array.dtype == np.bool_ else rng.random(array.shape)
+        if self.contract.wiring.present:
+            self.inputs[self.contract.wiring.present].round(out=self.inputs[self.contract.wiring.present])
+        state = {name: rng.standard_normal(a.shape).astype(a.dtype) for name, a in self.arena.items()}
+        said: list[bytes] = []
+        cost_ns: dict[int, int] = {}
+        same: set[int] = set()
+        for bucket in reversed(self.buckets):
+            for _ in range(2):  # the first run of a size also gets its memory
+                bucket.load(state)
+                began = perf_counter_ns()
+                bucket.binding.run()
+                cost_ns[bucket.size] = perf_counter_ns() - began
+            said = said or bucket.rows_said(self.buckets[-1].size)
+            if bucket.rows_said(bucket.size) == said[: bucket.size]:
+                same.add(bucket.size)
+        for array in (*self.inputs.values(), *self.outputs.values(), *self.work.values()):
+            array[...] = 0
+        return cost_ns, same
+
+    def bucket(self, count: int) -> HostBucket:
+        for bucket in self.buckets:
+            if bucket.size >= count:
+                return bucket
+        raise AssertionError(f"a run of {count} rows was asked for, {self.batch} are the most")
+
+    def prewarm(self) -> None:
+        self.buckets[0].binding.run()  # its states are the copies beside the arena: nobody's
+
+    def read(self, slot: int) -> dict[str, Array]:
+        return {name: array[slot].copy() for name, array in self.arena.items()}
+
+    def write(self, slot: int, state: dict[str, Array]) -> None:
+        for name, array in self.arena.items():
+            array[slot] = state[name]
+
+    @property
+    def shapes(self) -> Shapes:
+        return {name: (array.shape[1:], array.dtype) for name, array in self.arena.items()}
+
+
+class HostBucket:
+    """The first `size` rows of the shared arrays, bound; a second binding is on the arena's first rows themselves."""
+
+    def __init__(self, rows: HostRows, size: int) -> None:
+        self.size = size
+        self.inputs = {n: a[:size] for n, a in rows.inputs.items()}
+        self.outputs = {n: a[:size] for n, a in rows.outputs.items()}
+        self._rows = rows
+        wiring, graph = rows.contract.wiring, rows.graph
+        self._active = self.inputs.get(wiring.active)
+        self._reset = self.inputs.get(wiring.reset)
+        self._pairs: list[tuple[Array, Array]] = []
+        """Arena and the rows beside it, both with the slot first."""
+        bound = {}
+        for name, wires in wiring.states.items():
+            if wires.batch_axis:
+                shape = rows.arena[name].shape[1:]
+                array = graph.zeros(wires.input, (*shape[: wires.batch_axis], size, *shape[wires.batch_axis :]))
+            else:
+                array = rows.work[name][:size]
+            bound[wires.input] = (wires.output, array)
+            self._pairs.append((rows.arena[name], np.moveaxis(array, wires.batch_axis, 0)))
+        self._single = [(arena, work[0]) for arena, work in self._pairs]
+        self._whole_alone = rows.in_place and (size == 1 or self._active is not None)
+        self._alone = False
+        """Whether the mask of active rows is down already but for the first."""
+        self.binding = Binding(graph, {**self.inputs, **rows.constants}, self.outputs, bound)
+        self._on_arena: Binding | None = None
+
+    def load(self, state: dict[str, Array]) -> None:
+        """Put whole states into the rows beside the arena."""
+        for value, (_, work) in zip(state.values(), self._pairs, strict=True):
+            work[...] = value[: self.size]
+
+    def rows_said(self, count: int) -> list[bytes]:
+        """The bytes that each row computed."""
+        arrays = (*self.outputs.values(), *(work for _, work in self._pairs))
+        return [b"".join(a[i].tobytes() for a in arrays) for i in range(count)]
+
+    def run(self, slots: Array, fresh: Array, count: int) -> None:
+        self._alone = False
+        if self._active is not None:
+            self._active[:count] = True
+            self._active[count:] = False
+        if self._reset is not None:
+            self._reset[:count] = fresh[:count]
+        if (
+            self._rows.in_place
+            and self._reset is not None
+            and (count == self.size or self._active is not None)
+            and (slots[:count] == self._rows.iota[:count]).all()
+        ):
+            self._first_rows().run()
+            return
+        for arena, work in self._pairs:
+            if work.flags.c_contiguous:
+                np.take(arena, slots[:count], 0, work[:count], "clip")  # clip: straight into the rows
+            else:
+                work[:count] = arena[slots[:count]]
+        if self._reset is None:
+            for _, work in self._pairs:
+                work[:count][fresh[:count]] = 0
+        self.binding.run()
+        for arena, work in self._pairs:
+            arena[slots[:count]] = work[:count]
+
+    def run_one(self, slot: int, fresh: bool) -> None:
+        if self._active is not None:
+            self._active[0] = True
+            if not self._alone:
+                self._active[1:] = False
+        self._alone = True
+        if self._reset is not None:
+            self._reset[0] = fresh
+            if slot == 0 and self._whole_alone:
+                self._first_rows().run()
+                return
+        for arena, row in self._single:
+            row[...] = 0 if fresh and self._reset is None else arena[slot]
+        self.binding.run()
+        for arena, row in self._single:
+            arena[slot] = row
+
+    def _first_rows(self) -> Binding:
+        if self._on_arena is None:
+            wiring = self._rows.contract.wiring
+            state = {w.input: (w.output, self._rows.arena[name][: self.size]) for name, w in wiring.states.items()}
+            self._on_arena = Binding(self._rows.graph, {**self.inputs, **self._rows.constants}, self.outputs, state)
+        return self._on_arena

@@ -1,0 +1,147 @@
+"""DeviceRows: runs over rows of an arena that stays on the graph's device; the graph itself gathers and scatters.
+
+Buckets have fixed shapes and addresses, as CUDA graphs want them. Runs on the CPU, too, where tests compare it with
+`HostRows`. They belong to the thread that made them: with CUDA graphs, steps by another one were seen to go wrong (an
+H100, onnxruntime 1.31). Knows nothing about sessions, ticks or time.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+
+from stream_mmrnn.core.errors import UsageError
+from stream_mmrnn.graph import gather_scatter as onnx_rows
+from stream_mmrnn.graph.runtime import Array, DeviceBinding, DeviceTensor, Graph
+from stream_mmrnn.predict.contract import Contract
+from stream_mmrnn.predict.cpu_batches import Shapes, row_inputs, sizes_for
+
+
+class DeviceRows:
+    """The arena stays on the graph's device; one row more than the slots takes what belongs to nobody."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        contract: Contract,
+        slots: int,
+        batch: int,
+        *,
+        cuda_graphs: bool = True,
+        scatter: onnx_rows.Scatter | None = None,
+    ) -> None:
+        """`graph`: the file as it is; it is loaded again with its states in an arena. `scatter`: else as suits its
+        device.
+        """
+        wiring = contract.wiring
+        carried = {
+            wiring.states[s.name].input: onnx_rows.Carried(
+                wiring.states[s.name].output, s.shape, wiring.states[s.name].batch_axis
+            )
+            for s in contract.spec.states
+        }
+        self.contract, self.scratch = contract, slots
+        cuda_graphs = cuda_graphs and graph.provider == "cuda"
+        data = onnx_rows.with_arena(
+            graph.data, carried, scatter or ("elements" if graph.provider == "cuda" else "rows")
+        )
+        self.graph = Graph(graph.path, graph.provider, data=data, cuda_graph=cuda_graphs)
+        self.arena = {
+            s.name: DeviceTensor(self.graph, onnx_rows.arena_name(wiring.states[s.name].input), (slots + 1, *s.shape))
+            for s in contract.spec.states
+        }
+        self._sizes = sizes_for(max(min(batch, slots), 1))
+        self.batch = min(self._sizes[-1], max(batch, 1))
+        self._cuda_graphs = cuda_graphs
+        self._buckets: dict[int, DeviceBucket] = {}
+        self._thread = threading.get_ident()
+
+    def _of_size(self, size: int) -> DeviceBucket:
+        if threading.get_ident() != self._thread:
+            raise UsageError(
+                f"an engine on {self.graph.provider} belongs to the thread that made it, and another one asks for a "
+                "step: make the engine in the thread that steps it"
+            )
+        if size not in self._buckets:
+            bucket = DeviceBucket(self, size, 1 + self._sizes.index(size) if self._cuda_graphs else -1)
+            # a capture runs the graph more than once: here on rows of nobody, so no state moves
+            bucket.idle()
+            self._buckets[size] = bucket
+        return self._buckets[size]
+
+    def capture(self) -> None:
+        """Make every bucket before the first session, rather than at the first run of its size."""
+        for size in self._sizes:
+            self._of_size(size)
+
+    def bucket(self, count: int) -> DeviceBucket:
+        """Raises UsageError in another thread than the one that made these rows."""
+        return self._of_size(next(s for s in self._sizes if s >= count))
+
+    def prewarm(self) -> None:
+        self._of_size(self._sizes[0]).idle()
+
+    def read(self, slot: int) -> dict[str, Array]:
+        return {name: tensor.read()[slot].copy() for name, tensor in self.arena.items()}
+
+    def write(self, slot: int, state: dict[str, Array]) -> None:
+        for name, tensor in self.arena.items():
+            array = tensor.read()
+            array[slot] = state[name]
+            tensor.write(array)
+
+    @property
+    def shapes(self) -> Shapes:
+        wiring, spec = self.contract.wiring, self.contract.spec
+        names = {s.name: onnx_rows.arena_name(wiring.states[s.name].input) for s in spec.states}
+        return {s.name: (s.shape, self.graph.inputs[names[s.name]].dtype) for s in spec.states}
+
+
+class DeviceBucket:
+    """`size` rows with memory of their own on the device: fixed shapes and addresses, as a CUDA graph wants them."""
+
+    def __init__(self, rows: DeviceRows, size: int, graph_id: int) -> None:
+        self.size = size
+        self._rows = rows
+        contract, graph = rows.contract, rows.graph
+        wiring = contract.wiring
+        shapes = {n: (size, *shape) for n, shape in row_inputs(graph, contract).items()}
+        shapes[onnx_rows.SLOTS] = (size,)
+        shapes |= {n: tuple(k or 1 for k in graph.inputs[n].shape) for n in wiring.constants}
+        held = {}
+        for name, wires in wiring.states.items():
+            held[onnx_rows.arena_name(wires.input)] = (onnx_rows.stored_name(wires.input), rows.arena[name])
+        outputs = {wiring.heads[h.name]: (size, h.size) for h in contract.spec.heads}
+        self._binding = DeviceBinding(graph, shapes, outputs, held, graph_id)
+        self.inputs, self.outputs = self._binding.inputs, self._binding.outputs
+        self.pinned = self._binding.pinned
+        for name, value in wiring.constants.items():
+            self.inputs[name][...] = value
+        self._slots = self.inputs[onnx_rows.SLOTS]
+        self._active = self.inputs.get(wiring.active)
+        self._reset = self.inputs.get(wiring.reset)
+
+    def idle(self) -> None:
+        """A run in which every row is nobody's."""
+        self._slots[...] = self._rows.scratch
+        if self._active is not None:
+            self._active[...] = False
+        self._binding.run()
+
+    def run(self, slots: Array, fresh: Array, count: int) -> None:
+        self._slots[:count] = slots[:count]
+        self._slots[count:] = self._rows.scratch
+        if self._active is not None:
+            self._active[:count] = True
+            self._active[count:] = False
+        if self._reset is not None:
+            self._reset[:count] = fresh[:count]
+        elif fresh[:count].any():
+            for slot in slots[:count][fresh[:count]]:
+                zeros = {name: np.zeros(shape, dtype) for name, (shape, dtype) in self._rows.shapes.items()}
+                self._rows.write(int(slot), zeros)
+        self._binding.run()
+
+    def run_one(self, slot: int, fresh: bool) -> None:
+        self.run(np.array([slot], np.int64), np.array([fresh]), 1)

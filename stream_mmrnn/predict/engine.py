@@ -1,0 +1,251 @@
+"""StepEngine: ticks in, predictions out, one run of the graph for all sessions that have a tick.
+
+What is ready is stepped at once, in the order given; nothing waits for a fuller batch. Knows nothing about topics, time
+or where ticks come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.errors import ModelError, SessionError, StreamError
+from stream_mmrnn.core.types import ModelSpec, Prediction, Tick
+from stream_mmrnn.graph.runtime import Array, Graph, Provider
+from stream_mmrnn.predict.arena import Arena
+from stream_mmrnn.predict.contract import Contract, contract_of
+from stream_mmrnn.predict.cpu_batches import Bucket, HostRows, Rows
+from stream_mmrnn.predict.device_batches import DeviceRows
+
+MAX_AGE_S = 10.0
+"""Ages are clipped here; a stream that never was has this age too."""
+
+BATCH = {"cpu": 64, "cuda": 4096}
+"""The most rows of a run by default. On the CPU a row costs the same in 64 as in 256, and is back sooner."""
+BUDGET = 0.25
+"""Of the tick: what a run may take at most."""
+
+
+def check_model(path: Path, provider: Provider) -> ModelSpec:
+    """Load and check a model before anything else starts; raises ModelError or ProviderError."""
+    return contract_of(Graph(path, provider)).spec
+
+
+class Movable(Protocol):
+    """What sessions can be moved from or to."""
+
+    spec: ModelSpec
+
+    def open(self, session: str) -> None: ...
+
+    def close(self, session: str) -> None: ...
+
+    def snapshot(self, session: str) -> dict[str, Any]: ...
+
+    def restore(self, session: str, state: dict[str, Any]) -> None: ...
+
+
+def move(session: str, source: Movable, target: Movable) -> None:
+    """Take a session from one engine of a model to another, between two steps; it goes on there bit for bit.
+
+    Raises:
+        UnknownSession, Busy, DuplicateSession: of the one or the other.
+        SessionError: they have not the same model. After any error the session is where it was.
+
+    """
+    if source.spec.sha256 != target.spec.sha256:
+        raise SessionError(f"session {session!r} cannot move to an engine of another model")
+    state = source.snapshot(session)
+    target.open(session)
+    try:
+        target.restore(session, state)
+    except StreamError:
+        target.close(session)
+        raise
+    source.close(session)
+
+
+def make_rows(graph: Graph, slots: int, batch: int = 0) -> tuple[Contract, Rows]:
+    """The rows of a model for so many sessions, where the graph runs; `batch` as for `StepEngine`."""
+    contract = contract_of(graph)
+    try:
+        return contract, _rows_of(graph, contract, slots, batch)
+    except StreamError:
+        raise
+    except Exception as e:  # onnxruntime and numpy raise a dozen types where what the file says of itself is not so
+        raise ModelError(f"{graph.path} cannot be run as its contract says: {str(e)[:200]}") from e
+
+
+def _rows_of(graph: Graph, contract: Contract, slots: int, batch: int) -> Rows:
+    most = batch or BATCH[graph.provider]
+    if graph.provider == "cuda":
+        device = DeviceRows(graph, contract, slots, most)
+        device.capture()
+        return device
+    return HostRows(graph, contract, slots, most, round(BUDGET * contract.spec.tick_ns))
+
+
+def _values(names: Sequence[str]) -> Callable[[dict[str, Any]], Sequence[Any]]:
+    """A function that takes these values out of a dict, as a row."""
+    of = itemgetter(*names)
+    return of if len(names) > 1 else lambda table: (of(table),)
+
+
+class StepEngine:
+    """A recurrent model with a fixed number of slots; its state stays where the graph runs.
+
+    On the CPU a session's numbers are the same bits whoever runs beside it, in batches of whatever size.
+    """
+
+    def __init__(self, path: Path, slots: int = 1, provider: Provider = "cpu", batch: int = 0) -> None:
+        """`batch`: the most rows of one run; 0 is the provider's default, and less where a run would take too long.
+
+        Raises:
+            ModelError: the file is missing, damaged, or breaks its contract.
+            ProviderError: `cuda` was asked for and is not active.
+
+        """
+        self.graph = graph = Graph(path, provider)
+        contract, self._rows = make_rows(graph, slots, batch)
+        self.spec = contract.spec
+        self.provider = graph.provider
+        self.batch = self._rows.batch
+        self.arena = Arena(self._rows, slots)
+        wiring = contract.wiring
+        self._names = tuple(m.name for m in self.spec.modalities)
+        self._inputs = tuple((m.name, wiring.inputs[m.name]) for m in self.spec.modalities)
+        self._heads = tuple((h.name, wiring.heads[h.name]) for h in self.spec.heads)
+        self._present, self._age = wiring.present, wiring.age
+        self._of_modalities = _values(self._names)
+        one = self._single = self._rows.bucket(1)
+        """And its first row: features by modality, present, age; heads."""
+        self._row = (
+            [(m.name, one.inputs[wiring.inputs[m.name]][0]) for m in self.spec.modalities],
+            one.inputs[wiring.present][0] if wiring.present else None,
+            one.inputs[wiring.age][0] if wiring.age else None,
+        )
+        self._said = [(name, one.outputs[output][0]) for name, output in self._heads]
+        self._last: Tick | None = None
+        """What `prewarm` writes into the first row."""
+        self._slots = np.zeros(self.batch, np.int64)
+        self._fresh = np.zeros(self.batch, np.bool_)
+        self._age_s = np.zeros((self.batch, len(self._names)), np.float64)
+
+    def open(self, session: str) -> None:
+        """Give a session a slot; raises Busy or DuplicateSession at once."""
+        self.arena.acquire(session)
+
+    def __contains__(self, session: str) -> bool:
+        return session in self.arena
+
+    def __len__(self) -> int:
+        """How many sessions are open."""
+        return len(self.arena)
+
+    def reset(self, session: str) -> None:
+        """Start a session's state anew."""
+        self.arena.reset(session)
+
+    def close(self, session: str) -> None:
+        self.arena.release(session)
+
+    def snapshot(self, session: str) -> dict[str, Array]:
+        """A copy of the session's state tensors, by name; empty where it has not begun. Raises UnknownSession."""
+        return self.arena.snapshot(session)
+
+    def restore(self, session: str, state: dict[str, Array]) -> None:
+        """Go on from a snapshot; raises SessionError where it is not one of this model."""
+        self.arena.restore(session, state)
+
+    def stop(self) -> None:
+        """Nothing to end: the graph runs in this process."""
+
+    def prewarm(self) -> None:
+        """Run on rows of nobody: no state moves, but code and weights are in the caches for the next step.
+
+        The first run finds them cold; the second, and writing inputs that the next step writes anew, leave the caches
+        as a step in a hot loop finds them (measured: docs/performance.md).
+        """
+        self._rows.prewarm()
+        if self._last is not None:
+            self._fill_one(self._last)
+        self._rows.prewarm()
+
+    def step(self, ticks: Sequence[Tick]) -> list[Prediction]:
+        """Predictions for the ticks, in their order; as few runs as hold them, each session's in turn.
+
+        Raises:
+            UnknownSession: a tick of a session that is not open; nothing was stepped.
+
+        """
+        if len(ticks) == 1:
+            return [self._run_one(ticks[0], self.arena.slot(ticks[0].session))]
+        slots = [self.arena.slot(tick.session) for tick in ticks]
+        out: list[Prediction] = []
+        start = 0
+        while start < len(ticks):
+            end, taken = start, set()
+            while end < len(ticks) and end - start < self.batch and slots[end] not in taken:
+                taken.add(slots[end])
+                end += 1
+            out += self._run(ticks[start:end], slots[start:end])
+            start = end
+        return out
+
+    def _run_one(self, tick: Tick, slot: int) -> Prediction:
+        """The usual case of a live session, and where every microsecond shows: no slices, no arrays of one."""
+        start_ns = now_ns()
+        self._fill_one(tick)
+        self._last = tick
+        fresh = self.arena.fresh
+        self._single.run_one(slot, fresh.item(slot))
+        fresh[slot] = False
+        heads = {name: said.copy() for name, said in self._said}
+        return Prediction(tick, heads, self.spec.sha256, start_ns, now_ns())
+
+    def _fill_one(self, tick: Tick) -> None:
+        features, present, age = self._row
+        for name, into in features:
+            into[...] = tick.features[name]
+        for i, name in enumerate(self._names):
+            if present is not None:
+                present[i] = tick.present[name]
+            if age is not None:
+                age_ns = tick.age_ns[name]
+                age[i] = MAX_AGE_S if age_ns < 0 else min(age_ns / 1e9, MAX_AGE_S)
+
+    def _run(self, ticks: Sequence[Tick], slots: list[int]) -> list[Prediction]:
+        start_ns = now_ns()
+        count = len(ticks)
+        bucket = self._rows.bucket(count)
+        self._slots[:count] = slots
+        np.take(self.arena.fresh, self._slots[:count], out=self._fresh[:count])
+        self._fill(ticks, bucket, count)
+        bucket.run(self._slots, self._fresh, count)
+        self.arena.fresh[slots] = False
+        end_ns = now_ns()
+        sha256 = self.spec.sha256
+        said = [list(bucket.outputs[output][:count].copy()) for _, output in self._heads]
+        names = [name for name, _ in self._heads]
+        return [
+            Prediction(tick, dict(zip(names, rows, strict=True)), sha256, start_ns, end_ns)
+            for tick, *rows in zip(ticks, *said, strict=True)
+        ]
+
+    def _fill(self, ticks: Sequence[Tick], bucket: Bucket, count: int) -> None:
+        for name, into in self._inputs:
+            vectors = [tick.features[name] for tick in ticks]
+            np.concatenate(vectors, out=bucket.inputs[into][:count].reshape(-1))
+        if self._present:
+            bucket.inputs[self._present][:count] = [self._of_modalities(tick.present) for tick in ticks]
+        if self._age:
+            ages = self._age_s[:count]
+            ages[...] = [self._of_modalities(tick.age_ns) for tick in ticks]
+            np.divide(ages, 1e9, out=ages)
+            ages[ages < 0] = MAX_AGE_S
+            np.minimum(ages, MAX_AGE_S, out=bucket.inputs[self._age][:count], casting="same_kind")

@@ -1,0 +1,126 @@
+"""`predict`, the generator that is the product: messages in, predictions out.
+
+Live hands it a bus subscriber, replay a recording, the benchmark a synthetic stream, a test a list; none of them is a
+special case here. Knows nothing about sockets, files, devices or processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol, TypeVar
+
+from stream_mmrnn.core import topics, wire
+from stream_mmrnn.core.errors import SessionError, WireError
+from stream_mmrnn.core.types import Envelope, Tick
+from stream_mmrnn.predict.align import Aligner, stamps_of
+
+Out = TypeVar("Out", covariant=True)
+
+
+class Stepper(Protocol[Out]):
+    """What `predict` asks of an engine: sessions that come and go, and something for each of their ticks."""
+
+    def __contains__(self, session: str) -> bool: ...
+
+    def open(self, session: str) -> None:
+        """Raises SessionError where it cannot be."""
+
+    def reset(self, session: str) -> None: ...
+
+    def close(self, session: str) -> None: ...
+
+    def step(self, ticks: Sequence[Tick]) -> Sequence[Out]: ...
+
+
+class NoEngine:
+    """A stepper that predicts nothing: it hands the ticks on."""
+
+    def __init__(self) -> None:
+        self._open: set[str] = set()
+
+    def __contains__(self, session: str) -> bool:
+        return session in self._open
+
+    def open(self, session: str) -> None:
+        self._open.add(session)
+
+    def reset(self, session: str) -> None:
+        """Nothing is kept that could be reset."""
+
+    def close(self, session: str) -> None:
+        self._open.discard(session)
+
+    def step(self, ticks: Sequence[Tick]) -> Sequence[Tick]:
+        return ticks
+
+
+def predict(
+    envelopes: Iterable[Envelope],
+    aligner: Aligner,
+    engine: Stepper[Out],
+    refused: Callable[[str, SessionError], None] | None = None,
+    more: Callable[[], bool] | None = None,
+    batch: int = 64,
+) -> Iterator[Out]:
+    """Messages in, predictions out (or whatever `engine` makes of ticks).
+
+    A session that gets no slot goes to `refused` and its messages are counted as outside; without `refused` the
+    error is raised. A session message that cannot be read is counted by the aligner.
+
+    `more` says whether further messages are there already. While they are, ticks of many sessions are gathered and
+    stepped together, `batch` at most; nothing ever waits for a message that is still to come. Without `more` every
+    tick is stepped at once. The predictions are the same.
+    """
+    held: list[Tick] = []
+    for envelope in envelopes:
+        if envelope.topic != topics.SESSION:
+            ticks = aligner.push(envelope)
+            if more is not None:
+                held += ticks
+                if held and (len(held) >= batch or not more()):
+                    yield from engine.step(held)
+                    held = []
+            elif ticks:
+                yield from engine.step(ticks)
+            continue
+        if held:
+            yield from engine.step(held)
+            held = []
+        try:
+            ticks = _session(envelope, aligner, engine, refused)
+        except WireError:
+            aligner.malformed += 1
+            continue
+        if ticks:
+            yield from engine.step(ticks)
+        if envelope.session not in aligner and envelope.session in engine:
+            engine.close(envelope.session)
+    if held:
+        yield from engine.step(held)
+
+
+def _session(
+    envelope: Envelope,
+    aligner: Aligner,
+    engine: Stepper[Out],
+    refused: Callable[[str, SessionError], None] | None,
+) -> list[Tick]:
+    message = wire.unpack(envelope.payload, wire.SessionMessage)
+    session = envelope.session
+    if message.op == "close":
+        return aligner.close(session, message.event_ns, stamps_of(envelope))
+    if message.op == "streams":
+        aligner.expect(session, message.streams)
+        return []
+    try:
+        if session in engine:
+            engine.reset(session)  # opened again: its process began anew
+        else:
+            engine.open(session)
+    except SessionError as e:
+        if refused is None:
+            raise
+        refused(session, e)
+        return []
+    aligner.open(session, message.event_ns, message.streams)
+    return []

@@ -1,0 +1,422 @@
+"""What is sound in a recording that was cut off or damaged: walk its records, and where one is not sound look for the
+next that is.
+
+A chunk is sound where its checksum says so, metadata likewise. Behind damage the walk goes on at the next chunk or
+metadata of ours; each can be told by its own beginning. What a chunk's messages belong to is in the chunk that first
+held one, again in the metadata that is written every few seconds, and in the index at the end. Knows nothing about
+what messages mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import msgspec
+from mcap.data_stream import ReadDataStream, RecordBuilder
+from mcap.opcode import Opcode
+from mcap.records import Channel, ChunkIndex, Footer, Header, McapRecord, Metadata, Schema, Statistics
+
+from stream_mmrnn.core.errors import FileError, RecordingError
+from stream_mmrnn.recording.mcap_file import (
+    FORMAT,
+    LIBRARY,
+    MAGIC,
+    MAX_RECORD_BYTES,
+    METADATA,
+    METADATA_END,
+    METADATA_SO_FAR,
+    RECORD,
+    UNREADABLE,
+    is_sound,
+    unpack_chunk,
+)
+
+_SIGNS = re.compile(rb"\x04\x00\x00\x00zstd.{8}\x28\xb5\x2f\xfd|.\x00\x00\x00" + METADATA.encode(), re.DOTALL)
+"""What stands near the beginning of a chunk and of metadata of ours."""
+_BEFORE_CHUNK_SIGN = RECORD.size + 28
+_HEAD_KEYS = {"session", "wall_offset_ns", "started_ns"}
+_MAX_TRIES = 10_000
+"""Signs that may lead nowhere, in one file; a file that is made of them is no recording."""
+_WINDOW_BYTES = 4 * 2**20
+_OVERLAP_BYTES = 128
+_MESSAGE_HEAD = struct.Struct("<HIQQ")
+_FOOTER_BYTES = RECORD.size + 20 + len(MAGIC)
+
+
+class Message(NamedTuple):
+    """A message as it is in the file. Times are Unix times."""
+
+    channel_id: int
+    seq: int
+    log_ns: int
+    publish_ns: int
+    data: bytes
+
+
+class Chunk(NamedTuple):
+    at: int
+    records: bytes
+    """Uncompressed."""
+
+
+class Note(NamedTuple):
+    """Metadata of ours."""
+
+    at: int
+    name: str
+    metadata: dict[str, str]
+
+
+class Index(NamedTuple):
+    """Where the messages of one channel are in the chunk before."""
+
+    at: int
+    content: bytes
+
+
+class Hole(NamedTuple):
+    """From here to there nothing is sound."""
+
+    at: int
+    end: int
+    why: str
+
+
+class Finish(NamedTuple):
+    """The end of a finished file, with a sound index."""
+
+    at: int
+    messages: int
+    chunks: list[int]
+    """Where the chunks begin."""
+    definitions: list[Schema | Channel]
+
+
+Piece = Chunk | Note | Index | Hole | Finish
+
+
+def _written(record: McapRecord) -> bytes:
+    builder: Any = RecordBuilder()
+    record.write(builder)
+    data: bytes = builder.end()
+    return data
+
+
+BEGINNING = MAGIC + _written(Header("", LIBRARY))
+"""How every recording of this program begins."""
+
+
+def pieces(path: Path) -> Iterator[Piece]:
+    """The pieces of a file in their order. A file that was cut off ends with a hole, perhaps of no bytes.
+
+    Raises:
+        FileError: missing, unreadable, or no MCAP file.
+
+    """
+    try:
+        with path.open("rb") as file:
+            yield from _Walk(path, file).pieces()
+    except OSError as e:
+        raise FileError(f"the recording {path} cannot be read: {e.strerror}") from e
+
+
+class _Walk:
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self._path, self._file = path, file
+        self._size = file.seek(0, os.SEEK_END)
+        self._tries = 0
+
+    def _bytes(self, at: int, end: int) -> bytes:
+        """Fewer where the file ends; it may have become shorter since it was opened."""
+        self._file.seek(at)
+        return self._file.read(max(end - at, 0))
+
+    def pieces(self) -> Iterator[Piece]:
+        size = self._size
+        if not size:
+            raise FileError(f"{self._path} is empty: it is no recording")
+        at = sure = len(MAGIC)
+        """Until here all is sound. Indexes have no checksum: where one leads astray, the search begins before it."""
+        if self._bytes(0, at) != MAGIC[:size]:
+            if self._sign(0) is None:
+                raise FileError(f"{self._path} is no MCAP file")
+            yield Hole(0, at, "the beginning is damaged")
+        while True:
+            try:
+                piece, end = self._piece(at)
+            except UNREADABLE as e:
+                found = self._sign(sure)
+                if found is None:
+                    yield Hole(min(at, size), size, str(e))
+                    return
+                yield Hole(at if found > at else sure, found, str(e))
+                at = found
+                continue
+            if piece is not None:
+                yield piece
+            if isinstance(piece, Finish):
+                return
+            at = end
+            if isinstance(piece, Chunk | Note):
+                sure = end
+
+    def _piece(self, at: int) -> tuple[Piece | None, int]:
+        """The record that begins there, and where it ends; raises RecordingError and what else reading may raise."""
+        begin = at + RECORD.size
+        if begin > self._size:
+            raise RecordingError("the file was cut off there")
+        opcode, length = RECORD.unpack(self._bytes(at, begin))
+        end = begin + length
+        if opcode not in _CHECKS or length > MAX_RECORD_BYTES:
+            raise RecordingError("no record begins there")
+        if end > self._size:
+            raise RecordingError("the file was cut off there")
+        content = self._bytes(begin, end)
+        if opcode == Opcode.CHUNK:
+            return Chunk(at, unpack_chunk(content)), end
+        if opcode == Opcode.METADATA:
+            record = Metadata.read(_stream(content))
+            if _written(record) != self._bytes(at, end) or not is_sound(record.metadata):
+                raise RecordingError("metadata is damaged")
+            return Note(at, record.name, record.metadata), end
+        if opcode == Opcode.MESSAGE_INDEX:
+            if length < 6 or int.from_bytes(content[2:6], "little") != length - 6 or (length - 6) % 16:
+                raise RecordingError("an index is damaged")
+            return Index(at, content), end
+        if opcode == Opcode.DATA_END:
+            return self._finish(end), self._size
+        if at != len(MAGIC) or self._bytes(0, end) != BEGINNING:
+            raise RecordingError("the beginning is damaged")
+        return None, end
+
+    def _finish(self, at: int) -> Finish:
+        """What the index at the file's end says; raises RecordingError where it is not sound."""
+        index = self._bytes(at, self._size)
+        footer_at = len(index) - _FOOTER_BYTES
+        if footer_at < 0 or not index.endswith(MAGIC):
+            raise RecordingError("the file was cut off there")
+        footer = Footer.read(_stream(index[footer_at + RECORD.size :]))
+        if zlib.crc32(index[: -len(MAGIC) - 4]) != footer.summary_crc:
+            raise RecordingError("the index at the end is damaged")
+        # where bytes before it are gone or too many, it still says what the channels are
+        finish = Finish(at, 0, [] if footer.summary_start == at else [-1], [])
+        begin = 0
+        while begin < footer_at:
+            opcode, length = RECORD.unpack_from(index, begin)
+            begin += RECORD.size
+            record = _stream(index[begin : begin + length])
+            if opcode == Opcode.STATISTICS:
+                finish = finish._replace(messages=Statistics.read(record).message_count)
+            elif opcode == Opcode.CHUNK_INDEX:
+                finish.chunks.append(ChunkIndex.read(record).chunk_start_offset)
+            elif opcode in (Opcode.SCHEMA, Opcode.CHANNEL):
+                finish.definitions.append((Schema if opcode == Opcode.SCHEMA else Channel).read(record))
+            begin += length
+        return finish
+
+    def _sign(self, after: int) -> int | None:
+        """Where the next sound chunk or metadata of ours begins."""
+        while after < self._size:
+            window = self._bytes(after, after + _WINDOW_BYTES)
+            for sign in _SIGNS.finditer(window):
+                back = _BEFORE_CHUNK_SIGN if window[sign.start() + 4 : sign.start() + 8] == b"zstd" else RECORD.size
+                if sign.start() < back:
+                    continue
+                self._tries += 1
+                if self._tries > _MAX_TRIES:
+                    return None
+                with contextlib.suppress(*UNREADABLE):
+                    if isinstance(self._piece(after + sign.start() - back)[0], Chunk | Note):
+                        return after + sign.start() - back
+            # a sign may lie across the border, and its record begins before it
+            after += max(len(window) - _OVERLAP_BYTES, _OVERLAP_BYTES)
+        return None
+
+
+_CHECKS = (Opcode.HEADER, Opcode.CHUNK, Opcode.METADATA, Opcode.MESSAGE_INDEX, Opcode.DATA_END)
+"""What a recorder writes before the index at the end."""
+
+
+def _stream(data: bytes) -> ReadDataStream:
+    return ReadDataStream(BytesIO(data))
+
+
+def split(records: bytes) -> Iterator[Schema | Channel | Message]:
+    """The records of a chunk; ends where one is not sound, which another program's may be."""
+    at, end = 0, len(records)
+    while at + RECORD.size <= end:
+        opcode, length = RECORD.unpack_from(records, at)
+        begin = at + RECORD.size
+        at = begin + length
+        if at > end:
+            return
+        if opcode == Opcode.MESSAGE:
+            if length < _MESSAGE_HEAD.size:
+                return
+            channel_id, seq, log_ns, publish_ns = _MESSAGE_HEAD.unpack_from(records, begin)
+            yield Message(channel_id, seq, log_ns, publish_ns, records[begin + _MESSAGE_HEAD.size : at])
+        elif opcode in (Opcode.SCHEMA, Opcode.CHANNEL):
+            try:
+                yield (Schema if opcode == Opcode.SCHEMA else Channel).read(_stream(records[begin:at]))
+            except UNREADABLE:
+                return
+
+
+def index_of(records: bytes) -> list[bytes]:
+    """What the indexes after a chunk must be, one a channel."""
+    entries: dict[int, list[tuple[int, int]]] = {}
+    at, end = 0, len(records)
+    while at + RECORD.size <= end:
+        opcode, length = RECORD.unpack_from(records, at)
+        if opcode == Opcode.MESSAGE:
+            if length < _MESSAGE_HEAD.size or at + RECORD.size + length > end:
+                break
+            channel_id, _, log_ns, _ = _MESSAGE_HEAD.unpack_from(records, at + RECORD.size)
+            entries.setdefault(channel_id, []).append((log_ns, at))
+        at += RECORD.size + length
+    return [
+        struct.pack(f"<HI{2 * len(pairs)}Q", channel_id, 16 * len(pairs), *(n for pair in pairs for n in pair))
+        for channel_id, pairs in entries.items()
+    ]
+
+
+def number(metadata: dict[str, str], key: str) -> int:
+    """0 where there is none."""
+    text = metadata.get(key, "0")
+    return int(text) if text.removeprefix("-").isdecimal() and len(text) < 30 else 0
+
+
+class DamagedFileReader:
+    """One file: its metadata, its channels, and what is not sound."""
+
+    def __init__(self, path: Path) -> None:
+        """Read all of it once.
+
+        Raises:
+            FileError: missing, unreadable, or no recording of this program.
+
+        """
+        self.path = path
+        self.bytes = path.stat().st_size if path.is_file() else 0
+        self.head: dict[str, str] = {}
+        self.end: dict[str, str] = {}
+        self.so_far: dict[str, str] = {}
+        self.holes: list[Hole] = []
+        self.index_faults = 0
+        """Indexes that do not say what is in the chunk: other readers would miss messages, ours do not use them."""
+        self.finished = False
+        self.channels: dict[int, Channel] = {}
+        self.schemas: dict[int, Schema] = {}
+        self.names: dict[int, tuple[str, str]] = {}
+        """Topic and origin of channels, where the file repeats them."""
+        self.chunks = 0
+        copies: dict[str, str] = {}
+        self._read(copies)
+        if self.so_far:  # of a release that checks its metadata: what has no checksum lost it
+            self.head = self.head if "checksum" in self.head else {}
+            self.end = self.end if "checksum" in self.end else {}
+        if not self.head.keys() >= _HEAD_KEYS:
+            self.head = {}
+        self.head_damaged = not self.head
+        self.head = self.head or copies
+        for channel_id in self.channels.keys() & self.names.keys():
+            del self.names[channel_id]
+        if not (self.head or self.end or self.so_far or self.channels or self._is_ours()):
+            raise FileError(f"{path} is no recording of this program; a file of another one is for other tools")
+
+    def _is_ours(self) -> bool:
+        with self.path.open("rb") as file:
+            begins = file.read(len(BEGINNING))
+        return bool(begins) and BEGINNING.startswith(begins)
+
+    def _read(self, copies: dict[str, str]) -> None:
+        offsets: list[int] = []
+        expected: list[bytes] = []
+        found: list[bytes] = []
+        messages = 0
+        for piece in pieces(self.path):
+            if not isinstance(piece, Index):
+                # where the file was cut off, indexes are missing, but none is wrong
+                self.index_faults += expected != found and not isinstance(piece, Hole)
+                expected, found = [], []
+            if isinstance(piece, Chunk):
+                offsets.append(piece.at)
+                expected = index_of(piece.records)
+                messages += sum((len(content) - 6) // 16 for content in expected)
+                for record in split(piece.records):
+                    if not isinstance(record, Message):
+                        self._define(record)
+            elif isinstance(piece, Index):
+                found.append(piece.content)
+            elif isinstance(piece, Note):
+                self._note(piece, copies)
+            elif isinstance(piece, Hole):
+                self.holes.append(piece)
+            else:
+                self.finished = True
+                self.index_faults += (piece.messages, piece.chunks) != (messages, offsets)
+                for record in piece.definitions:
+                    self._define(record)
+        self.chunks = len(offsets)
+
+    def _define(self, record: Schema | Channel) -> None:
+        if isinstance(record, Schema):
+            self.schemas[record.id] = record
+        else:
+            self.channels[record.id] = record
+
+    def _note(self, note: Note, copies: dict[str, str]) -> None:
+        if note.name == METADATA and note.metadata.get("format") == FORMAT:
+            self.head = self.head or note.metadata
+        elif note.name == METADATA_END:
+            self.end = note.metadata
+        elif note.name == METADATA_SO_FAR and "checksum" in note.metadata:
+            self.so_far = note.metadata
+            try:
+                copies.update(msgspec.json.decode(note.metadata.get("head", "{}"), type=dict[str, str]))
+                names = msgspec.json.decode(note.metadata.get("channels", "{}"), type=dict[int, tuple[str, str]])
+            except msgspec.MsgspecError:
+                return
+            self.names |= names
+
+    def topic(self, channel_id: int) -> str:
+        """Of a channel; "" where nothing says it."""
+        channel = self.channels.get(channel_id)
+        return channel.topic if channel else self.names.get(channel_id, ("", ""))[0]
+
+    @property
+    def began_ns(self) -> int:
+        """Unix time."""
+        return number(self.head, "started_ns") + number(self.head, "wall_offset_ns")
+
+    @property
+    def tail(self) -> Hole | None:
+        """From where on the file holds nothing more; None where it has a sound index at its end."""
+        return self.holes[-1] if self.holes and self.holes[-1].end == self.bytes else None
+
+    @property
+    def cut(self) -> bool:
+        """It never got its end, or lost it."""
+        return not (self.finished and self.end)
+
+    @property
+    def damaged(self) -> bool:
+        """It has a fault that no cut explains."""
+        inside = [h for h in self.holes if h is not self.tail]
+        return bool(inside or self.index_faults or (self.head_damaged and self.chunks))
+
+    def walk(self) -> Iterator[list[Message] | Note | Hole]:
+        """Its messages, chunk by chunk, and what stands between."""
+        for piece in pieces(self.path):
+            if isinstance(piece, Chunk):
+                yield [record for record in split(piece.records) if isinstance(record, Message)]
+            elif isinstance(piece, Note | Hole):
+                yield piece

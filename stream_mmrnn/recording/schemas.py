@@ -1,0 +1,180 @@
+"""What each topic's messages look like inside a recording: bytes <-> envelope contents, and their schemas.
+
+Features and the clock are small protobuf messages. This program writes them with fixed places, and reads those without
+protobuf, which would make a Python float of every number; any other layout goes to protobuf itself. What the device
+said of the time stands in the features as it was said, beside the event time that was made of it. Sessions, ticks and
+predictions are the JSON that was on the bus. Pure. Knows nothing about files or MCAP.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from functools import cache, lru_cache
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from stream_mmrnn.core import topics, wire
+from stream_mmrnn.core.errors import RecordingError, WireError
+from stream_mmrnn.core.types import Envelope
+
+_STAMPS = struct.Struct("<BqBq")
+_STAMPS_SIZE, _unpack_stamps = _STAMPS.size, _STAMPS.unpack_from
+_THREE = struct.Struct("<BqBqBq")
+_THREE_SIZE, _unpack_three = _THREE.size, _THREE.unpack_from
+_DEVICE_SIZE = _THREE_SIZE - _STAMPS_SIZE
+_CLOCK = struct.Struct("<Bq")
+_CLOCK_SIZE, _unpack_clock = _CLOCK.size, _CLOCK.unpack_from
+_TAG_1_FIXED64, _TAG_2_FIXED64, _TAG_3_BYTES, _TAG_4_FIXED64 = 0x09, 0x11, 0x1A, 0x21
+_FLOAT32 = np.dtype(np.float32)
+_frombuffer = np.frombuffer
+
+
+def _varint(n: int) -> bytes:
+    out = bytearray()
+    while n > 0x7F:
+        out.append(n & 0x7F | 0x80)
+        n >>= 7
+    out.append(n)
+    return bytes(out)
+
+
+def encode_features(envelope: Envelope) -> bytes:
+    if isinstance(envelope.payload, bytes) or envelope.payload.dtype != np.float32:
+        raise WireError("features are float32")
+    body = envelope.payload.tobytes()
+    if envelope.device_ns:
+        stamps = _THREE.pack(
+            _TAG_1_FIXED64, envelope.event_ns, _TAG_2_FIXED64, envelope.capture_ns, _TAG_4_FIXED64, envelope.device_ns
+        )
+    else:
+        stamps = _STAMPS.pack(_TAG_1_FIXED64, envelope.event_ns, _TAG_2_FIXED64, envelope.capture_ns)
+    return stamps + _values_head(len(body)) + body
+
+
+def _values_head(size: int) -> bytes:
+    """What stands before `size` bytes of numbers."""
+    return bytes((_TAG_3_BYTES,)) + _varint(size)
+
+
+@lru_cache(maxsize=256)
+def _layout(length: int) -> tuple[int, bytes]:
+    """Where the numbers begin in a feature message of `length` bytes, and what stands before them.
+
+    (0, b"") where none is so long. A stream's messages are all of one length, so that this is looked up.
+    """
+    for head_size in range(2, 7):
+        begin = _STAMPS_SIZE + head_size
+        size = length - begin
+        if size >= 0 and size % _FLOAT32.itemsize == 0 and len(_values_head(size)) == head_size:
+            return begin, _values_head(size)
+    return 0, b""
+
+
+def decode_features(data: bytes, at: int, end: int) -> tuple[int, int, np.ndarray[Any, np.dtype[np.float32]], int]:
+    """Event time, capture time, numbers and the device's own time; raises RecordingError where protobuf refuses it."""
+    begin, head = _layout(end - at)
+    if begin:
+        tag_1, event_ns, tag_2, capture_ns = _unpack_stamps(data, at)
+        begin += at
+        if tag_1 == _TAG_1_FIXED64 and tag_2 == _TAG_2_FIXED64 and data[at + _STAMPS_SIZE : begin] == head:
+            # copied: the numbers begin at an odd byte, and every later use would pay for that
+            return event_ns, capture_ns, _frombuffer(data[begin:end], _FLOAT32), 0
+    begin, head = _layout(end - at - _DEVICE_SIZE)
+    if begin:
+        tag_1, event_ns, tag_2, capture_ns, tag_4, device_ns = _unpack_three(data, at)
+        begin += at + _DEVICE_SIZE
+        tags = tag_1 == _TAG_1_FIXED64 and tag_2 == _TAG_2_FIXED64 and tag_4 == _TAG_4_FIXED64
+        if tags and data[at + _THREE_SIZE : begin] == head:
+            return event_ns, capture_ns, _frombuffer(data[begin:end], _FLOAT32), device_ns
+    message = _by_protobuf("Features", data[at:end])
+    return message.event_ns, message.capture_ns, np.array(message.values, np.float32), message.device_ns
+
+
+class _EventTime(msgspec.Struct):
+    event_ns: int
+
+
+event_time = msgspec.json.Decoder(_EventTime)
+
+
+def encode_clock(envelope: Envelope) -> bytes:
+    return _CLOCK.pack(_TAG_1_FIXED64, envelope.event_ns)
+
+
+def decode_json(data: bytes, at: int, end: int) -> tuple[int, None, bytes, int]:
+    message = data[at:end]
+    return event_time.decode(message).event_ns, None, message, 0
+
+
+def decode_clock(data: bytes, at: int, end: int) -> tuple[int, None, bytes, int]:
+    """Event time; raises RecordingError where protobuf would refuse the message."""
+    if end - at == _CLOCK_SIZE:
+        tag, event_ns = _unpack_clock(data, at)
+        if tag == _TAG_1_FIXED64:
+            return event_ns, None, b"", 0
+    return _by_protobuf("Clock", data[at:end]).event_ns, None, b"", 0
+
+
+Decode = Callable[[bytes, int, int], tuple[int, int | None, Any, int]]
+"""Bytes with a message in them, where it begins and ends -> event_ns, capture_ns where it is there, payload,
+device_ns (0 where it is not there)."""
+
+
+def own_schema(name: str) -> bytes:
+    """A FileDescriptorSet of our two protobuf messages, for readers that know nothing of us."""
+    from google.protobuf import descriptor_pb2 as pb
+
+    file = pb.FileDescriptorProto(name="stream_mmrnn.proto", package="stream_mmrnn", syntax="proto3")
+    field = pb.FieldDescriptorProto
+    message = file.message_type.add(name=name)
+    message.field.add(name="event_ns", number=1, type=field.TYPE_SFIXED64, label=field.LABEL_OPTIONAL)
+    if name == "Features":
+        message.field.add(name="capture_ns", number=2, type=field.TYPE_SFIXED64, label=field.LABEL_OPTIONAL)
+        message.field.add(name="values", number=3, type=field.TYPE_FLOAT, label=field.LABEL_REPEATED)
+        message.field.add(name="device_ns", number=4, type=field.TYPE_SFIXED64, label=field.LABEL_OPTIONAL)
+    data: bytes = pb.FileDescriptorSet(file=[file]).SerializeToString()
+    return data
+
+
+@cache
+def _protobuf_class(name: str) -> Any:
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    files = descriptor_pb2.FileDescriptorSet.FromString(own_schema(name)).file
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(files[0])
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"stream_mmrnn.{name}"))
+
+
+def _by_protobuf(name: str, data: bytes) -> Any:
+    """A message of ours in whatever layout protobuf allows: another program may have written it."""
+    from google.protobuf.message import DecodeError
+
+    try:
+        return _protobuf_class(name).FromString(data)
+    except DecodeError as e:
+        raise RecordingError(f"a message is no {name} of ours: {e}") from e
+
+
+JSON_KINDS = {
+    topics.SESSION: wire.SessionMessage,
+    topics.TICK: wire.TickMessage,
+    topics.PREDICTION: wire.PredictionMessage,
+}
+
+
+def _inline(schema: Any, definitions: dict[str, Any]) -> Any:
+    """The schema with its references written out: Foxglove's reader takes no `$ref` at the top."""
+    if isinstance(schema, dict):
+        if "$ref" in schema:
+            return _inline(definitions[schema["$ref"].rsplit("/", 1)[1]], definitions)
+        return {k: _inline(v, definitions) for k, v in schema.items() if k != "$defs"}
+    return [_inline(v, definitions) for v in schema] if isinstance(schema, list) else schema
+
+
+def json_schema(topic: str) -> bytes:
+    schema = msgspec.json.schema(JSON_KINDS[topic])
+    return msgspec.json.encode(_inline(schema, schema.get("$defs", {})))

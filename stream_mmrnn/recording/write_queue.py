@@ -1,0 +1,234 @@
+"""Messages on their way into a recording: who reads the bus puts them here, a thread of its own writes them.
+
+So a slow or full disk never keeps the bus waiting. What waits is bounded in bytes; beyond that `drop_oldest` gives up
+the oldest of what is largest and can be missed most easily: first raw pictures, sound and words, then the rest, never a
+session's beginning and end; a recording that lost only raw streams still replays. `block` gives up nothing and lets
+the bus's own queue overflow. All that is given up is counted, per stream and reason, and the file says it: every two
+seconds, and after the next chunk when more was lost. Knows nothing about sockets or what a file looks like.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from collections.abc import Mapping
+from typing import Literal
+
+from stream_mmrnn.core import topics
+from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.types import Envelope
+from stream_mmrnn.recording.mcap_file import Recorder
+from stream_mmrnn.recording.message_counts import CLOSING, LOST, REFUSED, SLOW, UNWRITABLE, MessageCounts
+
+Policy = Literal["drop_oldest", "block"]
+
+_ENVELOPE_BYTES = 400
+"""What a message takes in memory beside its payload."""
+_BATCH = 256
+_WAKE_S = 0.02
+_RETRY_S = 0.2
+_NOTE_NS = 2_000_000_000
+
+
+class WriteQueue:
+    """A bounded queue before a recorder, and the two threads behind it: one writes, one waits for the disk to sync."""
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        limit_bytes: int,
+        policy: Policy = "drop_oldest",
+        fsync_ms: float = 1000.0,
+        later_part: bool = False,
+    ) -> None:
+        """`later_part`: the streams began before this file, so that their first numbers say nothing of loss."""
+        self.recorder = recorder
+        self._limit, self._policy, self._later_part = limit_bytes, policy, later_part
+        self._lock = threading.Lock()
+        # one after the other in the file, but given up in this order: raw, anything else, never
+        self._lanes: tuple[deque[tuple[int, int, Envelope]], ...] = (deque(), deque(), deque())
+        self._order = 0
+        self._bytes = 0
+        self._next: dict[tuple[str, str], int] = {}
+        self._came: Counter[str] = Counter()
+        self._lost: Counter[str] = Counter()
+        self._given_up: dict[str, Counter[str]] = {r: Counter() for r in (SLOW, REFUSED, CLOSING)}
+        self._wall_steps: list[tuple[int, int]] = []
+        self._told = (0, 0)
+        """When the file was last told, and of how much loss."""
+        self._sync_trouble = ""
+        self._end: Mapping[str, str] = {}
+        self._deadline_ns = 0
+        """Until when what waits is still written; 0 while the session goes on."""
+        self._finished = threading.Event()
+        self._failure: BaseException | None = None
+        self._whole = False
+        self._fsync_s = fsync_ms / 1000
+        self._threads = [threading.Thread(target=t, daemon=True) for t in (self._write_all, self._sync_now_and_then)]
+        for thread in self._threads:
+            thread.start()
+
+    # ---- the bus's side ------------------------------------------------------------------------------------------
+
+    def put(self, envelope: Envelope) -> bool:
+        """Take one message, without waiting. False: there is no room, and the policy is to `block`; put it again.
+
+        Raises whatever ended the writer, which is a fault of this program.
+        """
+        if self._failure is not None:
+            raise self._failure
+        payload, topic = envelope.payload, envelope.topic
+        size = _ENVELOPE_BYTES + (len(payload) if isinstance(payload, bytes) else payload.nbytes)
+        lane = 2 if topic == topics.SESSION else 0 if topic.startswith(topics.RAW) else 1
+        with self._lock:
+            if self._policy == "block" and self._bytes and self._bytes + size > self._limit:
+                return False
+            self._number(envelope)
+            self._came[topic] += 1
+            self._lanes[lane].append((self._order, size, envelope))
+            self._order += 1
+            self._bytes += size
+            while self._bytes > self._limit and (old := self._lanes[0] or self._lanes[1]):
+                self._give_up(old, REFUSED if self.recorder.trouble else SLOW)
+        return True
+
+    def _number(self, envelope: Envelope) -> None:
+        """Count what the sequence numbers say is missing."""
+        key, seq = (envelope.topic, envelope.session), envelope.seq
+        began = self._later_part or envelope.session == topics.EVERYONE
+        expected = self._next.get(key, seq if began else 0)
+        if seq > expected:
+            self._lost[envelope.topic] += seq - expected
+        # a number below the expected one is a publisher that began anew
+        self._next[key] = seq + 1
+
+    def _give_up(self, lane: deque[tuple[int, int, Envelope]], reason: str) -> None:
+        _, size, envelope = lane.popleft()
+        self._bytes -= size
+        self._given_up[reason][envelope.topic] += 1
+
+    def note_wall_step(self, at_ns: int, step_ns: int) -> None:
+        """Have it written down that the wall clock was set."""
+        with self._lock:
+            self._wall_steps.append((at_ns, step_ns))
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """For a status: all that is not in the file, by where it was lost."""
+        with self._lock:
+            return {
+                "messages": self.recorder.messages,
+                "bytes": self.recorder.bytes,
+                "lost": self._lost.total(),
+                "dropped": sum(c.total() for c in self._given_up.values()),
+                "refused": self.recorder.unwritable,
+            }
+
+    @property
+    def trouble(self) -> str:
+        """One sentence about what is wrong with the disk, the same as long as it lasts; "" where nothing is."""
+        name = self.recorder.path.name
+        if why := self.recorder.trouble:
+            return (
+                f"{name} cannot be written ({why}) and ends here for now; it goes on when the disk takes more, what "
+                "waits too long is dropped and counted"
+            )
+        if self._sync_trouble:
+            return f"the disk may lose what is in {name} ({self._sync_trouble}); record to another disk"
+        if any(self._given_up.values()):
+            return f"the disk did not keep up: {name} lacks messages, and says which"
+        return ""
+
+    def close(self, end: Mapping[str, str], timeout_s: float) -> bool:
+        """Write what waits, for `timeout_s` at most, and finish the file with `end`. False: it has no end, because the
+        disk does not take it.
+        """
+        self._end = end
+        self._deadline_ns = now_ns() + int(timeout_s * 1e9)
+        self._threads[0].join()
+        self._finished.set()
+        if self._failure is not None:
+            raise self._failure
+        return self._whole
+
+    # ---- the disk's side -----------------------------------------------------------------------------------------
+
+    def _write_all(self) -> None:
+        try:
+            while not self._finished.is_set():
+                self._finished.wait(_RETRY_S if self.recorder.trouble else _WAKE_S)
+                ending = self._deadline_ns > 0  # asked before the queue is: nothing comes after
+                while not self.recorder.trouble and self._write_some():
+                    pass
+                self._keep()
+                if ending and (now_ns() > self._deadline_ns or not (self.recorder.trouble or self._bytes)):
+                    self._finish()
+                    return
+        except BaseException as e:
+            self._failure = e
+
+    def _write_some(self) -> bool:
+        """Write some of what waits; False: nothing did."""
+        batch: list[Envelope] = []
+        first, second, third = self._lanes
+        with self._lock:
+            while len(batch) < _BATCH:
+                lane = min((q for q in (first, second, third) if q), key=_order_of, default=None)
+                if lane is None:
+                    break
+                _, size, envelope = lane.popleft()
+                self._bytes -= size
+                batch.append(envelope)
+        for envelope in batch:
+            self.recorder.write(envelope)
+        self._keep()
+        return bool(batch)
+
+    def _keep(self) -> None:
+        at_ns = now_ns()
+        if not self.recorder.keep(at_ns) or self.recorder.trouble:
+            return
+        with self._lock:
+            steps, self._wall_steps = self._wall_steps, []
+        for step in steps:
+            self.recorder.note_wall_step(*step)
+        counts = self.message_counts()
+        told_ns, told = self._told
+        if at_ns - told_ns >= _NOTE_NS or counts.lost != told or self.recorder.news:
+            self._told = (at_ns, counts.lost)
+            self.recorder.note(counts.as_metadata(), at_ns)
+
+    def message_counts(self) -> MessageCounts:
+        """As of now. Exact where the writer asks, between two messages."""
+        with self._lock:
+            recorded, refused = dict(self.recorder.counts), dict(self.recorder.refused)
+            reasons = {LOST: self._lost, UNWRITABLE: refused, **self._given_up}
+            dropped: dict[str, dict[str, int]] = {}
+            for reason, topics_lost in reasons.items():
+                for topic, n in topics_lost.items():
+                    if n:
+                        dropped.setdefault(topic, {})[reason] = n
+            produced = dict(self._came + self._lost)
+            waiting = Counter(e.topic for lane in self._lanes for _, _, e in lane)
+        return MessageCounts(produced, recorded, dict(waiting), dropped)
+
+    def _finish(self) -> None:
+        with self._lock:
+            for lane in self._lanes:
+                while lane:
+                    self._give_up(lane, CLOSING)
+        self._whole = self.recorder.close({**self.message_counts().as_metadata(), **self._end})
+
+    def _sync_now_and_then(self) -> None:
+        while not self._finished.wait(self._fsync_s):
+            try:
+                self.recorder.sync()
+                self._sync_trouble = ""
+            except ValueError:  # the file is closed
+                return
+            except OSError as e:
+                self._sync_trouble = e.strerror or str(e)
+
+
+def _order_of(lane: deque[tuple[int, int, Envelope]]) -> int:
+    return lane[0][0]

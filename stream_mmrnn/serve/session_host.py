@@ -1,0 +1,343 @@
+"""Host: what a server of sessions does with each message, whoever brings it; pure of sockets and clocks.
+
+Peers are bytes; a session is served for the peer that opened it, until it closes it, is gone, or another one comes with
+its token. Ticks wait here, a queue for each session, and `step` takes the oldest of each: nobody's flood keeps another
+one's tick waiting for more than a step. Knows nothing about transports.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Literal, TypeAlias
+
+import msgspec
+import numpy as np
+
+from stream_mmrnn.core.errors import (
+    BadTick,
+    Busy,
+    DuplicateSession,
+    Evicted,
+    SessionError,
+    ShardDied,
+    SnapshotError,
+    StreamError,
+    UnknownSession,
+    WireError,
+)
+from stream_mmrnn.core.latency import Histogram
+from stream_mmrnn.core.types import FloatArray, Prediction, Stamps, Tick
+from stream_mmrnn.serve import protocol
+from stream_mmrnn.serve.sessions import Notice, Sessions
+
+Peer: TypeAlias = bytes
+ErrorName = Literal["unknown", "duplicate", "evicted", "bad_tick", "bad_message", "failed", "overrun"]
+
+_ERRORS: tuple[tuple[type[StreamError], ErrorName], ...] = (
+    (UnknownSession, "unknown"),
+    (DuplicateSession, "duplicate"),
+    (Evicted, "evicted"),
+    (BadTick, "bad_tick"),
+)
+_LOOK_NS, _SWEEP_NS = 100_000_000, 60_000_000_000
+"""So often is it asked who is idle, and what on disk is too old."""
+_NOT_OWNER = "no session of this connection; open it with its token to take it over"
+
+
+def _error_name(error: StreamError) -> ErrorName:
+    return next((name for kind, name in _ERRORS if isinstance(error, kind)), "failed")
+
+
+class _Waiting(msgspec.Struct, gc=False):
+    peer: Peer
+    tick: Tick
+    heard_ns: int
+
+
+class Host:
+    """Sessions for peers: `hear` what they say, `step` what is ready, send what is in `out`."""
+
+    def __init__(self, sessions: Sessions, queue: int, told: int = 0) -> None:
+        """`queue`: ticks of one session that may wait; one more is refused as `overrun`. `told`: what clients are told
+        instead, if anything.
+        """
+        self.sessions = sessions
+        self.out: list[tuple[Peer, protocol.Reply]] = []
+        """What is to be sent, in order; the caller takes it away."""
+        self.counts: Counter[str] = Counter()
+        """`messages`, `garbage`, `predictions`, `skipped`, `refused`, `overrun`, `taken`, `gone`."""
+        self.waited, self.stepped = Histogram(), Histogram()
+        """From a tick's coming to the beginning of its step; steps."""
+        self._queue = queue
+        self._owner: dict[str, Peer] = {}
+        self._of: dict[Peer, set[str]] = {}
+        self._waiting: dict[str, deque[_Waiting]] = {}
+        """Only of sessions that have a tick here; the one that has waited longest first."""
+        self._looked_ns = self._swept_ns = 0
+        spec = sessions.engine.spec
+        self._sizes = [(m.name, m.size) for m in spec.modalities]
+        self._zeros: dict[str, FloatArray] = {name: np.zeros(size, np.float32) for name, size in self._sizes}
+        self._heads = [h.name for h in spec.heads]
+        self.welcome = protocol.welcome(spec, told or queue)
+        self._answers: dict[type, Callable[..., None]] = {
+            protocol.Hello: self._hello,
+            protocol.Open: self._open,
+            protocol.Step: self._put,
+            protocol.Flush: self._flush,
+            protocol.Reset: self._reset,
+            protocol.Close: self._close,
+        }
+
+    @property
+    def ready(self) -> bool:
+        """Whether a tick waits to be stepped."""
+        return bool(self._waiting)
+
+    # ---- what comes ----------------------------------------------------------------------------------------------
+
+    def hear(self, peer: Peer, content: bytes, now_ns: int) -> None:
+        """One message of a peer: answered, or its tick waits."""
+        self.counts["messages"] += 1
+        try:
+            request = protocol.read_request(content)
+        except WireError as e:
+            self.counts["garbage"] += 1
+            self._say(peer, protocol.Refused(error="bad_message", why=str(e)[:500]))
+            return
+        self.take(peer, request, now_ns)
+
+    def take(self, peer: Peer, request: protocol.Request, now_ns: int) -> None:
+        """One message that has been read."""
+        if isinstance(request, protocol.Flush | protocol.Reset | protocol.Close | protocol.Open):
+            self._finish(request.session, now_ns)
+        try:
+            self._answers[type(request)](peer, request, now_ns)
+        except StreamError as e:
+            self._refuse(peer, e, getattr(request, "session", ""), getattr(request, "tick", -1))
+
+    def _say(self, peer: Peer, reply: protocol.Reply) -> None:
+        self.out.append((peer, reply))
+
+    def _refuse(self, peer: Peer, error: StreamError, session: str, tick: int) -> None:
+        self.counts["refused"] += 1
+        if isinstance(error, Busy):
+            self._say(peer, protocol.BusyNow(session=session, why=str(error), retry_s=error.retry_after_s))
+        else:
+            self._say(peer, protocol.Refused(error=_error_name(error), why=str(error), session=session, tick=tick))
+
+    def _hello(self, peer: Peer, request: protocol.Hello, now_ns: int) -> None:
+        if request.version != protocol.VERSION:
+            why = f"protocol version {request.version} is not {protocol.VERSION}; use the same release on both sides"
+            self._say(peer, protocol.Refused(error="bad_message", why=why))
+            return
+        self._say(peer, self.welcome)
+
+    def _open(self, peer: Peer, request: protocol.Open, now_ns: int) -> None:
+        session = request.session
+        opened = self.sessions.open(session, request.token, now_ns=now_ns)
+        before = self._owner.get(session)
+        if before is not None and before != peer:
+            self.disown(session)
+            self.counts["taken"] += 1
+            self._say(
+                before, protocol.EvictedNow(session=session, token="", reason="taken", next=opened.next_index)
+            )  # fmt: skip
+        self.own(session, peer)
+        ready = protocol.Ready(
+            session=session, token=opened.token, next=opened.next_index, resumed=opened.resumed
+        )  # fmt: skip
+        self._say(peer, ready)
+
+    def _put(self, peer: Peer, request: protocol.Step, now_ns: int) -> None:
+        session = request.session
+        self._check_owner(peer, session, now_ns)
+        waiting = self._waiting.get(session)
+        if waiting is not None and len(waiting) >= self._queue:
+            self.counts["overrun"] += 1
+            why = f"{self._queue} ticks of session {session!r} wait already; send no faster than the model's tick"
+            self._say(peer, protocol.Refused(error="overrun", why=why, session=session, tick=request.tick))
+            return
+        tick = self._tick(request, now_ns)
+        if waiting is None:
+            waiting = self._waiting[session] = deque()
+        waiting.append(_Waiting(peer, tick, now_ns))
+
+    def _check_owner(self, peer: Peer, session: str, now_ns: int) -> None:
+        if self._owner.get(session) != peer:
+            if session in self.sessions:
+                raise UnknownSession(_NOT_OWNER)
+            raise self.sessions.missing(session, now_ns)
+
+    def _tick(self, request: protocol.Step, now_ns: int) -> Tick:
+        """What a message says, as a tick; raises BadTick where it is not of this model."""
+        expected = len(self._sizes)
+        if len(request.features) != expected or len(request.age_ns) not in (0, expected):
+            raise BadTick(
+                f"tick {request.tick} of session {request.session!r}: expected {expected} vectors and as many ages or "
+                f"none, got {len(request.features)} and {len(request.age_ns)}"
+            )
+        features, present, age_ns = {}, {}, {}
+        for i, (name, size) in enumerate(self._sizes):
+            content = request.features[i]
+            if content is not None and len(content) != 4 * size:
+                raise BadTick(
+                    f"tick {request.tick} of session {request.session!r}: expected {size} float32 ({4 * size} bytes) "
+                    f"as {name}, got {len(content)} bytes"
+                )
+            here = content is not None
+            vector = np.frombuffer(content, "<f4") if content is not None else self._zeros[name]
+            if here and not np.isfinite(vector).all():
+                raise BadTick(f"tick {request.tick} of session {request.session!r}: {name} is not finite")
+            features[name], present[name] = vector, here
+            age_ns[name] = request.age_ns[i] if request.age_ns else (0 if here else -1)
+        closed = Stamps(request.event_ns, request.event_ns, request.event_ns, now_ns, "serve")
+        return Tick(request.session, request.tick, request.event_ns, features, present, age_ns, closed)
+
+    def _flush(self, peer: Peer, request: protocol.Flush, now_ns: int) -> None:
+        self._check_owner(peer, request.session, now_ns)
+        self._say(
+            peer, protocol.Flushed(session=request.session, next=self.sessions.flush(request.session, now_ns=now_ns))
+        )
+
+    def _reset(self, peer: Peer, request: protocol.Reset, now_ns: int) -> None:
+        self._check_owner(peer, request.session, now_ns)
+        self.sessions.reset(request.session, now_ns=now_ns)
+        # ticks that a client sends again after a crash must not be stepped on what was before
+        self.sessions.flush(request.session, now_ns=now_ns)
+        self._say(peer, protocol.Done(session=request.session))
+
+    def _close(self, peer: Peer, request: protocol.Close, now_ns: int) -> None:
+        if request.session in self.sessions:
+            self._check_owner(peer, request.session, now_ns)
+        self.sessions.close(request.session, request.token, now_ns=now_ns)
+        self.disown(request.session)
+        self._say(peer, protocol.Done(session=request.session))
+
+    def own(self, session: str, peer: Peer) -> None:
+        """The session is served for this peer from now on."""
+        self._owner[session] = peer
+        self._of.setdefault(peer, set()).add(session)
+
+    def owner(self, session: str) -> Peer:
+        """The peer that it is served for; b"" where it is for nobody."""
+        return self._owner.get(session, b"")
+
+    def disown(self, session: str) -> None:
+        """It is served for nobody; its ticks that wait are forgotten."""
+        peer = self._owner.pop(session, None)
+        if peer is not None:
+            of = self._of[peer]
+            of.discard(session)
+            if not of:
+                del self._of[peer]
+        self._waiting.pop(session, None)
+
+    # ---- stepping ------------------------------------------------------------------------------------------------
+
+    def _finish(self, session: str, now_ns: int) -> None:
+        """What its session is asked comes after the ticks before it."""
+        while session in self._waiting:
+            self.step(now_ns)
+
+    def step(self, now_ns: int) -> int:
+        """Step the oldest tick of each session that has one, as one batch; how many."""
+        taken: list[_Waiting] = []
+        for session in list(self._waiting):
+            waiting = self._waiting[session]
+            taken.append(waiting.popleft())
+            if not waiting:
+                del self._waiting[session]
+        asked = {(of.tick.session, of.tick.index): of for of in taken}
+
+        def refused(tick: Tick, error: SessionError) -> None:
+            self._refuse(asked[tick.session, tick.index].peer, error, tick.session, tick.index)
+
+        def skipped(tick: Tick) -> None:
+            self.counts["skipped"] += 1
+            following = self.sessions.next_index(tick.session)
+            self._say(
+                asked[tick.session, tick.index].peer,
+                protocol.Skipped(session=tick.session, tick=tick.index, next=following),
+            )
+
+        dead: tuple[str, ...] = ()
+        try:
+            predictions = self.sessions.step([of.tick for of in taken], now_ns=now_ns, refused=refused, skipped=skipped)
+        except ShardDied as e:
+            predictions, dead = list(e.predictions), e.sessions
+        if predictions:
+            self.stepped.add(predictions[-1].step_end_ns - predictions[0].step_start_ns)
+        for prediction in predictions:
+            of = asked[prediction.tick.session, prediction.tick.index]
+            self._say(of.peer, self._pred(prediction, of.heard_ns))
+        self.counts["predictions"] += len(predictions)
+        for session in dead:
+            if session in self.sessions:
+                self._tell(self.sessions.lose(session))
+        return len(predictions)
+
+    def _pred(self, prediction: Prediction, heard_ns: int) -> protocol.Pred:
+        tick = prediction.tick
+        waited_ns = max(prediction.step_start_ns - heard_ns, 0)
+        self.waited.add(waited_ns)
+        return protocol.Pred(
+            session=tick.session,
+            tick=tick.index,
+            event_ns=tick.event_ns,
+            heads=tuple(prediction.heads[name].astype("<f4", copy=False).tobytes() for name in self._heads),
+            present=tuple(tick.present[name] for name, _ in self._sizes),
+            age_ns=tuple(tick.age_ns[name] for name, _ in self._sizes),
+            waited_ns=waited_ns,
+            step_ns=prediction.step_end_ns - prediction.step_start_ns,
+            model=prediction.model,
+        )
+
+    # ---- what nobody asks for ------------------------------------------------------------------------------------
+
+    def housekeeping(self, now_ns: int) -> None:
+        """For when nothing is ready: a snapshot that is due, sessions that are idle, states that are too old."""
+        self.sessions.keep(now_ns)
+        self.evict_idle(now_ns)
+        if now_ns - self._swept_ns > _SWEEP_NS:
+            self._swept_ns = now_ns
+            self.sessions.sweep(now_ns)
+
+    def evict_idle(self, now_ns: int) -> None:
+        """Now and then: sessions that have been silent for too long lose their slots, and their peers are told."""
+        if now_ns - self._looked_ns > _LOOK_NS:
+            self._looked_ns = now_ns
+            for notice in self.sessions.evict_idle(now_ns):
+                self._tell(notice)
+
+    def gone(self, peer: Peer, now_ns: int) -> int:
+        """Nobody is there any more: its sessions are put to disk, for their tokens. How many those were."""
+        sessions = list(self._of.get(peer, ()))
+        for session in sessions:
+            self.disown(session)
+            try:
+                self.sessions.cancel(session, now_ns=now_ns)
+            except (SessionError, SnapshotError):
+                continue  # counted there; what cannot be written stays until it is idle
+        self.counts["gone"] += bool(sessions)
+        return len(sessions)
+
+    def leave(self, now_ns: int) -> int:
+        """Step what waits and put all sessions to disk: the server ends. How many those were."""
+        while self.ready:
+            self.step(now_ns)
+        notices = self.sessions.leave(now_ns)
+        for notice in notices:
+            self._tell(notice)
+        return len(notices)
+
+    def _tell(self, notice: Notice) -> None:
+        owner = self._owner.get(notice.session)
+        self.disown(notice.session)
+        if owner is not None:
+            self._say(
+                owner,
+                protocol.EvictedNow(
+                    session=notice.session, token=notice.token, reason=notice.reason, next=notice.next_index
+                ),
+            )

@@ -1,0 +1,121 @@
+"""Who may see the page: the name it is asked for by, the site that asks, and the token where others can reach it.
+
+A page on loopback is open to whoever sits at the machine, but not to other sites in their browser: those come with a
+foreign Host (DNS rebinding) or Origin. One that others can reach asks for a token, too: as `Authorization: Bearer`, as
+the cookie that the page gives, or once as `?token=`. Pure. Knows nothing about sockets or what is served.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import re
+from collections.abc import Callable, Collection
+from http.cookies import CookieError, SimpleCookie
+from typing import NamedTuple
+from urllib.parse import parse_qs
+
+from stream_mmrnn.core.config import LOOPBACK, is_loopback
+from stream_mmrnn.core.errors import ConfigError
+
+_LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "[::1]"})
+_AUTHORITY = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d{1,5})?")
+
+Headers = Callable[[str], list[str]]
+"""All values of a header, by its name."""
+
+
+class Answer(NamedTuple):
+    """What to say instead of what was asked for."""
+
+    code: int
+    words: str
+    headers: dict[str, str]
+
+
+class Access:
+    """Judges requests to a page that is bound to `host`; `names`: what else this machine is called."""
+
+    def __init__(self, host: str, token: str = "", names: Collection[str] = ()) -> None:
+        """Raises ConfigError where others can reach the host and there is no token."""
+        if not is_loopback(host) and not token:
+            raise ConfigError(
+                f"the page on {host} can be reached by others and needs a token; set dashboard.token_file, or bind "
+                f"{LOOPBACK}"
+            )
+        self._open_to_others = not is_loopback(host)
+        self._names = _LOOPBACK_NAMES | {host.lower()} | ({n.lower() for n in names} if self._open_to_others else set())
+        self._token = token.encode()
+        self.denied: dict[str, int] = {}
+        """Requests that were not served, by reason: `host`, `origin`, `token`."""
+
+    def judge(self, method: str, target: str, headers: Headers, port: int) -> Answer | None:
+        """None for a request that may be served; else the answer, which tells nothing."""
+        if not self._knows_host(headers("Host")):
+            return self._deny("host", 403, "the Host header is not a name of this machine")
+        if not self._from_here(method, headers):
+            return self._deny("origin", 403, "other sites may not ask here")
+        if not self._token:
+            return None
+        cookie = f"stream_mmrnn_{port}"
+        path, _, query = target.partition("?")
+        if any(map(self._is_token, _asked_with(query))):
+            # it leaves the address bar, and with it the history, at once
+            value = f"{cookie}={self._token.decode()}; HttpOnly; SameSite=Lax; Path=/"
+            return Answer(303, "", {"Location": "/" + path.strip("/\\"), "Set-Cookie": value})
+        given = [v[7:].strip() for v in headers("Authorization") if v[:7].lower() == "bearer "]
+        if any(map(self._is_token, [*given, *_cookies(headers("Cookie"), cookie)])):
+            return None
+        return self._deny("token", 401, "this page wants its token: open it as /?token=TOKEN")
+
+    def _deny(self, reason: str, code: int, words: str) -> Answer:
+        self.denied[reason] = self.denied.get(reason, 0) + 1
+        return Answer(code, words + "\n", {"WWW-Authenticate": "Bearer"} if code == 401 else {})
+
+    def _is_token(self, given: str) -> bool:
+        # in a time that does not tell how much of it is right
+        return hmac.compare_digest(given.encode("utf-8", "replace"), self._token)
+
+    def _knows_host(self, hosts: list[str]) -> bool:
+        """A page of another site whose name was made to resolve to this machine sends its own name here."""
+        if len(hosts) != 1:
+            return False
+        found = _AUTHORITY.fullmatch(hosts[0].strip())
+        if found is None:
+            return False
+        name = found.group(1).lower()
+        if name in self._names:
+            return True
+        try:
+            # a number cannot be made to resolve to something else
+            return self._open_to_others and bool(ipaddress.ip_address(name.strip("[]")))
+        except ValueError:
+            return False
+
+    def _from_here(self, method: str, headers: Headers) -> bool:
+        """Whether the page itself asks, or a person who typed or followed the address; not a page of another site."""
+        own = headers("Host")[0].strip().lower()
+        if any(o.strip().lower() not in (f"http://{own}", f"https://{own}") for o in headers("Origin")):
+            return False
+        elsewhere = any(site.strip() in ("cross-site", "same-site") for site in headers("Sec-Fetch-Site"))
+        navigation = method == "GET" and headers("Sec-Fetch-Mode") == ["navigate"]
+        return not elsewhere or navigation
+
+
+def _asked_with(query: str) -> list[str]:
+    try:
+        return parse_qs(query, max_num_fields=16).get("token", [])
+    except ValueError:
+        return []
+
+
+def _cookies(lines: list[str], name: str) -> list[str]:
+    found = []
+    for line in lines:
+        try:
+            jar: SimpleCookie = SimpleCookie(line)
+        except CookieError:
+            continue
+        if name in jar:
+            found.append(jar[name].value)
+    return found

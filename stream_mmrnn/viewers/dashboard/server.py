@@ -1,0 +1,200 @@
+"""The page's web server, for who feeds it: it is given states, pictures and sound, and never makes its giver wait.
+
+It hands out what it was given last and keeps nothing else, so a slow browser costs nobody's time but its own, and one
+that stops reading is cut off. The port is taken at once; what answers there (`app`) is imported and runs on a thread of
+its own from `start` on, and who asks before waits. Knows nothing about the bus, predictions or what a state holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import os
+import re
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from stream_mmrnn.core.config import LOOPBACK
+from stream_mmrnn.core.errors import ProcessError
+from stream_mmrnn.viewers.dashboard.access import Access
+from stream_mmrnn.viewers.dashboard.board import Board
+
+if TYPE_CHECKING:
+    from stream_mmrnn.viewers.dashboard.app import Application
+
+_CLOSE_S = 2.0
+
+
+def _page() -> bytes:
+    """The page in one piece: its style and its script are in it, so that the policy can name what is in them."""
+    parts = {name: Path(__file__).with_name(name).read_bytes() for name in ("page.html", "page.css", "page.js")}
+    page = parts["page.html"].replace(
+        b'<link rel="stylesheet" href="page.css">', b"<style>%b</style>" % parts["page.css"]
+    )
+    return page.replace(b'<script src="page.js"></script>', b"<script>%b</script>" % parts["page.js"])
+
+
+def _policy(page: bytes) -> str:
+    """A policy under which only the page's own script and style count, and nothing is fetched from elsewhere."""
+
+    def own(tag: bytes) -> str:
+        found = re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), page, re.DOTALL)
+        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s).digest()).decode()}'" for s in found)
+
+    return (
+        f"default-src 'none'; script-src {own(b'script')}; style-src {own(b'style')}; img-src 'self' data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A listening socket; raises OSError."""
+    s = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        # on Windows the option would let another program take over a port in use
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(os.name != "nt"))
+        s.bind((LOOPBACK if host == "localhost" else host, port))
+        s.listen(32)
+    except OSError:
+        s.close()
+        raise
+    return s
+
+
+class Dashboard:
+    """Serves the live page; `update` and `picture` never wait for a browser.
+
+    `metrics` gives what /metrics answers, in Prometheus' text format. `ready` gives what keeps the system from being
+    ready, "" where nothing does: /readyz answers 200 or 503; /healthz is 200 while the server lives. Both are called
+    in the server's thread and must be quick.
+
+    `posts`: by path, who takes the body of a POST of JSON and answers "" or, as one sentence, why it cannot be done.
+    They are called in the server's thread, too.
+
+    Raises:
+        ConfigError: others can reach the host, and there is no token.
+        ProcessError: the port cannot be had.
+
+    """
+
+    def __init__(
+        self,
+        host: str = LOOPBACK,
+        port: int = 0,
+        client_timeout_s: float = 2.0,
+        token: str = "",
+        metrics: Callable[[], bytes] | None = None,
+        ready: Callable[[], str] = lambda: "",
+        posts: Mapping[str, Callable[[bytes], str]] = MappingProxyType({}),
+    ) -> None:
+        self.access = Access(host, token, (socket.gethostname(),))
+        self._board = Board()
+        try:
+            self._socket = _bind(host, port)
+        except OSError as e:
+            raise ProcessError(f"the dashboard cannot bind {host} port {port}: {e.strerror or e}") from e
+        self._port = int(self._socket.getsockname()[1])
+        self._host = f"[{host}]" if ":" in host else host
+        self._metrics, self._ready, self._posts = metrics, ready, posts
+        self._client_timeout_s = client_timeout_s
+        self._application: Application | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    @property
+    def address(self) -> str:
+        return f"http://{self._host}:{self._port}/"
+
+    @property
+    def clients(self) -> int:
+        """How many browsers follow the events."""
+        return self._board.clients
+
+    @property
+    def listeners(self) -> int:
+        """How many programs follow the predictions."""
+        return self._application.feed.listeners if self._application else 0
+
+    @property
+    def connections(self) -> int:
+        """Open ones, of whatever kind."""
+        return self._application.connections if self._application else 0
+
+    def update(self, state: dict[str, Any]) -> None:
+        """Replace the state; NaN and infinity become null, as JSON wants."""
+        self._board.put(msgspec.json.encode(state))
+        self._call(self._board.wake)
+
+    def predict(self, prediction: dict[str, Any]) -> None:
+        """One more prediction for those who listen, with `missed`: how many are missing before it."""
+        self._call(lambda: self._running().feed.put(prediction))
+
+    def explain(self, model: dict[str, Any]) -> None:
+        """What the predictions from here on mean."""
+        self._call(lambda: self._running().feed.put_model(model))
+
+    def picture(self, jpeg: bytes) -> None:
+        self._board.picture = jpeg
+
+    def sound(self, first: int, columns: bytes) -> None:
+        """The spectrogram, `BANDS` bytes a column, and the number of the first."""
+        self._board.sound = (first, columns)
+
+    def start(self) -> None:
+        if self._thread is None:
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=self._run, args=(self._loop,), name="dashboard", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Cut every connection and give the port back; within some tenths of a second."""
+        self._call(self._end)
+        if self._thread is not None:
+            self._thread.join(_CLOSE_S)
+            self._thread = None
+        self._socket.close()
+
+    def _call(self, what: Callable[[], None]) -> None:
+        """Have it called in the server's thread; not at all where that does not run."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # it is closed
+                self._loop.call_soon_threadsafe(what)
+
+    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+        from stream_mmrnn.viewers.dashboard.app import Application, Offer
+
+        page = _page()
+        self._application = Application(
+            Offer(
+                self.access,
+                page,
+                _policy(page),
+                self._metrics,
+                self._ready,
+                self._posts,
+                self._port,
+                self._client_timeout_s,
+            ),
+            self._board,
+        )
+        try:
+            loop.run_until_complete(self._application.serve(self._socket))
+        finally:
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.close()
+
+    def _running(self) -> Application:
+        # asked by the loop, which runs only once there is an application
+        assert self._application is not None
+        return self._application
+
+    def _end(self) -> None:
+        self._running().end()

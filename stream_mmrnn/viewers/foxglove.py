@@ -1,0 +1,65 @@
+"""What is on the bus, served to Foxglove live: the channels are those of a recording, with the same schemas.
+
+A client that reads too slowly loses the oldest of what waits for it, in the SDK's own bounded queue; nobody waits for
+it. Always on loopback. Knows nothing about the bus or processes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stream_mmrnn.core import topics
+from stream_mmrnn.core.clock import wall_offset_ns
+from stream_mmrnn.core.config import LOOPBACK
+from stream_mmrnn.core.errors import StreamError
+from stream_mmrnn.core.types import Envelope
+from stream_mmrnn.recording.mcap_file import UNWRITABLE, encoded, scheme
+
+SHOWN = tuple(t.name for t in topics.TOPICS.values() if t.recorded)
+"""The topics that a client can ask for."""
+
+
+class FoxgloveServer:
+    """A WebSocket server (subprotocol `foxglove.sdk.v1`) with one channel a topic."""
+
+    def __init__(self, port: int, queue: int) -> None:
+        """Listen on `port`, 0 takes any free one; `queue` messages may wait for a client.
+
+        Raises:
+            StreamError: the port is taken.
+
+        """
+        import foxglove
+
+        self._context = context = foxglove.Context()  # channels and server go with it
+        self._offset_ns = wall_offset_ns()
+        self._channels: dict[str, Any] = {}
+        for topic in SHOWN:
+            encoding, (name, schema_encoding, data) = scheme(topic)
+            schema = foxglove.Schema(name=name, encoding=schema_encoding, data=data)
+            self._channels[topic] = foxglove.Channel(topic, message_encoding=encoding, schema=schema, context=context)
+        self.garbage = 0
+        """Messages that no client could read."""
+        try:
+            self._server = foxglove.start_server(
+                name="stream_mmrnn", host=LOOPBACK, port=port, context=context, message_backlog_size=queue
+            )
+        except (OSError, RuntimeError) as e:
+            raise StreamError(f"Foxglove cannot be served on port {port}: {e}; set foxglove.port to a free one") from e
+        self.address = f"ws://{LOOPBACK}:{self._server.port}"
+
+    def show(self, envelope: Envelope) -> None:
+        """Give a message to the clients who asked for its topic; without one it costs nothing."""
+        channel = self._channels.get(envelope.topic)
+        if channel is None or not channel.has_sinks():
+            return
+        try:
+            data = encoded(envelope, self._offset_ns)
+            channel.log(data, log_time=envelope.publish_ns + self._offset_ns)
+        except UNWRITABLE:
+            self.garbage += 1
+
+    def close(self) -> None:
+        self._server.stop()
+        for channel in self._channels.values():
+            channel.close()

@@ -1,0 +1,225 @@
+"""The terminal view of a running session: streams, heads as bars over time, latency, losses.
+
+Draws what `LiveState.snapshot` says. Knows nothing about where it comes from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from stream_mmrnn.core import topics
+
+_BARS = " ▁▂▃▄▅▆▇█"
+STATE_STYLE = {
+    "open": "green",
+    "ready": "green",
+    "missing": "red",
+    "failed": "red",
+    "stale": "yellow",
+    "starting": "yellow",
+    "restarting": "yellow",
+}
+
+
+WATCHED = (topics.FEATURE, *topics.raws("text"), topics.CLOCK)
+"""What the view shows beside status and predictions."""
+
+
+def spark(values: list[float | None], width: int) -> str:
+    """Numbers in [0, 1] as a line of bars, newest at the right."""
+    out = ""
+    for value in values[-width:]:
+        out += " " if value is None else _BARS[max(1, min(8, round(value * 8)))]
+    return out.rjust(width)
+
+
+def _bar(value: float | None, width: int = 20) -> Text:
+    if value is None:
+        return Text("–")
+    filled = max(0.0, min(1.0, value)) * width
+    whole = int(filled)
+    text = "█" * whole + ("▌" if filled - whole >= 0.5 else "")
+    style = "green" if value < 0.5 else "bold yellow"
+    return Text(text.ljust(width, "·"), style=style)
+
+
+def _streams(state: dict[str, Any]) -> Table:
+    table = Table(title="streams", title_justify="left", expand=True, box=None, header_style="dim")
+    for name, justify in (
+        ("stream", "left"),
+        ("state", "left"),
+        ("rate", "right"),
+        ("age", "right"),
+        ("tick", "left"),
+    ):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for name, s in state["streams"].items():
+        if not name.startswith("feature/"):
+            continue
+        age = "–" if s["age_ms"] is None else f"{s['age_ms']:.0f} ms" if s["age_ms"] < 10_000 else "> 10 s"
+        used = {True: Text("● present", "green"), False: Text("○ absent", "dim"), None: Text("")}[s["present"]]
+        what = s["state"] or "–"
+        table.add_row(s["modality"], Text(what, STATE_STYLE.get(what, "")), f"{s['rate_hz']:.1f} Hz", age, used)
+    return table
+
+
+def _head(name: str, head: dict[str, Any], width: int) -> Panel:
+    table = Table(box=None, show_header=False, expand=True, padding=(0, 1))
+    values, series = head["values"], head["history"]["series"]
+    for i, value in enumerate(values):
+        label = head["labels"][i] if i < len(head["labels"]) else f"{name}[{i}]" if len(values) > 1 else name
+        line = spark(series[i], width) if i < len(series) else ""
+        number = "–" if value is None else f"{value:.2f}"
+        if value is not None and head["threshold"] is not None:
+            number += " yes" if value > head["threshold"] else " no "
+        table.add_row(Text(label, "bold"), number, _bar(value), Text(line, "cyan"))
+    return Panel(table, title=Text(f"{name} · {head['kind'] or 'values'}"), title_align="left", border_style="dim")
+
+
+def _latency(state: dict[str, Any]) -> Table:
+    table = Table(title="latency, ms", title_justify="left", box=None, header_style="dim", expand=True)
+    table.add_column("")
+    stages = list(state["latency"])
+    for stage in stages:
+        table.add_column(stage, justify="right")
+    for p in ("p50", "p99"):
+        table.add_row(p, *(f"{state['latency'][stage][p]:.2f}" for stage in stages))
+    return table
+
+
+def render(state: dict[str, Any], width: int, headline: str, notes: list[str]) -> RenderableType:
+    """The whole view for a terminal of `width` columns."""
+    top = Text.assemble(
+        ("stream-mmrnn ", "bold"),
+        headline,
+        f"   tick {state['tick']}   {state['predictions_per_s']:.0f} predictions/s",
+    )
+    parts: list[RenderableType] = [top, Text(), _streams(state)]
+    parts += [_head(name, head, max(10, width - 62)) for name, head in state["heads"].items()]
+    parts.append(_latency(state))
+    for title, said in (("text  ", state["texts"]), ("other ", state["other_texts"])):
+        words = "  ".join(t["text"] for t in reversed(said))
+        if said or title == "text  ":
+            parts.append(Text.assemble((title, "dim"), words[-(width - 8) :]))
+    losses = ", ".join(f"{r['node']} {r['what']} {r['count']}" for r in state["losses"]) or "none"
+    parts.append(Text.assemble(("losses  ", "dim"), losses))
+    parts += [Text(f"! {note}", "yellow") for note in notes[-3:]]
+    return Group(*parts)
+
+
+def summary_table(summary: dict[str, Any]) -> RenderableType:
+    """What `live` and `record` print when they end."""
+    table = Table(title="where every message went", title_justify="left", header_style="dim")
+    for name in ("stream", "produced", "delivered", "dropped", "by reason", ""):
+        table.add_column(name, justify="right" if name in ("produced", "delivered", "dropped") else "left")
+    for name, s in summary["streams"].items():
+        reasons = ", ".join(f"{k} {v}" for k, v in s["dropped"].items()) or "–"
+        sign = "=" if s["balanced"] else "≠"
+        table.add_row(
+            name,
+            str(s["produced"]),
+            str(s["delivered"]),
+            str(sum(s["dropped"].values())),
+            reasons,
+            Text(sign, "green" if s["balanced"] else "red"),
+        )
+    parts: list[RenderableType] = []
+    parts.append(
+        Text.assemble(
+            (f"{summary['ticks']} ticks, {summary['predictions']} predictions", "bold"),
+            f" in {summary['seconds']:.1f} s",
+            f"; the first after {summary['first_prediction_s']:.2f} s" if summary["first_prediction_s"] else "",
+        )
+    )
+    parts.append(table)
+    parts += [Text(f"{name}: {s['reason']}", "yellow") for name, s in summary["streams"].items() if s["reason"]]
+    parts += [
+        Text(f"{name}: stale {s['stale']['count']} times (silent for twice its period), {s['stale']['seconds']:.1f} s")
+        for name, s in summary["streams"].items()
+        if s["stale"]["count"]
+    ]
+    if summary["latency_ms"]:
+        parts.append(stage_table(summary["latency_ms"]))
+    if summary["recording"]:
+        r = summary["recording"]
+        parts.append(
+            Text(
+                f"recorded {r['messages']} messages, {r['bytes'] / 1e6:.1f} MB, {r['lost']} lost, "
+                f"{r['dropped']} dropped: {r['path']}"
+            )
+        )
+    for name, v in summary["viewers"].items():
+        if v["dropped"]:
+            reasons = ", ".join(f"{k} {n}" for k, n in v["dropped"].items())
+            parts.append(Text(f"{name}: {v['delivered']} of {v['produced']} messages; {reasons}", "yellow"))
+    for name, denied in summary["denied"].items():
+        reasons = ", ".join(f"{k} {n}" for k, n in denied.items())
+        parts.append(Text(f"{name} let nobody in without a right to it: {reasons}", "yellow"))
+    for name, deaths in summary["restarts"].items():
+        parts.append(Text(f"{name} {', '.join(deaths)}", "yellow"))
+    if summary["repeated"]:
+        parts.append(Text(f"{summary['repeated']} predictions were made again after that, and counted once", "yellow"))
+    if summary["failed"]:
+        parts.append(Text(summary["failed"], "red"))
+    return Group(*parts)
+
+
+def verified(result: dict[str, Any]) -> RenderableType:
+    """What `verify` prints of a recording."""
+    ends, holes = result["ends"], result["holes"]
+    parts: list[RenderableType] = [
+        Text.assemble(
+            (f"{result['recording']}: {result['state']}", "bold green" if result["whole"] else "bold yellow"),
+            f", {result['seconds']:.1f} s, {sum(result['messages'].values())} messages, "
+            f"{result['predictions']} predictions; ends at {ends['at_s']:.1f} s, byte {ends['at_byte']} of "
+            f"{result['bytes']}: {ends['how']}",
+        )
+    ]
+    table = Table(header_style="dim")
+    for name in ("topic", "messages", "dropped", "by reason"):
+        table.add_column(name, justify="left" if name in ("topic", "by reason") else "right")
+    for topic in sorted(result["messages"].keys() | result["dropped"].keys()):
+        dropped = result["dropped"].get(topic, {})
+        reasons = ", ".join(f"{reason} {n}" for reason, n in dropped.items()) or "–"
+        table.add_row(topic, str(result["messages"].get(topic, 0)), str(sum(dropped.values())), reasons)
+    parts.append(table)
+    if result["counted_until_s"] is not None:
+        parts.append(Text(f"what was dropped is counted until {result['counted_until_s']:.1f} s", "dim"))
+    for hole in holes:
+        missing = ", ".join(f"{topic} {n}" for topic, n in hole["missing"].items())
+        parts.append(
+            Text(
+                f"{hole['file']}: nothing sound from byte {hole['from_byte']} to {hole['to_byte']}, "
+                f"after {hole['after_s']:.1f} s ({hole['why']})" + (f"; missing: {missing}" if missing else ""),
+                "yellow",
+            )
+        )
+    if result["repaired"]:
+        for hole in result["repaired"].get("holes", []):
+            missing = ", ".join(f"{topic} {n}" for topic, n in hole["missing"].items()) or "what came after"
+            parts.append(
+                Text(f"repaired: after {hole['after_s']:.1f} s of {hole['file']} missing: {missing}", "yellow")
+            )
+    for row in result["parts"]:
+        parts.append(
+            Text(
+                f"part {row['part']}: {row['recording']}, {row['state']}, {row['seconds']:.1f} s, "
+                f"{row['messages']} messages"
+            )
+        )
+    return Group(*parts)
+
+
+def stage_table(latency_ms: dict[str, dict[str, float]]) -> Table:
+    table = Table(title="latency, ms", title_justify="left", header_style="dim")
+    table.add_column("stage")
+    for name in ("p50", "p95", "p99", "max"):
+        table.add_column(name, justify="right")
+    for stage, row in latency_ms.items():
+        table.add_row(stage, *(f"{row[p]:.3f}" for p in ("p50", "p95", "p99", "max")))
+    return table

@@ -1,0 +1,135 @@
+"""Predictions' stages as OpenTelemetry spans, made from the stamps that predictions carry.
+
+It hears predictions as any view does, in a process of its own, so it costs the engine nothing. Needs the extra `otel`.
+Knows nothing about the bus.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from stream_mmrnn.core import config, wire
+from stream_mmrnn.core.dedup import TickDeduplicator
+from stream_mmrnn.core.errors import WireError
+from stream_mmrnn.core.extras import need
+from stream_mmrnn.core.latency import STAGES, stages
+from stream_mmrnn.core.types import Envelope
+
+_QUEUE = 4096
+_EVERY_MS = 500
+_TIMEOUT_S = 1.0
+"""A collector that takes longer is not there: spans are dropped and counted, and the session ends in time."""
+
+
+def require() -> None:
+    """Raises UsageError where the extra is not installed."""
+    need("trace.ratio", "otel", "opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
+
+
+class Tracer:
+    """`see` every prediction; a share of them become traces: a span `prediction`, and one of each stage below it."""
+
+    def __init__(self, settings: config.Trace, wall_offset_ns: int) -> None:
+        """`wall_offset_ns`: what makes Unix time of our clock's. Raises UsageError without the extra."""
+        require()
+        import requests
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        from opentelemetry.sdk.trace.sampling import TraceIdRatioBased
+
+        # what it cannot send is counted here, and said by whoever runs us
+        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
+        session = requests.Session()
+        session.trust_env = False  # to the collector that was named, and by no proxy
+        exporter = OTLPSpanExporter(settings.endpoint, timeout=_TIMEOUT_S, session=session)
+        self._exporter = _counting(exporter)
+        self._provider = TracerProvider(
+            sampler=TraceIdRatioBased(settings.ratio),
+            resource=Resource({"service.name": "stream-mmrnn"}),
+            shutdown_on_exit=False,
+        )
+        self._provider.add_span_processor(
+            BatchSpanProcessor(self._exporter, max_queue_size=_QUEUE, schedule_delay_millis=_EVERY_MS)
+        )
+        self._tracer = self._provider.get_tracer("stream_mmrnn")
+        self._offset_ns = wall_offset_ns
+        self._deduplicator = TickDeduplicator()
+        self.traces = 0
+        self.malformed = 0
+
+    @property
+    def exported(self) -> int:
+        """Spans that the collector took."""
+        return int(self._exporter.exported)
+
+    @property
+    def failed(self) -> int:
+        """Spans that it did not."""
+        return int(self._exporter.failed)
+
+    def see(self, envelope: Envelope) -> None:
+        """A prediction; one that makes no sense is counted."""
+        try:
+            p = wire.unpack(envelope.payload, wire.PredictionMessage)
+        except WireError:
+            self.malformed += 1
+            return
+        if not self._deduplicator.first(envelope.session, p.tick):
+            return
+        at_ns = p.event_ns + self._offset_ns
+        root = self._tracer.start_span("prediction", start_time=at_ns)
+        if not root.is_recording():
+            return
+        from opentelemetry.trace import set_span_in_context
+
+        self.traces += 1
+        root.set_attributes(
+            {
+                "stream_mmrnn.session": envelope.session,
+                "stream_mmrnn.tick": p.tick,
+                "stream_mmrnn.closed_by": p.closed.by,
+                "stream_mmrnn.present": [name for name, here in p.present.items() if here],
+                "stream_mmrnn.model": p.model,
+            }
+        )
+        inside = set_span_in_context(root)
+        took = stages(p.event_ns, p.closed, p.step_start_ns, p.step_end_ns, envelope.publish_ns)
+        for name in STAGES[:-1]:
+            # each begins where the one before it ends; a sample from before the tick's end makes the first negative
+            begin_ns, at_ns = at_ns, at_ns + took[name]
+            span = self._tracer.start_span(name, inside, start_time=min(begin_ns, at_ns))
+            if took[name] < 0:
+                span.set_attribute("stream_mmrnn.negative", True)
+            span.end(max(begin_ns, at_ns))
+        root.end(at_ns)
+
+    def close(self) -> None:
+        """Send what waits, for a moment."""
+        self._provider.shutdown()
+
+
+def _counting(inner: Any) -> Any:
+    from opentelemetry.sdk.trace import ReadableSpan
+    from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+
+    class Counting(SpanExporter):
+        """Says how many spans came through."""
+
+        exported = failed = 0
+
+        def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+            result: SpanExportResult = inner.export(spans)
+            if result is SpanExportResult.SUCCESS:
+                self.exported += len(spans)
+            else:
+                self.failed += len(spans)
+            return result
+
+        def shutdown(self) -> None:
+            inner.shutdown()
+
+    return Counting()

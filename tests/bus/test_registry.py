@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stream_mmrnn.bus import Address
+from stream_mmrnn.bus import registry as running
+from stream_mmrnn.bus.keys import Folder
+from stream_mmrnn.bus.registry import Entry, Registration
+from stream_mmrnn.core import config
+from stream_mmrnn.core.errors import FileError, NotRunning, UsageError
+
+ADDRESS = Address("ipc:///x/publish", "ipc:///x/subscribe", "/x", "ipc:///x/bulk", "ipc:///x/view")
+posix = pytest.mark.skipif(os.name != "posix", reason="file rights are those of POSIX")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the first of the run folders is; nobody else's sessions are seen."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    return tmp_path / "stream-mmrnn"
+
+
+def entry(session: str = "anna") -> Entry:
+    return running.entry_of(session, True, ADDRESS)
+
+
+def test_who_says_that_he_runs_is_found_until_he_ends(folder: Path) -> None:
+    with pytest.raises(NotRunning, match="no session is running"):
+        running.find()
+    said = Registration(entry())
+    found = running.find()
+    assert (found.session, found.pid, found.engine, found.page) == ("anna", os.getpid(), True, "")
+    assert found.address().view == ADDRESS.view
+    said.update(page="http://127.0.0.1:1/", restarts={"camera": 2})
+    assert (running.find().page, running.find().restarts) == ("http://127.0.0.1:1/", {"camera": 2})
+    [file] = folder.iterdir()
+    if os.name == "posix":
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    said.remove()
+    said.remove()
+    assert list(folder.iterdir()) == []
+    assert running.everything() == []
+
+
+def test_one_of_several_is_named_by_session_or_process(folder: Path) -> None:
+    Registration(entry("anna"))
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        began = running.began(other.pid)
+        assert began is not None
+        Registration(msgspec.structs.replace(entry("bert"), pid=other.pid, started=began, began_unix_ns=1))
+        assert [e.session for e in running.everything()] == ["anna", "bert"]
+        assert running.find("bert").pid == other.pid
+        assert running.find(str(other.pid)).session == "bert"
+        with pytest.raises(UsageError, match=r"several .* 'anna' \(process \d+\), 'bert' \(process \d+\); say which"):
+            running.find()
+        with pytest.raises(NotRunning, match="no session 'carl' is running, but 'anna'"):
+            running.find("carl")
+    finally:
+        other.communicate(b"\n")
+    # he has ended without a word
+    assert [e.session for e in running.everything()] == ["anna"]
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_files_that_nobody_is_behind_are_passed_over_and_removed(folder: Path, tmp_path: Path) -> None:
+    folder.mkdir(mode=0o700)
+    good = entry()
+    dead = msgspec.structs.replace(good, pid=2**22 + 5)
+    reused = msgspec.structs.replace(good, started=good.started - 1)
+    for e in (dead, reused):
+        (folder / e.file_name).write_bytes(msgspec.json.encode(e))
+    (folder / "1-1.json").write_bytes(msgspec.json.encode(good))  # not its name
+    (folder / "garbage.json").write_bytes(b"\xff")
+    outside = tmp_path / "outside.json"
+    outside.write_bytes(msgspec.json.encode(good))
+    (folder / good.file_name).symlink_to(outside)
+    assert running.everything() == []
+    assert list(folder.iterdir()) == []
+    assert outside.exists()
+
+
+@given(content=st.binary(max_size=200) | st.builds(msgspec.json.encode, st.dictionaries(st.text(), st.integers())))
+def test_whatever_is_in_a_file_is_no_error(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "1-1.json"
+        path.write_bytes(content)
+        assert running._read(path) is None
+
+
+@posix
+def test_a_folder_that_is_not_ours_alone_is_refused(folder: Path, tmp_path: Path) -> None:
+    second = config.run_folders()[1]
+    folder.mkdir(mode=0o755)
+    folder.chmod(0o755)
+    with pytest.raises(FileError, match="open to others"):
+        running.everything()
+    # there is another place for it
+    said = Registration(entry())
+    assert [e.session for e in running.everything()] == ["anna"]
+    assert len(list(second.iterdir())) == 1
+    said.remove()
+    second.rmdir()
+    second.symlink_to(tmp_path)
+    with pytest.raises(FileError, match="is no folder"):
+        Registration(entry())
+
+
+@posix
+@pytest.mark.skipif(os.name == "posix" and os.getuid() != 0, reason="only root can give a folder away")
+def test_a_folder_of_another_user_is_refused(folder: Path) -> None:
+    for place in config.run_folders():
+        place.mkdir(mode=0o700)
+        os.chown(place, 12345, -1)
+    with pytest.raises(FileError, match="belongs to another user"):
+        Registration(entry())
+    with pytest.raises(FileError, match="belongs to another user"):
+        running.find()
+
+
+def test_without_a_run_folder_the_temporary_one_is_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("", "relative/folder", "/no/such/folder"):
+        monkeypatch.setenv("XDG_RUNTIME_DIR", value)
+        said = Registration(entry())
+        assert running.find().session == "anna"
+        said.remove()
+
+
+def test_a_bus_is_reached_by_its_address_and_keys(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    made = Folder.new(keys)
+    for text in ("127.0.0.1:5000", "tcp://127.0.0.1:5000"):
+        address, found = running.reach(address=text)
+        assert (address.publish, address.view, address.keys, found) == (
+            "tcp://127.0.0.1:5000", "tcp://127.0.0.1:5003", None, None,
+        )  # fmt: skip
+    assert running.reach(address="[::1]:5000")[0].subscribe == "tcp://[::1]:5001"
+    guarded, _ = running.reach(address="host.example:5000", keys=keys)
+    assert guarded.keys is not None
+    assert guarded.keys.server == made.server
+    elsewhere, _ = running.reach(address="host.example:5000", keys=keys, server_key="x" * 40)
+    assert elsewhere.keys is not None
+    assert elsewhere.keys.server == "x" * 40
+    for wrong in ("nix", ":5000", "host:", "host:0", "host:70000", "host:1e3", "tcp://"):
+        with pytest.raises(UsageError, match="no address of a bus"):
+            running.reach(address=wrong)
+    with pytest.raises(UsageError, match="give the folder of keys"):
+        running.reach(address="host:5000", server_key="x" * 40)
+    with pytest.raises(FileError, match="there is no folder of keys"):
+        running.reach(address="host:5000", keys=tmp_path / "nix")

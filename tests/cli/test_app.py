@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import stream_mmrnn
+
+COMMAND = [sys.executable, "-m", "stream_mmrnn"]
+
+
+def run(*args: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *map(str, args)], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["live", "--source", "nix"], "'nix' is no source"),
+        (["live", "--source", "file:/no/such.wav"], "/no/such.wav"),
+        (["live", "--vision", "microphone"], "no source of vision"),
+        (["live", "--text", "tcp:abc"], "needs a port"),
+        (["live", "--vision", "none", "--audio", "none", "--text", "none"], "every source is `none`"),
+        (["live", "--source", "synthetic", "--model", "/no/such.onnx"], "/no/such.onnx cannot be read"),
+        (["live", "--source", "synthetic", "--model", "nix"], "no model 'nix'"),
+        (["live", "--config", "/no/such.toml"], "/no/such.toml cannot be read"),
+        (["live", "--nix"], "No such option"),
+        (["replay", "/no/such.mcap"], "/no/such.mcap cannot be read"),
+        (["info", "/no/such.mcap"], "/no/such.mcap cannot be read"),
+        (["bench", "engine", "--model", "/no/such.onnx"], "/no/such.onnx cannot be read"),
+        (["bench", "engine", "--sessions", "0"], "Invalid value"),
+        (["bench", "end-to-end", "--model", "/no/such.onnx"], "/no/such.onnx cannot be read"),
+        (["bench", "replay", "--recording", "/no/such.mcap"], "/no/such.mcap cannot be read"),
+        (["bench", "transport", "--size", "9gb"], "there is no size '9gb'"),
+        (["bench", "engine", "--compare", "/no/such.json"], "/no/such.json cannot be read"),
+        (["bench", "nix"], "No such command"),
+    ],
+)
+def test_usage_errors_are_one_sentence_and_exit_code_2(args: list[str], words: str) -> None:
+    done = run(*args)
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_wrong_key_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text("[engine]\nmodle = 'x'\n")
+    done = run("live", "--config", tmp_path / "s.toml")
+    assert done.returncode == 2
+    assert "unknown key `engine.modle`: the nearest is `model`" in done.stderr
+
+
+def test_an_old_recording_keeps_its_parts(tmp_path: Path) -> None:
+    """Else those of the next session would be taken for its own."""
+    from stream_mmrnn.cli.app import _keep_old
+
+    for name in ("a.mcap", "a.part2.mcap", "a.part3.mcap", "a.old1.mcap", "ab.part2.mcap"):
+        (tmp_path / name).write_text(name)
+    said: list[str] = []
+    _keep_old(tmp_path / "a.mcap", said.append)
+    found = {p.name: p.read_text() for p in tmp_path.iterdir()}
+    assert found == {
+        "a.old1.mcap": "a.old1.mcap",
+        "a.old2.mcap": "a.mcap",
+        "a.old2.part2.mcap": "a.part2.mcap",
+        "a.old2.part3.mcap": "a.part3.mcap",
+        "ab.part2.mcap": "ab.part2.mcap",
+    }
+    assert "and its parts likewise" in said[0]
+
+
+def test_devices_answers_everywhere() -> None:
+    done = run("devices", "--json")
+    assert done.returncode == 0
+    assert set(json.loads(done.stdout)) == {"cameras", "microphones", "problem"}
+
+
+def test_the_package_imports_nothing_heavy() -> None:
+    """torch, cv2 and sounddevice stay out of `import stream_mmrnn` and of the command's own process."""
+    heavy = ("torch", "cv2", "sounddevice", "av", "onnxruntime")
+    code = f"import sys, stream_mmrnn; print([m for m in {heavy!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]"
+    code = "import sys, stream_mmrnn.cli.app, stream_mmrnn.live.session; "
+    code += f"print([m for m in {heavy[:4]!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]"
+    assert stream_mmrnn.__doc__
+
+
+def test_measuring_a_model_file_needs_no_torch(tmp_path: Path) -> None:
+    """`evaluate` runs where the extra is not installed; `train` says in one sentence that it is missing."""
+    blocked = (
+        "import importlib.util, sys; sys.modules['torch'] = None; find = importlib.util.find_spec;"
+        "importlib.util.find_spec = lambda n, *a: None if n == 'torch' else find(n, *a);"
+        "from stream_mmrnn.cli.app import run; sys.argv = ['stream-mmrnn', *sys.argv[1:]]; run()"
+    )
+    done = subprocess.run([sys.executable, "-c", blocked, "train"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "this needs the extra `train` (torch missing)" in done.stderr
+    args = [sys.executable, "-c", blocked, "evaluate", str(tmp_path)]
+    done = subprocess.run(args, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "holds no recipe.toml" in done.stderr

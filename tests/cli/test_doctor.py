@@ -1,0 +1,147 @@
+"""`doctor` on this machine as it is, and on one where things really are broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from stream_mmrnn.cli import doctor_checks as checks
+from stream_mmrnn.cli import probes
+from stream_mmrnn.core import config
+from stream_mmrnn.core.errors import StreamError
+from stream_mmrnn.graph import runtime
+
+COMMAND = [sys.executable, "-m", "stream_mmrnn", "doctor"]
+Shadow = Callable[..., None]
+
+
+@pytest.fixture
+def shadow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shadow:
+    """Put modules or packages of another content before the installed ones, for processes that are started."""
+
+    def put(**content: str) -> None:
+        for name, text in content.items():
+            (tmp_path / f"{name}.py").write_text(text)
+        before = os.environ.get("PYTHONPATH", "")
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(tmp_path), before))))
+
+    return put
+
+
+def asked(timeout_s: float = 30, **overrides: Any) -> checks.Asked:
+    dotted = {name.replace("__", "."): value for name, value in overrides.items()}
+    return checks.Asked(config.load(None, dotted), timeout_s)
+
+
+def states(found: list[checks.Finding]) -> dict[str, str]:
+    return {f.name: f.state for f in found}
+
+
+def test_this_machine_is_described_as_it_is() -> None:
+    done = subprocess.run([*COMMAND, "--json", "--timeout", "60"], capture_output=True, text=True, timeout=200)
+    document = json.loads(done.stdout)
+    found = {f["name"]: f for f in document["findings"]}
+    assert done.returncode == 0, found
+    assert document["fault"] == 0
+    assert sum(document[s] for s in ("ok", "absent", "warning")) == len(found)
+    for finding in found.values():
+        assert finding["says"]
+        assert "\n" not in finding["says"] + finding.get("do", "")
+        assert finding["state"] in ("ok", "absent") or finding["do"]
+    assert found["provider cpu"]["facts"]["provider"] == "cpu"
+    for name in ("model", "encoder vision", "encoder audio", "encoder text", "bus", "clock", "recordings"):
+        assert found[name]["state"] in ("ok", "warning")
+    if not runtime.gpu_in_sight():
+        assert found["provider cuda"]["state"] == "absent"
+        assert "no NVIDIA GPU" in found["provider cuda"]["says"]
+    if not list(Path("/dev").glob("video*")):
+        assert found["cameras"]["state"] == "absent"
+    if found["portaudio"]["state"] == "ok" and not Path("/dev/snd").exists():
+        assert found["microphones"]["state"] in ("ok", "absent")  # ok: a sound server on the network
+
+
+def test_a_broken_onnxruntime_is_a_fault(shadow: Shadow) -> None:
+    shadow(onnxruntime="raise ImportError('libonnxruntime.so: cannot open shared object file')")
+    found = list(checks.onnxruntime(asked()))
+    assert states(found) == {"onnxruntime": "fault"}
+    assert "cannot open shared object file" in found[0].says
+    assert "pip install --force-reinstall" in found[0].do
+
+
+def test_an_onnxruntime_that_crashes_is_a_fault(shadow: Shadow) -> None:
+    shadow(onnxruntime="import os; os.abort()")
+    (found,) = checks.onnxruntime(asked())
+    assert found.state == "fault"
+    assert "SIGABRT" in found.says or "exit code" in found.says
+
+
+def test_both_packages_beside_each_other_are_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("onnxruntime", "onnxruntime_gpu"):
+        (tmp_path / f"{name}-9.9.dist-info").mkdir()
+        text = f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 9.9\n"
+        (tmp_path / f"{name}-9.9.dist-info" / "METADATA").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (found,) = checks.onnxruntime(asked())
+    assert (found.state, found.do.split()[:2]) == ("fault", ["pip", "uninstall"])
+
+
+def test_what_is_missing_ends_with_exit_code_1(shadow: Shadow) -> None:
+    if not Path("/proc/self").exists():
+        pytest.skip("needs /proc, a folder where nobody can write")
+    shadow(tokenizers="raise ImportError('gone')")
+    options = ["--model", "nix", "--record", "/proc/nix/talk.mcap"]
+    done = subprocess.run([*COMMAND, *options, "--json"], capture_output=True, text=True, timeout=200)
+    found = {f["name"]: f for f in json.loads(done.stdout)["findings"]}
+    assert done.returncode == 1
+    assert {name for name, f in found.items() if f["state"] == "fault"} == {"model", "recordings", "encoder text"}
+    assert "there is no model 'nix'" in found["model"]["says"]
+    assert "cannot be written" in found["recordings"]["says"]
+    assert "gone" in found["encoder text"]["says"]
+
+
+def test_a_driver_that_hangs_is_named_and_does_not_hang_us(shadow: Shadow, tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    shadow(sounddevice=f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(1000)")
+    began = time.monotonic()
+    (found,) = checks.sound(asked(timeout_s=3))
+    assert time.monotonic() - began < 60
+    assert found.state == "warning"
+    assert "no answer in 3 s" in found.says
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+def test_without_portaudio_sound_is_absent_and_the_package_is_named(shadow: Shadow) -> None:
+    shadow(sounddevice="raise OSError('PortAudio library not found')")
+    found = list(checks.sound(asked()))
+    assert states(found) == {"portaudio": "absent", "microphones": "absent"}
+    assert "libportaudio2" in found[0].do
+
+
+def test_an_asked_for_gpu_that_is_not_there_is_a_fault() -> None:
+    if runtime.gpu_in_sight():
+        pytest.skip("this machine has a GPU")
+    found = states(list(checks.onnxruntime(asked(engine__provider="cuda"))))
+    assert found["provider cuda"] == "fault"
+    assert found["provider cpu"] == "ok"
+
+
+def test_a_probe_s_own_errors_come_through() -> None:
+    with pytest.raises(StreamError, match=r"/no/such\.onnx cannot be read"):
+        probes.ask("model", {"path": "/no/such.onnx", "provider": "cpu"}, 30)
+
+
+def test_findings_are_one_document() -> None:
+    found = [checks.Finding("a", "ok", "fine"), checks.Finding("b", "warning", "less so", "mend it", {"n": 1})]
+    document = checks.document(found)
+    assert document["ok"] == document["warning"] == 1
+    assert msgspec.json.decode(msgspec.json.encode(document)) == document

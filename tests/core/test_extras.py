@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+import pytest
+
+from stream_mmrnn.core.errors import UsageError
+from stream_mmrnn.core.extras import missing, need
+
+
+def test_what_is_missing_is_named_with_the_command_that_gets_it() -> None:
+    need("this", "train", "numpy", "json.decoder")
+    assert missing(["numpy", "no_such_package", "no_such_parent.child"]) == ["no_such_package", "no_such_parent.child"]
+    with pytest.raises(UsageError) as e:
+        need("XDF", "lsl", "numpy", "no_such_package")
+    assert str(e.value) == "XDF needs the extra `lsl` (no_such_package missing): pip install 'stream-mmrnn[lsl]'"

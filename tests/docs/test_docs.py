@@ -1,0 +1,436 @@
+"""The documentation holds: its commands run, its names exist, its generated page is what the generator makes.
+
+A fenced block of `sh`, `console` or `python` runs as it stands, page by page, in a folder of its own. Above a block one
+comment may stand:
+
+    <!-- not run: REASON -->          the reason is printed with the test's results
+    <!-- in another terminal -->      it runs beside the blocks that follow, and must end well by itself
+
+A first line `# NAME` with an ending makes a block (of Python or TOML) a file for the commands after it. A page that
+begins from the recording of the first page says `<!-- given: talk.mcap -->`.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import typer
+from harness import COMMAND
+from places import ROOT
+
+from stream_mmrnn.cli import app as cli
+from stream_mmrnn.core import config
+from tools import config_reference
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+RUN = ("sh", "console", "python")
+SHOWN = ("", "text", "toml", "json", "yaml", "js")
+"""Blocks that are no commands."""
+LIMIT_S = 150
+"""Of one block; none needs a third of it."""
+
+_FENCE = re.compile(r"^(?P<indent> *)```(?P<kind>\S*)[^\n]*\n(?P<body>.*?)^(?P=indent)```$", re.M | re.S)
+_MARK = re.compile(r"<!-- (?P<words>not run: [^>]+|in another terminal) -->\s*\Z")
+_FILE = re.compile(r"# (?P<name>[\w.-]+\.(?:py|toml))\n")
+_GIVEN = re.compile(r"<!-- given: (?P<name>\S+) -->")
+
+
+class Block(NamedTuple):
+    page: Path
+    line: int
+    kind: str
+    body: str
+    mark: str
+    """`not run: REASON`, `in another terminal`, or nothing."""
+
+    @property
+    def file(self) -> str:
+        found = _FILE.match(self.body)
+        return found["name"] if found else ""
+
+    @property
+    def where(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks_of(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    found = []
+    for fence in _FENCE.finditer(text):
+        mark = _MARK.search(text, 0, fence.start())
+        body = re.sub(rf"^{fence['indent']}", "", fence["body"], flags=re.M)
+        line = text.count("\n", 0, fence.start()) + 1
+        found.append(Block(page, line, fence["kind"], body, mark["words"].strip() if mark else ""))
+    return found
+
+
+def named(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+BLOCKS = {page: blocks_of(page) for page in PAGES}
+RUNNING = [
+    page for page, blocks in BLOCKS.items() if any(b.kind in RUN and not b.mark.startswith("not run") for b in blocks)
+]
+
+
+class Terminal:
+    """A folder in which a page's commands run, with the checkout's program on the path, and no session of others."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._beside = folder / "here", list[tuple[Block, subprocess.Popen[str]]]()
+        bin_, self._run = folder / "bin", folder / "run"
+        for made in (self.folder, bin_, self._run):
+            made.mkdir(mode=0o700)
+        for name, command in (("stream-mmrnn", COMMAND), ("python", [sys.executable])):
+            (bin_ / name).write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+            (bin_ / name).chmod(0o700)
+        self._env = {
+            **os.environ,
+            "PATH": f"{bin_}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "XDG_RUNTIME_DIR": str(self._run),
+            "XDG_STATE_HOME": str(folder / "state"),
+            "XDG_CONFIG_HOME": str(folder / "config"),
+            "COLUMNS": "120",
+        }
+
+    def start(self, block: Block) -> subprocess.Popen[str]:
+        if block.kind == "python":
+            command = [sys.executable, "-c", block.body]
+        else:
+            body = block.body
+            if block.kind == "console":
+                body = "".join(f"{line[2:]}\n" for line in body.splitlines() if line.startswith("$ "))
+            command = ["bash", "-euo", "pipefail", "-c", body]
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=self._env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, block: Block) -> None:
+        if block.mark == "in another terminal":
+            process = self.start(block)
+            self._beside.append((block, process))
+            self._wait_for_session(process)
+        else:
+            self._finish(block, self.start(block))
+
+    def _wait_for_session(self, process: subprocess.Popen[str]) -> None:
+        end = time.monotonic() + 60
+        while process.poll() is None and not [*self._run.glob("stream-mmrnn/*.json")] and time.monotonic() < end:
+            time.sleep(0.05)
+
+    @staticmethod
+    def _finish(block: Block, process: subprocess.Popen[str]) -> None:
+        try:
+            said, _ = process.communicate(timeout=LIMIT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            said, _ = process.communicate()
+            pytest.fail(f"{block.where} did not end in {LIMIT_S} s:\n{said[-4000:]}")
+        assert process.returncode == 0, f"{block.where} ended with {process.returncode}:\n{block.body}\n{said[-4000:]}"
+        if block.kind == "console":
+            for line in block.body.splitlines():
+                assert line.startswith("$ ") or line in said, f"{block.where}: not printed: {line}\n{said[-4000:]}"
+
+    def close(self) -> None:
+        """Wait for what runs beside; each must end well."""
+        while self._beside:
+            self._finish(*self._beside.pop(0))
+
+    def kill(self) -> None:
+        for _, process in self._beside:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture(scope="module")
+def talk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recording that pages are given: made once, by a command of the README."""
+    path = tmp_path_factory.mktemp("docs") / "talk.mcap"
+    command = [*COMMAND, "live", "--source", "synthetic", "--duration", "5", "--record", str(path), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("page", RUNNING, ids=named)
+def test_the_commands_of_a_page_run(page: Path, talk: Path, tmp_path: Path) -> None:
+    terminal = Terminal(tmp_path)
+    try:
+        for name in _GIVEN.findall(page.read_text(encoding="utf-8")):
+            assert name == talk.name
+            shutil.copy(talk, terminal.folder)
+        for block in BLOCKS[page]:
+            if block.file:
+                (terminal.folder / block.file).write_text(block.body, encoding="utf-8")
+            elif block.kind in RUN and not block.mark.startswith("not run"):
+                terminal.run(block)
+        terminal.close()
+    finally:
+        terminal.kill()
+
+
+def test_each_block_runs_or_says_why_not(capsys: pytest.CaptureFixture[str]) -> None:
+    run, not_run = 0, []
+    for page, blocks in BLOCKS.items():
+        text = page.read_text(encoding="utf-8")
+        assert text.count("```") == 2 * len(blocks), f"{named(page)}: a fence that is not closed, or not understood"
+        for i, block in enumerate(blocks):
+            assert block.kind in (*RUN, *SHOWN), f"{block.where}: `{block.kind}` is not one of {RUN + SHOWN}"
+            if block.kind not in RUN:
+                assert not block.mark, f"{block.where}: what is no command cannot be run"
+                assert not block.body.startswith(("$ ", "stream-mmrnn ")), f"{block.where}: a command: use sh"
+            elif block.mark.startswith("not run"):
+                not_run.append(f"{block.where}: {block.mark.removeprefix('not run: ')}")
+            else:
+                run += 1
+            if block.file and block.kind == "python":
+                later = [b.body for b in blocks[i + 1 :] if b.kind in RUN and not b.mark.startswith("not run")]
+                assert any(f"python {block.file}" in body for body in later), f"{block.where}: nobody runs it"
+        strays = list(re.findall(r"<!-- (?:not run|in another)[^>]*-->", text))
+        assert len(strays) == sum(bool(b.mark) for b in blocks), f"{named(page)}: a mark that stands above no block"
+    with capsys.disabled():
+        print(f"\ndocumentation: {run} blocks run, {len(not_run)} do not:")
+        print("".join(f"  {line}\n" for line in not_run), end="")
+    assert run > 20
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_toml_is_toml(page: Path) -> None:
+    for block in BLOCKS[page]:
+        if block.kind == "toml":
+            table = tomllib.loads(block.body)
+            if set(table) & set(config.Settings.__struct_fields__) and "modalities" not in table:
+                config.parse(table)
+
+
+# ---- commands that stand in a sentence or a table -------------------------------------------------------------------
+
+
+def commands_of(page: Path) -> Iterator[str]:
+    text = page.read_text(encoding="utf-8")
+    yield from re.findall(r"`(stream-mmrnn [a-z][^`]*)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    yield from re.findall(r"^(?:    )?(stream-mmrnn [a-z][^\n#|&]*)", text, re.M)
+
+
+def check_command(words: list[str]) -> str:
+    """What is wrong with a command's verb and options; "" for nothing."""
+    command: Any = typer.main.get_command(cli.app)
+    known = {"--help", "-h"}
+    for i, word in enumerate(words):
+        if "|" in word:  # several verbs in one row of a table
+            return next((f"no verb {verb}" for verb in word.split("|") if verb not in command.commands), "")
+        if hasattr(command, "commands") and not word.startswith("-"):
+            if word not in command.commands:
+                return f"no verb {word}"
+            command = command.commands[word]
+        elif word.startswith("-") and word != "--" and not word[1:2].isdigit():
+            known |= {o for p in command.params for o in (*p.opts, *p.secondary_opts)}
+            if word.split("=")[0] not in known:
+                return f"no option {word} of {' '.join(words[:i])}"
+    return ""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_each_command_is_one_of_ours(page: Path) -> None:
+    for said in commands_of(page):
+        words = [w.rstrip(".,;:)") for w in shlex.split(said.replace("...", ""), comments=True)[1:]]
+        assert check_command([w for w in words if w]) == "", f"{named(page)}: {said}"
+
+
+def test_the_readme_has_a_row_for_each_verb() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    verbs: Any = typer.main.get_command(cli.app)
+    for name, verb in verbs.commands.items():
+        assert verb.hidden or re.search(rf"^\| `{name}\b", text, re.M), f"README.md has no row for {name}"
+
+
+def test_a_wrong_command_is_noticed() -> None:
+    assert check_command(["life"]) == "no verb life"
+    assert check_command(["replay", "a.mcap", "--verfy"]) == "no option --verfy of replay a.mcap"
+    assert check_command(["bench", "step", "--json"]) == ""
+
+
+# ---- pages and what they name ---------------------------------------------------------------------------------------
+
+
+def test_the_configuration_page_is_what_the_types_say() -> None:
+    page = config_reference.PAGE.read_text(encoding="utf-8")
+    assert page == config_reference.render(), "run python -m tools.config_reference --write"
+
+
+def _anchor(heading: str) -> str:
+    """As GitHub and mkdocs make it of a plain heading."""
+    return re.sub(r"[^\w\- ]", "", heading.replace("`", "")).strip().lower().replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if path.startswith(("http:", "https:")):
+            continue
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), f"{named(page)}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", there.read_text(encoding="utf-8"), re.M)
+            assert anchor in map(_anchor, headings), f"{named(page)}: {target}"
+
+
+def sentences() -> list[str]:
+    """Every text in the package, with a NUL where a value goes."""
+    found = []
+    for path in (ROOT / "stream_mmrnn").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(v.value if isinstance(v, ast.Constant) else "\0" for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def holds(text: str, parts: list[str]) -> bool:
+    """Whether the parts stand in the text, one after the other."""
+    at = 0
+    for part in parts:
+        found = text.find(part, at)
+        if found < 0:
+            return False
+        at = found + len(part)
+    return True
+
+
+ENTRIES = re.findall(r"^### `(.+)`$", (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"), re.M)
+"""Sentences; … stands for what is different each time."""
+
+
+def test_each_sentence_of_troubleshooting_is_the_programs() -> None:
+    assert len(ENTRIES) > 20
+    assert len(set(ENTRIES)) == len(ENTRIES)
+    said = sentences()
+    for entry in ENTRIES:
+        assert any(holds(sentence, entry.split("…")) for sentence in said), f"the program never says: {entry}"
+
+
+def test_a_person_finds_what_the_program_printed() -> None:
+    for args in (
+        ("live", "--model", "nothing"),
+        ("live", "--vision", "webcam"),
+        ("live", "--source", "none"),
+        ("replay", "nowhere.mcap"),
+    ):
+        done = subprocess.run([*COMMAND, *args], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2
+        said = " ".join(done.stderr.split())
+        assert any(holds(said, entry.split("…")) for entry in ENTRIES), said
+
+
+# ---- the site -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("material", reason="the site needs mkdocs-material: pip install '.[docs]'")
+    pytest.importorskip("mkdocstrings", reason="the site needs mkdocstrings: pip install '.[docs]'")
+    out = tmp_path_factory.mktemp("site") / "site"
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(out)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        timeout=LIMIT_S,
+    )
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_every_page_is_in_the_site(site: Path) -> None:
+    from tools import docs_site
+
+    for page in docs_site.pages():
+        made = re.sub(r"README\.md$", "index.md", page)  # a folder's own page
+        assert (site / made).with_suffix(".html").is_file(), page
+    index = (site / "index.html").read_text(encoding="utf-8")
+    assert "<h1" in index
+    assert "docs/page.png" not in index
+    assert (site / "page.png").is_file()
+    api = (site / "api.html").read_text(encoding="utf-8")
+    for name in ("subscribe", "StepEngine.step", "Publisher.publish", "Recording"):
+        assert name in api
+
+
+_LOADED = re.compile(
+    r"<(?:script|img|iframe|source|video|audio|embed|object)\b[^>]*?(?:src|data)=[\"']?((?:https?:)?//[^\"' >]+)"
+    r"|<link\b[^>]*?href=[\"']?((?:https?:)?//[^\"' >]+)"
+    r"|url\(\s*[\"']?((?:https?:)?//[^)\"']+)"
+    r"|@import\s+[\"']((?:https?:)?//[^\"']+)",
+    re.I,
+)
+_NEVER_ASKED = {
+    "https://unpkg.com": "mermaid, where a page has a diagram of it; none has",
+    "https://api.github.com": "stars, where repo_url is set; it is not",
+    "https://gitlab.com": "the same",
+}
+
+
+def test_the_site_asks_nobody_else(site: Path) -> None:
+    """No script, style, font or picture of another host; what the theme's own script could ask for is not set off."""
+    for path in (*site.rglob("*.html"), *site.rglob("*.css"), *site.rglob("*.svg")):
+        text = path.read_text(encoding="utf-8")
+        assert not _LOADED.search(text), f"{path.relative_to(site)}: {_LOADED.search(text)}"
+        assert "mermaid" not in text or path.suffix != ".html"
+        assert 'data-md-component="source"' not in text
+    scripts = [*site.rglob("*.js")]
+    assert scripts
+    for path in scripts:
+        for host in re.findall(r"[\"'`](https?://[^/\"'`$]+)", path.read_text(encoding="utf-8")):
+            assert host in _NEVER_ASKED or "w3.org" in host, f"{path.relative_to(site)}: {host}"
+
+
+def test_a_browser_that_reads_the_site_asks_nobody_else(site: Path) -> None:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    with sync_api.sync_playwright() as playwright:
+        own = playwright.chromium.executable_path
+        chromium = own if Path(own).exists() else shutil.which("chromium")
+        if chromium is None:
+            pytest.skip("Chromium is not installed: playwright install chromium, or the system's package chromium")
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        try:
+            page = browser.new_page()
+            asked: list[str] = []
+            page.on("request", lambda request: asked.append(request.url))
+            for name in ("index.html", "api.html", "guides/voice_agent.html"):
+                page.goto((site / name).as_uri())
+                page.wait_for_load_state("load")
+            assert len(asked) > 5
+            assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
+        finally:
+            browser.close()
+
+
+def test_the_index_of_searches_is_there(site: Path) -> None:
+    index = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))
+    assert any(doc["title"] == "The end of the turn, in 20 lines" for doc in index["docs"])

@@ -1,0 +1,153 @@
+"""The wheel: small, complete, and enough to run outside the checkout."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from places import ROOT
+
+from stream_mmrnn.core import config
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `pip wheel . --no-deps` makes it."""
+    for needed in ("build", "hatchling"):
+        pytest.importorskip(needed, reason=f"building the wheel needs {needed}: pip install '.[dev]'")
+    out = tmp_path_factory.mktemp("wheel")
+    # the backend is installed already: nothing is fetched
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (made,) = out.glob("*.whl")
+    return made
+
+
+def test_what_is_in_the_wheel(wheel: Path) -> None:
+    assert wheel.stat().st_size < 30_000_000
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as file:
+        names = file.namelist()
+    model = config.Engine().model
+    for name in (
+        "py.typed",
+        "dashboard/page.html",
+        f"_models/{model}/step.onnx",
+        f"_models/{model}/card.md",
+        "_models/encoders/silero_vad.onnx",
+        "_models/encoders/silero_vad.contract.toml",
+    ):
+        assert f"stream_mmrnn/{name}" in names
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"stream_mmrnn", f"{'-'.join(wheel.name.split('-')[:2])}.dist-info"}
+    assert not [n for n in names if "test" in Path(n).name or n.endswith((".pyc", ".mcap")) or "__pycache__" in n]
+    inside = {n.removeprefix("stream_mmrnn/_models/") for n in names if n.startswith("stream_mmrnn/_models/")}
+    there = subprocess.run(["git", "ls-files", "models"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if there.returncode == 0:
+        assert inside == {name.removeprefix("models/") for name in there.stdout.split()}
+
+
+def test_what_the_wheel_says_of_itself(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as file:
+        (name,) = [n for n in file.namelist() if n.endswith(".dist-info/METADATA")]
+        said = Parser().parsestr(file.read(name).decode())
+    assert said["Name"] == "stream-mmrnn"
+    assert said["Requires-Python"] == ">=3.11"
+    assert said["License-Expression"] == "Apache-2.0"
+    assert said["Description-Content-Type"] == "text/markdown"
+    assert {"Typing :: Typed", "Programming Language :: Python :: 3.13"} <= set(said.get_all("Classifier") or [])
+    installed = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    for extra in said.get_all("Provides-Extra") or []:
+        assert f"| `{extra}` |" in installed, f"docs/install.md does not say what the extra {extra} is for"
+
+
+class Installed:
+    """A virtual environment with the wheel and nothing else of ours; what it depends on is seen where the tests run."""
+
+    def __init__(self, folder: Path, wheel: Path) -> None:
+        self.cwd = folder / "elsewhere"
+        self.cwd.mkdir()
+        place = folder / "venv"
+        venv.create(place, with_pip=False, symlinks=True)
+        self.bin = place / ("Scripts" if sys.platform == "win32" else "bin")
+        (site,) = place.glob("**/site-packages")
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile"]
+        pip += ["--disable-pip-version-check", "--no-warn-script-location", "--target", str(site), str(wheel)]
+        done = subprocess.run(pip, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        # a path file's plain line comes after the environment's own packages, and brings no path files along: an
+        # editable install of the checkout is not seen
+        (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
+        self.env["XDG_RUNTIME_DIR"] = str(folder)
+        folder.chmod(0o700)
+
+    def python(self, code: str) -> str:
+        done = subprocess.run(
+            [self.bin / "python", "-c", code], cwd=self.cwd, env=self.env, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def run(self, *args: str) -> tuple[int, dict[str, Any], str]:
+        # the console script that pip made names the interpreter that ran pip: ask for the module instead
+        done = subprocess.run(
+            [self.bin / "python", "-m", "stream_mmrnn", *args, "--json"],
+            cwd=self.cwd,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        lines = done.stdout.splitlines()
+        return done.returncode, json.loads(lines[-1]) if lines else {}, done.stderr
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    return Installed(tmp_path_factory.mktemp("installed"), wheel)
+
+
+def test_it_is_the_wheel_that_is_imported(installed: Installed) -> None:
+    where = Path(installed.python("import stream_mmrnn; print(stream_mmrnn.__file__)"))
+    assert ROOT not in where.parents
+    assert installed.bin.parent in where.parents
+    models = Path(installed.python("from stream_mmrnn.core.config import models_folder; print(models_folder())"))
+    assert models == where.parent / "_models"
+    scripts = installed.python(
+        "from importlib.metadata import entry_points as e; print(*(x.value for x in e(name='stream-mmrnn')))"
+    )
+    assert "stream_mmrnn.__main__:main" in scripts
+
+
+def test_it_runs_live_and_replays_outside_the_checkout(installed: Installed) -> None:
+    code, live, err = installed.run("live", "--source", "synthetic", "--duration", "5", "--record", "talk.mcap")
+    assert code == 0, err
+    assert live["model"]["name"] == config.Engine().model
+    assert live["predictions"] > 50
+    assert live["balanced"], live["streams"]
+    code, replayed, err = installed.run("replay", "talk.mcap", "--verify")
+    assert (code, replayed["identical"]) == (0, True), err
+    assert replayed["predictions"] == live["predictions"]
+
+
+def test_what_needs_an_extra_says_which(installed: Installed) -> None:
+    """The verbs are there without torch; one that needs it names the extra."""
+    hidden = "import sys; sys.modules['torch'] = None\n"
+    run = "sys.argv = ['stream-mmrnn', 'train', '--data', 'x']; from stream_mmrnn.cli.app import run; run()"
+    done = subprocess.run(
+        [installed.bin / "python", "-c", hidden + run],
+        cwd=installed.cwd, env=installed.env, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "pip install 'stream-mmrnn[train]'" in done.stderr

@@ -1,0 +1,60 @@
+"""A server in this process, its settings, and ticks as it has them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import toy_ticks
+
+from stream_mmrnn.core import config
+from stream_mmrnn.core.types import Tick
+from stream_mmrnn.predict.engine import StepEngine
+from stream_mmrnn.serve.server import Server
+
+
+def tick(session: str, index: int, seed: int = 0) -> Tick:
+    """What is absent is zeros, as a server has it."""
+    of = toy_ticks.tick(session, index, seed)
+    features = {m: vector if of.present[m] else np.zeros_like(vector) for m, vector in of.features.items()}
+    return msgspec.structs.replace(of, features=features)
+
+
+def alone(model: Path, ticks: list[Tick]) -> list[bytes]:
+    engine = StepEngine(model)
+    engine.open(ticks[0].session)
+    return [engine.step([of])[0].heads["next"].tobytes() for of in ticks]
+
+
+def settings_for(model: Path, states: Path, **serve: object) -> config.Settings:
+    return config.parse(
+        {
+            "engine": {"model": str(model)},
+            "state": {"folder": str(states), "snapshot_every": 5},
+            "admission": {"share": 1.0},
+            "serve": {"port": 0, "slots": 8, **serve},
+        }
+    )
+
+
+@contextmanager
+def running(asked: config.Settings, say: Callable[[str], None] = lambda _: None) -> Iterator[Server]:
+    server = Server(asked, say)
+    going = threading.Event()
+    thread = threading.Thread(target=server.run, args=(lambda: not going.is_set(),))
+    thread.start()
+    try:
+        yield server
+    finally:
+        going.set()
+        thread.join(20)
+        server.close()
+        assert not thread.is_alive()
+
+
+def features_of(of: Tick) -> dict[str, object]:
+    return {m: of.features[m] for m in of.features if of.present[m]}

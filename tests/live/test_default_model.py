@@ -1,0 +1,195 @@
+"""The default model of `live`: it serves what it was trained for, and keeps sessions apart."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stream_mmrnn.capture import encoders
+from stream_mmrnn.capture.encoders.audio import SPEECH
+from stream_mmrnn.capture.sources.synthetic import Synthetic
+from stream_mmrnn.core import config
+from stream_mmrnn.core.config import Synthetic as SyntheticSettings
+from stream_mmrnn.core.config import find_model
+from stream_mmrnn.core.types import Prediction, Stamps, Tick
+from stream_mmrnn.predict.engine import StepEngine
+from stream_mmrnn.training import metrics
+
+STAMPS = Stamps(0, 0, 0, 0, "clock")
+SIZES = {"vision": 1280, "audio": 81, "text": 256, "other_audio": 81, "other_text": 256}
+PATH = find_model(config.Engine().model)
+
+
+def tick(session: str, index: int, seed: int) -> Tick:
+    """A tick as an aligner makes it: some modalities missing, some never there."""
+    rng = np.random.default_rng((seed, index))
+    features, present, age = {}, {}, {}
+    for name, size in SIZES.items():
+        there = bool(rng.random() < 0.7)
+        present[name] = there
+        scale = 0.3 if name != "text" else 1.0
+        features[name] = (rng.standard_normal(size) * scale * there).astype(np.float32)
+        age[name] = 0 if there else int(rng.integers(-1, 20_000_000_000))
+    return Tick(session, index, index * 40_000_000, features, present, age, STAMPS)
+
+
+def same(a: list[Prediction], b: list[Prediction]) -> bool:
+    def raw(p: Prediction) -> dict[str, bytes]:
+        return {name: head.tobytes() for name, head in p.heads.items()}
+
+    return len(a) == len(b) and all(raw(x) == raw(y) for x, y in zip(a, b, strict=True))
+
+
+def alone(slots: int, session: str, count: int, seed: int) -> list[Prediction]:
+    engine = StepEngine(PATH, slots)
+    engine.open(session)
+    return [p for k in range(count) for p in engine.step([tick(session, k, seed)])]
+
+
+def state(engine: StepEngine, session: str) -> bytes:
+    return b"".join(x.tobytes() for _, x in sorted(engine.arena.snapshot(session).items()))
+
+
+def test_its_contract_is_the_runtimes() -> None:
+    spec = StepEngine(PATH).spec
+    assert (spec.name, spec.tick_ns) == ("turn_taking", 40_000_000)
+    assert {m.name: m.size for m in spec.modalities} == SIZES
+    activity, over = spec.heads
+    assert (activity.name, activity.kind, activity.size) == ("activity", "activity_projection", 8)
+    assert activity.horizons_s == ((0.0, 0.2), (0.2, 0.6), (0.6, 1.2), (1.2, 2.0)) * 2
+    assert (over.name, over.kind, over.size) == ("turn_over", "classification", 1)
+    assert 0 < over.threshold < 1
+    assert over.threshold != 0.5
+    assert PATH.stat().st_size < 4_000_000
+
+
+def test_it_was_trained_with_the_encoders_that_serve_it() -> None:
+    for modality in StepEngine(PATH).spec.modalities:
+        if modality.name == "vision":
+            assert not modality.encoder  # it does not look
+        else:
+            assert encoders.create(modality.name).origin == modality.encoder
+
+
+def test_it_does_not_look() -> None:
+    """No dialogue that it was trained on has a picture: what a camera sees must change nothing."""
+    blind, seeing = StepEngine(PATH), StepEngine(PATH)
+    for engine in (blind, seeing):
+        engine.open("a")
+    for k in range(20):
+        one, other = tick("a", k, 4), tick("a", k, 4)
+        one.present["vision"], other.present["vision"] = False, True
+        other.features["vision"][:] = 3.0
+        assert same(blind.step([one]), seeing.step([other]))
+
+
+def test_an_inactive_row_keeps_its_state_bit_for_bit() -> None:
+    engine = StepEngine(PATH, slots=3)
+    for name in ("a", "b"):
+        engine.open(name)
+    engine.step([tick("a", 0, 1), tick("b", 0, 2)])
+    before = state(engine, "b")
+    moved = state(engine, "a")
+    for k in range(1, 20):
+        engine.step([tick("a", k, 1)])
+    assert state(engine, "b") == before
+    assert state(engine, "a") != moved
+
+
+def test_reset_equals_fresh() -> None:
+    engine = StepEngine(PATH, slots=2)
+    engine.open("a")
+    first = [p for k in range(10) for p in engine.step([tick("a", k, 3)])]
+    engine.arena.reset("a")
+    second = [p for k in range(10) for p in engine.step([tick("a", k, 3)])]
+    engine.close("a")
+    engine.open("b")
+    third = [p for k in range(10) for p in engine.step([tick("b", k, 3)])]
+    assert same(first, second)
+    assert same(first, third)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.sampled_from(["a", "b", "ab"]), min_size=1, max_size=25))
+def test_any_interleaving_of_two_sessions_equals_each_alone(order: list[str]) -> None:
+    engine = StepEngine(PATH, slots=2)
+    engine.open("a")
+    engine.open("b")
+    seeds = {"a": 5, "b": 6}
+    done = {"a": 0, "b": 0}
+    got: dict[str, list[Prediction]] = {"a": [], "b": []}
+    for step in order:
+        for p in engine.step([tick(s, done[s], seeds[s]) for s in step]):
+            got[p.tick.session].append(p)
+        for s in step:
+            done[s] += 1
+    for s in "ab":
+        assert same(got[s], alone(2, s, done[s], seeds[s]))
+
+
+def test_what_is_not_a_number_stays_in_its_session() -> None:
+    engine = StepEngine(PATH, slots=2)
+    engine.open("a")
+    engine.open("b")
+    got: list[Prediction] = []
+    for k in range(6):
+        bad = tick("b", k, 8)
+        for name in SIZES:
+            bad.features[name][:] = (np.nan, np.inf, -np.inf)[k % 3]
+        got.append(engine.step([tick("a", k, 7), bad])[0])
+    assert same(got, alone(2, "a", 6, 7))
+
+
+@pytest.mark.parametrize(
+    "missing", [(), ("vision",), ("other_audio", "other_text"), ("text", "other_text"), ("audio",), tuple(SIZES)]
+)
+def test_heads_are_probabilities_whatever_is_missing(missing: tuple[str, ...]) -> None:
+    engine = StepEngine(PATH)
+    engine.open("a")
+    for k in range(50):
+        t = tick("a", k, 9)
+        for name in missing:
+            t.present[name], t.age_ns[name] = False, -1
+            t.features[name][:] = 0
+        (p,) = engine.step([t])
+        for head in p.heads.values():
+            assert ((head >= 0) & (head <= 1)).all()
+
+
+def dialogue() -> tuple[list[Tick], np.ndarray, np.ndarray]:
+    """The synthetic people for 60 s through the runtime's encoders, without words; when each of them talks."""
+    count = 1500
+    speech = np.zeros((2, count), np.float32)
+    vectors = {}
+    for i, modality in enumerate(("audio", "other_audio")):
+        encoder = encoders.create(modality)
+        found: list[np.ndarray] = []
+        source = Synthetic(modality, SyntheticSettings(seed=0), paced=False)
+        for sample in source.samples(lambda: True, 0):
+            found += [s.data for s in encoder.encode(sample)]
+            if len(found) >= 2 * count:
+                break
+        pairs = np.stack(found[: 2 * count]).reshape(count, 2, -1)
+        vectors[modality] = pairs.mean(1, dtype=np.float32)
+        speech[i] = vectors[modality][:, SPEECH]
+    nothing = {name: np.zeros(size, np.float32) for name, size in SIZES.items()}
+    present = {name: name in vectors for name in SIZES}
+    age = {name: 0 if name in vectors else -1 for name in SIZES}
+    made = [
+        Tick("a", k, k * 40_000_000, nothing | {m: v[k] for m, v in vectors.items()}, present, age, STAMPS)
+        for k in range(count)
+    ]
+    return made, speech[0], speech[1]
+
+
+def test_voices_through_the_encoders_are_heard_for_what_they_are() -> None:
+    """Trained on word times alone, it must make sense of what the detector says of real sound."""
+    made, self_speech, other_speech = dialogue()
+    engine = StepEngine(PATH)
+    engine.open("a")
+    said = np.array([engine.step([t])[0].heads["activity"] for t in made])
+    for own, column in ((self_speech, 0), (other_speech, 4)):
+        soon = np.array([own[k + 1 : k + 6].mean() for k in range(len(own) - 5)]) >= 0.5
+        assert metrics.auc(said[: len(soon), column], soon) > 0.9

@@ -1,0 +1,131 @@
+"""A replay on the page: what a seek leaves of the model's state, and what the page is told meanwhile."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import run
+
+from stream_mmrnn.core.errors import ProcessError
+from stream_mmrnn.core.types import Prediction
+from stream_mmrnn.offline.player import Player
+from stream_mmrnn.offline.replay import replay
+
+
+@pytest.fixture(scope="module")
+def recording(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("player") / "a.mcap"
+    live = ("live", "--source", "synthetic", "--duration", "3", "--model", model, "--record", path, "--no-dashboard")
+    code, _, err = run(*live)
+    assert code == 0, err
+    return path
+
+
+class Browser:
+    """Follows the states, and presses what it is told to."""
+
+    def __init__(self, address: str) -> None:
+        self._port = int(address.rstrip("/").rsplit(":", 1)[1])
+        self._events = http.client.HTTPConnection("127.0.0.1", self._port, timeout=30)
+        self._events.request("GET", "/events")
+        self._answer = self._events.getresponse()
+
+    def states(self) -> Iterator[dict[str, Any]]:
+        while line := self._answer.readline():
+            if line.startswith(b"data: "):
+                yield json.loads(line[6:])
+
+    def press(self, **command: object) -> int:
+        with closing(http.client.HTTPConnection("127.0.0.1", self._port, timeout=30)) as c:
+            c.request("POST", "/replay", json.dumps(command), {"Content-Type": "application/json"})
+            return c.getresponse().status
+
+    def close(self) -> None:
+        self._answer.close()
+        self._events.close()
+
+
+def play(path: Path, player: Player) -> tuple[threading.Thread, list[Prediction], list[dict[str, Any]]]:
+    seen: list[Prediction] = []
+    results: list[dict[str, Any]] = []
+    thread = threading.Thread(
+        target=lambda: results.append(replay(path, speed=1.0, see=seen.append, alive=lambda: True, player=player))
+    )
+    thread.start()
+    return thread, seen, results
+
+
+def test_the_state_after_a_seek_is_the_one_it_had_there(recording: Path) -> None:
+    straight: list[Prediction] = []
+    replay(recording, see=straight.append)
+    then = {p.tick.index: p for p in straight}
+    with closing(Player(1.0, lambda: True)) as player:
+        browser = Browser(player.address)
+        thread, seen, results = play(recording, player)
+        states = browser.states()
+        # forth, back, while it is paused and while it is not, and from the end
+        assert browser.press(paused=True) == 200
+        state = next(s for s in states if s["replay"]["paused"])
+        for to_s in (2.0, 0.5, 2.5, 0.0):
+            assert browser.press(seek_s=to_s) == 200
+            state = next(s for s in states if s["replay"]["position_s"] == pytest.approx(to_s, abs=0.05))
+            assert state["replay"]["paused"]
+        assert browser.press(paused=False) == 200
+        assert browser.press(seek_s=99) == 200
+        state = next(s for s in states if s["replay"]["note"].startswith("the end"))
+        assert browser.press(seek_s=1.0) == 200
+        state = next(s for s in states if s["replay"]["note"].startswith("at 1 times"))
+        assert state["heads"]
+        assert state["model"]["name"]
+        assert state["texts"] is not None
+        assert not state["typing"]["possible"]
+        browser.close()
+        thread.join(60)
+    assert len(seen) > len(straight)
+    for p in seen:
+        for name, values in p.heads.items():
+            assert values.tolist() == then[p.tick.index].heads[name].tolist()
+    [result] = results
+    assert result["identical"]
+    assert result["predictions"] == len(straight)
+
+
+def test_what_is_no_command_is_refused(recording: Path) -> None:
+    with closing(Player(50.0, lambda: True)) as player:
+        browser = Browser(player.address)
+        for wrong in ({"seek_s": -1}, {"seek_s": "x"}, {"speed": 3}, {"paused": 1}):
+            assert browser.press(**wrong) == 409
+        browser.close()
+
+
+def test_stamps_are_the_recordings_but_for_the_step(recording: Path) -> None:
+    with closing(Player(1.0, lambda: True)) as player:
+        browser = Browser(player.address)
+        thread, _, _ = play(recording, player)
+        browser.press(seek_s=2.9)
+        state = next(s for s in browser.states() if s["replay"]["position_s"] >= 2.9 and s["latency"])
+        assert {stage: state["latency"][stage]["p99"] for stage in ("transport", "queue", "emit")} == {
+            "transport": 0,
+            "queue": 0,
+            "emit": 0,
+        }
+        assert state["latency"]["step"]["p50"] > 0
+        assert state["latency"]["encode"]["p50"] > 0
+        # the recording's own processes, as they ended, and this one
+        assert {"replay", "engine", "camera"} <= state["nodes"].keys()
+        browser.close()
+        thread.join(60)
+
+
+def test_a_port_in_use_is_said() -> None:
+    with closing(Player(1.0, lambda: True)) as player:
+        port = int(player.address.rstrip("/").rsplit(":", 1)[1])
+        with pytest.raises(ProcessError, match="cannot bind"):
+            Player(1.0, lambda: True, port)

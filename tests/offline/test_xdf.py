@@ -1,0 +1,270 @@
+"""XDF files, written by their published layout and read by pyxdf, as recordings."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import toy_model
+from harness import COMMAND, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from xdf_file import XdfFile
+
+from stream_mmrnn.capture import encoders
+from stream_mmrnn.capture.encoders.signal import SignalEncoder
+from stream_mmrnn.core import topics
+from stream_mmrnn.core.errors import FileError, StreamError, UsageError
+from stream_mmrnn.core.types import ModalitySpec
+from stream_mmrnn.offline import replay
+from stream_mmrnn.offline.convert import xdf
+from stream_mmrnn.recording import repair
+from stream_mmrnn.recording.mcap_file import Recording
+
+pyxdf = pytest.importorskip("pyxdf", reason="pyxdf (extra lsl) is not installed")
+
+BEGIN_S = 1000.0
+EEG_HZ, SOUND_HZ = 50.0, 8000.0
+AHEAD_S, AHEAD_PPM = 4321.5, 200
+"""How far the EEG machine's clock is ahead at the beginning, and how much faster it goes."""
+
+
+def theirs(at_s: np.ndarray) -> np.ndarray:
+    """The time of the EEG machine's clock."""
+    return at_s + AHEAD_S + (at_s - BEGIN_S) * AHEAD_PPM * 1e-6
+
+
+def sample_file() -> XdfFile:
+    """Twelve seconds: EEG by another machine's clock, a microphone, markers, and words."""
+    file = XdfFile()
+    file.stream(1, "EEG", "EEG", "float32", 3, EEG_HZ)
+    file.stream(2, "Mic", "Audio", "int16", 2, SOUND_HZ)
+    file.stream(3, "Task", "Markers", "string", 1, 0)
+    file.stream(4, "Transcript", "Text", "string", 1, 0)
+    file.stream(5, "Trigger", "Markers", "int32", 1, 0)
+    eeg_s = BEGIN_S + np.arange(600) / EEG_HZ
+    rows = np.stack([np.arange(600), np.sin(np.arange(600) / 9), np.full(600, -1.5)], axis=1).astype(np.float32)
+    for begin in range(0, 600, 50):
+        at_s = BEGIN_S + begin / EEG_HZ
+        file.clock_offset(1, float(theirs(np.array(at_s))), -float(theirs(np.array(at_s)) - at_s))
+        file.clock_offset(2, at_s, 0.0)
+        file.samples(1, theirs(eeg_s[begin : begin + 50]).tolist(), rows[begin : begin + 50].tolist())
+    count = 8 * int(SOUND_HZ)
+    sound_s = BEGIN_S + 0.5 + np.arange(count) / SOUND_HZ
+    tone = (8000 * np.sin(2 * np.pi * 440 * np.arange(count) / SOUND_HZ)).astype(np.int16)
+    file.samples(2, sound_s.tolist(), np.stack([tone, tone], axis=1).tolist())
+    file.samples(3, [BEGIN_S + 1, BEGIN_S + 6], [["rest"], ["walk & talk"]])
+    file.samples(4, [BEGIN_S + 2.25, BEGIN_S + 3.5], [["grüß dich"], ["yes of course"]])
+    file.samples(5, [BEGIN_S + 9.0], [[7]])
+    for number in (1, 2, 3, 4, 5):
+        file.footer(number)
+    return file
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sample_file().write(tmp_path_factory.mktemp("xdf") / "lab.xdf")
+
+
+@pytest.fixture(scope="module")
+def imported(source: Path) -> tuple[Path, dict[str, Any]]:
+    out = source.with_suffix(".mcap")
+    code, document, err = run("import", source, out)
+    assert code == 0, err
+    return out, document
+
+
+def of(path: Path, topic: str) -> list[Any]:
+    return list(Recording(path).envelopes({topic}))
+
+
+def test_what_is_imported_is_what_pyxdf_reads(source: Path, imported: tuple[Path, dict[str, Any]]) -> None:
+    path, document = imported
+    by_name = {s["info"]["name"][0]: s for s in pyxdf.load_xdf(str(source))[0]}
+    roles = {"EEG": "signal", "Mic": "audio", "Task": "label", "Transcript": "text", "Trigger": "label"}
+    assert {s["name"]: s["role"] for s in document["streams"]} == roles
+    assert document["damage"] == ""
+
+    signal = of(path, "feature/signal")
+    eeg = by_name["EEG"]
+    assert np.array_equal(np.stack([e.payload for e in signal]), eeg["time_series"])
+    assert [e.event_ns for e in signal] == [round(t * 1e9) for t in eeg["time_stamps"]]
+    # the clocks' distance was taken out: the stamps are of the moments when it was sampled
+    true_s = BEGIN_S + np.arange(600) / EEG_HZ
+    assert np.abs(np.array([e.event_ns for e in signal]) / 1e9 - true_s).max() < 2e-3
+    assert {e.origin for e in signal} == {SignalEncoder.origin}
+
+    labels = [(e.event_ns, e.payload.decode()) for e in of(path, topics.LABEL)]
+    assert labels == [(round((BEGIN_S + s) * 1e9), name) for s, name in ((1, "rest"), (6, "walk & talk"), (9, "7"))]
+    words = [(e.event_ns, e.payload.decode()) for e in of(path, "raw/text")]
+    assert words == [(round((BEGIN_S + s) * 1e9), w) for s, w in ((2.25, "grüß dich"), (3.5, "yes of course"))]
+    assert {e.origin for e in of(path, "feature/text")} == {encoders.create("text").origin}
+
+    sound = of(path, "raw/audio")
+    begin_s = sound[0].event_ns / 1e9 - len(sound[0].payload) / 16000
+    assert abs(begin_s - (BEGIN_S + 0.5)) < 0.01
+    assert abs(sound[-1].event_ns / 1e9 - (BEGIN_S + 8.5)) < 0.05
+    samples = np.concatenate([e.payload for e in sound]).astype(float)
+    spectrum = np.abs(np.fft.rfft(samples[16000:32000]))
+    assert int(spectrum.argmax()) == 440
+    assert len(of(path, "feature/audio")) >= len(sound) - 2
+
+    with path.open("rb"):
+        offsets = json.loads(Recording(path).metadata["clock_offsets_s"])
+    assert len(offsets["1:EEG"]) == 12
+    assert Recording(path).started_unix_ns == 1_772_366_400 * 10**9  # 2026-03-01T12:00:00Z
+
+
+def test_the_recording_is_whole_and_replays(imported: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    path, document = imported
+    result = repair.verify(path)
+    assert result["state"] == "whole"
+    assert result["messages"] == dict(sorted(document["messages"].items()))
+    text, audio = encoders.create("text"), encoders.create("audio")
+    specs = (
+        ModalitySpec("signal", 3, SignalEncoder.origin),
+        ModalitySpec("audio", audio.size, audio.origin),
+        ModalitySpec("text", text.size, text.origin),
+    )
+    model = toy_model.make(tmp_path / "toy.onnx", specs)
+    first = replay.replay(path, model=str(model))
+    assert first["predictions"] >= 300
+    signal = first["streams"]["signal"]
+    assert (signal["received"], signal["delivered"], signal["dropped"]) == (600, 600, {})
+    assert first["streams"]["text"]["delivered"] == 2
+    assert first["streams"]["audio"]["dropped"] == {}
+    raw = replay.replay(path, model=str(model), source="raw")
+    assert raw["streams"]["signal"]["delivered"] == 600
+    assert raw["streams"]["audio"]["delivered"] == first["streams"]["audio"]["delivered"]
+
+
+def test_the_recording_can_be_trained_on(imported: tuple[Path, dict[str, Any]]) -> None:
+    pytest.importorskip("torch", reason="torch (extra train) is not installed")
+    from stream_mmrnn.training.tasks.recordings import _specs, recipe_for, sequence
+
+    path, _ = imported
+    recipe = recipe_for([path], "lab")
+    assert recipe.heads[0].labels == ("7", "rest", "walk & talk")
+    assert list(recipe.modalities) == ["audio", "text", "signal"]
+    ticks = sequence(path, recipe, _specs(recipe))
+    held = ticks.targets["label"][ticks.weights["label"] > 0]
+    assert {recipe.heads[0].labels[i] for i in held} == {"7", "rest", "walk & talk"}
+    assert ticks.present[:, list(recipe.modalities).index("signal")].mean() > 0.9
+
+
+def test_the_user_says_what_a_stream_is(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.mcap"
+    document = xdf.convert(source, out, "lab-1", {"EEG": "none", "Mic": "other_audio", "3": "text"})
+    assert {s["name"]: s["role"] for s in document["streams"]}["Task"] == "text"
+    recording = Recording(out)
+    assert recording.session == "lab-1"
+    assert {e.payload for e in of(out, "raw/text")} >= {b"rest", b"yes of course"}
+    assert not of(out, "feature/signal")
+    assert of(out, "raw/other_audio")
+    # what is there is never written over
+    before = out.read_bytes()
+    with pytest.raises(FileError, match="cannot be made: File exists"):
+        xdf.convert(source, out)
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [
+        ({"Nix": "signal"}, "there is no stream 'Nix'"),
+        ({"EEG": "smell"}, "'smell' is nothing that a stream can be"),
+        ({"Task": "signal"}, "holds strings"),
+        ({"EEG": "text"}, "holds numbers"),
+        ({"Trigger": "audio"}, "no fixed rate"),
+        ({"EEG": "signal", "Mic": "signal"}, "several streams could be the signal: 'EEG', 'Mic'"),
+        (dict.fromkeys(("EEG", "Mic", "Task", "Transcript", "Trigger"), "none"), "no stream of the file is of use"),
+    ],
+)
+def test_what_a_stream_cannot_be_is_said_in_a_sentence(
+    source: Path, tmp_path: Path, chosen: dict[str, str], words: str
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        xdf.convert(source, tmp_path / "a.mcap", chosen=chosen)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_xdf_at_all(tmp_path: Path) -> None:
+    (tmp_path / "a.xdf").write_bytes(b"RIFF")
+    for name, words in (("a.xdf", "no XDF file|cannot be read"), ("b.xdf", "cannot be read: No such file")):
+        with pytest.raises(FileError, match=words):
+            xdf.convert(tmp_path / name, tmp_path / "a.mcap")
+    code, _, err = run("import", tmp_path / "a.xdf", tmp_path / "a.mcap", "--as", "signal")
+    assert code == 2
+    assert "--as wants NAME=ROLE" in err
+
+
+def test_a_damaged_file_gives_what_is_there(source: Path, tmp_path: Path) -> None:
+    data = source.read_bytes()
+    cut = tmp_path / "cut.xdf"
+    cut.write_bytes(data[: len(data) // 8])
+    code, document, err = run("import", cut, tmp_path / "a.mcap")
+    assert code == 3, err
+    assert "is damaged" in document["damage"]
+    assert 0 < len(of(tmp_path / "a.mcap", "feature/signal")) <= 600
+    assert repair.verify(tmp_path / "a.mcap")["whole"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+def test_a_disk_that_takes_no_more_leaves_no_half_of_a_file(source: Path, tmp_path: Path) -> None:
+    import resource
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    command = [*COMMAND, "import", str(source), str(tmp_path / "a.mcap")]
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, preexec_fn=limited, env=env)
+    assert done.returncode == 2, done.stderr
+    assert "cannot be written: File too large" in done.stderr
+    assert not (tmp_path / "a.mcap").exists()
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_bytes_from_anywhere_are_read_or_refused(data: st.DataObject) -> None:
+    whole = bytearray(SMALL)
+    for _ in range(data.draw(st.integers(1, 6))):
+        at = data.draw(st.integers(4, len(whole) - 1))
+        whole[at] = data.draw(st.integers(0, 255))
+    end = data.draw(st.integers(0, len(whole)))
+    path = FOLDER / "x.xdf"
+    path.write_bytes(bytes(whole[: max(end, len(whole) // 2)]))
+    try:
+        streams, _, _ = xdf.read(path)
+        xdf.roles(streams, {})
+    except StreamError as e:
+        assert isinstance(e, FileError | UsageError)  # noqa: PT017
+    else:
+        assert all(len(s.values) == len(s.times_s) for s in streams)
+
+
+def _small() -> bytes:
+    file = XdfFile()
+    file.stream(1, "EEG", "EEG", "float32", 2, 10.0)
+    file.stream(2, "Task", "Markers", "string", 1, 0)
+    for k in range(4):
+        file.clock_offset(1, 100.0 + k, 0.25)
+        file.samples(1, [100.0 + k, 100.1 + k], [[1.0, 2.0], [3.0, 4.0]])
+        file.samples(2, [100.05 + k], [["a"]])
+    return file.data
+
+
+SMALL = _small()
+FOLDER: Path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    global FOLDER
+    FOLDER = tmp_path_factory.mktemp("bytes")

@@ -1,0 +1,471 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mcap.reader import NonSeekingReader, make_reader
+
+from stream_mmrnn.core import topics, wire
+from stream_mmrnn.core.errors import FileError, RecordingError
+from stream_mmrnn.core.types import Envelope
+from stream_mmrnn.recording.append_file import later_parts, part
+from stream_mmrnn.recording.damaged_file import BEGINNING, Chunk, DamagedFileReader, Message, Note, pieces, split
+from stream_mmrnn.recording.mcap_file import Recorder, Recording
+from stream_mmrnn.recording.message_counts import MISSING, MessageCounts
+from stream_mmrnn.recording.repair import repair, verify
+
+BEGIN = 5_000_000_000_123_456
+COMMAND = [sys.executable, "-m", "stream_mmrnn"]
+
+
+def envelopes(first: int, count: int) -> list[Envelope]:
+    """Twenty a second of four streams; small, so that a test can damage every byte of their recording."""
+    out = []
+    for i in range(first, first + count):
+        at = BEGIN + i * 50_000_000
+        rng = np.random.default_rng(i)
+        out.append(Envelope(topics.CLOCK, topics.EVERYONE, i, at, at, at, b""))
+        if i == first == 0:
+            opened = wire.pack(wire.SessionMessage("open", at, ("audio",)))
+            out.append(Envelope(topics.SESSION, "live", 0, at, at, at, opened))
+        out.append(Envelope("raw/audio", "live", i, at, at, at, rng.integers(-99, 99, 16).astype("<i2"), "microphone"))
+        out.append(Envelope("feature/audio", "live", i, at, at, at, rng.standard_normal(4).astype("<f4"), "mel@2"))
+    return out
+
+
+def write(path: Path, messages: list[Envelope], close: bool = True, number: int = 1, offset_ns: int = 7) -> Path:
+    """As the recorder's process does it, with the messages' own clock."""
+    recorder = Recorder(path, "live", {"config": "{}", "raw": "true", "part": str(number)}, wall_offset_ns=offset_ns)
+
+    def so_far() -> dict[str, str]:
+        return MessageCounts(recorder.counts, recorder.counts, {}, {}).as_metadata()
+
+    for e in messages:
+        recorder.write(e)
+        if recorder.keep(e.publish_ns):
+            recorder.note(so_far(), e.publish_ns)
+    if close:
+        recorder.close({"ended": "clean", **so_far()})
+    else:
+        recorder.sync()
+        recorder._disk.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("whole") / "a.mcap", envelopes(0, 40))
+
+
+Key = tuple[str, int, str]
+
+
+def keys(path: Path) -> list[Key]:
+    """What identifies a message, and its content."""
+
+    def digest(e: Envelope) -> str:
+        data = e.payload if isinstance(e.payload, bytes) else e.payload.tobytes()
+        return hashlib.sha256(data).hexdigest()
+
+    return [(e.topic, e.seq, digest(e)) for e in Recording(path).envelopes()]
+
+
+def extents(path: Path) -> list[tuple[int, int, list[Key]]]:
+    """Where each chunk begins and ends, and the keys of its messages."""
+    found, all_keys = list(pieces(path)), keys(path)
+    out, taken = [], 0
+    for piece in found:
+        if isinstance(piece, Chunk):
+            at = piece.at
+            length = 9 + int.from_bytes(path.read_bytes()[at + 1 : at + 9], "little")
+            count = sum(isinstance(r, Message) for r in split(piece.records))
+            out.append((at, at + length, all_keys[taken : taken + count]))
+            taken += count
+    assert taken == len(all_keys)
+    return out
+
+
+def read_by_a_stranger(path: Path) -> int:
+    """How many messages the plain readers of the format find, to the file's end, with every checksum looked at."""
+    with path.open("rb") as file:
+        seeking = sum(1 for _ in make_reader(file, validate_crcs=True).iter_messages())
+    with path.open("rb") as file:
+        reader = NonSeekingReader(file, validate_crcs=True)
+        assert sum(1 for _ in reader.iter_messages(log_time_order=False)) == seeking
+    return seeking
+
+
+def test_a_whole_file_is_whole(whole: Path, tmp_path: Path) -> None:
+    result = verify(whole)
+    assert result["whole"]
+    assert (result["state"], result["why"], result["holes"]) == ("whole", "", [])
+    assert result["messages"] == {"clock": 40, "feature/audio": 40, "raw/audio": 40, "session": 1}
+    assert result["seconds"] == 1.95
+    assert result["ends"]["how"] == "clean"
+    assert result["adds_up"]
+    assert result["parts"] == []
+    before = whole.read_bytes()
+    done = repair(whole, tmp_path / "out.mcap")
+    assert done["was"] == "whole"
+    assert (tmp_path / "out.mcap").read_bytes() == before == whole.read_bytes()
+
+
+def test_it_refuses_to_overwrite(whole: Path, tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    there.write_bytes(b"precious")
+    before = whole.read_bytes()
+    for out in (there, whole):
+        with pytest.raises(FileError, match="cannot be made: File exists"):
+            repair(whole, out)
+    assert there.read_bytes() == b"precious"
+    assert whole.read_bytes() == before
+
+
+def test_what_is_no_recording(tmp_path: Path) -> None:
+    from mcap.writer import Writer
+
+    with (tmp_path / "other.mcap").open("wb") as f:
+        writer = Writer(f)
+        writer.start()
+        writer.finish()
+    (tmp_path / "empty.mcap").write_bytes(b"")
+    (tmp_path / "text.mcap").write_bytes(b"some text that is long enough " * 9)
+    (tmp_path / "folder.mcap").mkdir()
+    for name in ("other", "empty", "text", "folder", "missing"):
+        with pytest.raises(FileError):
+            verify(tmp_path / f"{name}.mcap")
+        with pytest.raises(FileError):
+            repair(tmp_path / f"{name}.mcap", tmp_path / "out.mcap")
+        assert not (tmp_path / "out.mcap").exists()
+
+
+def test_the_tail_cut_at_every_byte(tmp_path: Path) -> None:
+    """Reading never raises and gives all messages of all whole chunks; `verify` says it; `repair` saves it."""
+    whole = write(tmp_path / "whole.mcap", [e for e in envelopes(0, 12) if e.topic != "raw/audio"])
+    content, chunks = whole.read_bytes(), extents(whole)
+    head_end = next(p for p in pieces(whole) if isinstance(p, Note)).at
+    path, out = tmp_path / "cut.mcap", tmp_path / "out.mcap"
+    repaired: set[tuple[int, bool]] = set()
+    for cut in range(1, len(content)):
+        path.write_bytes(content[:cut])
+        expected = [key for _, end, messages in chunks if end <= cut for key in messages]
+        result = verify(path)
+        assert result["state"] == "cut off", (cut, result)
+        assert sum(result["messages"].values()) == len(expected), cut
+        assert result["adds_up"], cut
+        assert result["ends"]["at_byte"] <= cut
+        try:
+            assert keys(path) == expected, cut
+        except FileError:
+            assert not expected, cut
+        # many cuts leave the same pieces
+        sound = (len(expected), bool(result["ends"]["how"] == "clean"))
+        if sound in repaired and cut % 211:
+            continue
+        out.unlink(missing_ok=True)
+        if not expected:
+            assert cut < head_end or not result["messages"]
+            with pytest.raises(RecordingError, match="holds no message that could be saved"):
+                repair(path, out)
+            assert not out.exists()
+            continue
+        repaired.add(sound)
+        done = repair(path, out)
+        assert keys(out) == expected
+        assert read_by_a_stranger(out) == len(expected)
+        assert path.read_bytes() == content[:cut]
+        assert done["result"]["state"] == ("whole" if result["ends"]["how"] == "clean" else "partial")
+        assert Recording(out).metadata["session"] == "live"
+    assert len(repaired) == len(chunks) + 1
+
+
+def check_saved(path: Path, out: Path, must: list[Key], written: list[Key]) -> None:
+    """All that is sound is in the repaired file, in its order, and nothing else."""
+    result = verify(path)
+    done = repair(path, out)
+    saved = keys(out)
+    assert not Counter(must) - Counter(saved), result
+    order = iter(written)
+    assert all(key in order for key in saved), "an order of its own"
+    assert read_by_a_stranger(out) == len(saved)
+    assert done["result"]["state"] in ("whole", "partial")
+    end = MessageCounts.of({**Recording(out).end, **_end(out)})
+    assert end.off == {}
+    assert end.recorded == dict(Counter(topic for topic, _, _ in saved))
+
+
+def _end(path: Path) -> dict[str, str]:
+    recording = Recording(path)
+    for _ in recording.batches():
+        pass
+    return recording.end
+
+
+@settings(max_examples=120)
+@given(data=st.data())
+def test_damage_costs_only_the_chunks_that_it_hits(
+    whole: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    content, chunks = bytearray(whole.read_bytes()), extents(whole)
+    hits: list[tuple[int, int]] = []
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(content) - 1))
+        size = data.draw(st.sampled_from([1, 1, 1, 8, 200, 4096]))
+        size = min(size, len(content) - at)
+        how = data.draw(st.sampled_from(["flip", "zero", "random"]))
+        if how == "flip":
+            content[at] ^= data.draw(st.integers(1, 255))
+            size = 1
+        else:
+            content[at : at + size] = bytes(size) if how == "zero" else np.random.default_rng(at).bytes(size)
+        hits.append((at, at + size))
+    folder = tmp_path_factory.mktemp("damaged")
+    path = folder / "damaged.mcap"
+    path.write_bytes(content)
+    must = [k for at, end, ks in chunks if not any(a < end and at < b for a, b in hits) for k in ks]
+    try:
+        damaged = DamagedFileReader(path)
+    except FileError:
+        # nothing is left that says whose file it is
+        assert any(a < len(BEGINNING) for a, _ in hits)
+        return
+    if not damaged.channels.keys() | damaged.names.keys():
+        return  # every place that says what the channels are was hit
+    if {damaged.topic(n) for n in range(1, 5)} != {"clock", "session", "raw/audio", "feature/audio"}:
+        must = [k for k in must if k[0] in {damaged.topic(n) for n in range(1, 5)}]
+    check_saved(path, folder / "out.mcap", must, keys(whole))
+
+
+def test_a_chunk_that_says_it_is_longer_costs_no_other(whole: Path, tmp_path: Path) -> None:
+    content, chunks = bytearray(whole.read_bytes()), extents(whole)
+    for number, (begin, _, _) in enumerate(chunks):
+        for bit in range(8):
+            changed = bytearray(content)
+            changed[begin + 2] ^= 1 << bit  # of its length
+            path = tmp_path / f"{number}.{bit}.mcap"
+            path.write_bytes(changed)
+            must = [k for n, (_, _, ks) in enumerate(chunks) if n != number for k in ks]
+            check_saved(path, path.with_suffix(".out.mcap"), must, keys(whole))
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_bytes_that_are_gone_or_too_many_do_not_mislead(
+    whole: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    content, chunks = whole.read_bytes(), extents(whole)
+    # behind the first note, so that the channels have names
+    begin = chunks[1][0]
+    at = data.draw(st.integers(begin, len(content) - 1))
+    end = data.draw(st.integers(at, min(at + 3000, len(content))))
+    extra = data.draw(st.binary(max_size=300))
+    folder = tmp_path_factory.mktemp("shifted")
+    path = folder / "shifted.mcap"
+    path.write_bytes(content[:at] + extra + content[end:])
+    must = [k for a, b, ks in chunks if b <= at or a >= end for k in ks]
+    check_saved(path, folder / "out.mcap", must, keys(whole))
+
+
+@pytest.mark.parametrize("close", [True, False])
+def test_each_chunk_damaged_in_turn(tmp_path: Path, close: bool) -> None:
+    """All others are saved, also where the file never got an index, and where the first said what the channels are."""
+    written = envelopes(0, 40)
+    path = write(tmp_path / "a.mcap", written, close)
+    content, chunks, all_keys = path.read_bytes(), extents(path), keys(path)
+    assert len(chunks) >= 7
+    for i, (at, end, _) in enumerate(chunks):
+        damaged = bytearray(content)
+        damaged[(at + end) // 2] ^= 0x55
+        path.write_bytes(damaged)
+        must = [k for j, (_, _, ks) in enumerate(chunks) if j != i for k in ks]
+        result = verify(path)
+        assert result["state"] == "damaged"
+        assert sum(result["messages"].values()) == len(must)
+        [hole] = [h for h in result["holes"] if h["to_byte"] < len(content)]
+        assert (hole["from_byte"], hole["to_byte"] > end - 1) == (at, True)
+        if i:
+            lost = Counter(topic for topic, _, _ in chunks[i][2])
+            following = Counter(topic for _, _, ks in chunks[i + 1 :] for topic, _, _ in ks)
+            assert hole["missing"] == {topic: n for topic, n in lost.items() if following[topic]}
+        out = tmp_path / f"out{i}.mcap"
+        check_saved(path, out, must, all_keys)
+        assert Recording(out).metadata["config"] == "{}"
+
+
+def test_a_lost_head_is_in_the_file_again(whole: Path, tmp_path: Path) -> None:
+    content = bytearray(whole.read_bytes())
+    head = next(p for p in pieces(whole) if isinstance(p, Note))
+    content[head.at + 60] ^= 1
+    path, out = tmp_path / "a.mcap", tmp_path / "out.mcap"
+    path.write_bytes(content)
+    with pytest.raises(FileError, match="damaged head"):
+        Recording(path)
+    assert verify(path)["state"] == "damaged"
+    repair(path, out)
+    assert keys(out) == keys(whole)
+    read, was = Recording(out), Recording(whole)
+    assert [e.event_ns for e in read.envelopes()] == [e.event_ns for e in was.envelopes()]
+    assert {**was.metadata, "checksum": ""} == {"part": "1", **read.metadata, "checksum": ""}
+
+
+@pytest.mark.parametrize("word", [b"session", b"checksum", b"wall_offset_ns", b"format"])
+def test_a_head_that_lost_a_word_and_its_checksum_is_not_believed(whole: Path, tmp_path: Path, word: bytes) -> None:
+    content = whole.read_bytes()
+    end = extents(whole)[0][0]
+    head = content[:end].replace(b"checksum", bytes(8)).replace(word, bytes(len(word)))
+    path, out = tmp_path / "a.mcap", tmp_path / "out.mcap"
+    path.write_bytes(head + content[end:])
+    assert verify(path)["state"] == "damaged"
+    assert verify(path)["session"] == "live"
+    repair(path, out)
+    assert keys(out) == keys(whole)
+    assert Recording(out).metadata["wall_offset_ns"] == "7"
+
+
+def test_a_wrong_index_is_found_and_mended(whole: Path, tmp_path: Path) -> None:
+    """Our reader does not use it, others do."""
+    content = bytearray(whole.read_bytes())
+    _, end, _ = extents(whole)[2]
+    content[end + 9 + 6 + 3] ^= 0x40  # in a time of the message index
+    path, out = tmp_path / "a.mcap", tmp_path / "out.mcap"
+    path.write_bytes(content)
+    assert verify(path)["state"] == "damaged"
+    assert keys(path) == keys(whole)
+    assert repair(path, out)["result"]["state"] == "whole"
+    assert keys(out) == keys(whole)
+
+
+def test_parts_become_one_file(tmp_path: Path) -> None:
+    first, second, third = envelopes(0, 20), envelopes(26, 20), envelopes(50, 9)
+    path = write(tmp_path / "a.mcap", first, close=False)
+    kept = keys(path)
+    assert part(path, 0) == path
+    parts = [
+        write(part(path, 1), second, close=False, number=2),
+        write(part(path, 3), third, number=4),  # the third part died before it had a file
+    ]
+    write(part(path, 8), envelopes(0, 9), number=9, offset_ns=8)  # of another session
+    assert list(later_parts(path)) == [2, 4, 9]
+    result = verify(path)
+    assert result["state"] == "cut off"
+    assert [(r["part"], r["state"]) for r in result["parts"]] == [(2, "cut off"), (4, "partial")]
+    assert verify(parts[1])["state"] == "partial"
+    done = repair(path, tmp_path / "out.mcap")
+    assert done["of"] == [str(p) for p in (path, *parts)]
+    assert keys(tmp_path / "out.mcap") == [*kept, *keys(parts[0]), *keys(parts[1])]
+    assert read_by_a_stranger(tmp_path / "out.mcap") == len(keys(tmp_path / "out.mcap"))
+    result = done["result"]
+    assert result["state"] == "partial"
+    for topic in ("clock", "feature/audio", "raw/audio"):
+        last = [max(seq for name, seq, _ in keys(p) if name == topic) for p in (path, parts[0])]
+        assert result["dropped"][topic] == {MISSING: 26 - last[0] - 1 + 50 - last[1] - 1}
+    assert [h["why"] for h in result["repaired"]["holes"]] == [
+        "the file was cut off there; a.part2.mcap goes on",
+        "the file was cut off there; a.part4.mcap goes on",
+    ]
+    # a part alone is saved alone
+    repair(parts[0], tmp_path / "part.mcap")
+    assert keys(tmp_path / "part.mcap") == keys(parts[0])
+
+
+def test_a_recording_in_two_whole_parts_is_partial(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.mcap", envelopes(0, 20))
+    assert verify(path)["whole"]
+    write(part(path, 1), envelopes(26, 20), number=2)
+    result = verify(path)
+    assert (result["state"], result["whole"]) == ("partial", False)
+    assert "first of 2 parts" in result["why"]
+    done = repair(path, tmp_path / "out.mcap")
+    assert done["result"]["dropped"]["clock"] == {MISSING: 6}
+    assert keys(tmp_path / "out.mcap") == keys(path) + keys(part(path, 1))
+
+
+def test_files_of_older_releases_are_verified_and_repaired(whole: Path, tmp_path: Path) -> None:
+    """Without notes, without checksums of the metadata, with the end before the last chunk."""
+    from mcap.writer import CompressionType, IndexType, Writer
+
+    def write_old(path: Path) -> None:
+        recorder = Recorder(tmp_path / f"{path.stem}.new.mcap", "live", {"config": "{}"})
+        with path.open("wb") as file:
+            writer = Writer(file, compression=CompressionType.ZSTD, index_types=IndexType.ALL)
+            writer.start(profile="", library="stream_mmrnn")
+            writer.add_metadata("stream_mmrnn", {k: v for k, v in recorder._head.items() if k != "checksum"})
+            recorder._writer = writer
+            for i, e in enumerate(envelopes(0, 40)):
+                recorder.write(e)
+                if i % 20 == 19 and i < 110:
+                    writer.flush()
+            writer.add_metadata("stream_mmrnn.end", {"ended": "clean", "lost": "{}"})
+            writer.finish()
+        recorder._disk.close()
+
+    old = tmp_path / "old.mcap"
+    write_old(old)
+    assert verify(old)["whole"], verify(old)
+    assert keys(old) == keys(whole)
+    content, chunks = bytearray(old.read_bytes()), extents(old)
+    content[chunks[2][0] + 60] ^= 1
+    damaged = tmp_path / "damaged.mcap"
+    damaged.write_bytes(content)
+    must = [k for i, (_, _, ks) in enumerate(chunks) if i != 2 for k in ks]
+    check_saved(damaged, tmp_path / "out.mcap", must, keys(whole))
+
+
+def test_a_repaired_file_that_does_not_fit_is_taken_away(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = tmp_path / "cut.mcap"
+    cut.write_bytes(whole.read_bytes()[:4000])
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(FileError, match="cannot be written: No space left on device"):
+        repair(cut, tmp_path / "out.mcap")
+    assert not (tmp_path / "out.mcap").exists()
+
+
+def run(*args: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *map(str, args)], capture_output=True, text=True, timeout=120)
+
+
+def test_the_verbs(whole: Path, tmp_path: Path) -> None:
+    cut, out = tmp_path / "cut.mcap", tmp_path / "out.mcap"
+    cut.write_bytes(whole.read_bytes()[: extents(whole)[3][1]])
+    done = run("verify", whole, "--json")
+    assert (done.returncode, json.loads(done.stdout)["state"]) == (0, "whole")
+    assert done.stderr == ""
+    done = run("verify", cut, "--json")
+    assert (done.returncode, json.loads(done.stdout)["state"]) == (3, "cut off")
+    assert "cut.mcap was cut off at byte" in done.stderr
+    done = run("verify", cut)
+    assert done.returncode == 3
+    assert "cut off" in done.stdout
+    assert "feature/audio" in done.stdout
+    done = run("repair", cut, out, "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert (document["was"], document["result"]["state"]) == ("cut off", "partial")
+    done = run("repair", cut, out)
+    assert done.returncode == 2
+    assert "cannot be made: File exists" in done.stderr
+    done = run("verify", out)
+    assert done.returncode == 3
+    assert "repaired: after" in done.stdout
+    (tmp_path / "head.mcap").write_bytes(BEGINNING)
+    done = run("repair", tmp_path / "head.mcap", tmp_path / "no.mcap")
+    assert done.returncode == 3
+    assert "holds no message" in done.stderr
+    for verb in (["verify"], ["repair"]):
+        done = run(*verb, "/no/such.mcap", *([tmp_path / "x"] if verb == ["repair"] else []))
+        assert done.returncode == 2
+        assert "/no/such.mcap cannot be read" in done.stderr

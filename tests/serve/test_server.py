@@ -1,0 +1,751 @@
+"""Sessions over the network: as if each were alone on an engine, whoever comes, breaks off, floods or lies."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from places import ROOT
+from serving import alone, features_of, running, settings_for, tick
+
+from stream_mmrnn import AsyncClient, Client
+from stream_mmrnn.bus import Dealer
+from stream_mmrnn.bus.keys import Folder
+from stream_mmrnn.core import config
+from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.errors import (
+    BadTick,
+    Busy,
+    ConfigError,
+    DuplicateSession,
+    Evicted,
+    NotRunning,
+    ProcessError,
+    SessionError,
+    ShardDied,
+    TimedOut,
+    UnknownSession,
+    UsageError,
+    WireError,
+)
+from stream_mmrnn.core.types import Prediction, Tick
+from stream_mmrnn.predict.engine import StepEngine
+from stream_mmrnn.predict.snapshots import StateStore
+from stream_mmrnn.serve import protocol
+from stream_mmrnn.serve.client import Session
+from stream_mmrnn.serve.client_state import KEPT_TICKS, ClientSession, ClientState
+from stream_mmrnn.serve.server import Server
+from stream_mmrnn.serve.session_host import Host
+from stream_mmrnn.serve.sessions import Sessions
+
+S = 1_000_000_000
+NOW = 10**15
+Make = Callable[..., Host]
+
+
+# ---- the host, without sockets ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def make(toy: Path, tmp_path: Path) -> Make:
+    def make(slots: int = 4, queue: int = 8, **state: float) -> Host:
+        kept = config.State(**{"idle_s": 10, "ttl_s": 100, "snapshot_every": 4, **state})  # type: ignore[arg-type]
+        store = StateStore(tmp_path / "states", kept.ttl_s)
+        return Host(Sessions(StepEngine(toy, slots), store, kept), queue)
+
+    return make
+
+
+def say(host: Host, request: protocol.Request, peer: bytes = b"a", at_ns: int = NOW) -> None:
+    host.hear(peer, protocol.encode(request), at_ns)
+
+
+def said(host: Host) -> list[tuple[bytes, protocol.Reply]]:
+    out, host.out = host.out, []
+    return [(peer, protocol.read_reply(protocol.encode(reply))) for peer, reply in out]
+
+
+def step_of(of: Tick) -> protocol.Step:
+    return protocol.Step(
+        session=of.session,
+        tick=of.index,
+        event_ns=of.event_ns,
+        features=tuple(of.features[m].tobytes() if of.present[m] else None for m in of.features),
+        age_ns=tuple(of.age_ns.values()),
+    )
+
+
+def bits(replies: list[tuple[bytes, protocol.Reply]]) -> list[tuple[str, int, tuple[bytes, ...]]]:
+    return [(r.session, r.tick, r.heads) for _, r in replies if isinstance(r, protocol.Pred)]
+
+
+def test_welcome_says_what_the_model_takes(make: Make) -> None:
+    host = make()
+    say(host, protocol.Hello())
+    [(peer, welcome)] = said(host)
+    spec = host.sessions.engine.spec
+    assert peer == b"a"
+    assert isinstance(welcome, protocol.Welcome)
+    assert [(m.name, m.size) for m in welcome.modalities] == [(m.name, m.size) for m in spec.modalities]
+    assert [h.name for h in welcome.heads] == [h.name for h in spec.heads]
+    assert (welcome.model, welcome.tick_ns) == (spec.sha256, spec.tick_ns)
+    say(host, protocol.Hello(version=2))
+    [(_, refused)] = said(host)
+    assert isinstance(refused, protocol.Refused)
+    assert "version 2 is not 1" in refused.why
+
+
+def test_each_session_is_as_if_alone(make: Make, toy: Path) -> None:
+    host = make()
+    names = ["a", "b", "c"]
+    for name in names:
+        say(host, protocol.Open(session=name), name.encode())
+    said(host)
+    ticks = {name: [tick(name, i, i + 100 * n) for i in range(12)] for n, name in enumerate(names)}
+    for i in range(12):
+        for name in names[: 1 + i % 3]:
+            say(host, step_of(ticks[name].pop(0)), name.encode())
+        while host.ready:
+            host.step(NOW)
+    got = bits(said(host))
+    assert len(got) == 24
+    for n, name in enumerate(names):
+        mine = [heads[0] for session, _, heads in got if session == name]
+        expected = alone(toy, [tick(name, i, i + 100 * n) for i in range(len(mine))])
+        assert mine == expected
+
+
+def test_a_batch_takes_one_tick_of_each_and_leaves_the_flood_waiting(make: Make, toy: Path) -> None:
+    host = make(queue=8)
+    for name in ("flood", "calm"):
+        say(host, protocol.Open(session=name), name.encode())
+    said(host)
+    for i in range(10):
+        say(host, step_of(tick("flood", i)), b"flood")
+    say(host, step_of(tick("calm", 0)), b"calm")
+    refused = [r for _, r in said(host)]
+    assert [(r.error, r.tick) for r in refused if isinstance(r, protocol.Refused)] == [("overrun", 8), ("overrun", 9)]
+    assert host.step(NOW) == 2
+    assert {(session, index) for session, index, _ in bits(said(host))} == {("flood", 0), ("calm", 0)}
+    while host.ready:
+        host.step(NOW)
+    assert [index for _, index, _ in bits(said(host))] == list(range(1, 8))
+    assert host.counts["overrun"] == 2
+
+
+def test_refusals_have_names(make: Make, toy: Path) -> None:
+    host = make(slots=1)
+    good = step_of(tick("s", 0))
+    say(host, good)
+    say(host, protocol.Open(session="s"))
+    say(host, protocol.Open(session="s"))
+    say(host, protocol.Open(session="other"))
+    say(host, protocol.Open(session="gone", token="x"))
+    say(host, msgspec.structs.replace(good, features=good.features[:1]))
+    say(host, msgspec.structs.replace(good, features=(b"123", *good.features[1:])))
+    say(host, msgspec.structs.replace(good, features=(np.full(4, np.nan, "<f4").tobytes(), *good.features[1:])))
+    say(host, good, b"somebody else")
+    say(host, protocol.Close(session="s"), b"somebody else")
+    replies = [r for _, r in said(host)]
+    assert [r.error if isinstance(r, protocol.Refused) else type(r).__name__ for r in replies] == [
+        "unknown", "Ready", "duplicate", "BusyNow", "unknown", "bad_tick", "bad_tick", "bad_tick", "unknown", "unknown",
+    ]  # fmt: skip
+    busy = replies[3]
+    assert isinstance(busy, protocol.BusyNow)
+    assert busy.retry_s > 0
+    assert not host.ready
+
+
+def test_whoever_has_the_token_takes_a_session_over_and_the_first_is_told(make: Make, toy: Path) -> None:
+    host = make()
+    say(host, protocol.Open(session="s"), b"a")
+    [(_, ready)] = said(host)
+    assert isinstance(ready, protocol.Ready)
+    say(host, step_of(tick("s", 0)), b"a")
+    say(host, protocol.Open(session="s", token=ready.token), b"b")
+    first, evicted, again = said(host)
+    assert isinstance(first[1], protocol.Pred), "what was sent before is answered before"
+    assert evicted[0] == b"a"
+    assert evicted[1] == protocol.EvictedNow(session="s", token="", reason="taken", next=1)
+    assert again == (b"b", protocol.Ready(session="s", token=ready.token, next=1, resumed=True))
+    say(host, step_of(tick("s", 1)), b"a")
+    [(_, refused)] = said(host)
+    assert isinstance(refused, protocol.Refused)
+    say(host, step_of(tick("s", 1)), b"b")
+    host.step(NOW)
+    assert bits(said(host)) == [("s", 1, (alone(toy, [tick("s", 0), tick("s", 1)])[1],))]
+
+
+def test_ticks_that_were_seen_are_skipped_and_said_so(make: Make, toy: Path) -> None:
+    host = make()
+    say(host, protocol.Open(session="s"))
+    for index in (0, 3, 3, 1):
+        say(host, step_of(tick("s", index)))
+        while host.ready:
+            host.step(NOW)
+    replies = [r for _, r in said(host)][1:]
+    assert [(type(r).__name__, getattr(r, "tick", None)) for r in replies] == [
+        ("Pred", 0), ("Pred", 3), ("Skipped", 3), ("Skipped", 1),
+    ]  # fmt: skip
+    assert host.sessions.counts["skipped"] == 2  # 1 and 2 never came
+
+
+def test_a_peer_that_is_gone_and_one_that_is_silent_leave_their_state(make: Make, toy: Path) -> None:
+    host = make()
+    tokens = {}
+    for name in ("gone", "silent"):
+        say(host, protocol.Open(session=name), name.encode())
+        [(_, ready)] = said(host)
+        assert isinstance(ready, protocol.Ready)
+        tokens[name] = ready.token
+        say(host, step_of(tick(name, 0)), name.encode())
+        host.step(NOW)
+        said(host)
+    assert host.gone(b"gone", NOW) == 1
+    assert said(host) == []
+    host.housekeeping(NOW + 11 * S)
+    assert said(host) == [
+        (b"silent", protocol.EvictedNow(session="silent", token=tokens["silent"], reason="idle", next=1))
+    ]
+    assert len(host.sessions) == 0
+    for name, token in tokens.items():
+        say(host, protocol.Open(session=name, token=token), b"back", NOW + 12 * S)
+        say(host, step_of(tick(name, 1)), b"back", NOW + 12 * S)
+        host.step(NOW + 12 * S)
+        ready, pred = (r for _, r in said(host))
+        assert ready == protocol.Ready(session=name, token=token, next=1, resumed=True)
+        assert isinstance(pred, protocol.Pred)
+        assert pred.heads[0] == alone(toy, [tick(name, 0), tick(name, 1)])[1]
+
+
+def test_a_flushed_state_is_on_disk_and_a_reset_one_is_new(make: Make, toy: Path) -> None:
+    host = make(snapshot_every=0)
+    say(host, protocol.Open(session="s"))
+    say(host, step_of(tick("s", 0)))
+    say(host, protocol.Flush(session="s"))
+    ready, pred, flushed = (r for _, r in said(host))
+    assert isinstance(ready, protocol.Ready)
+    assert isinstance(pred, protocol.Pred)
+    assert flushed == protocol.Flushed(session="s", next=1)
+    kept = host.sessions.store.load("s", NOW)
+    assert kept is not None
+    assert kept.tick_index == 0
+    say(host, step_of(tick("s", 1)))
+    say(host, protocol.Reset(session="s"))
+    kept = host.sessions.store.load("s", NOW)
+    assert kept is not None, "what is sent again after a crash is stepped on what the reset left"
+    assert (kept.tick_index, kept.state) == (1, {})
+    say(host, step_of(tick("s", 2)))
+    host.step(NOW)
+    assert [heads[0] for _, _, heads in bits(said(host))][1:] == alone(toy, [tick("s", 2)])
+    say(host, protocol.Close(session="s"))
+    assert said(host) == [(b"a", protocol.Done(session="s"))]
+    assert host.sessions.store.load("s", NOW) is None
+
+
+def test_a_part_of_the_engine_that_dies_takes_no_other_session_with_it(
+    make: Make, toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = make(snapshot_every=1)
+    tokens = {}
+    for name in ("dead", "well"):
+        say(host, protocol.Open(session=name), name.encode())
+        [(_, ready)] = said(host)
+        assert isinstance(ready, protocol.Ready)
+        tokens[name] = ready.token
+        say(host, step_of(tick(name, 0)), name.encode())
+        host.step(NOW)
+        host.housekeeping(NOW)
+        said(host)
+    whole = host.sessions.engine.step
+
+    def half(ticks: list[Tick]) -> list[Prediction]:
+        error = ShardDied("one of two died")
+        error.sessions = ("dead",)
+        error.predictions = tuple(whole([t for t in ticks if t.session != "dead"]))
+        raise error
+
+    monkeypatch.setattr(host.sessions.engine, "step", half)
+    for name in ("dead", "well"):
+        say(host, step_of(tick(name, 1)), name.encode())
+    host.step(NOW)
+    pred, evicted = said(host)
+    assert isinstance(pred[1], protocol.Pred)
+    assert pred[1].session == "well"
+    assert isinstance(evicted[1], protocol.EvictedNow)
+    assert (evicted[1].session, evicted[1].reason) == ("dead", "lost")
+    monkeypatch.undo()
+    say(host, protocol.Open(session="dead", token=tokens["dead"]), b"dead")
+    say(host, step_of(tick("dead", 1)), b"dead")
+    host.step(NOW)
+    [(_, _, heads)] = bits(said(host))
+    assert heads[0] == alone(toy, [tick("dead", 0), tick("dead", 1)])[1]
+
+
+@given(st.lists(st.binary(max_size=200), max_size=8))
+def test_no_bytes_harm_a_host(toy: Path, messages: list[bytes]) -> None:
+    host = Host(Sessions(StepEngine(toy, 2), StateStore(_folder(), 10), config.State()), 4)
+    for content in messages:
+        host.hear(b"x", content, NOW)
+    say(host, protocol.Open(session="honest"))
+    assert isinstance(said(host)[-1][1], protocol.Ready)
+
+
+_text = st.text(max_size=70)
+_number = st.integers(-(2**64), 2**64 - 1).filter(lambda n: n >= -(2**63))
+_shapes = st.fixed_dictionaries(
+    {"op": st.sampled_from(["hello", "open", "step", "flush", "reset", "close", "pred", "ready"])},
+    optional={
+        "session": st.sampled_from(["s", "", "../x", "a b"]) | _text,
+        "token": st.none() | _text,
+        "tick": _number | st.floats() | _text,
+        "event_ns": _number,
+        "features": st.lists(st.none() | st.binary(max_size=40) | _number, max_size=5),
+        "age_ns": st.lists(_number, max_size=5),
+        "version": _number,
+        "more": _text,
+    },
+)
+
+
+@settings(max_examples=200)
+@given(st.lists(_shapes, max_size=12))
+def test_no_message_harms_a_host(toy: Path, messages: list[dict[str, object]]) -> None:
+    host = Host(Sessions(StepEngine(toy, 2), StateStore(_folder(), 10), config.State()), 4)
+    for i, message in enumerate(messages):
+        host.hear(b"xy"[i % 2 :], msgspec.msgpack.encode(message), NOW)
+        host.step(NOW)
+        for _, reply in host.out:
+            assert protocol.read_reply(protocol.encode(reply)) == reply
+        host.housekeeping(NOW)
+    assert len(host.sessions) <= 2
+
+
+_FOLDERS: list[Path] = []
+
+
+def _folder() -> Path:
+    return _FOLDERS[0]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    _FOLDERS.append(tmp_path_factory.mktemp("served"))
+    yield
+    _FOLDERS.clear()
+
+
+# ---- the conversation, without sockets -------------------------------------------------------------------------------
+
+
+class Line:
+    """A conversation and a host, and what is between them; the host may die and come back."""
+
+    def __init__(self, make: Make, **state: float) -> None:
+        self._make = lambda: make(**state)
+        self.host = self._make()
+        self.talk = ClientState()
+        self.at_ns = NOW
+        self.talk.say(protocol.Hello())
+
+    def put(self, client_session: ClientSession, of: Tick) -> None:
+        self.talk.put(client_session, features_of(of), None, of.event_ns, of.age_ns, self.at_ns)
+
+    def carry(self, answers: bool = True) -> None:
+        """Both ways, until nobody has anything to say; without `answers` what the host says is lost."""
+        while self.talk.out or self.host.ready:
+            while self.talk.out:
+                self.host.hear(b"c", self.talk.out.popleft()[1], self.at_ns)
+            while self.host.ready:
+                self.host.step(self.at_ns)
+            for _, reply in self.host.out:
+                if answers:
+                    self.talk.hear(protocol.encode(reply), self.at_ns)
+            self.host.out.clear()
+
+    def die(self) -> None:
+        self.host = self._make()
+
+
+def test_a_server_that_comes_back_is_given_what_it_has_not_seen(make: Make, toy: Path) -> None:
+    line = Line(make, snapshot_every=4)
+    client_session = line.talk.client_session("s")
+    line.talk.say(protocol.Open(session="s"))
+    line.carry()
+    ticks = [tick("s", i) for i in range(20)]
+    for of in ticks[:10]:
+        line.put(client_session, of)
+        line.carry()
+        line.host.housekeeping(line.at_ns)
+    line.die()
+    for of in ticks[10:13]:
+        line.put(client_session, of)
+    line.carry(answers=False)  # it dies again, with its answers on the way
+    line.die()
+    for of in ticks[13:]:
+        line.put(client_session, of)
+    line.carry()
+    line.at_ns += 2 * S
+    line.talk.look(line.at_ns)
+    line.carry()
+    got = [a for a in client_session.answers if not isinstance(a, Exception)]
+    assert [a.tick for a in got] == list(range(20))
+    assert [a.heads["next"].tobytes() for a in got] == alone(toy, ticks)
+    assert client_session.skipped == 0
+    assert not client_session.unanswered
+
+
+def test_what_is_not_kept_any_more_is_said_not_hidden(make: Make, toy: Path) -> None:
+    line = Line(make, snapshot_every=0)
+    client_session = line.talk.client_session("s")
+    line.talk.say(protocol.Open(session="s"))
+    line.carry()
+    line.talk.say(protocol.Flush(session="s"))
+    line.carry()
+    for i in range(KEPT_TICKS + 3):
+        line.talk.put(client_session, {}, None, i, None, line.at_ns)
+        line.carry()
+    client_session.answers.clear()
+    line.die()
+    line.talk.put(client_session, {}, None, 0, None, line.at_ns)
+    line.carry()
+    assert isinstance(client_session.error, Evicted)
+    assert "as it was at tick 0" in str(client_session.error)
+
+
+@given(st.binary(max_size=300))
+def test_no_bytes_harm_a_client(content: bytes) -> None:
+    talk = ClientState()
+    talk.client_session("s")
+    try:
+        talk.hear(content, NOW)
+    except WireError:
+        assert talk.welcome is None
+
+
+# ---- over sockets ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(toy: Path, tmp_path: Path) -> Iterator[Server]:
+    with running(settings_for(toy, tmp_path)) as found:
+        yield found
+
+
+def drive(session: Session, ticks: list[Tick]) -> list[bytes]:
+    got = []
+    for of in ticks:
+        answer = session.step(features_of(of), event_ns=of.event_ns, age_ns=of.age_ns)
+        assert answer is not None
+        assert (answer.tick, answer.event_ns) == (of.index, of.event_ns)
+        assert answer.present == of.present
+        got.append(answer.heads["next"].tobytes())
+    return got
+
+
+def test_ten_lines_are_enough(server: Server, toy: Path) -> None:
+    ticks = [tick("alice", i) for i in range(30)]
+    with Client(server.address) as client, client.open("alice") as session:
+        assert client.model.model == StepEngine(toy).spec.sha256
+        assert drive(session, ticks) == alone(toy, ticks)
+        assert session.skipped == 0
+    assert len(server.sessions) == 0
+    assert server.summary()["counts"]["stepped"] == 30
+
+
+def test_ticks_may_be_sent_ahead_and_answers_read_later(server: Server, toy: Path) -> None:
+    ticks = [tick("s", i) for i in range(20)]
+    with Client(server.address) as client, client.open("s") as session:
+        for of in ticks:
+            session.send(features_of(of), event_ns=of.event_ns, age_ns=of.age_ns)
+        assert session.waiting == 20
+        answers = list(session.answers())
+        assert [a.heads["next"].tobytes() for a in answers] == alone(toy, ticks)
+        assert all(a.round_trip_ns >= a.waited_ns + a.step_ns for a in answers)
+        assert session.receive() is None
+        assert session.flush() == 20
+        session.reset()
+        again = [tick("s", i) for i in range(20, 22)]
+        assert drive(session, again) == alone(toy, again)
+
+
+def test_a_client_that_reads_misses_nothing_whatever_the_queue_and_however_many_sessions_it_has(
+    toy: Path, tmp_path: Path
+) -> None:
+    """A batch's answers are all one client's; so are a tick's answer and the reply to what was asked after it."""
+
+    async def drive(address: str) -> int:
+        async with AsyncClient(address) as client:
+            sessions = [await client.open(f"s{i}") for i in range(40)]
+            for _ in range(10):
+                for session in sessions:
+                    session.send({})
+                for session in sessions:
+                    assert len([answer async for answer in session.answers()]) == 1
+            assert [await session.flush() for session in sessions] == [10] * 40
+            return sum(session.skipped for session in sessions)
+
+    with running(settings_for(toy, tmp_path / "many", slots=40, queue=8)) as server:
+        assert asyncio.run(drive(server.address)) == 0
+        assert "unread" not in server.host.counts
+    with running(settings_for(toy, tmp_path / "one", slots=2, queue=1)) as server:
+        with Client(server.address) as client, client.open("s") as session:
+            for i in range(20):
+                session.send({})
+                assert session.flush() == i + 1
+        assert "unread" not in server.host.counts
+
+
+def test_errors_come_as_what_they_are(server: Server, toy: Path) -> None:
+    with Client(server.address) as client, client.open("s") as session, Client(server.address) as other:
+        with pytest.raises(DuplicateSession, match="is open already"):
+            other.open("s")
+        with pytest.raises(UnknownSession, match="nothing is kept"):
+            other.open("never", token="x")
+        with pytest.raises(SessionError, match=r"a session cannot be called '\.\./s'"):
+            other.open("../s")
+        with pytest.raises(BadTick, match="has no 'smell'"):
+            session.send({"smell": [1.0]})
+        first = client.model.modalities[0]
+        with pytest.raises(BadTick, match="numbers as"):
+            session.send({first.name: [1.0]})
+        with pytest.raises(BadTick, match="not finite"):
+            session.step({first.name: np.full(first.size, np.inf, np.float32)})
+        others = [other.open(f"o{i}") for i in range(7)]
+        with pytest.raises(Busy) as busy:
+            other.open("one_more")
+        assert busy.value.retry_after_s > 0
+        taken = other.open("s", session.token)
+        with pytest.raises(Evicted, match="taken over"):
+            session.step({})
+        assert taken.step({}) is not None
+        for o in (*others, taken):
+            o.close()
+
+
+def test_async_sessions_are_the_same(server: Server, toy: Path) -> None:
+    ticks = {name: [tick(name, i, 50 * n + i) for i in range(15)] for n, name in enumerate("abc")}
+
+    async def one(client: AsyncClient, name: str) -> list[bytes]:
+        async with await client.open(name) as session:
+            got = []
+            for of in ticks[name][:10]:
+                answer = await session.step(features_of(of), event_ns=of.event_ns, age_ns=of.age_ns)
+                assert answer is not None
+                got.append(answer.heads["next"].tobytes())
+            for of in ticks[name][10:]:
+                session.send(features_of(of), event_ns=of.event_ns, age_ns=of.age_ns)
+            got += [a.heads["next"].tobytes() async for a in session.answers()]
+            assert await session.flush() == 15
+            return got
+
+    async def main() -> None:
+        async with AsyncClient(server.address) as client:
+            found = await asyncio.gather(*(one(client, name) for name in ticks))
+            for name, got in zip(ticks, found, strict=True):
+                assert got == alone(toy, ticks[name])
+            with pytest.raises(UnknownSession):
+                await client.open("never", token="x")
+
+    asyncio.run(main())
+    assert len(server.sessions) == 0
+
+
+def test_garbage_is_counted_and_nobody_else_notices(toy: Path, tmp_path: Path) -> None:
+    notes: list[str] = []
+    with running(settings_for(toy, tmp_path), notes.append) as server:
+        liar = Dealer(server.address, 1000, 1000)
+        with Client(server.address) as client, client.open("s") as session:
+            for i in range(200):
+                liar.send(os.urandom(50) if i % 2 else b"")
+            ticks = [tick("s", i) for i in range(10)]
+            assert drive(session, ticks) == alone(toy, ticks)
+            end_ns = now_ns() + 5 * S
+            while server.host.counts["garbage"] < 200 and now_ns() < end_ns:
+                session.flush()
+        liar.close()
+    assert server.host.counts["garbage"] == 200
+    assert 1 <= len(notes) <= 3, "one line a second of a peer"
+    assert "what is no message" in notes[0]
+
+
+def test_who_has_no_key_gets_nothing(toy: Path, tmp_path: Path) -> None:
+    keys, stranger = Folder.new(tmp_path / "keys"), Folder.new(tmp_path / "stranger")
+    asked = settings_for(toy, tmp_path / "states", keys=str(keys.path))
+    with running(asked) as server:
+        with pytest.raises(NotRunning, match="keys let you in"):
+            Client(server.address, timeout_s=0.5)
+        with pytest.raises(NotRunning):
+            Client(server.address, keys=stranger.path, server_key=keys.server, timeout_s=0.5)
+        keys.allow("reader", stranger.client)
+        with pytest.raises(NotRunning):  # to read predictions is not to step
+            Client(server.address, keys=stranger.path, server_key=keys.server, timeout_s=0.5)
+        keys.remove("reader")
+        keys.allow("writer", stranger.client, write=True)
+        for folder, key in ((stranger, keys.server), (keys, "")):
+            with Client(server.address, keys=folder.path, server_key=key) as client, client.open("s") as session:
+                assert session.step({}) is not None
+        assert server.authenticator is not None
+        assert server.authenticator.refused.get("key_not_allowed", 0) >= 2
+    with pytest.raises(ConfigError, match=r"`serve\.host` 0\.0\.0\.0 can be reached by others"):
+        config.parse({"serve": {"host": "0.0.0.0"}})
+
+
+def test_a_folder_of_states_and_a_port_have_one_server(server: Server, toy: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="another server keeps its sessions"):
+        Server(settings_for(toy, tmp_path))
+    port = int(server.address.rpartition(":")[2])
+    with pytest.raises(ProcessError, match="cannot bind"):
+        Server(settings_for(toy, tmp_path / "other", port=port))
+
+
+def test_nobody_there_is_said_soon(tmp_path: Path) -> None:
+    with pytest.raises(NotRunning, match=r"no server answers at tcp://127\.0\.0\.1:9"):
+        Client("tcp://127.0.0.1:9", timeout_s=0.2)
+    with pytest.raises(ProcessError, match="is no address"):
+        Client("nonsense")
+
+    async def main() -> None:
+        with pytest.raises(NotRunning, match="no server answers"):
+            async with AsyncClient("tcp://127.0.0.1:9", timeout_s=0.2):
+                pass
+
+    asyncio.run(main())
+
+
+def test_an_answer_that_does_not_come_is_an_error(server: Server) -> None:
+    with Client(server.address) as client, client.open("s") as session:
+        with pytest.raises(TimedOut, match="no answer came to 1 ticks of session 's'"):
+            session.step({}, timeout_s=0)
+        answer = session.receive()
+        assert answer is not None
+        assert answer.tick == 0
+
+
+# ---- as a process ----------------------------------------------------------------------------------------------------
+
+
+def start(model: Path, states: Path, port: int) -> tuple[subprocess.Popen[str], str]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stream_mmrnn", "serve", "--model", str(model), "--port", str(port), "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"XDG_STATE_HOME": str(states)},
+    )
+    assert process.stderr is not None
+    line = process.stderr.readline()
+    assert "serving" in line, line
+    return process, line.split(" at ")[1].split(":  ")[0].split(": up")[0]
+
+
+def test_a_killed_server_comes_back_and_no_tick_is_lost_or_differs(toy: Path, tmp_path: Path) -> None:
+    ticks = [tick("s", i) for i in range(90)]
+    process, address = start(toy, tmp_path, 0)
+    port = int(address.rpartition(":")[2])
+    try:
+        with Client(address, timeout_s=20) as client:
+            session = client.open("s", timeout_s=20)
+            got = drive(session, ticks[:40])
+            session.flush()
+            for of in ticks[40:60]:
+                session.send(features_of(of), event_ns=of.event_ns, age_ns=of.age_ns)
+            process.kill()
+            process.communicate()
+            process, _ = start(toy, tmp_path, port)
+            answers = []
+            while session.waiting or len(answers) < 20:
+                answer = session.receive(timeout_s=20)
+                if answer is None:
+                    break
+                answers.append(answer)
+            by_tick = {a.tick: a.heads["next"].tobytes() for a in answers}
+            expected = alone(toy, ticks)
+            assert {t: by_tick[t] == expected[t] for t in by_tick} == dict.fromkeys(by_tick, True)
+            # what it had stepped, put to disk and not yet sent when it died is counted, not hidden
+            assert len(by_tick) + session.skipped == 20
+            got += [expected[t] for t in range(40, 60)]
+            got += drive(session, ticks[60:])
+            assert got == expected
+            session.close()
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=10)
+        assert process.returncode == 0
+        document = json.loads(out.splitlines()[-1])
+        assert document["counts"]["resumed"] == 1
+        assert document["sessions"] == 0
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+def test_a_server_that_ends_in_order_keeps_every_session(toy: Path, tmp_path: Path) -> None:
+    ticks = [tick("s", i) for i in range(8)]
+    with running(settings_for(toy, tmp_path)) as server, Client(server.address) as client:
+        session = client.open("s")
+        token = session.token
+        first = drive(session, ticks[:5])
+        session.leave()
+    with running(settings_for(toy, tmp_path)) as server, Client(server.address) as client:
+        with pytest.raises(Evicted, match="its state is kept"):
+            client.open("s")
+        with client.open("s", token) as session:
+            assert (session.resumed, session.next_tick) == (True, 5)
+            assert first + drive(session, ticks[5:]) == alone(toy, ticks)
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+PAGE = (ROOT / "docs" / "serve.md").read_text()
+
+
+def test_the_page_as_it_stands(tmp_path: Path) -> None:
+    command = re.search(r"```sh\n(stream-mmrnn serve .*)\n```", PAGE)
+    assert command is not None
+    env = os.environ | {"XDG_STATE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    # it says how many sessions it can serve in time: on a machine that is busy just now, perhaps none but the first
+    (tmp_path / "serve.toml").write_text("[admission]\nshare = 1.0\n")
+    words = [*command.group(1).split()[1:], "--config", str(tmp_path / "serve.toml")]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "stream_mmrnn", *words], stdout=subprocess.PIPE, text=True, env=env
+    )
+    try:
+        assert server.stdout is not None
+        assert "serving turn_taking at tcp://127.0.0.1:7701" in server.stdout.readline()
+        snippets = [b for b in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "ClusterClient" not in b]
+        assert len(snippets) == 2
+        for snippet in snippets:
+            said = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, env=env, timeout=60)
+            assert said.returncode == 0, said.stderr
+            assert len(said.stdout.splitlines()) == 25
+        server.send_signal(signal.SIGINT)
+        said, _ = server.communicate(timeout=10)
+        assert server.returncode == 0
+        assert "50 ticks of 2 sessions" in said
+    finally:
+        if server.poll() is None:
+            server.kill()
+            server.communicate()
+
+
+def test_the_page_names_every_message_and_every_key_of_it() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", PAGE, re.MULTILINE))
+    kinds = [*typing.get_args(protocol.Request), *typing.get_args(protocol.Reply)]
+    for kind in kinds:
+        row = rows[kind.__struct_config__.tag]
+        for field in kind.__struct_fields__:
+            assert f"`{field}`" in row, (kind, field)

@@ -1,0 +1,75 @@
+"""The zoo: every model loads, says what it is, keeps a session's numbers apart, and measures as its card says."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from harness import run
+from places import ROOT, SHARED
+
+from stream_mmrnn.core.types import Stamps, Tick
+from stream_mmrnn.predict.engine import StepEngine
+from stream_mmrnn.training import recipe as recipes
+
+MODELS = ROOT / "models"
+NAMES = sorted(p.parent.name for p in MODELS.glob("*/step.onnx"))
+
+
+def test_there_are_models() -> None:
+    assert {"turn_taking", "digits", "activity"} <= set(NAMES)
+    assert sum(p.stat().st_size for p in MODELS.rglob("*.onnx")) < 25 * 2**20
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_is_what_its_folder_says(name: str) -> None:
+    engine = StepEngine(MODELS / name / "step.onnx", 2)
+    assert engine.spec.name == name
+    card = (MODELS / name / "card.md").read_text(encoding="utf-8")
+    assert card.startswith(f"# {name}")
+    assert "To make it again" in card
+    path = MODELS / name / "recipe.toml"
+    if path.exists():
+        recipe = recipes.load(path)
+        assert [(m.name, m.size) for m in engine.spec.modalities] == [(n, m.size) for n, m in recipe.modalities.items()]
+        assert [h.name for h in engine.spec.heads] == [h.name for h in recipe.heads]
+        assert engine.spec.tick_ns == recipe.tick_ns
+    # one step beside another session is the step alone
+    rng = np.random.default_rng(0)
+    features = {m.name: rng.standard_normal(m.size).astype(np.float32) for m in engine.spec.modalities}
+    present, age = dict.fromkeys(features, True), dict.fromkeys(features, 0)
+
+    def tick(session: str) -> Tick:
+        return Tick(session, 1, engine.spec.tick_ns, features, present, age, Stamps(0, 0, 0, 0, ""))
+
+    engine.open("a")
+    engine.open("b")
+    one, other = engine.step([tick("a"), tick("b")])
+    for head in one.heads:
+        assert one.heads[head].tobytes() == other.heads[head].tobytes()
+        assert np.isfinite(one.heads[head]).all()
+
+
+@pytest.mark.shared_data
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("activity", "hapt.npz"),
+        ("digits", ""),
+        ("turn_taking", "switchboard_words.tar.xz"),
+        ("polarity", "sentence_polarity.zip"),
+        ("mnist_rows", "mnist.tgz"),
+    ],
+)
+@pytest.mark.timeout(900)  # 2,438 dialogues
+def test_a_model_measures_as_its_card_says(name: str, data: str) -> None:
+    if not (SHARED / "data").is_dir():
+        pytest.skip("the shared data folder is not beside this checkout")
+    code, result, err = run("evaluate", MODELS / name, "--data", SHARED / "data" / data, timeout=600)
+    assert code == 0, err
+    card = (MODELS / name / "card.md").read_text(encoding="utf-8")
+    stated = dict(re.findall(r"^\| (\w+) \| accuracy \| ([.\d]+) \|$", card, re.M))
+    assert stated
+    for head, accuracy in stated.items():
+        assert result["test"][head]["accuracy"] == pytest.approx(float(accuracy), abs=2e-3)
