@@ -99,7 +99,7 @@ class _Lockstep:
                 comparison = comparisons[p.tick.session] = verb.Comparison()
                 for payload in self._recorded:
                     comparison.see_recorded(payload)
-            comparisons[p.tick.session].see(p)
+            comparisons[p.tick.session].observe(p)
         self.compared = [c.summary() for c in comparisons.values()]
 
 

@@ -67,7 +67,7 @@ class Authenticator:
                 if socket is asked:
                     self._answer(asked)
                 else:
-                    self._see(socket)
+                    self._observe(socket)
         for socket in (asked, *self._monitors):
             socket.close(0)
 
@@ -81,7 +81,7 @@ class Authenticator:
         code, text = (b"200", b"OK") if let_in else (b"400", b"this key is not allowed here")
         asked.send_multipart([version, request, code, text, b"", b""])
 
-    def _see(self, monitor: zmq.Socket[bytes]) -> None:
+    def _observe(self, monitor: zmq.Socket[bytes]) -> None:
         said = parse_monitor_message(monitor.recv_multipart())
         event = zmq.Event(said["event"])
         if event == zmq.Event.HANDSHAKE_SUCCEEDED:

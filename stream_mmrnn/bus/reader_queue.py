@@ -51,7 +51,7 @@ class Backlog:
     def _pop(self) -> Envelope:
         return self._newest.popitem(last=False)[1] if self._queue is None else self._queue.popleft()
 
-    def take(self) -> Envelope | None:
+    def pop(self) -> Envelope | None:
         """The oldest that waits; None where none does."""
         if not len(self):
             return None

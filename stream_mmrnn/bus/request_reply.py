@@ -200,16 +200,16 @@ class AsyncDealer:
         self._fd = int(self._socket.getsockopt(zmq.FD))
         self._timer: asyncio.TimerHandle | None = None
         try:
-            self._loop.add_reader(self._fd, self._look)
+            self._loop.add_reader(self._fd, self._poll)
         except NotImplementedError:  # Windows' own loop
             self._fd = -1
             self._often()
 
     def _often(self) -> None:
-        self._look()
+        self._poll()
         self._timer = self._loop.call_later(0.001, self._often)
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         """Read what is there. The descriptor tells of changes alone: one look reads all, or asks to look again."""
         socket = self._socket
         for _ in range(_AT_ONCE):
@@ -222,7 +222,7 @@ class AsyncDealer:
             except zmq.Again:
                 return
             self._hear(frames[-1])
-        self._loop.call_soon(self._look)
+        self._loop.call_soon(self._poll)
 
     def _flush(self) -> None:
         try:
@@ -237,7 +237,7 @@ class AsyncDealer:
         self._unsent.append(content)
         self._flush()
         # sending may have swallowed the sign that something has come
-        self._loop.call_soon(self._look)
+        self._loop.call_soon(self._poll)
 
     def close(self) -> None:
         if self._fd >= 0:

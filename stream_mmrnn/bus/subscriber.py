@@ -41,7 +41,7 @@ class Gaps:
         """By topic; all statuses are one."""
         self.lost: dict[str, int] = {}
 
-    def see(self, envelope: Envelope) -> None:
+    def observe(self, envelope: Envelope) -> None:
         topic, session, seq = envelope.topic, envelope.session, envelope.seq
         key = (topic, session)
         expected = self._next.get(key)
@@ -59,7 +59,7 @@ class Gaps:
         if seq > expected:
             self.lost[counted] = self.lost.get(counted, 0) + seq - expected
         if topic == topics.SESSION:
-            self._hear(session, envelope.payload)
+            self._receive(session, envelope.payload)
 
     def _unseen(self, key: tuple[str, str], seq: int) -> int:
         """The number that is expected of a stream that is not among those heard of late."""
@@ -71,7 +71,7 @@ class Gaps:
         # what belongs to no session has begun before we listened; a session's streams begin with it, at 0
         return seq if self._midway or session == topics.EVERYONE else 0
 
-    def _hear(self, session: str, payload: Payload) -> None:
+    def _receive(self, session: str, payload: Payload) -> None:
         """A session begins or ends: of those that have ended, the numbers of some are kept, and of no more."""
         try:
             op = wire.unpack(payload, wire.SessionMessage).op
@@ -165,7 +165,7 @@ class Subscriber:
         """The next envelope, or None after `timeout_ms` without one."""
         if self._backlog is not None:
             self._fetch(self._backlog, 0 if len(self._backlog) else timeout_ms)
-            return self._backlog.take()
+            return self._backlog.pop()
         if self._next is not None:
             envelope, self._next = self._next, None
             return envelope
@@ -185,7 +185,7 @@ class Subscriber:
         except WireError:
             self.garbage += 1
             return None
-        self.gaps.see(envelope)
+        self.gaps.observe(envelope)
         return envelope
 
     def fileno(self) -> int:

@@ -151,7 +151,7 @@ class Reading:
         """Nobody listened for a while: what came meanwhile was not missed."""
         self._before.clear()
 
-    def see(self, envelope: Envelope) -> PredictionView | None:
+    def observe(self, envelope: Envelope) -> PredictionView | None:
         """The prediction of an envelope, if it holds a new one.
 
         Raises:
@@ -330,7 +330,7 @@ class Subscription:
             left_ms = _LOOK_MS if until_ns is None else min(_LOOK_MS, (until_ns - now_ns()) // 1_000_000)
             if left_ms < 0:
                 return None
-            self._take(max(left_ms, 0))
+            self._receive(max(left_ms, 0))
             if left_ms == 0 and not self._held:
                 return None
 
@@ -342,7 +342,7 @@ class Subscription:
         found = self._held.popleft()
         return found if found.model is not None else msgspec.structs.replace(found, model=self.model)
 
-    def _take(self, wait_ms: int) -> bool:
+    def _receive(self, wait_ms: int) -> bool:
         """Read one message; whether one came. Without one, see whether any still can."""
         if self._subscriber is None:
             self.ended = self.ended or "it was closed here"
@@ -350,10 +350,10 @@ class Subscription:
         envelope = self._subscriber.receive(wait_ms)
         at_ns = now_ns()
         if envelope is None:
-            self._look(at_ns)
+            self._poll(at_ns)
             return False
         self._heard_ns = at_ns
-        found = self._reading.see(envelope)
+        found = self._reading.observe(envelope)
         if found is not None:
             if len(self._held) == self._held.maxlen:
                 self._lost[self._overflow] += 1
@@ -361,7 +361,7 @@ class Subscription:
         self.ended = self.ended or self._reading.over
         return True
 
-    def _look(self, at_ns: int) -> None:
+    def _poll(self, at_ns: int) -> None:
         """Nothing came: is anybody there?"""
         silent_ns = at_ns - max(self._heard_ns, self._began_ns)
         if self._reading.closed_ns and at_ns - self._reading.closed_ns > _LAST_NS:
@@ -403,7 +403,7 @@ class Subscription:
             if self.ended:
                 self.close()
                 raise StopAsyncIteration
-            if not self._take(0):
+            if not self._receive(0):
                 self._check_time()
                 await self._readable()
         return found

@@ -74,7 +74,7 @@ class RemoteClock:
         if self._best and abs(self._off_ns(pair)) > delay_ns / 2 + self.jump_ns:
             # half the delay is the most that a path can add
             self._jump()
-        self._take(pair, received_ns)
+        self._accept(pair, received_ns)
 
     def arrived(self, remote_ns: int, received_ns: int) -> int:
         """What was stamped `remote_ns` came at `received_ns` by our clock; its event time, as `stamp` has it."""
@@ -87,7 +87,7 @@ class RemoteClock:
             elif late_ns <= self.jump_ns:
                 self._late.clear()
         if not self._late:
-            self._take(pair, received_ns)
+            self._accept(pair, received_ns)
         return self._later(min(self._local(remote_ns), received_ns))  # nothing is stamped after it came
 
     def _stays_late(self, pair: _Pair) -> bool:
@@ -108,7 +108,7 @@ class RemoteClock:
         """What to add to `remote_ns` beside the whole part."""
         return self._more_ns + self._rate * (remote_ns - self._from_ns)
 
-    def _take(self, pair: _Pair, received_ns: int) -> None:
+    def _accept(self, pair: _Pair, received_ns: int) -> None:
         bucket = received_ns // _BUCKET_NS
         if bucket != self._bucket:
             self._bucket = bucket

@@ -30,7 +30,7 @@ class StallDetector:
         self.silences = 0
         """How often it fell silent."""
 
-    def hear(self, at_ns: int) -> bool:
+    def on_sample(self, at_ns: int) -> bool:
         """A sample came; whether it ends a silence."""
         if not self._dense:
             return False

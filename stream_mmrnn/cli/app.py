@@ -178,7 +178,7 @@ def _capture(settings: config.Settings, duration: float | None, with_engine: boo
             console.print(_line(seconds, view.snapshot(now_ns())), soft_wrap=True, markup=False)
 
     # a machine reads the summary: the messages themselves are nobody's then
-    see, watch = (lambda _: None, ()) if as_json or lines is not None else (view.see, WATCHED)
+    see, watch = (lambda _: None, ()) if as_json or lines is not None else (view.observe, WATCHED)
     with held():  # until it is known what must not be left behind
         session = Session(settings, with_engine, ENDING.alive, say, see, often, watch)
         supervisor = session.supervisor

@@ -45,7 +45,7 @@ def found(named: Collection[str] = (), timeout_s: float = 10.0) -> dict[str, Any
     return {**devices, "problem": "; ".join(problems)}
 
 
-def look(device: dict[str, Any], timeout_s: float = 10.0) -> bytes:
+def picture(device: dict[str, Any], timeout_s: float = 10.0) -> bytes:
     """A camera's picture, as JPEG; writes `width`, `height` and a small picture, `rgb`, into `device`, or `problem`."""
     try:
         seen = probes.ask("look", device["source"], timeout_s)
@@ -56,7 +56,7 @@ def look(device: dict[str, Any], timeout_s: float = 10.0) -> bytes:
     return base64.b64decode(seen["jpeg"])
 
 
-def listen(device: dict[str, Any], timeout_s: float = 10.0, each: Callable[[float], None] = lambda _: None) -> None:
+def level(device: dict[str, Any], timeout_s: float = 10.0, each: Callable[[float], None] = lambda _: None) -> None:
     """How loud it is over `LISTEN_S`, in dBFS; writes `rms_dbfs` and `peak_dbfs` into `device`, or `problem`.
 
     `each` is told the level of every block.

@@ -50,7 +50,7 @@ def _camera(device: dict[str, Any], folder: Path | None, timeout_s: float, conso
     from stream_mmrnn.cli import device_preview as module
 
     with console.status("looking"):
-        jpeg = module.look(device, timeout_s)
+        jpeg = module.picture(device, timeout_s)
     small = device.pop("rgb", b"")
     if jpeg and folder is not None:
         device["picture"] = str(module.save(jpeg, device["source"], folder))
@@ -70,10 +70,10 @@ def _microphone(device: dict[str, Any], timeout_s: float, console: Console, as_j
     from stream_mmrnn.cli import device_preview as module
 
     if as_json or not console.is_terminal:
-        module.listen(device, timeout_s)
+        module.level(device, timeout_s)
     else:
         with Live(console=console, transient=True, refresh_per_second=20) as live:
-            module.listen(device, timeout_s, lambda dbfs: live.update(meter(dbfs)))
+            module.level(device, timeout_s, lambda dbfs: live.update(meter(dbfs)))
     if as_json:
         return
     if "problem" in device:

@@ -117,7 +117,7 @@ def _portaudio(_: Any) -> Iterator[Any]:
     yield portaudio().get_portaudio_version()[1].split(",")[0]
 
 
-def _look(spec: str) -> Iterator[Any]:
+def _picture(spec: str) -> Iterator[Any]:
     """A picture of a camera: `jpeg` in base64, width and height, and `rgb`, a small one of THUMBNAIL."""
     import cv2
     import numpy as np
@@ -149,7 +149,7 @@ def _look(spec: str) -> Iterator[Any]:
     }
 
 
-def _listen(asked: dict[str, Any]) -> Iterator[Any]:
+def _level(asked: dict[str, Any]) -> Iterator[Any]:
     """How loud a microphone is, block by block, and in the end over `seconds`: `rms_dbfs` and `peak_dbfs`.
 
     0 dBFS is the largest number that there is; a sine as loud as can be has an rms of -3.
@@ -293,8 +293,8 @@ _PROBES: dict[str, Callable[[Any], Iterator[Any]]] = {
     "cameras": _cameras,
     "microphones": _microphones,
     "portaudio": _portaudio,
-    "look": _look,
-    "listen": _listen,
+    "look": _picture,
+    "listen": _level,
     "onnxruntime": _onnxruntime,
     "model": _model,
     "encoder": _encoder,

@@ -54,7 +54,7 @@ def top(
     with contextlib.closing(Systems(session)) as systems:
         if as_json or once or not console.is_terminal:
             systems.listen(every)
-            systems.look()
+            systems.poll()
             if not systems.systems:
                 raise NotRunning("the session ended while it was looked at")
             if as_json:
@@ -69,7 +69,7 @@ def top(
                     systems.listen(0.1)
                     waited_s += 0.1
                     screen.update(draw(systems, console.width), refresh=True)
-                systems.look()
+                systems.poll()
     if alive():
         say_on(console)("nothing is running any more")
 

@@ -38,7 +38,7 @@ class WallClock:
         self._offset_ns = wall_offset_ns()
         self._looked_ns = now_ns()
 
-    def look(self, at_ns: int) -> int:
+    def poll(self, at_ns: int) -> int:
         """By how many ns it was set since the last look, else 0; looks once a second at most."""
         if at_ns - self._looked_ns < _LOOK_NS:
             return 0

@@ -105,11 +105,11 @@ class Checkpoints:
         if not self._due or not just_stepped or self._subscriber.ahead:
             return
         self._due = False
-        made = journal.Keep(mark(envelope), self._sent, _encode(self._take()))
+        made = journal.Keep(mark(envelope), self._sent, _encode(self._make()))
         if not self._caller.send(_encode(made)):
             self.skipped += 1
 
-    def _take(self) -> Checkpoint:
+    def _make(self) -> Checkpoint:
         aligner, sha256 = self._aligner.snapshot(), self._engine.spec.sha256
         return Checkpoint(
             sha256,

@@ -90,7 +90,7 @@ class Journal:
             if not self._ring:
                 break
 
-    def keep(self, checkpoint: Keep) -> None:
+    def save(self, checkpoint: Keep) -> None:
         """Remember a checkpoint; one that was made again by an engine that went over the same messages is known."""
         if any(known.mark == checkpoint.mark for known in self._checkpoints):
             return

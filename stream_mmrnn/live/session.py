@@ -66,7 +66,7 @@ class Session:
                 # not woken by every prediction: whoever waits for it shall have the cores
                 time.sleep(_LOOK_S)
                 for envelope in supervisor.messages(0):
-                    self._see(envelope)
+                    self._observe(envelope)
                 if now_ns() >= next_ns:
                     next_ns = now_ns() + _CHECK_NS
                     supervisor.check()
@@ -79,10 +79,10 @@ class Session:
                     if now_ns() >= drained_ns:
                         break
         finally:
-            supervisor.stop(self._see)
+            supervisor.stop(self._observe)
         return self._summary(began_ns)
 
-    def _see(self, envelope: Envelope) -> None:
+    def _observe(self, envelope: Envelope) -> None:
         self._see_too(envelope)
         if envelope.topic != topics.PREDICTION:
             return

@@ -288,11 +288,11 @@ class Supervisor:
         """What everyone says, until nothing came for `timeout_ms`; keeps the statuses."""
         assert self._monitor is not None
         while (envelope := self._monitor.receive(timeout_ms)) is not None:
-            self._see(envelope)
+            self._observe(envelope)
             yield envelope
             timeout_ms = 0
 
-    def _see(self, envelope: Envelope) -> None:
+    def _observe(self, envelope: Envelope) -> None:
         if envelope.topic == topics.PREDICTION and not self.first_prediction_ns:
             self.first_prediction_ns = envelope.publish_ns
         if not envelope.topic.startswith(topics.STATUS):

@@ -48,7 +48,7 @@ class Player:
     def __init__(self, speed: float, alive: Callable[[], bool], port: int = 0) -> None:
         self._speed, self._alive = speed, alive
         self._commands: deque[_Command] = deque(maxlen=64)
-        self._page = Dashboard(LOOPBACK, port, posts={"/replay": self._take})
+        self._page = Dashboard(LOOPBACK, port, posts={"/replay": self._handle})
         self._page.start()
         self._name = ""
         self._contract: dict[str, Any] = {}
@@ -85,14 +85,14 @@ class Player:
         self._position_ns = self._first_ns
         self._rebase()
         for status in self._statuses:
-            self._say(status)
+            self._report(status)
         for envelope in envelopes:
             if not self._wait_for(envelope.publish_ns):
                 return
             there = msgspec.structs.replace(envelope, received_ns=envelope.publish_ns)
             # long before the place of a seek nothing is shown that would still be seen there
             if envelope.publish_ns >= self._until_ns - HISTORY_NS:
-                self._view.see(there)
+                self._view.observe(there)
                 if there.topic == topics.raw("vision") and isinstance(there.payload, bytes):
                     self._page.picture(there.payload)
             yield there
@@ -107,7 +107,7 @@ class Player:
         """Whether a further pass is wanted, because a seek went back."""
         return self._back and self._alive()
 
-    def see(self, prediction: Prediction) -> None:
+    def observe(self, prediction: Prediction) -> None:
         """Show a prediction, with the recording's stamps until its step and none of a bus that is not there."""
         if prediction.tick.event_ns < self._until_ns - HISTORY_NS:
             return
@@ -118,7 +118,7 @@ class Player:
         )
         tick, at_ns = prediction.tick, start_ns + took_ns
         payload = wire.pack(message)
-        self._view.see(
+        self._view.observe(
             Envelope(
                 topics.PREDICTION, tick.session, self._predictions, tick.event_ns, at_ns, at_ns, payload, "", at_ns
             )
@@ -128,7 +128,7 @@ class Player:
     def close(self) -> None:
         self._page.close()
 
-    def _take(self, body: bytes) -> str:
+    def _handle(self, body: bytes) -> str:
         """In the server's thread."""
         try:
             self._commands.append(msgspec.json.decode(body, type=_Command))
@@ -176,15 +176,15 @@ class Player:
             time.sleep(min((due_ns - self._position_ns) / self._speed / 1e9, _POLL_S))
         return False
 
-    def _say(self, status: wire.StatusMessage) -> None:
+    def _report(self, status: wire.StatusMessage) -> None:
         topic, at_ns = topics.STATUS + status.node, self._position_ns
-        self._view.see(Envelope(topic, topics.EVERYONE, 0, at_ns, at_ns, at_ns, wire.pack(status), "", at_ns))
+        self._view.observe(Envelope(topic, topics.EVERYONE, 0, at_ns, at_ns, at_ns, wire.pack(status), "", at_ns))
 
     def _show(self) -> None:
         self._shown_ns, at_ns = now_ns(), self._position_ns
         # last, so that it is this model's contract that is shown
         counts = {"predictions": self._predictions}
-        self._say(wire.StatusMessage("replay", "ready", counts=counts, detail={"spec": self._contract}))
+        self._report(wire.StatusMessage("replay", "ready", counts=counts, detail={"spec": self._contract}))
         sound = self._view.sound
         self._page.sound(sound.first, sound.columns)
         self._page.update(

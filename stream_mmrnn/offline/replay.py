@@ -113,7 +113,7 @@ class Comparison:
         elif self._then.setdefault(then.tick, then) is not then:
             self.missing += 1
 
-    def see(self, prediction: Prediction) -> None:
+    def observe(self, prediction: Prediction) -> None:
         tick = prediction.tick
         now = Replayed(prediction.heads, tick.present, tick.age_ns)
         then = self._then.pop(tick.index, None)
@@ -223,9 +223,9 @@ def replay(
             first_ns = first_ns or prediction.tick.event_ns
             last_ns = prediction.tick.event_ns
             steps.add(prediction.step_end_ns - prediction.step_start_ns)
-            comparison.see(prediction)
+            comparison.observe(prediction)
             if player is not None:
-                player.see(prediction)
+                player.observe(prediction)
             see(prediction)
             if not alive():
                 break

@@ -189,7 +189,7 @@ class _Stream:
             {k: [(at, seq, values.tobytes()) for at, seq, values in held] for k, held in self.open.items()},
         )
 
-    def take(self, state: StreamState) -> None:
+    def restore(self, state: StreamState) -> None:
         """Go on from `state`; raises SessionError where its vectors are not of this stream."""
         size = self.shape[0] * _FLOAT32.itemsize
         if any(len(values) != size for held in state.open.values() for _, _, values in held):
@@ -299,7 +299,7 @@ class _Session:
             self.leapt_ns,
         )
 
-    def take(self, state: SessionState) -> None:
+    def restore(self, state: SessionState) -> None:
         """Go on from `state`; raises SessionError where it is of other streams."""
         if state.streams.keys() != {s.name for s in self.streams}:
             raise SessionError(
@@ -307,7 +307,7 @@ class _Session:
                 f"the model takes {', '.join(s.name for s in self.streams)}"
             )
         for stream in self.streams:
-            stream.take(state.streams[stream.name])
+            stream.restore(state.streams[stream.name])
         self.expect(state.expected)
         self.clock_ns, self.closed = state.clock_ns, state.closed
         self.end_ns, self.due_ns, self.unsettled = state.end_ns, state.due_ns, state.unsettled
@@ -441,7 +441,7 @@ class Aligner:
         try:
             sessions = {name: self._new(name, 0) for name in state.sessions}
             for name, session in sessions.items():
-                session.take(state.sessions[name])
+                session.restore(state.sessions[name])
         except SessionError:
             self.counts = before
             raise
@@ -492,7 +492,7 @@ class Aligner:
             return []
         newest_ns, end_ns = stream.newest_ns, its_session.end_ns
         if (
-            self._take(its_session, stream, envelope, event_ns)
+            self._accept(its_session, stream, envelope, event_ns)
             and stream.dense
             and stream.newest_ns >= end_ns
             and (newest_ns < end_ns or its_session.unsettled)
@@ -513,7 +513,7 @@ class Aligner:
             self.malformed += 1
         return believed
 
-    def _take(self, session: _Session, stream: _Stream, envelope: Envelope, event_ns: int) -> bool:
+    def _accept(self, session: _Session, stream: _Stream, envelope: Envelope, event_ns: int) -> bool:
         """Put a feature vector where it belongs; False if it is not in any tick."""
         counts = stream.counts
         counts.received += 1

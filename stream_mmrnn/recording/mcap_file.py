@@ -339,7 +339,7 @@ class Recorder:
         """Write down that the wall clock was set: our dates are those of the clock as it was at the beginning."""
         self._writer.add_metadata(METADATA_WALL, checked({"at_ns": str(at_ns), "step_ns": str(step_ns)}))
 
-    def keep(self, at_ns: int) -> bool:
+    def flush_due(self, at_ns: int) -> bool:
         """Close the chunk where it is time, and give the disk what it takes; call it often. True: a chunk was closed,
         so that all messages until here are in the file or wait for the disk.
         """

@@ -160,7 +160,7 @@ class WriteQueue:
                 ending = self._deadline_ns > 0  # asked before the queue is: nothing comes after
                 while not self.recorder.trouble and self._write_some():
                     pass
-                self._keep()
+                self._flush()
                 if ending and (now_ns() > self._deadline_ns or not (self.recorder.trouble or self._bytes)):
                     self._finish()
                     return
@@ -181,12 +181,12 @@ class WriteQueue:
                 batch.append(envelope)
         for envelope in batch:
             self.recorder.write(envelope)
-        self._keep()
+        self._flush()
         return bool(batch)
 
-    def _keep(self) -> None:
+    def _flush(self) -> None:
         at_ns = now_ns()
-        if not self.recorder.keep(at_ns) or self.recorder.trouble:
+        if not self.recorder.flush_due(at_ns) or self.recorder.trouble:
             return
         with self._lock:
             steps, self._wall_steps = self._wall_steps, []

@@ -70,7 +70,7 @@ class AsyncSession(AnySession):
         if client_session.error is not None:
             raise client_session.error
         client_session.done = None
-        self._client.client_state.say(request)
+        self._client.client_state.send(request)
         self._client.post()
         await self._client.wait(
             client_session.name,
@@ -214,9 +214,9 @@ class AsyncClient:
     async def _connect(self, hear: Hear) -> Transport:
         return _OverZmq(self._address, self._keys, hear)
 
-    def _hear(self, content: bytes) -> None:
+    def _receive(self, content: bytes) -> None:
         with contextlib.suppress(WireError):  # nothing of ours: as if it had not come
-            session = self.client_state.hear(content, now_ns())
+            session = self.client_state.receive(content, now_ns())
             # where the server has a problem, everyone does
             for name in (session,) if self.client_state.problem is None else list(self._waiting):
                 for waits in self._waiting.get(name, ()):
@@ -224,12 +224,12 @@ class AsyncClient:
             if self.client_state.out:
                 self.post()
 
-    async def _look(self, transport: Transport) -> None:
+    async def _poll(self, transport: Transport) -> None:
         while True:
             await asyncio.sleep(LOOK_MS / 1000)
             for session in self.client_state.late(now_ns()):
                 await transport.again(session)
-            self.client_state.look(now_ns())
+            self.client_state.poll(now_ns())
             self.post()
 
     async def wait(self, session: str, over: Callable[[], bool], timeout_s: float, late: str) -> None:
@@ -256,7 +256,7 @@ class AsyncClient:
     async def open(self, session: str, token: str | None = None, timeout_s: float = TIMEOUT_S) -> AsyncSession:
         """As `Client.open`."""
         client_session = self.client_state.client_session(session)
-        self.client_state.say(protocol.Open(session=session, token=token))
+        self.client_state.send(protocol.Open(session=session, token=token))
         self.post()
         try:
             await self.wait(
@@ -272,9 +272,9 @@ class AsyncClient:
         return AsyncSession(self, client_session)
 
     async def __aenter__(self) -> Self:
-        transport = self._transport = await self._connect(self._hear)
-        self._looking = asyncio.create_task(self._look(transport))
-        self.client_state.say(protocol.Hello())
+        transport = self._transport = await self._connect(self._receive)
+        self._looking = asyncio.create_task(self._poll(transport))
+        self.client_state.send(protocol.Hello())
         self.post()
         try:
             await self.wait("", lambda: self.client_state.welcome is not None, self._timeout_s, "it said nothing")

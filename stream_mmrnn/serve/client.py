@@ -173,7 +173,7 @@ class Session(AnySession):
         if client_session.error is not None:
             raise client_session.error
         client_session.done = None
-        self._client.client_state.say(request)
+        self._client.client_state.send(request)
         self._client.wait(
             lambda: client_session.done is not None or client_session.error is not None,
             now_ns() + round(timeout_s * 1e9),
@@ -252,7 +252,7 @@ class Client:
         self._address = address
         self._dealer = Dealer(address, QUEUE, protocol.MAX_BYTES, keys_of(keys, server_key))
         self._looked_ns = now_ns()
-        self.client_state.say(protocol.Hello())
+        self.client_state.send(protocol.Hello())
         try:
             self.wait(
                 lambda: self.client_state.welcome is not None, now_ns() + round(timeout_s * 1e9), "it said nothing"
@@ -280,7 +280,7 @@ class Client:
 
         """
         client_session = self.client_state.client_session(session)
-        self.client_state.say(protocol.Open(session=session, token=token))
+        self.client_state.send(protocol.Open(session=session, token=token))
         try:
             self.wait(
                 lambda: client_session.opened is not None or client_session.error is not None,
@@ -313,10 +313,10 @@ class Client:
             at_ns = now_ns()
             if content is not None:
                 with contextlib.suppress(WireError):  # nothing of ours: as if it had not come
-                    talk.hear(content, at_ns)
+                    talk.receive(content, at_ns)
             if at_ns - self._looked_ns > LOOK_MS * 1_000_000:
                 self._looked_ns = at_ns
-                talk.look(at_ns)
+                talk.poll(at_ns)
             if talk.out:
                 self.post()
 

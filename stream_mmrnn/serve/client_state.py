@@ -100,7 +100,7 @@ class ClientState:
         """The server speaks, but not with us."""
         self.client_sessions: dict[str, ClientSession] = {}
 
-    def say(self, request: protocol.Request) -> None:
+    def send(self, request: protocol.Request) -> None:
         self.out.append((getattr(request, "session", ""), protocol.encode(request)))
 
     def client_session(self, session: str) -> ClientSession:
@@ -167,7 +167,7 @@ class ClientState:
         self._pump(client_session)
         return client_session.unanswered.pop(tick, None) is not None
 
-    def hear(self, content: bytes, now_ns: int) -> str:
+    def receive(self, content: bytes, now_ns: int) -> str:
         """One message of the server; the session it is of, or "". Raises WireError where it is none."""
         reply = protocol.read_reply(content)
         if isinstance(reply, protocol.Welcome):
@@ -254,7 +254,7 @@ class ClientState:
         if client_session.token is None:
             return
         client_session.coming_back = True
-        self.say(protocol.Open(session=client_session.name, token=client_session.token))
+        self.send(protocol.Open(session=client_session.name, token=client_session.token))
 
     def _evicted(self, client_session: ClientSession, reply: protocol.EvictedNow) -> None:
         if reply.reason == "taken":
@@ -288,7 +288,7 @@ class ClientState:
             and now_ns - client_session.unanswered[next(iter(client_session.unanswered))] > ASK_AGAIN_NS
         ]
 
-    def look(self, now_ns: int) -> None:
+    def poll(self, now_ns: int) -> None:
         """Ask about those; to be called now and then."""
         for name in self.late(now_ns):
             client_session = self.client_sessions[name]

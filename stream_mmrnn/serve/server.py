@@ -101,7 +101,7 @@ class Server:
         host, router = self.host, self._router
         said_ns = 0
         while alive():
-            self._hear(0 if host.ready else _WAIT_MS)
+            self._receive(0 if host.ready else _WAIT_MS)
             at_ns = now_ns()
             if host.ready:
                 host.step(at_ns)
@@ -113,11 +113,11 @@ class Server:
                 said_ns = at_ns
                 often()
         while (heard := router.receive(0)) is not None:
-            host.hear(*heard, now_ns())
+            host.receive(*heard, now_ns())
         host.leave(now_ns())
         self._send()
 
-    def _hear(self, timeout_ms: int) -> None:
+    def _receive(self, timeout_ms: int) -> None:
         """What has come, up to a number; waits for the first."""
         host, router = self.host, self._router
         garbage = host.counts["garbage"]
@@ -126,7 +126,7 @@ class Server:
             if heard is None:
                 break
             timeout_ms = 0
-            host.hear(*heard, now_ns())
+            host.receive(*heard, now_ns())
             if host.counts["garbage"] != garbage:
                 garbage = host.counts["garbage"]
                 if self._rate_limiter(heard[0].hex(), now_ns()):

@@ -96,18 +96,18 @@ class Host:
 
     # ---- what comes ----------------------------------------------------------------------------------------------
 
-    def hear(self, peer: Peer, content: bytes, now_ns: int) -> None:
+    def receive(self, peer: Peer, content: bytes, now_ns: int) -> None:
         """One message of a peer: answered, or its tick waits."""
         self.counts["messages"] += 1
         try:
             request = protocol.read_request(content)
         except WireError as e:
             self.counts["garbage"] += 1
-            self._say(peer, protocol.Refused(error="bad_message", why=str(e)[:500]))
+            self._send(peer, protocol.Refused(error="bad_message", why=str(e)[:500]))
             return
-        self.take(peer, request, now_ns)
+        self.handle(peer, request, now_ns)
 
-    def take(self, peer: Peer, request: protocol.Request, now_ns: int) -> None:
+    def handle(self, peer: Peer, request: protocol.Request, now_ns: int) -> None:
         """One message that has been read."""
         if isinstance(request, protocol.Flush | protocol.Reset | protocol.Close | protocol.Open):
             self._finish(request.session, now_ns)
@@ -116,22 +116,22 @@ class Host:
         except StreamError as e:
             self._refuse(peer, e, getattr(request, "session", ""), getattr(request, "tick", -1))
 
-    def _say(self, peer: Peer, reply: protocol.Reply) -> None:
+    def _send(self, peer: Peer, reply: protocol.Reply) -> None:
         self.out.append((peer, reply))
 
     def _refuse(self, peer: Peer, error: StreamError, session: str, tick: int) -> None:
         self.counts["refused"] += 1
         if isinstance(error, Busy):
-            self._say(peer, protocol.BusyNow(session=session, why=str(error), retry_s=error.retry_after_s))
+            self._send(peer, protocol.BusyNow(session=session, why=str(error), retry_s=error.retry_after_s))
         else:
-            self._say(peer, protocol.Refused(error=_error_name(error), why=str(error), session=session, tick=tick))
+            self._send(peer, protocol.Refused(error=_error_name(error), why=str(error), session=session, tick=tick))
 
     def _hello(self, peer: Peer, request: protocol.Hello, now_ns: int) -> None:
         if request.version != protocol.VERSION:
             why = f"protocol version {request.version} is not {protocol.VERSION}; use the same release on both sides"
-            self._say(peer, protocol.Refused(error="bad_message", why=why))
+            self._send(peer, protocol.Refused(error="bad_message", why=why))
             return
-        self._say(peer, self.welcome)
+        self._send(peer, self.welcome)
 
     def _open(self, peer: Peer, request: protocol.Open, now_ns: int) -> None:
         session = request.session
@@ -140,14 +140,14 @@ class Host:
         if before is not None and before != peer:
             self.disown(session)
             self.counts["taken"] += 1
-            self._say(
+            self._send(
                 before, protocol.EvictedNow(session=session, token="", reason="taken", next=opened.next_index)
             )  # fmt: skip
         self.own(session, peer)
         ready = protocol.Ready(
             session=session, token=opened.token, next=opened.next_index, resumed=opened.resumed
         )  # fmt: skip
-        self._say(peer, ready)
+        self._send(peer, ready)
 
     def _put(self, peer: Peer, request: protocol.Step, now_ns: int) -> None:
         session = request.session
@@ -156,7 +156,7 @@ class Host:
         if waiting is not None and len(waiting) >= self._queue:
             self.counts["overrun"] += 1
             why = f"{self._queue} ticks of session {session!r} wait already; send no faster than the model's tick"
-            self._say(peer, protocol.Refused(error="overrun", why=why, session=session, tick=request.tick))
+            self._send(peer, protocol.Refused(error="overrun", why=why, session=session, tick=request.tick))
             return
         tick = self._tick(request, now_ns)
         if waiting is None:
@@ -196,7 +196,7 @@ class Host:
 
     def _flush(self, peer: Peer, request: protocol.Flush, now_ns: int) -> None:
         self._check_owner(peer, request.session, now_ns)
-        self._say(
+        self._send(
             peer, protocol.Flushed(session=request.session, next=self.sessions.flush(request.session, now_ns=now_ns))
         )
 
@@ -205,14 +205,14 @@ class Host:
         self.sessions.reset(request.session, now_ns=now_ns)
         # ticks that a client sends again after a crash must not be stepped on what was before
         self.sessions.flush(request.session, now_ns=now_ns)
-        self._say(peer, protocol.Done(session=request.session))
+        self._send(peer, protocol.Done(session=request.session))
 
     def _close(self, peer: Peer, request: protocol.Close, now_ns: int) -> None:
         if request.session in self.sessions:
             self._check_owner(peer, request.session, now_ns)
         self.sessions.close(request.session, request.token, now_ns=now_ns)
         self.disown(request.session)
-        self._say(peer, protocol.Done(session=request.session))
+        self._send(peer, protocol.Done(session=request.session))
 
     def own(self, session: str, peer: Peer) -> None:
         """The session is served for this peer from now on."""
@@ -256,7 +256,7 @@ class Host:
         def skipped(tick: Tick) -> None:
             self.counts["skipped"] += 1
             following = self.sessions.next_index(tick.session)
-            self._say(
+            self._send(
                 asked[tick.session, tick.index].peer,
                 protocol.Skipped(session=tick.session, tick=tick.index, next=following),
             )
@@ -270,7 +270,7 @@ class Host:
             self.stepped.add(predictions[-1].step_end_ns - predictions[0].step_start_ns)
         for prediction in predictions:
             of = asked[prediction.tick.session, prediction.tick.index]
-            self._say(of.peer, self._pred(prediction, of.heard_ns))
+            self._send(of.peer, self._pred(prediction, of.heard_ns))
         self.counts["predictions"] += len(predictions)
         for session in dead:
             if session in self.sessions:
@@ -297,7 +297,7 @@ class Host:
 
     def housekeeping(self, now_ns: int) -> None:
         """For when nothing is ready: a snapshot that is due, sessions that are idle, states that are too old."""
-        self.sessions.keep(now_ns)
+        self.sessions.save(now_ns)
         self.evict_idle(now_ns)
         if now_ns - self._swept_ns > _SWEEP_NS:
             self._swept_ns = now_ns
@@ -335,7 +335,7 @@ class Host:
         owner = self._owner.get(notice.session)
         self.disown(notice.session)
         if owner is not None:
-            self._say(
+            self._send(
                 owner,
                 protocol.EvictedNow(
                     session=notice.session, token=notice.token, reason=notice.reason, next=notice.next_index

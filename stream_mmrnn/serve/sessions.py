@@ -425,7 +425,7 @@ class Sessions:
 
     # ---- keeping -------------------------------------------------------------------------------------------------
 
-    def keep(self, now_ns: int, most: int = 1) -> list[str]:
+    def save(self, now_ns: int, most: int = 1) -> list[str]:
         """Write snapshots of at most `most` sessions that are due, those with the most ticks since their last first.
 
         For when there is nothing to step: without a writer it waits for the disk. After a crash a session goes on from

@@ -223,7 +223,7 @@ def _compare(
             raw, state = predictor(
                 {m: x[:, part] for m, x in features.items()}, present[:, part], age[:, part], state, reset[:, part]
             )
-            for h, x in predictor.heads.say(raw).items():
+            for h, x in predictor.heads.activate(raw).items():
                 said[h].append(x)
         sequence = {h: torch.cat(x, 1) for h, x in said.items()}
         stepped = predictor.initial(batch)

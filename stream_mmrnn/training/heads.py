@@ -72,6 +72,6 @@ class Heads(nn.Module):
     def threshold(self, name: str) -> Tensor:
         return getattr(self, f"threshold_{name}")
 
-    def say(self, raw: dict[str, Tensor]) -> dict[str, Tensor]:
+    def activate(self, raw: dict[str, Tensor]) -> dict[str, Tensor]:
         """What is served, by head."""
         return {h.name: activate(h, raw[h.name], self.temperature(h.name)) for h in self.specs}

@@ -188,4 +188,4 @@ class Step(nn.Module):
         initial = self.predictor.initial(1)
         begun = choose(reset, initial, state)
         raw, following = self.predictor.step(features, present, age, begun)
-        return self.predictor.heads.say(raw), choose(active, following, state)
+        return self.predictor.heads.activate(raw), choose(active, following, state)

@@ -262,7 +262,7 @@ class Trainer:
             if held_out < self.best[0]:
                 self.best = (held_out, self.epoch)
                 save(self.predictor, self.folder / "best.safetensors", self.task.origins)
-            self._keep()
+            self._save()
             progress({"event": "epoch", **row, "best": self.best[1]})
             if t.patience and self.epoch - self.best[1] >= t.patience:
                 break
@@ -276,7 +276,7 @@ class Trainer:
             calibrate(self.predictor, self.task.validation, self.device)
             save(self.predictor, self.folder / "best.safetensors", self.task.origins)
 
-    def _keep(self) -> None:
+    def _save(self) -> None:
         """Everything to go on from, in a format that cannot run code."""
         tensors: dict[str, Tensor] = {f"model.{k}": v for k, v in self.predictor.state_dict().items()}
         for i, entry in self._optimizer.state_dict()["state"].items():

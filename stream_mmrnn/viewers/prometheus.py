@@ -138,7 +138,7 @@ class Metrics(Collector):
         self._stages = {name: histogram.labels(name) for name in STAGES}
         self._registry.register(self)
 
-    def see(self, envelope: Envelope) -> None:
+    def observe(self, envelope: Envelope) -> None:
         """Take note of a status, a prediction, a feature vector's time or the clock; all else is passed over."""
         topic, at_ns = envelope.topic, envelope.received_ns or envelope.publish_ns
         with self._lock:

@@ -71,7 +71,7 @@ class Tracer:
         """Spans that it did not."""
         return int(self._exporter.failed)
 
-    def see(self, envelope: Envelope) -> None:
+    def observe(self, envelope: Envelope) -> None:
         """A prediction; one that makes no sense is counted."""
         try:
             p = wire.unpack(envelope.payload, wire.PredictionMessage)

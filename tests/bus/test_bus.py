@@ -169,7 +169,7 @@ def test_a_place_that_is_taken() -> None:
 def test_who_comes_in_the_middle_has_not_lost_what_was_before() -> None:
     gaps = Gaps(midway=True)
     for seq in (50, 51, 53):
-        gaps.see(Envelope("raw/vision", "a", seq, 0, 0, 0, b""))
+        gaps.observe(Envelope("raw/vision", "a", seq, 0, 0, 0, b""))
     assert (gaps.received, gaps.lost) == ({"raw/vision": 3}, {"raw/vision": 1})
 
 
@@ -177,7 +177,7 @@ def test_gaps_are_counted_per_stream() -> None:
     gaps = Gaps()
 
     def see(topic: str, seq: int, session: str = "s") -> None:
-        gaps.see(Envelope(topic, session, seq, 0, 0, 0, b""))
+        gaps.observe(Envelope(topic, session, seq, 0, 0, 0, b""))
 
     for seq in (0, 1, 4, 5):
         see("feature/audio", seq)
@@ -207,7 +207,7 @@ def test_a_publisher_and_a_count_of_gaps_go_on_where_another_was(address: Addres
     assert vars(gaps) == vars(reader.gaps)
     counted = set(vars(gaps)) - {"_midway"}  # how the reader came, not what it has seen
     assert counted == {"_next", "_before", "_ended", "received", "lost"}, "is what came new part of its snapshot?"
-    gaps.see(Envelope("feature/text", "s", 6, 0, 0, 0, b""))
+    gaps.observe(Envelope("feature/text", "s", 6, 0, 0, 0, b""))
     assert gaps.lost == {"feature/text": 2}
     assert reader.gaps.lost == {}
     for p in (first, second):
@@ -219,7 +219,7 @@ def test_who_comes_midway_has_missed_nothing_of_what_was_before() -> None:
     for midway, before in ((False, 40), (True, 0)):
         gaps = Gaps(midway)
         for seq in (40, 41, 43):
-            gaps.see(Envelope("feature/text", "s", seq, 0, 0, 0, b""))
+            gaps.observe(Envelope("feature/text", "s", seq, 0, 0, 0, b""))
         assert gaps.lost == {"feature/text": before + 1}
 
 

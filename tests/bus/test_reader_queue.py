@@ -31,7 +31,7 @@ def run(backlog: Backlog, todo: list[object], keep: object) -> tuple[list[Envelo
             backlog.put(envelope)
             model = keep([*model, envelope])  # type: ignore[operator]
         elif action == "take":
-            got = backlog.take()
+            got = backlog.pop()
             assert got == (model.pop(0) if model else None)
             taken += [got] if got else []
         else:

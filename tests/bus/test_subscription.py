@@ -63,8 +63,8 @@ def test_importing_the_package_imports_nothing() -> None:
 
 def test_a_prediction_says_what_its_numbers_mean() -> None:
     reading = Reading()
-    assert reading.see(envelope("status/engine", status())) is None
-    p = reading.see(envelope("prediction", prediction(5), event_ns=200 * MS))
+    assert reading.observe(envelope("status/engine", status())) is None
+    p = reading.observe(envelope("prediction", prediction(5), event_ns=200 * MS))
     assert p is not None
     assert (p.session, p.tick, p.event_ns, p.missed) == ("anna", 5, 200 * MS, 0)
     assert p.heads["next"].tolist() == [0.25]
@@ -96,7 +96,7 @@ def test_each_tick_once_in_order_and_what_is_missing_is_said(script: list[tuple[
         newest = max(newest, tick)
         if what == "lost":
             continue
-        found = reading.see(envelope("prediction", prediction(tick)))
+        found = reading.observe(envelope("prediction", prediction(tick)))
         assert (found is None) == (tick in sent)
         sent.add(tick)
         if found is not None:
@@ -117,18 +117,18 @@ def test_each_tick_once_in_order_and_what_is_missing_is_said(script: list[tuple[
 )
 def test_whatever_is_on_the_bus_is_no_error(topic: str, payload: bytes) -> None:
     reading = Reading()
-    assert reading.see(envelope(topic, payload)) is None
-    assert reading.see(envelope("prediction", prediction(1))) is not None
+    assert reading.observe(envelope(topic, payload)) is None
+    assert reading.observe(envelope("prediction", prediction(1))) is not None
 
 
 def test_heads_and_sessions_are_chosen() -> None:
     reading = Reading("anna", ["next"])
-    assert reading.see(envelope("prediction", prediction(1, "bert"), "bert")) is None
-    p = reading.see(envelope("prediction", prediction(1)))
+    assert reading.observe(envelope("prediction", prediction(1, "bert"), "bert")) is None
+    p = reading.observe(envelope("prediction", prediction(1)))
     assert p is not None
     assert list(p.heads) == ["next"]
     with pytest.raises(UsageError, match="no head 'nix'; the model's are ahead, next"):
-        Reading(heads=["nix"]).see(envelope("prediction", prediction(1)))
+        Reading(heads=["nix"]).observe(envelope("prediction", prediction(1)))
 
 
 # --- a real bus, on which this test speaks for the engine
@@ -148,7 +148,7 @@ class Bus:
         self.engine = Publisher(address, 5000)
         self.tick = 0
 
-    def say(self, state: str = "ready", sessions: int = 1) -> None:
+    def report(self, state: str = "ready", sessions: int = 1) -> None:
         self.engine.publish("status/engine", topics.EVERYONE, 0, 0, status(state, sessions))
 
     def predict(self, count: int, session: str = "anna") -> None:
@@ -191,7 +191,7 @@ def test_a_reader_that_came_late_has_lost_nothing(bus: Bus) -> None:
         assert first.model.name == "m"
         bus.predict(100)
         got = [first] + [next(subscription) for _ in range(bus.tick - first.tick)]
-        bus.say("closed", 0)
+        bus.report("closed", 0)
         assert list(subscription) == []
         assert subscription.ended == "the session was closed"
     assert [p.tick for p in got] == list(range(first.tick, bus.tick + 1))
@@ -248,11 +248,11 @@ def test_two_readers_in_one_event_loop(bus: Bus) -> None:
 
     async def engine() -> None:
         while not all(ticks.values()):
-            bus.say()
+            bus.report()
             bus.predict(1)
             await asyncio.sleep(0.01)
         bus.predict(50)
-        bus.say("closed", 0)
+        bus.report("closed", 0)
 
     async def main() -> list[object]:
         await cancelled()

@@ -210,8 +210,8 @@ def test_views_show_who_said_what() -> None:
     view = LiveState()
     at = 10**15
     for i, (topic, word) in enumerate((("raw/text", b"well"), ("raw/other_text", b"yes"), ("raw/text", b"then"))):
-        view.see(Envelope(topic, "live", i // 2, at + i, at + i, at + i, word))
-    view.see(Envelope("feature/other_audio", "live", 0, at, at, at, np.zeros(81, np.float32)))
+        view.observe(Envelope(topic, "live", i // 2, at + i, at + i, at + i, word))
+    view.observe(Envelope("feature/other_audio", "live", 0, at, at, at, np.zeros(81, np.float32)))
     state = view.snapshot(at + 1_000_000)
     assert [t["text"] for t in state["texts"]] == ["then", "well"]
     assert [t["text"] for t in state["other_texts"]] == ["yes"]

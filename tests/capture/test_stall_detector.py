@@ -8,10 +8,10 @@ MS = 1_000_000
 
 def heard(*gaps_ms: int, dense: bool = True) -> tuple[StallDetector, int]:
     stall_detector, at_ns = StallDetector(dense), 10**12
-    stall_detector.hear(at_ns)
+    stall_detector.on_sample(at_ns)
     for gap in gaps_ms:
         at_ns += gap * MS
-        stall_detector.hear(at_ns)
+        stall_detector.on_sample(at_ns)
     return stall_detector, at_ns
 
 
@@ -25,7 +25,7 @@ def test_silent_for_twice_the_period_is_stale_and_one_more_sample_is_the_end_of_
     assert not stall_detector.check(at_ns + 90 * MS), "it is said once"
     assert stall_detector.wait_s(at_ns + 90 * MS, 0.1) == 0.1
     assert stall_detector.stale_ns(at_ns + 100 * MS) == 20 * MS
-    assert stall_detector.hear(at_ns + 130 * MS)
+    assert stall_detector.on_sample(at_ns + 130 * MS)
     assert (stall_detector.silences, stall_detector.stale_ns(at_ns + 999 * MS)) == (1, 50 * MS)
     # one long gap does not change the period
     assert stall_detector.period_ns == 40 * MS
@@ -58,7 +58,7 @@ def test_whatever_comes_the_count_is_of_silences_and_time_never_goes_back(events
     for gap, what in events:
         at_ns += gap * MS
         if what == "hear":
-            ended += stall_detector.hear(at_ns)
+            ended += stall_detector.on_sample(at_ns)
         else:
             begun += stall_detector.check(at_ns)
         assert begun - ended in (0, 1)

@@ -36,7 +36,7 @@ class Wires:
     def send(self, content: bytes) -> bool:
         made = journal.request.decode(content)
         assert isinstance(made, journal.Keep)
-        self.journal.keep(made)
+        self.journal.save(made)
         return not self.deaf
 
     def ask(self, content: bytes, timeout_ms: int) -> bytes | None:
@@ -98,7 +98,7 @@ class Process:
 
         def messages() -> Iterator[Envelope]:
             for envelope in envelopes:
-                self.subscriber.gaps.see(envelope)
+                self.subscriber.gaps.observe(envelope)
                 yield envelope
                 self.checkpoints.keep_if_due(envelope)
 

@@ -34,7 +34,7 @@ def test_what_follows_a_checkpoint_is_given_once_and_in_order(count: int, data: 
     journal = filled(count)
     at = data.draw(st.integers(0, count - 1))
     until = data.draw(st.integers(at, count - 1))
-    journal.keep(Keep(mark(at), None, b"x"))
+    journal.save(Keep(mark(at), None, b"x"))
     answer = journal.answer(Ask(mark(until)))
     assert (answer.refused, answer.content) == ("", b"x")
     assert answer.messages == [message(n) for n in range(at + 1, until + 1)]
@@ -52,9 +52,9 @@ def test_a_checkpoint_of_what_never_reached_the_bus_is_passed_over() -> None:
     journal.add(message(100, topics.TICK), 0)
     for n in range(10, 20):
         journal.add(message(n), 0)
-    journal.keep(Keep(mark(5), None, b"old"))
-    journal.keep(Keep(mark(12), mark(100, topics.TICK), b"sent"))
-    journal.keep(Keep(mark(15), mark(101, topics.TICK), b"not sent"))
+    journal.save(Keep(mark(5), None, b"old"))
+    journal.save(Keep(mark(12), mark(100, topics.TICK), b"sent"))
+    journal.save(Keep(mark(15), mark(101, topics.TICK), b"not sent"))
     answer = journal.answer(Ask(mark(19)))
     assert answer.content == b"sent"
     assert answer.messages == [message(n) for n in range(13, 20)]
@@ -72,9 +72,9 @@ def test_it_is_bounded_in_time_and_bytes() -> None:
     journal = filled(5000, keep_s=1)
     assert 1000 <= len(journal) <= 1002
     assert "does not reach back" in journal.answer(Ask(mark(4999))).refused
-    journal.keep(Keep(mark(100), None, b"too old"))
+    journal.save(Keep(mark(100), None, b"too old"))
     assert "does not reach back" in journal.answer(Ask(mark(4999))).refused
-    journal.keep(Keep(mark(4500), None, b"x"))
+    journal.save(Keep(mark(4500), None, b"x"))
     assert len(journal.answer(Ask(mark(4999))).messages) == 499
 
     small = Journal(1000, 100_000, complete=True)
@@ -99,21 +99,21 @@ def test_what_it_has_not_heard_is_no_end() -> None:
 
 def test_a_place_that_ends_every_engine_is_given_up() -> None:
     journal = filled(100)
-    journal.keep(Keep(mark(10), None, b"a"))
+    journal.save(Keep(mark(10), None, b"a"))
     for _ in range(3):
         assert journal.answer(Ask(mark(99))).content == b"a"
-        journal.keep(Keep(mark(10), None, b"a"))  # on its way to the same end it passes the same places
+        journal.save(Keep(mark(10), None, b"a"))  # on its way to the same end it passes the same places
     assert "3 engines in a row" in journal.answer(Ask(mark(99))).refused
     assert "does not reach back" in journal.answer(Ask(mark(99))).refused
     # what begins anew can go on again
-    journal.keep(Keep(mark(90), None, b"b"))
+    journal.save(Keep(mark(90), None, b"b"))
     assert journal.answer(Ask(mark(99))).content == b"b"
 
 
 def test_progress_is_a_checkpoint_that_is_new() -> None:
     journal = filled(100)
     for n in range(10):
-        journal.keep(Keep(mark(n), None, b"%d" % n))
+        journal.save(Keep(mark(n), None, b"%d" % n))
         for _ in range(2):
             assert journal.answer(Ask(mark(99))).content == b"%d" % n
 

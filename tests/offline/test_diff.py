@@ -55,7 +55,7 @@ def write(
     def heard() -> object:
         for e in stream:
             recorder.write(e)
-            recorder.keep(e.publish_ns)
+            recorder.flush_due(e.publish_ns)
             if e.topic != topics.LABEL:
                 yield e
             while waiting:

@@ -37,7 +37,7 @@ def compared(now: list[Prediction], then: list[bytes]) -> dict[str, object]:
     for payload in then:
         comparison.see_recorded(payload)
     for p in now:
-        comparison.see(p)
+        comparison.observe(p)
     return comparison.summary()
 
 
@@ -48,7 +48,9 @@ NAN = float("nan")
 def test_what_is_the_same_is_identical_in_whatever_order(numbers: list[list[float]], data: st.DataObject) -> None:
     predictions = [prediction(i, [NAN if np.isinf(x) else x for x in n]) for i, n in enumerate(numbers)]
     comparison = Comparison()
-    steps = [(comparison.see, p) for p in predictions] + [(comparison.see_recorded, recorded(p)) for p in predictions]
+    steps = [(comparison.observe, p) for p in predictions] + [
+        (comparison.see_recorded, recorded(p)) for p in predictions
+    ]
     for see, what in data.draw(st.permutations(steps)):
         see(what)
     summary = comparison.summary()
@@ -118,7 +120,7 @@ def write(path: Path, model: Path, seconds: float, head: str = "next", metadata:
             for p in kept():
                 recorder.write(p)
             recorder.write(e)
-            recorder.keep(e.publish_ns)
+            recorder.flush_due(e.publish_ns)
             yield e
 
     for p in predict(heard(), aligner, engine):

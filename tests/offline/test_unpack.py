@@ -87,7 +87,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for k, e in enumerate(session_of()):
         recorder.write(e)
         if k % 100 == 99:
-            recorder.keep(2**62)
+            recorder.flush_due(2**62)
     recorder.close({"ended": "clean", "lost": "{}"})
     return path
 

@@ -70,7 +70,7 @@ def write(path: Path, envelopes: list[Envelope], close: bool = True) -> Path:
     recorder = Recorder(path, "live", {"config": "{}", "raw": "true"})
     for e in envelopes:
         recorder.write(e)
-        recorder.keep(e.publish_ns)
+        recorder.flush_due(e.publish_ns)
     if close:
         recorder.close({"ended": "clean", "lost": "{}"})
     else:
@@ -397,7 +397,7 @@ def test_the_index_of_chunks_is_kept_on_the_disk_and_written_whole(
         recorder._offset_ns = 0
         for n in range(700):
             recorder.write(Envelope(topics.CLOCK, topics.EVERYONE, n, n + 1, n + 1, n + 1, b"", "", n + 1))
-            recorder.keep(2**61 + n)
+            recorder.flush_due(2**61 + n)
         recorder.close({})
         with (tmp_path / name).open("rb") as file:
             summary = make_reader(file).get_summary()

@@ -50,7 +50,7 @@ def write(path: Path, messages: list[Envelope], close: bool = True, number: int 
 
     for e in messages:
         recorder.write(e)
-        if recorder.keep(e.publish_ns):
+        if recorder.flush_due(e.publish_ns):
             recorder.note(so_far(), e.publish_ns)
     if close:
         recorder.close({"ended": "clean", **so_far()})

@@ -107,15 +107,15 @@ def test_nobody_is_judged_before_he_could_have_been_heard() -> None:
     assert members.alive(5.0) == {}
     members.begin(10.0)
     for at_s in (10.1, 10.2, 10.3, 10.4, 10.5):
-        members.hear(Beat("a", 0), at_s)
+        members.observe(Beat("a", 0), at_s)
         assert set(members.alive(at_s)) == ({"a"} if at_s > 10 + DEAD_AFTER_S else set())
-    members.hear(Beat("b", 0), 10.5)
+    members.observe(Beat("b", 0), 10.5)
     assert set(members.alive(10.6)) == {"a", "b"}
-    members.hear(Beat("a", 0), 11.0)
+    members.observe(Beat("a", 0), 11.0)
     assert set(members.alive(11.0)) == {"a"}
     assert members.alive(12.0) == {}, "who does not hear himself hears nobody"
-    members.hear(Beat("a", 0), 12.0)
-    members.hear(Beat("b", 0, gone=True), 12.0)
+    members.observe(Beat("a", 0), 12.0)
+    members.observe(Beat("b", 0, gone=True), 12.0)
     assert set(members.alive(12.0)) == {"a"}
 
 
@@ -146,10 +146,10 @@ class Reader:
             self.replica.adopt(0, raw, NOW)
         self.read = log.low
 
-    def hear(self, count: int) -> None:
+    def receive(self, count: int) -> None:
         for seq in range(self.read + 1, min(self.read + count, len(self.log.messages)) + 1):
             session, request = self.log.messages[seq - 1]
-            self.replica.hear(0, session, seq, "c", protocol.encode(request), NOW)
+            self.replica.receive(0, session, seq, "c", protocol.encode(request), NOW)
             self.read = seq
 
     def step(self) -> None:
@@ -159,7 +159,7 @@ class Reader:
 
     def hand_on(self, lost: bool = False, unkept: bool = False) -> None:
         """`lost`: it died before anything was stored; `unkept`: after what it said was, before states were."""
-        said, kept = self.replica.take()
+        said, kept = self.replica.pop()
         if lost:
             return
         for of in said:
@@ -178,7 +178,7 @@ class Reader:
     def finish(self) -> None:
         while self.read < len(self.log.messages) or self.replica.ready:
             self.hand_on()
-            self.hear(1)
+            self.receive(1)
             self.step()
         self.step()
         self.hand_on()
@@ -239,7 +239,7 @@ def test_engines_that_die_anywhere_say_together_what_one_says(
     engine = Reader(toy, log)
     for move, count in moves:
         if move == "hear":
-            engine.hear(count)
+            engine.receive(count)
         elif move == "step":
             engine.step()
         elif move == "hand on":
@@ -448,26 +448,26 @@ def test_the_server_refuses_who_has_lost_its_lease(cluster: Cluster) -> None:
         with pytest.raises(Refused):
             await new.replace_table(Table({5: Lease("new", 1)}), 0)
         before = await old.fence(5, Fence("old", 1))
-        assert await (await old.say(5, "s", "c", "1", b"one", before)) is True
-        assert await (await old.say(5, "s", "c", "1", b"one", before)) is False, "said twice, stored once"
+        assert await (await old.send(5, "s", "c", "1", b"one", before)) is True
+        assert await (await old.send(5, "s", "c", "1", b"one", before)) is False, "said twice, stored once"
         await new.replace_table(Table({5: Lease("new", 2)}), revision)
         after = await new.fence(5, Fence("new", 2))
         with pytest.raises(Refused):
-            await (await old.say(5, "s", "c", "2", b"stale", before))
+            await (await old.send(5, "s", "c", "2", b"stale", before))
         with pytest.raises(Refused):
             await old.fence(5, Fence("old", 1))
-        assert await (await new.say(5, "s", "c", "2", b"two", after)) is True
-        assert await (await old.say(6, "s", "c", "3", b"elsewhere", await old.fence(6, Fence("old", 1)))) is True
+        assert await (await new.send(5, "s", "c", "2", b"two", after)) is True
+        assert await (await old.send(6, "s", "c", "3", b"elsewhere", await old.fence(6, Fence("old", 1)))) is True
         assert [content async for _, content in new.said_after("c", 0)] == [b"one", b"two", b"elsewhere"]
-        revision = await old.keep(5, "s", b"state", 0)
+        revision = await old.save(5, "s", b"state", 0)
         with pytest.raises(Refused):
-            await new.keep(5, "s", b"older", 0)
+            await new.save(5, "s", b"older", 0)
         assert await new.states_of(5) == [(b"state", revision)]
-        await new.keep(5, "s", None, revision)
+        await new.save(5, "s", None, revision)
         assert await new.states_of(5) == []
         raw, revision = await new.kept(5, "s")
         assert raw == b""
-        assert await new.keep(5, "s", b"anew", revision) > revision
+        assert await new.save(5, "s", b"anew", revision) > revision
         assert (await old.kept(5, "s"))[0] == b"anew"
         for connection in connections:
             await connection.close()

@@ -70,7 +70,7 @@ def make(toy: Path, tmp_path: Path) -> Make:
 
 
 def say(host: Host, request: protocol.Request, peer: bytes = b"a", at_ns: int = NOW) -> None:
-    host.hear(peer, protocol.encode(request), at_ns)
+    host.receive(peer, protocol.encode(request), at_ns)
 
 
 def said(host: Host) -> list[tuple[bytes, protocol.Reply]]:
@@ -299,7 +299,7 @@ def test_a_part_of_the_engine_that_dies_takes_no_other_session_with_it(
 def test_no_bytes_harm_a_host(toy: Path, messages: list[bytes]) -> None:
     host = Host(Sessions(StepEngine(toy, 2), StateStore(_folder(), 10), config.State()), 4)
     for content in messages:
-        host.hear(b"x", content, NOW)
+        host.receive(b"x", content, NOW)
     say(host, protocol.Open(session="honest"))
     assert isinstance(said(host)[-1][1], protocol.Ready)
 
@@ -326,7 +326,7 @@ _shapes = st.fixed_dictionaries(
 def test_no_message_harms_a_host(toy: Path, messages: list[dict[str, object]]) -> None:
     host = Host(Sessions(StepEngine(toy, 2), StateStore(_folder(), 10), config.State()), 4)
     for i, message in enumerate(messages):
-        host.hear(b"xy"[i % 2 :], msgspec.msgpack.encode(message), NOW)
+        host.receive(b"xy"[i % 2 :], msgspec.msgpack.encode(message), NOW)
         host.step(NOW)
         for _, reply in host.out:
             assert protocol.read_reply(protocol.encode(reply)) == reply
@@ -359,7 +359,7 @@ class Line:
         self.host = self._make()
         self.talk = ClientState()
         self.at_ns = NOW
-        self.talk.say(protocol.Hello())
+        self.talk.send(protocol.Hello())
 
     def put(self, client_session: ClientSession, of: Tick) -> None:
         self.talk.put(client_session, features_of(of), None, of.event_ns, of.age_ns, self.at_ns)
@@ -368,12 +368,12 @@ class Line:
         """Both ways, until nobody has anything to say; without `answers` what the host says is lost."""
         while self.talk.out or self.host.ready:
             while self.talk.out:
-                self.host.hear(b"c", self.talk.out.popleft()[1], self.at_ns)
+                self.host.receive(b"c", self.talk.out.popleft()[1], self.at_ns)
             while self.host.ready:
                 self.host.step(self.at_ns)
             for _, reply in self.host.out:
                 if answers:
-                    self.talk.hear(protocol.encode(reply), self.at_ns)
+                    self.talk.receive(protocol.encode(reply), self.at_ns)
             self.host.out.clear()
 
     def die(self) -> None:
@@ -383,7 +383,7 @@ class Line:
 def test_a_server_that_comes_back_is_given_what_it_has_not_seen(make: Make, toy: Path) -> None:
     line = Line(make, snapshot_every=4)
     client_session = line.talk.client_session("s")
-    line.talk.say(protocol.Open(session="s"))
+    line.talk.send(protocol.Open(session="s"))
     line.carry()
     ticks = [tick("s", i) for i in range(20)]
     for of in ticks[:10]:
@@ -399,7 +399,7 @@ def test_a_server_that_comes_back_is_given_what_it_has_not_seen(make: Make, toy:
         line.put(client_session, of)
     line.carry()
     line.at_ns += 2 * S
-    line.talk.look(line.at_ns)
+    line.talk.poll(line.at_ns)
     line.carry()
     got = [a for a in client_session.answers if not isinstance(a, Exception)]
     assert [a.tick for a in got] == list(range(20))
@@ -411,9 +411,9 @@ def test_a_server_that_comes_back_is_given_what_it_has_not_seen(make: Make, toy:
 def test_what_is_not_kept_any_more_is_said_not_hidden(make: Make, toy: Path) -> None:
     line = Line(make, snapshot_every=0)
     client_session = line.talk.client_session("s")
-    line.talk.say(protocol.Open(session="s"))
+    line.talk.send(protocol.Open(session="s"))
     line.carry()
-    line.talk.say(protocol.Flush(session="s"))
+    line.talk.send(protocol.Flush(session="s"))
     line.carry()
     for i in range(KEPT_TICKS + 3):
         line.talk.put(client_session, {}, None, i, None, line.at_ns)
@@ -431,7 +431,7 @@ def test_no_bytes_harm_a_client(content: bytes) -> None:
     talk = ClientState()
     talk.client_session("s")
     try:
-        talk.hear(content, NOW)
+        talk.receive(content, NOW)
     except WireError:
         assert talk.welcome is None
 

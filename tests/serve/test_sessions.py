@@ -229,7 +229,7 @@ def test_what_cannot_be_written_is_not_evicted(make: Make, monkeypatch: pytest.M
 
         broken.setattr(sessions.store, "save", full)
         assert sessions.evict_idle(NOW + 11 * S) == []
-        assert sessions.keep(NOW + 11 * S) == []
+        assert sessions.save(NOW + 11 * S) == []
         assert sessions.counts["unsaved"] == 2
         assert sessions.last_problem == "no space"
         assert "a" in sessions
@@ -293,12 +293,12 @@ def test_bad_ticks_do_not_reach_the_batch_nor_hold_it_up(toy: Path, make: Make) 
 def test_snapshots_are_due_by_ticks_and_a_crash_goes_back_to_them(toy: Path, make: Make) -> None:
     sessions = make()
     tokens = {name: sessions.open(name, now_ns=NOW).token for name in "abc"}
-    assert sorted(sessions.keep(NOW, 2) + sessions.keep(NOW, 2)) == ["a", "b", "c"]
-    assert sessions.keep(NOW) == []
+    assert sorted(sessions.save(NOW, 2) + sessions.save(NOW, 2)) == ["a", "b", "c"]
+    assert sessions.save(NOW) == []
     said(sessions, [tick("a", k) for k in range(4)] + [tick("b", k) for k in range(5)] + [tick("c", 0)])
-    assert sessions.keep(NOW) == ["b"]
-    assert sessions.keep(NOW) == ["a"]
-    assert sessions.keep(NOW) == []
+    assert sessions.save(NOW) == ["b"]
+    assert sessions.save(NOW) == ["a"]
+    assert sessions.save(NOW) == []
     said(sessions, [tick("a", 4)])
     again = make()
     with pytest.raises(Evicted):
@@ -312,7 +312,7 @@ def test_without_a_period_nothing_is_kept_but_on_leaving(make: Make) -> None:
     sessions = make(snapshot_every=0)
     sessions.open("a", now_ns=NOW)
     said(sessions, [tick("a", k) for k in range(9)])
-    assert sessions.keep(NOW, 9) == []
+    assert sessions.save(NOW, 9) == []
 
 
 # ---- admission -------------------------------------------------------------------------------------------------------

@@ -171,11 +171,11 @@ def test_sessions_opened_and_closed_thousands_of_times_leave_nothing(toy: Path) 
                     for t in [at_ns + k * TICK_NS + 1]
                 ]
             for e in messages:
-                gaps.see(e)
-                view.see(e)
+                gaps.observe(e)
+                view.observe(e)
             for p in predict(messages, a, engine):
                 body = wire.pack(wire.prediction_message(p))
-                view.see(Envelope(topics.PREDICTION, name, 0, p.tick.event_ns, 0, 0, body, "", p.tick.event_ns))
+                view.observe(Envelope(topics.PREDICTION, name, 0, p.tick.event_ns, 0, 0, body, "", p.tick.event_ns))
 
     tracemalloc.start()
     for number in range(2000):  # until every bounded table is full
@@ -199,12 +199,12 @@ def told(op: str, session: str, seq: int) -> Envelope:
 def test_numbers_of_streams_are_bounded_and_an_ended_session_is_not_called_lost() -> None:
     gaps = Gaps()
     for seq in range(5):
-        gaps.see(Envelope(topics.TICK, "a", seq, 0, 0, 0, b""))
-    gaps.see(told("close", "a", 0))
-    gaps.see(Envelope(topics.TICK, "a", 5, 0, 0, 0, b""))
+        gaps.observe(Envelope(topics.TICK, "a", seq, 0, 0, 0, b""))
+    gaps.observe(told("close", "a", 0))
+    gaps.observe(Envelope(topics.TICK, "a", 5, 0, 0, 0, b""))
     assert gaps.lost == {}
     for n in range(200_000):
-        gaps.see(Envelope(topics.STATUS + str(n), topics.EVERYONE, 7, 0, 0, 0, b""))
+        gaps.observe(Envelope(topics.STATUS + str(n), topics.EVERYONE, 7, 0, 0, 0, b""))
     assert len(gaps._next) + len(gaps._before) <= 2 * 65_536
     assert set(gaps.received) == {topics.TICK, topics.STATUS, topics.SESSION}
     assert gaps.lost == {}
@@ -214,24 +214,24 @@ def test_a_reader_remembers_few_of_the_sessions_that_have_ended() -> None:
     """Whoever reads: what comes after the end is not as if the session had begun again."""
     gaps = Gaps()
     for n in range(3000):
-        gaps.see(told("open", f"s{n}", 0))
+        gaps.observe(told("open", f"s{n}", 0))
         for topic in (topics.feature("audio"), topics.TICK, topics.PREDICTION):
-            gaps.see(Envelope(topic, f"s{n}", 0, 0, 0, 0, b""))
-        gaps.see(told("close", f"s{n}", 1))
-        gaps.see(Envelope(topics.PREDICTION, f"s{n}", 1, 0, 0, 0, b""))
-        gaps.see(Envelope(topics.LABEL, f"s{n}", 0, 0, 0, 0, b""))
+            gaps.observe(Envelope(topic, f"s{n}", 0, 0, 0, 0, b""))
+        gaps.observe(told("close", f"s{n}", 1))
+        gaps.observe(Envelope(topics.PREDICTION, f"s{n}", 1, 0, 0, 0, b""))
+        gaps.observe(Envelope(topics.LABEL, f"s{n}", 0, 0, 0, 0, b""))
     assert (len(gaps._next), len(gaps._before), len(gaps._ended)) == (0, 0, 256)
     assert gaps.lost == {}
-    gaps.see(Envelope(topics.PREDICTION, "s2999", 4, 0, 0, 0, b""))
+    gaps.observe(Envelope(topics.PREDICTION, "s2999", 4, 0, 0, 0, b""))
     assert gaps.lost == {topics.PREDICTION: 2}
     # one that goes on under its old name is counted on, and no longer forgotten
-    gaps.see(told("open", "s2999", 2))
-    gaps.see(Envelope(topics.PREDICTION, "s2999", 6, 0, 0, 0, b""))
+    gaps.observe(told("open", "s2999", 2))
+    gaps.observe(Envelope(topics.PREDICTION, "s2999", 6, 0, 0, 0, b""))
     assert gaps.lost == {topics.PREDICTION: 3}
     assert set(gaps._next) == {
         (t, "s2999") for t in (topics.SESSION, topics.feature("audio"), topics.TICK, topics.PREDICTION, topics.LABEL)
     }
-    gaps.see(Envelope(topics.SESSION, "s2999", 3, 0, 0, 0, b"garbage"))  # says nothing, and is counted
+    gaps.observe(Envelope(topics.SESSION, "s2999", 3, 0, 0, 0, b"garbage"))  # says nothing, and is counted
     assert gaps.received[topics.SESSION] == 3000 * 2 + 2
 
 
@@ -253,9 +253,9 @@ def test_words_from_outside_are_drawn_as_words() -> None:
     evil = "[/red]\x1b[2J[link=file:///etc]"
     stamps = Stamps(1, 1, 1, 1, topics.CLOCK)
     message = wire.PredictionMessage(1, 1, {evil: [0.5]}, {evil: True}, {}, stamps, 1, 1, evil)
-    view.see(Envelope(topics.PREDICTION, "a", 0, 2**63 - 1, 1, -(2**63), wire.pack(message), "", 1))
+    view.observe(Envelope(topics.PREDICTION, "a", 0, 2**63 - 1, 1, -(2**63), wire.pack(message), "", 1))
     status = wire.StatusMessage("engine", "ready", 1, evil, evil, {evil: 1})
-    view.see(Envelope(topics.STATUS + "engine", topics.EVERYONE, 0, 1, 1, 1, wire.pack(status), "", 1))
+    view.observe(Envelope(topics.STATUS + "engine", topics.EVERYONE, 0, 1, 1, 1, wire.pack(status), "", 1))
     state = view.snapshot(2)
     console = Console(width=80, record=True, file=Path(os.devnull).open("w"))  # noqa: SIM115
     console.print(render(state, 80, "x", [evil]))

@@ -87,7 +87,7 @@ def status(node: str, at_ns: int, **payload: Any) -> Envelope:
 def test_rate_is_of_the_last_two_seconds(rate_hz: int) -> None:
     live = LiveState()
     for i in range(5 * rate_hz):
-        live.see(envelope("feature/audio", T0 + i * S // rate_hz, seq=i))
+        live.observe(envelope("feature/audio", T0 + i * S // rate_hz, seq=i))
     stream = live.snapshot(T0 + 5 * S)["streams"]["feature/audio"]
     assert stream["rate_hz"] == pytest.approx(rate_hz, abs=0.51)
     assert stream["age_ms"] == pytest.approx(1000 / rate_hz)
@@ -100,14 +100,14 @@ def test_rate_is_of_the_last_two_seconds(rate_hz: int) -> None:
 def test_rate_of_the_first_second_is_not_too_low() -> None:
     live = LiveState()
     for i in range(25):
-        live.see(envelope("clock", T0 + i * 40 * MS, seq=i))
+        live.observe(envelope("clock", T0 + i * 40 * MS, seq=i))
     assert live.snapshot(T0 + S)["streams"]["clock"]["rate_hz"] == pytest.approx(25, abs=1)
 
 
 def test_stages_add_up_and_leave_after_ten_seconds() -> None:
     live = LiveState()
     for i in range(100):
-        live.see(prediction(T0 + i * 40 * MS, {"vap": [0.5]}, seq=i, scale=10 if i == 99 else 1))
+        live.observe(prediction(T0 + i * 40 * MS, {"vap": [0.5]}, seq=i, scale=10 if i == 99 else 1))
     table = live.snapshot(T0 + 4 * S)["latency"]
     assert list(table) == list(STAGES)
     assert [table[s]["p50"] for s in STAGES] == [1, 2, 3, 4, 5, 6, 7, 28]
@@ -124,11 +124,11 @@ def test_heads_have_values_meaning_and_a_bounded_history() -> None:
         "labels": ["x", "y"],
         "horizons_s": [[0, 0.2], [0.2, 0.6]],
     }
-    live.see(
+    live.observe(
         status("engine", T0, state="ready", detail={"spec": {"name": "m", "heads": [head], "modalities": ["vision"]}})
     )
     for i in range(3000):
-        live.see(prediction(T0 + i * 10 * MS, {"vap": [i / 3000, 0.123456]}, seq=i, tick=i))
+        live.observe(prediction(T0 + i * 10 * MS, {"vap": [i / 3000, 0.123456]}, seq=i, tick=i))
     snap = live.snapshot(T0 + 30 * S)
     vap = snap["heads"]["vap"]
     assert vap["values"] == [round(2999 / 3000, 4), 0.1235]
@@ -152,11 +152,11 @@ def test_heads_have_values_meaning_and_a_bounded_history() -> None:
 def test_what_says_yes_or_no_is_read_against_its_threshold() -> None:
     live = LiveState()
     heads = [{"name": "over", "kind": "classification", "threshold": 0.25}]
-    live.see(
+    live.observe(
         status("engine", T0, state="ready", detail={"spec": {"name": "m", "heads": heads, "modalities": ["vision"]}})
     )
     for tick, (value, word) in enumerate(((0.3, "0.30 yes"), (0.2, "0.20 no"))):
-        live.see(prediction(T0, {"over": [value]}, tick=tick))
+        live.observe(prediction(T0, {"over": [value]}, tick=tick))
         snap = live.snapshot(T0 + S)
         assert snap["heads"]["over"]["threshold"] == 0.25
         written = io.StringIO()
@@ -169,16 +169,16 @@ def test_what_says_yes_or_no_is_read_against_its_threshold() -> None:
 def test_a_run_that_starts_anew_starts_a_new_history() -> None:
     live = LiveState()
     for i in range(50):
-        live.see(prediction(T0 + i * 40 * MS, {"vap": [0.1]}, seq=i))
+        live.observe(prediction(T0 + i * 40 * MS, {"vap": [0.1]}, seq=i))
     before = T0 - 5000 * 40 * MS
-    live.see(prediction(before, {"vap": [0.9]}))
+    live.observe(prediction(before, {"vap": [0.9]}))
     assert live.snapshot(before + S)["heads"]["vap"]["history"]["series"] == [[0.9]]
 
 
 def test_what_an_engine_says_again_after_a_crash_is_shown_once() -> None:
     live = LiveState()
     for i in (*range(50), *range(30, 60)):
-        live.see(prediction(T0 + i * 40 * MS, {"vap": [i / 100]}, seq=i))
+        live.observe(prediction(T0 + i * 40 * MS, {"vap": [i / 100]}, seq=i))
     snap = live.snapshot(T0 + 60 * 40 * MS)
     assert snap["repeated"] == 20
     assert snap["heads"]["vap"]["history"]["series"] == [[i / 100 for i in range(1, 60, 2)]]  # two ticks a point
@@ -189,12 +189,12 @@ def test_what_an_engine_says_again_after_a_crash_is_shown_once() -> None:
 def test_one_session_is_followed_until_it_is_silent() -> None:
     live = LiveState()
     for i in range(10):
-        live.see(prediction(T0 + i * 40 * MS, {"vap": [0.1]}, session="a", seq=i))
-        live.see(prediction(T0 + i * 40 * MS, {"vap": [0.9]}, session="b", seq=i))
+        live.observe(prediction(T0 + i * 40 * MS, {"vap": [0.1]}, session="a", seq=i))
+        live.observe(prediction(T0 + i * 40 * MS, {"vap": [0.9]}, session="b", seq=i))
     snap = live.snapshot(T0 + S)
     assert (snap["session"], snap["heads"]["vap"]["values"]) == ("a", [0.1])
     assert snap["sessions"] == {"count": 2, "names": ["a", "b"]}
-    live.see(prediction(T0 + 5 * S, {"vap": [0.9]}, session="b", seq=10))
+    live.observe(prediction(T0 + 5 * S, {"vap": [0.9]}, session="b", seq=10))
     snap = live.snapshot(T0 + 5 * S)
     assert (snap["session"], snap["heads"]["vap"]["values"]) == ("b", [0.9])
 
@@ -202,8 +202,8 @@ def test_one_session_is_followed_until_it_is_silent() -> None:
 def test_text_is_newest_first_cut_and_without_control_characters() -> None:
     live = LiveState()
     for i in range(20):
-        live.see(envelope("raw/text", T0 + i * S, f"line\x1b[2J {i}".encode(), seq=i))
-    live.see(envelope("raw/text", T0 + 20 * S, b"\xff" * 10_000, seq=20))
+        live.observe(envelope("raw/text", T0 + i * S, f"line\x1b[2J {i}".encode(), seq=i))
+    live.observe(envelope("raw/text", T0 + 20 * S, b"\xff" * 10_000, seq=20))
     texts = live.snapshot(T0 + 21 * S)["texts"]
     assert len(texts) == 21
     assert len(live.snapshot(T0 + 90 * S)["texts"]) == 8, "of what is older than the page's 30 s"
@@ -214,8 +214,8 @@ def test_text_is_newest_first_cut_and_without_control_characters() -> None:
 
 def test_processes_and_losses() -> None:
     live = LiveState()
-    live.see(status("camera", T0, state="missing", modality="vision", reason="no such device"))
-    live.see(
+    live.observe(status("camera", T0, state="missing", modality="vision", reason="no such device"))
+    live.observe(
         status(
             "engine",
             T0,
@@ -223,8 +223,8 @@ def test_processes_and_losses() -> None:
             counts={"ticks": 9, "vision": {"late": 2, "late_joined": 5}, "lost": 7},
         )
     )
-    live.see(envelope("clock", T0, seq=5))
-    live.see(envelope("clock", T0, seq=9))
+    live.observe(envelope("clock", T0, seq=5))
+    live.observe(envelope("clock", T0, seq=9))
     snap = live.snapshot(T0 + S)
     vision = snap["streams"]["feature/vision"]
     assert (vision["state"], vision["reason"]) == ("missing", "no such device")
@@ -257,20 +257,20 @@ GARBAGE = [
 @pytest.mark.parametrize("payload", GARBAGE, ids=range(len(GARBAGE)))
 def test_garbage_is_counted(payload: bytes) -> None:
     live = LiveState()
-    live.see(envelope("prediction", T0, payload))
+    live.observe(envelope("prediction", T0, payload))
     assert live.malformed == 1
-    live.see(envelope("status/engine", T0, payload))
+    live.observe(envelope("status/engine", T0, payload))
     assert live.malformed == 2
-    live.see(envelope("nonsense", T0, payload))
-    live.see(envelope("raw/text", -(2**63), payload))
-    live.see(envelope("raw/vision", 2**63 - 1, payload))
+    live.observe(envelope("nonsense", T0, payload))
+    live.observe(envelope("raw/text", -(2**63), payload))
+    live.observe(envelope("raw/vision", 2**63 - 1, payload))
     json.dumps(live.snapshot(T0))
 
 
 def test_stamps_beyond_all_clocks_are_garbage() -> None:
     live = LiveState()
-    live.see(prediction(T0, {"vap": [0.5]}, step_end_ns=2**62))
-    live.see(prediction(T0, {"vap": [0.5]}, step_end_ns=10**30))
+    live.observe(prediction(T0, {"vap": [0.5]}, step_end_ns=2**62))
+    live.observe(prediction(T0, {"vap": [0.5]}, step_end_ns=10**30))
     assert live.malformed == 2
     assert live.snapshot(T0)["latency"] == {}
 
@@ -284,14 +284,14 @@ def test_what_our_own_processes_send_is_understood() -> None:
     message = wire.StatusMessage(
         "engine", "ready", counts={"refused": 1}, detail={"spec": contract, "streams": streams}
     )
-    live.see(envelope("status/engine", T0, wire.pack(message), session=topics.EVERYONE))
+    live.observe(envelope("status/engine", T0, wire.pack(message), session=topics.EVERYONE))
     camera = wire.StatusMessage("vision", "missing", 1, "vision", "no such device", {"queue_dropped": 4})
-    live.see(envelope("status/vision", T0, wire.pack(camera), session=topics.EVERYONE))
+    live.observe(envelope("status/vision", T0, wire.pack(camera), session=topics.EVERYONE))
     stamps = Stamps(T0, T0 + MS, T0 + 2 * MS, T0 + 3 * MS, "feature/audio")
     tick = Tick("a", 7, T0, {}, {"audio": True}, {"audio": 0}, stamps)
     said = Prediction(tick, {"vap": np.array([0.25], np.float32)}, "ab" * 32, T0 + 4 * MS, T0 + 5 * MS)
-    live.see(envelope("prediction", T0 + 6 * MS, wire.pack(wire.prediction_message(said)), event_ns=T0))
-    live.see(envelope("clock", T0, session=topics.EVERYONE))
+    live.observe(envelope("prediction", T0 + 6 * MS, wire.pack(wire.prediction_message(said)), event_ns=T0))
+    live.observe(envelope("clock", T0, session=topics.EVERYONE))
     snap = live.snapshot(T0 + S)
     assert live.malformed == 0
     assert snap["heads"]["vap"]["values"] == [0.25]
@@ -306,15 +306,15 @@ def test_what_our_own_processes_send_is_understood() -> None:
 
 def test_not_a_number_is_a_gap() -> None:
     live = LiveState()
-    live.see(prediction(T0, {"vap": [None, 0.5]}))  # type: ignore[list-item]
+    live.observe(prediction(T0, {"vap": [None, 0.5]}))  # type: ignore[list-item]
     assert live.snapshot(T0)["heads"]["vap"]["values"] == [None, 0.5]
 
 
 def test_memory_is_bounded() -> None:
     live = LiveState()
     for i in range(3000):
-        live.see(prediction(T0 + i, {f"h{i}": [0.0] * 100}, session=f"s{i}"))
-        live.see(status(f"n{i}", T0, state="open", counts={f"c{k}": 1 for k in range(100)}))
+        live.observe(prediction(T0 + i, {f"h{i}": [0.0] * 100}, session=f"s{i}"))
+        live.observe(status(f"n{i}", T0, state="open", counts={f"c{k}": 1 for k in range(100)}))
     snap = live.snapshot(T0 + S)
     assert len(snap["nodes"]) == 64
     assert all(len(n["counts"]) <= 64 for n in snap["nodes"].values())
@@ -771,7 +771,7 @@ def test_the_spectrogram_shows_a_tone_where_it_is() -> None:
     for hz in (200, 1000, 4000):
         sound = Sound()
         for k in range(50):  # 1 s in blocks of 20 ms
-            sound.see(T0 + (k + 1) * 20 * MS, tone(hz, 320, at=320 * k))
+            sound.observe(T0 + (k + 1) * 20 * MS, tone(hz, 320, at=320 * k))
         columns = np.frombuffer(sound.columns, np.uint8).reshape(-1, BANDS)
         assert len(columns) == 25
         peaks.append(int(columns[-1].argmax()))
@@ -791,7 +791,7 @@ def test_the_spectrogram_is_bounded_and_on_its_grid(steps: list[tuple[int, int]]
     for seconds, samples in steps:
         at_ns += seconds * S + samples * S // topics.AUDIO_RATE_HZ
         latest_ns = max(latest_ns, at_ns)
-        sound.see(at_ns, np.zeros(samples, np.int16))
+        sound.observe(at_ns, np.zeros(samples, np.int16))
         assert len(sound.columns) <= COLUMNS * BANDS
         said = sound.snapshot(at_ns)
         assert (said["newest"] - said["first"] + 1) * BANDS == len(sound.columns)
@@ -801,7 +801,7 @@ def test_the_spectrogram_is_bounded_and_on_its_grid(steps: list[tuple[int, int]]
 @pytest.mark.parametrize("payload", [b"x", np.zeros(0, np.int16), np.zeros(10, np.float32), np.zeros(10**6, np.int16)])
 def test_what_is_no_sound_is_left_out(payload: Any) -> None:
     sound = Sound()
-    sound.see(T0, payload)
+    sound.observe(T0, payload)
     assert sound.snapshot(T0)["level_db"] is None
     assert sound.columns == b""
 
@@ -823,40 +823,40 @@ def test_a_browser_asks_for_the_columns_it_has_not(board: Dashboard) -> None:
 def test_the_page_says_whether_one_can_type() -> None:
     live = LiveState()
     assert "start it with --text page" in live.typing()["why"]
-    live.see(status("text", T0, state="starting", modality="text"))
+    live.observe(status("text", T0, state="starting", modality="text"))
     assert live.typing() == {"possible": False, "why": "the text source is starting"}
-    live.see(status("text", T0, state="open", modality="text", detail={"source": "stdin"}))
+    live.observe(status("text", T0, state="open", modality="text", detail={"source": "stdin"}))
     assert live.snapshot(T0)["typing"] == {"possible": True, "why": ""}
-    live.see(status("text", T0, state="missing", modality="text", reason="port 5 is taken"))
+    live.observe(status("text", T0, state="missing", modality="text", reason="port 5 is taken"))
     assert live.typing()["why"] == "the text source is missing: port 5 is taken"
-    live.see(status("text", T0, state="ended", modality="text", detail={"source": "stdin"}))
+    live.observe(status("text", T0, state="ended", modality="text", detail={"source": "stdin"}))
     assert live.typing()["why"].startswith("the text source stdin has ended")
 
 
 def test_labels_are_shown() -> None:
     live = LiveState()
-    live.see(envelope("label", T0, b"speaking"))
+    live.observe(envelope("label", T0, b"speaking"))
     assert live.snapshot(T0 + S)["labels"] == [{"text": "speaking", "session": "a", "age_ms": 1000}]
 
 
 def test_deaths_are_counted_even_where_the_word_of_them_was_missed() -> None:
     live = LiveState()
-    live.see(status("camera", T0, state="open", pid=1))
+    live.observe(status("camera", T0, state="open", pid=1))
     assert live.snapshot(T0)["nodes"]["camera"]["deaths"] is None
-    live.see(status("camera", T0 + S, state="restarting", reason="was killed by SIGKILL"))
-    live.see(status("camera", T0 + S, state="open", pid=2))
+    live.observe(status("camera", T0 + S, state="restarting", reason="was killed by SIGKILL"))
+    live.observe(status("camera", T0 + S, state="open", pid=2))
     deaths = live.snapshot(T0 + 2 * S)["nodes"]["camera"]["deaths"]
     assert deaths == {"count": 1, "reason": "was killed by SIGKILL", "age_ms": 1000}
-    live.see(status("camera", T0 + 3 * S, state="open", pid=3))
+    live.observe(status("camera", T0 + 3 * S, state="open", pid=3))
     assert live.snapshot(T0 + 3 * S)["nodes"]["camera"]["deaths"]["count"] == 2
 
 
 def test_what_nobody_looked_at_was_not_lost() -> None:
     live = LiveState()
-    live.see(envelope("raw/vision", T0, b"", seq=0))
-    live.see(envelope("feature/audio", T0, seq=0))
+    live.observe(envelope("raw/vision", T0, b"", seq=0))
+    live.observe(envelope("feature/audio", T0, seq=0))
     live.skip(("raw/vision",))
-    live.see(envelope("raw/vision", T0 + S, b"", seq=50))
-    live.see(envelope("feature/audio", T0 + S, seq=2))
+    live.observe(envelope("raw/vision", T0 + S, b"", seq=50))
+    live.observe(envelope("feature/audio", T0 + S, seq=2))
     losses = {x["what"]: x["count"] for x in live.snapshot(T0 + S)["losses"]}
     assert losses == {"lost.feature/audio": 1}

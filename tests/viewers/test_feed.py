@@ -83,7 +83,7 @@ def test_a_slow_listener_is_told_what_it_missed() -> None:
         listener = _Listener()
         for tick in range(QUEUE + 10):
             listener.put(prediction(tick, missed=2 if tick == 3 else 0))
-        return [json.loads(await listener.take() or b"") for _ in range(QUEUE)]
+        return [json.loads(await listener.pop() or b"") for _ in range(QUEUE)]
 
     got = asyncio.run(main())
     assert [m["tick"] for m in got] == list(range(10, QUEUE + 10))

@@ -71,12 +71,14 @@ def prediction(tick: int, total_ns: int) -> Envelope:
 
 def test_counts_become_counters_and_time_becomes_seconds() -> None:
     metrics = Metrics()
-    metrics.see(status("camera", _S, "open", modality="vision", counts={"published": 7, "stale": 2, "stale_ms": 1500}))
+    metrics.observe(
+        status("camera", _S, "open", modality="vision", counts={"published": 7, "stale": 2, "stale_ms": 1500})
+    )
     aligned = {"streams": {"vision": {"used": 5, "late": 2}}}
-    metrics.see(status("engine", _S, counts={"ticks": 5, "predictions": 5, "sessions": 1}, detail=aligned))
-    metrics.see(envelope(topics.feature("vision"), b"", _S))
+    metrics.observe(status("engine", _S, counts={"ticks": 5, "predictions": 5, "sessions": 1}, detail=aligned))
+    metrics.observe(envelope(topics.feature("vision"), b"", _S))
     for tick in (1, 2, 2):  # one said twice, after a crash
-        metrics.see(prediction(tick, 20_000_000))
+        metrics.observe(prediction(tick, 20_000_000))
     said = read(metrics.text(2 * _S))
     vision = ("stream", "vision")
     p = "stream_mmrnn_"
@@ -95,13 +97,13 @@ def test_counts_become_counters_and_time_becomes_seconds() -> None:
 def test_a_process_is_up_until_it_is_silent_or_dead() -> None:
     metrics, up = Metrics(), ("stream_mmrnn_process_up", (("node", "engine"),))
     assert metrics.why_not_ready(_S) == "the clock is silent"
-    metrics.see(envelope(topics.CLOCK, b"", _S))
-    metrics.see(status("engine", _S, counts={"ticks": 3}))
+    metrics.observe(envelope(topics.CLOCK, b"", _S))
+    metrics.observe(status("engine", _S, counts={"ticks": 3}))
     assert (read(metrics.text(2 * _S))[up], metrics.why_not_ready(2 * _S)) == (1, "")
     assert read(metrics.text(9 * _S))[up] == 0
-    metrics.see(envelope(topics.CLOCK, b"", 9 * _S))
+    metrics.observe(envelope(topics.CLOCK, b"", 9 * _S))
     assert metrics.why_not_ready(9 * _S) == "the engine is silent"
-    metrics.see(status("engine", 9 * _S, "restarting"))
+    metrics.observe(status("engine", 9 * _S, "restarting"))
     said = read(metrics.text(9 * _S))
     assert metrics.why_not_ready(9 * _S) == "the engine is restarting"
     assert said[up] == 0
@@ -109,7 +111,7 @@ def test_a_process_is_up_until_it_is_silent_or_dead() -> None:
     assert said["stream_mmrnn_process_state", (("node", "engine"), ("state", "restarting"))] == 1
     # a dead one does not take its counts along
     assert said["stream_mmrnn_engine_ticks_total", ()] == 3
-    metrics.see(status("engine", 10 * _S))
+    metrics.observe(status("engine", 10 * _S))
     assert (read(metrics.text(10 * _S))[up], metrics.why_not_ready(10 * _S)) == (1, "")
 
 
@@ -143,8 +145,8 @@ _said = st.fixed_dictionaries(
 def test_whatever_is_said_the_text_can_be_read(said: list[tuple[str, bytes]]) -> None:
     metrics = Metrics()
     for name, payload in said:
-        metrics.see(envelope(topics.STATUS + name, payload, _S))
-        metrics.see(envelope(topics.PREDICTION, payload, _S))
+        metrics.observe(envelope(topics.STATUS + name, payload, _S))
+        metrics.observe(envelope(topics.PREDICTION, payload, _S))
     for (name, labels), value in read(metrics.text(_S)).items():
         assert name.startswith("stream_mmrnn_")
         assert value >= 0
@@ -154,7 +156,7 @@ def test_whatever_is_said_the_text_can_be_read(said: list[tuple[str, bytes]]) ->
 def test_names_are_bounded() -> None:
     metrics = Metrics()
     for i in range(1000):
-        metrics.see(status(f"node{i}", _S))
+        metrics.observe(status(f"node{i}", _S))
     said = read(metrics.text(_S))
     assert sum(name == "stream_mmrnn_process_up" for name, _ in said) == 64
     assert said["stream_mmrnn_unreadable_messages_total", ()] == 1000 - 64

@@ -96,8 +96,8 @@ def test_a_prediction_s_stages_follow_one_another_below_it(receiver: Receiver) -
     offset_ns = 1_700_000_000_000_000_000
     tracer = Tracer(config.Trace(ratio=1.0, endpoint=receiver.endpoint), offset_ns)
     for tick in (1, 2, 2):  # one said twice
-        tracer.see(prediction(tick))
-    tracer.see(Envelope(topics.PREDICTION, "s", 0, 0, 0, 0, b"nix", "", 0))
+        tracer.observe(prediction(tick))
+    tracer.observe(Envelope(topics.PREDICTION, "s", 0, 0, 0, 0, b"nix", "", 0))
     tracer.close()
     assert receiver.services == {"stream-mmrnn"}
     assert (tracer.traces, tracer.exported, tracer.failed, tracer.malformed) == (2, 16, 0, 1)
@@ -120,7 +120,7 @@ def test_a_prediction_s_stages_follow_one_another_below_it(receiver: Receiver) -
 def test_a_share_of_them_is_taken_whole(receiver: Receiver) -> None:
     tracer = Tracer(config.Trace(ratio=0.25, endpoint=receiver.endpoint), 0)
     for tick in range(1, 401):
-        tracer.see(prediction(tick))
+        tracer.observe(prediction(tick))
     tracer.close()
     assert 40 < tracer.traces < 180
     traces: dict[bytes, int] = {}
@@ -133,7 +133,7 @@ def test_a_share_of_them_is_taken_whole(receiver: Receiver) -> None:
 def test_a_collector_that_refuses_is_counted(receiver: Receiver) -> None:
     receiver.code = 400
     tracer = Tracer(config.Trace(ratio=1.0, endpoint=receiver.endpoint), 0)
-    tracer.see(prediction(1))
+    tracer.observe(prediction(1))
     tracer.close()
     assert (tracer.exported, tracer.failed) == (0, 8)
 

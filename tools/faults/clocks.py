@@ -108,8 +108,8 @@ def _wall(folder: Path, stamped: int) -> tuple[int, int, int, int]:
             values = np.full(3, k, np.float32)
             sent.append(Envelope("feature/signal", "s", k, at_ns, at_ns, at_ns, values, "", at_ns, device_ns))
             recorder.write(sent[-1])
-            recorder.keep(at_ns)
-            if step_ns := wall.look(at_ns):
+            recorder.flush_due(at_ns)
+            if step_ns := wall.poll(at_ns):
                 recorder.note_wall_step(at_ns, step_ns)
         recorder.close({"ended": "clean"})
     finally:

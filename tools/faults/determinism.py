@@ -80,7 +80,7 @@ def _copy(path: Path, chunk_ms: float) -> Path:
     for number, envelope in enumerate(old.envelopes()):
         recorder.write(envelope)
         if number % 3 == 0:
-            recorder.keep(now_ns())
+            recorder.flush_due(now_ns())
     recorder.close({})
     return new
 

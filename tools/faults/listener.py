@@ -29,11 +29,11 @@ class _Ends(Gaps):
         self.first: dict[tuple[str, str], int] = {}
         self.newest: dict[tuple[str, str], int] = {}
 
-    def see(self, envelope: Envelope) -> None:
+    def observe(self, envelope: Envelope) -> None:
         key = (envelope.topic, envelope.session)
         self.first.setdefault(key, envelope.seq)
         self.newest[key] = envelope.seq
-        super().see(envelope)
+        super().observe(envelope)
 
 
 def listen(address: Address, policy: Policy, queue: int) -> dict[str, Any]:

@@ -359,7 +359,7 @@ def _small(path: Path, frames: int) -> list[Key]:
         )[: 2 if frames < 30 else 3]:
             recorder.write(e)
             out.append((e.topic, e.seq))
-            if recorder.keep(at_ns):
+            if recorder.flush_due(at_ns):
                 recorder.note(MessageCounts(recorder.counts, recorder.counts, {}, {}).as_metadata(), at_ns)
     recorder.close({"ended": "clean", **MessageCounts(recorder.counts, recorder.counts, {}, {}).as_metadata()})
     return out

@@ -51,7 +51,7 @@ class _Kills:
         self.different = 0
         """Ticks that were said again with other numbers."""
 
-    def see(self, envelope: Envelope) -> None:
+    def observe(self, envelope: Envelope) -> None:
         if envelope.topic != topics.PREDICTION:
             return
         try:
@@ -99,7 +99,7 @@ def _run(folder: Path, count: int, seed: int, every: int, say: Say) -> tuple[_Ki
         True,
         lambda: not kills or kills[0].alive(),
         say,
-        lambda envelope: kills[0].see(envelope),
+        lambda envelope: kills[0].observe(envelope),
         lambda: kills[0].often(),
     )
     kills.append(_Kills(session, count, seed))

@@ -310,7 +310,7 @@ def machine(make: Callable[[], Engine], path: Path, found: Found, kill_one_in: i
 
         @rule(most=st.integers(1, 3))
         def keep(self, most: int) -> None:
-            for name in self.sessions.keep(self.now_ns, most):
+            for name in self.sessions.save(self.now_ns, most):
                 life = self.live[name]
                 life.kept, life.kept_ns = len(life.log), self.now_ns
             self.did("keep")

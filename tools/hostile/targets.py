@@ -297,7 +297,7 @@ class Requests:
         raw = msgspec.msgpack.encode(made)
         asked = journal.read_request(mutate.flipped(raw, rng, 4) if rng.randrange(3) else raw)
         if isinstance(asked, journal.Keep):
-            self._kept.keep(asked)
+            self._kept.save(asked)
         else:
             msgspec.msgpack.encode(self._kept.answer(asked))
 
@@ -491,7 +491,7 @@ def write_recording(path: Path) -> bytes:
             elif topic != topics.CLOCK:
                 payload = b"some bytes"
             recorder.write(Envelope(topic, "live", seq, at_ns, at_ns, at_ns, payload, "x@0"))
-        recorder.keep(base_ns + seq * 2_000_000)
+        recorder.flush_due(base_ns + seq * 2_000_000)
     recorder.close({"ended": "clean", "lost": "{}", "statuses": "{}"})
     return path.read_bytes()
 
@@ -798,11 +798,11 @@ class Readers:
     def case(self, rng: Random, number: int) -> None:
         # what the wire lets through, and nothing else
         envelope = wire.decode([bytes(f) for f in wire.encode(self._envelope(rng))], self._time_ns)
-        self._view.see(envelope)
-        self._session._see(envelope)
-        self._session.supervisor._see(envelope)
+        self._view.observe(envelope)
+        self._session._observe(envelope)
+        self._session.supervisor._observe(envelope)
         self._recorder.write(envelope)
-        self._recorder.keep(self._time_ns)
+        self._recorder.flush_due(self._time_ns)
         made = 0
         for p in predict([envelope], self._aligner, self._engine, lambda *_: None):
             made += 1

@@ -191,7 +191,7 @@ class _Monitor:
         self._last = 0
         self._next_ns = 0
 
-    def hear(self, at_s: float) -> None:
+    def receive(self, at_s: float) -> None:
         while (envelope := self.subscriber.receive(0)) is not None:
             if envelope.topic.startswith(topics.STATUS):
                 message = wire.unpack(envelope.payload, wire.StatusMessage)
@@ -254,7 +254,7 @@ def soak(seconds: float, speed: float, folder: Path, say: Callable[[str], None])
         began_ns = event_ns = now_ns()
 
         def beat() -> None:
-            monitor.hear(0.0)
+            monitor.receive(0.0)
             publisher.publish(topics.CLOCK, topics.EVERYONE, began_ns - 1, began_ns - 1, b"")
 
         others = {"journal": nodes.journal, "recorder": nodes.recorder, "engine": nodes.engine}
@@ -274,7 +274,7 @@ def soak(seconds: float, speed: float, folder: Path, say: Callable[[str], None])
             if event_ns - max(monitor.heard_ns, began_ns) <= _LAG_NS:
                 event_ns += int(passed_s * speed * 1e9)
                 feed.until(event_ns)
-            monitor.hear(spent_s)
+            monitor.receive(spent_s)
             if spent_s >= next_s:
                 next_s += _SAMPLE_S
                 for name, process in processes.running.items():
@@ -286,11 +286,11 @@ def soak(seconds: float, speed: float, folder: Path, say: Callable[[str], None])
                 say(f"{spent_s:.0f} s, {spent_s * speed / 3600:.2f} h: " + _now(samples))
         feed.close()
         engine_done = lambda: monitor.statuses["engine"].state == "closed"  # noqa: E731
-        _wait(lambda: "engine" in monitor.statuses and engine_done(), 30, lambda: monitor.hear(spent_s))
+        _wait(lambda: "engine" in monitor.statuses and engine_done(), 30, lambda: monitor.receive(spent_s))
         at_ns = now_ns()
         publisher.publish(topics.CONTROL, LONG, at_ns, at_ns, b"stop")
         recorder_done = lambda: monitor.statuses["recorder"].state == "closed"  # noqa: E731
-        _wait(lambda: "recorder" in monitor.statuses and recorder_done(), 30, lambda: monitor.hear(spent_s))
+        _wait(lambda: "recorder" in monitor.statuses and recorder_done(), 30, lambda: monitor.receive(spent_s))
         lost = dict(_lost(publisher, monitor, feed.sent))
         publisher.close(0)
         monitor.subscriber.close()

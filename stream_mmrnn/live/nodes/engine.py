@@ -85,7 +85,7 @@ def engine(context: Context) -> None:
             missed.extend(checkpoints.resume(heard))
         except StreamError as e:
             anew = f"the session begins anew: {e}"
-    reporter.say("ready", "; ".join(filter(None, (context.note, anew))))
+    reporter.report("ready", "; ".join(filter(None, (context.note, anew))))
     gc.collect()
     gc.freeze()  # what is there now stays: a collection need not look at it in the middle of a step
     context.ready.set()
@@ -93,32 +93,32 @@ def engine(context: Context) -> None:
     def refused(session: str, error: SessionError) -> None:
         counts["refused"] += 1
         if rate_limiter("refused", now_ns()):
-            reporter.say("ready", f"session {session!r} was refused: {error}")
+            reporter.report("ready", f"session {session!r} was refused: {error}")
 
     def messages() -> Iterator[Envelope]:
         told = 0
         while context.alive():
             envelope: Envelope | None
             if missed:
-                subscriber.gaps.see(envelope := missed.popleft())
+                subscriber.gaps.observe(envelope := missed.popleft())
             elif (envelope := subscriber.receive(prewarmer.wait_ms(now_ns(), reporter.wait_ms(100)))) is None:
                 if not prewarmer.run_if_due(now_ns()):
-                    reporter.keep()
+                    reporter.report_due()
                 continue
             yield envelope
             # back here, the message and all its predictions are dealt with
             if len(aligner.misfits) > told:
                 told = len(aligner.misfits)
                 name, why = list(aligner.misfits.items())[-1]
-                reporter.say("ready", f"{name} is quarantined, {why}")
+                reporter.report("ready", f"{name} is quarantined, {why}")
             if envelope.topic == topics.SESSION:
                 if envelope.session not in step_engine:
                     publisher.end(envelope.session)
                 if not len(step_engine):
-                    reporter.say("closed")
+                    reporter.report("closed")
             if checkpoints is not None:
                 checkpoints.keep_if_due(envelope)
-            reporter.keep(housekeeping=False)
+            reporter.report_due(housekeeping=False)
 
     more = subscriber.waiting if settings.engine.slots > 1 else None
     for prediction in predict(messages(), aligner, step_engine, refused, more):

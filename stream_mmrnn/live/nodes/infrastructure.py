@@ -47,10 +47,10 @@ def broker(context: Context) -> None:
                     "denied": sum(authenticator.refused.values()),
                 }
                 reporter.detail = lambda: {"denied": dict(authenticator.refused)}
-                reporter.say("ready")
+                reporter.report("ready")
             # a new reason is said at once, a further number of an old one in its turn
-            reporter.say_if_new("ready", _denials(authenticator.refused))
-            reporter.keep()
+            reporter.report_if_new("ready", _denials(authenticator.refused))
+            reporter.report_due()
             if not going:
                 publisher.close(0)
         return going
@@ -126,7 +126,7 @@ def journal(context: Context) -> None:
                 garbage += 1
                 continue
             if isinstance(message, Keep):
-                kept.keep(message)
+                kept.save(message)
             else:
                 asked = (came[0], message, now_ns() + 1_000_000_000)
         if asked is not None:
@@ -136,8 +136,8 @@ def journal(context: Context) -> None:
                 asked = None
         if len(kept) and not context.ready.is_set():
             # the clock is asked for last: all else is heard, too
-            reporter.say("ready")
+            reporter.report("ready")
             context.ready.set()
-        reporter.keep()
+        reporter.report_due()
     tap.close()
     publisher.close()

@@ -67,20 +67,20 @@ class Reporter:
         self.counts: Callable[[], dict[str, int]] = dict
         self.detail: Callable[[], dict[str, Any]] = dict
 
-    def say(self, state: str, reason: str = "") -> None:
+    def report(self, state: str, reason: str = "") -> None:
         self._state, self._reason = state, reason
         self._send()
 
-    def say_if_new(self, state: str, reason: str) -> None:
+    def report_if_new(self, state: str, reason: str) -> None:
         """Say it where it was not the last thing said."""
         if (state, reason) != (self._state, self._reason):
-            self.say(state, reason)
+            self.report(state, reason)
 
     def wait_ms(self, most_ms: int) -> int:
         """How long to wait for a message at most: a status that is due goes out in the calm after one."""
         return min(most_ms, _CALM_MS) if now_ns() >= self._next_ns else most_ms
 
-    def keep(self, housekeeping: bool = True) -> None:
+    def report_due(self, housekeeping: bool = True) -> None:
         """Say it again where it is time; not in the middle of messages, unless they leave no calm."""
         late_ns = now_ns() - self._next_ns
         if late_ns >= (0 if housekeeping else _STATUS_PERIOD_NS):

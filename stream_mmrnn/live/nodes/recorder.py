@@ -86,23 +86,23 @@ def recorder(context: Context) -> None:
     }
     reporter.detail = lambda: {"path": str(file.path), "messages": file.counts.copy()}
     if hear_clock(context, subscriber) is not None:
-        reporter.say("ready")
+        reporter.report("ready")
     context.ready.set()
     opened = context.restarts > 0
     how, trouble = "the recorder was ended before the session", ""
     while context.alive():
         envelope = subscriber.receive(50)
         at_ns = now_ns()
-        if step_ns := wall.look(at_ns):
+        if step_ns := wall.poll(at_ns):
             write_queue.note_wall_step(at_ns, step_ns)
-            reporter.say(
+            reporter.report(
                 "ready",
                 f"the wall clock was set by {step_ns / 1e9:+.3f} s; the recording's dates count on from its beginning",
             )
-        reporter.keep()
+        reporter.report_due()
         if trouble != write_queue.trouble:
             trouble = write_queue.trouble
-            reporter.say("ready", trouble)
+            reporter.report("ready", trouble)
         if envelope is None:
             continue
         if envelope.topic.startswith(topics.STATUS):
@@ -117,7 +117,7 @@ def recorder(context: Context) -> None:
             opened = opened or envelope.topic == topics.SESSION
             if opened and not again(envelope):  # asked once: whoever waits for room is no repetition of itself
                 while not write_queue.put(envelope) and context.alive():
-                    reporter.keep()
+                    reporter.report_due()
                     time.sleep(0.005)
     end = {
         "ended": how,
@@ -125,8 +125,8 @@ def recorder(context: Context) -> None:
         "statuses": msgspec.json.encode(statuses).decode(),
     }
     if not write_queue.close(end, _CLOSE_S):
-        reporter.say("ready", f"{file.path.name} has no end, because the disk did not take it")
-    reporter.say("closed")
+        reporter.report("ready", f"{file.path.name} has no end, because the disk did not take it")
+    reporter.report("closed")
     subscriber.close()
     publisher.close()
 

@@ -28,9 +28,9 @@ def _follow(context: Context, subscriber: Subscriber, reporter: Reporter) -> Ite
     """What comes, and None where nothing did for a while, until this process shall end; what was missed is said."""
     while context.alive():
         envelope = subscriber.receive(100)
-        reporter.keep()
+        reporter.report_due()
         if missed := subscriber.report():
-            reporter.say("ready", missed)
+            reporter.report("ready", missed)
         yield envelope
 
 
@@ -87,7 +87,7 @@ def dashboard(context: Context) -> None:
     }
     reporter.detail = lambda: {"address": page.address, "denied": dict(page.access.denied)}
     hear_clock(context, subscriber)
-    reporter.say("ready")
+    reporter.report("ready")
     context.ready.set()
     next_ns = 0
     reading, explained, started = Reading(), None, False
@@ -99,9 +99,9 @@ def dashboard(context: Context) -> None:
             at_ns = now_ns()
             publisher.publish(topics.TYPED, settings.session.name, at_ns, at_ns, typed.popleft(), "page")
         if envelope is not None:
-            view.see(envelope)
+            view.observe(envelope)
             if envelope.topic != topics.PREDICTION or page.listeners:
-                said = reading.see(envelope)
+                said = reading.observe(envelope)
                 if started and reading.model is not explained:
                     explained = reading.model
                     page.explain(msgspec.to_builtins(explained))
@@ -109,9 +109,9 @@ def dashboard(context: Context) -> None:
                     page.predict(document(said))
             else:
                 reading.skip()
-            metrics.see(envelope)
+            metrics.observe(envelope)
         for heavy in looking.read(page.clients > 0):
-            view.see(heavy)
+            view.observe(heavy)
             if heavy.topic == topics.raw("vision") and isinstance(heavy.payload, bytes):
                 page.picture(heavy.payload)
         if not page.clients:
@@ -144,17 +144,19 @@ def tracer(context: Context) -> None:
         "spans_failed": traces.failed,
     }
     hear_clock(context, subscriber)
-    reporter.say("ready")
+    reporter.report("ready")
     context.ready.set()
     lost = False
     for envelope in _follow(context, subscriber, reporter):
         if traces.failed and not lost:
             lost = True
-            reporter.say("ready", f"the collector at {settings.trace.endpoint} does not take spans; they are dropped")
+            reporter.report(
+                "ready", f"the collector at {settings.trace.endpoint} does not take spans; they are dropped"
+            )
         if envelope is not None and envelope.topic == topics.PREDICTION:
-            traces.see(envelope)
+            traces.observe(envelope)
     traces.close()
-    reporter.say("closed")
+    reporter.report("closed")
     subscriber.close()
     publisher.close()
 
@@ -171,7 +173,7 @@ def foxglove(context: Context) -> None:
     reporter.counts = lambda: {**_totals(subscriber.tally()), "garbage": subscriber.garbage + server.garbage}
     reporter.detail = lambda: {"address": server.address}
     hear_clock(context, subscriber)
-    reporter.say("ready")
+    reporter.report("ready")
     context.ready.set()
     for envelope in _follow(context, subscriber, reporter):
         if envelope is not None and envelope.session in (settings.session.name, topics.EVERYONE):
@@ -208,7 +210,7 @@ def lsl(context: Context) -> None:
                 spec = wire.unpack(envelope.payload, wire.StatusMessage).detail.get("spec")
                 if spec is not None:
                     outlet = Outlet(settings.lsl, settings.session.name, spec)
-                    reporter.say("ready")
+                    reporter.report("ready")
                     context.ready.set()
             elif envelope.topic == topics.PREDICTION and envelope.session == settings.session.name and outlet:
                 prediction = wire.unpack(envelope.payload, wire.PredictionMessage)

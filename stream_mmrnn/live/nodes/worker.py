@@ -86,7 +86,7 @@ def worker(context: Context, modality: str, spec: str) -> None:
     def run_once() -> None:
         encoder.reset()
         source.open()
-        reporter.say("open")
+        reporter.report("open")
         pump = state["pump"] = Pump(
             source.samples(context.alive, context.epoch.value),
             settings.queues.policy(modality),
@@ -112,18 +112,18 @@ def worker(context: Context, modality: str, spec: str) -> None:
                 sample = pump.read(stall_detector.wait_s(at_ns, wait_ms / 1000))
                 if sample is None:
                     if stall_detector.check(now_ns()):
-                        reporter.say("stale")
+                        reporter.report("stale")
                     if not prewarmer.run_if_due(now_ns()):
-                        reporter.keep()
+                        reporter.report_due()
                     continue
-                if stall_detector.hear(sample.capture_ns):
-                    reporter.say("open")
+                if stall_detector.on_sample(sample.capture_ns):
+                    reporter.report("open")
                 # the next is expected as long after this one as this one came after its predecessor
                 prewarmer.period_ns, newest_ns = sample.event_ns - newest_ns, sample.event_ns
                 if settings.engine.prewarm and 0 < prewarmer.period_ns < _PREWARM_PERIOD_NS:
                     prewarmer.stepped(sample.event_ns)
                 yield sample
-                reporter.keep(housekeeping=False)
+                reporter.report_due(housekeeping=False)
 
         try:
             for out in capture(arriving(), modality, source.origin, encoder, bad):
@@ -146,9 +146,9 @@ def worker(context: Context, modality: str, spec: str) -> None:
             break
         except SourceError as e:
             reason = str(e)
-            reporter.say("missing", reason)
+            reporter.report("missing", reason)
             context.stop.wait(settings.supervisor.reopen_s)
         finally:
             source.close()
-    reporter.say(final, reason)
+    reporter.report(final, reason)
     publisher.close()

@@ -42,7 +42,7 @@ class Seen(msgspec.Struct):
     damage: str
 
 
-def look(path: Path) -> Seen:
+def inspect(path: Path) -> Seen:
     """Read a recording once; raises FileError where it is none."""
     recording = Recording(path)
     counts: dict[str, int] = {}
@@ -213,7 +213,7 @@ def unpack(
         raise UsageError(f"there is no format {unknown[0] if unknown else ''!r}; use some of {','.join(FORMATS)}")
     if "parquet" in formats:
         need("Parquet", "export", "pyarrow")
-    seen = look(path)
+    seen = inspect(path)
     recording = Recording(path)
     wall_offset_ns = recording.started_unix_ns - int(recording.metadata["started_ns"])
     rows = _Rows(seen.zero_ns, wall_offset_ns, seen.columns)

@@ -296,7 +296,7 @@ def convert(
     try:
         for envelope in _envelopes(used, role_of, session, begin_ns, end_ns, shift_ns, summary):
             recorder.write(envelope)
-            recorder.keep(now_ns())
+            recorder.flush_due(now_ns())
             if recorder.trouble:
                 raise FileError(f"{out} cannot be written: {recorder.trouble}; make room, or choose another place")
             if envelope.topic == topics.CLOCK:

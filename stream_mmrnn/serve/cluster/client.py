@@ -60,7 +60,7 @@ class _OverNats:
                 welcome = await self.link.common("model") if await self.link.find() else None
                 if welcome is not None:
                     self._heard = await self.link.newest()
-                    await connection.subscribe(self.link.names.said_to(self._name), cb=self._take)
+                    await connection.subscribe(self.link.names.said_to(self._name), cb=self._handle)
                     await connection.flush()
                     self._welcome = welcome
                     return
@@ -69,10 +69,10 @@ class _OverNats:
                 raise NotRunning(f"no engine has served a cluster at {url} yet: {ClusterClient.starting}")
             await asyncio.sleep(0.1)
 
-    async def _take(self, message: Any) -> None:
-        self._hear(int(message.headers["Nats-Sequence"]), message.data)
+    async def _handle(self, message: Any) -> None:
+        self._receive(int(message.headers["Nats-Sequence"]), message.data)
 
-    def _hear(self, number: int, content: bytes) -> None:
+    def _receive(self, number: int, content: bytes) -> None:
         if number in self._seen or number <= (self._heard if self._missed_from is None else self._missed_from):
             return
         if self._missed_from is not None:
@@ -117,7 +117,7 @@ class _OverNats:
         since = self._heard if self._missed_from is None else self._missed_from
         with contextlib.suppress(*FAILURES):
             async for number, content in self.link.said_after(self._name, since):
-                self._hear(number, content)
+                self._receive(number, content)
             self._missed_from = None
             self._seen.clear()
 

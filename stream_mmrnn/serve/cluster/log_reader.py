@@ -42,10 +42,10 @@ class Reading:
             await self._end()
             self._expected = 1
             self._alive_s = float("-inf")  # until somebody sends
-            self._followed = await self._link.follow(self._partition, self.read, partial(self._take, self._run))
+            self._followed = await self._link.follow(self._partition, self.read, partial(self._handle, self._run))
             self._alive_s = max(self._alive_s, asyncio.get_running_loop().time())
 
-    def _take(self, run: int, message: Logged | None) -> None:
+    def _handle(self, run: int, message: Logged | None) -> None:
         if run != self._run:
             return
         if message is not None and message.nth != self._expected:

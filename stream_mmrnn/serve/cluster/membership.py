@@ -27,7 +27,7 @@ class Members:
         self._heard.clear()
         self._judges_from_s = at_s + DEAD_AFTER_S
 
-    def hear(self, beat: Beat, at_s: float) -> None:
+    def observe(self, beat: Beat, at_s: float) -> None:
         if beat.gone:
             self._heard.pop(beat.engine, None)
         else:

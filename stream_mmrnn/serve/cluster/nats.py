@@ -299,7 +299,7 @@ class Link:
 
     # ---- what is said --------------------------------------------------------------------------------------------
 
-    async def say(
+    async def send(
         self, partition: int, session: str, client: str, name: str, content: bytes, fence: int
     ) -> asyncio.Future[bool]:
         """Write what is said of a session to a client; a future of its being stored, and whether that was new.
@@ -393,7 +393,7 @@ class Link:
                 found.append((entry.value or b"", entry.revision or 0))
         return found
 
-    async def keep(self, partition: int, session: str, raw: bytes | None, revision: int) -> int:
+    async def save(self, partition: int, session: str, raw: bytes | None, revision: int) -> int:
         """In place of that of `revision` (0: there is none); the new revision. Raises Refused where it is another."""
         key = f"state.{partition}.{token_of(session)}"
         try:

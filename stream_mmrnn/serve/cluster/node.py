@@ -163,7 +163,7 @@ class Node:
 
     async def _hear_beat(self, message: Any) -> None:
         try:
-            self._members.hear(msgspec.msgpack.decode(message.data, type=Beat), _now_s())
+            self._members.observe(msgspec.msgpack.decode(message.data, type=Beat), _now_s())
         except msgspec.MsgspecError:
             self.counts["garbage"] += 1
 
@@ -201,12 +201,12 @@ class Node:
                 return  # somebody was quicker; the next look is soon
         for number, lease in take.items():
             self._taking.add(number)
-            self._start(self._take(number, lease.epoch))
+            self._start(self._acquire(number, lease.epoch))
         for number in give:
             self._giving.add(number)
             self._start(self._give_back(number))
 
-    async def _take(self, number: int, epoch: int) -> None:
+    async def _acquire(self, number: int, epoch: int) -> None:
         """A partition whose lease is ours: nobody else writes any more, its sessions go on from what is kept."""
         assert self.replica is not None
         try:
@@ -220,7 +220,7 @@ class Node:
                     self.counts["damaged"] += 1
                     self._say(str(e))
             part.low = low
-            part.reading = Reading(self.link, number, low, lambda *message: self._hear(part, *message))
+            part.reading = Reading(self.link, number, low, lambda *message: self._receive(part, *message))
             self.parts[number] = part
             await part.reading.begin()
             self.counts["taken"] += 1
@@ -292,7 +292,7 @@ class Node:
 
     # ---- serving -------------------------------------------------------------------------------------------------
 
-    def _hear(self, part: _Part, session: str, seq: int, client: str, content: bytes) -> None:
+    def _receive(self, part: _Part, session: str, seq: int, client: str, content: bytes) -> None:
         # with the part, not its number: what was read before a partition was lost and taken again is not of its new
         # beginning, and would be stepped out of its order
         self._inbox.append((part, session, seq, client, content))
@@ -313,7 +313,7 @@ class Node:
             for _ in range(min(len(self._inbox), _AT_ONCE)):
                 part, session, seq, client, content = self._inbox.popleft()
                 if self.parts.get(part.number) is part:
-                    replica.hear(part.number, session, seq, client, content, at_ns)
+                    replica.receive(part.number, session, seq, client, content, at_ns)
             if replica.ready:
                 replica.step(at_ns)
             replica.look_after(at_ns)
@@ -327,7 +327,7 @@ class Node:
     async def _hand_on(self) -> None:
         """What the replica says and wants kept, to the server."""
         assert self.replica is not None
-        said, kept = self.replica.take()
+        said, kept = self.replica.pop()
         newest = {state.session: state for state in kept}
         promised: dict[str, list[Said]] = {}
         for of in said:
@@ -341,14 +341,16 @@ class Node:
                 continue
             before = part.keeping.get(state.session)
             after = promised.pop(state.session, []) if state is newest[state.session] else []
-            part.keeping[state.session] = self._start(self._keep(part, state, before, after))
+            part.keeping[state.session] = self._start(self._save(part, state, before, after))
 
     async def _say_one(self, said: Said) -> None:
         part = self.parts.get(said.partition)
         if part is None:
             return
         try:
-            future = await self.link.say(said.partition, said.session, said.client, said.name, said.content, part.fence)
+            future = await self.link.send(
+                said.partition, said.session, said.client, said.name, said.content, part.fence
+            )
         except FAILURES:
             future = asyncio.get_running_loop().create_future()  # it is said again
         key = f"{said.session} {said.name}"
@@ -375,7 +377,7 @@ class Node:
         for said in [said for said, _, since_s in part.unstored.values() if at_s - since_s >= after_s]:
             await self._say_one(said)
 
-    async def _keep(self, part: _Part, state: Kept, before: asyncio.Task[None] | None, promised: list[Said]) -> None:
+    async def _save(self, part: _Part, state: Kept, before: asyncio.Task[None] | None, promised: list[Said]) -> None:
         """Keep a state when what was said before is stored, and the state before it; then say what was promised."""
         assert self.replica is not None
         me = asyncio.current_task()
@@ -386,7 +388,7 @@ class Node:
         while part.ours:
             try:
                 revision = part.revisions.get(state.session, 0)
-                part.revisions[state.session] = await self.link.keep(part.number, state.session, state.raw, revision)
+                part.revisions[state.session] = await self.link.save(part.number, state.session, state.raw, revision)
                 break
             except Refused:
                 # an owner before us was still writing. What it kept is a state as good as ours, and by what it kept it

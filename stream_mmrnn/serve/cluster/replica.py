@@ -212,7 +212,7 @@ class Replica:
 
     # ---- what comes ----------------------------------------------------------------------------------------------
 
-    def hear(self, partition: int, session: str, seq: int, client: str, content: bytes, now_ns: int) -> None:
+    def receive(self, partition: int, session: str, seq: int, client: str, content: bytes, now_ns: int) -> None:
         """One message of the log, and which client's it is."""
         if not CLIENT.fullmatch(client) or not re.match(topics.SESSION_NAME, session):
             self.host.counts["garbage"] += 1  # nobody that could be answered
@@ -229,11 +229,11 @@ class Replica:
         except WireError as e:
             self.host.counts["garbage"] += 1
             refused = protocol.Refused(error="bad_message", why=str(e)[:500], session=session)
-            self._say(partition, seq, client, refused)
+            self._send(partition, seq, client, refused)
             if place is not None:
                 self._handled(place, seq)
             return
-        self.host.take(client.encode(), request, now_ns)
+        self.host.handle(client.encode(), request, now_ns)
         if isinstance(request, protocol.Step) and not self.host.out:
             assert place is not None  # or it had been refused
             place.waiting.append((request.tick, seq))
@@ -258,7 +258,7 @@ class Replica:
 
     def look_after(self, now_ns: int) -> None:
         """States that are due, sessions that are idle."""
-        self.sessions.keep(now_ns, _SAVED_AT_ONCE)
+        self.sessions.save(now_ns, _SAVED_AT_ONCE)
         self.host.evict_idle(now_ns)
         self._collect(-1)
         self._make_states()
@@ -274,13 +274,13 @@ class Replica:
             if place is not None and place.waiting and place.waiting[0][0] == tick:
                 seq = place.waiting.popleft()[1]
                 place.handled = max(place.handled, seq)
-                self._say(place.partition, seq, client, reply)
+                self._send(place.partition, seq, client, reply)
             elif isinstance(reply, protocol.EvictedNow) and reply.reason != "taken" and place is not None:
-                self._say(place.partition, place.handled, client, reply)
+                self._send(place.partition, place.handled, client, reply)
             else:
-                self._say(place.partition if place is not None else partition, self._heard[1], client, reply)
+                self._send(place.partition if place is not None else partition, self._heard[1], client, reply)
 
-    def _say(self, partition: int, seq: int, client: str, reply: protocol.Reply) -> None:
+    def _send(self, partition: int, seq: int, client: str, reply: protocol.Reply) -> None:
         name = f"{seq}.evicted" if isinstance(reply, protocol.EvictedNow) else str(seq)
         after_kept = isinstance(reply, protocol.Flushed | protocol.Done)
         session = getattr(reply, "session", "") or self._heard[0]
@@ -302,7 +302,7 @@ class Replica:
             place.made = place.handled
             self._to_keep.append(Kept(place.partition, name, to_bytes(snapshot), place.handled))
 
-    def take(self) -> tuple[list[Said], list[Kept]]:
+    def pop(self) -> tuple[list[Said], list[Kept]]:
         """What is to be said and what is to be kept since the last time, each in order."""
         said, self._said = self._said, []
         kept, self._to_keep = self._to_keep, []

@@ -40,7 +40,7 @@ class _Listener:
     def wake(self) -> None:
         self._came.set()
 
-    async def take(self) -> bytes | None:
+    async def pop(self) -> bytes | None:
         """The next message; None where it was woken for nothing."""
         if self.model is None and not self._waiting:
             self._came.clear()
@@ -92,10 +92,10 @@ class Feed:
         listener = _Listener()
         listener.model = self._model
         self._listeners.add(listener)
-        hearing = asyncio.ensure_future(self._hear(websocket, listener))
+        hearing = asyncio.ensure_future(self._receive(websocket, listener))
         try:
             while not (self._closing or hearing.done()):
-                message = await listener.take()
+                message = await listener.pop()
                 if message is not None:
                     await websocket.send_text(message.decode())
         except (WebSocketDisconnect, OSError):
@@ -107,7 +107,7 @@ class Feed:
                 await hearing
 
     @staticmethod
-    async def _hear(websocket: WebSocket, listener: _Listener) -> None:
+    async def _receive(websocket: WebSocket, listener: _Listener) -> None:
         """Until it leaves."""
         try:
             while (await websocket.receive())["type"] != "websocket.disconnect":

@@ -58,7 +58,7 @@ class Sound:
         # so that a sine of full scale is 0 dB
         self._scale = 4.0 / float(self._window.sum()) ** 2
 
-    def see(self, event_ns: int, payload: Any) -> None:
+    def observe(self, event_ns: int, payload: Any) -> None:
         """Take a block; `event_ns` is the end of it. What is no sound of ours is left out."""
         if not isinstance(payload, np.ndarray) or payload.dtype != np.int16 or not 0 < payload.size <= AUDIO_RATE_HZ:
             return

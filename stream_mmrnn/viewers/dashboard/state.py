@@ -127,7 +127,7 @@ class Rate:
         self._first = 0
         self.total = 0
 
-    def see(self, at_ns: int) -> None:
+    def observe(self, at_ns: int) -> None:
         bucket = at_ns // _BUCKET_NS
         if self.total == 0:
             self._first = bucket
@@ -158,7 +158,7 @@ class _HeadView:
         self.values: list[float | None] = []
         self._points: deque[tuple[int, list[float | None]]] = deque(maxlen=HISTORY_POINTS)
 
-    def see(self, event_ns: int, values: list[float | None]) -> None:
+    def observe(self, event_ns: int, values: list[float | None]) -> None:
         self.values = [_short(v) for v in values[:_MAX_OUTPUTS]]
         if self._points:
             newest_ns, before = self._points[-1]
@@ -261,7 +261,7 @@ class LiveState:
         for key in [k for k in self._next_seq if k[0] in names]:
             del self._next_seq[key]
 
-    def see(self, envelope: Envelope) -> None:
+    def observe(self, envelope: Envelope) -> None:
         topic = envelope.topic
         at_ns = envelope.received_ns or envelope.publish_ns
         if topic.startswith(topics.STATUS):
@@ -283,11 +283,11 @@ class LiveState:
         elif topic == topics.raw("vision"):
             self._pictures += 1
         elif topic == topics.raw("audio"):
-            self.sound.see(envelope.event_ns, envelope.payload)
+            self.sound.observe(envelope.event_ns, envelope.payload)
 
     def _see_stream(self, envelope: Envelope, at_ns: int) -> None:
         stream = self._streams.setdefault(envelope.topic, _StreamView())
-        stream.rate.see(at_ns)
+        stream.rate.observe(at_ns)
         stream.newest_ns = envelope.event_ns
         key = (envelope.topic, envelope.session)
         # the first number seen is where this viewer began; one below the expected is a publisher's new start
@@ -318,7 +318,7 @@ class LiveState:
             name = _clean(said)
             if name not in self._heads and len(self._heads) >= _MAX_HEADS:
                 self._heads = {}  # other names than before: another model
-            self._heads.setdefault(name, _HeadView()).see(envelope.event_ns, values)
+            self._heads.setdefault(name, _HeadView()).observe(envelope.event_ns, values)
 
     def _see_text(self, envelope: Envelope) -> None:
         if not isinstance(envelope.payload, bytes):

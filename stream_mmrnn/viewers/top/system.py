@@ -43,7 +43,7 @@ class System:
             envelope = self._subscriber.receive(0)
             if envelope is None:
                 return
-            self._live.see(envelope)
+            self._live.observe(envelope)
             if envelope.topic.startswith(topics.STATUS):
                 self._see_status(envelope.payload)
 
@@ -135,7 +135,7 @@ class Systems:
         """By process: why a system cannot be watched."""
         self.systems: dict[int, System] = {}
         try:
-            self.look()
+            self.poll()
             if not self.systems:
                 find(session)  # says why
                 raise NotRunning("; ".join(self.notes.values()))
@@ -143,7 +143,7 @@ class Systems:
             self.close()
             raise
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """See who is there, and measure."""
         there = {e.pid: e for e in everything() if self._wanted in (None, e.pid)}
         for pid in self.systems.keys() - there.keys():
