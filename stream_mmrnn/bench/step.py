@@ -370,8 +370,8 @@ import sys, time
 from pathlib import Path
 began = time.perf_counter()
 import numpy as np
-from stream_mmrnn.engine import StepEngine
-from stream_mmrnn.types import Stamps, Tick
+from stream_mmrnn.predict.engine import StepEngine
+from stream_mmrnn.core.types import Stamps, Tick
 engine = StepEngine(Path(sys.argv[1]))
 engine.open("x")
 features = {m.name: np.zeros(m.size, np.float32) for m in engine.spec.modalities}

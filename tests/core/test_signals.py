@@ -10,7 +10,7 @@ import pytest
 
 PROGRAM = """
 import os, signal, sys, time
-from stream_mmrnn.signals import ENDING, held, ignore
+from stream_mmrnn.core.signals import ENDING, held, ignore
 ENDING.in_order = lambda: {in_order}
 ENDING.at_once = lambda: print("left nothing", flush=True)
 ENDING.watch()

@@ -270,8 +270,8 @@ def test_whatever_comes_is_accounted_for(messages: list[tuple[str, int, int, flo
 class Thorough(Aligner):
     """Looks at every stream for every message that may close a tick: what the aligner's shortcuts have to equal."""
 
-    def _take(self, *args: object) -> bool:
-        self.took = super()._take(*args)
+    def _accept(self, *args: object) -> bool:
+        self.took = super()._accept(*args)
         return self.took
 
     def push(self, envelope: Envelope) -> list[Tick]:

@@ -488,7 +488,7 @@ def test_what_was_read_before_a_partition_was_lost_is_not_stepped_after(cluster:
                 node._lose(number)  # as if it had stood still; the table still says that it is ours
                 while node.parts.get(number) in (None, before) or "s" not in node.replica.sessions:
                     await asyncio.sleep(0.01)
-                node._hear(before, "s", 10**6, "c", protocol.encode(step_of(ticks[7])))
+                node._receive(before, "s", 10**6, "c", protocol.encode(step_of(ticks[7])))
                 assert first + await drive(session, ticks[4:]) == alone(toy, ticks)
                 assert node.replica.sessions.counts["skipped"] == 0
 

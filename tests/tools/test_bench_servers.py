@@ -18,8 +18,8 @@ from stream_mmrnn.predict.engine import StepEngine
 FAKE = """
 import json, os, sys, time
 from pathlib import Path
-from stream_mmrnn.engine import StepEngine
-from stream_mmrnn.types import Stamps, Tick
+from stream_mmrnn.predict.engine import StepEngine
+from stream_mmrnn.core.types import Stamps, Tick
 
 kind, how = sys.argv[1], os.environ.get("FAKE", "")
 engine = StepEngine(Path(sys.argv[2]))

@@ -173,7 +173,7 @@ _SAVER = """
 import sys
 from pathlib import Path
 import numpy as np
-from stream_mmrnn.snapshots import Snapshot, StateStore
+from stream_mmrnn.predict.snapshots import Snapshot, StateStore
 store = StateStore(Path(sys.argv[1]), 1e9)
 print("ready", flush=True)
 for k in range(int(sys.argv[2]), 1 << 30):

@@ -42,7 +42,7 @@ if sys.argv[2] == "cuda":
 loaded = time.perf_counter()
 from pathlib import Path
 import numpy
-from stream_mmrnn.engine import StepEngine
+from stream_mmrnn.predict.engine import StepEngine
 imported = time.perf_counter()
 engine = StepEngine(Path(sys.argv[1]), int(sys.argv[3]), sys.argv[2])
 made = time.perf_counter()
