@@ -29,13 +29,13 @@ from stream_mmrnn.bench import models
 from stream_mmrnn.bench.measure import sleep_until
 from stream_mmrnn.bench.sessions import SETTLE_S, TICK_NS, Load, phases
 from stream_mmrnn.bus import Address, Publisher, Subscriber
-from stream_mmrnn.core import config, topics, wire
+from stream_mmrnn.core import config, processes, topics, wire
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import ProcessError, WireError
 from stream_mmrnn.core.latency import Histogram
 from stream_mmrnn.core.types import FloatArray, Stamps, Tick
 from stream_mmrnn.live import nodes
-from stream_mmrnn.live.supervisor import process_context
+from stream_mmrnn.live.managed_process import process_context
 from stream_mmrnn.predict.engine import StepEngine
 
 PEER = Path(__file__).parent.parent.parent / "tools" / "bench" / "peers" / "triton_sessions.py"
@@ -153,9 +153,9 @@ class OverBus:
         new: Any = process_context()
         epoch = new.Value("q", 0)
         self._subscriber: Subscriber | None = None
-        for name, node in (("broker", nodes.broker), ("clock", nodes.clock), ("engine", nodes.engine)):
+        for name in ("broker", "clock", "engine"):
             context = nodes.Context(name, settings, address, new.Event(), new.Event(), epoch)
-            process = new.Process(target=nodes.run, args=(node, context), daemon=True)
+            process = new.Process(target=nodes.run, args=(processes.by_name(name).target, context), daemon=True)
             process.start()
             self._stack.callback(_end, process, context)
             if name == "engine":

@@ -22,7 +22,7 @@ from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import ProcessError
 from stream_mmrnn.core.latency import Histogram
 from stream_mmrnn.graph.runtime import Provider
-from stream_mmrnn.live.session import Session
+from stream_mmrnn.live.session import LiveSession
 from stream_mmrnn.predict.engine import check_model
 
 SETS: dict[str, tuple[str, ...]] = {"audio": ("audio",), "all": sources.EVERY}
@@ -44,7 +44,7 @@ class _Run:
         self.notes: list[str] = []
         # the first second is start, not service: pages fault, caches fill, clocks settle
         warm_ns, end_ns = int(min(1.0, duration_s / 4) * 1e9), int((duration_s - min(0.1, duration_s / 8)) * 1e9)
-        self.session = Session(settings, True, alive, self.notes.append, often=lambda: self._often(warm_ns, end_ns))
+        self.session = LiveSession(settings, True, alive, self.notes.append, often=lambda: self._often(warm_ns, end_ns))
         reader = Reader(settings, self.session.supervisor.address)
         self.summary = self.session.run(duration_s)
         seen = reader.finish()

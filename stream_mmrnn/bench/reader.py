@@ -15,7 +15,7 @@ from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import ProcessError, WireError
 from stream_mmrnn.core.latency import stages
 from stream_mmrnn.live import nodes
-from stream_mmrnn.live.supervisor import process_context
+from stream_mmrnn.live.managed_process import process_context
 
 STAGES = ("capture", "encode", "transport", "queue", "step", "emit", "deliver")
 """The way of a sample that closes a tick: those of `latency`, and `deliver`, from the prediction sent to it read."""

@@ -112,7 +112,7 @@ def _without_idle(
 
 def _begin_processes() -> None:
     """Let the server of all processes import while we do other things; whoever calls early waits less later."""
-    from stream_mmrnn.live.supervisor import kill_forkserver, process_context
+    from stream_mmrnn.live.managed_process import kill_forkserver, process_context
 
     ENDING.at_once = kill_forkserver
     process_context()
@@ -124,7 +124,7 @@ def _capture(settings: config.Settings, duration: float | None, with_engine: boo
 
     from stream_mmrnn.capture import sources
     from stream_mmrnn.core.log import JsonLines, Note, at_least
-    from stream_mmrnn.live.session import Session
+    from stream_mmrnn.live.session import LiveSession
     from stream_mmrnn.viewers.dashboard.state import LiveState
     from stream_mmrnn.viewers.terminal_view import WATCHED, render, summary_table
 
@@ -180,7 +180,7 @@ def _capture(settings: config.Settings, duration: float | None, with_engine: boo
     # a machine reads the summary: the messages themselves are nobody's then
     see, watch = (lambda _: None, ()) if as_json or lines is not None else (view.observe, WATCHED)
     with held():  # until it is known what must not be left behind
-        session = Session(settings, with_engine, ENDING.alive, say, see, often, watch)
+        session = LiveSession(settings, with_engine, ENDING.alive, say, see, often, watch)
         supervisor = session.supervisor
 
         def end_at_once() -> None:

@@ -31,7 +31,7 @@ class Keep(msgspec.Struct, frozen=True, tag=True):
     mark: Mark
     """The last message that the state has seen."""
     sent: Mark | None
-    """The last tick that had been published; None where there was none."""
+    """The last prediction that had been published; None where there was none."""
     content: bytes
 
 
@@ -125,8 +125,8 @@ class Journal:
         return Answer(refused="the journal does not reach back to a checkpoint of the engine")
 
     def _between(self, start: int, end: int) -> list[Frames]:
-        tick = topics.TICK.encode()
-        return [frames for i, (_, frames) in enumerate(self._ring) if start <= i < end and frames[0] != tick]
+        own = topics.PREDICTION.encode()
+        return [frames for i, (_, frames) in enumerate(self._ring) if start <= i < end and frames[0] != own]
 
     def _find(self, mark: Mark) -> int | None:
         """Where in the ring a message is; the newest are looked at first."""

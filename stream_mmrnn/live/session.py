@@ -9,20 +9,20 @@ import time
 from collections.abc import Callable, Collection
 from typing import Any
 
-from stream_mmrnn.core import config, topics, wire
+from stream_mmrnn.core import config, processes, topics, wire
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.dedup import TickDeduplicator
 from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.core.latency import StageTable, stages
 from stream_mmrnn.core.types import Envelope
-from stream_mmrnn.live import nodes
-from stream_mmrnn.live.supervisor import Node, Supervisor
+from stream_mmrnn.live.managed_process import ManagedProcess
+from stream_mmrnn.live.supervisor import Supervisor
 
 _CHECK_NS = 50_000_000
 _LOOK_S = 0.05
 
 
-class Session:
+class LiveSession:
     """One run of live capture; `run` returns its summary."""
 
     def __init__(
@@ -132,7 +132,9 @@ class Session:
             if recorder
             else None,
             "repeated": self._deduplicator.count,
-            "viewers": {name: viewer_summary(status.counts) for name, status in said.items() if name in nodes.VIEWERS},
+            "viewers": {
+                name: viewer_summary(status.counts) for name, status in said.items() if processes.is_viewer(name)
+            },
             "denied": {name: status.detail["denied"] for name, status in said.items() if status.detail.get("denied")},
             "restarts": {n.name: n.deaths for n in supervisor.nodes if n.deaths},
             "given_up": {n.name: n.given_up for n in supervisor.nodes if n.given_up},
@@ -164,7 +166,7 @@ def viewer_summary(counts: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def stream_summary(node: Node, aligned: dict[str, int] | None) -> dict[str, Any]:
+def stream_summary(node: ManagedProcess, aligned: dict[str, int] | None) -> dict[str, Any]:
     """Where the messages of one stream went, hop by hop.
 
     Unit of the first four: feature vectors. `produced` is what the worker says it sent (of a killed worker, what the

@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from stream_mmrnn.core import topics, wire
+from stream_mmrnn.core import processes, topics, wire
 from stream_mmrnn.core.dedup import TickDeduplicator
 from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.core.latency import STAGES, stages
@@ -30,7 +30,6 @@ _MAX_NODES = 64
 _NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
 _STATES: tuple[str, ...] = get_args(get_type_hints(wire.StatusMessage)["state"])
 _OVER = ("restarting", "failed", "closed", "ended")
-_VITAL = ("broker", "clock", "engine", "recorder")
 """What a session that is ready has running, if it has it at all."""
 _BUCKETS_S = (
     *(1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.02, 0.03),
@@ -191,7 +190,7 @@ class Metrics(Collector):
         with self._lock:
             if self._clock_ns is None or now_ns - self._clock_ns > _SILENT_NS:
                 return "the clock is silent"
-            for name in _VITAL:
+            for name in processes.VITAL:
                 node = self._nodes.get(name)
                 if node is not None and not self._up(node, now_ns):
                     return f"the {name} is {node.message.state if node.message.state in _OVER else 'silent'}"

@@ -40,8 +40,9 @@ def check_summary(summary: dict[str, Any]) -> None:
     assert {"p50", "p99"} <= set(summary["latency_ms"]["total"])
 
 
-def ticks_of(path: Path) -> list[wire.TickMessage]:
-    return [wire.unpack(e.payload, wire.TickMessage) for e in Recording(path).envelopes({topics.TICK})]
+def ticks_of(path: Path) -> list[wire.PredictionMessage]:
+    """The recorded predictions; each carries its tick."""
+    return [wire.unpack(e.payload, wire.PredictionMessage) for e in Recording(path).envelopes({topics.PREDICTION})]
 
 
 class Running:

@@ -57,14 +57,14 @@ class Publisher:
     def publish(self, session: str, index: int) -> Envelope:
         seq = self._numbers.get(session, 0)
         self._numbers[session] = seq + 1
-        envelope = Envelope(topics.TICK, session, seq, index, index, BEGIN + index, b"")
+        envelope = Envelope(topics.PREDICTION, session, seq, index, index, BEGIN + index, b"")
         self.queue.append(envelope)
         while len(self.queue) > self._lose:
             hear(self._wires, self.queue.pop(0))
         return envelope
 
     def numbers(self) -> list[tuple[str, str, int]]:
-        return [(topics.TICK, session, seq) for session, seq in self._numbers.items()]
+        return [(topics.PREDICTION, session, seq) for session, seq in self._numbers.items()]
 
     def go_on(self, numbers: list[tuple[str, str, int]]) -> None:
         self._numbers = {session: seq for _, session, seq in numbers}

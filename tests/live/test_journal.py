@@ -49,12 +49,12 @@ def test_without_a_checkpoint_the_beginning_is_as_good() -> None:
 
 def test_a_checkpoint_of_what_never_reached_the_bus_is_passed_over() -> None:
     journal = filled(10)
-    journal.add(message(100, topics.TICK), 0)
+    journal.add(message(100, topics.PREDICTION), 0)
     for n in range(10, 20):
         journal.add(message(n), 0)
     journal.save(Keep(mark(5), None, b"old"))
-    journal.save(Keep(mark(12), mark(100, topics.TICK), b"sent"))
-    journal.save(Keep(mark(15), mark(101, topics.TICK), b"not sent"))
+    journal.save(Keep(mark(12), mark(100, topics.PREDICTION), b"sent"))
+    journal.save(Keep(mark(15), mark(101, topics.PREDICTION), b"not sent"))
     answer = journal.answer(Ask(mark(19)))
     assert answer.content == b"sent"
     assert answer.messages == [message(n) for n in range(13, 20)]

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stream_mmrnn.core import config, topics, wire
-from stream_mmrnn.live import supervisor
+from stream_mmrnn.core.processes import worker
+from stream_mmrnn.live.managed_process import ManagedProcess
+from stream_mmrnn.live.supervisor import Supervisor
 
 S = 1_000_000_000
 
@@ -31,8 +33,14 @@ class Publisher:
         self.sent.append((topic, wire.unpack(payload, kind)))
 
 
+class Epoch:
+    value = 0
+
+
 class World:
-    """A running session whose processes die when the test says so."""
+    """A running session whose processes die when the test says so; it is the supervisor's clock and spawner."""
+
+    epoch = Epoch()
 
     def __init__(self, with_engine: bool = True, **settings: Any) -> None:
         table = {
@@ -44,30 +52,32 @@ class World:
         self.said: list[str] = []
         self.now_ns = 1000 * S
         self.started: list[tuple[str, int]] = []
-        self.it = supervisor.Supervisor(config.parse(table), with_engine, self.said.append)
+        self.it = Supervisor(
+            config.parse(table), with_engine, self.said.append, clock=lambda: self.now_ns, spawner=lambda _: self
+        )
         self.publisher = Publisher()
-        self.it._publisher = self.publisher  # type: ignore[assignment]
-        self.it._spawn = self.spawn  # type: ignore[method-assign]
+        self.it.publisher = self.publisher  # type: ignore[assignment]
         self.it.opened_ns = self.now_ns
         for node in self.it.nodes:
-            self.spawn(node)
+            node.started_ns = self.now_ns
+            self(node, self.it.settings)
         self.started.clear()
 
-    def spawn(self, node: supervisor.Node) -> None:
+    def __call__(self, node: ManagedProcess, settings: config.Settings) -> None:
         class Ready:
             def wait(self, _: float) -> bool:
                 return True
 
             is_set = wait
 
-        node.process, node.started_ns, node.ready = Process(), self.now_ns, Ready()  # type: ignore[assignment]
+        node.process, node.ready = Process(), Ready()  # type: ignore[assignment]
         self.started.append((node.name, self.now_ns))
 
     def die(self, name: str, code: int = -9) -> None:
         self.node(name).process.exitcode = code  # type: ignore[union-attr, misc]
         self.it.check()
 
-    def node(self, name: str) -> supervisor.Node:
+    def node(self, name: str) -> ManagedProcess:
         return next(n for n in self.it.nodes if n.name == name)
 
     def back(self, name: str, at_most_s: float = 5) -> float:
@@ -81,12 +91,11 @@ class World:
 
 
 @pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def world() -> Iterator[Any]:
     made: list[World] = []
 
     def make(*args: Any, **settings: Any) -> World:
         made.append(World(*args, **settings))
-        monkeypatch.setattr(supervisor, "now_ns", lambda: made[-1].now_ns)
         return made[-1]
 
     yield make
@@ -176,9 +185,9 @@ def test_what_the_dead_had_counted_is_kept(world: Any) -> None:
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=40), st.integers(0, 6))
 def test_given_up_at_the_first_window_with_more_deaths_than_restarts(gaps_s: list[int], most: int) -> None:
-    it = supervisor.Supervisor.__new__(supervisor.Supervisor)
+    it = Supervisor.__new__(Supervisor)
     it.settings = config.parse({"supervisor": {"max_restarts": most, "restart_window_s": 60.0}})
-    node, at_ns, deaths = supervisor.Node("camera", lambda: None), 0, []
+    node, at_ns, deaths = ManagedProcess(worker("vision")), 0, []
     for gap in gaps_s:
         at_ns += gap * S
         deaths.append(at_ns)

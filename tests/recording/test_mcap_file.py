@@ -345,7 +345,7 @@ def test_a_wall_clock_that_is_set_stands_in_the_file_and_moves_no_stamp(tmp_path
         n: nodes.Context(n, settings, address, threading.Event(), threading.Event(), None)  # type: ignore[arg-type]
         for n in ("broker", "clock", "recorder")
     }
-    running = {n: threading.Thread(target=getattr(nodes, n), args=(c,)) for n, c in contexts.items()}
+    running = {n: threading.Thread(target=nodes.create(c).run) for n, c in contexts.items()}
     true, by = time.time_ns, [0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "time_ns", lambda: true() + by[0])

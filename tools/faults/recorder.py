@@ -27,12 +27,13 @@ import numpy as np
 
 from stream_mmrnn.bus import Address, Publisher, Subscriber, run_broker
 from stream_mmrnn.core import config, topics, wire
+from stream_mmrnn.core import processes as process_table
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import FileError, StreamError, WireError
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.live import nodes
-from stream_mmrnn.live.session import Session
-from stream_mmrnn.live.supervisor import process_context
+from stream_mmrnn.live.managed_process import process_context
+from stream_mmrnn.live.session import LiveSession
 from stream_mmrnn.recording.append_file import Disk, part
 from stream_mmrnn.recording.damaged_file import Chunk, Message, pieces, split
 from stream_mmrnn.recording.mcap_file import Recorder, Recording
@@ -160,7 +161,7 @@ def _run_recorder(context: nodes.Context, limit_bytes: int, write_s: float) -> N
             sync(self)
 
         Disk.write, Disk.sync = slow_write, slow_sync  # type: ignore[method-assign]
-    nodes.run(nodes.recorder, context)
+    nodes.run(process_table.by_name("recorder").target, context)
 
 
 class Running:
@@ -466,7 +467,7 @@ def _engine_beside(folder: Path, kills: int, seed: int) -> tuple[int, int, int, 
             recorder.process.kill()
             next_kill_s = 0.0
 
-    session = Session(settings, True, lambda: True, lambda _: None, see, often)
+    session = LiveSession(settings, True, lambda: True, lambda _: None, see, often)
     session.run(2.0 + 2.5 * kills)
     missing = max(ticks) - min(ticks) + 1 - len(set(ticks)) if ticks else 1
     result = verify(path)

@@ -20,7 +20,7 @@ from stream_mmrnn.core import config, topics, wire
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.core.types import Envelope, Stamps, Tick
-from stream_mmrnn.live.session import Session
+from stream_mmrnn.live.session import LiveSession
 from stream_mmrnn.offline.replay import replay
 from stream_mmrnn.predict.engine import Movable, StepEngine, move
 from stream_mmrnn.predict.sharded_engine import ShardedEngine
@@ -39,7 +39,7 @@ _GIVE_UP_NS = 20_000_000_000
 class _Kills:
     """Kills the engine of a running session at seeded moments, and looks when new ticks come again."""
 
-    def __init__(self, session: Session, count: int, seed: int) -> None:
+    def __init__(self, session: LiveSession, count: int, seed: int) -> None:
         self._engine = next(n for n in session.supervisor.nodes if n.name == "engine")
         self._supervisor = session.supervisor
         self._chance, self._left = random.Random(seed), count
@@ -94,7 +94,7 @@ def _run(folder: Path, count: int, seed: int, every: int, say: Say) -> tuple[_Ki
         None, {**_SYNTHETIC, "dashboard.enabled": False, "record.path": str(path), "state.snapshot_every": every}
     )
     kills: list[_Kills] = []
-    session = Session(
+    session = LiveSession(
         settings,
         True,
         lambda: not kills or kills[0].alive(),

@@ -21,12 +21,13 @@ import numpy.typing as npt
 
 from stream_mmrnn.bus import Address, Publisher, Subscriber
 from stream_mmrnn.core import config, topics, wire
+from stream_mmrnn.core import processes as process_table
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import ProcessError
 from stream_mmrnn.core.types import ModalitySpec
 from stream_mmrnn.graph.runtime import Graph
 from stream_mmrnn.live import nodes
-from stream_mmrnn.live.supervisor import process_context
+from stream_mmrnn.live.managed_process import process_context
 from stream_mmrnn.predict.contract import contract_of
 
 LONG, SPARSE = "long", "sparse"
@@ -95,7 +96,7 @@ class _Processes:
         self._stops: dict[str, Any] = {}
         self._ready: dict[str, Any] = {}
 
-    def start(self, name: str, target: Callable[..., None]) -> None:
+    def start(self, name: str, target: str | Callable[..., None]) -> None:
         ready, stop = self._context.Event(), self._context.Event()
         context = nodes.Context(name, self._settings, self.address, ready, stop, self._epoch)
         process = self._context.Process(target=nodes.run, args=(target, context), daemon=True)
@@ -247,7 +248,7 @@ def soak(seconds: float, speed: float, folder: Path, say: Callable[[str], None])
     specs = contract_of(Graph(config.find_model(settings.engine.model))).spec.modalities
     processes = _Processes(settings)
     try:
-        processes.start("broker", nodes.broker)
+        processes.start("broker", process_table.by_name("broker").target)
         _wait(lambda: processes.ready("broker"), 20, lambda: None)
         publisher = Publisher(processes.address, settings.bus.queue)
         monitor = _Monitor(processes.address, settings.bus.queue)
@@ -257,9 +258,9 @@ def soak(seconds: float, speed: float, folder: Path, say: Callable[[str], None])
             monitor.receive(0.0)
             publisher.publish(topics.CLOCK, topics.EVERYONE, began_ns - 1, began_ns - 1, b"")
 
-        others = {"journal": nodes.journal, "recorder": nodes.recorder, "engine": nodes.engine}
-        for name, target in others.items():
-            processes.start(name, target)
+        others = ("journal", "recorder", "engine")
+        for name in others:
+            processes.start(name, process_table.by_name(name).target)
         if not _wait(lambda: all(map(processes.ready, others)), 60, beat):
             raise ProcessError("the processes were not ready within 60 s")
         publisher.wait_for_reader(topics.SESSION, 5.0)

@@ -1,150 +1,169 @@
-"""The engine as a process: envelopes in, ticks and predictions out, and snapshots from which it goes on.
-
-Knows nothing about sources or recordings.
-"""
+"""The engine as a process: envelopes in, predictions out, and checkpoints from which the next process goes on."""
 
 from __future__ import annotations
 
 import gc
 from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 
-from stream_mmrnn.bus import Caller, Publisher, Subscriber
+from stream_mmrnn.bus import Caller
 from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.clock import RateLimiter, now_ns
 from stream_mmrnn.core.errors import SessionError, StreamError
-from stream_mmrnn.core.types import Envelope
-from stream_mmrnn.live.nodes.process import Context, Reporter, hear_clock
+from stream_mmrnn.core.types import Envelope, Prediction
+from stream_mmrnn.live.checkpoint import Checkpoints
+from stream_mmrnn.live.nodes.process import Context, Node, wait_for_clock
+from stream_mmrnn.live.prewarm import Prewarmer
+from stream_mmrnn.predict.align import Aligner
+from stream_mmrnn.predict.pipeline import predict
+from stream_mmrnn.predict.sharded_engine import create
 
 
-def engine(context: Context) -> None:
-    """Ticks and predictions from features: the aligner and the step engine over a bus subscriber."""
-    from stream_mmrnn.live.checkpoint import Checkpoints
-    from stream_mmrnn.live.prewarm import Prewarmer
-    from stream_mmrnn.predict.align import Aligner
-    from stream_mmrnn.predict.pipeline import predict
-    from stream_mmrnn.predict.sharded_engine import create
+class EngineNode(Node):
+    """The aligner and the step engine over a bus subscriber. A prediction's message carries its tick."""
 
-    settings = context.settings
-    step_engine = create(settings.engine)
-    spec = step_engine.spec
-    aligner = Aligner.of(spec.modalities, spec.tick_ns, settings.align)
-    publisher = Publisher(context.address, settings.bus.queue)
-    subscriber = Subscriber(context.address, [topics.FEATURE, topics.CLOCK, topics.SESSION], settings.bus.queue)
-    reporter = Reporter(context, publisher)
-    counts = {"ticks": 0, "predictions": 0, "refused": 0}
-    rate_limiter = RateLimiter()
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        settings = self.settings
+        self.engine = create(settings.engine)
+        spec = self.engine.spec
+        self.aligner = Aligner.of(spec.modalities, spec.tick_ns, settings.align)
+        self.subscriber = self.subscribe([topics.FEATURE, topics.CLOCK, topics.SESSION])
+        self.counts = {"ticks": 0, "predictions": 0, "refused": 0}
+        self.prewarmer = Prewarmer(self._warm, spec.tick_ns)
+        every = settings.state.snapshot_every
+        self.caller = Caller(context.address) if every else None
+        self.checkpoints = (
+            Checkpoints(self.caller, every, self.engine, self.aligner, self.subscriber, self.publisher, self.counts)
+            if self.caller is not None
+            else None
+        )
+        self._missed: deque[Envelope] = deque()
+        """After a restart: messages that the process before did not deal with."""
+        self._anew = ""
+        self._misfits_reported = 0
+        self._rate_limiter = RateLimiter()
+        self._contract = {
+            "name": spec.name,
+            "sha256": spec.sha256,
+            "provider": self.engine.provider,
+            "tick_ns": spec.tick_ns,
+            **msgspec.to_builtins({"modalities": spec.modalities, "heads": spec.heads}),
+        }
+        self.reporter.counts = self._counts
+        self.reporter.detail = self._detail
 
-    def warm() -> None:
-        step_engine.prewarm()
-        publisher.prewarm()
-        subscriber.prewarm()
+    def _counts(self) -> dict[str, int]:
+        return {
+            **self.counts,
+            "sessions": len(self.engine),
+            "prewarmed": self.prewarmer.runs,
+            "garbage": self.subscriber.garbage + self.aligner.malformed,
+        }
 
-    prewarmer = Prewarmer(warm, spec.tick_ns)
-    contract = {
-        "name": spec.name,
-        "sha256": spec.sha256,
-        "provider": step_engine.provider,
-        "tick_ns": spec.tick_ns,
-        **msgspec.to_builtins({"modalities": spec.modalities, "heads": spec.heads}),
-    }
-    reporter.counts = lambda: {
-        **counts,
-        "sessions": len(step_engine),
-        "prewarmed": prewarmer.runs,
-        "garbage": subscriber.garbage + aligner.malformed,
-    }
-    every = settings.state.snapshot_every
-    caller = Caller(context.address) if every else None
-    checkpoints = (
-        Checkpoints(caller, every, step_engine, aligner, subscriber, publisher, counts) if caller is not None else None
-    )
-    missed: deque[Envelope] = deque()
-    anew = ""
-    reporter.detail = lambda: {
-        "spec": contract,
-        "anew": anew,
-        "streams": {
-            name: {
-                **msgspec.to_builtins(c),
-                "lost": subscriber.gaps.lost.get(topics.feature(name), 0),
-                "arrived": subscriber.gaps.received.get(topics.feature(name), 0),
-            }
-            for name, c in aligner.counts.items()
-        },
-        "misfits": aligner.misfits,
-    }
-    heard = hear_clock(context, subscriber)
-    publisher.wait_for_reader(topics.PREDICTION, 2.0)
-    if context.restarts and heard is not None:
-        try:
-            if checkpoints is None:
-                raise SessionError("state.snapshot_every is 0")
-            missed.extend(checkpoints.resume(heard))
-        except StreamError as e:
-            anew = f"the session begins anew: {e}"
-    reporter.report("ready", "; ".join(filter(None, (context.note, anew))))
-    gc.collect()
-    gc.freeze()  # what is there now stays: a collection need not look at it in the middle of a step
-    context.ready.set()
+    def _detail(self) -> dict[str, Any]:
+        gaps = self.subscriber.gaps
+        return {
+            "spec": self._contract,
+            "anew": self._anew,
+            "streams": {
+                name: {
+                    **msgspec.to_builtins(c),
+                    "lost": gaps.lost.get(topics.feature(name), 0),
+                    "arrived": gaps.received.get(topics.feature(name), 0),
+                }
+                for name, c in self.aligner.counts.items()
+            },
+            "misfits": self.aligner.misfits,
+        }
 
-    def refused(session: str, error: SessionError) -> None:
-        counts["refused"] += 1
-        if rate_limiter("refused", now_ns()):
-            reporter.report("ready", f"session {session!r} was refused: {error}")
+    def run(self) -> None:
+        self._start()
+        more = self.subscriber.waiting if self.settings.engine.slots > 1 else None
+        for prediction in predict(self._messages(), self.aligner, self.engine, self._refused, more):
+            self._publish(prediction)
+        self.engine.stop()
+        if self.caller is not None:
+            self.caller.close()
+        self.subscriber.close()
+        self.publisher.close()
 
-    def messages() -> Iterator[Envelope]:
-        told = 0
-        while context.alive():
-            envelope: Envelope | None
-            if missed:
-                subscriber.gaps.observe(envelope := missed.popleft())
-            elif (envelope := subscriber.receive(prewarmer.wait_ms(now_ns(), reporter.wait_ms(100)))) is None:
-                if not prewarmer.run_if_due(now_ns()):
-                    reporter.report_due()
+    def _start(self) -> None:
+        first = wait_for_clock(self.context, self.subscriber)
+        self.publisher.wait_for_reader(topics.PREDICTION, 2.0)
+        if self.context.restarts and first is not None:
+            try:
+                if self.checkpoints is None:
+                    raise SessionError("state.snapshot_every is 0")
+                self._missed.extend(self.checkpoints.resume(first))
+            except StreamError as e:
+                self._anew = f"the session begins anew: {e}"
+        self.reporter.report("ready", "; ".join(filter(None, (self.context.note, self._anew))))
+        gc.collect()
+        gc.freeze()  # what exists now stays: no collection looks at it in the middle of a step
+        self.context.ready.set()
+
+    def _messages(self) -> Iterator[Envelope]:
+        while self.context.alive():
+            envelope = self._receive()
+            if envelope is None:
+                if not self.prewarmer.run_if_due(now_ns()):
+                    self.reporter.report_due()
                 continue
             yield envelope
             # back here, the message and all its predictions are dealt with
-            if len(aligner.misfits) > told:
-                told = len(aligner.misfits)
-                name, why = list(aligner.misfits.items())[-1]
-                reporter.report("ready", f"{name} is quarantined, {why}")
+            self._report_misfits()
             if envelope.topic == topics.SESSION:
-                if envelope.session not in step_engine:
-                    publisher.end(envelope.session)
-                if not len(step_engine):
-                    reporter.report("closed")
-            if checkpoints is not None:
-                checkpoints.keep_if_due(envelope)
-            reporter.report_due(housekeeping=False)
+                self._session_changed(envelope.session)
+            if self.checkpoints is not None:
+                self.checkpoints.keep_if_due(envelope)
+            self.reporter.report_due(between_messages=False)
 
-    more = subscriber.waiting if settings.engine.slots > 1 else None
-    for prediction in predict(messages(), aligner, step_engine, refused, more):
+    def _receive(self) -> Envelope | None:
+        if self._missed:
+            envelope = self._missed.popleft()
+            self.subscriber.gaps.observe(envelope)
+            return envelope
+        return self.subscriber.receive(self.prewarmer.wait_ms(now_ns(), self.reporter.wait_ms(100)))
+
+    def _report_misfits(self) -> None:
+        misfits = self.aligner.misfits
+        if len(misfits) > self._misfits_reported:
+            self._misfits_reported = len(misfits)
+            name, why = list(misfits.items())[-1]
+            self.reporter.report("ready", f"{name} is quarantined, {why}")
+
+    def _session_changed(self, session: str) -> None:
+        if session not in self.engine:
+            self.publisher.end(session)
+        if not len(self.engine):
+            self.reporter.report("closed")
+
+    def _refused(self, session: str, error: SessionError) -> None:
+        self.counts["refused"] += 1
+        if self._rate_limiter("refused", now_ns()):
+            self.reporter.report("ready", f"session {session!r} was refused: {error}")
+
+    def _publish(self, prediction: Prediction) -> None:
         tick = prediction.tick
-        publisher.publish(
+        sent = self.publisher.publish(
             topics.PREDICTION,
             tick.session,
             tick.event_ns,
             prediction.step_end_ns,
             wire.pack(wire.prediction_message(prediction)),
         )
-        sent = publisher.publish(
-            topics.TICK,
-            tick.session,
-            tick.event_ns,
-            prediction.step_start_ns,
-            wire.pack(wire.tick_message(tick)),
-        )
-        counts["ticks"] += 1
-        counts["predictions"] += 1
-        if checkpoints is not None:
-            checkpoints.stepped(sent, tick.index)
-        if settings.engine.prewarm:
-            prewarmer.stepped(prediction.step_start_ns)
-    step_engine.stop()
-    if caller is not None:
-        caller.close()
-    subscriber.close()
-    publisher.close()
+        self.counts["ticks"] += 1
+        self.counts["predictions"] += 1
+        if self.checkpoints is not None:
+            self.checkpoints.stepped(sent, tick.index)
+        if self.settings.engine.prewarm:
+            self.prewarmer.stepped(prediction.step_start_ns)
+
+    def _warm(self) -> None:
+        self.engine.prewarm()
+        self.publisher.prewarm()
+        self.subscriber.prewarm()

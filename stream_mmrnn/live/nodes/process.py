@@ -1,14 +1,13 @@
-"""What every process of a session has: what it is given at its birth, how it says how it is, how it is run and ended.
-
-Knows nothing about what a process does.
-"""
+"""What every process of a session has: its context, its status reports, its base class, and how it is run and ended."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
@@ -16,22 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from stream_mmrnn.bus import Address, Publisher, Subscriber
-from stream_mmrnn.core import config, log, signals, topics, wire
+from stream_mmrnn.core import config, log, processes, signals, topics, wire
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import StreamError
 from stream_mmrnn.core.types import Envelope
 
 _STATUS_PERIOD_NS = 500_000_000
-_CALM_MS = 4
-"""So long after a message its prediction is out, and the next one is still to come."""
-VIEWERS = ("dashboard", "tracer", "foxglove", "lsl")
-"""Who only looks: what such a one loses, nobody else does."""
-_LOW_PRIORITY = ("recorder", "journal", *VIEWERS)
-"""What may come later: files and pages, and what is for a bad day."""
+_QUIET_MS = 4
+"""This long after a message its prediction is out, and the next message has not come yet."""
 
 
 class Context:
-    """What a process is given at its birth. Picklable: it crosses to a fresh interpreter."""
+    """What a process is started with. Picklable: it crosses to a fresh interpreter."""
 
     def __init__(
         self,
@@ -42,25 +37,28 @@ class Context:
         stop: Event,
         epoch: Synchronized[int],
         restarts: int = 0,
+        modality: str = "",
     ) -> None:
         self.name, self.settings, self.address = name, settings, address
         self.ready, self.stop, self.epoch, self.restarts = ready, stop, epoch, restarts
+        self.modality = modality
+        """Of a worker: the stream that it captures."""
         self.note = ""
-        """What is to be said of the process that runs this node."""
+        """A warning about this process that its first status carries."""
         self.stdin: Any = None
-        """The terminal's input on its way to the text worker: `detach()` gives the file descriptor."""
+        """The terminal's input for the text worker: `detach()` gives the file descriptor."""
 
     def alive(self) -> bool:
-        """False once this process shall end: it was told, or nobody is left who could tell it."""
+        """False once this process must end: it was told to, or the supervisor is gone."""
         parent = multiprocessing.parent_process()
         return not self.stop.is_set() and (parent is None or parent.is_alive())
 
 
 class Reporter:
-    """Publishes a node's status twice a second and at once when its state changes."""
+    """Publishes a node's status twice a second, and at once when its state changes."""
 
-    def __init__(self, context: Context, publisher: Publisher, modality: str = "") -> None:
-        self._publisher, self._name, self._modality = publisher, context.name, modality
+    def __init__(self, context: Context, publisher: Publisher) -> None:
+        self._publisher, self._name, self._modality = publisher, context.name, context.modality
         self._next_ns = 0
         self._state: Any = "starting"
         self._reason = ""
@@ -72,18 +70,18 @@ class Reporter:
         self._send()
 
     def report_if_new(self, state: str, reason: str) -> None:
-        """Say it where it was not the last thing said."""
+        """Report unless this was the last report."""
         if (state, reason) != (self._state, self._reason):
             self.report(state, reason)
 
     def wait_ms(self, most_ms: int) -> int:
-        """How long to wait for a message at most: a status that is due goes out in the calm after one."""
-        return min(most_ms, _CALM_MS) if now_ns() >= self._next_ns else most_ms
+        """How long to wait for a message at most: a due status goes out in the pause after a message."""
+        return min(most_ms, _QUIET_MS) if now_ns() >= self._next_ns else most_ms
 
-    def report_due(self, housekeeping: bool = True) -> None:
-        """Say it again where it is time; not in the middle of messages, unless they leave no calm."""
+    def report_due(self, between_messages: bool = True) -> None:
+        """Repeat the status when it is due. Between two messages that follow closely, only if it is long overdue."""
         late_ns = now_ns() - self._next_ns
-        if late_ns >= (0 if housekeeping else _STATUS_PERIOD_NS):
+        if late_ns >= (0 if between_messages else _STATUS_PERIOD_NS):
             self._send()
 
     def _send(self) -> None:
@@ -97,8 +95,29 @@ class Reporter:
         )
 
 
-def hear_clock(context: Context, subscriber: Subscriber) -> Envelope | None:
-    """Wait for the first clock message: the proof that the bus reaches us."""
+class Node(ABC):
+    """A process of a session: it joins a generator to the bus, reports its status, and ends when told.
+
+    The order in which nodes start, and what happens when one dies, is the supervisor's.
+    """
+
+    def __init__(self, context: Context, queue: int | None = None) -> None:
+        """`queue`: of the publisher, in messages; `bus.queue` unless given."""
+        self.context, self.settings = context, context.settings
+        self.publisher = Publisher(context.address, self.settings.bus.queue if queue is None else queue)
+        self.reporter = Reporter(context, self.publisher)
+
+    @abstractmethod
+    def run(self) -> None:
+        """Work until the context says that this process must end, then close the sockets."""
+
+    def subscribe(self, wanted: list[str]) -> Subscriber:
+        """A subscriber that loses nothing up to `bus.queue` messages."""
+        return Subscriber(self.context.address, wanted, self.settings.bus.queue)
+
+
+def wait_for_clock(context: Context, subscriber: Subscriber) -> Envelope | None:
+    """Wait for the first clock message: the proof that the bus reaches this process."""
     for envelope in subscriber.stream(context.alive):
         if envelope.topic == topics.CLOCK:
             return envelope
@@ -118,27 +137,46 @@ def prioritise(priority: str) -> str:
 
 
 def sharpen_sleep() -> None:
-    """Have this thread, and those that it starts, woken when they asked to be; Linux alone needs and has it."""
+    """Make sleeps of this thread, and of those that it starts, end on time; only Linux needs and has it."""
     with contextlib.suppress(OSError):
         # else the kernel may end every sleep 50 us late, to save wake-ups
         Path("/proc/self/timerslack_ns").write_text("1")
 
 
-def run(target: Callable[..., None], context: Context, *args: Any) -> None:
-    """What a new process executes: signals, then the node; an error ends it with one sentence and exit code 1."""
-    with contextlib.suppress(OSError):  # so that `ps` and `top` name us; Linux alone has it
+def _resolve(target: str | Callable[..., Any]) -> Callable[..., Any]:
+    if not isinstance(target, str):
+        return target
+    module, _, name = target.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def create(context: Context) -> Any:
+    """The node that the table names for this context; its `run` works until it is told to end."""
+    spec = processes.worker(context.modality) if context.modality else processes.by_name(context.name)
+    return _resolve(spec.target)(context)
+
+
+def run(target: str | Callable[..., Any], context: Context, *args: Any) -> None:
+    """What a new process executes: `target` is a class with `run`, as `module:class` or itself, or a function.
+
+    An error ends the process with one sentence and exit code 1.
+    """
+    with contextlib.suppress(OSError):  # the name in `ps` and `top`; only Linux has it
         Path("/proc/self/comm").write_text(f"mmrnn-{context.name}"[:15])
     sharpen_sleep()
-    if context.name not in _LOW_PRIORITY:
+    if not processes.in_background(context.name):
         context.note = prioritise(context.settings.supervisor.priority)
-    signals.ignore()  # they are for the supervisor, who tells us
+    signals.ignore()  # the supervisor gets them, and tells this process
     try:
-        target(context, *args)
+        node = _resolve(target)(context, *args)
+        if node is not None:
+            node.run()
     except StreamError as e:
         log.report(context.settings.log, context.name, str(e))
         raise SystemExit(e.exit_code) from None
     except Exception as e:
         if context.settings.log.format == "text":
-            raise  # as Python shows it, with all its lines
+            raise  # Python prints the whole traceback
         log.report(context.settings.log, context.name, f"{type(e).__name__}: {e}", traceback=traceback.format_exc())
         raise SystemExit(1) from None

@@ -1,7 +1,6 @@
-"""Who only looks: the live page, traces, Foxglove, an outlet of Lab Streaming Layer.
+"""The read-only consumers of a session as processes: the live page, traces, Foxglove, an outlet of Lab Streaming Layer.
 
-Each reads the bus by a queue that drops the oldest, so that a slow one costs nobody anything. Know nothing about how
-what they show came to be.
+Each reads the bus through a queue that drops the oldest message, so a slow viewer delays no other process.
 """
 
 from __future__ import annotations
@@ -9,229 +8,275 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from stream_mmrnn.bus import Publisher, Subscriber
+from stream_mmrnn.bus import Subscriber
 from stream_mmrnn.core import topics, wire
-from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.clock import now_ns, wall_offset_ns
 from stream_mmrnn.core.dedup import TickDeduplicator
 from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.core.types import Envelope
-from stream_mmrnn.live.nodes.process import Context, Reporter, hear_clock
+from stream_mmrnn.live.nodes.process import Context, Node, wait_for_clock
+
+if TYPE_CHECKING:
+    from stream_mmrnn.viewers.lsl_outlet import Outlet
 
 _MAX_TYPED = 64
 """Lines typed on the page that wait for the bus."""
+_PAGE_PERIOD_NS = 100_000_000
+"""How often the page gets a new state."""
 
 
-def _follow(context: Context, subscriber: Subscriber, reporter: Reporter) -> Iterator[Envelope | None]:
-    """What comes, and None where nothing did for a while, until this process shall end; what was missed is said."""
-    while context.alive():
-        envelope = subscriber.receive(100)
-        reporter.report_due()
-        if missed := subscriber.report():
-            reporter.report("ready", missed)
-        yield envelope
+class _ViewerNode(Node):
+    """A node whose subscriber drops the oldest messages."""
+
+    def __init__(self, context: Context, wanted: list[str]) -> None:
+        super().__init__(context)
+        queue = self.settings.bus.view_queue
+        self.subscriber = Subscriber(context.address, wanted, queue, "drop_oldest")
+        self.reporter.counts = lambda: _totals(self.subscriber.tally())
+
+    def ready(self) -> None:
+        wait_for_clock(self.context, self.subscriber)
+        self.reporter.report("ready")
+        self.context.ready.set()
+
+    def follow(self) -> Iterator[Envelope | None]:
+        """Each message, and None when none came for a while, until this process must end; reports what was missed."""
+        while self.context.alive():
+            envelope = self.subscriber.receive(100)
+            self.reporter.report_due()
+            if missed := self.subscriber.report():
+                self.reporter.report("ready", missed)
+            yield envelope
+
+    def close(self) -> None:
+        self.subscriber.close()
+        self.publisher.close()
 
 
-def dashboard(context: Context) -> None:
-    """The live page's server, over a view of the bus that it owns alone."""
-    from stream_mmrnn.bus import keys as keys
-    from stream_mmrnn.bus.subscription import Reading, document
-    from stream_mmrnn.viewers.dashboard.server import Dashboard
-    from stream_mmrnn.viewers.dashboard.state import LiveState
-    from stream_mmrnn.viewers.prometheus import Metrics
+class DashboardNode(_ViewerNode):
+    """The live page's server, with a view of the bus of its own."""
 
-    settings = context.settings
-    publisher = Publisher(context.address, settings.bus.queue)
-    subscriber = Subscriber(
-        context.address,
-        [topics.FEATURE, *topics.raws("text"), topics.LABEL, topics.CLOCK, topics.PREDICTION, topics.STATUS],
-        settings.bus.view_queue,
-        "drop_oldest",
-    )
-    looking = _Looking(context)
-    view = LiveState()
-    typed: deque[bytes] = deque()
+    def __init__(self, context: Context) -> None:
+        from stream_mmrnn.bus import keys as keys
+        from stream_mmrnn.bus.subscription import Reading
+        from stream_mmrnn.viewers.dashboard.server import Dashboard
+        from stream_mmrnn.viewers.dashboard.state import LiveState
+        from stream_mmrnn.viewers.prometheus import Metrics
 
-    def take_line(body: bytes) -> str:
-        """In the server's thread: the bus is ours."""
-        if why := view.typing()["why"]:
+        super().__init__(
+            context,
+            [topics.FEATURE, *topics.raws("text"), topics.LABEL, topics.CLOCK, topics.PREDICTION, topics.STATUS],
+        )
+        self.raw_streams = _RawStreams(context)
+        self.view = LiveState()
+        self.reading = Reading()
+        self.metrics = Metrics()
+        self._typed: deque[bytes] = deque()
+        self._explained: Any = None
+        self._started = False
+        self._next_ns = 0
+        page = self.settings.dashboard
+        token = keys.token(Path(page.token_file))[0] if page.token_file else ""
+        self.page = Dashboard(
+            page.host,
+            page.port,
+            token=token,
+            posts={"/text": self._take_line},
+            metrics=lambda: self.metrics.text(now_ns()),
+            ready=lambda: self.metrics.why_not_ready(now_ns()),
+        )
+        self.reporter.counts = lambda: {
+            **_totals(self.subscriber.tally(), self.raw_streams.tally()),
+            "denied": sum(self.page.access.denied.values()),
+        }
+        self.reporter.detail = lambda: {"address": self.page.address, "denied": dict(self.page.access.denied)}
+
+    def run(self) -> None:
+        self.ready()
+        for envelope in self.follow():
+            self._start_page()
+            self._publish_typed()
+            if envelope is not None:
+                self._observe(envelope)
+            self._observe_raw()
+            self._update_page()
+        self.page.close()
+        self.raw_streams.close()
+        self.close()
+
+    def _take_line(self, body: bytes) -> str:
+        """Queue a line that was typed on the page; why not, or "". Runs in the server's thread, which has no socket."""
+        if why := self.view.typing()["why"]:
             return str(why)
+        most = self.settings.text.max_line_bytes
         try:
             line = msgspec.json.decode(body, type=str).strip().encode()
         except (msgspec.MsgspecError, UnicodeError):
             return "a line is a JSON string"
-        if not line or len(line) > settings.text.max_line_bytes:
-            return f"a line has 1 to {settings.text.max_line_bytes} bytes, this one has {len(line)}"
-        if len(typed) >= _MAX_TYPED:
+        if not line or len(line) > most:
+            return f"a line has 1 to {most} bytes, this one has {len(line)}"
+        if len(self._typed) >= _MAX_TYPED:
             return "more was typed than could be sent; wait a moment"
-        typed.append(line)
+        self._typed.append(line)
         return ""
 
-    shown = settings.dashboard
-    token = keys.token(Path(shown.token_file))[0] if shown.token_file else ""
-    metrics = Metrics()
-    page = Dashboard(
-        shown.host,
-        shown.port,
-        token=token,
-        posts={"/text": take_line},
-        metrics=lambda: metrics.text(now_ns()),
-        ready=lambda: metrics.why_not_ready(now_ns()),
-    )
-    reporter = Reporter(context, publisher)
-    reporter.counts = lambda: {
-        **_totals(subscriber.tally(), looking.tally()),
-        "denied": sum(page.access.denied.values()),
-    }
-    reporter.detail = lambda: {"address": page.address, "denied": dict(page.access.denied)}
-    hear_clock(context, subscriber)
-    reporter.report("ready")
-    context.ready.set()
-    next_ns = 0
-    reading, explained, started = Reading(), None, False
-    for envelope in _follow(context, subscriber, reporter):
-        if context.epoch.value and not started:
-            started = True
-            page.start()  # not before: what it imports would keep the cores from those who are waited for
-        while typed:
+    def _start_page(self) -> None:
+        if self.context.epoch.value and not self._started:
+            self._started = True
+            self.page.start()  # not before: its imports would take the cores from processes that still start
+
+    def _publish_typed(self) -> None:
+        while self._typed:
             at_ns = now_ns()
-            publisher.publish(topics.TYPED, settings.session.name, at_ns, at_ns, typed.popleft(), "page")
-        if envelope is not None:
-            view.observe(envelope)
-            if envelope.topic != topics.PREDICTION or page.listeners:
-                said = reading.observe(envelope)
-                if started and reading.model is not explained:
-                    explained = reading.model
-                    page.explain(msgspec.to_builtins(explained))
-                if said is not None:
-                    page.predict(document(said))
-            else:
-                reading.skip()
-            metrics.observe(envelope)
-        for heavy in looking.read(page.clients > 0):
-            view.observe(heavy)
-            if heavy.topic == topics.raw("vision") and isinstance(heavy.payload, bytes):
-                page.picture(heavy.payload)
-        if not page.clients:
-            view.skip(_Looking.TOPICS)
-        elif now_ns() >= next_ns:
-            next_ns = now_ns() + 100_000_000
-            page.sound(view.sound.first, view.sound.columns)
-            page.update(view.snapshot(now_ns()))
-    page.close()
-    looking.close()
-    subscriber.close()
-    publisher.close()
-
-
-def tracer(context: Context) -> None:
-    """Predictions as traces, to a collector; one that is slow or gone costs nobody else anything."""
-    from stream_mmrnn.core.clock import wall_offset_ns
-    from stream_mmrnn.viewers.tracing import Tracer
-
-    settings = context.settings
-    publisher = Publisher(context.address, settings.bus.queue)
-    wanted = [topics.CLOCK, topics.PREDICTION]
-    subscriber = Subscriber(context.address, wanted, settings.bus.view_queue, "drop_oldest")
-    traces = Tracer(settings.trace, wall_offset_ns())
-    reporter = Reporter(context, publisher)
-    reporter.counts = lambda: {
-        **_totals(subscriber.tally()),
-        "traces": traces.traces,
-        "spans_exported": traces.exported,
-        "spans_failed": traces.failed,
-    }
-    hear_clock(context, subscriber)
-    reporter.report("ready")
-    context.ready.set()
-    lost = False
-    for envelope in _follow(context, subscriber, reporter):
-        if traces.failed and not lost:
-            lost = True
-            reporter.report(
-                "ready", f"the collector at {settings.trace.endpoint} does not take spans; they are dropped"
+            self.publisher.publish(
+                topics.TYPED, self.settings.session.name, at_ns, at_ns, self._typed.popleft(), "page"
             )
-        if envelope is not None and envelope.topic == topics.PREDICTION:
-            traces.observe(envelope)
-    traces.close()
-    reporter.report("closed")
-    subscriber.close()
-    publisher.close()
+
+    def _observe(self, envelope: Envelope) -> None:
+        from stream_mmrnn.bus.subscription import document
+
+        self.view.observe(envelope)
+        if envelope.topic != topics.PREDICTION or self.page.listeners:
+            prediction = self.reading.observe(envelope)
+            if self._started and self.reading.model is not self._explained:
+                self._explained = self.reading.model
+                self.page.explain(msgspec.to_builtins(self._explained))
+            if prediction is not None:
+                self.page.predict(document(prediction))
+        else:
+            self.reading.skip()
+        self.metrics.observe(envelope)
+
+    def _observe_raw(self) -> None:
+        for envelope in self.raw_streams.read(self.page.clients > 0):
+            self.view.observe(envelope)
+            if envelope.topic == topics.raw("vision") and isinstance(envelope.payload, bytes):
+                self.page.picture(envelope.payload)
+
+    def _update_page(self) -> None:
+        if not self.page.clients:
+            self.view.skip(_RawStreams.TOPICS)
+        elif now_ns() >= self._next_ns:
+            self._next_ns = now_ns() + _PAGE_PERIOD_NS
+            self.page.sound(self.view.sound.first, self.view.sound.columns)
+            self.page.update(self.view.snapshot(now_ns()))
 
 
-def foxglove(context: Context) -> None:
-    """What is on the bus, for Foxglove: a server that Foxglove connects to."""
-    from stream_mmrnn.viewers.foxglove import SHOWN, FoxgloveServer
+class TracerNode(_ViewerNode):
+    """Predictions as traces, to a collector. A collector that is slow or gone costs spans and nothing else."""
 
-    settings = context.settings
-    publisher = Publisher(context.address, settings.bus.queue)
-    subscriber = Subscriber(context.address, list(SHOWN), settings.bus.view_queue, "drop_oldest")
-    server = FoxgloveServer(settings.foxglove.port, settings.bus.view_queue)
-    reporter = Reporter(context, publisher)
-    reporter.counts = lambda: {**_totals(subscriber.tally()), "garbage": subscriber.garbage + server.garbage}
-    reporter.detail = lambda: {"address": server.address}
-    hear_clock(context, subscriber)
-    reporter.report("ready")
-    context.ready.set()
-    for envelope in _follow(context, subscriber, reporter):
-        if envelope is not None and envelope.session in (settings.session.name, topics.EVERYONE):
-            server.show(envelope)
-    server.close()
-    subscriber.close()
-    publisher.close()
+    def __init__(self, context: Context) -> None:
+        from stream_mmrnn.viewers.tracing import Tracer
+
+        super().__init__(context, [topics.CLOCK, topics.PREDICTION])
+        self.tracer = Tracer(self.settings.trace, wall_offset_ns())
+        self.reporter.counts = lambda: {
+            **_totals(self.subscriber.tally()),
+            "traces": self.tracer.traces,
+            "spans_exported": self.tracer.exported,
+            "spans_failed": self.tracer.failed,
+        }
+
+    def run(self) -> None:
+        self.ready()
+        reported = False
+        for envelope in self.follow():
+            if self.tracer.failed and not reported:
+                reported = True
+                self.reporter.report(
+                    "ready", f"the collector at {self.settings.trace.endpoint} does not take spans; they are dropped"
+                )
+            if envelope is not None and envelope.topic == topics.PREDICTION:
+                self.tracer.observe(envelope)
+        self.tracer.close()
+        self.reporter.report("closed")
+        self.close()
 
 
-def lsl(context: Context) -> None:
+class FoxgloveNode(_ViewerNode):
+    """A server that Foxglove connects to, with the messages of the bus."""
+
+    def __init__(self, context: Context) -> None:
+        from stream_mmrnn.viewers.foxglove import SHOWN, FoxgloveServer
+
+        super().__init__(context, list(SHOWN))
+        self.server = FoxgloveServer(self.settings.foxglove.port, self.settings.bus.view_queue)
+        self.reporter.counts = lambda: {
+            **_totals(self.subscriber.tally()),
+            "garbage": self.subscriber.garbage + self.server.garbage,
+        }
+        self.reporter.detail = lambda: {"address": self.server.address}
+
+    def run(self) -> None:
+        self.ready()
+        for envelope in self.follow():
+            if envelope is not None and envelope.session in (self.settings.session.name, topics.EVERYONE):
+                self.server.show(envelope)
+        self.server.close()
+        self.close()
+
+
+class LslNode(_ViewerNode):
     """The session's predictions as a stream of Lab Streaming Layer."""
-    from stream_mmrnn.viewers.lsl_outlet import Outlet
 
-    settings = context.settings
-    publisher = Publisher(context.address, settings.bus.queue)
-    engine_says = topics.STATUS + "engine"
-    wanted = [engine_says, topics.PREDICTION, topics.CLOCK]
-    subscriber = Subscriber(context.address, wanted, settings.bus.view_queue, "drop_oldest")
-    reporter = Reporter(context, publisher)
-    outlet: Outlet | None = None
-    reporter.counts = lambda: {
-        **_totals(subscriber.tally()),
-        "pushed": outlet.pushed if outlet else 0,
-        "garbage": subscriber.garbage + malformed,
-    }
-    reporter.detail = lambda: {"stream": outlet.name if outlet else ""}
-    deduplicator = TickDeduplicator()  # an engine that went on after a crash says some again
-    malformed = 0
+    _ENGINE = topics.STATUS + "engine"
 
-    def see(envelope: Envelope) -> None:
-        nonlocal outlet, malformed
+    def __init__(self, context: Context) -> None:
+        super().__init__(context, [self._ENGINE, topics.PREDICTION, topics.CLOCK])
+        self.outlet: Outlet | None = None
+        self.deduplicator = TickDeduplicator()
+        """An engine that was restarted publishes some ticks again."""
+        self._malformed = 0
+        self.reporter.counts = lambda: {
+            **_totals(self.subscriber.tally()),
+            "pushed": self.outlet.pushed if self.outlet else 0,
+            "garbage": self.subscriber.garbage + self._malformed,
+        }
+        self.reporter.detail = lambda: {"stream": self.outlet.name if self.outlet else ""}
+
+    def run(self) -> None:
+        for envelope in self.follow():
+            if envelope is not None:
+                self._observe(envelope)
+        while (envelope := self.subscriber.receive(0)) is not None:
+            self._observe(envelope)
+        if self.outlet is not None:
+            self.outlet.close()
+        self.close()
+
+    def _observe(self, envelope: Envelope) -> None:
         try:
-            if envelope.topic == engine_says and outlet is None:
-                spec = wire.unpack(envelope.payload, wire.StatusMessage).detail.get("spec")
-                if spec is not None:
-                    outlet = Outlet(settings.lsl, settings.session.name, spec)
-                    reporter.report("ready")
-                    context.ready.set()
-            elif envelope.topic == topics.PREDICTION and envelope.session == settings.session.name and outlet:
-                prediction = wire.unpack(envelope.payload, wire.PredictionMessage)
-                if deduplicator.first(envelope.session, prediction.tick):
-                    outlet.push(prediction)
+            if envelope.topic == self._ENGINE and self.outlet is None:
+                self._open(envelope)
+            elif envelope.topic == topics.PREDICTION and envelope.session == self.settings.session.name:
+                self._push(envelope)
         except WireError:
-            malformed += 1
+            self._malformed += 1
 
-    for envelope in _follow(context, subscriber, reporter):
-        if envelope is not None:
-            see(envelope)
-    while (envelope := subscriber.receive(0)) is not None:
-        see(envelope)
-    if outlet is not None:
-        outlet.close()
-    subscriber.close()
-    publisher.close()
+    def _open(self, envelope: Envelope) -> None:
+        """The outlet is made from the model's contract, which the engine's status carries."""
+        from stream_mmrnn.viewers.lsl_outlet import Outlet
+
+        spec = wire.unpack(envelope.payload, wire.StatusMessage).detail.get("spec")
+        if spec is not None:
+            self.outlet = Outlet(self.settings.lsl, self.settings.session.name, spec)
+            self.reporter.report("ready")
+            self.context.ready.set()
+
+    def _push(self, envelope: Envelope) -> None:
+        if self.outlet is None:
+            return
+        prediction = wire.unpack(envelope.payload, wire.PredictionMessage)
+        if self.deduplicator.first(envelope.session, prediction.tick):
+            self.outlet.push(prediction)
 
 
-class _Looking:
-    """Pictures and sound for the page, which are on the way to it only while a browser looks."""
+class _RawStreams:
+    """Pictures and sound for the page: subscribed only while a browser is connected."""
 
     TOPICS = (topics.raw("vision"), topics.raw("audio"))
 
@@ -240,9 +285,9 @@ class _Looking:
         self._subscriber: Subscriber | None = None
         self._before: dict[str, dict[str, int]] = {}
 
-    def read(self, somebody: bool) -> Iterator[Envelope]:
-        """What has come, without waiting; nothing where nobody looks."""
-        if not somebody:
+    def read(self, connected: bool) -> Iterator[Envelope]:
+        """The messages that have come, without waiting; none while no browser is connected."""
+        if not connected:
             self.close()
             return
         if self._subscriber is None:
@@ -254,7 +299,7 @@ class _Looking:
             yield envelope
 
     def tally(self) -> dict[str, dict[str, int]]:
-        """As `Subscriber.tally`, of all the times that somebody looked."""
+        """As `Subscriber.tally`, over all connections."""
         found = {topic: dict(counts) for topic, counts in self._before.items()}
         for topic, counts in (self._subscriber.tally() if self._subscriber else {}).items():
             before = found.setdefault(topic, {})
@@ -266,14 +311,14 @@ class _Looking:
         if self._subscriber is None:
             return
         while self._subscriber.receive(0) is not None:
-            pass  # what waits was delivered, to nobody
+            pass  # count what waits as delivered
         self._before = self.tally()
         self._subscriber.close()
         self._subscriber = None
 
 
 def _totals(*tallies: dict[str, dict[str, int]]) -> dict[str, int]:
-    """What a viewer had of all topics together: produced = delivered + waiting + the others."""
+    """The counts of all topics together: produced = delivered + waiting + the others."""
     totals = dict.fromkeys(("produced", "delivered", "waiting", "lost", "oldest", "superseded", "stale"), 0)
     for counts in (counts for tally in tallies for counts in tally.values()):
         for name, count in counts.items():

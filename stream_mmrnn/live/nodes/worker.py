@@ -1,4 +1,4 @@
-"""A source and its encoder as a process. Knows nothing about ticks."""
+"""The worker: a source and its encoder as a process. It knows nothing about ticks."""
 
 from __future__ import annotations
 
@@ -6,149 +6,172 @@ import gc
 import threading
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from stream_mmrnn.bus import Publisher
+from stream_mmrnn.capture import encoders, sources
+from stream_mmrnn.capture.pipeline import Outgoing, Pump, capture
+from stream_mmrnn.capture.stall_detector import StallDetector
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import SourceError, WireError
-
-if TYPE_CHECKING:
-    from stream_mmrnn.capture.pipeline import Pump
-from stream_mmrnn.live.nodes.process import Context, Reporter
+from stream_mmrnn.core.types import Sample
+from stream_mmrnn.live.nodes.process import Context, Node
+from stream_mmrnn.live.prewarm import Prewarmer
 
 _PREWARM_PERIOD_NS = 200_000_000
-"""What comes less often than this is not expected at a time that could be named."""
+"""A stream with a longer period is not prewarmed: the time of its next sample cannot be predicted well."""
 
 
-def _join_typed(context: Context, pump: Pump) -> None:
-    """What is typed on the page, joined to the lines of the source: from there on it is a line like any other."""
-    from stream_mmrnn.capture.sources.text import typed
+class WorkerNode(Node):
+    """Captures one stream. A device that is missing is opened again and again; the session does not wait for it."""
 
-    settings = context.settings
+    def __init__(self, context: Context) -> None:
+        super().__init__(context, context.settings.bus.bulk_queue)
+        self.modality = context.modality
+        self.feature = topics.feature(self.modality)
+        self.stall_detector = StallDetector(topics.MODALITIES[self.modality].dense)
+        self.encoder = encoders.create(self.modality)
+        stdin_fd = context.stdin.detach() if context.stdin is not None else -1
+        spec = getattr(self.settings.sources, self.modality)
+        self.source = sources.create(spec, self.modality, self.settings, stdin_fd)
+        self.prewarmer = Prewarmer(self._warm, 0)
+        self.pump: Pump | None = None
+        self._undecodable = self._published = 0
+        self._captured_before = self._dropped_before = 0
+        """Of the pumps before this one."""
+        self._newest_ns = 0
+        self.reporter.counts = self._counts
+        self.reporter.detail = self._detail
 
-    def going() -> bool:
-        return context.alive() and not pump.ended
+    def _counts(self) -> dict[str, int]:
+        captured, dropped = self._captured_before, self._dropped_before
+        if self.pump is not None:
+            captured, dropped = captured + self.pump.produced, dropped + self.pump.dropped
+        return {
+            "captured": captured,
+            "queue_dropped": dropped,
+            "undecodable": self._undecodable,
+            "published": self._published,
+            "refused": self.publisher.refused.get(self.feature, 0),
+            "stale": self.stall_detector.silences,
+            "stale_ms": self.stall_detector.stale_ns(now_ns()) // 1_000_000,
+        }
 
-    for sample in typed(context.address, settings.session.name, settings.text, going):
-        pump.put(sample)
+    def _detail(self) -> dict[str, Any]:
+        return {"source": self.source.origin, "encoder": self.encoder.origin, **self.source.info}
 
+    def run(self) -> None:
+        self._wait_for_start()
+        final, reason = "closed", ""
+        while self.context.alive():
+            try:
+                self._run_source()
+                final, reason = "ended" if self.context.alive() else "closed", ""
+                break
+            except SourceError as e:
+                reason = str(e)
+                self.reporter.report("missing", reason)
+                self.context.stop.wait(self.settings.supervisor.reopen_s)
+            finally:
+                self.source.close()
+        self.reporter.report(final, reason)
+        self.publisher.close()
 
-def worker(context: Context, modality: str, spec: str) -> None:
-    """A source and its encoder. A device that is not there is asked for again; the session does not wait for it."""
-    from stream_mmrnn.capture import encoders, sources
-    from stream_mmrnn.capture.pipeline import Outgoing, Pump, capture
-    from stream_mmrnn.capture.stall_detector import StallDetector
-    from stream_mmrnn.live.prewarm import Prewarmer
+    def _wait_for_start(self) -> None:
+        # a publisher has no subscription to the clock: that the broker has readers for it proves the connection
+        self.publisher.wait_for_reader(topics.STATUS, 2.0)
+        gc.collect()
+        gc.freeze()
+        self.context.ready.set()
+        while not self.context.epoch.value and self.context.alive():
+            time.sleep(0.002)
+        self.publisher.wait_for_reader(self.feature, 2.0)
 
-    settings = context.settings
-    publisher = Publisher(context.address, settings.bus.bulk_queue)
-    reporter = Reporter(context, publisher, modality)
-    stall_detector = StallDetector(topics.MODALITIES[modality].dense)
-    encoder = encoders.create(modality)
-    stdin_fd = context.stdin.detach() if context.stdin is not None else -1
-    source = sources.create(spec, modality, settings, stdin_fd)
-    counts = dict.fromkeys(("captured", "queue_dropped", "undecodable", "published"), 0)
-    session, feature = settings.session.name, topics.feature(modality)
-    state: dict[str, Any] = {"pump": None, "before": (0, 0)}
-
-    def tally() -> dict[str, int]:
-        pump: Pump | None = state["pump"]
-        produced, dropped = state["before"]
-        if pump is not None:
-            produced, dropped = produced + pump.produced, dropped + pump.dropped
-        refused = publisher.refused.get(feature, 0)
-        stale = {"stale": stall_detector.silences, "stale_ms": stall_detector.stale_ns(now_ns()) // 1_000_000}
-        return {**counts, "captured": produced, "queue_dropped": dropped, "refused": refused, **stale}
-
-    def bad(_: WireError) -> None:
-        counts["undecodable"] += 1
-
-    reporter.counts = tally
-    reporter.detail = lambda: {"source": source.origin, "encoder": encoder.origin, **source.info}
-    # a publisher hears the clock by being heard: the broker tells it who listens
-    publisher.wait_for_reader(topics.STATUS, 2.0)
-    gc.collect()
-    gc.freeze()
-    context.ready.set()
-    while not context.epoch.value and context.alive():
-        time.sleep(0.002)
-    publisher.wait_for_reader(feature, 2.0)
-
-    def send(out: Outgoing) -> None:
-        sample = out.sample
-        publisher.publish(
-            out.topic, session, sample.event_ns, sample.capture_ns, sample.data, out.origin, sample.device_ns
-        )
-        if out.topic == feature:
-            counts["published"] += 1
-
-    def run_once() -> None:
-        encoder.reset()
-        source.open()
-        reporter.report("open")
-        pump = state["pump"] = Pump(
-            source.samples(context.alive, context.epoch.value),
-            settings.queues.policy(modality),
-            settings.queues.length,
-            context.alive,
+    def _run_source(self) -> None:
+        """From opening the device to its end; raises SourceError where it cannot be opened or fails."""
+        self.encoder.reset()
+        self.source.open()
+        self.reporter.report("open")
+        queues = self.settings.queues
+        pump = self.pump = Pump(
+            self.source.samples(self.context.alive, self.context.epoch.value),
+            queues.policy(self.modality),
+            queues.length,
+            self.context.alive,
         )
         pump.start()
-        typing = threading.Thread(target=_join_typed, args=(context, pump), name="typed", daemon=True)
-        if modality == "text" and settings.dashboard.enabled:
-            typing.start()
-
-        def warm() -> None:
-            encoder.prewarm()
-            publisher.prewarm()
-
-        prewarmer, newest_ns = Prewarmer(warm, 0), 0
-
-        def arriving() -> Iterator[Any]:
-            nonlocal newest_ns
-            while context.alive() and not pump.ended:
-                at_ns = now_ns()
-                wait_ms = prewarmer.wait_ms(at_ns, reporter.wait_ms(100))
-                sample = pump.read(stall_detector.wait_s(at_ns, wait_ms / 1000))
-                if sample is None:
-                    if stall_detector.check(now_ns()):
-                        reporter.report("stale")
-                    if not prewarmer.run_if_due(now_ns()):
-                        reporter.report_due()
-                    continue
-                if stall_detector.on_sample(sample.capture_ns):
-                    reporter.report("open")
-                # the next is expected as long after this one as this one came after its predecessor
-                prewarmer.period_ns, newest_ns = sample.event_ns - newest_ns, sample.event_ns
-                if settings.engine.prewarm and 0 < prewarmer.period_ns < _PREWARM_PERIOD_NS:
-                    prewarmer.stepped(sample.event_ns)
-                yield sample
-                reporter.report_due(housekeeping=False)
-
+        typing = self._start_typing(pump)
+        self.prewarmer, self._newest_ns = Prewarmer(self._warm, 0), 0
         try:
-            for out in capture(arriving(), modality, source.origin, encoder, bad):
-                send(out)
+            for out in capture(self._samples(pump), self.modality, self.source.origin, self.encoder, self._bad):
+                self._send(out)
         finally:
-            stall_detector.stop(now_ns())
+            self.stall_detector.stop(now_ns())
             pump.discard()
             pump.join(0.5)
-            if typing.ident is not None:
+            if typing is not None:
                 typing.join(0.5)
             pump.discard()
-            produced, dropped = state["before"]
-            state.update(pump=None, before=(produced + pump.produced, dropped + pump.dropped))
+            self._captured_before += pump.produced
+            self._dropped_before += pump.dropped
+            self.pump = None
 
-    final, reason = "closed", ""
-    while context.alive():
-        try:
-            run_once()
-            final, reason = "ended" if context.alive() else "closed", ""
-            break
-        except SourceError as e:
-            reason = str(e)
-            reporter.report("missing", reason)
-            context.stop.wait(settings.supervisor.reopen_s)
-        finally:
-            source.close()
-    reporter.report(final, reason)
-    publisher.close()
+    def _samples(self, pump: Pump) -> Iterator[Sample]:
+        """The samples as they come; watches for stalls and reports the status meanwhile."""
+        while self.context.alive() and not pump.ended:
+            at_ns = now_ns()
+            wait_ms = self.prewarmer.wait_ms(at_ns, self.reporter.wait_ms(100))
+            sample = pump.read(self.stall_detector.wait_s(at_ns, wait_ms / 1000))
+            if sample is None:
+                self._idle()
+                continue
+            if self.stall_detector.on_sample(sample.capture_ns):
+                self.reporter.report("open")
+            self._expect_next(sample)
+            yield sample
+            self.reporter.report_due(between_messages=False)
+
+    def _idle(self) -> None:
+        if self.stall_detector.check(now_ns()):
+            self.reporter.report("stale")
+        if not self.prewarmer.run_if_due(now_ns()):
+            self.reporter.report_due()
+
+    def _expect_next(self, sample: Sample) -> None:
+        # the next sample is expected as long after this one as this one came after its predecessor
+        self.prewarmer.period_ns, self._newest_ns = sample.event_ns - self._newest_ns, sample.event_ns
+        if self.settings.engine.prewarm and 0 < self.prewarmer.period_ns < _PREWARM_PERIOD_NS:
+            self.prewarmer.stepped(sample.event_ns)
+
+    def _warm(self) -> None:
+        self.encoder.prewarm()
+        self.publisher.prewarm()
+
+    def _bad(self, _: WireError) -> None:
+        self._undecodable += 1
+
+    def _send(self, out: Outgoing) -> None:
+        sample = out.sample
+        session = self.settings.session.name
+        self.publisher.publish(
+            out.topic, session, sample.event_ns, sample.capture_ns, sample.data, out.origin, sample.device_ns
+        )
+        if out.topic == self.feature:
+            self._published += 1
+
+    def _start_typing(self, pump: Pump) -> threading.Thread | None:
+        """Lines typed on the live page join the lines of the source, in a thread of their own."""
+        if self.modality != "text" or not self.settings.dashboard.enabled:
+            return None
+        thread = threading.Thread(target=self._join_typed, args=(pump,), name="typed", daemon=True)
+        thread.start()
+        return thread
+
+    def _join_typed(self, pump: Pump) -> None:
+        from stream_mmrnn.capture.sources.text import typed
+
+        def going() -> bool:
+            return self.context.alive() and not pump.ended
+
+        for sample in typed(self.context.address, self.settings.session.name, self.settings.text, going):
+            pump.put(sample)

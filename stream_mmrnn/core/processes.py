@@ -1,0 +1,120 @@
+"""The table of a session's processes: what each is called, what it runs, when, and what happens without it.
+
+The supervisor starts from it, the metrics and the page read it; no other module lists process names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import msgspec
+
+from stream_mmrnn.core.config import Settings
+from stream_mmrnn.core.topics import MODALITIES
+
+_NODES = "stream_mmrnn.live.nodes."
+
+
+class ProcessSpec(msgspec.Struct, frozen=True):
+    """One row. Vital for `session`: without it the session ends. Vital for `recording`: without it nothing is recorded;
+    the session ends only if it has no engine either.
+    """
+
+    name: str
+    target: str
+    """`module:class` of the node; the class takes a `Context`."""
+    runs: Callable[[Settings, bool], bool]
+    """Whether a session with these settings, and with an engine or without, has it."""
+    vital: Literal["session", "recording", "no"] = "no"
+    priority: Literal["latency", "background"] = "latency"
+    """`latency`: predictions wait for it, so it gets `supervisor.priority`."""
+    viewer: bool = False
+    """A read-only consumer: it drops the oldest messages when it is slow, and slows nothing else."""
+    modality: str = ""
+    """Of a worker: the stream that it captures."""
+
+
+PROCESSES = (
+    ProcessSpec("broker", _NODES + "infrastructure:BrokerNode", lambda s, engine: True, vital="session"),
+    ProcessSpec("clock", _NODES + "infrastructure:ClockNode", lambda s, engine: True, vital="session"),
+    ProcessSpec(
+        "journal",
+        _NODES + "infrastructure:JournalNode",
+        lambda s, engine: engine and s.state.snapshot_every > 0,
+        priority="background",
+    ),
+    ProcessSpec(
+        "recorder",
+        _NODES + "recorder:RecorderNode",
+        lambda s, engine: bool(s.record.path),
+        vital="recording",
+        priority="background",
+    ),
+    ProcessSpec("engine", _NODES + "engine:EngineNode", lambda s, engine: engine, vital="session"),
+    ProcessSpec(
+        "dashboard",
+        _NODES + "viewers:DashboardNode",
+        lambda s, engine: s.dashboard.enabled,
+        priority="background",
+        viewer=True,
+    ),
+    ProcessSpec(
+        "tracer",
+        _NODES + "viewers:TracerNode",
+        lambda s, engine: engine and s.trace.ratio > 0,
+        priority="background",
+        viewer=True,
+    ),
+    ProcessSpec(
+        "foxglove",
+        _NODES + "viewers:FoxgloveNode",
+        lambda s, engine: s.foxglove.enabled,
+        priority="background",
+        viewer=True,
+    ),
+    ProcessSpec(
+        "lsl",
+        _NODES + "viewers:LslNode",
+        lambda s, engine: engine and s.lsl.outlet,
+        priority="background",
+        viewer=True,
+    ),
+)
+"""All processes but the workers, in the order in which they start."""
+
+_WORKER_NAMES = {"vision": "camera", "audio": "microphone"}
+"""The worker of a modality, where it is not called after the modality."""
+_BY_NAME = {p.name: p for p in PROCESSES}
+
+
+def worker(modality: str) -> ProcessSpec:
+    """The row of the worker that captures `modality`."""
+    name = _WORKER_NAMES.get(modality, modality)
+    return ProcessSpec(name, _NODES + "worker:WorkerNode", lambda s, engine: True, modality=modality)
+
+
+def table(settings: Settings, with_engine: bool) -> Iterator[ProcessSpec]:
+    """The processes of one session, in the order in which they start; workers come last."""
+    yield from (p for p in PROCESSES if p.runs(settings, with_engine))
+    for modality in MODALITIES:
+        if getattr(settings.sources, modality, "none") != "none":
+            yield worker(modality)
+
+
+def by_name(name: str) -> ProcessSpec:
+    """The row of a process that is no worker."""
+    return _BY_NAME[name]
+
+
+def in_background(name: str) -> bool:
+    """Whether the process of that name gives way to those that predictions wait for."""
+    return name in _BY_NAME and _BY_NAME[name].priority == "background"
+
+
+def is_viewer(name: str) -> bool:
+    return name in _BY_NAME and _BY_NAME[name].viewer
+
+
+VITAL = tuple(p.name for p in PROCESSES if p.vital != "no")
+"""Processes without which a session does not predict or does not record: what readiness asks for."""
