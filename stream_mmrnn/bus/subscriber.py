@@ -19,6 +19,7 @@ from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.config import Policy
 from stream_mmrnn.core.errors import WireError
+from stream_mmrnn.core.sequence import SequenceTracker
 from stream_mmrnn.core.types import Envelope, Payload
 
 GapsState = tuple[Numbers, dict[str, dict[str, int]], dict[str, int], dict[str, int]]
@@ -27,76 +28,66 @@ lost."""
 
 
 class Gaps:
-    """Counts, per stream, what a reader got and what its sequence numbers say is missing. Bounded."""
+    """Per topic, what a reader received and what is missing by the sequence numbers. Bounded; it follows sessions that
+    begin and end, so that a new session's streams begin at 0.
+    """
 
     def __init__(self, midway: bool = False) -> None:
-        """`midway`: the reader came when sessions had begun; what they had sent before is no loss of its."""
+        """`midway`: the reader joined while sessions were running; what they had sent before is not lost."""
         self._midway = midway
-        self._next: dict[tuple[str, str], int] = {}
-        self._before: dict[tuple[str, str], int] = {}
-        """Of streams that were silent since the others filled `_next`."""
-        self._ended: OrderedDict[str, dict[str, int]] = OrderedDict()
-        """Of sessions that have ended, by topic: something may still be on its way."""
+        self._numbers: SequenceTracker[tuple[str, str]] = SequenceTracker(MAX_STREAMS)
+        self._ended: OrderedDict[str, SequenceTracker[str]] = OrderedDict()
+        """Of sessions that have ended, by topic: messages may still be on their way."""
         self.received: dict[str, int] = {}
-        """By topic; all statuses are one."""
+        """By topic; all statuses count as one."""
         self.lost: dict[str, int] = {}
 
     def observe(self, envelope: Envelope) -> None:
         topic, session, seq = envelope.topic, envelope.session, envelope.seq
         key = (topic, session)
-        expected = self._next.get(key)
-        # a seq below the expected one is a publisher that began anew
-        if expected is not None:
-            self._next[key] = seq + 1
-        elif (ended := self._ended.get(session)) is not None:
-            expected = ended.get(topic, self._first(session, seq))
-            ended[topic] = seq + 1
+        # a stream without a session began before this reader did; a session's streams begin with it, at 0
+        first = seq if self._midway or session == topics.EVERYONE else 0
+        if session in self._ended and key not in self._numbers:
+            missing = self._ended[session].observe(topic, seq, first)
         else:
-            expected = self._unseen(key, seq)
-            self._next[key] = seq + 1
+            missing = self._numbers.observe(key, seq, first)
         counted = topics.counted_as(topic)
         self.received[counted] = self.received.get(counted, 0) + 1
-        if seq > expected:
-            self.lost[counted] = self.lost.get(counted, 0) + seq - expected
+        if missing:
+            self.lost[counted] = self.lost.get(counted, 0) + missing
         if topic == topics.SESSION:
-            self._receive(session, envelope.payload)
+            self._session_changed(session, envelope.payload)
 
-    def _unseen(self, key: tuple[str, str], seq: int) -> int:
-        """The number that is expected of a stream that is not among those heard of late."""
-        if len(self._next) >= MAX_STREAMS:
-            self._before, self._next = self._next, {}
-        return self._before.pop(key, self._first(key[1], seq))
-
-    def _first(self, session: str, seq: int) -> int:
-        # what belongs to no session has begun before we listened; a session's streams begin with it, at 0
-        return seq if self._midway or session == topics.EVERYONE else 0
-
-    def _receive(self, session: str, payload: Payload) -> None:
-        """A session begins or ends: of those that have ended, the numbers of some are kept, and of no more."""
+    def _session_changed(self, session: str, payload: Payload) -> None:
+        """Of sessions that have ended, the numbers of the last `MAX_ENDED` are kept."""
         try:
             op = wire.unpack(payload, wire.SessionMessage).op
         except WireError:
             return
         if op == "open":
-            for topic, seq in self._ended.pop(session, {}).items():
-                self._next[topic, session] = seq
+            ended = self._ended.pop(session, None)
+            for topic, seq in (ended.numbers() if ended else {}).items():
+                self._numbers.observe((topic, session), seq - 1, seq - 1)
         elif op == "close" and session not in self._ended:
-            numbers: dict[str, int] = {}
-            for kept in (self._before, self._next):
-                numbers |= {topic: kept.pop((topic, session)) for topic in topics.TOPICS if (topic, session) in kept}
-            self._ended[session] = numbers
+            ended = self._ended[session] = SequenceTracker()
+            found = {topic: self._numbers.pop((topic, session)) for topic in topics.TOPICS}
+            ended.restore({topic: seq for topic, seq in found.items() if seq is not None})
             while len(self._ended) > MAX_ENDED:
                 self._ended.popitem(last=False)
 
     def snapshot(self) -> GapsState:
         """All of it as a value."""
-        numbers = [(topic, session, seq) for (topic, session), seq in (self._before | self._next).items()]
-        return numbers, dict(self._ended), self.received, self.lost
+        numbers = [(topic, session, seq) for (topic, session), seq in self._numbers.numbers().items()]
+        ended = {session: tracker.numbers() for session, tracker in self._ended.items()}
+        return numbers, ended, self.received, self.lost
 
     def restore(self, state: GapsState) -> None:
         numbers, ended, received, lost = state
-        self._next, self._before = {(topic, session): seq for topic, session, seq in numbers}, {}
-        self._ended = OrderedDict((session, dict(kept)) for session, kept in ended.items())
+        self._numbers.restore({(topic, session): seq for topic, session, seq in numbers})
+        self._ended = OrderedDict()
+        for session, kept in ended.items():
+            self._ended[session] = SequenceTracker()
+            self._ended[session].restore(kept)
         self.received, self.lost = dict(received), dict(lost)
 
 

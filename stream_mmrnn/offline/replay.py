@@ -21,6 +21,7 @@ from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.dedup import WINDOW
 from stream_mmrnn.core.errors import FileError, UsageError
 from stream_mmrnn.core.latency import Histogram
+from stream_mmrnn.core.sequence import SequenceTracker
 from stream_mmrnn.core.types import Envelope, Prediction, Vectors
 from stream_mmrnn.graph.runtime import Provider
 from stream_mmrnn.offline.pacing import pace
@@ -277,15 +278,14 @@ def info(path: Path) -> dict[str, Any]:
     """What is in a recording: streams with their counts and times, model, encoders, losses, and whether it is whole."""
     recording = Recording(path)
     channels: dict[str, dict[str, Any]] = {}
+    numbers: SequenceTracker[str] = SequenceTracker()
     first_ns = last_ns = 0
     for e in recording.envelopes():
-        channel = channels.setdefault(e.topic, {"messages": 0, "origin": e.origin, "gaps": 0, "_next": e.seq})
-        channel["gaps"] += max(0, e.seq - channel["_next"])
-        channel["_next"] = e.seq + 1
+        channel = channels.setdefault(e.topic, {"messages": 0, "origin": e.origin, "gaps": 0})
+        channel["gaps"] += numbers.observe(e.topic, e.seq, e.seq)
         channel["messages"] += 1
         first_ns, last_ns = first_ns or e.publish_ns, max(last_ns, e.publish_ns)
     for channel in channels.values():
-        del channel["_next"]
         channel["rate_hz"] = round(channel["messages"] / ((last_ns - first_ns) / 1e9), 2) if last_ns > first_ns else 0.0
     m = recording.metadata
     said = MessageCounts.of(recording.end or recording.so_far)

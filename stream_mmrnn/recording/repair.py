@@ -18,6 +18,7 @@ from mcap.writer import CompressionType, IndexType, Writer
 
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.errors import FileError, RecordingError
+from stream_mmrnn.core.sequence import SequenceTracker
 from stream_mmrnn.recording.append_file import later_parts
 from stream_mmrnn.recording.damaged_file import DamagedFileReader, Hole, Message, Note, number
 from stream_mmrnn.recording.mcap_file import (
@@ -54,8 +55,9 @@ class Account:
         self.adds_up = True
         """Whether the file's own sums hold, and count the messages that are there."""
         self._hole = 0
-        self._next: dict[str, tuple[int, int]] = {}
-        """By topic: the number that should come, and how many holes there were when the last came."""
+        self._numbers: SequenceTracker[str] = SequenceTracker()
+        self._holes_before: dict[str, int] = {}
+        """By topic: how many holes there were when the last message came."""
         self._here: Counter[str] = Counter()
 
     def add(self, part: DamagedFileReader, holes: _Holes) -> Iterator[list[Message]]:
@@ -106,12 +108,11 @@ class Account:
             self.last_ns = max(self.last_ns, message.publish_ns)
             # a session's streams begin with its first part, the clock runs before
             first = 0 if topic != topics.CLOCK and number(part.head, "part") < 2 else message.seq
-            following, hole = self._next.get(topic, (first, 0))
-            if hole != self._hole and message.seq > following:
-                gap = message.seq - following
+            gap = self._numbers.observe(topic, message.seq, first)
+            if gap and self._holes_before.get(topic, 0) != self._hole:
                 self.missing[topic] += gap
                 holes[-1]["missing"][topic] = holes[-1]["missing"].get(topic, 0) + gap
-            self._next[topic] = (message.seq + 1, self._hole)
+            self._holes_before[topic] = self._hole
 
     def _compare(self, note: Note, broken: bool) -> None:
         if note.name not in (METADATA_SO_FAR, METADATA_END) or not note.metadata.keys() >= {"produced", "checksum"}:

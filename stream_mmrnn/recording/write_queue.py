@@ -16,6 +16,7 @@ from typing import Literal
 
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.sequence import SequenceTracker
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.recording.mcap_file import Recorder
 from stream_mmrnn.recording.message_counts import CLOSING, LOST, REFUSED, SLOW, UNWRITABLE, MessageCounts
@@ -49,7 +50,7 @@ class WriteQueue:
         self._lanes: tuple[deque[tuple[int, int, Envelope]], ...] = (deque(), deque(), deque())
         self._order = 0
         self._bytes = 0
-        self._next: dict[tuple[str, str], int] = {}
+        self._numbers: SequenceTracker[tuple[str, str]] = SequenceTracker()
         self._came: Counter[str] = Counter()
         self._lost: Counter[str] = Counter()
         self._given_up: dict[str, Counter[str]] = {r: Counter() for r in (SLOW, REFUSED, CLOSING)}
@@ -94,13 +95,11 @@ class WriteQueue:
 
     def _number(self, envelope: Envelope) -> None:
         """Count what the sequence numbers say is missing."""
-        key, seq = (envelope.topic, envelope.session), envelope.seq
         began = self._later_part or envelope.session == topics.EVERYONE
-        expected = self._next.get(key, seq if began else 0)
-        if seq > expected:
-            self._lost[envelope.topic] += seq - expected
-        # a number below the expected one is a publisher that began anew
-        self._next[key] = seq + 1
+        first = envelope.seq if began else 0
+        missing = self._numbers.observe((envelope.topic, envelope.session), envelope.seq, first)
+        if missing:
+            self._lost[envelope.topic] += missing
 
     def _give_up(self, lane: deque[tuple[int, int, Envelope]], reason: str) -> None:
         _, size, envelope = lane.popleft()
