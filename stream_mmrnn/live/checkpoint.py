@@ -9,38 +9,20 @@ kill costs is stepped again and published again: who reads removes what it has h
 from __future__ import annotations
 
 import contextlib
-from typing import Protocol
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from stream_mmrnn.bus import Caller, Gaps, GapsState, Numbers, Publisher, Subscriber
 from stream_mmrnn.core import wire
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import ProcessError, SessionError, StreamError, WireError
-from stream_mmrnn.core.types import Envelope, Mark, ModelSpec
+from stream_mmrnn.core.types import Envelope, Mark
 from stream_mmrnn.live import journal
 from stream_mmrnn.predict.align import Aligner, AlignerState
+from stream_mmrnn.predict.protocols import Engine
 from stream_mmrnn.predict.snapshots import Snapshot, from_bytes, to_bytes
 
 _ANSWER_MS = 3000
-
-
-class Engine(Protocol):
-    """What is asked of an engine: sessions whose states can be taken out and put back."""
-
-    spec: ModelSpec
-
-    def __contains__(self, session: str) -> bool: ...
-
-    def open(self, session: str) -> None: ...
-
-    def close(self, session: str) -> None: ...
-
-    def snapshot(self, session: str) -> dict[str, npt.NDArray[np.generic]]: ...
-
-    def restore(self, session: str, state: dict[str, npt.NDArray[np.generic]]) -> None: ...
 
 
 class Checkpoint(msgspec.Struct, frozen=True):

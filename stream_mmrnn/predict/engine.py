@@ -6,10 +6,8 @@ or where ticks come from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from operator import itemgetter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,12 +16,11 @@ from stream_mmrnn.core.errors import ModelError, SessionError, StreamError
 from stream_mmrnn.core.types import ModelSpec, Prediction, Tick
 from stream_mmrnn.graph.runtime import Array, Graph, Provider
 from stream_mmrnn.predict.arena import Arena
+from stream_mmrnn.predict.columns import Columns, rounds
 from stream_mmrnn.predict.contract import Contract, contract_of
-from stream_mmrnn.predict.cpu_batches import Bucket, HostRows, Rows
+from stream_mmrnn.predict.cpu_batches import HostRows, Rows
 from stream_mmrnn.predict.device_batches import DeviceRows
-
-MAX_AGE_S = 10.0
-"""Ages are clipped here; a stream that never was has this age too."""
+from stream_mmrnn.predict.protocols import Engine
 
 BATCH = {"cpu": 64, "cuda": 4096}
 """The most rows of a run by default. On the CPU a row costs the same in 64 as in 256, and is back sooner."""
@@ -36,21 +33,7 @@ def check_model(path: Path, provider: Provider) -> ModelSpec:
     return contract_of(Graph(path, provider)).spec
 
 
-class Movable(Protocol):
-    """What sessions can be moved from or to."""
-
-    spec: ModelSpec
-
-    def open(self, session: str) -> None: ...
-
-    def close(self, session: str) -> None: ...
-
-    def snapshot(self, session: str) -> dict[str, Any]: ...
-
-    def restore(self, session: str, state: dict[str, Any]) -> None: ...
-
-
-def move(session: str, source: Movable, target: Movable) -> None:
+def move(session: str, source: Engine, target: Engine) -> None:
     """Take a session from one engine of a model to another, between two steps; it goes on there bit for bit.
 
     Raises:
@@ -90,12 +73,6 @@ def _rows_of(graph: Graph, contract: Contract, slots: int, batch: int) -> Rows:
     return HostRows(graph, contract, slots, most, round(BUDGET * contract.spec.tick_ns))
 
 
-def _values(names: Sequence[str]) -> Callable[[dict[str, Any]], Sequence[Any]]:
-    """A function that takes these values out of a dict, as a row."""
-    of = itemgetter(*names)
-    return of if len(names) > 1 else lambda table: (of(table),)
-
-
 class StepEngine:
     """A recurrent model with a fixed number of slots; its state stays where the graph runs.
 
@@ -117,11 +94,10 @@ class StepEngine:
         self.batch = self._rows.batch
         self.arena = Arena(self._rows, slots)
         wiring = contract.wiring
-        self._names = tuple(m.name for m in self.spec.modalities)
-        self._inputs = tuple((m.name, wiring.inputs[m.name]) for m in self.spec.modalities)
+        self._columns = Columns([m.name for m in self.spec.modalities], self.batch)
+        self._inputs = tuple(wiring.inputs[m.name] for m in self.spec.modalities)
         self._heads = tuple((h.name, wiring.heads[h.name]) for h in self.spec.heads)
         self._present, self._age = wiring.present, wiring.age
-        self._of_modalities = _values(self._names)
         one = self._single = self._rows.bucket(1)
         """And its first row: features by modality, present, age; heads."""
         self._row = (
@@ -134,7 +110,6 @@ class StepEngine:
         """What `prewarm` writes into the first row."""
         self._slots = np.zeros(self.batch, np.int64)
         self._fresh = np.zeros(self.batch, np.bool_)
-        self._age_s = np.zeros((self.batch, len(self._names)), np.float64)
 
     def open(self, session: str) -> None:
         """Give a session a slot; raises Busy or DuplicateSession at once."""
@@ -173,7 +148,7 @@ class StepEngine:
         """
         self._rows.prewarm()
         if self._last is not None:
-            self._fill_one(self._last)
+            self._columns.fill_one(self._last, *self._row)
         self._rows.prewarm()
 
     def step(self, ticks: Sequence[Tick]) -> list[Prediction]:
@@ -187,20 +162,14 @@ class StepEngine:
             return [self._run_one(ticks[0], self.arena.slot(ticks[0].session))]
         slots = [self.arena.slot(tick.session) for tick in ticks]
         out: list[Prediction] = []
-        start = 0
-        while start < len(ticks):
-            end, taken = start, set()
-            while end < len(ticks) and end - start < self.batch and slots[end] not in taken:
-                taken.add(slots[end])
-                end += 1
+        for start, end in rounds(slots, self.batch):
             out += self._run(ticks[start:end], slots[start:end])
-            start = end
         return out
 
     def _run_one(self, tick: Tick, slot: int) -> Prediction:
         """The usual case of a live session, and where every microsecond shows: no slices, no arrays of one."""
         start_ns = now_ns()
-        self._fill_one(tick)
+        self._columns.fill_one(tick, *self._row)
         self._last = tick
         fresh = self.arena.fresh
         self._single.run_one(slot, fresh.item(slot))
@@ -208,24 +177,16 @@ class StepEngine:
         heads = {name: said.copy() for name, said in self._said}
         return Prediction(tick, heads, self.spec.sha256, start_ns, now_ns())
 
-    def _fill_one(self, tick: Tick) -> None:
-        features, present, age = self._row
-        for name, into in features:
-            into[...] = tick.features[name]
-        for i, name in enumerate(self._names):
-            if present is not None:
-                present[i] = tick.present[name]
-            if age is not None:
-                age_ns = tick.age_ns[name]
-                age[i] = MAX_AGE_S if age_ns < 0 else min(age_ns / 1e9, MAX_AGE_S)
-
     def _run(self, ticks: Sequence[Tick], slots: list[int]) -> list[Prediction]:
         start_ns = now_ns()
         count = len(ticks)
         bucket = self._rows.bucket(count)
         self._slots[:count] = slots
         np.take(self.arena.fresh, self._slots[:count], out=self._fresh[:count])
-        self._fill(ticks, bucket, count)
+        inputs = bucket.inputs
+        present = inputs[self._present] if self._present else None
+        age = inputs[self._age] if self._age else None
+        self._columns.fill(ticks, [inputs[name] for name in self._inputs], present, age)
         bucket.run(self._slots, self._fresh, count)
         self.arena.fresh[slots] = False
         end_ns = now_ns()
@@ -236,16 +197,3 @@ class StepEngine:
             Prediction(tick, dict(zip(names, rows, strict=True)), sha256, start_ns, end_ns)
             for tick, *rows in zip(ticks, *said, strict=True)
         ]
-
-    def _fill(self, ticks: Sequence[Tick], bucket: Bucket, count: int) -> None:
-        for name, into in self._inputs:
-            vectors = [tick.features[name] for tick in ticks]
-            np.concatenate(vectors, out=bucket.inputs[into][:count].reshape(-1))
-        if self._present:
-            bucket.inputs[self._present][:count] = [self._of_modalities(tick.present) for tick in ticks]
-        if self._age:
-            ages = self._age_s[:count]
-            ages[...] = [self._of_modalities(tick.age_ns) for tick in ticks]
-            np.divide(ages, 1e9, out=ages)
-            ages[ages < 0] = MAX_AGE_S
-            np.minimum(ages, MAX_AGE_S, out=bucket.inputs[self._age][:count], casting="same_kind")

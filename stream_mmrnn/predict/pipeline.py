@@ -7,29 +7,12 @@ special case here. Knows nothing about sockets, files, devices or processes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol, TypeVar
 
 from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.errors import SessionError, WireError
 from stream_mmrnn.core.types import Envelope, Tick
 from stream_mmrnn.predict.align import Aligner, stamps_of
-
-Out = TypeVar("Out", covariant=True)
-
-
-class Stepper(Protocol[Out]):
-    """What `predict` asks of an engine: sessions that come and go, and something for each of their ticks."""
-
-    def __contains__(self, session: str) -> bool: ...
-
-    def open(self, session: str) -> None:
-        """Raises SessionError where it cannot be."""
-
-    def reset(self, session: str) -> None: ...
-
-    def close(self, session: str) -> None: ...
-
-    def step(self, ticks: Sequence[Tick]) -> Sequence[Out]: ...
+from stream_mmrnn.predict.protocols import Out, Stepper
 
 
 class NoEngine:

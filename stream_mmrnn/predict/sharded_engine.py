@@ -23,9 +23,10 @@ from stream_mmrnn.core.errors import Busy, DuplicateSession, ProcessError, Shard
 from stream_mmrnn.core.types import Prediction, Tick
 from stream_mmrnn.graph.runtime import Array, Graph, Provider
 from stream_mmrnn.predict.arena import Arena
+from stream_mmrnn.predict.columns import Columns, rounds
 from stream_mmrnn.predict.contract import Contract, contract_of
 from stream_mmrnn.predict.cpu_batches import Rows, Shapes
-from stream_mmrnn.predict.engine import MAX_AGE_S, StepEngine, make_rows
+from stream_mmrnn.predict.engine import StepEngine, make_rows
 
 _START_TIMEOUT_S = 30.0
 _STEP, _READ, _WRITE, _WARM, _STOP = b"s", b"r", b"w", b"p", b"q"
@@ -209,6 +210,7 @@ class ShardedEngine:
         contract = contract_of(Graph(path))
         self.spec, self.provider = contract.spec, provider
         self._wiring = contract.wiring
+        self._columns = Columns([m.name for m in self.spec.modalities], slots)
         share = -(-slots // processes)
         self.slots = slots
         self._shards = [_Shard(path, contract, share, provider, batch) for _ in range(processes)]
@@ -331,18 +333,12 @@ class ShardedEngine:
         """
         shards = [self._shard(tick.session) for tick in ticks]
         out: list[Prediction] = []
-        start = 0
-        while start < len(ticks):
-            end, taken = start, set()
-            while end < len(ticks) and ticks[end].session not in taken:
-                taken.add(ticks[end].session)
-                end += 1
+        for start, end in rounds([tick.session for tick in ticks], len(ticks)):
             try:
                 out += self._round(ticks[start:end], shards[start:end])
             except ShardDied as e:
                 e.predictions = (*out, *e.predictions)
                 raise
-            start = end
         return out
 
     def _round(self, ticks: Sequence[Tick], shards: Sequence[_Shard]) -> list[Prediction]:
@@ -390,14 +386,12 @@ class ShardedEngine:
         columns["slots"][:count] = slots
         columns["fresh"][:count] = shard.arena.fresh[slots]
         shard.arena.fresh[slots] = False
-        names = [m.name for m in self.spec.modalities]
-        for name in names:
-            np.concatenate([t.features[name] for t in ticks], out=columns[wiring.inputs[name]][:count].reshape(-1))
-        if wiring.present:
-            columns[wiring.present][:count] = [[t.present[n] for n in names] for t in ticks]
-        if wiring.age:
-            age_ns = np.array([[t.age_ns[n] for n in names] for t in ticks], np.float64)
-            columns[wiring.age][:count] = np.where(age_ns < 0, MAX_AGE_S, np.minimum(age_ns / 1e9, MAX_AGE_S))
+        self._columns.fill(
+            ticks,
+            [columns[wiring.inputs[m.name]] for m in self.spec.modalities],
+            columns[wiring.present] if wiring.present else None,
+            columns[wiring.age] if wiring.age else None,
+        )
 
     def stop(self) -> None:
         """End the processes and give their memory back."""

@@ -29,8 +29,9 @@ from stream_mmrnn.core.errors import (
     SnapshotError,
     UnknownSession,
 )
-from stream_mmrnn.core.types import ModelSpec, Prediction, Stamps, Tick
-from stream_mmrnn.predict.snapshots import NEVER, Array, Snapshot
+from stream_mmrnn.core.types import Prediction, Stamps, Tick
+from stream_mmrnn.predict.protocols import Engine
+from stream_mmrnn.predict.snapshots import NEVER, Snapshot
 from stream_mmrnn.serve.admission import LEAST, Admission
 
 Reason: TypeAlias = Literal["idle", "cancelled", "leaving", "lost"]
@@ -40,29 +41,6 @@ _TOKEN_SHA256 = "token_sha256"  # noqa: S105 a name, not a secret
 _MEASURED_ROUNDS, _MEASURED_NS = 16, 1_000_000_000
 """So often is every count stepped, or until it took so long."""
 _MEASURED_COUNTS = (1, 2, 4, 8, 16, 32, 64)
-
-
-class Engine(Protocol):
-    """What is asked of an engine: StepEngine and ShardedEngine are one."""
-
-    @property
-    def spec(self) -> ModelSpec: ...
-
-    def __contains__(self, session: str) -> bool: ...
-
-    def __len__(self) -> int: ...
-
-    def open(self, session: str) -> None: ...
-
-    def reset(self, session: str) -> None: ...
-
-    def close(self, session: str) -> None: ...
-
-    def snapshot(self, session: str) -> dict[str, Array]: ...
-
-    def restore(self, session: str, state: dict[str, Array]) -> None: ...
-
-    def step(self, ticks: Sequence[Tick]) -> list[Prediction]: ...
 
 
 class Store(Protocol):
@@ -310,7 +288,7 @@ class Sessions:
         self.counts["stepped"] += len(fit)
         if self.admission is not None:
             self.admission.add(len(fit), predictions[-1].step_end_ns - predictions[0].step_start_ns)
-        return predictions
+        return list(predictions)
 
     def _is_new(self, tick: Tick, now_ns: int) -> bool:
         """Whether the session has not seen the tick; from now on it has."""

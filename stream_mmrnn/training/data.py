@@ -31,7 +31,7 @@ class Ticks:
     present: FloatArray
     """[T, M] of 0 and 1, in the recipe's order of modalities."""
     age_s: FloatArray
-    """[T, M] seconds, as the engine gives them to the model: clipped at `engine.MAX_AGE_S`, which is also "never"."""
+    """[T, M] seconds, as the engine gives them to the model: clipped at `columns.MAX_AGE_S`, which is also "never"."""
     targets: dict[str, Array]
     """By head, [T] or [T, size]; what they are depends on the head's kind (see `heads.loss`)."""
     weights: dict[str, FloatArray]

@@ -13,8 +13,8 @@ import numpy as np
 
 from stream_mmrnn.core.errors import ModelError
 from stream_mmrnn.graph.runtime import Graph, Provider
+from stream_mmrnn.predict.columns import MAX_AGE_S
 from stream_mmrnn.predict.contract import read_contract
-from stream_mmrnn.predict.engine import MAX_AGE_S
 from stream_mmrnn.training import metrics
 from stream_mmrnn.training.data import Ticks, batches
 from stream_mmrnn.training.recipe import Recipe

@@ -20,8 +20,8 @@ from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import FileError, ModelError
 from stream_mmrnn.graph.runtime import Graph
 from stream_mmrnn.offline.convert.triton import READY, START, text_of, write
+from stream_mmrnn.predict.columns import MAX_AGE_S
 from stream_mmrnn.predict.contract import contract_of
-from stream_mmrnn.predict.engine import MAX_AGE_S
 
 ZOO = [*sorted(config.models_folder().glob("*/step*.onnx"))]
 _ONNX = {"tensor(float)": "TYPE_FP32", "tensor(bool)": "TYPE_BOOL", "tensor(int64)": "TYPE_INT64"}

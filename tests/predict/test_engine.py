@@ -15,7 +15,8 @@ from toy_ticks import alone, tick
 
 from stream_mmrnn.core.errors import Busy, DuplicateSession, ModelError, ProviderError, SessionError, UnknownSession
 from stream_mmrnn.core.types import HeadSpec, ModalitySpec, Tick
-from stream_mmrnn.predict.engine import MAX_AGE_S, StepEngine, check_model
+from stream_mmrnn.predict.columns import MAX_AGE_S
+from stream_mmrnn.predict.engine import StepEngine, check_model
 
 
 def test_step_equals_a_reference_in_numpy(toy: Path) -> None:

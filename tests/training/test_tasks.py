@@ -18,7 +18,7 @@ from stream_mmrnn.capture.encoders.text import TextEncoder
 from stream_mmrnn.core.config import models_folder
 from stream_mmrnn.core.errors import ConfigError, FileError, UsageError
 from stream_mmrnn.graph.runtime import Graph
-from stream_mmrnn.predict.engine import MAX_AGE_S
+from stream_mmrnn.predict.columns import MAX_AGE_S
 from stream_mmrnn.training import recipe as recipes
 from stream_mmrnn.training import tasks
 from stream_mmrnn.training.data import Task, Ticks, check

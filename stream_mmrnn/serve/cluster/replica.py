@@ -16,11 +16,12 @@ import msgspec
 
 from stream_mmrnn.core import config, topics
 from stream_mmrnn.core.errors import SessionError, SnapshotError, WireError
+from stream_mmrnn.predict.protocols import Engine
 from stream_mmrnn.predict.snapshots import Snapshot, from_bytes, to_bytes
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.cluster.subjects import CLIENT
 from stream_mmrnn.serve.session_host import Host
-from stream_mmrnn.serve.sessions import Engine, Sessions
+from stream_mmrnn.serve.sessions import Sessions
 
 _SEQ, _OPENED, _OWNER = "seq", "opened", "owner"
 _LATE_TICKS = 65_536

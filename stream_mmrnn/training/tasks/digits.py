@@ -22,7 +22,7 @@ from stream_mmrnn.capture.encoders.text import TextEncoder
 from stream_mmrnn.core.config import convert, models_folder
 from stream_mmrnn.core.errors import ConfigError, FileError
 from stream_mmrnn.core.types import FloatArray
-from stream_mmrnn.predict.engine import MAX_AGE_S
+from stream_mmrnn.predict.columns import MAX_AGE_S
 from stream_mmrnn.training.data import Array, Task, Ticks
 from stream_mmrnn.training.datasets import fsdd, mnist
 from stream_mmrnn.training.datasets.audio import Int16Array

@@ -18,7 +18,7 @@ from stream_mmrnn.core import topics
 from stream_mmrnn.core.errors import ConfigError, FileError
 from stream_mmrnn.core.types import FloatArray, ModalitySpec, Tick
 from stream_mmrnn.predict.align import Aligner
-from stream_mmrnn.predict.engine import MAX_AGE_S
+from stream_mmrnn.predict.columns import Columns
 from stream_mmrnn.predict.pipeline import NoEngine, predict
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.recording.settings import settings_of
@@ -81,10 +81,9 @@ def sequence(path: Path, recipe: Recipe, specs: Sequence[ModalitySpec]) -> Ticks
     ticks, recording = ticks_of(path, specs, recipe.tick_ns)
     events = Events(recording)
     names = [s.name for s in specs]
-    features = {n: np.stack([t.features[n] for t in ticks]).astype(np.float32) for n in names}
-    present = np.array([[t.present[n] for n in names] for t in ticks], np.float32)
-    ages = np.array([[t.age_ns[n] for n in names] for t in ticks], np.float64)
-    age_s = np.where(ages < 0, MAX_AGE_S, np.minimum(ages / 1e9, MAX_AGE_S)).astype(np.float32)
+    features = {s.name: np.empty((len(ticks), s.size), np.float32) for s in specs}
+    present, age_s = (np.empty((len(ticks), len(names)), np.float32) for _ in range(2))
+    Columns(names, len(ticks)).fill(ticks, list(features.values()), present, age_s)
     chosen: dict[str, Any] = recipe.data.options.get("targets", {})
     targets, weights = {}, {}
     for head in recipe.heads:

@@ -20,7 +20,7 @@ from stream_mmrnn.capture.encoders.text import TextEncoder
 from stream_mmrnn.core.config import convert
 from stream_mmrnn.core.errors import ConfigError
 from stream_mmrnn.core.types import FloatArray
-from stream_mmrnn.predict.engine import MAX_AGE_S
+from stream_mmrnn.predict.columns import MAX_AGE_S
 from stream_mmrnn.training.data import Array, Made, Task, Ticks
 from stream_mmrnn.training.datasets.switchboard import Dialogue, Seconds, Switchboard, spoken, voice
 from stream_mmrnn.training.recipe import Head, Recipe
