@@ -1,1 +1,1 @@
-"""Benchmarks: one file a bench, on a harness (`measure`, `machine`, `roofline`, `report`) that all of them share."""
+"""Benchmarks of the other rooms, one file per benchmark, on one harness (`measure`, `machine`, `report`)."""

@@ -1,11 +1,7 @@
-"""The bus: one broker, so that all readers see one order; publishers and subscribers that count.
+"""The bus, and the only room that speaks ZeroMQ: one broker gives all readers the same order of messages.
 
-The broker binds the socket of the readers three times, with a queue for each kind of reader: `subscribe` for those who
-must lose nothing, `bulk` for those of them that read pictures and sound, and `view` for those who want the newest. A
-reader that stops fills its own short queue and nobody else's; on its return it passes over what is old.
-
-The only package that speaks ZeroMQ. Knows nothing about what messages mean, beyond a clock that says we are heard, nor
-where keys are kept: who may come in is asked of a function.
+It has a socket with its own queue for each kind of reader: `subscribe` for those that must lose nothing, `bulk` for
+those that also read pictures and sound, `view` for those that want the newest.
 """
 
 from stream_mmrnn.bus.address import Address, Keys, Right, new_pair, public_of

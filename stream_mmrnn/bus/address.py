@@ -1,7 +1,4 @@
-"""Where a bus is: the places of its sockets, by ipc or tcp, and the keys that belong to them.
-
-Knows nothing about messages.
-"""
+"""Addresses: where a bus's sockets are, over ipc or tcp, and the keys that belong to them."""
 
 from __future__ import annotations
 
@@ -67,7 +64,7 @@ class Address:
         journal: str = "",
     ) -> None:
         """`host` is what the broker binds; `keys` those of our own processes. Without `bulk` or `view` it is
-        `subscribe`. `journal` is for processes of ours alone.
+        `subscribe`. `journal` is only for processes of the session.
         """
         self.publish, self.subscribe, self.folder = publish, subscribe, folder
         self.bulk, self.view = bulk or subscribe, view or subscribe

@@ -1,4 +1,7 @@
-"""The broker, which gives all messages one order, and its door: who may come in. Knows nothing about what they mean."""
+"""The broker, which gives all messages one order, and the authenticator, which decides who may connect.
+
+It does not read what messages mean.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from stream_mmrnn.core.errors import ProcessError
 
 _STOP = b"TERMINATE"
 VIEW_BUFFER_BYTES = 256 * 1024
-"""Of the kernel, where a viewer reads over tcp: left alone it grows to megabytes of what nobody will look at."""
+"""The kernel's buffer for a viewer over tcp: by default it grows to megabytes of messages that are too old to show."""
 _REFUSALS = {
     zmq.Event.HANDSHAKE_FAILED_AUTH: "key_not_allowed",
     zmq.Event.HANDSHAKE_FAILED_PROTOCOL: "no_key",
@@ -50,7 +53,7 @@ class Authenticator:
         self._monitors.append(monitor)
 
     def open(self, context: zmq.Context[zmq.Socket[bytes]], stop: threading.Event) -> threading.Thread:
-        """Begin to answer; before the sockets are bound, so that nobody slips in."""
+        """Start to answer, before the sockets are bound, so that no connection is accepted unchecked."""
         asked = context.socket(zmq.REP)
         asked.setsockopt(zmq.LINGER, 0)
         asked.bind(_ZAP)
@@ -107,7 +110,7 @@ def run_broker(
     queue is full loses the newest, and counts it. Queues of 0 are as `queue`.
 
     Raises:
-        ProcessError: a place is taken, or others could reach it and there is no door.
+        ProcessError: an address is in use, or others could reach it and there is no authenticator.
 
     """
     if authenticator is None and address.publish.startswith("tcp:") and not config.is_loopback(address.host):

@@ -1,4 +1,4 @@
-"""The journal's own way: all messages as they are, and questions about them. Knows nothing about what is asked."""
+"""The journal's sockets: all messages as raw frames, and a request channel for the engine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Tap:
             yield self._socket.recv_multipart()
 
     def request(self, timeout_ms: int) -> tuple[bytes, bytes] | None:
-        """Who asks, and what; None after `timeout_ms` without."""
+        """The sender and the content of a request; None after `timeout_ms` without one."""
         if not self._requests.poll(timeout_ms, zmq.POLLIN):
             return None
         who, *frames = self._requests.recv_multipart()
@@ -61,7 +61,7 @@ class Caller:
         self._socket.connect(address.journal)
 
     def send(self, content: bytes) -> bool:
-        """At once; False where the one before it has not been taken yet, or nobody is there."""
+        """Without waiting; False if the message before has not been read yet, or there is no journal."""
         try:
             self._socket.send(content, zmq.DONTWAIT)
         except zmq.Again:

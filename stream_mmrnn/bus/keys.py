@@ -1,12 +1,12 @@
-"""Who may come in, as files: the broker's and our own key pair, those that are allowed, and the page's token.
+"""Keys as files: the broker's key pair, this user's own pair, the keys that are allowed, and the page's token.
 
     FOLDER/             0700, made whole or not at all
-      server.key        the broker's pair: its public key is what everyone who connects must know
-      client.key        the pair of our own processes, which may read and write
-      read/NAME         the public key of one that may subscribe
-      write/NAME        of one that may publish, too
+      server.key        the broker's pair: everyone who connects must know its public key
+      client.key        the pair of this user's processes, which may read and write
+      read/NAME         the public key of a client that may subscribe
+      write/NAME        of a client that may also publish
 
-Files are 0600; what others could read is refused, not used. Knows nothing about sockets.
+Files are 0600; a file that others could read is refused.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PUBLIC = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}", re.ASCII)
 _RIGHTS: tuple[Right, ...] = ("read", "write")
 _MIN_TOKEN = 16
 _MAX_BYTES = 4096
-"""No file of ours is longer."""
+"""Longer files are refused."""
 
 
 def _write_new(path: Path, text: str) -> None:
@@ -41,7 +41,7 @@ def _write_new(path: Path, text: str) -> None:
 
 
 def _read(path: Path, what: str, private: bool = True) -> str:
-    """A small file of ours. Raises FileError where it is missing, too long or, if `private`, open to others."""
+    """Read a small key file. Raises FileError where it is missing, too long or, if `private`, open to others."""
     try:
         with path.open("rb") as file:
             mode, data = os.fstat(file.fileno()).st_mode, file.read(_MAX_BYTES + 1)
@@ -51,14 +51,14 @@ def _read(path: Path, what: str, private: bool = True) -> str:
     except UnicodeDecodeError as e:
         raise FileError(f"{what} {path} is no text; make a new one") from e
     if len(data) > _MAX_BYTES:
-        raise FileError(f"{what} {path} is longer than any of ours; make a new one")
+        raise FileError(f"{what} {path} is too long for a key file; make a new one")
     if private and mode & 0o077 and sys.platform != "win32":
         raise FileError(f"{what} {path} can be read by others; take their rights away (chmod 600) or make a new one")
     return text
 
 
 def _pair(path: Path) -> tuple[str, str]:
-    """The public and secret key in a file of ours."""
+    """The public and secret key in a .key file."""
     try:
         table = tomllib.loads(_read(path, "the key"))
         secret = str(table["secret"])
@@ -68,7 +68,7 @@ def _pair(path: Path) -> tuple[str, str]:
 
 
 def _public_key(key_or_file: str) -> str:
-    """A public key, given as it is or as a file that holds it (a .key file of ours, or the key alone)."""
+    """A public key, given as it is or as a file that holds it (a .key file, or the key alone)."""
     text = key_or_file.strip()
     if not _PUBLIC.fullmatch(text) and Path(key_or_file).is_file():
         text = _read(Path(key_or_file), "the public key", private=False).strip()
@@ -137,7 +137,7 @@ class Folder:
         return any(hmac.compare_digest(public, known) for known in self._listed(right).values())
 
     def _listed(self, right: Right) -> dict[str, str]:
-        """Public keys by name; what is no key is nobody's right."""
+        """Public keys by name; a file that holds no key gives no right."""
         found = {}
         try:
             for path in sorted((self.path / right).iterdir()):

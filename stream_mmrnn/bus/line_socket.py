@@ -1,4 +1,4 @@
-"""Lines of text over ZeroMQ from a program of somebody else. Knows nothing about the bus."""
+"""Lines of text over ZeroMQ, from another program."""
 
 from __future__ import annotations
 

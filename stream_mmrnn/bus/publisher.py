@@ -1,4 +1,4 @@
-"""Who sends: envelopes, numbered per topic and session. Knows nothing about who reads them."""
+"""The publisher: sends envelopes, numbered per topic and session."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ MAX_STREAMS = 65_536
 """Streams, each a topic of a session, whose numbers a reader remembers before it forgets those long silent."""
 MAX_ENDED = 256
 """Sessions that have ended, of which it remembers the same: a message of theirs may still be on its way."""
-_NOBODY = b"nobody"
-"""A topic that nobody reads."""
+_UNREAD = b"unread"
+"""A topic that no reader subscribes to."""
 Numbers = list[tuple[str, str, int]]
 """Topic, session, the next sequence number."""
 
@@ -28,7 +28,7 @@ class Publisher:
     def __init__(self, address: Address, queue: int, keys: Keys | None = None) -> None:
         """`keys`: others than those of the address, if any."""
         self._context = zmq.Context()
-        # XPUB instead of PUB: the subscriptions that reach us say when somebody listens
+        # XPUB instead of PUB: its subscriptions tell when a reader exists
         self._socket = self._context.socket(zmq.XPUB)
         self._socket.setsockopt(zmq.XPUB_NODROP, 1)  # a full queue is an error we count, not a silent loss
         self._socket.set_hwm(queue)
@@ -51,7 +51,7 @@ class Publisher:
             timeout_ms = 0
 
     def wait_for_reader(self, topic: str, timeout_s: float) -> bool:
-        """True as soon as the broker forwards `topic` to somebody: what is sent from now on arrives."""
+        """True as soon as the broker has a reader of `topic`: what is sent from now on arrives."""
         deadline = now_ns() + int(timeout_s * 1e9)
         while not any(topic.encode().startswith(prefix) for prefix in self._wanted):
             left_ms = (deadline - now_ns()) // 1_000_000
@@ -93,10 +93,10 @@ class Publisher:
             self._seq.pop((topic, session), None)
 
     def prewarm(self) -> None:
-        """Send the newest message once more, to nobody: code and buffers are in the caches for the next one."""
-        if self._newest is not None and not any(_NOBODY.startswith(prefix) for prefix in self._wanted):
+        """Send the newest message again on a topic without readers: code and buffers are then in the caches."""
+        if self._newest is not None and not any(_UNREAD.startswith(prefix) for prefix in self._wanted):
             with contextlib.suppress(zmq.Again):
-                self._socket.send_multipart([_NOBODY, *wire.encode(self._newest)[1:]], zmq.DONTWAIT)
+                self._socket.send_multipart([_UNREAD, *wire.encode(self._newest)[1:]], zmq.DONTWAIT)
 
     def numbers(self) -> Numbers:
         """The next number of each stream."""

@@ -1,7 +1,7 @@
-"""Backlog: what a reader has been sent and has not yet taken, bounded, with a named policy and counts.
+"""ReaderQueue: the messages that a reader has not taken yet, bounded, with a named policy and counts.
 
 `latest` keeps the newest message of each stream, `drop_oldest` the newest `length` of all. Every message that was put
-is taken, waiting or dropped for a reason. Pure: no sockets, no clocks. Knows nothing about who reads.
+is delivered, waiting, or dropped for a reason. Pure: no sockets, no clocks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Backlog:
         return len(self._newest) if self._queue is None else len(self._queue)
 
     def drop(self, envelope: Envelope, reason: Reason) -> None:
-        """Count one that nobody will be given."""
+        """Count a message that is not delivered."""
         self.dropped.setdefault(counted_as(envelope.topic), Counter())[reason] += 1
 
     def put(self, envelope: Envelope) -> None:

@@ -1,11 +1,11 @@
-"""Which systems of this user are running, as files: how a program finds a session without being told an address.
+"""The registry of running systems, as files: how a program of this user finds a session without an address.
 
-    FOLDER/                   0700 and ours, or it is not used (`config.run_folders` says where it may be)
+    FOLDER/                   0700 and this user's, or it is not used (`config.run_folders` says where it may be)
       PID-STARTED.json        one running system; 0600, replaced whole, removed when it ends
 
-A process number alone would not do: the system gives it to another process some day. With the time at which its process
-began it is told from all others, and a file that nobody removed is passed over and cleaned away. There is no secret in
-a file: of keys it names the folder, which only this user can read. Knows nothing about what a session does.
+A process number alone is not enough, because the system reuses it: the start time of the process tells two apart. A
+file that was left over is skipped and removed. Files hold no secret: of keys they name the folder, which only this user
+can read.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Entry(msgspec.Struct, frozen=True):
     """What the operating system says of that process's beginning; compares with nothing but itself."""
     session: str
     engine: bool
-    """False where it only records: nobody predicts."""
+    """False in a session that only records."""
     began_unix_ns: int
     publish: str
     subscribe: str
@@ -125,7 +125,7 @@ class Registration:
             self._write()
 
     def _write(self) -> None:
-        # a file beside, renamed when it is whole: nobody reads half of it
+        # a temporary file, renamed when it is complete: a reader never sees half of it
         beside = self._path.with_suffix(".new")
         try:
             fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -143,7 +143,7 @@ class Registration:
 
 
 def _check(folder: Path) -> None:
-    """Refuse a folder that somebody else could have filled. Raises FileError, or OSError where it is not there."""
+    """Refuse a folder that another user could have filled. Raises FileError, or OSError where it is not there."""
     about = folder.lstat()
     if not stat.S_ISDIR(about.st_mode):
         raise FileError(f"{folder} is no folder; remove it, or set XDG_RUNTIME_DIR to a folder of your own")
@@ -172,7 +172,7 @@ def _own_folder() -> Path:
 
 
 def _read(path: Path) -> Entry | None:
-    """The entry in a file of ours; None where it is none."""
+    """The entry in a file; None if the file is no entry."""
     try:
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     except OSError:
@@ -188,7 +188,7 @@ def _read(path: Path) -> Entry | None:
 
 
 def everything() -> list[Entry]:
-    """All running systems of this user, the newest first; files that nobody is behind are removed.
+    """All running systems of this user, the newest first; files of processes that ended are removed.
 
     Raises:
         FileError: none was found, and a folder where one could have been is not ours alone.
@@ -243,7 +243,7 @@ def reach(
     """Where a bus is: of a running system of this user, or at `HOST:PORT` (its `bus.port`).
 
     `keys`: the folder with our own pair, where that bus asks for keys; `server_key` is its public key, which is that of
-    the folder where none is given. The entry is None for an address: nobody here knows its processes.
+    the folder where none is given. The entry is None for an address: its processes may be on another machine.
 
     Raises:
         NotRunning, UsageError, FileError: it cannot be found, or is no address, or there are no such keys.

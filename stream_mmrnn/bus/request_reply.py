@@ -1,6 +1,6 @@
-"""One to one over ZeroMQ: a server that many connect to and answers each, and the two kinds of clients of it.
+"""Request and reply over ZeroMQ: a server that answers many clients, and two kinds of clients.
 
-Messages are bytes; who speaks first and what is said is the callers' business. Knows nothing about the bus.
+Messages are bytes; the protocol is the caller's. It does not use the bus.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Router:
         wait before `slow`, as many as `queue` if not given.
 
         Raises:
-            ProcessError: the place is taken, or others could reach it and there is no door.
+            ProcessError: the address is in use, or others could reach it and there is no authenticator.
 
         """
         if authenticator is None and not config.is_loopback(host):
@@ -134,7 +134,7 @@ class Dealer:
         return self._socket.recv_multipart()[-1] if self._socket.poll(timeout_ms, zmq.POLLIN) else None
 
     def send(self, content: bytes) -> bool:
-        """False where the queue is full: nobody reads at the other end."""
+        """False if the queue is full: the other end does not read."""
         try:
             self._socket.send(content, zmq.DONTWAIT)
         except zmq.Again:
@@ -159,7 +159,7 @@ class Dealers:
             self._poller.register(socket, zmq.POLLIN)
 
     def send(self, which: int, content: bytes) -> None:
-        """Raises ProcessError where nobody reads at the other end."""
+        """Raises ProcessError if the other end does not read."""
         try:
             self._sockets[which].send(content, zmq.DONTWAIT)
         except zmq.Again:

@@ -1,7 +1,4 @@
-"""A private folder for sockets: systems cap the length of a socket's path, and a temporary folder may be deep.
-
-Knows nothing about what is bound in it.
-"""
+"""A private folder for sockets: systems limit the length of a socket's path, and a temporary folder may be deep."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Who reads: envelopes in the order of the broker, what is missing among them, and what a slow reader is still given.
+"""The subscriber: envelopes in the order of the broker, counts of what is missing, and the queue of a slow reader.
 
-Knows nothing about what messages mean, beyond a clock that says we are heard and sessions that begin and end.
+Of messages it understands only the clock, which proves the connection, and the begin and end of sessions.
 """
 
 from __future__ import annotations
@@ -92,9 +92,9 @@ class Gaps:
 
 
 _AWAY_NS = 1_000_000_000
-"""A reader that did not look for so long was away."""
+"""A reader that did not receive for so long was away."""
 _OLD_NS = 200_000_000
-"""On its return what has been on the way for longer is passed over."""
+"""On its return, messages that are older are skipped."""
 _CATCH_UP_NS = 2_000_000_000
 """At the latest then it takes what comes, however old it says it is: its stamps make no sense."""
 _TOLD_AFTER_NS = 1_000_000_000
@@ -110,7 +110,7 @@ class Subscriber:
 
     - `block` takes everything in order: what it has not read waits here (`queue` messages), then in the broker
       (`bus.queue`, or `bus.bulk_queue` where pictures or sound are among it). What comes when both are full is lost,
-      and counted as a gap. Nobody waits for it.
+      and counted as a gap. No process waits for it.
     - `drop_oldest` keeps the newest `queue` messages, `latest` the newest one of each stream; the broker holds
       `bus.view_queue` more. Where it was away for longer than a second, what is from before its return is dropped, so
       that the newest comes first, and `report` says what it missed.
@@ -186,7 +186,7 @@ class Subscriber:
         return int(self._socket.getsockopt(zmq.FD))
 
     def prewarm(self) -> None:
-        """Read the newest message once more, for nobody: code and what is known of streams are in the caches."""
+        """Process the newest message again without effect: code and stream tables are then in the caches."""
         with contextlib.suppress(WireError):
             wire.decode(self._newest, now_ns())
 
@@ -306,7 +306,7 @@ class Subscriber:
 
 
 def subscribe(socket: zmq.Socket[bytes], endpoint: str, wanted: list[str]) -> None:
-    """Connect, and ask for `wanted`; for the clock last, so that hearing it proves that the others are heard, too."""
+    """Connect and subscribe to `wanted`; to the clock last, so that a clock message proves the other subscriptions."""
     first = [topic for topic in wanted if topic != topics.CLOCK]
     for topic in first:
         socket.setsockopt(zmq.SUBSCRIBE, topic.encode())

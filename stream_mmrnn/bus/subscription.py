@@ -3,8 +3,8 @@
     for prediction in stream_mmrnn.subscribe():
         print(prediction.heads["turn_over"])
 
-Every prediction is given once, with what its numbers mean; what was lost is counted, by reason. The session never waits
-for a reader. Knows nothing about terminals or pages, nor how a session is made.
+Each prediction is delivered once, with the meaning of its numbers; lost ones are counted by reason. The session never
+waits for a reader.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class Reading:
         return self._deduplicator.count
 
     def skip(self) -> None:
-        """Nobody listened for a while: what came meanwhile was not missed."""
+        """There was no listener for a while: messages of that time do not count as missed."""
         self._before.clear()
 
     def observe(self, envelope: Envelope) -> PredictionView | None:
@@ -249,7 +249,7 @@ class Subscription:
         `timeout`: seconds without a prediction after which iterating raises; without it only the session's end ends it.
 
         Raises:
-            NotRunning: no such session is running, or nobody answers.
+            NotRunning: no such session is running, or its bus does not answer.
             TimedOut: while iterating, after `timeout`.
             UsageError: several sessions are running, or there is no such head, policy or address.
             FileError: there is no such folder of keys.
@@ -263,7 +263,7 @@ class Subscription:
             raise UsageError("a queue holds one prediction at least, and a timeout is not negative")
         place, self._entry = running.reach(session, address, Path(keys) if keys else None, server_key)
         if self._entry is not None and not self._entry.engine:
-            raise UsageError(f"the session {self._entry.session!r} only records: nobody predicts in it")
+            raise UsageError(f"the session {self._entry.session!r} only records: it has no predictions")
         self.session = self._entry.session if self._entry is not None else session
         """Its name; None at an address without a name: all sessions of that bus."""
         self._where = address or f"the session {self.session!r}"
@@ -309,7 +309,7 @@ class Subscription:
 
     @property
     def unreadable(self) -> int:
-        """Messages that are none of ours."""
+        """Messages that could not be read."""
         return self._reading.unreadable + (self._subscriber.garbage if self._subscriber is not None else 0)
 
     # ---- reading ---------------------------------------------------------------------------------------------------
@@ -318,7 +318,7 @@ class Subscription:
         """The next prediction; None after `timeout` seconds without one, and at the end (`ended` says why).
 
         Raises:
-            NotRunning: nobody has answered in 10 s.
+            NotRunning: the bus did not answer in 10 s.
             UsageError: there is no such head.
 
         """

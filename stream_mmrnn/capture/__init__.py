@@ -1,1 +1,1 @@
-"""capture"""
+"""From a device to features: sources, encoders, and `capture`, the generator between them."""

@@ -1,7 +1,4 @@
-"""Time: one monotonic clock for all processes of a host, and the map from a device's clock to it.
-
-Knows nothing about devices: it is given what they say.
-"""
+"""Time: one monotonic clock for all processes of a host, and the map from a device's clock to it."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ class Engine(_Section, frozen=True):
     processes: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
     """Over how many processes the slots are spread, where one core is not enough."""
     prewarm: bool = True
-    """Run the graph (and the sound's encoder) on nobody's data just before it is due, so that caches are warm."""
+    """Run the graph (and the sound's encoder) on dummy data just before it is due, so that caches are warm."""
 
 
 class State(_Section, frozen=True):
@@ -142,8 +142,8 @@ class Admission(_Section, frozen=True):
     """When one session more is refused, though there is a slot."""
 
     share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.5
-    """Of the tick: what the slowest hundredth of predictions may take, with one session more. Half: machines that are
-    shared with others have been seen to step at half their speed for seconds."""
+    """Share of the tick that the p99 of a prediction may take with one more session. Half, because shared machines were
+    seen to step at half their speed for seconds."""
     retry_s: _Positive = 1.0
     """The soonest that one who was refused is told to ask again, ..."""
     retry_max_s: _Positive = 30.0
@@ -158,7 +158,7 @@ class Serve(_Section, frozen=True):
     port: _Port = 7701
     """0: any free one."""
     keys: str = ""
-    """A folder made by `stream-mmrnn keys new`: with it nobody gets in who has no key that may write."""
+    """A folder made by `stream-mmrnn keys new`: with it, only clients whose key may write can connect."""
     slots: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 1024
     """Sessions at most; `admission` lets in no more than can be served in time."""
     queue: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 256
@@ -203,7 +203,7 @@ class Bus(_Section, frozen=True):
     port: Annotated[int, msgspec.Meta(ge=0, le=65_532)] = 0
     """The first of the four ports that tcp takes, one after the other; 0: any free ones."""
     keys: str = ""
-    """A folder made by `stream-mmrnn keys new`: with it nobody gets in over tcp who has no key that is allowed."""
+    """A folder made by `stream-mmrnn keys new`: with it, only clients with an allowed key can connect over tcp."""
     clock_hz: Annotated[float, msgspec.Meta(ge=1, le=1000)] = 100.0
     queue: Annotated[int, msgspec.Meta(ge=1, le=10_000_000)] = 20_000
     """Messages a reader may fall behind before ZeroMQ drops; a reader counts every gap."""
@@ -240,7 +240,7 @@ class Dashboard(_Section, frozen=True):
     port: _Port = 0
     """0: any free one."""
     token_file: str = ""
-    """Where the page's token is; made, and shown once, where there is none. With it nobody gets in without."""
+    """Where the page's token is; made, and shown once, where there is none. With it, the page asks for the token."""
 
 
 class Foxglove(_Section, frozen=True):
@@ -255,7 +255,7 @@ class Lsl(_Section, frozen=True):
     """Lab Streaming Layer: `lsl:NAME` as a source, predictions as a stream."""
 
     outlet: bool = False
-    """Give the predictions out as a stream. Its library listens on all addresses of this machine and asks nobody for a
+    """Give the predictions out as a stream. Its library listens on all addresses of this machine and asks for no
     key; only whom it lets find the stream is a matter of `config`."""
     name: Annotated[str, msgspec.Meta(min_length=1, max_length=64)] = "stream_mmrnn"
     """Of that stream."""

@@ -1,14 +1,11 @@
-"""Repeats: which ticks of which sessions a reader has had. An engine that goes on after a crash publishes some again.
-
-Knows nothing about messages: it is given a session's name and a tick's number.
-"""
+"""TickDeduplicator: which ticks a reader has already had. An engine that was restarted publishes some again."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 
 WINDOW = 4096
-"""Ticks below the newest that are told apart. One that is further back is no repeat: somebody counts anew."""
+"""Ticks below the newest that are remembered. A tick further back is no repeat: the session counts anew."""
 
 
 class TickDeduplicator:

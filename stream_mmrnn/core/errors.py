@@ -11,16 +11,16 @@
     ├── WireError               bytes from outside that are not a message: counted and dropped
     ├── RecordingError          a recording that is damaged or incomplete: exit code 3
     ├── SnapshotError           a session's state that cannot be kept, or is damaged: exit code 3
-    ├── ProcessError            a process of ours that did not start or died
+    ├── ProcessError            a process of the session that did not start or died
     │   └── ShardDied           a part of an engine, and whose states went with it
-    ├── NotRunning              no session that could be watched, or nobody answers where one should be
+    ├── NotRunning              no such session is running, or its bus does not answer
     ├── TimedOut                nothing came in the time that was given
     └── SessionError            what a session asked for cannot be done now
         ├── Busy                no free slot, or no time for one more; says when to ask again: exit code 4
         ├── UnknownSession      it is not open, and nothing of it is kept
         ├── DuplicateSession    it is open already
         ├── Evicted             it is not open, but its state is kept: its resume token brings it back
-        └── BadTick             features that are not the model's: not stepped, so nobody's state has seen them
+        └── BadTick             features that do not fit the model: not stepped, so no state has seen them
 
 Knows nothing about who catches what.
 """
@@ -81,7 +81,7 @@ class ProcessError(StreamError):
 
 
 class ShardDied(ProcessError):  # noqa: N818
-    """Names what was lost. The engine has a new process in place of the dead one and goes on."""
+    """Names the lost sessions. The engine has replaced the process and goes on."""
 
     sessions: tuple[str, ...] = ()
     """Still open, but at the model's initial state: restore their snapshots, or let them begin anew."""
@@ -102,7 +102,7 @@ class SessionError(StreamError):
 
 
 class Busy(SessionError):  # noqa: N818 the field's word
-    """`retry_after_s`: when it is worth asking again; 0 where nobody can say."""
+    """`retry_after_s`: when to ask again; 0 if unknown."""
 
     exit_code = 4
 

@@ -1,7 +1,4 @@
-"""Packages that only some of what we do needs: whether they are there, and how to get them.
-
-Knows nothing about what is done with them.
-"""
+"""Optional packages: whether they are installed, and how to install them."""
 
 from __future__ import annotations
 

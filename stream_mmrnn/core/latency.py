@@ -1,7 +1,6 @@
-"""Stamps -> stages -> a table of percentiles. The dashboard, the summary and the benchmark all compute here.
+"""Stamps -> stages -> a table of percentiles, for the dashboard, the summary and the benchmark.
 
-The stages of one prediction add up to its total by construction: each begins where the one before it ends.
-Knows nothing about where stamps come from.
+The stages of one prediction add up to its total: each begins where the one before it ends.
 """
 
 from __future__ import annotations

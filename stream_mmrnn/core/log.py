@@ -1,7 +1,6 @@
-"""What a session has to say while it runs: a sentence for a person, or one JSON object a line for programs.
+"""What a session reports while it runs: a sentence for a person, or one JSON object per line for programs.
 
-A `Note` is the sentence and carries its parts, so that whoever shows sentences need not know of them. Knows nothing
-about terminals or who says what.
+A `Note` is the sentence and also has its parts, so that a printer of sentences need not know them.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ class JsonLines:
         self._unsaid: dict[tuple[str, str], int] = {}
 
     def __call__(self, note: str) -> None:
-        """Write it, if it is as bad as was asked for; what is no `Note` is one of nobody."""
+        """Write it if its level is high enough; a plain string becomes a `Note` without a process."""
         note = note if isinstance(note, Note) else Note(note)
         if _LEVELS.index(note.level) < self._least:
             return

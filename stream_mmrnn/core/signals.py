@@ -1,7 +1,6 @@
-"""SIGINT and SIGTERM of a command as a question that can be asked: the first asks for an end in order, the second ends.
+"""SIGINT and SIGTERM of a command as a flag: the first signal asks for an orderly end, the second ends the process.
 
-Imports nothing of ours and nothing slow: it is there before anything else is. Knows nothing about verbs, nor about what
-it means to end in order.
+It imports nothing slow: it is active before anything else is imported.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Let both signals wait until the block is left; a process that is born in it is born with both held back."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows, where nobody sends them to single processes
+    """Block both signals until the block is left; a process that starts in it starts with both blocked."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows does not send them to single processes
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _NUMBERS)
@@ -29,7 +28,7 @@ def held() -> Iterator[None]:
 
 
 def ignore() -> None:
-    """From now on neither signal does anything to this process, held back or not."""
+    """From now on neither signal has an effect on this process, also one that was blocked before."""
     for number in _NUMBERS:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):

@@ -1,7 +1,4 @@
-"""The table of topics and modalities: bus, recorder, aligner and views read it, nobody repeats it.
-
-Knows nothing about sockets, files or models.
-"""
+"""The table of topics and modalities, which bus, recorder, aligner and viewers read."""
 
 from __future__ import annotations
 
@@ -45,7 +42,7 @@ class Modality(msgspec.Struct, frozen=True):
 
     name: str
     kind: Kind
-    """What it is made of: sources, encoder, queue and lateness are the kind's, whoever is seen, heard or read."""
+    """What it is made of: sources, encoder, queue and lateness are the kind's, for any person."""
     dense: bool
     """A dense stream holds the watermark back; a sparse one (text) comes when it comes."""
     reduction: Literal["last", "mean", "sum"]

@@ -1,7 +1,6 @@
-"""The nouns of the system: values that travel, without behaviour.
+"""The values that travel through the system, without behaviour.
 
-Knows nothing about how a value is made, moved, stored or shown. All times are nanoseconds of the
-host's monotonic clock (`clock.now_ns`); a field's unit is in its name.
+All times are nanoseconds of the host's monotonic clock (`clock.now_ns`); a field's unit is in its name.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class Envelope(msgspec.Struct, frozen=True, gc=False):
     origin: str = ""
     """Who made the payload: the source's description, or the encoder as `name@sha256`."""
     received_ns: int = 0
-    """When the reader had it; never on the wire, 0 where nobody stamped it."""
+    """When the reader received it; never on the wire, 0 if not stamped."""
     device_ns: int = 0
     """The sample's `device_ns`, as the device said it."""
 
@@ -69,7 +68,7 @@ class Stamps(msgspec.Struct, frozen=True, gc=False):
     publish_ns: Nanoseconds
     received_ns: Nanoseconds
     by: str
-    """Its topic: a feature topic, or `clock` where a stream was waited for in vain."""
+    """Its topic: a feature topic, or `clock` after a lateness timeout."""
 
 
 class Tick(msgspec.Struct, frozen=True, gc=False):

@@ -169,7 +169,7 @@ def _decode_any(
     try:
         name = bytes(topic).decode("ascii")
         if name not in topics.TOPICS and not name.startswith(topics.STATUS):
-            raise WireError(f"{name!r} is no topic of ours")
+            raise WireError(f"{name!r} is no known topic")
         header = _decode(head)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
         raise WireError(f"the header is not valid: {e}") from e

@@ -1,1 +1,1 @@
-"""graph"""
+"""ONNX files: read, checked, edited and run. Only `runtime` imports onnxruntime."""

@@ -1,14 +1,13 @@
 """A one-step graph -> the same graph over rows of an arena: `state.X` is gathered by slot, `next.X` scattered back.
 
     state.X [batch, ...]  becomes  arena.state.X [slots, ...], read by Gather at `slots` [batch]
-    next.X  [batch, ...]  becomes  stored.state.X [slots, ...], written at the same rows: by ScatterND, a row at a time,
-                                   or by ScatterElements, a number at a time
+    next.X  [batch, ...]  becomes  stored.state.X [slots, ...], written at the same rows: by ScatterND, row by row,
+                                   or by ScatterElements, element by element
 
-A state whose batch is not its first axis is turned on the way; in the arena the slot always comes first.
-Bound with one buffer as both, the state of all sessions stays where the graph runs and a run
-touches the rows it was asked for. Names inside the graph stay as they are, so nothing but its edges is rewritten: the
-file is edited as protobuf fields (`onnx_bytes`), and the weights are copied through unread. Pure; knows nothing about
-onnxruntime, sessions or devices.
+A state whose batch is not its first axis is transposed; in the arena the slot axis comes first. Bound with one buffer
+as both, the state of all sessions stays where the graph runs, and a run touches only the rows that it was asked for.
+Names inside the graph stay, so only its inputs and outputs are rewritten: the file is edited as protobuf fields
+(`model_file`), and the weights are copied unread.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A matrix as 8-bit integers with a scale a column, such that its integer products are exact on every CPU.
+"""A matrix as 8-bit integers with a scale per column, such that its integer products are exact on every CPU.
 
-x86 CPUs without VNNI add two products of an unsigned and a signed byte in 16 bits, and cut what does not fit: 255 x 127
-twice does not. With weights up to 63 it does (2 x 255 x 63 = 32,130 < 2^15), so they have 7 bits. That the sums are
-right, and the same on every CPU, is worth more than the eighth bit. Knows nothing about files or graphs.
+x86 CPUs without VNNI add two products of an unsigned and a signed byte in 16 bits and saturate: 255 x 127 twice
+overflows. With weights up to 63 it does not (2 x 255 x 63 = 32,130 < 2^15), so weights have 7 bits. Sums that are
+right, and the same on every CPU, are worth more than the eighth bit.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """ONNX files as bytes: read the fields of a message, write nodes, values, weights and whole models.
 
-A file is protobuf, and protobuf is a row of numbered fields; the numbers here are those of onnx.proto (ONNX 1.x,
-github.com/onnx/onnx, Apache-2.0). So graphs can be edited and small ones written without the onnx package. Pure; knows
-nothing about what a graph computes or who runs it, nor whether it is a valid one beyond what `check` refuses.
+A file is protobuf, a sequence of numbered fields; the numbers here are those of onnx.proto (ONNX 1.x,
+github.com/onnx/onnx, Apache-2.0). So graphs can be edited, and small ones written, without the onnx package. Whether a
+graph is valid is checked only as far as `check` says.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def model(
 
 
 def check(data: bytes) -> None:
-    """Refuse, before anything native reads them, bytes that are no model of ours or that lead out of their file.
+    """Refuse, before anything native reads them, bytes that are no supported model or that refer to other files.
 
     Raises:
         ModelError: a message is cut off or nested too deep, a name is no text, weights lie in another file, or an

@@ -1,7 +1,6 @@
 """Load an ONNX file, choose CUDA or the CPU, bind inputs, outputs and state at fixed addresses.
 
-The only file that uses onnxruntime. Knows nothing about sessions, ticks or encoders: the engine's graph and the
-encoders' graphs (silero VAD is a stateful one) come through here alike.
+The only file that uses onnxruntime: the engine's graphs and the encoders' graphs both run through it.
 """
 
 from __future__ import annotations
@@ -344,7 +343,7 @@ class DeviceBinding:
         self._fetch = self._said.fetch if self._copies_directly() else self._said.fetch_around
 
     def _copies_directly(self) -> bool:
-        """Whether outputs can be copied into host memory of ours; else each fetch makes an array of its own."""
+        """Whether outputs can be copied into given host memory; else each fetch makes a new array."""
         try:
             self._said.fetch()
         except Exception:  # not every build of onnxruntime knows the way

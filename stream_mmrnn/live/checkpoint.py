@@ -1,9 +1,8 @@
-"""Checkpoints of an engine's process, and going on from one: as if the process had never ended.
+"""Checkpoints of an engine's process, and resuming from one without a missing or different prediction.
 
-A checkpoint is everything between two messages of the bus: the aligner's state, each session's recurrent state, how
-messages were counted and numbered, and the place in the bus's order. The journal keeps it, in another process. What a
-kill costs is stepped again and published again: who reads removes what it has had, by session and tick
-(`repeats`). Knows nothing about who starts processes.
+A checkpoint is everything between two messages of the bus: the aligner's state, each session's recurrent state, counts
+and sequence numbers, and the place in the bus's order. The journal, another process, keeps it. After a kill some ticks
+are stepped and published again; readers drop them by session and tick (`core.dedup`).
 """
 
 from __future__ import annotations

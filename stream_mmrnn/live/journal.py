@@ -1,8 +1,7 @@
-"""Journal: the last seconds of what an engine reads, and its newest checkpoints, for the engine that comes after it.
+"""Journal: the last seconds of what an engine reads, and its newest checkpoints, for the engine that replaces it.
 
-The bus does not send twice. All its readers see one order, so what follows a message here followed it there, too: an
-engine that restores a checkpoint and gets what came after it has missed nothing. Pure: no sockets, no clock; what a
-checkpoint holds is its maker's business.
+The bus does not send twice. All its readers see one order, so an engine that restores a checkpoint and gets the
+messages after it has missed nothing. Pure: no sockets, no clock; the content of a checkpoint is opaque.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Prewarm: run something on nobody's data just before it is needed, so that code and weights are in the caches.
+"""Prewarm: a dummy run just before the next step is due, so that code and weights are in the caches.
 
 A step that runs 25 times a second finds the caches cold and takes several times as long as in a hot loop; a run that
-ended less than a millisecond ago mends that (docs/performance.md has the figures). Knows nothing about what is run.
+ended less than a millisecond ago avoids that (docs/performance.md has the figures).
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""A live session from start to summary: the loop around the supervisor that the verbs `live` and `record` share.
-
-Knows nothing about terminals or pages: who wants to see is given every message.
-"""
+"""A live session from start to summary: the loop around the supervisor that the verbs `live` and `record` share."""
 
 from __future__ import annotations
 
@@ -31,16 +28,16 @@ class LiveSession:
         with_engine: bool,
         alive: Callable[[], bool],
         say: Callable[[str], None],
-        see: Callable[[Envelope], None] = lambda _: None,
+        observe: Callable[[Envelope], None] = lambda _: None,
         often: Callable[[], None] = lambda: None,
         watch: Collection[str] = (),
     ) -> None:
-        """`see` is given every message that the supervisor hears, which are status, predictions and the topics of
-        `watch`: what nobody looks at is not carried. `often` is called some twenty times a second.
+        """`observe` gets every message that the supervisor receives: status, predictions and the topics of
+        `watch`. `often` is called about twenty times a second.
         """
         self.settings = settings
         self.supervisor = Supervisor(settings, with_engine, say, watch)
-        self._alive, self._see_too, self._often = alive, see, often
+        self._alive, self._observe_too, self._often = alive, observe, often
         self._latency = StageTable()
         self._deduplicator = TickDeduplicator()
 
@@ -63,7 +60,7 @@ class LiveSession:
             end_ns = None if duration_s is None else supervisor.opened_ns + int(duration_s * 1e9)
             next_ns = drained_ns = 0
             while self._alive() and (end_ns is None or now_ns() < end_ns):
-                # not woken by every prediction: whoever waits for it shall have the cores
+                # polling, so that predictions wake the processes that wait for them and not this one
                 time.sleep(_LOOK_S)
                 for envelope in supervisor.messages(0):
                     self._observe(envelope)
@@ -83,7 +80,7 @@ class LiveSession:
         return self._summary(began_ns)
 
     def _observe(self, envelope: Envelope) -> None:
-        self._see_too(envelope)
+        self._observe_too(envelope)
         if envelope.topic != topics.PREDICTION:
             return
         try:

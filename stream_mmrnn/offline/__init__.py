@@ -1,1 +1,1 @@
-"""offline"""
+"""Recordings again: replay, the player, `diff`, and conversion to other formats."""

@@ -1,7 +1,4 @@
-"""Arena: which session has which slot, and which slots start anew. Acquire, release, reset, snapshot, restore.
-
-Knows nothing about ticks, heads or where the state tensors lie: those are the rows' business.
-"""
+"""Arena: which session has which slot, and which slots start anew. Acquire, release, reset, snapshot, restore."""
 
 from __future__ import annotations
 

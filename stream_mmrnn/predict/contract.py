@@ -1,9 +1,8 @@
 """The contract between a graph and the engine: which tensor is which modality, state and head.
 
-A graph of ours states it itself: inputs `input.MODALITY`, `present`, `age`, `active`, `reset`, pairs `state.X` and
-`next.X`, outputs `head.NAME`, and the rest as JSON in the file's metadata under `stream_mmrnn`. Any other stateful
-graph gets one by names, in a file beside it (`x.onnx`, `x.contract.toml`). What does not fit is said in one sentence.
-Knows nothing about sessions, slots or how a graph is run.
+A graph exported by this program states it itself: inputs `input.MODALITY`, `present`, `age`, `active`, `reset`, pairs
+`state.X` and `next.X`, outputs `head.NAME`, and the rest as JSON in the file's metadata under `stream_mmrnn`. Any other
+stateful graph gets one by names, in a file beside it (`x.onnx`, `x.contract.toml`). An error is one sentence.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ class Contract(msgspec.Struct, frozen=True):
 
 
 class _Stated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The metadata of a graph of ours."""
+    """The metadata of a graph that this program exported."""
 
     name: str
     tick_ns: int

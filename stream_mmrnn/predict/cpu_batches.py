@@ -1,8 +1,8 @@
-"""Rows: runs of a graph over any rows of an arena of states, in a few fixed batch sizes (buckets); on the CPU.
+"""Rows on the CPU: runs of a graph over any rows of an arena of states, in a few fixed batch sizes (buckets).
 
-The arena is an array: a run copies its rows beside it and back, or, where the rows are the first ones in order, works
-on them in place. A bucket is used only if its rows have the same bits as in the largest: so a session's numbers never
-depend on who runs beside it. Knows nothing about sessions, ticks or time, nor about devices (`device_rows`).
+The arena is an array: a run copies its rows out and back, or works in place where the rows are the first ones in order.
+A bucket is used only if its rows have the same bits as in the largest one, so a session's numbers never depend on the
+other sessions of its batch. `device_batches` is the same for GPUs.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Rows(States, Protocol):
         """The smallest that holds `count` rows, 1 to `batch`."""
 
     def prewarm(self) -> None:
-        """Run the graph once on rows of nobody, so that code and weights are in the caches."""
+        """Run the graph once on dummy rows, so that code and weights are in the caches."""
 
 
 def sizes_for(batch: int) -> list[int]:
@@ -127,7 +127,7 @@ class HostRows:
         except Exception as e:  # onnxruntime raises a dozen types of its own
             raise ModelError(f"{self.graph.path} cannot be run in batches: {str(e)[:200]}") from e
         if most == 1:
-            same.add(1)  # a session that is alone here has nobody whose bits it could share
+            same.add(1)  # with one row there is no other row to compare with
         good = [b for b in self.buckets if b.size in same]
         needed = next(b.size for b in good if b.size >= most)
         kept = [b for b in good if b.size <= needed]
@@ -166,7 +166,7 @@ class HostRows:
         raise AssertionError(f"a run of {count} rows was asked for, {self.batch} are the most")
 
     def prewarm(self) -> None:
-        self.buckets[0].binding.run()  # its states are the copies beside the arena: nobody's
+        self.buckets[0].binding.run()  # its states are copies outside the arena: no session's state changes
 
     def read(self, slot: int) -> dict[str, Array]:
         return {name: array[slot].copy() for name, array in self.arena.items()}

@@ -1,8 +1,8 @@
 """DeviceRows: runs over rows of an arena that stays on the graph's device; the graph itself gathers and scatters.
 
-Buckets have fixed shapes and addresses, as CUDA graphs want them. Runs on the CPU, too, where tests compare it with
-`HostRows`. They belong to the thread that made them: with CUDA graphs, steps by another one were seen to go wrong (an
-H100, onnxruntime 1.31). Knows nothing about sessions, ticks or time.
+Buckets have fixed shapes and addresses, which CUDA graphs need. It also runs on the CPU, where tests compare it with
+`HostRows`. Use it only from the thread that made it: with CUDA graphs, steps from another thread were seen to go wrong
+(H100, onnxruntime 1.31).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from stream_mmrnn.predict.cpu_batches import Shapes, row_inputs, sizes_for
 
 
 class DeviceRows:
-    """The arena stays on the graph's device; one row more than the slots takes what belongs to nobody."""
+    """The arena stays on the graph's device; one extra row takes the writes of dummy rows."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class DeviceRows:
             )
         if size not in self._buckets:
             bucket = DeviceBucket(self, size, 1 + self._sizes.index(size) if self._cuda_graphs else -1)
-            # a capture runs the graph more than once: here on rows of nobody, so no state moves
+            # a capture runs the graph more than once: here on dummy rows, so no state changes
             bucket.idle()
             self._buckets[size] = bucket
         return self._buckets[size]
@@ -123,7 +123,7 @@ class DeviceBucket:
         self._reset = self.inputs.get(wiring.reset)
 
     def idle(self) -> None:
-        """A run in which every row is nobody's."""
+        """A run of dummy rows only."""
         self._slots[...] = self._rows.scratch
         if self._active is not None:
             self._active[...] = False

@@ -1,7 +1,6 @@
 """StepEngine: ticks in, predictions out, one run of the graph for all sessions that have a tick.
 
-What is ready is stepped at once, in the order given; nothing waits for a fuller batch. Knows nothing about topics, time
-or where ticks come from.
+Ready ticks are stepped at once, in the order given; nothing waits for a fuller batch.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ def _rows_of(graph: Graph, contract: Contract, slots: int, batch: int) -> Rows:
 class StepEngine:
     """A recurrent model with a fixed number of slots; its state stays where the graph runs.
 
-    On the CPU a session's numbers are the same bits whoever runs beside it, in batches of whatever size.
+    On the CPU a session's numbers are the same bits in a batch of any size with any other sessions.
     """
 
     def __init__(self, path: Path, slots: int = 1, provider: Provider = "cpu", batch: int = 0) -> None:
@@ -141,7 +140,7 @@ class StepEngine:
         """Nothing to end: the graph runs in this process."""
 
     def prewarm(self) -> None:
-        """Run on rows of nobody: no state moves, but code and weights are in the caches for the next step.
+        """A dummy run: no state changes, but code and weights are in the caches for the next step.
 
         The first run finds them cold; the second, and writing inputs that the next step writes anew, leave the caches
         as a step in a hot loop finds them (measured: docs/performance.md).

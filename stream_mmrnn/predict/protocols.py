@@ -1,4 +1,4 @@
-"""What an engine is to those who use one: `StepEngine` and `ShardedEngine` are engines, a test's stand-in may be."""
+"""The protocols of an engine: `StepEngine` and `ShardedEngine` fulfil them, and so may a test's stand-in."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """ShardedEngine: one engine over several processes, where one core is not enough. The same methods as StepEngine.
 
-Each process holds the rows of its share of the slots and runs the graph; features and heads cross in shared memory, a
-pipe says when. Threads would not do: two one-thread processes step twice as much, two threads in one process do not.
-Knows nothing about topics, time or where ticks come from.
+Each process holds its share of the slots and runs the graph; features and heads cross in shared memory, a pipe signals.
+Threads do not help: two one-thread processes step twice as much, two threads in one process do not.
 """
 
 from __future__ import annotations
@@ -280,7 +279,7 @@ class ShardedEngine:
 
     @contextlib.contextmanager
     def _mended(self, shard: _Shard) -> Iterator[None]:
-        """Where the process is found dead, it is started again and the error says what went with it."""
+        """If the process turns out to be dead, restart it and raise an error that names the lost states."""
         try:
             yield
         except ProcessError as e:
@@ -288,7 +287,7 @@ class ShardedEngine:
 
     @staticmethod
     def _mend(dead: Sequence[_Shard], cause: ProcessError) -> ShardDied:
-        """Start the dead ones again; what to raise. Raises ProcessError itself where that cannot be."""
+        """Restart dead processes; returns the error to raise. Raises ProcessError if a restart fails."""
         lost = tuple(session for shard in dead for session in shard.start_again())
         names = ", ".join(map(repr, lost[:5])) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
         error = ShardDied(

@@ -1,9 +1,9 @@
 """Snapshots: the state of one session as safetensors bytes, and a folder that keeps them for a time to live.
 
-A file holds the state tensors as `state.NAME`, bytes of others as `extra.NAME` (8-bit tensors), and the rest as JSON in
-its metadata, with a sha256 over all of it: a snapshot is read whole or not at all. Writing is beside, fsync, rename,
-fsync of the folder: whenever a process is killed, the old snapshot is there or the new one. Knows nothing about
-engines, nor what a state means. Times are Unix nanoseconds that the caller gives; no clock is read here.
+A file holds the state tensors as `state.NAME`, other bytes as `extra.NAME` (8-bit tensors), and the rest as JSON in its
+metadata, with a sha256 over all of it: a snapshot is read whole or not at all. Writing is a temporary file, fsync,
+rename, fsync of the folder: whenever a process is killed, either the old or the new snapshot is there. Times are Unix
+nanoseconds that the caller gives.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _counter = itertools.count()
 
 
 class Snapshot(msgspec.Struct, frozen=True):
-    """What a session needs to go on elsewhere as if nothing had happened."""
+    """The state of a session: with it the session continues bit for bit on any engine of the same model."""
 
     session: str
     model_sha256: str
@@ -193,7 +193,7 @@ class StateStore:
         beside = path.with_name(f"{path.stem}.{os.getpid()}.{next(_counter)}{_TEMPORARY}")
         try:
             try:
-                # never somebody's link or an older file: this one is made here, or not at all
+                # O_EXCL: never write through a link or into an older file
                 descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
                 with os.fdopen(descriptor, "wb") as file:
                     file.write(raw)

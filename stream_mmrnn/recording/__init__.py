@@ -1,1 +1,1 @@
-"""recording"""
+"""Recordings: MCAP files written, read, counted and repaired."""

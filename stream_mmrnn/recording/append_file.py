@@ -1,7 +1,4 @@
-"""A file that grows on a disk which may be slow, full or failing, and what waits in memory for it.
-
-Knows nothing about what is written.
-"""
+"""A file that grows on a disk which may be slow, full or failing, with the data that waits for it in memory."""
 
 from __future__ import annotations
 

@@ -1,10 +1,8 @@
-"""What is sound in a recording that was cut off or damaged: walk its records, and where one is not sound look for the
-next that is.
+"""DamagedFileReader: the intact records of a recording that was cut off or damaged.
 
-A chunk is sound where its checksum says so, metadata likewise. Behind damage the walk goes on at the next chunk or
-metadata of ours; each can be told by its own beginning. What a chunk's messages belong to is in the chunk that first
-held one, again in the metadata that is written every few seconds, and in the index at the end. Knows nothing about
-what messages mean.
+A chunk or metadata record is intact if its checksum matches. After damage the walk continues at the next chunk or
+metadata record of this program; each is recognised by its first bytes. Which channel a message belongs to is written in
+the chunk that first held one, in the metadata that is written every few seconds, and in the index at the end.
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ from stream_mmrnn.recording.mcap_file import (
 )
 
 _SIGNS = re.compile(rb"\x04\x00\x00\x00zstd.{8}\x28\xb5\x2f\xfd|.\x00\x00\x00" + METADATA.encode(), re.DOTALL)
-"""What stands near the beginning of a chunk and of metadata of ours."""
+"""Bytes near the beginning of a chunk and of a metadata record of this program."""
 _BEFORE_CHUNK_SIGN = RECORD.size + 28
 _HEAD_KEYS = {"session", "wall_offset_ns", "started_ns"}
 _MAX_TRIES = 10_000
@@ -68,7 +66,7 @@ class Chunk(NamedTuple):
 
 
 class Note(NamedTuple):
-    """Metadata of ours."""
+    """A metadata record of this program."""
 
     at: int
     name: str
@@ -223,7 +221,7 @@ class _Walk:
         return finish
 
     def _sign(self, after: int) -> int | None:
-        """Where the next sound chunk or metadata of ours begins."""
+        """Where the next intact chunk or metadata record begins."""
         while after < self._size:
             window = self._bytes(after, after + _WINDOW_BYTES)
             for sign in _SIGNS.finditer(window):

@@ -1,9 +1,8 @@
-"""Recorder and Recording: the bus written down as MCAP, and read back as the same sequence of envelopes.
+"""Recorder and Recording: the bus written as MCAP, and read back as the same sequence of envelopes.
 
-The only file that knows MCAP. Camera, microphone and text are Foxglove messages (protobuf); the others are as `formats`
-says. One file is one session. Times in the file are Unix times: the bus's monotonic ones plus
-`wall_offset_ns`, which the metadata holds, so that viewers show dates and reading gives back the exact stamps.
-Knows nothing about sockets, models or threads; how a damaged file is read is `salvage`'s.
+Camera, microphone and text are Foxglove messages (protobuf); the others are as `schemas` says. One file is one session.
+Times in the file are Unix times: the bus's monotonic ones plus `wall_offset_ns` from the metadata, so viewers show
+dates, and reading gives back the exact stamps. Damaged files are read by `damaged_file`.
 """
 
 from __future__ import annotations
@@ -116,7 +115,7 @@ def scheme(topic: str) -> tuple[str, tuple[str, str, bytes]]:
 
 
 def encoded(envelope: Envelope, wall_offset_ns: int) -> bytes:
-    """A message as `scheme` says; `wall_offset_ns` makes its event time a date, where it carries one.
+    """A message as `scheme` says; `wall_offset_ns` makes its event time a date, where it has one.
 
     Raises one of `UNWRITABLE` where no reader could read it back.
     """
@@ -471,7 +470,7 @@ class Recording:
         )
 
     def _records(self) -> Iterator[tuple[int, bytes]]:
-        """(opcode, content) of the top-level records that hold something of ours, in file order.
+        """(opcode, content) of the top-level records that hold messages or metadata of this program, in file order.
 
         A file that was cut off ends where it was cut, and `damage` says so. Indexes are passed over unread: the
         sequence is all that is wanted, and parsing them would cost more than the messages do.
@@ -546,7 +545,7 @@ class Recording:
     ) -> None:
         """Put the messages in the records of one chunk into `batch`. The hot loop of every replay.
 
-        `channels` holds None for those that nobody wants: theirs are stepped over, whatever is in them.
+        `channels` holds None for channels that are not wanted: their messages are skipped unread.
         """
         at, end, offset_ns = 0, len(data), self._offset_ns
         message, message_size, head_size = _MESSAGE.unpack_from, _MESSAGE.size, RECORD.size

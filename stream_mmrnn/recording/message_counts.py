@@ -1,4 +1,4 @@
-"""Where the messages of a recording went, as the recording itself says it. Knows nothing about queues or files."""
+"""MessageCounts: what became of each message, as the recording itself states it."""
 
 from __future__ import annotations
 

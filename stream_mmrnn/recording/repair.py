@@ -1,7 +1,7 @@
 """What is in a recording that was cut off or damaged (`verify`), and a whole file made of it (`repair`).
 
-A recording may be in parts: `x.mcap`, and `x.part2.mcap` where a recorder that died went on. Nothing here changes a
-file that is there. Knows nothing about how a damaged file is walked, nor how a recording is made.
+A recording may have parts: `x.mcap`, and `x.part2.mcap` from a recorder that was restarted. Existing files are never
+changed.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What each topic's messages look like inside a recording: bytes <-> envelope contents, and their schemas.
+"""How each topic's messages look inside a recording: bytes <-> envelope contents, and their schemas.
 
-Features and the clock are small protobuf messages. This program writes them with fixed places, and reads those without
-protobuf, which would make a Python float of every number; any other layout goes to protobuf itself. What the device
-said of the time stands in the features as it was said, beside the event time that was made of it. Sessions, ticks and
-predictions are the JSON that was on the bus. Pure. Knows nothing about files or MCAP.
+Features and the clock are small protobuf messages. This program writes them with fixed positions and reads those
+without protobuf, which would make a Python float of every number; any other layout is read by protobuf itself. Features
+also hold the device's own time stamp, beside the event time that was computed from it. Sessions, ticks and predictions
+are the JSON of the bus. Pure.
 """
 
 from __future__ import annotations
@@ -150,13 +150,13 @@ def _protobuf_class(name: str) -> Any:
 
 
 def _by_protobuf(name: str, data: bytes) -> Any:
-    """A message of ours in whatever layout protobuf allows: another program may have written it."""
+    """A message in any layout that protobuf allows: another program may have written it."""
     from google.protobuf.message import DecodeError
 
     try:
         return _protobuf_class(name).FromString(data)
     except DecodeError as e:
-        raise RecordingError(f"a message is no {name} of ours: {e}") from e
+        raise RecordingError(f"a message is no {name}: {e}") from e
 
 
 JSON_KINDS = {

@@ -1,10 +1,9 @@
-"""Messages on their way into a recording: who reads the bus puts them here, a thread of its own writes them.
+"""WriteQueue: messages between the bus and a recording; a thread writes them, so a slow disk never blocks the bus.
 
-So a slow or full disk never keeps the bus waiting. What waits is bounded in bytes; beyond that `drop_oldest` gives up
-the oldest of what is largest and can be missed most easily: first raw pictures, sound and words, then the rest, never a
-session's beginning and end; a recording that lost only raw streams still replays. `block` gives up nothing and lets
-the bus's own queue overflow. All that is given up is counted, per stream and reason, and the file says it: every two
-seconds, and after the next chunk when more was lost. Knows nothing about sockets or what a file looks like.
+The queue is bounded in bytes. Beyond that `drop_oldest` drops the oldest of the least needed: first raw pictures, sound
+and words, then the rest, never a session's begin and end; a recording that lost only raw streams still replays. `block`
+drops nothing and lets the bus's own queue overflow. What is dropped is counted per stream and reason, and written into
+the file: every two seconds, and after the next chunk when more was lost.
 """
 
 from __future__ import annotations

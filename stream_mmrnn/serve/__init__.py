@@ -1,1 +1,1 @@
-"""Sessions of other programs, over ZeroMQ, on one engine: `stream-mmrnn serve` and its client."""
+"""Sessions of other programs on one engine: the server, its clients, and the cluster."""
