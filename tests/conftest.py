@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import multiprocessing.process
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import toy_model
@@ -15,6 +18,47 @@ from stream_mmrnn.core.types import ModalitySpec
 # how long an example takes says nothing on a machine that others use too
 settings.register_profile("shared_machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared_machine")
+
+
+_STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn")
+"""Audit events of a process that starts."""
+_TOOLS = ("ldconfig", "gcc", "cc", "ld")
+"""What `ctypes.util.find_library` runs: no process of a test."""
+_started: list[str] = []
+
+
+def _note_start(event: str, args: tuple[Any, ...]) -> None:
+    if event in _STARTS and Path(str(args[0] if args else "")).name not in _TOOLS:
+        _started.append(event)
+
+
+def _note_multiprocessing() -> None:
+    """A fork server starts processes without an audit event here."""
+    start = multiprocessing.process.BaseProcess.start
+
+    def noted(self: multiprocessing.process.BaseProcess) -> None:
+        _started.append("multiprocessing")
+        start(self)
+
+    multiprocessing.process.BaseProcess.start = noted  # type: ignore[method-assign]
+
+
+sys.addaudithook(_note_start)
+_note_multiprocessing()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    _started.clear()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """`make quick` leaves out what is marked `process`; so a test that starts one must say so."""
+    result = yield
+    if _started and item.get_closest_marker("process") is None:
+        pytest.fail(f"the test starts a process ({_started[0]}); mark it with @pytest.mark.process", pytrace=False)
+    return result
 
 
 @pytest.fixture(scope="session")

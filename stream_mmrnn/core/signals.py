@@ -35,38 +35,52 @@ def ignore() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _NUMBERS)
 
 
-class Ending:
-    """Whether this process was asked to end; the first signal asks, a second one ends it at once.
+class StopFlag:
+    """Whether this process was asked to stop: the first SIGINT or SIGTERM asks, a second one ends the process.
 
-    As long as `in_order` says that nothing has begun that must be brought to an end, the first one ends it at once,
-    too, with exit code 0. A process that is ended by its second signal has exit code 130.
+    Call it, or `alive`, to ask. `unwinding()` makes the simple kind: the second signal raises SystemExit(130), which
+    cleans up on its way out. The kind of `live` can be told more: while `in_order` says that nothing has begun that must
+    be finished, the first signal ends the process, too, with exit code 0; `at_once` removes what would be left behind,
+    and must be safe at any moment.
     """
 
     def __init__(self) -> None:
         self.asked = False
         self.in_order: Callable[[], bool] = lambda: False
         self.at_once: Callable[[], None] = lambda: None
-        """Leaves nothing behind, whatever is going on: it is called in the middle of anything."""
+        self._unwind = False
+
+    @classmethod
+    def unwinding(cls) -> StopFlag:
+        """A flag that watches both signals from now on, and whose second signal raises SystemExit(130)."""
+        flag = cls()
+        flag._unwind, flag.in_order = True, lambda: True
+        flag.watch()
+        return flag
 
     def watch(self) -> None:
-        """Take both signals; from the main thread."""
+        """Handle both signals; call it in the main thread."""
         for number in _NUMBERS:
-            signal.signal(number, self._come)
+            signal.signal(number, self._on_signal)
 
     def alive(self) -> bool:
         """True until a signal came."""
         return not self.asked
 
-    def _come(self, *_: Any) -> None:
+    __call__ = alive
+
+    def _on_signal(self, *_: Any) -> None:
         first, self.asked = not self.asked, True
         if first and self.in_order():
             return
-        ignore()  # nothing may come between
+        if self._unwind:
+            raise SystemExit(130)
+        ignore()  # no further signal may interrupt this
         try:
             self.at_once()
         finally:
             os._exit(0 if first else 130)
 
 
-ENDING = Ending()
-"""This process's own: signals are sent to a process, not to one of its parts."""
+ENDING = StopFlag()
+"""The flag of this process for `live`, `record` and `serve`, from its first moment on."""
