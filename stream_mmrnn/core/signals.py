@@ -39,7 +39,7 @@ class StopFlag:
     """Whether this process was asked to stop: the first SIGINT or SIGTERM asks, a second one ends the process.
 
     Call it, or `alive`, to ask. `unwinding()` makes the simple kind: the second signal raises SystemExit(130), which
-    cleans up on its way out. The kind of `live` can be told more: while `in_order` says that nothing has begun that must
+    Call it, or `alive`, to ask. `unwinding()` makes the simple kind: its second signal raises SystemExit(130), which
     be finished, the first signal ends the process, too, with exit code 0; `at_once` removes what would be left behind,
     and must be safe at any moment.
     """
