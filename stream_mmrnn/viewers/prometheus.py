@@ -18,9 +18,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from stream_mmrnn.core import topics, wire
-from stream_mmrnn.core.dedup import TickDeduplicator
 from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.core.latency import STAGES, stages
+from stream_mmrnn.core.prediction_decoder import PredictionDecoder
 from stream_mmrnn.core.types import Envelope
 
 PREFIX = "stream_mmrnn_"
@@ -123,14 +123,15 @@ class _Node(msgspec.Struct):
 class Metrics(Collector):
     """The newest of everything that is counted. `see` and `text` may be called from two threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, decoder: PredictionDecoder | None = None) -> None:
+        """`decoder`: one to share with other consumers of the same envelopes."""
         self._registry = CollectorRegistry()
         self._lock = threading.Lock()
         self._nodes: dict[str, _Node] = {}
         self._restarts: dict[str, int] = {}
         self._newest_ns: dict[str, int] = {}
         self._unreadable = 0
-        self._deduplicator = TickDeduplicator()
+        self._decoder = decoder or PredictionDecoder()
         self._now_ns = 0
         self._clock_ns: int | None = None
         stage = FAMILIES["prediction_stage_seconds"]
@@ -158,8 +159,8 @@ class Metrics(Collector):
                     self._unreadable += 1
 
     def _see_prediction(self, envelope: Envelope) -> None:
-        p = wire.unpack(envelope.payload, wire.PredictionMessage)
-        if not self._deduplicator.first(envelope.session, p.tick):
+        p = self._decoder.decode(envelope)
+        if p is None:
             return
         took = stages(envelope.event_ns, p.closed, p.step_start_ns, p.step_end_ns, envelope.publish_ns)
         for name, histogram in self._stages.items():

@@ -10,11 +10,11 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from stream_mmrnn.core import config, wire
-from stream_mmrnn.core.dedup import TickDeduplicator
+from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.core.extras import need
 from stream_mmrnn.core.latency import STAGES, stages
+from stream_mmrnn.core.prediction_decoder import PredictionDecoder
 from stream_mmrnn.core.types import Envelope
 
 _QUEUE = 4096
@@ -57,7 +57,7 @@ class Tracer:
         )
         self._tracer = self._provider.get_tracer("stream_mmrnn")
         self._offset_ns = wall_offset_ns
-        self._deduplicator = TickDeduplicator()
+        self._decoder = PredictionDecoder()
         self.traces = 0
         self.malformed = 0
 
@@ -74,11 +74,11 @@ class Tracer:
     def observe(self, envelope: Envelope) -> None:
         """A prediction; one that makes no sense is counted."""
         try:
-            p = wire.unpack(envelope.payload, wire.PredictionMessage)
+            p = self._decoder.decode(envelope)
         except WireError:
             self.malformed += 1
             return
-        if not self._deduplicator.first(envelope.session, p.tick):
+        if p is None:
             return
         at_ns = p.event_ns + self._offset_ns
         root = self._tracer.start_span("prediction", start_time=at_ns)

@@ -23,9 +23,10 @@ from stream_mmrnn.core.latency import STAGES
 from stream_mmrnn.core.types import Envelope, HeadSpec, ModalitySpec, Prediction, Stamps, Tick
 from stream_mmrnn.viewers.dashboard.access import Access
 from stream_mmrnn.viewers.dashboard.app import MAX_CLIENTS, MAX_CONNECTIONS, METRICS_TYPE
+from stream_mmrnn.viewers.dashboard.heads import HISTORY_POINTS
 from stream_mmrnn.viewers.dashboard.server import Dashboard
 from stream_mmrnn.viewers.dashboard.sound import BANDS, COLUMN_NS, COLUMNS, Sound
-from stream_mmrnn.viewers.dashboard.state import HISTORY_POINTS, LiveState
+from stream_mmrnn.viewers.dashboard.state import LiveState
 from stream_mmrnn.viewers.terminal_view import render
 
 MS = 1_000_000
@@ -58,6 +59,7 @@ def prediction(
     at = [end_ns + scale * MS * n for n in (1, 3, 6, 10, 15, 21, 28)]
     payload = {
         "tick": end_ns // (40 * MS),
+        "event_ns": end_ns,
         "heads": heads,
         "present": {"vision": True, "text": False},
         "age_ns": {"vision": 3},
@@ -267,12 +269,14 @@ def test_garbage_is_counted(payload: bytes) -> None:
     json.dumps(live.snapshot(T0))
 
 
-def test_stamps_beyond_all_clocks_are_garbage() -> None:
+def test_stamps_beyond_64_bits_are_malformed_and_differences_beyond_them_are_clipped() -> None:
     live = LiveState()
-    live.observe(prediction(T0, {"vap": [0.5]}, step_end_ns=2**62))
     live.observe(prediction(T0, {"vap": [0.5]}, step_end_ns=10**30))
-    assert live.malformed == 2
+    assert live.malformed == 1
     assert live.snapshot(T0)["latency"] == {}
+    live.observe(prediction(T0, {"vap": [0.5]}, step_start_ns=-(2**63), step_end_ns=2**63 - 1))
+    assert live.malformed == 1
+    assert live.snapshot(T0 + S)["latency"]["step"]["p50"] == pytest.approx(2**61 / 1e6)
 
 
 def test_what_our_own_processes_send_is_understood() -> None:

@@ -17,6 +17,7 @@ from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.dedup import TickDeduplicator
 from stream_mmrnn.core.errors import WireError
+from stream_mmrnn.core.prediction_decoder import PredictionDecoder
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.live.nodes.process import Context, Reporter, hear_clock
 
@@ -51,7 +52,8 @@ def dashboard(context: Context) -> None:
         "drop_oldest",
     )
     looking = _Looking(context)
-    view = LiveState()
+    decoder = PredictionDecoder()  # shared: each prediction is decoded once
+    view = LiveState(decoder)
     typed: deque[bytes] = deque()
 
     def take_line(body: bytes) -> str:
@@ -71,7 +73,7 @@ def dashboard(context: Context) -> None:
 
     shown = settings.dashboard
     token = keys.token(Path(shown.token_file))[0] if shown.token_file else ""
-    metrics = Metrics()
+    metrics = Metrics(decoder)
     page = Dashboard(
         shown.host,
         shown.port,
@@ -90,7 +92,7 @@ def dashboard(context: Context) -> None:
     reporter.report("ready")
     context.ready.set()
     next_ns = 0
-    reading, explained, started = Reading(), None, False
+    reading, explained, started = Reading(decoder=decoder), None, False
     for envelope in _follow(context, subscriber, reporter):
         if context.epoch.value and not started:
             started = True
