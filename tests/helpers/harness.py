@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stream_mmrnn.core import topics, wire
+from stream_mmrnn.core import wire
 from stream_mmrnn.recording.mcap_file import Recording
 
 COMMAND = [sys.executable, "-m", "stream_mmrnn"]
@@ -40,8 +40,9 @@ def check_summary(summary: dict[str, Any]) -> None:
     assert {"p50", "p99"} <= set(summary["latency_ms"]["total"])
 
 
-def ticks_of(path: Path) -> list[wire.TickMessage]:
-    return [wire.unpack(e.payload, wire.TickMessage) for e in Recording(path).envelopes({topics.TICK})]
+def ticks_of(path: Path) -> list[wire.PredictionMessage]:
+    """What each step was given, which its prediction carries."""
+    return list(Recording(path).predictions())
 
 
 class Running:

@@ -73,7 +73,7 @@ class Reader:
 def test_a_client_sees_what_is_recorded_and_a_stalled_one_costs_nothing(model: Path, tmp_path: Path) -> None:
     path, settings = tmp_path / "a.mcap", tmp_path / "s.toml"
     settings.write_text("[dashboard]\nenabled = false\n[foxglove]\nport = 0\n")
-    wanted = {"raw/vision", "raw/audio", "raw/text", "feature/audio", "prediction", "tick"}
+    wanted = {"raw/vision", "raw/audio", "raw/text", "feature/audio", "prediction"}
     got: dict[str, list[tuple[int, Any]]] = defaultdict(list)
     args = ("--config", settings, "--source", "synthetic", "--model", model, "--record", path, "--foxglove")
     with closing(Running(*args)) as live:

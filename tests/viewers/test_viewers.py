@@ -86,7 +86,7 @@ def test_every_message_is_what_its_schema_says(recording: Path) -> None:
             assert "$ref" not in schema.data.decode(), "Foxglove follows none"
             validators[schema.id] = jsonschema.Draft202012Validator(document)
         validators[schema.id].validate(message)
-    assert {"raw/vision", "raw/audio", "raw/text", "label", "prediction", "tick", "session", "clock"} <= set(seen)
+    assert {"raw/vision", "raw/audio", "raw/text", "label", "prediction", "session", "clock"} <= set(seen)
 
 
 def value_at(message: Any, path: str) -> Any:

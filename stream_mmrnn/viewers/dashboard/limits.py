@@ -1,4 +1,4 @@
-"""Limits of what the live view keeps, and how it shortens what it is given. Everything on the bus is untrusted input."""
+"""Limits of what the live view keeps, and how it shortens what it is given: the bus is untrusted input."""
 
 from __future__ import annotations
 
