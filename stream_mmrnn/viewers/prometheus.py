@@ -105,7 +105,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "bus_refused_messages_total",
             "counter",
-            "Messages that did not fit into the queue to the broker.",
+            "Messages dropped by the full queue to the broker.",
             ("node",),
         ),
         Family("bus_denied_connections_total", "counter", "Connections refused by key authentication.", ("reason",)),

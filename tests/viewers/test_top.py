@@ -1,4 +1,4 @@
-"""`top` and `predictions` with real sessions, in a pseudo-terminal and in pipes; the page's WebSocket with real clients."""
+"""`top` and `predictions` with real sessions, in a terminal and in pipes; the page's WebSocket with real clients."""
 
 from __future__ import annotations
 

@@ -173,9 +173,7 @@ def test_usage(tmp_path: Path) -> None:
     assert "name a recording" in err
 
 
-def test_without_rerun_the_error_says_what_to_do(
-    recording: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_rerun_the_error_has_advice(recording: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # there is another program of that name
     other = tmp_path / "rerun"
     other.write_text("#!/bin/sh\necho rerun 1.0.31\n")

@@ -72,7 +72,7 @@ class Feed:
             listener.put(prediction)
 
     def put_model(self, model: dict[str, Any]) -> None:
-        """Describe the model of the predictions that follow: the first message to each client, and again if it changes."""
+        """Describe the model of the predictions that follow: each client's first message, repeated if it changes."""
         self._model = msgspec.json.encode({"model": model})
         for listener in self._listeners:
             listener.model = self._model

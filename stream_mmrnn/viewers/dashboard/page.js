@@ -1,5 +1,5 @@
 "use strict";
-// Shows the newest state that the server sends. Everything from outside goes in as text, never as markup.
+// Draws the newest state from the server. Untrusted input is inserted as text, never as markup.
 const $ = id => document.getElementById(id);
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
 const DEAD_MS = 2500, THEN_MS = 30000, LEFT = 30, BANDS = 64, COLUMNS = 750, COLUMN_MS = 40;
@@ -8,7 +8,7 @@ let pausedAt = 0;
 const paused = () => pausedAt > 0;
 const replaying = () => Boolean(newest && newest.replay);
 
-// ---- small tools
+// ---- helpers
 
 const set = (el, text) => { if (el.textContent !== text) el.textContent = text; };
 const make = (tag, cls) => { const el = document.createElement(tag); if (cls) el.className = cls; return el; };
@@ -30,10 +30,10 @@ async function post(path, body) {
   try {
     const answer = await fetch(path, {method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify(body)});
     return answer.ok ? "" : (await answer.text()).trim();
-  } catch { return "the system cannot be reached"; }
+  } catch { return "the session cannot be reached"; }
 }
 
-// ---- theme; a canvas cannot read light-dark(), so a probe does
+// ---- theme; a canvas cannot read light-dark(), so a hidden element (#probe) resolves the colours
 
 const THEMES = ["auto", "light", "dark"];
 let paints = {}, theme = "auto", scale = null;
@@ -50,7 +50,7 @@ function keepTheme(name) {
 function repaint() { paints = {}; scale = null; if (shown) show(shown); }
 function nextTheme() {
   keepTheme(THEMES[(THEMES.indexOf(theme) + 1) % THEMES.length]);
-  try { localStorage.setItem("theme", theme); } catch { /* a private window keeps nothing */ }
+  try { localStorage.setItem("theme", theme); } catch { /* there is no storage in a private window */ }
 }
 
 // ---- states, streams, processes
@@ -63,7 +63,7 @@ function state(el, name, silent) {
   set(el, quiet && name !== "starting" ? "silent" : name || "live");
 }
 const row = kinds => () => { const tr = make("tr"); kinds.forEach(k => tr.append(make("td", k))); return tr; };
-const STREAMS = {  // in the order in which they are shown
+const STREAMS = {  // in display order
   "feature/vision": "vision", "feature/audio": "audio", "feature/text": "text", "feature/other_audio": "other audio",
   "feature/other_text": "other text", "feature/signal": "signal", "prediction": "predictions", "clock": "clock",
 };
@@ -78,7 +78,7 @@ function showStreams(s) {
 }
 function showDelays(s) {
   const stages = Object.entries(s.latency), top = s.latency.total ? Math.max(s.latency.total.p99, .001) : 1;
-  set($("delays-what"), s.replay ? "As it was recorded, but the step, which is of now; there is no bus here." : "The stages of one prediction add up to its total; percentiles do not. Bars: median, and p99 behind it.");
+  set($("delays-what"), s.replay ? "As recorded, except the step, which is measured now; a replay has no bus." : "The stages of one prediction add up to its total; percentiles do not. Bars: median, with p99 behind it.");
   fill($("t-delays"), stages, row(["", "bars", "n", "n"]), (tr, [name, v]) => {
     const [a, b, c, d] = tr.children;
     tr.className = name === "total" ? "whole" : "";
@@ -91,7 +91,7 @@ function showDelays(s) {
 const known = new Map();
 function showProcesses(s) {
   const nodes = Object.entries(s.nodes), ill = nodes.filter(([, v]) => BAD.includes(v.state));
-  set($("processes-note"), s.replay ? "as they were when the recording ended, and this replay" : nodes.length ? ill.length ? `${ill.length} of ${nodes.length} not well` : `all ${nodes.length} well` : "none heard yet");
+  set($("processes-note"), s.replay ? "at the end of the recording, and this replay" : nodes.length ? ill.length ? `${ill.length} of ${nodes.length} with problems` : `all ${nodes.length} running` : "no status yet");
   fill($("t-processes"), nodes, row(["", "", "", "", "n"]), (tr, [name, v]) => {
     const [a, b, c, d, e] = tr.children;
     if (!b.firstChild) b.append(make("span"));
@@ -99,7 +99,7 @@ function showProcesses(s) {
     tr.className = (v.reason ? "said" : "") + (v.deaths ? " died" : "");
     set(c, v.reason || Object.entries(v.counts).filter(([, n]) => n).slice(0, 4).map(([k, n]) => `${k.replaceAll("_", " ")} ${number(n)}`).join(" · "));
     set(d, v.deaths ? `${v.deaths.count}×: ${v.deaths.reason}, ${age(v.deaths.age_ms)} ago` : "none");
-    set(e, s.replay ? name === "replay" ? "now" : "then" : age(v.age_ms) + " ago");
+    set(e, s.replay ? name === "replay" ? "now" : "recorded" : age(v.age_ms) + " ago");
     if (known.get(name) !== v.state && (BAD.includes(v.state) || BAD.includes(known.get(name)))) aloud(`${name}: ${v.state}`);
     known.set(name, v.state);
   });
@@ -139,16 +139,16 @@ function showKey(s) {
   set($("k-rate"), s.predictions_per_s.toFixed(1));
   set($("k-p50"), total ? ms(total.p50) + " ms" : "–"); set($("k-p99"), total ? ms(total.p99) + " ms" : "–");
   set($("k-tick"), s.tick < 0 ? "–" : number(s.tick)); set($("k-sessions"), number(s.sessions.count));
-  // what a page misses is nobody's loss but its own; it is in the table
+  // messages that only a viewer missed are in the table, not in this sum
   set($("k-losses"), number(s.losses.reduce((n, l) => n + (VIEWERS.includes(l.node) ? 0 : l.count), 0)));
 }
 
-// ---- pictures and sound are fetched apart: one at a time, the next when this one is on the screen
+// ---- pictures and sound are fetched separately: one request at a time
 
 const picture = {shown: 0, busy: false};
 function showPicture(s) {
-  const eye = s.streams["feature/vision"];
-  $("main").classList.toggle("no-camera", !s.picture.number && !(eye && (eye.state || eye.age_ms != null)));
+  const vision = s.streams["feature/vision"];
+  $("main").classList.toggle("no-camera", !s.picture.number && !(vision && (vision.state || vision.age_ms != null)));
   set($("camera-age"), s.picture.age_ms == null ? "\u00a0" : age(s.picture.age_ms) + " old");
   if (picture.busy || !s.picture.number || s.picture.number === picture.shown) return;
   const image = new Image(), wanted = s.picture.number;
@@ -177,7 +177,7 @@ function fetchSound(s) {
     for (const key of sound.columns.keys()) if (key <= sound.newest - COLUMNS) sound.columns.delete(key);
   }).catch(() => {}).finally(() => { sound.busy = false; });
 }
-// from the card's own colour to one that stands out of it, lightness growing all the way
+// colour scale of the spectrogram: from the card's background to a contrasting colour, monotonic in lightness
 const RAMPS = {light: ["#ffffff", "#cfe3f1", "#7fb4d9", "#2f77b5", "#173f7a", "#0b1d3f"], dark: ["#171a20", "#22345c", "#2b5f8a", "#2f9a97", "#8fd07a", "#fdf3a0"]};
 function ramp() {
   if (scale) return scale;
@@ -212,16 +212,16 @@ function grid(g, right, h) {
 }
 function showSound(s) {
   fetchSound(s);
-  const v = s.sound, there = v.level_db != null && v.age_ms < 1500;
+  const v = s.sound, current = v.level_db != null && v.age_ms < 1500;
   set($("level-db"), v.level_db == null ? "–" : String(Math.round(v.level_db)).replace("-", "−"));
-  set($("level-what"), v.level_db == null ? "no sound yet" : there ? `peak ${String(Math.round(v.peak_db)).replace("-", "−")} dB` : "silent for " + age(v.age_ms));
+  set($("level-what"), v.level_db == null ? "no sound yet" : current ? `peak ${String(Math.round(v.peak_db)).replace("-", "−")} dB` : "silent for " + age(v.age_ms));
   const part = db => Math.min(100, Math.max(0, (db + 72) / 72 * 100));
-  $("level-bar").style.width = (there ? part(v.level_db) : 0) + "%"; $("level-peak").style.left = (there ? part(v.peak_db) : -9) + "%";
+  $("level-bar").style.width = (current ? part(v.level_db) : 0) + "%"; $("level-peak").style.left = (current ? part(v.peak_db) : -9) + "%";
   const c = context($("spectrogram"));
   if (!c) return;
   const {g, w, h} = c, colours = ramp(), image = new ImageData(COLUMNS, BANDS), pixels = new Uint32Array(image.data.buffer), words = new Uint32Array(colours.buffer);
   pixels.fill(words[0]);
-  // the picture ends at what the newest state names, where it was already fetched
+  // the image ends at the newest column of the state; columns that were not fetched yet stay empty
   const last = v.newest;
   for (let i = 0; i < COLUMNS; i++) {
     const column = sound.columns.get(last - COLUMNS + 1 + i);
@@ -244,19 +244,19 @@ function showEvents(s) {
   g.strokeStyle = paint("line"); g.beginPath(); g.moveTo(LEFT, h - .5); g.lineTo(w, h - .5); g.stroke();
   const all = [...s.texts.map(v => [v, "ink"]), ...s.other_texts.map(v => [v, "quiet"]), ...s.labels.map(v => [v, "c1"])];
   g.textBaseline = "middle"; g.textAlign = "left";
-  // labels first, then words from the newest on: one that finds no room leaves a mark
+  // labels first, then words from the newest on; a word without room becomes a tick mark
   for (const [v, colour] of all.filter(([v]) => v.age_ms <= THEN_MS).sort(([a, x], [b, y]) => (y === "c1") - (x === "c1") || a.age_ms - b.age_ms)) {
     const x = thenX(v.age_ms, w), label = colour === "c1", text = v.text.length > 26 ? v.text.slice(0, 25) + "…" : v.text, width = g.measureText(text).width;
     g.fillStyle = g.strokeStyle = paint(colour);
     if (label) { g.beginPath(); g.moveTo(x, 0); g.lineTo(x, h); g.stroke(); }
-    // a word ends where it was said; a label begins there
+    // a word ends at its time; a label begins at its time
     const at = label && x + 4 + width < w ? x + 4 : x - width - (label ? 4 : 0);
     const free = taken.find(spans => spans.every(([from, to]) => at + width + 4 < from || at > to + 4));
     if (free && at >= LEFT) { g.fillText(text, at, step * taken.indexOf(free) + step / 2); free.push([at, at + width]); }
     else if (!label) g.fillRect(x - 1, h - 5, 2, 4);
   }
 }
-// the k-th output that speaks of a span of time belongs to the k-th thing that is foretold
+// outputs with the same horizon belong to different targets: the k-th output of each horizon to target k
 function groups(name, h) {
   if (!h.horizons_s.length) return [];
   const seen = new Map(), found = [];
@@ -288,7 +288,7 @@ function line(g, h, i, colour, dashes, right, y) {
   (h.history.series[i] || []).forEach((v, k) => {
     const t = h.history.age_ms[k];
     if (v == null) { on = false; return; }
-    // a second without a prediction is a gap, not a slope
+    // do not connect points across a second without predictions
     if (on && before - t > 1000) on = false;
     const x = thenX(t, right);
     if (on) g.lineTo(x, y(v)); else g.moveTo(x, y(v));
@@ -317,7 +317,7 @@ function draw(canvas, name, h, most) {
   if (ahead.length) {
     ahead.forEach((group, k) => line(g, h, group.outputs[0], "c" + k % 8, DASHES[k % 3], right, y));
     ahead.forEach((group, k) => {
-      // what is expected in each span of time, as a step of its width
+      // the prediction for each horizon, as a step as wide as the horizon
       g.strokeStyle = g.fillStyle = paint("c" + k % 8);
       for (const i of group.outputs) {
         const v = h.values[i], [from, to] = h.horizons_s[i];
@@ -414,7 +414,7 @@ function seek(to) {
   seekTimer = setTimeout(async () => { const why = await post("replay", {seek_s: to}); dragging = false; if (why) aloud(why); }, 120);
 }
 
-// ---- all of it
+// ---- page
 
 function show(s) {
   shown = s;
@@ -428,9 +428,9 @@ function link() {
   set(el, up ? held ? "paused" : replaying() ? "replay" : "live" : heardAt ? "lost" : "connecting");
   set($("pause"), held ? "Resume" : "Pause"); $("pause").setAttribute("aria-pressed", String(Boolean(held)));
   $("main").classList.toggle("old", gone);
-  // the age changes every second: it is for the eye, a screen reader hears the event once
-  set($("alert-what"), !gone ? "" : opened ? "The system sends nothing new" : "Connection lost, trying again");
-  if (gone) set($("alert-age"), `: what you see is ${Math.floor(silent / 1000)} s old`);
+  // the age changes every second: it is hidden from screen readers, which announce the event once
+  set($("alert-what"), !gone ? "" : opened ? "The session sends no updates" : "Connection lost, trying again");
+  if (gone) set($("alert-age"), `: the data shown is ${Math.floor(silent / 1000)} s old`);
   $("alert").hidden = !gone;
 }
 function togglePause() {
@@ -445,7 +445,7 @@ function connect() {
   source.onopen = () => { opened = true; link(); };
   source.onerror = () => {
     opened = false; link();
-    // after a refusal the browser gives up; we do not
+    // EventSource does not reconnect after a refusal, so do it here
     if (source && source.readyState === EventSource.CLOSED) setTimeout(() => { if (source && source.readyState === EventSource.CLOSED) connect(); }, 2000);
   };
   source.onmessage = event => {
@@ -488,7 +488,7 @@ document.addEventListener("keydown", event => {
     seek((dragging || onRange ? Number($("seek").value) : newest.replay.position_s) + step);
   }
 });
-// a hidden page follows nothing: browsers allow few connections, and the machine has better things to do
+// a hidden page disconnects: browsers allow few connections, and the updates cost CPU
 document.addEventListener("visibilitychange", () => {
   if (document.hidden) { if (source) source.close(); source = null; } else { connect(); }
 });

@@ -45,7 +45,7 @@ def _filters() -> npt.NDArray[np.float32]:
 
 
 class Sound:
-    """One audio stream. `first` and `columns` are the spectrogram: the number of a column is its time divided by 40 ms."""
+    """One audio stream. `first` and `columns` are the spectrogram: a column's number is its time divided by 40 ms."""
 
     def __init__(self) -> None:
         self._samples = np.zeros(_WINDOW, np.float32)
