@@ -1,9 +1,9 @@
 "use strict";
 // Draws the newest state from the server. Untrusted input is inserted as text, never as markup.
 const $ = id => document.getElementById(id);
-const calm = matchMedia("(prefers-reduced-motion: reduce)");
-const DEAD_MS = 2500, THEN_MS = 30000, LEFT = 30, BANDS = 64, COLUMNS = 750, COLUMN_MS = 40;
-let source = null, opened = false, heardAt = 0, shownAt = 0, newest = null, shown = null;
+const reducedMotion = matchMedia("(prefers-reduced-motion: reduce)");
+const TIMEOUT_MS = 2500, HISTORY_MS = 30000, LEFT = 30, BANDS = 64, COLUMNS = 750;
+let source = null, opened = false, receivedAt = 0, shownAt = 0, newest = null, shown = null;
 let pausedAt = 0;
 const paused = () => pausedAt > 0;
 const replaying = () => Boolean(newest && newest.replay);
@@ -25,7 +25,7 @@ function age(v) {
 }
 const clock = s => `${Math.floor(s / 60)}:${String(Math.floor(s % 60)).padStart(2, "0")}`;
 const number = v => v.toLocaleString("en");
-function aloud(text) { set($("said-aloud"), text); }
+function announce(text) { set($("announcements"), text); }
 async function post(path, body) {
   try {
     const answer = await fetch(path, {method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify(body)});
@@ -41,7 +41,7 @@ function paint(name) {
   if (!paints[name]) { $("probe").style.color = `var(--${name})`; $("probe").hidden = false; paints[name] = getComputedStyle($("probe")).color; $("probe").hidden = true; }
   return paints[name];
 }
-function keepTheme(name) {
+function setTheme(name) {
   theme = THEMES.includes(name) ? name : "auto";
   if (theme === "auto") delete document.documentElement.dataset.theme; else document.documentElement.dataset.theme = theme;
   set($("theme"), "Theme: " + theme);
@@ -49,7 +49,7 @@ function keepTheme(name) {
 }
 function repaint() { paints = {}; scale = null; if (shown) show(shown); }
 function nextTheme() {
-  keepTheme(THEMES[(THEMES.indexOf(theme) + 1) % THEMES.length]);
+  setTheme(THEMES[(THEMES.indexOf(theme) + 1) % THEMES.length]);
   try { localStorage.setItem("theme", theme); } catch { /* there is no storage in a private window */ }
 }
 
@@ -81,27 +81,27 @@ function showDelays(s) {
   set($("delays-what"), s.replay ? "As recorded, except the step, which is measured now; a replay has no bus." : "The stages of one prediction add up to its total; percentiles do not. Bars: median, with p99 behind it.");
   fill($("t-delays"), stages, row(["", "bars", "n", "n"]), (tr, [name, v]) => {
     const [a, b, c, d] = tr.children;
-    tr.className = name === "total" ? "whole" : "";
+    tr.className = name === "total" ? "total" : "";
     set(a, name); set(c, ms(v.p50)); set(d, ms(v.p99));
     if (!b.firstChild) { const m = make("div", "meter"); m.ariaHidden = "true"; m.append(make("i", "far"), make("i")); b.append(m); }
     const width = x => Math.min(100, Math.max(0, 100 * x / top)).toFixed(1) + "%";
     b.firstChild.firstChild.style.width = width(v.p99); b.firstChild.lastChild.style.width = width(v.p50);
   });
 }
-const known = new Map();
+const lastStates = new Map();
 function showProcesses(s) {
-  const nodes = Object.entries(s.nodes), ill = nodes.filter(([, v]) => BAD.includes(v.state));
-  set($("processes-note"), s.replay ? "at the end of the recording, and this replay" : nodes.length ? ill.length ? `${ill.length} of ${nodes.length} with problems` : `all ${nodes.length} running` : "no status yet");
+  const nodes = Object.entries(s.nodes), failing = nodes.filter(([, v]) => BAD.includes(v.state));
+  set($("processes-note"), s.replay ? "at the end of the recording, and this replay" : nodes.length ? failing.length ? `${failing.length} of ${nodes.length} with problems` : `all ${nodes.length} running` : "no status yet");
   fill($("t-processes"), nodes, row(["", "", "", "", "n"]), (tr, [name, v]) => {
     const [a, b, c, d, e] = tr.children;
     if (!b.firstChild) b.append(make("span"));
     set(a, name); state(b.firstChild, v.state, v.silent && !s.replay);
-    tr.className = (v.reason ? "said" : "") + (v.deaths ? " died" : "");
+    tr.className = (v.reason ? "has-reason" : "") + (v.deaths ? " restarted" : "");
     set(c, v.reason || Object.entries(v.counts).filter(([, n]) => n).slice(0, 4).map(([k, n]) => `${k.replaceAll("_", " ")} ${number(n)}`).join(" · "));
     set(d, v.deaths ? `${v.deaths.count}×: ${v.deaths.reason}, ${age(v.deaths.age_ms)} ago` : "none");
     set(e, s.replay ? name === "replay" ? "now" : "recorded" : age(v.age_ms) + " ago");
-    if (known.get(name) !== v.state && (BAD.includes(v.state) || BAD.includes(known.get(name)))) aloud(`${name}: ${v.state}`);
-    known.set(name, v.state);
+    if (lastStates.get(name) !== v.state && (BAD.includes(v.state) || BAD.includes(lastStates.get(name)))) announce(`${name}: ${v.state}`);
+    lastStates.set(name, v.state);
   });
 }
 function showLosses(s) {
@@ -134,8 +134,8 @@ function showWords(s) {
 const VIEWERS = ["dashboard", "this view"];
 function showKey(s) {
   const total = s.latency.total, model = s.model.name || "model " + s.model.sha256.slice(0, 12);
-  set($("who"), [s.replay && s.replay.recording, s.session && "session " + s.session, s.model.sha256 || s.model.name ? model : ""].filter(Boolean).join(" · "));
-  $("who").title = s.model.sha256;
+  set($("about"), [s.replay && s.replay.recording, s.session && "session " + s.session, s.model.sha256 || s.model.name ? model : ""].filter(Boolean).join(" · "));
+  $("about").title = s.model.sha256;
   set($("k-rate"), s.predictions_per_s.toFixed(1));
   set($("k-p50"), total ? ms(total.p50) + " ms" : "–"); set($("k-p99"), total ? ms(total.p99) + " ms" : "–");
   set($("k-tick"), s.tick < 0 ? "–" : number(s.tick)); set($("k-sessions"), number(s.sessions.count));
@@ -205,10 +205,10 @@ function context(canvas) {
   return {g, w, h};
 }
 const nowX = () => $("spectrogram").clientWidth;
-const thenX = (ageMs, right) => right - (right - LEFT) * Math.min(Math.max(ageMs, 0), THEN_MS) / THEN_MS;
+const pastX = (ageMs, right) => right - (right - LEFT) * Math.min(Math.max(ageMs, 0), HISTORY_MS) / HISTORY_MS;
 function grid(g, right, h) {
   g.strokeStyle = paint("line");
-  for (let t = 5000; t < THEN_MS; t += 5000) { const x = Math.round(thenX(t, right)) + .5; g.beginPath(); g.moveTo(x, 0); g.lineTo(x, h); g.stroke(); }
+  for (let t = 5000; t < HISTORY_MS; t += 5000) { const x = Math.round(pastX(t, right)) + .5; g.beginPath(); g.moveTo(x, 0); g.lineTo(x, h); g.stroke(); }
 }
 function showSound(s) {
   fetchSound(s);
@@ -228,7 +228,7 @@ function showSound(s) {
     if (column) for (let b = 0; b < BANDS; b++) pixels[(BANDS - 1 - b) * COLUMNS + i] = words[column[b]];
   }
   sound.image.getContext("2d").putImageData(image, 0, 0);
-  const width = w - LEFT, shift = Math.min(width, (v.age_ms || 0) / THEN_MS * width);
+  const width = w - LEFT, shift = Math.min(width, (v.age_ms || 0) / HISTORY_MS * width);
   g.fillStyle = `rgb(${colours[0]},${colours[1]},${colours[2]})`; g.fillRect(LEFT, 0, width, h);
   g.save(); g.beginPath(); g.rect(LEFT, 0, width, h); g.clip(); g.imageSmoothingEnabled = true;
   g.drawImage(sound.image, LEFT - shift, 0, width, h); g.restore();
@@ -245,8 +245,8 @@ function showEvents(s) {
   const all = [...s.texts.map(v => [v, "ink"]), ...s.other_texts.map(v => [v, "quiet"]), ...s.labels.map(v => [v, "c1"])];
   g.textBaseline = "middle"; g.textAlign = "left";
   // labels first, then words from the newest on; a word without room becomes a tick mark
-  for (const [v, colour] of all.filter(([v]) => v.age_ms <= THEN_MS).sort(([a, x], [b, y]) => (y === "c1") - (x === "c1") || a.age_ms - b.age_ms)) {
-    const x = thenX(v.age_ms, w), label = colour === "c1", text = v.text.length > 26 ? v.text.slice(0, 25) + "…" : v.text, width = g.measureText(text).width;
+  for (const [v, colour] of all.filter(([v]) => v.age_ms <= HISTORY_MS).sort(([a, x], [b, y]) => (y === "c1") - (x === "c1") || a.age_ms - b.age_ms)) {
+    const x = pastX(v.age_ms, w), label = colour === "c1", text = v.text.length > 26 ? v.text.slice(0, 25) + "…" : v.text, width = g.measureText(text).width;
     g.fillStyle = g.strokeStyle = paint(colour);
     if (label) { g.beginPath(); g.moveTo(x, 0); g.lineTo(x, h); g.stroke(); }
     // a word ends at its time; a label begins at its time
@@ -290,14 +290,14 @@ function line(g, h, i, colour, dashes, right, y) {
     if (v == null) { on = false; return; }
     // do not connect points across a second without predictions
     if (on && before - t > 1000) on = false;
-    const x = thenX(t, right);
+    const x = pastX(t, right);
     if (on) g.lineTo(x, y(v)); else g.moveTo(x, y(v));
     on = true; before = t;
   });
   g.stroke(); g.setLineDash([]);
 }
-const mostAhead = s => Math.max(0, ...Object.values(s.heads).flatMap(h => h.horizons_s.map(span => span[1])));
-const aheadX = (t, most, right, w) => right + (w - 10 - right) * t / most;
+const longestHorizon = s => Math.max(0, ...Object.values(s.heads).flatMap(h => h.horizons_s.map(span => span[1])));
+const futureX = (t, most, right, w) => right + (w - 10 - right) * t / most;
 function draw(canvas, name, h, most) {
   const c = context(canvas);
   if (!c) return;
@@ -322,7 +322,7 @@ function draw(canvas, name, h, most) {
       for (const i of group.outputs) {
         const v = h.values[i], [from, to] = h.horizons_s[i];
         if (v == null) continue;
-        const x0 = aheadX(from, most, right, w), x1 = aheadX(to, most, right, w);
+        const x0 = futureX(from, most, right, w), x1 = futureX(to, most, right, w);
         g.globalAlpha = .18; g.fillRect(x0, y(v), x1 - x0, y(Math.max(low, Math.min(0, high))) - y(v));
         g.globalAlpha = 1; g.lineWidth = 2.5; g.setLineDash(DASHES[k % 3]); g.beginPath(); g.moveTo(x0 + 1, y(v)); g.lineTo(x1 - 1, y(v)); g.stroke(); g.setLineDash([]);
       }
@@ -330,12 +330,12 @@ function draw(canvas, name, h, most) {
   } else h.history.series.forEach((_, i) => line(g, h, i, "c" + i % 8, DASHES[Math.floor(i / 8) % 3], right, y));
   g.strokeStyle = paint("ink"); g.lineWidth = 1.5; g.beginPath(); g.moveTo(right - .5, 0); g.lineTo(right - .5, ht); g.stroke();
 }
-const say = (h, v) => v == null ? "–" : h.unit === "probability" ? v.toFixed(2) : String(+v.toPrecision(3));
+const formatValue = (h, v) => v == null ? "–" : h.unit === "probability" ? v.toFixed(2) : String(+v.toPrecision(3));
 function showHeads(s) {
-  const heads = Object.entries(s.heads), most = mostAhead(s);
+  const heads = Object.entries(s.heads), most = longestHorizon(s);
   $("no-heads").hidden = heads.length > 0;
-  $("timeline").querySelector(".ahead").hidden = !most;
-  set($("timeline").querySelector(".ahead"), most ? `next ${most} s` : "");
+  $("timeline").querySelector(".future").hidden = !most;
+  set($("timeline").querySelector(".future"), most ? `next ${most} s` : "");
   fill($("head-list"), heads, () => {
     const div = make("div", "lane head-lane"), h3 = make("h3"), plot = make("div", "plot"), canvas = make("canvas");
     plot.append(canvas);
@@ -344,23 +344,23 @@ function showHeads(s) {
     return div;
   }, (div, [name, h]) => {
     const [h3, plot, panel] = div.children, canvas = plot.firstChild, [big, ul] = panel.children, ahead = groups(name, h);
-    div.classList.toggle("whole", ahead.length > 0); panel.hidden = ahead.length > 0;
+    div.classList.toggle("wide", ahead.length > 0); panel.hidden = ahead.length > 0;
     const words = h.kind.replaceAll("_", " "), called = name.replaceAll("_", " ");
     set(h3.firstChild, words.startsWith(called) ? words : words ? `${called} · ${words}` : called);
     const legend = ahead.length > 1 || ahead.length === 1 && ahead[0].name !== name ? ahead : [];
     fill(h3.lastChild, legend, () => { const el = make("span"); el.append(make("i"), make("span")); return el; }, (el, group, k) => {
       el.firstChild.className = "dash" + k % 3; el.firstChild.style.borderTopColor = `var(--c${k % 8})`;
-      set(el.lastChild, `${group.name} ${say(h, h.values[group.outputs[0]])}`);
+      set(el.lastChild, `${group.name} ${formatValue(h, h.values[group.outputs[0]])}`);
     });
-    const spoken = h.values.slice(0, 8).map((v, i) => `${h.labels[i] || name} ${say(h, v)}`).join(", ");
-    canvas.setAttribute("aria-label", `${name}: last 30 seconds${ahead.length ? " and what is expected" : ""}; now ${spoken}`);
+    const description = h.values.slice(0, 8).map((v, i) => `${h.labels[i] || name} ${formatValue(h, v)}`).join(", ");
+    canvas.setAttribute("aria-label", `${name}: last 30 seconds${ahead.length ? " and what is expected" : ""}; now ${description}`);
     draw(canvas, name, h, most);
     if (ahead.length) return;
     const one = h.values.length === 1, yes = h.threshold != null && h.values[0] != null;
     big.hidden = !one; ul.hidden = one;
     if (one) {
       if (!big.firstChild) big.append(make("b"), make("span"), make("span", "why"));
-      set(big.children[0], say(h, h.values[0]));
+      set(big.children[0], formatValue(h, h.values[0]));
       set(big.children[1], yes ? h.values[0] > h.threshold ? " yes" : " no" : h.unit === "probability" ? "" : " " + h.unit);
       set(big.children[2], yes ? ` above ${+h.threshold.toPrecision(2)} is yes` : "");
       return;
@@ -369,7 +369,7 @@ function showHeads(s) {
     if (order.length > 5) order.sort(([a], [b]) => (b ?? -Infinity) - (a ?? -Infinity));
     const [low, high] = limits(h);
     fill(ul, order.slice(0, 5), () => { const li = make("li"), bar = make("span", "meter"); bar.append(make("i")); bar.ariaHidden = "true"; li.append(make("span", "name"), make("span", "n"), bar); return li; }, (li, [v, i]) => {
-      set(li.children[0], (h.labels[i] || String(i)).replaceAll("_", " ")); set(li.children[1], say(h, v));
+      set(li.children[0], (h.labels[i] || String(i)).replaceAll("_", " ")); set(li.children[1], formatValue(h, v));
       const bar = li.children[2].firstChild;
       bar.style.width = (v == null ? 0 : 100 * Math.min(1, Math.max(0, (v - low) / (high - low)))).toFixed(1) + "%"; bar.style.background = `var(--c${i % 8})`;
     });
@@ -379,12 +379,12 @@ function showHeads(s) {
   const {g, w, h} = c, right = nowX();
   g.fillStyle = paint("quiet"); g.textBaseline = "top";
   const every = right < 400 ? 10000 : 5000;
-  for (let t = every; t <= THEN_MS; t += every) { g.textAlign = t === THEN_MS ? "left" : "center"; g.fillText(`−${t / 1000} s`, thenX(t, right), 4); }
+  for (let t = every; t <= HISTORY_MS; t += every) { g.textAlign = t === HISTORY_MS ? "left" : "center"; g.fillText(`−${t / 1000} s`, pastX(t, right), 4); }
   g.textAlign = most ? "center" : "right"; g.fillStyle = paint("ink"); g.fillText("now", right, 4); g.fillStyle = paint("quiet");
   const ticks = [...new Set(Object.values(s.heads).flatMap(v => v.horizons_s.map(span => span[1])))].sort((a, b) => b - a);
   let free = w;
   for (const t of ticks) {
-    const x = aheadX(t, most, right, w), text = `+${t}`, width = g.measureText(text).width;
+    const x = futureX(t, most, right, w), text = `+${t}`, width = g.measureText(text).width;
     g.textAlign = "right";
     if (x + 6 > free || x - width < right + 22) continue;
     g.fillText(text + (t === ticks[0] ? " s" : ""), x + (t === ticks[0] ? 8 : width / 2), 4); free = x - width;
@@ -411,7 +411,7 @@ function seek(to) {
   to = Math.min(r.duration_s, Math.max(0, to));
   dragging = true; $("seek").value = to; set($("replay-at"), clock(to));
   clearTimeout(seekTimer);
-  seekTimer = setTimeout(async () => { const why = await post("replay", {seek_s: to}); dragging = false; if (why) aloud(why); }, 120);
+  seekTimer = setTimeout(async () => { const why = await post("replay", {seek_s: to}); dragging = false; if (why) announce(why); }, 120);
 }
 
 // ---- page
@@ -422,10 +422,10 @@ function show(s) {
   shownAt = performance.now();
 }
 function link() {
-  const silent = performance.now() - heardAt, up = opened && silent < DEAD_MS && heardAt > 0, el = $("link");
-  const held = paused() || replaying() && newest.replay.paused, gone = !up && heardAt > 0 && !document.hidden;
-  el.className = "state " + (up ? held ? "warn" : "good" : heardAt ? "bad" : "none");
-  set(el, up ? held ? "paused" : replaying() ? "replay" : "live" : heardAt ? "lost" : "connecting");
+  const silent = performance.now() - receivedAt, up = opened && silent < TIMEOUT_MS && receivedAt > 0, el = $("link");
+  const held = paused() || replaying() && newest.replay.paused, gone = !up && receivedAt > 0 && !document.hidden;
+  el.className = "state " + (up ? held ? "warn" : "good" : receivedAt ? "bad" : "none");
+  set(el, up ? held ? "paused" : replaying() ? "replay" : "live" : receivedAt ? "lost" : "connecting");
   set($("pause"), held ? "Resume" : "Pause"); $("pause").setAttribute("aria-pressed", String(Boolean(held)));
   $("main").classList.toggle("old", gone);
   // the age changes every second: it is hidden from screen readers, which announce the event once
@@ -449,10 +449,10 @@ function connect() {
     if (source && source.readyState === EventSource.CLOSED) setTimeout(() => { if (source && source.readyState === EventSource.CLOSED) connect(); }, 2000);
   };
   source.onmessage = event => {
-    opened = true; heardAt = performance.now();
+    opened = true; receivedAt = performance.now();
     try { newest = JSON.parse(event.data); } catch { return; }
     if (replaying()) pausedAt = 0;
-    if (!paused() && !(calm.matches && heardAt - shownAt < 900)) show(newest);
+    if (!paused() && !(reducedMotion.matches && receivedAt - shownAt < 900)) show(newest);
     link();
   };
 }
@@ -494,6 +494,6 @@ document.addEventListener("visibilitychange", () => {
 });
 addEventListener("resize", () => { if (shown) show(shown); });
 systemDark.addEventListener("change", repaint);
-try { keepTheme(localStorage.getItem("theme")); } catch { keepTheme("auto"); }
+try { setTheme(localStorage.getItem("theme")); } catch { setTheme("auto"); }
 setInterval(link, 500);
 connect();
