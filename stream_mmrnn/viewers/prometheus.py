@@ -117,7 +117,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-class _Node(msgspec.Struct):
+class _NodeStatus(msgspec.Struct):
     message: wire.StatusMessage
     at_ns: int
 
@@ -129,7 +129,7 @@ class Metrics(Collector):
         """`decoder`: one to share with other consumers of the same envelopes."""
         self._registry = CollectorRegistry()
         self._lock = threading.Lock()
-        self._nodes: dict[str, _Node] = {}
+        self._nodes: dict[str, _NodeStatus] = {}
         self._restarts: dict[str, int] = {}
         self._newest_ns: dict[str, int] = {}
         self._unreadable = 0
@@ -178,7 +178,7 @@ class Metrics(Collector):
             before = self._nodes.get(name)
             counts = before.message.counts if before else {}
             message = msgspec.structs.replace(message, counts=counts, detail=before.message.detail if before else {})
-        self._nodes[name] = _Node(message, at_ns)
+        self._nodes[name] = _NodeStatus(message, at_ns)
 
     def text(self, now_ns: int) -> bytes:
         """All metrics in Prometheus' text format."""
@@ -201,7 +201,7 @@ class Metrics(Collector):
         return ""
 
     @staticmethod
-    def _up(node: _Node, now_ns: int) -> bool:
+    def _up(node: _NodeStatus, now_ns: int) -> bool:
         return node.message.state not in _OVER and now_ns - node.at_ns <= _SILENT_NS
 
     def describe(self) -> Iterable[Metric]:
@@ -231,7 +231,7 @@ class Metrics(Collector):
                 metric.add_metric(labels, value)
             yield metric
 
-    def _collect_node(self, name: str, node: _Node, put: Callable[..., None]) -> None:
+    def _collect_node(self, name: str, node: _NodeStatus, put: Callable[..., None]) -> None:
         message = node.message
         counts = message.counts
         put("process_up", float(self._up(node, self._now_ns)), name)

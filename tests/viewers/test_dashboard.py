@@ -25,7 +25,7 @@ from stream_mmrnn.viewers.dashboard.access import Access
 from stream_mmrnn.viewers.dashboard.app import MAX_CLIENTS, MAX_CONNECTIONS, METRICS_TYPE
 from stream_mmrnn.viewers.dashboard.heads import HISTORY_POINTS
 from stream_mmrnn.viewers.dashboard.server import Dashboard
-from stream_mmrnn.viewers.dashboard.sound import BANDS, COLUMN_NS, COLUMNS, Sound
+from stream_mmrnn.viewers.dashboard.sound import BANDS, COLUMN_NS, COLUMNS, Spectrogram
 from stream_mmrnn.viewers.dashboard.state import LiveState
 from stream_mmrnn.viewers.terminal_view import render
 
@@ -771,7 +771,7 @@ def tone(hz: float, samples: int, level: float = 0.5, at: int = 0) -> Any:
 def test_the_spectrogram_shows_a_tone_where_it_is() -> None:
     peaks = []
     for hz in (200, 1000, 4000):
-        sound = Sound()
+        sound = Spectrogram()
         for k in range(50):  # 1 s in blocks of 20 ms
             sound.observe(T0 + (k + 1) * 20 * MS, tone(hz, 320, at=320 * k))
         columns = np.frombuffer(sound.columns, np.uint8).reshape(-1, BANDS)
@@ -789,7 +789,7 @@ def test_the_spectrogram_shows_a_tone_where_it_is() -> None:
 @given(st.lists(st.tuples(st.integers(-5, 60), st.integers(1, 3000)), max_size=60))
 def test_the_spectrogram_is_bounded_and_on_its_grid(steps: list[tuple[int, int]]) -> None:
     """Blocks of any length, at times that stand still, jump or go back."""
-    sound, at_ns, latest_ns = Sound(), T0, T0
+    sound, at_ns, latest_ns = Spectrogram(), T0, T0
     for seconds, samples in steps:
         at_ns += seconds * S + samples * S // topics.AUDIO_RATE_HZ
         latest_ns = max(latest_ns, at_ns)
@@ -802,7 +802,7 @@ def test_the_spectrogram_is_bounded_and_on_its_grid(steps: list[tuple[int, int]]
 
 @pytest.mark.parametrize("payload", [b"x", np.zeros(0, np.int16), np.zeros(10, np.float32), np.zeros(10**6, np.int16)])
 def test_payloads_that_are_no_sound_are_ignored(payload: Any) -> None:
-    sound = Sound()
+    sound = Spectrogram()
     sound.observe(T0, payload)
     assert sound.snapshot(T0)["level_db"] is None
     assert sound.columns == b""

@@ -42,9 +42,9 @@ class Reader:
         self.channels: dict[int, dict[str, Any]] = {}
         self._classes: dict[int, Any] = {}
         while wanted - {c["topic"] for c in self.channels.values()}:
-            said = json.loads(self._socket.recv(10))
-            if said["op"] == "advertise":
-                self.channels |= {c["id"]: c for c in said["channels"]}
+            message = json.loads(self._socket.recv(10))
+            if message["op"] == "advertise":
+                self.channels |= {c["id"]: c for c in message["channels"]}
         chosen = [{"id": c, "channelId": c} for c, row in self.channels.items() if row["topic"] in wanted]
         self._socket.send(json.dumps({"op": "subscribe", "subscriptions": chosen}))
 

@@ -23,7 +23,7 @@ from harness import COMMAND, Running
 
 from stream_mmrnn.bus import registry as running
 from stream_mmrnn.core.errors import NotRunning
-from stream_mmrnn.viewers.top.processes import Usage
+from stream_mmrnn.viewers.top.processes import ProcessUsage
 
 NAME = f"watched-{os.getpid()}"
 
@@ -164,7 +164,7 @@ def test_usage_is_measured_per_process() -> None:
     )
     busy = subprocess.Popen([sys.executable, "-c", code])
     try:
-        usage = Usage(os.getpid())
+        usage = ProcessUsage(os.getpid())
         for _ in range(200):
             rows = {r["pid"]: r for r in usage.read({busy.pid: "busy"})}
             if rows[busy.pid]["cpu_percent"] > 0 and rows[busy.pid]["threads"] == 2:
@@ -178,7 +178,7 @@ def test_usage_is_measured_per_process() -> None:
         busy.kill()
         busy.wait()
     assert busy.pid not in {r["pid"] for r in usage.read({})}
-    assert Usage(2**22 + 5).read({}) == []
+    assert ProcessUsage(2**22 + 5).read({}) == []
 
 
 # --- predictions
@@ -296,11 +296,11 @@ def test_another_site_gets_no_websocket() -> None:
 
 NODE = """
 const socket = new WebSocket(process.argv[1]);
-let said = 0;
+let received = 0;
 socket.onmessage = (event) => {
   const message = JSON.parse(event.data);
   if (message.heads) console.log(message.heads.next.length);
-  if (++said == 4) socket.close();
+  if (++received == 4) socket.close();
 };
 socket.onerror = (event) => { console.log("error", event.message); process.exit(1); };
 """

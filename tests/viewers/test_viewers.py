@@ -246,8 +246,8 @@ def test_rerun_is_started_on_loopback(recording: Path, state: Path) -> None:
 def test_a_rerun_that_would_send_analytics_is_not_started(tmp_path: Path) -> None:
     """It ignores the settings folder that it is given, as on other systems."""
     stubborn = tmp_path / "rerun"
-    said = '{"analytics_enabled": true, "config_file_path": "/elsewhere/analytics.json"}'
-    stubborn.write_text(f"#!/bin/sh\n[ \"$2\" = disable ] && touch '{tmp_path}/changed'\necho '{said}'\n")
+    answer = '{"analytics_enabled": true, "config_file_path": "/elsewhere/analytics.json"}'
+    stubborn.write_text(f"#!/bin/sh\n[ \"$2\" = disable ] && touch '{tmp_path}/changed'\necho '{answer}'\n")
     stubborn.chmod(0o755)
     assert shutil.which(str(stubborn))
     with pytest.raises(ProcessError, match="rerun analytics disable"):

@@ -21,7 +21,7 @@ _LOST_REASONS = frozenset({"late", "duplicate", "quarantined", "superseded", "un
 """Reasons that the aligner and readers count; each is a loss."""
 
 
-class _Named(msgspec.Struct):
+class _ModalityName(msgspec.Struct):
     name: str
 
 
@@ -29,14 +29,14 @@ class Spec(msgspec.Struct):
     """The model's contract, in the engine's status."""
 
     heads: list[HeadMeaning] = []
-    modalities: list[str | _Named] = []
+    modalities: list[str | _ModalityName] = []
     name: str = ""
 
     def modality_names(self, most: int) -> list[str]:
         return [clean(m if isinstance(m, str) else m.name) for m in self.modalities[:most]]
 
 
-class _Detail(msgspec.Struct):
+class _StatusDetail(msgspec.Struct):
     """What is shown of a status's detail: the model's contract, and the aligner's counts per stream."""
 
     spec: Spec | None = None
@@ -44,7 +44,7 @@ class _Detail(msgspec.Struct):
     source: str = ""
 
 
-class _Status(msgspec.Struct):
+class _StatusPayload(msgspec.Struct):
     state: str
     pid: int = 0
     modality: str = ""
@@ -73,8 +73,8 @@ class _Deaths(msgspec.Struct):
     """Of the last one."""
 
 
-_read_status = msgspec.json.Decoder(_Status)
-_read_detail = msgspec.json.Decoder(_Detail)
+_read_status = msgspec.json.Decoder(_StatusPayload)
+_read_detail = msgspec.json.Decoder(_StatusDetail)
 _T = TypeVar("_T")
 
 
@@ -95,7 +95,7 @@ class Nodes:
         if not name or (name not in self.views and len(self.views) >= _MAX_NODES):
             self.malformed += 1
             return None
-        detail = self._decode(_read_detail, bytes(status.detail)) or _Detail()
+        detail = self._decode(_read_detail, bytes(status.detail)) or _StatusDetail()
         counts = dict(list(_flat({**status.counts, **detail.streams}))[:_MAX_COUNTS])
         before = self.views.get(name)
         self.views[name] = view = NodeView(

@@ -44,7 +44,7 @@ def _filters() -> npt.NDArray[np.float32]:
     return np.asarray(weights / weights.sum(axis=0), np.float32)
 
 
-class Sound:
+class Spectrogram:
     """One audio stream. `first` and `columns` are the spectrogram: a column's number is its time divided by 40 ms."""
 
     def __init__(self) -> None:

@@ -19,7 +19,7 @@ from stream_mmrnn.viewers.dashboard.heads import HISTORY_NS, HeadMeaning, HeadVi
 from stream_mmrnn.viewers.dashboard.latencies import Latencies
 from stream_mmrnn.viewers.dashboard.limits import MAX_HEADS, MAX_SESSIONS, clean, ms
 from stream_mmrnn.viewers.dashboard.nodes import Nodes, NodeView, Spec
-from stream_mmrnn.viewers.dashboard.sound import Sound
+from stream_mmrnn.viewers.dashboard.sound import Spectrogram
 from stream_mmrnn.viewers.dashboard.streams import RATE_NS, Streams
 
 _SILENT_MS = 1000.0
@@ -60,7 +60,7 @@ class LiveState:
             t: deque(maxlen=_MAX_TEXTS) for t in (*topics.raws("text"), topics.LABEL)
         }
         self._pictures = 0
-        self.sound = Sound()
+        self.sound = Spectrogram()
 
     @property
     def malformed(self) -> int:

@@ -11,7 +11,7 @@ _NODE = "mmrnn-"
 """Prefix of our process names, where the system has them (`nodes.run`); they are cut after 15 characters."""
 
 
-class Usage:
+class ProcessUsage:
     """A supervisor and all its descendants. CPU is measured since the last `read`; it is 0 for a new process."""
 
     def __init__(self, pid: int) -> None:

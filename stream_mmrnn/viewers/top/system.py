@@ -15,7 +15,7 @@ from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import NotRunning, StreamError, WireError
 from stream_mmrnn.viewers.dashboard.state import LiveState
 from stream_mmrnn.viewers.terminal_view import WATCHED
-from stream_mmrnn.viewers.top.processes import Usage
+from stream_mmrnn.viewers.top.processes import ProcessUsage
 
 _QUEUE = 256
 _BURST = 2000
@@ -31,7 +31,7 @@ class System:
         self.entry = entry
         self._live = LiveState()
         self._nodes: dict[int, str] = {}
-        self._usage = Usage(entry.pid)
+        self._usage = ProcessUsage(entry.pid)
         self._usage.read({})
         self._processes: list[dict[str, Any]] = []
         wanted = [*WATCHED, topics.PREDICTION, topics.STATUS]
