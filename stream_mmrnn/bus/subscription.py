@@ -25,9 +25,9 @@ from stream_mmrnn.bus import registry as running
 from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.config import Policy
-from stream_mmrnn.core.dedup import TickDeduplicator
 from stream_mmrnn.core.errors import NotRunning, TimedOut, UsageError, WireError
 from stream_mmrnn.core.latency import stages
+from stream_mmrnn.core.prediction_decoder import PredictionDecoder
 from stream_mmrnn.core.types import Envelope, FloatArray, HeadSpec
 
 _LOOK_MS = 100
@@ -129,10 +129,15 @@ def document(prediction: PredictionView) -> dict[str, Any]:
 class Reading:
     """Envelopes of a bus in, predictions out: each once, with its meaning and what is missing before it. Pure."""
 
-    def __init__(self, session: str | None = None, heads: Collection[str] | None = None) -> None:
-        """`session`: of which session alone; `heads`: which heads alone."""
+    def __init__(
+        self,
+        session: str | None = None,
+        heads: Collection[str] | None = None,
+        decoder: PredictionDecoder | None = None,
+    ) -> None:
+        """`session`: only of this session; `heads`: only these; `decoder`: one to share with other consumers."""
         self._session, self._heads = session, None if heads is None else frozenset(heads)
-        self._deduplicator = TickDeduplicator()
+        self._decoder = decoder or PredictionDecoder()
         self._before: dict[str, int] = {}
         """By session the tick that was given last."""
         self.model: Model | None = None
@@ -145,7 +150,7 @@ class Reading:
     @property
     def repeated(self) -> int:
         """Predictions that an engine said again after a crash; not given again."""
-        return self._deduplicator.count
+        return self._decoder.repeated
 
     def skip(self) -> None:
         """There was no listener for a while: messages of that time do not count as missed."""
@@ -190,8 +195,8 @@ class Reading:
     def _prediction(self, envelope: Envelope) -> PredictionView | None:
         if not self._is_meant(envelope):
             return None
-        p = wire.unpack(envelope.payload, wire.PredictionMessage)
-        if not self._deduplicator.first(envelope.session, p.tick):
+        p = self._decoder.decode(envelope)
+        if p is None:
             return None
         before = self._before.get(envelope.session, p.tick - 1)
         self._before[envelope.session] = p.tick

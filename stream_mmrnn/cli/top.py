@@ -53,7 +53,7 @@ def top(
     alive = Alive()
     with contextlib.closing(Systems(session)) as systems:
         if as_json or once or not console.is_terminal:
-            systems.listen(every)
+            systems.receive(every)
             systems.poll()
             if not systems.systems:
                 raise NotRunning("the session ended while it was looked at")
@@ -66,7 +66,7 @@ def top(
             while alive() and (systems.systems or systems.notes):
                 waited_s = 0.0
                 while alive() and waited_s < every:
-                    systems.listen(0.1)
+                    systems.receive(0.1)
                     waited_s += 0.1
                     screen.update(draw(systems, console.width), refresh=True)
                 systems.poll()

@@ -224,7 +224,7 @@ class SessionMessage(msgspec.Struct, frozen=True):
 
 
 class TickMessage(msgspec.Struct, frozen=True):
-    """The payload of `tick`: what the step saw, without the features, which are messages of their own."""
+    """The payload of `tick`, a channel of recordings up to 0.1.0: what a step was given. Predictions carry the same."""
 
     tick: _Count
     event_ns: Nanoseconds

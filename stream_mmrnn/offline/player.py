@@ -19,8 +19,9 @@ from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.config import LOOPBACK
 from stream_mmrnn.core.types import Envelope, ModelSpec, Prediction
+from stream_mmrnn.viewers.dashboard.heads import HISTORY_NS
 from stream_mmrnn.viewers.dashboard.server import Dashboard
-from stream_mmrnn.viewers.dashboard.state import HISTORY_NS, LiveState
+from stream_mmrnn.viewers.dashboard.state import LiveState
 
 _SHOW_NS = 100_000_000
 _POLL_S = 0.02

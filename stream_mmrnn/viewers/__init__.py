@@ -1,1 +1,4 @@
-"""Read-only consumers of the bus: the live page, `top`, the terminal view, Prometheus, traces, Foxglove, LSL."""
+"""Read-only consumers of a running session: live page, terminal, metrics, traces, Foxglove, Lab Streaming Layer.
+
+Each reads the bus through its own bounded queue that drops the oldest, so a slow one never delays the engine.
+"""

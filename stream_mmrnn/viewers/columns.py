@@ -1,7 +1,4 @@
-"""The numbers of a prediction, with names: what outlets, plots and tables have for columns.
-
-Knows nothing about where predictions come from.
-"""
+"""Named columns for the numbers of a prediction, used by outlets, plots and tables."""
 
 from __future__ import annotations
 
@@ -22,28 +19,28 @@ class Column(msgspec.Struct, frozen=True):
     head: str
     index: int
     label: str
-    """`HEAD.LABEL`, as no other column has it."""
+    """`HEAD.LABEL`, unique."""
     kind: str = ""
     unit: str = ""
     horizon_s: tuple[float, float] | None = None
 
 
 def columns(heads: tuple[HeadSpec, ...]) -> list[Column]:
-    """The numbers of all heads, one after the other."""
+    """A column for each number of each head, in order."""
     found: list[Column] = []
     for head in heads:
-        whole = len(set(head.labels)) == head.size
+        has_labels = len(set(head.labels)) == head.size
         for i in range(head.size):
-            label = head.labels[i] if whole else str(i)
+            label = head.labels[i] if has_labels else str(i)
             horizon_s = head.horizons_s[i] if i < len(head.horizons_s) else None
             found.append(Column(head.name, i, f"{head.name}.{label}", head.kind, head.unit, horizon_s))
     return found
 
 
 def columns_of(recording: Recording, first: wire.PredictionMessage | None) -> list[Column]:
-    """Those of a recording that was read to its end; `first` is its first prediction.
+    """The columns of a recording that was read to its end; `first` is its first prediction.
 
-    The names are those that the engine gave at the end, where the file has an end, and numbers otherwise.
+    The names are from the engine's last status, or numbers if the file does not have it.
     """
     if first is None:
         return []
@@ -54,5 +51,5 @@ def columns_of(recording: Recording, first: wire.PredictionMessage | None) -> li
         if {h.name: h.size for h in heads} == sizes:
             return columns(heads)
     except (KeyError, TypeError, ValueError, RecursionError, WireError):
-        pass  # the predictions themselves say what there is
+        pass  # use the sizes in the prediction
     return columns(tuple(HeadSpec(name, "", size) for name, size in sizes.items()))

@@ -1,7 +1,7 @@
-"""What is on the bus, served to Foxglove live: the channels are those of a recording, with the same schemas.
+"""Serves the messages of the bus to Foxglove: the same channels and schemas as in a recording.
 
-A client that reads too slowly loses the oldest of what waits for it, in the SDK's own bounded queue; nobody waits for
-it. Always on loopback. Knows nothing about the bus or processes.
+A slow client loses the oldest messages of the SDK's bounded queue and blocks nothing. Always on loopback. Knows nothing
+about the bus or processes.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from stream_mmrnn.core.errors import StreamError
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.recording.mcap_file import UNWRITABLE, encoded, scheme
 
-SHOWN = tuple(t.name for t in topics.TOPICS.values() if t.recorded)
-"""The topics that a client can ask for."""
+SHOWN = tuple(t.name for t in topics.TOPICS.values() if t.recorded and t.name != topics.TICK)
+"""The topics that a client can subscribe to. `tick` is only in recordings up to 0.1.0."""
 
 
 class FoxgloveServer:
-    """A WebSocket server (subprotocol `foxglove.sdk.v1`) with one channel a topic."""
+    """A WebSocket server (subprotocol `foxglove.sdk.v1`) with one channel per topic."""
 
     def __init__(self, port: int, queue: int) -> None:
-        """Listen on `port`, 0 takes any free one; `queue` messages may wait for a client.
+        """Listen on `port`, 0 for any free one; up to `queue` messages are queued per client.
 
         Raises:
             StreamError: the port is taken.
@@ -31,7 +31,7 @@ class FoxgloveServer:
         """
         import foxglove
 
-        self._context = context = foxglove.Context()  # channels and server go with it
+        self._context = context = foxglove.Context()  # of its channels and its server
         self._offset_ns = wall_offset_ns()
         self._channels: dict[str, Any] = {}
         for topic in SHOWN:
@@ -39,17 +39,19 @@ class FoxgloveServer:
             schema = foxglove.Schema(name=name, encoding=schema_encoding, data=data)
             self._channels[topic] = foxglove.Channel(topic, message_encoding=encoding, schema=schema, context=context)
         self.garbage = 0
-        """Messages that no client could read."""
+        """Messages that could not be encoded."""
         try:
             self._server = foxglove.start_server(
                 name="stream_mmrnn", host=LOOPBACK, port=port, context=context, message_backlog_size=queue
             )
         except (OSError, RuntimeError) as e:
-            raise StreamError(f"Foxglove cannot be served on port {port}: {e}; set foxglove.port to a free one") from e
+            raise StreamError(
+                f"the Foxglove server cannot listen on port {port}: {e}; set foxglove.port to a free one"
+            ) from e
         self.address = f"ws://{LOOPBACK}:{self._server.port}"
 
     def show(self, envelope: Envelope) -> None:
-        """Give a message to the clients who asked for its topic; without one it costs nothing."""
+        """Send a message to the clients that subscribed to its topic; it is not encoded if there are none."""
         channel = self._channels.get(envelope.topic)
         if channel is None or not channel.has_sinks():
             return

@@ -1,6 +1,6 @@
-"""Predictions as a stream of Lab Streaming Layer: one channel a number, at the rate of the ticks.
+"""Predictions as a Lab Streaming Layer stream: one channel per number, at the tick rate.
 
-The stamp of a sample is its prediction's event time, by the library's clock. Knows nothing about the bus.
+The time stamp of a sample is its prediction's event time on the library's clock. Knows nothing about the bus.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.viewers.columns import columns
 
 _BUFFER_S = 60
-"""How much the library keeps for a reader that is slow; then the oldest goes."""
+"""The library's buffer for a slow reader; it drops the oldest."""
 _FLUSH_S = 0.1
 
 
 class Outlet:
-    """The stream; it is there from its making until `close`."""
+    """The stream; other programs can find it until `close`."""
 
     def __init__(self, settings: Lsl, session: str, spec: Any) -> None:
-        """`spec`: the model as the engine's status has it.
+        """`spec`: the model's contract from the engine's status.
 
         Raises:
             UsageError: pylsl is not installed.
-            WireError: `spec` is not what an engine says.
+            WireError: `spec` is no model's contract.
 
         """
         model = model_of(spec)
@@ -63,18 +63,18 @@ class Outlet:
         self.pushed = 0
 
     def push(self, prediction: wire.PredictionMessage) -> None:
-        """One sample; what a head did not say is not a number. Raises WireError where it is another model's."""
+        """Send one sample; a missing number becomes NaN. Raises WireError if the prediction is another model's."""
         heads = prediction.heads
         try:
             values = [heads[c.head][c.index] for c in self._columns]
         except (KeyError, IndexError):
-            raise WireError("a prediction has other heads than the engine says that its model has") from None
+            raise WireError("a prediction has other heads than the model in the engine's status") from None
         sample = [math.nan if v is None else v for v in values]
         self._outlet.push_sample(sample, (prediction.event_ns - self._offset_ns) / 1e9)
         self.pushed += 1
 
     def close(self) -> None:
-        """End the stream; who reads it has a moment to take what is on its way."""
+        """End the stream, after a short wait in which its readers take the last samples."""
         if self._outlet.have_consumers():
             time.sleep(_FLUSH_S)
         del self._outlet

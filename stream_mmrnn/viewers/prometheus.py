@@ -1,8 +1,9 @@
-"""What the bus says of a session, as metrics for Prometheus: `see` every envelope, `text` when somebody asks.
+"""Metrics of a session for Prometheus: `observe` every envelope, `text` for each scrape.
 
-Made from the statuses and predictions that a page hears anyway, so that it costs nobody else anything. Labels have
-few values: none is a session, and what comes from outside becomes no name. Counters are those of the processes; one
-that begins anew begins at 0, which `rate()` knows. Knows nothing about sockets, servers or clocks.
+They are made of the status messages and predictions that the page reads anyway, so they cost the other processes
+nothing. Labels have few values: none is a session, and no label value is taken from untrusted input unchecked. Counters
+are those of the processes; a restarted process counts from 0, which `rate()` handles. Knows nothing about sockets,
+servers or clocks.
 """
 
 from __future__ import annotations
@@ -18,25 +19,24 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from stream_mmrnn.core import processes, topics, wire
-from stream_mmrnn.core.dedup import TickDeduplicator
 from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.core.latency import STAGES, stages
+from stream_mmrnn.core.prediction_decoder import PredictionDecoder
 from stream_mmrnn.core.types import Envelope
 
 PREFIX = "stream_mmrnn_"
 _SILENT_NS = 3_000_000_000
-"""A process that said nothing for so long is not up."""
+"""A process that has sent no status for so long is not up."""
 _MAX_NODES = 64
 _NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
 _STATES: tuple[str, ...] = get_args(get_type_hints(wire.StatusMessage)["state"])
 _OVER = ("restarting", "failed", "closed", "ended")
-"""What a session that is ready has running, if it has it at all."""
 _BUCKETS_S = (
     *(1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.02, 0.03),
     *(0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5),
 )
 _ALIGNED = ("lost", "late", "duplicate", "quarantined", "superseded", "unclosed", "outside")
-"""Why the engine made no tick of a feature vector."""
+"""Reasons for which the aligner drops a feature vector."""
 _CAPTURED = ("queue_dropped", "undecodable")
 _VIEWED = ("lost", "oldest", "superseded", "stale")
 _RECORDED = ("lost", "dropped", "refused")
@@ -45,7 +45,7 @@ _REQUESTS = ("host", "origin", "token")
 
 
 class Family(msgspec.Struct, frozen=True):
-    """One metric: what it is called, what it counts, what it tells apart."""
+    """One metric."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
@@ -60,76 +60,78 @@ class Family(msgspec.Struct, frozen=True):
 FAMILIES: dict[str, Family] = {
     f.name: f
     for f in (
-        Family("process_up", "gauge", "1 where the process said something in the last 3 s and is not dead.", ("node",)),
-        Family("process_state", "gauge", "1 for the state that the process is in.", ("node", "state")),
-        Family("process_restarts_total", "counter", "Times that the supervisor started it again.", ("node",)),
-        Family("samples_captured_total", "counter", "Samples that the device gave.", ("stream",)),
+        Family("process_up", "gauge", "1 if the process is running and has sent a status in the last 3 s.", ("node",)),
+        Family("process_state", "gauge", "1 for the current state of the process, else 0.", ("node", "state")),
+        Family("process_restarts_total", "counter", "Restarts by the supervisor.", ("node",)),
+        Family("samples_captured_total", "counter", "Samples from the device.", ("stream",)),
         Family(
             "samples_dropped_total",
             "counter",
-            "Samples that were not encoded, because a newer one came (queue_dropped) or they could not be read.",
+            "Samples that were not encoded: replaced by a newer one (queue_dropped), or undecodable.",
             ("stream", "reason"),
         ),
-        Family("features_published_total", "counter", "Feature vectors that the worker sent.", ("stream",)),
-        Family("features_delivered_total", "counter", "Feature vectors that ticks were made of.", ("stream",)),
+        Family("features_published_total", "counter", "Feature vectors that the worker published.", ("stream",)),
+        Family("features_delivered_total", "counter", "Feature vectors that became part of a tick.", ("stream",)),
         Family(
             "features_dropped_total",
             "counter",
-            "Feature vectors that no tick was made of; published = delivered + dropped at a session's end.",
+            "Feature vectors that became part of no tick; published = delivered + dropped at a session's end.",
             ("stream", "reason"),
         ),
-        Family("stream_stale_total", "counter", "Times that a device was silent for twice its period.", ("stream",)),
-        Family("stream_stale_seconds_total", "counter", "Seconds that it was silent then.", ("stream",)),
-        Family("stream_age_seconds", "gauge", "Time since the event of the newest feature vector.", ("stream",)),
-        Family("engine_sessions", "gauge", "Sessions that are open."),
-        Family("engine_ticks_total", "counter", "Ticks that were stepped."),
-        Family("engine_predictions_total", "counter", "Predictions that were sent."),
-        Family("engine_refused_sessions_total", "counter", "Sessions that were refused."),
-        Family("engine_unreadable_messages_total", "counter", "Messages to the engine that were none."),
+        Family("stream_stale_total", "counter", "Times that a device sent nothing for twice its period.", ("stream",)),
+        Family("stream_stale_seconds_total", "counter", "Seconds for which it sent nothing then.", ("stream",)),
+        Family("stream_age_seconds", "gauge", "Time since the event time of the newest feature vector.", ("stream",)),
+        Family("engine_sessions", "gauge", "Open sessions."),
+        Family("engine_ticks_total", "counter", "Ticks that the engine stepped."),
+        Family("engine_predictions_total", "counter", "Predictions that the engine published."),
+        Family("engine_refused_sessions_total", "counter", "Refused sessions."),
+        Family("engine_unreadable_messages_total", "counter", "Messages that the engine could not read."),
         Family(
             "prediction_stage_seconds",
             "histogram",
-            "Time that a prediction spent in each stage, from the tick's end; total is all of them.",
+            "Duration of each stage of a prediction, from the tick's end; total is their sum.",
             ("stage",),
         ),
         Family("recorder_messages_total", "counter", "Messages in the recording."),
-        Family("recorder_written_bytes_total", "counter", "Bytes of the recording."),
+        Family("recorder_written_bytes_total", "counter", "Size of the recording."),
         Family(
             "recorder_dropped_messages_total",
             "counter",
-            "Messages that are not in the recording: lost on the bus, dropped by its queue, refused by the file.",
+            "Messages missing from the recording: lost on the bus, dropped by its queue, refused by the file.",
             ("reason",),
         ),
         Family(
-            "bus_refused_messages_total", "counter", "Messages that the queue to the broker did not take.", ("node",)
+            "bus_refused_messages_total",
+            "counter",
+            "Messages dropped by the full queue to the broker.",
+            ("node",),
         ),
-        Family("bus_denied_connections_total", "counter", "Connections that were not let in, with keys.", ("reason",)),
-        Family("page_denied_requests_total", "counter", "Requests that this server did not answer.", ("reason",)),
-        Family("viewer_delivered_messages_total", "counter", "Messages that a view was given.", ("node",)),
-        Family(
-            "viewer_dropped_messages_total", "counter", "Messages that a slow view went without.", ("node", "reason")
-        ),
-        Family("unreadable_messages_total", "counter", "Statuses and predictions that made no sense here."),
+        Family("bus_denied_connections_total", "counter", "Connections refused by key authentication.", ("reason",)),
+        Family("page_denied_requests_total", "counter", "Requests that the page refused.", ("reason",)),
+        Family("viewer_delivered_messages_total", "counter", "Messages that the viewer received.", ("node",)),
+        Family("viewer_dropped_messages_total", "counter", "Messages that a slow viewer missed.", ("node", "reason")),
+        Family("unreadable_messages_total", "counter", "Malformed status messages and predictions."),
     )
 }
 
 
-class _Node(msgspec.Struct):
+class _NodeStatus(msgspec.Struct):
     message: wire.StatusMessage
     at_ns: int
 
 
 class Metrics(Collector):
-    """The newest of everything that is counted. `see` and `text` may be called from two threads."""
+    """The newest values of all metrics. `observe` and `text` may be called from two threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, decoder: PredictionDecoder | None = None) -> None:
+        """`decoder`: one to share with other consumers of the same envelopes."""
         self._registry = CollectorRegistry()
         self._lock = threading.Lock()
-        self._nodes: dict[str, _Node] = {}
+        self._nodes: dict[str, _NodeStatus] = {}
         self._restarts: dict[str, int] = {}
         self._newest_ns: dict[str, int] = {}
         self._unreadable = 0
-        self._deduplicator = TickDeduplicator()
+        self._decoder = decoder or PredictionDecoder()
         self._now_ns = 0
         self._clock_ns: int | None = None
         stage = FAMILIES["prediction_stage_seconds"]
@@ -138,7 +140,7 @@ class Metrics(Collector):
         self._registry.register(self)
 
     def observe(self, envelope: Envelope) -> None:
-        """Take note of a status, a prediction, a feature vector's time or the clock; all else is passed over."""
+        """Take a status, a prediction, a feature vector's time or a clock message; others are ignored."""
         topic, at_ns = envelope.topic, envelope.received_ns or envelope.publish_ns
         with self._lock:
             if topic == topics.CLOCK:
@@ -150,42 +152,42 @@ class Metrics(Collector):
             elif topic == topics.PREDICTION or topic.startswith(topics.STATUS):
                 try:
                     if topic == topics.PREDICTION:
-                        self._see_prediction(envelope)
+                        self._observe_prediction(envelope)
                     else:
-                        self._see_status(topic[len(topics.STATUS) :], envelope, at_ns)
+                        self._observe_status(topic[len(topics.STATUS) :], envelope, at_ns)
                 except WireError:
                     self._unreadable += 1
 
-    def _see_prediction(self, envelope: Envelope) -> None:
-        p = wire.unpack(envelope.payload, wire.PredictionMessage)
-        if not self._deduplicator.first(envelope.session, p.tick):
+    def _observe_prediction(self, envelope: Envelope) -> None:
+        p = self._decoder.decode(envelope)
+        if p is None:
             return
         took = stages(envelope.event_ns, p.closed, p.step_start_ns, p.step_end_ns, envelope.publish_ns)
         for name, histogram in self._stages.items():
             histogram.observe(max(took[name], 0) / 1e9)
 
-    def _see_status(self, name: str, envelope: Envelope, at_ns: int) -> None:
+    def _observe_status(self, name: str, envelope: Envelope, at_ns: int) -> None:
         if not _NODE.fullmatch(name) or (name not in self._nodes and len(self._nodes) >= _MAX_NODES):
-            raise WireError("no name for a process")
+            raise WireError("the process has no valid name")
         message = wire.unpack(envelope.payload, wire.StatusMessage)
         if message.state == "restarting":
             self._restarts[name] = self._restarts.get(name, 0) + 1
-            # what the dead one counted stays until the new one speaks
+            # keep the counts of the dead process until the new one sends its own
             before = self._nodes.get(name)
             counts = before.message.counts if before else {}
             message = msgspec.structs.replace(message, counts=counts, detail=before.message.detail if before else {})
-        self._nodes[name] = _Node(message, at_ns)
+        self._nodes[name] = _NodeStatus(message, at_ns)
 
     def text(self, now_ns: int) -> bytes:
-        """Everything, in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         with self._lock:
             self._now_ns = now_ns
             return generate_latest(self._registry)
 
     def why_not_ready(self, now_ns: int) -> str:
-        """What keeps the session from predicting or recording, in one sentence; "" where nothing does.
+        """Why the session cannot predict or record, in one sentence; "" if it can.
 
-        A device that is not there is masked, so it keeps nobody.
+        A missing device does not count: its stream is masked.
         """
         with self._lock:
             if self._clock_ns is None or now_ns - self._clock_ns > _SILENT_NS:
@@ -197,17 +199,15 @@ class Metrics(Collector):
         return ""
 
     @staticmethod
-    def _up(node: _Node, now_ns: int) -> bool:
+    def _up(node: _NodeStatus, now_ns: int) -> bool:
         return node.message.state not in _OVER and now_ns - node.at_ns <= _SILENT_NS
 
-    # ---- what is said ----------------------------------------------------------------------------------------------
-
     def describe(self) -> Iterable[Metric]:
-        """Nothing: the registry need not ask for it all when we register."""
+        """Nothing, so that the registry does not collect everything once at registration."""
         return ()
 
     def collect(self) -> Iterator[Metric]:
-        """Every family but the histogram, which collects itself."""
+        """Every family except the histogram, which is registered itself."""
         rows: dict[str, dict[tuple[str, ...], float]] = {name: {} for name in FAMILIES}
 
         def put(name: str, value: float, *labels: str) -> None:
@@ -229,7 +229,7 @@ class Metrics(Collector):
                 metric.add_metric(labels, value)
             yield metric
 
-    def _collect_node(self, name: str, node: _Node, put: Callable[..., None]) -> None:
+    def _collect_node(self, name: str, node: _NodeStatus, put: Callable[..., None]) -> None:
         message = node.message
         counts = message.counts
         put("process_up", float(self._up(node, self._now_ns)), name)
@@ -282,7 +282,7 @@ class Metrics(Collector):
 
 
 def _number(table: Any, key: str) -> float:
-    """A count in what a process says; 0 where it is none: who says he is the engine need not be."""
+    """A count in a status message, which is untrusted input; 0 if it is no count."""
     value = table.get(key) if isinstance(table, dict) else None
     return float(value) if isinstance(value, int) and 0 <= value < 2**63 else 0.0
 

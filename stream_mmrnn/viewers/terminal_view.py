@@ -1,6 +1,6 @@
 """The terminal view of a running session: streams, heads as bars over time, latency, losses.
 
-Draws what `LiveState.snapshot` says. Knows nothing about where it comes from.
+It draws the result of `LiveState.snapshot`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ STATE_STYLE = {
 
 
 WATCHED = (topics.FEATURE, *topics.raws("text"), topics.CLOCK)
-"""What the view shows beside status and predictions."""
+"""The topics that the view needs besides status and predictions."""
 
 
 def spark(values: list[float | None], width: int) -> str:
-    """Numbers in [0, 1] as a line of bars, newest at the right."""
+    """Numbers in [0, 1] as a line of bars, the newest at the right."""
     out = ""
     for value in values[-width:]:
         out += " " if value is None else _BARS[max(1, min(8, round(value * 8)))]
@@ -42,8 +42,8 @@ def _bar(value: float | None, width: int = 20) -> Text:
     if value is None:
         return Text("–")
     filled = max(0.0, min(1.0, value)) * width
-    whole = int(filled)
-    text = "█" * whole + ("▌" if filled - whole >= 0.5 else "")
+    full = int(filled)
+    text = "█" * full + ("▌" if filled - full >= 0.5 else "")
     style = "green" if value < 0.5 else "bold yellow"
     return Text(text.ljust(width, "·"), style=style)
 
@@ -102,9 +102,9 @@ def render(state: dict[str, Any], width: int, headline: str, notes: list[str]) -
     parts: list[RenderableType] = [top, Text(), _streams(state)]
     parts += [_head(name, head, max(10, width - 62)) for name, head in state["heads"].items()]
     parts.append(_latency(state))
-    for title, said in (("text  ", state["texts"]), ("other ", state["other_texts"])):
-        words = "  ".join(t["text"] for t in reversed(said))
-        if said or title == "text  ":
+    for title, lines in (("text  ", state["texts"]), ("other ", state["other_texts"])):
+        words = "  ".join(t["text"] for t in reversed(lines))
+        if lines or title == "text  ":
             parts.append(Text.assemble((title, "dim"), words[-(width - 8) :]))
     losses = ", ".join(f"{r['node']} {r['what']} {r['count']}" for r in state["losses"]) or "none"
     parts.append(Text.assemble(("losses  ", "dim"), losses))
@@ -139,7 +139,7 @@ def summary_table(summary: dict[str, Any]) -> RenderableType:
     parts.append(table)
     parts += [Text(f"{name}: {s['reason']}", "yellow") for name, s in summary["streams"].items() if s["reason"]]
     parts += [
-        Text(f"{name}: stale {s['stale']['count']} times (silent for twice its period), {s['stale']['seconds']:.1f} s")
+        Text(f"{name}: stale {s['stale']['count']} times (no data for twice its period), {s['stale']['seconds']:.1f} s")
         for name, s in summary["streams"].items()
         if s["stale"]["count"]
     ]
@@ -159,11 +159,16 @@ def summary_table(summary: dict[str, Any]) -> RenderableType:
             parts.append(Text(f"{name}: {v['delivered']} of {v['produced']} messages; {reasons}", "yellow"))
     for name, denied in summary["denied"].items():
         reasons = ", ".join(f"{k} {n}" for k, n in denied.items())
-        parts.append(Text(f"{name} let nobody in without a right to it: {reasons}", "yellow"))
+        parts.append(Text(f"{name} refused connections or requests: {reasons}", "yellow"))
     for name, deaths in summary["restarts"].items():
         parts.append(Text(f"{name} {', '.join(deaths)}", "yellow"))
     if summary["repeated"]:
-        parts.append(Text(f"{summary['repeated']} predictions were made again after that, and counted once", "yellow"))
+        parts.append(
+            Text(
+                f"{summary['repeated']} predictions were published again after a restart, and are counted once",
+                "yellow",
+            )
+        )
     if summary["failed"]:
         parts.append(Text(summary["failed"], "red"))
     return Group(*parts)
@@ -189,19 +194,19 @@ def verified(result: dict[str, Any]) -> RenderableType:
         table.add_row(topic, str(result["messages"].get(topic, 0)), str(sum(dropped.values())), reasons)
     parts.append(table)
     if result["counted_until_s"] is not None:
-        parts.append(Text(f"what was dropped is counted until {result['counted_until_s']:.1f} s", "dim"))
+        parts.append(Text(f"dropped messages are counted until {result['counted_until_s']:.1f} s", "dim"))
     for hole in holes:
         missing = ", ".join(f"{topic} {n}" for topic, n in hole["missing"].items())
         parts.append(
             Text(
-                f"{hole['file']}: nothing sound from byte {hole['from_byte']} to {hole['to_byte']}, "
+                f"{hole['file']}: damaged from byte {hole['from_byte']} to {hole['to_byte']}, "
                 f"after {hole['after_s']:.1f} s ({hole['why']})" + (f"; missing: {missing}" if missing else ""),
                 "yellow",
             )
         )
     if result["repaired"]:
         for hole in result["repaired"].get("holes", []):
-            missing = ", ".join(f"{topic} {n}" for topic, n in hole["missing"].items()) or "what came after"
+            missing = ", ".join(f"{topic} {n}" for topic, n in hole["missing"].items()) or "the rest"
             parts.append(
                 Text(f"repaired: after {hole['after_s']:.1f} s of {hole['file']} missing: {missing}", "yellow")
             )

@@ -1,7 +1,7 @@
-"""Predictions' stages as OpenTelemetry spans, made from the stamps that predictions carry.
+"""The stages of predictions as OpenTelemetry spans, made from the time stamps in the predictions.
 
-It hears predictions as any view does, in a process of its own, so it costs the engine nothing. Needs the extra `otel`.
-Knows nothing about the bus.
+It runs in a process of its own, as every viewer, so it costs the engine nothing. Needs the extra `otel`. Knows nothing
+about the bus.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from stream_mmrnn.core import config, wire
-from stream_mmrnn.core.dedup import TickDeduplicator
+from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.core.extras import need
 from stream_mmrnn.core.latency import STAGES, stages
+from stream_mmrnn.core.prediction_decoder import PredictionDecoder
 from stream_mmrnn.core.types import Envelope
 
 _QUEUE = 4096
 _EVERY_MS = 500
 _TIMEOUT_S = 1.0
-"""A collector that takes longer is not there: spans are dropped and counted, and the session ends in time."""
+"""For one request to the collector; spans that time out are dropped and counted."""
 
 
 def require() -> None:
@@ -29,10 +29,10 @@ def require() -> None:
 
 
 class Tracer:
-    """`see` every prediction; a share of them become traces: a span `prediction`, and one of each stage below it."""
+    """`observe` every prediction; a share of them become traces: a span `prediction` with one child span per stage."""
 
     def __init__(self, settings: config.Trace, wall_offset_ns: int) -> None:
-        """`wall_offset_ns`: what makes Unix time of our clock's. Raises UsageError without the extra."""
+        """`wall_offset_ns`: Unix time minus the monotonic clock. Raises UsageError without the extra."""
         require()
         import requests
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -41,10 +41,10 @@ class Tracer:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
         from opentelemetry.sdk.trace.sampling import TraceIdRatioBased
 
-        # what it cannot send is counted here, and said by whoever runs us
+        # failed exports are counted here, and the tracer's process reports them
         logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
         session = requests.Session()
-        session.trust_env = False  # to the collector that was named, and by no proxy
+        session.trust_env = False  # never use a proxy from the environment
         exporter = OTLPSpanExporter(settings.endpoint, timeout=_TIMEOUT_S, session=session)
         self._exporter = _counting(exporter)
         self._provider = TracerProvider(
@@ -57,28 +57,28 @@ class Tracer:
         )
         self._tracer = self._provider.get_tracer("stream_mmrnn")
         self._offset_ns = wall_offset_ns
-        self._deduplicator = TickDeduplicator()
+        self._decoder = PredictionDecoder()
         self.traces = 0
         self.malformed = 0
 
     @property
     def exported(self) -> int:
-        """Spans that the collector took."""
+        """Spans that the collector accepted."""
         return int(self._exporter.exported)
 
     @property
     def failed(self) -> int:
-        """Spans that it did not."""
+        """Spans that could not be exported."""
         return int(self._exporter.failed)
 
     def observe(self, envelope: Envelope) -> None:
-        """A prediction; one that makes no sense is counted."""
+        """Take a prediction; a malformed one is counted."""
         try:
-            p = wire.unpack(envelope.payload, wire.PredictionMessage)
+            p = self._decoder.decode(envelope)
         except WireError:
             self.malformed += 1
             return
-        if not self._deduplicator.first(envelope.session, p.tick):
+        if p is None:
             return
         at_ns = p.event_ns + self._offset_ns
         root = self._tracer.start_span("prediction", start_time=at_ns)
@@ -99,7 +99,7 @@ class Tracer:
         inside = set_span_in_context(root)
         took = stages(p.event_ns, p.closed, p.step_start_ns, p.step_end_ns, envelope.publish_ns)
         for name in STAGES[:-1]:
-            # each begins where the one before it ends; a sample from before the tick's end makes the first negative
+            # each stage begins where the one before ends; the first is negative if the tick closed before its end
             begin_ns, at_ns = at_ns, at_ns + took[name]
             span = self._tracer.start_span(name, inside, start_time=min(begin_ns, at_ns))
             if took[name] < 0:
@@ -108,7 +108,7 @@ class Tracer:
         root.end(at_ns)
 
     def close(self) -> None:
-        """Send what waits, for a moment."""
+        """Export the queued spans; waits a short time at most."""
         self._provider.shutdown()
 
 
@@ -117,7 +117,7 @@ def _counting(inner: Any) -> Any:
     from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
     class Counting(SpanExporter):
-        """Says how many spans came through."""
+        """Counts exported and failed spans."""
 
         exported = failed = 0
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stream_mmrnn.core import topics, wire
+from stream_mmrnn.core import wire
 from stream_mmrnn.recording.mcap_file import Recording
 
 COMMAND = [sys.executable, "-m", "stream_mmrnn"]
@@ -41,8 +41,8 @@ def check_summary(summary: dict[str, Any]) -> None:
 
 
 def ticks_of(path: Path) -> list[wire.PredictionMessage]:
-    """The recorded predictions; each carries its tick."""
-    return [wire.unpack(e.payload, wire.PredictionMessage) for e in Recording(path).envelopes({topics.PREDICTION})]
+    """What each step was given, which its prediction carries."""
+    return list(Recording(path).predictions())
 
 
 class Running:

@@ -16,6 +16,7 @@ import av
 import numpy as np
 import pytest
 from harness import run
+from places import ROOT
 
 from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.errors import FileError, UsageError
@@ -67,12 +68,10 @@ def session_of() -> list[Envelope]:
             add("raw/vision", shown, picture(k // 2))
             closed = Stamps(at, at, at, at, "clock")
             seen, age = {"audio": True, "vision": k > 50}, {"audio": 3, "vision": -1}
-            add(topics.TICK, at, wire.pack(wire.TickMessage(k // 2, at, seen, age, closed)))
             heads = {"next": [float(np.float32(0.1 * k)), None], "more": [1.5]}
             prediction = wire.PredictionMessage(k // 2, at, heads, seen, age, closed, at + 5, at + 9, "sha")
             add(topics.PREDICTION, at, wire.pack(prediction))
-            if k == 101:  # said twice, as by an engine that went on after a crash
-                add(topics.TICK, at, wire.pack(wire.TickMessage(k // 2, at, seen, age, closed)))
+            if k == 101:  # published twice, as by an engine that resumed after a crash
                 add(topics.PREDICTION, at, wire.pack(prediction))
     add("raw/text", BEGIN + 500 * MS, 'grüß dich, "du"\nda'.encode())
     add("raw/other_text", BEGIN + 900 * MS, b"yes")
@@ -130,12 +129,27 @@ def test_features_and_ticks_as_parquet(recorded: Path, unpacked: tuple[Path, dic
     assert table["seconds"] == [(e.event_ns - document["zero_ns"]) / 1e9 for e in sent]
 
     table = pq.read_table(folder / "ticks.parquet").to_pydict()
-    ticks = [wire.unpack(e.payload, wire.TickMessage) for e in of(recorded, topics.TICK)]
-    assert len(ticks) == 101
+    assert len(of(recorded, topics.PREDICTION)) == 101
     assert table["tick"] == list(range(100)), "each once"
     assert table["present.vision"] == [2 * k + 1 > 50 for k in range(100)]
     assert set(table["age_ns.vision"]) == {-1}
     assert set(table["present.text"]) == {None}
+
+
+def test_a_recording_with_a_tick_channel_gives_the_same_table(tmp_path: Path) -> None:
+    """Release 0.1.0 recorded each tick twice: in a message of its own, and in its prediction."""
+    path = ROOT / "tests" / "data" / "release_0_1_0" / "session.mcap"
+    unpack(path, tmp_path, ["parquet"])
+    table = pq.read_table(tmp_path / "ticks.parquet").to_pydict()
+    ticks = [wire.unpack(e.payload, wire.TickMessage) for e in of(path, topics.TICK)]
+    assert len(ticks) == 67
+    for source in (ticks, list(Recording(path).predictions())):
+        assert table["tick"] == [t.tick for t in source]
+        assert table["event_ns"] == [t.event_ns for t in source]
+        assert table["closed_by"] == [t.closed.by for t in source]
+        for modality in topics.MODALITIES:
+            assert table[f"present.{modality}"] == [t.present.get(modality) for t in source]
+            assert table[f"age_ns.{modality}"] == [t.age_ns.get(modality) for t in source]
 
 
 def test_predictions_as_parquet_and_csv(recorded: Path, unpacked: tuple[Path, dict[str, Any]]) -> None:

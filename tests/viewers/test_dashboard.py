@@ -1,4 +1,4 @@
-"""The live page: what LiveState works out, and how the server treats good, slow and wrong clients."""
+"""The live page: what LiveState computes, and how the server treats good, slow and malicious clients."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from stream_mmrnn.core.latency import STAGES
 from stream_mmrnn.core.types import Envelope, HeadSpec, ModalitySpec, Prediction, Stamps, Tick
 from stream_mmrnn.viewers.dashboard.access import Access
 from stream_mmrnn.viewers.dashboard.app import MAX_CLIENTS, MAX_CONNECTIONS, METRICS_TYPE
+from stream_mmrnn.viewers.dashboard.heads import HISTORY_POINTS
 from stream_mmrnn.viewers.dashboard.server import Dashboard
-from stream_mmrnn.viewers.dashboard.sound import BANDS, COLUMN_NS, COLUMNS, Sound
-from stream_mmrnn.viewers.dashboard.state import HISTORY_POINTS, LiveState
+from stream_mmrnn.viewers.dashboard.sound import BANDS, COLUMN_NS, COLUMNS, Spectrogram
+from stream_mmrnn.viewers.dashboard.state import LiveState
 from stream_mmrnn.viewers.terminal_view import render
 
 MS = 1_000_000
@@ -58,6 +59,7 @@ def prediction(
     at = [end_ns + scale * MS * n for n in (1, 3, 6, 10, 15, 21, 28)]
     payload = {
         "tick": end_ns // (40 * MS),
+        "event_ns": end_ns,
         "heads": heads,
         "present": {"vision": True, "text": False},
         "age_ns": {"vision": 3},
@@ -84,7 +86,7 @@ def status(node: str, at_ns: int, **payload: Any) -> Envelope:
 
 
 @pytest.mark.parametrize("rate_hz", [1, 25, 50, 1000])
-def test_rate_is_of_the_last_two_seconds(rate_hz: int) -> None:
+def test_rate_is_an_average_over_two_seconds(rate_hz: int) -> None:
     live = LiveState()
     for i in range(5 * rate_hz):
         live.observe(envelope("feature/audio", T0 + i * S // rate_hz, seq=i))
@@ -104,7 +106,7 @@ def test_rate_of_the_first_second_is_not_too_low() -> None:
     assert live.snapshot(T0 + S)["streams"]["clock"]["rate_hz"] == pytest.approx(25, abs=1)
 
 
-def test_stages_add_up_and_leave_after_ten_seconds() -> None:
+def test_stages_add_up_and_are_dropped_after_ten_seconds() -> None:
     live = LiveState()
     for i in range(100):
         live.observe(prediction(T0 + i * 40 * MS, {"vap": [0.5]}, seq=i, scale=10 if i == 99 else 1))
@@ -144,12 +146,12 @@ def test_heads_have_values_meaning_and_a_bounded_history() -> None:
     assert vap["threshold"] is None, "two numbers are no yes or no"
     assert snap["predictions_per_s"] == pytest.approx(100, abs=1)
     assert snap["tick"] == 2999
-    # the model speaks of vision, nothing of it ever came
+    # the model has vision, and no vision features arrived
     assert snap["streams"]["feature/vision"]["silent"]
     assert snap["streams"]["feature/vision"]["age_ms"] is None
 
 
-def test_what_says_yes_or_no_is_read_against_its_threshold() -> None:
+def test_a_binary_head_is_compared_with_its_threshold() -> None:
     live = LiveState()
     heads = [{"name": "over", "kind": "classification", "threshold": 0.25}]
     live.observe(
@@ -166,7 +168,7 @@ def test_what_says_yes_or_no_is_read_against_its_threshold() -> None:
         assert "over[0]" not in shown
 
 
-def test_a_run_that_starts_anew_starts_a_new_history() -> None:
+def test_a_restarted_run_starts_a_new_history() -> None:
     live = LiveState()
     for i in range(50):
         live.observe(prediction(T0 + i * 40 * MS, {"vap": [0.1]}, seq=i))
@@ -175,7 +177,7 @@ def test_a_run_that_starts_anew_starts_a_new_history() -> None:
     assert live.snapshot(before + S)["heads"]["vap"]["history"]["series"] == [[0.9]]
 
 
-def test_what_an_engine_says_again_after_a_crash_is_shown_once() -> None:
+def test_republished_ticks_are_shown_once() -> None:
     live = LiveState()
     for i in (*range(50), *range(30, 60)):
         live.observe(prediction(T0 + i * 40 * MS, {"vap": [i / 100]}, seq=i))
@@ -186,7 +188,7 @@ def test_what_an_engine_says_again_after_a_crash_is_shown_once() -> None:
     assert snap["losses"] == []
 
 
-def test_one_session_is_followed_until_it_is_silent() -> None:
+def test_one_session_is_shown_until_it_is_silent() -> None:
     live = LiveState()
     for i in range(10):
         live.observe(prediction(T0 + i * 40 * MS, {"vap": [0.1]}, session="a", seq=i))
@@ -199,14 +201,14 @@ def test_one_session_is_followed_until_it_is_silent() -> None:
     assert (snap["session"], snap["heads"]["vap"]["values"]) == ("b", [0.9])
 
 
-def test_text_is_newest_first_cut_and_without_control_characters() -> None:
+def test_text_is_newest_first_truncated_and_without_control_characters() -> None:
     live = LiveState()
     for i in range(20):
         live.observe(envelope("raw/text", T0 + i * S, f"line\x1b[2J {i}".encode(), seq=i))
     live.observe(envelope("raw/text", T0 + 20 * S, b"\xff" * 10_000, seq=20))
     texts = live.snapshot(T0 + 21 * S)["texts"]
     assert len(texts) == 21
-    assert len(live.snapshot(T0 + 90 * S)["texts"]) == 8, "of what is older than the page's 30 s"
+    assert len(live.snapshot(T0 + 90 * S)["texts"]) == 8, "of lines older than 30 s"
     assert texts[0]["age_ms"] == 1000
     assert len(texts[0]["text"]) == 240
     assert texts[1] == {"text": "line [2J 19", "session": "a", "age_ms": 2000}
@@ -267,16 +269,17 @@ def test_garbage_is_counted(payload: bytes) -> None:
     json.dumps(live.snapshot(T0))
 
 
-def test_stamps_beyond_all_clocks_are_garbage() -> None:
+def test_stamps_beyond_64_bits_are_malformed_and_differences_beyond_them_are_clipped() -> None:
     live = LiveState()
-    live.observe(prediction(T0, {"vap": [0.5]}, step_end_ns=2**62))
     live.observe(prediction(T0, {"vap": [0.5]}, step_end_ns=10**30))
-    assert live.malformed == 2
+    assert live.malformed == 1
     assert live.snapshot(T0)["latency"] == {}
+    live.observe(prediction(T0, {"vap": [0.5]}, step_start_ns=-(2**63), step_end_ns=2**63 - 1))
+    assert live.malformed == 1
+    assert live.snapshot(T0 + S)["latency"]["step"]["p50"] == pytest.approx(2**61 / 1e6)
 
 
-def test_what_our_own_processes_send_is_understood() -> None:
-    """The wire's own messages, so that a change of theirs shows here."""
+def test_messages_of_our_own_processes_are_read() -> None:
     live = LiveState()
     head = HeadSpec("vap", "activity_projection", 1, ("x",), ((0.0, 0.2),))
     contract = msgspec.to_builtins({"name": "m", "heads": (head,), "modalities": (ModalitySpec("audio", 4),)})
@@ -289,8 +292,8 @@ def test_what_our_own_processes_send_is_understood() -> None:
     live.observe(envelope("status/vision", T0, wire.pack(camera), session=topics.EVERYONE))
     stamps = Stamps(T0, T0 + MS, T0 + 2 * MS, T0 + 3 * MS, "feature/audio")
     tick = Tick("a", 7, T0, {}, {"audio": True}, {"audio": 0}, stamps)
-    said = Prediction(tick, {"vap": np.array([0.25], np.float32)}, "ab" * 32, T0 + 4 * MS, T0 + 5 * MS)
-    live.observe(envelope("prediction", T0 + 6 * MS, wire.pack(wire.prediction_message(said)), event_ns=T0))
+    predicted = Prediction(tick, {"vap": np.array([0.25], np.float32)}, "ab" * 32, T0 + 4 * MS, T0 + 5 * MS)
+    live.observe(envelope("prediction", T0 + 6 * MS, wire.pack(wire.prediction_message(predicted)), event_ns=T0))
     live.observe(envelope("clock", T0, session=topics.EVERYONE))
     snap = live.snapshot(T0 + S)
     assert live.malformed == 0
@@ -387,7 +390,7 @@ def wait_until(what: Any, timeout_s: float = 3.0) -> bool:
     return True
 
 
-def test_the_page_is_whole_and_asks_nobody_else(board: Dashboard) -> None:
+def test_the_page_is_complete_and_loads_nothing_from_elsewhere(board: Dashboard) -> None:
     code, headers, body = ask(board, "/")
     assert code == 200
     assert headers["content-type"].startswith("text/html")
@@ -422,7 +425,7 @@ def test_events_carry_the_newest_state_at_ten_a_second(board: Dashboard) -> None
     assert seen[-1] == {"n": n, "gap": None}
 
 
-def test_a_stalled_client_costs_nobody_anything(board: Dashboard) -> None:
+def test_a_stalled_client_does_not_slow_the_others(board: Dashboard) -> None:
     big = {"text": "x" * 200_000}
     with Events(board, receive_buffer=4096) as stalled, Events(board) as good:
         assert good.head() == "HTTP/1.1 200 OK"
@@ -435,7 +438,7 @@ def test_a_stalled_client_costs_nobody_anything(board: Dashboard) -> None:
             while good.next()["n"] < n:
                 pass
         assert slowest < 0.05
-        # the one who does not read is dropped, the other stays
+        # the client that does not read is disconnected, the other stays
         assert wait_until(lambda: board.clients == 1)
         assert stalled.socket.fileno() >= 0
 
@@ -450,7 +453,7 @@ def test_too_many_clients_are_refused(board: Dashboard) -> None:
     finally:
         for events in many:
             events.__exit__()
-    # those who left are noticed, and there is room again
+    # disconnected clients are noticed, and new ones are accepted
     assert wait_until(lambda: (board.update({}), board.clients == 0)[1])
 
 
@@ -500,7 +503,7 @@ def test_garbage_on_the_socket_is_harmless(board: Dashboard, raw: bytes, capsys:
     assert capsys.readouterr().err == ""
 
 
-def test_close_is_quick_with_clients_connected() -> None:
+def test_close_is_quick_with_connected_clients() -> None:
     board = Dashboard()
     board.start()
     board.update({})
@@ -559,7 +562,7 @@ def guarded() -> Iterator[Dashboard]:
     ],
     ids=range(9),
 )
-def test_without_its_token_the_page_says_nothing(guarded: Dashboard, method: str, headers: dict[str, str]) -> None:
+def test_without_the_token_the_page_reveals_nothing(guarded: Dashboard, method: str, headers: dict[str, str]) -> None:
     for path in (*PATHS, "/?token=", "/events?token=wrong", "/?x&" * 20):
         code, answered, body = ask(
             guarded, path, method, **{k: v.replace("PORT", str(port(guarded))) for k, v in headers.items()}
@@ -567,7 +570,7 @@ def test_without_its_token_the_page_says_nothing(guarded: Dashboard, method: str
         assert code == 401
         assert answered["www-authenticate"] == "Bearer"
         assert TOKEN not in str(answered)
-        assert body in (b"", b"this page wants its token: open it as /?token=TOKEN\n")
+        assert body in (b"", b"this page needs its token: open it as /?token=TOKEN\n")
     assert guarded.access.denied["token"] == len(PATHS) + 3
 
 
@@ -601,16 +604,15 @@ def test_the_token_opens_the_page(guarded: Dashboard) -> None:
         ({"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "cors"}, 403),
     ],
 )
-def test_other_sites_may_not_ask(board: Dashboard, headers: dict[str, str], code: int) -> None:
+def test_requests_from_other_sites_are_refused(board: Dashboard, headers: dict[str, str], code: int) -> None:
     host = f"127.0.0.1:{port(board)}"
     given = {k: v.replace("HOST", host) for k, v in headers.items()}
     assert ask(board, "/healthz", **given)[0] == code
-    # nor post, whatever the page will take one day
     posted = ask(board, "/", "POST", **given)[0]
     assert posted == 403 if code == 403 or "cross-site" in given.values() else posted == 405
 
 
-def test_a_name_that_can_be_made_to_resolve_here_is_refused(guarded: Dashboard) -> None:
+def test_host_names_that_allow_dns_rebinding_are_refused(guarded: Dashboard) -> None:
     bearer = {"Authorization": f"Bearer {TOKEN}"}
     for host in ("192.0.2.1:80", "[2001:db8::1]:80", "127.0.0.1", "localhost", socket.gethostname()):
         assert ask(guarded, "/healthz", Host=host, **bearer)[0] == 200
@@ -618,7 +620,7 @@ def test_a_name_that_can_be_made_to_resolve_here_is_refused(guarded: Dashboard) 
         assert ask(guarded, "/healthz", Host=host, **bearer)[0] == 403
 
 
-def test_a_page_on_loopback_may_have_a_token_and_one_for_others_must() -> None:
+def test_a_token_is_optional_on_loopback_and_required_elsewhere() -> None:
     guarded = Dashboard(token=TOKEN)
     guarded.start()
     assert ask(guarded, "/")[0] == 401
@@ -631,28 +633,28 @@ def test_a_page_on_loopback_may_have_a_token_and_one_for_others_must() -> None:
         Access(host)
 
 
-# --- what other programs ask for
+# --- for other programs
 
 
 def test_metrics_and_readiness() -> None:
-    waits_for = ["the engine is starting"]
-    board = Dashboard(metrics=lambda: b"frames_total 3\n", ready=lambda: waits_for[0])
+    why_not_ready = ["the engine is starting"]
+    board = Dashboard(metrics=lambda: b"frames_total 3\n", ready=lambda: why_not_ready[0])
     board.start()
     code, headers, body = ask(board, "/metrics")
     assert (code, headers["content-type"], body) == (200, METRICS_TYPE, b"frames_total 3\n")
     assert ask(board, "/readyz")[::2] == (503, b"the engine is starting\n")
-    waits_for[0] = ""
+    why_not_ready[0] = ""
     assert ask(board, "/readyz")[::2] == (200, b"ready\n")
     assert ask(board, "/healthz")[0] == 200
     board.close()
 
 
-def test_without_metrics_there_are_none(board: Dashboard) -> None:
+def test_metrics_are_optional(board: Dashboard) -> None:
     assert ask(board, "/metrics")[0] == 404
     assert ask(board, "/readyz")[0] == 200
 
 
-def test_a_picture_that_nobody_reads_is_dropped(board: Dashboard) -> None:
+def test_a_client_that_does_not_read_its_picture_is_disconnected(board: Dashboard) -> None:
     board.picture(b"\xff\xd8" + bytes(4_000_000))
     with socket.socket() as stalled:
         stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -663,16 +665,18 @@ def test_a_picture_that_nobody_reads_is_dropped(board: Dashboard) -> None:
         assert wait_until(lambda: board.connections == 0)
 
 
-def test_who_connects_and_asks_nothing_is_cut_off(board: Dashboard, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stream_mmrnn.viewers.dashboard.app.IDLE_S", 0.2)
-    for said in (b"", b"GET / HTTP/1.1\r\nHost:"):
+def test_a_connection_without_a_request_is_closed() -> None:
+    board = Dashboard(idle_timeout_s=0.2)
+    board.start()
+    for begun in (b"", b"GET / HTTP/1.1\r\nHost:"):
         with socket.create_connection(("127.0.0.1", port(board)), timeout=5) as slow:
-            slow.sendall(said)
+            slow.sendall(begun)
             assert slow.recv(1) == b""
     assert wait_until(lambda: board.connections == 0)
+    board.close()
 
 
-def test_more_connections_than_there_is_room_for_are_closed(board: Dashboard) -> None:
+def test_connections_beyond_the_limit_are_closed(board: Dashboard) -> None:
     many = [socket.create_connection(("127.0.0.1", port(board)), timeout=5) for _ in range(MAX_CONNECTIONS)]
     try:
         assert wait_until(lambda: board.connections == MAX_CONNECTIONS)
@@ -685,20 +689,21 @@ def test_more_connections_than_there_is_room_for_are_closed(board: Dashboard) ->
     assert ask(board, "/healthz")[0] == 200
 
 
-# --- what is typed and pressed
+# --- POST
 
 
 @pytest.fixture
-def asked() -> Iterator[tuple[Dashboard, list[bytes]]]:
-    taken: list[bytes] = []
+def posting() -> Iterator[tuple[Dashboard, list[bytes]]]:
+    """A page, and the bodies that were posted to it."""
+    bodies: list[bytes] = []
 
-    def take(body: bytes) -> str:
-        taken.append(body)
+    def accept(body: bytes) -> str:
+        bodies.append(body)
         return "not now" if body == b'"no"' else ""
 
-    board = Dashboard(posts={"/text": take})
+    board = Dashboard(posts={"/text": accept}, idle_timeout_s=0.2)
     board.start()
-    yield board, taken
+    yield board, bodies
     board.close()
 
 
@@ -713,12 +718,12 @@ def post(board: Dashboard, body: bytes, **headers: str) -> tuple[int, bytes]:
         connection.close()
 
 
-def test_what_is_posted_is_taken_or_refused_with_a_reason(asked: tuple[Dashboard, list[bytes]]) -> None:
-    board, taken = asked
+def test_a_post_is_accepted_or_refused_with_a_reason(posting: tuple[Dashboard, list[bytes]]) -> None:
+    board, bodies = posting
     assert post(board, b'"hello"') == (200, b"done\n")
     assert post(board, b'"no"') == (409, b"not now\n")
     assert post(board, b'"x"', Origin=f"http://127.0.0.1:{port(board)}") == (200, b"done\n")
-    assert taken == [b'"hello"', b'"no"', b'"x"']
+    assert bodies == [b'"hello"', b'"no"', b'"x"']
     assert ask(board, "/text")[0] == 405
     assert ask(board, "/text")[1]["allow"] == "POST"
 
@@ -735,19 +740,16 @@ def test_what_is_posted_is_taken_or_refused_with_a_reason(asked: tuple[Dashboard
         ({"Content_Length": "999999"}, 413),
     ],
 )
-def test_what_others_post_is_not_taken(
-    asked: tuple[Dashboard, list[bytes]], headers: dict[str, str], code: int
+def test_a_post_from_another_site_or_of_another_type_is_refused(
+    posting: tuple[Dashboard, list[bytes]], headers: dict[str, str], code: int
 ) -> None:
-    board, taken = asked
+    board, bodies = posting
     assert post(board, b'"hello"', **headers)[0] == code
-    assert taken == []
+    assert bodies == []
 
 
-def test_a_post_that_never_arrives_is_given_up(
-    asked: tuple[Dashboard, list[bytes]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    board, taken = asked
-    monkeypatch.setattr("stream_mmrnn.viewers.dashboard.app.IDLE_S", 0.2)
+def test_a_post_that_does_not_arrive_times_out(posting: tuple[Dashboard, list[bytes]]) -> None:
+    board, bodies = posting
     head = f"POST /text HTTP/1.1\r\nHost: localhost:{port(board)}\r\nContent-Type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", port(board)), timeout=5) as slow:
         slow.sendall(head.encode() + b'Content-Length: 9\r\n\r\n"h')
@@ -755,7 +757,7 @@ def test_a_post_that_never_arrives_is_given_up(
     with socket.create_connection(("127.0.0.1", port(board)), timeout=5) as endless:
         endless.sendall(head.encode() + b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n")
         assert endless.recv(4096).startswith(b"HTTP/1.1 411 ")
-    assert taken == []
+    assert bodies == []
 
 
 # --- sound
@@ -769,44 +771,44 @@ def tone(hz: float, samples: int, level: float = 0.5, at: int = 0) -> Any:
 def test_the_spectrogram_shows_a_tone_where_it_is() -> None:
     peaks = []
     for hz in (200, 1000, 4000):
-        sound = Sound()
+        sound = Spectrogram()
         for k in range(50):  # 1 s in blocks of 20 ms
             sound.observe(T0 + (k + 1) * 20 * MS, tone(hz, 320, at=320 * k))
         columns = np.frombuffer(sound.columns, np.uint8).reshape(-1, BANDS)
         assert len(columns) == 25
         peaks.append(int(columns[-1].argmax()))
-        said = sound.snapshot(T0 + S)
-        assert said["level_db"] == pytest.approx(-9, abs=0.2)  # RMS of a sine of half the full scale
-        assert said["peak_db"] == pytest.approx(-6, abs=0.2)
-        assert said["newest"] == said["first"] + 24
-        assert said["age_ms"] <= 40
+        snap = sound.snapshot(T0 + S)
+        assert snap["level_db"] == pytest.approx(-9, abs=0.2)  # RMS of a sine of half the full scale
+        assert snap["peak_db"] == pytest.approx(-6, abs=0.2)
+        assert snap["newest"] == snap["first"] + 24
+        assert snap["age_ms"] <= 40
     assert peaks == sorted(peaks)
     assert len(set(peaks)) == 3
 
 
 @given(st.lists(st.tuples(st.integers(-5, 60), st.integers(1, 3000)), max_size=60))
 def test_the_spectrogram_is_bounded_and_on_its_grid(steps: list[tuple[int, int]]) -> None:
-    """Blocks of any length, at times that stand still, leap or go back."""
-    sound, at_ns, latest_ns = Sound(), T0, T0
+    """Blocks of any length, at times that stand still, jump or go back."""
+    sound, at_ns, latest_ns = Spectrogram(), T0, T0
     for seconds, samples in steps:
         at_ns += seconds * S + samples * S // topics.AUDIO_RATE_HZ
         latest_ns = max(latest_ns, at_ns)
         sound.observe(at_ns, np.zeros(samples, np.int16))
         assert len(sound.columns) <= COLUMNS * BANDS
-        said = sound.snapshot(at_ns)
-        assert (said["newest"] - said["first"] + 1) * BANDS == len(sound.columns)
-        assert said["newest"] <= latest_ns // COLUMN_NS
+        snap = sound.snapshot(at_ns)
+        assert (snap["newest"] - snap["first"] + 1) * BANDS == len(sound.columns)
+        assert snap["newest"] <= latest_ns // COLUMN_NS
 
 
 @pytest.mark.parametrize("payload", [b"x", np.zeros(0, np.int16), np.zeros(10, np.float32), np.zeros(10**6, np.int16)])
-def test_what_is_no_sound_is_left_out(payload: Any) -> None:
-    sound = Sound()
+def test_payloads_that_are_no_sound_are_ignored(payload: Any) -> None:
+    sound = Spectrogram()
     sound.observe(T0, payload)
     assert sound.snapshot(T0)["level_db"] is None
     assert sound.columns == b""
 
 
-def test_a_browser_asks_for_the_columns_it_has_not(board: Dashboard) -> None:
+def test_a_browser_requests_only_new_columns(board: Dashboard) -> None:
     columns = bytes(range(3)) * BANDS
     board.sound(7, columns)
     assert ask(board, "/sound")[1:] == (ask(board, "/sound?since=7")[1], columns)
@@ -820,7 +822,7 @@ def test_a_browser_asks_for_the_columns_it_has_not(board: Dashboard) -> None:
 # --- typing, labels, deaths
 
 
-def test_the_page_says_whether_one_can_type() -> None:
+def test_the_page_says_whether_text_can_be_typed() -> None:
     live = LiveState()
     assert "start it with --text page" in live.typing()["why"]
     live.observe(status("text", T0, state="starting", modality="text"))
@@ -839,7 +841,7 @@ def test_labels_are_shown() -> None:
     assert live.snapshot(T0 + S)["labels"] == [{"text": "speaking", "session": "a", "age_ms": 1000}]
 
 
-def test_deaths_are_counted_even_where_the_word_of_them_was_missed() -> None:
+def test_deaths_are_counted_even_if_the_supervisors_status_was_missed() -> None:
     live = LiveState()
     live.observe(status("camera", T0, state="open", pid=1))
     assert live.snapshot(T0)["nodes"]["camera"]["deaths"] is None
@@ -851,7 +853,7 @@ def test_deaths_are_counted_even_where_the_word_of_them_was_missed() -> None:
     assert live.snapshot(T0 + 3 * S)["nodes"]["camera"]["deaths"]["count"] == 2
 
 
-def test_what_nobody_looked_at_was_not_lost() -> None:
+def test_skipped_topics_do_not_count_as_lost() -> None:
     live = LiveState()
     live.observe(envelope("raw/vision", T0, b"", seq=0))
     live.observe(envelope("feature/audio", T0, seq=0))

@@ -1,4 +1,4 @@
-"""What Foxglove gets live, read by a WebSocket client that knows Foxglove's protocol alone."""
+"""The live Foxglove server, read by a WebSocket client that only uses Foxglove's protocol."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MESSAGE_DATA = 1
 
 
 class Reader:
-    """A client of the protocol `foxglove.sdk.v1`: it asks for topics, and decodes by the schemas that it is given."""
+    """A client of the protocol `foxglove.sdk.v1`: it subscribes to topics and decodes by the advertised schemas."""
 
     def __init__(self, address: str, wanted: set[str]) -> None:
         self._open = client.connect(
@@ -42,9 +42,9 @@ class Reader:
         self.channels: dict[int, dict[str, Any]] = {}
         self._classes: dict[int, Any] = {}
         while wanted - {c["topic"] for c in self.channels.values()}:
-            said = json.loads(self._socket.recv(10))
-            if said["op"] == "advertise":
-                self.channels |= {c["id"]: c for c in said["channels"]}
+            message = json.loads(self._socket.recv(10))
+            if message["op"] == "advertise":
+                self.channels |= {c["id"]: c for c in message["channels"]}
         chosen = [{"id": c, "channelId": c} for c, row in self.channels.items() if row["topic"] in wanted]
         self._socket.send(json.dumps({"op": "subscribe", "subscriptions": chosen}))
 
@@ -70,17 +70,17 @@ class Reader:
         self._open.__exit__(None, None, None)
 
 
-def test_a_client_sees_what_is_recorded_and_a_stalled_one_costs_nothing(model: Path, tmp_path: Path) -> None:
+def test_a_client_gets_the_recorded_messages_and_a_stalled_one_does_not_slow_it(model: Path, tmp_path: Path) -> None:
     path, settings = tmp_path / "a.mcap", tmp_path / "s.toml"
     settings.write_text("[dashboard]\nenabled = false\n[foxglove]\nport = 0\n")
-    wanted = {"raw/vision", "raw/audio", "raw/text", "feature/audio", "prediction", "tick"}
+    wanted = {"raw/vision", "raw/audio", "raw/text", "feature/audio", "prediction"}
     got: dict[str, list[tuple[int, Any]]] = defaultdict(list)
     args = ("--config", settings, "--source", "synthetic", "--model", model, "--record", path, "--foxglove")
     with closing(Running(*args)) as live:
-        said = live.wait_for(lambda: next((m for line in live.lines if (m := re.search(r"ws://\S+", line))), None))
-        assert said[0].startswith("ws://127.0.0.1:")
-        with closing(Reader(said[0], set(SHOWN))), closing(Reader(said[0], wanted)) as reader:
-            # the first of the two never reads
+        found = live.wait_for(lambda: next((m for line in live.lines if (m := re.search(r"ws://\S+", line))), None))
+        assert found[0].startswith("ws://127.0.0.1:")
+        with closing(Reader(found[0], set(SHOWN))), closing(Reader(found[0], wanted)) as reader:
+            # the first client never reads
             while min(len(got[t]) for t in wanted) < 4 or len(got["prediction"]) < 60:
                 topic, log_ns, message = reader.read()
                 got[topic].append((log_ns, message))
@@ -95,7 +95,7 @@ def test_a_client_sees_what_is_recorded_and_a_stalled_one_costs_nothing(model: P
     sent = defaultdict(dict)
     for e in recording.envelopes(wanted):
         sent[e.topic][e.publish_ns + recording._offset_ns] = e
-    # its dates and the file's are of two readings of the wall clock
+    # the server and the recorder measured the offset of the wall clock separately
     shift_ns = min((log - got["prediction"][0][0] for log in sent["prediction"]), key=abs)
     assert abs(shift_ns) < 100_000_000
     for log_ns, message in got["prediction"]:
@@ -114,7 +114,7 @@ def resident_bytes() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
-def test_what_waits_for_a_client_that_does_not_read_is_bounded() -> None:
+def test_the_queue_of_a_client_that_does_not_read_is_bounded() -> None:
     server = FoxgloveServer(0, 32)
     frame = np.random.default_rng(0).bytes(250_000)
     at_ns = now_ns()
@@ -138,11 +138,11 @@ def test_what_waits_for_a_client_that_does_not_read_is_bounded() -> None:
     server.close()
 
 
-def test_what_nobody_can_read_is_counted_and_nothing_is_shown_to_nobody() -> None:
+def test_unreadable_messages_are_counted_and_nothing_is_encoded_without_subscribers() -> None:
     server = FoxgloveServer(0, 8)
     bad = Envelope("raw/audio", "live", 0, 0, 0, 0, b"odd")
     server.show(bad)
-    assert server.garbage == 0  # nobody asked: it was not even looked at
+    assert server.garbage == 0  # there is no subscriber: it was not encoded
     with closing(Reader(server.address, {"raw/audio", "label"})) as reader:
         while not server._channels["raw/audio"].has_sinks():
             pass

@@ -1,7 +1,7 @@
-"""The live page in a real browser, Debian's Chromium, over real sessions in real processes.
+"""The live page in a real browser, Debian's Chromium, with real sessions in real processes.
 
-What a person would look at is kept as pictures in test-results/page/. The documentation's picture: `python
-tests/viewers/test_page.py FILE.png`.
+Screenshots are kept in test-results/page/. The screenshot of the documentation: `python tests/viewers/test_page.py
+FILE.png`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ ARGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-PATIENCE_MS = 30_000
+TIMEOUT_MS = 30_000
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +50,13 @@ def browser() -> Iterator[Any]:
 
 
 class Tab:
-    """A page that was opened, and everything it asked for and complained of."""
+    """An open page, with all hosts that it requested and all its console errors."""
 
     def __init__(self, browser: Any, address: str, width: int = 1280, **more: Any) -> None:
         self.address = address
         self.context = browser.new_context(viewport={"width": width, "height": 900}, **more)
         self.page = self.context.new_page()
-        self.page.set_default_timeout(PATIENCE_MS)
+        self.page.set_default_timeout(TIMEOUT_MS)
         self.hosts: set[str] = set()
         self.complaints: list[str] = []
         self.page.on("request", lambda r: self.hosts.add(urlsplit(r.url).netloc or urlsplit(r.url).scheme))
@@ -69,10 +69,10 @@ class Tab:
         self.until("document.getElementById('k-tick').textContent !== '–'")
 
     def until(self, condition: str) -> None:
-        # the browser's own waiting evaluates strings in the page, which its policy forbids
-        deadline = time.monotonic() + PATIENCE_MS / 1000
+        # playwright's own wait_for_function needs eval in the page, which its policy forbids
+        deadline = time.monotonic() + TIMEOUT_MS / 1000
         while not self.page.evaluate(condition):
-            assert time.monotonic() < deadline, f"it did not come true: {condition}"
+            assert time.monotonic() < deadline, f"timeout: {condition}"
             self.page.wait_for_timeout(50)
 
     def text(self, selector: str) -> str:
@@ -106,7 +106,7 @@ def test_values_change(tab: Tab) -> None:
     before = {selector: tab.text(selector) for selector in watched}
     for selector in watched:
         tab.until(f"document.querySelector('{selector}').textContent.trim() !== {before[selector]!r}")
-    # the picture and the spectrogram are drawn, and drawn anew
+    # the picture and the spectrogram are redrawn
     for canvas in ("picture", "spectrogram"):
         drawn = f"document.getElementById('{canvas}').toDataURL()"
         first = tab.page.evaluate(drawn)
@@ -116,7 +116,7 @@ def test_values_change(tab: Tab) -> None:
     assert tab.page.get_by_role("img", name=re.compile("^turn_over: last 30 seconds; now")).count() == 1
 
 
-def test_a_killed_worker_shows_and_comes_back(tab: Tab, live: Running) -> None:
+def test_a_killed_worker_is_shown_until_it_runs_again(tab: Tab, live: Running) -> None:
     [pid] = live.wait_for(lambda: live.children("microphone"))
     tab.until("document.getElementById('t-processes').textContent.includes('microphone')")
     began = time.monotonic()
@@ -131,7 +131,7 @@ def test_a_killed_worker_shows_and_comes_back(tab: Tab, live: Running) -> None:
     )
 
 
-def test_by_keyboard(tab: Tab) -> None:
+def test_the_page_works_by_keyboard(tab: Tab) -> None:
     page = tab.page
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
@@ -150,7 +150,7 @@ def test_by_keyboard(tab: Tab) -> None:
     tab.until(f"document.getElementById('k-tick').textContent !== {held!r}")
     page.keyboard.press("/")
     assert page.evaluate("document.activeElement.id") == "line"
-    page.keyboard.type("t a b")  # letters and spaces that are text here, not keys of the page
+    page.keyboard.type("t a b")  # in the text box these are characters, not shortcuts
     assert page.input_value("#line") == "t a b"
     assert tab.text("#link") == "live"
     page.fill("#line", "")
@@ -162,7 +162,7 @@ def test_by_keyboard(tab: Tab) -> None:
     assert unnamed == 0
 
 
-def test_the_theme_is_the_systems_or_chosen(browser: Any, live: Running) -> None:
+def test_the_theme_follows_the_system_or_the_choice(browser: Any, live: Running) -> None:
     ground = "getComputedStyle(document.body).backgroundColor"
     with closing(Tab(browser, address_of(live), color_scheme="dark")) as tab:
         dark = tab.page.evaluate(ground)
@@ -174,12 +174,12 @@ def test_the_theme_is_the_systems_or_chosen(browser: Any, live: Running) -> None
         assert (tab.text("#theme"), tab.page.evaluate(ground)) == ("Theme: dark", dark)
         tab.page.reload()
         tab.until("document.getElementById('k-tick').textContent !== '–'")
-        assert tab.page.evaluate(ground) == dark, "the choice is kept"
+        assert tab.page.evaluate(ground) == dark, "the choice is stored"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 400])
-def test_it_fits_and_nothing_jumps(browser: Any, live: Running, scheme: str, width: int) -> None:
+def test_the_page_fits_and_has_no_layout_shift(browser: Any, live: Running, scheme: str, width: int) -> None:
     with closing(Tab(browser, address_of(live), width, color_scheme=scheme)) as tab:
         tab.until("document.querySelectorAll('.head-lane').length === 2 && !document.getElementById('picture').hidden")
         tab.page.evaluate(
@@ -193,7 +193,7 @@ def test_it_fits_and_nothing_jumps(browser: Any, live: Running, scheme: str, wid
         tab.page.screenshot(path=PICTURES / f"live-{scheme}-{width}.png", full_page=True)
 
 
-def test_what_is_typed_is_a_text_event_and_recorded(browser: Any, model: Path, tmp_path: Path) -> None:
+def test_a_typed_line_becomes_a_text_event_and_is_recorded(browser: Any, model: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.mcap"
     args = ("--vision", "none", "--audio", "synthetic", "--text", "page", "--model", model, "--record", path)
     with closing(Running(*args)) as session:
@@ -213,8 +213,8 @@ def test_what_is_typed_is_a_text_event_and_recorded(browser: Any, model: Path, t
         code, summary, _ = session.end()
     assert code == 0
     check_summary(summary)
-    said = {topic: [bytes(e.payload).decode() for e in Recording(path).envelopes({topic})] for topic in TEXTS}
-    assert said == {"raw/text": ["hello <b>wörld</b>"], "label": ["listening", "speaking"]}
+    recorded = {topic: [bytes(e.payload).decode() for e in Recording(path).envelopes({topic})] for topic in TEXTS}
+    assert recorded == {"raw/text": ["hello <b>wörld</b>"], "label": ["listening", "speaking"]}
     assert len(list(Recording(path).envelopes({"feature/text"}))) == 1
     assert summary["streams"]["text"]["delivered"] == 1
     verify(path, summary["predictions"])
@@ -251,13 +251,13 @@ def test_a_replay_is_paused_and_scrubbed(browser: Any, model: Path, tmp_path: Pa
             tab.until(f"!dragging && document.getElementById('k-tick').textContent < {tick!r}")
             tab.page.keyboard.press("Space")
             tab.until("document.getElementById('replay-note').textContent.startsWith('the end')")
-        # nobody looks any more: it ends, and its last pass gave what was recorded, bit for bit
+        # without a browser the replay ends; its last pass gave the recorded predictions, bit for bit
         code, result = replay.finish()
     assert (code, result["identical"], result["predictions"]) == (0, True, summary["predictions"])
 
 
 def main(path: Path) -> None:
-    """Keep a picture of the page after half a minute of a live session, with a line and a label typed."""
+    """Take a screenshot after half a minute of a live session, with a typed line and a label."""
     with sync_api.sync_playwright() as playwright, closing(Running("--source", "synthetic")) as session:
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGS)
         with closing(Tab(chromium, address_of(session), device_scale_factor=1.5)) as tab:

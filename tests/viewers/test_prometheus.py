@@ -1,4 +1,4 @@
-"""The metrics of a real session, read by real readers: prometheus-client's parser, promtool, Prometheus."""
+"""The metrics of a real session, read by prometheus-client's parser, promtool and Prometheus."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
 def read(text: bytes) -> Samples:
-    """By name and labels, in another program's reading."""
+    """By name and labels, as another program parses them."""
     return {
         (s.name, tuple(sorted(s.labels.items()))): s.value
         for family in text_string_to_metric_families(text.decode())
@@ -51,7 +51,7 @@ def get(address: str, path: str) -> bytes:
         return content
 
 
-# ---- by itself ----------------------------------------------------------------------------------------------------
+# ---- without a session --------------------------------------------------------------------------------------------
 
 
 def envelope(topic: str, payload: Any, at_ns: int, session: str = "s", event_ns: int | None = None) -> Envelope:
@@ -77,21 +77,21 @@ def test_counts_become_counters_and_time_becomes_seconds() -> None:
     aligned = {"streams": {"vision": {"used": 5, "late": 2}}}
     metrics.observe(status("engine", _S, counts={"ticks": 5, "predictions": 5, "sessions": 1}, detail=aligned))
     metrics.observe(envelope(topics.feature("vision"), b"", _S))
-    for tick in (1, 2, 2):  # one said twice, after a crash
+    for tick in (1, 2, 2):  # the last one is republished after a crash
         metrics.observe(prediction(tick, 20_000_000))
-    said = read(metrics.text(2 * _S))
+    samples = read(metrics.text(2 * _S))
     vision = ("stream", "vision")
     p = "stream_mmrnn_"
-    assert said[p + "features_published_total", (vision,)] == 7
-    assert said[p + "features_delivered_total", (vision,)] == 5
-    assert said[p + "features_dropped_total", (("reason", "late"), vision)] == 2
-    assert said[p + "features_dropped_total", (("reason", "lost"), vision)] == 0
-    assert said[p + "stream_stale_seconds_total", (vision,)] == 1.5
-    assert said[p + "stream_age_seconds", (vision,)] == 1.0
-    assert said[p + "prediction_stage_seconds_count", (("stage", "total"),)] == 2
-    assert math.isclose(said[p + "prediction_stage_seconds_sum", (("stage", "total"),)], 0.04)
-    assert said[p + "prediction_stage_seconds_bucket", (("le", "0.02"), ("stage", "step"))] == 2
-    assert said[p + "prediction_stage_seconds_bucket", (("le", "0.01"), ("stage", "step"))] == 0
+    assert samples[p + "features_published_total", (vision,)] == 7
+    assert samples[p + "features_delivered_total", (vision,)] == 5
+    assert samples[p + "features_dropped_total", (("reason", "late"), vision)] == 2
+    assert samples[p + "features_dropped_total", (("reason", "lost"), vision)] == 0
+    assert samples[p + "stream_stale_seconds_total", (vision,)] == 1.5
+    assert samples[p + "stream_age_seconds", (vision,)] == 1.0
+    assert samples[p + "prediction_stage_seconds_count", (("stage", "total"),)] == 2
+    assert math.isclose(samples[p + "prediction_stage_seconds_sum", (("stage", "total"),)], 0.04)
+    assert samples[p + "prediction_stage_seconds_bucket", (("le", "0.02"), ("stage", "step"))] == 2
+    assert samples[p + "prediction_stage_seconds_bucket", (("le", "0.01"), ("stage", "step"))] == 0
 
 
 def test_a_process_is_up_until_it_is_silent_or_dead() -> None:
@@ -104,13 +104,13 @@ def test_a_process_is_up_until_it_is_silent_or_dead() -> None:
     metrics.observe(envelope(topics.CLOCK, b"", 9 * _S))
     assert metrics.why_not_ready(9 * _S) == "the engine is silent"
     metrics.observe(status("engine", 9 * _S, "restarting"))
-    said = read(metrics.text(9 * _S))
+    samples = read(metrics.text(9 * _S))
     assert metrics.why_not_ready(9 * _S) == "the engine is restarting"
-    assert said[up] == 0
-    assert said["stream_mmrnn_process_restarts_total", (("node", "engine"),)] == 1
-    assert said["stream_mmrnn_process_state", (("node", "engine"), ("state", "restarting"))] == 1
-    # a dead one does not take its counts along
-    assert said["stream_mmrnn_engine_ticks_total", ()] == 3
+    assert samples[up] == 0
+    assert samples["stream_mmrnn_process_restarts_total", (("node", "engine"),)] == 1
+    assert samples["stream_mmrnn_process_state", (("node", "engine"), ("state", "restarting"))] == 1
+    # the counts of a dead process stay
+    assert samples["stream_mmrnn_engine_ticks_total", ()] == 3
     metrics.observe(status("engine", 10 * _S))
     assert (read(metrics.text(10 * _S))[up], metrics.why_not_ready(10 * _S)) == (1, "")
 
@@ -122,7 +122,7 @@ _json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
     lambda inner: st.dictionaries(st.sampled_from(["streams", "vision", "used", "denied", "late"]), inner, max_size=3),
 )
-_said = st.fixed_dictionaries(
+_statuses = st.fixed_dictionaries(
     {
         "node": st.text(max_size=5),
         "state": st.sampled_from(["ready", "open", "failed", "no such"]),
@@ -137,14 +137,14 @@ _said = st.fixed_dictionaries(
     st.lists(
         st.tuples(
             st.sampled_from(["engine", "camera", "broker", "dashboard", "recorder", 'a"b', "é", "x" * 90, ""]),
-            st.binary(max_size=30) | _said.map(msgspec.json.encode),
+            st.binary(max_size=30) | _statuses.map(msgspec.json.encode),
         ),
         max_size=8,
     )
 )
-def test_whatever_is_said_the_text_can_be_read(said: list[tuple[str, bytes]]) -> None:
+def test_any_status_gives_valid_text(statuses: list[tuple[str, bytes]]) -> None:
     metrics = Metrics()
-    for name, payload in said:
+    for name, payload in statuses:
         metrics.observe(envelope(topics.STATUS + name, payload, _S))
         metrics.observe(envelope(topics.PREDICTION, payload, _S))
     for (name, labels), value in read(metrics.text(_S)).items():
@@ -157,9 +157,9 @@ def test_names_are_bounded() -> None:
     metrics = Metrics()
     for i in range(1000):
         metrics.observe(status(f"node{i}", _S))
-    said = read(metrics.text(_S))
-    assert sum(name == "stream_mmrnn_process_up" for name, _ in said) == 64
-    assert said["stream_mmrnn_unreadable_messages_total", ()] == 1000 - 64
+    samples = read(metrics.text(_S))
+    assert sum(name == "stream_mmrnn_process_up" for name, _ in samples) == 64
+    assert samples["stream_mmrnn_unreadable_messages_total", ()] == 1000 - 64
 
 
 def test_names_follow_prometheus_rules() -> None:
@@ -179,7 +179,7 @@ def test_the_documentation_has_the_same_table() -> None:
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The page of a session that lasts as long as the tests do."""
+    """The page of a session that runs for all tests."""
     folder = tmp_path_factory.mktemp("metrics")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -201,17 +201,17 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         assert summary["balanced"]
 
 
-def test_a_session_says_everything_that_there_is(address: str) -> None:
+def test_a_session_has_every_metric(address: str) -> None:
     assert get(address, "/healthz") == b"ok\n"
     assert get(address, "/readyz") == b"ready\n"
     text = get(address, "/metrics").decode()
     for family in FAMILIES.values():
         assert f"# HELP {family.full_name} {family.help}\n" in text
         assert f"# TYPE {family.full_name} {family.kind}\n" in text
-    said = read(text.encode())
-    without = {name for name in FAMILIES if not any(n.startswith("stream_mmrnn_" + name) for n, _ in said)}
-    assert without == {"bus_denied_connections_total"}  # which a bus without keys has none of
-    assert {dict(labels)["node"] for name, labels in said if name == "stream_mmrnn_process_up"} >= {
+    samples = read(text.encode())
+    without = {name for name in FAMILIES if not any(n.startswith("stream_mmrnn_" + name) for n, _ in samples)}
+    assert without == {"bus_denied_connections_total"}  # only with keys
+    assert {dict(labels)["node"] for name, labels in samples if name == "stream_mmrnn_process_up"} >= {
         *("camera", "microphone", "text", "clock", "engine", "journal", "recorder", "dashboard")
     }
 
@@ -233,10 +233,10 @@ _MATCHER = re.compile(r'(\w+)(=|!=)"([^"]*)"')
 
 
 @pytest.mark.parametrize("query", QUERIES)
-def test_every_query_of_the_dashboard_asks_for_what_there_is(query: str, address: str) -> None:
-    said = read(get(address, "/metrics"))
+def test_every_query_of_the_dashboard_uses_existing_metrics(query: str, address: str) -> None:
+    samples = read(get(address, "/metrics"))
     labels_of: dict[str, list[dict[str, str]]] = {}
-    for name, labels in said:
+    for name, labels in samples:
         labels_of.setdefault(name, []).append(dict(labels))
     kinds = {f.full_name: f.kind for f in FAMILIES.values()}
     selectors = list(_SELECTOR.finditer(query))
@@ -245,7 +245,7 @@ def test_every_query_of_the_dashboard_asks_for_what_there_is(query: str, address
         name, matchers, ranged = found.groups()
         assert name in labels_of, query
         base = name.removesuffix("_bucket")
-        assert bool(ranged) == (kinds[base] != "gauge"), f"{query}: rate is for counters alone, and they want it"
+        assert bool(ranged) == (kinds[base] != "gauge"), f"{query}: rate() is for counters, and counters need it"
         for label, how, value in _MATCHER.findall(matchers or ""):
             here = {labels.get(label) for labels in labels_of[name]}
             assert value in here, f"{query}: no {name} has {label} {value}"
@@ -256,7 +256,7 @@ def test_every_query_of_the_dashboard_asks_for_what_there_is(query: str, address
         assert ("histogram_quantile" in query) == name.endswith("_bucket")
 
 
-def test_promtool_finds_nothing_to_say(address: str) -> None:
+def test_promtool_finds_no_problem(address: str) -> None:
     promtool = shutil.which("promtool")
     if promtool is None:
         pytest.skip("this machine has no promtool (Debian: prometheus)")
@@ -267,7 +267,7 @@ def test_promtool_finds_nothing_to_say(address: str) -> None:
 
 @pytest.fixture(scope="module")
 def prometheus(address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real one on loopback that scrapes the session every second."""
+    """A real Prometheus on loopback that scrapes the session every second."""
     program = shutil.which("prometheus")
     if program is None:
         pytest.skip("this machine has no prometheus (Debian: prometheus)")
@@ -295,8 +295,8 @@ def prometheus(address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def ask(prometheus: str, query: str) -> list[dict[str, Any]]:
-    asked = urllib.parse.urlencode({"query": query.replace("$__rate_interval", "20s")})
-    answer = json.loads(get(prometheus, f"/api/v1/query?{asked}"))
+    parameters = urllib.parse.urlencode({"query": query.replace("$__rate_interval", "20s")})
+    answer = json.loads(get(prometheus, f"/api/v1/query?{parameters}"))
     assert answer["status"] == "success", answer
     rows: list[dict[str, Any]] = answer["data"]["result"]
     return rows

@@ -1,6 +1,4 @@
-"""`top` and `predictions` beside real sessions, under a pseudo-terminal and in pipes; the page's WebSocket with real
-clients.
-"""
+"""`top` and `predictions` with real sessions, in a terminal and in pipes; the page's WebSocket with real clients."""
 
 from __future__ import annotations
 
@@ -25,14 +23,14 @@ from harness import COMMAND, Running
 
 from stream_mmrnn.bus import registry as running
 from stream_mmrnn.core.errors import NotRunning
-from stream_mmrnn.viewers.top.processes import Usage
+from stream_mmrnn.viewers.top.processes import ProcessUsage
 
 NAME = f"watched-{os.getpid()}"
 
 
 @pytest.fixture(scope="module")
 def live(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """One session for all who only look."""
+    """One session for all tests that only read."""
     with closing(Running("--source", "synthetic", "--model", model, "--session", NAME)) as session:
         session.wait_for(lambda: runs(NAME))
         yield session
@@ -63,7 +61,7 @@ def system() -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("live")
-def test_top_says_what_is_running() -> None:
+def test_top_shows_the_running_session() -> None:
     found = system()
     assert (found["session"], found["engine"], found["sessions"]["names"]) == (NAME, True, [NAME])
     assert found["page"].startswith("http://127.0.0.1:")
@@ -86,7 +84,7 @@ def test_top_says_what_is_running() -> None:
 
 
 @pytest.mark.usefixtures("live")
-def test_top_without_a_terminal_shows_it_once() -> None:
+def test_top_without_a_terminal_prints_once() -> None:
     code, out, err = run("top", "--session", NAME)
     assert (code, err) == (0, "")
     for words in (f"session {NAME}", "supervisor", "engine", "cpu", "MB", "latency, ms", "losses", "next"):
@@ -95,7 +93,7 @@ def test_top_without_a_terminal_shows_it_once() -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 @pytest.mark.usefixtures("live")
-def test_top_in_a_terminal_draws_again_and_again_until_it_is_ended() -> None:
+def test_top_in_a_terminal_redraws_until_it_is_interrupted() -> None:
     import fcntl
     import pty
     import struct
@@ -116,13 +114,13 @@ def test_top_in_a_terminal_draws_again_and_again_until_it_is_ended() -> None:
             screen += read(ours)
             ticks = set(re.findall(r"tick (\d+)", screen))
         assert f"session {NAME}" in screen
-        assert "\x1b[?1049h" in screen, "a screen of its own"
+        assert "\x1b[?1049h" in screen, "it uses the alternate screen"
         process.send_signal(signal.SIGINT)
         while process.poll() is None:
             screen += read(ours)
         assert process.returncode == 0
         screen += read(ours)
-        assert "\x1b[?1049l" in screen, "the terminal is as it was"
+        assert "\x1b[?1049l" in screen, "the terminal is restored"
     finally:
         process.kill()
         process.wait()
@@ -132,7 +130,7 @@ def test_top_in_a_terminal_draws_again_and_again_until_it_is_ended() -> None:
 def read(fd: int) -> str:
     if not select.select([fd], [], [], 0.2)[0]:
         return ""
-    with suppress(OSError):  # the other side is closed
+    with suppress(OSError):  # the other end is closed
         return os.read(fd, 65536).decode("utf-8", "replace")
     return ""
 
@@ -160,13 +158,13 @@ def test_a_process_that_died_is_counted(model: Path) -> None:
         session.end()
 
 
-def test_usage_is_that_of_the_process_itself() -> None:
+def test_usage_is_measured_per_process() -> None:
     code = (
         "import threading, time\nthreading.Thread(target=time.sleep, args=(30,), daemon=True).start()\nwhile True: pass"
     )
     busy = subprocess.Popen([sys.executable, "-c", code])
     try:
-        usage = Usage(os.getpid())
+        usage = ProcessUsage(os.getpid())
         for _ in range(200):
             rows = {r["pid"]: r for r in usage.read({busy.pid: "busy"})}
             if rows[busy.pid]["cpu_percent"] > 0 and rows[busy.pid]["threads"] == 2:
@@ -180,7 +178,7 @@ def test_usage_is_that_of_the_process_itself() -> None:
         busy.kill()
         busy.wait()
     assert busy.pid not in {r["pid"] for r in usage.read({})}
-    assert Usage(2**22 + 5).read({}) == []
+    assert ProcessUsage(2**22 + 5).read({}) == []
 
 
 # --- predictions
@@ -204,7 +202,7 @@ def test_predictions_are_json_lines() -> None:
 
 
 @pytest.mark.usefixtures("live")
-def test_a_pipe_that_is_closed_ends_it_quietly() -> None:
+def test_a_closed_pipe_ends_it_without_an_error() -> None:
     process = subprocess.Popen(
         [*COMMAND, "predictions", "--session", NAME], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -218,7 +216,7 @@ def test_a_pipe_that_is_closed_ends_it_quietly() -> None:
 
 
 @pytest.mark.usefixtures("live")
-def test_a_signal_ends_it_with_what_is_whole() -> None:
+def test_a_signal_ends_it_after_a_complete_line() -> None:
     process = subprocess.Popen(
         [*COMMAND, "predictions", "--session", NAME, "--json"], stdout=subprocess.PIPE, text=True
     )
@@ -231,7 +229,7 @@ def test_a_signal_ends_it_with_what_is_whole() -> None:
     assert rest[-1]["predictions"] == len(rest)
 
 
-def test_it_ends_with_the_session(model: Path) -> None:
+def test_predictions_end_with_the_session(model: Path) -> None:
     name = f"{NAME}-ends"
     with closing(Running("--source", "synthetic", "--model", model, "--session", name)) as session:
         session.wait_for(lambda: runs(name))
@@ -247,7 +245,7 @@ def test_it_ends_with_the_session(model: Path) -> None:
 
 
 @pytest.mark.usefixtures("live")
-def test_wrong_usage_is_said() -> None:
+def test_wrong_usage_is_an_error_message() -> None:
     code, out, err = run("predictions", "--session", NAME, "--head", "nix")
     assert (code, out) == (2, "")
     assert "there is no head 'nix'; the model's are next" in err
@@ -263,14 +261,14 @@ def socket_address() -> str:
 
 
 @pytest.mark.usefixtures("live")
-def test_a_websocket_is_given_the_model_and_then_predictions() -> None:
+def test_a_websocket_gets_the_model_and_then_predictions() -> None:
     from websockets.sync.client import connect
 
     with connect(socket_address()) as websocket:
         model = json.loads(websocket.recv(10))["model"]
         assert model["heads"][0]["labels"] == ["yes", "no"]
         got = [json.loads(websocket.recv(10)) for _ in range(20)]
-        websocket.send("nobody looks at this")
+        websocket.send("this is ignored")
         got += [json.loads(websocket.recv(10)) for _ in range(5)]
     assert got[0]["missed"] == 0
     assert [b["tick"] - a["tick"] for a, b in itertools.pairwise(got)] == [p["missed"] + 1 for p in got[1:]]
@@ -298,18 +296,18 @@ def test_another_site_gets_no_websocket() -> None:
 
 NODE = """
 const socket = new WebSocket(process.argv[1]);
-let said = 0;
+let received = 0;
 socket.onmessage = (event) => {
   const message = JSON.parse(event.data);
   if (message.heads) console.log(message.heads.next.length);
-  if (++said == 4) socket.close();
+  if (++received == 4) socket.close();
 };
 socket.onerror = (event) => { console.log("error", event.message); process.exit(1); };
 """
 
 
 @pytest.mark.usefixtures("live")
-def test_node_reads_it_too() -> None:
+def test_node_reads_the_websocket() -> None:
     node = shutil.which("node")
     if node is None:
         pytest.skip("node is not installed")

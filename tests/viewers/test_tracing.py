@@ -1,4 +1,4 @@
-"""Traces of real sessions, taken by a receiver of OTLP over HTTP and read with OpenTelemetry's own types."""
+"""Traces of real sessions, received over OTLP/HTTP and decoded with OpenTelemetry's own types."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from stream_mmrnn.viewers.tracing import Tracer
 
 
 class Receiver:
-    """A collector on loopback; `spans` are what it was sent."""
+    """A collector on loopback; `spans` are those that it received."""
 
     def __init__(self) -> None:
         self.spans: list[Any] = []
@@ -80,7 +80,7 @@ def receiver() -> Iterator[Receiver]:
 
 
 def prediction(tick: int, session: str = "s") -> Envelope:
-    """One whose stages take 1, 2, 3, ... ms."""
+    """Its stages take 1, 2, 3, ... ms."""
     end_ns = tick * 40_000_000
     at = [end_ns + round(n * (n + 1) / 2 * 1e6) for n in range(1, 8)]
     closed = Stamps(at[0], at[1], at[2], at[3], "feature/vision")
@@ -92,10 +92,10 @@ def attributes(span: Any) -> dict[str, Any]:
     return {a.key: a.value for a in span.attributes}
 
 
-def test_a_prediction_s_stages_follow_one_another_below_it(receiver: Receiver) -> None:
+def test_the_stages_of_a_prediction_are_consecutive_child_spans(receiver: Receiver) -> None:
     offset_ns = 1_700_000_000_000_000_000
     tracer = Tracer(config.Trace(ratio=1.0, endpoint=receiver.endpoint), offset_ns)
-    for tick in (1, 2, 2):  # one said twice
+    for tick in (1, 2, 2):  # the last one is republished
         tracer.observe(prediction(tick))
     tracer.observe(Envelope(topics.PREDICTION, "s", 0, 0, 0, 0, b"nix", "", 0))
     tracer.close()
@@ -117,7 +117,7 @@ def test_a_prediction_s_stages_follow_one_another_below_it(receiver: Receiver) -
         assert attributes(root)["stream_mmrnn.closed_by"].string_value == "feature/vision"
 
 
-def test_a_share_of_them_is_taken_whole(receiver: Receiver) -> None:
+def test_a_share_of_the_predictions_is_traced_completely(receiver: Receiver) -> None:
     tracer = Tracer(config.Trace(ratio=0.25, endpoint=receiver.endpoint), 0)
     for tick in range(1, 401):
         tracer.observe(prediction(tick))
@@ -130,7 +130,7 @@ def test_a_share_of_them_is_taken_whole(receiver: Receiver) -> None:
     assert set(traces.values()) == {len(STAGES)}
 
 
-def test_a_collector_that_refuses_is_counted(receiver: Receiver) -> None:
+def test_spans_that_the_collector_refuses_are_counted(receiver: Receiver) -> None:
     receiver.code = 400
     tracer = Tracer(config.Trace(ratio=1.0, endpoint=receiver.endpoint), 0)
     tracer.observe(prediction(1))
@@ -138,7 +138,7 @@ def test_a_collector_that_refuses_is_counted(receiver: Receiver) -> None:
     assert (tracer.exported, tracer.failed) == (0, 8)
 
 
-def test_a_real_session_is_traced_as_a_whole(receiver: Receiver, tmp_path: Path) -> None:
+def test_every_prediction_of_a_real_session_is_traced(receiver: Receiver, tmp_path: Path) -> None:
     settings = tmp_path / "s.toml"
     settings.write_text(f"[trace]\nratio = 1.0\nendpoint = '{receiver.endpoint}'\n[dashboard]\nenabled = false\n")
     code, summary, err = run("live", "--source", "synthetic", "--duration", 3, "--config", settings)
@@ -152,17 +152,17 @@ def test_a_real_session_is_traced_as_a_whole(receiver: Receiver, tmp_path: Path)
     assert summary["balanced"]
 
 
-def test_without_a_collector_a_session_goes_on_and_says_so(tmp_path: Path) -> None:
+def test_without_a_collector_a_session_continues_and_reports_it(tmp_path: Path) -> None:
     settings = tmp_path / "s.toml"
-    nobody = "http://127.0.0.1:9/v1/traces"
-    settings.write_text(f"[trace]\nratio = 1.0\nendpoint = '{nobody}'\n[dashboard]\nenabled = false\n")
+    endpoint = "http://127.0.0.1:9/v1/traces"
+    settings.write_text(f"[trace]\nratio = 1.0\nendpoint = '{endpoint}'\n[dashboard]\nenabled = false\n")
     code, summary, err = run("live", "--source", "synthetic", "--duration", 6, "--config", settings)
     assert (code, summary["failed"], summary["restarts"]) == (0, "", {})
     assert summary["predictions"] > 10
-    assert f"the collector at {nobody} does not take spans" in err
+    assert f"the collector at {endpoint} does not take spans" in err
 
 
-def test_without_the_extra_the_sentence_names_it(tmp_path: Path) -> None:
+def test_without_the_extra_the_error_names_it(tmp_path: Path) -> None:
     settings = tmp_path / "s.toml"
     settings.write_text("[trace]\nratio = 1.0\n")
     blocked = (

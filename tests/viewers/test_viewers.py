@@ -1,4 +1,4 @@
-"""A recording as other people's viewers see it: Foxglove's schemas and layout, Rerun's own program."""
+"""A recording in other viewers: Foxglove's schemas and layout, Rerun's own program."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ needs_rerun = pytest.mark.skipif(not RERUN.exists(), reason="rerun-sdk (extra re
 
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real session with the default model, labels among it."""
+    """A real session with the default model, with labels."""
     path = tmp_path_factory.mktemp("recording") / "a.mcap"
     folder = path.parent
     os.mkfifo(folder / "pipe") if hasattr(os, "mkfifo") else pytest.skip("needs a named pipe")
@@ -50,7 +50,7 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def decoded(path: Path) -> Iterator[tuple[Any, Any, Any, Any]]:
-    """Everything, by MCAP's own reader and protobuf support."""
+    """All messages, by MCAP's own reader and protobuf support."""
     with path.open("rb") as file:
         reader = make_reader(file, decoder_factories=[DecoderFactory()])
         for schema, channel, message in reader.iter_messages():
@@ -67,7 +67,7 @@ def first(recording: Path) -> dict[str, Any]:
     return found
 
 
-def test_every_message_is_what_its_schema_says(recording: Path) -> None:
+def test_every_message_follows_its_schema(recording: Path) -> None:
     jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
     seen: Counter[str] = Counter()
     validators: dict[int, Any] = {}
@@ -82,15 +82,15 @@ def test_every_message_is_what_its_schema_says(recording: Path) -> None:
         if schema.id not in validators:
             document = json.loads(schema.data)
             jsonschema.Draft202012Validator.check_schema(document)
-            assert document["type"] == "object", "Foxglove reads no other"
-            assert "$ref" not in schema.data.decode(), "Foxglove follows none"
+            assert document["type"] == "object", "Foxglove reads only objects"
+            assert "$ref" not in schema.data.decode(), "Foxglove resolves no references"
             validators[schema.id] = jsonschema.Draft202012Validator(document)
         validators[schema.id].validate(message)
-    assert {"raw/vision", "raw/audio", "raw/text", "label", "prediction", "tick", "session", "clock"} <= set(seen)
+    assert {"raw/vision", "raw/audio", "raw/text", "label", "prediction", "session", "clock"} <= set(seen)
 
 
 def value_at(message: Any, path: str) -> Any:
-    """What a message path of Foxglove's, after the topic, leads to."""
+    """The value at a Foxglove message path (without the topic)."""
     for name, index in re.findall(r"\.([A-Za-z0-9_]+)|\[(\d+)\]", path):
         if index:
             message = message[int(index)]
@@ -100,7 +100,7 @@ def value_at(message: Any, path: str) -> Any:
 
 
 def check_layout(layout: dict[str, Any], first: dict[str, Any]) -> None:
-    """Every panel is placed once, every topic is there, and every path leads to a number."""
+    """Every panel is placed once, every topic exists, and every path leads to a number."""
     placed: list[str] = []
 
     def walk(node: Any) -> None:
@@ -129,7 +129,7 @@ def check_layout(layout: dict[str, Any], first: dict[str, Any]) -> None:
 
 def test_the_shipped_layout_fits_a_real_recording(first: dict[str, Any]) -> None:
     check_layout(foxglove_layout.shipped(), first)
-    # it is what would be made for the default model, and does not drift from it
+    # the shipped layout is the one that is generated for the default model
     spec = check_model(config.find_model(config.Engine().model), "cpu")
     assert foxglove_layout.for_heads(columns(spec.heads)) == foxglove_layout.shipped()
 
@@ -173,8 +173,8 @@ def test_usage(tmp_path: Path) -> None:
     assert "name a recording" in err
 
 
-def test_without_rerun_it_says_what_to_do(recording: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # the other package of that name is not it
+def test_without_rerun_the_error_has_advice(recording: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # there is another program of that name
     other = tmp_path / "rerun"
     other.write_text("#!/bin/sh\necho rerun 1.0.31\n")
     other.chmod(0o755)
@@ -186,7 +186,7 @@ def test_without_rerun_it_says_what_to_do(recording: Path, tmp_path: Path, monke
 
 @pytest.fixture
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder for programs' settings, so that those of whoever runs this stay as they are."""
+    """A folder for the settings of programs, so that the user's own are not changed."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     return tmp_path / "state"
@@ -194,7 +194,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @needs_rerun
 @pytest.mark.parametrize("ci", ["", "true"])
-def test_rerun_is_silenced_wherever_it_runs(tmp_path: Path, ci: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rerun_analytics_are_disabled_everywhere(tmp_path: Path, ci: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CI", raising=False)
     if ci:
         monkeypatch.setenv("CI", ci)
@@ -210,7 +210,7 @@ def test_rerun_reads_every_message(recording: Path, tmp_path: Path, state: Path)
     code, document, err = run("view", recording, "--rrd", out)
     assert code == 0, err
     assert document["rrd"] == str(out)
-    # nothing is sent to anybody, and the user's own settings were not touched
+    # analytics are off, and the user's own settings were not changed
     assert not (tmp_path / "home").exists()
     [settings] = (state / "stream-mmrnn" / "rerun" / "config").rglob("analytics.json")
     assert json.loads(settings.read_text())["analytics_enabled"] is False
@@ -236,18 +236,18 @@ def test_rerun_reads_every_message(recording: Path, tmp_path: Path, state: Path)
 @needs_rerun
 @pytest.mark.skipif(bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")), reason="would open a window")
 def test_rerun_is_started_on_loopback(recording: Path, state: Path) -> None:
-    """Without a display its viewer ends at once, and that is said; until then it served this machine alone."""
+    """Without a display its viewer ends at once, which is reported; it must not listen beyond loopback."""
     done = subprocess.run([*COMMAND, "view", str(recording)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert "Rerun ended with exit code" in done.stderr
     assert "0.0.0.0" not in done.stderr
 
 
-def test_one_that_would_send_statistics_is_not_started(tmp_path: Path) -> None:
-    """A Rerun that does not keep to the folder that it is given, as on other systems."""
+def test_a_rerun_that_would_send_analytics_is_not_started(tmp_path: Path) -> None:
+    """It ignores the settings folder that it is given, as on other systems."""
     stubborn = tmp_path / "rerun"
-    said = '{"analytics_enabled": true, "config_file_path": "/elsewhere/analytics.json"}'
-    stubborn.write_text(f"#!/bin/sh\n[ \"$2\" = disable ] && touch '{tmp_path}/changed'\necho '{said}'\n")
+    answer = '{"analytics_enabled": true, "config_file_path": "/elsewhere/analytics.json"}'
+    stubborn.write_text(f"#!/bin/sh\n[ \"$2\" = disable ] && touch '{tmp_path}/changed'\necho '{answer}'\n")
     stubborn.chmod(0o755)
     assert shutil.which(str(stubborn))
     with pytest.raises(ProcessError, match="rerun analytics disable"):

@@ -48,7 +48,7 @@ NOT_PROMISED = (
 )
 
 _FRAMES_HZ = (20, 80, 320)
-"""Each frame is seven messages."""
+"""Each frame is six messages."""
 _STREAMS = ("raw/vision", "raw/audio", "feature/vision", "feature/audio", topics.PREDICTION)
 _AUDIO_STREAMS = ("raw/audio", "feature/audio")
 _LOSS_BOUND_S = 0.5
@@ -101,8 +101,6 @@ class Bus:
                 bodies["raw/vision"] = rng.bytes(8_000)  # never the same: it must not become small in the file
                 for name in self.streams:
                     self._send(name, self.session, bodies[name])
-                if self.streams == _STREAMS:
-                    self._send(topics.TICK, self.session, bodies[topics.PREDICTION])
             due_ns = max(due_ns + int(1e9 / self.rate_hz), now_ns() - 100_000_000)
             time.sleep(max(due_ns - now_ns(), 0) / 1e9)
         publisher.close(0)

@@ -80,20 +80,20 @@ def _grown(path: Path) -> Callable[[], bool]:
 class _File(NamedTuple):
     """A recording as lists."""
 
-    ticks: list[wire.TickMessage]
+    ticks: list[wire.PredictionMessage]
     features: dict[str, list[Envelope]]
     in_time: dict[str, list[int]]
     """Event times of the samples that came before their tick was closed: no age counts from the others."""
 
     @classmethod
     def of(cls, path: Path) -> _File:
-        ticks: list[wire.TickMessage] = []
+        ticks: list[wire.PredictionMessage] = []
         features: dict[str, list[Envelope]] = {}
         places: dict[tuple[str, int], int] = {}
         for place, e in enumerate(Recording(path).envelopes()):
             places[e.topic, e.publish_ns] = place
-            if e.topic == topics.TICK:
-                ticks.append(wire.unpack(e.payload, wire.TickMessage))
+            if e.topic == topics.PREDICTION:
+                ticks.append(wire.unpack(e.payload, wire.PredictionMessage))
             elif e.topic.startswith(topics.FEATURE):
                 features.setdefault(topics.TOPICS[e.topic].modality, []).append(e)
         # the file has the bus's order: a sample was in time if it comes no later than the message that closed its tick

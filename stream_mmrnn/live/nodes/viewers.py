@@ -17,6 +17,7 @@ from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.clock import now_ns, wall_offset_ns
 from stream_mmrnn.core.dedup import TickDeduplicator
 from stream_mmrnn.core.errors import WireError
+from stream_mmrnn.core.prediction_decoder import PredictionDecoder
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.live.nodes.process import Context, Node, wait_for_clock
 
@@ -72,9 +73,10 @@ class DashboardNode(_ViewerNode):
             [topics.FEATURE, *topics.raws("text"), topics.LABEL, topics.CLOCK, topics.PREDICTION, topics.STATUS],
         )
         self.raw_streams = _RawStreams(context)
-        self.view = LiveState()
-        self.reading = Reading()
-        self.metrics = Metrics()
+        decoder = PredictionDecoder()  # shared, so that each prediction is decoded once
+        self.view = LiveState(decoder)
+        self.reading = Reading(decoder=decoder)
+        self.metrics = Metrics(decoder)
         self._typed: deque[bytes] = deque()
         self._explained: Any = None
         self._started = False

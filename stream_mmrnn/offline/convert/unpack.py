@@ -21,6 +21,7 @@ from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.dedup import TickDeduplicator
 from stream_mmrnn.core.errors import FileError, UsageError, WireError
 from stream_mmrnn.core.extras import need
+from stream_mmrnn.core.prediction_decoder import PredictionDecoder
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.offline.convert.writers import Codec, Csv, Mp4, Parquet, Row, Wav, Writer
 from stream_mmrnn.recording.mcap_file import Recording
@@ -68,7 +69,14 @@ class _Rows:
 
     def __init__(self, zero_ns: int, wall_offset_ns: int, columns: Sequence[Column]) -> None:
         self._zero_ns, self._wall_ns, self._columns = zero_ns, wall_offset_ns, columns
-        self.malformed = 0
+        self._decoder = PredictionDecoder()  # shared by all tables of predictions
+        self._deduplicator = TickDeduplicator()
+        self._malformed_ticks = 0
+
+    @property
+    def malformed(self) -> int:
+        """Messages that could not be read."""
+        return self._decoder.unreadable + self._malformed_ticks
 
     def _when(self, event_ns: int) -> list[Any]:
         return [event_ns, event_ns + self._wall_ns, (event_ns - self._zero_ns) / 1e9]
@@ -81,37 +89,35 @@ class _Rows:
         text = bytes(e.payload).decode("utf-8", "replace")
         return [*self._when(e.event_ns), *([modality] if modality else []), text]
 
-    def ticks(self) -> Callable[[Envelope], Row | None]:
-        deduplicator, modalities = TickDeduplicator(), list(topics.MODALITIES)
-
-        def row(e: Envelope) -> Row | None:
-            t = self._unpack(e, wire.TickMessage)
-            if t is None or not deduplicator.first(e.session, t.tick):
-                return None
-            seen = [v for m in modalities for v in (t.present.get(m), t.age_ns.get(m))]
-            return [t.tick, *self._when(t.event_ns), t.closed.by, *seen]
-
-        return row
-
-    def predictions(self) -> Callable[[Envelope], Row | None]:
-        deduplicator = TickDeduplicator()  # an engine that went on after a crash says some twice
-
-        def row(e: Envelope) -> Row | None:
-            p = self._unpack(e, wire.PredictionMessage)
-            if p is None or not deduplicator.first(e.session, p.tick):
-                return None
-            heads = p.heads
-            values = [heads[c.head][c.index] if c.index < len(heads.get(c.head, ())) else None for c in self._columns]
-            return [p.tick, *self._when(p.event_ns), p.step_start_ns, p.step_end_ns, *values]
-
-        return row
-
-    def _unpack(self, e: Envelope, kind: Any) -> Any:
-        try:
-            return wire.unpack(e.payload, kind)
-        except WireError:
-            self.malformed += 1
+    def ticks(self, e: Envelope) -> Row | None:
+        tick = self._old_tick(e) if e.topic == topics.TICK else self._prediction(e)
+        if tick is None:
             return None
+        seen = [v for m in topics.MODALITIES for v in (tick.present.get(m), tick.age_ns.get(m))]
+        return [tick.tick, *self._when(tick.event_ns), tick.closed.by, *seen]
+
+    def predictions(self, e: Envelope) -> Row | None:
+        p = self._prediction(e)
+        if p is None:
+            return None
+        heads = p.heads
+        values = [heads[c.head][c.index] if c.index < len(heads.get(c.head, ())) else None for c in self._columns]
+        return [p.tick, *self._when(p.event_ns), p.step_start_ns, p.step_end_ns, *values]
+
+    def _prediction(self, e: Envelope) -> wire.PredictionMessage | None:
+        try:
+            return self._decoder.decode(e)
+        except WireError:
+            return None
+
+    def _old_tick(self, e: Envelope) -> wire.TickMessage | None:
+        """A message of the `tick` channel, which recordings up to 0.1.0 have."""
+        try:
+            tick = wire.unpack(e.payload, wire.TickMessage)
+        except WireError:
+            self._malformed_ticks += 1
+            return None
+        return tick if self._deduplicator.first(e.session, tick.tick) else None
 
 
 _WHEN = ("event_ns", "unix_ns", "seconds")
@@ -141,10 +147,11 @@ def _plan(formats: Sequence[str], seen: Seen, rows: _Rows, codec: Codec) -> Iter
         if "parquet" in formats and has(feature):
             make = partial(Parquet, schema=_feature_schema(), row=rows.features)
             yield Planned(f"features_{name}.parquet", (feature,), make)
-    if "parquet" in formats and has(topics.TICK):
-        yield Planned("ticks.parquet", (topics.TICK,), partial(Parquet, schema=_tick_schema(), row=rows.ticks()))
+    ticks = topics.TICK if has(topics.TICK) else topics.PREDICTION
+    if "parquet" in formats and has(ticks):
+        yield Planned("ticks.parquet", (ticks,), partial(Parquet, schema=_tick_schema(), row=rows.ticks))
     if "parquet" in formats and has(topics.PREDICTION):
-        make = partial(Parquet, schema=_prediction_schema(seen.columns), row=rows.predictions())
+        make = partial(Parquet, schema=_prediction_schema(seen.columns), row=rows.predictions)
         yield Planned("predictions.parquet", (topics.PREDICTION,), make)
     words = tuple(topics.raw(m.name) for m in topics.MODALITIES.values() if m.kind == "text")
     if "csv" in formats and any(map(has, words)):
@@ -152,7 +159,7 @@ def _plan(formats: Sequence[str], seen: Seen, rows: _Rows, codec: Codec) -> Iter
     if "csv" in formats and has(topics.LABEL):
         yield Planned("labels.csv", (topics.LABEL,), partial(Csv, names=[*_WHEN, "label"], row=rows.words))
     if "csv" in formats and has(topics.PREDICTION):
-        yield Planned("predictions.csv", (topics.PREDICTION,), partial(Csv, names=names, row=rows.predictions()))
+        yield Planned("predictions.csv", (topics.PREDICTION,), partial(Csv, names=names, row=rows.predictions))
 
 
 def _fields(*fields: tuple[str, Any]) -> Any:

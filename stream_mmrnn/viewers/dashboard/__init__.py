@@ -1,1 +1,1 @@
-"""The live page: what the system sees and says, in a browser on the same machine."""
+"""The live page: the state of a session in a browser, its web server, and what the other viewers share with it."""

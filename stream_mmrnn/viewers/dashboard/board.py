@@ -1,4 +1,4 @@
-"""What the page's server was given last, and how many are looking. Knows nothing about HTTP, nor what a state holds."""
+"""The newest state, picture and sound of the page, and the number of its clients. Knows nothing about HTTP."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 
 HEARTBEAT_S = 1.0
-"""How often a silent stream is written to, so that a client who left is noticed."""
+"""How often an event stream without news is written to, so that a disconnected client is noticed."""
 
 
 class Board:
-    """The newest state and picture, and how many are looking. Given from any thread, read in the server's."""
+    """Written from any thread, read in the server's thread."""
 
     def __init__(self) -> None:
         self._newest = (0, b"")
@@ -24,12 +24,12 @@ class Board:
         self._newest = (self._newest[0] + 1, state)
 
     def wake(self) -> None:
-        """Tell those who wait; in the server's thread."""
+        """Wake all waiting clients; call it in the server's thread."""
         self._changed.set()
         self._changed = asyncio.Event()
 
     async def wait(self, seen: int) -> tuple[int, bytes]:
-        """The newest state and its number: at once if it is not the one seen, else after `HEARTBEAT_S` at most."""
+        """The newest state and its number: at once if it is newer than `seen`, else after `HEARTBEAT_S` at most."""
         if self._newest[0] == seen and not self.closing:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), HEARTBEAT_S)

@@ -1,7 +1,7 @@
-"""Predictions on their way to WebSockets: a bounded queue each, and a number of what was missed in the next message.
+"""Sends predictions to WebSocket clients: one bounded queue per client, which drops the oldest.
 
-Who reads slowly misses the oldest; who does not read at all is cut off by the server. Knows nothing about the bus or
-about what a prediction holds, but for `missed`.
+The next message to a slow client says in `missed` how many were dropped; a client that does not read at all is
+disconnected by the server. Of a prediction only `missed` is read here. Knows nothing about the bus.
 """
 
 from __future__ import annotations
@@ -16,35 +16,35 @@ from starlette.responses import PlainTextResponse
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 QUEUE = 64
-"""Predictions that wait for one listener; two and a half seconds at 25 a second."""
+"""Predictions queued per client: 2.5 s at 25 per second."""
 MAX_LISTENERS = 16
 
 
-class _Listener:
-    """One WebSocket's queue."""
+class Listener:
+    """The queue of one WebSocket client."""
 
     def __init__(self) -> None:
         self._waiting: deque[dict[str, Any]] = deque()
         self._missed = 0
         self.model: bytes | None = None
-        """What the listener is to be told of the model before anything else."""
-        self._came = asyncio.Event()
+        """The message about the model that has to be sent next."""
+        self._news = asyncio.Event()
 
     def put(self, prediction: dict[str, Any]) -> None:
         if len(self._waiting) >= QUEUE:
+            # `missed` counts from the message that was sent last
             self._missed += 1 + int(self._waiting.popleft()["missed"])
-            # what the next one says was missed is counted from the one that was sent last
         self._waiting.append(prediction)
-        self._came.set()
+        self._news.set()
 
     def wake(self) -> None:
-        self._came.set()
+        self._news.set()
 
     async def pop(self) -> bytes | None:
-        """The next message; None where it was woken for nothing."""
+        """The next message; None if it was woken without one."""
         if self.model is None and not self._waiting:
-            self._came.clear()
-            await self._came.wait()
+            self._news.clear()
+            await self._news.wait()
         if self.model is not None:
             model, self.model = self.model, None
             return model
@@ -56,10 +56,10 @@ class _Listener:
 
 
 class Feed:
-    """All listeners. Everything but `listeners` is for the server's thread."""
+    """All WebSocket clients. Call everything but `listeners` in the server's thread."""
 
     def __init__(self) -> None:
-        self._listeners: set[_Listener] = set()
+        self._listeners: set[Listener] = set()
         self._model: bytes | None = None
         self._closing = False
 
@@ -72,7 +72,7 @@ class Feed:
             listener.put(prediction)
 
     def put_model(self, model: dict[str, Any]) -> None:
-        """What the predictions from here on mean: the first message to each listener, and again when it changes."""
+        """Describe the model of the predictions that follow: each client's first message, repeated if it changes."""
         self._model = msgspec.json.encode({"model": model})
         for listener in self._listeners:
             listener.model = self._model
@@ -84,31 +84,33 @@ class Feed:
             listener.wake()
 
     async def serve(self, websocket: WebSocket) -> None:
-        """One listener, from its handshake until it or the server goes. What it sends is not looked at."""
+        """One client, from its handshake until it or the server closes. What it sends is ignored."""
         if len(self._listeners) >= MAX_LISTENERS:
-            await websocket.send_denial_response(PlainTextResponse("too many listeners\n", 503, {"Retry-After": "2"}))
+            await websocket.send_denial_response(
+                PlainTextResponse("too many WebSocket clients\n", 503, {"Retry-After": "2"})
+            )
             return
         await websocket.accept()
-        listener = _Listener()
+        listener = Listener()
         listener.model = self._model
         self._listeners.add(listener)
-        hearing = asyncio.ensure_future(self._receive(websocket, listener))
+        receiver = asyncio.ensure_future(self._receive(websocket, listener))
         try:
-            while not (self._closing or hearing.done()):
+            while not (self._closing or receiver.done()):
                 message = await listener.pop()
                 if message is not None:
                     await websocket.send_text(message.decode())
         except (WebSocketDisconnect, OSError):
-            pass  # it has left, or was cut off
+            pass  # the client has disconnected, or was disconnected
         finally:
             self._listeners.discard(listener)
-            hearing.cancel()
+            receiver.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await hearing
+                await receiver
 
     @staticmethod
-    async def _receive(websocket: WebSocket, listener: _Listener) -> None:
-        """Until it leaves."""
+    async def _receive(websocket: WebSocket, listener: Listener) -> None:
+        """Return when the client disconnects."""
         try:
             while (await websocket.receive())["type"] != "websocket.disconnect":
                 pass

@@ -1,14 +1,14 @@
 "use strict";
-// Shows the newest state that the server sends. Everything from outside goes in as text, never as markup.
+// Draws the newest state from the server. Untrusted input is inserted as text, never as markup.
 const $ = id => document.getElementById(id);
-const calm = matchMedia("(prefers-reduced-motion: reduce)");
-const DEAD_MS = 2500, THEN_MS = 30000, LEFT = 30, BANDS = 64, COLUMNS = 750, COLUMN_MS = 40;
-let source = null, opened = false, heardAt = 0, shownAt = 0, newest = null, shown = null;
+const reducedMotion = matchMedia("(prefers-reduced-motion: reduce)");
+const TIMEOUT_MS = 2500, HISTORY_MS = 30000, LEFT = 30, BANDS = 64, COLUMNS = 750;
+let source = null, opened = false, receivedAt = 0, shownAt = 0, newest = null, shown = null;
 let pausedAt = 0;
 const paused = () => pausedAt > 0;
 const replaying = () => Boolean(newest && newest.replay);
 
-// ---- small tools
+// ---- helpers
 
 const set = (el, text) => { if (el.textContent !== text) el.textContent = text; };
 const make = (tag, cls) => { const el = document.createElement(tag); if (cls) el.className = cls; return el; };
@@ -25,15 +25,15 @@ function age(v) {
 }
 const clock = s => `${Math.floor(s / 60)}:${String(Math.floor(s % 60)).padStart(2, "0")}`;
 const number = v => v.toLocaleString("en");
-function aloud(text) { set($("said-aloud"), text); }
+function announce(text) { set($("announcements"), text); }
 async function post(path, body) {
   try {
     const answer = await fetch(path, {method: "POST", headers: {"Content-Type": "application/json"}, body: JSON.stringify(body)});
     return answer.ok ? "" : (await answer.text()).trim();
-  } catch { return "the system cannot be reached"; }
+  } catch { return "the session cannot be reached"; }
 }
 
-// ---- theme; a canvas cannot read light-dark(), so a probe does
+// ---- theme; a canvas cannot read light-dark(), so a hidden element (#probe) resolves the colours
 
 const THEMES = ["auto", "light", "dark"];
 let paints = {}, theme = "auto", scale = null;
@@ -41,7 +41,7 @@ function paint(name) {
   if (!paints[name]) { $("probe").style.color = `var(--${name})`; $("probe").hidden = false; paints[name] = getComputedStyle($("probe")).color; $("probe").hidden = true; }
   return paints[name];
 }
-function keepTheme(name) {
+function setTheme(name) {
   theme = THEMES.includes(name) ? name : "auto";
   if (theme === "auto") delete document.documentElement.dataset.theme; else document.documentElement.dataset.theme = theme;
   set($("theme"), "Theme: " + theme);
@@ -49,8 +49,8 @@ function keepTheme(name) {
 }
 function repaint() { paints = {}; scale = null; if (shown) show(shown); }
 function nextTheme() {
-  keepTheme(THEMES[(THEMES.indexOf(theme) + 1) % THEMES.length]);
-  try { localStorage.setItem("theme", theme); } catch { /* a private window keeps nothing */ }
+  setTheme(THEMES[(THEMES.indexOf(theme) + 1) % THEMES.length]);
+  try { localStorage.setItem("theme", theme); } catch { /* there is no storage in a private window */ }
 }
 
 // ---- states, streams, processes
@@ -63,7 +63,7 @@ function state(el, name, silent) {
   set(el, quiet && name !== "starting" ? "silent" : name || "live");
 }
 const row = kinds => () => { const tr = make("tr"); kinds.forEach(k => tr.append(make("td", k))); return tr; };
-const STREAMS = {  // in the order in which they are shown
+const STREAMS = {  // in display order
   "feature/vision": "vision", "feature/audio": "audio", "feature/text": "text", "feature/other_audio": "other audio",
   "feature/other_text": "other text", "feature/signal": "signal", "prediction": "predictions", "clock": "clock",
 };
@@ -78,30 +78,30 @@ function showStreams(s) {
 }
 function showDelays(s) {
   const stages = Object.entries(s.latency), top = s.latency.total ? Math.max(s.latency.total.p99, .001) : 1;
-  set($("delays-what"), s.replay ? "As it was recorded, but the step, which is of now; there is no bus here." : "The stages of one prediction add up to its total; percentiles do not. Bars: median, and p99 behind it.");
+  set($("delays-what"), s.replay ? "As recorded, except the step, which is measured now; a replay has no bus." : "The stages of one prediction add up to its total; percentiles do not. Bars: median, with p99 behind it.");
   fill($("t-delays"), stages, row(["", "bars", "n", "n"]), (tr, [name, v]) => {
     const [a, b, c, d] = tr.children;
-    tr.className = name === "total" ? "whole" : "";
+    tr.className = name === "total" ? "total" : "";
     set(a, name); set(c, ms(v.p50)); set(d, ms(v.p99));
     if (!b.firstChild) { const m = make("div", "meter"); m.ariaHidden = "true"; m.append(make("i", "far"), make("i")); b.append(m); }
     const width = x => Math.min(100, Math.max(0, 100 * x / top)).toFixed(1) + "%";
     b.firstChild.firstChild.style.width = width(v.p99); b.firstChild.lastChild.style.width = width(v.p50);
   });
 }
-const known = new Map();
+const lastStates = new Map();
 function showProcesses(s) {
-  const nodes = Object.entries(s.nodes), ill = nodes.filter(([, v]) => BAD.includes(v.state));
-  set($("processes-note"), s.replay ? "as they were when the recording ended, and this replay" : nodes.length ? ill.length ? `${ill.length} of ${nodes.length} not well` : `all ${nodes.length} well` : "none heard yet");
+  const nodes = Object.entries(s.nodes), failing = nodes.filter(([, v]) => BAD.includes(v.state));
+  set($("processes-note"), s.replay ? "at the end of the recording, and this replay" : nodes.length ? failing.length ? `${failing.length} of ${nodes.length} with problems` : `all ${nodes.length} running` : "no status yet");
   fill($("t-processes"), nodes, row(["", "", "", "", "n"]), (tr, [name, v]) => {
     const [a, b, c, d, e] = tr.children;
     if (!b.firstChild) b.append(make("span"));
     set(a, name); state(b.firstChild, v.state, v.silent && !s.replay);
-    tr.className = (v.reason ? "said" : "") + (v.deaths ? " died" : "");
+    tr.className = (v.reason ? "has-reason" : "") + (v.deaths ? " restarted" : "");
     set(c, v.reason || Object.entries(v.counts).filter(([, n]) => n).slice(0, 4).map(([k, n]) => `${k.replaceAll("_", " ")} ${number(n)}`).join(" · "));
     set(d, v.deaths ? `${v.deaths.count}×: ${v.deaths.reason}, ${age(v.deaths.age_ms)} ago` : "none");
-    set(e, s.replay ? name === "replay" ? "now" : "then" : age(v.age_ms) + " ago");
-    if (known.get(name) !== v.state && (BAD.includes(v.state) || BAD.includes(known.get(name)))) aloud(`${name}: ${v.state}`);
-    known.set(name, v.state);
+    set(e, s.replay ? name === "replay" ? "now" : "recorded" : age(v.age_ms) + " ago");
+    if (lastStates.get(name) !== v.state && (BAD.includes(v.state) || BAD.includes(lastStates.get(name)))) announce(`${name}: ${v.state}`);
+    lastStates.set(name, v.state);
   });
 }
 function showLosses(s) {
@@ -134,21 +134,21 @@ function showWords(s) {
 const VIEWERS = ["dashboard", "this view"];
 function showKey(s) {
   const total = s.latency.total, model = s.model.name || "model " + s.model.sha256.slice(0, 12);
-  set($("who"), [s.replay && s.replay.recording, s.session && "session " + s.session, s.model.sha256 || s.model.name ? model : ""].filter(Boolean).join(" · "));
-  $("who").title = s.model.sha256;
+  set($("about"), [s.replay && s.replay.recording, s.session && "session " + s.session, s.model.sha256 || s.model.name ? model : ""].filter(Boolean).join(" · "));
+  $("about").title = s.model.sha256;
   set($("k-rate"), s.predictions_per_s.toFixed(1));
   set($("k-p50"), total ? ms(total.p50) + " ms" : "–"); set($("k-p99"), total ? ms(total.p99) + " ms" : "–");
   set($("k-tick"), s.tick < 0 ? "–" : number(s.tick)); set($("k-sessions"), number(s.sessions.count));
-  // what a page misses is nobody's loss but its own; it is in the table
+  // messages that only a viewer missed are in the table, not in this sum
   set($("k-losses"), number(s.losses.reduce((n, l) => n + (VIEWERS.includes(l.node) ? 0 : l.count), 0)));
 }
 
-// ---- pictures and sound are fetched apart: one at a time, the next when this one is on the screen
+// ---- pictures and sound are fetched separately: one request at a time
 
 const picture = {shown: 0, busy: false};
 function showPicture(s) {
-  const eye = s.streams["feature/vision"];
-  $("main").classList.toggle("no-camera", !s.picture.number && !(eye && (eye.state || eye.age_ms != null)));
+  const vision = s.streams["feature/vision"];
+  $("main").classList.toggle("no-camera", !s.picture.number && !(vision && (vision.state || vision.age_ms != null)));
   set($("camera-age"), s.picture.age_ms == null ? "\u00a0" : age(s.picture.age_ms) + " old");
   if (picture.busy || !s.picture.number || s.picture.number === picture.shown) return;
   const image = new Image(), wanted = s.picture.number;
@@ -177,7 +177,7 @@ function fetchSound(s) {
     for (const key of sound.columns.keys()) if (key <= sound.newest - COLUMNS) sound.columns.delete(key);
   }).catch(() => {}).finally(() => { sound.busy = false; });
 }
-// from the card's own colour to one that stands out of it, lightness growing all the way
+// colour scale of the spectrogram: from the card's background to a contrasting colour, monotonic in lightness
 const RAMPS = {light: ["#ffffff", "#cfe3f1", "#7fb4d9", "#2f77b5", "#173f7a", "#0b1d3f"], dark: ["#171a20", "#22345c", "#2b5f8a", "#2f9a97", "#8fd07a", "#fdf3a0"]};
 function ramp() {
   if (scale) return scale;
@@ -205,30 +205,30 @@ function context(canvas) {
   return {g, w, h};
 }
 const nowX = () => $("spectrogram").clientWidth;
-const thenX = (ageMs, right) => right - (right - LEFT) * Math.min(Math.max(ageMs, 0), THEN_MS) / THEN_MS;
+const pastX = (ageMs, right) => right - (right - LEFT) * Math.min(Math.max(ageMs, 0), HISTORY_MS) / HISTORY_MS;
 function grid(g, right, h) {
   g.strokeStyle = paint("line");
-  for (let t = 5000; t < THEN_MS; t += 5000) { const x = Math.round(thenX(t, right)) + .5; g.beginPath(); g.moveTo(x, 0); g.lineTo(x, h); g.stroke(); }
+  for (let t = 5000; t < HISTORY_MS; t += 5000) { const x = Math.round(pastX(t, right)) + .5; g.beginPath(); g.moveTo(x, 0); g.lineTo(x, h); g.stroke(); }
 }
 function showSound(s) {
   fetchSound(s);
-  const v = s.sound, there = v.level_db != null && v.age_ms < 1500;
+  const v = s.sound, current = v.level_db != null && v.age_ms < 1500;
   set($("level-db"), v.level_db == null ? "–" : String(Math.round(v.level_db)).replace("-", "−"));
-  set($("level-what"), v.level_db == null ? "no sound yet" : there ? `peak ${String(Math.round(v.peak_db)).replace("-", "−")} dB` : "silent for " + age(v.age_ms));
+  set($("level-what"), v.level_db == null ? "no sound yet" : current ? `peak ${String(Math.round(v.peak_db)).replace("-", "−")} dB` : "silent for " + age(v.age_ms));
   const part = db => Math.min(100, Math.max(0, (db + 72) / 72 * 100));
-  $("level-bar").style.width = (there ? part(v.level_db) : 0) + "%"; $("level-peak").style.left = (there ? part(v.peak_db) : -9) + "%";
+  $("level-bar").style.width = (current ? part(v.level_db) : 0) + "%"; $("level-peak").style.left = (current ? part(v.peak_db) : -9) + "%";
   const c = context($("spectrogram"));
   if (!c) return;
   const {g, w, h} = c, colours = ramp(), image = new ImageData(COLUMNS, BANDS), pixels = new Uint32Array(image.data.buffer), words = new Uint32Array(colours.buffer);
   pixels.fill(words[0]);
-  // the picture ends at what the newest state names, where it was already fetched
+  // the image ends at the newest column of the state; columns that were not fetched yet stay empty
   const last = v.newest;
   for (let i = 0; i < COLUMNS; i++) {
     const column = sound.columns.get(last - COLUMNS + 1 + i);
     if (column) for (let b = 0; b < BANDS; b++) pixels[(BANDS - 1 - b) * COLUMNS + i] = words[column[b]];
   }
   sound.image.getContext("2d").putImageData(image, 0, 0);
-  const width = w - LEFT, shift = Math.min(width, (v.age_ms || 0) / THEN_MS * width);
+  const width = w - LEFT, shift = Math.min(width, (v.age_ms || 0) / HISTORY_MS * width);
   g.fillStyle = `rgb(${colours[0]},${colours[1]},${colours[2]})`; g.fillRect(LEFT, 0, width, h);
   g.save(); g.beginPath(); g.rect(LEFT, 0, width, h); g.clip(); g.imageSmoothingEnabled = true;
   g.drawImage(sound.image, LEFT - shift, 0, width, h); g.restore();
@@ -244,19 +244,19 @@ function showEvents(s) {
   g.strokeStyle = paint("line"); g.beginPath(); g.moveTo(LEFT, h - .5); g.lineTo(w, h - .5); g.stroke();
   const all = [...s.texts.map(v => [v, "ink"]), ...s.other_texts.map(v => [v, "quiet"]), ...s.labels.map(v => [v, "c1"])];
   g.textBaseline = "middle"; g.textAlign = "left";
-  // labels first, then words from the newest on: one that finds no room leaves a mark
-  for (const [v, colour] of all.filter(([v]) => v.age_ms <= THEN_MS).sort(([a, x], [b, y]) => (y === "c1") - (x === "c1") || a.age_ms - b.age_ms)) {
-    const x = thenX(v.age_ms, w), label = colour === "c1", text = v.text.length > 26 ? v.text.slice(0, 25) + "…" : v.text, width = g.measureText(text).width;
+  // labels first, then words from the newest on; a word without room becomes a tick mark
+  for (const [v, colour] of all.filter(([v]) => v.age_ms <= HISTORY_MS).sort(([a, x], [b, y]) => (y === "c1") - (x === "c1") || a.age_ms - b.age_ms)) {
+    const x = pastX(v.age_ms, w), label = colour === "c1", text = v.text.length > 26 ? v.text.slice(0, 25) + "…" : v.text, width = g.measureText(text).width;
     g.fillStyle = g.strokeStyle = paint(colour);
     if (label) { g.beginPath(); g.moveTo(x, 0); g.lineTo(x, h); g.stroke(); }
-    // a word ends where it was said; a label begins there
+    // a word ends at its time; a label begins at its time
     const at = label && x + 4 + width < w ? x + 4 : x - width - (label ? 4 : 0);
     const free = taken.find(spans => spans.every(([from, to]) => at + width + 4 < from || at > to + 4));
     if (free && at >= LEFT) { g.fillText(text, at, step * taken.indexOf(free) + step / 2); free.push([at, at + width]); }
     else if (!label) g.fillRect(x - 1, h - 5, 2, 4);
   }
 }
-// the k-th output that speaks of a span of time belongs to the k-th thing that is foretold
+// outputs with the same horizon belong to different targets: the k-th output of each horizon to target k
 function groups(name, h) {
   if (!h.horizons_s.length) return [];
   const seen = new Map(), found = [];
@@ -288,16 +288,16 @@ function line(g, h, i, colour, dashes, right, y) {
   (h.history.series[i] || []).forEach((v, k) => {
     const t = h.history.age_ms[k];
     if (v == null) { on = false; return; }
-    // a second without a prediction is a gap, not a slope
+    // do not connect points across a second without predictions
     if (on && before - t > 1000) on = false;
-    const x = thenX(t, right);
+    const x = pastX(t, right);
     if (on) g.lineTo(x, y(v)); else g.moveTo(x, y(v));
     on = true; before = t;
   });
   g.stroke(); g.setLineDash([]);
 }
-const mostAhead = s => Math.max(0, ...Object.values(s.heads).flatMap(h => h.horizons_s.map(span => span[1])));
-const aheadX = (t, most, right, w) => right + (w - 10 - right) * t / most;
+const longestHorizon = s => Math.max(0, ...Object.values(s.heads).flatMap(h => h.horizons_s.map(span => span[1])));
+const futureX = (t, most, right, w) => right + (w - 10 - right) * t / most;
 function draw(canvas, name, h, most) {
   const c = context(canvas);
   if (!c) return;
@@ -317,12 +317,12 @@ function draw(canvas, name, h, most) {
   if (ahead.length) {
     ahead.forEach((group, k) => line(g, h, group.outputs[0], "c" + k % 8, DASHES[k % 3], right, y));
     ahead.forEach((group, k) => {
-      // what is expected in each span of time, as a step of its width
+      // the prediction for each horizon, as a step as wide as the horizon
       g.strokeStyle = g.fillStyle = paint("c" + k % 8);
       for (const i of group.outputs) {
         const v = h.values[i], [from, to] = h.horizons_s[i];
         if (v == null) continue;
-        const x0 = aheadX(from, most, right, w), x1 = aheadX(to, most, right, w);
+        const x0 = futureX(from, most, right, w), x1 = futureX(to, most, right, w);
         g.globalAlpha = .18; g.fillRect(x0, y(v), x1 - x0, y(Math.max(low, Math.min(0, high))) - y(v));
         g.globalAlpha = 1; g.lineWidth = 2.5; g.setLineDash(DASHES[k % 3]); g.beginPath(); g.moveTo(x0 + 1, y(v)); g.lineTo(x1 - 1, y(v)); g.stroke(); g.setLineDash([]);
       }
@@ -330,12 +330,12 @@ function draw(canvas, name, h, most) {
   } else h.history.series.forEach((_, i) => line(g, h, i, "c" + i % 8, DASHES[Math.floor(i / 8) % 3], right, y));
   g.strokeStyle = paint("ink"); g.lineWidth = 1.5; g.beginPath(); g.moveTo(right - .5, 0); g.lineTo(right - .5, ht); g.stroke();
 }
-const say = (h, v) => v == null ? "–" : h.unit === "probability" ? v.toFixed(2) : String(+v.toPrecision(3));
+const formatValue = (h, v) => v == null ? "–" : h.unit === "probability" ? v.toFixed(2) : String(+v.toPrecision(3));
 function showHeads(s) {
-  const heads = Object.entries(s.heads), most = mostAhead(s);
+  const heads = Object.entries(s.heads), most = longestHorizon(s);
   $("no-heads").hidden = heads.length > 0;
-  $("timeline").querySelector(".ahead").hidden = !most;
-  set($("timeline").querySelector(".ahead"), most ? `next ${most} s` : "");
+  $("timeline").querySelector(".future").hidden = !most;
+  set($("timeline").querySelector(".future"), most ? `next ${most} s` : "");
   fill($("head-list"), heads, () => {
     const div = make("div", "lane head-lane"), h3 = make("h3"), plot = make("div", "plot"), canvas = make("canvas");
     plot.append(canvas);
@@ -344,23 +344,23 @@ function showHeads(s) {
     return div;
   }, (div, [name, h]) => {
     const [h3, plot, panel] = div.children, canvas = plot.firstChild, [big, ul] = panel.children, ahead = groups(name, h);
-    div.classList.toggle("whole", ahead.length > 0); panel.hidden = ahead.length > 0;
+    div.classList.toggle("wide", ahead.length > 0); panel.hidden = ahead.length > 0;
     const words = h.kind.replaceAll("_", " "), called = name.replaceAll("_", " ");
     set(h3.firstChild, words.startsWith(called) ? words : words ? `${called} · ${words}` : called);
     const legend = ahead.length > 1 || ahead.length === 1 && ahead[0].name !== name ? ahead : [];
     fill(h3.lastChild, legend, () => { const el = make("span"); el.append(make("i"), make("span")); return el; }, (el, group, k) => {
       el.firstChild.className = "dash" + k % 3; el.firstChild.style.borderTopColor = `var(--c${k % 8})`;
-      set(el.lastChild, `${group.name} ${say(h, h.values[group.outputs[0]])}`);
+      set(el.lastChild, `${group.name} ${formatValue(h, h.values[group.outputs[0]])}`);
     });
-    const spoken = h.values.slice(0, 8).map((v, i) => `${h.labels[i] || name} ${say(h, v)}`).join(", ");
-    canvas.setAttribute("aria-label", `${name}: last 30 seconds${ahead.length ? " and what is expected" : ""}; now ${spoken}`);
+    const description = h.values.slice(0, 8).map((v, i) => `${h.labels[i] || name} ${formatValue(h, v)}`).join(", ");
+    canvas.setAttribute("aria-label", `${name}: last 30 seconds${ahead.length ? " and what is expected" : ""}; now ${description}`);
     draw(canvas, name, h, most);
     if (ahead.length) return;
     const one = h.values.length === 1, yes = h.threshold != null && h.values[0] != null;
     big.hidden = !one; ul.hidden = one;
     if (one) {
       if (!big.firstChild) big.append(make("b"), make("span"), make("span", "why"));
-      set(big.children[0], say(h, h.values[0]));
+      set(big.children[0], formatValue(h, h.values[0]));
       set(big.children[1], yes ? h.values[0] > h.threshold ? " yes" : " no" : h.unit === "probability" ? "" : " " + h.unit);
       set(big.children[2], yes ? ` above ${+h.threshold.toPrecision(2)} is yes` : "");
       return;
@@ -369,7 +369,7 @@ function showHeads(s) {
     if (order.length > 5) order.sort(([a], [b]) => (b ?? -Infinity) - (a ?? -Infinity));
     const [low, high] = limits(h);
     fill(ul, order.slice(0, 5), () => { const li = make("li"), bar = make("span", "meter"); bar.append(make("i")); bar.ariaHidden = "true"; li.append(make("span", "name"), make("span", "n"), bar); return li; }, (li, [v, i]) => {
-      set(li.children[0], (h.labels[i] || String(i)).replaceAll("_", " ")); set(li.children[1], say(h, v));
+      set(li.children[0], (h.labels[i] || String(i)).replaceAll("_", " ")); set(li.children[1], formatValue(h, v));
       const bar = li.children[2].firstChild;
       bar.style.width = (v == null ? 0 : 100 * Math.min(1, Math.max(0, (v - low) / (high - low)))).toFixed(1) + "%"; bar.style.background = `var(--c${i % 8})`;
     });
@@ -379,12 +379,12 @@ function showHeads(s) {
   const {g, w, h} = c, right = nowX();
   g.fillStyle = paint("quiet"); g.textBaseline = "top";
   const every = right < 400 ? 10000 : 5000;
-  for (let t = every; t <= THEN_MS; t += every) { g.textAlign = t === THEN_MS ? "left" : "center"; g.fillText(`−${t / 1000} s`, thenX(t, right), 4); }
+  for (let t = every; t <= HISTORY_MS; t += every) { g.textAlign = t === HISTORY_MS ? "left" : "center"; g.fillText(`−${t / 1000} s`, pastX(t, right), 4); }
   g.textAlign = most ? "center" : "right"; g.fillStyle = paint("ink"); g.fillText("now", right, 4); g.fillStyle = paint("quiet");
   const ticks = [...new Set(Object.values(s.heads).flatMap(v => v.horizons_s.map(span => span[1])))].sort((a, b) => b - a);
   let free = w;
   for (const t of ticks) {
-    const x = aheadX(t, most, right, w), text = `+${t}`, width = g.measureText(text).width;
+    const x = futureX(t, most, right, w), text = `+${t}`, width = g.measureText(text).width;
     g.textAlign = "right";
     if (x + 6 > free || x - width < right + 22) continue;
     g.fillText(text + (t === ticks[0] ? " s" : ""), x + (t === ticks[0] ? 8 : width / 2), 4); free = x - width;
@@ -411,10 +411,10 @@ function seek(to) {
   to = Math.min(r.duration_s, Math.max(0, to));
   dragging = true; $("seek").value = to; set($("replay-at"), clock(to));
   clearTimeout(seekTimer);
-  seekTimer = setTimeout(async () => { const why = await post("replay", {seek_s: to}); dragging = false; if (why) aloud(why); }, 120);
+  seekTimer = setTimeout(async () => { const why = await post("replay", {seek_s: to}); dragging = false; if (why) announce(why); }, 120);
 }
 
-// ---- all of it
+// ---- page
 
 function show(s) {
   shown = s;
@@ -422,15 +422,15 @@ function show(s) {
   shownAt = performance.now();
 }
 function link() {
-  const silent = performance.now() - heardAt, up = opened && silent < DEAD_MS && heardAt > 0, el = $("link");
-  const held = paused() || replaying() && newest.replay.paused, gone = !up && heardAt > 0 && !document.hidden;
-  el.className = "state " + (up ? held ? "warn" : "good" : heardAt ? "bad" : "none");
-  set(el, up ? held ? "paused" : replaying() ? "replay" : "live" : heardAt ? "lost" : "connecting");
+  const silent = performance.now() - receivedAt, up = opened && silent < TIMEOUT_MS && receivedAt > 0, el = $("link");
+  const held = paused() || replaying() && newest.replay.paused, gone = !up && receivedAt > 0 && !document.hidden;
+  el.className = "state " + (up ? held ? "warn" : "good" : receivedAt ? "bad" : "none");
+  set(el, up ? held ? "paused" : replaying() ? "replay" : "live" : receivedAt ? "lost" : "connecting");
   set($("pause"), held ? "Resume" : "Pause"); $("pause").setAttribute("aria-pressed", String(Boolean(held)));
   $("main").classList.toggle("old", gone);
-  // the age changes every second: it is for the eye, a screen reader hears the event once
-  set($("alert-what"), !gone ? "" : opened ? "The system sends nothing new" : "Connection lost, trying again");
-  if (gone) set($("alert-age"), `: what you see is ${Math.floor(silent / 1000)} s old`);
+  // the age changes every second: it is hidden from screen readers, which announce the event once
+  set($("alert-what"), !gone ? "" : opened ? "The session sends no updates" : "Connection lost, trying again");
+  if (gone) set($("alert-age"), `: the data shown is ${Math.floor(silent / 1000)} s old`);
   $("alert").hidden = !gone;
 }
 function togglePause() {
@@ -445,14 +445,14 @@ function connect() {
   source.onopen = () => { opened = true; link(); };
   source.onerror = () => {
     opened = false; link();
-    // after a refusal the browser gives up; we do not
+    // EventSource does not reconnect after a refusal, so do it here
     if (source && source.readyState === EventSource.CLOSED) setTimeout(() => { if (source && source.readyState === EventSource.CLOSED) connect(); }, 2000);
   };
   source.onmessage = event => {
-    opened = true; heardAt = performance.now();
+    opened = true; receivedAt = performance.now();
     try { newest = JSON.parse(event.data); } catch { return; }
     if (replaying()) pausedAt = 0;
-    if (!paused() && !(calm.matches && heardAt - shownAt < 900)) show(newest);
+    if (!paused() && !(reducedMotion.matches && receivedAt - shownAt < 900)) show(newest);
     link();
   };
 }
@@ -488,12 +488,12 @@ document.addEventListener("keydown", event => {
     seek((dragging || onRange ? Number($("seek").value) : newest.replay.position_s) + step);
   }
 });
-// a hidden page follows nothing: browsers allow few connections, and the machine has better things to do
+// a hidden page disconnects: browsers allow few connections, and the updates cost CPU
 document.addEventListener("visibilitychange", () => {
   if (document.hidden) { if (source) source.close(); source = null; } else { connect(); }
 });
 addEventListener("resize", () => { if (shown) show(shown); });
 systemDark.addEventListener("change", repaint);
-try { keepTheme(localStorage.getItem("theme")); } catch { keepTheme("auto"); }
+try { setTheme(localStorage.getItem("theme")); } catch { setTheme("auto"); }
 setInterval(link, 500);
 connect();

@@ -1,8 +1,8 @@
-"""The page's web server, for who feeds it: it is given states, pictures and sound, and never makes its giver wait.
+"""The page's web server, as its caller sees it: it is given states, pictures and sound, and never blocks the caller.
 
-It hands out what it was given last and keeps nothing else, so a slow browser costs nobody's time but its own, and one
-that stops reading is cut off. The port is taken at once; what answers there (`app`) is imported and runs on a thread of
-its own from `start` on, and who asks before waits. Knows nothing about the bus, predictions or what a state holds.
+Only the newest of each is kept, so a slow browser delays nothing; one that stops reading is disconnected. The port is
+bound at once. The application (`app`) is imported and run in a thread of its own from `start` on; requests before that
+wait. Knows nothing about the bus, predictions or what a state holds.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ from stream_mmrnn.viewers.dashboard.board import Board
 if TYPE_CHECKING:
     from stream_mmrnn.viewers.dashboard.app import Application
 
+IDLE_S = 5.0
+"""The longest time between requests of a connection, and for a request to arrive."""
 _CLOSE_S = 2.0
 
 
 def _page() -> bytes:
-    """The page in one piece: its style and its script are in it, so that the policy can name what is in them."""
+    """The page with its style and script inlined, so that the policy can allow exactly these by their hashes."""
     parts = {name: Path(__file__).with_name(name).read_bytes() for name in ("page.html", "page.css", "page.js")}
     page = parts["page.html"].replace(
         b'<link rel="stylesheet" href="page.css">', b"<style>%b</style>" % parts["page.css"]
@@ -43,7 +45,7 @@ def _page() -> bytes:
 
 
 def _policy(page: bytes) -> str:
-    """A policy under which only the page's own script and style count, and nothing is fetched from elsewhere."""
+    """A content security policy that allows only the page's own script and style, and requests to this server only."""
 
     def own(tag: bytes) -> str:
         found = re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), page, re.DOTALL)
@@ -59,7 +61,7 @@ def _bind(host: str, port: int) -> socket.socket:
     """A listening socket; raises OSError."""
     s = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        # on Windows the option would let another program take over a port in use
+        # on Windows the option would let another program bind a port that is in use
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(os.name != "nt"))
         s.bind((LOOPBACK if host == "localhost" else host, port))
         s.listen(32)
@@ -72,16 +74,19 @@ def _bind(host: str, port: int) -> socket.socket:
 class Dashboard:
     """Serves the live page; `update` and `picture` never wait for a browser.
 
-    `metrics` gives what /metrics answers, in Prometheus' text format. `ready` gives what keeps the system from being
-    ready, "" where nothing does: /readyz answers 200 or 503; /healthz is 200 while the server lives. Both are called
-    in the server's thread and must be quick.
+    `metrics` returns the response of /metrics, in Prometheus' text format. `ready` returns why the system is not
+    ready, or "": /readyz answers 503 or 200; /healthz is 200 while the server runs. Both are called in the server's
+    thread and must be quick.
 
-    `posts`: by path, who takes the body of a POST of JSON and answers "" or, as one sentence, why it cannot be done.
-    They are called in the server's thread, too.
+    `posts`: by path, a function that takes the JSON body of a POST and returns "" or, as one sentence, why it is
+    refused. They are called in the server's thread, too.
+
+    `client_timeout_s`: a client that does not read for so long is disconnected. `idle_timeout_s`: so is one that sends
+    no request for so long.
 
     Raises:
-        ConfigError: others can reach the host, and there is no token.
-        ProcessError: the port cannot be had.
+        ConfigError: the host can be reached from other machines, and there is no token.
+        ProcessError: the port cannot be bound.
 
     """
 
@@ -94,6 +99,7 @@ class Dashboard:
         metrics: Callable[[], bytes] | None = None,
         ready: Callable[[], str] = lambda: "",
         posts: Mapping[str, Callable[[bytes], str]] = MappingProxyType({}),
+        idle_timeout_s: float = IDLE_S,
     ) -> None:
         self.access = Access(host, token, (socket.gethostname(),))
         self._board = Board()
@@ -104,7 +110,7 @@ class Dashboard:
         self._port = int(self._socket.getsockname()[1])
         self._host = f"[{host}]" if ":" in host else host
         self._metrics, self._ready, self._posts = metrics, ready, posts
-        self._client_timeout_s = client_timeout_s
+        self._client_timeout_s, self._idle_timeout_s = client_timeout_s, idle_timeout_s
         self._application: Application | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -115,37 +121,37 @@ class Dashboard:
 
     @property
     def clients(self) -> int:
-        """How many browsers follow the events."""
+        """Open event streams: browsers that show the page."""
         return self._board.clients
 
     @property
     def listeners(self) -> int:
-        """How many programs follow the predictions."""
+        """WebSocket clients that are sent predictions."""
         return self._application.feed.listeners if self._application else 0
 
     @property
     def connections(self) -> int:
-        """Open ones, of whatever kind."""
+        """All open connections."""
         return self._application.connections if self._application else 0
 
     def update(self, state: dict[str, Any]) -> None:
-        """Replace the state; NaN and infinity become null, as JSON wants."""
+        """Replace the state; NaN and infinity become null, as JSON requires."""
         self._board.put(msgspec.json.encode(state))
         self._call(self._board.wake)
 
     def predict(self, prediction: dict[str, Any]) -> None:
-        """One more prediction for those who listen, with `missed`: how many are missing before it."""
+        """Send a prediction to the WebSocket clients; its `missed` is the number of predictions missing before it."""
         self._call(lambda: self._running().feed.put(prediction))
 
     def explain(self, model: dict[str, Any]) -> None:
-        """What the predictions from here on mean."""
+        """Describe the model of the predictions that follow."""
         self._call(lambda: self._running().feed.put_model(model))
 
     def picture(self, jpeg: bytes) -> None:
         self._board.picture = jpeg
 
     def sound(self, first: int, columns: bytes) -> None:
-        """The spectrogram, `BANDS` bytes a column, and the number of the first."""
+        """Replace the spectrogram: `BANDS` bytes per column, and the number of the first column."""
         self._board.sound = (first, columns)
 
     def start(self) -> None:
@@ -155,25 +161,25 @@ class Dashboard:
             self._thread.start()
 
     def close(self) -> None:
-        """Cut every connection and give the port back; within some tenths of a second."""
+        """Close every connection and release the port, within some tenths of a second."""
         self._call(self._end)
         if self._thread is not None:
             self._thread.join(_CLOSE_S)
             self._thread = None
         self._socket.close()
 
-    def _call(self, what: Callable[[], None]) -> None:
-        """Have it called in the server's thread; not at all where that does not run."""
+    def _call(self, function: Callable[[], None]) -> None:
+        """Call it in the server's thread, if that runs."""
         if self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # it is closed
-                self._loop.call_soon_threadsafe(what)
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(function)
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
-        from stream_mmrnn.viewers.dashboard.app import Application, Offer
+        from stream_mmrnn.viewers.dashboard.app import Application, AppSettings
 
         page = _page()
         self._application = Application(
-            Offer(
+            AppSettings(
                 self.access,
                 page,
                 _policy(page),
@@ -182,6 +188,7 @@ class Dashboard:
                 self._posts,
                 self._port,
                 self._client_timeout_s,
+                self._idle_timeout_s,
             ),
             self._board,
         )
@@ -192,7 +199,7 @@ class Dashboard:
             loop.close()
 
     def _running(self) -> Application:
-        # asked by the loop, which runs only once there is an application
+        # called in the loop, which runs only after the application was made
         assert self._application is not None
         return self._application
 

@@ -1,6 +1,6 @@
-"""Sound as a page shows it: how loud it is, and a spectrogram of the last 30 s, one column in 40 ms.
+"""Sound as the page shows it: its level, and a spectrogram of the last 30 s with one column per 40 ms.
 
-Pure and bounded: it is given blocks of samples and their event times. Knows nothing about devices or browsers.
+Pure and bounded: it is given blocks of samples and their event times.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _HOP = AUDIO_RATE_HZ * COLUMN_NS // 1_000_000_000
 _WINDOW = 1024
 _LOWEST_HZ, _HIGHEST_HZ = 60.0, 7600.0
 _FLOOR_DB, _RANGE_DB = -95.0, 80.0
-"""Of a band: what is shown as nothing, and from there to the brightest."""
+"""Of a band: the level that is shown as black, and the range from there to the brightest."""
 _QUIET_DB = -96.0
-"""What 16 bits cannot go below."""
+"""The noise floor of 16 bits: levels are not shown below it."""
 _FULL = 32768.0
 
 
@@ -33,7 +33,7 @@ def _mel(hz: float) -> float:
 
 @cache
 def _filters() -> npt.NDArray[np.float32]:
-    """(bins, bands): triangles on the mel scale, each adding up to one, and none without a bin."""
+    """[bins, bands]: triangular mel filters; each sums to one, and has at least one bin."""
     edges = 700 * (10 ** (np.linspace(_mel(_LOWEST_HZ), _mel(_HIGHEST_HZ), BANDS + 2) / 2595) - 1)
     bins = np.fft.rfftfreq(_WINDOW, 1 / AUDIO_RATE_HZ)[:, None]
     low, centre, high = edges[:-2], edges[1:-1], edges[2:]
@@ -44,8 +44,8 @@ def _filters() -> npt.NDArray[np.float32]:
     return np.asarray(weights / weights.sum(axis=0), np.float32)
 
 
-class Sound:
-    """One stream of sound. `first` and `columns` are the spectrogram: a column's number is its time over 40 ms."""
+class Spectrogram:
+    """One audio stream. `first` and `columns` are the spectrogram: a column's number is its time divided by 40 ms."""
 
     def __init__(self) -> None:
         self._samples = np.zeros(_WINDOW, np.float32)
@@ -55,11 +55,11 @@ class Sound:
         self._newest = -1
         self._levels: deque[tuple[float, float]] = deque(maxlen=8)
         self._window = np.hanning(_WINDOW).astype(np.float32)
-        # so that a sine of full scale is 0 dB
+        # a full-scale sine is 0 dB
         self._scale = 4.0 / float(self._window.sum()) ** 2
 
     def observe(self, event_ns: int, payload: Any) -> None:
-        """Take a block; `event_ns` is the end of it. What is no sound of ours is left out."""
+        """Add a block that ends at `event_ns`; a payload that is not 16-bit audio is ignored."""
         if not isinstance(payload, np.ndarray) or payload.dtype != np.int16 or not 0 < payload.size <= AUDIO_RATE_HZ:
             return
         block = payload.reshape(-1).astype(np.float32) / _FULL
@@ -75,7 +75,7 @@ class Sound:
     def _add(self, end_ns: int) -> None:
         number = end_ns // COLUMN_NS
         if not 0 <= number - self._newest < COLUMNS or self._newest < 0:
-            self._columns.clear()  # another time than before
+            self._columns.clear()  # time went back, or there is a long gap
         else:
             # where no sound came the picture is empty, and a clock that is a little off makes two columns one
             self._columns.extend([bytes(BANDS)] * max(0, number - self._newest - 1))
@@ -95,7 +95,7 @@ class Sound:
 
     @property
     def columns(self) -> bytes:
-        """`BANDS` bytes a column, the oldest first; low bands first, 0 is silence, 255 the loudest."""
+        """`BANDS` bytes per column, the oldest first; low bands first, 0 is silence, 255 the loudest."""
         return b"".join(self._columns)
 
     def snapshot(self, now_ns: int) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""A running system seen from another process: `stream-mmrnn top` and `stream-mmrnn predictions`."""
+"""`stream-mmrnn top`: a running session and the resources of its processes, seen from another process."""

@@ -1,4 +1,4 @@
-"""What the processes of a running system use: CPU, memory, threads. Asks the operating system; knows no bus."""
+"""CPU, memory and threads of the processes of a running session, from the operating system."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from typing import Any
 import psutil
 
 _NODE = "mmrnn-"
-"""How a process of ours calls itself, where the system lets it (`nodes.run`); cut after 15 characters."""
+"""Prefix of our process names, where the system has them (`nodes.run`); they are cut after 15 characters."""
 
 
-class Usage:
-    """A supervisor and all its descendants. CPU is that since the last `read`; of a process new to us it is 0."""
+class ProcessUsage:
+    """A supervisor and all its descendants. CPU is measured since the last `read`; it is 0 for a new process."""
 
     def __init__(self, pid: int) -> None:
         self._supervisor = pid
         self._known: dict[psutil.Process, None] = {}
 
     def read(self, nodes: Mapping[int, str]) -> list[dict[str, Any]]:
-        """A row a process, the supervisor first; `nodes` names those that have said who they are, by number.
+        """A row per process, the supervisor first. `nodes`: by process id, the names known from status messages.
 
-        `cpu_percent` is of one core, `rss_bytes` counts what is shared with others in full.
+        `cpu_percent` is of one core; `rss_bytes` includes memory that is shared with other processes.
         """
         try:
             top = psutil.Process(self._supervisor)
-            there = [top, *top.children(recursive=True)]
+            running = [top, *top.children(recursive=True)]
         except psutil.Error:
             return []
-        # equal where number and beginning are: the same process, with its CPU time of before
+        # psutil compares process id and start time: keep the object that has the earlier CPU time
         before = {p: p for p in self._known}
-        self._known = {before.get(p, p): None for p in there}
+        self._known = {before.get(p, p): None for p in running}
         rows = (self._row(p, nodes) for p in self._known)
         return sorted((r for r in rows if r is not None), key=lambda r: (r["pid"] != self._supervisor, r["node"]))
 
     def _row(self, process: psutil.Process, nodes: Mapping[int, str]) -> dict[str, Any] | None:
-        """None of one that has just ended."""
+        """None if the process has just ended."""
         try:
             with process.oneshot():
                 return {

@@ -1,4 +1,4 @@
-"""How `top` looks: the processes of each system, and below them what the session's own view shows. Knows no bus."""
+"""The display of `top`: the processes of each session, and below them the session's terminal view."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _processes(system: System, rows: list[dict[str, Any]]) -> Table:
 
 
 def draw(systems: Systems, width: int) -> RenderableType:
-    """All of them, one below the other."""
+    """All sessions, one below the other."""
     parts: list[RenderableType] = []
     for system in systems.systems.values():
         live = system.live()
