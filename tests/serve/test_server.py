@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import ROOT
-from serving import alone, features_of, running, settings_for, tick
+from serving import alone, features_of, running, settings_for, start, tick
 
 from stream_mmrnn import AsyncClient, Client
 from stream_mmrnn.bus import Dealer
@@ -636,20 +636,6 @@ def test_an_answer_that_does_not_come_is_an_error(server: Server) -> None:
 
 
 # ---- as a process ----------------------------------------------------------------------------------------------------
-
-
-def start(model: Path, states: Path, port: int) -> tuple[subprocess.Popen[str], str]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "stream_mmrnn", "serve", "--model", str(model), "--port", str(port), "--json"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"XDG_STATE_HOME": str(states)},
-    )
-    assert process.stderr is not None
-    line = process.stderr.readline()
-    assert "serving" in line, line
-    return process, line.split(" at ")[1].split(":  ")[0].split(": up")[0]
 
 
 def test_a_killed_server_comes_back_and_no_tick_is_lost_or_differs(toy: Path, tmp_path: Path) -> None:
