@@ -100,9 +100,9 @@ def _in_cluster(
     from stream_mmrnn.core.extras import need
 
     need("a cluster", "cluster", "nats")
-    from stream_mmrnn.serve.cluster.node import Node
+    from stream_mmrnn.serve.cluster.node import ClusterNode
 
-    node = Node(settings, say_on(console))
+    node = ClusterNode(settings, say_on(console))
     alive = _Alive(duration_s)
     said = 0
 

@@ -1,1 +1,1 @@
-"""Sessions of other programs, over ZeroMQ, on one engine: `stream-mmrnn serve` and its client."""
+"""Serves the sessions of other programs over ZeroMQ: `stream-mmrnn serve`, its clients, and `cluster/` over NATS."""

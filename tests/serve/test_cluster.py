@@ -31,11 +31,11 @@ from stream_mmrnn.core.topics import SESSION_NAME
 from stream_mmrnn.core.types import Tick
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.serve import protocol
-from stream_mmrnn.serve.async_client import AsyncSession
-from stream_mmrnn.serve.cluster.log_reader import Reading
+from stream_mmrnn.serve.async_client import AsyncServedSession
+from stream_mmrnn.serve.cluster.log_reader import LogReader
 from stream_mmrnn.serve.cluster.membership import DEAD_AFTER_S, Members, plan
 from stream_mmrnn.serve.cluster.nats import Followed, Link, Logged, Refused, connect
-from stream_mmrnn.serve.cluster.node import Node
+from stream_mmrnn.serve.cluster.node import ClusterNode
 from stream_mmrnn.serve.cluster.replica import Replica
 from stream_mmrnn.serve.cluster.subjects import PARTITIONS, Beat, Fence, Lease, Names, Table, session_of, token_of
 
@@ -358,7 +358,7 @@ def cluster(toy: Path, tmp_path: Path) -> Iterator[Cluster]:
 @contextlib.asynccontextmanager
 async def running(cluster: Cluster, toy: Path, notes: list[str] | None = None, **serve: int):  # type: ignore[no-untyped-def]
     asked = msgspec.structs.replace(cluster.settings(), serve=config.Serve(**serve))
-    node = Node(asked, (notes if notes is not None else []).append)
+    node = ClusterNode(asked, (notes if notes is not None else []).append)
     going = True
     task = asyncio.create_task(node.run(lambda: going))
     try:
@@ -370,7 +370,7 @@ async def running(cluster: Cluster, toy: Path, notes: list[str] | None = None, *
         await task
 
 
-async def drive(session: AsyncSession, ticks: list[Tick]) -> list[bytes]:
+async def drive(session: AsyncServedSession, ticks: list[Tick]) -> list[bytes]:
     got = []
     for of in ticks:
         answer = await session.step(features_of(of), event_ns=of.event_ns, age_ns=of.age_ns)
@@ -501,7 +501,7 @@ def test_an_engine_of_another_model_does_not_join(cluster: Cluster, toy: Path, m
         async with running(cluster, toy):
             asked = msgspec.structs.replace(cluster.settings(), engine=config.Engine(model=str(model)))
             with pytest.raises(ProcessError, match=r"serves toy .* not toy"):
-                await Node(asked).run(lambda: True)
+                await ClusterNode(asked).run(lambda: True)
 
     asyncio.run(main())
 
@@ -575,7 +575,7 @@ class FakeLog:
 def test_a_reading_leaves_nothing_out_whatever_becomes_of_the_server(acts: list[str]) -> None:
     async def main() -> None:
         log, heard = FakeLog(10), list[int]()
-        reading = Reading(log, 0, 0, lambda session, number, client, content: heard.append(number))  # type: ignore[arg-type]
+        reading = LogReader(log, 0, 0, lambda session, number, client, content: heard.append(number))  # type: ignore[arg-type]
         await reading.begin()
         for act in acts:
             if act == "give":

@@ -1,4 +1,4 @@
-"""The JavaScript client docs/clients/stream_mmrnn.mjs against a server: the same bits as one engine without a server."""
+"""The JavaScript client docs/clients/stream_mmrnn.mjs against a server: the bits of an engine alone."""
 
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ CODES = """
     const codes = {};
     const code = async (name, ask) => {
         const long = new Promise((resolve) => setTimeout(resolve, 8000, { code: "hangs" }).unref());
-        const outcome = await Promise.race([(async () => ask())().then(() => ({ code: "none" }), (error) => error), long]);
+        const done = (async () => ask())().then(() => ({ code: "none" }), (error) => error);
+        const outcome = await Promise.race([done, long]);
         codes[name] = outcome.code ?? String(outcome);
         return outcome;
     };
@@ -347,7 +348,7 @@ def test_the_pages_run_as_written(tmp_path: Path) -> None:
         assert server.host.counts["predictions"] == sum(pages.values())
 
 
-# ---- a faulty server -----------------------------------------------------------------------------------------------------
+# ---- a faulty server -------------------------------------------------------------------------------------------------
 
 WELCOME = protocol.Welcome(
     version=1, name="m", model="0" * 64, tick_ns=1, queue=4, modalities=(protocol.Modality("audio", 1),), heads=()
@@ -365,7 +366,7 @@ def lying(answers: Callable[[protocol.Request], list[protocol.Reply | bytes]]) -
             if (received := router.receive(50)) is None:
                 continue
             for reply in answers(protocol.read_request(received[1])):
-                if found == b"bye":
+                if reply == b"bye":
                     over.set()
                 else:
                     router.send(received[0], reply if isinstance(reply, bytes) else protocol.encode(reply))

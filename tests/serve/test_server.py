@@ -45,7 +45,7 @@ from stream_mmrnn.core.types import Prediction, Tick
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.predict.snapshots import StateStore
 from stream_mmrnn.serve import protocol
-from stream_mmrnn.serve.client import Session
+from stream_mmrnn.serve.client import ServedSession
 from stream_mmrnn.serve.client_state import KEPT_TICKS, ClientSession, ClientState
 from stream_mmrnn.serve.server import Server
 from stream_mmrnn.serve.session_host import Host
@@ -361,8 +361,8 @@ class Line:
         self.at_ns = NOW
         self.talk.send(protocol.Hello())
 
-    def put(self, client_session: ClientSession, of: Tick) -> None:
-        self.talk.put(client_session, features_of(of), None, of.event_ns, of.age_ns, self.at_ns)
+    def put(self, session: ClientSession, of: Tick) -> None:
+        self.talk.put(session, features_of(of), None, of.event_ns, of.age_ns, self.at_ns)
 
     def carry(self, answers: bool = True) -> None:
         """Both ways, until nobody has anything to say; without `answers` what the host says is lost."""
@@ -382,54 +382,54 @@ class Line:
 
 def test_a_server_that_comes_back_is_given_what_it_has_not_seen(make: Make, toy: Path) -> None:
     line = Line(make, snapshot_every=4)
-    client_session = line.talk.client_session("s")
+    session = line.talk.new_session("s")
     line.talk.send(protocol.Open(session="s"))
     line.carry()
     ticks = [tick("s", i) for i in range(20)]
     for of in ticks[:10]:
-        line.put(client_session, of)
+        line.put(session, of)
         line.carry()
         line.host.housekeeping(line.at_ns)
     line.die()
     for of in ticks[10:13]:
-        line.put(client_session, of)
+        line.put(session, of)
     line.carry(answers=False)  # it dies again, with its answers on the way
     line.die()
     for of in ticks[13:]:
-        line.put(client_session, of)
+        line.put(session, of)
     line.carry()
     line.at_ns += 2 * S
     line.talk.poll(line.at_ns)
     line.carry()
-    got = [a for a in client_session.answers if not isinstance(a, Exception)]
+    got = [a for a in session.answers if not isinstance(a, Exception)]
     assert [a.tick for a in got] == list(range(20))
     assert [a.heads["next"].tobytes() for a in got] == alone(toy, ticks)
-    assert client_session.skipped == 0
-    assert not client_session.unanswered
+    assert session.skipped == 0
+    assert not session.unanswered
 
 
 def test_what_is_not_kept_any_more_is_said_not_hidden(make: Make, toy: Path) -> None:
     line = Line(make, snapshot_every=0)
-    client_session = line.talk.client_session("s")
+    session = line.talk.new_session("s")
     line.talk.send(protocol.Open(session="s"))
     line.carry()
     line.talk.send(protocol.Flush(session="s"))
     line.carry()
     for i in range(KEPT_TICKS + 3):
-        line.talk.put(client_session, {}, None, i, None, line.at_ns)
+        line.talk.put(session, {}, None, i, None, line.at_ns)
         line.carry()
-    client_session.answers.clear()
+    session.answers.clear()
     line.die()
-    line.talk.put(client_session, {}, None, 0, None, line.at_ns)
+    line.talk.put(session, {}, None, 0, None, line.at_ns)
     line.carry()
-    assert isinstance(client_session.error, Evicted)
-    assert "as it was at tick 0" in str(client_session.error)
+    assert isinstance(session.error, Evicted)
+    assert "as it was at tick 0" in str(session.error)
 
 
 @given(st.binary(max_size=300))
 def test_no_bytes_harm_a_client(content: bytes) -> None:
     talk = ClientState()
-    talk.client_session("s")
+    talk.new_session("s")
     try:
         talk.receive(content, NOW)
     except WireError:
@@ -445,7 +445,7 @@ def server(toy: Path, tmp_path: Path) -> Iterator[Server]:
         yield found
 
 
-def drive(session: Session, ticks: list[Tick]) -> list[bytes]:
+def drive(session: ServedSession, ticks: list[Tick]) -> list[bytes]:
     got = []
     for of in ticks:
         answer = session.step(features_of(of), event_ns=of.event_ns, age_ns=of.age_ns)

@@ -17,7 +17,7 @@ Heard = Callable[[str, int, str, bytes], None]
 """Session, number, client, content."""
 
 
-class Reading:
+class LogReader:
     """Gives messages in the order of their numbers, each once, or again from an older one; never leaves one out."""
 
     def __init__(self, link: Link, partition: int, after: int, heard: Heard) -> None:

@@ -23,7 +23,7 @@ from stream_mmrnn.core.errors import ProcessError, SnapshotError
 from stream_mmrnn.predict.sharded_engine import create
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.async_client import end_tasks
-from stream_mmrnn.serve.cluster.log_reader import Reading
+from stream_mmrnn.serve.cluster.log_reader import LogReader
 from stream_mmrnn.serve.cluster.membership import DEAD_AFTER_S, Members, is_lost, plan
 from stream_mmrnn.serve.cluster.nats import FAILURES, Link, Refused, connect, new_name
 from stream_mmrnn.serve.cluster.replica import Kept, Replica, Said
@@ -43,7 +43,7 @@ class _Part:
 
     def __init__(self, number: int, epoch: int, fence: int) -> None:
         self.number, self.epoch, self.fence = number, epoch, fence
-        self.reading: Reading | None = None
+        self.reader: LogReader | None = None
         self.unstored: OrderedDict[str, tuple[Said, asyncio.Future[bool], float]] = OrderedDict()
         """What was said and is not stored yet, by session and name, in order; since when."""
         self.revisions: dict[str, int] = {}
@@ -53,7 +53,7 @@ class _Part:
         self.ours = True
 
 
-class Node:
+class ClusterNode:
     """One engine; `run` serves until it is told to stop."""
 
     def __init__(self, settings: config.Settings, say: Callable[[str], None] = lambda _: None) -> None:
@@ -154,9 +154,9 @@ class Node:
         """The connection is back: what was on its way is not."""
         self._members.begin(_now_s())
         for part in list(self.parts.values()):
-            if part.reading is not None:
+            if part.reader is not None:
                 with contextlib.suppress(*FAILURES):
-                    await part.reading.begin()
+                    await part.reader.begin()
             await self._say_again(part, 0.0)
 
     # ---- who is alive, who has what ------------------------------------------------------------------------------
@@ -220,9 +220,9 @@ class Node:
                     self.counts["damaged"] += 1
                     self._say(str(e))
             part.low = low
-            part.reading = Reading(self.link, number, low, lambda *message: self._receive(part, *message))
+            part.reader = LogReader(self.link, number, low, lambda *message: self._receive(part, *message))
             self.parts[number] = part
-            await part.reading.begin()
+            await part.reader.begin()
             self.counts["taken"] += 1
         except Refused:
             self.counts["fenced"] += 1
@@ -245,8 +245,8 @@ class Node:
         for task in part.keeping.values():
             task.cancel()
         self.replica.drop(number)
-        if part.reading is not None:
-            self._start(part.reading.end())
+        if part.reader is not None:
+            self._start(part.reader.end())
 
     async def _give_back(self, number: int) -> None:
         """Let another engine take the partition; where that fails it is served on, and tried again."""
@@ -256,14 +256,14 @@ class Node:
                 await self._give(part, number)
         finally:
             self._giving.discard(number)
-            if part is not None and part.ours and part.reading is not None:
-                await part.reading.begin()
+            if part is not None and part.ours and part.reader is not None:
+                await part.reader.begin()
 
     async def _give(self, part: _Part, number: int) -> None:
         """Step what was read, keep every session, and write down that it is nobody's."""
         assert self.replica is not None
-        assert part.reading is not None
-        await part.reading.end()
+        assert part.reader is not None
+        await part.reader.end()
         while part.ours and (self.replica.waits(number) or any(of[0] is part for of in self._inbox)):
             await asyncio.sleep(0.001)
         if not part.ours:
@@ -275,7 +275,7 @@ class Node:
             await self._say_again(part, _SAY_AGAIN_S)
         if not part.ours:
             return
-        await self.link.set_low(number, self.replica.low(number, part.reading.read))
+        await self.link.set_low(number, self.replica.low(number, part.reader.read))
         while part.ours:
             table, revision = await self.link.table()
             if is_lost(table, number, self.name, part.epoch):
@@ -422,13 +422,13 @@ class Node:
         assert self.replica is not None
         for part in list(self.parts.values()):
             await self._say_again(part, _SAY_AGAIN_S)
-            if part.reading is None or part.number in self._giving:
+            if part.reader is None or part.number in self._giving:
                 continue
             with contextlib.suppress(*FAILURES):
-                if part.reading.silent:
-                    await part.reading.begin()
+                if part.reader.silent:
+                    await part.reader.begin()
                 queued = any(of[0] is part for of in self._inbox)
-                low = self.replica.low(part.number, part.low if queued else part.reading.read)
+                low = self.replica.low(part.number, part.low if queued else part.reader.read)
                 if low > part.low:
                     await self.link.set_low(part.number, low)
                     part.low = low
