@@ -222,7 +222,7 @@ class AsyncClient:
             await self._transport.end(session)
 
     async def _connect(self, receive: Receive) -> Transport:
-        return _ZmqTransport(self._address, self._keys, hear)
+        return _ZmqTransport(self._address, self._keys, receive)
 
     def _receive(self, content: bytes) -> None:
         with contextlib.suppress(WireError):  # not a message of the protocol: ignored

@@ -182,7 +182,7 @@ class ServedSession(SessionProperties):
         return done(session)
 
     def flush(self, timeout_s: float = TIMEOUT_S) -> int:
-        """Wait until every tick sent before is answered and the state is on disk; returns the index of the next tick."""
+        """Wait until all ticks sent are answered and the state is on disk; returns the index of the next tick."""
         done = self._ask(protocol.Flush(session=self.name), timeout_s)
         return done.next if isinstance(done, protocol.Flushed) else self.next_tick
 

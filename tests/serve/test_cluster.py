@@ -34,8 +34,9 @@ from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.async_client import AsyncServedSession
 from stream_mmrnn.serve.cluster.log_reader import LogReader
 from stream_mmrnn.serve.cluster.membership import DEAD_AFTER_S, Members, plan
-from stream_mmrnn.serve.cluster.nats import Followed, Link, Logged, Refused, connect
+from stream_mmrnn.serve.cluster.nats import Followed, Link, Logged, connect
 from stream_mmrnn.serve.cluster.node import ClusterNode
+from stream_mmrnn.serve.cluster.receipts import Refused
 from stream_mmrnn.serve.cluster.replica import Replica
 from stream_mmrnn.serve.cluster.subjects import PARTITIONS, Beat, Fence, Lease, Names, Table, session_of, token_of
 
@@ -155,7 +156,7 @@ class Reader:
     def step(self) -> None:
         if self.replica.ready:
             self.replica.step(NOW)
-        self.replica.look_after(NOW)
+        self.replica.housekeeping(NOW)
 
     def hand_on(self, lost: bool = False, unkept: bool = False) -> None:
         """`lost`: it died before anything was stored; `unkept`: after what it said was, before states were."""
@@ -171,7 +172,7 @@ class Reader:
                 self.log.states.pop(state.session, None)
             else:
                 self.log.states[state.session] = state.raw
-            self.replica.kept(state)
+            self.replica.on_saved(state)
         if not self.replica.ready:
             self.log.low = max(self.log.low, self.replica.low(0, self.read))
 
@@ -290,7 +291,7 @@ def test_a_silent_session_and_a_closed_one_do_not_hold_the_log_back(toy: Path) -
     log.put("closed", protocol.Close(session="closed"))
     reader.finish()
     assert log.low == 1
-    reader.replica.save_silent(5 * S, NOW + 6 * S)
+    reader.replica.save_idle(5 * S, NOW + 6 * S)
     reader.hand_on()
     assert log.low == 5
 
@@ -302,7 +303,7 @@ def test_an_evicted_session_comes_back_on_another_engine_by_its_token(toy: Path)
     for i in range(3):
         log.put("s", step_of(tick("s", i)))
     reader.finish()
-    reader.replica.look_after(NOW + 11 * S)
+    reader.replica.housekeeping(NOW + 11 * S)
     reader.hand_on()
     [notice] = [timeless(c[0]) for (_, name), c in log.said.items() if name.endswith("evicted")]
     assert isinstance(notice, protocol.EvictedNow)
@@ -329,7 +330,7 @@ def test_a_snapshot_that_is_none_of_ours_is_said_so(toy: Path) -> None:
     with pytest.raises(SnapshotError, match="are no snapshot"):
         replica.adopt(0, b"nonsense", NOW)
     raw = to_bytes(Snapshot("s", replica.sessions.engine.spec.sha256, 0, {}))
-    with pytest.raises(SnapshotError, match="does not say where in the log it stands"):
+    with pytest.raises(SnapshotError, match="has no position in the log"):
         replica.adopt(0, raw, NOW)
 
 
@@ -483,12 +484,12 @@ def test_what_was_read_before_a_partition_was_lost_is_not_stepped_after(cluster:
             async with await client.open("s") as session:
                 first = await drive(session, ticks[:4])
                 await session.flush()
-                [number] = {place.partition for place in node.replica._places.values()}
+                number = node.replica.partition_of("s")
                 before = node.parts[number]
-                node._lose(number)  # as if it had stood still; the table still says that it is ours
+                node.lose(number)  # as if it had stood still; the table still says that it is ours
                 while node.parts.get(number) in (None, before) or "s" not in node.replica.sessions:
                     await asyncio.sleep(0.01)
-                node._hear(before, "s", 10**6, "c", protocol.encode(step_of(ticks[7])))
+                node.receive(before, "s", 10**6, "c", protocol.encode(step_of(ticks[7])))
                 assert first + await drive(session, ticks[4:]) == alone(toy, ticks)
                 assert node.replica.sessions.counts["skipped"] == 0
 

@@ -123,7 +123,7 @@ def test_each_refusal_is_an_error_of_its_own(make: Make) -> None:
     assert busy.value.retry_after_s == pytest.approx(3.0)
     with pytest.raises(UnknownSession):
         sessions.step([tick("c", 0)], now_ns=NOW)
-    with pytest.raises(UnknownSession, match="nothing is kept"):
+    with pytest.raises(UnknownSession, match="no state of session"):
         sessions.open("c", "token", now_ns=NOW)
     notice = sessions.cancel("a", now_ns=NOW)
     assert notice == Notice("a", a.token, "cancelled", 0)

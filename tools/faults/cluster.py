@@ -83,9 +83,9 @@ class _Deaf(ClusterNode):
 
     deaf = False
 
-    async def _tell(self, gone: bool = False) -> None:
+    async def _send_beat(self, gone: bool = False) -> None:
         if not self.deaf:
-            await super()._tell(gone)
+            await super()._send_beat(gone)
 
     async def _share(self) -> None:
         if not self.deaf:
