@@ -8,12 +8,10 @@ about sockets or clients.
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import re
 import secrets
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 from typing import Literal, Protocol, TypeAlias
 
 import msgspec
@@ -29,17 +27,14 @@ from stream_mmrnn.core.errors import (
     SnapshotError,
     UnknownSession,
 )
-from stream_mmrnn.core.types import ModelSpec, Prediction, Stamps, Tick
+from stream_mmrnn.core.types import ModelSpec, Prediction, Tick
 from stream_mmrnn.predict.snapshots import NEVER, Array, Snapshot
-from stream_mmrnn.serve.admission import LEAST, Admission
+from stream_mmrnn.serve.admission import Admission
+from stream_mmrnn.serve.measure import measure
+from stream_mmrnn.serve.saved_states import SavedStates, Store, same_token
 
 Reason: TypeAlias = Literal["idle", "cancelled", "leaving", "lost"]
 """Why a session lost its slot: it was idle, its peer disconnected, the engine stops, or a shard died."""
-
-_TOKEN_SHA256 = "token_sha256"  # noqa: S105 a name, not a secret
-_MEASURED_ROUNDS, _MEASURED_NS = 16, 1_000_000_000
-"""Rounds over all counts; it stops earlier after so long."""
-_MEASURED_COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Engine(Protocol):
@@ -63,20 +58,6 @@ class Engine(Protocol):
     def restore(self, session: str, state: dict[str, Array]) -> None: ...
 
     def step(self, ticks: Sequence[Tick]) -> list[Prediction]: ...
-
-
-class Store(Protocol):
-    """Where states are saved; StateStore is one."""
-
-    def save(self, snapshot: Snapshot, unix_ns: int) -> object: ...
-
-    def load(self, session: str, unix_ns: int) -> Snapshot | None: ...
-
-    def holds(self, session: str, unix_ns: int) -> bool: ...
-
-    def forget(self, session: str) -> object: ...
-
-    def sweep(self, unix_ns: int) -> int: ...
 
 
 class Opened(msgspec.Struct, frozen=True):
@@ -141,18 +122,16 @@ class Sessions:
         written; such a session is not evicted. `lost`: sessions of a shard that died."""
         self.last_problem = ""
         """Why the newest state could not be written."""
-        self._offset_ns = wall_offset_ns
         self._idle_ns = round(settings.idle_s * 1e9)
         self._make_token = make_token
         self._live: dict[str, _Live] = {}
-        self._writer = writer
-        self._writing: dict[str, Future[object]] = {}
+        self._states = SavedStates(store, wall_offset_ns, writer)
         self._sizes = tuple((m.name, (m.size,)) for m in engine.spec.modalities)
         self._retry = admission or config.Admission()
         self.admission: Admission | None = None
         if admission is not None:
             self.admission = Admission(engine.spec.tick_ns, admission.share)
-            self._measure()
+            measure(engine, self.admission)
 
     def __contains__(self, session: str) -> bool:
         return session in self._live
@@ -179,15 +158,15 @@ class Sessions:
             raise SessionError(f"a session cannot be called {session[:80]!r}; expected {topics.SESSION_NAME}")
         live = self._live.get(session)
         if live is not None:
-            if token is None or not _equal(token, live.token):
+            if token is None or not same_token(token, live.token):
                 self.counts["duplicate"] += 1
                 raise DuplicateSession(f"session {session!r} is open already; give its token, or take another name")
             live.active_ns = now_ns
             return Opened(session, live.token, live.last + 1, live.last != NEVER)
         snapshot = None
         if token is not None:
-            snapshot = self._kept(session, token, now_ns)
-        elif self.store.holds(session, self._unix_ns(now_ns)):
+            snapshot = self._load(session, token, now_ns)
+        elif self._states.holds(session, now_ns):
             raise self._evicted(session)
         self._admit(session, now_ns)
         if snapshot is None:
@@ -235,14 +214,13 @@ class Sessions:
             f"{self.engine.spec.sha256[:12]}; close it with its token to begin anew"
         )
 
-    def _kept(self, session: str, token: str, now_ns: int) -> Snapshot:
+    def _load(self, session: str, token: str, now_ns: int) -> Snapshot:
         """Load the state of a session, if this is its token."""
-        snapshot = self.store.load(session, self._unix_ns(now_ns))
+        snapshot = self._states.load(session, now_ns)
         if snapshot is None:
             self.counts["unknown"] += 1
             raise UnknownSession(f"no state of session {session!r} is kept (any more); open it without a token")
-        expected = snapshot.extra.get(_TOKEN_SHA256)
-        if not isinstance(expected, str) or not _equal(_sha256(token), expected):
+        if not self._states.is_token(snapshot, token):
             raise self._evicted(session)
         if snapshot.model_sha256 != self.engine.spec.sha256:
             raise self._other_model(snapshot)
@@ -370,15 +348,10 @@ class Sessions:
         self._settle(session)
         if self._live.pop(session, None) is not None:
             self.engine.close(session)
-        elif token is None or not self._owns(session, token, now_ns):
+        elif token is None or not self._states.owns(session, token, now_ns):
             raise self.missing(session, now_ns)
         self.store.forget(session)
         self.counts["closed"] += 1
-
-    def _owns(self, session: str, token: str, now_ns: int) -> bool:
-        snapshot = self.store.load(session, self._unix_ns(now_ns))
-        expected = snapshot.extra.get(_TOKEN_SHA256) if snapshot is not None else None
-        return isinstance(expected, str) and _equal(_sha256(token), expected)
 
     def cancel(self, session: str, *, now_ns: int) -> Notice:
         """Save and evict a session now, because its peer disconnected.
@@ -435,9 +408,9 @@ class Sessions:
         newest snapshot, and `Opened.next_index` says which ticks to send again. One that cannot be saved is counted,
         and is due again.
         """
-        for session in [name for name, writing in self._writing.items() if writing.done()]:
+        for session in self._states.written():
             self._settle(session)
-        every, most = self.settings.snapshot_every, most - len(self._writing)
+        every, most = self.settings.snapshot_every, most - self._states.writing
         if most <= 0:
             return []
         due = [(live.unsaved, name) for name, live in self._live.items() if live.unsaved < 0 or live.unsaved >= every]
@@ -446,15 +419,14 @@ class Sessions:
         due.sort(key=lambda of: (of[0] >= 0, -of[0]))
         saved = []
         for _, session in due[:most]:
-            if self._writer is not None:
-                live = self._live[session]
-                made = self._snapshot(session, live)
-                self._writing[session] = self._writer.submit(self.store.save, made, self._unix_ns(now_ns))
+            live = self._live[session]
+            if self._states.has_writer:
+                self._states.submit(self._snapshot(session, live), live.token, now_ns)
                 live.unsaved = 0
                 saved.append(session)
                 continue
             try:
-                self._save(session, self._live[session], now_ns)
+                self._save(session, live, now_ns)
                 saved.append(session)
             except SnapshotError as e:
                 self.last_problem = str(e)
@@ -462,12 +434,9 @@ class Sessions:
 
     def _settle(self, session: str) -> None:
         """Wait until the session's state in the writer is on disk; where that fails, the session is due again."""
-        writing = self._writing.pop(session, None)
-        if writing is None:
-            return
         try:
-            writing.result()
-            self.counts["saved"] += 1
+            if self._states.finish(session):
+                self.counts["saved"] += 1
         except SnapshotError as e:
             self.counts["unsaved"] += 1
             self.last_problem = str(e)
@@ -490,18 +459,15 @@ class Sessions:
 
     def sweep(self, now_ns: int) -> int:
         """Delete expired states; returns how many files."""
-        return self.store.sweep(self._unix_ns(now_ns))
+        return self._states.sweep(now_ns)
 
     def _snapshot(self, session: str, live: _Live) -> Snapshot:
-        extra: dict[str, bytes | str] = {
-            _TOKEN_SHA256: _sha256(live.token)
-        }  # a reader of the disk must not be able to resume it
-        return Snapshot(session, self.engine.spec.sha256, live.last, self.engine.snapshot(session), extra)
+        return Snapshot(session, self.engine.spec.sha256, live.last, self.engine.snapshot(session))
 
     def _save(self, session: str, live: _Live, now_ns: int) -> None:
         self._settle(session)
         try:
-            self.store.save(self._snapshot(session, live), self._unix_ns(now_ns))
+            self._states.save(self._snapshot(session, live), live.token, now_ns)
         except SnapshotError:
             self.counts["unsaved"] += 1
             raise
@@ -509,9 +475,6 @@ class Sessions:
         self.counts["saved"] += 1
 
     # ---- helpers -------------------------------------------------------------------------------------------------
-
-    def _unix_ns(self, now_ns: int) -> int:
-        return now_ns + self._offset_ns
 
     def _find(self, session: str, now_ns: int) -> _Live:
         live = self._live.get(session)
@@ -521,7 +484,7 @@ class Sessions:
 
     def missing(self, session: str, now_ns: int) -> SessionError:
         """The error for a session that is not open: UnknownSession, or Evicted where its state is kept."""
-        if self.store.holds(session, self._unix_ns(now_ns)):
+        if self._states.holds(session, now_ns):
             return self._evicted(session)
         self.counts["unknown"] += 1
         return UnknownSession(f"session {session[:80]!r} is not open; open it first")
@@ -529,44 +492,3 @@ class Sessions:
     def _evicted(self, session: str) -> Evicted:
         self.counts["evicted_asked"] += 1
         return Evicted(f"session {session!r} is not open here, but its state is kept; open it with its resume token")
-
-    def _measure(self) -> None:
-        """Measure steps with dummy sessions, before there are clients."""
-        names = []
-        try:
-            for i in range(max(_MEASURED_COUNTS)):
-                self.engine.open(name := f"\0measured {i}")
-                names.append(name)
-        except SessionError:
-            pass
-        features = {name: np.zeros(shape, np.float32) for name, shape in self._sizes}
-        present, age_ns = dict.fromkeys(features, True), dict.fromkeys(features, 0)
-        nowhere = Stamps(0, 0, 0, 0, "")
-        ticks = [Tick(name, 0, 0, features, present, age_ns, nowhere) for name in names]
-        assert self.admission is not None
-        counts = sorted({min(n, len(ticks)) for n in _MEASURED_COUNTS} - {0})
-        spent_ns = measured = 0
-        try:
-            for round_ in range(_MEASURED_ROUNDS + 1):
-                for count in counts:
-                    predictions = self.engine.step(ticks[:count])
-                    took_ns = predictions[-1].step_end_ns - predictions[0].step_start_ns
-                    spent_ns += took_ns
-                    if round_:  # the first steps also allocate memory
-                        self.admission.add(count, took_ns)
-                        measured += 1
-                if measured >= LEAST and spent_ns > _MEASURED_NS:
-                    break
-            self.admission.settle()
-        finally:
-            for name in names:
-                self.engine.close(name)
-
-
-def _sha256(token: str) -> str:
-    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _equal(one: str, other: str) -> bool:
-    """Compare in constant time."""
-    return hmac.compare_digest(one.encode("utf-8", "surrogatepass"), other.encode("utf-8", "surrogatepass"))

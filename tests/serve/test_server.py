@@ -1,4 +1,4 @@
-"""Sessions over the network: as if each were alone on an engine, whoever comes, breaks off, floods or lies."""
+"""Sessions over the network: each as if alone, with clients that disconnect, flood or send garbage."""
 
 from __future__ import annotations
 
