@@ -35,6 +35,21 @@ else
     echo "setup.sh: no Debian packages here; what Debian calls $packages may be needed" >&2
 fi
 
+# npm's packages for the tests of the JavaScript client, in .setup/javascript
+packages=docs/clients/package.json
+if [ "$what" = test ] && ! cmp -s $packages .setup/javascript/package.json; then
+    rm -rf .setup/javascript
+    mkdir -p .setup/javascript.new
+    cp $packages .setup/javascript.new
+    if command -v npm >/dev/null 2>&1 &&
+        npm install --prefix .setup/javascript.new --no-package-lock --no-audit --no-fund --silent; then
+        mv .setup/javascript.new .setup/javascript
+    else
+        rm -rf .setup/javascript.new
+        echo "setup.sh: npm cannot install $packages; the tests of the JavaScript client are skipped" >&2
+    fi
+fi
+
 # installed already, from this very pyproject?
 stamp=".venv/.installed-$what"
 [ -f "$stamp" ] && cmp -s "$stamp" pyproject.toml && exit 0

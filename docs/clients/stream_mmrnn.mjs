@@ -1,19 +1,26 @@
-// A client of `stream-mmrnn serve` for Node 18 and newer: one file, no dependencies. docs/serve.md has the protocol.
+// A client of `stream-mmrnn serve` for Node 18 and newer. docs/serve.md describes the protocol, README.md beside this
+// file the calls.
 //
-// It speaks ZMTP 3.1 (https://rfc.zeromq.org/spec/37/) as a DEALER without security, and msgpack as far as it is
-// needed. Whole numbers beyond 2^53 come as BigInt. It does not connect again by itself: whoever connects anew opens
-// the sessions by their tokens. README.md beside it says how to use it, and what it does not do.
+// npm's `zeromq` carries the messages and connects again by itself; `@msgpack/msgpack` encodes them. When the server
+// comes back, each session is opened again with its token, and the ticks that the server has not seen are sent again.
+// Integers beyond 2^53 are BigInt.
 
-import net from "node:net";
+import { readFileSync, statSync } from "node:fs";
+import { join } from "node:path";
+import { decode, encode } from "@msgpack/msgpack";
+import { Dealer } from "zeromq";
 
 export const VERSION = 1;
-const QUIET_MS = 10_000; // the server says something every 2 s
-const MAX_BYTES = 2 ** 20; // of a message; a server hangs up on a longer one
-const KEPT = 256; // ticks of a session that may have been sent and not read
+const MAX_BYTES = 2 ** 20; // of a message
+const KEPT_TICKS = 256; // of each session: more than a server steps between two snapshots
+const POLL_MS = 100;
+const ASK_AGAIN_MS = 1000; // without an answer for so long, a tick may have been lost with the server
 const SESSION_NAME = /^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$/;
+const KEY = /^[0-9a-zA-Z.\-:+=^!/*?&<>()[\]{}@%$#]{40}$/;
+const DECODE = { useBigInt64: true, maxStrLength: MAX_BYTES, maxArrayLength: 2 ** 16, maxMapLength: 2 ** 10 };
 
 export class ServeError extends Error {
-  /** `code`: busy, unknown, duplicate, evicted, bad_tick, bad_message, overrun, failed, timed_out, closed. */
+  /** `code`: busy, unknown, duplicate, evicted, bad_tick, bad_message, overrun, failed, timed_out, keys, closed. */
   constructor(code, message, more = {}) {
     super(message);
     this.name = "ServeError";
@@ -22,277 +29,88 @@ export class ServeError extends Error {
   }
 }
 
-// ---- msgpack --------------------------------------------------------------------------------------------------------
-
-export function encode(value) {
-  const parts = [];
-  write(value, parts);
-  return Buffer.concat(parts);
-}
-
-function bytes(...numbers) {
-  return Buffer.from(numbers);
-}
-
-function sized(tag8, tag16, tag32, length) {
-  if (tag8 !== null && length < 1 << 8) return bytes(tag8, length);
-  const head = Buffer.alloc(length < 1 << 16 ? 3 : 5);
-  head[0] = length < 1 << 16 ? tag16 : tag32;
-  if (length < 1 << 16) head.writeUInt16BE(length, 1);
-  else head.writeUInt32BE(length, 1);
-  return head;
-}
-
-function write(value, parts) {
-  if (value === null || value === undefined) parts.push(bytes(0xc0));
-  else if (value === true || value === false) parts.push(bytes(value ? 0xc3 : 0xc2));
-  else if (typeof value === "bigint" || Number.isSafeInteger(value)) writeInteger(BigInt(value), parts);
-  else if (typeof value === "number") {
-    const head = Buffer.alloc(9);
-    head[0] = 0xcb;
-    head.writeDoubleBE(value, 1);
-    parts.push(head);
-  } else if (typeof value === "string") {
-    const raw = Buffer.from(value, "utf8");
-    parts.push(raw.length < 32 ? bytes(0xa0 | raw.length) : sized(0xd9, 0xda, 0xdb, raw.length), raw);
-  } else if (value instanceof Uint8Array) parts.push(sized(0xc4, 0xc5, 0xc6, value.length), value);
-  else if (Array.isArray(value)) {
-    parts.push(value.length < 16 ? bytes(0x90 | value.length) : sized(null, 0xdc, 0xdd, value.length));
-    for (const item of value) write(item, parts);
-  } else if (typeof value === "object") {
-    const entries = Object.entries(value);
-    parts.push(entries.length < 16 ? bytes(0x80 | entries.length) : sized(null, 0xde, 0xdf, entries.length));
-    for (const [key, item] of entries) {
-      write(key, parts);
-      write(item, parts);
-    }
-  } else throw new TypeError(`a ${typeof value} cannot be sent`);
-}
-
-function writeInteger(value, parts) {
-  if (value >= 0n && value < 128n) return parts.push(bytes(Number(value)));
-  if (value < 0n && value >= -32n) return parts.push(bytes(Number(value) + 256));
-  const head = Buffer.alloc(9);
-  head[0] = value < 0n ? 0xd3 : 0xcf;
-  if (value < 0n) head.writeBigInt64BE(value, 1);
-  else head.writeBigUInt64BE(value, 1);
-  return parts.push(head);
-}
-
-export function decode(raw) {
-  const reader = { raw, at: 0 };
-  const value = read(reader, 0);
-  if (reader.at !== raw.length) throw new RangeError("bytes follow the message");
-  return value;
-}
-
-function take(reader, length) {
-  const from = reader.at;
-  if (length > reader.raw.length - from) throw new RangeError("the message ends in the middle");
-  reader.at += length;
-  return reader.raw.subarray(from, reader.at);
-}
-
-function number(big) {
-  return big >= BigInt(Number.MIN_SAFE_INTEGER) && big <= BigInt(Number.MAX_SAFE_INTEGER) ? Number(big) : big;
-}
-
-function count(reader, width) {
-  return take(reader, width).readUIntBE(0, width);
-}
-
-function read(reader, depth) {
-  if (depth > 32) throw new RangeError("the message is too deep");
-  const tag = take(reader, 1)[0];
-  if (tag < 0x80) return tag;
-  if (tag < 0x90) return map(reader, tag & 0x0f, depth);
-  if (tag < 0xa0) return list(reader, tag & 0x0f, depth);
-  if (tag < 0xc0) return take(reader, tag & 0x1f).toString("utf8");
-  if (tag >= 0xe0) return tag - 256;
-  switch (tag) {
-    case 0xc0: return null;
-    case 0xc2: return false;
-    case 0xc3: return true;
-    case 0xc4: return take(reader, count(reader, 1));
-    case 0xc5: return take(reader, count(reader, 2));
-    case 0xc6: return take(reader, count(reader, 4));
-    case 0xca: return take(reader, 4).readFloatBE(0);
-    case 0xcb: return take(reader, 8).readDoubleBE(0);
-    case 0xcc: return count(reader, 1);
-    case 0xcd: return count(reader, 2);
-    case 0xce: return count(reader, 4);
-    case 0xcf: return number(take(reader, 8).readBigUInt64BE(0));
-    case 0xd0: return take(reader, 1).readInt8(0);
-    case 0xd1: return take(reader, 2).readInt16BE(0);
-    case 0xd2: return take(reader, 4).readInt32BE(0);
-    case 0xd3: return number(take(reader, 8).readBigInt64BE(0));
-    case 0xd9: return take(reader, count(reader, 1)).toString("utf8");
-    case 0xda: return take(reader, count(reader, 2)).toString("utf8");
-    case 0xdb: return take(reader, count(reader, 4)).toString("utf8");
-    case 0xdc: return list(reader, count(reader, 2), depth);
-    case 0xdd: return list(reader, count(reader, 4), depth);
-    case 0xde: return map(reader, count(reader, 2), depth);
-    case 0xdf: return map(reader, count(reader, 4), depth);
-    default: throw new RangeError(`0x${tag.toString(16)} is nothing that a server sends`);
-  }
-}
-
-function list(reader, length, depth) {
-  if (length > reader.raw.length - reader.at) throw new RangeError("the message ends in the middle");
-  return Array.from({ length }, () => read(reader, depth + 1));
-}
-
-function map(reader, length, depth) {
-  if (length > reader.raw.length - reader.at) throw new RangeError("the message ends in the middle");
-  const found = Object.create(null);
-  for (let i = 0; i < length; i++) {
-    const key = read(reader, depth + 1);
-    if (typeof key !== "string") throw new RangeError("a key is no text");
-    found[key] = read(reader, depth + 1);
-  }
-  return found;
-}
-
-// ---- ZMTP -----------------------------------------------------------------------------------------------------------
-
-const MORE = 1, LONG = 2, COMMAND = 4;
-const GREETING = Buffer.alloc(64);
-GREETING[0] = 0xff;
-GREETING[9] = 0x7f;
-GREETING[10] = 3; // version 3.1
-GREETING[11] = 1;
-GREETING.write("NULL", 12, "latin1");
-
-function frame(flags, body) {
-  if (body.length < 256) return Buffer.concat([bytes(flags, body.length), body]);
-  const head = Buffer.alloc(9);
-  head[0] = flags | LONG;
-  head.writeBigUInt64BE(BigInt(body.length), 1);
-  return Buffer.concat([head, body]);
-}
-
-function property(name, value) {
-  const size = Buffer.alloc(4);
-  size.writeUInt32BE(value.length);
-  return Buffer.concat([bytes(name.length), Buffer.from(name), size, Buffer.from(value)]);
-}
-
-const READY = Buffer.concat([
-  bytes(5),
-  Buffer.from("READY"),
-  property("Socket-Type", "DEALER"),
-  property("Identity", ""),
-]);
-
-/** One connection: bytes in, whole messages out. */
-class Dealer {
-  constructor(socket, hear, fail) {
-    this.socket = socket;
-    this.hear = hear;
-    this.fail = fail;
-    this.left = Buffer.alloc(0);
-    this.greeted = this.ready = this.inParts = false;
-    this.waiting = [];
-    socket.write(GREETING);
-    socket.setNoDelay(true);
-    // not socket.setTimeout: what is written counts there as well, and a client that steps would never notice
-    let heardMs = performance.now();
-    const watch = setInterval(() => {
-      if (performance.now() - heardMs > QUIET_MS)
-        fail(new ServeError("closed", "the server has said nothing for long"));
-    }, 1000);
-    socket.on("data", (data) => {
-      heardMs = performance.now();
-      try {
-        this.take(data);
-      } catch (error) {
-        fail(new ServeError("closed", `this is no server of ours: ${error.message}`));
-      }
-    });
-    socket.on("error", (error) => fail(new ServeError("closed", error.message)));
-    socket.on("close", () => {
-      clearInterval(watch);
-      fail(new ServeError("closed", "the server has closed the connection"));
-    });
-  }
-
-  take(data) {
-    this.left = this.left.length ? Buffer.concat([this.left, data]) : data;
-    if (!this.greeted) {
-      if (this.left.length < 64) return;
-      if (this.left[0] !== 0xff || this.left[9] !== 0x7f || this.left[10] < 3) throw new Error("no ZMTP 3");
-      if (this.left.toString("latin1", 12, 32).replace(/\0+$/, "") !== "NULL") throw new Error("it asks for keys");
-      this.left = this.left.subarray(64);
-      this.greeted = true;
-      this.socket.write(frame(COMMAND, READY));
-    }
-    for (;;) {
-      const flags = this.left[0];
-      const head = flags & LONG ? 9 : 2;
-      if (this.left.length < head) return;
-      const size = flags & LONG ? Number(this.left.readBigUInt64BE(1)) : this.left[1];
-      if (size > 1 << 24) throw new Error("a message is too long");
-      if (this.left.length < head + size) return;
-      const body = this.left.subarray(head, head + size);
-      this.left = this.left.subarray(head + size);
-      if (flags & COMMAND) this.command(body);
-      else {
-        // what has more parts than one is not of our protocol
-        if (!(flags & MORE) && !this.inParts) this.hear(body);
-        this.inParts = Boolean(flags & MORE);
-      }
-    }
-  }
-
-  command(body) {
-    const name = body.toString("latin1", 1, 1 + body[0]);
-    if (name === "READY") {
-      this.ready = true;
-      for (const content of this.waiting.splice(0)) this.send(content);
-    } else if (name === "PING") {
-      this.socket.write(frame(COMMAND, Buffer.concat([bytes(4), Buffer.from("PONG"), body.subarray(7)])));
-    } else if (name === "ERROR") throw new Error("it does not let us in");
-  }
-
-  send(content) {
-    if (this.ready) this.socket.write(frame(0, content));
-    else this.waiting.push(content);
-  }
-}
-
-// ---- the client -----------------------------------------------------------------------------------------------------
+// ---- values ---------------------------------------------------------------------------------------------------------
 
 function vectorBytes(value) {
   const vector = value instanceof Float32Array ? value : Float32Array.from(value);
-  const raw = Buffer.alloc(4 * vector.length);
-  vector.forEach((x, i) => raw.writeFloatLE(x, 4 * i));
-  return raw;
+  const view = new DataView(new ArrayBuffer(4 * vector.length));
+  vector.forEach((x, i) => view.setFloat32(4 * i, x, true));
+  return new Uint8Array(view.buffer);
 }
 
 function vectorOf(raw) {
-  return Float32Array.from({ length: raw.length / 4 }, (_, i) => raw.readFloatLE(4 * i));
+  const view = new DataView(raw.buffer, raw.byteOffset, raw.byteLength);
+  return Float32Array.from({ length: raw.byteLength / 4 }, (_, i) => view.getFloat32(4 * i, true));
 }
 
-function named(names, values) {
+function byName(names, values) {
   return Object.fromEntries(names.map((name, i) => [name, values[i]]));
 }
 
-/** A whole number of 64 bits, as msgpack wants it: `Date.now() * 1e6` is one, and JavaScript would send a float. */
-function whole(value, what, tick) {
+/** A 64-bit integer as a BigInt: msgpack would write `Date.now() * 1e6` as a float. */
+function int64(value, what, tick) {
   if (typeof value === "bigint" || Number.isInteger(value)) {
     const big = BigInt(value);
     if (BigInt.asIntN(64, big) === big) return big;
   }
-  throw new ServeError("bad_tick", `${what} of tick ${tick} is ${value}; expected a whole number of 64 bits`, { tick });
+  throw new ServeError("bad_tick", `${what} of tick ${tick} is ${value}; expected a 64-bit integer`, { tick });
 }
 
-/** Connect to `tcp://HOST:PORT`; a Client. Rejects with a ServeError. */
-export async function connect(address, { timeoutMs = 5000 } = {}) {
-  const match = /^tcp:\/\/\[?([^\]]+)\]?:(\d+)$/.exec(address);
-  if (!match || match[2] > 65535) throw new ServeError("closed", `${address} is no address; expected tcp://HOST:PORT`);
-  const client = new Client(net.connect(Number(match[2]), match[1]), timeoutMs);
+/** The same value with numbers instead of BigInts where they fit. */
+function narrowed(value) {
+  if (typeof value === "bigint") return Number.isSafeInteger(Number(value)) ? Number(value) : value;
+  if (Array.isArray(value)) return value.map(narrowed);
+  if (value === null || typeof value !== "object" || value instanceof Uint8Array) return value;
+  return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, narrowed(item)]));
+}
+
+// ---- keys -----------------------------------------------------------------------------------------------------------
+
+function readKey(folder, file, kind) {
+  const path = join(folder, file);
+  let text;
   try {
-    await client.ask({ op: "hello", version: VERSION }, "", "welcome");
+    if (process.platform !== "win32" && statSync(path).mode & 0o077)
+      throw new Error("others can read it; run chmod 600");
+    text = readFileSync(path, "ascii");
+  } catch (error) {
+    throw new ServeError("keys", `the key ${path} cannot be used: ${error.message}`);
+  }
+  const found = new RegExp(`^${kind} = "(.*)"$`, "m").exec(text);
+  if (!found || !KEY.test(found[1])) throw new ServeError("keys", `${path} holds no key pair; make one with stream-mmrnn keys new`);
+  return found[1];
+}
+
+/** CURVE options from a folder of `stream-mmrnn keys new`; without `serverKey` the folder is the server's own. */
+function curveOptions(folder, serverKey) {
+  if (serverKey && !KEY.test(serverKey))
+    throw new ServeError("keys", `${serverKey} is no public key; expected the 40 characters that keys new prints`);
+  return {
+    curvePublicKey: readKey(folder, "client.key", "public"),
+    curveSecretKey: readKey(folder, "client.key", "secret"),
+    curveServerKey: serverKey || readKey(folder, "server.key", "public"),
+  };
+}
+
+// ---- the client -----------------------------------------------------------------------------------------------------
+
+/** A promise with its `resolve` and `reject`, which rejects with `late()` after a time. */
+class Pending {
+  constructor(timeoutMs, late) {
+    this.promise = new Promise((resolve, reject) => Object.assign(this, { resolve, reject }));
+    this.timer = setTimeout(() => this.reject(late()), timeoutMs);
+    this.promise.catch(() => {}).finally(() => clearTimeout(this.timer));
+  }
+}
+
+/**
+ * Connect to `tcp://HOST:PORT`; a Client. `keys`: a folder of `stream-mmrnn keys new`, where the server asks for keys;
+ * `serverKey`: the server's public key then. Rejects with a ServeError.
+ */
+export async function connect(address, { timeoutMs = 5000, keys = null, serverKey = "" } = {}) {
+  const client = new Client(address, timeoutMs, keys === null ? {} : curveOptions(keys, serverKey));
+  try {
+    await client.greet();
     return client;
   } catch (error) {
     client.close();
@@ -301,46 +119,81 @@ export async function connect(address, { timeoutMs = 5000 } = {}) {
 }
 
 class Client {
-  constructor(socket, timeoutMs) {
+  constructor(address, timeoutMs, options) {
+    this.address = address;
     this.timeoutMs = timeoutMs;
     this.sessions = new Map();
-    this.asked = new Map(); // what is asked of a session, or of the server (""), one at a time
-    this.over = null;
     this.model = null;
-    this.dealer = new Dealer(socket, (raw) => this.hear(raw), (error) => this.fail(error));
+    this.error = null;
+    this.welcome = null;
+    this.out = [];
+    this.isSending = false;
+    this.socket = new Dealer({
+      linger: 500,
+      maxMessageSize: MAX_BYTES,
+      reconnectInterval: 50,
+      reconnectMaxInterval: 1000,
+      heartbeatInterval: 2000,
+      heartbeatTimeout: 6000,
+      ...options,
+    });
+    try {
+      this.socket.connect(address);
+    } catch (error) {
+      this.socket.close();
+      throw new ServeError("closed", `${address} is no address (${error.message}); expected tcp://HOST:PORT`);
+    }
+    this.listen();
+    this.timer = setInterval(() => this.poll(), POLL_MS);
   }
 
-  /** Send a request and wait for its reply, a message that is called `reply`. `send` takes the bytes. */
-  ask(request, session, reply, send = (content) => this.dealer.send(content)) {
-    if (this.over) return Promise.reject(this.over);
-    if (this.asked.has(session)) return Promise.reject(new ServeError("failed", "it is being asked already"));
-    return new Promise((resolve, reject) => {
-      const timer = setTimeout(() => {
-        const error = new ServeError("timed_out", `there was no reply to ${request.op} in ${this.timeoutMs} ms`);
-        this.asked.get(session)?.reject(error);
-        this.sessions.get(session)?.end(error); // else the late reply would be taken for another's
-      }, this.timeoutMs);
-      const end = (settle) => (value) => {
-        clearTimeout(timer);
-        this.asked.delete(session);
-        settle(value);
-      };
-      this.asked.set(session, { reply, resolve: end(resolve), reject: end(reject) });
-      send(encode(request));
+  async listen() {
+    try {
+      for await (const frames of this.socket) if (frames.length === 1) this.receive(frames[0]);
+    } catch (error) {
+      this.fail(new ServeError("closed", error.message));
+    }
+  }
+
+  greet() {
+    this.welcome = new Pending(this.timeoutMs, () => {
+      const hint = "start one with stream-mmrnn serve, and check that it allows your key";
+      return new ServeError("closed", `no server answers at ${this.address}: ${hint}`);
     });
+    this.send(encode({ op: "hello", version: VERSION }));
+    return this.welcome.promise;
+  }
+
+  send(content) {
+    this.out.push(content);
+    this.drain();
+  }
+
+  /** Hand messages to the socket, one after the other: it refuses a second one while it waits for room. */
+  async drain() {
+    if (this.isSending) return;
+    this.isSending = true;
+    try {
+      while (this.out.length && !this.error) await this.socket.send(this.out.shift());
+    } catch (error) {
+      this.fail(new ServeError("closed", error.message));
+    } finally {
+      this.isSending = false;
+    }
   }
 
   /** A session; with its `token` one that was open before, from anywhere. */
   async open(name, { token = null } = {}) {
+    if (this.error) throw this.error;
     if (!SESSION_NAME.test(name))
       throw new ServeError("failed", `a session cannot be called ${name}; expected ${SESSION_NAME.source}`);
     if (token !== null && (typeof token !== "string" || token.length > 128))
-      throw new ServeError("unknown", "this is no token; expected the text that session.token was");
-    if (this.sessions.has(name)) throw new ServeError("duplicate", `session ${name} is open here already`);
+      throw new ServeError("unknown", "this is no token; expected the text of session.token");
+    if (this.sessions.has(name)) throw new ServeError("duplicate", `session ${name} is open in this client already`);
     const session = new Session(this, name);
     this.sessions.set(name, session);
     try {
-      await this.ask({ op: "open", session: name, token }, name, "ready");
+      await session.request("open", "ready", { token });
       return session;
     } catch (error) {
       session.end(error);
@@ -348,69 +201,48 @@ class Client {
     }
   }
 
-  hear(raw) {
-    let said;
+  receive(raw) {
     try {
-      said = decode(raw);
+      const reply = narrowed(decode(raw, DECODE));
+      if (reply?.op === "welcome") this.onWelcome(reply);
+      else if (reply?.op === "refused" && !reply.session) this.fail(new ServeError(reply.error, reply.why));
+      else this.sessions.get(reply?.session)?.receive(reply);
     } catch {
-      return; // nothing of ours: as if it had not come
+      // not a message of the protocol: ignored
     }
-    const asked = this.asked.get(said?.session ?? "");
-    const opening = this.sessions.get(said?.session);
-    // what comes before `ready` is of a session that was called so before
-    const session = opening?.token ? opening : undefined;
-    switch (said?.op) {
-      case "welcome":
-        if (said.version !== VERSION) throw new Error(`it speaks version ${said.version}, not ${VERSION}`);
-        if (!Array.isArray(said.modalities) || !Array.isArray(said.heads) || !(said.queue > 0))
-          throw new Error("its welcome does not say what the model takes");
-        this.model = said;
-        break;
-      case "ready":
-        if (opening) Object.assign(opening, { token: said.token, nextTick: said.next, resumed: said.resumed });
-        break;
-      case "busy":
-        asked?.reject(new ServeError("busy", said.why, { retryS: said.retry_s }));
-        break;
-      case "refused": {
-        const error = new ServeError(said.error, said.why, { tick: said.tick });
-        if (said.tick >= 0) {
-          session?.settle(said.tick, error);
-          if (said.error === "evicted" || said.error === "unknown") session?.end(error);
-        } else if (asked) asked.reject(error);
-        else if (!said.session) this.fail(error); // whose message it was cannot be known
-        break;
-      }
-      case "pred":
-        session?.missed(said.tick);
-        session?.answer(said);
-        break;
-      case "skipped":
-        session?.missed(said.tick);
-        session?.settle(said.tick, null);
-        break;
-      case "evicted":
-        session?.end(new ServeError("evicted", `session ${said.session} is not open any more (${said.reason})`, said));
-        break;
+  }
+
+  onWelcome(reply) {
+    if (reply.version !== VERSION)
+      this.fail(new ServeError("closed", `the server has version ${reply.version} of the protocol, not ${VERSION}`));
+    else if (!Array.isArray(reply.modalities) || !Array.isArray(reply.heads) || !(reply.queue > 0))
+      this.fail(new ServeError("closed", "the server's welcome does not describe a model"));
+    else {
+      this.model = reply;
+      this.welcome.resolve();
     }
-    if (asked && asked.reply === said?.op) asked.resolve(said);
+  }
+
+  poll() {
+    for (const session of [...this.sessions.values()]) session.poll();
   }
 
   fail(error) {
-    if (this.over) return;
-    this.over = error;
-    for (const { reject } of [...this.asked.values()]) reject(error);
+    if (this.error) return;
+    this.error = error;
+    clearInterval(this.timer);
+    this.welcome?.reject(error);
     for (const session of [...this.sessions.values()]) session.end(error);
-    this.dealer?.socket.destroy();
+    this.socket.close();
   }
 
-  /** Sessions that are open are not closed: their tokens bring them back. */
+  /** Disconnect. Open sessions are not closed: their tokens bring them back. */
   close() {
     this.fail(new ServeError("closed", "this client is closed"));
   }
 }
 
-/** One session. `token` brings it back; `error` is why it is over here; `skipped`: ticks of `send` it had seen. */
+/** One session. `token` brings it back; `error`: why it is over here; `skipped`: ticks whose answers are lost. */
 class Session {
   constructor(client, name) {
     this.client = client;
@@ -420,178 +252,284 @@ class Session {
     this.resumed = false;
     this.error = null;
     this.skipped = 0;
-    this.waiting = new Map(); // by tick: who waits for its answer
-    this.toSend = []; // [tick, bytes] until the server has room, [null, bytes] of what is asked after them
+    this.sent = new Map(); // by tick: { content, atMs }, to be sent again if the server comes back with an older state
+    this.unanswered = new Map(); // by tick: { settle, askedMs }
+    this.toSend = []; // [tick, bytes] until the server has room; [null, bytes]: a request that comes after them
     this.onTheWay = new Set();
-    this.sent = 0; // by `send`, and not answered
-    this.came = []; // what came of those, and was not read
+    this.isReopening = false;
+    this.pending = null; // { op, reply, pending } of the request that has no reply yet
+    this.sending = 0; // ticks of `send` without an answer
+    this.outcomes = []; // of ticks of `send`, not read yet
     this.wake = () => {};
   }
 
   /**
-   * Send one tick; a promise of its answer, null where the session has seen it already.
+   * Send one tick; a promise of its answer, null where the session had this tick already.
    * `features`: a Float32Array by modality; one that is missing is absent. `tick`: its number, the next one if not
-   * given. `eventNs`: its end by a clock of yours, a number or BigInt; it comes back. `ageNs`: by modality, how old the
-   * newest sample is at that end.
+   * given. `eventNs`: its end by your clock, a number or BigInt, returned with the answer. `ageNs`: by modality, how
+   * old the newest sample is at that end.
    */
   async step(features, { timeoutMs = this.client.timeoutMs, ...more } = {}) {
-    return new Promise((resolve, reject) => {
-      const tick = this.put(features, more, (outcome) => {
-        clearTimeout(timer);
-        if (outcome instanceof Error) reject(outcome);
-        else resolve(outcome);
-      });
-      const timer = setTimeout(() => {
-        const error = new ServeError("timed_out", `tick ${tick} had no answer in ${timeoutMs} ms`, { tick });
-        this.waiting.get(tick)?.settle(error);
-        this.waiting.delete(tick);
-      }, timeoutMs);
+    let tick = null;
+    const pending = new Pending(timeoutMs, () => {
+      this.unanswered.delete(tick);
+      return new ServeError("timed_out", `tick ${tick} had no answer in ${timeoutMs} ms`, { tick });
     });
+    const settle = (outcome) => (outcome instanceof Error ? pending.reject(outcome) : pending.resolve(outcome));
+    try {
+      tick = this.put(features, more, settle);
+    } catch (error) {
+      pending.reject(error);
+    }
+    return pending.promise;
   }
 
-  /** Send one tick and do not wait; its number. `answers` has what comes of it. Throws what `step` rejects with. */
+  /** Send one tick and do not wait; its number. `answers` yields its answer. Throws what `step` rejects with. */
   send(features, more = {}) {
     const tick = this.put(features, more, (outcome) => {
-      this.sent--;
-      if (outcome === null) this.skipped++;
-      else this.came.push(outcome);
+      this.sending--;
+      if (outcome !== null) this.outcomes.push(outcome);
       this.wake();
     });
-    this.sent++;
+    this.sending++;
     return tick;
   }
 
-  /** Answers to ticks of `send`, as they come, until none is awaited; throws the error that a tick got instead. */
+  /** Answers to ticks of `send` as they come, until all have one; throws the error that a tick got instead. */
   async *answers({ timeoutMs = this.client.timeoutMs } = {}) {
     for (;;) {
-      if (!this.came.length) {
-        if (!this.sent) return;
-        const found = await new Promise((resolve) => {
-          const timer = setTimeout(resolve, timeoutMs, false);
-          this.wake = () => {
-            clearTimeout(timer);
-            resolve(true);
-          };
-        });
-        if (!found) throw new ServeError("timed_out", `${this.sent} ticks had no answer in ${timeoutMs} ms`);
-        continue;
-      }
-      const outcome = this.came.shift();
-      if (outcome instanceof Error) throw outcome;
-      yield outcome;
+      if (this.outcomes.length) {
+        const outcome = this.outcomes.shift();
+        if (outcome instanceof Error) throw outcome;
+        yield outcome;
+      } else if (this.sending) {
+        const late = () => new ServeError("timed_out", `${this.sending} ticks had no answer in ${timeoutMs} ms`);
+        const pending = new Pending(timeoutMs, late);
+        this.wake = pending.resolve;
+        await pending.promise;
+      } else return;
     }
   }
 
   put(features, { tick = this.nextTick, eventNs = 0, ageNs = null }, settle) {
-    const { modalities } = this.client.model;
     if (this.error) throw this.error;
     if (!Number.isSafeInteger(tick) || tick < 0)
-      throw new ServeError("bad_tick", `a tick cannot be called ${tick}; expected a whole number from 0 on`);
-    const unknown = Object.keys(features).find((name) => !modalities.some((m) => m.name === name));
-    if (unknown !== undefined) throw new ServeError("bad_tick", `the model has no ${unknown}`, { tick });
-    if (this.waiting.has(tick) || this.onTheWay.has(tick))
-      throw new ServeError("bad_tick", `tick ${tick} was sent and is not answered`, { tick });
-    if (this.waiting.size + this.came.length >= KEPT) {
-      const why = `${KEPT} ticks of session ${this.name} wait for an answer, or to be read; read, and send no faster`;
+      throw new ServeError("bad_tick", `${tick} is no number of a tick; expected an integer from 0 on`);
+    if (this.unanswered.has(tick) || this.onTheWay.has(tick))
+      throw new ServeError("bad_tick", `tick ${tick} was sent already and has no answer yet`, { tick });
+    if (this.unanswered.size + this.outcomes.length >= KEPT_TICKS) {
+      const why = `${KEPT_TICKS} ticks of session ${this.name} wait for an answer or to be read; read, and send slower`;
       throw new ServeError("overrun", why, { tick });
     }
-    const content = encode({
-      op: "step",
-      session: this.name,
-      tick,
-      event_ns: whole(eventNs, "eventNs", tick),
-      features: modalities.map((m) => (features[m.name] == null ? null : vectorBytes(features[m.name]))),
-      age_ns: ageNs
-        ? modalities.map((m) => whole(ageNs[m.name] ?? (features[m.name] == null ? -1 : 0), `ageNs.${m.name}`, tick))
-        : [],
-    });
-    if (content.length > MAX_BYTES) {
-      const why = `tick ${tick} has ${content.length} bytes; a message has at most ${MAX_BYTES}`;
-      throw new ServeError("bad_tick", why, { tick });
-    }
+    const content = this.encoded(features, tick, eventNs, ageNs);
+    const atMs = performance.now();
     this.nextTick = Math.max(this.nextTick, tick + 1);
-    this.waiting.set(tick, { settle, atMs: performance.now() });
+    this.sent.set(tick, { content, atMs });
+    this.unanswered.set(tick, { settle, askedMs: atMs });
     this.toSend.push([tick, content]);
+    this.trim();
     this.pump();
     return tick;
   }
 
-  /** Send as many ticks as the server lets wait: one more would be refused, and be missing between the others. */
+  encoded(features, tick, eventNs, ageNs) {
+    const { modalities } = this.client.model;
+    const unknown = Object.keys(features).find((name) => !modalities.some((m) => m.name === name));
+    if (unknown !== undefined) throw new ServeError("bad_tick", `the model has no modality ${unknown}`, { tick });
+    const age = (name) => int64(ageNs[name] ?? (features[name] == null ? -1 : 0), `ageNs.${name}`, tick);
+    const message = {
+      op: "step",
+      session: this.name,
+      tick: BigInt(tick),
+      event_ns: int64(eventNs, "eventNs", tick),
+      features: modalities.map((m) => (features[m.name] == null ? null : vectorBytes(features[m.name]))),
+      age_ns: ageNs ? modalities.map((m) => age(m.name)) : [],
+    };
+    const content = encode(message, { useBigInt64: true });
+    if (content.length > MAX_BYTES) {
+      const why = `tick ${tick} has ${content.length} bytes; a message has at most ${MAX_BYTES}`;
+      throw new ServeError("bad_tick", why, { tick });
+    }
+    return content;
+  }
+
+  /** Forget the oldest ticks that were sent, beyond `KEPT_TICKS`. */
+  trim() {
+    const waiting = new Set(this.toSend.map(([tick]) => tick));
+    for (const tick of this.sent.keys()) {
+      if (this.sent.size <= KEPT_TICKS || waiting.has(tick)) return;
+      this.sent.delete(tick);
+    }
+  }
+
+  /** Send as many ticks as the server's queue takes: it refuses one more. */
   pump() {
-    while (this.toSend.length && (this.toSend[0][0] === null || this.onTheWay.size < this.client.model.queue)) {
+    const hasRoom = () => this.toSend[0][0] === null || this.onTheWay.size < this.client.model.queue;
+    while (this.toSend.length && !this.isReopening && hasRoom()) {
       const [tick, content] = this.toSend.shift();
       if (tick !== null) this.onTheWay.add(tick);
-      this.client.dealer.send(content);
+      this.client.send(content);
     }
   }
 
-  answer(said) {
-    const { modalities, heads } = this.client.model;
-    const of = modalities.map((m) => m.name);
-    this.settle(said.tick, {
+  // ---- what the server says ------------------------------------------------------------------------------------------
+
+  receive(reply) {
+    if (!this.token && !["ready", "busy", "refused"].includes(reply.op)) return; // of an earlier session of this name
+    switch (reply.op) {
+      case "pred": return this.settle(reply.tick, this.answer(reply));
+      case "skipped": return this.settle(reply.tick, null);
+      case "ready": return this.onReady(reply);
+      case "busy": return this.onBusy(reply);
+      case "evicted": return this.onEvicted(reply);
+      case "refused": return this.onRefused(reply);
+      case "flushed":
+      case "done":
+        if (this.pending?.reply === reply.op) this.pending.resolve(reply);
+    }
+  }
+
+  answer(reply) {
+    const modalities = this.client.model.modalities.map((m) => m.name);
+    const heads = this.client.model.heads.map((h) => h.name);
+    return {
       session: this.name,
-      tick: said.tick,
-      eventNs: said.event_ns,
-      heads: named(heads.map((h) => h.name), said.heads.map(vectorOf)),
-      present: named(of, said.present),
-      ageNs: named(of, said.age_ns),
-      waitedNs: said.waited_ns,
-      stepNs: said.step_ns,
-      roundTripMs: performance.now() - (this.waiting.get(said.tick)?.atMs ?? NaN),
-      model: said.model,
-    });
+      tick: reply.tick,
+      eventNs: reply.event_ns,
+      heads: byName(heads, reply.heads.map(vectorOf)),
+      present: byName(modalities, reply.present),
+      ageNs: byName(modalities, reply.age_ns),
+      waitedNs: reply.waited_ns,
+      stepNs: reply.step_ns,
+      roundTripMs: performance.now() - (this.sent.get(reply.tick)?.atMs ?? NaN),
+      model: reply.model,
+    };
   }
 
-  /** The server answers a session in order: what was sent before this tick will have no answer any more. */
-  missed(tick) {
-    if (!this.onTheWay.has(tick)) return;
-    for (const earlier of this.onTheWay) {
-      if (earlier === tick) return;
-      const why = `the answer to tick ${earlier} of session ${this.name} was dropped: it was not read in time here`;
-      this.settle(earlier, new ServeError("timed_out", why, { tick: earlier }));
-    }
-  }
-
+  /** The server is done with a tick. A tick that was answered before the server came back is ignored. */
   settle(tick, outcome) {
-    const waits = this.waiting.get(tick);
-    this.waiting.delete(tick);
+    const waiting = this.unanswered.get(tick);
+    this.unanswered.delete(tick);
     this.onTheWay.delete(tick);
     this.pump();
-    waits?.settle(outcome);
+    if (waiting && outcome === null) this.skipped++;
+    waiting?.settle(outcome);
+  }
+
+  onReady(reply) {
+    const isFirst = !this.token;
+    this.token = reply.token;
+    if (isFirst) {
+      this.nextTick = reply.next;
+      this.resumed = reply.resumed;
+      this.pending?.resolve(reply);
+    } else if (this.isReopening) this.sendAgain(reply.next);
+  }
+
+  onBusy(reply) {
+    // while reopening, `poll` asks again
+    if (!this.isReopening) this.pending?.reject(new ServeError("busy", reply.why, { retryS: reply.retry_s }));
+  }
+
+  onEvicted(reply) {
+    if (reply.reason === "taken")
+      this.end(new ServeError("evicted", `another client has taken session ${this.name} over by its token`, reply));
+    else if (this.unanswered.size) this.reopen();
+    // else: the next tick is refused, and opens the session again
+  }
+
+  onRefused(reply) {
+    const error = new ServeError(reply.error, reply.why, { tick: reply.tick });
+    if (reply.tick >= 0) {
+      if (reply.error === "evicted" || reply.error === "unknown") this.reopen();
+      else this.settle(reply.tick, error);
+    } else if (this.isReopening) this.end(error);
+    else this.pending?.reject(error);
+  }
+
+  // ---- reconnect -----------------------------------------------------------------------------------------------------
+
+  /** Open the session again, if a tick has had no answer for long: a server that was restarted never had it. */
+  poll() {
+    const [oldest] = this.unanswered.values();
+    const nowMs = performance.now();
+    if (!this.token || !oldest || nowMs - oldest.askedMs < ASK_AGAIN_MS) return;
+    oldest.askedMs = nowMs;
+    this.isReopening = false;
+    this.reopen();
+  }
+
+  reopen() {
+    if (!this.token || this.isReopening) return;
+    this.isReopening = true;
+    this.client.send(encode({ op: "open", session: this.name, token: this.token }));
+  }
+
+  /** The server has all ticks before `next`: send the others again, in order. */
+  sendAgain(next) {
+    for (const tick of [...this.unanswered.keys()]) if (tick < next) this.settle(tick, null);
+    const [oldest] = this.sent.keys();
+    if (this.nextTick > next && oldest > next) {
+      const why = `the server has session ${this.name} as of tick ${next}, and ticks before ${oldest} are not kept here`;
+      return this.end(new ServeError("evicted", `${why}; close it, or open it again and send them`));
+    }
+    const toSend = this.toSend.filter(([tick]) => tick === null || tick >= next);
+    const queued = new Set(toSend.map(([tick]) => tick));
+    const lost = [...this.sent].filter(([tick]) => tick >= next && !queued.has(tick));
+    const nowMs = performance.now();
+    for (const waiting of this.unanswered.values()) waiting.askedMs = nowMs;
+    this.onTheWay.clear();
+    this.toSend = [...lost.map(([tick, { content }]) => [tick, content]), ...toSend];
+    this.isReopening = false;
+    return this.pump();
+  }
+
+  // ---- requests ------------------------------------------------------------------------------------------------------
+
+  /** Send a request after the ticks before it, and wait for its reply. One at a time. */
+  async request(op, reply, more = {}) {
+    if (this.error) throw this.error;
+    if (this.pending) throw new ServeError("failed", `session ${this.name} waits for the reply to another request`);
+    const pending = new Pending(this.client.timeoutMs, () => {
+      const error = new ServeError("timed_out", `there was no reply to ${op} in ${this.client.timeoutMs} ms`);
+      this.end(error); // otherwise a late reply would be taken for that of the next request
+      return error;
+    });
+    this.pending = Object.assign(pending, { reply });
+    this.toSend.push([null, encode({ op, session: this.name, ...more })]);
+    this.pump();
+    try {
+      return await pending.promise;
+    } finally {
+      this.pending = null;
+    }
+  }
+
+  /** Wait until every tick sent before is answered and the state is on the server's disk; the tick after that. */
+  async flush() {
+    return (await this.request("flush", "flushed")).next;
+  }
+
+  /** Start the state anew; tick numbers go on. */
+  async reset() {
+    await this.request("reset", "done");
+    for (const tick of [...this.sent.keys()]) if (!this.unanswered.has(tick)) this.sent.delete(tick);
+  }
+
+  /** End the session; the server deletes its state. Does nothing where the session is over here already. */
+  async close() {
+    if (this.error) return;
+    await this.request("close", "done", { token: this.token });
+    this.end(new ServeError("closed", `session ${this.name} is closed`));
   }
 
   end(error) {
-    this.error = error;
-    if (this.toSend.some(([tick]) => tick === null)) this.client.asked.get(this.name)?.reject(error);
-    this.toSend = [];
-    // another session may be called so by now
-    if (this.client.sessions.get(this.name) === this) this.client.sessions.delete(this.name);
-    for (const tick of [...this.waiting.keys()]) this.settle(tick, error);
-  }
-
-  /** Ask something of the server that comes after the ticks that were sent before. */
-  async ask(op, reply, more = {}) {
-    if (this.error) throw this.error;
-    return this.client.ask({ op, session: this.name, ...more }, this.name, reply, (content) => {
-      this.toSend.push([null, content]);
-      this.pump();
-    });
-  }
-
-  /** Until everything that was sent is answered and the state is on the server's disk; the tick after that. */
-  async flush() {
-    return (await this.ask("flush", "flushed")).next;
-  }
-
-  /** Start the state anew; ticks count on. */
-  async reset() {
-    await this.ask("reset", "done");
-  }
-
-  /** The session is over, and nothing of it is kept. Where it is over here already, this does nothing. */
-  async close() {
     if (this.error) return;
-    await this.ask("close", "done", { token: this.token });
-    this.end(new ServeError("closed", `session ${this.name} is closed`));
+    this.error = error;
+    this.toSend = [];
+    this.pending?.reject(error);
+    // another session may have this name by now
+    if (this.client.sessions.get(this.name) === this) this.client.sessions.delete(this.name);
+    for (const tick of [...this.unanswered.keys()]) this.settle(tick, error);
   }
 }

@@ -21,7 +21,7 @@ from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import StreamError, TimedOut
 from stream_mmrnn.core.types import FloatArray, Stamps, Tick
 from stream_mmrnn.predict.engine import StepEngine
-from stream_mmrnn.serve.async_client import AsyncClient, AsyncSession, end_tasks
+from stream_mmrnn.serve.async_client import AsyncClient, AsyncServedSession, end_tasks
 from stream_mmrnn.serve.client_state import KEPT_TICKS
 
 DRAIN_S = 15.0
@@ -79,7 +79,7 @@ class Member:
         return wrong
 
     async def run(
-        self, session: AsyncSession, begin_ns: int, end_ns: int, over: Callable[[], bool] = lambda: True
+        self, session: AsyncServedSession, begin_ns: int, end_ns: int, over: Callable[[], bool] = lambda: True
     ) -> None:
         """Ticks from the one time to the other, at least until `over`, and all answers to them."""
         reading = asyncio.create_task(self._read(session))
@@ -106,7 +106,7 @@ class Member:
             self.skipped = session.skipped
             await end_tasks(reading)
 
-    async def _read(self, session: AsyncSession) -> None:
+    async def _read(self, session: AsyncServedSession) -> None:
         while True:
             try:
                 answer = await session.receive(DRAIN_S)

@@ -161,7 +161,7 @@ class Served:
                     except Busy as e:
                         refused.add(now_ns() - began_ns)
                         hintless += e.retry_after_s <= 0
-                for session in list(client.client_state.client_sessions):
+                for session in list(client.client_state.sessions):
                     await client.end(session)
 
         async with Crowd(lambda: AsyncClient(self._address, timeout_s=DRAIN_S), sessions, self._seed) as crowd:

@@ -1,4 +1,4 @@
-"""The verb `serve`, alone or in a cluster. Knows nothing about what is served, or how."""
+"""The verb `serve`, as one server or as an engine of a cluster."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def serve(
     model: ModelName = None,
     provider: Annotated[Provider | None, typer.Option(help="Where the model runs.")] = None,
     host: Annotated[str | None, typer.Option(help="The address to bind; others than loopback need --keys.")] = None,
-    port: Annotated[int | None, typer.Option(help="0 takes any free one.")] = None,
-    keys: Annotated[Path | None, typer.Option(help="A folder made by `keys new`: who may connect.")] = None,
+    port: Annotated[int | None, typer.Option(help="0 takes any free port.")] = None,
+    keys: Annotated[Path | None, typer.Option(help="A folder made by `keys new`; only its keys may connect.")] = None,
     cluster: Annotated[
-        str | None, typer.Option(help="nats://HOST:PORT: be one engine of a cluster, and bind nothing.")
+        str | None, typer.Option(help="nats://HOST:PORT: run as an engine of a cluster; binds no port.")
     ] = None,
-    slots: Annotated[int | None, typer.Option(help="Sessions at most.")] = None,
+    slots: Annotated[int | None, typer.Option(help="The most sessions.")] = None,
     duration: Annotated[
         float | None, typer.Option("--duration", "-d", min=0.1, help="Seconds; without it until Ctrl-C.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Serve sessions of other programs: each opens one, sends its ticks and gets predictions."""
+    """Serve sessions of other programs: each client opens sessions, sends ticks and gets predictions."""
     settings = config.load(
         config_file,
         {
@@ -47,7 +47,7 @@ def serve(
     ENDING.watch()
     ENDING.in_order = lambda: True
     console = Console(stderr=as_json, highlight=False, soft_wrap=True)
-    run = _in_cluster if settings.cluster.url else _alone
+    run = _run_in_cluster if settings.cluster.url else _run_server
     document = run(settings, console, duration, console.is_terminal and not as_json)
     if as_json:
         print_document(document)
@@ -55,12 +55,12 @@ def serve(
     counts = document["counts"]
     console.print(
         f"{counts['stepped']} ticks of {counts['opened'] + counts['resumed']} sessions in {document['seconds']:.1f} s; "
-        f"{counts['busy']} were told busy; {counts['evicted']} are kept for {settings.state.ttl_s:g} s"
+        f"{counts['busy']} were refused as busy; {counts['evicted']} are kept for {settings.state.ttl_s:g} s"
     )
 
 
 class _Alive:
-    """True until a signal came, or the time is over."""
+    """True until a signal arrives, or the duration is over."""
 
     def __init__(self, duration_s: float | None) -> None:
         from stream_mmrnn.core.clock import now_ns
@@ -76,7 +76,9 @@ class _Alive:
         return round((self._now_ns() - self.began_ns) / 1e9, 3)
 
 
-def _alone(settings: config.Settings, console: Console, duration_s: float | None, is_terminal: bool) -> dict[str, Any]:
+def _run_server(
+    settings: config.Settings, console: Console, duration_s: float | None, is_terminal: bool
+) -> dict[str, Any]:
     from stream_mmrnn.serve.server import Server
 
     server = Server(settings, say_on(console))
@@ -92,7 +94,7 @@ def _alone(settings: config.Settings, console: Console, duration_s: float | None
         server.close()
 
 
-def _in_cluster(
+def _run_in_cluster(
     settings: config.Settings, console: Console, duration_s: float | None, is_terminal: bool
 ) -> dict[str, Any]:
     import asyncio
@@ -100,20 +102,20 @@ def _in_cluster(
     from stream_mmrnn.core.extras import need
 
     need("a cluster", "cluster", "nats")
-    from stream_mmrnn.serve.cluster.node import Node
+    from stream_mmrnn.serve.cluster.node import ClusterNode
 
-    node = Node(settings, say_on(console))
+    node = ClusterNode(settings, say_on(console))
     alive = _Alive(duration_s)
-    said = 0
+    announced = False
 
     def often() -> None:
-        nonlocal said
-        if not said and node.parts:
+        nonlocal announced
+        if not announced and node.parts:
             console.print(
                 f"engine {node.name} serves {shown(node.engine.spec.name)} in the cluster at "
                 f"{shown(settings.cluster.url)}"
             )
-            said = 1
+            announced = True
         if is_terminal and node.replica is not None:
             line()
 
@@ -126,7 +128,7 @@ def _in_cluster(
 
 
 def _line(console: Console, figures: Callable[[], tuple[int, int]]) -> Callable[[], None]:
-    """Once a second, over the line before: sessions, and predictions since."""
+    """A function that overwrites one line of the terminal once a second, with sessions and predictions."""
     from stream_mmrnn.core.clock import RateLimiter, now_ns
 
     rate_limiter, before = RateLimiter(), 0

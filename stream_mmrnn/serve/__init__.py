@@ -1,1 +1,1 @@
-"""Sessions of other programs on one engine: the server, its clients, and the cluster."""
+"""Serves the sessions of other programs over ZeroMQ: `stream-mmrnn serve`, its clients, and `cluster/` over NATS."""

@@ -1,9 +1,9 @@
-"""Admission: whether one session more can be served in time, from what steps were measured to take.
+"""Admission control: whether one more session can be served in time, from the measured times of steps.
 
-A step of n ticks takes about `call + n * tick`: both are fitted to the newest steps, and `jitter` is how much later
-than that the slowest hundredth was. In an open loop the worst a tick meets is a step that has just begun and then one
-with everybody in it, whatever the phases; so the slowest hundredth is back after `2 call + sessions * tick + jitter`.
-That must fit into its share of the tick. Pure: knows nothing about sessions' names, engines or clocks.
+A step of n ticks takes about `call + n * tick`. Both are fitted to the newest steps; `jitter` is the p99 of the
+residuals. In the worst case a tick waits for a step that has just begun, and then for one with all sessions in it, so
+its p99 latency is `2 call + sessions * tick + jitter`. That must fit into its share of the tick period. Pure: it calls
+no engine and reads no clock.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ from typing import NamedTuple
 import numpy as np
 
 WINDOW = 512
-"""Steps that are looked at: the newest."""
+"""How many of the newest steps count."""
 LEAST = 16
-"""With fewer there is nothing to judge by, and slots are the only limit."""
+"""With fewer steps there is no estimate, and slots are the only limit."""
 _TRIM = 0.9
-"""The line is fitted again without the slowest tenth: what disturbs a step is the jitter's business."""
+"""The line is fitted again without the slowest tenth, which counts as jitter."""
 
 
 class Cost(NamedTuple):
-    """What steps take, in nanoseconds."""
+    """Cost of steps, in nanoseconds."""
 
     call_ns: float
-    """A step, whoever is in it."""
+    """Of each step."""
     tick_ns: float
-    """And each tick of it."""
+    """Of each tick in it."""
     jitter_ns: float
-    """And the slowest hundredth of steps, on top of that."""
+    """p99 of what steps take beyond that."""
 
     def p99_ns(self, sessions: int) -> float:
-        """From a tick's due time to its prediction, with so many sessions."""
+        """Latency from a tick's due time to its prediction, with so many sessions."""
         return 2 * self.call_ns + sessions * self.tick_ns + self.jitter_ns
 
 
 def _line(counts: np.ndarray, took_ns: np.ndarray) -> tuple[float, float]:
-    """Least squares, neither part below zero; where counts hardly differ, everything is each tick's."""
+    """Least squares, with both parts at least 0; where counts hardly differ, all of the time is put on ticks."""
     count, took = counts.mean(), took_ns.mean()
     apart = counts - count
     if (spread := float(apart @ apart)) < 1e-9:
@@ -47,10 +47,10 @@ def _line(counts: np.ndarray, took_ns: np.ndarray) -> tuple[float, float]:
 
 
 class Admission:
-    """The newest steps, and what follows from them."""
+    """The newest steps, and how many sessions they allow."""
 
     def __init__(self, period_ns: int, share: float) -> None:
-        """`period_ns`: of a session's ticks; `share`: of it that the slowest hundredth may take."""
+        """`period_ns`: between a session's ticks; `share`: the part of it that the p99 latency may take."""
         self.bound_ns = share * period_ns
         self._least: Cost | None = None
         self._counts = np.ones(WINDOW)
@@ -58,7 +58,7 @@ class Admission:
         self._at = self._held = 0
 
     def add(self, count: int, took_ns: int) -> None:
-        """A step of `count` ticks took so long."""
+        """Record a step of `count` ticks."""
         self._counts[self._at] = count
         self._took_ns[self._at] = took_ns
         self._at = (self._at + 1) % WINDOW
@@ -76,10 +76,10 @@ class Admission:
         return Cost(call_ns, tick_ns, max(float(np.quantile(late_ns, 0.99, method="lower")), 0.0))
 
     def settle(self) -> None:
-        """What was measured so far is the least that will be counted on, however quick a few steps are.
+        """Take the present cost as the lower bound from now on, however fast later steps are.
 
-        While sessions come one by one, steps hold few ticks each: a line through those says little of full ones, and
-        has been seen to let in a quarter more than could be served.
+        While sessions open one by one, steps hold few ticks. A line fitted to those predicts full steps badly: it was
+        measured to admit a quarter more than could be served.
         """
         self._least = self.cost()
 
@@ -87,10 +87,10 @@ class Admission:
         return [cost for cost in (self._least, self.cost()) if cost is not None]
 
     def admits(self, sessions: int) -> bool:
-        """Whether so many sessions can be served in time."""
+        """Whether this many sessions can be served in time."""
         return all(cost.p99_ns(sessions) <= self.bound_ns for cost in self._costs())
 
     def capacity(self) -> int | None:
-        """The most sessions that can be served in time; None where nobody can say (yet)."""
+        """The most sessions that can be served in time; None while there is no estimate."""
         most = [int((self.bound_ns - cost.p99_ns(0)) / cost.tick_ns) for cost in self._costs() if cost.tick_ns]
         return max(min(most), 0) if most else None

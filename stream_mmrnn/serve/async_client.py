@@ -1,6 +1,6 @@
-"""AsyncClient: `client.Client` for an event loop, over ZeroMQ or any other way to who serves.
+"""AsyncClient: `client.Client` for an event loop, over ZeroMQ or another `Transport`.
 
-Knows nothing about what is at the other end of a way.
+Knows nothing about what a transport connects to.
 """
 
 from __future__ import annotations
@@ -16,15 +16,25 @@ from stream_mmrnn.bus import AsyncDealer, Keys
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import NotRunning, TimedOut, WireError
 from stream_mmrnn.serve import protocol
-from stream_mmrnn.serve.client import LOOK_MS, QUEUE, STARTING, TIMEOUT_S, AnySession, done, keys_of, ready, taken
+from stream_mmrnn.serve.client import (
+    POLL_MS,
+    QUEUE,
+    STARTING,
+    TIMEOUT_S,
+    SessionProperties,
+    done,
+    keys_of,
+    ready,
+    taken,
+)
 from stream_mmrnn.serve.client_state import Answer, ClientSession, ClientState
 
 
-class AsyncSession(AnySession):
+class AsyncServedSession(SessionProperties):
     """One session of an `AsyncClient`; as an async context manager it is closed at the end."""
 
-    def __init__(self, client: AsyncClient, client_session: ClientSession) -> None:
-        super().__init__(client.client_state, client_session)
+    def __init__(self, client: AsyncClient, session: ClientSession) -> None:
+        super().__init__(client.client_state, session)
         self._client = client
 
     def _post(self) -> None:
@@ -39,67 +49,67 @@ class AsyncSession(AnySession):
         age_ns: Mapping[str, int] | None = None,
         timeout_s: float = TIMEOUT_S,
     ) -> Answer | None:
-        """As `Session.step`."""
+        """As `ServedSession.step`."""
         index = self.send(features, tick=tick, event_ns=event_ns, age_ns=age_ns)
-        while (answer := await self._next(timeout_s, lambda: index not in self._client_session.unanswered)) is not None:
+        while (answer := await self._next(timeout_s, lambda: index not in self._session.unanswered)) is not None:
             if answer.tick == index:
                 return answer
         return None
 
     async def receive(self, timeout_s: float = TIMEOUT_S) -> Answer | None:
-        """As `Session.receive`."""
-        return await self._next(timeout_s, lambda: not self._client_session.unanswered)
+        """As `ServedSession.receive`."""
+        return await self._next(timeout_s, lambda: not self._session.unanswered)
 
     async def _next(self, timeout_s: float, over: Callable[[], bool]) -> Answer | None:
-        client_session = self._client_session
+        session = self._session
         await self._client.wait(
-            client_session.name,
-            lambda: bool(client_session.answers) or client_session.error is not None or over(),
+            session.name,
+            lambda: bool(session.answers) or session.error is not None or over(),
             timeout_s,
-            f"no answer came to {len(client_session.unanswered)} ticks of session {client_session.name!r}",
+            f"no answer came to {len(session.unanswered)} ticks of session {session.name!r}",
         )
-        return taken(client_session)
+        return taken(session)
 
     async def answers(self, timeout_s: float = TIMEOUT_S) -> AsyncIterator[Answer]:
-        """Answers as they come, while ticks wait for one."""
+        """Answers as they arrive, until every tick has one."""
         while (answer := await self.receive(timeout_s)) is not None:
             yield answer
 
     async def _ask(self, request: protocol.Request, timeout_s: float) -> protocol.Done | protocol.Flushed:
-        client_session = self._client_session
-        if client_session.error is not None:
-            raise client_session.error
-        client_session.done = None
+        session = self._session
+        if session.error is not None:
+            raise session.error
+        session.done = None
         self._client.client_state.send(request)
         self._client.post()
         await self._client.wait(
-            client_session.name,
-            lambda: client_session.done is not None or client_session.error is not None,
+            session.name,
+            lambda: session.done is not None or session.error is not None,
             timeout_s,
-            f"session {client_session.name!r} had no reply",
+            f"session {session.name!r} got no reply",
         )
-        return done(client_session)
+        return done(session)
 
     async def flush(self, timeout_s: float = TIMEOUT_S) -> int:
-        """As `Session.flush`."""
+        """As `ServedSession.flush`."""
         done = await self._ask(protocol.Flush(session=self.name), timeout_s)
         return done.next if isinstance(done, protocol.Flushed) else self.next_tick
 
     async def reset(self, timeout_s: float = TIMEOUT_S) -> None:
-        """As `Session.reset`."""
+        """As `ServedSession.reset`."""
         await self._ask(protocol.Reset(session=self.name), timeout_s)
-        self._client_session.sent.clear()
+        self._session.sent.clear()
 
     async def close(self, timeout_s: float = TIMEOUT_S) -> None:
-        """As `Session.close`."""
+        """As `ServedSession.close`."""
         try:
-            if self._client_session.error is None:
-                await self._ask(protocol.Close(session=self.name, token=self._client_session.token), timeout_s)
+            if self._session.error is None:
+                await self._ask(protocol.Close(session=self.name, token=self._session.token), timeout_s)
         finally:
             await self.leave()
 
     async def leave(self) -> None:
-        """As `Session.leave`."""
+        """As `ServedSession.leave`."""
         await self._client.end(self.name)
 
     async def __aenter__(self) -> Self:
@@ -121,7 +131,7 @@ def _wake(waits: asyncio.Future[None]) -> None:
 
 
 async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
-    """Cancel tasks until they have ended: Python 3.11 swallows a cancellation that comes as a `wait_for` is done."""
+    """Cancel tasks until they have ended: Python 3.11 loses a cancellation that comes when a `wait_for` is done."""
     left = {task for task in tasks if not task.done()}
     while left:
         for task in left:
@@ -129,51 +139,51 @@ async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
         _, left = await asyncio.wait(left, timeout=0.1)
     for task in tasks:
         if not task.cancelled():
-            task.exception()  # it is looked at; who waits for it has been told otherwise
+            task.exception()  # marks it as read: it was reported to the caller already
 
 
-Hear = Callable[[bytes], None]
+Receive = Callable[[bytes], None]
 
 
 class Transport(Protocol):
-    """How an `AsyncClient` reaches who serves it; what comes is given to the function that it was made with."""
+    """Connects an `AsyncClient` to a server. It is made with a function, which it calls with each message."""
 
     def post(self, session: str, content: bytes) -> None:
-        """Take one message, to be sent in its order. `session`: whose it is, "" of nobody's."""
+        """Queue one message; order is kept. `session`: which session it belongs to, "" for none."""
 
     async def again(self, session: str) -> None:
-        """An answer is late: look whether it is there."""
+        """An answer is late: check whether it was missed."""
 
     async def end(self, session: str) -> None:
-        """Nothing more is sent of it."""
+        """Free what it holds for the session: no more messages of it are sent."""
 
     async def close(self) -> None: ...
 
 
-class _OverZmq:
-    """A connection to one server."""
+class _ZmqTransport:
+    """A connection to one server over ZeroMQ."""
 
-    def __init__(self, address: str, keys: Keys | None, hear: Hear) -> None:
-        self._dealer = AsyncDealer(address, QUEUE, protocol.MAX_BYTES, hear, keys)
+    def __init__(self, address: str, keys: Keys | None, receive: Receive) -> None:
+        self._dealer = AsyncDealer(address, QUEUE, protocol.MAX_BYTES, receive, keys)
 
     def post(self, session: str, content: bytes) -> None:
         self._dealer.send(content)
 
     async def again(self, session: str) -> None:
-        pass  # what the connection has is read already
+        pass  # what has arrived is read already
 
     async def end(self, session: str) -> None:
-        pass  # a session needs nothing of its own here
+        pass  # it holds nothing for a session
 
     async def close(self) -> None:
         self._dealer.close()
 
 
 class AsyncClient:
-    """The same for an event loop: `async with AsyncClient(address) as client`."""
+    """`Client` for an event loop: `async with AsyncClient(address) as client`."""
 
     starting = STARTING
-    """What to do where nobody answers."""
+    """What to do where no server answers."""
 
     def __init__(
         self,
@@ -188,36 +198,36 @@ class AsyncClient:
         self._address, self._timeout_s = address, timeout_s
         self._keys = keys_of(keys, server_key)
         self._transport: Transport | None = None
-        self._looking: asyncio.Task[None] | None = None
+        self._polling: asyncio.Task[None] | None = None
         self._waiting: dict[str, set[asyncio.Future[None]]] = {}
-        """Who waits, by session; "" for the server itself."""
+        """Futures of waiting calls, by session; "": of `hello`."""
 
     @property
     def model(self) -> protocol.Welcome:
-        """What the server's model takes and says."""
+        """What the server's model takes and predicts."""
         assert self.client_state.welcome is not None
         return self.client_state.welcome
 
     def post(self) -> None:
-        """Send what is to be said."""
+        """Send waiting messages."""
         assert self._transport is not None
         out = self.client_state.out
         while out:
             self._transport.post(*out.popleft())
 
     async def end(self, session: str) -> None:
-        """Know nothing more of a session."""
-        self.client_state.client_sessions.pop(session, None)
+        """Forget a session."""
+        self.client_state.sessions.pop(session, None)
         if self._transport is not None:
             await self._transport.end(session)
 
-    async def _connect(self, hear: Hear) -> Transport:
-        return _OverZmq(self._address, self._keys, hear)
+    async def _connect(self, receive: Receive) -> Transport:
+        return _ZmqTransport(self._address, self._keys, receive)
 
     def _receive(self, content: bytes) -> None:
-        with contextlib.suppress(WireError):  # nothing of ours: as if it had not come
+        with contextlib.suppress(WireError):  # not a message of the protocol: ignored
             session = self.client_state.receive(content, now_ns())
-            # where the server has a problem, everyone does
+            # a problem of the server concerns every session
             for name in (session,) if self.client_state.problem is None else list(self._waiting):
                 for waits in self._waiting.get(name, ()):
                     _wake(waits)
@@ -226,14 +236,14 @@ class AsyncClient:
 
     async def _poll(self, transport: Transport) -> None:
         while True:
-            await asyncio.sleep(LOOK_MS / 1000)
+            await asyncio.sleep(POLL_MS / 1000)
             for session in self.client_state.late(now_ns()):
                 await transport.again(session)
             self.client_state.poll(now_ns())
             self.post()
 
     async def wait(self, session: str, over: Callable[[], bool], timeout_s: float, late: str) -> None:
-        """Until `over`, which only what is heard of the session can change; raises TimedOut after the time."""
+        """Wait until `over`, checked after each message of the session; raises TimedOut."""
         end_ns = now_ns() + round(timeout_s * 1e9)
         while not over():
             if self.client_state.problem is not None:
@@ -253,31 +263,31 @@ class AsyncClient:
                 if not self._waiting[session]:
                     del self._waiting[session]
 
-    async def open(self, session: str, token: str | None = None, timeout_s: float = TIMEOUT_S) -> AsyncSession:
+    async def open(self, session: str, token: str | None = None, timeout_s: float = TIMEOUT_S) -> AsyncServedSession:
         """As `Client.open`."""
-        client_session = self.client_state.client_session(session)
+        state = self.client_state.new_session(session)
         self.client_state.send(protocol.Open(session=session, token=token))
         self.post()
         try:
             await self.wait(
                 session,
-                lambda: client_session.opened is not None or client_session.error is not None,
+                lambda: state.opened is not None or state.error is not None,
                 timeout_s,
-                f"session {session!r} had no reply",
+                f"session {session!r} got no reply",
             )
         except TimedOut:
             await self.end(session)
             raise
-        ready(self.client_state, client_session)
-        return AsyncSession(self, client_session)
+        ready(self.client_state, state)
+        return AsyncServedSession(self, state)
 
     async def __aenter__(self) -> Self:
         transport = self._transport = await self._connect(self._receive)
-        self._looking = asyncio.create_task(self._poll(transport))
+        self._polling = asyncio.create_task(self._poll(transport))
         self.client_state.send(protocol.Hello())
         self.post()
         try:
-            await self.wait("", lambda: self.client_state.welcome is not None, self._timeout_s, "it said nothing")
+            await self.wait("", lambda: self.client_state.welcome is not None, self._timeout_s, "no reply came")
         except TimedOut:
             await self.__aexit__()
             raise NotRunning(f"no server answers at {self._address}: {self.starting}") from None
@@ -287,8 +297,8 @@ class AsyncClient:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Sessions that are open are not closed: their tokens bring them back."""
-        if self._looking is not None:
-            await end_tasks(self._looking)
+        """Disconnect. Open sessions are not closed: their tokens open them again."""
+        if self._polling is not None:
+            await end_tasks(self._polling)
         if self._transport is not None:
             await self._transport.close()

@@ -1,4 +1,4 @@
-"""Client: sessions of an engine that `stream-mmrnn serve` runs, from a program of yours.
+"""Client: sessions on an engine that `stream-mmrnn serve` runs, for your program.
 
     from stream_mmrnn import Client
 
@@ -7,8 +7,8 @@
             answer = session.step(features)
             print(answer.tick, answer.heads)
 
-A server that dies and comes back is met again: sessions go on from its newest state, and ticks that it has not seen are
-sent again. One thread, or one event loop, uses a client.
+The client reconnects to a server that was restarted: sessions continue from its newest state, and ticks that it has not
+seen are sent again. Not thread-safe: use a client in one thread, or in one event loop.
 """
 
 from __future__ import annotations
@@ -27,59 +27,59 @@ from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.client_state import Answer, ClientSession, ClientState
 
 QUEUE = 4096
-"""Messages that may wait each way."""
-LOOK_MS = 100
+"""Messages that may wait in each direction."""
+POLL_MS = 100
 TIMEOUT_S = 5.0
-STARTING = "start one by stream-mmrnn serve, and see that its keys let you in"
-"""What to do where nobody answers."""
+STARTING = "start one by stream-mmrnn serve, and check that its keys let you in"
+"""What to do where no server answers."""
 
 
 def keys_of(keys: str | Path | Keys | None, server: str) -> Keys | None:
-    """Those of a folder; `server`: the public key of the server, where the folder is not the server's own."""
+    """The keys of a folder; `server`: the server's public key, where the folder is not the server's own."""
     if keys is None or isinstance(keys, Keys):
         return keys
     return Folder(Path(keys)).keys(server)
 
 
-class AnySession:
-    """What both kinds of session know without asking."""
+class SessionProperties:
+    """What both kinds of session know without a request."""
 
-    def __init__(self, client_state: ClientState, client_session: ClientSession) -> None:
-        self._client_state, self._client_session = client_state, client_session
+    def __init__(self, client_state: ClientState, session: ClientSession) -> None:
+        self._client_state, self._session = client_state, session
 
     @property
     def name(self) -> str:
-        return self._client_session.name
+        return self._session.name
 
     @property
     def token(self) -> str:
-        """Secret: with it the session can be opened from elsewhere, or later."""
-        return self._client_session.token or ""
+        """Secret: with it the session can be opened from another client, or later."""
+        return self._session.token or ""
 
     @property
     def next_tick(self) -> int:
-        """What the next tick will be called, unless it is given."""
-        return self._client_session.next_tick
+        """Index of the next tick, where none is given."""
+        return self._session.next_tick
 
     @property
     def resumed(self) -> bool:
-        """Whether it began with a state."""
-        return self._client_session.opened is not None and self._client_session.opened.resumed
+        """Whether it continues from a saved state."""
+        return self._session.opened is not None and self._session.opened.resumed
 
     @property
     def skipped(self) -> int:
-        """Ticks that the server had seen already, whose answers went with it or that were sent twice."""
-        return self._client_session.skipped
+        """Ticks that the server had seen already: duplicates, and those whose answers were lost when it died."""
+        return self._session.skipped
 
     @property
     def waiting(self) -> int:
-        """Ticks that have no answer yet."""
-        return len(self._client_session.unanswered)
+        """Ticks without an answer yet."""
+        return len(self._session.unanswered)
 
     @property
     def unread(self) -> int:
-        """Answers that have come and were not read yet."""
-        return len(self._client_session.answers)
+        """Answers that have arrived and were not read yet."""
+        return len(self._session.answers)
 
     def send(
         self,
@@ -89,42 +89,42 @@ class AnySession:
         event_ns: int = 0,
         age_ns: Mapping[str, int] | None = None,
     ) -> int:
-        """Send one tick and do not wait; its index.
+        """Send one tick and do not wait; returns its index.
 
         `features`: float32 [size] by modality; one that is missing or None is absent. `tick`: its index, the next one
-        if not given. `event_ns`: its end, by a clock of yours; it comes back with the answer. `age_ns`: by modality,
-        how old the newest sample is at the tick's end.
+        if not given. `event_ns`: its end by your clock, returned with the answer. `age_ns`: by modality, how old the
+        newest sample is at the tick's end.
 
         Raises:
-            BadTick: it is not of this model; nothing was sent.
-            Evicted: the session has been taken over, or cannot go on.
+            BadTick: it does not fit the model; nothing was sent.
+            Evicted: another client took the session over, or it cannot continue.
 
         """
-        index = self._client_state.put(self._client_session, features, tick, event_ns, age_ns, now_ns())
+        index = self._client_state.put(self._session, features, tick, event_ns, age_ns, now_ns())
         self._post()
         return index
 
     def _post(self) -> None:
-        """Hand what is to be said to the transport."""
+        """Hand waiting messages to the transport."""
 
 
-def taken(client_session: ClientSession) -> Answer | None:
-    """The next answer that waits; raises what was said instead of one."""
-    if client_session.answers:
-        said = client_session.answers.popleft()
-        if isinstance(said, SessionError):
-            raise said
-        return said
-    if client_session.error is not None:
-        raise client_session.error
+def taken(session: ClientSession) -> Answer | None:
+    """The next answer that has arrived; raises the error that a tick got instead."""
+    if session.answers:
+        answer = session.answers.popleft()
+        if isinstance(answer, SessionError):
+            raise answer
+        return answer
+    if session.error is not None:
+        raise session.error
     return None
 
 
-class Session(AnySession):
+class ServedSession(SessionProperties):
     """One session of a `Client`; as a context manager it is closed at the end."""
 
-    def __init__(self, client: Client, client_session: ClientSession) -> None:
-        super().__init__(client.client_state, client_session)
+    def __init__(self, client: Client, session: ClientSession) -> None:
+        super().__init__(client.client_state, session)
         self._client = client
 
     def _post(self) -> None:
@@ -139,69 +139,69 @@ class Session(AnySession):
         age_ns: Mapping[str, int] | None = None,
         timeout_s: float = TIMEOUT_S,
     ) -> Answer | None:
-        """Send one tick and wait for its answer, as `send` and `receive`; answers to earlier ticks are passed over.
+        """Send one tick and wait for its answer, as `send` and `receive`; answers to earlier ticks are skipped.
 
-        None where the session had seen this tick already.
+        Returns None where the session had this tick already.
         """
         index = self.send(features, tick=tick, event_ns=event_ns, age_ns=age_ns)
         end_ns = now_ns() + round(timeout_s * 1e9)
-        while (answer := self._next(end_ns, lambda: index not in self._client_session.unanswered)) is not None:
+        while (answer := self._next(end_ns, lambda: index not in self._session.unanswered)) is not None:
             if answer.tick == index:
                 return answer
         return None
 
     def receive(self, timeout_s: float = TIMEOUT_S) -> Answer | None:
-        """The next answer; None where no tick waits for one. Raises TimedOut, or the error that a tick got instead."""
-        return self._next(now_ns() + round(timeout_s * 1e9), lambda: not self._client_session.unanswered)
+        """The next answer; None where every tick has one. Raises TimedOut, or the error that a tick got instead."""
+        return self._next(now_ns() + round(timeout_s * 1e9), lambda: not self._session.unanswered)
 
     def _next(self, end_ns: int, over: Callable[[], bool]) -> Answer | None:
-        client_session = self._client_session
+        session = self._session
         self._client.wait(
-            lambda: bool(client_session.answers) or client_session.error is not None or over(),
+            lambda: bool(session.answers) or session.error is not None or over(),
             end_ns,
-            f"no answer came to {len(client_session.unanswered)} ticks of session {client_session.name!r}",
+            f"no answer came to {len(session.unanswered)} ticks of session {session.name!r}",
         )
-        return taken(client_session)
+        return taken(session)
 
     def answers(self, timeout_s: float = TIMEOUT_S) -> Iterator[Answer]:
-        """Answers as they come, while ticks wait for one."""
+        """Answers as they arrive, until every tick has one."""
         while (answer := self.receive(timeout_s)) is not None:
             yield answer
 
     def _ask(self, request: protocol.Request, timeout_s: float) -> protocol.Done | protocol.Flushed:
-        client_session = self._client_session
-        if client_session.error is not None:
-            raise client_session.error
-        client_session.done = None
+        session = self._session
+        if session.error is not None:
+            raise session.error
+        session.done = None
         self._client.client_state.send(request)
         self._client.wait(
-            lambda: client_session.done is not None or client_session.error is not None,
+            lambda: session.done is not None or session.error is not None,
             now_ns() + round(timeout_s * 1e9),
-            f"session {client_session.name!r} had no reply",
+            f"session {session.name!r} got no reply",
         )
-        return done(client_session)
+        return done(session)
 
     def flush(self, timeout_s: float = TIMEOUT_S) -> int:
-        """Until every tick sent before is answered and the state is on the server's disk; the tick after those."""
+        """Wait until all ticks sent are answered and the state is on disk; returns the index of the next tick."""
         done = self._ask(protocol.Flush(session=self.name), timeout_s)
         return done.next if isinstance(done, protocol.Flushed) else self.next_tick
 
     def reset(self, timeout_s: float = TIMEOUT_S) -> None:
-        """Start the state anew; ticks count on."""
+        """Start the state anew; tick indices continue."""
         self._ask(protocol.Reset(session=self.name), timeout_s)
-        self._client_session.sent.clear()
+        self._session.sent.clear()
 
     def close(self, timeout_s: float = TIMEOUT_S) -> None:
-        """The session is over, and nothing of it is kept. Where it is over already, this does nothing."""
+        """End the session; the server deletes its state. Does nothing where it is over already."""
         try:
-            if self._client_session.error is None:
-                self._ask(protocol.Close(session=self.name, token=self._client_session.token), timeout_s)
+            if self._session.error is None:
+                self._ask(protocol.Close(session=self.name, token=self._session.token), timeout_s)
         finally:
-            self._client.client_state.client_sessions.pop(self.name, None)
+            self._client.client_state.sessions.pop(self.name, None)
 
     def leave(self) -> None:
-        """Let the session be, to be opened again with its token, from here or elsewhere."""
-        self._client.client_state.client_sessions.pop(self.name, None)
+        """Stop using the session without ending it: its token opens it again, from here or another client."""
+        self._client.client_state.sessions.pop(self.name, None)
 
     def __enter__(self) -> Self:
         return self
@@ -210,23 +210,23 @@ class Session(AnySession):
         if kind is None:
             self.close()
         else:
-            with contextlib.suppress(Exception):  # the first error is the one to be seen
+            with contextlib.suppress(Exception):  # do not hide the first error
                 self.close(1.0)
 
 
-def done(client_session: ClientSession) -> protocol.Done | protocol.Flushed:
-    if client_session.error is not None:
-        error, client_session.error = client_session.error, None
+def done(session: ClientSession) -> protocol.Done | protocol.Flushed:
+    if session.error is not None:
+        error, session.error = session.error, None
         raise error
-    assert client_session.done is not None
-    return client_session.done
+    assert session.done is not None
+    return session.done
 
 
-def ready(client_state: ClientState, client_session: ClientSession) -> None:
-    """An `open` has been answered; raises its refusal."""
-    if client_session.error is not None:
-        del client_state.client_sessions[client_session.name]
-        raise client_session.error
+def ready(client_state: ClientState, session: ClientSession) -> None:
+    """Check the reply to an `open`; raises its refusal."""
+    if session.error is not None:
+        del client_state.sessions[session.name]
+        raise session.error
 
 
 class Client:
@@ -244,19 +244,17 @@ class Client:
         `server_key`: the server's public key then.
 
         Raises:
-            NotRunning: nobody answers there, or not to these keys.
-            ProcessError: it is no address, or another version answers.
+            NotRunning: no server answers there, or it does not accept these keys.
+            ProcessError: the address is not valid, or the server has another protocol version.
 
         """
         self.client_state = ClientState()
         self._address = address
         self._dealer = Dealer(address, QUEUE, protocol.MAX_BYTES, keys_of(keys, server_key))
-        self._looked_ns = now_ns()
+        self._polled_ns = now_ns()
         self.client_state.send(protocol.Hello())
         try:
-            self.wait(
-                lambda: self.client_state.welcome is not None, now_ns() + round(timeout_s * 1e9), "it said nothing"
-            )
+            self.wait(lambda: self.client_state.welcome is not None, now_ns() + round(timeout_s * 1e9), "no reply came")
         except TimedOut:
             self.close()
             raise NotRunning(f"no server answers at {address}: {STARTING}") from None
@@ -266,62 +264,62 @@ class Client:
 
     @property
     def model(self) -> protocol.Welcome:
-        """What the server's model takes and says."""
+        """What the server's model takes and predicts."""
         assert self.client_state.welcome is not None
         return self.client_state.welcome
 
-    def open(self, session: str, token: str | None = None, timeout_s: float = TIMEOUT_S) -> Session:
-        """Begin a session, or go on with one by its token.
+    def open(self, session: str, token: str | None = None, timeout_s: float = TIMEOUT_S) -> ServedSession:
+        """Begin a session, or continue one with its token.
 
         Raises:
-            Busy: there is no room for one more; `retry_after_s` says when to ask again.
-            DuplicateSession, Evicted, UnknownSession, SessionError: as the server says.
-            TimedOut: it says nothing.
+            Busy: the server is full; `retry_after_s` says when to ask again.
+            DuplicateSession, Evicted, UnknownSession, SessionError: the server refused it.
+            TimedOut: the server did not reply.
 
         """
-        client_session = self.client_state.client_session(session)
+        state = self.client_state.new_session(session)
         self.client_state.send(protocol.Open(session=session, token=token))
         try:
             self.wait(
-                lambda: client_session.opened is not None or client_session.error is not None,
+                lambda: state.opened is not None or state.error is not None,
                 now_ns() + round(timeout_s * 1e9),
-                f"session {session!r} had no reply",
+                f"session {session!r} got no reply",
             )
         except TimedOut:
-            del self.client_state.client_sessions[session]
+            del self.client_state.sessions[session]
             raise
-        ready(self.client_state, client_session)
-        return Session(self, client_session)
+        ready(self.client_state, state)
+        return ServedSession(self, state)
 
     def post(self) -> None:
-        """Send what is to be said, as far as the queue takes it."""
+        """Send waiting messages, until the queue is full."""
         out = self.client_state.out
         while out and self._dealer.send(out[0][1]):
             out.popleft()
 
     def wait(self, over: Callable[[], bool], end_ns: int, late: str) -> None:
-        """Listen until `over`; raises TimedOut at `end_ns`."""
-        talk = self.client_state
+        """Receive until `over`; raises TimedOut at `end_ns`."""
+        state = self.client_state
         self.post()
         while not over():
             at_ns = now_ns()
-            if talk.problem is not None:
-                raise talk.problem
+            if state.problem is not None:
+                raise state.problem
             if at_ns >= end_ns:
                 raise TimedOut(f"{late} from {self._address} in time")
-            content = self._dealer.receive(min((end_ns - at_ns) // 1_000_000 + 1, LOOK_MS))
+            content = self._dealer.receive(min((end_ns - at_ns) // 1_000_000 + 1, POLL_MS))
             at_ns = now_ns()
             if content is not None:
-                with contextlib.suppress(WireError):  # nothing of ours: as if it had not come
-                    talk.receive(content, at_ns)
-            if at_ns - self._looked_ns > LOOK_MS * 1_000_000:
-                self._looked_ns = at_ns
-                talk.poll(at_ns)
-            if talk.out:
+                with contextlib.suppress(WireError):  # not a message of the protocol: ignored
+                    state.receive(content, at_ns)
+            if at_ns - self._polled_ns > POLL_MS * 1_000_000:
+                self._polled_ns = at_ns
+                state.poll(at_ns)
+            if state.out:
                 self.post()
 
     def close(self) -> None:
-        """Sessions that are open are not closed: their tokens bring them back."""
+        """Disconnect. Open sessions are not closed: their tokens open them again."""
         self._dealer.close()
 
     def __enter__(self) -> Self:

@@ -1,7 +1,7 @@
-"""Conversation: what a client knows of its sessions, between bytes in and bytes out; pure of sockets and clocks.
+"""State of a client: its sessions, and the logic between received and sent messages, without sockets and clocks.
 
-A tick is kept until newer ones take its place, so that a server that comes back with an older state is given again what
-it has not seen; every tick is answered once, whoever answers it. Knows nothing about transports or who waits for what.
+The newest ticks of each session are kept, so that they can be sent again to a server that was restarted with an older
+state. Every tick gets one answer; duplicates are dropped. Knows nothing about transports or waiting calls.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from stream_mmrnn.serve import protocol
 KEPT_TICKS = 256
 """Of each session: more than a server steps between two snapshots."""
 ASK_AGAIN_NS = 1_000_000_000
-"""A tick that is not answered for so long is asked about: a server that came back has never had it."""
+"""After so long without an answer the session is opened again: a server that was restarted never had the tick."""
 _ERRORS: dict[str, type[SessionError]] = {
     "unknown": UnknownSession,
     "duplicate": DuplicateSession,
@@ -40,7 +40,7 @@ _ERRORS: dict[str, type[SessionError]] = {
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What came of one tick."""
+    """The answer to one tick."""
 
     session: str
     tick: int
@@ -49,13 +49,13 @@ class Answer(msgspec.Struct, frozen=True):
     heads: Vectors
     """By head, each float32 [size]."""
     present: dict[str, bool]
-    """By modality: what was used."""
+    """By modality: whether it was used."""
     age_ns: dict[str, int]
     waited_ns: int
-    """In the server, for its step."""
+    """In the server's queue."""
     step_ns: int
     round_trip_ns: int
-    """From `send` to its being read here; where it was sent again, since it was first sent."""
+    """From the first `send` until it was received."""
     model: str
     """sha256 of the model file."""
 
@@ -66,148 +66,144 @@ class _Sent(msgspec.Struct, gc=False):
 
 
 class ClientSession(msgspec.Struct):
-    """A session as this end sees it."""
+    """A session as the client sees it."""
 
     name: str
     token: str | None = None
     next_tick: int = 0
-    """Of `send`, where it is not given."""
+    """Index for `send`, where none is given."""
     sent: OrderedDict[int, _Sent] = msgspec.field(default_factory=OrderedDict)
-    """Ticks that may have to be sent again, and those that are not answered."""
+    """The newest ticks, answered or not: they may have to be sent again."""
     unanswered: OrderedDict[int, int] = msgspec.field(default_factory=OrderedDict)
-    """And since when, or since when it was last asked."""
+    """By tick: when it was sent, or the session last opened again because of it."""
     answers: deque[Answer | SessionError] = msgspec.field(default_factory=deque)
     opened: protocol.Ready | None = None
     done: protocol.Done | protocol.Flushed | None = None
     error: SessionError | None = None
     """Why the newest `open`, `flush`, `reset` or `close` failed, or why the session is over here."""
     to_send: deque[int] = msgspec.field(default_factory=deque)
-    """Ticks that wait until the server has room for them."""
+    """Ticks that wait until the server's queue has room."""
     on_the_way: set[int] = msgspec.field(default_factory=set)
-    coming_back: bool = False
+    reopening: bool = False
     skipped: int = 0
-    """Ticks that the server had seen already and whose answers are lost with it."""
+    """Ticks that the server had seen already, and whose answers were lost when it died."""
 
 
 class ClientState:
-    """Messages in, messages out, for any number of sessions over one connection."""
+    """Any number of sessions over one connection: `receive` replies, send what is in `out`."""
 
     def __init__(self) -> None:
         self.out: deque[tuple[str, bytes]] = deque()
-        """What is to be sent, in order, and the session that it is of; "" where it is of none."""
+        """Messages to send, in order, each with its session ("" for none)."""
         self.welcome: protocol.Welcome | None = None
         self.problem: ProcessError | None = None
-        """The server speaks, but not with us."""
-        self.client_sessions: dict[str, ClientSession] = {}
+        """Why this client cannot talk to the server."""
+        self.sessions: dict[str, ClientSession] = {}
 
     def send(self, request: protocol.Request) -> None:
         self.out.append((getattr(request, "session", ""), protocol.encode(request)))
 
-    def client_session(self, session: str) -> ClientSession:
-        """A session of this connection. Raises SessionError where there is one already, or none can be called so."""
-        if not re.match(topics.SESSION_NAME, session):
-            raise SessionError(f"a session cannot be called {session[:80]!r}; expected {topics.SESSION_NAME}")
-        if session in self.client_sessions:
-            raise DuplicateSession(f"session {session!r} is open over this connection already")
-        client_session = self.client_sessions[session] = ClientSession(session)
-        return client_session
+    def new_session(self, name: str) -> ClientSession:
+        """Add a session. Raises SessionError where its name is not valid, DuplicateSession where it is here already."""
+        if not re.match(topics.SESSION_NAME, name):
+            raise SessionError(f"a session cannot be called {name[:80]!r}; expected {topics.SESSION_NAME}")
+        if name in self.sessions:
+            raise DuplicateSession(f"session {name!r} is open over this connection already")
+        session = self.sessions[name] = ClientSession(name)
+        return session
 
     def put(
         self,
-        client_session: ClientSession,
+        session: ClientSession,
         features: Mapping[str, Any],
         tick: int | None,
         event_ns: int,
         age_ns: Mapping[str, int] | None,
         now_ns: int,
     ) -> int:
-        """Send one tick; its index. Raises BadTick where it is not of the model, or the session's error."""
+        """Queue one tick; returns its index. Raises BadTick where it does not fit the model, or the session's error."""
         assert self.welcome is not None
-        if client_session.error is not None:
-            raise client_session.error
-        if len(client_session.unanswered) >= KEPT_TICKS:
+        if session.error is not None:
+            raise session.error
+        if len(session.unanswered) >= KEPT_TICKS:
             raise SessionError(
-                f"{KEPT_TICKS} ticks of session {client_session.name!r} wait for an answer; read answers, and send "
+                f"{KEPT_TICKS} ticks of session {session.name!r} wait for an answer; read answers, and send "
                 "no faster than the model's tick"
             )
-        index = client_session.next_tick if tick is None else tick
+        index = session.next_tick if tick is None else tick
         content = protocol.encode(
             protocol.Step(
-                session=client_session.name,
+                session=session.name,
                 tick=index,
                 event_ns=event_ns,
-                features=_vectors(self.welcome.modalities, features, index, client_session.name),
+                features=_vectors(self.welcome.modalities, features, index, session.name),
                 age_ns=_ages(self.welcome.modalities, features, age_ns),
             )
         )
-        client_session.sent[index] = _Sent(content, now_ns)
-        client_session.unanswered[index] = now_ns
-        client_session.next_tick = max(client_session.next_tick, index + 1)
-        client_session.to_send.append(index)
-        while len(client_session.sent) > KEPT_TICKS and next(iter(client_session.sent)) < client_session.to_send[0]:
-            client_session.sent.popitem(last=False)
-        self._pump(client_session)
+        session.sent[index] = _Sent(content, now_ns)
+        session.unanswered[index] = now_ns
+        session.next_tick = max(session.next_tick, index + 1)
+        session.to_send.append(index)
+        while len(session.sent) > KEPT_TICKS and next(iter(session.sent)) < session.to_send[0]:
+            session.sent.popitem(last=False)
+        self._pump(session)
         return index
 
-    def _pump(self, client_session: ClientSession) -> None:
-        """Send as many ticks as the server lets wait."""
+    def _pump(self, session: ClientSession) -> None:
+        """Send as many ticks as the server's queue takes."""
         assert self.welcome is not None
-        while (
-            client_session.to_send
-            and not client_session.coming_back
-            and len(client_session.on_the_way) < self.welcome.queue
-        ):
-            tick = client_session.to_send.popleft()
-            client_session.on_the_way.add(tick)
-            self.out.append((client_session.name, client_session.sent[tick].content))
+        while session.to_send and not session.reopening and len(session.on_the_way) < self.welcome.queue:
+            tick = session.to_send.popleft()
+            session.on_the_way.add(tick)
+            self.out.append((session.name, session.sent[tick].content))
 
-    def _arrived(self, client_session: ClientSession, tick: int) -> bool:
-        """The server has dealt with a tick; whether somebody waits for its answer."""
-        client_session.on_the_way.discard(tick)
-        self._pump(client_session)
-        return client_session.unanswered.pop(tick, None) is not None
+    def _arrived(self, session: ClientSession, tick: int) -> bool:
+        """The server is done with a tick; returns whether it had no answer yet."""
+        session.on_the_way.discard(tick)
+        self._pump(session)
+        return session.unanswered.pop(tick, None) is not None
 
     def receive(self, content: bytes, now_ns: int) -> str:
-        """One message of the server; the session it is of, or "". Raises WireError where it is none."""
+        """Handle one message of the server; returns its session, or "". Raises WireError where it is not valid."""
         reply = protocol.read_reply(content)
         if isinstance(reply, protocol.Welcome):
             if reply.version != protocol.VERSION:
-                self.problem = ProcessError(f"the server speaks version {reply.version}, not {protocol.VERSION}")
+                self.problem = ProcessError(f"the server has protocol version {reply.version}, not {protocol.VERSION}")
             self.welcome = reply
             return ""
-        client_session = self.client_sessions.get(reply.session)
-        if client_session is None:
+        session = self.sessions.get(reply.session)
+        if session is None:
             if isinstance(reply, protocol.Refused) and not reply.session:
                 self.problem = ProcessError(f"the server did not take a message: {reply.why}")
             return ""
         match reply:
             case protocol.Pred():
-                self._answer(client_session, reply, now_ns)
+                self._answer(session, reply, now_ns)
             case protocol.Ready():
-                self._ready(client_session, reply, now_ns)
+                self._ready(session, reply, now_ns)
             case protocol.Skipped():
-                client_session.skipped += self._arrived(client_session, reply.tick)
+                session.skipped += self._arrived(session, reply.tick)
             case protocol.Done() | protocol.Flushed():
-                client_session.done = reply
+                session.done = reply
             case protocol.BusyNow():
-                if not client_session.coming_back:  # else it is asked again with a later look
-                    client_session.error = Busy(reply.why, reply.retry_s)
+                if not session.reopening:  # else a later `poll` asks again
+                    session.error = Busy(reply.why, reply.retry_s)
             case protocol.EvictedNow():
-                self._evicted(client_session, reply)
+                self._evicted(session, reply)
             case protocol.Refused():
-                self._refused(client_session, reply)
-        return client_session.name
+                self._refused(session, reply)
+        return session.name
 
-    def _answer(self, client_session: ClientSession, reply: protocol.Pred, now_ns: int) -> None:
-        if not self._arrived(client_session, reply.tick):
-            return  # it was answered before the server came back
+    def _answer(self, session: ClientSession, reply: protocol.Pred, now_ns: int) -> None:
+        if not self._arrived(session, reply.tick):
+            return  # it was answered before the server was restarted
         assert self.welcome is not None
-        sent = client_session.sent.get(reply.tick)
+        sent = session.sent.get(reply.tick)
         heads = zip(self.welcome.heads, reply.heads, strict=True)
         names = [m.name for m in self.welcome.modalities]
-        client_session.answers.append(
+        session.answers.append(
             Answer(
-                client_session.name,
+                session.name,
                 reply.tick,
                 reply.event_ns,
                 {head.name: np.frombuffer(raw, "<f4") for head, raw in heads},
@@ -220,80 +216,78 @@ class ClientState:
             )
         )
 
-    def _ready(self, client_session: ClientSession, reply: protocol.Ready, now_ns: int) -> None:
-        first = client_session.opened is None
-        client_session.opened, client_session.token = reply, reply.token
+    def _ready(self, session: ClientSession, reply: protocol.Ready, now_ns: int) -> None:
+        first = session.opened is None
+        session.opened, session.token = reply, reply.token
         if first:
-            client_session.next_tick = reply.next
-        elif client_session.coming_back:
-            client_session.coming_back = False
-            self._send_again(client_session, reply.next, now_ns)
+            session.next_tick = reply.next
+        elif session.reopening:
+            session.reopening = False
+            self._send_again(session, reply.next, now_ns)
 
-    def _send_again(self, client_session: ClientSession, following: int, now_ns: int) -> None:
-        """What the server has not seen, in order; what it has, and never answered, is nobody's to give any more."""
-        for tick in [t for t in client_session.unanswered if t < following]:
-            del client_session.unanswered[tick]
-            client_session.skipped += 1
-        missing = [tick for tick in client_session.sent if tick >= following]
-        if client_session.next_tick > following and (not missing or missing[0] != following) and client_session.sent:
-            oldest = next(iter(client_session.sent))
+    def _send_again(self, session: ClientSession, following: int, now_ns: int) -> None:
+        """Send again what the server has not seen, in order. What it has, without an answer, is counted as skipped."""
+        for tick in [t for t in session.unanswered if t < following]:
+            del session.unanswered[tick]
+            session.skipped += 1
+        missing = [tick for tick in session.sent if tick >= following]
+        if session.next_tick > following and (not missing or missing[0] != following) and session.sent:
+            oldest = next(iter(session.sent))
             if oldest > following:
-                client_session.error = Evicted(
-                    f"the server has session {client_session.name!r} as it was at tick {following}, and the "
+                session.error = Evicted(
+                    f"the server has session {session.name!r} as it was at tick {following}, and the "
                     f"ticks from there to {oldest} are not kept here; close it, or open it again and send them"
                 )
                 return
         for tick in missing:
-            if tick in client_session.unanswered:
-                client_session.unanswered[tick] = now_ns
-        client_session.on_the_way.clear()
-        client_session.to_send = deque(missing)
-        self._pump(client_session)
+            if tick in session.unanswered:
+                session.unanswered[tick] = now_ns
+        session.on_the_way.clear()
+        session.to_send = deque(missing)
+        self._pump(session)
 
-    def _come_back(self, client_session: ClientSession) -> None:
-        if client_session.token is None:
+    def _reopen(self, session: ClientSession) -> None:
+        if session.token is None:
             return
-        client_session.coming_back = True
-        self.send(protocol.Open(session=client_session.name, token=client_session.token))
+        session.reopening = True
+        self.send(protocol.Open(session=session.name, token=session.token))
 
-    def _evicted(self, client_session: ClientSession, reply: protocol.EvictedNow) -> None:
+    def _evicted(self, session: ClientSession, reply: protocol.EvictedNow) -> None:
         if reply.reason == "taken":
-            client_session.error = Evicted(
-                f"session {client_session.name!r} has been taken over by another client that has its token"
+            session.error = Evicted(
+                f"session {session.name!r} has been taken over by another client that has its token"
             )
-        elif client_session.unanswered:
-            self._come_back(client_session)
-        # else: the next tick asks for it
+        elif session.unanswered:
+            self._reopen(session)
+        # else: the next tick is refused, and opens it again
 
-    def _refused(self, client_session: ClientSession, reply: protocol.Refused) -> None:
+    def _refused(self, session: ClientSession, reply: protocol.Refused) -> None:
         error = _ERRORS.get(reply.error, SessionError)(reply.why)
-        if reply.tick < 0:  # no tick's: an open, flush, reset or close
-            client_session.coming_back = False
-            client_session.error = error
-        elif (
-            reply.error in ("evicted", "unknown") and client_session.token is not None and client_session.error is None
-        ):
-            if not client_session.coming_back:
-                self._come_back(client_session)
-        elif self._arrived(client_session, reply.tick):
-            client_session.answers.append(error)
+        if reply.tick < 0:  # the reply to an open, flush, reset or close
+            session.reopening = False
+            session.error = error
+        elif reply.error in ("evicted", "unknown") and session.token is not None and session.error is None:
+            if not session.reopening:
+                self._reopen(session)
+        elif self._arrived(session, reply.tick):
+            session.answers.append(error)
 
     def late(self, now_ns: int) -> list[str]:
-        """Sessions with a tick that nobody has answered for long."""
+        """Sessions with a tick that has had no answer for `ASK_AGAIN_NS`."""
         return [
             name
-            for name, client_session in self.client_sessions.items()
-            if client_session.unanswered
-            and client_session.error is None
-            and now_ns - client_session.unanswered[next(iter(client_session.unanswered))] > ASK_AGAIN_NS
+            for name, session in self.sessions.items()
+            if session.unanswered
+            and session.error is None
+            and now_ns - session.unanswered[next(iter(session.unanswered))] > ASK_AGAIN_NS
         ]
 
     def poll(self, now_ns: int) -> None:
-        """Ask about those; to be called now and then."""
+        """Open late sessions again; call it every 100 ms or so."""
         for name in self.late(now_ns):
-            client_session = self.client_sessions[name]
-            client_session.unanswered[next(iter(client_session.unanswered))] = now_ns
-            self._come_back(client_session)
+            session = self.sessions[name]
+            session.unanswered[next(iter(session.unanswered))] = now_ns
+            self._reopen(session)
 
 
 def _vectors(

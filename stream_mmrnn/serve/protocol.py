@@ -1,8 +1,8 @@
-"""What a client and a server of sessions say to each other, as bytes: msgpack maps, one a message, and nothing else.
+"""The protocol between a client and a server of sessions: each message is one msgpack map.
 
-Pure: no sockets, no clocks. The key `op` says which message it is; unknown keys are ignored, so that either side may
-be newer. Vectors are raw little-endian float32, in the order of the modalities or heads that `welcome` names. The page
-docs/serve.md shows each for those who write a client in another language. Knows nothing about who is at the other end.
+No sockets, no clocks. The key `op` is the type of the message; unknown keys are ignored, so that either side may be
+newer. Vectors are raw little-endian float32, in the order of the modalities or heads of `welcome`. docs/serve.md lists
+all messages, for clients in other languages.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from stream_mmrnn.core.types import HeadSpec, ModalitySpec, ModelSpec, Nanosecon
 
 VERSION = 1
 MAX_BYTES = 2**20
-"""Of a message: a tick of a hundred thousand numbers is shorter."""
+"""Limit of a message: a tick of 100,000 numbers is shorter."""
 _MAX_MODALITIES = 64
 
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=topics.SESSION_NAME)]
@@ -32,51 +32,51 @@ class _Message(msgspec.Struct, frozen=True, gc=False, tag_field="op", kw_only=Tr
     pass
 
 
-# ---- what a client says ----------------------------------------------------------------------------------------------
+# ---- requests --------------------------------------------------------------------------------------------------------
 
 
 class Hello(_Message, frozen=True, tag="hello"):
-    """Who are you? Answered by `welcome`."""
+    """Begin a connection. Answered by `welcome`."""
 
     version: int = VERSION
 
 
 class Open(_Message, frozen=True, tag="open"):
-    """Begin a session, or go on with one by its token. Answered by `ready`, `busy` or `refused`."""
+    """Begin a session, or continue one with its token. Answered by `ready`, `busy` or `refused`."""
 
     session: _Name
     token: _Token | None = None
 
 
 class Step(_Message, frozen=True, tag="step"):
-    """One tick. Answered by `pred`, by `skipped` where its session has seen it, or by `refused`."""
+    """One tick. Answered by `pred`, by `skipped` where the session had it already, or by `refused`."""
 
     session: _Name
     tick: _Index
-    """From 0 on; what is not above the newest one is not stepped again."""
+    """From 0 on; a tick that is not newer than the newest one is not stepped."""
     event_ns: Nanoseconds
-    """The tick's end, by whatever clock the client has; it comes back as it is."""
+    """The tick's end by the client's clock; returned unchanged."""
     features: _Vectors
-    """A vector for each modality; nil: it is absent."""
+    """A vector for each modality; nil where absent."""
     age_ns: _Ages = ()
-    """Of each: the tick's end minus its newest sample's time, -1 where there never was one. Left out: 0, and -1 where
-    absent."""
+    """By modality: the tick's end minus the time of the newest sample, -1 where there is none. If left out: 0, and -1
+    where absent."""
 
 
 class Flush(_Message, frozen=True, tag="flush"):
-    """Answered by `flushed` when what this client sent before is answered and the session's state is on disk."""
+    """Answered by `flushed` when all earlier messages are answered and the session's state is on disk."""
 
     session: _Name
 
 
 class Reset(_Message, frozen=True, tag="reset"):
-    """Start the session's state anew; its ticks count on. Answered by `done`."""
+    """Start the session's state anew; tick indices continue. Answered by `done`."""
 
     session: _Name
 
 
 class Close(_Message, frozen=True, tag="close"):
-    """The session is over and nothing of it is kept. An evicted one wants its token for that. Answered by `done`."""
+    """End the session and delete its state. For an evicted session its token is needed. Answered by `done`."""
 
     session: _Name
     token: _Token | None = None
@@ -85,15 +85,15 @@ class Close(_Message, frozen=True, tag="close"):
 Request: TypeAlias = Hello | Open | Step | Flush | Reset | Close
 
 
-# ---- what a server says ----------------------------------------------------------------------------------------------
+# ---- replies ---------------------------------------------------------------------------------------------------------
 
 
 class Modality(ModalitySpec, frozen=True, forbid_unknown_fields=False):
-    """As the model's contract has it; a newer server may say more."""
+    """As in the model's contract; a newer server may send more keys."""
 
 
 class Head(HeadSpec, frozen=True, forbid_unknown_fields=False):
-    """As the model's contract has it; a newer server may say more."""
+    """As in the model's contract; a newer server may send more keys."""
 
 
 class Welcome(_Message, frozen=True, tag="welcome"):
@@ -104,7 +104,7 @@ class Welcome(_Message, frozen=True, tag="welcome"):
     """sha256 of its file."""
     tick_ns: int
     queue: int
-    """Ticks of one session that may wait for their answers; one more is refused as `overrun`."""
+    """Ticks of one session that may wait for their answers; one more is refused with `overrun`."""
     modalities: tuple[Modality, ...]
     """In the order of `features`."""
     heads: tuple[Head, ...]
@@ -114,9 +114,9 @@ class Welcome(_Message, frozen=True, tag="welcome"):
 class Ready(_Message, frozen=True, tag="ready"):
     session: str
     token: str
-    """Secret: whoever has it can take the session over. It stays the same."""
+    """Secret: a client that has it can take the session over. It does not change."""
     next: _Count
-    """The first tick that is still to come; earlier ones are skipped."""
+    """Index of the next tick; earlier ones are skipped."""
     resumed: bool
 
 
@@ -127,7 +127,7 @@ class BusyNow(_Message, frozen=True, tag="busy"):
 
 
 class Refused(_Message, frozen=True, tag="refused"):
-    """Something was not done."""
+    """A request was refused."""
 
     error: Literal["unknown", "duplicate", "evicted", "bad_tick", "bad_message", "failed", "overrun"]
     why: str
@@ -141,18 +141,18 @@ class Pred(_Message, frozen=True, tag="pred"):
     event_ns: int
     heads: tuple[bytes, ...]
     present: tuple[bool, ...]
-    """What was used."""
+    """By modality: whether it was used."""
     age_ns: tuple[int, ...]
     waited_ns: int
-    """From the server's having the tick to the beginning of its step, ..."""
+    """From receiving the tick until its step began."""
     step_ns: int
-    """... and how long that step took."""
+    """Duration of that step."""
     model: str
     """sha256."""
 
 
 class Skipped(_Message, frozen=True, tag="skipped"):
-    """The session has seen this tick; it was not stepped again."""
+    """The session had this tick already; it was not stepped again."""
 
     session: str
     tick: int
@@ -162,17 +162,17 @@ class Skipped(_Message, frozen=True, tag="skipped"):
 class Flushed(_Message, frozen=True, tag="flushed"):
     session: str
     next: int
-    """Every tick before is in the state on disk."""
+    """Every earlier tick is in the state on disk."""
 
 
 class Done(_Message, frozen=True, tag="done"):
-    """Of `reset` and `close`."""
+    """Reply to `reset` and `close`."""
 
     session: str
 
 
 class EvictedNow(_Message, frozen=True, tag="evicted"):
-    """Unasked: the session has no slot any more. Its token brings it back, while its state is kept."""
+    """Sent without a request: the session has lost its slot. Its token opens it again, while its state is kept."""
 
     session: str
     token: str
@@ -182,7 +182,7 @@ class EvictedNow(_Message, frozen=True, tag="evicted"):
 
 
 def welcome(spec: ModelSpec, queue: int) -> Welcome:
-    """What a server of this model says of itself."""
+    """The `welcome` of a server of this model."""
     return Welcome(
         version=VERSION,
         name=spec.name,
@@ -207,16 +207,16 @@ def _read(read: Any, content: bytes) -> Any:
     try:
         return read(content)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
-        raise WireError(f"this is no message of the protocol: {e}") from e
+        raise WireError(f"this is not a message of the protocol: {e}") from e
 
 
 def read_request(content: bytes) -> Request:
-    """What a client says; raises WireError where it is nothing of ours."""
+    """Decode a request; raises WireError where it is not valid."""
     request: Request = _read(_read_request, content)
     return request
 
 
 def read_reply(content: bytes) -> Reply:
-    """What a server says; raises WireError where it is nothing of ours."""
+    """Decode a reply; raises WireError where it is not valid."""
     reply: Reply = _read(_read_reply, content)
     return reply

@@ -1,6 +1,6 @@
-"""Server: a host of sessions behind a socket, in one process and one thread; what is ready is stepped at once.
+"""Server: a session host behind a socket, in one process and one thread; ticks are stepped as soon as they arrive.
 
-States go to disk by a thread that does nothing else. Knows nothing about terminals or signals.
+A second thread writes states to disk. Knows nothing about terminals or signals.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.session_host import Host
 from stream_mmrnn.serve.sessions import Sessions
 
-_WAIT_MS = 5
-"""How long nobody may have said anything before states and silent sessions are looked after."""
+_IDLE_MS = 5
+"""After so long without a message, due states are saved and idle sessions evicted."""
 _AT_ONCE = 512
-"""Messages that are read before what is ready is stepped."""
-_SAID_EVERY_NS = 1_000_000_000
+"""Messages that are read at most before a step."""
+_REPORT_EVERY_NS = 1_000_000_000
 
 
 def _lock(folder: Path) -> IO[str]:
-    """One server a folder of states; raises UsageError where another one has it. Released when the file is closed."""
+    """Lock a folder of states for one server; raises UsageError where another one has it. Closing the file unlocks."""
     file = (folder / "lock").open("a+")
     try:
         if os.name == "nt":
@@ -53,12 +53,12 @@ def _lock(folder: Path) -> IO[str]:
     return file
 
 
-def _figures(histogram: Histogram) -> dict[str, float]:
+def _percentiles(histogram: Histogram) -> dict[str, float]:
     return {f"p{p}_ms": round(histogram.percentile(p) / 1e6, 3) for p in (50, 99)} if histogram.count else {}
 
 
 class Server:
-    """Made, it is reachable at `address`; `run` serves until it is told to stop, `close` frees everything."""
+    """Binds `address` at once; `run` serves until it is told to stop, `close` frees everything."""
 
     def __init__(self, settings: config.Settings, say: Callable[[str], None] = lambda _: None) -> None:
         """Raises ModelError, ProviderError, ConfigError, FileError, ProcessError, UsageError."""
@@ -82,7 +82,7 @@ class Server:
                 writer=writer,
             )
             self.host = Host(self.sessions, serve.queue)
-            # a client may have every slot, and then a batch's answers are all its own, while the last ones leave
+            # a client may have every slot: then it gets all answers of two batches
             unread = serve.queue + 2 * serve.slots
             self._router = Router(serve.host, serve.port, serve.queue, protocol.MAX_BYTES, authenticator, unread=unread)
             stack.callback(self._router.close)
@@ -92,16 +92,19 @@ class Server:
 
     @property
     def capacity(self) -> int:
-        """The most sessions that are let in, by what was measured so far."""
+        """The most sessions that are admitted, as measured so far."""
         found = self.sessions.admission.capacity() if self.sessions.admission is not None else None
         return min(self._slots, max(found, 1)) if found is not None else self._slots
 
     def run(self, alive: Callable[[], bool], often: Callable[[], None] = lambda: None) -> None:
-        """Serve until `alive()` says no; then every session is put to disk and its client told."""
+        """Serve until `alive()` is false; then every session is saved to disk and its client is told.
+
+        `often` is called about once a second.
+        """
         host, router = self.host, self._router
-        said_ns = 0
+        reported_ns = 0
         while alive():
-            self._receive(0 if host.ready else _WAIT_MS)
+            self._receive(0 if host.ready else _IDLE_MS)
             at_ns = now_ns()
             if host.ready:
                 host.step(at_ns)
@@ -109,50 +112,52 @@ class Server:
             if not host.ready:
                 host.housekeeping(at_ns)
                 self._send()
-            if at_ns - said_ns > _SAID_EVERY_NS:
-                said_ns = at_ns
+            if at_ns - reported_ns > _REPORT_EVERY_NS:
+                reported_ns = at_ns
                 often()
-        while (heard := router.receive(0)) is not None:
-            host.receive(*heard, now_ns())
+        while (received := router.receive(0)) is not None:
+            host.receive(*received, now_ns())
         host.leave(now_ns())
         self._send()
 
     def _receive(self, timeout_ms: int) -> None:
-        """What has come, up to a number; waits for the first."""
+        """Read up to `_AT_ONCE` messages; waits for the first one."""
         host, router = self.host, self._router
         garbage = host.counts["garbage"]
         for _ in range(_AT_ONCE):
-            heard = router.receive(timeout_ms)
-            if heard is None:
+            received = router.receive(timeout_ms)
+            if received is None:
                 break
             timeout_ms = 0
-            host.receive(*heard, now_ns())
+            host.receive(*received, now_ns())
             if host.counts["garbage"] != garbage:
                 garbage = host.counts["garbage"]
-                if self._rate_limiter(heard[0].hex(), now_ns()):
-                    self._say(f"the client {heard[0].hex()} sent what is no message ({garbage} by all so far)")
+                if self._rate_limiter(received[0].hex(), now_ns()):
+                    self._say(f"the client {received[0].hex()} sent an invalid message ({garbage} by all so far)")
         self._send()
 
     def _send(self) -> None:
         host, router = self.host, self._router
         while host.out:
-            said, host.out = host.out, []
+            out, host.out = host.out, []
             gone = set()
-            for peer, reply in said:
+            for peer, reply in out:
                 if peer in gone:
                     continue
                 fate = router.send(peer, protocol.encode(reply))
                 if fate == "slow":
-                    # what it does not read it cannot miss without knowing: ticks are numbered
+                    # it notices the missing answer, since ticks are numbered
                     host.counts["unread"] += 1
                     if self._rate_limiter(peer.hex(), now_ns()):
-                        self._say(f"the client {peer.hex()} does not read what it is sent; it misses some")
+                        self._say(
+                            f"the client {peer.hex()} does not read fast enough; some of its messages are dropped"
+                        )
                 elif fate == "gone":
                     gone.add(peer)
                     host.gone(peer, now_ns())
 
     def summary(self) -> dict[str, Any]:
-        """What was done so far, as a JSON document."""
+        """Figures of this run so far, as a JSON document."""
         host, seconds = self.host, (now_ns() - self._began_ns) / 1e9
         return {
             "address": self.address,
@@ -162,8 +167,8 @@ class Server:
             "seconds": round(seconds, 3),
             "sessions": len(self.sessions),
             "capacity": self.capacity,
-            "waited": _figures(host.waited),
-            "step": _figures(host.stepped),
+            "waited": _percentiles(host.waited),
+            "step": _percentiles(host.stepped),
             "counts": {**self.sessions.counts, **{f"host_{k}": v for k, v in sorted(host.counts.items())}},
             "refused_connections": self.authenticator.refused if self.authenticator is not None else {},
             "last_problem": self.sessions.last_problem,

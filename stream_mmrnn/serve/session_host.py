@@ -1,8 +1,8 @@
-"""Host: what a server of sessions does with each message, whoever brings it; pure of sockets and clocks.
+"""Host: handles each message of a client of sessions, without sockets and clocks.
 
-Peers are bytes; a session is served for the peer that opened it, until it closes it, is gone, or another one comes with
-its token. Ticks wait here, a queue for each session, and `step` takes the oldest of each: nobody's flood keeps another
-one's tick waiting for more than a step. Knows nothing about transports.
+A peer is the transport's name for a client, as bytes. A session belongs to the peer that opened it, until the peer
+closes it or disconnects, or another peer opens it with its token. Each session has a queue of ticks, and `step` takes
+the oldest of each: a client that floods its queue delays others by at most one step. Knows nothing about transports.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ _ERRORS: tuple[tuple[type[StreamError], ErrorName], ...] = (
     (Evicted, "evicted"),
     (BadTick, "bad_tick"),
 )
-_LOOK_NS, _SWEEP_NS = 100_000_000, 60_000_000_000
-"""So often is it asked who is idle, and what on disk is too old."""
-_NOT_OWNER = "no session of this connection; open it with its token to take it over"
+_IDLE_CHECK_NS, _SWEEP_NS = 100_000_000, 60_000_000_000
+"""How often idle sessions, and states on disk that are too old, are looked for."""
+_NOT_OWNER = "the session belongs to another connection; open it with its token to take it over"
 
 
 def _error_name(error: StreamError) -> ErrorName:
@@ -52,34 +52,34 @@ def _error_name(error: StreamError) -> ErrorName:
 class _Waiting(msgspec.Struct, gc=False):
     peer: Peer
     tick: Tick
-    heard_ns: int
+    received_ns: int
 
 
 class Host:
-    """Sessions for peers: `hear` what they say, `step` what is ready, send what is in `out`."""
+    """Sessions for peers: `receive` messages, `step` ticks that wait, send what is in `out`."""
 
-    def __init__(self, sessions: Sessions, queue: int, told: int = 0) -> None:
-        """`queue`: ticks of one session that may wait; one more is refused as `overrun`. `told`: what clients are told
-        instead, if anything.
+    def __init__(self, sessions: Sessions, queue: int, announced_queue: int = 0) -> None:
+        """`queue`: ticks of one session that may wait; one more is refused as `overrun`. `announced_queue`: what
+        clients are told instead, where it is not 0.
         """
         self.sessions = sessions
         self.out: list[tuple[Peer, protocol.Reply]] = []
-        """What is to be sent, in order; the caller takes it away."""
+        """Replies to send, in order; the caller removes them."""
         self.counts: Counter[str] = Counter()
         """`messages`, `garbage`, `predictions`, `skipped`, `refused`, `overrun`, `taken`, `gone`."""
         self.waited, self.stepped = Histogram(), Histogram()
-        """From a tick's coming to the beginning of its step; steps."""
+        """Time from receiving a tick until its step began; time of steps."""
         self._queue = queue
         self._owner: dict[str, Peer] = {}
         self._of: dict[Peer, set[str]] = {}
         self._waiting: dict[str, deque[_Waiting]] = {}
-        """Only of sessions that have a tick here; the one that has waited longest first."""
-        self._looked_ns = self._swept_ns = 0
+        """Only sessions with a waiting tick; the one that has waited longest is first."""
+        self._idle_checked_ns = self._swept_ns = 0
         spec = sessions.engine.spec
         self._sizes = [(m.name, m.size) for m in spec.modalities]
         self._zeros: dict[str, FloatArray] = {name: np.zeros(size, np.float32) for name, size in self._sizes}
         self._heads = [h.name for h in spec.heads]
-        self.welcome = protocol.welcome(spec, told or queue)
+        self.welcome = protocol.welcome(spec, announced_queue or queue)
         self._answers: dict[type, Callable[..., None]] = {
             protocol.Hello: self._hello,
             protocol.Open: self._open,
@@ -94,10 +94,10 @@ class Host:
         """Whether a tick waits to be stepped."""
         return bool(self._waiting)
 
-    # ---- what comes ----------------------------------------------------------------------------------------------
+    # ---- requests ------------------------------------------------------------------------------------------------
 
     def receive(self, peer: Peer, content: bytes, now_ns: int) -> None:
-        """One message of a peer: answered, or its tick waits."""
+        """Handle one message of a peer: answer it, or queue its tick."""
         self.counts["messages"] += 1
         try:
             request = protocol.read_request(content)
@@ -108,7 +108,7 @@ class Host:
         self.handle(peer, request, now_ns)
 
     def handle(self, peer: Peer, request: protocol.Request, now_ns: int) -> None:
-        """One message that has been read."""
+        """Handle one decoded message."""
         if isinstance(request, protocol.Flush | protocol.Reset | protocol.Close | protocol.Open):
             self._finish(request.session, now_ns)
         try:
@@ -170,7 +170,7 @@ class Host:
             raise self.sessions.missing(session, now_ns)
 
     def _tick(self, request: protocol.Step, now_ns: int) -> Tick:
-        """What a message says, as a tick; raises BadTick where it is not of this model."""
+        """The tick of a message; raises BadTick where it does not fit the model."""
         expected = len(self._sizes)
         if len(request.features) != expected or len(request.age_ns) not in (0, expected):
             raise BadTick(
@@ -203,7 +203,7 @@ class Host:
     def _reset(self, peer: Peer, request: protocol.Reset, now_ns: int) -> None:
         self._check_owner(peer, request.session, now_ns)
         self.sessions.reset(request.session, now_ns=now_ns)
-        # ticks that a client sends again after a crash must not be stepped on what was before
+        # ticks that are sent again after a crash must not be stepped on the state before the reset
         self.sessions.flush(request.session, now_ns=now_ns)
         self._send(peer, protocol.Done(session=request.session))
 
@@ -215,16 +215,16 @@ class Host:
         self._send(peer, protocol.Done(session=request.session))
 
     def own(self, session: str, peer: Peer) -> None:
-        """The session is served for this peer from now on."""
+        """Make this peer the owner of a session."""
         self._owner[session] = peer
         self._of.setdefault(peer, set()).add(session)
 
     def owner(self, session: str) -> Peer:
-        """The peer that it is served for; b"" where it is for nobody."""
+        """The peer that owns a session; b"" for none."""
         return self._owner.get(session, b"")
 
     def disown(self, session: str) -> None:
-        """It is served for nobody; its ticks that wait are forgotten."""
+        """Take a session from its owner, and drop its waiting ticks."""
         peer = self._owner.pop(session, None)
         if peer is not None:
             of = self._of[peer]
@@ -236,7 +236,7 @@ class Host:
     # ---- stepping ------------------------------------------------------------------------------------------------
 
     def _finish(self, session: str, now_ns: int) -> None:
-        """What its session is asked comes after the ticks before it."""
+        """Step all waiting ticks of a session: a request comes after the ticks before it."""
         while session in self._waiting:
             self.step(now_ns)
 
@@ -270,16 +270,16 @@ class Host:
             self.stepped.add(predictions[-1].step_end_ns - predictions[0].step_start_ns)
         for prediction in predictions:
             of = asked[prediction.tick.session, prediction.tick.index]
-            self._send(of.peer, self._pred(prediction, of.heard_ns))
+            self._send(of.peer, self._pred(prediction, of.received_ns))
         self.counts["predictions"] += len(predictions)
         for session in dead:
             if session in self.sessions:
-                self._tell(self.sessions.lose(session))
+                self._notify(self.sessions.lose(session))
         return len(predictions)
 
-    def _pred(self, prediction: Prediction, heard_ns: int) -> protocol.Pred:
+    def _pred(self, prediction: Prediction, received_ns: int) -> protocol.Pred:
         tick = prediction.tick
-        waited_ns = max(prediction.step_start_ns - heard_ns, 0)
+        waited_ns = max(prediction.step_start_ns - received_ns, 0)
         self.waited.add(waited_ns)
         return protocol.Pred(
             session=tick.session,
@@ -293,10 +293,10 @@ class Host:
             model=prediction.model,
         )
 
-    # ---- what nobody asks for ------------------------------------------------------------------------------------
+    # ---- housekeeping --------------------------------------------------------------------------------------------
 
     def housekeeping(self, now_ns: int) -> None:
-        """For when nothing is ready: a snapshot that is due, sessions that are idle, states that are too old."""
+        """While no tick waits: save a state that is due, evict idle sessions, delete states that are too old."""
         self.sessions.save(now_ns)
         self.evict_idle(now_ns)
         if now_ns - self._swept_ns > _SWEEP_NS:
@@ -304,34 +304,34 @@ class Host:
             self.sessions.sweep(now_ns)
 
     def evict_idle(self, now_ns: int) -> None:
-        """Now and then: sessions that have been silent for too long lose their slots, and their peers are told."""
-        if now_ns - self._looked_ns > _LOOK_NS:
-            self._looked_ns = now_ns
+        """Evict sessions that have been idle for too long, and tell their peers. Call it often: it is rate-limited."""
+        if now_ns - self._idle_checked_ns > _IDLE_CHECK_NS:
+            self._idle_checked_ns = now_ns
             for notice in self.sessions.evict_idle(now_ns):
-                self._tell(notice)
+                self._notify(notice)
 
     def gone(self, peer: Peer, now_ns: int) -> int:
-        """Nobody is there any more: its sessions are put to disk, for their tokens. How many those were."""
+        """A peer has disconnected: save and evict its sessions; returns how many it had."""
         sessions = list(self._of.get(peer, ()))
         for session in sessions:
             self.disown(session)
             try:
                 self.sessions.cancel(session, now_ns=now_ns)
             except (SessionError, SnapshotError):
-                continue  # counted there; what cannot be written stays until it is idle
+                continue  # counted there; a session that cannot be saved stays open until it is idle
         self.counts["gone"] += bool(sessions)
         return len(sessions)
 
     def leave(self, now_ns: int) -> int:
-        """Step what waits and put all sessions to disk: the server ends. How many those were."""
+        """Step waiting ticks, then save and evict all sessions, as the server ends; returns how many."""
         while self.ready:
             self.step(now_ns)
         notices = self.sessions.leave(now_ns)
         for notice in notices:
-            self._tell(notice)
+            self._notify(notice)
         return len(notices)
 
-    def _tell(self, notice: Notice) -> None:
+    def _notify(self, notice: Notice) -> None:
         owner = self._owner.get(notice.session)
         self.disown(notice.session)
         if owner is not None:

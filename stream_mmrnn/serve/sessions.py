@@ -1,20 +1,18 @@
-"""Sessions: many that come, go, fall asleep and come back, over one engine; each as if it were alone.
+"""Sessions: many sessions over one engine, each with the results of a session alone.
 
-On top of an engine's slots: names that are checked, ticks that are never stepped twice, features that are looked at
-before they share a batch with others', sessions that are put to disk when they are idle and brought back by a token,
-and no more of them than can be served in time. Every refusal is an error of its own, at once. Time is given with each
-call (`now_ns` of the monotonic clock); no clock is read here. Knows nothing about sockets or who is at their other end.
+Adds to an engine's slots: validated names, deduplicated ticks, features that are validated before they share a batch,
+eviction of idle sessions to disk, resuming by token, and admission control. Each kind of refusal is its own error,
+raised at once. Each call is given the time (`now_ns` of the monotonic clock); no clock is read here. Knows nothing
+about sockets or clients.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import re
 import secrets
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future
-from typing import Literal, Protocol, TypeAlias
+from concurrent.futures import Executor
+from typing import Literal, TypeAlias
 
 import msgspec
 import numpy as np
@@ -29,48 +27,31 @@ from stream_mmrnn.core.errors import (
     SnapshotError,
     UnknownSession,
 )
-from stream_mmrnn.core.types import Prediction, Stamps, Tick
+from stream_mmrnn.core.types import Prediction, Tick
 from stream_mmrnn.predict.protocols import Engine
 from stream_mmrnn.predict.snapshots import NEVER, Snapshot
-from stream_mmrnn.serve.admission import LEAST, Admission
+from stream_mmrnn.serve.admission import Admission
+from stream_mmrnn.serve.measure import measure
+from stream_mmrnn.serve.saved_states import SavedStates, Store, same_token
 
 Reason: TypeAlias = Literal["idle", "cancelled", "leaving", "lost"]
-"""Why a session lost its slot: it was silent, its peer broke off, the engine goes, or a part of it has died."""
-
-_TOKEN_SHA256 = "token_sha256"  # noqa: S105 a name, not a secret
-_MEASURED_ROUNDS, _MEASURED_NS = 16, 1_000_000_000
-"""So often is every count stepped, or until it took so long."""
-_MEASURED_COUNTS = (1, 2, 4, 8, 16, 32, 64)
-
-
-class Store(Protocol):
-    """What is asked of where states are kept: StateStore is one."""
-
-    def save(self, snapshot: Snapshot, unix_ns: int) -> object: ...
-
-    def load(self, session: str, unix_ns: int) -> Snapshot | None: ...
-
-    def holds(self, session: str, unix_ns: int) -> bool: ...
-
-    def forget(self, session: str) -> object: ...
-
-    def sweep(self, unix_ns: int) -> int: ...
+"""Why a session lost its slot: it was idle, its peer disconnected, the engine stops, or a shard died."""
 
 
 class Opened(msgspec.Struct, frozen=True):
-    """What one who opens a session is told."""
+    """The result of `open`."""
 
     session: str
     token: str
-    """Secret: whoever has it can take the session over, here or once it is evicted. It stays the same."""
+    """Secret: a client that has it can take the session over, open or evicted. It does not change."""
     next_index: int
-    """The first tick that is still to come; earlier ones would be dropped as duplicates or stale."""
+    """Index of the next tick; earlier ones are dropped as duplicates or stale."""
     resumed: bool
-    """Whether it goes on from a state."""
+    """Whether it continues from a saved state."""
 
 
 class Notice(msgspec.Struct, frozen=True):
-    """A session has lost its slot; its state is on disk, and its token brings it back while it lives there."""
+    """A session has lost its slot. Its state is on disk, and its token opens it again until that expires."""
 
     session: str
     token: str
@@ -79,18 +60,19 @@ class Notice(msgspec.Struct, frozen=True):
 
 
 class _Live(msgspec.Struct):
-    """What is known of an open session."""
+    """An open session."""
 
     token: str
-    heard_ns: int
+    active_ns: int
+    """When it last had a tick, or was opened."""
     last: int = NEVER
     """Index of its newest tick."""
     unsaved: int = -1
-    """Ticks since its newest snapshot; -1: there is none."""
+    """Ticks since its newest snapshot; -1 where it has none."""
 
 
 class Sessions:
-    """Open sessions of one engine, and those of its folder that may come back. One folder serves one engine."""
+    """Open sessions of one engine, and evicted ones in its store. One store belongs to one engine."""
 
     def __init__(
         self,
@@ -103,9 +85,9 @@ class Sessions:
         make_token: Callable[[], str] = secrets.token_urlsafe,
         writer: Executor | None = None,
     ) -> None:
-        """`admission`: with it the engine is measured at once, and never given more than it can serve in time; without,
-        slots are the only limit. `wall_offset_ns` (`clock.wall_offset_ns`) makes Unix time of the times given. With a
-        `writer` of one thread `keep` does not wait for the disk; who ends it does so after `leave`.
+        """`admission`: the engine is measured at once, and never given more sessions than it can serve in time; without
+        it, slots are the only limit. `wall_offset_ns` (`clock.wall_offset_ns`) converts `now_ns` to Unix time. With a
+        `writer` of one thread `save` does not wait for the disk; shut it down after `leave`.
         """
         self.engine, self.store, self.settings = engine, store, settings
         self.counts = {
@@ -113,42 +95,40 @@ class Sessions:
             **dict.fromkeys(("skipped", "busy", "unknown", "duplicate", "evicted_asked", "bad_ticks"), 0),
             **dict.fromkeys(("saved", "unsaved"), 0),
         }
-        """`duplicates`: ticks that were their session's last one again, `stale`: older ones; both were not stepped.
-        `skipped`: ticks that never came. `busy`, `unknown`, `duplicate`, `evicted_asked`: refusals. `unsaved`: states
-        that could not be written; a session stays open rather than be evicted so. `lost`: with a part of the engine."""
+        """`duplicates`: repeated newest ticks, `stale`: older ones; neither was stepped. `skipped`: indices that were
+        left out. `busy`, `unknown`, `duplicate`, `evicted_asked`: refusals. `unsaved`: states that could not be
+        written; such a session is not evicted. `lost`: sessions of a shard that died."""
         self.last_problem = ""
         """Why the newest state could not be written."""
-        self._offset_ns = wall_offset_ns
         self._idle_ns = round(settings.idle_s * 1e9)
         self._make_token = make_token
         self._live: dict[str, _Live] = {}
-        self._writer = writer
-        self._writing: dict[str, Future[object]] = {}
+        self._states = SavedStates(store, wall_offset_ns, writer)
         self._sizes = tuple((m.name, (m.size,)) for m in engine.spec.modalities)
         self._retry = admission or config.Admission()
         self.admission: Admission | None = None
         if admission is not None:
             self.admission = Admission(engine.spec.tick_ns, admission.share)
-            self._measure()
+            measure(engine, self.admission)
 
     def __contains__(self, session: str) -> bool:
         return session in self._live
 
     def __len__(self) -> int:
-        """How many are open."""
+        """How many sessions are open."""
         return len(self._live)
 
-    # ---- coming --------------------------------------------------------------------------------------------------
+    # ---- opening -------------------------------------------------------------------------------------------------
 
     def open(self, session: str, token: str | None = None, *, now_ns: int) -> Opened:
-        """Begin a session, or go on with one: with its token, open still or evicted.
+        """Begin a session, or with its token continue one that is open or evicted.
 
         Raises:
-            Busy: no slot, or no time for one more; `retry_after_s` says when to ask again.
-            DuplicateSession: it is open, and the token is not its.
-            Evicted: it is not open but its state is kept, and the token is not its.
-            UnknownSession: a token, but nothing is kept of the session (any more).
-            SessionError: it cannot be called so, or its state is another model's.
+            Busy: no free slot, or one more could not be served in time; `retry_after_s` says when to ask again.
+            DuplicateSession: it is open, and the token is not its token.
+            Evicted: its state is kept, and the token is not its token.
+            UnknownSession: a token was given, but no state of the session is kept.
+            SessionError: its name is not valid, or its state is of another model.
             SnapshotError: its state cannot be read.
 
         """
@@ -156,15 +136,15 @@ class Sessions:
             raise SessionError(f"a session cannot be called {session[:80]!r}; expected {topics.SESSION_NAME}")
         live = self._live.get(session)
         if live is not None:
-            if token is None or not _equal(token, live.token):
+            if token is None or not same_token(token, live.token):
                 self.counts["duplicate"] += 1
                 raise DuplicateSession(f"session {session!r} is open already; give its token, or take another name")
-            live.heard_ns = now_ns
+            live.active_ns = now_ns
             return Opened(session, live.token, live.last + 1, live.last != NEVER)
         snapshot = None
         if token is not None:
-            snapshot = self._kept(session, token, now_ns)
-        elif self.store.holds(session, self._unix_ns(now_ns)):
+            snapshot = self._load(session, token, now_ns)
+        elif self._states.holds(session, now_ns):
             raise self._evicted(session)
         self._admit(session, now_ns)
         if snapshot is None:
@@ -176,11 +156,11 @@ class Sessions:
         return Opened(session, token, snapshot.tick_index + 1, True)
 
     def adopt(self, snapshot: Snapshot, token: str, *, now_ns: int) -> None:
-        """Go on with a session that was open on another engine, as this one left it; nobody asked for it.
+        """Continue a session that was open on another engine, without a request of its client.
 
         Raises:
-            Busy: no slot, or no time for one more.
-            SessionError: its state is another model's.
+            Busy: no free slot, or one more could not be served in time.
+            SessionError: its state is of another model.
 
         """
         if snapshot.model_sha256 != self.engine.spec.sha256:
@@ -189,7 +169,7 @@ class Sessions:
         self._restore(snapshot, token, now_ns)
 
     def _restore(self, snapshot: Snapshot, token: str, now_ns: int) -> None:
-        """Into the slot that the session has been given."""
+        """Restore a state into the slot that its session has."""
         try:
             self.engine.restore(snapshot.session, snapshot.state)
         except BaseException:
@@ -199,7 +179,7 @@ class Sessions:
         self.counts["resumed"] += 1
 
     def drop(self, session: str) -> bool:
-        """It is another engine's now: its slot is free, nothing is written; whether it was open."""
+        """Forget a session without saving it: another engine has it now. Returns whether it was open."""
         if self._live.pop(session, None) is None:
             return False
         self._settle(session)
@@ -212,21 +192,20 @@ class Sessions:
             f"{self.engine.spec.sha256[:12]}; close it with its token to begin anew"
         )
 
-    def _kept(self, session: str, token: str, now_ns: int) -> Snapshot:
-        """What is on disk of a session whose token this is."""
-        snapshot = self.store.load(session, self._unix_ns(now_ns))
+    def _load(self, session: str, token: str, now_ns: int) -> Snapshot:
+        """Load the state of a session, if this is its token."""
+        snapshot = self._states.load(session, now_ns)
         if snapshot is None:
             self.counts["unknown"] += 1
-            raise UnknownSession(f"nothing is kept of session {session!r} (any more); open it without a token")
-        expected = snapshot.extra.get(_TOKEN_SHA256)
-        if not isinstance(expected, str) or not _equal(_sha256(token), expected):
+            raise UnknownSession(f"no state of session {session!r} is kept (any more); open it without a token")
+        if not self._states.is_token(snapshot, token):
             raise self._evicted(session)
         if snapshot.model_sha256 != self.engine.spec.sha256:
             raise self._other_model(snapshot)
         return snapshot
 
     def _admit(self, session: str, now_ns: int) -> None:
-        """A slot of the engine, or Busy with a hint."""
+        """Take a slot of the engine, or raise Busy with a hint."""
         why = ""
         if self.admission is not None and self._live and not self.admission.admits(len(self._live) + 1):
             why = f"{len(self._live)} sessions are open, and one more could not be served in time"
@@ -241,8 +220,8 @@ class Sessions:
             raise Busy(f"{why}; ask again in {after_s:.3g} s", after_s)
 
     def _retry_after_s(self, now_ns: int) -> float:
-        """Until the next session falls asleep if nobody hears of it, within bounds: others may close any time."""
-        oldest_ns = min((live.heard_ns for live in self._live.values()), default=now_ns)
+        """Until the next session would be evicted as idle, within bounds: others may close at any time."""
+        oldest_ns = min((live.active_ns for live in self._live.values()), default=now_ns)
         left_s = (oldest_ns + self._idle_ns - now_ns) / 1e9
         return min(max(left_s, self._retry.retry_s), self._retry.retry_max_s)
 
@@ -256,15 +235,14 @@ class Sessions:
         refused: Callable[[Tick, SessionError], None] | None = None,
         skipped: Callable[[Tick], None] | None = None,
     ) -> list[Prediction]:
-        """Predictions for the ticks, in their order, less those that their session has seen, which are counted and
-        given to `skipped`.
+        """Predictions for the ticks, in order. Ticks that their session had already go to `skipped` and are counted.
 
-        Ticks of sessions that are not open, and ticks that do not fit the model, go to `refused` with their error and
-        do not hold up the others. Without `refused` the error is raised, and nothing was stepped.
+        Ticks of sessions that are not open, and ticks that do not fit the model, are passed to `refused` with their
+        error; the others are stepped. Without `refused` the error is raised, and nothing is stepped.
 
         Raises:
             UnknownSession, Evicted, BadTick: see above.
-            ProcessError: the engine has broken; its sessions go on from their snapshots over a new one.
+            ProcessError: the engine has failed; a new one continues its sessions from their snapshots.
 
         """
         checked: list[Tick] = []
@@ -291,9 +269,9 @@ class Sessions:
         return list(predictions)
 
     def _is_new(self, tick: Tick, now_ns: int) -> bool:
-        """Whether the session has not seen the tick; from now on it has."""
+        """Whether the tick is newer than all of its session; marks it as seen."""
         live = self._live[tick.session]
-        live.heard_ns = now_ns
+        live.active_ns = now_ns
         if tick.index <= live.last:
             self.counts["duplicates" if tick.index == live.last else "stale"] += 1
             return False
@@ -304,7 +282,10 @@ class Sessions:
         return True
 
     def _misfit(self, tick: Tick) -> BadTick | None:
-        """Two vectors of wrong widths could fill two rows of a batch together: one session would read the other's."""
+        """Why a tick does not fit the model.
+
+        Two vectors of wrong sizes could fill two rows of a batch together: one session would read data of the other.
+        """
         for name, shape in self._sizes:
             vector = tick.features.get(name)
             if vector is None or vector.shape != shape or vector.dtype != np.float32:
@@ -323,50 +304,45 @@ class Sessions:
         return None
 
     def next_index(self, session: str) -> int:
-        """The first tick of an open session that is still to come."""
+        """Index of the next tick of an open session."""
         return self._live[session].last + 1
 
     def reset(self, session: str, *, now_ns: int) -> None:
-        """Start the session's state anew; its ticks count on. Raises UnknownSession or Evicted."""
+        """Start the session's state anew; tick indices continue. Raises UnknownSession or Evicted."""
         live = self._find(session, now_ns)
-        live.heard_ns, live.unsaved = now_ns, -1
+        live.active_ns, live.unsaved = now_ns, -1
         self.engine.reset(session)
 
-    # ---- leaving -------------------------------------------------------------------------------------------------
+    # ---- closing and eviction ------------------------------------------------------------------------------------
 
     def close(self, session: str, token: str | None = None, *, now_ns: int) -> None:
-        """The session is over: its slot is free and nothing of it is kept. An evicted one wants its token for that.
+        """End a session: free its slot and delete its state. For an evicted session its token is needed.
 
         Raises:
-            UnknownSession: it is not open, and nothing of it is kept.
-            Evicted: it is not open, and the token is not its.
+            UnknownSession: it is not open, and no state of it is kept.
+            Evicted: it is not open, and the token is not its token.
 
         """
         self._settle(session)
         if self._live.pop(session, None) is not None:
             self.engine.close(session)
-        elif token is None or not self._owns(session, token, now_ns):
+        elif token is None or not self._states.owns(session, token, now_ns):
             raise self.missing(session, now_ns)
         self.store.forget(session)
         self.counts["closed"] += 1
 
-    def _owns(self, session: str, token: str, now_ns: int) -> bool:
-        snapshot = self.store.load(session, self._unix_ns(now_ns))
-        expected = snapshot.extra.get(_TOKEN_SHA256) if snapshot is not None else None
-        return isinstance(expected, str) and _equal(_sha256(token), expected)
-
     def cancel(self, session: str, *, now_ns: int) -> Notice:
-        """Break the session off: its slot is free at once, its state is kept for its token.
+        """Save and evict a session now, because its peer disconnected.
 
         Raises:
             UnknownSession, Evicted: it is not open.
-            SnapshotError: its state cannot be written; it is open still.
+            SnapshotError: its state cannot be written; it stays open.
 
         """
         return self._evict(session, self._find(session, now_ns), "cancelled", now_ns)
 
     def lose(self, session: str) -> Notice:
-        """The engine has lost its state with a part of itself: the slot is free, and what is on disk of it stays."""
+        """A shard died with the session's state: free the slot, and keep what is on disk."""
         live = self._live.pop(session)
         self._settle(session)
         self.engine.close(session)
@@ -374,15 +350,15 @@ class Sessions:
         return Notice(session, live.token, "lost", 0)
 
     def evict_idle(self, now_ns: int) -> list[Notice]:
-        """Put to disk what was silent for too long. What cannot be written stays, and is counted."""
-        return self._evict_all(self.silent(now_ns, self._idle_ns), "idle", now_ns)
+        """Save and evict sessions that were idle for too long. One that cannot be saved stays open, and is counted."""
+        return self._evict_all(self.idle_for(self._idle_ns, now_ns), "idle", now_ns)
 
-    def silent(self, now_ns: int, for_ns: int) -> list[str]:
-        """Open sessions that have had no tick for longer."""
-        return [name for name, live in self._live.items() if now_ns - live.heard_ns > for_ns]
+    def idle_for(self, duration_ns: int, now_ns: int) -> list[str]:
+        """Open sessions without a tick for longer than `duration_ns`."""
+        return [name for name, live in self._live.items() if now_ns - live.active_ns > duration_ns]
 
     def leave(self, now_ns: int) -> list[Notice]:
-        """Put all sessions to disk: the engine goes, another one may take them up."""
+        """Save and evict all sessions, as the engine stops; another one may continue them."""
         return self._evict_all(list(self._live), "leaving", now_ns)
 
     def _evict_all(self, sessions: Sequence[str], reason: Reason, now_ns: int) -> list[Notice]:
@@ -401,18 +377,18 @@ class Sessions:
         self.counts["evicted"] += 1
         return Notice(session, live.token, reason, live.last + 1)
 
-    # ---- keeping -------------------------------------------------------------------------------------------------
+    # ---- saving --------------------------------------------------------------------------------------------------
 
     def save(self, now_ns: int, most: int = 1) -> list[str]:
-        """Write snapshots of at most `most` sessions that are due, those with the most ticks since their last first.
+        """Save at most `most` sessions that are due, those with the most unsaved ticks first; returns their names.
 
-        For when there is nothing to step: without a writer it waits for the disk. After a crash a session goes on from
-        its newest snapshot, and what it is told as `next_index` says which ticks to send again. One that cannot be
-        written is counted, and is due again.
+        Call it while no tick waits: without a writer it blocks on the disk. After a crash a session continues from its
+        newest snapshot, and `Opened.next_index` says which ticks to send again. One that cannot be saved is counted,
+        and is due again.
         """
-        for session in [name for name, writing in self._writing.items() if writing.done()]:
+        for session in self._states.written():
             self._settle(session)
-        every, most = self.settings.snapshot_every, most - len(self._writing)
+        every, most = self.settings.snapshot_every, most - self._states.writing
         if most <= 0:
             return []
         due = [(live.unsaved, name) for name, live in self._live.items() if live.unsaved < 0 or live.unsaved >= every]
@@ -421,28 +397,24 @@ class Sessions:
         due.sort(key=lambda of: (of[0] >= 0, -of[0]))
         saved = []
         for _, session in due[:most]:
-            if self._writer is not None:
-                live = self._live[session]
-                made = self._snapshot(session, live)
-                self._writing[session] = self._writer.submit(self.store.save, made, self._unix_ns(now_ns))
+            live = self._live[session]
+            if self._states.has_writer:
+                self._states.submit(self._snapshot(session, live), live.token, now_ns)
                 live.unsaved = 0
                 saved.append(session)
                 continue
             try:
-                self._save(session, self._live[session], now_ns)
+                self._save(session, live, now_ns)
                 saved.append(session)
             except SnapshotError as e:
                 self.last_problem = str(e)
         return saved
 
     def _settle(self, session: str) -> None:
-        """A state that is being written is on disk, or its session is due again: before anything else is done to it."""
-        writing = self._writing.pop(session, None)
-        if writing is None:
-            return
+        """Wait until the session's state in the writer is on disk; where that fails, the session is due again."""
         try:
-            writing.result()
-            self.counts["saved"] += 1
+            if self._states.finish(session):
+                self.counts["saved"] += 1
         except SnapshotError as e:
             self.counts["unsaved"] += 1
             self.last_problem = str(e)
@@ -450,11 +422,11 @@ class Sessions:
                 live.unsaved = -1
 
     def flush(self, session: str, *, now_ns: int) -> int:
-        """Write the session's state now; the first tick that is not in it.
+        """Save the session's state now; returns the index of the next tick.
 
         Raises:
             UnknownSession, Evicted: it is not open.
-            SnapshotError: it cannot be written; it is open still.
+            SnapshotError: it cannot be written; the session stays open.
 
         """
         live = self._find(session, now_ns)
@@ -464,27 +436,23 @@ class Sessions:
         return live.last + 1
 
     def sweep(self, now_ns: int) -> int:
-        """Remove states that have outlived their time; how many files that were."""
-        return self.store.sweep(self._unix_ns(now_ns))
+        """Delete expired states; returns how many files."""
+        return self._states.sweep(now_ns)
 
     def _snapshot(self, session: str, live: _Live) -> Snapshot:
-        extra: dict[str, bytes | str] = {_TOKEN_SHA256: _sha256(live.token)}  # who reads the disk resumes nothing
-        return Snapshot(session, self.engine.spec.sha256, live.last, self.engine.snapshot(session), extra)
+        return Snapshot(session, self.engine.spec.sha256, live.last, self.engine.snapshot(session))
 
     def _save(self, session: str, live: _Live, now_ns: int) -> None:
         self._settle(session)
         try:
-            self.store.save(self._snapshot(session, live), self._unix_ns(now_ns))
+            self._states.save(self._snapshot(session, live), live.token, now_ns)
         except SnapshotError:
             self.counts["unsaved"] += 1
             raise
         live.unsaved = 0
         self.counts["saved"] += 1
 
-    # ---- the rest ------------------------------------------------------------------------------------------------
-
-    def _unix_ns(self, now_ns: int) -> int:
-        return now_ns + self._offset_ns
+    # ---- helpers -------------------------------------------------------------------------------------------------
 
     def _find(self, session: str, now_ns: int) -> _Live:
         live = self._live.get(session)
@@ -493,8 +461,8 @@ class Sessions:
         return live
 
     def missing(self, session: str, now_ns: int) -> SessionError:
-        """What is to be said of a session that is not open: UnknownSession, or Evicted where its state is kept."""
-        if self.store.holds(session, self._unix_ns(now_ns)):
+        """The error for a session that is not open: UnknownSession, or Evicted where its state is kept."""
+        if self._states.holds(session, now_ns):
             return self._evicted(session)
         self.counts["unknown"] += 1
         return UnknownSession(f"session {session[:80]!r} is not open; open it first")
@@ -502,44 +470,3 @@ class Sessions:
     def _evicted(self, session: str) -> Evicted:
         self.counts["evicted_asked"] += 1
         return Evicted(f"session {session!r} is not open here, but its state is kept; open it with its resume token")
-
-    def _measure(self) -> None:
-        """What steps take, before anybody waits for one; with sessions of nobody, whose slots are free again after."""
-        names = []
-        try:
-            for i in range(max(_MEASURED_COUNTS)):
-                self.engine.open(name := f"\0measured {i}")
-                names.append(name)
-        except SessionError:
-            pass
-        features = {name: np.zeros(shape, np.float32) for name, shape in self._sizes}
-        present, age_ns = dict.fromkeys(features, True), dict.fromkeys(features, 0)
-        nowhere = Stamps(0, 0, 0, 0, "")
-        ticks = [Tick(name, 0, 0, features, present, age_ns, nowhere) for name in names]
-        assert self.admission is not None
-        counts = sorted({min(n, len(ticks)) for n in _MEASURED_COUNTS} - {0})
-        spent_ns = measured = 0
-        try:
-            for round_ in range(_MEASURED_ROUNDS + 1):
-                for count in counts:
-                    said = self.engine.step(ticks[:count])
-                    took_ns = said[-1].step_end_ns - said[0].step_start_ns
-                    spent_ns += took_ns
-                    if round_:  # the first runs also get their memory
-                        self.admission.add(count, took_ns)
-                        measured += 1
-                if measured >= LEAST and spent_ns > _MEASURED_NS:
-                    break
-            self.admission.settle()
-        finally:
-            for name in names:
-                self.engine.close(name)
-
-
-def _sha256(token: str) -> str:
-    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _equal(one: str, other: str) -> bool:
-    """In a time that says nothing about where they differ."""
-    return hmac.compare_digest(one.encode("utf-8", "surrogatepass"), other.encode("utf-8", "surrogatepass"))

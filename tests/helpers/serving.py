@@ -1,7 +1,10 @@
-"""A server in this process, its settings, and ticks as it has them."""
+"""Servers in this process or another one, their settings, and ticks as they see them."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,3 +61,18 @@ def running(asked: config.Settings, say: Callable[[str], None] = lambda _: None)
 
 def features_of(of: Tick) -> dict[str, object]:
     return {m: of.features[m] for m in of.features if of.present[m]}
+
+
+def start(model: Path, states: Path, port: int) -> tuple[subprocess.Popen[str], str]:
+    """A server as a process, and its address."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stream_mmrnn", "serve", "--model", str(model), "--port", str(port), "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"XDG_STATE_HOME": str(states)},
+    )
+    assert process.stderr is not None
+    line = process.stderr.readline()
+    assert "serving" in line, line
+    return process, line.split(" at ")[1].split(":  ")[0].split(": up")[0]

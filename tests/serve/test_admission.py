@@ -1,4 +1,4 @@
-"""What follows from the measured cost of steps."""
+"""Admission control from the measured cost of steps."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_where_counts_do_not_differ_all_of_a_step_is_its_ticks() -> None:
     assert admission.capacity() == 200
 
 
-def test_disturbances_count_once_and_only_where_they_are_usual() -> None:
+def test_a_single_outlier_does_not_count_and_frequent_ones_do() -> None:
     rng = np.random.default_rng(0)
     counts = [int(n) for n in rng.integers(1, 20, 400)]
     quiet = fed(500_000, 100_000, counts)
@@ -65,7 +65,7 @@ def test_disturbances_count_once_and_only_where_they_are_usual() -> None:
     assert capacity < 120  # nearly 30 of 40 ms are gone
 
 
-def test_what_is_long_ago_is_forgotten() -> None:
+def test_only_the_newest_steps_count() -> None:
     admission = fed(0, 10_000_000, [1, 2, 3] * 100)
     assert admission.capacity() == 4
     for i in range(WINDOW):
@@ -77,8 +77,8 @@ def test_the_share_is_of_the_tick() -> None:
     assert fed(0, 1_000_000, [1, 2, 3, 4] * 10, 0.5).capacity() == 20
 
 
-def test_what_was_settled_is_the_least_that_is_counted_on() -> None:
-    """A ramp of small steps that happen to be quick lets nobody in whom full steps could not serve."""
+def test_the_settled_cost_is_a_lower_bound() -> None:
+    """Fast small steps do not admit more sessions than full steps allow."""
     admission = Admission(TICK_NS, 0.5)
     for count in (1, 16, 64) * 20:
         admission.add(count, 1_000_000 + count * 200_000)

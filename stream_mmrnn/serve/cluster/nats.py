@@ -1,6 +1,6 @@
-"""Link: what engines and clients ask of NATS, in the words of `layout`. The only file that speaks NATS.
+"""Link: all requests of engines and clients to NATS, with the names of `subjects`.
 
-Knows nothing about sessions' messages or what is in a snapshot.
+Knows nothing about the content of messages and snapshots.
 """
 
 from __future__ import annotations
@@ -23,39 +23,18 @@ from nats.js.errors import APIError, KeyNotFoundError, KeyWrongLastSequenceError
 from nats.js.kv import KeyValue
 
 from stream_mmrnn.core.errors import NotRunning, ProcessError
+from stream_mmrnn.serve.cluster.receipts import WRONG_LAST_SEQUENCE, Receipts, Refused
 from stream_mmrnn.serve.cluster.subjects import LOG_S, SAID_S, Fence, Names, Table, session_of, token_of
 
-_WRONG_LAST_SEQUENCE = 10071
 _EXPECTED = "Nats-Expected-Last-Subject-Sequence"
 _EXPECTED_OF = "Nats-Expected-Last-Subject-Sequence-Subject"
 _REQUEST_S = 1.0
 FAILURES = (NatsError, APIError, OSError, asyncio.TimeoutError)
-"""What NATS's client raises where the server is away, slow or says no."""
-
-
-class Refused(Exception):  # noqa: N818 told from failures by its name
-    """The server says that another one has been there since."""
-
-
-class _Error(msgspec.Struct):
-    err_code: int = 0
-    description: str = ""
-
-
-class _Receipt(msgspec.Struct):
-    """What the server says of a message for a stream."""
-
-    error: _Error | None = None
-    duplicate: bool = False
-
-
-def _give_up(future: asyncio.Future[bool]) -> None:
-    if not future.done():
-        future.set_exception(TimeoutError())
+"""What NATS's client raises where the server is away, slow or refuses."""
 
 
 def _refuses(error: BaseException) -> bool:
-    return isinstance(error, APIError) and error.err_code == _WRONG_LAST_SEQUENCE
+    return isinstance(error, APIError) and error.err_code == WRONG_LAST_SEQUENCE
 
 
 async def connect(
@@ -65,10 +44,10 @@ async def connect(
     timeout_s: float = 5.0,
     on_loss: Callable[[], Awaitable[None]] | None = None,
 ) -> Nats:
-    """A connection that comes back by itself for ever.
+    """A connection that reconnects by itself, without a limit.
 
     Raises:
-        NotRunning: nobody answers there, or not to these credentials.
+        NotRunning: no server answers there, or it does not accept these credentials.
 
     """
     options: dict[str, Any] = {"user_credentials": str(Path(credentials).expanduser())} if credentials else {}
@@ -98,34 +77,31 @@ async def connect(
 
 
 class Logged(NamedTuple):
-    """A message of the log."""
+    """A message of the log of requests."""
 
     session: str
     number: int
     nth: int
-    """Of those that were given since it is followed, from 1; one that is left out leaves a gap."""
+    """Its number since the subscription began, from 1; a gap means a lost message."""
     client: str
-    """Who says that it is of it; "" where nobody does."""
+    """The client that sent it, by its own account; "" for none."""
     content: bytes
 
 
 class Followed(NamedTuple):
-    """What is to be ended."""
+    """A subscription to a partition of the log, to be ended by `leave`."""
 
     subscription: Subscription
     consumer: str
 
 
 class Link:
-    """A connection, and what is asked over it."""
+    """A connection, and the requests over it."""
 
     def __init__(self, connection: Nats, names: Names) -> None:
         self.nats, self.names = connection, names
         self.js = connection.jetstream(timeout=_REQUEST_S)
-        self._inbox = ""
-        self._owed: dict[str, asyncio.Future[bool]] = {}
-        """Receipts that have not come, by their address."""
-        self._receipts = 0
+        self._receipts = Receipts(connection)
         self._leases: KeyValue | None = None
         self._states: KeyValue | None = None
 
@@ -140,10 +116,10 @@ class Link:
         return self._states
 
     async def settle(self, ttl_s: float, replicas: int, disk_mb: int) -> None:
-        """See that everything is there; who comes first makes it. `ttl_s`: of states; `disk_mb`: of each log, at most.
+        """Create streams and buckets that do not exist. `ttl_s`: of states; `disk_mb`: limit of each log.
 
         Raises:
-            ProcessError: the server has no JetStream, or what is there is of another kind.
+            ProcessError: the server has no JetStream, or a stream of that name has another configuration.
 
         """
         names = self.names
@@ -162,7 +138,7 @@ class Link:
                 name=names.stream_out,
                 subjects=[names.all_out],
                 republish=api.RePublish(src=names.all_out, dest=names.all_said),
-                # a fence has no time to live, what is said has one of its own
+                # answers have a TTL each; a fence has none
                 allow_msg_ttl=True,
                 allow_rollup_hdrs=True,
                 max_bytes=disk_mb << 20,
@@ -171,7 +147,7 @@ class Link:
             ),
         ]
         buckets = [
-            # not `direct`: a replica that lags would be asked, too
+            # not `direct`: a lagging replica could answer
             api.KeyValueConfig(bucket=names.leases, history=1, replicas=replicas),
             api.KeyValueConfig(bucket=names.states, history=1, replicas=replicas, ttl=ttl_s),
         ]
@@ -186,7 +162,7 @@ class Link:
             ) from e
 
     async def find(self) -> bool:
-        """What a client needs is there."""
+        """Whether the cluster's buckets exist."""
         try:
             self._leases = await self.js.key_value(self.names.leases)
         except FAILURES:
@@ -194,7 +170,7 @@ class Link:
         return True
 
     async def in_common(self, key: str, mine: bytes) -> bytes:
-        """What the first of all engines said under this key; `mine` where that is this one."""
+        """The shared value of this key: the first engine's; `mine` if we are the first."""
         try:
             await self.leases.create(key, mine)
         except KeyWrongLastSequenceError:
@@ -209,13 +185,13 @@ class Link:
             return None
 
     async def secret(self) -> bytes:
-        """The cluster's, made by its first engine."""
+        """The cluster's secret, made by its first engine."""
         return await self.in_common("secret", secrets.token_bytes(32))
 
     # ---- leases --------------------------------------------------------------------------------------------------
 
     async def table(self) -> tuple[Table, int]:
-        """Who has what, and its revision; 0 before there is one."""
+        """The table of leases, and its revision; 0 while there is none."""
         try:
             entry = await self.leases.get("table")
         except KeyNotFoundError:
@@ -223,17 +199,17 @@ class Link:
         return msgspec.json.decode(entry.value or b"{}", type=Table), entry.revision or 0
 
     async def replace_table(self, table: Table, revision: int) -> int:
-        """Its new revision; raises Refused where it has changed since `revision`."""
+        """Write the table; returns its new revision. Raises Refused where it has changed since `revision`."""
         try:
             return await self.leases.update("table", msgspec.json.encode(table), last=revision)
         except KeyWrongLastSequenceError as e:
             raise Refused from e
 
     async def fence(self, partition: int, fence: Fence) -> int:
-        """Make everybody before a stale owner of the partition; the number that its writers name from now on.
+        """Fence off all earlier owners of the partition; returns the sequence number that writes must name from now on.
 
         Raises:
-            Refused: a newer owner has been there.
+            Refused: there is a newer owner.
 
         """
         subject = self.names.fence(partition)
@@ -254,21 +230,21 @@ class Link:
 
     # ---- the log -------------------------------------------------------------------------------------------------
 
-    async def follow(self, partition: int, after: int, heard: Callable[[Logged | None], None]) -> Followed:
-        """Give what is in a partition's log after a number, and what comes, until `leave`; None is a sign of life."""
+    async def follow(self, partition: int, after: int, handler: Callable[[Logged | None], None]) -> Followed:
+        """Call `handler` with each message of a partition after a number, until `leave`; None is a heartbeat."""
         inbox = self.nats.new_inbox()
 
-        async def take(message: Msg) -> None:
+        async def receive(message: Msg) -> None:
             headers = message.headers or {}
             if "Status" in headers:
-                heard(None)
+                handler(None)
                 return
             sequence = message.metadata.sequence
             session = session_of(message.subject.rpartition(".")[2])
             client = headers.get(api.Header.MSG_ID.value, "").partition(" ")[0]
-            heard(Logged(session, sequence.stream, sequence.consumer, client, message.data))
+            handler(Logged(session, sequence.stream, sequence.consumer, client, message.data))
 
-        subscription = await self.nats.subscribe(inbox, cb=take, pending_msgs_limit=0, pending_bytes_limit=0)
+        subscription = await self.nats.subscribe(inbox, cb=receive, pending_msgs_limit=0, pending_bytes_limit=0)
         try:
             info = await self.js.add_consumer(
                 self.names.stream_in,
@@ -291,21 +267,21 @@ class Link:
         return Followed(subscription, info.name or "")
 
     async def leave(self, followed: Followed) -> None:
-        """Follow no more; where the server is away, it finds out by itself."""
+        """End a subscription; if the server is away, it removes the consumer by itself."""
         with contextlib.suppress(*FAILURES):
             await followed.subscription.unsubscribe()
         with contextlib.suppress(*FAILURES):
             await self.js.delete_consumer(self.names.stream_in, followed.consumer)
 
-    # ---- what is said --------------------------------------------------------------------------------------------
+    # ---- answers -------------------------------------------------------------------------------------------------
 
     async def send(
         self, partition: int, session: str, client: str, name: str, content: bytes, fence: int
     ) -> asyncio.Future[bool]:
-        """Write what is said of a session to a client; a future of its being stored, and whether that was new.
+        """Write an answer to a client; the future is true where it was not stored before.
 
-        It fails by `Refused`, or by one of FAILURES, or is for ever not done where the server went away: then it is to
-        be said again, under its name.
+        The future fails with `Refused` or one of FAILURES, or stays pending where the server went away: then send the
+        answer again under the same name.
         """
         headers = {
             _EXPECTED: str(fence),
@@ -313,48 +289,18 @@ class Link:
             api.Header.MSG_ID.value: f"{session} {name}",
             api.Header.MSG_TTL.value: f"{SAID_S:.0f}s",
         }
-        return await self._post(self.names.out(partition, session, client), content, headers)
+        return await self._receipts.publish(self.names.out(partition, session, client), content, headers)
 
-    async def _post(self, subject: str, content: bytes, headers: dict[str, str]) -> asyncio.Future[bool]:
-        """Send a message that a stream keeps; a future of its receipt."""
-        if not self._inbox:
-            self._inbox = self.nats.new_inbox()
-            await self.nats.subscribe(f"{self._inbox}.*", cb=self._receive)
-        self._receipts += 1
-        address = f"{self._inbox}.{self._receipts}"
-        future = self._owed[address] = asyncio.get_running_loop().create_future()
-        future.add_done_callback(lambda _: self._owed.pop(address, None))
-        await self.nats.publish(subject, content, address, headers)
-        return future
-
-    def give_up(self) -> None:
-        """The connection was lost and is back: receipts that were on their way do not come any more."""
-        for future in list(self._owed.values()):
-            _give_up(future)
-
-    async def _receive(self, message: Msg) -> None:
-        """A receipt. (The client's own `publish_async` lets a future wait for ever where the server says no.)"""
-        future = self._owed.get(message.subject)
-        if future is None or future.done():
-            return
-        try:
-            receipt = msgspec.json.decode(message.data, type=_Receipt)
-        except msgspec.MsgspecError:  # nobody keeps what is said there (yet)
-            future.set_exception(NatsError("the log of answers is not there"))
-            return
-        if receipt.error is None:
-            future.set_result(not receipt.duplicate)
-        elif receipt.error.err_code == _WRONG_LAST_SEQUENCE:
-            future.set_exception(Refused())
-        else:
-            future.set_exception(NatsError(receipt.error.description))
+    def connection_returned(self) -> None:
+        """The connection was lost and is back: receipts that were under way do not arrive any more."""
+        self._receipts.fail_all()
 
     async def newest(self) -> int:
-        """The number of the newest thing that was said to anybody."""
+        """The newest sequence number of the log of answers."""
         return (await self.js.stream_info(self.names.stream_out)).state.last_seq
 
     async def said_after(self, client: str, number: int) -> AsyncIterator[tuple[int, bytes]]:
-        """What was said to a client after this number, each with its own."""
+        """Answers to a client after this sequence number, each with its own number."""
         subject = self.names.out_to(client)
         while True:
             try:
@@ -365,13 +311,9 @@ class Link:
             yield number, found.data or b""
 
     async def log(self, session: str, name: str, content: bytes) -> None:
-        """Put a client's message into the log, once under this name; it is there when this returns."""
-        future = await self._post(self.names.into(session), content, {api.Header.MSG_ID.value: name})
-        timer = asyncio.get_running_loop().call_later(_REQUEST_S, _give_up, future)
-        try:
-            await future
-        finally:
-            timer.cancel()
+        """Write a client's message to the log, deduplicated by its name; returns when it is stored."""
+        future = await self._receipts.publish(self.names.into(session), content, {api.Header.MSG_ID.value: name})
+        await self._receipts.wait(future, _REQUEST_S)
 
     # ---- states --------------------------------------------------------------------------------------------------
 
@@ -394,7 +336,7 @@ class Link:
         return found
 
     async def save(self, partition: int, session: str, raw: bytes | None, revision: int) -> int:
-        """In place of that of `revision` (0: there is none); the new revision. Raises Refused where it is another."""
+        """Replace the snapshot of `revision` (0: none); returns the new revision. Raises Refused if it has changed."""
         key = f"state.{partition}.{token_of(session)}"
         try:
             if raw is None:
@@ -405,11 +347,11 @@ class Link:
             raise Refused from e
 
     async def kept(self, partition: int, session: str) -> tuple[bytes, int]:
-        """What is kept of a session, b"" where nothing is, and its revision."""
+        """The snapshot of a session, b"" for none, and its revision."""
         try:
             entry = await self.states.get(f"state.{partition}.{token_of(session)}")
         except KeyNotFoundError as e:
-            # one that was deleted has left its number behind
+            # a deleted key still has a revision
             deleted = getattr(e, "entry", None)
             return b"", (deleted.revision or 0) if deleted is not None else 0
         return entry.value or b"", entry.revision or 0
@@ -425,5 +367,5 @@ class Link:
 
 
 def new_name() -> str:
-    """Of one engine or client, unlike any other's."""
+    """A unique name for an engine or client."""
     return secrets.token_hex(6)

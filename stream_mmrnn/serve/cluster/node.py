@@ -1,16 +1,16 @@
-"""Node: one engine of a cluster. It says that it is alive, takes its share of the partitions, serves them by a replica
-of their log, and gives them back when it ends.
+"""ClusterNode: one engine of a cluster. It sends heartbeats, takes its share of the partitions, serves them from their
+log, and gives them back when it ends.
 
-Who is alive is heard; who has what is decided by the table alone, which one at a time can change; who may write is
-judged by the server. An engine that stood still has lost its partitions without knowing: what it writes is refused, and
-it forgets them. Knows nothing about terminals or signals.
+Heartbeats say which engines are alive. Leases are in one table, updated by compare-and-swap. The server rejects writes
+of former owners: an engine that was suspended loses its partitions without noticing, until a write is rejected. Knows
+nothing about terminals or signals.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -23,53 +23,40 @@ from stream_mmrnn.core.errors import ProcessError, SnapshotError
 from stream_mmrnn.predict.sharded_engine import create
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.async_client import end_tasks
-from stream_mmrnn.serve.cluster.log_reader import Reading
+from stream_mmrnn.serve.cluster.log_reader import LogReader
 from stream_mmrnn.serve.cluster.membership import DEAD_AFTER_S, Members, is_lost, plan
-from stream_mmrnn.serve.cluster.nats import FAILURES, Link, Refused, connect, new_name
-from stream_mmrnn.serve.cluster.replica import Kept, Replica, Said
+from stream_mmrnn.serve.cluster.nats import FAILURES, Link, connect, new_name
+from stream_mmrnn.serve.cluster.outbox import RETRY_S, Outbox, Partition
+from stream_mmrnn.serve.cluster.receipts import Refused
+from stream_mmrnn.serve.cluster.replica import Replica
 from stream_mmrnn.serve.cluster.subjects import STATE_EVERY_S, Beat, Fence, Lease, Names, Table
 
 BEAT_S = 0.05
 _AT_ONCE = 512
-"""Messages of the log that are heard before what is ready is stepped."""
+"""Messages that are read at most before a step."""
 _WAIT_S = 0.02
-_SAY_AGAIN_S = 1.0
 _LOW_EVERY_S = 1.0
 _RELEASE_S = 5.0
 
 
-class _Part:
-    """A partition that is ours."""
-
-    def __init__(self, number: int, epoch: int, fence: int) -> None:
-        self.number, self.epoch, self.fence = number, epoch, fence
-        self.reading: Reading | None = None
-        self.unstored: OrderedDict[str, tuple[Said, asyncio.Future[bool], float]] = OrderedDict()
-        """What was said and is not stored yet, by session and name, in order; since when."""
-        self.revisions: dict[str, int] = {}
-        self.keeping: dict[str, asyncio.Task[None]] = {}
-        """The newest state of each session that is being kept."""
-        self.low = -1
-        self.ours = True
-
-
-class Node:
+class ClusterNode:
     """One engine; `run` serves until it is told to stop."""
 
     def __init__(self, settings: config.Settings, say: Callable[[str], None] = lambda _: None) -> None:
         """Raises ModelError, ProviderError, ConfigError."""
         self.settings, self._say = settings, say
         self.name = new_name()
-        """Unlike any other engine's."""
+        """Unique."""
         self.engine = create(replace(settings.engine, slots=settings.serve.slots))
         self.counts: Counter[str] = Counter()
-        """`taken`, `given_back`, `fenced` partitions; `stored`, `repeated` (what was stored before) and `refused` of
-        what was said; `kept` states."""
-        self.parts: dict[int, _Part] = {}
+        """`taken`, `given_back`, `fenced` partitions; `stored`, `repeated` (stored before) and `refused` answers;
+        `kept` states."""
+        self.parts: dict[int, Partition] = {}
         self.replica: Replica | None = None
-        self._inbox: deque[tuple[_Part, str, int, str, bytes]] = deque()
-        self._something = asyncio.Event()
+        self._inbox: deque[tuple[Partition, str, int, str, bytes]] = deque()
+        self._wake = asyncio.Event()
         self._link: Link | None = None
+        self._outbox: Outbox | None = None
         self._members = Members(self.name)
         self._taking: set[int] = set()
         self._giving: set[int] = set()
@@ -77,18 +64,23 @@ class Node:
         self._leaving = False
 
     @property
+    def outbox(self) -> Outbox:
+        assert self._outbox is not None
+        return self._outbox
+
+    @property
     def link(self) -> Link:
         assert self._link is not None
         return self._link
 
-    # ---- coming and going ----------------------------------------------------------------------------------------
+    # ---- start and stop ------------------------------------------------------------------------------------------
 
     async def run(self, alive: Callable[[], bool], often: Callable[[], None] = lambda: None) -> None:
-        """Join, serve until `alive()` says no, give everything back and leave.
+        """Join, serve until `alive()` is false, give all partitions back and leave.
 
         Raises:
             NotRunning: no NATS server answers.
-            ProcessError: it cannot keep our logs, or the cluster serves another model.
+            ProcessError: the server cannot keep the logs, or the cluster serves another model.
 
         """
         cluster = self.settings.cluster
@@ -96,7 +88,7 @@ class Node:
         try:
             self._link = Link(connection, Names(cluster.prefix))
             await self._join()
-            await connection.subscribe(self.link.names.beat, cb=self._hear_beat)
+            await connection.subscribe(self.link.names.beat, cb=self._on_beat)
             beating = asyncio.create_task(self._beat())
             serving = asyncio.create_task(self._serve())
             try:
@@ -119,6 +111,7 @@ class Node:
         await self.link.settle(settings.state.ttl_s, settings.cluster.replicas, settings.cluster.disk_mb)
         secret = await self.link.secret()
         self.replica = Replica(self.engine, settings.state, settings.admission, secret, settings.serve.queue)
+        self._outbox = Outbox(self.replica, self.link, self.parts, self.counts, self._start, self.lose)
         mine = protocol.encode(self.replica.host.welcome)
         theirs = await self.link.in_common("model", mine)
         if (welcome := protocol.read_reply(theirs)) != self.replica.host.welcome:
@@ -130,12 +123,12 @@ class Node:
             )
 
     async def _leave(self) -> None:
-        """Give everything back, so that others go on at once."""
+        """Give all partitions back, so that other engines continue at once."""
         self._leaving = True
         end_s = _now_s() + _RELEASE_S
         while self.parts and _now_s() < end_s:
             await asyncio.sleep(0.01)
-        await self._tell(gone=True)
+        await self._send_beat(gone=True)
         with contextlib.suppress(*FAILURES):
             await asyncio.wait_for(self.link.nats.flush(), 1.0)
 
@@ -151,23 +144,25 @@ class Node:
             self._say(f"{type(error).__name__}: {error}")
 
     async def _returned(self) -> None:
-        """The connection is back: what was on its way is not."""
+        """The connection is back: messages that were under way are lost."""
+        if self._outbox is None:
+            return
         self._members.begin(_now_s())
         for part in list(self.parts.values()):
-            if part.reading is not None:
+            if part.reader is not None:
                 with contextlib.suppress(*FAILURES):
-                    await part.reading.begin()
-            await self._say_again(part, 0.0)
+                    await part.reader.begin()
+            await self.outbox.retry(part, 0.0)
 
-    # ---- who is alive, who has what ------------------------------------------------------------------------------
+    # ---- membership and leases -----------------------------------------------------------------------------------
 
-    async def _hear_beat(self, message: Any) -> None:
+    async def _on_beat(self, message: Any) -> None:
         try:
             self._members.observe(msgspec.msgpack.decode(message.data, type=Beat), _now_s())
         except msgspec.MsgspecError:
             self.counts["garbage"] += 1
 
-    async def _tell(self, gone: bool = False) -> None:
+    async def _send_beat(self, gone: bool = False) -> None:
         assert self.replica is not None
         beat = Beat(self.name, len(self.replica.sessions), self._leaving, gone)
         with contextlib.suppress(*FAILURES):
@@ -177,28 +172,28 @@ class Node:
         self._members.begin(_now_s())
         beaten_s = _now_s()
         while True:
-            await self._tell()
+            await self._send_beat()
             if _now_s() - beaten_s > DEAD_AFTER_S:
-                self._members.begin(_now_s())  # what we heard is as old as we stood
+                self._members.begin(_now_s())  # we were suspended: all heartbeats are old
             beaten_s = _now_s()
             with contextlib.suppress(*FAILURES):
                 await self._share()
             await asyncio.sleep(BEAT_S)
 
     async def _share(self) -> None:
-        """Look who has what; take, give back, notice what is another one's."""
+        """Read the table; take and give back leases, and notice lost ones."""
         table, revision = await self.link.table()
         for part in list(self.parts.values()):
-            # one that is being given back: it may be we who have just done so
+            # not one that is being given back: we may have just done that
             if part.number not in self._giving and is_lost(table, part.number, self.name, part.epoch):
-                self._lose(part.number)
+                self.lose(part.number)
         alive = self._members.alive(_now_s())
         take, give = plan(table, self.name, alive, set(self.parts), self._taking, self._giving)
         if take:
             try:
                 await self.link.replace_table(Table({**table.leases, **take}), revision)
             except Refused:
-                return  # somebody was quicker; the next look is soon
+                return  # another engine was faster; the next beat tries again
         for number, lease in take.items():
             self._taking.add(number)
             self._start(self._acquire(number, lease.epoch))
@@ -207,11 +202,11 @@ class Node:
             self._start(self._give_back(number))
 
     async def _acquire(self, number: int, epoch: int) -> None:
-        """A partition whose lease is ours: nobody else writes any more, its sessions go on from what is kept."""
+        """Start to serve a partition whose lease is ours: fence off earlier owners, and continue its sessions."""
         assert self.replica is not None
         try:
             fence = await self.link.fence(number, Fence(self.name, epoch))
-            part = _Part(number, epoch, fence)
+            part = Partition(number, epoch, fence)
             states, low = await asyncio.gather(self.link.states_of(number), self.link.low(number))
             for raw, revision in states:
                 try:
@@ -220,21 +215,21 @@ class Node:
                     self.counts["damaged"] += 1
                     self._say(str(e))
             part.low = low
-            part.reading = Reading(self.link, number, low, lambda *message: self._receive(part, *message))
+            part.reader = LogReader(self.link, number, low, lambda *message: self.receive(part, *message))
             self.parts[number] = part
-            await part.reading.begin()
+            await part.reader.begin()
             self.counts["taken"] += 1
         except Refused:
             self.counts["fenced"] += 1
         except FAILURES as e:
-            self._lose(number)
-            self.replica.drop(number)  # what was adopted before it was a part of ours
+            self.lose(number)
+            self.replica.drop(number)  # sessions that were adopted before the failure
             self._say(f"partition {number} could not be taken ({e or type(e).__name__}); it is tried again")
         finally:
             self._taking.discard(number)
 
-    def _lose(self, number: int) -> None:
-        """It is another engine's: nothing more is written of it."""
+    def lose(self, number: int) -> None:
+        """Another engine has the partition: drop it without writing."""
         assert self.replica is not None
         part = self.parts.pop(number, None)
         self._giving.discard(number)
@@ -242,40 +237,40 @@ class Node:
             return
         part.ours = False
         self.counts["fenced"] += 1
-        for task in part.keeping.values():
+        for task in part.saving.values():
             task.cancel()
         self.replica.drop(number)
-        if part.reading is not None:
-            self._start(part.reading.end())
+        if part.reader is not None:
+            self._start(part.reader.end())
 
     async def _give_back(self, number: int) -> None:
-        """Let another engine take the partition; where that fails it is served on, and tried again."""
+        """Give a partition to other engines; if that fails, it is served on and tried again."""
         part = self.parts.get(number)
         try:
             if part is not None:
                 await self._give(part, number)
         finally:
             self._giving.discard(number)
-            if part is not None and part.ours and part.reading is not None:
-                await part.reading.begin()
+            if part is not None and part.ours and part.reader is not None:
+                await part.reader.begin()
 
-    async def _give(self, part: _Part, number: int) -> None:
-        """Step what was read, keep every session, and write down that it is nobody's."""
+    async def _give(self, part: Partition, number: int) -> None:
+        """Step what was read, save every session, and clear the lease."""
         assert self.replica is not None
-        assert part.reading is not None
-        await part.reading.end()
+        assert part.reader is not None
+        await part.reader.end()
         while part.ours and (self.replica.waits(number) or any(of[0] is part for of in self._inbox)):
             await asyncio.sleep(0.001)
         if not part.ours:
             return
         self.replica.save_all(number, now_ns())
-        await self._hand_on()
-        while part.ours and (part.unstored or part.keeping):
+        await self.outbox.flush()
+        while part.ours and (part.unstored or part.saving):
             await asyncio.sleep(0.001)
-            await self._say_again(part, _SAY_AGAIN_S)
+            await self.outbox.retry(part, RETRY_S)
         if not part.ours:
             return
-        await self.link.set_low(number, self.replica.low(number, part.reading.read))
+        await self.link.set_low(number, self.replica.low(number, part.reader.read))
         while part.ours:
             table, revision = await self.link.table()
             if is_lost(table, number, self.name, part.epoch):
@@ -292,22 +287,23 @@ class Node:
 
     # ---- serving -------------------------------------------------------------------------------------------------
 
-    def _receive(self, part: _Part, session: str, seq: int, client: str, content: bytes) -> None:
-        # with the part, not its number: what was read before a partition was lost and taken again is not of its new
-        # beginning, and would be stepped out of its order
+    def receive(self, part: Partition, session: str, seq: int, client: str, content: bytes) -> None:
+        """Queue a message of the log."""
+        # with the object, not its number: a message that was read before the partition was lost and taken again would
+        # be stepped out of order
         self._inbox.append((part, session, seq, client, content))
-        self._something.set()
+        self._wake.set()
 
     async def _serve(self) -> None:
         replica = self.replica
         assert replica is not None
-        looked_s = 0.0
+        checked_s = 0.0
         loop = asyncio.get_running_loop()
         while True:
             if not self._inbox and not replica.ready:
-                self._something.clear()
-                timer = loop.call_later(_WAIT_S, self._something.set)
-                await self._something.wait()
+                self._wake.clear()
+                timer = loop.call_later(_WAIT_S, self._wake.set)
+                await self._wake.wait()
                 timer.cancel()
             at_ns = now_ns()
             for _ in range(min(len(self._inbox), _AT_ONCE)):
@@ -316,125 +312,31 @@ class Node:
                     replica.receive(part.number, session, seq, client, content, at_ns)
             if replica.ready:
                 replica.step(at_ns)
-            replica.look_after(at_ns)
-            await self._hand_on()
-            if _now_s() - looked_s > _LOW_EVERY_S:
-                looked_s = _now_s()
-                replica.save_silent(round(STATE_EVERY_S * 1e9), at_ns)
-                await self._look_after_parts()
+            replica.housesaving(at_ns)
+            await self.outbox.flush()
+            if _now_s() - checked_s > _LOW_EVERY_S:
+                checked_s = _now_s()
+                replica.save_idle(round(STATE_EVERY_S * 1e9), at_ns)
+                await self._maintain_parts()
             await asyncio.sleep(0)
 
-    async def _hand_on(self) -> None:
-        """What the replica says and wants kept, to the server."""
-        assert self.replica is not None
-        said, kept = self.replica.pop()
-        newest = {state.session: state for state in kept}
-        promised: dict[str, list[Said]] = {}
-        for of in said:
-            if of.after_kept and of.session in newest:
-                promised.setdefault(of.session, []).append(of)
-            else:
-                await self._say_one(of)
-        for state in kept:
-            part = self.parts.get(state.partition)
-            if part is None:
-                continue
-            before = part.keeping.get(state.session)
-            after = promised.pop(state.session, []) if state is newest[state.session] else []
-            part.keeping[state.session] = self._start(self._save(part, state, before, after))
-
-    async def _say_one(self, said: Said) -> None:
-        part = self.parts.get(said.partition)
-        if part is None:
-            return
-        try:
-            future = await self.link.send(
-                said.partition, said.session, said.client, said.name, said.content, part.fence
-            )
-        except FAILURES:
-            future = asyncio.get_running_loop().create_future()  # it is said again
-        key = f"{said.session} {said.name}"
-        part.unstored[key] = said, future, _now_s()
-        future.add_done_callback(lambda done: self._stored(part, key, done))
-
-    def _stored(self, part: _Part, key: str, done: asyncio.Future[bool]) -> None:
-        if done.cancelled() or (done.exception() and part.unstored.get(key, (None, None))[1] is not done):
-            return
-        try:
-            self.counts["stored" if done.result() else "repeated"] += 1
-        except Refused:
-            self.counts["refused"] += 1
-            if part.ours and self.parts.get(part.number) is part:
-                self._lose(part.number)
-            return
-        except FAILURES:
-            return  # it is said again
-        part.unstored.pop(key, None)
-
-    async def _say_again(self, part: _Part, after_s: float) -> None:
-        """What has not been stored for so long, in order, under its name: the server has it once."""
-        at_s = _now_s()
-        for said in [said for said, _, since_s in part.unstored.values() if at_s - since_s >= after_s]:
-            await self._say_one(said)
-
-    async def _save(self, part: _Part, state: Kept, before: asyncio.Task[None] | None, promised: list[Said]) -> None:
-        """Keep a state when what was said before is stored, and the state before it; then say what was promised."""
-        assert self.replica is not None
-        me = asyncio.current_task()
-        while part.ours and self._owes(part, state):
-            await asyncio.sleep(0.002)  # what failed is said again by others
-        if before is not None:
-            await asyncio.wait((before,))
-        while part.ours:
-            try:
-                revision = part.revisions.get(state.session, 0)
-                part.revisions[state.session] = await self.link.save(part.number, state.session, state.raw, revision)
-                break
-            except Refused:
-                # an owner before us was still writing. What it kept is a state as good as ours, and by what it kept it
-                # may have said from where on the log is to be read: a newer one stays
-                with contextlib.suppress(*FAILURES):
-                    raw, part.revisions[state.session] = await self.link.kept(part.number, state.session)
-                    if state.raw is not None and self.replica.seq_of(raw) >= state.seq:
-                        break
-            except FAILURES:
-                await asyncio.sleep(0.05)
-        if not part.ours:
-            return
-        if state.raw is None:
-            with contextlib.suppress(*FAILURES):
-                _, part.revisions[state.session] = await self.link.kept(part.number, state.session)
-        self.counts["kept"] += 1
-        self.replica.kept(state)
-        for said in promised:
-            await self._say_one(said)
-        if part.keeping.get(state.session) is me:
-            del part.keeping[state.session]
-
-    def _owes(self, part: _Part, state: Kept) -> bool:
-        """Whether something that was said of what is in this state is not stored yet."""
-        return any(
-            said.session == state.session and int(said.name.partition(".")[0]) <= state.seq
-            for said, _, _ in part.unstored.values()
-        )
-
-    async def _look_after_parts(self) -> None:
+    async def _maintain_parts(self) -> None:
         assert self.replica is not None
         for part in list(self.parts.values()):
-            await self._say_again(part, _SAY_AGAIN_S)
-            if part.reading is None or part.number in self._giving:
+            await self.outbox.retry(part, RETRY_S)
+            if part.reader is None or part.number in self._giving:
                 continue
             with contextlib.suppress(*FAILURES):
-                if part.reading.silent:
-                    await part.reading.begin()
+                if part.reader.silent:
+                    await part.reader.begin()
                 queued = any(of[0] is part for of in self._inbox)
-                low = self.replica.low(part.number, part.low if queued else part.reading.read)
+                low = self.replica.low(part.number, part.low if queued else part.reader.read)
                 if low > part.low:
                     await self.link.set_low(part.number, low)
                     part.low = low
 
     def summary(self) -> dict[str, Any]:
-        """What was done so far, as a JSON document."""
+        """Figures of this run so far, as a JSON document."""
         assert self.replica is not None
         replica = self.replica
         return {

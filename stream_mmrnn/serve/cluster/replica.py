@@ -1,8 +1,8 @@
-"""Replica: the sessions of an engine's partitions as a function of their log; pure of NATS, sockets and clocks.
+"""Replica: the sessions of an engine's partitions as a function of their log, without NATS, sockets and clocks.
 
-Every message has its number in the log. What is said in answer to message n is named after n, so that an engine which
-reads the log again says the same under the same name; and a snapshot knows the last number that is in it, so that
-nothing is stepped twice. Knows nothing about leases or who is alive.
+Every message has a sequence number in the log. The answer to message n is named after n: an engine that reads the log
+again gives the same answer under the same name. A snapshot says which message is the newest in it, so that none is
+stepped twice. Knows nothing about leases or who is alive.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ _LATE_TICKS = 65_536
 _SAVED_AT_ONCE = 64
 
 
-class Said(msgspec.Struct, frozen=True):
-    """One thing that is said to a client."""
+class Outgoing(msgspec.Struct, frozen=True):
+    """An answer to a client."""
 
     partition: int
     session: str
     client: str
     name: str
-    """The same for the same answer, whoever gives it."""
+    """The same for the same answer, whichever engine gives it."""
     content: bytes
     after_kept: bool
-    """It promises that the state is kept: not to be said before it is."""
+    """It confirms that the state is saved: send it after that."""
 
 
-class Kept(msgspec.Struct, frozen=True):
-    """A state to be kept, when everything that was said before is stored."""
+class SavedState(msgspec.Struct, frozen=True):
+    """A state to save, after all earlier answers are stored."""
 
     partition: int
     session: str
     raw: bytes | None
-    """As `snapshots` writes it; None: the session is over, and nothing of it is to be kept."""
+    """Bytes of `snapshots`; None: the session is closed, delete its state."""
     seq: int
-    """The newest message that is in it."""
+    """The newest sequence number that is in it."""
 
 
 class InMemoryStateStore:
-    """Stands for the folder of states: what is kept elsewhere, and what is to be kept there."""
+    """A `Store` in memory: the cluster's bucket has the states, and gets those in `made`."""
 
     def __init__(self) -> None:
         self.found: dict[str, Snapshot] = {}
@@ -74,49 +74,49 @@ class InMemoryStateStore:
         self.made[session] = None
 
     def sweep(self, unix_ns: int) -> int:
-        return 0  # the bucket has a time to live
+        return 0  # the bucket has a TTL
 
 
 class _Place(msgspec.Struct):
-    """Where a session stands in the log."""
+    """A session's position in the log."""
 
     partition: int
     opened: int
-    """The message that opened it: its token is made of that."""
+    """The message that opened it; its token is derived from that."""
     owner: str
-    """The client that it is served for."""
+    """The client that owns it."""
     handled: int
-    """The newest that is in its state."""
+    """The newest message that is in its state."""
     made: int = 0
-    """The newest that is in a snapshot; 0: there is none."""
+    """The newest message that is in a snapshot; 0 for none."""
     kept: int = 0
-    """The newest that is in a snapshot which is kept."""
+    """The newest message that is in a saved snapshot."""
     waiting: deque[tuple[int, int]] = msgspec.field(default_factory=deque)
-    """Ticks that wait to be stepped, each with its number."""
+    """Ticks that wait to be stepped, each with its sequence number."""
 
 
 class Replica:
-    """Messages of the log in, in the order of each session; what is to be said and kept out."""
+    """`receive` messages of the log, `step`, and `pop` answers and states."""
 
     def __init__(
         self, engine: Engine, state: config.State, admission: config.Admission | None, secret: bytes, queue: int
     ) -> None:
-        """`secret`: the cluster's, of which sessions' tokens are made: an engine that reads the log again makes the
-        same. `queue`: ticks of a session that its client may leave unanswered.
+        """`secret`: the cluster's; tokens are derived from it, so that an engine that reads the log again makes the
+        same ones. `queue`: ticks of a session that may wait for an answer.
         """
         self._store = InMemoryStateStore()
         self._secret = secret
-        self._heard = ("", 0)
-        """Whose message is being heard, and its number."""
+        self._current = ("", 0)
+        """Session and sequence number of the message that is being handled."""
         self.sessions = Sessions(
-            engine, self._store, state, admission=admission, make_token=lambda: self.token(*self._heard)
+            engine, self._store, state, admission=admission, make_token=lambda: self.token(*self._current)
         )
         self.host = Host(self.sessions, _LATE_TICKS, queue)
         self._places: dict[str, _Place] = {}
-        self._said: list[Said] = []
-        self._to_keep: list[Kept] = []
+        self._answers: list[Outgoing] = []
+        self._states: list[SavedState] = []
         self.counts: Counter[str] = Counter()
-        """`again`: messages that were in a snapshot already; `left`: sessions that there was no room for."""
+        """`again`: messages that were in a snapshot already; `left`: sessions for which there was no free slot."""
 
     def token(self, session: str, opened: int) -> str:
         """The token of a session that message `opened` began."""
@@ -130,10 +130,10 @@ class Replica:
     # ---- partitions ----------------------------------------------------------------------------------------------
 
     def adopt(self, partition: int, raw: bytes, now_ns: int) -> str:
-        """Go on with a session from its snapshot; its name. An evicted one waits for its token.
+        """Continue a session from its snapshot; returns its name. An evicted one waits for its token.
 
         Raises:
-            SnapshotError: these are not the bytes of one of ours.
+            SnapshotError: this is not a snapshot of a cluster.
 
         """
         snapshot = from_bytes(raw)
@@ -142,7 +142,7 @@ class Replica:
             seq, opened = (int(snapshot.extra[of]) for of in (_SEQ, _OPENED))
             owner = str(snapshot.extra[_OWNER])
         except (KeyError, ValueError) as e:
-            raise SnapshotError(f"the snapshot of session {name!r} does not say where in the log it stands") from e
+            raise SnapshotError(f"the snapshot of session {name!r} has no position in the log") from e
         self._places[name] = _Place(partition, opened, owner, seq, seq, seq)
         self._store.found[name] = snapshot
         if owner:
@@ -150,19 +150,19 @@ class Replica:
                 self.sessions.adopt(snapshot, self.token(name, opened), now_ns=now_ns)
                 self.host.own(name, owner.encode())
             except SessionError:
-                self.counts["left"] += 1  # as if evicted: its client comes back with its token, and is told why not
+                self.counts["left"] += 1  # as if evicted: its client opens it again, and gets the reason
         return name
 
     @staticmethod
     def seq_of(raw: bytes) -> int:
-        """The newest message that is in a snapshot; -1 where it is none of ours."""
+        """The newest message that is in a snapshot; -1 where it is not a snapshot of a cluster."""
         try:
             return int(from_bytes(raw).extra.get(_SEQ, -1))
         except (SnapshotError, ValueError):
             return -1
 
     def drop(self, partition: int) -> int:
-        """Forget all of a partition: it is another engine's. How many sessions were open."""
+        """Forget a partition, which another engine has now; returns how many sessions were open."""
         dropped = 0
         for name in self._of(partition):
             del self._places[name]
@@ -170,59 +170,63 @@ class Replica:
             self._store.made.pop(name, None)
             self.host.disown(name)
             dropped += self.sessions.drop(name)
-        self._said = [said for said in self._said if said.partition != partition]
-        self._to_keep = [kept for kept in self._to_keep if kept.partition != partition]
+        self._answers = [answer for answer in self._answers if answer.partition != partition]
+        self._states = [state for state in self._states if state.partition != partition]
         return dropped
 
     def _of(self, partition: int) -> list[str]:
         return [name for name, place in self._places.items() if place.partition == partition]
+
+    def partition_of(self, session: str) -> int:
+        """The partition of a session that is here. Raises KeyError where it is not."""
+        return self._places[session].partition
 
     def waits(self, partition: int) -> bool:
         """Whether a tick of the partition waits to be stepped."""
         return any(self._places[name].waiting for name in self._of(partition))
 
     def save_all(self, partition: int, now_ns: int) -> None:
-        """Make states of all its sessions that have changed since their newest."""
+        """Save all sessions of a partition that have changed since their last snapshot."""
         for name in self._of(partition):
             if name in self.sessions:
                 self.sessions.flush(name, now_ns=now_ns)
         self._make_states()
 
-    def save_silent(self, silent_ns: int, now_ns: int) -> None:
-        """And of those that have said nothing for so long: the log is not kept for ever."""
-        for name in self.sessions.silent(now_ns, silent_ns):
+    def save_idle(self, idle_ns: int, now_ns: int) -> None:
+        """Save sessions without a tick for so long: the log is kept for a limited time."""
+        for name in self.sessions.idle_for(idle_ns, now_ns):
             if not self._places[name].waiting:
                 self.sessions.flush(name, now_ns=now_ns)
         self._make_states()
 
     def low(self, partition: int, read: int) -> int:
-        """Every message up to this number is in what is kept, or nobody's; `read`: the newest that was read."""
+        """The low watermark: every message up to it is in a saved state. `read`: the newest that was read."""
         low = read
         for name in self._of(partition):
             place = self._places[name]
-            # one that is evicted stays as it was made, whatever is said to it
+            # an evicted session does not change any more
             if place.kept < (place.handled if name in self.sessions else place.made) or place.waiting:
                 low = min(low, place.kept or place.opened - 1)
         return low
 
-    def kept(self, done: Kept) -> None:
-        """What was to be kept is kept."""
+    def on_saved(self, done: SavedState) -> None:
+        """A state has been saved."""
         place = self._places.get(done.session)
         if place is not None and done.raw is not None:
             place.kept = max(place.kept, done.seq)
 
-    # ---- what comes ----------------------------------------------------------------------------------------------
+    # ---- messages ------------------------------------------------------------------------------------------------
 
     def receive(self, partition: int, session: str, seq: int, client: str, content: bytes, now_ns: int) -> None:
-        """One message of the log, and which client's it is."""
+        """Handle one message of the log; `client` sent it."""
         if not CLIENT.fullmatch(client) or not re.match(topics.SESSION_NAME, session):
-            self.host.counts["garbage"] += 1  # nobody that could be answered
+            self.host.counts["garbage"] += 1  # there is no client to answer
             return
         place = self._places.get(session)
         if place is not None and seq <= max(place.handled, place.waiting[-1][1] if place.waiting else 0):
             self.counts["again"] += 1
             return
-        self._heard = session, seq
+        self._current = session, seq
         try:
             request = protocol.read_request(content)
             if getattr(request, "session", session) != session:
@@ -253,23 +257,23 @@ class Replica:
             place.handled = max(place.handled, seq)
 
     def step(self, now_ns: int) -> None:
-        """The oldest tick of each session that has one."""
+        """Step the oldest tick of each session that has one."""
         self.host.step(now_ns)
         self._collect(-1)
 
-    def look_after(self, now_ns: int) -> None:
-        """States that are due, sessions that are idle."""
+    def housekeeping(self, now_ns: int) -> None:
+        """Save states that are due, and evict idle sessions."""
         self.sessions.save(now_ns, _SAVED_AT_ONCE)
         self.host.evict_idle(now_ns)
         self._collect(-1)
         self._make_states()
 
     def _collect(self, partition: int) -> None:
-        """Name what the host says after the messages that it answers; `partition`: of the one that is being heard."""
+        """Name the host's replies after the messages that they answer; `partition`: of the message being handled."""
         out, self.host.out = self.host.out, []
         for peer, reply in out:
             client = peer.decode()
-            session = getattr(reply, "session", self._heard[0])
+            session = getattr(reply, "session", self._current[0])
             place = self._places.get(session)
             tick = getattr(reply, "tick", -1)
             if place is not None and place.waiting and place.waiting[0][0] == tick:
@@ -279,32 +283,32 @@ class Replica:
             elif isinstance(reply, protocol.EvictedNow) and reply.reason != "taken" and place is not None:
                 self._send(place.partition, place.handled, client, reply)
             else:
-                self._send(place.partition if place is not None else partition, self._heard[1], client, reply)
+                self._send(place.partition if place is not None else partition, self._current[1], client, reply)
 
     def _send(self, partition: int, seq: int, client: str, reply: protocol.Reply) -> None:
         name = f"{seq}.evicted" if isinstance(reply, protocol.EvictedNow) else str(seq)
         after_kept = isinstance(reply, protocol.Flushed | protocol.Done)
-        session = getattr(reply, "session", "") or self._heard[0]
-        self._said.append(Said(partition, session, client, name, protocol.encode(reply), after_kept))
+        session = getattr(reply, "session", "") or self._current[0]
+        self._answers.append(Outgoing(partition, session, client, name, protocol.encode(reply), after_kept))
 
     def _make_states(self) -> None:
-        """Of what was saved just now: nothing has been stepped since, so that `handled` is what is in it."""
+        """Turn new snapshots into states to save. No tick was stepped since, so `handled` is in them."""
         made, self._store.made = self._store.made, {}
         for name, snapshot in made.items():
             place = self._places[name]
             if snapshot is None:
                 del self._places[name]
-                self._to_keep.append(Kept(place.partition, name, None, place.handled))
+                self._states.append(SavedState(place.partition, name, None, place.handled))
                 continue
             owner = place.owner if name in self.sessions else ""  # it is evicted
             extra = {**snapshot.extra, _SEQ: str(place.handled), _OPENED: str(place.opened), _OWNER: owner}
             snapshot = msgspec.structs.replace(snapshot, extra=extra)
             self._store.found[name] = snapshot
             place.made = place.handled
-            self._to_keep.append(Kept(place.partition, name, to_bytes(snapshot), place.handled))
+            self._states.append(SavedState(place.partition, name, to_bytes(snapshot), place.handled))
 
-    def pop(self) -> tuple[list[Said], list[Kept]]:
-        """What is to be said and what is to be kept since the last time, each in order."""
-        said, self._said = self._said, []
-        kept, self._to_keep = self._to_keep, []
-        return said, kept
+    def pop(self) -> tuple[list[Outgoing], list[SavedState]]:
+        """New answers and states since the last call, each in order."""
+        answers, self._answers = self._answers, []
+        states, self._states = self._states, []
+        return answers, states

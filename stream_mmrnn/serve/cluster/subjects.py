@@ -1,16 +1,16 @@
-"""What a cluster keeps in NATS, and under which names. Pure: it asks nobody.
+"""Names of a cluster's subjects, streams and buckets in NATS, and the messages in them. Does no I/O.
 
-    PREFIX.in.SESSION              a client's messages (`serve.protocol`), which the stream PREFIX_in keeps as
-    PREFIX.log.PARTITION.SESSION   by the server's own hash of the name, so that everybody agrees
-    PREFIX.out.PARTITION.SESSION.CLIENT  what an engine says, which the stream PREFIX_out, once it has it, says again as
-    PREFIX.said.PARTITION.SESSION.CLIENT where that client listens
-    PREFIX.out.PARTITION.=fence    the newest owner of a partition: whoever writes to it names the number of this, and
-                                   the server refuses who names an older one
-    PREFIX.beat                    engines that are alive; not kept
-    bucket PREFIX_leases           `table`: which engine has what; `model`, `secret`: what they have in common
-    bucket PREFIX_states           `state.PARTITION.SESSION`: its newest snapshot; `low.PARTITION`: where to read from
+    PREFIX.in.SESSION              a client's messages (`serve.protocol`), which the stream PREFIX_in stores as
+    PREFIX.log.PARTITION.SESSION   partitioned by the server's hash of the name
+    PREFIX.out.PARTITION.SESSION.CLIENT  an engine's answers, which the stream PREFIX_out stores and republishes as
+    PREFIX.said.PARTITION.SESSION.CLIENT to which that client subscribes
+    PREFIX.out.PARTITION.=fence    the newest owner of a partition: each write names the sequence number of this
+                                   message, and the server rejects a write that names an older one
+    PREFIX.beat                    heartbeats of engines; not stored
+    bucket PREFIX_leases           `table`: the leases; `model`, `secret`: shared by all engines
+    bucket PREFIX_states           `state.PARTITION.SESSION`: its newest snapshot; `low.PARTITION`: where to start
 
-A session's name stands in a subject with `=` for `.`, which would divide it. Knows nothing about engines or sockets.
+In a subject, `.` in a session's name is written `=`, because `.` separates tokens.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ import re
 import msgspec
 
 PARTITIONS = 64
-"""Fixed for a cluster's life: a session's partition is what the server's hash says."""
+"""Fixed for the life of a cluster: the server computes a session's partition."""
 PREFIX = "mmrnn"
 CLIENT = re.compile(r"[a-z0-9]{1,32}", re.ASCII)
-"""How a client may call itself: it names its messages so, CLIENT and a number."""
+"""Names of clients. A message's ID is CLIENT and a number."""
 FENCE = "=fence"
-"""No session is written so: none begins with a dot."""
+"""Not the name of a session: none begins with a dot."""
 LOG_S = 120.0
-"""How long the log of what clients said is kept. Snapshots are newer than a fraction of it."""
+"""How long the log of requests is kept. Snapshots are much younger."""
 SAID_S = 120.0
-"""How long what engines said is kept, for a client that was away."""
+"""How long answers are kept, for a client that was disconnected."""
 STATE_EVERY_S = 5.0
-"""A session that has been silent for so long is written down as it is, however few ticks that are."""
+"""A session without ticks for so long is saved, however few ticks are unsaved."""
 
 
 def token_of(session: str) -> str:
-    """A session's name as one part of a subject or key."""
+    """A session's name as one token of a subject or key."""
     return session.replace(".", "=")
 
 
@@ -76,11 +76,11 @@ class Names:
 
 
 class Lease(msgspec.Struct, frozen=True):
-    """Who has a partition, and since which revision of the table."""
+    """The owner of a partition."""
 
     engine: str
     epoch: int
-    """Grows with every owner; 0: nobody's, whoever had it gave it back."""
+    """Grows with each owner. A lease with an empty `engine` was given back."""
 
 
 class Table(msgspec.Struct, frozen=True):
@@ -97,11 +97,11 @@ class Fence(msgspec.Struct, frozen=True):
 
 
 class Beat(msgspec.Struct, frozen=True):
-    """What an engine says of itself, several times a second."""
+    """The heartbeat of an engine, sent several times a second."""
 
     engine: str
     sessions: int
     leaving: bool = False
-    """It takes no more partitions, and gives those away that it has."""
+    """It gives its partitions back, and takes no more."""
     gone: bool = False
-    """Its last word."""
+    """It has stopped: its last heartbeat."""

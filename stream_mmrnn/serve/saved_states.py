@@ -1,0 +1,107 @@
+"""SavedStates: the states of sessions in a store, each bound to its session's token, written now or by a writer thread.
+
+Knows nothing about engines or which sessions are open.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from concurrent.futures import Executor, Future
+from typing import Protocol
+
+from msgspec.structs import replace
+
+from stream_mmrnn.predict.snapshots import Snapshot
+
+_TOKEN_SHA256 = "token_sha256"  # noqa: S105 a name, not a secret
+
+
+class Store(Protocol):
+    """Where states are saved; StateStore is one."""
+
+    def save(self, snapshot: Snapshot, unix_ns: int) -> object: ...
+
+    def load(self, session: str, unix_ns: int) -> Snapshot | None: ...
+
+    def holds(self, session: str, unix_ns: int) -> bool: ...
+
+    def forget(self, session: str) -> object: ...
+
+    def sweep(self, unix_ns: int) -> int: ...
+
+
+class SavedStates:
+    """Times are `now_ns` of the monotonic clock; the store is given Unix time."""
+
+    def __init__(self, store: Store, wall_offset_ns: int, writer: Executor | None) -> None:
+        """`writer`: of one thread, for `submit`."""
+        self._store, self._offset_ns, self._writer = store, wall_offset_ns, writer
+        self._writing: dict[str, Future[object]] = {}
+
+    def holds(self, session: str, now_ns: int) -> bool:
+        return self._store.holds(session, now_ns + self._offset_ns)
+
+    def load(self, session: str, now_ns: int) -> Snapshot | None:
+        return self._store.load(session, now_ns + self._offset_ns)
+
+    def sweep(self, now_ns: int) -> int:
+        return self._store.sweep(now_ns + self._offset_ns)
+
+    @staticmethod
+    def is_token(snapshot: Snapshot, token: str) -> bool:
+        """Whether this is the token of the snapshot's session."""
+        expected = snapshot.extra.get(_TOKEN_SHA256)
+        return isinstance(expected, str) and same_token(_sha256(token), expected)
+
+    def owns(self, session: str, token: str, now_ns: int) -> bool:
+        """Whether a state of the session is saved, and this is its token."""
+        snapshot = self.load(session, now_ns)
+        return snapshot is not None and self.is_token(snapshot, token)
+
+    # ---- writing -------------------------------------------------------------------------------------------------
+
+    @property
+    def has_writer(self) -> bool:
+        return self._writer is not None
+
+    @property
+    def writing(self) -> int:
+        """How many states are in the writer."""
+        return len(self._writing)
+
+    def save(self, snapshot: Snapshot, token: str, now_ns: int) -> None:
+        """Write a state now. Raises SnapshotError."""
+        self._store.save(_bound(snapshot, token), now_ns + self._offset_ns)
+
+    def submit(self, snapshot: Snapshot, token: str, now_ns: int) -> None:
+        """Give a state to the writer."""
+        assert self._writer is not None
+        writing = self._writer.submit(self._store.save, _bound(snapshot, token), now_ns + self._offset_ns)
+        self._writing[snapshot.session] = writing
+
+    def written(self) -> list[str]:
+        """Sessions whose state the writer is done with; `finish` each."""
+        return [session for session, writing in self._writing.items() if writing.done()]
+
+    def finish(self, session: str) -> bool:
+        """Wait for the session's state in the writer, if there is one; whether there was. Raises SnapshotError."""
+        writing = self._writing.pop(session, None)
+        if writing is None:
+            return False
+        writing.result()
+        return True
+
+
+def _bound(snapshot: Snapshot, token: str) -> Snapshot:
+    """With the token's hash only: a reader of the disk must not be able to resume the session."""
+    return replace(snapshot, extra={**snapshot.extra, _TOKEN_SHA256: _sha256(token)})
+
+
+def _sha256(token: str) -> str:
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def same_token(one: str, other: str) -> bool:
+    """Compare in constant time."""
+    return hmac.compare_digest(one.encode("utf-8", "surrogatepass"), other.encode("utf-8", "surrogatepass"))
