@@ -125,7 +125,7 @@ def _picture(spec: str) -> Iterator[Any]:
     from stream_mmrnn.capture import sources
     from stream_mmrnn.core.config import Settings
 
-    source = sources.create(spec, "vision", Settings())
+    source = sources.create_source(spec, "vision", Settings())
     source.open()
     try:
         until = time.monotonic() + _WARM_UP_S
@@ -159,7 +159,7 @@ def _level(asked: dict[str, Any]) -> Iterator[Any]:
     from stream_mmrnn.capture import sources
     from stream_mmrnn.core.config import Settings
 
-    source = sources.create(asked["source"], "audio", Settings())
+    source = sources.create_source(asked["source"], "audio", Settings())
     source.open()
     squares, count, peak = 0.0, 0, 0
     try:
@@ -225,8 +225,8 @@ def _encoder(modality: str) -> Iterator[Any]:
     from stream_mmrnn.capture import encoders, sources
     from stream_mmrnn.core.config import Settings
 
-    encoder = encoders.create(modality)
-    source = sources.create("synthetic", modality, Settings())
+    encoder = encoders.create_encoder(modality)
+    source = sources.create_source("synthetic", modality, Settings())
     source.open()
     try:
         for sample in source.samples(lambda: True, time.monotonic_ns()):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 
-from stream_mmrnn.capture.encoders import create
+from stream_mmrnn.capture.encoders import create_encoder
 from stream_mmrnn.capture.pipeline import reencode
 from stream_mmrnn.core import config, topics, wire
 from stream_mmrnn.core.clock import now_ns
@@ -212,7 +212,7 @@ def replay(
         if source == "raw":
             # a signal has no raw messages: its features are the raw ones
             raw = [m.name for m in engine.spec.modalities if topics.MODALITIES[m.name].schema]
-            envelopes = reencode(envelopes, {name: create(name) for name in raw})
+            envelopes = reencode(envelopes, {name: create_encoder(name) for name in raw})
         if speed is not None and player is None:
             envelopes = pace(envelopes, speed, alive)
         steps = Histogram()

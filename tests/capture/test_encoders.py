@@ -62,7 +62,7 @@ def jpeg(width: int, height: int, seed: int = 0) -> bytes:
 
 def test_every_encoder_says_who_it_is_and_its_size() -> None:
     for modality, size in {"vision": 1280, "audio": 81, "text": 256}.items():
-        encoder = encoders.create(modality)
+        encoder = encoders.create_encoder(modality)
         name, _, digest = encoder.origin.partition("@")
         assert encoder.size == size
         assert name

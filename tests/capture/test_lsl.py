@@ -74,7 +74,7 @@ class Peer:
 
 @contextmanager
 def opened(spec: str, modality: str, settings: config.Settings | None = None) -> Iterator[Any]:
-    source = sources.create(spec, modality, settings or config.Settings())
+    source = sources.create_source(spec, modality, settings or config.Settings())
     end_ns = now_ns() + 20_000_000_000
     while True:
         try:
@@ -111,7 +111,7 @@ def test_a_signal_comes_in_order_with_its_own_times() -> None:
 
 
 def test_a_gap_in_the_stamps_of_a_fixed_rate_is_counted() -> None:
-    source = sources.create("lsl:x", "signal", config.Settings())
+    source = sources.create_source("lsl:x", "signal", config.Settings())
     source.info["stream"] = {"rate_hz": 100.0}
     source._before_ns = 0
     source._count_missing([10_000_000, 20_000_000, 90_000_000, 1_090_000_000])
@@ -175,7 +175,7 @@ def test_what_cannot_be_a_source_is_said_in_a_sentence() -> None:
             sources.check(spec, modality)
     sources.check("lsl:type=EEG", "signal")
     name = unique("words")
-    source = sources.create(f"lsl:{name}", "signal", config.Settings())
+    source = sources.create_source(f"lsl:{name}", "signal", config.Settings())
     with pytest.raises(SourceError, match="no stream has that name on this machine"):
         source.open()
     with pytest.raises(SourceError, match="call open"):
@@ -217,7 +217,7 @@ def test_a_signal_is_encoded_as_it_is() -> None:
     for bad in (b"1.0", np.zeros(2), np.zeros((2, 2), np.float32), np.array([np.nan], np.float32)):
         with pytest.raises(WireError):
             encoder.encode(Sample(1, 2, bad))
-    assert encoders.create("signal").origin == encoder.origin
+    assert encoders.create_encoder("signal").origin == encoder.origin
 
 
 HEADS = (
@@ -269,7 +269,7 @@ def test_a_reader_of_our_outlet_gets_every_prediction() -> None:
 
 @pytest.fixture(scope="module")
 def signal_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    text = encoders.create("text")
+    text = encoders.create_encoder("text")
     specs = (ModalitySpec("signal", 2, SignalEncoder.origin), ModalitySpec("text", text.size, text.origin))
     return toy_model.make(tmp_path_factory.mktemp("models") / "signal.onnx", specs)
 

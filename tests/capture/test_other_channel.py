@@ -36,7 +36,7 @@ TALK = ("audio", "text", "other_audio", "other_text")
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model that hears and reads two persons and sees none."""
-    specs = tuple(ModalitySpec(m, e.size, e.origin) for m in TALK for e in [encoders.create(m)])
+    specs = tuple(ModalitySpec(m, e.size, e.origin) for m in TALK for e in [encoders.create_encoder(m)])
     return toy_model.make(tmp_path_factory.mktemp("both") / "toy.onnx", specs)
 
 
@@ -75,7 +75,7 @@ def test_the_other_one_is_heard_and_read() -> None:
     seconds = 25
     heard = {}
     for modality in ("audio", "other_audio"):
-        encoder = encoders.create(modality)
+        encoder = encoders.create_encoder(modality)
         source = Synthetic(modality, SyntheticSettings(), paced=False)
         samples = itertools.islice(source.samples(lambda: True, 0), 50 * seconds)
         heard[modality] = np.array([s.data[SPEECH] for sample in samples for s in encoder.encode(sample)])
@@ -198,7 +198,7 @@ def test_record_keeps_both_persons(tmp_path: Path) -> None:
 
 
 def test_the_other_ones_words_are_never_labels() -> None:
-    encoder = encoders.create("other_text")
+    encoder = encoders.create_encoder("other_text")
     sample = Sample(1, 1, b"/label sitting")
     out = list(capture([sample], "other_text", "tcp", encoder, lambda _: None))
     assert [o.topic for o in out] == ["feature/other_text", "raw/other_text"]

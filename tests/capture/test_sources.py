@@ -20,9 +20,9 @@ from places import SHARED
 
 from stream_mmrnn.capture import sources
 from stream_mmrnn.capture.sources.camera import Camera, list_cameras
-from stream_mmrnn.capture.sources.file import Picture, Sound, streams_of
+from stream_mmrnn.capture.sources.file import FilePicture, FileSound, streams_of
 from stream_mmrnn.capture.sources.microphone import Resampler
-from stream_mmrnn.capture.sources.pacing import Reading, pace
+from stream_mmrnn.capture.sources.pacing import ScheduledSample, pace
 from stream_mmrnn.capture.sources.synthetic import Synthetic
 from stream_mmrnn.capture.sources.talker import turns
 from stream_mmrnn.capture.sources.text import create as create_text
@@ -68,7 +68,7 @@ def test_pace_waits_for_the_time_and_not_for_the_past() -> None:
         return b"%d" % i
 
     times = [start - 2_000_000_000, start - 600_000_000, start - 100_000_000, start + 60_000_000, start + 90_000_000]
-    readings = [Reading(t, lambda i=i: make(i)) for i, t in enumerate(times)]
+    readings = [ScheduledSample(t, lambda i=i: make(i)) for i, t in enumerate(times)]
     got = list(pace(readings, always, paced=True))
     assert [s.data for s in got] == [b"2", b"3", b"4"]
     assert made == [2, 3, 4]  # what is left out costs no work
@@ -78,7 +78,7 @@ def test_pace_waits_for_the_time_and_not_for_the_past() -> None:
 
 def test_pace_stops_while_it_waits() -> None:
     began = time.monotonic()
-    assert list(pace([Reading(now_ns() + 30_000_000_000, bytes)], for_seconds(0.1), paced=True)) == []
+    assert list(pace([ScheduledSample(now_ns() + 30_000_000_000, bytes)], for_seconds(0.1), paced=True)) == []
     assert time.monotonic() - began < 2
 
 
@@ -231,7 +231,7 @@ def numbers(samples: list[Sample]) -> list[int]:
 
 def test_a_file_gives_its_frames_at_its_own_times(movie: Path) -> None:
     assert streams_of(movie) == {"vision", "audio"}
-    with closing(Picture(movie, CameraSettings(), paced=False)) as source:
+    with closing(FilePicture(movie, CameraSettings(), paced=False)) as source:
         source.open()
         got = list(source.samples(always, 7_000))
         assert source.info["got"]["rate_hz"] == 10
@@ -240,7 +240,7 @@ def test_a_file_gives_its_frames_at_its_own_times(movie: Path) -> None:
 
 
 def test_a_file_gives_its_sound_at_16_khz_mono(movie: Path) -> None:
-    with closing(Sound(movie, MicrophoneSettings(), paced=False)) as source:
+    with closing(FileSound(movie, MicrophoneSettings(), paced=False)) as source:
         source.open()
         got = list(source.samples(always, 0))
     assert {len(s.data) for s in got[:-1]} == {320}
@@ -256,7 +256,7 @@ def test_a_file_gives_its_sound_at_16_khz_mono(movie: Path) -> None:
 
 def test_the_last_part_of_a_block_is_kept(tone_wav: Path) -> None:
     assert streams_of(tone_wav) == {"audio"}
-    with closing(Sound(tone_wav, MicrophoneSettings(), paced=False)) as source:
+    with closing(FileSound(tone_wav, MicrophoneSettings(), paced=False)) as source:
         source.open()
         got = list(source.samples(always, 0))
     assert [len(s.data) for s in got] == [320, 320, 320, 40]
@@ -273,7 +273,7 @@ def test_sound_that_was_not_recorded_is_silence(tmp_path: Path) -> None:
             block.sample_rate, block.pts = 16_000, start
             out.mux(audio.encode(block))
         out.mux(audio.encode(None))
-    with closing(Sound(path, MicrophoneSettings(), paced=False)) as source:
+    with closing(FileSound(path, MicrophoneSettings(), paced=False)) as source:
         source.open()
         sound = np.concatenate([s.data for s in source.samples(always, 0)])
     assert len(sound) == 9_600
@@ -283,7 +283,7 @@ def test_sound_that_was_not_recorded_is_silence(tmp_path: Path) -> None:
 
 
 def test_a_file_plays_at_its_own_pace_and_a_late_worker_joins_in(movie: Path) -> None:
-    with closing(Picture(movie, CameraSettings())) as source:
+    with closing(FilePicture(movie, CameraSettings())) as source:
         source.open()
         epoch = now_ns() - 1_000_000_000
         got = list(source.samples(always, epoch))
@@ -291,7 +291,7 @@ def test_a_file_plays_at_its_own_pace_and_a_late_worker_joins_in(movie: Path) ->
     assert 5 <= numbers(got)[0] <= 10
     assert all(s.capture_ns >= s.event_ns for s in got)
     assert now_ns() >= epoch + 1_400_000_000
-    with closing(Sound(movie, MicrophoneSettings())) as source:
+    with closing(FileSound(movie, MicrophoneSettings())) as source:
         source.open()
         epoch = now_ns()
         got = list(source.samples(for_seconds(0.3), epoch))
@@ -308,11 +308,11 @@ def test_files_that_are_none(tmp_path: Path, tone_wav: Path, movie: Path) -> Non
     with pytest.raises(FileError):
         streams_of(tmp_path)
     with pytest.raises(FileError, match="no picture"):
-        Picture(tone_wav, CameraSettings()).open()
+        FilePicture(tone_wav, CameraSettings()).open()
     # cut short: what is there is given, and it ends
     cut = tmp_path / "cut.mkv"
     cut.write_bytes(movie.read_bytes()[: movie.stat().st_size // 2])
-    with closing(Picture(cut, CameraSettings(), paced=False)) as source:
+    with closing(FilePicture(cut, CameraSettings(), paced=False)) as source:
         source.open()
         assert 1 <= len(list(source.samples(always, 0))) < 15
 
@@ -322,13 +322,13 @@ def test_files_that_are_none(tmp_path: Path, tone_wav: Path, movie: Path) -> Non
 def test_real_clips(name: str, frames: int, seconds: float) -> None:
     path = clip(name)
     assert streams_of(path) == {"vision", "audio"}
-    with closing(Picture(path, CameraSettings(), paced=False)) as source:
+    with closing(FilePicture(path, CameraSettings(), paced=False)) as source:
         source.open()
         pictures = list(source.samples(always, 0))
     assert abs(len(pictures) - frames) <= 2
     assert all(a.event_ns < b.event_ns for a, b in itertools.pairwise(pictures))
     assert abs(pictures[-1].event_ns / 1e9 - seconds) < 0.2
-    with closing(Sound(path, MicrophoneSettings(), paced=False)) as source:
+    with closing(FileSound(path, MicrophoneSettings(), paced=False)) as source:
         source.open()
         sound = list(source.samples(always, 0))
     assert abs(sound[-1].event_ns / 1e9 - seconds) < 0.2
@@ -338,7 +338,7 @@ def test_real_clips(name: str, frames: int, seconds: float) -> None:
 @pytest.mark.shared_data
 def test_a_real_wav_is_given_bit_for_bit() -> None:
     path = clip("dialogue.wav")
-    with closing(Sound(path, MicrophoneSettings(), paced=False)) as source:
+    with closing(FileSound(path, MicrophoneSettings(), paced=False)) as source:
         source.open()
         sound = np.concatenate([s.data for s in source.samples(always, 0)])
     with wave.open(str(path)) as plain:
@@ -621,7 +621,7 @@ def test_sources_by_name(tmp_path: Path) -> None:
         (f"pipe:{tmp_path}/p", "text"),
     ):
         sources.check(spec, modality)
-        source = sources.create(spec, modality, Settings())
+        source = sources.create_source(spec, modality, Settings())
         assert source.origin
         assert isinstance(source.info, dict)
         source.close()  # harmless when it is not open
@@ -669,6 +669,6 @@ def test_one_file_for_everything(movie: Path, tone_wav: Path) -> None:
         "other_audio": "none",
         "other_text": "none",
     }
-    sound = sources.create(f"file:{movie}", "other_audio", Settings())
-    assert isinstance(sound, Sound)
+    sound = sources.create_source(f"file:{movie}", "other_audio", Settings())
+    assert isinstance(sound, FileSound)
     assert sources.everything_from(f"file:{tone_wav}")["vision"] == "none"

@@ -104,7 +104,7 @@ def test_what_is_imported_is_what_pyxdf_reads(source: Path, imported: tuple[Path
     assert labels == [(round((BEGIN_S + s) * 1e9), name) for s, name in ((1, "rest"), (6, "walk & talk"), (9, "7"))]
     words = [(e.event_ns, e.payload.decode()) for e in of(path, "raw/text")]
     assert words == [(round((BEGIN_S + s) * 1e9), w) for s, w in ((2.25, "grüß dich"), (3.5, "yes of course"))]
-    assert {e.origin for e in of(path, "feature/text")} == {encoders.create("text").origin}
+    assert {e.origin for e in of(path, "feature/text")} == {encoders.create_encoder("text").origin}
 
     sound = of(path, "raw/audio")
     begin_s = sound[0].event_ns / 1e9 - len(sound[0].payload) / 16000
@@ -126,7 +126,7 @@ def test_the_recording_is_whole_and_replays(imported: tuple[Path, dict[str, Any]
     result = repair.verify(path)
     assert result["state"] == "whole"
     assert result["messages"] == dict(sorted(document["messages"].items()))
-    text, audio = encoders.create("text"), encoders.create("audio")
+    text, audio = encoders.create_encoder("text"), encoders.create_encoder("audio")
     specs = (
         ModalitySpec("signal", 3, SignalEncoder.origin),
         ModalitySpec("audio", audio.size, audio.origin),

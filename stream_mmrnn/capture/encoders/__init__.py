@@ -34,7 +34,7 @@ class Encoder(Protocol):
         """Forget the stream so far."""
 
 
-def create(modality: str) -> Encoder:
+def create_encoder(modality: str) -> Encoder:
     """The encoder of a modality, which is its kind's; imports only what it needs.
 
     Raises:

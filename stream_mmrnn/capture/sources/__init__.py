@@ -132,7 +132,7 @@ def everything_from(spec: str) -> dict[str, str]:
     raise SourceSpecError(f"{spec!r} is no source; use synthetic, devices or file:PATH")
 
 
-def create(spec: str, modality: str, settings: Settings, stdin_fd: int = -1) -> Source:
+def create_source(spec: str, modality: str, settings: Settings, stdin_fd: int = -1) -> Source:
     """The source that `spec` names; nothing is opened yet. Imports only what that source needs."""
     kind, rest = split(spec)
     if kind == "camera":
@@ -147,16 +147,16 @@ def create(spec: str, modality: str, settings: Settings, stdin_fd: int = -1) -> 
         from stream_mmrnn.capture.sources import file
 
         if _TABLE[modality].kind == "vision":
-            return file.Picture(Path(rest), settings.camera)
-        return file.Sound(Path(rest), settings.microphone)
+            return file.FilePicture(Path(rest), settings.camera)
+        return file.FileSound(Path(rest), settings.microphone)
     if kind == "synthetic":
         from stream_mmrnn.capture.sources.synthetic import Synthetic
 
         return Synthetic(modality, settings.synthetic)
     if kind == "lsl":
-        from stream_mmrnn.capture.sources.lsl import Stream
+        from stream_mmrnn.capture.sources.lsl import LslSource
 
-        return Stream(rest, _TABLE[modality].kind, settings.lsl, settings.microphone, settings.text)
+        return LslSource(rest, _TABLE[modality].kind, settings.lsl, settings.microphone, settings.text)
     from stream_mmrnn.capture.sources import text
 
     return text.create(kind, rest, settings.text, stdin_fd)

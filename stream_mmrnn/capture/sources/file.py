@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stream_mmrnn.capture.sources import RATE_HZ
-from stream_mmrnn.capture.sources.pacing import Reading, pace
+from stream_mmrnn.capture.sources.pacing import ScheduledSample, pace
 from stream_mmrnn.core.config import Camera as CameraSettings
 from stream_mmrnn.core.config import Microphone as MicrophoneSettings
 from stream_mmrnn.core.errors import FileError, SourceError
@@ -98,7 +98,7 @@ class _Media:
             self._container = None
 
 
-class Picture(_Media):
+class FilePicture(_Media):
     """The file's frames as JPEG, each at the time at which the file shows it."""
 
     def __init__(self, path: Path, settings: CameraSettings, *, paced: bool = True) -> None:
@@ -112,17 +112,17 @@ class Picture(_Media):
         self.info["got"] = {"width": stream.width, "height": stream.height, "rate_hz": rate}
 
     def samples(self, alive: Callable[[], bool], epoch_ns: int) -> Iterator[Sample]:
-        yield from pace(self._readings(epoch_ns), alive, paced=self._paced)
+        yield from pace(self._schedule(epoch_ns), alive, paced=self._paced)
 
-    def _readings(self, epoch_ns: int) -> Iterator[Reading]:
+    def _schedule(self, epoch_ns: int) -> Iterator[ScheduledSample]:
         for frame, at_s in self._frames("video"):
-            yield Reading(epoch_ns + round(at_s * 1_000_000_000), partial(self._jpeg, frame))
+            yield ScheduledSample(epoch_ns + round(at_s * 1_000_000_000), partial(self._jpeg, frame))
 
     def _jpeg(self, frame: Any) -> bytes:
         return cv2.imencode(".jpg", frame.to_ndarray(format="bgr24"), self._quality)[1].tobytes()
 
 
-class Sound(_Media):
+class FileSound(_Media):
     """The file's sound, mono at 16 kHz, in blocks; the last one is as long as what is left."""
 
     def __init__(self, path: Path, settings: MicrophoneSettings, *, paced: bool = True) -> None:
@@ -135,9 +135,9 @@ class Sound(_Media):
         self.info["got"] = {"rate_hz": stream.rate, "channels": stream.channels}
 
     def samples(self, alive: Callable[[], bool], epoch_ns: int) -> Iterator[Sample]:
-        yield from pace(self._readings(epoch_ns), alive, paced=self._paced)
+        yield from pace(self._schedule(epoch_ns), alive, paced=self._paced)
 
-    def _readings(self, epoch_ns: int) -> Iterator[Reading]:
+    def _schedule(self, epoch_ns: int) -> Iterator[ScheduledSample]:
         done = 0
         rest: Int16Array = np.empty(0, np.int16)
         for piece in self._pieces():
@@ -145,9 +145,9 @@ class Sound(_Media):
             while len(rest) >= self._block:
                 block, rest = rest[: self._block], rest[self._block :]
                 done += len(block)
-                yield Reading(epoch_ns + round(done * 1e9 / RATE_HZ), block.copy)
+                yield ScheduledSample(epoch_ns + round(done * 1e9 / RATE_HZ), block.copy)
         if len(rest):
-            yield Reading(epoch_ns + round((done + len(rest)) * 1e9 / RATE_HZ), rest.copy)
+            yield ScheduledSample(epoch_ns + round((done + len(rest)) * 1e9 / RATE_HZ), rest.copy)
 
     def _pieces(self) -> Iterator[Int16Array]:
         """Sound from the container's start without holes, at 16 kHz."""

@@ -50,7 +50,7 @@ def query(rest: str) -> tuple[str, str]:
     return key, value
 
 
-class Stream:
+class LslSource:
     """An inlet of one stream. A stream that vanishes is a SourceError, and the worker asks for it again."""
 
     def __init__(self, rest: str, kind: Kind, settings: Lsl, microphone: Microphone, text: Text) -> None:

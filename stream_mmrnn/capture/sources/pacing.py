@@ -25,7 +25,7 @@ def wait_until(when_ns: int, alive: Callable[[], bool]) -> bool:
     return alive()
 
 
-class Reading:
+class ScheduledSample:
     """One sample to come: when it was, how much later it is delivered, and how to make its data.
 
     Without `make` it is lost on its way: time passes, and nothing comes.
@@ -37,25 +37,25 @@ class Reading:
         self.event_ns, self.make, self.delay_ns = event_ns, make, delay_ns
 
 
-def pace(readings: Iterable[Reading], alive: Callable[[], bool], *, paced: bool) -> Iterator[Sample]:
+def pace(schedule: Iterable[ScheduledSample], alive: Callable[[], bool], *, paced: bool) -> Iterator[Sample]:
     """Each reading as a sample when its time has come; where not `paced`, at once and stamped as if in time."""
     joined = not paced
-    for reading in readings:
+    for due in schedule:
         if not alive():
             return
         if not joined:
             # asked anew for every sample: passing over the beginning takes time, too
-            if reading.event_ns < now_ns() - JOIN_NS:
+            if due.event_ns < now_ns() - JOIN_NS:
                 continue
             joined = True
-        if reading.make is None:
-            if paced and not wait_until(reading.event_ns, alive):
+        if due.make is None:
+            if paced and not wait_until(due.event_ns, alive):
                 return
             continue
-        data = reading.make()  # before the wait, so that the work makes nothing late
+        data = due.make()  # before the wait, so that the work makes nothing late
         if not paced:
-            yield Sample(reading.event_ns, reading.event_ns, data)
-        elif wait_until(reading.event_ns + reading.delay_ns, alive):
-            yield Sample(reading.event_ns, now_ns(), data)
+            yield Sample(due.event_ns, due.event_ns, data)
+        elif wait_until(due.event_ns + due.delay_ns, alive):
+            yield Sample(due.event_ns, now_ns(), data)
         else:
             return

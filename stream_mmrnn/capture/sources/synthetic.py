@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stream_mmrnn.capture.sources import EVERY, RATE_HZ
-from stream_mmrnn.capture.sources.pacing import Reading, pace
+from stream_mmrnn.capture.sources.pacing import ScheduledSample, pace
 from stream_mmrnn.capture.sources.talker import Turn, answers, openness, turns
 from stream_mmrnn.capture.sources.voice import speak
 from stream_mmrnn.core.config import Synthetic as SyntheticSettings
@@ -66,13 +66,15 @@ class Synthetic:
     def close(self) -> None:
         """Nothing to give back."""
 
-    def _with_faults(self, events: Iterator[tuple[int, Callable[[], Payload]]], epoch_ns: int) -> Iterator[Reading]:
+    def _with_faults(
+        self, events: Iterator[tuple[int, Callable[[], Payload]]], epoch_ns: int
+    ) -> Iterator[ScheduledSample]:
         s = self._settings
         for index, (at_ns, make) in enumerate(events):
             at_s = at_ns / 1e9
             if s.freeze_every_s and at_s >= s.freeze_every_s and at_s % s.freeze_every_s < s.freeze_s:
                 self.info["frozen"] += 1
-                yield Reading(epoch_ns + at_ns, None)
+                yield ScheduledSample(epoch_ns + at_ns, None)
                 continue
             delay_ns = 0
             if s.drop or s.jitter_ms:
@@ -80,10 +82,10 @@ class Synthetic:
                 rng = np.random.default_rng((s.seed, self._faults, index))
                 if rng.random() < s.drop:
                     self.info["dropped"] += 1
-                    yield Reading(epoch_ns + at_ns, None)
+                    yield ScheduledSample(epoch_ns + at_ns, None)
                     continue
                 delay_ns = round(abs(rng.normal(0.0, s.jitter_ms)) * 1e6)
-            yield Reading(epoch_ns + at_ns, make, delay_ns)
+            yield ScheduledSample(epoch_ns + at_ns, make, delay_ns)
 
     def _words(self) -> Iterator[tuple[int, Callable[[], Payload]]]:
         for turn in self._turns():

@@ -45,9 +45,9 @@ def worker(context: Context, modality: str, spec: str) -> None:
     publisher = Publisher(context.address, settings.bus.bulk_queue)
     reporter = Reporter(context, publisher, modality)
     stall_detector = StallDetector(topics.MODALITIES[modality].dense)
-    encoder = encoders.create(modality)
+    encoder = encoders.create_encoder(modality)
     stdin_fd = context.stdin.detach() if context.stdin is not None else -1
-    source = sources.create(spec, modality, settings, stdin_fd)
+    source = sources.create_source(spec, modality, settings, stdin_fd)
     counts = dict.fromkeys(("captured", "queue_dropped", "undecodable", "published"), 0)
     session, feature = settings.session.name, topics.feature(modality)
     state: dict[str, Any] = {"pump": None, "before": (0, 0)}

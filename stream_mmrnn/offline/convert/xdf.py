@@ -352,7 +352,7 @@ def _envelopes(
         those = [s for s in used if role_of[s.number] == modality]
         samples = heapq.merge(*(_samples(s, modality, shift_ns) for s in those), key=lambda s: s.capture_ns)
         origin = "+".join(f"xdf:{s.name}" for s in those)
-        return capture(samples, modality, origin, encoders.create(modality), bad)
+        return capture(samples, modality, origin, encoders.create_encoder(modality), bad)
 
     modalities = [m for m in topics.MODALITIES if m in role_of.values() and any(role_of[s.number] == m for s in used)]
     labels = heapq.merge(
