@@ -16,11 +16,6 @@ if TYPE_CHECKING:
     from stream_mmrnn.offline.diff.tracks import Track
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb to the command."""
-    app.command()(diff)
-
-
 def diff(
     path: Annotated[Path, typer.Argument(help="A recording.")],
     model: Annotated[

@@ -29,12 +29,6 @@ class Policy(StrEnum):
     latest, drop_oldest, block = "latest", "drop_oldest", "block"
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verbs to the command."""
-    for verb in (top, predictions):
-        app.command()(verb)
-
-
 def top(
     session: Session = None,
     once: Annotated[

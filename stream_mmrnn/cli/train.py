@@ -18,12 +18,6 @@ from stream_mmrnn.core.printable import shown
 _EXTRA = ("torch", "onnx", "onnxscript", "matplotlib", "tomli_w")
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verbs to the command."""
-    for verb in (train, evaluate, export):
-        app.command()(verb)
-
-
 def _training(needs: tuple[str, ...]) -> Any:
     """What the verbs do, where the packages that they need are there; else one sentence that says how to get them."""
     need("this", "train", *needs)

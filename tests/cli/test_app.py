@@ -56,12 +56,12 @@ def test_a_wrong_key_names_the_nearest(tmp_path: Path) -> None:
 
 def test_an_old_recording_keeps_its_parts(tmp_path: Path) -> None:
     """Else those of the next session would be taken for its own."""
-    from stream_mmrnn.cli.app import _keep_old
+    from stream_mmrnn.cli.live import keep_old
 
     for name in ("a.mcap", "a.part2.mcap", "a.part3.mcap", "a.old1.mcap", "ab.part2.mcap"):
         (tmp_path / name).write_text(name)
     said: list[str] = []
-    _keep_old(tmp_path / "a.mcap", said.append)
+    keep_old(tmp_path / "a.mcap", said.append)
     found = {p.name: p.read_text() for p in tmp_path.iterdir()}
     assert found == {
         "a.old1.mcap": "a.old1.mcap",
