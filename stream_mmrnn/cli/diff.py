@@ -13,7 +13,7 @@ from stream_mmrnn.core.errors import UsageError
 from stream_mmrnn.core.printable import shown
 
 if TYPE_CHECKING:
-    from stream_mmrnn.offline.diff.tracks import Track
+    from stream_mmrnn.offline.diff.tracks import PredictionTrack
 
 
 def diff(
@@ -80,7 +80,7 @@ def diff(
 
 def _tracks(
     path: Path, names: list[str], provider: Provider, console: Console, alive: Alive, with_recorded: bool
-) -> list[Track]:
+) -> list[PredictionTrack]:
     from rich.progress import Progress
 
     from stream_mmrnn.offline.diff import tracks

@@ -27,7 +27,7 @@ from stream_mmrnn.core.errors import FileError, UsageError
 from stream_mmrnn.core.types import Envelope, FloatArray, HeadSpec
 from stream_mmrnn.offline.diff.compare import compare, decisions, distance, stretches
 from stream_mmrnn.offline.diff.labels import labels_of, score
-from stream_mmrnn.offline.diff.tracks import Track, predicted, recorded
+from stream_mmrnn.offline.diff.tracks import PredictionTrack, predicted, recorded
 from stream_mmrnn.predict.align import Aligner
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.predict.pipeline import predict
@@ -94,10 +94,10 @@ def recording(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- numbers
 
 
-def track(heads: dict[str, FloatArray], first: int = 0, specs: tuple[HeadSpec, ...] = ()) -> Track:
+def track(heads: dict[str, FloatArray], first: int = 0, specs: tuple[HeadSpec, ...] = ()) -> PredictionTrack:
     count = len(next(iter(heads.values())))
     ticks = np.arange(first, first + count, dtype=np.int64)
-    return Track("x", "sha", ticks, ticks * 40_000_000, heads, {s.name: s for s in specs})
+    return PredictionTrack("x", "sha", ticks, ticks * 40_000_000, heads, {s.name: s for s in specs})
 
 
 floats = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=6))
@@ -276,7 +276,7 @@ def test_yes_or_no_and_a_head_that_speaks_of_the_future(recording: Path) -> None
     }
     ahead = np.stack([np.roll(true, -5), ~np.roll(true, -5)], 1).astype(np.float32)
     heads = {"yes": late.astype(np.float32)[:, None], "ahead": ahead, "other": ahead}
-    found = score(Track("x", "sha", ticks, times, heads, specs), labels_of(recording))
+    found = score(PredictionTrack("x", "sha", ticks, times, heads, specs), labels_of(recording))
     assert set(found) == {"yes", "ahead"}
     assert found["yes"]["ticks"] == int((times - BEGIN >= 1_000_000_000).sum())
     # three ticks late, at the changes at 2.0 and 3.5 s (ticks end at multiples of 40 ms; 3.52 is the first from 3.5 on)
@@ -286,7 +286,7 @@ def test_yes_or_no_and_a_head_that_speaks_of_the_future(recording: Path) -> None
     assert found["ahead"]["accuracy"] == 1.0
     # it says no five ticks before `no` was typed
     assert found["ahead"]["changes"]["p50_ms"] == -200.0
-    only = Track("x", "sha", ticks, times, {"other": ahead}, specs)
+    only = PredictionTrack("x", "sha", ticks, times, {"other": ahead}, specs)
     with pytest.raises(UsageError, match="no head for the labels no, yes; the heads that take labels are"):
         score(only, labels_of(recording))
 

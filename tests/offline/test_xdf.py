@@ -23,7 +23,7 @@ from stream_mmrnn.core import topics
 from stream_mmrnn.core.errors import FileError, StreamError, UsageError
 from stream_mmrnn.core.types import ModalitySpec
 from stream_mmrnn.offline import replay
-from stream_mmrnn.offline.convert import xdf
+from stream_mmrnn.offline.convert import xdf, xdf_file
 from stream_mmrnn.recording import repair
 from stream_mmrnn.recording.mcap_file import Recording
 
@@ -178,23 +178,24 @@ def test_the_user_says_what_a_stream_is(source: Path, tmp_path: Path) -> None:
     ("chosen", "words"),
     [
         ({"Nix": "signal"}, "there is no stream 'Nix'"),
-        ({"EEG": "smell"}, "'smell' is nothing that a stream can be"),
+        ({"EEG": "smell"}, "'smell' is not a role of a stream"),
         ({"Task": "signal"}, "holds strings"),
         ({"EEG": "text"}, "holds numbers"),
         ({"Trigger": "audio"}, "no fixed rate"),
         ({"EEG": "signal", "Mic": "signal"}, "several streams could be the signal: 'EEG', 'Mic'"),
-        (dict.fromkeys(("EEG", "Mic", "Task", "Transcript", "Trigger"), "none"), "no stream of the file is of use"),
+        (
+            dict.fromkeys(("EEG", "Mic", "Task", "Transcript", "Trigger"), "none"),
+            "the file has no stream that can be used",
+        ),
     ],
 )
-def test_what_a_stream_cannot_be_is_said_in_a_sentence(
-    source: Path, tmp_path: Path, chosen: dict[str, str], words: str
-) -> None:
+def test_an_impossible_role_is_an_error(source: Path, tmp_path: Path, chosen: dict[str, str], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         xdf.convert(source, tmp_path / "a.mcap", chosen=chosen)
     assert not list(tmp_path.iterdir())
 
 
-def test_no_xdf_at_all(tmp_path: Path) -> None:
+def test_a_file_that_is_no_xdf(tmp_path: Path) -> None:
     (tmp_path / "a.xdf").write_bytes(b"RIFF")
     for name, words in (("a.xdf", "no XDF file|cannot be read"), ("b.xdf", "cannot be read: No such file")):
         with pytest.raises(FileError, match=words):
@@ -232,7 +233,7 @@ def test_a_disk_that_takes_no_more_leaves_no_half_of_a_file(source: Path, tmp_pa
 
 @settings(max_examples=150)
 @given(st.data())
-def test_bytes_from_anywhere_are_read_or_refused(data: st.DataObject) -> None:
+def test_random_bytes_are_read_or_rejected(data: st.DataObject) -> None:
     whole = bytearray(SMALL)
     for _ in range(data.draw(st.integers(1, 6))):
         at = data.draw(st.integers(4, len(whole) - 1))
@@ -241,7 +242,7 @@ def test_bytes_from_anywhere_are_read_or_refused(data: st.DataObject) -> None:
     path = FOLDER / "x.xdf"
     path.write_bytes(bytes(whole[: max(end, len(whole) // 2)]))
     try:
-        streams, _, _ = xdf.read(path)
+        streams, _, _ = xdf_file.read(path)
         xdf.roles(streams, {})
     except StreamError as e:
         assert isinstance(e, FileError | UsageError)  # noqa: PT017

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stream_mmrnn.core.types import FloatArray, HeadSpec
-from stream_mmrnn.offline.diff.tracks import Times, Track
+from stream_mmrnn.offline.diff.tracks import PredictionTrack, Times
 
 Numbers = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -152,13 +152,13 @@ def _word(spec: HeadSpec | None, decided: Ints, index: tuple[Any, ...]) -> str:
     return f"{_name(spec, int(index[1]))} {word}" if decided.shape[1] > 1 else word
 
 
-def common(a: Track, b: Track) -> tuple[Ints, Ints]:
+def common(a: PredictionTrack, b: PredictionTrack) -> tuple[Ints, Ints]:
     """The places in both of the ticks that both have: those that end at the same event time."""
     _, i, j = np.intersect1d(a.event_ns, b.event_ns, assume_unique=True, return_indices=True)
     return i, j
 
 
-def compare(a: Track, b: Track, tolerance: float = 0.0) -> dict[str, Any]:
+def compare(a: PredictionTrack, b: PredictionTrack, tolerance: float = 0.0) -> dict[str, Any]:
     """All of it as one document; `equal` says whether nothing differs by more than `tolerance`, nor is missing."""
     i, j = common(a, b)
     axis = _Axis(a.ticks[i], a.event_ns[i])

@@ -16,7 +16,7 @@ import numpy as np
 from stream_mmrnn.core.errors import FileError, UsageError
 from stream_mmrnn.core.types import HeadSpec
 from stream_mmrnn.offline.diff.compare import Bools, Ints, decisions
-from stream_mmrnn.offline.diff.tracks import Track
+from stream_mmrnn.offline.diff.tracks import PredictionTrack
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.training import metrics
 from stream_mmrnn.training.recipe import Head
@@ -40,7 +40,7 @@ def _names(spec: HeadSpec) -> tuple[str, ...]:
     return spec.labels if spec.size > 1 else (spec.labels[:1] or (spec.name,))
 
 
-def _targets(spec: HeadSpec, track: Track, events: Events, ahead_ns: int) -> tuple[Ints, Bools]:
+def _targets(spec: HeadSpec, track: PredictionTrack, events: Events, ahead_ns: int) -> tuple[Ints, Bools]:
     """The class [T] that is true at each tick, and whether that is known."""
     times = track.event_ns.tolist()
     target, known = classes_at(_names(spec), ahead_ns, times, events)
@@ -51,7 +51,7 @@ def _targets(spec: HeadSpec, track: Track, events: Events, ahead_ns: int) -> tup
     return yes.astype(np.int64), np.array(begun, np.bool_)
 
 
-def score(track: Track, events: Events) -> dict[str, Any]:
+def score(track: PredictionTrack, events: Events) -> dict[str, Any]:
     """By head: accuracy, balanced accuracy, confusion, and how long after a change of label the head follows.
 
     Raises:
@@ -93,7 +93,9 @@ def score(track: Track, events: Events) -> dict[str, Any]:
     return heads
 
 
-def _changes(track: Track, decided: Ints, target: Ints, known: Bools, events: Events, ahead_ns: int) -> dict[str, Any]:
+def _changes(
+    track: PredictionTrack, decided: Ints, target: Ints, known: Bools, events: Events, ahead_ns: int
+) -> dict[str, Any]:
     """How long after a label that changes what is true the head says so, until the next change; ms of event time.
 
     A head that speaks of the future may be right before the label was typed: its delay is then negative.

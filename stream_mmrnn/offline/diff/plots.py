@@ -13,7 +13,7 @@ import numpy as np
 from stream_mmrnn.core.errors import FileError, UsageError
 from stream_mmrnn.core.extras import need
 from stream_mmrnn.offline.diff.compare import common, decisions, distance, stretches
-from stream_mmrnn.offline.diff.tracks import Track
+from stream_mmrnn.offline.diff.tracks import PredictionTrack
 
 _MAX_LINES = 8
 _MAX_HEADS = 8
@@ -26,7 +26,7 @@ def check(path: Path) -> None:
         raise UsageError(f"{path} is no name for a plot; end it in .png, .svg or .pdf")
 
 
-def draw(path: Path, a: Track, b: Track) -> None:
+def draw(path: Path, a: PredictionTrack, b: PredictionTrack) -> None:
     """One column, two panels a head: both tracks (a solid, b dashed), and the largest distance of the tick.
 
     Raises:
@@ -65,7 +65,9 @@ def draw(path: Path, a: Track, b: Track) -> None:
         plt.close(figure)
 
 
-def _head(upper: Any, lower: Any, seconds: Any, name: str, a: Track, b: Track, places: tuple[Any, Any]) -> None:
+def _head(
+    upper: Any, lower: Any, seconds: Any, name: str, a: PredictionTrack, b: PredictionTrack, places: tuple[Any, Any]
+) -> None:
     x, y = a.heads[name][places[0]], b.heads[name][places[1]]
     spec = a.specs.get(name) or b.specs.get(name)
     for output in range(min(x.shape[1], _MAX_LINES)):

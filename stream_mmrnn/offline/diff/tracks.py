@@ -26,7 +26,7 @@ Times = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Track:
+class PredictionTrack:
     """T predictions, one a tick, in the order of event time."""
 
     name: str
@@ -62,7 +62,9 @@ class _Gathered:
             self._event_ns.append(event_ns)
             self._heads.append(heads)
 
-    def track(self, name: str, sha256: str, specs: dict[str, HeadSpec], damage: str, notes: tuple[str, ...]) -> Track:
+    def track(
+        self, name: str, sha256: str, specs: dict[str, HeadSpec], damage: str, notes: tuple[str, ...]
+    ) -> PredictionTrack:
         event_ns = np.array(self._event_ns, np.int64)
         _, order = np.unique(event_ns, return_index=True)
         names = self._heads[0] if self._heads else {}
@@ -70,7 +72,7 @@ class _Gathered:
             if heads.keys() != names.keys() or any(len(heads[n]) != len(names[n]) for n in names):
                 raise FileError(f"{name}: the predictions do not all have the same heads, so nothing can be compared")
         stacked = {n: np.stack([self._heads[i][n] for i in order]).astype(np.float32) for n in names}
-        return Track(
+        return PredictionTrack(
             name, sha256, np.array(self._ticks, np.int64)[order], event_ns[order], stacked, specs, damage, notes
         )
 
@@ -81,7 +83,7 @@ def predicted(
     provider: Provider,
     see: Callable[[], None] = lambda: None,
     alive: Callable[[], bool] = lambda: True,
-) -> Track:
+) -> PredictionTrack:
     """What a model says over the recorded features; `see` is called once a prediction.
 
     Raises:
@@ -106,7 +108,7 @@ def predicted(
     return gathered.track(model, spec.sha256, {h.name: h for h in spec.heads}, result["damage"], tuple(notes))
 
 
-def recorded(path: Path) -> Track:
+def recorded(path: Path) -> PredictionTrack:
     """What was predicted when it was recorded.
 
     Raises:
