@@ -64,7 +64,7 @@ def replay(
             model=model,
             provider=provider.value,
             verify=verify,
-            see=lambda _: progress.advance(task),
+            on_prediction=lambda _: progress.advance(task),
             alive=alive,
             player=player,
         )

@@ -1,1 +1,1 @@
-"""offline"""
+"""Offline: work on recordings. Replay them, compare the predictions of models over them, convert them."""

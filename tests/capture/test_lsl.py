@@ -164,7 +164,7 @@ def test_strings_are_text_and_fast_numbers_are_sound() -> None:
     assert max(int(s.data.max()) for s in got) > 5000
 
 
-def test_what_cannot_be_a_source_is_said_in_a_sentence() -> None:
+def test_an_invalid_source_is_an_error() -> None:
     for spec, modality in (
         ("lsl:", "signal"),
         ("lsl:color=red", "signal"),
@@ -181,7 +181,7 @@ def test_what_cannot_be_a_source_is_said_in_a_sentence() -> None:
     with pytest.raises(SourceError, match="call open"):
         next(source.samples(lambda: True, 0))
     outlet = pylsl.StreamOutlet(pylsl.StreamInfo(name, "Markers", 1, 0, "string", name))
-    with pytest.raises(SourceError, match="signal wants at most"):
+    with pytest.raises(SourceError, match="signal needs at most"):
         source.open()
     source.close()
     del outlet

@@ -55,16 +55,15 @@ class Browser:
 def play(path: Path, player: Player) -> tuple[threading.Thread, list[Prediction], list[dict[str, Any]]]:
     seen: list[Prediction] = []
     results: list[dict[str, Any]] = []
-    thread = threading.Thread(
-        target=lambda: results.append(replay(path, speed=1.0, see=seen.append, alive=lambda: True, player=player))
-    )
+    options = {"speed": 1.0, "on_prediction": seen.append, "alive": lambda: True, "player": player}
+    thread = threading.Thread(target=lambda: results.append(replay(path, **options)))
     thread.start()
     return thread, seen, results
 
 
 def test_the_state_after_a_seek_is_the_one_it_had_there(recording: Path) -> None:
     straight: list[Prediction] = []
-    replay(recording, see=straight.append)
+    replay(recording, on_prediction=straight.append)
     then = {p.tick.index: p for p in straight}
     with closing(Player(1.0, lambda: True)) as player:
         browser = Browser(player.address)

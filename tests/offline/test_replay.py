@@ -135,7 +135,7 @@ def write(path: Path, model: Path, seconds: float, head: str = "next", metadata:
 def test_a_recording_gives_the_same_predictions_again(toy: Path, tmp_path: Path) -> None:
     count = write(tmp_path / "a.mcap", toy, 4.0)
     seen: list[Prediction] = []
-    result = replay(tmp_path / "a.mcap", verify=True, see=seen.append)
+    result = replay(tmp_path / "a.mcap", verify=True, on_prediction=seen.append)
     assert result["identical"], result
     assert result["predictions"] == result["ticks"] == result["recorded_predictions"] == len(seen) == count == 100
     assert result["damage"] == ""
@@ -176,6 +176,6 @@ def test_what_is_whole_of_a_cut_recording_is_replayed(toy: Path, tmp_path: Path)
 def test_it_stops_when_told(toy: Path, tmp_path: Path) -> None:
     write(tmp_path / "a.mcap", toy, 4.0)
     seen: list[Prediction] = []
-    result = replay(tmp_path / "a.mcap", see=seen.append, alive=lambda: len(seen) < 7)
+    result = replay(tmp_path / "a.mcap", on_prediction=seen.append, alive=lambda: len(seen) < 7)
     assert result["predictions"] == len(seen) == 7
     assert not result["identical"]

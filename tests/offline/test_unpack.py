@@ -230,7 +230,7 @@ def test_a_damaged_recording_gives_what_is_there(recorded: Path, tmp_path: Path)
 
 def test_nothing_is_written_over_unless_it_is_said(recorded: Path, tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("mine")
-    with pytest.raises(FileError, match=r"holds labels\.csv already"):
+    with pytest.raises(FileError, match=r"has labels\.csv already"):
         unpack(recorded, tmp_path, ["csv"])
     assert [p.name for p in tmp_path.iterdir()] == ["labels.csv"]
     assert (tmp_path / "labels.csv").read_text() == "mine"
