@@ -1,1 +1,1 @@
-"""cli"""
+"""Cli: the `stream-mmrnn` command; one file per verb, or a few that belong together."""

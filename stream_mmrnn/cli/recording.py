@@ -1,4 +1,4 @@
-"""The verbs that check and mend a recording: `info`, `verify`, `repair`. Exit code 3: it is damaged or not finished."""
+"""The verbs that check and repair a recording: `info`, `verify`, `repair`. Exit code 3: damaged, or not finished."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stream_mmrnn.core.printable import shown
 
 
 def info(path: Annotated[Path, typer.Argument(help="A recording.")], as_json: Json = False) -> None:
-    """What is in a recording."""
+    """Show the contents of a recording."""
     from rich.table import Table
 
     from stream_mmrnn.offline import replay as module
@@ -43,9 +43,9 @@ def info(path: Annotated[Path, typer.Argument(help="A recording.")], as_json: Js
 
 
 def verify(path: Annotated[Path, typer.Argument(help="A recording.")], as_json: Json = False) -> None:
-    """Whether a recording is whole, and what is in it where it is not: exit code 0 or 3.
+    """Check whether a recording is complete, and what it has if it is not: exit code 0 or 3.
 
-    `replay --verify` is another thing: it compares predictions.
+    To compare predictions, use `replay --verify`.
     """
     from stream_mmrnn.recording import repair as module
     from stream_mmrnn.viewers.terminal_view import verified
@@ -61,11 +61,11 @@ def verify(path: Annotated[Path, typer.Argument(help="A recording.")], as_json: 
 
 
 def repair(
-    path: Annotated[Path, typer.Argument(help="A recording that was cut off or damaged; it stays as it is.")],
+    path: Annotated[Path, typer.Argument(help="A recording that was cut off or damaged; it is not changed.")],
     out: Annotated[Path, typer.Argument(help="The file to make.")],
     as_json: Json = False,
 ) -> None:
-    """Write what is sound in a recording and its later parts into one whole file."""
+    """Write the undamaged messages of a recording and its later parts into one file."""
     from stream_mmrnn.recording import repair as module
     from stream_mmrnn.viewers.terminal_view import verified
 

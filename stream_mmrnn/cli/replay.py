@@ -20,7 +20,7 @@ class From(StrEnum):
 def replay(
     path: Annotated[Path, typer.Argument(help="A recording.")],
     speed: Annotated[
-        float | None, typer.Option(min=0.01, help="1 is as it was; without it as fast as it goes.")
+        float | None, typer.Option(min=0.01, help="1 is real time; without it as fast as possible.")
     ] = None,
     source: Annotated[
         From, typer.Option("--from", help="Recorded features, or raw samples encoded again.")
@@ -29,15 +29,15 @@ def replay(
     provider: Annotated[Provider, typer.Option(help="Where the model runs.")] = Provider.cpu,
     verify: Annotated[
         bool,
-        typer.Option("--verify", help="Exit 0 only if every prediction is the recorded one, bit for bit."),
+        typer.Option("--verify", help="Exit with 0 only if every prediction equals the recorded one, bit for bit."),
     ] = False,
     page: Annotated[
-        bool | None, typer.Option("--page/--no-page", help="Serve the live page of it; with --speed it is served.")
+        bool | None, typer.Option("--page/--no-page", help="Show it on the live page; the default with --speed.")
     ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="The page's port; 0 takes any free one.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Run a recording through the same pipeline again; with --speed it is on the live page, to pause and scrub."""
+    """Run a recording through the same pipeline again; with --speed on the live page, with pause and seek."""
     from contextlib import ExitStack, closing
 
     from rich.progress import Progress
@@ -79,7 +79,7 @@ def replay(
             verdict = "identical, bit for bit" if result["identical"] else f"different: {result['first_difference']}"
             console.print(f"compared with {result['recorded_predictions']} recorded ones: {shown(verdict)}")
     if result["damage"]:
-        say_on(Console(stderr=True))(f"{result['damage']}; what is whole was replayed")
+        say_on(Console(stderr=True))(f"{result['damage']}; everything before the damage was replayed")
         raise typer.Exit(3)
     if verify and not result["identical"]:
         raise typer.Exit(1)

@@ -1,7 +1,4 @@
-"""What the verbs share at a terminal: notes, one JSON document, and signals as a question that can be asked.
-
-Knows nothing about any verb.
-"""
+"""Shared by the verbs: common options, notes, the JSON document, and a flag that signals clear."""
 
 from __future__ import annotations
 
@@ -20,11 +17,11 @@ from stream_mmrnn.core import config
 from stream_mmrnn.core.printable import shown
 
 COMMAND = "stream-mmrnn"
-"""What the command is called, however it was started."""
+"""The command's name in all output, however it was started."""
 
 
 class Provider(StrEnum):
-    """What `--provider` takes."""
+    """The values of `--provider`."""
 
     auto, cpu, cuda = "auto", "cpu", "cuda"
 
@@ -34,7 +31,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document as the las
 
 
 def _models(incomplete: str) -> list[str]:
-    """For a shell that completes: names of the zoo; a path is the shell's own to complete."""
+    """Shell completion for models of the zoo; the shell itself completes paths."""
     return [name for name in config.zoo_names() if name.startswith(incomplete)]
 
 
@@ -44,12 +41,12 @@ ModelName = Annotated[
 
 
 def say_on(console: Console) -> Callable[[str], None]:
-    """A function that notes one sentence."""
+    """A function that prints one sentence as a note."""
     return lambda text: console.print(f"[yellow]![/yellow] {shown(text)}", soft_wrap=True)
 
 
 class Alive:
-    """True until SIGINT or SIGTERM; a second one ends at once."""
+    """True until SIGINT or SIGTERM; a second signal ends the program at once."""
 
     def __init__(self) -> None:
         self._stopped = False

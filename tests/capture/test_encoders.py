@@ -246,17 +246,15 @@ def test_no_text_is_zeros(text: TextEncoder) -> None:
         text.encode(Sample(0, 0, np.zeros(3)))
 
 
-def test_damaged_word_vectors_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_word_vectors_are_one_sentence() -> None:
     for damaged in (b"", b"{}", bytes(100)):
-        monkeypatch.setattr("stream_mmrnn.capture.encoders.text._read", lambda file, data=damaged: data)
         with pytest.raises(ModelError, match="install it again"):
-            TextEncoder()
+            TextEncoder(read=lambda _, data=damaged: data)
 
 
 def test_a_missing_package_or_file_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModelError, match="install wordllama"):
         TextEncoder()
-    monkeypatch.setattr("stream_mmrnn.capture.encoders.audio.models_folder", lambda: tmp_path)
     with pytest.raises(ModelError):
-        AudioEncoder()
+        AudioEncoder(tmp_path)

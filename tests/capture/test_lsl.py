@@ -23,7 +23,7 @@ from places import TESTS
 from stream_mmrnn.capture import encoders, sources
 from stream_mmrnn.capture.encoders.signal import SignalEncoder
 from stream_mmrnn.capture.lsl_runtime import clock_offset_ns, require
-from stream_mmrnn.capture.sources.lsl import int16_of
+from stream_mmrnn.capture.sources.lsl import LostSamples, int16_of
 from stream_mmrnn.core import config, topics
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import FileError, SourceError, SourceSpecError, WireError
@@ -111,15 +111,10 @@ def test_a_signal_comes_in_order_with_its_own_times() -> None:
 
 
 def test_a_gap_in_the_stamps_of_a_fixed_rate_is_counted() -> None:
-    source = sources.create_source("lsl:x", "signal", config.Settings())
-    source.info["stream"] = {"rate_hz": 100.0}
-    source._before_ns = 0
-    source._count_missing([10_000_000, 20_000_000, 90_000_000, 1_090_000_000])
-    source._count_missing([1_100_000_000, 1_300_000_000])
-    assert source.info["missing"] == 99 + 19
-    source.info["stream"] = {"rate_hz": 0.0}  # events, that come when they come
-    source._count_missing([9_000_000_000])
-    assert source.info["missing"] == 99 + 19
+    samples = LostSamples(100.0)
+    assert samples.count([10_000_000, 20_000_000, 90_000_000, 1_090_000_000]) == 99
+    assert samples.count([1_100_000_000, 1_300_000_000]) == 19
+    assert LostSamples(0.0).count([10_000_000, 9_000_000_000]) == 0, "events have no fixed rate"
 
 
 def test_the_clock_of_another_machine_is_mapped_to_ours() -> None:

@@ -125,13 +125,8 @@ def test_a_microphone_that_is_unplugged_is_lost_and_found(microphone: Any) -> No
 
 
 @needs_pulse
-def test_a_stretch_that_is_lost_is_counted_and_not_smoothed_over(
-    microphone: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import stream_mmrnn.capture.sources.microphone as module
-
-    monkeypatch.setattr(module, "_WAITING_BLOCKS", 5)
-    with closing(Microphone("pulse", MicrophoneSettings())) as source:
+def test_lost_blocks_are_counted_and_leave_a_gap_in_time(microphone: Any) -> None:
+    with closing(Microphone("pulse", MicrophoneSettings(), max_queued=5)) as source:
         source.open()
         samples = source.samples(lambda: True, 0)
         next(samples)

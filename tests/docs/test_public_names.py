@@ -25,6 +25,14 @@ def test_every_public_name_can_be_imported() -> None:
     assert set(stream_mmrnn.__all__) < set(dir(stream_mmrnn))
 
 
+def test_importing_the_package_imports_nothing_else() -> None:
+    code = "import sys; before = set(sys.modules); import stream_mmrnn; print(sorted(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    imported = set(ast.literal_eval(done.stdout))
+    assert not [name for name in imported if name.startswith("stream_mmrnn.")]
+    assert {name.partition(".")[0] for name in imported} - set(sys.stdlib_module_names) == {"stream_mmrnn"}
+
+
 def test_types_and_errors_are_public() -> None:
     for module in (types, errors):
         classes = {n for n, v in vars(module).items() if inspect.isclass(v) and v.__module__ == module.__name__}

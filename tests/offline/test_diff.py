@@ -338,7 +338,7 @@ def test_the_table_for_people(toy: Path, other: Path, recording: Path) -> None:
         "first at 0.00 s",
         "different",
         "labelled ticks: accuracy",
-        "true, by what was said",
+        "true label, by prediction",
     ):
         assert words in done.stdout, done.stdout
 
@@ -346,10 +346,10 @@ def test_the_table_for_people(toy: Path, other: Path, recording: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ([], "name what is compared"),
+        ([], "name what to compare"),
         (["--model", "a", "--model", "b", "--model", "c"], "3 models were named"),
         (["--model", "nix", "--model", "nix"], "no model 'nix'"),
-        (["--model", "digits", "--plot", "a.txt"], "no name for a plot"),
+        (["--model", "digits", "--plot", "a.txt"], "cannot be a plot"),
     ],
 )
 def test_wrong_usage_is_said(recording: Path, args: list[str], words: str) -> None:

@@ -125,7 +125,8 @@ def test_features_and_ticks_as_parquet(recorded: Path, unpacked: tuple[Path, dic
     for name in ("seq", "event_ns", "capture_ns", "publish_ns", "device_ns", "origin"):
         assert table[name] == [getattr(e, name) for e in sent]
     assert np.array_equal(np.array(table["values"], np.float32), np.stack([e.payload for e in sent]))
-    offset_ns = Recording(recorded)._offset_ns
+    offset_ns = document["zero_unix_ns"] - document["zero_ns"]
+    assert offset_ns == Recording(recorded).started_unix_ns - int(Recording(recorded).metadata["started_ns"])
     assert table["unix_ns"] == [e.event_ns + offset_ns for e in sent]
     assert table["seconds"] == [(e.event_ns - document["zero_ns"]) / 1e9 for e in sent]
 

@@ -202,7 +202,7 @@ def test_a_file_that_is_no_xdf(tmp_path: Path) -> None:
             xdf.convert(tmp_path / name, tmp_path / "a.mcap")
     code, _, err = run("import", tmp_path / "a.xdf", tmp_path / "a.mcap", "--as", "signal")
     assert code == 2
-    assert "--as wants NAME=ROLE" in err
+    assert "--as needs NAME=ROLE" in err
 
 
 def test_a_damaged_file_gives_what_is_there(source: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Works sample by sample: the vectors are the same, bit for bit, for any block len
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 
@@ -45,9 +46,9 @@ class AudioEncoder:
 
     size = MELS + 1
 
-    def __init__(self) -> None:
-        """Load both graphs; raises ModelError where a file is missing."""
-        folder = models_folder() / "encoders"
+    def __init__(self, folder: Path | None = None) -> None:
+        """Load both graphs, by default the package's; raises ModelError if a file is missing."""
+        folder = folder or models_folder() / "encoders"
         logmel, detector = Graph(folder / "logmel80.onnx"), Graph(folder / "silero_vad.onnx")
         both = hashlib.sha256(logmel.path.read_bytes() + detector.path.read_bytes()).hexdigest()
         self.origin = f"logmel80+silero_vad@{both}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -42,9 +43,9 @@ class TextEncoder:
 
     size = 256
 
-    def __init__(self) -> None:
+    def __init__(self, read: Callable[[Path], bytes] = _read) -> None:
         """Read the vectors and the tokenizer; raises ModelError if they are missing or damaged."""
-        weights, tokens = _read(_WEIGHTS), _read(_TOKENS)
+        weights, tokens = read(_WEIGHTS), read(_TOKENS)
         try:
             # kept as float16: exact once widened, half the memory
             self._vectors = load(weights)["embedding.weight"]

@@ -145,7 +145,7 @@ class LslSource:
         if self._inlet is None or self._offsets is None:
             raise SourceError(f"{self.origin} is not open: call open() before samples()")
         make = {"text": self._lines, "audio": self._sound}.get(self._kind, self._vectors)
-        self._before_ns = 0
+        gaps = LostSamples(self.info["stream"]["rate_hz"])
         if self._kind == "audio":
             self._begin_sound()
         while alive():
@@ -156,7 +156,7 @@ class LslSource:
                 self._lost = (self._uid, now_ns() + round(_FORGET_S * 1e9))
                 raise SourceError(f"{self.origin} is lost: {str(e).rstrip('.')}; start its program again") from e
             if stamps_ns:
-                self._count_missing(stamps_ns)
+                self.info["missing"] += gaps.count(stamps_ns)
                 yield from make(rows, stamps_ns, self._offsets, now_ns())
 
     def _pull(self, inlet: Any) -> tuple[Rows, list[int]]:
@@ -167,18 +167,6 @@ class LslSource:
         rows, stamps_s = inlet.pull_chunk(0.0, max(_VALUES_AT_ONCE // len(first), 1))
         rows = np.concatenate([first[None], rows]) if len(stamps_s) else first[None]
         return rows, [round(s * 1e9) for s in (at_s, *stamps_s)]
-
-    def _count_missing(self, stamps_ns: list[int]) -> None:
-        """For a stream with a fixed rate. Short gaps are ignored, because stamps jitter and samples come in chunks."""
-        rate_hz = self.info["stream"]["rate_hz"]
-        if not rate_hz:
-            return
-        period_ns = 1e9 / rate_hz
-        for at_ns in stamps_ns:
-            gap_ns = at_ns - (self._before_ns or at_ns)
-            if gap_ns > max(_GAP_PERIODS * period_ns, _JITTER_NS):
-                self.info["missing"] += round(gap_ns / period_ns) - 1
-            self._before_ns = at_ns
 
     def _vectors(self, rows: Rows, stamps_ns: list[int], offsets: lsl.Offsets, at_ns: int) -> Iterator[Sample]:
         for values, remote_ns in zip(rows.astype(np.float32), stamps_ns, strict=True):
@@ -216,6 +204,27 @@ class LslSource:
         inlet, self._inlet, self._offsets = self._inlet, None, None
         if inlet is not None:
             inlet.close_stream()
+
+
+class LostSamples:
+    """Counts the lost samples of a stream with a fixed rate (0: none) by the gaps between stamps.
+
+    Short gaps are ignored, because stamps jitter and samples come in chunks.
+    """
+
+    def __init__(self, rate_hz: float) -> None:
+        self._period_ns = 1e9 / rate_hz if rate_hz else 0.0
+        self._last_ns = 0
+
+    def count(self, stamps_ns: list[int]) -> int:
+        """The number of samples that are missing before and between these."""
+        lost = 0
+        for at_ns in stamps_ns if self._period_ns else ():
+            gap_ns = at_ns - (self._last_ns or at_ns)
+            if gap_ns > max(_GAP_PERIODS * self._period_ns, _JITTER_NS):
+                lost += round(gap_ns / self._period_ns) - 1
+            self._last_ns = at_ns
+        return lost
 
 
 def int16_of(data: npt.NDArray[Any]) -> npt.NDArray[np.int16]:

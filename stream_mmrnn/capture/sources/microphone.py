@@ -114,7 +114,7 @@ class _Block:
 class Microphone:
     """Blocks of sound; `name` is a device's name or number, or "" for the system's default."""
 
-    def __init__(self, name: str, settings: MicrophoneSettings) -> None:
+    def __init__(self, name: str, settings: MicrophoneSettings, max_queued: int = _MAX_QUEUED_BLOCKS) -> None:
         self.origin = f"microphone:{name}" if name else "microphone"
         self.info: dict[str, Any] = {
             "asked": {"rate_hz": RATE_HZ, "channels": 1, "block_ms": settings.block_ms},
@@ -123,7 +123,7 @@ class Microphone:
             "jumps": 0,
         }
         self._name = name
-        self._settings = settings
+        self._settings, self._max_queued = settings, max_queued
         self._stream: Any = None
         self._queue: queue.SimpleQueue[_Block] = queue.SimpleQueue()
 
@@ -177,7 +177,7 @@ class Microphone:
         def callback(data: Any, frames: int, time: Any, status: Any) -> None:
             nonlocal dropped
             at_ns = now_ns()
-            if waiting.qsize() >= _MAX_QUEUED_BLOCKS:
+            if waiting.qsize() >= self._max_queued:
                 dropped = True
                 self.info["dropped"] += 1
                 return

@@ -142,7 +142,7 @@ def configuration(name: str, graph: Graph, contract: Contract, sessions: int, id
 
 
 def with_controls(model: bytes, wiring_names: Mapping[str, str]) -> bytes:
-    """The graph with inputs `[batch, 1]` in place of `[batch]`, renamed; `wiring_names` has the old names by the new."""
+    """The graph with renamed inputs `[batch, 1]` in place of `[batch]`; `wiring_names`: old name by new name."""
     old = {was: control for control, was in wiring_names.items() if was}
     out = []
     for number, whole, content in onnx_bytes.fields(memoryview(model)):
