@@ -63,7 +63,7 @@ def load(settings: Lsl) -> Any:
     try:
         import pylsl
     except (ImportError, RuntimeError, OSError) as e:  # RuntimeError: the package without its library
-        raise UsageError(f"pylsl cannot be loaded: {e}; install it anew: pip install --force-reinstall pylsl") from e
+        raise UsageError(f"pylsl cannot be loaded: {e}; reinstall it: pip install --force-reinstall pylsl") from e
     try:
         if settings.config:
             pylsl.set_config_filename(settings.config)

@@ -67,7 +67,7 @@ class Comparison:
         self._then: dict[int, Recorded] = {}
         self._now: dict[int, Replayed] = {}
         self._recent: OrderedDict[int, Recorded] = OrderedDict()
-        """The newest recorded ones, met or not: an engine that went on after a crash has said some of them twice."""
+        """The newest recorded ones, compared or not: an engine that was restored after a crash republishes some."""
         self.recorded = 0
         self.different = 0
         self.extra = 0
@@ -261,10 +261,10 @@ def replay(
 def _statuses(recording: Recording) -> list[wire.StatusMessage]:
     """The last status of each process, if the recording was finished."""
     try:
-        said = msgspec.json.decode(recording.end.get("statuses", "{}"), type=dict[str, wire.StatusMessage])
+        statuses = msgspec.json.decode(recording.end.get("statuses", "{}"), type=dict[str, wire.StatusMessage])
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return []
-    return list(said.values())
+    return list(statuses.values())
 
 
 def _span(recording: Recording) -> tuple[int, int]:

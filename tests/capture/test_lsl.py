@@ -1,4 +1,4 @@
-"""Lab Streaming Layer against pylsl itself, in processes of its own, on this machine alone."""
+"""Lab Streaming Layer against pylsl in separate processes, on this machine only."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ LABELS = ("yes", "no")
 
 
 def unique(name: str) -> str:
-    """No other test, nor an older run of this one, has a stream of that name."""
+    """A name that no stream of another test or run has."""
     return f"{name}-{uuid.uuid4().hex[:8]}"
 
 
 class Peer:
-    """The other program, and what it has said."""
+    """The other program, and its output."""
 
     def __init__(self, *args: object, before: tuple[str, ...] = ()) -> None:
         command = [*before, sys.executable, str(PEER), *map(str, args)]
@@ -58,7 +58,7 @@ class Peer:
         self.said.extend(json.loads(line) for line in self.process.stdout)
 
     def finish(self) -> list[Any]:
-        """All that it said, once it has ended by itself."""
+        """Its whole output, after it has ended by itself."""
         assert self.process.wait(60) == 0, self.process.stderr and self.process.stderr.read()
         self.close()
         return self.said
@@ -101,7 +101,7 @@ def test_a_signal_comes_in_order_with_its_own_times() -> None:
         sent = peer.finish()
     assert [s.data.tolist() for s in got] == [values for _, _, values in sent]
     assert all(s.data.dtype == np.float32 for s in got)
-    # the stamp is kept as it was; the event time is the same moment by our clock
+    # the stamp is unchanged; the event time is the same moment on the local clock
     assert [s.device_ns for s in got] == [round(stamp * 1e9) for stamp, _, _ in sent]
     assert all(abs(s.event_ns - at_ns) < 20_000_000 for s, (_, at_ns, _) in zip(got, sent, strict=True))
     assert all(a.event_ns <= b.event_ns <= b.capture_ns for a, b in itertools.pairwise(got))
@@ -182,7 +182,7 @@ def test_an_invalid_source_is_an_error() -> None:
     del outlet
 
 
-def test_without_the_package_it_says_how_to_get_it() -> None:
+def test_a_missing_package_is_an_error_with_the_command_to_install_it() -> None:
     code = (
         "import importlib.util as u, sys; find = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name == 'pylsl' else find(name, *a)\n"
@@ -193,7 +193,7 @@ def test_without_the_package_it_says_how_to_get_it() -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert done.returncode == 2
         assert "needs the extra `lsl` (pylsl missing): pip install 'stream-mmrnn[lsl]'" in done.stderr
-    # without its file the library would be on all networks
+    # without its file the library would use all networks
     with pytest.raises(FileError, match="which is no file"):
         require(config.Lsl(config="/no/such.cfg"))
 
@@ -269,7 +269,7 @@ def signal_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return toy_model.make(tmp_path_factory.mktemp("models") / "signal.onnx", specs)
 
 
-def test_a_session_on_streams_that_vanish_and_come_back(signal_model: Path, tmp_path: Path) -> None:
+def test_a_session_on_streams_that_disappear_and_return(signal_model: Path, tmp_path: Path) -> None:
     """Two streams in, the predictions out, all of it recorded."""
     path, out, eeg, words = tmp_path / "a.mcap", unique("out"), unique("eeg"), unique("words")
     settings = tmp_path / "s.toml"
@@ -319,7 +319,7 @@ def test_a_session_on_streams_that_vanish_and_come_back(signal_model: Path, tmp_
     assert head["ready"] == ["next.yes", "next.no"]
     assert head["rate_hz"] == 25.0
     recorded = list(recording.predictions())
-    late = recorded[len(recorded) - len(rows) :]  # the reader came when it was running, and then had every one
+    late = recorded[len(recorded) - len(rows) :]  # the reader connected while it was running, and has every one since
     assert len(rows) > 25
     offset_ns = clock_offset_ns(pylsl)
     for (stamp, values), prediction in zip(rows, late, strict=True):

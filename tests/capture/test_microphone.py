@@ -1,4 +1,4 @@
-"""A real PortAudio stream on a private PulseAudio server: a microphone that hears what the test plays."""
+"""A real PortAudio stream on a private PulseAudio server: a microphone that records what the test plays."""
 
 import itertools
 import subprocess
@@ -47,13 +47,13 @@ def wav(tmp_path: Path) -> Path:
     return path
 
 
-def hear(source: Microphone, seconds: float) -> list[Sample]:
+def record(source: Microphone, seconds: float) -> list[Sample]:
     end = time.monotonic() + seconds
     return list(source.samples(lambda: time.monotonic() < end, 0))
 
 
 def found_in(heard: list[Sample], path: Path) -> float:
-    """The correlation of a file with what was heard, where it fits best."""
+    """The best correlation of a file with the recorded samples."""
     with wave.open(str(path)) as plain:
         wanted = np.frombuffer(plain.readframes(24_000), np.int16).astype(float)[4_000:20_000]
     sound = np.concatenate([s.data for s in heard]).astype(float)
@@ -72,14 +72,14 @@ def test_a_microphone_hears_what_is_played(microphone: Any, wav: Path) -> None:
         assert source.info["got"]["rate_hz"] == 16_000
         assert not source.info["got"]["resampled"]
         microphone.play(wav, wait=False)
-        heard = hear(source, 3.0)
+        heard = record(source, 3.0)
     assert {len(s.data) for s in heard} == {320}
     assert 120 <= len(heard) <= 170
     assert found_in(heard, wav) > 0.8
     steps = np.diff([s.event_ns for s in heard])
     assert steps.min() > 0
     assert abs(np.median(steps) - 20e6) < 1e6
-    # what is heard is not from the future, and not from long ago
+    # event times are not in the future, and not long ago
     age = np.array([s.capture_ns - s.event_ns for s in heard])
     assert age.min() >= 0
     assert np.median(age) < 100e6
@@ -102,7 +102,7 @@ def test_a_device_that_refuses_16_khz_is_resampled(microphone: Any, wav: Path, m
         assert source.info["got"]["resampled"]
         assert source.info["got"]["rate_hz"] > 16_000
         microphone.play(wav, wait=False)
-        heard = hear(source, 3.0)
+        heard = record(source, 3.0)
     assert {len(s.data) for s in heard} == {320}
     assert found_in(heard, wav) > 0.8
 
@@ -111,17 +111,17 @@ def test_a_device_that_refuses_16_khz_is_resampled(microphone: Any, wav: Path, m
 def test_a_microphone_that_is_unplugged_is_lost_and_found(microphone: Any) -> None:
     with closing(Microphone("pulse", MicrophoneSettings())) as source:
         source.open()
-        assert len(hear(source, 0.5)) > 5
+        assert len(record(source, 0.5)) > 5
         threading.Timer(0.2, microphone.stop).start()
         began = time.monotonic()
         with pytest.raises(SourceError, match="lost"):
-            hear(source, 15)
+            record(source, 15)
         assert time.monotonic() - began < 5
         with pytest.raises(SourceError, match="not there"):
             source.open()
         microphone.start()
         source.open()
-        assert len(hear(source, 1.0)) > 10
+        assert len(record(source, 1.0)) > 10
 
 
 @needs_pulse
@@ -153,7 +153,7 @@ def test_without_portaudio_the_error_names_it() -> None:
     assert "libportaudio2" in ran.stdout
 
 
-def test_the_tool_says_what_it_does() -> None:
+def test_the_tool_has_help() -> None:
     tool = str(ROOT / "tools" / "virtual_devices.py")
     ran = subprocess.run([sys.executable, tool, "--help"], capture_output=True, text=True, check=True)
     assert "--wav" in ran.stdout

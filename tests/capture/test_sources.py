@@ -71,7 +71,7 @@ def test_pace_waits_for_the_time_and_not_for_the_past() -> None:
     readings = [ScheduledSample(t, lambda i=i: make(i)) for i, t in enumerate(times)]
     got = list(pace(readings, always, paced=True))
     assert [s.data for s in got] == [b"2", b"3", b"4"]
-    assert made == [2, 3, 4]  # what is left out costs no work
+    assert made == [2, 3, 4]  # skipped samples are not made
     assert all(s.capture_ns >= s.event_ns for s in got)
     assert now_ns() >= times[-1]
 
@@ -94,7 +94,7 @@ def synthetic(modality: str, count: int, **kw: Any) -> list[Sample]:
 @pytest.mark.parametrize(
     ("modality", "count"), [("vision", 60), ("audio", 200), ("text", 60), ("other_audio", 200), ("other_text", 20)]
 )
-def test_the_same_seed_tells_the_same_story(modality: str, count: int) -> None:
+def test_the_same_seed_gives_the_same_samples(modality: str, count: int) -> None:
     one, two = synthetic(modality, count, seed=3), synthetic(modality, count, seed=3)
     other = synthetic(modality, count, seed=4)
     for a, b in zip(one, two, strict=True):
@@ -139,7 +139,7 @@ def test_the_three_modalities_agree() -> None:
     assert np.mean(np.array(red)[talking]) > 2 * np.mean(np.array(red)[~talking])
 
 
-def test_faults_are_the_asked_for_ones() -> None:
+def test_faults_are_the_configured_ones() -> None:
     source = Synthetic("audio", SyntheticSettings(drop=0.2), paced=False)
     got = list(itertools.islice(source.samples(always, 0), 400))
     sent = got[-1].event_ns // 20_000_000
@@ -150,7 +150,7 @@ def test_faults_are_the_asked_for_ones() -> None:
     times = [s.event_ns / 1e9 for s in itertools.islice(source.samples(always, 0), 150)]
     gaps = [(a, b) for a, b in itertools.pairwise(times) if b - a > 0.05]
     assert [(round(a, 2), round(b, 2)) for a, b in gaps[:2]] == [(1.96, 2.52), (3.96, 4.52)]
-    # a freeze is not a fault of the time before it: what is there is what would have been
+    # outside a freeze the samples are the same as without it
     whole = {s.event_ns: s.data for s in synthetic("vision", 60)}
     kept = Synthetic("vision", SyntheticSettings(freeze_every_s=2, freeze_s=0.5), paced=False)
     for s in itertools.islice(kept.samples(always, 1_000), 40):
@@ -167,14 +167,14 @@ def test_late_delivery_keeps_order_and_event_times() -> None:
     assert np.mean(late) > 10e6
 
 
-def test_nothing_at_all_can_be_stopped() -> None:
+def test_a_frozen_stream_can_be_stopped() -> None:
     for lost in (SyntheticSettings(drop=1.0), SyntheticSettings(freeze_every_s=1, freeze_s=2)):
         began = time.monotonic()
         assert len(list(Synthetic("text", lost).samples(for_seconds(0.2), now_ns()))) == 0
         assert time.monotonic() - began < 2
 
 
-def test_a_worker_that_starts_late_joins_in() -> None:
+def test_a_worker_that_starts_late_skips_old_samples() -> None:
     epoch = now_ns() - 20_000_000_000
     source = Synthetic("audio", SyntheticSettings())
     first = next(source.samples(always, epoch))
@@ -282,7 +282,7 @@ def test_sound_that_was_not_recorded_is_silence(tmp_path: Path) -> None:
     assert np.all(sound[8_000:] == 1_000)
 
 
-def test_a_file_plays_at_its_own_pace_and_a_late_worker_joins_in(movie: Path) -> None:
+def test_a_file_plays_in_real_time_and_a_late_worker_skips_old_samples(movie: Path) -> None:
     with closing(FilePicture(movie, CameraSettings())) as source:
         source.open()
         epoch = now_ns() - 1_000_000_000
@@ -298,7 +298,7 @@ def test_a_file_plays_at_its_own_pace_and_a_late_worker_joins_in(movie: Path) ->
     assert 5 <= len(got) <= 16
 
 
-def test_files_that_are_none(tmp_path: Path, tone_wav: Path, movie: Path) -> None:
+def test_files_that_cannot_be_a_source(tmp_path: Path, tone_wav: Path, movie: Path) -> None:
     with pytest.raises(FileError, match=r"nothing\.mp4"):
         streams_of(tmp_path / "nothing.mp4")
     text = tmp_path / "words.txt"
@@ -309,7 +309,7 @@ def test_files_that_are_none(tmp_path: Path, tone_wav: Path, movie: Path) -> Non
         streams_of(tmp_path)
     with pytest.raises(FileError, match="no picture"):
         FilePicture(tone_wav, CameraSettings()).open()
-    # cut short: what is there is given, and it ends
+    # cut short: what is there is delivered, and the stream ends
     cut = tmp_path / "cut.mkv"
     cut.write_bytes(movie.read_bytes()[: movie.stat().st_size // 2])
     with closing(FilePicture(cut, CameraSettings(), paced=False)) as source:
@@ -414,7 +414,7 @@ def test_a_terminal_is_read_by_lines() -> None:
     os.close(theirs)
 
 
-def test_a_silent_source_stops_when_told_and_costs_nothing() -> None:
+def test_an_idle_source_stops_and_uses_no_cpu() -> None:
     read, write = os.pipe()
     used = time.process_time()
     reader = Reader(text("stdin", read))
@@ -440,7 +440,7 @@ def test_a_fifo_outlives_its_writers(tmp_path: Path) -> None:
             reader.wait(2 * i + 2)
         assert reader.lines == [f"{w} {i}" for i in range(3) for w in ("line", "rest")]
         used = time.process_time()
-        time.sleep(0.4)  # its last writer is gone: that must not be a busy loop
+        time.sleep(0.4)  # without a writer it must not be a busy loop
         assert time.process_time() - used < 0.2
 
 
@@ -487,7 +487,7 @@ def test_tcp_serves_several_clients_and_survives_bad_ones() -> None:
         two.close()
         assert reader.wait(5)[4] == "bye"
         assert reader.source.info["clients"] == 1
-        # a second server on the port is told so
+        # a second server on the port is an error
         with pytest.raises(SourceError, match="port"):
             text(f"tcp:{port}").open()
         one.close()
@@ -567,7 +567,7 @@ def test_a_camera_that_is_not_there(device: str, capfd: pytest.CaptureFixture[st
     assert capfd.readouterr().err == ""
 
 
-def test_a_device_that_accepts_and_says_nothing_does_not_hang() -> None:
+def test_a_device_that_accepts_and_sends_nothing_does_not_hang() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         began = time.monotonic()
         with pytest.raises(SourceError):
@@ -624,7 +624,7 @@ def test_sources_by_name(tmp_path: Path) -> None:
         source = sources.create_source(spec, modality, Settings())
         assert source.origin
         assert isinstance(source.info, dict)
-        source.close()  # harmless when it is not open
+        source.close()  # does nothing when it is not open
 
 
 @pytest.mark.parametrize(
@@ -645,7 +645,7 @@ def test_names_that_are_wrong(spec: str, modality: str) -> None:
         sources.check(spec, modality)
 
 
-def test_lines_are_read_once() -> None:
+def test_text_and_other_text_cannot_share_a_source() -> None:
     for spec in ("stdin", "tcp:5555", "pipe:p"):
         with pytest.raises(SourceSpecError, match=f"text and other_text cannot both be '{spec}'"):
             sources.check_all(Sources(text=spec, other_text=spec))
@@ -654,7 +654,7 @@ def test_lines_are_read_once() -> None:
     sources.check_all(Sources(text="none", other_text="stdin"))
 
 
-def test_devices_have_one_person_and_the_synthetic_one_has_company() -> None:
+def test_devices_have_one_person_and_the_synthetic_source_has_two() -> None:
     devices = sources.everything_from("devices")
     assert {devices[m] for m in sources.OTHER} == {"none"}
     assert set(sources.everything_from("synthetic")) == set(devices) == set(sources.EVERY)

@@ -26,7 +26,7 @@ Shadow = Callable[..., None]
 
 @pytest.fixture
 def shadow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shadow:
-    """Put modules or packages of another content before the installed ones, for processes that are started."""
+    """Put other modules before the installed ones, for child processes."""
 
     def put(**content: str) -> None:
         for name, text in content.items():
@@ -108,7 +108,7 @@ def test_a_fault_ends_with_exit_code_1(shadow: Shadow) -> None:
     assert "gone" in found["encoder text"]["says"]
 
 
-def test_a_driver_that_hangs_is_named_and_does_not_hang_us(shadow: Shadow, tmp_path: Path) -> None:
+def test_a_driver_that_hangs_is_a_warning(shadow: Shadow, tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     shadow(sounddevice=f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(1000)")
     began = time.monotonic()

@@ -44,7 +44,7 @@ def picture(k: int, side: int = 64) -> bytes:
 
 
 def session_of() -> list[Envelope]:
-    """Four seconds: sound with a hole of 0.3 s, pictures at their own times, words, labels, predictions."""
+    """Four seconds: sound with a gap of 0.3 s, pictures at their own times, words, labels, predictions."""
     rng = np.random.default_rng(1)
     out: list[Envelope] = []
     seq: dict[str, itertools.count[int]] = {}
@@ -71,7 +71,7 @@ def session_of() -> list[Envelope]:
             heads = {"next": [float(np.float32(0.1 * k)), None], "more": [1.5]}
             prediction = wire.PredictionMessage(k // 2, at, heads, seen, age, closed, at + 5, at + 9, "sha")
             add(topics.PREDICTION, at, wire.pack(prediction))
-            if k == 101:  # said twice, as by an engine that went on after a crash
+            if k == 101:  # republished, as by an engine that was restored after a crash
                 add(topics.TICK, at, wire.pack(wire.TickMessage(k // 2, at, seen, age, closed)))
                 add(topics.PREDICTION, at, wire.pack(prediction))
     add("raw/text", BEGIN + 500 * MS, 'grüß dich, "du"\nda'.encode())
@@ -185,7 +185,7 @@ def test_sound_is_every_sample_at_its_time(recorded: Path, unpacked: tuple[Path,
     heard = np.concatenate([sound[:first], sound[first + length :]])
     assert np.array_equal(heard, np.concatenate([e.payload for e in of(recorded, "raw/audio")]))
     assert (about["samples"], about["cut"]) == (len(heard), 0)
-    # a block is where its stamp says, after the hole as before it
+    # a block is at the time of its stamp, before and after the gap
     for e in (of(recorded, "raw/audio")[k] for k in (10, 100, 180)):
         place = round((e.event_ns - document["zero_ns"]) * 16000 / 1e9) - 320
         found = next(i for i in range(place - 100, place + 100) if np.array_equal(sound[i : i + 320], e.payload))
@@ -229,7 +229,7 @@ def test_a_damaged_recording_gives_what_is_there(recorded: Path, tmp_path: Path)
     assert document["files"]["predictions.csv"]["rows"] == len({p.tick for p in cut.predictions()}) > 10
 
 
-def test_nothing_is_written_over_unless_it_is_said(recorded: Path, tmp_path: Path) -> None:
+def test_nothing_is_overwritten_without_force(recorded: Path, tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("mine")
     with pytest.raises(FileError, match=r"has labels\.csv already"):
         unpack(recorded, tmp_path, ["csv"])
@@ -239,7 +239,7 @@ def test_nothing_is_written_over_unless_it_is_said(recorded: Path, tmp_path: Pat
     assert "sitting" in (tmp_path / "labels.csv").read_text()
 
 
-def test_who_is_told_to_stop_leaves_nothing(recorded: Path, tmp_path: Path) -> None:
+def test_a_stopped_unpack_leaves_nothing(recorded: Path, tmp_path: Path) -> None:
     asked = itertools.count()
     told: list[tuple[int, int]] = []
     result = unpack(recorded, tmp_path, progress=lambda *p: told.append(p), alive=lambda: next(asked) < 3)
@@ -249,7 +249,7 @@ def test_who_is_told_to_stop_leaves_nothing(recorded: Path, tmp_path: Path) -> N
     assert all(done <= of for done, of in told)
 
 
-def test_what_it_cannot_do_is_said_in_a_sentence(recorded: Path, tmp_path: Path) -> None:
+def test_errors_are_one_sentence(recorded: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is no format 'ogg'"):
         unpack(recorded, tmp_path, ["csv", "ogg"])
     with pytest.raises(UsageError, match="there is no format ''"):
@@ -264,7 +264,7 @@ def test_what_it_cannot_do_is_said_in_a_sentence(recorded: Path, tmp_path: Path)
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
 @pytest.mark.parametrize("kind", ["wav", "mp4", "parquet", "csv"])
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(recorded: Path, tmp_path: Path, kind: str) -> None:
-    """A limit on the size of files makes every write fail that a full disk would."""
+    """A limit on the file size makes writes fail like a full disk."""
     code = (
         "import resource, signal, sys\n"
         "from pathlib import Path\n"

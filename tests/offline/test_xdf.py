@@ -1,4 +1,4 @@
-"""XDF files, written by their published layout and read by pyxdf, as recordings."""
+"""Convert XDF files, written by their published layout and read by pyxdf, to recordings."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_what_is_imported_is_what_pyxdf_reads(source: Path, imported: tuple[Path
     eeg = by_name["EEG"]
     assert np.array_equal(np.stack([e.payload for e in signal]), eeg["time_series"])
     assert [e.event_ns for e in signal] == [round(t * 1e9) for t in eeg["time_stamps"]]
-    # the clocks' distance was taken out: the stamps are of the moments when it was sampled
+    # the clock offset was removed: the stamps are the true sampling times
     true_s = BEGIN_S + np.arange(600) / EEG_HZ
     assert np.abs(np.array([e.event_ns for e in signal]) / 1e9 - true_s).max() < 2e-3
     assert {e.origin for e in signal} == {SignalEncoder.origin}
@@ -158,7 +158,7 @@ def test_the_recording_can_be_trained_on(imported: tuple[Path, dict[str, Any]]) 
     assert ticks.present[:, list(recipe.modalities).index("signal")].mean() > 0.9
 
 
-def test_the_user_says_what_a_stream_is(source: Path, tmp_path: Path) -> None:
+def test_the_user_chooses_the_roles(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.mcap"
     document = xdf.convert(source, out, "lab-1", {"EEG": "none", "Mic": "other_audio", "3": "text"})
     assert {s["name"]: s["role"] for s in document["streams"]}["Task"] == "text"
@@ -167,7 +167,7 @@ def test_the_user_says_what_a_stream_is(source: Path, tmp_path: Path) -> None:
     assert {e.payload for e in of(out, "raw/text")} >= {b"rest", b"yes of course"}
     assert not of(out, "feature/signal")
     assert of(out, "raw/other_audio")
-    # what is there is never written over
+    # an existing file is never overwritten
     before = out.read_bytes()
     with pytest.raises(FileError, match="cannot be made: File exists"):
         xdf.convert(source, out)
@@ -217,7 +217,7 @@ def test_a_damaged_file_gives_what_is_there(source: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
-def test_a_disk_that_takes_no_more_leaves_no_half_of_a_file(source: Path, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_no_partial_file(source: Path, tmp_path: Path) -> None:
     import resource
 
     def limited() -> None:

@@ -28,7 +28,7 @@ class SignalEncoder:
         """The sample itself; raises WireError if it is not a vector of finite numbers."""
         data = sample.data
         if isinstance(data, bytes) or data.ndim != 1 or data.dtype != np.float32:
-            raise WireError("a sample of a signal is no vector of float32; send one number a channel")
+            raise WireError("a sample of a signal is not a vector of float32; send one number per channel")
         if not np.isfinite(data).all():
             raise WireError("a sample of a signal holds a number that is not finite")
         return [sample]

@@ -151,10 +151,10 @@ def with_controls(model: bytes, wiring_names: Mapping[str, str]) -> bytes:
             continue
         before = [onnx_bytes.initializer(_ROWS, np.array([-1], np.int64))]
         rest = []
-        for inner, part, said in onnx_bytes.fields(content):
-            name = onnx_bytes.name_of(said) if inner == onnx_bytes.GRAPH_INPUT else ""
+        for inner, part, value in onnx_bytes.fields(content):
+            name = onnx_bytes.name_of(value) if inner == onnx_bytes.GRAPH_INPUT else ""
             if name in old:
-                element = onnx_bytes.element_of(said)
+                element = onnx_bytes.element_of(value)
                 rest.append(onnx_bytes.value(onnx_bytes.GRAPH_INPUT, old[name], element, (1,), "batch"))
                 before.append(node("Reshape", (old[name], _ROWS), (name,), f"triton/{name}"))
             else:
