@@ -6,7 +6,7 @@ from stream_mmrnn.capture.stall_detector import StallDetector
 MS = 1_000_000
 
 
-def heard(*gaps_ms: int, dense: bool = True) -> tuple[StallDetector, int]:
+def after_gaps(*gaps_ms: int, dense: bool = True) -> tuple[StallDetector, int]:
     stall_detector, at_ns = StallDetector(dense), 10**12
     stall_detector.on_sample(at_ns)
     for gap in gaps_ms:
@@ -16,7 +16,7 @@ def heard(*gaps_ms: int, dense: bool = True) -> tuple[StallDetector, int]:
 
 
 def test_a_stream_is_stale_after_twice_its_period_until_the_next_sample() -> None:
-    stall_detector, at_ns = heard(*[40] * 20)
+    stall_detector, at_ns = after_gaps(*[40] * 20)
     assert stall_detector.period_ns == 40 * MS
     assert stall_detector.wait_s(at_ns, 0.1) == 0.08
     assert stall_detector.wait_s(at_ns + 70 * MS, 0.1) == 0.01
@@ -32,20 +32,20 @@ def test_a_stream_is_stale_after_twice_its_period_until_the_next_sample() -> Non
 
 
 def test_the_period_is_learned_from_the_stream() -> None:
-    assert heard(*[20] * 10)[0].period_ns == 20 * MS
+    assert after_gaps(*[20] * 10)[0].period_ns == 20 * MS
     # blocks in pairs: the period is that of the pairs, else every second gap would be a stall
-    assert heard(*[0, 40] * 10)[0].period_ns == 40 * MS
+    assert after_gaps(*[0, 40] * 10)[0].period_ns == 40 * MS
     # a camera in the dark: after a few long gaps the period is longer
-    stall_detector, at_ns = heard(*[33] * 32, *[100] * 5)
+    stall_detector, at_ns = after_gaps(*[33] * 32, *[100] * 5)
     assert stall_detector.period_ns == 100 * MS
     assert not stall_detector.check(at_ns + 150 * MS)
 
 
 def test_a_new_sparse_or_stopped_stream_is_never_stale() -> None:
-    for stall_detector, at_ns in (heard(), heard(40, 40, 40), heard(*[40] * 9, dense=False)):
+    for stall_detector, at_ns in (after_gaps(), after_gaps(40, 40, 40), after_gaps(*[40] * 9, dense=False)):
         assert not stall_detector.check(at_ns + 10_000 * MS)
         assert stall_detector.wait_s(at_ns, 0.1) == 0.1
-    stall_detector, at_ns = heard(*[40] * 9)
+    stall_detector, at_ns = after_gaps(*[40] * 9)
     assert stall_detector.check(at_ns + 80 * MS)
     stall_detector.stop(at_ns + 500 * MS)
     assert not stall_detector.check(at_ns + 9000 * MS)
