@@ -1,7 +1,7 @@
 """A streaming real-time sequence predictor.
 
-`subscribe` reads the predictions of a running session; `Client` and `AsyncClient` have sessions of their own on a
-server. Importing this opens and imports nothing else.
+Every public name is importable from here, and is loaded when it is first used: `import stream_mmrnn` alone imports
+no other module. Modules below this one may move; these names do not.
 """
 
 from __future__ import annotations
@@ -9,34 +9,154 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stream_mmrnn.bus import Address as Address
+    from stream_mmrnn.bus import Publisher as Publisher
+    from stream_mmrnn.bus import Subscriber as Subscriber
+    from stream_mmrnn.bus.subscription import Model as Model
     from stream_mmrnn.bus.subscription import PredictionView as PredictionView
     from stream_mmrnn.bus.subscription import Subscription as Subscription
     from stream_mmrnn.bus.subscription import subscribe as subscribe
+    from stream_mmrnn.capture.encoders import Encoder as Encoder
+    from stream_mmrnn.capture.encoders import create_encoder as create_encoder
+    from stream_mmrnn.capture.encoders.audio import AudioEncoder as AudioEncoder
+    from stream_mmrnn.capture.encoders.image import ImageEncoder as ImageEncoder
+    from stream_mmrnn.capture.encoders.signal import SignalEncoder as SignalEncoder
+    from stream_mmrnn.capture.encoders.text import TextEncoder as TextEncoder
+    from stream_mmrnn.capture.pipeline import Outgoing as Outgoing
+    from stream_mmrnn.capture.pipeline import Pump as Pump
+    from stream_mmrnn.capture.pipeline import capture as capture
+    from stream_mmrnn.capture.pipeline import reencode as reencode
+    from stream_mmrnn.capture.remote_clock import RemoteClock as RemoteClock
+    from stream_mmrnn.capture.sources import Source as Source
+    from stream_mmrnn.capture.sources import create_source as create_source
+    from stream_mmrnn.capture.sources.camera import Camera as Camera
+    from stream_mmrnn.capture.sources.file import FilePicture as FilePicture
+    from stream_mmrnn.capture.sources.file import FileSound as FileSound
+    from stream_mmrnn.capture.sources.lsl import LslSource as LslSource
+    from stream_mmrnn.capture.sources.microphone import Microphone as Microphone
+    from stream_mmrnn.capture.sources.synthetic import Synthetic as Synthetic
+    from stream_mmrnn.core.clock import now_ns as now_ns
+    from stream_mmrnn.core.config import Settings as Settings
+    from stream_mmrnn.core.config import find_model as find_model
+    from stream_mmrnn.core.errors import BadTick as BadTick
+    from stream_mmrnn.core.errors import Busy as Busy
+    from stream_mmrnn.core.errors import ConfigError as ConfigError
+    from stream_mmrnn.core.errors import DuplicateSession as DuplicateSession
+    from stream_mmrnn.core.errors import Evicted as Evicted
+    from stream_mmrnn.core.errors import FileError as FileError
+    from stream_mmrnn.core.errors import ModelError as ModelError
+    from stream_mmrnn.core.errors import NotRunning as NotRunning
+    from stream_mmrnn.core.errors import ProcessError as ProcessError
+    from stream_mmrnn.core.errors import ProviderError as ProviderError
+    from stream_mmrnn.core.errors import RecordingError as RecordingError
+    from stream_mmrnn.core.errors import SessionError as SessionError
+    from stream_mmrnn.core.errors import ShardDied as ShardDied
+    from stream_mmrnn.core.errors import SnapshotError as SnapshotError
+    from stream_mmrnn.core.errors import SourceError as SourceError
+    from stream_mmrnn.core.errors import SourceSpecError as SourceSpecError
+    from stream_mmrnn.core.errors import StreamError as StreamError
+    from stream_mmrnn.core.errors import TimedOut as TimedOut
+    from stream_mmrnn.core.errors import UnknownSession as UnknownSession
+    from stream_mmrnn.core.errors import UsageError as UsageError
+    from stream_mmrnn.core.errors import WireError as WireError
+    from stream_mmrnn.core.types import Envelope as Envelope
+    from stream_mmrnn.core.types import HeadSpec as HeadSpec
+    from stream_mmrnn.core.types import Mark as Mark
+    from stream_mmrnn.core.types import ModalitySpec as ModalitySpec
+    from stream_mmrnn.core.types import ModelSpec as ModelSpec
+    from stream_mmrnn.core.types import Prediction as Prediction
+    from stream_mmrnn.core.types import Sample as Sample
+    from stream_mmrnn.core.types import Stamps as Stamps
+    from stream_mmrnn.core.types import StateSpec as StateSpec
+    from stream_mmrnn.core.types import Tick as Tick
+    from stream_mmrnn.core.wire import PredictionMessage as PredictionMessage
+    from stream_mmrnn.core.wire import SessionMessage as SessionMessage
+    from stream_mmrnn.core.wire import StatusMessage as StatusMessage
+    from stream_mmrnn.predict.align import Aligner as Aligner
+    from stream_mmrnn.predict.contract import write_contract as write_contract
+    from stream_mmrnn.predict.engine import StepEngine as StepEngine
+    from stream_mmrnn.predict.engine import move as move
+    from stream_mmrnn.predict.pipeline import predict as predict
+    from stream_mmrnn.predict.sharded_engine import ShardedEngine as ShardedEngine
+    from stream_mmrnn.recording.mcap_file import Recorder as Recorder
+    from stream_mmrnn.recording.mcap_file import Recording as Recording
     from stream_mmrnn.serve.async_client import AsyncClient as AsyncClient
+    from stream_mmrnn.serve.async_client import AsyncServedSession as AsyncServedSession
     from stream_mmrnn.serve.client import Client as Client
+    from stream_mmrnn.serve.client import ServedSession as ServedSession
+    from stream_mmrnn.serve.client_state import Answer as Answer
     from stream_mmrnn.serve.cluster.client import ClusterClient as ClusterClient
+    from stream_mmrnn.serve.protocol import Welcome as Welcome
+    from stream_mmrnn.serve.sessions import Sessions as Sessions
 
-__all__ = ["AsyncClient", "Client", "ClusterClient", "PredictionView", "Subscription", "subscribe"]
+_PUBLIC = {
+    "bus": ("Address", "Publisher", "Subscriber"),
+    "bus.subscription": ("Model", "PredictionView", "Subscription", "subscribe"),
+    "capture.encoders": ("Encoder", "create_encoder"),
+    "capture.encoders.audio": ("AudioEncoder",),
+    "capture.encoders.image": ("ImageEncoder",),
+    "capture.encoders.signal": ("SignalEncoder",),
+    "capture.encoders.text": ("TextEncoder",),
+    "capture.pipeline": ("Outgoing", "Pump", "capture", "reencode"),
+    "capture.remote_clock": ("RemoteClock",),
+    "capture.sources": ("Source", "create_source"),
+    "capture.sources.camera": ("Camera",),
+    "capture.sources.file": ("FilePicture", "FileSound"),
+    "capture.sources.lsl": ("LslSource",),
+    "capture.sources.microphone": ("Microphone",),
+    "capture.sources.synthetic": ("Synthetic",),
+    "core.clock": ("now_ns",),
+    "core.config": ("Settings", "find_model"),
+    "core.errors": (
+        *("BadTick", "Busy", "ConfigError", "DuplicateSession", "Evicted", "FileError", "ModelError", "NotRunning"),
+        *("ProcessError", "ProviderError", "RecordingError", "SessionError", "ShardDied", "SnapshotError"),
+        *("SourceError", "SourceSpecError", "StreamError", "TimedOut", "UnknownSession", "UsageError", "WireError"),
+    ),
+    "core.types": (
+        *("Envelope", "HeadSpec", "Mark", "ModalitySpec", "ModelSpec", "Prediction", "Sample", "Stamps", "StateSpec"),
+        "Tick",
+    ),
+    "core.wire": ("PredictionMessage", "SessionMessage", "StatusMessage"),
+    "predict.align": ("Aligner",),
+    "predict.contract": ("write_contract",),
+    "predict.engine": ("StepEngine", "move"),
+    "predict.pipeline": ("predict",),
+    "predict.sharded_engine": ("ShardedEngine",),
+    "recording.mcap_file": ("Recorder", "Recording"),
+    "serve.async_client": ("AsyncClient", "AsyncServedSession"),
+    "serve.client": ("Client", "ServedSession"),
+    "serve.client_state": ("Answer",),
+    "serve.cluster.client": ("ClusterClient",),
+    "serve.protocol": ("Welcome",),
+    "serve.sessions": ("Sessions",),
+}
+"""Module -> its public names."""
+_HOMES = {name: module for module, names in _PUBLIC.items() for name in names}
+_ROOMS = ("capture", "predict")
+"""Functions with the name of their own subpackage. Importing any module of the subpackage makes Python set the
+attribute `stream_mmrnn.predict` to the package, so the attribute cannot reliably be the function. It is always the
+package, and the package can be called: see `core.callable_package`."""
+
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Client":
-        from stream_mmrnn.serve.client import Client
+    from importlib import import_module
 
-        return Client
-    if name == "AsyncClient":
-        from stream_mmrnn.serve.async_client import AsyncClient
+    if name == "__version__":
+        from importlib.metadata import version
 
-        return AsyncClient
+        return version("stream-mmrnn")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _ROOMS:
+        return import_module(f"{__name__}.{name}")
     if name == "ClusterClient":
         from stream_mmrnn.core.extras import need
 
         need("a cluster", "cluster", "nats")
-        from stream_mmrnn.serve.cluster.client import ClusterClient
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
-        return ClusterClient
-    if name in __all__:
-        from stream_mmrnn.bus import subscription
 
-        return getattr(subscription, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

@@ -1,7 +1,7 @@
-"""The command's door. Imports the rest only when called: each child process looks at this file when it starts."""
+"""Entry point of the command. It imports the rest only when called, because each child process imports this file."""
 
 _ENDED_BY_SIGNALS = ("live", "record")
-"""Verbs that a signal ends with exit code 0, from their first moment to their last."""
+"""Verbs that end with exit code 0 at a signal, at any moment."""
 
 
 def main() -> None:
@@ -11,14 +11,14 @@ def main() -> None:
 
     watched = sys.argv[1:2] and sys.argv[1] in _ENDED_BY_SIGNALS
     if watched:
-        signals.ENDING.watch()  # before the imports, which take longer than many an impatient finger
+        signals.ENDING.watch()  # before the imports, which are slow enough for a Ctrl-C to arrive
     try:
         from stream_mmrnn.cli.app import run
 
         run()
     finally:
         if watched:
-            signals.ignore()  # all is done and said; Python itself still takes its time to end
+            signals.ignore()  # all work is done, but Python takes a while to exit
 
 
 if __name__ == "__main__":

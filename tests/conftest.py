@@ -70,7 +70,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model with the sizes and origins of the real encoders."""
-    specs = tuple(ModalitySpec(m, e.size, e.origin) for m in sources.MODALITIES for e in [encoders.create(m)])
+    specs = tuple(ModalitySpec(m, e.size, e.origin) for m in sources.MODALITIES for e in [encoders.create_encoder(m)])
     return toy_model.make(tmp_path_factory.mktemp("live") / "toy.onnx", specs)
 
 

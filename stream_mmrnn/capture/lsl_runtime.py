@@ -1,7 +1,6 @@
-"""Lab Streaming Layer in a process of ours: its library with our settings, and its clocks on ours.
+"""Load the Lab Streaming Layer library with this session's settings, and convert its time stamps to the local clock.
 
-A stream's stamps count by the clock of the machine that made it. `Offsets` asks the library again and again how far
-that is from this machine's, and keeps what it said. Knows nothing about samples, nodes or the bus.
+A stream is stamped by the clock of the machine that sends it; `Offsets` measures that clock's offset periodically.
 """
 
 from __future__ import annotations
@@ -34,18 +33,17 @@ ContinuousResolveInterval = 0.2
 [log]
 level = -3
 """
-"""Streams are looked for, and found, on this machine alone; where answers are quick; and nothing is written
-over our terminal."""
+"""Find streams of this machine only, which answer quickly, and log nothing to the terminal."""
 _PROBE_NS = 1_000_000_000
-_KEPT = 16
+_HISTORY = 16
 
 
 def require(settings: Lsl) -> None:
-    """Say what is missing before any process starts.
+    """Check that Lab Streaming Layer can be used, before any process starts.
 
     Raises:
         UsageError: pylsl is not installed.
-        FileError: the configuration file is not there: the library would go on without it, on all networks.
+        FileError: the configuration file is missing; the library would ignore that and use all networks.
 
     """
     need("Lab Streaming Layer", "lsl", "pylsl")
@@ -54,18 +52,18 @@ def require(settings: Lsl) -> None:
 
 
 def load(settings: Lsl) -> Any:
-    """The module pylsl, with our settings. To be called once in a process, before anything else of it.
+    """The module pylsl with the session's settings. Call it once per process, before any other use of pylsl.
 
     Raises:
         UsageError: pylsl or its library is not installed, or too old.
-        FileError: as `require`.
+        FileError: see `require`.
 
     """
     require(settings)
     try:
         import pylsl
     except (ImportError, RuntimeError, OSError) as e:  # RuntimeError: the package without its library
-        raise UsageError(f"pylsl cannot be loaded: {e}; install it anew: pip install --force-reinstall pylsl") from e
+        raise UsageError(f"pylsl cannot be loaded: {e}; reinstall it: pip install --force-reinstall pylsl") from e
     try:
         if settings.config:
             pylsl.set_config_filename(settings.config)
@@ -77,7 +75,7 @@ def load(settings: Lsl) -> Any:
 
 
 def clock_offset_ns(pylsl: Any) -> int:
-    """Nanoseconds to add to the library's clock to get ours; the best of five readings."""
+    """Nanoseconds to add to the library's clock to get the local clock; the best of five readings."""
     best: tuple[int, int] | None = None
     for _ in range(5):
         before = now_ns()
@@ -90,7 +88,7 @@ def clock_offset_ns(pylsl: Any) -> int:
 
 
 class Offsets:
-    """A stream's stamps -> our time."""
+    """Converts a stream's time stamps to local time."""
 
     def __init__(self, pylsl: Any, inlet: Any) -> None:
         self._pylsl, self._inlet = pylsl, inlet
@@ -100,13 +98,13 @@ class Offsets:
         self._next_ns = 0
         self._last_remote_s = 0.0
         self.info: dict[str, Any] = {"offset_ns": 0, "round_trip_ns": 0, "rate_ppm": 0.0, "jumps": 0, "probes": 0}
-        """The newest of what was probed, and under `history` when (our time) and what, of the newest ones."""
+        """The newest measurement; `history` has the newest pairs of local time and offset."""
         self.info["history"] = []
 
     def probe(self, timeout_s: float = 0.0) -> None:
-        """Ask, where it is time to; the first time waits `timeout_s` for the answer.
+        """Measure the offset if a measurement is due; the first one waits `timeout_s` for the answer.
 
-        Raises what pylsl raises: TimeoutError where there was no answer in time, LostError.
+        Raises what pylsl raises: TimeoutError, LostError.
         """
         at_ns = now_ns()
         if at_ns < self._next_ns:
@@ -122,13 +120,13 @@ class Offsets:
         )
         self._pylsl.util.handle_error(error)
         if remote_s.value == self._last_remote_s:
-            return  # the library probes on its own, every few seconds: nothing new
+            return  # the library measures by itself every few seconds: nothing new yet
         self._last_remote_s = remote_s.value
         remote_ns, half_ns = round(remote_s.value * 1e9), round(round_trip_s.value * 5e8)
         offset_ns = round(offset_s * 1e9) + clock_offset_ns(self._pylsl)
         ours_ns = remote_ns + offset_ns
         self._clock.exchange(ours_ns - half_ns, remote_ns, ours_ns + half_ns)
-        history = [*self.info["history"], [ours_ns, offset_ns]][-_KEPT:]
+        history = [*self.info["history"], [ours_ns, offset_ns]][-_HISTORY:]
         self.info.update(
             offset_ns=offset_ns,
             round_trip_ns=2 * half_ns,
@@ -139,5 +137,5 @@ class Offsets:
         )
 
     def stamp(self, remote_ns: int) -> int:
-        """Our time of a stamp of the stream, later than any that was given before."""
+        """The local time of a stamp of the stream, later than any time returned before."""
         return self._clock.stamp(remote_ns)

@@ -1,5 +1,5 @@
 """`capture`, the generator from a device's samples to messages; `Pump`, the bounded queue behind a device; and
-`reencode`, which makes a recording's features again from its raw samples.
+`reencode`, which computes a recording's features again from its raw samples.
 
 Knows nothing about sockets, files, devices or processes.
 """
@@ -23,7 +23,7 @@ LABEL_COMMAND = b"/label "
 
 
 class Outgoing(msgspec.Struct, frozen=True):
-    """A sample on its way to the bus: what a publisher needs to make an envelope of it."""
+    """A sample to publish: what a publisher needs to make an envelope."""
 
     topic: str
     sample: Sample
@@ -37,13 +37,13 @@ def capture(
     encoder: Encoder,
     bad: Callable[[WireError], None],
 ) -> Iterator[Outgoing]:
-    """The feature vectors that each sample completes, then the sample as it is, where its modality has such messages;
-    undecodable ones go to `bad`.
+    """The feature vectors that each sample completes, then the raw sample if its modality has raw messages.
 
-    Features go first: a prediction waits for them, and nothing waits for a picture or a sound.
+    `bad` is called with the error of each sample that cannot be decoded. Features go first, because predictions wait
+    for them.
 
-    A typed `/label NAME` is no text that a model may see: it goes out as a label, and nothing else. Labels are typed
-    into `text` alone, never into `other_text`: one publisher numbers them.
+    A text line `/label NAME` becomes a label and is never seen by a model. Labels come from `text` only, not from
+    `other_text`, so that one publisher numbers them.
     """
     raw, feature = topics.raw(modality), topics.feature(modality)
     has_raw = raw in topics.TOPICS
@@ -66,15 +66,15 @@ def capture(
 def reencode(
     envelopes: Iterable[Envelope], encoders: Mapping[str, Encoder], featureless: Collection[str] = ()
 ) -> Iterator[Envelope]:
-    """Replace each recorded feature vector by one made from the raw samples again, in the recorded order.
+    """Replace each recorded feature vector by one that is computed again from the raw samples.
 
-    A vector keeps its place in the sequence, so the ticks close as they did; only the encoders' work is done again. One
-    whose raw sample was lost is left out. The streams of `featureless` were recorded without features: theirs come
-    right after the raw message.
+    A vector keeps its place in the sequence, so each tick closes at the same message as before. Vectors whose raw
+    sample was lost are left out. The streams in `featureless` were recorded without features: their vectors follow the
+    raw message.
     """
     made: dict[str, deque[Sample]] = {m: deque() for m in encoders}
     seq = dict.fromkeys(featureless, 0)
-    held: deque[Envelope] = deque()  # from the first vector on whose raw sample is still to come
+    held: deque[Envelope] = deque()  # all messages from the first vector on whose raw sample has not come yet
     for envelope in envelopes:
         modality = topics.TOPICS[envelope.topic].modality
         if modality in encoders and envelope.topic == topics.raw(modality):
@@ -100,23 +100,23 @@ def reencode(
                     seq[modality] += 1
         else:
             held.append(envelope)
-        yield from _made_again(held, made, encoders, seq, envelope.publish_ns - _RAW_WITHIN_NS)
-    yield from _made_again(held, made, encoders, seq, _FOREVER)
+        yield from _release(held, made, encoders, seq, envelope.publish_ns - _RAW_WITHIN_NS)
+    yield from _release(held, made, encoders, seq, _FOREVER)
 
 
 _RAW_WITHIN_NS = 1_000_000_000
-"""A raw sample comes with its features, a little before or after; what has not come by then was lost."""
+"""A raw sample is published shortly before or after its features; after this time it is lost."""
 _FOREVER = 2**63
 
 
-def _made_again(
+def _release(
     held: deque[Envelope],
     made: Mapping[str, deque[Sample]],
     encoders: Mapping[str, Encoder],
     featureless: Collection[str],
     lost_before_ns: int,
 ) -> Iterator[Envelope]:
-    """What need not be held any longer."""
+    """Yield the held messages whose new features are known, or known to be lost."""
     while held:
         envelope = held[0]
         modality = topics.TOPICS[envelope.topic].modality
@@ -138,14 +138,14 @@ def _made_again(
 
 
 _YIELD_S = 0.003
-"""So long a source leaves the interpreter to who reads: a sample's features and their sending take less."""
+"""How long a source thread leaves the GIL to the reader after a sample: enough to encode and publish it."""
 
 
 class Pump:
     """A bounded queue between a device's thread and its encoder, with a named policy and counts.
 
-    `latest` keeps one sample, `drop_oldest` the newest `length`, `block` makes the source wait. Iterating yields the
-    samples and ends when the source does, or raises what the source raised. produced = delivered + dropped + waiting.
+    `latest` keeps one sample, `drop_oldest` the newest `length`, `block` makes the source wait. `read` raises what the
+    source raised. Always: produced = delivered + dropped + waiting.
     """
 
     def __init__(self, samples: Iterator[Sample], policy: Policy, length: int, alive: Callable[[], bool]) -> None:
@@ -158,9 +158,9 @@ class Pump:
         self._error: BaseException | None = None
         self._ended = False
         self._reading = False
-        """Whether somebody waits in `read`."""
-        self._asked = 0
-        """How often somebody began to."""
+        """Whether a reader waits in `read`."""
+        self._reads = 0
+        """Number of reads that had to wait."""
         self.produced = self.delivered = self.dropped = 0
         self._thread = threading.Thread(target=self._fill, name="pump", daemon=True)
 
@@ -177,7 +177,7 @@ class Pump:
             self._changed.notify_all()
 
     def put(self, sample: Sample) -> None:
-        """Add a sample: the device's thread does, and who has one more of the same kind."""
+        """Add a sample; called by the source's thread, and by others that have samples for the same stream."""
         with self._changed:
             self.produced += 1
             if len(self._queue) >= self._length:
@@ -190,16 +190,16 @@ class Pump:
             self._queue.append(sample)
             self._changed.notify_all()
             if self._reading:
-                # to make the next sample now would take the interpreter from the reader, who is waited for
-                asked = self._asked
-                self._changed.wait_for(lambda: self._asked != asked, _YIELD_S)
+                # producing the next sample now would take the GIL from the reader, on which a prediction waits
+                reads = self._reads
+                self._changed.wait_for(lambda: self._reads != reads, _YIELD_S)
 
     def read(self, timeout_s: float) -> Sample | None:
         """The next sample, or None after `timeout_s` or at the end (see `ended`)."""
         with self._changed:
             if not self._queue and not self._ended:
                 self._reading = True
-                self._asked += 1
+                self._reads += 1
                 self._changed.notify_all()
                 self._changed.wait(timeout_s)
                 self._reading = False
@@ -221,11 +221,11 @@ class Pump:
         self._thread.start()
 
     def join(self, timeout_s: float) -> None:
-        """Let the source's generator come to its end, so that its device may be closed."""
+        """Wait until the source's generator has ended, so that its device can be closed."""
         self._thread.join(timeout_s)
 
     def discard(self) -> None:
-        """Count what nobody will read any more as dropped."""
+        """Drop the samples that are still waiting, and count them."""
         with self._changed:
             self.dropped += len(self._queue)
             self._queue.clear()

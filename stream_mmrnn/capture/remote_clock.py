@@ -1,7 +1,7 @@
-"""Our time of what another program's or host's clock has stamped: for publishers whose devices bring their own stamps.
+"""Convert time stamps of another program's or host's clock to the local clock, for devices that stamp their own data.
 
-Pure: it is told readings of both clocks. Knows nothing about sockets, nor what was stamped. The stamp itself is for the
-envelope's `device_ns`, which nobody changes; what comes from here is its `event_ns`.
+Pure: the caller reads both clocks. Publish the result as the envelope's `event_ns`, and the stamp itself, unchanged, as
+its `device_ns`.
 """
 
 from __future__ import annotations
@@ -13,38 +13,38 @@ from typing import NamedTuple
 _BUCKET_NS = 1_000_000_000
 _BUCKETS = 60
 _RATE_FROM = 8
-"""So many buckets say how fast the clock goes; before, it goes as ours."""
+"""Buckets needed to estimate the rate; before, both clocks are taken to run equally fast."""
 _MAX_RATE = 1e-3
 _STEADY_NS = 250_000_000
-"""For so long of the remote clock's time later readings must agree before their lateness is taken for a jump."""
+"""Late readings must agree for this long (remote time) before their lateness is taken for a jump of the clock."""
 
 
 class _Pair(NamedTuple):
     remote_ns: int
     offset_ns: int
-    """To add to the remote clock's reading."""
+    """Add it to a remote time to get local time."""
     delay_ns: int
-    """The less, the better it is. Of a pair that went one way it is the offset: delay and a constant, for so short a
-    time as the pairs span that are compared."""
+    """Pairs with less delay are more exact. For a one-way pair it is the offset, which is the delay plus a constant:
+    enough to compare pairs that are close in time."""
 
 
 class RemoteClock:
-    """A line through readings of both clocks: offset and rate, and never back.
+    """Estimates offset and rate of a remote clock. The local times that it gives always increase.
 
-    Readings travel, and travelling only makes them late. So of each second only the pair with the least delay is kept,
-    as NTP does (D. Mills, RFC 5905, section 10, the clock filter) and Lab Streaming Layer (C. Kothe et al., "The Lab
-    Streaming Layer for synchronized multimodal recording", Imaging Neuroscience 2025; `time_correction`); the
-    line through these of the last minute is robust against those that were late all the same: the median of all slopes
+    A network delay can only make a reading late. So only the pair with the least delay of each second is kept, as NTP
+    does (D. Mills, RFC 5905, section 10, the clock filter) and Lab Streaming Layer (C. Kothe et al., "The Lab Streaming
+    Layer for synchronized multimodal recording", Imaging Neuroscience 2025; `time_correction`). A Theil-Sen line (the
+    median of all slopes) through the pairs of the last minute is robust against pairs that were late all the same
     (H. Theil, "A rank-invariant method of linear and polynomial regression analysis", 1950; P. K. Sen, "Estimates of
     the regression coefficient based on Kendall's tau", 1968). A reading that no delay can explain is a jump of the
-    remote clock, and what was known before is forgotten.
+    remote clock: the estimate then starts again.
 
-    Use one of the two, never both: `exchange` where the other side answers, which leaves an error of half the least
-    delay's asymmetry; `arrived` where it only sends, which leaves the whole of the least delay.
+    Use one of the two, never both: `exchange` if the other side replies (error: half the asymmetry of the least delay),
+    `arrived` if it only sends (error: the whole least delay).
     """
 
     def __init__(self, jump_ns: int = 50_000_000) -> None:
-        """`jump_ns`: readings further than this from the line are a jump, unless they may just be late."""
+        """`jump_ns`: a reading further than this from the line is a jump, unless a delay can explain it."""
         self.jump_ns = jump_ns
         self.jumps = 0
         self._forget()
@@ -55,29 +55,29 @@ class RemoteClock:
         """The pair with the least delay of each second."""
         self._bucket: int | None = None
         self._late: deque[_Pair] = deque()
-        """The newest readings in a row that came too late to be believed."""
+        """The newest consecutive readings that were too late to be used."""
         self._from_ns, self._base_ns = 0, 0
-        """Where the line begins: remote time, and the whole part of what to add; a float has no digits for a date."""
+        """Origin of the line: remote time, and the integer part of the offset, too large for the digits of a float."""
         self._more_ns, self._rate = 0.0, 0.0
 
     @property
     def rate_ppm(self) -> float:
-        """How much faster our clock goes than the remote one."""
+        """How much faster the local clock runs than the remote one."""
         return self._rate * 1e6
 
     def exchange(self, sent_ns: int, remote_ns: int, received_ns: int, replied_ns: int | None = None) -> None:
-        """A question and its answer: sent and received by our clock; got (and replied, if later) by the remote one."""
+        """A request and its reply: sent and received (local time), received and replied to (remote time)."""
         replied_ns = remote_ns if replied_ns is None else replied_ns
         offset_ns = ((sent_ns - remote_ns) + (received_ns - replied_ns)) // 2
         delay_ns = max((received_ns - sent_ns) - (replied_ns - remote_ns), 0)
         pair = _Pair((remote_ns + replied_ns) // 2, offset_ns, delay_ns)
         if self._best and abs(self._off_ns(pair)) > delay_ns / 2 + self.jump_ns:
-            # half the delay is the most that a path can add
+            # the error of an offset is at most half the delay
             self._jump()
         self._accept(pair, received_ns)
 
     def arrived(self, remote_ns: int, received_ns: int) -> int:
-        """What was stamped `remote_ns` came at `received_ns` by our clock; its event time, as `stamp` has it."""
+        """A message stamped `remote_ns` has arrived at `received_ns`, local time; returns the same as `stamp`."""
         offset_ns = received_ns - remote_ns
         pair = _Pair(remote_ns, offset_ns, offset_ns)
         if self._best:
@@ -88,10 +88,10 @@ class RemoteClock:
                 self._late.clear()
         if not self._late:
             self._accept(pair, received_ns)
-        return self._later(min(self._local(remote_ns), received_ns))  # nothing is stamped after it came
+        return self._later(min(self._local(remote_ns), received_ns))  # a message is stamped before it arrives
 
     def _stays_late(self, pair: _Pair) -> bool:
-        """Whether readings have been late by the same for a while; those of a queue that is let go are ever less so."""
+        """Whether readings have been late by the same amount for a while. While a queue drains, lateness shrinks."""
         while self._late and abs(self._late[0].offset_ns - pair.offset_ns) > self.jump_ns // 2:
             self._late.popleft()
         self._late.append(pair)
@@ -105,7 +105,7 @@ class RemoteClock:
         return (pair.offset_ns - self._base_ns) - self._beyond(pair.remote_ns)
 
     def _beyond(self, remote_ns: int) -> float:
-        """What to add to `remote_ns` beside the whole part."""
+        """The offset at `remote_ns` without its integer part."""
         return self._more_ns + self._rate * (remote_ns - self._from_ns)
 
     def _accept(self, pair: _Pair, received_ns: int) -> None:
@@ -120,7 +120,7 @@ class RemoteClock:
         else:
             return
         if len(self._best) <= _RATE_FROM:
-            # too short for a rate: the best of the last seconds
+            # too short to estimate a rate: use the best pair of the last seconds
             chosen = min(list(self._best)[-3:], key=lambda p: p.delay_ns)
             self._from_ns, self._base_ns = chosen.remote_ns, chosen.offset_ns
 
@@ -140,7 +140,7 @@ class RemoteClock:
         self._more_ns = median((p.offset_ns - base_ns) - rate * (p.remote_ns - from_ns) for p in pairs)
 
     def stamp(self, remote_ns: int) -> int:
-        """Our time of `remote_ns`, but later than any that was given before."""
+        """The local time of `remote_ns`, but later than any time returned before."""
         return self._later(self._local(remote_ns))
 
     def _local(self, remote_ns: int) -> int:

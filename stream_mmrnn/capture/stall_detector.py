@@ -1,7 +1,4 @@
-"""How often a stream comes, by its own arrivals, and whether it has fallen silent.
-
-Pure: it is told the time. Knows nothing about devices or what a stream is made of.
-"""
+"""Detect that a stream has stalled, from the rate of its own arrivals. Pure: the caller gives the time."""
 
 from __future__ import annotations
 
@@ -9,14 +6,14 @@ from collections import deque
 
 _GAPS = 32
 _ENOUGH = 4
-"""So many gaps say what the period is."""
-_USUAL = 0.9
-"""Of the gaps at most a tenth is longer than the period: of blocks that come in pairs every second gap is none."""
+"""Gaps needed to estimate the period."""
+_QUANTILE = 0.9
+"""The period is this quantile of the gaps: where blocks arrive in pairs, every second gap is almost 0."""
 STALE_PERIODS = 2
 
 
 class StallDetector:
-    """Says of one dense stream that it is stale: silent for twice its own period. A sparse one never is."""
+    """Watches one dense stream; it is stale after twice its period without a sample. A sparse stream never is."""
 
     def __init__(self, dense: bool = True) -> None:
         self._dense = dense
@@ -26,23 +23,23 @@ class StallDetector:
         """Since when it is stale."""
         self._stale_ns = 0
         self.period_ns = 0
-        """0 as long as it is not known."""
+        """0 until it is known."""
         self.silences = 0
-        """How often it fell silent."""
+        """How often it became stale."""
 
     def on_sample(self, at_ns: int) -> bool:
-        """A sample came; whether it ends a silence."""
+        """A sample has arrived; returns whether the stream was stale."""
         if not self._dense:
             return False
         if self._last_ns is not None:
             self._gaps.append(max(at_ns - self._last_ns, 0))
             if len(self._gaps) >= _ENOUGH:
-                self.period_ns = sorted(self._gaps)[int(_USUAL * len(self._gaps))]
+                self.period_ns = sorted(self._gaps)[int(_QUANTILE * len(self._gaps))]
         self._last_ns = at_ns
         return self._end(at_ns)
 
     def check(self, at_ns: int) -> bool:
-        """No sample came until now; whether the stream is stale from now on."""
+        """No sample has arrived until now; returns whether the stream has just become stale."""
         if self._silent_ns is not None or self._due_ns is None or at_ns < self._due_ns:
             return False
         self._silent_ns = self._due_ns
@@ -50,17 +47,17 @@ class StallDetector:
         return True
 
     def wait_s(self, at_ns: int, most_s: float) -> float:
-        """How long to wait for a sample, so that a silence is noticed when it begins."""
+        """How long to wait for a sample so that a stall is noticed when it begins; `most_s` at most."""
         if self._silent_ns is not None or self._due_ns is None:
             return most_s
         return min(most_s, max(self._due_ns - at_ns, 0) / 1e9)
 
     def stale_ns(self, at_ns: int) -> int:
-        """For how long it was stale, all silences together."""
+        """How long it was stale in total."""
         return self._stale_ns + (max(at_ns - self._silent_ns, 0) if self._silent_ns is not None else 0)
 
     def stop(self, at_ns: int) -> None:
-        """The device is given back: nothing is expected of it until it is heard again. What it does then is its own."""
+        """The device was closed: expect nothing until the next sample, and learn the period again from there."""
         self._end(at_ns)
         self._gaps.clear()
         self._last_ns, self.period_ns = None, 0
@@ -74,7 +71,7 @@ class StallDetector:
 
     @property
     def _due_ns(self) -> int | None:
-        """When it is stale if nothing comes."""
+        """When it becomes stale if no sample arrives."""
         if self._last_ns is None or not self.period_ns:
             return None
         return self._last_ns + STALE_PERIODS * self.period_ns

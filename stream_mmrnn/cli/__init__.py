@@ -1,1 +1,1 @@
-"""The command `stream-mmrnn`, one file for each verb or group of verbs."""
+"""Cli: the `stream-mmrnn` command; one file per verb, or a few that belong together."""

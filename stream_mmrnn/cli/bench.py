@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 import typer
 from rich.console import Console
 
-from stream_mmrnn.cli.terminal import Alive, Json, ModelName, Provider, print_document
+from stream_mmrnn.cli.terminal import Json, ModelName, Provider, print_document
 from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import FileError
 from stream_mmrnn.core.printable import escape
+from stream_mmrnn.core.signals import StopFlag
 
 if TYPE_CHECKING:
     from stream_mmrnn.bench.measure import Arrivals
@@ -60,7 +61,9 @@ def _bench(name: Bench, as_json: bool, base: Path | None, folder: Path | None, r
 
     before = report.load(base, name) if base else None
     console = show.console(stderr=as_json)
-    document, pictures = run(Alive(), lambda text: console.print(f"[dim]{escape(text)}[/dim]", soft_wrap=True))
+    document, pictures = run(
+        StopFlag.unwinding(), lambda text: console.print(f"[dim]{escape(text)}[/dim]", soft_wrap=True)
+    )
     notes = document.setdefault("notes", [])
     if before is not None:
         document["compared"] = report.compare(before, document)

@@ -18,12 +18,12 @@ from stream_mmrnn.cli.terminal import COMMAND, ConfigFile, Json, print_document
 from stream_mmrnn.core.errors import UsageError
 from stream_mmrnn.core.printable import shown
 
-app = typer.Typer(help="The settings: their schema, what is wrong with a file, and which hold.", no_args_is_help=True)
+app = typer.Typer(help="Print the settings' schema, check a file, or show the values in effect.", no_args_is_help=True)
 
 
 @app.command()
 def schema(as_json: Json = False) -> None:
-    """The JSON Schema of the settings' TOML file, for editors: the same text with and without `--json`."""
+    """Print the JSON Schema of the settings' TOML file, for editors; `--json` prints it on one line."""
     from stream_mmrnn.core.config_schema import schema as made
 
     if as_json:
@@ -36,7 +36,7 @@ def schema(as_json: Json = False) -> None:
 def check(
     path: Annotated[Path, typer.Argument(help="A TOML file of settings.", metavar="FILE")], as_json: Json = False
 ) -> None:
-    """Everything that is wrong with a file of settings: exit code 0 where nothing is, else 2."""
+    """Check a file of settings and list every error: exit code 0 without errors, else 2."""
     from stream_mmrnn.cli.config_effective import faults
 
     found = faults(path)
@@ -47,14 +47,14 @@ def check(
         for fault in found:
             console.print(f"[red]✗[/red] {shown(fault['says'], 2000)}")
         if not found:
-            console.print(f"[green]✓[/green] {shown(str(path))} is sound")
+            console.print(f"[green]✓[/green] {shown(str(path))} is valid")
     if found:
         raise typer.Exit(2)
 
 
 @app.command()
 def show(config_file: ConfigFile = None, as_json: Json = False) -> None:
-    """All settings as they hold, as a TOML file with a comment where each comes from."""
+    """Print all settings in effect as a TOML file, with a comment for the origin of each."""
     from stream_mmrnn.cli.config_effective import as_toml, effective
 
     values = effective(config_file)
@@ -69,12 +69,11 @@ class Shell(StrEnum):
 
 
 def completion(context: typer.Context, shell: Shell, as_json: Json = False) -> None:
-    """The script that lets a shell complete verbs, options and names of models.
+    """Print the shell's completion script for verbs, options and model names.
 
-    For bash: `eval "$(stream-mmrnn completion bash)"`. `--install-completion` writes it where the current shell
-    looks for it.
+    For bash: `eval "$(stream-mmrnn completion bash)"`. `--install-completion` installs it for the current shell.
     """
-    # the door that the shells use: without an entry of ours in the libraries' insides
+    # the public interface that shells use, so that we need no private functions of typer and click
     variable = f"_{COMMAND}_COMPLETE".replace("-", "_").upper()
     os.environ[variable] = f"source_{shell.value}"
     script = io.StringIO()

@@ -1,4 +1,4 @@
-"""Which settings hold, where each comes from, and what is wrong with a file of them. Knows nothing about terminals."""
+"""The settings in effect with the origin of each, and all errors in a file of settings."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from stream_mmrnn.core.errors import StreamError
 
 
 def faults(path: Path) -> list[dict[str, str]]:
-    """Everything that is wrong with a file: `key` and what is to be said of it, in one sentence.
+    """All errors in a file: `key`, and in `says` one sentence about it.
 
     Raises:
-        ConfigError: it cannot be read, or is no TOML.
+        ConfigError: the file cannot be read, or is not TOML.
 
     """
     table = config.read(path)
@@ -37,7 +37,7 @@ def faults(path: Path) -> list[dict[str, str]]:
 
 
 def effective(path: Path | None) -> dict[str, dict[str, dict[str, Any]]]:
-    """By section and key: `value`, and `from`, the file's name or `default`."""
+    """By section and key: `value`, and `from`: the file's name or `default`."""
     table = config.read(path) if path is not None else {}
     settings: dict[str, dict[str, Any]] = msgspec.to_builtins(config.parse(table))
     return {
@@ -50,7 +50,7 @@ def effective(path: Path | None) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def as_toml(values: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """A file that says the same, with a comment where each value comes from."""
+    """The same as a TOML file, with a comment for the origin of each value."""
     lines = []
     for section, keys in values.items():
         lines.append(f"[{section}]")
@@ -64,5 +64,5 @@ def _printable(text: str) -> str:
 
 
 def _toml(value: Any) -> str:
-    # numbers, truths and texts are written alike in JSON, but for one control character
+    # JSON writes numbers, booleans and strings like TOML, except one control character
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

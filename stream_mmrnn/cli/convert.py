@@ -1,7 +1,4 @@
-"""The verbs of other programs' formats at the terminal: `view`, `import`, `unpack`.
-
-Knows nothing about how anything is done.
-"""
+"""The verbs for formats of other programs: `view`, `import`, `unpack`."""
 
 from __future__ import annotations
 
@@ -13,21 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from stream_mmrnn.cli.terminal import Alive, Json, print_document, say_on
+from stream_mmrnn.cli.terminal import Json, print_document, say_on
 from stream_mmrnn.core.errors import FileError, UsageError
 from stream_mmrnn.core.printable import escape, shown
+from stream_mmrnn.core.signals import StopFlag
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-Force = Annotated[bool, typer.Option("--force", help="Overwrite what is there.")]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the verbs to the command."""
-    app.command()(view)
-    app.command("import")(import_)
-    app.command()(unpack)
+Force = Annotated[bool, typer.Option("--force", help="Overwrite existing files.")]
 
 
 def _bar(console: Console) -> Progress:
@@ -42,7 +33,7 @@ def _write(path: Path, text: str, force: bool) -> None:
         with path.open("w" if force else "x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise FileError(f"{path} is there already; choose another name, or say --force") from None
+        raise FileError(f"{path} is there already; choose another name, or use --force") from None
     except OSError as e:
         raise FileError(f"{path} cannot be written: {e.strerror}; choose another place") from e
 
@@ -50,15 +41,13 @@ def _write(path: Path, text: str, force: bool) -> None:
 def view(
     path: Annotated[Path | None, typer.Argument(help="A recording.")] = None,
     layout: Annotated[
-        Path | None, typer.Option("--layout", help="Write Foxglove's layout of panels for it, instead of showing it.")
+        Path | None, typer.Option("--layout", help="Write a Foxglove layout for it, instead of showing it.")
     ] = None,
-    rrd: Annotated[
-        Path | None, typer.Option("--rrd", help="Write it as Rerun's own file, instead of showing it.")
-    ] = None,
+    rrd: Annotated[Path | None, typer.Option("--rrd", help="Write it as a Rerun file, instead of showing it.")] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Show a recording in Rerun, or write what Foxglove needs to show it."""
+    """Show a recording in Rerun, or write a layout for Foxglove."""
     from stream_mmrnn.core import config
     from stream_mmrnn.core.topics import PREDICTION
     from stream_mmrnn.core.wire import PredictionMessage, unpack
@@ -69,7 +58,7 @@ def view(
 
     console = Console(stderr=as_json, highlight=False, soft_wrap=True)
     if path is None and (layout is None or rrd is not None):
-        raise UsageError("name a recording, or a file for Foxglove's layout by --layout")
+        raise UsageError("name a recording, or a file for Foxglove's layout with --layout")
     recording = Recording(path) if path is not None else None
     done: dict[str, object] = {"recording": str(path) if path else None}
     if layout is not None:
@@ -77,7 +66,7 @@ def view(
         if recording is not None:
             predictions = [e.payload for _, e in zip(range(1), recording.envelopes({PREDICTION}), strict=False)]
             for _ in recording.batches(()):
-                pass  # what the heads are called stands at the end
+                pass  # the names of the heads are at the end of the file
             first = unpack(predictions[0], PredictionMessage) if predictions else None
             made = foxglove_layout.for_heads(columns_of(recording, first))
         _write(layout, json.dumps(made, indent=2) + "\n", force)
@@ -91,7 +80,7 @@ def view(
         done["rerun"] = rerun.program
         if rrd is not None:
             if rrd.exists() and not force:
-                raise FileError(f"{rrd} is there already; choose another name, or say --force")
+                raise FileError(f"{rrd} is there already; choose another name, or use --force")
             rerun_viewer.convert(path, rrd, rerun)
             done["rrd"] = str(rrd)
             console.print(f"wrote {escape(str(rrd))}")
@@ -113,17 +102,17 @@ def import_(
     out: Annotated[Path, typer.Argument(help="The MCAP file to make.")],
     chosen: Annotated[
         list[str] | None,
-        typer.Option("--as", help="What a stream becomes: NAME=audio, text, signal, label, none; repeatable."),
+        typer.Option("--as", help="Role of a stream: NAME=audio, text, signal, label or none; repeatable."),
     ] = None,
     session: Annotated[str, typer.Option(help="The session's name.")] = "imported",
     as_json: Json = False,
 ) -> None:
-    """Make a recording of an XDF file, to replay and to train on."""
+    """Convert an XDF file to a recording, to replay and to train on."""
     from stream_mmrnn.offline.convert import xdf
 
     pairs = [entry.rpartition("=") for entry in chosen or []]
     if wrong := next((e for e, (name, _, _) in zip(chosen or [], pairs, strict=True) if not name), None):
-        raise UsageError(f"--as wants NAME=ROLE, such as EEG=signal, not {wrong!r}")
+        raise UsageError(f"--as needs NAME=ROLE, such as EEG=signal, not {wrong!r}")
     console = Console(stderr=as_json, highlight=False, soft_wrap=True)
     with _bar(console) as bar:
         task = bar.add_task("importing", total=1.0)
@@ -149,15 +138,15 @@ def import_(
 
 
 class Codec(StrEnum):
-    """How pictures are written."""
+    """The values of `--video`."""
 
     h264, mjpeg = "h264", "mjpeg"
 
 
 def unpack(
     path: Annotated[Path, typer.Argument(help="A recording.")],
-    folder: Annotated[Path, typer.Argument(help="Where the files go.")],
-    to: Annotated[str, typer.Option("--to", help="Which formats, of parquet,wav,mp4,csv.")] = "parquet,wav,mp4,csv",
+    folder: Annotated[Path, typer.Argument(help="The folder for the files.")],
+    to: Annotated[str, typer.Option("--to", help="Formats, of parquet,wav,mp4,csv.")] = "parquet,wav,mp4,csv",
     video: Annotated[
         Codec, typer.Option("--video", help="h264 plays everywhere; mjpeg keeps every picture as it was recorded.")
     ] = Codec.h264,
@@ -168,7 +157,7 @@ def unpack(
     from stream_mmrnn.offline.convert import unpack as module
 
     console = Console(stderr=as_json, highlight=False, soft_wrap=True)
-    alive = Alive()
+    alive = StopFlag.unwinding()
     with _bar(console) as bar:
         task = bar.add_task("unpacking", total=None)
         result = module.unpack(
@@ -195,6 +184,6 @@ def unpack(
         raise typer.Exit(3)
     if result["damage"]:
         say_on(Console(stderr=True))(
-            f"{result['damage']}; what is whole until there was written, stream-mmrnn repair may save more"
+            f"{result['damage']}; everything before the damage was written, stream-mmrnn repair may save more"
         )
         raise typer.Exit(3)

@@ -1,6 +1,6 @@
-"""Cameras and microphones, and a picture or a level of each to tell them apart.
+"""List cameras and microphones, with a picture or a level of each to tell them apart.
 
-Every device is asked in a process that can be killed (`probes`). Knows nothing about terminals.
+Every device is opened in a process that can be killed (`probes`). Knows nothing about terminals.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ _KINDS = {"camera": "cameras", "microphone": "microphones"}
 
 
 def found(named: Collection[str] = (), timeout_s: float = 10.0) -> dict[str, Any]:
-    """`cameras` and `microphones`, each with `source` and `is`, those of `named` (`camera:URL`) with them; `problem`
-    says why there may be more.
+    """`cameras` and `microphones`, each with `source` and `is`; `problem`: why the lists may be incomplete.
+
+    The devices in `named` (such as `camera:URL`) are added to the lists.
 
     Raises:
         UsageError: `named` has something that is neither.
@@ -46,32 +47,32 @@ def found(named: Collection[str] = (), timeout_s: float = 10.0) -> dict[str, Any
 
 
 def picture(device: dict[str, Any], timeout_s: float = 10.0) -> bytes:
-    """A camera's picture, as JPEG; writes `width`, `height` and a small picture, `rgb`, into `device`, or `problem`."""
+    """A camera's picture as JPEG; adds `width`, `height` and a thumbnail `rgb` to `device`, or `problem`."""
     try:
-        seen = probes.ask("look", device["source"], timeout_s)
+        picture = probes.ask("look", device["source"], timeout_s)
     except StreamError as e:
         device["problem"] = str(e)
         return b""
-    device.update(width=seen["width"], height=seen["height"], rgb=base64.b64decode(seen["rgb"]))
-    return base64.b64decode(seen["jpeg"])
+    device.update(width=picture["width"], height=picture["height"], rgb=base64.b64decode(picture["rgb"]))
+    return base64.b64decode(picture["jpeg"])
 
 
 def level(device: dict[str, Any], timeout_s: float = 10.0, each: Callable[[float], None] = lambda _: None) -> None:
-    """How loud it is over `LISTEN_S`, in dBFS; writes `rms_dbfs` and `peak_dbfs` into `device`, or `problem`.
+    """A microphone's level over `LISTEN_S`; adds `rms_dbfs` and `peak_dbfs` to `device`, or `problem`.
 
-    `each` is told the level of every block.
+    `each` is called with the level of every block.
     """
     try:
-        asked = {"source": device["source"], "seconds": LISTEN_S}
-        heard = probes.ask("listen", asked, timeout_s, each)
+        argument = {"source": device["source"], "seconds": LISTEN_S}
+        measured = probes.ask("listen", argument, timeout_s, each)
     except StreamError as e:
         device["problem"] = str(e)
         return
-    device.update(rms_dbfs=heard["rms_dbfs"], peak_dbfs=heard["peak_dbfs"])
+    device.update(rms_dbfs=measured["rms_dbfs"], peak_dbfs=measured["peak_dbfs"])
 
 
 def save(jpeg: bytes, source: str, folder: Path) -> Path:
-    """The picture as a file that is named after its camera.
+    """Write the picture to a file named after its camera.
 
     Raises:
         FileError: it cannot be written.

@@ -1,4 +1,4 @@
-"""The verb `devices` at the terminal. Knows nothing about how devices are opened."""
+"""The verb `devices`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _GREYS = " .:-=+*#%@"
 
 
 def devices(
-    named: Annotated[list[str] | None, typer.Argument(help="More of them: camera:URL, microphone:NAME.")] = None,
-    look: Annotated[bool, typer.Option("--look", help="A picture of each camera, a level of each microphone.")] = False,
-    pictures: Annotated[Path | None, typer.Option(help="Save the pictures there, a JPEG a camera.")] = None,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that each device may take.")] = 10.0,
+    named: Annotated[list[str] | None, typer.Argument(help="Further devices: camera:URL, microphone:NAME.")] = None,
+    look: Annotated[bool, typer.Option("--look", help="Show each camera's picture, each microphone's level.")] = False,
+    pictures: Annotated[Path | None, typer.Option(help="Folder to save the pictures in, one JPEG per camera.")] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Timeout for each device in seconds.")] = 10.0,
     as_json: Json = False,
 ) -> None:
-    """Cameras and microphones that can be named in `--vision camera:...` and `--audio microphone:...`."""
+    """List cameras and microphones, for `--vision camera:...` and `--audio microphone:...`."""
     from stream_mmrnn.cli import device_preview as module
 
     console = Console(stderr=as_json, highlight=False)
@@ -49,7 +49,7 @@ def devices(
 def _camera(device: dict[str, Any], folder: Path | None, timeout_s: float, console: Console, as_json: bool) -> None:
     from stream_mmrnn.cli import device_preview as module
 
-    with console.status("looking"):
+    with console.status("taking a picture"):
         jpeg = module.picture(device, timeout_s)
     small = device.pop("rgb", b"")
     if jpeg and folder is not None:
@@ -83,7 +83,7 @@ def _microphone(device: dict[str, Any], timeout_s: float, console: Console, as_j
 
 
 def meter(rms_dbfs: float, peak_dbfs: float | None = None) -> Text:
-    """A bar from -60 dBFS to 0, and the numbers."""
+    """A bar from -60 to 0 dBFS, and the numbers."""
 
     def columns(dbfs: float) -> int:
         return round(_METER_COLUMNS * min(max(1 - dbfs / _METER_DBFS, 0), 1))
@@ -98,7 +98,7 @@ def meter(rms_dbfs: float, peak_dbfs: float | None = None) -> Text:
 
 
 def half_blocks(rgb: bytes, columns: int, rows: int, *, coloured: bool) -> Text:
-    """`rows` x `columns` x 3 bytes as text: a character has two rows of them, or one grey where there is no colour."""
+    """A picture of `rows` x `columns` x 3 bytes as text: each character shows two rows, in colour or as one grey."""
     text = Text(no_wrap=True)
     for row in range(0, rows - 1, 2):
         text.append("  ")

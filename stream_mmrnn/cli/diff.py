@@ -1,4 +1,4 @@
-"""The verb `diff` at the terminal. Knows nothing about how anything is compared."""
+"""The verb `diff`."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from stream_mmrnn.cli.terminal import Alive, Json, Provider, print_document, say_on
+from stream_mmrnn.cli.terminal import Json, Provider, print_document, say_on
 from stream_mmrnn.core.errors import UsageError
 from stream_mmrnn.core.printable import shown
+from stream_mmrnn.core.signals import StopFlag
 
 if TYPE_CHECKING:
-    from stream_mmrnn.offline.diff.tracks import Track
-
-
-def register(app: typer.Typer) -> None:
-    """Add the verb to the command."""
-    app.command()(diff)
+    from stream_mmrnn.offline.diff.tracks import PredictionTrack
 
 
 def diff(
     path: Annotated[Path, typer.Argument(help="A recording.")],
     model: Annotated[
         list[str] | None,
-        typer.Option("--model", help="A model of the zoo, or an ONNX file. Twice: the two; once: it and the recorded."),
+        typer.Option(
+            "--model",
+            help="A model of the zoo, or an ONNX file; the second one, or the recorded predictions, is b.",
+        ),
     ] = None,
     provider: Annotated[Provider, typer.Option(help="Where the models run.")] = Provider.cpu,
-    tolerance: Annotated[float, typer.Option(min=0.0, help="Differences up to this are none.")] = 0.0,
+    tolerance: Annotated[float, typer.Option(min=0.0, help="Ignore differences up to this.")] = 0.0,
     labels: Annotated[
-        bool, typer.Option("--labels", help="Compare with the recorded labels: what is named, or the recorded.")
+        bool,
+        typer.Option("--labels", help="Score the models, or the recorded predictions, by the labels."),
     ] = False,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw it into this file (needs matplotlib).")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Plot it into this file (needs matplotlib).")] = None,
     as_json: Json = False,
 ) -> None:
-    """Two models on one recording, or one and what was recorded; or a model and the labels.
+    """Compare two models on one recording, or one with the recorded predictions or labels.
 
-    Exit code 0: equal within the tolerance; 1: they differ; 2: usage; 3: the recording could be read in part only.
+    Exit code 0: equal within the tolerance; 1: they differ; 2: usage; 3: only part of the recording could be read.
     """
     from stream_mmrnn.offline.diff import compare, plots
     from stream_mmrnn.offline.diff import labels as labelled
@@ -46,14 +46,14 @@ def diff(
     if len(names) > 2:
         raise UsageError(f"{len(names)} models were named; --model is given once or twice")
     if not names and not labels:
-        raise UsageError("name what is compared: --model twice, once (with what was recorded), or --labels")
+        raise UsageError("name what to compare: --model twice, once (with the recorded predictions), or --labels")
     if plot is not None:
         plots.check(plot)
     if plot is not None and labels and len(names) < 2:
-        raise UsageError("a plot shows two models, or one and what was recorded; leave out --labels")
+        raise UsageError("a plot shows two models, or one and the recorded predictions; leave out --labels")
     events = labelled.labels_of(path) if labels else None
     console = Console(stderr=as_json, highlight=False)
-    alive = Alive()
+    alive = StopFlag.unwinding()
     tracks = _tracks(path, names, provider, console, alive, with_recorded=len(names) < (1 if labels else 2))
     sides = dict(zip("ab", tracks, strict=False))
     document: dict[str, Any] = {
@@ -77,20 +77,20 @@ def diff(
     for note in document["notes"]:
         errors(note)
     if document["stopped"] or document["damage"]:
-        errors(f"{document['damage'] or 'it was stopped'}; what came before was compared")
+        errors(f"{document['damage'] or 'it was stopped'}; everything before was compared")
         raise typer.Exit(3)
     if document["comparison"] is not None and not document["comparison"]["equal"]:
         raise typer.Exit(1)
 
 
 def _tracks(
-    path: Path, names: list[str], provider: Provider, console: Console, alive: Alive, with_recorded: bool
-) -> list[Track]:
+    path: Path, names: list[str], provider: Provider, console: Console, alive: StopFlag, with_recorded: bool
+) -> list[PredictionTrack]:
     from rich.progress import Progress
 
     from stream_mmrnn.offline.diff import tracks
 
-    # the recorded ones first: they are soon read, and may be missing
+    # the recorded ones first: reading them is quick, and they may be missing
     recorded = [tracks.recorded(path)] if with_recorded else []
     total = len(recorded[0].ticks) if recorded else None
     made = []
@@ -151,7 +151,7 @@ def _show_comparison(console: Console, found: dict[str, Any]) -> None:
         if found[f"only_{side}"]:
             console.print(f"only {side} has the heads {shown(', '.join(found[f'only_{side}']))}")
         if found["ticks"][f"only_{side}"]:
-            console.print(f"{found['ticks'][f'only_{side}']} ticks of {side} are none of {other}")
+            console.print(f"{found['ticks'][f'only_{side}']} ticks of {side} are not in {other}")
     for name, (x, y) in found["sizes_differ"].items():
         console.print(f"the head {shown(name, 64)} has {x} numbers in a and {y} in b")
     within = f"equal within {found['tolerance']:g}" if found["tolerance"] else "equal, bit for bit"
@@ -175,7 +175,7 @@ def _show_labels(console: Console, side: str, heads: dict[str, Any]) -> None:
             soft_wrap=True,
         )
         table = Table(header_style="dim")
-        table.add_column("true, by what was said")
+        table.add_column("true label, by prediction")
         for label in confusion["labels"]:
             table.add_column(shown(label, 48), justify="right")
         for label, row in zip(confusion["labels"], confusion["true_by_said"], strict=True):

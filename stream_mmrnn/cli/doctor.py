@@ -1,4 +1,4 @@
-"""The verb `doctor` at the terminal. Knows nothing about how anything is looked at."""
+"""The verb `doctor`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _MARKS = {"ok": "[green]✓[/green]", "absent": "[dim]–[/dim]", "warning": "[y
 def doctor(
     config_file: ConfigFile = None,
     model: ModelName = None,
-    provider: Annotated[Provider | None, typer.Option(help="The one that must work; without it any.")] = None,
-    record: Annotated[Path | None, typer.Option("--record", "-r", help="The recording that is to be made.")] = None,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that each probe may take.")] = 10.0,
+    provider: Annotated[Provider | None, typer.Option(help="The provider that must work; without it any.")] = None,
+    record: Annotated[Path | None, typer.Option("--record", "-r", help="The recording that you want to make.")] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Timeout for each probe in seconds.")] = 10.0,
     as_json: Json = False,
 ) -> None:
-    """What of this machine a session can use, and what to do about the rest; exit code 1 where something is broken.
+    """Check what a session can use on this machine, and how to fix the rest; exit code 1 if something is broken.
 
-    A device that is not there is no fault: it is said, and a session goes without.
+    A missing device is reported but is no fault: a session runs without it.
     """
     from rich.progress import Progress, TextColumn
     from rich.table import Table
@@ -37,12 +37,12 @@ def doctor(
         "engine.provider": provider.value if provider else None,
         "record.path": str(record) if record else None,
     }
-    asked = checks.Asked(config.load(config_file, overrides), timeout)
+    request = checks.Request(config.load(config_file, overrides), timeout)
     console = Console(stderr=as_json, highlight=False)
     columns = (*Progress.get_default_columns()[:2], TextColumn("{task.completed}/{task.total}"))
     with Progress(*columns, console=console, transient=True, disable=as_json or not console.is_terminal) as progress:
-        task = progress.add_task("looking", total=len(checks.CHECKS), completed=-1)
-        found = checks.run(asked, lambda name: progress.update(task, advance=1, description=name))
+        task = progress.add_task("checking", total=len(checks.CHECKS), completed=-1)
+        found = checks.run(request, lambda name: progress.update(task, advance=1, description=name))
     if as_json:
         print_document(checks.document(found))
     else:

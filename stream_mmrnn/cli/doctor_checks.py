@@ -1,6 +1,6 @@
-"""What is looked at, one function a subject, each giving findings.
+"""The checks of `doctor`, one function per subject, each yielding findings.
 
-What may hang or crash is asked in a process that can be killed (`probes`). Knows nothing about terminals.
+Calls that may hang or crash are made in a process that can be killed (`probes`). Knows nothing about terminals.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ State = Literal["ok", "absent", "warning", "fault"]
 
 
 class Finding(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     state: State
-    """absent: not here, and not needed; warning: a session runs, but less well; fault: mend it first."""
+    """absent: missing, but not needed; warning: a session runs, but less well; fault: fix it first."""
     says: str
     """One sentence."""
     do: str = ""
-    """What to do about it; "" where there is nothing to do."""
+    """What to do about it; "" for nothing."""
     facts: dict[str, Any] = {}
 
 
-class Asked(msgspec.Struct, frozen=True):
-    """What the checks are for."""
+class Request(msgspec.Struct, frozen=True):
+    """What to check for."""
 
     settings: config.Settings
     timeout_s: float = 10.0
-    """Of one probe."""
+    """Of each probe."""
 
 
 _LOW_DISK_BYTES = 5_000_000_000
@@ -63,7 +63,7 @@ _VERSIONS = (
     "msgspec",
 )
 _CUDA_TIMES = 6
-"""Loading CUDA from a cold disk takes that much longer than other probes."""
+"""Factor of the timeout for CUDA, which takes long to load from a cold disk."""
 
 
 def _version(package: str) -> str:
@@ -73,159 +73,170 @@ def _version(package: str) -> str:
         return ""
 
 
-def versions(_: Asked) -> Iterator[Finding]:
+def versions(_: Request) -> Iterator[Finding]:
     found = {name: v for name in _VERSIONS if (v := _version(name))}
     facts = {"python": platform.python_version(), "system": platform.platform(), **found}
     missing = [n for n in _VERSIONS if n not in found and n not in (*_ONNXRUNTIMES, "stream-mmrnn")]
     if missing:
-        do = "install the package anew: pip install --force-reinstall stream-mmrnn"
+        do = "reinstall the package: pip install --force-reinstall stream-mmrnn"
         yield Finding("versions", "fault", f"{', '.join(missing)} is not installed", do, facts)
     else:
         yield Finding("versions", "ok", f"Python {platform.python_version()}, {len(found)} packages", facts=facts)
 
 
-def onnxruntime(asked: Asked) -> Iterator[Finding]:
-    """The package that runs graphs: one of two, never both."""
+def onnxruntime(request: Request) -> Iterator[Finding]:
+    """The package that runs graphs; there are two, and only one may be installed."""
     both = [name for name in _ONNXRUNTIMES if _version(name)]
     if len(both) > 1:
         yield Finding(
             "onnxruntime",
             "fault",
-            f"{' and '.join(both)} are installed beside each other, and each has overwritten files of the other",
+            f"{' and '.join(both)} are both installed, and each has overwritten files of the other",
             "pip uninstall -y onnxruntime onnxruntime-gpu, then install the one that you want",
         )
         return
     reinstall = f"pip install --force-reinstall {both[0] if both else 'onnxruntime'}"
     try:
-        facts = probes.ask("onnxruntime", timeout_s=asked.timeout_s)
+        facts = probes.ask("onnxruntime", timeout_s=request.timeout_s)
     except StreamError as e:
         yield Finding("onnxruntime", "fault", f"onnxruntime cannot be loaded: {e}", reinstall)
         return
     yield Finding("onnxruntime", "ok", f"onnxruntime {facts['version']}", facts=facts)
-    yield from _providers(asked, facts)
+    yield from _providers(request, facts)
 
 
-def _providers(asked: Asked, facts: dict[str, Any]) -> Iterator[Finding]:
-    """The session's model really run on each provider."""
-    engine = asked.settings.engine
+def _providers(request: Request, facts: dict[str, Any]) -> Iterator[Finding]:
+    """Run the session's model on each provider."""
+    engine = request.settings.engine
     try:
         path = config.find_model(engine.model)
     except UsageError as e:
-        yield Finding("model", "fault", str(e), "name another in engine.model, or by --model")
+        yield Finding("model", "fault", str(e), "name another in engine.model, or with --model")
         return
     try:
-        ran = probes.ask("model", {"path": str(path), "provider": "cpu"}, asked.timeout_s)
-        yield Finding("model", "ok", f"the model {ran['model']} is sound", facts={"path": str(path)})
+        ran = probes.ask("model", {"path": str(path), "provider": "cpu"}, request.timeout_s)
+        yield Finding("model", "ok", f"the model {ran['model']} runs", facts={"path": str(path)})
         says = f"active: a step of {ran['model']} takes {ran['step_ms']:g} ms"
         yield Finding("provider cpu", "ok", says, facts=ran)
     except StreamError as e:
-        yield Finding("model", "fault", f"the model does not run: {e}", "export it anew, or name another by --model")
+        yield Finding("model", "fault", f"the model does not run: {e}", "export it again, or name another with --model")
         return
     wanted = engine.provider == "cuda"
     if not facts["gpu"]:
         state: State = "fault" if wanted else "absent"
         do = "set engine.provider to auto or cpu" if wanted else ""
-        yield Finding("provider cuda", state, "this machine shows no NVIDIA GPU", do)
+        yield Finding("provider cuda", state, "this machine has no NVIDIA GPU", do)
         return
-    do = "pip install onnxruntime-gpu 'onnxruntime-gpu[cuda,cudnn]', or see to the NVIDIA driver"
+    do = "pip install onnxruntime-gpu 'onnxruntime-gpu[cuda,cudnn]', or check the NVIDIA driver"
     try:
-        ran = probes.ask("model", {"path": str(path), "provider": "cuda"}, asked.timeout_s * _CUDA_TIMES)
+        ran = probes.ask("model", {"path": str(path), "provider": "cuda"}, request.timeout_s * _CUDA_TIMES)
         says = f"active: a step of {ran['model']} takes {ran['step_ms']:g} ms"
         yield Finding("provider cuda", "ok", says, facts=ran)
     except StreamError as e:
-        yield Finding("provider cuda", "fault" if wanted else "warning", f"there is a GPU, and it is not used: {e}", do)
+        yield Finding(
+            "provider cuda", "fault" if wanted else "warning", f"there is a GPU, but it cannot be used: {e}", do
+        )
 
 
-def encoders(asked: Asked) -> Iterator[Finding]:
-    """Each modality's encoder, on one synthetic sample."""
+def encoders(request: Request) -> Iterator[Finding]:
+    """Run each modality's encoder on one synthetic sample."""
     for modality in sources.MODALITIES:
         name = f"encoder {modality}"
         try:
-            made = probes.ask("encoder", modality, asked.timeout_s)
+            made = probes.ask("encoder", modality, request.timeout_s)
         except StreamError as e:
-            yield Finding(name, "fault", str(e), "install the package anew: its models are part of it")
+            yield Finding(name, "fault", str(e), "reinstall the package: its models are part of it")
             continue
         yield Finding(name, "ok", f"{made['origin'].split('@')[0]}: {made['size']} features", facts=made)
 
 
-def bus(asked: Asked) -> Iterator[Finding]:
+def bus(request: Request) -> Iterator[Finding]:
     try:
-        took_ms = probes.ask("bus", timeout_s=asked.timeout_s)
+        took_ms = probes.ask("bus", timeout_s=request.timeout_s)
     except StreamError as e:
-        do = "see to the folder for temporary files (TMPDIR), or set bus.transport to tcp"
-        yield Finding("bus", "fault", f"no message comes through a broker: {e}", do)
+        do = "check the folder for temporary files (TMPDIR), or set bus.transport to tcp"
+        yield Finding("bus", "fault", f"no message passes the broker: {e}", do)
         return
-    yield Finding("bus", "ok", f"a message comes through a broker in {took_ms:g} ms", facts={"took_ms": took_ms})
+    yield Finding("bus", "ok", f"a message passes the broker in {took_ms:g} ms", facts={"took_ms": took_ms})
 
 
-def cameras(asked: Asked) -> Iterator[Finding]:
+def cameras(request: Request) -> Iterator[Finding]:
     closed = [str(p) for p in sorted(Path("/dev").glob("video*")) if not os.access(p, os.R_OK | os.W_OK)]
     if closed:
-        yield Finding("camera rights", "warning", f"{', '.join(closed)} may not be opened", _join("video"))
+        yield Finding("camera rights", "warning", f"no permission to open {', '.join(closed)}", _join("video"))
     try:
-        found = probes.ask("cameras", timeout_s=asked.timeout_s)
+        found = probes.ask("cameras", timeout_s=request.timeout_s)
     except StreamError as e:
-        yield Finding("cameras", "warning", f"the cameras did not answer: {e}", "unplug them one by one")
+        yield Finding(
+            "cameras",
+            "warning",
+            f"the cameras did not answer: {e}",
+            "unplug them one by one to find the one that hangs",
+        )
         return
     if found:
-        does = "stream-mmrnn devices --look shows their pictures"
-        yield Finding("cameras", "ok", ", ".join(s for s, _ in found), does, {"found": dict(found)})
+        do = "stream-mmrnn devices --look shows their pictures"
+        yield Finding("cameras", "ok", ", ".join(s for s, _ in found), do, {"found": dict(found)})
     else:
-        yield Finding("cameras", "absent", "this machine has no camera that can be opened", "--vision none, or a URL")
+        yield Finding(
+            "cameras", "absent", "this machine has no camera that can be opened", "use --vision none, or a URL"
+        )
 
 
-def sound(asked: Asked) -> Iterator[Finding]:
-    """PortAudio, and the microphones that it finds."""
+def sound(request: Request) -> Iterator[Finding]:
+    """PortAudio and its microphones."""
     try:
-        version = probes.ask("portaudio", timeout_s=asked.timeout_s)
+        version = probes.ask("portaudio", timeout_s=request.timeout_s)
     except SourceError:
-        do = "apt-get install libportaudio2 (Debian, Ubuntu), or what other systems call PortAudio"
+        do = "install PortAudio, on Debian and Ubuntu: apt-get install libportaudio2"
         yield Finding("portaudio", "absent", "PortAudio is not installed", do)
-        yield Finding("microphones", "absent", "without PortAudio there is no microphone", "--audio none")
+        yield Finding("microphones", "absent", "microphones need PortAudio", "use --audio none")
         return
     except StreamError as e:
-        yield Finding("portaudio", "warning", f"PortAudio cannot be loaded: {e}", "install libportaudio2 anew")
+        yield Finding("portaudio", "warning", f"PortAudio cannot be loaded: {e}", "reinstall libportaudio2")
         return
     yield Finding("portaudio", "ok", version)
     closed = [str(p) for p in sorted(Path("/dev/snd").glob("pcm*c")) if not os.access(p, os.R_OK | os.W_OK)]
     if closed:
-        yield Finding("microphone rights", "warning", f"{', '.join(closed)} may not be opened", _join("audio"))
+        yield Finding("microphone rights", "warning", f"no permission to open {', '.join(closed)}", _join("audio"))
     try:
-        found = probes.ask("microphones", timeout_s=asked.timeout_s)
+        found = probes.ask("microphones", timeout_s=request.timeout_s)
     except StreamError as e:
-        do = "see to the sound server (PipeWire, PulseAudio) and ask again"
+        do = "check the sound server (PipeWire, PulseAudio) and try again"
         yield Finding("microphones", "warning", f"the microphones did not answer: {e}", do)
         return
     if found:
-        does = "stream-mmrnn devices --look shows how loud each is"
-        yield Finding("microphones", "ok", ", ".join(s for s, _ in found), does, {"found": dict(found)})
+        do = "stream-mmrnn devices --look shows how loud each is"
+        yield Finding("microphones", "ok", ", ".join(s for s, _ in found), do, {"found": dict(found)})
     else:
-        yield Finding("microphones", "absent", "this machine has no input device for sound", "--audio none")
+        yield Finding("microphones", "absent", "this machine has no input device for sound", "use --audio none")
 
 
 def _join(group: str) -> str:
-    return f"sudo usermod -aG {group} $USER, then log in anew"
+    return f"sudo usermod -aG {group} $USER, then log in again"
 
 
-def clocks(asked: Asked) -> Iterator[Finding]:
+def clocks(request: Request) -> Iterator[Finding]:
     resolution_ns = time.get_clock_info("monotonic").resolution * 1e9
-    says = f"the monotonic clock counts in steps of {resolution_ns:g} ns"
+    says = f"the monotonic clock has a resolution of {resolution_ns:g} ns"
     fine = resolution_ns <= 1_000_000
-    do = "" if fine else "stages of less than that read as 0 or one step"
+    do = "" if fine else "shorter latencies are shown as 0 or as one step"
     yield Finding("clock", "ok" if fine else "warning", says, do, {"resolution_ns": resolution_ns})
     try:
-        over = probes.ask("sleep", timeout_s=asked.timeout_s)
-        says = f"sleeps end {over['p50_ms']:g} ms late, the slowest hundredth {over['p99_ms']:g} ms"
+        over = probes.ask("sleep", timeout_s=request.timeout_s)
+        says = f"sleeps end {over['p50_ms']:g} ms late (median), {over['p99_ms']:g} ms late (p99)"
         late = over["p50_ms"] > _LATE_SLEEP_MS
-        do = "end what else uses the processor, or set supervisor.priority" if late else ""
+        do = "stop other programs that use the CPU, or set supervisor.priority" if late else ""
         yield Finding("sleep", "warning" if late else "ok", says, do, over)
     except StreamError as e:
-        yield Finding("sleep", "warning", f"sleeping could not be measured: {e}", "ask again on a quieter machine")
+        yield Finding(
+            "sleep", "warning", f"sleeps could not be measured: {e}", "try again when the machine is less busy"
+        )
     yield _wall_clock()
 
 
 class _Timex(ctypes.Structure):
-    """The beginning of the kernel's `struct timex`; the rest only has to be large enough."""
+    """The first fields of the kernel's `struct timex`; `rest` only has to be large enough."""
 
     _fields_ = (
         ("modes", ctypes.c_uint),
@@ -242,69 +253,71 @@ _STA_UNSYNC = 0x40
 
 
 def _wall_clock() -> Finding:
-    """Whether the kernel is told the time by anyone (NTP, PTP); only dates in recordings depend on it."""
-    name, nobody = "wall clock", "whether the wall clock is synchronised cannot be told here"
+    """Whether the wall clock is synchronised (NTP, PTP); only dates in recordings depend on it."""
+    name, unknown = "wall clock", "this system does not tell whether the wall clock is synchronised"
     if sys.platform != "linux":
-        return Finding(name, "absent", nobody)
+        return Finding(name, "absent", unknown)
     timex = _Timex()  # modes 0: nothing is set
     try:
         failed = ctypes.CDLL(None).adjtimex(ctypes.byref(timex)) < 0
     except (OSError, AttributeError):
         failed = True
     if failed:
-        return Finding(name, "absent", nobody)
+        return Finding(name, "absent", unknown)
     facts = {"max_error_us": timex.maxerror}
     if timex.status & _STA_UNSYNC:
-        do = "start an NTP client (systemd-timesyncd, chrony) if dates of recordings shall compare between machines"
-        return Finding(name, "warning", "the wall clock is not synchronised; dates of recordings may be off", do, facts)
+        do = "start an NTP client (systemd-timesyncd, chrony) to compare dates of recordings between machines"
+        return Finding(
+            name, "warning", "the wall clock is not synchronised; dates of recordings may be wrong", do, facts
+        )
     return Finding(name, "ok", f"synchronised, at most {timex.maxerror / 1000:g} ms off", facts=facts)
 
 
-def disk(asked: Asked) -> Iterator[Finding]:
-    """Where recordings go, and where states are kept."""
-    record = Path(asked.settings.record.path) if asked.settings.record.path else None
+def disk(request: Request) -> Iterator[Finding]:
+    """The folders for recordings and for saved states."""
+    record = Path(request.settings.record.path) if request.settings.record.path else None
     yield _folder("recordings", record.parent if record else Path())
-    yield _folder("state folder", config.state_folder(asked.settings.state))
+    yield _folder("state folder", config.state_folder(request.settings.state))
 
 
 def _folder(name: str, folder: Path) -> Finding:
-    there = folder.expanduser().absolute()
-    while not there.exists() and there != there.parent:
-        there = there.parent  # it is made when it is first needed
+    existing = folder.expanduser().absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent  # missing folders are created when they are needed
     try:
-        with tempfile.TemporaryFile(dir=there) as file:
+        with tempfile.TemporaryFile(dir=existing) as file:
             file.write(b"?")
-        free = shutil.disk_usage(there).free
+        free = shutil.disk_usage(existing).free
     except OSError as e:
-        do = "give yourself the right to write there, or name another folder"
-        return Finding(name, "fault", f"{there} cannot be written: {e.strerror or e}", do)
-    says, facts = f"{there} has {free / 1e9:.1f} GB free", {"folder": str(there), "free_bytes": free}
+        do = "get permission to write there, or name another folder"
+        return Finding(name, "fault", f"{existing} cannot be written: {e.strerror or e}", do)
+    says, facts = f"{existing} has {free / 1e9:.1f} GB free", {"folder": str(existing), "free_bytes": free}
     if free < _LOW_DISK_BYTES:
-        do = "make room: a full disk costs a recording what does not fit"
-        return Finding(name, "warning", f"{says}, which is little", do, facts)
+        do = "free some space: on a full disk a recording loses messages"
+        return Finding(name, "warning", f"only {says}", do, facts)
     return Finding(name, "ok", says, facts=facts)
 
 
-def scheduling(asked: Asked) -> Iterator[Finding]:
-    """Whether `supervisor.priority` would be given."""
-    wanted = asked.settings.supervisor.priority
+def scheduling(request: Request) -> Iterator[Finding]:
+    """Whether this user may set `supervisor.priority`."""
+    wanted = request.settings.supervisor.priority
     try:
-        may = probes.ask("scheduling", timeout_s=asked.timeout_s)
+        may = probes.ask("scheduling", timeout_s=request.timeout_s)
     except StreamError as e:
-        yield Finding("scheduling", "warning", f"the rights could not be asked for: {e}")
+        yield Finding("scheduling", "warning", f"the permissions for priorities could not be checked: {e}")
         return
     given = [name for name in ("nice", "fifo") if may[name]]
     do = "" if len(given) == 2 else "for fifo: `@realtime - rtprio 20` and `- nice -10` in /etc/security/limits.conf"
     if wanted in may and not may[wanted]:
-        says = f"supervisor.priority {wanted!r} would not be given, and the session runs as any other program"
+        says = f"no permission for supervisor.priority {wanted!r}; the session would run at normal priority"
         yield Finding("scheduling", "warning", says, do, may)
     elif given:
         yield Finding("scheduling", "ok", f"supervisor.priority may be {' or '.join(given)}", facts=may)
     else:
-        yield Finding("scheduling", "absent", "this user may ask for no priority (nice, fifo)", do, may)
+        yield Finding("scheduling", "absent", "this user may not raise priorities (nice, fifo)", do, may)
 
 
-CHECKS: dict[str, Callable[[Asked], Iterator[Finding]]] = {
+CHECKS: dict[str, Callable[[Request], Iterator[Finding]]] = {
     "versions": versions,
     "onnxruntime": onnxruntime,
     "encoders": encoders,
@@ -315,19 +328,19 @@ CHECKS: dict[str, Callable[[Asked], Iterator[Finding]]] = {
     "disk": disk,
     "scheduling": scheduling,
 }
-"""In the order in which they are shown."""
+"""In display order."""
 
 
-def run(asked: Asked, begin: Callable[[str], None] = lambda _: None) -> list[Finding]:
-    """All checks, one after the other: what is measured is not disturbed. `begin` is told the name of each."""
+def run(request: Request, begin: Callable[[str], None] = lambda _: None) -> list[Finding]:
+    """Run all checks one after the other, so that none disturbs a measurement; `begin` is called with each name."""
     found: list[Finding] = []
     for name, check in CHECKS.items():
         begin(name)
-        found += check(asked)
+        found += check(request)
     return found
 
 
 def document(found: list[Finding]) -> dict[str, Any]:
-    """For `--json`: the findings, and how many there are in each state."""
+    """The document for `--json`: the findings, and their number by state."""
     states = {s: sum(f.state == s for f in found) for s in ("ok", "absent", "warning", "fault")}
     return {"findings": [msgspec.to_builtins(f) for f in found], **states}

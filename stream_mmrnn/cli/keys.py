@@ -1,4 +1,4 @@
-"""The verbs `keys new|allow|remove|list`. Know nothing about how keys are kept."""
+"""The verbs `keys new|allow|remove|list`."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def _opened(folder: Path | None) -> Folder:
 
 @app.command("new")
 def new(
-    folder: Annotated[Path | None, typer.Argument(help="A folder that is not there yet.")] = None,
+    folder: Annotated[Path | None, typer.Argument(help="A folder that does not exist yet.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a folder with a key pair for the broker and one for our own processes; never overwrites."""
+    """Make a folder with a key pair for the broker and one for the session's own processes; never overwrites."""
     from stream_mmrnn.bus.keys import Folder
 
     made = Folder.new(folder or config.keys_folder())
@@ -41,20 +41,20 @@ def new(
         print_document(made.list())
         return
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"made {escape(str(made.path))}; name it in bus.keys, and allow others by stream-mmrnn keys allow")
+    console.print(f"made {escape(str(made.path))}; name it in bus.keys, and allow others with stream-mmrnn keys allow")
     console.print(f"server key, for those who connect: {escape(made.server)}")
     console.print(f"client key, to be allowed elsewhere: {escape(made.client)}")
 
 
 @app.command("allow")
 def allow(
-    name: Annotated[str, typer.Argument(help="Whose key it is, to remove it by.")],
-    key: Annotated[str, typer.Argument(help="A public key, or a file with one; after -- where it begins with -.")],
+    name: Annotated[str, typer.Argument(help="A name for the key, to remove it with.")],
+    key: Annotated[str, typer.Argument(help="A public key, or a file with one; after -- if it begins with -.")],
     folder: _Folder = None,
-    write: Annotated[bool, typer.Option("--write", help="It may publish, too; a viewer must not.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Allow publishing, too; not for viewers.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Let somebody's public key in, to read."""
+    """Allow a public key to connect and read."""
     done = _opened(folder).allow(name, key, write)
     if as_json:
         print_document(done)
@@ -64,21 +64,23 @@ def allow(
 
 @app.command("remove")
 def remove(
-    name: Annotated[str, typer.Argument(help="As it was allowed.")], folder: _Folder = None, as_json: Json = False
+    name: Annotated[str, typer.Argument(help="Its name, as given to `allow`.")],
+    folder: _Folder = None,
+    as_json: Json = False,
 ) -> None:
-    """Let a key in no more: at once for new connections; those that are open last until they end."""
+    """Revoke a key: new connections are refused at once; open ones last until they end."""
     done = _opened(folder).remove(name)
     if as_json:
         print_document(done)
     else:
         Console(highlight=False, soft_wrap=True).print(
-            f"{name} gets in no more; a connection that it has open lasts until it ends, or the session does"
+            f"{name} may no longer connect; a connection that is open lasts until it or the session ends"
         )
 
 
 @app.command("list")
 def list_(folder: _Folder = None, as_json: Json = False) -> None:
-    """Who may connect; no secrets."""
+    """List the keys that may connect; prints no secrets."""
     from rich.table import Table
 
     found = _opened(folder).list()
@@ -92,4 +94,4 @@ def list_(folder: _Folder = None, as_json: Json = False) -> None:
         table.add_column(column, no_wrap=True)
     for row in found["allowed"]:
         table.add_row(row["name"], " and ".join(row["rights"]), escape(row["public"]))
-    console.print(table if found["allowed"] else "nobody else is allowed")
+    console.print(table if found["allowed"] else "no other keys are allowed")

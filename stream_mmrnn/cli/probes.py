@@ -1,7 +1,7 @@
-"""What is asked of devices and libraries in a process of its own, which can be killed: a driver may hang, or crash.
+"""Probe devices and libraries in a separate process that can be killed, because a driver may hang or crash.
 
-`ask` starts `python -m stream_mmrnn.cli.probes NAME` and waits a bounded time. What a probe says while it works and in
-the end are lines of JSON on its standard output. Knows nothing about what the answers mean to whom.
+`ask` starts `python -m stream_mmrnn.cli.probes NAME` and waits for a limited time. A probe writes its progress and its
+result as lines of JSON to standard output.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from typing import Any
 from stream_mmrnn.core.errors import ProcessError, SourceError, StreamError
 
 THUMBNAIL = (32, 24)
-"""Columns and rows of the small picture that `look` gives."""
+"""Columns and rows of the thumbnail of `look`."""
 SILENCE_DBFS = -96.0
-"""Sound below this is called so loud: less than half the last bit."""
+"""The lowest level that is reported: less than half of the last bit."""
 _WARM_UP_S = 0.7
-"""The first pictures of many a camera are dark: its exposure is still to be found."""
+"""The first pictures of many cameras are dark, until their exposure is adjusted."""
 
 
 def ask(name: str, argument: Any = None, timeout_s: float = 10.0, each: Callable[[Any], None] = lambda _: None) -> Any:
-    """What the probe `name` answers; `each` is given what it says before.
+    """The result of the probe `name`; `each` is called with its progress.
 
     Raises:
-        SourceError: what was asked for is not there.
+        SourceError: the device or library is missing.
         ProcessError: no answer in `timeout_s`, or the process died.
-        StreamError: another error of ours, in its own words.
+        StreamError: the probe's own error.
 
     """
     process = subprocess.Popen(
@@ -50,7 +50,7 @@ def ask(name: str, argument: Any = None, timeout_s: float = 10.0, each: Callable
     )
     assert process.stdout is not None
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    # a thread, because a process that a driver holds in the kernel cannot be killed, and its pipe does not end
+    # a thread, because a process that a driver blocks in the kernel cannot be killed, and its pipe stays open
     reader = threading.Thread(target=_read, args=(process.stdout, lines), daemon=True)
     reader.start()
     deadline = time.monotonic() + timeout_s
@@ -62,7 +62,7 @@ def ask(name: str, argument: Any = None, timeout_s: float = 10.0, each: Callable
                 raise ProcessError(f"there was no answer in {timeout_s:g} s") from None
             if not line:
                 code = process.wait(1)
-                raise ProcessError(f"the process that asked {_ended(code)}")
+                raise ProcessError(f"the probe's process {_ended(code)}")
             kind, value = json.loads(line)
             if kind == "done":
                 return value
@@ -98,7 +98,7 @@ def _ended(code: int) -> str:
 
 
 def _cameras(_: Any) -> Iterator[Any]:
-    """(source, description) of each."""
+    """(source, description) of each camera."""
     from stream_mmrnn.capture.sources.camera import list_cameras
 
     yield list_cameras()
@@ -111,28 +111,28 @@ def _microphones(_: Any) -> Iterator[Any]:
 
 
 def _portaudio(_: Any) -> Iterator[Any]:
-    """Its version, as text."""
+    """PortAudio's version, as text."""
     from stream_mmrnn.capture.sources.microphone import portaudio
 
     yield portaudio().get_portaudio_version()[1].split(",")[0]
 
 
 def _picture(spec: str) -> Iterator[Any]:
-    """A picture of a camera: `jpeg` in base64, width and height, and `rgb`, a small one of THUMBNAIL."""
+    """A picture of a camera: `jpeg` (base64), width and height, and `rgb`, a thumbnail (base64)."""
     import cv2
     import numpy as np
 
     from stream_mmrnn.capture import sources
     from stream_mmrnn.core.config import Settings
 
-    source = sources.create(spec, "vision", Settings())
+    source = sources.create_source(spec, "vision", Settings())
     source.open()
     try:
         until = time.monotonic() + _WARM_UP_S
         newest = None
         for newest in source.samples(lambda: time.monotonic() < until, time.monotonic_ns()):  # noqa: B007
             pass
-        if newest is None:  # a slow one: the first that comes
+        if newest is None:  # a slow camera: take its first picture
             newest = next(iter(source.samples(lambda: True, time.monotonic_ns())))
     finally:
         source.close()
@@ -149,31 +149,32 @@ def _picture(spec: str) -> Iterator[Any]:
     }
 
 
-def _level(asked: dict[str, Any]) -> Iterator[Any]:
-    """How loud a microphone is, block by block, and in the end over `seconds`: `rms_dbfs` and `peak_dbfs`.
+def _level(argument: dict[str, Any]) -> Iterator[Any]:
+    """A microphone's level, block by block, and at the end over all `seconds`: `rms_dbfs` and `peak_dbfs`.
 
-    0 dBFS is the largest number that there is; a sine as loud as can be has an rms of -3.
+    0 dBFS is the largest sample value; a sine of full amplitude has an rms of -3 dBFS.
     """
     import numpy as np
 
     from stream_mmrnn.capture import sources
     from stream_mmrnn.core.config import Settings
 
-    source = sources.create(asked["source"], "audio", Settings())
+    source = sources.create_source(argument["source"], "audio", Settings())
     source.open()
     squares, count, peak = 0.0, 0, 0
     try:
-        for sample in itertools.islice(source.samples(lambda: True, time.monotonic_ns()), round(asked["seconds"] * 50)):
+        blocks = round(argument["seconds"] * 50)
+        for sample in itertools.islice(source.samples(lambda: True, time.monotonic_ns()), blocks):
             block = np.asarray(sample.data, float)
             squares, count = squares + float(block @ block), count + len(block)
             peak = max(peak, int(abs(block).max()))
-            yield _loud(float(block @ block) / len(block))
+            yield _dbfs(float(block @ block) / len(block))
     finally:
         source.close()
-    yield {"rms_dbfs": _loud(squares / max(count, 1)), "peak_dbfs": _loud(float(peak) ** 2), "samples": count}
+    yield {"rms_dbfs": _dbfs(squares / max(count, 1)), "peak_dbfs": _dbfs(float(peak) ** 2), "samples": count}
 
 
-def _loud(mean_square: float) -> float:
+def _dbfs(mean_square: float) -> float:
     return round(max(10 * math.log10(max(mean_square, 1e-9) / 32768**2), SILENCE_DBFS), 1)
 
 
@@ -186,8 +187,8 @@ def _onnxruntime(_: Any) -> Iterator[Any]:
     yield {"version": runtime.version(), "cuda": runtime.cuda_built(), "gpu": runtime.gpu_in_sight()}
 
 
-def _model(asked: dict[str, str]) -> Iterator[Any]:
-    """Steps of a model on nobody's data: which provider ran them, and the median time of one in ms."""
+def _model(argument: dict[str, str]) -> Iterator[Any]:
+    """Steps of a model on dummy data: the provider that ran them, and the median step time in ms."""
     import numpy as np
 
     from stream_mmrnn.core.clock import now_ns
@@ -195,7 +196,7 @@ def _model(asked: dict[str, str]) -> Iterator[Any]:
     from stream_mmrnn.core.types import Stamps, Tick
     from stream_mmrnn.predict.engine import StepEngine
 
-    engine = StepEngine(Path(asked["path"]), 1, asked["provider"])  # type: ignore[arg-type]
+    engine = StepEngine(Path(argument["path"]), 1, argument["provider"])  # type: ignore[arg-type]
     spec = engine.spec
     engine.open("probe")
     names = [m.name for m in spec.modalities]
@@ -216,17 +217,17 @@ def _model(asked: dict[str, str]) -> Iterator[Any]:
         prediction = engine.step([tick])[0]
         took.append(now_ns() - before_ns)
         if not all(np.isfinite(values).all() for values in prediction.heads.values()):
-            raise ModelError(f"the model {asked['path']} answers zeros with what is no number; export it anew")
+            raise ModelError(f"the model {argument['path']} gives NaN or infinity for zeros; export it again")
     yield {"provider": engine.provider, "step_ms": round(float(np.median(took)) / 1e6, 3), "model": spec.name}
 
 
 def _encoder(modality: str) -> Iterator[Any]:
-    """One sample of the synthetic source, encoded: the features' origin and length."""
+    """Encode one sample of the synthetic source: the features' origin and length."""
     from stream_mmrnn.capture import encoders, sources
     from stream_mmrnn.core.config import Settings
 
-    encoder = encoders.create(modality)
-    source = sources.create("synthetic", modality, Settings())
+    encoder = encoders.create_encoder(modality)
+    source = sources.create_source("synthetic", modality, Settings())
     source.open()
     try:
         for sample in source.samples(lambda: True, time.monotonic_ns()):
@@ -238,7 +239,7 @@ def _encoder(modality: str) -> Iterator[Any]:
 
 
 def _bus(_: Any) -> Iterator[Any]:
-    """One message from a publisher through a broker to a reader: the way's milliseconds."""
+    """Send one message from a publisher through a broker to a subscriber: its latency in ms."""
     from stream_mmrnn.bus import Address, Publisher, Subscriber, run_broker
     from stream_mmrnn.core import topics
     from stream_mmrnn.core.clock import now_ns
@@ -253,7 +254,7 @@ def _bus(_: Any) -> Iterator[Any]:
         publisher.wait_for_reader(topics.CLOCK, 5)
         at_ns = now_ns()
         publisher.publish(topics.CLOCK, topics.EVERYONE, at_ns, at_ns, b"")
-        heard = subscriber.receive(5000)
+        received = subscriber.receive(5000)
         took_ns = now_ns() - at_ns
         subscriber.close()
         publisher.close(0)
@@ -261,20 +262,20 @@ def _bus(_: Any) -> Iterator[Any]:
         over.set()
         broker.join(5)
         address.remove()
-    if heard is None:
-        raise ProcessError("a message did not come through the broker in 5 s")
+    if received is None:
+        raise ProcessError("a message did not pass the broker in 5 s")
     yield round(took_ns / 1e6, 3)
 
 
 def _scheduling(_: Any) -> Iterator[Any]:
-    """Which priorities this user may give a process; nobody else's is touched."""
+    """The priorities that this user may set, tried on this process only."""
     from stream_mmrnn.live.nodes import prioritise
 
     yield {priority: not prioritise(priority) for priority in ("nice", "fifo")}
 
 
 def _sleep(_: Any) -> Iterator[Any]:
-    """How much longer than asked 100 sleeps of 1 ms took, median and 99th percentile in ms, as our processes sleep."""
+    """How late 100 sleeps of 1 ms ended, median and p99 in ms, with the timer settings of our processes."""
     import numpy as np
 
     from stream_mmrnn.live.nodes import sharpen_sleep
@@ -302,11 +303,11 @@ _PROBES: dict[str, Callable[[Any], Iterator[Any]]] = {
     "scheduling": _scheduling,
     "sleep": _sleep,
 }
-"""Each yields what it has to say; the last is its answer."""
+"""Each yields its progress; the last value is its result."""
 
 
 def _main(name: str, argument: str) -> None:
-    # what libraries write is not ours: the answer has a way of its own
+    # libraries may write to standard output: the answers use a copy of it, and theirs goes to the null device
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
@@ -325,9 +326,9 @@ def _main(name: str, argument: str) -> None:
         say("not there", str(e))
     except StreamError as e:
         say("error", str(e))
-    except Exception as e:  # a library that is broken breaks in its own way
+    except Exception as e:  # a broken library may raise anything
         say("error", f"{type(e).__name__}: {str(e)[:300]}")
-    os._exit(0)  # a library that hangs at its end has answered already
+    os._exit(0)  # at once, because a library may hang in its clean-up
 
 
 if __name__ == "__main__":

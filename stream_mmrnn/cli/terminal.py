@@ -1,12 +1,8 @@
-"""What the verbs share at a terminal: notes, one JSON document, and signals as a question that can be asked.
-
-Knows nothing about any verb.
-"""
+"""Shared by the verbs: common options, notes, the JSON document, and a flag that signals clear."""
 
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from collections.abc import Callable
 from enum import StrEnum
@@ -20,11 +16,11 @@ from stream_mmrnn.core import config
 from stream_mmrnn.core.printable import shown
 
 COMMAND = "stream-mmrnn"
-"""What the command is called, however it was started."""
+"""The command's name in all output, however it was started."""
 
 
 class Provider(StrEnum):
-    """What `--provider` takes."""
+    """The values of `--provider`."""
 
     auto, cpu, cuda = "auto", "cpu", "cuda"
 
@@ -34,7 +30,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document as the las
 
 
 def _models(incomplete: str) -> list[str]:
-    """For a shell that completes: names of the zoo; a path is the shell's own to complete."""
+    """Shell completion for models of the zoo; the shell itself completes paths."""
     return [name for name in config.zoo_names() if name.startswith(incomplete)]
 
 
@@ -44,25 +40,8 @@ ModelName = Annotated[
 
 
 def say_on(console: Console) -> Callable[[str], None]:
-    """A function that notes one sentence."""
+    """A function that prints one sentence as a note."""
     return lambda text: console.print(f"[yellow]![/yellow] {shown(text)}", soft_wrap=True)
-
-
-class Alive:
-    """True until SIGINT or SIGTERM; a second one ends at once."""
-
-    def __init__(self) -> None:
-        self._stopped = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._stop)
-
-    def _stop(self, *_: Any) -> None:
-        if self._stopped:
-            raise SystemExit(130)
-        self._stopped = True
-
-    def __call__(self) -> bool:
-        return not self._stopped
 
 
 def print_document(document: dict[str, Any]) -> None:

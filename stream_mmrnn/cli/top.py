@@ -1,7 +1,4 @@
-"""The verbs that look at a running system from outside: `top` and `predictions`.
-
-Exit code 1: no session is running. Knows nothing about how anything is gathered.
-"""
+"""The verbs that observe a running session: `top` and `predictions`. Exit code 1: no session is running."""
 
 from __future__ import annotations
 
@@ -15,48 +12,41 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from stream_mmrnn.cli.terminal import Alive, Json, print_document, say_on
+from stream_mmrnn.cli.terminal import Json, print_document, say_on
 from stream_mmrnn.core.errors import NotRunning
+from stream_mmrnn.core.signals import StopFlag
 
-Session = Annotated[
-    str | None, typer.Option("--session", help="The session's name, or its process's number, where several run.")
-]
+Session = Annotated[str | None, typer.Option("--session", help="The session's name or process id, if several run.")]
 
 
 class Policy(StrEnum):
-    """What `--policy` takes."""
+    """The values of `--policy`."""
 
     latest, drop_oldest, block = "latest", "drop_oldest", "block"
-
-
-def register(app: typer.Typer) -> None:
-    """Add the verbs to the command."""
-    for verb in (top, predictions):
-        app.command()(verb)
 
 
 def top(
     session: Session = None,
     once: Annotated[
-        bool, typer.Option("--once", help="Show it once and end; so it is where there is no terminal.")
+        bool, typer.Option("--once", help="Show it once and exit; the default without a terminal.")
     ] = False,
-    every: Annotated[float, typer.Option(min=0.2, max=60.0, help="Seconds from one measurement to the next.")] = 1.0,
+    every: Annotated[float, typer.Option(min=0.2, max=60.0, help="Seconds between measurements.")] = 1.0,
     as_json: Json = False,
 ) -> None:
-    """Processes, streams, losses and latency of what is running. Exit code 1 where nothing is."""
+    """Show processes, streams, losses and latency of running sessions. Exit code 1 if none is running."""
     from rich.live import Live
 
     from stream_mmrnn.viewers.top.show import draw
     from stream_mmrnn.viewers.top.system import Systems
 
     console = Console(highlight=False)
-    alive = Alive()
+    alive = StopFlag.unwinding()
     with contextlib.closing(Systems(session)) as systems:
         if as_json or once or not console.is_terminal:
             systems.receive(every)
             systems.poll()
             if not systems.systems:
-                raise NotRunning("the session ended while it was looked at")
+                raise NotRunning("the session ended while it was measured")
             if as_json:
                 print_document(systems.document())
             else:
@@ -71,35 +61,34 @@ def top(
                     screen.update(draw(systems, console.width), refresh=True)
                 systems.poll()
     if alive():
-        say_on(console)("nothing is running any more")
+        say_on(console)("no session is running any more")
 
 
 def predictions(
     session: Session = None,
-    head: Annotated[list[str] | None, typer.Option("--head", help="Only this head; more than once for more.")] = None,
-    every: Annotated[float, typer.Option(min=0.0, help="Seconds of event time between two lines at least.")] = 0.0,
-    count: Annotated[int, typer.Option(min=0, help="End after so many lines; 0 goes on.")] = 0,
-    policy: Annotated[Policy, typer.Option(help="What becomes of what we are too slow for.")] = Policy.drop_oldest,
+    head: Annotated[list[str] | None, typer.Option("--head", help="Only this head; repeatable.")] = None,
+    every: Annotated[float, typer.Option(min=0.0, help="Least event time between two lines, in seconds.")] = 0.0,
+    count: Annotated[int, typer.Option(min=0, help="Number of lines; 0 for no limit.")] = 0,
+    policy: Annotated[Policy, typer.Option(help="What to drop when this reader is too slow.")] = Policy.drop_oldest,
     address: Annotated[str, typer.Option(help="HOST:PORT of a bus over tcp, instead of a session of this user.")] = "",
-    keys: Annotated[Path | None, typer.Option(help="The folder of our keys, where that bus asks for them.")] = None,
-    server_key: Annotated[str, typer.Option(help="That bus's public key, where it is not the folder's own.")] = "",
+    keys: Annotated[Path | None, typer.Option(help="The folder with our keys, if that bus needs keys.")] = None,
+    server_key: Annotated[str, typer.Option(help="That bus's public key, if it is not in the folder.")] = "",
     as_json: Json = False,
 ) -> None:
-    """Print a running session's predictions as JSON lines, one a prediction, until it ends or nobody reads them.
+    """Print a running session's predictions as JSON lines, until it ends or the pipe is closed.
 
-    With `--json` one more line comes at the end, the only one with the key `predictions`: how many there were, what
-    was lost, and why it ended.
+    `--json` adds a last line, the only one with the key `predictions`: how many there were, what was lost, and why it
+    ended.
     """
     from stream_mmrnn.bus.subscription import document, subscribe
 
-    alive = Alive()
+    alive = StopFlag.unwinding()
     say = say_on(Console(stderr=True))
     reader = subscribe(
         session, address=address, keys=keys, server_key=server_key, heads=head or None, policy=policy.value
     )
     printed, passed = 0, 0
-    due_ns: dict[str, int] = {}
-    # by session: the event time from which on the next line is due
+    due_ns: dict[str, int] = {}  # by session: the event time from which the next line is due
     with reader:
         while alive() and not (count and printed >= count):
             prediction = reader.receive(0.1)
@@ -124,13 +113,13 @@ def predictions(
 
 
 def _print(line: dict[str, Any]) -> bool:
-    """One line on stdout, at once; False where nobody reads it any more."""
+    """Print one line at once; False if the reader has closed the pipe."""
     try:
         print_document(line)
     except BrokenPipeError:
-        # else Python would say at its end that it could not write what is still in the buffer
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+        # else Python would report at exit that it could not flush its buffer
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, sys.stdout.fileno())
+        os.close(devnull)
         return False
     return True

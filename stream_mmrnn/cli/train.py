@@ -1,7 +1,4 @@
-"""The verbs of training at the terminal: `train`, `evaluate`, `export`.
-
-Imports torch only when one of them runs. Knows nothing about how anything is done.
-"""
+"""The verbs of training: `train`, `evaluate`, `export`. Imports torch only when one of them runs."""
 
 from __future__ import annotations
 
@@ -11,47 +8,44 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from stream_mmrnn.cli.terminal import Alive, Json, print_document, say_on
+from stream_mmrnn.cli.terminal import Json, print_document, say_on
 from stream_mmrnn.core.extras import need
 from stream_mmrnn.core.printable import shown
+from stream_mmrnn.core.signals import StopFlag
 
 _EXTRA = ("torch", "onnx", "onnxscript", "matplotlib", "tomli_w")
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verbs to the command."""
-    for verb in (train, evaluate, export):
-        app.command()(verb)
-
-
 def _training(needs: tuple[str, ...]) -> Any:
-    """What the verbs do, where the packages that they need are there; else one sentence that says how to get them."""
+    """The functions of the verbs; raises UsageError, with the command to install them, if packages are missing."""
     need("this", "train", *needs)
     from stream_mmrnn.training import verbs
 
     return verbs
 
 
-Data = Annotated[list[Path] | None, typer.Option("--data", help="Where the data is; recordings, or their folder.")]
+Data = Annotated[list[Path] | None, typer.Option("--data", help="The data: recordings, or a folder of them.")]
 
 
 def train(
-    recipe: Annotated[Path | None, typer.Argument(help="A recipe.toml or a zoo folder; none for own labels.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A recipe.toml or zoo folder; none for your own labels.")
+    ] = None,
     data: Data = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the model; trained/NAME without it.")] = None,
-    name: Annotated[str, typer.Option(help="What a model of own recordings is called.")] = "own",
-    quick: Annotated[bool, typer.Option("--quick", help="A run of minutes that says whether all is well.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    name: Annotated[str, typer.Option(help="Name of a model trained on your own recordings.")] = "own",
+    quick: Annotated[bool, typer.Option("--quick", help="A test run of a few minutes.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
     int8: Annotated[bool, typer.Option("--int8", help="Write 8-bit weights too.")] = False,
-    seed: Annotated[int | None, typer.Option(min=0, help="Another start.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the random numbers.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a model from a recipe, or from own labelled recordings."""
+    """Train a model from a recipe, or from your own labelled recordings."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     verbs = _training(_EXTRA)
     console = Console(stderr=as_json, highlight=False)
-    alive = Alive()
+    alive = StopFlag.unwinding()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading the data", total=None)
@@ -83,10 +77,10 @@ def train(
     else:
         _print_heads(console, result["test"])
         console.print(
-            f"{result['parameters']:,} weights, {result['epochs']} epochs; run it by --model {result['model']}"
+            f"{result['parameters']:,} weights, {result['epochs']} epochs; run it with --model {result['model']}"
         )
     if result["stopped"]:
-        say_on(console)("stopped early: this is the best model until then; --resume goes on from the last epoch")
+        say_on(console)("stopped early: this is the best model so far; --resume continues from the last epoch")
         raise typer.Exit(3)
 
 
@@ -113,7 +107,7 @@ def evaluate(
     present: Annotated[str | None, typer.Option(help="Only these modalities, such as audio,text.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a model file on its test data, as it is served."""
+    """Measure a model file on its test data, with the engine that serves it."""
     result = _training(()).evaluate(model, data or [], present.split(",") if present else None)
     if as_json:
         print_document(result)
@@ -125,15 +119,15 @@ def evaluate(
 
 def export(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint (.safetensors); with --triton also a model.")],
-    out: Annotated[Path | None, typer.Option(help="The ONNX file; beside the checkpoint without it.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The ONNX file; by default beside the checkpoint.")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Write 8-bit weights too.")] = False,
     triton: Annotated[
         Path | None, typer.Option(help="Write a model repository for Triton into this folder; needs no torch.")
     ] = None,
-    sessions: Annotated[int, typer.Option(min=1, max=1_000_000, help="Of --triton: how many at once.")] = 1024,
+    sessions: Annotated[int, typer.Option(min=1, max=1_000_000, help="Concurrent sessions for --triton.")] = 1024,
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint's step graph, if it computes what was trained; or what Triton wants to serve a model."""
+    """Export a checkpoint as an ONNX step graph and check that it computes the same; or a model for Triton."""
     result: dict[str, Any] = {}
     if triton is None or checkpoint.endswith(".safetensors"):
         result = _training(_EXTRA).export(Path(checkpoint), out, int8)

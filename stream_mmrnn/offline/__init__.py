@@ -1,1 +1,1 @@
-"""Recordings again: replay, the player, `diff`, and conversion to other formats."""
+"""Offline: work on recordings. Replay them, compare the predictions of models over them, convert them."""

@@ -1,4 +1,4 @@
-"""A recording's messages at the rate at which they were published, or a multiple of it."""
+"""Deliver a recording's messages at the rate at which they were published, or a multiple of it."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""The page of a replay: the recording's messages at their pace, held where it is paused, and found again after a seek.
+"""Play a recording on the live page, in real time or at another speed, with pause and seek.
 
-Forward, a seek lets the messages run until there as fast as they go. Back, it ends this pass over the recording, and
-the next one runs from the beginning to the place: so the model's state is always the one that it has there, never a
-guess. All stamps shown are the recording's own; of a prediction only the step is of now. Knows nothing about engines,
-files or the bus.
+A seek forward runs the messages up to the target as fast as possible. A seek back ends this pass over the recording,
+and the next pass runs from the beginning to the target. So the model's state is always exact. All stamps that are shown
+are the recording's; only the duration of a prediction's step is new. Knows nothing about engines, files or the bus.
 """
 
 from __future__ import annotations
@@ -25,26 +24,26 @@ from stream_mmrnn.viewers.dashboard.state import LiveState
 
 _SHOW_NS = 100_000_000
 _POLL_S = 0.02
-_NO_TYPING = "a recording is played here: what is typed would change nothing"
+_NO_TYPING = "this is a recording: text cannot be added to it"
 
 
 class _Command(msgspec.Struct, forbid_unknown_fields=True):
-    """What the page posts to /replay."""
+    """The body of a POST to /replay."""
 
     paused: bool | None = None
     seek_s: Annotated[float, msgspec.Meta(ge=0, le=1e9)] | None = None
 
 
 class Player:
-    """Serves the page on loopback; `close` gives the port back.
+    """Serves the page on loopback until `close`.
 
     Raises:
-        ProcessError: the port cannot be had.
+        ProcessError: the port is not free.
 
     """
 
     WANTED = frozenset({topics.LABEL, topics.raw("vision"), topics.raw("audio"), *topics.raws("text")})
-    """What the page shows of a recording beside what the model is given."""
+    """Topics that the page shows in addition to the model's inputs."""
 
     def __init__(self, speed: float, alive: Callable[[], bool], port: int = 0) -> None:
         self._speed, self._alive = speed, alive
@@ -56,9 +55,9 @@ class Player:
         self._first_ns = self._last_ns = self._position_ns = 0
         self._paused = self._ended = self._back = False
         self._until_ns = 0
-        """Where a seek goes: before it nothing is waited for."""
+        """The target of a seek: messages before it are not paced."""
         self._base = (0, 0)
-        """Now, and the recording's time that belongs to it."""
+        """A local time, and the recording's time at that moment."""
         self._shown_ns = 0
         self._view = LiveState()
         self._predictions = 0
@@ -71,8 +70,8 @@ class Player:
     def load(
         self, name: str, spec: ModelSpec, first_ns: int, last_ns: int, statuses: Collection[wire.StatusMessage] = ()
     ) -> None:
-        """Say what is played: `first_ns` and `last_ns` are when its first and its last message were published,
-        `statuses` what the processes said last when it was recorded.
+        """Set what is played: `first_ns` and `last_ns` are the publish times of its first and its last message,
+        `statuses` the last status of each process of the recorded session.
         """
         self._statuses = statuses
         self._name, self._first_ns, self._last_ns = name, first_ns, max(first_ns, last_ns)
@@ -80,7 +79,7 @@ class Player:
         self._contract = {"name": spec.name, "sha256": spec.sha256, **heads}
 
     def play(self, envelopes: Iterable[Envelope]) -> Iterator[Envelope]:
-        """One pass: the messages, each when it is due. Ends early where a seek goes back; `again` says so."""
+        """One pass over the messages, each when it is due. Ends early at a seek back; `again` is true then."""
         self._view, self._predictions = LiveState(), 0
         self._back = self._ended = False
         self._position_ns = self._first_ns
@@ -91,25 +90,25 @@ class Player:
             if not self._wait_for(envelope.publish_ns):
                 return
             there = msgspec.structs.replace(envelope, received_ns=envelope.publish_ns)
-            # long before the place of a seek nothing is shown that would still be seen there
+            # messages longer before a seek's target than the page's history need not be shown
             if envelope.publish_ns >= self._until_ns - HISTORY_NS:
                 self._view.observe(there)
                 if there.topic == topics.raw("vision") and isinstance(there.payload, bytes):
                     self._page.picture(there.payload)
             yield there
         self._ended, self._until_ns = True, 0
-        # one who looks may still want to go back
+        # a viewer may still seek back
         while self._alive() and self._page.clients and not self._back:
-            self._obey()
+            self._run_commands()
             self._show()
             time.sleep(_POLL_S)
 
     def again(self) -> bool:
-        """Whether a further pass is wanted, because a seek went back."""
+        """Whether another pass is needed, because of a seek back."""
         return self._back and self._alive()
 
     def observe(self, prediction: Prediction) -> None:
-        """Show a prediction, with the recording's stamps until its step and none of a bus that is not there."""
+        """Show a prediction with the recording's stamps and the new step's duration, and no time on a bus."""
         if prediction.tick.event_ns < self._until_ns - HISTORY_NS:
             return
         took_ns = prediction.step_end_ns - prediction.step_start_ns
@@ -130,14 +129,14 @@ class Player:
         self._page.close()
 
     def _handle(self, body: bytes) -> str:
-        """In the server's thread."""
+        """Called in the server's thread."""
         try:
             self._commands.append(msgspec.json.decode(body, type=_Command))
         except msgspec.MsgspecError as e:
-            return f"that is no command of a replay: {e}"
+            return f"not a command of a replay: {e}"
         return ""
 
-    def _obey(self) -> None:
+    def _run_commands(self) -> None:
         while self._commands:
             command = self._commands.popleft()
             if command.paused is not None:
@@ -151,10 +150,10 @@ class Player:
         self._base = (now_ns(), self._position_ns)
 
     def _wait_for(self, due_ns: int) -> bool:
-        """Until the recording's time is `due_ns`; False where this pass is over."""
+        """Wait until the recording's time is `due_ns`; False if this pass has ended."""
         while self._alive():
             if self._commands:
-                self._obey()
+                self._run_commands()
             if self._back:
                 return False
             at_ns = now_ns()
@@ -163,7 +162,7 @@ class Player:
             if due_ns < self._until_ns:
                 self._position_ns = due_ns
                 return True
-            if self._until_ns:  # arrived
+            if self._until_ns:  # the seek's target is reached
                 self._position_ns = max(self._position_ns, self._until_ns)
                 self._until_ns = 0
                 self._rebase()
@@ -183,7 +182,7 @@ class Player:
 
     def _show(self) -> None:
         self._shown_ns, at_ns = now_ns(), self._position_ns
-        # last, so that it is this model's contract that is shown
+        # last, so that the page shows this model's contract, not the recorded one
         counts = {"predictions": self._predictions}
         self._report(wire.StatusMessage("replay", "ready", counts=counts, detail={"spec": self._contract}))
         sound = self._view.sound
@@ -205,7 +204,7 @@ class Player:
     def _note(self) -> str:
         if self._until_ns > self._position_ns:
             place_s = (self._until_ns - self._first_ns) / 1e9
-            return f"on the way to {place_s:.1f} s: the model runs over all that is before, as it did then"
+            return f"seeking to {place_s:.1f} s: the model runs over everything before it"
         if self._ended:
-            return "the end; go back to see it again, or close this page to end the replay"
-        return f"at {self._speed:g} times its speed" + (", paused" if self._paused else "")
+            return "the end; seek back to see it again, or close this page to end the replay"
+        return f"at {self._speed:g} times real time" + (", paused" if self._paused else "")

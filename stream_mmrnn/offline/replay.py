@@ -1,4 +1,4 @@
-"""Replay: a recording through the same generator as live, and the comparison with what was predicted then.
+"""Replay: a recording through the same generator as live, and a comparison with the recorded predictions.
 
 Knows nothing about the bus or processes: a recording is an iterable of envelopes.
 """
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 
-from stream_mmrnn.capture.encoders import create
+from stream_mmrnn.capture.encoders import create_encoder
 from stream_mmrnn.capture.pipeline import reencode
 from stream_mmrnn.core import config, topics, wire
 from stream_mmrnn.core.clock import now_ns
@@ -59,16 +59,16 @@ class Replayed(NamedTuple):
 
 
 class Comparison:
-    """Predictions made now against those in the recording, tick by tick.
+    """Compares new predictions with the recorded ones, tick by tick.
 
-    Both come in one pass, in whatever order; what has met its counterpart is forgotten.
+    Both come in one pass, in any order; a pair is dropped once it is compared.
     """
 
     def __init__(self) -> None:
         self._then: dict[int, Recorded] = {}
         self._now: dict[int, Replayed] = {}
         self._recent: OrderedDict[int, Recorded] = OrderedDict()
-        """The newest recorded ones, met or not: an engine that went on after a crash has said some of them twice."""
+        """The newest recorded ones, compared or not: an engine that was restored after a crash republishes some."""
         self.recorded = 0
         self.different = 0
         self.extra = 0
@@ -79,8 +79,8 @@ class Comparison:
         self.first = ""
         """One sentence about the first difference."""
 
-    def aside(self, batches: Iterable[Sequence[Envelope]]) -> Iterator[Envelope]:
-        """The same messages one by one, without the recorded predictions: these come here."""
+    def split_off(self, batches: Iterable[Sequence[Envelope]]) -> Iterator[Envelope]:
+        """The messages one by one, without the recorded predictions, which are compared here."""
 
         def without(batch: Sequence[Envelope]) -> Sequence[Envelope]:
             for envelope in batch:
@@ -146,7 +146,7 @@ class Comparison:
         self.first = self.first or sentence
 
     def summary(self) -> dict[str, Any]:
-        """Counts, once both are at their end."""
+        """The counts, after both have ended."""
         extra, missing = self.extra + len(self._now), self.missing + len(self._then)
         if extra and self._now:
             self._note(f"tick {next(iter(self._now))} has no recorded prediction")
@@ -172,19 +172,19 @@ def replay(
     model: str | None = None,
     provider: Provider = "cpu",
     verify: bool = False,
-    see: Callable[[Prediction], None] = lambda _: None,
+    on_prediction: Callable[[Prediction], None] = lambda _: None,
     alive: Callable[[], bool] = lambda: True,
     player: Player | None = None,
 ) -> dict[str, Any]:
     """Run a recording through aligner and engine again.
 
-    `speed` paces it (1 is as it was); None is as fast as it goes. `source` says whether the recorded feature vectors
-    are used or made again from the raw samples. Always compares with the recorded predictions where there are some;
-    `verify` makes a comparison that cannot be made an error. A `player` shows it on a page and paces it instead of
-    `speed`; what is returned is then of the last pass.
+    `speed` paces it (1 is real time); None is as fast as possible. `source` selects recorded feature vectors, or
+    vectors that are encoded again from the raw samples. Recorded predictions, if there are any, are always compared;
+    with `verify` it is an error if they cannot be. A `player` shows the replay on the live page and paces it instead of
+    `speed`; the returned document is then about the last pass.
 
     Raises:
-        UsageError: the file, its model or its raw streams are not there.
+        UsageError: the file, its model or its raw streams are missing.
 
     """
     recording = Recording(path)
@@ -207,13 +207,13 @@ def replay(
     while True:
         aligner = Aligner.of(engine.spec.modalities, engine.spec.tick_ns, settings.align)
         comparison = Comparison()
-        envelopes = comparison.aside(recording.batches(wanted | {topics.PREDICTION}))
+        envelopes = comparison.split_off(recording.batches(wanted | {topics.PREDICTION}))
         if player is not None:
             envelopes = player.play(envelopes)
         if source == "raw":
-            # a signal has no raw messages: its features are the raw ones
+            # a signal has no raw messages: its features are the raw values
             raw = [m.name for m in engine.spec.modalities if topics.MODALITIES[m.name].schema]
-            envelopes = reencode(envelopes, {name: create(name) for name in raw})
+            envelopes = reencode(envelopes, {name: create_encoder(name) for name in raw})
         if speed is not None and player is None:
             envelopes = pace(envelopes, speed, alive)
         steps = Histogram()
@@ -227,7 +227,7 @@ def replay(
             comparison.observe(prediction)
             if player is not None:
                 player.observe(prediction)
-            see(prediction)
+            on_prediction(prediction)
             if not alive():
                 break
         if player is None or not player.again():
@@ -260,22 +260,22 @@ def replay(
 
 
 def _statuses(recording: Recording) -> list[wire.StatusMessage]:
-    """What each process said last, where the recording has an end that says it."""
+    """The last status of each process, if the recording was finished."""
     try:
-        said = msgspec.json.decode(recording.end.get("statuses", "{}"), type=dict[str, wire.StatusMessage])
+        statuses = msgspec.json.decode(recording.end.get("statuses", "{}"), type=dict[str, wire.StatusMessage])
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return []
-    return list(said.values())
+    return list(statuses.values())
 
 
 def _span(recording: Recording) -> tuple[int, int]:
-    """When the first and the last tick of time in it were published."""
+    """When the first and the last clock message were published."""
     stamps = [e.publish_ns for e in recording.envelopes({topics.CLOCK})]
     return (stamps[0], stamps[-1]) if stamps else (0, 0)
 
 
 def info(path: Path) -> dict[str, Any]:
-    """What is in a recording: streams with their counts and times, model, encoders, losses, and whether it is whole."""
+    """The contents of a recording: streams with their counts and rates, model, encoders, losses, and any damage."""
     recording = Recording(path)
     channels: dict[str, dict[str, Any]] = {}
     numbers: SequenceTracker[str] = SequenceTracker()

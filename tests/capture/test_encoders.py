@@ -60,9 +60,9 @@ def jpeg(width: int, height: int, seed: int = 0) -> bytes:
     return cv2.imencode(".jpg", picture)[1].tobytes()
 
 
-def test_every_encoder_says_who_it_is_and_its_size() -> None:
+def test_every_encoder_has_an_origin_and_a_size() -> None:
     for modality, size in {"vision": 1280, "audio": 81, "text": 256}.items():
-        encoder = encoders.create(modality)
+        encoder = encoders.create_encoder(modality)
         name, _, digest = encoder.origin.partition("@")
         assert encoder.size == size
         assert name
@@ -81,7 +81,7 @@ def test_hops_are_stamped_with_their_end(audio: AudioEncoder) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(0, 3200), max_size=12), st.integers(1, 3200))
-def test_however_the_sound_is_cut_the_vectors_are_the_same(cuts: list[int], length: int) -> None:
+def test_vectors_do_not_depend_on_the_block_length(cuts: list[int], length: int) -> None:
     encoder = _shared_audio()
     sound = noise(length)
     whole = encode_all(encoder, blocks_of(sound, []))
@@ -101,7 +101,7 @@ def _shared_audio() -> AudioEncoder:
     return _kept[0]
 
 
-def test_a_hole_in_the_sound_moves_the_hops_to_where_the_samples_are(audio: AudioEncoder) -> None:
+def test_after_a_gap_hops_start_at_the_next_sample(audio: AudioEncoder) -> None:
     sound = noise(960)
     audio.reset()
     audio.encode(Sample(START + 15 * MS, START, sound[:240]))
@@ -112,7 +112,7 @@ def test_a_hole_in_the_sound_moves_the_hops_to_where_the_samples_are(audio: Audi
     assert out[0].data.tobytes() == alone[0].data.tobytes()
 
 
-def test_jitter_of_the_stamps_is_no_hole(audio: AudioEncoder) -> None:
+def test_jitter_of_the_stamps_is_no_gap(audio: AudioEncoder) -> None:
     sound = noise(640)
     audio.reset()
     assert audio.encode(Sample(START, START, sound[:240])) == []
@@ -120,7 +120,7 @@ def test_jitter_of_the_stamps_is_no_hole(audio: AudioEncoder) -> None:
     assert [s.event_ns for s in out] == [START + 8 * MS, START + 28 * MS]
 
 
-def test_time_that_goes_back_starts_anew(audio: AudioEncoder) -> None:
+def test_time_that_goes_back_resets_the_state(audio: AudioEncoder) -> None:
     sound = noise(16_000)
     fresh = encode_all(audio, blocks_of(sound, []))
     audio.encode(Sample(START + 20_000 * MS, START, sound[:100]))
@@ -139,19 +139,19 @@ def test_silence_and_full_scale_stay_in_range(audio: AudioEncoder) -> None:
 
 
 @pytest.mark.parametrize("data", [b"xx", np.zeros(10, np.float32), np.zeros((10, 2), np.int16)])
-def test_sound_of_another_form_is_refused(audio: AudioEncoder, data: object) -> None:
+def test_sound_of_another_type_is_rejected(audio: AudioEncoder, data: object) -> None:
     with pytest.raises(WireError):
         audio.encode(Sample(0, 0, data))  # type: ignore[arg-type]
 
 
 @pytest.mark.shared_data
 @pytest.mark.skipif(not DIALOGUE.exists(), reason="needs the data folder beside the checkout")
-def test_speech_is_heard(audio: AudioEncoder) -> None:
+def test_speech_is_detected(audio: AudioEncoder) -> None:
     with wave.open(io.BytesIO(DIALOGUE.read_bytes())) as file:
         sound = np.frombuffer(file.readframes(file.getnframes()), np.int16)
     out = encode_all(audio, blocks_of(sound, list(range(0, len(sound), 320))))
     speech = np.array([s.data[SPEECH] for s in out])
-    assert speech[:300].mean() < 0.2  # nobody speaks before 6.7 s
+    assert speech[:300].mean() < 0.2  # no speech before 6.7 s
     assert speech[450:1200].mean() > 0.7
 
 
@@ -179,7 +179,7 @@ def test_reduced_decoding_sees_the_same_picture(image: ImageEncoder, width: int,
     assert np.abs(shrink(data).astype(int) - expected).mean() < 3
 
 
-def test_bytes_that_are_no_picture_are_refused(image: ImageEncoder) -> None:
+def test_bytes_that_are_no_picture_are_rejected(image: ImageEncoder) -> None:
     png = cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
     huge = bytearray(jpeg(64, 64))
     at = huge.index(b"\xff\xc0")
@@ -246,17 +246,15 @@ def test_no_text_is_zeros(text: TextEncoder) -> None:
         text.encode(Sample(0, 0, np.zeros(3)))
 
 
-def test_damaged_word_vectors_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_word_vectors_are_one_sentence() -> None:
     for damaged in (b"", b"{}", bytes(100)):
-        monkeypatch.setattr("stream_mmrnn.capture.encoders.text._read", lambda file, data=damaged: data)
         with pytest.raises(ModelError, match="install it again"):
-            TextEncoder()
+            TextEncoder(read=lambda _, data=damaged: data)
 
 
 def test_a_missing_package_or_file_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModelError, match="install wordllama"):
         TextEncoder()
-    monkeypatch.setattr("stream_mmrnn.capture.encoders.audio.models_folder", lambda: tmp_path)
     with pytest.raises(ModelError):
-        AudioEncoder()
+        AudioEncoder(tmp_path)

@@ -1,4 +1,4 @@
-"""Lab Streaming Layer against pylsl itself, in processes of its own, on this machine alone."""
+"""Lab Streaming Layer against pylsl in separate processes, on this machine only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from places import TESTS
 from stream_mmrnn.capture import encoders, sources
 from stream_mmrnn.capture.encoders.signal import SignalEncoder
 from stream_mmrnn.capture.lsl_runtime import clock_offset_ns, require
-from stream_mmrnn.capture.sources.lsl import int16_of
+from stream_mmrnn.capture.sources.lsl import LostSamples, int16_of
 from stream_mmrnn.core import config, topics
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import FileError, SourceError, SourceSpecError, WireError
@@ -39,12 +39,12 @@ LABELS = ("yes", "no")
 
 
 def unique(name: str) -> str:
-    """No other test, nor an older run of this one, has a stream of that name."""
+    """A name that no stream of another test or run has."""
     return f"{name}-{uuid.uuid4().hex[:8]}"
 
 
 class Peer:
-    """The other program, and what it has said."""
+    """The other program, and its output."""
 
     def __init__(self, *args: object, before: tuple[str, ...] = ()) -> None:
         command = [*before, sys.executable, str(PEER), *map(str, args)]
@@ -58,7 +58,7 @@ class Peer:
         self.said.extend(json.loads(line) for line in self.process.stdout)
 
     def finish(self) -> list[Any]:
-        """All that it said, once it has ended by itself."""
+        """Its whole output, after it has ended by itself."""
         assert self.process.wait(60) == 0, self.process.stderr and self.process.stderr.read()
         self.close()
         return self.said
@@ -74,7 +74,7 @@ class Peer:
 
 @contextmanager
 def opened(spec: str, modality: str, settings: config.Settings | None = None) -> Iterator[Any]:
-    source = sources.create(spec, modality, settings or config.Settings())
+    source = sources.create_source(spec, modality, settings or config.Settings())
     end_ns = now_ns() + 20_000_000_000
     while True:
         try:
@@ -101,7 +101,7 @@ def test_a_signal_comes_in_order_with_its_own_times() -> None:
         sent = peer.finish()
     assert [s.data.tolist() for s in got] == [values for _, _, values in sent]
     assert all(s.data.dtype == np.float32 for s in got)
-    # the stamp is kept as it was; the event time is the same moment by our clock
+    # the stamp is unchanged; the event time is the same moment on the local clock
     assert [s.device_ns for s in got] == [round(stamp * 1e9) for stamp, _, _ in sent]
     assert all(abs(s.event_ns - at_ns) < 20_000_000 for s, (_, at_ns, _) in zip(got, sent, strict=True))
     assert all(a.event_ns <= b.event_ns <= b.capture_ns for a, b in itertools.pairwise(got))
@@ -111,15 +111,10 @@ def test_a_signal_comes_in_order_with_its_own_times() -> None:
 
 
 def test_a_gap_in_the_stamps_of_a_fixed_rate_is_counted() -> None:
-    source = sources.create("lsl:x", "signal", config.Settings())
-    source.info["stream"] = {"rate_hz": 100.0}
-    source._before_ns = 0
-    source._count_missing([10_000_000, 20_000_000, 90_000_000, 1_090_000_000])
-    source._count_missing([1_100_000_000, 1_300_000_000])
-    assert source.info["missing"] == 99 + 19
-    source.info["stream"] = {"rate_hz": 0.0}  # events, that come when they come
-    source._count_missing([9_000_000_000])
-    assert source.info["missing"] == 99 + 19
+    samples = LostSamples(100.0)
+    assert samples.count([10_000_000, 20_000_000, 90_000_000, 1_090_000_000]) == 99
+    assert samples.count([1_100_000_000, 1_300_000_000]) == 19
+    assert LostSamples(0.0).count([10_000_000, 9_000_000_000]) == 0, "events have no fixed rate"
 
 
 def test_the_clock_of_another_machine_is_mapped_to_ours() -> None:
@@ -164,7 +159,7 @@ def test_strings_are_text_and_fast_numbers_are_sound() -> None:
     assert max(int(s.data.max()) for s in got) > 5000
 
 
-def test_what_cannot_be_a_source_is_said_in_a_sentence() -> None:
+def test_an_invalid_source_is_an_error() -> None:
     for spec, modality in (
         ("lsl:", "signal"),
         ("lsl:color=red", "signal"),
@@ -175,19 +170,19 @@ def test_what_cannot_be_a_source_is_said_in_a_sentence() -> None:
             sources.check(spec, modality)
     sources.check("lsl:type=EEG", "signal")
     name = unique("words")
-    source = sources.create(f"lsl:{name}", "signal", config.Settings())
+    source = sources.create_source(f"lsl:{name}", "signal", config.Settings())
     with pytest.raises(SourceError, match="no stream has that name on this machine"):
         source.open()
     with pytest.raises(SourceError, match="call open"):
         next(source.samples(lambda: True, 0))
     outlet = pylsl.StreamOutlet(pylsl.StreamInfo(name, "Markers", 1, 0, "string", name))
-    with pytest.raises(SourceError, match="signal wants at most"):
+    with pytest.raises(SourceError, match="signal needs at most"):
         source.open()
     source.close()
     del outlet
 
 
-def test_without_the_package_it_says_how_to_get_it() -> None:
+def test_a_missing_package_is_an_error_with_the_command_to_install_it() -> None:
     code = (
         "import importlib.util as u, sys; find = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name == 'pylsl' else find(name, *a)\n"
@@ -198,7 +193,7 @@ def test_without_the_package_it_says_how_to_get_it() -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert done.returncode == 2
         assert "needs the extra `lsl` (pylsl missing): pip install 'stream-mmrnn[lsl]'" in done.stderr
-    # without its file the library would be on all networks
+    # without its file the library would use all networks
     with pytest.raises(FileError, match="which is no file"):
         require(config.Lsl(config="/no/such.cfg"))
 
@@ -217,7 +212,7 @@ def test_a_signal_is_encoded_as_it_is() -> None:
     for bad in (b"1.0", np.zeros(2), np.zeros((2, 2), np.float32), np.array([np.nan], np.float32)):
         with pytest.raises(WireError):
             encoder.encode(Sample(1, 2, bad))
-    assert encoders.create("signal").origin == encoder.origin
+    assert encoders.create_encoder("signal").origin == encoder.origin
 
 
 HEADS = (
@@ -269,12 +264,12 @@ def test_a_reader_of_our_outlet_gets_every_prediction() -> None:
 
 @pytest.fixture(scope="module")
 def signal_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    text = encoders.create("text")
+    text = encoders.create_encoder("text")
     specs = (ModalitySpec("signal", 2, SignalEncoder.origin), ModalitySpec("text", text.size, text.origin))
     return toy_model.make(tmp_path_factory.mktemp("models") / "signal.onnx", specs)
 
 
-def test_a_session_on_streams_that_vanish_and_come_back(signal_model: Path, tmp_path: Path) -> None:
+def test_a_session_on_streams_that_disappear_and_return(signal_model: Path, tmp_path: Path) -> None:
     """Two streams in, the predictions out, all of it recorded."""
     path, out, eeg, words = tmp_path / "a.mcap", unique("out"), unique("eeg"), unique("words")
     settings = tmp_path / "s.toml"
@@ -324,7 +319,7 @@ def test_a_session_on_streams_that_vanish_and_come_back(signal_model: Path, tmp_
     assert head["ready"] == ["next.yes", "next.no"]
     assert head["rate_hz"] == 25.0
     recorded = list(recording.predictions())
-    late = recorded[len(recorded) - len(rows) :]  # the reader came when it was running, and then had every one
+    late = recorded[len(recorded) - len(rows) :]  # the reader connected while it was running, and has every one since
     assert len(rows) > 25
     offset_ns = clock_offset_ns(pylsl)
     for (stamp, values), prediction in zip(rows, late, strict=True):

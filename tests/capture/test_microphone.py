@@ -1,4 +1,4 @@
-"""A real PortAudio stream on a private PulseAudio server: a microphone that hears what the test plays."""
+"""A real PortAudio stream on a private PulseAudio server: a microphone that records what the test plays."""
 
 import itertools
 import subprocess
@@ -47,16 +47,16 @@ def wav(tmp_path: Path) -> Path:
     return path
 
 
-def hear(source: Microphone, seconds: float) -> list[Sample]:
+def record(source: Microphone, seconds: float) -> list[Sample]:
     end = time.monotonic() + seconds
     return list(source.samples(lambda: time.monotonic() < end, 0))
 
 
-def found_in(heard: list[Sample], path: Path) -> float:
-    """The correlation of a file with what was heard, where it fits best."""
+def found_in(samples: list[Sample], path: Path) -> float:
+    """The best correlation of a file with the recorded samples."""
     with wave.open(str(path)) as plain:
         wanted = np.frombuffer(plain.readframes(24_000), np.int16).astype(float)[4_000:20_000]
-    sound = np.concatenate([s.data for s in heard]).astype(float)
+    sound = np.concatenate([s.data for s in samples]).astype(float)
     fit = np.correlate(sound, wanted, "valid")
     at = int(fit.argmax())
     return float(np.corrcoef(sound[at : at + len(wanted)], wanted)[0, 1])
@@ -72,15 +72,15 @@ def test_a_microphone_hears_what_is_played(microphone: Any, wav: Path) -> None:
         assert source.info["got"]["rate_hz"] == 16_000
         assert not source.info["got"]["resampled"]
         microphone.play(wav, wait=False)
-        heard = hear(source, 3.0)
-    assert {len(s.data) for s in heard} == {320}
-    assert 120 <= len(heard) <= 170
-    assert found_in(heard, wav) > 0.8
-    steps = np.diff([s.event_ns for s in heard])
+        samples = record(source, 3.0)
+    assert {len(s.data) for s in samples} == {320}
+    assert 120 <= len(samples) <= 170
+    assert found_in(samples, wav) > 0.8
+    steps = np.diff([s.event_ns for s in samples])
     assert steps.min() > 0
     assert abs(np.median(steps) - 20e6) < 1e6
-    # what is heard is not from the future, and not from long ago
-    age = np.array([s.capture_ns - s.event_ns for s in heard])
+    # event times are not in the future, and not long ago
+    age = np.array([s.capture_ns - s.event_ns for s in samples])
     assert age.min() >= 0
     assert np.median(age) < 100e6
 
@@ -102,44 +102,39 @@ def test_a_device_that_refuses_16_khz_is_resampled(microphone: Any, wav: Path, m
         assert source.info["got"]["resampled"]
         assert source.info["got"]["rate_hz"] > 16_000
         microphone.play(wav, wait=False)
-        heard = hear(source, 3.0)
-    assert {len(s.data) for s in heard} == {320}
-    assert found_in(heard, wav) > 0.8
+        samples = record(source, 3.0)
+    assert {len(s.data) for s in samples} == {320}
+    assert found_in(samples, wav) > 0.8
 
 
 @needs_pulse
 def test_a_microphone_that_is_unplugged_is_lost_and_found(microphone: Any) -> None:
     with closing(Microphone("pulse", MicrophoneSettings())) as source:
         source.open()
-        assert len(hear(source, 0.5)) > 5
+        assert len(record(source, 0.5)) > 5
         threading.Timer(0.2, microphone.stop).start()
         began = time.monotonic()
         with pytest.raises(SourceError, match="lost"):
-            hear(source, 15)
+            record(source, 15)
         assert time.monotonic() - began < 5
         with pytest.raises(SourceError, match="not there"):
             source.open()
         microphone.start()
         source.open()
-        assert len(hear(source, 1.0)) > 10
+        assert len(record(source, 1.0)) > 10
 
 
 @needs_pulse
-def test_a_stretch_that_is_lost_is_counted_and_not_smoothed_over(
-    microphone: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import stream_mmrnn.capture.sources.microphone as module
-
-    monkeypatch.setattr(module, "_WAITING_BLOCKS", 5)
-    with closing(Microphone("pulse", MicrophoneSettings())) as source:
+def test_lost_blocks_are_counted_and_leave_a_gap_in_time(microphone: Any) -> None:
+    with closing(Microphone("pulse", MicrophoneSettings(), max_queued=5)) as source:
         source.open()
         samples = source.samples(lambda: True, 0)
         next(samples)
         time.sleep(0.6)  # the reader stalls; all but 5 blocks are lost
-        heard = list(itertools.islice(samples, 15))
+        late = list(itertools.islice(samples, 15))
     assert source.info["dropped"] > 5
     assert source.info["overflows"] >= 1
-    assert np.diff([s.event_ns for s in heard]).max() > 200e6
+    assert np.diff([s.event_ns for s in late]).max() > 200e6
 
 
 def test_without_portaudio_the_error_names_it() -> None:
@@ -158,7 +153,7 @@ def test_without_portaudio_the_error_names_it() -> None:
     assert "libportaudio2" in ran.stdout
 
 
-def test_the_tool_says_what_it_does() -> None:
+def test_the_tool_has_help() -> None:
     tool = str(ROOT / "tools" / "virtual_devices.py")
     ran = subprocess.run([sys.executable, tool, "--help"], capture_output=True, text=True, check=True)
     assert "--wav" in ran.stdout

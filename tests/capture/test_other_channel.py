@@ -1,4 +1,4 @@
-"""The second person: in the synthetic story, on the bus, in recordings and before the model, beside the first."""
+"""The second person: in the synthetic dialogue, on the bus, in recordings and as inputs of a model."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ TALK = ("audio", "text", "other_audio", "other_text")
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model that hears and reads two persons and sees none."""
-    specs = tuple(ModalitySpec(m, e.size, e.origin) for m in TALK for e in [encoders.create(m)])
+    """A small model with sound and text of two persons, and no vision."""
+    specs = tuple(ModalitySpec(m, e.size, e.origin) for m in TALK for e in [encoders.create_encoder(m)])
     return toy_model.make(tmp_path_factory.mktemp("both") / "toy.onnx", specs)
 
 
@@ -48,10 +48,10 @@ def spoken(turn: Turn) -> str:
     return " ".join(w.text for w in turn.words)
 
 
-# -- the story
+# -- the dialogue
 
 
-def test_the_person_says_what_it_always_said() -> None:
+def test_the_dialogue_of_a_seed_does_not_change() -> None:
     first, second = itertools.islice(turns(0), 2)
     assert spoken(first) == "we had a long day at work have you seen the new film"
     assert spoken(second).startswith("it was a little too loud maybe we can meet")
@@ -59,7 +59,7 @@ def test_the_person_says_what_it_always_said() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_other_one_speaks_in_the_pauses(seed: int) -> None:
+def test_the_second_person_speaks_in_the_pauses(seed: int) -> None:
     said, answered = until(120, turns(seed)), until(120, answers(seed))
     assert answered == until(120, answers(seed))
     assert len(answered) >= 8
@@ -70,12 +70,12 @@ def test_the_other_one_speaks_in_the_pauses(seed: int) -> None:
     assert [spoken(a) for a in answered] != [spoken(a) for a in until(120, answers(seed + 1))]
 
 
-def test_the_other_one_is_heard_and_read() -> None:
-    """The detector hears each of the two when it speaks, and silence in its channel when the other does."""
+def test_the_second_person_has_sound_and_text() -> None:
+    """The detector finds speech in each channel when its person speaks, and silence when the other does."""
     seconds = 25
     heard = {}
     for modality in ("audio", "other_audio"):
-        encoder = encoders.create(modality)
+        encoder = encoders.create_encoder(modality)
         source = Synthetic(modality, SyntheticSettings(), paced=False)
         samples = itertools.islice(source.samples(lambda: True, 0), 50 * seconds)
         heard[modality] = np.array([s.data[SPEECH] for sample in samples for s in encoder.encode(sample)])
@@ -93,14 +93,14 @@ def test_the_other_one_is_heard_and_read() -> None:
 
 
 def speaking(at_s: np.ndarray, story: Iterator[Turn]) -> np.ndarray:
-    """When somebody has been speaking for a moment: a detector needs one."""
+    """Where a person has been speaking for a moment, which a detector needs."""
     return np.any([(at_s > t.start_s + 0.15) & (at_s < t.end_s) for t in until(at_s[-1], story)], axis=0)
 
 
 # -- live
 
 
-def test_two_persons_live_and_again(both: Path, tmp_path: Path) -> None:
+def test_two_persons_live_and_replayed(both: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.mcap"
     code, summary, err = run(
         "live", "--source", "synthetic", "--vision", "none", "--duration", "4", "--model", both, "--record", path
@@ -144,8 +144,8 @@ def test_two_persons_live_and_again(both: Path, tmp_path: Path) -> None:
     )  # fmt: skip
 
 
-def test_a_model_that_does_not_take_the_other_one_does_not_wait_for_it(model: Path, tmp_path: Path) -> None:
-    """`--source` gives what the model takes; a source that is named runs, is recorded and adds up."""
+def test_a_model_without_the_second_person_does_not_wait_for_it(model: Path, tmp_path: Path) -> None:
+    """`--source` starts what the model uses; a source with its own option always runs and is recorded."""
     path = tmp_path / "a.mcap"
     args = ("--source", "synthetic", "--vision", "none", "--duration", "2", "--model", model, "--record", path)
     code, summary, err = run("live", *args, "--other-audio", "synthetic")
@@ -158,7 +158,7 @@ def test_a_model_that_does_not_take_the_other_one_does_not_wait_for_it(model: Pa
     verify(path, summary["predictions"])
 
 
-def test_labels_are_typed_beside_the_other_ones_words(both: Path, tmp_path: Path) -> None:
+def test_labels_come_with_two_streams_of_text(both: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.mcap"
     read, write = os.pipe()
     args = ("--vision", "none", "--audio", "none", "--text", "stdin", "--other-text", "synthetic")
@@ -197,8 +197,8 @@ def test_record_keeps_both_persons(tmp_path: Path) -> None:
 # -- what is shared with the first person, and what is not
 
 
-def test_the_other_ones_words_are_never_labels() -> None:
-    encoder = encoders.create("other_text")
+def test_other_text_is_never_a_label() -> None:
+    encoder = encoders.create_encoder("other_text")
     sample = Sample(1, 1, b"/label sitting")
     out = list(capture([sample], "other_text", "tcp", encoder, lambda _: None))
     assert [o.topic for o in out] == ["feature/other_text", "raw/other_text"]
@@ -206,7 +206,7 @@ def test_the_other_ones_words_are_never_labels() -> None:
     assert [o.topic for o in out] == [topics.LABEL]
 
 
-def test_views_show_who_said_what() -> None:
+def test_views_show_which_person_spoke() -> None:
     view = LiveState()
     at = 10**15
     for i, (topic, word) in enumerate((("raw/text", b"well"), ("raw/other_text", b"yes"), ("raw/text", b"then"))):

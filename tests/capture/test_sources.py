@@ -20,9 +20,9 @@ from places import SHARED
 
 from stream_mmrnn.capture import sources
 from stream_mmrnn.capture.sources.camera import Camera, list_cameras
-from stream_mmrnn.capture.sources.file import Picture, Sound, streams_of
+from stream_mmrnn.capture.sources.file import FilePicture, FileSound, streams_of
 from stream_mmrnn.capture.sources.microphone import Resampler
-from stream_mmrnn.capture.sources.pacing import Reading, pace
+from stream_mmrnn.capture.sources.pacing import ScheduledSample, pace
 from stream_mmrnn.capture.sources.synthetic import Synthetic
 from stream_mmrnn.capture.sources.talker import turns
 from stream_mmrnn.capture.sources.text import create as create_text
@@ -68,17 +68,17 @@ def test_pace_waits_for_the_time_and_not_for_the_past() -> None:
         return b"%d" % i
 
     times = [start - 2_000_000_000, start - 600_000_000, start - 100_000_000, start + 60_000_000, start + 90_000_000]
-    readings = [Reading(t, lambda i=i: make(i)) for i, t in enumerate(times)]
+    readings = [ScheduledSample(t, lambda i=i: make(i)) for i, t in enumerate(times)]
     got = list(pace(readings, always, paced=True))
     assert [s.data for s in got] == [b"2", b"3", b"4"]
-    assert made == [2, 3, 4]  # what is left out costs no work
+    assert made == [2, 3, 4]  # skipped samples are not made
     assert all(s.capture_ns >= s.event_ns for s in got)
     assert now_ns() >= times[-1]
 
 
 def test_pace_stops_while_it_waits() -> None:
     began = time.monotonic()
-    assert list(pace([Reading(now_ns() + 30_000_000_000, bytes)], for_seconds(0.1), paced=True)) == []
+    assert list(pace([ScheduledSample(now_ns() + 30_000_000_000, bytes)], for_seconds(0.1), paced=True)) == []
     assert time.monotonic() - began < 2
 
 
@@ -94,7 +94,7 @@ def synthetic(modality: str, count: int, **kw: Any) -> list[Sample]:
 @pytest.mark.parametrize(
     ("modality", "count"), [("vision", 60), ("audio", 200), ("text", 60), ("other_audio", 200), ("other_text", 20)]
 )
-def test_the_same_seed_tells_the_same_story(modality: str, count: int) -> None:
+def test_the_same_seed_gives_the_same_samples(modality: str, count: int) -> None:
     one, two = synthetic(modality, count, seed=3), synthetic(modality, count, seed=3)
     other = synthetic(modality, count, seed=4)
     for a, b in zip(one, two, strict=True):
@@ -139,7 +139,7 @@ def test_the_three_modalities_agree() -> None:
     assert np.mean(np.array(red)[talking]) > 2 * np.mean(np.array(red)[~talking])
 
 
-def test_faults_are_the_asked_for_ones() -> None:
+def test_faults_are_the_configured_ones() -> None:
     source = Synthetic("audio", SyntheticSettings(drop=0.2), paced=False)
     got = list(itertools.islice(source.samples(always, 0), 400))
     sent = got[-1].event_ns // 20_000_000
@@ -150,7 +150,7 @@ def test_faults_are_the_asked_for_ones() -> None:
     times = [s.event_ns / 1e9 for s in itertools.islice(source.samples(always, 0), 150)]
     gaps = [(a, b) for a, b in itertools.pairwise(times) if b - a > 0.05]
     assert [(round(a, 2), round(b, 2)) for a, b in gaps[:2]] == [(1.96, 2.52), (3.96, 4.52)]
-    # a freeze is not a fault of the time before it: what is there is what would have been
+    # outside a freeze the samples are the same as without it
     whole = {s.event_ns: s.data for s in synthetic("vision", 60)}
     kept = Synthetic("vision", SyntheticSettings(freeze_every_s=2, freeze_s=0.5), paced=False)
     for s in itertools.islice(kept.samples(always, 1_000), 40):
@@ -167,14 +167,14 @@ def test_late_delivery_keeps_order_and_event_times() -> None:
     assert np.mean(late) > 10e6
 
 
-def test_nothing_at_all_can_be_stopped() -> None:
+def test_a_frozen_stream_can_be_stopped() -> None:
     for lost in (SyntheticSettings(drop=1.0), SyntheticSettings(freeze_every_s=1, freeze_s=2)):
         began = time.monotonic()
         assert len(list(Synthetic("text", lost).samples(for_seconds(0.2), now_ns()))) == 0
         assert time.monotonic() - began < 2
 
 
-def test_a_worker_that_starts_late_joins_in() -> None:
+def test_a_worker_that_starts_late_skips_old_samples() -> None:
     epoch = now_ns() - 20_000_000_000
     source = Synthetic("audio", SyntheticSettings())
     first = next(source.samples(always, epoch))
@@ -231,7 +231,7 @@ def numbers(samples: list[Sample]) -> list[int]:
 
 def test_a_file_gives_its_frames_at_its_own_times(movie: Path) -> None:
     assert streams_of(movie) == {"vision", "audio"}
-    with closing(Picture(movie, CameraSettings(), paced=False)) as source:
+    with closing(FilePicture(movie, CameraSettings(), paced=False)) as source:
         source.open()
         got = list(source.samples(always, 7_000))
         assert source.info["got"]["rate_hz"] == 10
@@ -240,7 +240,7 @@ def test_a_file_gives_its_frames_at_its_own_times(movie: Path) -> None:
 
 
 def test_a_file_gives_its_sound_at_16_khz_mono(movie: Path) -> None:
-    with closing(Sound(movie, MicrophoneSettings(), paced=False)) as source:
+    with closing(FileSound(movie, MicrophoneSettings(), paced=False)) as source:
         source.open()
         got = list(source.samples(always, 0))
     assert {len(s.data) for s in got[:-1]} == {320}
@@ -256,7 +256,7 @@ def test_a_file_gives_its_sound_at_16_khz_mono(movie: Path) -> None:
 
 def test_the_last_part_of_a_block_is_kept(tone_wav: Path) -> None:
     assert streams_of(tone_wav) == {"audio"}
-    with closing(Sound(tone_wav, MicrophoneSettings(), paced=False)) as source:
+    with closing(FileSound(tone_wav, MicrophoneSettings(), paced=False)) as source:
         source.open()
         got = list(source.samples(always, 0))
     assert [len(s.data) for s in got] == [320, 320, 320, 40]
@@ -273,7 +273,7 @@ def test_sound_that_was_not_recorded_is_silence(tmp_path: Path) -> None:
             block.sample_rate, block.pts = 16_000, start
             out.mux(audio.encode(block))
         out.mux(audio.encode(None))
-    with closing(Sound(path, MicrophoneSettings(), paced=False)) as source:
+    with closing(FileSound(path, MicrophoneSettings(), paced=False)) as source:
         source.open()
         sound = np.concatenate([s.data for s in source.samples(always, 0)])
     assert len(sound) == 9_600
@@ -282,8 +282,8 @@ def test_sound_that_was_not_recorded_is_silence(tmp_path: Path) -> None:
     assert np.all(sound[8_000:] == 1_000)
 
 
-def test_a_file_plays_at_its_own_pace_and_a_late_worker_joins_in(movie: Path) -> None:
-    with closing(Picture(movie, CameraSettings())) as source:
+def test_a_file_plays_in_real_time_and_a_late_worker_skips_old_samples(movie: Path) -> None:
+    with closing(FilePicture(movie, CameraSettings())) as source:
         source.open()
         epoch = now_ns() - 1_000_000_000
         got = list(source.samples(always, epoch))
@@ -291,14 +291,14 @@ def test_a_file_plays_at_its_own_pace_and_a_late_worker_joins_in(movie: Path) ->
     assert 5 <= numbers(got)[0] <= 10
     assert all(s.capture_ns >= s.event_ns for s in got)
     assert now_ns() >= epoch + 1_400_000_000
-    with closing(Sound(movie, MicrophoneSettings())) as source:
+    with closing(FileSound(movie, MicrophoneSettings())) as source:
         source.open()
         epoch = now_ns()
         got = list(source.samples(for_seconds(0.3), epoch))
     assert 5 <= len(got) <= 16
 
 
-def test_files_that_are_none(tmp_path: Path, tone_wav: Path, movie: Path) -> None:
+def test_files_that_cannot_be_a_source(tmp_path: Path, tone_wav: Path, movie: Path) -> None:
     with pytest.raises(FileError, match=r"nothing\.mp4"):
         streams_of(tmp_path / "nothing.mp4")
     text = tmp_path / "words.txt"
@@ -308,11 +308,11 @@ def test_files_that_are_none(tmp_path: Path, tone_wav: Path, movie: Path) -> Non
     with pytest.raises(FileError):
         streams_of(tmp_path)
     with pytest.raises(FileError, match="no picture"):
-        Picture(tone_wav, CameraSettings()).open()
-    # cut short: what is there is given, and it ends
+        FilePicture(tone_wav, CameraSettings()).open()
+    # cut short: what is there is delivered, and the stream ends
     cut = tmp_path / "cut.mkv"
     cut.write_bytes(movie.read_bytes()[: movie.stat().st_size // 2])
-    with closing(Picture(cut, CameraSettings(), paced=False)) as source:
+    with closing(FilePicture(cut, CameraSettings(), paced=False)) as source:
         source.open()
         assert 1 <= len(list(source.samples(always, 0))) < 15
 
@@ -322,13 +322,13 @@ def test_files_that_are_none(tmp_path: Path, tone_wav: Path, movie: Path) -> Non
 def test_real_clips(name: str, frames: int, seconds: float) -> None:
     path = clip(name)
     assert streams_of(path) == {"vision", "audio"}
-    with closing(Picture(path, CameraSettings(), paced=False)) as source:
+    with closing(FilePicture(path, CameraSettings(), paced=False)) as source:
         source.open()
         pictures = list(source.samples(always, 0))
     assert abs(len(pictures) - frames) <= 2
     assert all(a.event_ns < b.event_ns for a, b in itertools.pairwise(pictures))
     assert abs(pictures[-1].event_ns / 1e9 - seconds) < 0.2
-    with closing(Sound(path, MicrophoneSettings(), paced=False)) as source:
+    with closing(FileSound(path, MicrophoneSettings(), paced=False)) as source:
         source.open()
         sound = list(source.samples(always, 0))
     assert abs(sound[-1].event_ns / 1e9 - seconds) < 0.2
@@ -338,7 +338,7 @@ def test_real_clips(name: str, frames: int, seconds: float) -> None:
 @pytest.mark.shared_data
 def test_a_real_wav_is_given_bit_for_bit() -> None:
     path = clip("dialogue.wav")
-    with closing(Sound(path, MicrophoneSettings(), paced=False)) as source:
+    with closing(FileSound(path, MicrophoneSettings(), paced=False)) as source:
         source.open()
         sound = np.concatenate([s.data for s in source.samples(always, 0)])
     with wave.open(str(path)) as plain:
@@ -414,7 +414,7 @@ def test_a_terminal_is_read_by_lines() -> None:
     os.close(theirs)
 
 
-def test_a_silent_source_stops_when_told_and_costs_nothing() -> None:
+def test_an_idle_source_stops_and_uses_no_cpu() -> None:
     read, write = os.pipe()
     used = time.process_time()
     reader = Reader(text("stdin", read))
@@ -440,7 +440,7 @@ def test_a_fifo_outlives_its_writers(tmp_path: Path) -> None:
             reader.wait(2 * i + 2)
         assert reader.lines == [f"{w} {i}" for i in range(3) for w in ("line", "rest")]
         used = time.process_time()
-        time.sleep(0.4)  # its last writer is gone: that must not be a busy loop
+        time.sleep(0.4)  # without a writer it must not be a busy loop
         assert time.process_time() - used < 0.2
 
 
@@ -487,7 +487,7 @@ def test_tcp_serves_several_clients_and_survives_bad_ones() -> None:
         two.close()
         assert reader.wait(5)[4] == "bye"
         assert reader.source.info["clients"] == 1
-        # a second server on the port is told so
+        # a second server on the port is an error
         with pytest.raises(SourceError, match="port"):
             text(f"tcp:{port}").open()
         one.close()
@@ -567,7 +567,7 @@ def test_a_camera_that_is_not_there(device: str, capfd: pytest.CaptureFixture[st
     assert capfd.readouterr().err == ""
 
 
-def test_a_device_that_accepts_and_says_nothing_does_not_hang() -> None:
+def test_a_device_that_accepts_and_sends_nothing_does_not_hang() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         began = time.monotonic()
         with pytest.raises(SourceError):
@@ -621,10 +621,10 @@ def test_sources_by_name(tmp_path: Path) -> None:
         (f"pipe:{tmp_path}/p", "text"),
     ):
         sources.check(spec, modality)
-        source = sources.create(spec, modality, Settings())
+        source = sources.create_source(spec, modality, Settings())
         assert source.origin
         assert isinstance(source.info, dict)
-        source.close()  # harmless when it is not open
+        source.close()  # does nothing when it is not open
 
 
 @pytest.mark.parametrize(
@@ -645,7 +645,7 @@ def test_names_that_are_wrong(spec: str, modality: str) -> None:
         sources.check(spec, modality)
 
 
-def test_lines_are_read_once() -> None:
+def test_text_and_other_text_cannot_share_a_source() -> None:
     for spec in ("stdin", "tcp:5555", "pipe:p"):
         with pytest.raises(SourceSpecError, match=f"text and other_text cannot both be '{spec}'"):
             sources.check_all(Sources(text=spec, other_text=spec))
@@ -654,7 +654,7 @@ def test_lines_are_read_once() -> None:
     sources.check_all(Sources(text="none", other_text="stdin"))
 
 
-def test_devices_have_one_person_and_the_synthetic_one_has_company() -> None:
+def test_devices_have_one_person_and_the_synthetic_source_has_two() -> None:
     devices = sources.everything_from("devices")
     assert {devices[m] for m in sources.OTHER} == {"none"}
     assert set(sources.everything_from("synthetic")) == set(devices) == set(sources.EVERY)
@@ -669,6 +669,6 @@ def test_one_file_for_everything(movie: Path, tone_wav: Path) -> None:
         "other_audio": "none",
         "other_text": "none",
     }
-    sound = sources.create(f"file:{movie}", "other_audio", Settings())
-    assert isinstance(sound, Sound)
+    sound = sources.create_source(f"file:{movie}", "other_audio", Settings())
+    assert isinstance(sound, FileSound)
     assert sources.everything_from(f"file:{tone_wav}")["vision"] == "none"

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 import stream_mmrnn
+from stream_mmrnn.cli.app import PANELS, app
+from stream_mmrnn.cli.live import keep_old
 
 COMMAND = [sys.executable, "-m", "stream_mmrnn"]
 
@@ -55,13 +60,11 @@ def test_a_wrong_key_names_the_nearest(tmp_path: Path) -> None:
 
 
 def test_an_old_recording_keeps_its_parts(tmp_path: Path) -> None:
-    """Else those of the next session would be taken for its own."""
-    from stream_mmrnn.cli.app import _keep_old
-
+    """Otherwise they would be taken for parts of the next session's recording."""
     for name in ("a.mcap", "a.part2.mcap", "a.part3.mcap", "a.old1.mcap", "ab.part2.mcap"):
         (tmp_path / name).write_text(name)
-    said: list[str] = []
-    _keep_old(tmp_path / "a.mcap", said.append)
+    notes: list[str] = []
+    keep_old(tmp_path / "a.mcap", notes.append)
     found = {p.name: p.read_text() for p in tmp_path.iterdir()}
     assert found == {
         "a.old1.mcap": "a.old1.mcap",
@@ -70,7 +73,7 @@ def test_an_old_recording_keeps_its_parts(tmp_path: Path) -> None:
         "a.old2.part3.mcap": "a.part3.mcap",
         "ab.part2.mcap": "ab.part2.mcap",
     }
-    assert "and its parts likewise" in said[0]
+    assert "and its parts likewise" in notes[0]
 
 
 def test_devices_answers_everywhere() -> None:
@@ -79,17 +82,30 @@ def test_devices_answers_everywhere() -> None:
     assert set(json.loads(done.stdout)) == {"cameras", "microphones", "problem"}
 
 
-def test_the_package_imports_nothing_heavy() -> None:
-    """torch, cv2 and sounddevice stay out of `import stream_mmrnn` and of the command's own process."""
-    heavy = ("torch", "cv2", "sounddevice", "av", "onnxruntime")
-    code = f"import sys, stream_mmrnn; print([m for m in {heavy!r} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip() == "[]"
+def test_the_command_imports_nothing_heavy() -> None:
+    """The command's own process needs no torch, cv2, sounddevice or av. The package alone: docs/test_public_names."""
+    heavy = ("torch", "cv2", "sounddevice", "av")
     code = "import sys, stream_mmrnn.cli.app, stream_mmrnn.live.session; "
-    code += f"print([m for m in {heavy[:4]!r} if m in sys.modules])"
+    code += f"print([m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]"
-    assert stream_mmrnn.__doc__
+
+
+def test_the_version() -> None:
+    done = run("--version")
+    assert done.returncode == 0
+    assert done.stdout == f"stream-mmrnn {stream_mmrnn.__version__}\n"
+
+
+def test_help_groups_every_verb_in_a_panel() -> None:
+    command: Any = typer.main.get_command(app)
+    assert {verb.rich_help_panel for verb in command.commands.values()} == set(PANELS)
+    done = run("--help")
+    assert done.returncode == 0
+    titles = re.findall(r"^\W+ (\w+) \W+$", done.stdout, re.M)
+    assert titles == ["Options", *PANELS]
+    for name in command.commands:
+        assert re.search(rf"^\W+{name} ", done.stdout, re.M), name
 
 
 def test_measuring_a_model_file_needs_no_torch(tmp_path: Path) -> None:

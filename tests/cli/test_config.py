@@ -33,7 +33,7 @@ def run(*args: object) -> subprocess.CompletedProcess[str]:
 validator = jsonschema.Draft7Validator(schema())
 
 
-def test_the_schema_is_one_and_the_defaults_fulfil_it() -> None:
+def test_the_schema_is_valid_and_so_are_the_defaults() -> None:
     jsonschema.Draft7Validator.check_schema(schema())
     validator.validate(msgspec.to_builtins(config.Settings()))
     printed = json.loads(run("config", "schema").stdout)
@@ -65,7 +65,7 @@ _values = (
 
 @given(st.data())
 def test_schema_check_and_parse_agree_on_any_values(data: st.DataObject) -> None:
-    """But for what the schema cannot say: which settings go together."""
+    """Except what the schema cannot express: which settings exclude each other."""
     table: dict[str, dict[str, Any]] = {}
     for section in data.draw(st.sets(st.sampled_from(_SECTIONS), max_size=3)):
         keys = st.sampled_from([*_KEYS[section], "nix"])
@@ -115,7 +115,7 @@ def test_every_fault_is_one_sentence_with_its_key(tmp_path: Path) -> None:
         ("engine = 3\n", "engine", "expected a table"),
     ],
 )
-def test_what_only_a_session_would_notice_is_noticed(tmp_path: Path, text: str, key: str, words: str) -> None:
+def test_errors_beyond_the_schema_are_found(tmp_path: Path, text: str, key: str, words: str) -> None:
     file = tmp_path / "s.toml"
     file.write_text(text)
     (fault,) = faults(file)
@@ -123,7 +123,7 @@ def test_what_only_a_session_would_notice_is_noticed(tmp_path: Path, text: str, 
     assert words in fault["says"]
 
 
-def test_a_sound_file_is_exit_code_0_and_no_toml_is_2(tmp_path: Path) -> None:
+def test_a_valid_file_is_exit_code_0_and_no_toml_is_2(tmp_path: Path) -> None:
     file = tmp_path / "s.toml"
     file.write_text("[engine]\nslots = 2\n")
     done = run("config", "check", file, "--json")
@@ -134,7 +134,7 @@ def test_a_sound_file_is_exit_code_0_and_no_toml_is_2(tmp_path: Path) -> None:
     assert "is not valid TOML" in done.stderr
 
 
-def test_what_is_shown_is_what_holds_and_reads_back(tmp_path: Path) -> None:
+def test_shown_settings_are_in_effect_and_read_back(tmp_path: Path) -> None:
     file = tmp_path / "s.toml"
     file.write_text('[engine]\nslots = 2\n[record]\npath = "a\\\\b \\"c\\" \\u007f é"\n', encoding="utf-8")
     document = json.loads(run("config", "show", "--config", file, "--json").stdout)
@@ -208,8 +208,8 @@ def test_fish_completes_verbs_and_models() -> None:
 
 
 @pytest.mark.usefixtures("command")
-def test_zsh_takes_the_script_and_is_given_the_words() -> None:
-    """A completion of zsh runs only in its line editor: the script must be read there, and its question answered."""
+def test_zsh_loads_the_script_and_completes() -> None:
+    """A completion of zsh runs only in its line editor, so the script is loaded there."""
     code = (
         "autoload -U compinit; compinit -u -D; source <(stream-mmrnn completion zsh); "
         "print ${_comps[stream-mmrnn]}; "

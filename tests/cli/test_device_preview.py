@@ -47,7 +47,7 @@ def test_a_camera_s_picture_is_shown_and_saved(tmp_path: Path) -> None:
     assert len(set(rows)) == 1
 
 
-def test_a_camera_that_is_not_there_is_said_of_it_alone() -> None:
+def test_a_missing_camera_is_reported_for_itself_only() -> None:
     with virtual_devices.mjpeg_camera(rate_hz=50) as camera:
         gone = "camera:http://127.0.0.1:9/none.mjpg"
         done = run(gone, f"camera:{camera.url}", "--look", "--timeout", 30, "--json")
@@ -57,7 +57,7 @@ def test_a_camera_that_is_not_there_is_said_of_it_alone() -> None:
     assert found[f"camera:{camera.url}"]["width"] == 320
 
 
-def test_what_is_no_device_is_a_usage_error() -> None:
+def test_other_names_than_devices_are_usage_errors() -> None:
     done = run("tcp:5555", "--look")
     assert done.returncode == 2
     assert "'tcp:5555' is no device" in done.stderr
@@ -65,7 +65,7 @@ def test_what_is_no_device_is_a_usage_error() -> None:
 
 @needs_pulse
 @pytest.mark.devices
-def test_a_loud_microphone_is_told_from_a_silent_one(tmp_path: Path) -> None:
+def test_a_loud_microphone_differs_from_a_silent_one(tmp_path: Path) -> None:
     assert ctypes.util.find_library("portaudio")
     tone = (16384 * np.sin(2 * np.pi * 440 * np.arange(160_000) / 16_000)).astype(np.int16)
     path = tmp_path / "tone.wav"
@@ -92,7 +92,7 @@ def test_a_loud_microphone_is_told_from_a_silent_one(tmp_path: Path) -> None:
     assert "dBFS, peak" in plain.stdout
 
 
-def test_a_picture_in_the_terminal_has_two_rows_a_character() -> None:
+def test_a_character_shows_two_rows_of_a_picture() -> None:
     red, blue = bytes((255, 0, 0)), bytes((0, 0, 255))
     text = half_blocks(red * 4 + blue * 4, 4, 2, coloured=True)
     assert text.plain == "  ▀▀▀▀"
@@ -107,7 +107,7 @@ def test_a_picture_in_the_terminal_has_two_rows_a_character() -> None:
 @pytest.mark.parametrize(
     ("rms", "peak", "full"), [(0.0, 0.0, 40), (-30.0, -30.0, 20), (-60.0, -60.0, 0), (-80, -70, 0)]
 )
-def test_a_meter_ends_where_the_sound_does(rms: float, peak: float, full: int) -> None:
+def test_a_meter_is_as_long_as_the_sound_is_loud(rms: float, peak: float, full: int) -> None:
     bar = meter(rms, peak).plain
     assert bar.count("█") == full
     assert bar.count("█") + bar.count("▒") + bar.count("·") == 40

@@ -1,4 +1,4 @@
-"""`doctor` on this machine as it is, and on one where things really are broken."""
+"""`doctor` on this machine, and with libraries that are really broken."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Shadow = Callable[..., None]
 
 @pytest.fixture
 def shadow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shadow:
-    """Put modules or packages of another content before the installed ones, for processes that are started."""
+    """Put other modules before the installed ones, for child processes."""
 
     def put(**content: str) -> None:
         for name, text in content.items():
@@ -37,16 +37,16 @@ def shadow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shadow:
     return put
 
 
-def asked(timeout_s: float = 30, **overrides: Any) -> checks.Asked:
+def request(timeout_s: float = 30, **overrides: Any) -> checks.Request:
     dotted = {name.replace("__", "."): value for name, value in overrides.items()}
-    return checks.Asked(config.load(None, dotted), timeout_s)
+    return checks.Request(config.load(None, dotted), timeout_s)
 
 
 def states(found: list[checks.Finding]) -> dict[str, str]:
     return {f.name: f.state for f in found}
 
 
-def test_this_machine_is_described_as_it_is() -> None:
+def test_this_machine_has_no_fault() -> None:
     done = subprocess.run([*COMMAND, "--json", "--timeout", "60"], capture_output=True, text=True, timeout=200)
     document = json.loads(done.stdout)
     found = {f["name"]: f for f in document["findings"]}
@@ -71,7 +71,7 @@ def test_this_machine_is_described_as_it_is() -> None:
 
 def test_a_broken_onnxruntime_is_a_fault(shadow: Shadow) -> None:
     shadow(onnxruntime="raise ImportError('libonnxruntime.so: cannot open shared object file')")
-    found = list(checks.onnxruntime(asked()))
+    found = list(checks.onnxruntime(request()))
     assert states(found) == {"onnxruntime": "fault"}
     assert "cannot open shared object file" in found[0].says
     assert "pip install --force-reinstall" in found[0].do
@@ -79,7 +79,7 @@ def test_a_broken_onnxruntime_is_a_fault(shadow: Shadow) -> None:
 
 def test_an_onnxruntime_that_crashes_is_a_fault(shadow: Shadow) -> None:
     shadow(onnxruntime="import os; os.abort()")
-    (found,) = checks.onnxruntime(asked())
+    (found,) = checks.onnxruntime(request())
     assert found.state == "fault"
     assert "SIGABRT" in found.says or "exit code" in found.says
 
@@ -90,13 +90,13 @@ def test_both_packages_beside_each_other_are_a_fault(tmp_path: Path, monkeypatch
         text = f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 9.9\n"
         (tmp_path / f"{name}-9.9.dist-info" / "METADATA").write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
-    (found,) = checks.onnxruntime(asked())
+    (found,) = checks.onnxruntime(request())
     assert (found.state, found.do.split()[:2]) == ("fault", ["pip", "uninstall"])
 
 
-def test_what_is_missing_ends_with_exit_code_1(shadow: Shadow) -> None:
+def test_a_fault_ends_with_exit_code_1(shadow: Shadow) -> None:
     if not Path("/proc/self").exists():
-        pytest.skip("needs /proc, a folder where nobody can write")
+        pytest.skip("needs /proc, a folder where nothing can be written")
     shadow(tokenizers="raise ImportError('gone')")
     options = ["--model", "nix", "--record", "/proc/nix/talk.mcap"]
     done = subprocess.run([*COMMAND, *options, "--json"], capture_output=True, text=True, timeout=200)
@@ -108,11 +108,11 @@ def test_what_is_missing_ends_with_exit_code_1(shadow: Shadow) -> None:
     assert "gone" in found["encoder text"]["says"]
 
 
-def test_a_driver_that_hangs_is_named_and_does_not_hang_us(shadow: Shadow, tmp_path: Path) -> None:
+def test_a_driver_that_hangs_is_a_warning(shadow: Shadow, tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     shadow(sounddevice=f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(1000)")
     began = time.monotonic()
-    (found,) = checks.sound(asked(timeout_s=3))
+    (found,) = checks.sound(request(timeout_s=3))
     assert time.monotonic() - began < 60
     assert found.state == "warning"
     assert "no answer in 3 s" in found.says
@@ -122,26 +122,26 @@ def test_a_driver_that_hangs_is_named_and_does_not_hang_us(shadow: Shadow, tmp_p
 
 def test_without_portaudio_sound_is_absent_and_the_package_is_named(shadow: Shadow) -> None:
     shadow(sounddevice="raise OSError('PortAudio library not found')")
-    found = list(checks.sound(asked()))
+    found = list(checks.sound(request()))
     assert states(found) == {"portaudio": "absent", "microphones": "absent"}
     assert "libportaudio2" in found[0].do
 
 
-def test_an_asked_for_gpu_that_is_not_there_is_a_fault() -> None:
+def test_a_requested_gpu_that_is_missing_is_a_fault() -> None:
     if runtime.gpu_in_sight():
         pytest.skip("this machine has a GPU")
-    found = states(list(checks.onnxruntime(asked(engine__provider="cuda"))))
+    found = states(list(checks.onnxruntime(request(engine__provider="cuda"))))
     assert found["provider cuda"] == "fault"
     assert found["provider cpu"] == "ok"
 
 
-def test_a_probe_s_own_errors_come_through() -> None:
+def test_errors_of_a_probe_are_raised() -> None:
     with pytest.raises(StreamError, match=r"/no/such\.onnx cannot be read"):
         probes.ask("model", {"path": "/no/such.onnx", "provider": "cpu"}, 30)
 
 
 def test_findings_are_one_document() -> None:
-    found = [checks.Finding("a", "ok", "fine"), checks.Finding("b", "warning", "less so", "mend it", {"n": 1})]
+    found = [checks.Finding("a", "ok", "fine"), checks.Finding("b", "warning", "less so", "fix it", {"n": 1})]
     document = checks.document(found)
     assert document["ok"] == document["warning"] == 1
     assert msgspec.json.decode(msgspec.json.encode(document)) == document

@@ -70,7 +70,7 @@ def test_it_was_trained_with_the_encoders_that_serve_it() -> None:
         if modality.name == "vision":
             assert not modality.encoder  # it does not look
         else:
-            assert encoders.create(modality.name).origin == modality.encoder
+            assert encoders.create_encoder(modality.name).origin == modality.encoder
 
 
 def test_it_does_not_look() -> None:
@@ -164,7 +164,7 @@ def dialogue() -> tuple[list[Tick], np.ndarray, np.ndarray]:
     speech = np.zeros((2, count), np.float32)
     vectors = {}
     for i, modality in enumerate(("audio", "other_audio")):
-        encoder = encoders.create(modality)
+        encoder = encoders.create_encoder(modality)
         found: list[np.ndarray] = []
         source = Synthetic(modality, SyntheticSettings(seed=0), paced=False)
         for sample in source.samples(lambda: True, 0):

@@ -58,7 +58,7 @@ def test_live_equals_replay(model: Path, tmp_path: Path) -> None:
     assert info["ended"] == "clean"
     assert info["channels"]["prediction"]["messages"] == summary["predictions"]
     for modality in sources.MODALITIES:
-        assert info["channels"][f"feature/{modality}"]["origin"] == encoders.create(modality).origin
+        assert info["channels"][f"feature/{modality}"]["origin"] == encoders.create_encoder(modality).origin
 
     # the same path again: what was there is kept
     code, again, err = run(*live[:-4], "--duration", "1", "--model", model, "--record", path)

@@ -1,4 +1,4 @@
-"""Two models on one recording: small recordings are made here, and models are real files that really run."""
+"""Two models on one recording, with small recordings that are made here and real model files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from stream_mmrnn.core.errors import FileError, UsageError
 from stream_mmrnn.core.types import Envelope, FloatArray, HeadSpec
 from stream_mmrnn.offline.diff.compare import compare, decisions, distance, stretches
 from stream_mmrnn.offline.diff.labels import labels_of, score
-from stream_mmrnn.offline.diff.tracks import Track, predicted, recorded
+from stream_mmrnn.offline.diff.tracks import PredictionTrack, predicted, recorded
 from stream_mmrnn.predict.align import Aligner
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.predict.pipeline import predict
@@ -94,10 +94,10 @@ def recording(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- numbers
 
 
-def track(heads: dict[str, FloatArray], first: int = 0, specs: tuple[HeadSpec, ...] = ()) -> Track:
+def track(heads: dict[str, FloatArray], first: int = 0, specs: tuple[HeadSpec, ...] = ()) -> PredictionTrack:
     count = len(next(iter(heads.values())))
     ticks = np.arange(first, first + count, dtype=np.int64)
-    return Track("x", "sha", ticks, ticks * 40_000_000, heads, {s.name: s for s in specs})
+    return PredictionTrack("x", "sha", ticks, ticks * 40_000_000, heads, {s.name: s for s in specs})
 
 
 floats = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=6))
@@ -114,7 +114,7 @@ def test_a_track_is_equal_to_itself(values: FloatArray) -> None:
 
 
 @given(st.data())
-def test_differences_are_those_that_one_would_count(data: st.DataObject) -> None:
+def test_differences_equal_a_plain_count(data: st.DataObject) -> None:
     shape = data.draw(hnp.array_shapes(min_dims=2, max_dims=2, max_side=5))
     number = st.sampled_from([0.0, 0.25, 0.5, 1.0, float("nan"), float("inf"), float("-inf")])
     x, y = (data.draw(hnp.arrays(np.float32, shape, elements=number)) for _ in range(2))
@@ -139,7 +139,7 @@ def test_differences_are_those_that_one_would_count(data: st.DataObject) -> None
 
 
 @given(st.lists(st.booleans()))
-def test_stretches_cover_what_is_true(over: list[bool]) -> None:
+def test_stretches_cover_every_true_value(over: list[bool]) -> None:
     found = stretches(np.array(over, np.bool_))
     assert [i for first, last in found for i in range(first, last + 1)] == [i for i, x in enumerate(over) if x]
     assert all(b[0] > a[1] + 1 for a, b in itertools.pairwise(found))
@@ -162,7 +162,7 @@ def test_decisions_are_the_head_s_own() -> None:
     }  # fmt: skip
 
 
-def test_what_only_one_has_is_a_difference() -> None:
+def test_heads_and_ticks_of_only_one_are_differences() -> None:
     one = np.zeros((5, 1), np.float32)
     assert compare(track({"h": one}), track({"h": one}))["equal"]
     shifted = compare(track({"h": one}), track({"h": one}, first=2))
@@ -181,7 +181,7 @@ def test_what_only_one_has_is_a_difference() -> None:
 # --- recordings and models
 
 
-def test_a_model_is_itself_and_what_was_recorded_and_another_is_not(toy: Path, other: Path, recording: Path) -> None:
+def test_a_model_equals_itself_and_the_recorded_predictions(toy: Path, other: Path, recording: Path) -> None:
     a, again, then = predicted(recording, str(toy), "cpu"), predicted(recording, str(toy), "cpu"), recorded(recording)
     assert len(a.ticks) == 100
     for same in (again, then):
@@ -220,7 +220,7 @@ def test_the_zoo_s_models_and_a_version_of_one_with_another_weight(tmp_path: Pat
     assert set(found["heads"]) == {"digit", "next_digit"}
     # another model of the same zoo: other heads, and features that are not its own
     stranger = predicted(path, "turn_taking", "cpu")
-    assert any("turn_taking was not fed" in note and "audio" in note for note in stranger.notes)
+    assert any("turn_taking got no" in note and "audio" in note for note in stranger.notes)
     assert compare(a, stranger)["only_b"] == ["activity", "turn_over"]
 
 
@@ -239,7 +239,7 @@ def test_a_recording_without_predictions_or_ticks(toy: Path, tmp_path: Path) -> 
 # --- labels
 
 
-def test_a_model_beside_the_labels(toy: Path, recording: Path) -> None:
+def test_a_model_is_scored_by_the_labels(toy: Path, recording: Path) -> None:
     a = predicted(recording, str(toy), "cpu")
     row = score(a, labels_of(recording))["next"]
     since_s = (a.event_ns - BEGIN) / 1e9
@@ -263,7 +263,7 @@ def test_a_model_beside_the_labels(toy: Path, recording: Path) -> None:
         assert row["changes"]["p50_ms"] == pytest.approx((since_s[followed[0]] - 2) * 1000)
 
 
-def test_yes_or_no_and_a_head_that_speaks_of_the_future(recording: Path) -> None:
+def test_a_yes_no_head_and_a_head_that_predicts_the_future(recording: Path) -> None:
     times = BEGIN + 40_000_000 * np.arange(1, 101, dtype=np.int64)
     ticks = np.arange(100, dtype=np.int64)
     true = (times - BEGIN >= 1_000_000_000) & (times - BEGIN < 2_000_000_000) | (times - BEGIN >= 3_500_000_000)
@@ -276,7 +276,7 @@ def test_yes_or_no_and_a_head_that_speaks_of_the_future(recording: Path) -> None
     }
     ahead = np.stack([np.roll(true, -5), ~np.roll(true, -5)], 1).astype(np.float32)
     heads = {"yes": late.astype(np.float32)[:, None], "ahead": ahead, "other": ahead}
-    found = score(Track("x", "sha", ticks, times, heads, specs), labels_of(recording))
+    found = score(PredictionTrack("x", "sha", ticks, times, heads, specs), labels_of(recording))
     assert set(found) == {"yes", "ahead"}
     assert found["yes"]["ticks"] == int((times - BEGIN >= 1_000_000_000).sum())
     # three ticks late, at the changes at 2.0 and 3.5 s (ticks end at multiples of 40 ms; 3.52 is the first from 3.5 on)
@@ -284,9 +284,9 @@ def test_yes_or_no_and_a_head_that_speaks_of_the_future(recording: Path) -> None
     assert (changes["count"], changes["followed"], changes["missed"]) == (2, 2, 0)
     assert (changes["p50_ms"], changes["max_ms"]) == (120.0, 140.0)
     assert found["ahead"]["accuracy"] == 1.0
-    # it says no five ticks before `no` was typed
+    # it predicts no five ticks before `no` was typed
     assert found["ahead"]["changes"]["p50_ms"] == -200.0
-    only = Track("x", "sha", ticks, times, {"other": ahead}, specs)
+    only = PredictionTrack("x", "sha", ticks, times, {"other": ahead}, specs)
     with pytest.raises(UsageError, match="no head for the labels no, yes; the heads that take labels are"):
         score(only, labels_of(recording))
 
@@ -294,7 +294,7 @@ def test_yes_or_no_and_a_head_that_speaks_of_the_future(recording: Path) -> None
 # --- the command
 
 
-def test_the_command_says_it_by_its_exit_code(toy: Path, other: Path, recording: Path, tmp_path: Path) -> None:
+def test_exit_codes_of_the_command(toy: Path, other: Path, recording: Path, tmp_path: Path) -> None:
     code, same, err = run(recording, "--model", toy, "--model", toy)
     assert (code, err) == (0, "")
     assert same["comparison"]["equal"]  # type: ignore[index]
@@ -319,7 +319,7 @@ def test_the_command_says_it_by_its_exit_code(toy: Path, other: Path, recording:
 
 @pytest.fixture(autouse=True)
 def same_signals() -> Iterator[None]:
-    """The verb takes them for itself."""
+    """Restores the signal handlers that the verb replaces."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
@@ -338,7 +338,7 @@ def test_the_table_for_people(toy: Path, other: Path, recording: Path) -> None:
         "first at 0.00 s",
         "different",
         "labelled ticks: accuracy",
-        "true, by what was said",
+        "true label, by prediction",
     ):
         assert words in done.stdout, done.stdout
 
@@ -346,13 +346,13 @@ def test_the_table_for_people(toy: Path, other: Path, recording: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ([], "name what is compared"),
+        ([], "name what to compare"),
         (["--model", "a", "--model", "b", "--model", "c"], "3 models were named"),
         (["--model", "nix", "--model", "nix"], "no model 'nix'"),
-        (["--model", "digits", "--plot", "a.txt"], "no name for a plot"),
+        (["--model", "digits", "--plot", "a.txt"], "cannot be a plot"),
     ],
 )
-def test_wrong_usage_is_said(recording: Path, args: list[str], words: str) -> None:
+def test_wrong_usage_is_an_error(recording: Path, args: list[str], words: str) -> None:
     from typer.testing import CliRunner
 
     from stream_mmrnn.cli.app import app

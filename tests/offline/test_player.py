@@ -1,4 +1,4 @@
-"""A replay on the page: what a seek leaves of the model's state, and what the page is told meanwhile."""
+"""A replay on the page: the model's state after a seek, and what the page shows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def recording(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Browser:
-    """Follows the states, and presses what it is told to."""
+    """Follows the states, and sends commands."""
 
     def __init__(self, address: str) -> None:
         self._port = int(address.rstrip("/").rsplit(":", 1)[1])
@@ -55,22 +55,21 @@ class Browser:
 def play(path: Path, player: Player) -> tuple[threading.Thread, list[Prediction], list[dict[str, Any]]]:
     seen: list[Prediction] = []
     results: list[dict[str, Any]] = []
-    thread = threading.Thread(
-        target=lambda: results.append(replay(path, speed=1.0, see=seen.append, alive=lambda: True, player=player))
-    )
+    options = {"speed": 1.0, "on_prediction": seen.append, "alive": lambda: True, "player": player}
+    thread = threading.Thread(target=lambda: results.append(replay(path, **options)))
     thread.start()
     return thread, seen, results
 
 
-def test_the_state_after_a_seek_is_the_one_it_had_there(recording: Path) -> None:
+def test_the_state_after_a_seek_is_exact(recording: Path) -> None:
     straight: list[Prediction] = []
-    replay(recording, see=straight.append)
+    replay(recording, on_prediction=straight.append)
     then = {p.tick.index: p for p in straight}
     with closing(Player(1.0, lambda: True)) as player:
         browser = Browser(player.address)
         thread, seen, results = play(recording, player)
         states = browser.states()
-        # forth, back, while it is paused and while it is not, and from the end
+        # forward, back, while paused and while playing, and from the end
         assert browser.press(paused=True) == 200
         state = next(s for s in states if s["replay"]["paused"])
         for to_s in (2.0, 0.5, 2.5, 0.0):
@@ -97,7 +96,7 @@ def test_the_state_after_a_seek_is_the_one_it_had_there(recording: Path) -> None
     assert result["predictions"] == len(straight)
 
 
-def test_what_is_no_command_is_refused(recording: Path) -> None:
+def test_invalid_commands_are_rejected(recording: Path) -> None:
     with closing(Player(50.0, lambda: True)) as player:
         browser = Browser(player.address)
         for wrong in ({"seek_s": -1}, {"seek_s": "x"}, {"speed": 3}, {"paused": 1}):
@@ -105,7 +104,7 @@ def test_what_is_no_command_is_refused(recording: Path) -> None:
         browser.close()
 
 
-def test_stamps_are_the_recordings_but_for_the_step(recording: Path) -> None:
+def test_stamps_are_recorded_and_the_step_is_new(recording: Path) -> None:
     with closing(Player(1.0, lambda: True)) as player:
         browser = Browser(player.address)
         thread, _, _ = play(recording, player)
@@ -124,7 +123,7 @@ def test_stamps_are_the_recordings_but_for_the_step(recording: Path) -> None:
         thread.join(60)
 
 
-def test_a_port_in_use_is_said() -> None:
+def test_a_port_in_use_is_an_error() -> None:
     with closing(Player(1.0, lambda: True)) as player:
         port = int(player.address.rstrip("/").rsplit(":", 1)[1])
         with pytest.raises(ProcessError, match="cannot bind"):

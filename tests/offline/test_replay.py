@@ -45,7 +45,7 @@ NAN = float("nan")
 
 
 @given(st.lists(st.lists(st.floats(width=32), min_size=1, max_size=4), min_size=1, max_size=8), st.data())
-def test_what_is_the_same_is_identical_in_whatever_order(numbers: list[list[float]], data: st.DataObject) -> None:
+def test_equal_predictions_are_identical_in_any_order(numbers: list[list[float]], data: st.DataObject) -> None:
     predictions = [prediction(i, [NAN if np.isinf(x) else x for x in n]) for i, n in enumerate(numbers)]
     comparison = Comparison()
     steps = [(comparison.observe, p) for p in predictions] + [
@@ -84,7 +84,7 @@ def test_each_kind_of_difference_is_named() -> None:
     twice = compared([*same, same[1]], [*then, then[2]])
     assert (twice["identical"], twice["missing"], twice["extra"], twice["recorded_predictions"]) == (False, 0, 1, 4)
     assert twice["repeated"] == 1
-    # said again by an engine that went on after a crash: the same numbers are one prediction, others are a difference
+    # republished by an engine that was restored after a crash: equal numbers are one prediction, others a difference
     again = compared(same, [*then, then[1], then[2]])
     assert (again["identical"], again["repeated"], again["different"]) == (True, 2, 0)
     otherwise = compared(same, [*then, recorded(prediction(1, [0.5, 0.75]))])
@@ -135,12 +135,12 @@ def write(path: Path, model: Path, seconds: float, head: str = "next", metadata:
 def test_a_recording_gives_the_same_predictions_again(toy: Path, tmp_path: Path) -> None:
     count = write(tmp_path / "a.mcap", toy, 4.0)
     seen: list[Prediction] = []
-    result = replay(tmp_path / "a.mcap", verify=True, see=seen.append)
+    result = replay(tmp_path / "a.mcap", verify=True, on_prediction=seen.append)
     assert result["identical"], result
     assert result["predictions"] == result["ticks"] == result["recorded_predictions"] == len(seen) == count == 100
     assert result["damage"] == ""
     assert result["latency_ms"]["step"]["count"] == count
-    # not asked for, it is compared all the same
+    # without --verify it is compared, too
     assert replay(tmp_path / "a.mcap")["identical"]
     write(tmp_path / "b.mcap", toy, 1.0, head="other")
     other = replay(tmp_path / "b.mcap", verify=True)
@@ -163,7 +163,7 @@ def test_a_comparison_that_cannot_be_made_is_an_error(toy: Path, tmp_path: Path)
         replay(tmp_path / "b.mcap", verify=True)
 
 
-def test_what_is_whole_of_a_cut_recording_is_replayed(toy: Path, tmp_path: Path) -> None:
+def test_a_cut_recording_is_replayed_up_to_the_cut(toy: Path, tmp_path: Path) -> None:
     write(tmp_path / "a.mcap", toy, 4.0)
     content = (tmp_path / "a.mcap").read_bytes()
     (tmp_path / "cut.mcap").write_bytes(content[: len(content) // 2])
@@ -173,9 +173,9 @@ def test_what_is_whole_of_a_cut_recording_is_replayed(toy: Path, tmp_path: Path)
     assert (result["different"], result["missing"]) == (0, 0)
 
 
-def test_it_stops_when_told(toy: Path, tmp_path: Path) -> None:
+def test_it_stops_when_alive_is_false(toy: Path, tmp_path: Path) -> None:
     write(tmp_path / "a.mcap", toy, 4.0)
     seen: list[Prediction] = []
-    result = replay(tmp_path / "a.mcap", see=seen.append, alive=lambda: len(seen) < 7)
+    result = replay(tmp_path / "a.mcap", on_prediction=seen.append, alive=lambda: len(seen) < 7)
     assert result["predictions"] == len(seen) == 7
     assert not result["identical"]

@@ -1,4 +1,4 @@
-"""What `export --triton` writes, against Triton's own definitions, and run as Triton would run it."""
+"""The output of `export --triton`, checked against Triton's own definitions and run as Triton runs it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ONNX = {"tensor(float)": "TYPE_FP32", "tensor(bool)": "TYPE_BOOL", "tensor(int6
 
 @pytest.fixture(scope="module")
 def definitions() -> ModuleType:
-    """Triton's protobuf definitions, without its client, which wants grpc."""
+    """Triton's protobuf definitions, without its client, which needs grpc."""
     found = importlib.util.find_spec("tritonclient")
     assert found is not None
     assert found.submodule_search_locations is not None
@@ -90,7 +90,7 @@ def test_every_input_and_output_is_there_once_as_the_graph_has_it(
     assert sequences.max_sequence_idle_microseconds == config.State().idle_s * 1e6
 
 
-def test_run_as_triton_would_it_is_the_engine(toy: Path, definitions: ModuleType, tmp_path: Path) -> None:
+def test_steps_as_triton_runs_them_equal_the_engine(toy: Path, definitions: ModuleType, tmp_path: Path) -> None:
     """Sequences in batches of those that are ready, states carried by their names, controls as columns."""
     folder = tmp_path / write(toy, tmp_path)["model"]
     asked, session = parsed(definitions, folder), session_of(folder)
@@ -122,7 +122,7 @@ def test_run_as_triton_would_it_is_the_engine(toy: Path, definitions: ModuleType
         assert got[name] == alone(toy, ticks[: len(got[name])])
 
 
-def test_the_verb_writes_it_without_torch_and_never_over_another(tmp_path: Path) -> None:
+def test_the_verb_needs_no_torch_and_never_overwrites(tmp_path: Path) -> None:
     words = [sys.executable, "-X", "importtime", "-m", "stream_mmrnn", "export", "digits", "--triton", str(tmp_path)]
     said = subprocess.run([*words, "--sessions", "9", "--json"], capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
@@ -136,9 +136,9 @@ def test_the_verb_writes_it_without_torch_and_never_over_another(tmp_path: Path)
     assert "is there already" in again.stderr
 
 
-def test_what_triton_cannot_serve_is_said(toy: Path, tmp_path: Path) -> None:
+def test_what_triton_cannot_serve_is_an_error(toy: Path, tmp_path: Path) -> None:
     silero = config.models_folder() / "encoders" / "silero_vad.onnx"
-    with pytest.raises(ModelError, match=r"the same in every run|not its first axis|starts a session anew"):
+    with pytest.raises(ModelError, match=r"constant in every run|is not the first|resets a session"):
         write(silero, tmp_path)
     blocked = tmp_path / "file"
     blocked.write_text("")

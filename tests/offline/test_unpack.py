@@ -45,7 +45,7 @@ def picture(k: int, side: int = 64) -> bytes:
 
 
 def session_of() -> list[Envelope]:
-    """Four seconds: sound with a hole of 0.3 s, pictures at their own times, words, labels, predictions."""
+    """Four seconds: sound with a gap of 0.3 s, pictures at their own times, words, labels, predictions."""
     rng = np.random.default_rng(1)
     out: list[Envelope] = []
     seq: dict[str, itertools.count[int]] = {}
@@ -124,7 +124,8 @@ def test_features_and_ticks_as_parquet(recorded: Path, unpacked: tuple[Path, dic
     for name in ("seq", "event_ns", "capture_ns", "publish_ns", "device_ns", "origin"):
         assert table[name] == [getattr(e, name) for e in sent]
     assert np.array_equal(np.array(table["values"], np.float32), np.stack([e.payload for e in sent]))
-    offset_ns = Recording(recorded)._offset_ns
+    offset_ns = document["zero_unix_ns"] - document["zero_ns"]
+    assert offset_ns == Recording(recorded).started_unix_ns - int(Recording(recorded).metadata["started_ns"])
     assert table["unix_ns"] == [e.event_ns + offset_ns for e in sent]
     assert table["seconds"] == [(e.event_ns - document["zero_ns"]) / 1e9 for e in sent]
 
@@ -198,7 +199,7 @@ def test_sound_is_every_sample_at_its_time(recorded: Path, unpacked: tuple[Path,
     heard = np.concatenate([sound[:first], sound[first + length :]])
     assert np.array_equal(heard, np.concatenate([e.payload for e in of(recorded, "raw/audio")]))
     assert (about["samples"], about["cut"]) == (len(heard), 0)
-    # a block is where its stamp says, after the hole as before it
+    # a block is at the time of its stamp, before and after the gap
     for e in (of(recorded, "raw/audio")[k] for k in (10, 100, 180)):
         place = round((e.event_ns - document["zero_ns"]) * 16000 / 1e9) - 320
         found = next(i for i in range(place - 100, place + 100) if np.array_equal(sound[i : i + 320], e.payload))
@@ -242,9 +243,9 @@ def test_a_damaged_recording_gives_what_is_there(recorded: Path, tmp_path: Path)
     assert document["files"]["predictions.csv"]["rows"] == len({p.tick for p in cut.predictions()}) > 10
 
 
-def test_nothing_is_written_over_unless_it_is_said(recorded: Path, tmp_path: Path) -> None:
+def test_nothing_is_overwritten_without_force(recorded: Path, tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("mine")
-    with pytest.raises(FileError, match=r"holds labels\.csv already"):
+    with pytest.raises(FileError, match=r"has labels\.csv already"):
         unpack(recorded, tmp_path, ["csv"])
     assert [p.name for p in tmp_path.iterdir()] == ["labels.csv"]
     assert (tmp_path / "labels.csv").read_text() == "mine"
@@ -252,7 +253,7 @@ def test_nothing_is_written_over_unless_it_is_said(recorded: Path, tmp_path: Pat
     assert "sitting" in (tmp_path / "labels.csv").read_text()
 
 
-def test_who_is_told_to_stop_leaves_nothing(recorded: Path, tmp_path: Path) -> None:
+def test_a_stopped_unpack_leaves_nothing(recorded: Path, tmp_path: Path) -> None:
     asked = itertools.count()
     told: list[tuple[int, int]] = []
     result = unpack(recorded, tmp_path, progress=lambda *p: told.append(p), alive=lambda: next(asked) < 3)
@@ -262,7 +263,7 @@ def test_who_is_told_to_stop_leaves_nothing(recorded: Path, tmp_path: Path) -> N
     assert all(done <= of for done, of in told)
 
 
-def test_what_it_cannot_do_is_said_in_a_sentence(recorded: Path, tmp_path: Path) -> None:
+def test_errors_are_one_sentence(recorded: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is no format 'ogg'"):
         unpack(recorded, tmp_path, ["csv", "ogg"])
     with pytest.raises(UsageError, match="there is no format ''"):
@@ -277,7 +278,7 @@ def test_what_it_cannot_do_is_said_in_a_sentence(recorded: Path, tmp_path: Path)
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
 @pytest.mark.parametrize("kind", ["wav", "mp4", "parquet", "csv"])
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(recorded: Path, tmp_path: Path, kind: str) -> None:
-    """A limit on the size of files makes every write fail that a full disk would."""
+    """A limit on the file size makes writes fail like a full disk."""
     code = (
         "import resource, signal, sys\n"
         "from pathlib import Path\n"

@@ -1,4 +1,4 @@
-"""XDF files, written by their published layout and read by pyxdf, as recordings."""
+"""Convert XDF files, written by their published layout and read by pyxdf, to recordings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from stream_mmrnn.core import topics
 from stream_mmrnn.core.errors import FileError, StreamError, UsageError
 from stream_mmrnn.core.types import ModalitySpec
 from stream_mmrnn.offline import replay
-from stream_mmrnn.offline.convert import xdf
+from stream_mmrnn.offline.convert import xdf, xdf_file
 from stream_mmrnn.recording import repair
 from stream_mmrnn.recording.mcap_file import Recording
 
@@ -95,7 +95,7 @@ def test_what_is_imported_is_what_pyxdf_reads(source: Path, imported: tuple[Path
     eeg = by_name["EEG"]
     assert np.array_equal(np.stack([e.payload for e in signal]), eeg["time_series"])
     assert [e.event_ns for e in signal] == [round(t * 1e9) for t in eeg["time_stamps"]]
-    # the clocks' distance was taken out: the stamps are of the moments when it was sampled
+    # the clock offset was removed: the stamps are the true sampling times
     true_s = BEGIN_S + np.arange(600) / EEG_HZ
     assert np.abs(np.array([e.event_ns for e in signal]) / 1e9 - true_s).max() < 2e-3
     assert {e.origin for e in signal} == {SignalEncoder.origin}
@@ -104,7 +104,7 @@ def test_what_is_imported_is_what_pyxdf_reads(source: Path, imported: tuple[Path
     assert labels == [(round((BEGIN_S + s) * 1e9), name) for s, name in ((1, "rest"), (6, "walk & talk"), (9, "7"))]
     words = [(e.event_ns, e.payload.decode()) for e in of(path, "raw/text")]
     assert words == [(round((BEGIN_S + s) * 1e9), w) for s, w in ((2.25, "grüß dich"), (3.5, "yes of course"))]
-    assert {e.origin for e in of(path, "feature/text")} == {encoders.create("text").origin}
+    assert {e.origin for e in of(path, "feature/text")} == {encoders.create_encoder("text").origin}
 
     sound = of(path, "raw/audio")
     begin_s = sound[0].event_ns / 1e9 - len(sound[0].payload) / 16000
@@ -126,7 +126,7 @@ def test_the_recording_is_whole_and_replays(imported: tuple[Path, dict[str, Any]
     result = repair.verify(path)
     assert result["state"] == "whole"
     assert result["messages"] == dict(sorted(document["messages"].items()))
-    text, audio = encoders.create("text"), encoders.create("audio")
+    text, audio = encoders.create_encoder("text"), encoders.create_encoder("audio")
     specs = (
         ModalitySpec("signal", 3, SignalEncoder.origin),
         ModalitySpec("audio", audio.size, audio.origin),
@@ -158,7 +158,7 @@ def test_the_recording_can_be_trained_on(imported: tuple[Path, dict[str, Any]]) 
     assert ticks.present[:, list(recipe.modalities).index("signal")].mean() > 0.9
 
 
-def test_the_user_says_what_a_stream_is(source: Path, tmp_path: Path) -> None:
+def test_the_user_chooses_the_roles(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.mcap"
     document = xdf.convert(source, out, "lab-1", {"EEG": "none", "Mic": "other_audio", "3": "text"})
     assert {s["name"]: s["role"] for s in document["streams"]}["Task"] == "text"
@@ -167,7 +167,7 @@ def test_the_user_says_what_a_stream_is(source: Path, tmp_path: Path) -> None:
     assert {e.payload for e in of(out, "raw/text")} >= {b"rest", b"yes of course"}
     assert not of(out, "feature/signal")
     assert of(out, "raw/other_audio")
-    # what is there is never written over
+    # an existing file is never overwritten
     before = out.read_bytes()
     with pytest.raises(FileError, match="cannot be made: File exists"):
         xdf.convert(source, out)
@@ -178,30 +178,31 @@ def test_the_user_says_what_a_stream_is(source: Path, tmp_path: Path) -> None:
     ("chosen", "words"),
     [
         ({"Nix": "signal"}, "there is no stream 'Nix'"),
-        ({"EEG": "smell"}, "'smell' is nothing that a stream can be"),
+        ({"EEG": "smell"}, "'smell' is not a role of a stream"),
         ({"Task": "signal"}, "holds strings"),
         ({"EEG": "text"}, "holds numbers"),
         ({"Trigger": "audio"}, "no fixed rate"),
         ({"EEG": "signal", "Mic": "signal"}, "several streams could be the signal: 'EEG', 'Mic'"),
-        (dict.fromkeys(("EEG", "Mic", "Task", "Transcript", "Trigger"), "none"), "no stream of the file is of use"),
+        (
+            dict.fromkeys(("EEG", "Mic", "Task", "Transcript", "Trigger"), "none"),
+            "the file has no stream that can be used",
+        ),
     ],
 )
-def test_what_a_stream_cannot_be_is_said_in_a_sentence(
-    source: Path, tmp_path: Path, chosen: dict[str, str], words: str
-) -> None:
+def test_an_impossible_role_is_an_error(source: Path, tmp_path: Path, chosen: dict[str, str], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         xdf.convert(source, tmp_path / "a.mcap", chosen=chosen)
     assert not list(tmp_path.iterdir())
 
 
-def test_no_xdf_at_all(tmp_path: Path) -> None:
+def test_a_file_that_is_no_xdf(tmp_path: Path) -> None:
     (tmp_path / "a.xdf").write_bytes(b"RIFF")
     for name, words in (("a.xdf", "no XDF file|cannot be read"), ("b.xdf", "cannot be read: No such file")):
         with pytest.raises(FileError, match=words):
             xdf.convert(tmp_path / name, tmp_path / "a.mcap")
     code, _, err = run("import", tmp_path / "a.xdf", tmp_path / "a.mcap", "--as", "signal")
     assert code == 2
-    assert "--as wants NAME=ROLE" in err
+    assert "--as needs NAME=ROLE" in err
 
 
 def test_a_damaged_file_gives_what_is_there(source: Path, tmp_path: Path) -> None:
@@ -216,7 +217,7 @@ def test_a_damaged_file_gives_what_is_there(source: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
-def test_a_disk_that_takes_no_more_leaves_no_half_of_a_file(source: Path, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_no_partial_file(source: Path, tmp_path: Path) -> None:
     import resource
 
     def limited() -> None:
@@ -232,7 +233,7 @@ def test_a_disk_that_takes_no_more_leaves_no_half_of_a_file(source: Path, tmp_pa
 
 @settings(max_examples=150)
 @given(st.data())
-def test_bytes_from_anywhere_are_read_or_refused(data: st.DataObject) -> None:
+def test_random_bytes_are_read_or_rejected(data: st.DataObject) -> None:
     whole = bytearray(SMALL)
     for _ in range(data.draw(st.integers(1, 6))):
         at = data.draw(st.integers(4, len(whole) - 1))
@@ -241,7 +242,7 @@ def test_bytes_from_anywhere_are_read_or_refused(data: st.DataObject) -> None:
     path = FOLDER / "x.xdf"
     path.write_bytes(bytes(whole[: max(end, len(whole) // 2)]))
     try:
-        streams, _, _ = xdf.read(path)
+        streams, _, _ = xdf_file.read(path)
         xdf.roles(streams, {})
     except StreamError as e:
         assert isinstance(e, FileError | UsageError)  # noqa: PT017

@@ -261,7 +261,7 @@ def _device(times: int, say: Say) -> Iterator[Figure]:
 
 def _misfits(seconds: float) -> Iterator[Figure]:
     """A publisher of our own: features that are right, not finite, too short or no vector, in turn, one a tick."""
-    encoder = encoders.create("vision")
+    encoder = encoders.create_encoder("vision")
     rng = np.random.default_rng(0)
     good: dict[int, bool] = {}
     more = ("--vision", "none", "--audio", "synthetic", "--text", "none", "--record", "FOLDER/a.mcap")

@@ -1,7 +1,7 @@
-"""Encoders: Sample -> feature vectors. The same class runs live, in replay from raw and when training.
+"""Encoders: Sample -> feature vectors. The same class runs live, in replay from raw samples and in training.
 
-An encoder keeps what state it needs between samples of one stream (`reset` forgets it). It knows nothing about the
-bus, sessions or where samples come from.
+An encoder may keep state between the samples of one stream; `reset` clears it. Encoders know nothing about the bus,
+sessions or sources.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from stream_mmrnn.core.types import Sample
 
 
 class Encoder(Protocol):
-    """What every encoder can do."""
+    """The interface of every encoder."""
 
     origin: str
-    """`name@sha256` of all its weights and constants: models say which they were trained with."""
+    """`name@sha256` over all its weights and constants; a model names the one that it was trained with."""
     size: int
     """Length of a feature vector."""
 
@@ -28,17 +28,17 @@ class Encoder(Protocol):
         """
 
     def prewarm(self) -> None:
-        """Do nobody's work just before a sample is expected, where that costs less than it saves."""
+        """Run on dummy data just before a sample is expected, if warm caches save more than the run costs."""
 
     def reset(self) -> None:
-        """Forget the stream so far."""
+        """Clear the state."""
 
 
-def create(modality: str) -> Encoder:
-    """The encoder of a modality, which is its kind's; imports only what it needs.
+def create_encoder(modality: str) -> Encoder:
+    """The encoder for a modality, chosen by its kind; imports only what it needs.
 
     Raises:
-        UsageError: no encoder of ours makes these features.
+        UsageError: there is no encoder for this modality.
 
     """
     kind = MODALITIES[modality].kind

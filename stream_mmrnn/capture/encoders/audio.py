@@ -1,12 +1,12 @@
 """AudioEncoder: 16 kHz sound -> every 20 ms 80 log-mel values and the probability of speech.
 
-Works sample by sample: however the sound is cut into blocks, the vectors are the same, bit for bit. Knows
-nothing about microphones or how blocks travel.
+Works sample by sample: the vectors are the same, bit for bit, for any block length.
 """
 
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 
@@ -18,9 +18,9 @@ from stream_mmrnn.graph.runtime import Binding, Graph
 
 RATE = AUDIO_RATE_HZ
 HOP = 320
-"""A vector every 20 ms."""
+"""Samples per vector: 20 ms."""
 WINDOW = 400
-"""The log-mel window, 25 ms: a hop and the end of the one before."""
+"""The log-mel window, 25 ms: a hop and the end of the previous one."""
 MELS = 80
 SPEECH = MELS
 """Index of the speech probability in a vector."""
@@ -28,7 +28,7 @@ SPEECH = MELS
 _SAMPLE_NS = 62_500  # 1e9 / 16,000, exactly
 _CHUNK, _CONTEXT = 512, 64  # what silero's detector was trained on: 32 ms, and the 4 ms before
 _TOLERANCE_NS = 10_000_000
-_FORGET_NS = 1_000_000_000
+_RESET_NS = 1_000_000_000
 
 
 def _bind(logmel: Graph, detector: Graph) -> tuple[Binding, Binding]:
@@ -42,63 +42,63 @@ def _bind(logmel: Graph, detector: Graph) -> tuple[Binding, Binding]:
 
 
 class AudioEncoder:
-    """One vector a hop; the speech probability is the newest that the detector has said (every 32 ms)."""
+    """One vector per hop; the speech probability is the detector's newest output (every 32 ms)."""
 
     size = MELS + 1
 
-    def __init__(self) -> None:
-        """Load both graphs; raises ModelError where a file is missing."""
-        folder = models_folder() / "encoders"
+    def __init__(self, folder: Path | None = None) -> None:
+        """Load both graphs, by default the package's; raises ModelError if a file is missing."""
+        folder = folder or models_folder() / "encoders"
         logmel, detector = Graph(folder / "logmel80.onnx"), Graph(folder / "silero_vad.onnx")
         both = hashlib.sha256(logmel.path.read_bytes() + detector.path.read_bytes()).hexdigest()
         self.origin = f"logmel80+silero_vad@{both}"
         self._logmel, self._detector = _bind(logmel, detector)
         self._spare = _bind(logmel, detector)
-        """The same graphs over sound that is nobody's."""
+        """Second bindings of the same graphs, for warm-up runs that must not change the state."""
         self._window: FloatArray = self._logmel.inputs["samples"][0]
         self._chunk: FloatArray = self._detector.inputs["input"][0]
         self._hop = np.zeros(HOP, np.float32)
         self.reset()
 
     def prewarm(self) -> None:
-        """Run both graphs on nobody's sound: no state moves, but code and weights are in the caches."""
-        for binding in (*self._spare, *self._spare):  # the second time finds what the first one brought
+        """Run both graphs on dummy sound: code and weights are then in the CPU caches, and no state changes."""
+        for binding in (*self._spare, *self._spare):  # twice: the second run finds the caches filled
             binding.run()
 
     def reset(self) -> None:
-        """Forget the stream so far."""
+        """Clear the state of window and detector."""
         self._speech = np.float32(0)
         self._detector.state["state"][...] = 0
         self._due_ns: int | None = None
-        self._forget_samples()
+        self._clear_samples()
 
-    def _forget_samples(self) -> None:
+    def _clear_samples(self) -> None:
         self._window[...] = 0
         self._chunk[...] = 0
         self._in_hop = self._in_chunk = 0
 
-    def _follow(self, start_ns: int) -> None:
-        """See that the block follows its predecessor.
+    def _check_gap(self, start_ns: int) -> None:
+        """Clear samples or state if there is a gap before the block.
 
-        A hop must not span a hole, or its samples and its time would not belong together. The tolerance is
-        half a hop: a lost block of 10 ms or more is noticed, the jitter of a device's stamps (about 1 ms) is
-        not taken for one. After a hole the samples kept so far are forgotten; the detector's state and last
-        word stay, because who spoke 20 ms ago still speaks, until time jumps by more than a second.
+        A hop must not span a gap, else its samples and its time would not fit. The tolerance is half a hop: a lost
+        block of 10 ms or more is noticed, the jitter of a device's stamps (about 1 ms) is not. After a gap the samples
+        so far are cleared; the detector's state and last output are kept, because a voice that spoke 20 ms ago
+        probably still speaks. They are cleared when time jumps by more than a second.
         """
         if self._due_ns is None:
             return
-        hole_ns = start_ns - self._due_ns
-        if not -_FORGET_NS <= hole_ns <= _FORGET_NS:
+        gap_ns = start_ns - self._due_ns
+        if not -_RESET_NS <= gap_ns <= _RESET_NS:
             self.reset()
-        elif abs(hole_ns) >= _TOLERANCE_NS:
-            self._forget_samples()
+        elif abs(gap_ns) >= _TOLERANCE_NS:
+            self._clear_samples()
 
     def encode(self, sample: Sample) -> list[Sample]:
         """The vectors of the hops that the block completes; raises WireError where it is not 16-bit mono."""
         block = sample.data
         if isinstance(block, bytes) or block.dtype != np.int16 or block.ndim != 1:
             raise WireError("a block of sound is not one row of 16-bit samples; send mono int16 at 16 kHz")
-        self._follow(sample.event_ns - len(block) * _SAMPLE_NS)
+        self._check_gap(sample.event_ns - len(block) * _SAMPLE_NS)
         self._due_ns = sample.event_ns
         done: list[Sample] = []
         at = 0

@@ -1,7 +1,4 @@
-"""ImageEncoder: a JPEG picture -> 1280 numbers of EfficientNet-Lite0 at 128 x 128.
-
-Every picture stands alone, so there is nothing to forget. Knows nothing about cameras or rates.
-"""
+"""ImageEncoder: a JPEG picture -> 1280 features of EfficientNet-Lite0 at 128 x 128. Has no state."""
 
 from __future__ import annotations
 
@@ -16,14 +13,14 @@ from stream_mmrnn.graph.runtime import Graph
 
 PICTURE = 128
 MAX_SIDE = 8192
-"""As the largest camera that can be set; a few bytes must not be able to claim gigabytes."""
+"""The largest camera size that can be set. A limit, so that a small forged header cannot make us allocate gigabytes."""
 
 # start-of-frame markers: C0 to CF without C4 (Huffman tables), C8 (reserved) and CC (arithmetic coding)
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height from a JPEG's header, or None where the bytes are no JPEG; nothing is decoded."""
+    """Width and height from a JPEG's header, or None if the bytes are no JPEG; nothing is decoded."""
     if data[:2] != b"\xff\xd8":
         return None
     at = 2
@@ -39,7 +36,7 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _reduction(width: int, height: int) -> int:
-    """The decoder's flag: it drops what the resize would drop anyway, at a fraction of the time."""
+    """The decoder's flag to decode at a reduced size, which is much faster and loses only what `resize` would drop."""
     side = min(width, height)
     if side >= 8 * PICTURE:
         return cv2.IMREAD_REDUCED_COLOR_8
@@ -51,7 +48,7 @@ def _reduction(width: int, height: int) -> int:
 
 
 def shrink(data: Payload) -> npt.NDArray[np.uint8]:
-    """A JPEG as 128 x 128 pixels, blue first; raises WireError where it cannot be decoded."""
+    """A JPEG as 128 x 128 BGR pixels; raises WireError if it cannot be decoded."""
     size = jpeg_size(data) if isinstance(data, bytes) else None
     if size is None or not 0 < min(size) <= max(size) <= MAX_SIDE:
         raise WireError(f"a picture is not a JPEG of 1 to {MAX_SIDE} pixels a side; encode it as JPEG")
@@ -65,25 +62,25 @@ def shrink(data: Payload) -> npt.NDArray[np.uint8]:
 
 
 class ImageEncoder:
-    """One feature vector a picture."""
+    """One feature vector per picture."""
 
     size = 1280
 
     def __init__(self) -> None:
-        """Load the graph; raises ModelError where its file is missing."""
-        cv2.setNumThreads(1)  # the worker has one core's worth of work; more threads only add jitter
+        """Load the graph; raises ModelError if its file is missing."""
+        cv2.setNumThreads(1)  # one core is enough for the work; more threads only add jitter
         graph = Graph(models_folder() / "encoders" / "efficientnet-lite0-128.onnx")
         self.origin = f"efficientnet-lite0-128@{graph.sha256}"
         self._binding = graph.bind({"image": (1, PICTURE, PICTURE, 3)}, {"features": (1, self.size)}, {})
 
     def prewarm(self) -> None:
-        """Nothing: a run costs milliseconds, more than warm caches save."""
+        """Does nothing: a run takes milliseconds, more than warm caches save."""
 
     def reset(self) -> None:
-        """Nothing is kept between pictures."""
+        """Does nothing: there is no state."""
 
     def encode(self, sample: Sample) -> list[Sample]:
-        """The picture's features, with its times; raises WireError where it cannot be decoded."""
+        """The picture's features, with its times; raises WireError if it cannot be decoded."""
         cv2.cvtColor(shrink(sample.data), cv2.COLOR_BGR2RGB, dst=self._binding.inputs["image"][0])
         self._binding.run()
         return [

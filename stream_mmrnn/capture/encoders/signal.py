@@ -1,8 +1,4 @@
-"""SignalEncoder: the numbers of a sensor as they are, one a channel.
-
-There is nothing to learn or to look up: what a model is trained with is what the sensor gives. Knows nothing about
-which sensor.
-"""
+"""SignalEncoder: a sensor's numbers unchanged, one per channel."""
 
 from __future__ import annotations
 
@@ -17,22 +13,22 @@ _RULE = b"float32, one number a channel, as the stream gives them"
 
 
 class SignalEncoder:
-    """One vector a sample; `size` is 0: it is as long as the stream has channels."""
+    """One vector per sample; `size` is 0 because a vector is as long as the stream has channels."""
 
     size = 0
     origin = f"channels@{hashlib.sha256(_RULE).hexdigest()}"
 
     def prewarm(self) -> None:
-        """Nothing: there is no work to be warm for."""
+        """Does nothing: there is nothing to warm up."""
 
     def reset(self) -> None:
-        """Nothing is kept between samples."""
+        """Does nothing: there is no state."""
 
     def encode(self, sample: Sample) -> list[Sample]:
-        """The sample itself; raises WireError where it is no vector of finite numbers."""
+        """The sample itself; raises WireError if it is not a vector of finite numbers."""
         data = sample.data
         if isinstance(data, bytes) or data.ndim != 1 or data.dtype != np.float32:
-            raise WireError("a sample of a signal is no vector of float32; send one number a channel")
+            raise WireError("a sample of a signal is not a vector of float32; send one number per channel")
         if not np.isfinite(data).all():
             raise WireError("a sample of a signal holds a number that is not finite")
         return [sample]

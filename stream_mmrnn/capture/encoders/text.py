@@ -1,8 +1,7 @@
 """TextEncoder: a text event -> 256 numbers, the mean of WordLlama's token vectors.
 
-Only the weights and the tokenizer's table of the package `wordllama` are read; its Python code is not
-imported, which saves 0.4 s and its logging set-up. Every text has a vector: rare words fall apart into
-sub-words and bytes. Knows nothing about who types.
+Only the weights and the tokenizer's table of the package `wordllama` are read; its Python code is not imported, which
+saves 0.4 s and its logging set-up. Every text has a vector: rare words are split into sub-words and bytes.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -34,18 +34,18 @@ def _read(file: Path) -> bytes:
 
 
 def _canonical(tokens: bytes) -> bytes:
-    """The tokenizer's table without its layout: versions of the package differ in nothing but line breaks."""
+    """The tokenizer's table without its layout: versions of the package differ only in line breaks."""
     return json.dumps(json.loads(tokens), sort_keys=True, separators=(",", ":")).encode()
 
 
 class TextEncoder:
-    """One vector a text event; an empty text is zeros."""
+    """One vector per text event; zeros for an empty text."""
 
     size = 256
 
-    def __init__(self) -> None:
-        """Read the vectors and the tokenizer; raises ModelError where they are missing or damaged."""
-        weights, tokens = _read(_WEIGHTS), _read(_TOKENS)
+    def __init__(self, read: Callable[[Path], bytes] = _read) -> None:
+        """Read the vectors and the tokenizer; raises ModelError if they are missing or damaged."""
+        weights, tokens = read(_WEIGHTS), read(_TOKENS)
         try:
             # kept as float16: exact once widened, half the memory
             self._vectors = load(weights)["embedding.weight"]
@@ -59,13 +59,13 @@ class TextEncoder:
         self.origin = f"wordllama-l2-supercat-256@{hashlib.sha256(weights + _canonical(tokens)).hexdigest()}"
 
     def prewarm(self) -> None:
-        """Nothing: nobody knows when the next words come."""
+        """Does nothing: it is not known when the next text comes."""
 
     def reset(self) -> None:
-        """Nothing is kept between texts."""
+        """Does nothing: there is no state."""
 
     def encode(self, sample: Sample) -> list[Sample]:
-        """The text's vector, with its times; bytes that are no UTF-8 become the replacement character."""
+        """The text's vector, with its times; invalid UTF-8 becomes the replacement character."""
         if not isinstance(sample.data, bytes):
             raise WireError("a text event is not bytes; send UTF-8")
         text = sample.data.decode("utf-8", errors="replace")

@@ -1,7 +1,7 @@
-"""Sources: each a generator of samples behind a tiny class, opened only in its worker's process.
+"""Sources: each is a small class around a generator of samples, opened only in its worker's process.
 
-A source knows its device and the clock. It knows nothing about encoders, the bus or sessions, and keeps no
-queue: the worker's pump does (`pipeline.Pump`).
+A source knows its device and the clock. It knows nothing about encoders, the bus or sessions, and has no queue: the
+worker has one (`pipeline.Pump`).
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from stream_mmrnn.core.topics import MODALITIES as _TABLE
 from stream_mmrnn.core.types import Sample
 
 RATE_HZ = AUDIO_RATE_HZ
-"""Sound is mono int16 at this rate, wherever it comes from."""
+"""Every source of sound gives mono int16 at this rate."""
 
 
 class Source(Protocol):
-    """What every source can do."""
+    """The interface of every source."""
 
     origin: str
-    """Its description, such as `camera:0`; travels as the origin of its raw messages."""
+    """Its description, such as `camera:0`; the `origin` of its raw messages."""
     info: dict[str, Any]
-    """What was asked for and what was got, and what the device said it lost; complete after `open`."""
+    """The format that was requested and the one that the device gave, and its loss counts; complete after `open`."""
 
     def open(self) -> None:
-        """Take the device; raises SourceError where it is not there (the worker asks again later)."""
+        """Open the device; raises SourceError if it is not there (the worker retries)."""
 
     def samples(self, alive: Callable[[], bool], epoch_ns: int) -> Iterator[Sample]:
-        """Samples as they come, until the stream ends or `alive()` is false (asked ten times a second or more).
+        """Samples as they come, until the stream ends or `alive()` is false (checked at least ten times a second).
 
-        `epoch_ns` is the time of a file's or synthetic stream's beginning; devices stamp with the clock.
+        `epoch_ns` is the start time of a file or synthetic stream; devices stamp with the clock.
         Raises SourceError when the device is lost.
         """
 
     def close(self) -> None:
-        """Give the device back; harmless when it is not open."""
+        """Close the device; does nothing if it is not open."""
 
 
 def split(spec: str) -> tuple[str, str]:
@@ -57,20 +57,20 @@ _KINDS: dict[Kind, tuple[str, ...]] = {
 
 
 NAMED = tuple(m.name for m in _TABLE.values() if m.kind in _KINDS)
-"""The modalities that a source can be named for; features of the others come from whoever publishes them."""
+"""The modalities that have sources; other programs publish the features of the rest."""
 EVERY = tuple(name for name in NAMED if "synthetic" in _KINDS[_TABLE[name].kind])
-"""Of them, those of people, who can be seen, heard and read: what one source may give together."""
+"""Those of them that the synthetic source has."""
 MODALITIES = tuple(name for name in EVERY if not _TABLE[name].other)
-"""Of them, those of the person that a session is about."""
+"""Those of the first person."""
 OTHER = tuple(name for name in EVERY if _TABLE[name].other)
 """Those of the second person."""
 
 
 def check(spec: str, modality: str) -> None:
-    """Say in one sentence what is wrong with a source's name, before any process starts.
+    """Check a source's name, before any process starts.
 
     Raises:
-        SourceSpecError: no such kind of source for this modality, or its argument is missing or wrong.
+        SourceSpecError: this modality has no such kind of source, or its argument is missing or wrong.
         FileError: `file:PATH` names no readable media file.
 
     """
@@ -79,7 +79,7 @@ def check(spec: str, modality: str) -> None:
     if kind not in known:
         raise SourceSpecError(f"{spec!r} is no source of {modality}; use one of {', '.join(known)}")
     if kind == "page" and _TABLE[modality].other:
-        raise SourceSpecError(f"what is typed on the page is of the first person, not {modality}; use text = 'page'")
+        raise SourceSpecError(f"text typed on the page is the first person's, not {modality}; use text = 'page'")
     if kind in ("tcp", "zmq") and not (rest.isdigit() and int(rest) < 65536):
         raise SourceSpecError(f"{spec!r} needs a port on this machine, such as {kind}:5555")
     if kind in ("file", "pipe") and not rest:
@@ -95,11 +95,11 @@ def check(spec: str, modality: str) -> None:
 
 
 def check_all(chosen: Sources) -> None:
-    """`check` each of a session's sources, and that no two of them want the same lines.
+    """`check` each of a session's sources, and that no two of them read the same lines.
 
     Raises:
-        SourceSpecError: as `check`, or `text` and `other_text` are one stream that can be read once.
-        FileError: as `check`.
+        SourceSpecError: see `check`; or `text` and `other_text` are the same stream, which can be read only once.
+        FileError: see `check`.
 
     """
     for modality in NAMED:
@@ -113,27 +113,27 @@ def check_all(chosen: Sources) -> None:
 
 
 def everything_from(spec: str) -> dict[str, str]:
-    """The source of each modality where one spec is given for all: `synthetic`, `devices` or `file:CLIP`.
+    """The source of each modality for a spec of all modalities: `synthetic`, `devices` or `file:CLIP`.
 
-    Devices and clips have one person; the synthetic one has somebody to talk to.
+    The synthetic source has two persons, devices and clips have one.
     """
     kind, rest = split(spec)
     if kind == "synthetic":
         return dict.fromkeys(EVERY, "synthetic")
-    nobody = dict.fromkeys(OTHER, "none")
+    no_other = dict.fromkeys(OTHER, "none")
     if kind == "devices":
-        return {"vision": "camera:0", "audio": "microphone", "text": "stdin", **nobody}
+        return {"vision": "camera:0", "audio": "microphone", "text": "stdin", **no_other}
     if kind == "file":
         check(spec, "audio")
         from stream_mmrnn.capture.sources.file import streams_of
 
         has = streams_of(Path(rest))
-        return {m: spec if m in has else "none" for m in MODALITIES} | nobody
+        return {m: spec if m in has else "none" for m in MODALITIES} | no_other
     raise SourceSpecError(f"{spec!r} is no source; use synthetic, devices or file:PATH")
 
 
-def create(spec: str, modality: str, settings: Settings, stdin_fd: int = -1) -> Source:
-    """The source that `spec` names; nothing is opened yet. Imports only what that source needs."""
+def create_source(spec: str, modality: str, settings: Settings, stdin_fd: int = -1) -> Source:
+    """The source that `spec` names, not yet open; imports only what that source needs."""
     kind, rest = split(spec)
     if kind == "camera":
         from stream_mmrnn.capture.sources.camera import Camera
@@ -147,16 +147,16 @@ def create(spec: str, modality: str, settings: Settings, stdin_fd: int = -1) -> 
         from stream_mmrnn.capture.sources import file
 
         if _TABLE[modality].kind == "vision":
-            return file.Picture(Path(rest), settings.camera)
-        return file.Sound(Path(rest), settings.microphone)
+            return file.FilePicture(Path(rest), settings.camera)
+        return file.FileSound(Path(rest), settings.microphone)
     if kind == "synthetic":
         from stream_mmrnn.capture.sources.synthetic import Synthetic
 
         return Synthetic(modality, settings.synthetic)
     if kind == "lsl":
-        from stream_mmrnn.capture.sources.lsl import Stream
+        from stream_mmrnn.capture.sources.lsl import LslSource
 
-        return Stream(rest, _TABLE[modality].kind, settings.lsl, settings.microphone, settings.text)
+        return LslSource(rest, _TABLE[modality].kind, settings.lsl, settings.microphone, settings.text)
     from stream_mmrnn.capture.sources import text
 
     return text.create(kind, rest, settings.text, stdin_fd)

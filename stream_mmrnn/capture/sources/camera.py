@@ -1,7 +1,6 @@
 """A camera through OpenCV: a device number, a device file, a video file or a URL (http, rtsp, udp).
 
-Knows nothing about what the pictures are for. The only live picture source; `file` reads clips by their own
-times.
+The only live source of pictures; `file` reads clips by their own times.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from stream_mmrnn.core.types import Sample
 _TIMEOUT_MS = 2000
 _LOST_NS = 2_000_000_000
 _LOST_FAILURES = 10
-_WAITING_NS = 4_000_000
-"""A frame that `grab` has sooner than this was waiting for us: it is older than its stamp would say."""
-_WAITING_FRAMES = 300
+_QUEUED_NS = 4_000_000
+"""A frame that `grab` returns faster than this was queued: it is older than its stamp would say."""
+_MAX_QUEUED_FRAMES = 300
 
-# Our errors say what is wrong in one sentence; what the libraries print beside them goes nowhere. OpenCV
-# reads these at the first capture, so it is early enough here; who sets them outside has the last word.
+# Our errors are one sentence each; what the libraries print beside them is switched off. OpenCV reads these at the
+# first capture, so it is early enough to set them here. A value that the user has set is kept.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 os.environ.setdefault("OPENCV_VIDEOIO_V4L_SELECT_TIMEOUT", str(_TIMEOUT_MS // 1000))
@@ -42,7 +41,7 @@ def _is_url(device: str) -> bool:
 
 def _capture(device: str) -> cv2.VideoCapture:
     if device.isdigit():
-        # named, so that the absence of a camera is not asked of every backend in turn
+        # with the backend's name, else OpenCV tries every backend when there is no camera
         return cv2.VideoCapture(int(device), cv2.CAP_V4L2 if sys.platform == "linux" else cv2.CAP_ANY)
     if _is_url(device):
         limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, _TIMEOUT_MS, cv2.CAP_PROP_READ_TIMEOUT_MSEC, _TIMEOUT_MS]
@@ -52,9 +51,9 @@ def _capture(device: str) -> cv2.VideoCapture:
 
 
 class Camera:
-    """Frames as JPEG, stamped as soon as the device hands them over.
+    """Frames as JPEG, stamped as soon as the device delivers them.
 
-    While a camera is silent, `grab` waits up to two seconds before it looks at `alive` again.
+    While a camera gives no frames, `grab` blocks for up to two seconds before `alive` is checked again.
     """
 
     def __init__(self, device: str, settings: CameraSettings) -> None:
@@ -70,10 +69,10 @@ class Camera:
         self._is_file = not device.isdigit() and not _is_url(device) and Path(device).is_file()
 
     def open(self) -> None:
-        """Take the camera.
+        """Open the camera.
 
         Raises:
-            SourceError: it is not there, or gives no picture within two seconds or so.
+            SourceError: it is not there, or gives no picture within about two seconds.
 
         """
         self.close()
@@ -91,7 +90,7 @@ class Camera:
         self.info["got"] = {
             "width": int(capture.get(cv2.CAP_PROP_FRAME_WIDTH)),
             "height": int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT)),
-            # a stream over the network has no rate of its own: what OpenCV says there is invented
+            # OpenCV invents the rate of a network stream
             "rate_hz": 0.0 if _is_url(self._device) else capture.get(cv2.CAP_PROP_FPS),
             "backend": capture.getBackendName(),
         }
@@ -112,12 +111,12 @@ class Camera:
         period_ns = round(1e9 / (self.info["got"]["rate_hz"] or 30.0)) if self._is_file else 0
         last_ns = now_ns()
         failures = 0
-        # opening a stream over the network takes in frames to find out what it is; they come out in one burst
+        # OpenCV reads frames of a network stream ahead to detect its format; they come out in one burst
         stale = _is_url(self._device)
         while alive():
             before_ns = now_ns()
             grabbed = capture.grab()
-            event_ns = now_ns()  # what OpenCV says of the time is invented for some backends: stamp it here
+            event_ns = now_ns()  # stamped here, because OpenCV invents the time stamps of some backends
             if not grabbed:
                 if self._is_file:
                     return
@@ -127,7 +126,7 @@ class Camera:
                     raise SourceError(f"{self.origin} is lost: it gives no more frames; check its connection")
                 time.sleep(0.02)
                 continue
-            if stale and event_ns - before_ns < _WAITING_NS and self.info["stale"] < _WAITING_FRAMES:
+            if stale and event_ns - before_ns < _QUEUED_NS and self.info["stale"] < _MAX_QUEUED_FRAMES:
                 self.info["stale"] += 1
                 last_ns = event_ns
                 continue
@@ -138,7 +137,7 @@ class Camera:
                 continue
             capture_ns = now_ns()
             failures, last_ns = 0, event_ns
-            # a damaged frame may come out empty; imencode refuses it with an exception
+            # a damaged frame may be empty, for which imencode raises an exception
             if frame is None or frame.size == 0:
                 continue
             good, jpeg = cv2.imencode(".jpg", frame, quality)
@@ -154,7 +153,7 @@ class Camera:
 
 
 def list_cameras() -> list[tuple[str, str]]:
-    """What can be opened now, as (source, description), for the `devices` verb."""
+    """The cameras that can be opened now, as (source, description), for the `devices` verb."""
     if sys.platform == "linux":
         found = sorted(int(p.name[5:]) for p in Path("/dev").glob("video*") if p.name[5:].isdigit())
     else:

@@ -1,7 +1,7 @@
-"""The picture and the sound of a media file at its own pace, by the times the file itself states.
+"""Picture and sound of a media file in real time, by the file's own time stamps.
 
-Both streams count from the container's start, so that two processes that read one file agree. PyAV decodes
-both: OpenCV's idea of a frame's time is a guess for some containers. Knows nothing about devices.
+Both streams count from the container's start, so that two processes that read one file agree. PyAV decodes both,
+because OpenCV guesses the frame times of some containers.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 from stream_mmrnn.capture.sources import RATE_HZ
-from stream_mmrnn.capture.sources.pacing import Reading, pace
+from stream_mmrnn.capture.sources.pacing import ScheduledSample, pace
 from stream_mmrnn.core.config import Camera as CameraSettings
 from stream_mmrnn.core.config import Microphone as MicrophoneSettings
 from stream_mmrnn.core.errors import FileError, SourceError
 from stream_mmrnn.core.types import Sample
 
 _GAP_S = Fraction(1, 20)
-"""Where the time stamps leave out more than this, nothing was recorded: silence keeps the rest in time."""
+"""A gap between time stamps that is longer than this is filled with silence, to keep the rest in time."""
 
 Int16Array = npt.NDArray[np.int16]
 
@@ -47,10 +47,10 @@ def streams_of(path: Path) -> set[str]:
 
     """
     with _opened(path) as container:
-        if container.format.name == "tty":  # any text is a film to it: letters on a screen
+        if container.format.name == "tty":  # FFmpeg renders any text file as a video
             raise FileError(f"the file {path} is text; give a file with picture or sound")
         has = set()
-        # the cover of a music file is a picture, and no film
+        # the cover picture of a music file is not a video
         if any(not s.disposition & av.stream.Disposition.attached_pic for s in container.streams.video):
             has.add("vision")
         if container.streams.audio:
@@ -61,7 +61,7 @@ def streams_of(path: Path) -> set[str]:
 
 
 class _Media:
-    """What picture and sound share: one open container and its beginning."""
+    """The base of both: an open container and its start time."""
 
     def __init__(self, path: Path, modality: str, *, paced: bool) -> None:
         self.origin = f"file:{path.name}"
@@ -98,8 +98,8 @@ class _Media:
             self._container = None
 
 
-class Picture(_Media):
-    """The file's frames as JPEG, each at the time at which the file shows it."""
+class FilePicture(_Media):
+    """The file's frames as JPEG, each at its presentation time."""
 
     def __init__(self, path: Path, settings: CameraSettings, *, paced: bool = True) -> None:
         super().__init__(path, "vision", paced=paced)
@@ -112,18 +112,18 @@ class Picture(_Media):
         self.info["got"] = {"width": stream.width, "height": stream.height, "rate_hz": rate}
 
     def samples(self, alive: Callable[[], bool], epoch_ns: int) -> Iterator[Sample]:
-        yield from pace(self._readings(epoch_ns), alive, paced=self._paced)
+        yield from pace(self._schedule(epoch_ns), alive, paced=self._paced)
 
-    def _readings(self, epoch_ns: int) -> Iterator[Reading]:
+    def _schedule(self, epoch_ns: int) -> Iterator[ScheduledSample]:
         for frame, at_s in self._frames("video"):
-            yield Reading(epoch_ns + round(at_s * 1_000_000_000), partial(self._jpeg, frame))
+            yield ScheduledSample(epoch_ns + round(at_s * 1_000_000_000), partial(self._jpeg, frame))
 
     def _jpeg(self, frame: Any) -> bytes:
         return cv2.imencode(".jpg", frame.to_ndarray(format="bgr24"), self._quality)[1].tobytes()
 
 
-class Sound(_Media):
-    """The file's sound, mono at 16 kHz, in blocks; the last one is as long as what is left."""
+class FileSound(_Media):
+    """The file's sound, mono at 16 kHz, in blocks; the last one may be shorter."""
 
     def __init__(self, path: Path, settings: MicrophoneSettings, *, paced: bool = True) -> None:
         super().__init__(path, "audio", paced=paced)
@@ -135,9 +135,9 @@ class Sound(_Media):
         self.info["got"] = {"rate_hz": stream.rate, "channels": stream.channels}
 
     def samples(self, alive: Callable[[], bool], epoch_ns: int) -> Iterator[Sample]:
-        yield from pace(self._readings(epoch_ns), alive, paced=self._paced)
+        yield from pace(self._schedule(epoch_ns), alive, paced=self._paced)
 
-    def _readings(self, epoch_ns: int) -> Iterator[Reading]:
+    def _schedule(self, epoch_ns: int) -> Iterator[ScheduledSample]:
         done = 0
         rest: Int16Array = np.empty(0, np.int16)
         for piece in self._pieces():
@@ -145,12 +145,12 @@ class Sound(_Media):
             while len(rest) >= self._block:
                 block, rest = rest[: self._block], rest[self._block :]
                 done += len(block)
-                yield Reading(epoch_ns + round(done * 1e9 / RATE_HZ), block.copy)
+                yield ScheduledSample(epoch_ns + round(done * 1e9 / RATE_HZ), block.copy)
         if len(rest):
-            yield Reading(epoch_ns + round((done + len(rest)) * 1e9 / RATE_HZ), rest.copy)
+            yield ScheduledSample(epoch_ns + round((done + len(rest)) * 1e9 / RATE_HZ), rest.copy)
 
     def _pieces(self) -> Iterator[Int16Array]:
-        """Sound from the container's start without holes, at 16 kHz."""
+        """Sound from the container's start without gaps, at 16 kHz."""
         resampler = av.AudioResampler(format="s16", layout="mono", rate=RATE_HZ)
         expected = Fraction(0)
         for frame, at_s in self._frames("audio"):
@@ -158,7 +158,7 @@ class Sound(_Media):
                 yield np.zeros(round((at_s - expected) * RATE_HZ), np.int16)
                 expected = at_s
             expected += Fraction(frame.samples, frame.sample_rate)
-            frame.pts = None  # the resampler would argue with the stamps; the count is what we keep
+            frame.pts = None  # else the resampler would correct by the stamps; time is counted in samples here
             for out in resampler.resample(frame):
                 yield out.to_ndarray()[0]
         for out in resampler.resample(None):

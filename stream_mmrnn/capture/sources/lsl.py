@@ -1,7 +1,7 @@
 """A stream of Lab Streaming Layer as a source: numbers for `signal`, strings for `text`, sound for `audio`.
 
-Event times are the stream's own stamps on our clock, by the offset that is probed while it runs; the stamp as it was
-stays in `device_ns`. Knows nothing about encoders or the bus.
+Event times are the stream's own stamps converted to the local clock, by an offset that is measured while it runs; the
+original stamp is kept in `device_ns`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from stream_mmrnn.core.types import Sample
 
 _KEYS = ("name", "type", "source_id", "hostname")
 _RESOLVE_S = 0.4
-"""How long `open` waits: the search itself goes on from one call to the next."""
-_FORGOTTEN_S = 3.0
-"""A stream that answered so long ago is there no more."""
-_ANSWER_S = 3.0
-_LOOK_S, _POLL_S = 0.05, 0.02
+"""How long `open` waits; the search itself continues between calls."""
+_FORGET_S = 3.0
+"""A stream that has not answered for this long is gone."""
+_REPLY_S = 3.0
+_PULL_S, _POLL_S = 0.05, 0.02
 _BUFFER_S = 60
-"""How much the library keeps for a reader that is slow."""
+"""How much the library buffers for a slow reader."""
 _VALUES_AT_ONCE = 65_536
 _MAX_CHANNELS = 4096
 _MIN_AUDIO_HZ = 4_000
@@ -50,8 +50,8 @@ def query(rest: str) -> tuple[str, str]:
     return key, value
 
 
-class Stream:
-    """An inlet of one stream. A stream that vanishes is a SourceError, and the worker asks for it again."""
+class LslSource:
+    """An inlet of one stream. A stream that disappears raises SourceError, and the worker retries."""
 
     def __init__(self, rest: str, kind: Kind, settings: Lsl, microphone: Microphone, text: Text) -> None:
         self.origin = f"lsl:{rest}"
@@ -63,24 +63,24 @@ class Stream:
         self._search: Any = None
         self._uid = ""
         self._lost = ("", 0)
-        """The stream that was lost last, which the search still finds for a while, and until when."""
+        """The stream that was lost last, and until when the search may still find it."""
         self._inlet: Any = None
         self._offsets: lsl.Offsets | None = None
         self.info: dict[str, Any] = {"missing": 0, "too_long": 0, "garbage": 0}
-        """`missing`: samples that the stamps of a stream of a fixed rate say were lost on their way."""
+        """`missing`: lost samples, counted by the stamps of a stream with a fixed rate."""
 
     def open(self) -> None:
         """Find the stream and connect to it.
 
         Raises:
             UsageError: pylsl is not installed.
-            SourceError: no such stream (yet), or it is not of the kind that is wanted.
+            SourceError: there is no such stream (yet), or it is of another kind.
 
         """
         self.close()
         if self._pylsl is None:
             self._pylsl = lsl.load(self._settings)
-            self._search = self._pylsl.ContinuousResolver(self._key, self._value, forget_after=_FORGOTTEN_S)
+            self._search = self._pylsl.ContinuousResolver(self._key, self._value, forget_after=_FORGET_S)
         pylsl = self._pylsl
         chosen = self._find()
         if chosen is None:
@@ -90,9 +90,9 @@ class Stream:
         inlet = pylsl.StreamInlet(chosen, _BUFFER_S, recover=False, as_numpy=True)
         offsets = lsl.Offsets(pylsl, inlet)
         try:
-            full = inlet.info(_ANSWER_S)
-            offsets.probe(_ANSWER_S)
-            inlet.open_stream(_ANSWER_S)
+            full = inlet.info(_REPLY_S)
+            offsets.probe(_REPLY_S)
+            inlet.open_stream(_REPLY_S)
         except (TimeoutError, RuntimeError) as e:
             raise SourceError(f"{self.origin} was found but does not answer: {e}") from e
         self._inlet, self._offsets, self._uid = inlet, offsets, chosen.uid()
@@ -110,7 +110,7 @@ class Stream:
         }
 
     def _find(self) -> Any:
-        """The stream, or None where there is none after a moment."""
+        """The stream, or None if it is not found in time."""
         until_ns = now_ns() + round(_RESOLVE_S * 1e9)
         while True:
             lost = self._lost[0] if now_ns() < self._lost[1] else ""
@@ -132,20 +132,20 @@ class Stream:
         if not fits:
             raise SourceError(
                 f"{self.origin} has {channels} channels of {'strings' if is_text else 'numbers'} at {rate_hz:g} Hz: "
-                f"{self._kind} wants {wanted}"
+                f"{self._kind} needs {wanted}"
             )
 
     def samples(self, alive: Callable[[], bool], epoch_ns: int) -> Iterator[Sample]:
         """Samples in the stream's order, from now on.
 
         Raises:
-            SourceError: the stream has vanished.
+            SourceError: the stream has disappeared.
 
         """
         if self._inlet is None or self._offsets is None:
             raise SourceError(f"{self.origin} is not open: call open() before samples()")
         make = {"text": self._lines, "audio": self._sound}.get(self._kind, self._vectors)
-        self._before_ns = 0
+        gaps = LostSamples(self.info["stream"]["rate_hz"])
         if self._kind == "audio":
             self._begin_sound()
         while alive():
@@ -153,32 +153,20 @@ class Stream:
                 self._offsets.probe()
                 rows, stamps_ns = self._pull(self._inlet)
             except (TimeoutError, RuntimeError) as e:
-                self._lost = (self._uid, now_ns() + round(_FORGOTTEN_S * 1e9))
+                self._lost = (self._uid, now_ns() + round(_FORGET_S * 1e9))
                 raise SourceError(f"{self.origin} is lost: {str(e).rstrip('.')}; start its program again") from e
             if stamps_ns:
-                self._count_missing(stamps_ns)
+                self.info["missing"] += gaps.count(stamps_ns)
                 yield from make(rows, stamps_ns, self._offsets, now_ns())
 
     def _pull(self, inlet: Any) -> tuple[Rows, list[int]]:
-        """The next sample and what has come with it, and their stamps by the stream's clock; none after a while."""
-        first, at_s = inlet.pull_sample(_LOOK_S)
+        """The samples that have arrived and their stamps by the stream's clock; empty after a timeout."""
+        first, at_s = inlet.pull_sample(_PULL_S)
         if first is None:
             return np.empty((0, 0)), []
         rows, stamps_s = inlet.pull_chunk(0.0, max(_VALUES_AT_ONCE // len(first), 1))
         rows = np.concatenate([first[None], rows]) if len(stamps_s) else first[None]
         return rows, [round(s * 1e9) for s in (at_s, *stamps_s)]
-
-    def _count_missing(self, stamps_ns: list[int]) -> None:
-        """Of a stream of a fixed rate. Stamps jitter, and samples come in chunks: a shorter gap is none."""
-        rate_hz = self.info["stream"]["rate_hz"]
-        if not rate_hz:
-            return
-        period_ns = 1e9 / rate_hz
-        for at_ns in stamps_ns:
-            gap_ns = at_ns - (self._before_ns or at_ns)
-            if gap_ns > max(_GAP_PERIODS * period_ns, _JITTER_NS):
-                self.info["missing"] += round(gap_ns / period_ns) - 1
-            self._before_ns = at_ns
 
     def _vectors(self, rows: Rows, stamps_ns: list[int], offsets: lsl.Offsets, at_ns: int) -> Iterator[Sample]:
         for values, remote_ns in zip(rows.astype(np.float32), stamps_ns, strict=True):
@@ -206,7 +194,7 @@ class Stream:
         self._smooth = DeviceClock(self._rate_hz)
 
     def _sound(self, rows: Rows, stamps_ns: list[int], offsets: lsl.Offsets, at_ns: int) -> Iterator[Sample]:
-        # a stamp is of a sample's beginning, an event time of its end
+        # LSL stamps the start of a sample, event time is its end
         device_ns = stamps_ns[-1] + round(1e9 / self._rate_hz)
         end_ns = min(self._smooth.stamp(len(rows), offsets.stamp(device_ns)), at_ns)
         for sound, event_ns in self._resampler.feed(int16_of(rows).reshape(-1), end_ns):
@@ -218,8 +206,29 @@ class Stream:
             inlet.close_stream()
 
 
+class LostSamples:
+    """Counts the lost samples of a stream with a fixed rate (0: none) by the gaps between stamps.
+
+    Short gaps are ignored, because stamps jitter and samples come in chunks.
+    """
+
+    def __init__(self, rate_hz: float) -> None:
+        self._period_ns = 1e9 / rate_hz if rate_hz else 0.0
+        self._last_ns = 0
+
+    def count(self, stamps_ns: list[int]) -> int:
+        """The number of samples that are missing before and between these."""
+        lost = 0
+        for at_ns in stamps_ns if self._period_ns else ():
+            gap_ns = at_ns - (self._last_ns or at_ns)
+            if gap_ns > max(_GAP_PERIODS * self._period_ns, _JITTER_NS):
+                lost += round(gap_ns / self._period_ns) - 1
+            self._last_ns = at_ns
+        return lost
+
+
 def int16_of(data: npt.NDArray[Any]) -> npt.NDArray[np.int16]:
-    """Sound as 16-bit numbers: floats are of -1 to 1, integers of the whole range of their type."""
+    """Sound as 16-bit numbers: floats range from -1 to 1, integers over the whole range of their type."""
     whole: npt.NDArray[Any]
     if np.issubdtype(data.dtype, np.floating):
         whole = np.clip(np.nan_to_num(data), -1.0, 1.0) * 32767

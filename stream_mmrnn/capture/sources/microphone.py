@@ -1,7 +1,6 @@
 """A microphone through PortAudio: mono int16 blocks at 16 kHz, stamped by the device's own sample count.
 
-PortAudio's thread only copies and stamps; everything else happens in the reader. Knows nothing about
-encoders.
+PortAudio's thread only copies and stamps; everything else happens in the reading thread.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ from stream_mmrnn.core.config import Microphone as MicrophoneSettings
 from stream_mmrnn.core.errors import SourceError
 from stream_mmrnn.core.types import Sample
 
-_LOOK_S = 0.05
+_POLL_S = 0.05
 _LOST_NS = 2_000_000_000
 _FIRST_NS = 5_000_000_000
-"""The first block may take longer than any later one: some sound servers take their time to wake."""
-_WAITING_BLOCKS = 500
-"""Blocks that may wait for a stalled reader; what comes then is dropped, counted and told to the clock."""
+"""Extra time for the first block, because some sound servers are slow to resume."""
+_MAX_QUEUED_BLOCKS = 500
+"""Blocks that are queued for a stalled reader; further ones are dropped and counted, and the clock is told."""
 
 Int16Array = npt.NDArray[np.int16]
 
 
 def portaudio() -> Any:
-    """The sounddevice module; imported late, for its import is what fails where PortAudio is missing."""
+    """The module sounddevice; imported late, because its import fails if PortAudio is missing."""
     try:
         import sounddevice
     except OSError as e:
@@ -43,10 +42,10 @@ def portaudio() -> Any:
     return sounddevice
 
 
-def _freshportaudio() -> Any:
-    """PortAudio lists devices once, when it starts: what was plugged in since is seen only by a fresh start."""
+def _restarted_portaudio() -> Any:
+    """PortAudio lists devices only when it starts: a restart finds those that were plugged in since."""
     sd = portaudio()
-    with contextlib.suppress(sd.PortAudioError):  # it did not start the last time either
+    with contextlib.suppress(sd.PortAudioError):  # it may not be running
         sd._terminate()
     try:
         sd._initialize()
@@ -60,11 +59,11 @@ def _inputs(sd: Any) -> list[dict[str, Any]]:
 
 
 def list_devices() -> list[tuple[str, str]]:
-    """The microphones there are now, as (source, description), for the `devices` verb.
+    """The microphones, as (source, description), for the `devices` verb.
 
-    Not beside an open microphone in the same process: the fresh start would end its stream.
+    Do not call it while this process has a microphone open: the restart would end its stream.
     """
-    sd = _freshportaudio()
+    sd = _restarted_portaudio()
     default = sd.default.device[0]
     result = []
     for device in _inputs(sd):
@@ -75,7 +74,7 @@ def list_devices() -> list[tuple[str, str]]:
 
 
 class Resampler:
-    """A device's own rate and channels -> mono 16 kHz in blocks of one length, with the end time of each."""
+    """A device's own rate and channels -> mono 16 kHz in blocks of equal length, with the end time of each."""
 
     def __init__(self, rate_hz: int, channels: int, block: int) -> None:
         self._rate, self._channels, self._block = rate_hz, channels, block
@@ -93,7 +92,7 @@ class Resampler:
         pieces = [out.to_ndarray()[0] for out in self._resampler.resample(frame)]
         sound = np.concatenate([self._rest, *pieces])
         self._frames_out += len(sound) - len(self._rest)
-        # the filter holds a few samples back: what came out ends that much before what went in
+        # the filter delays a few samples: the output ends that much before the input
         held_s = self._frames_in / self._rate - self._frames_out / RATE_HZ
         whole = len(sound) // self._block
         self._rest = sound[whole * self._block :]
@@ -113,9 +112,9 @@ class _Block:
 
 
 class Microphone:
-    """Blocks of sound; `name` is a device's name or number, "" the system's default."""
+    """Blocks of sound; `name` is a device's name or number, or "" for the system's default."""
 
-    def __init__(self, name: str, settings: MicrophoneSettings) -> None:
+    def __init__(self, name: str, settings: MicrophoneSettings, max_queued: int = _MAX_QUEUED_BLOCKS) -> None:
         self.origin = f"microphone:{name}" if name else "microphone"
         self.info: dict[str, Any] = {
             "asked": {"rate_hz": RATE_HZ, "channels": 1, "block_ms": settings.block_ms},
@@ -124,19 +123,19 @@ class Microphone:
             "jumps": 0,
         }
         self._name = name
-        self._settings = settings
+        self._settings, self._max_queued = settings, max_queued
         self._stream: Any = None
         self._queue: queue.SimpleQueue[_Block] = queue.SimpleQueue()
 
     def open(self) -> None:
-        """Take the device, at 16 kHz mono or, where it refuses that, as it is.
+        """Open the device at 16 kHz mono or, if it refuses that, at its own rate.
 
         Raises:
-            SourceError: PortAudio or the device is not there, or it cannot be opened.
+            SourceError: PortAudio or the device is missing, or it cannot be opened.
 
         """
         self.close()
-        sd = _freshportaudio()
+        sd = _restarted_portaudio()
         device = self._find(sd)
         own_rate = round(device["default_samplerate"])
         tries = [(RATE_HZ, 1), (own_rate, 1), (own_rate, 2)]
@@ -171,18 +170,18 @@ class Microphone:
             raise SourceError(f"{self.origin} is not there; the input devices are {', '.join(names)}") from e
 
     def _start(self, sd: Any, index: int, rate: int, channels: int) -> None:
-        # a queue of its own for each stream: what an earlier one left behind must not be read as new
+        # a new queue for each stream: blocks of an earlier one must not be read as new
         waiting: queue.SimpleQueue[_Block] = queue.SimpleQueue()
         dropped = False
 
         def callback(data: Any, frames: int, time: Any, status: Any) -> None:
             nonlocal dropped
             at_ns = now_ns()
-            if waiting.qsize() >= _WAITING_BLOCKS:
+            if waiting.qsize() >= self._max_queued:
                 dropped = True
                 self.info["dropped"] += 1
                 return
-            # times of PortAudio's own clock, which need not be ours: only their difference means something
+            # times of PortAudio's own clock, which may not be ours: only their difference can be used
             offset_s = time.inputBufferAdcTime - time.currentTime
             waiting.put(_Block(bytes(data), at_ns, offset_s, bool(status.input_overflow) or dropped))
             dropped = False
@@ -207,7 +206,7 @@ class Microphone:
         """Blocks as they come.
 
         Raises:
-            SourceError: the device is lost: it fell silent for two seconds, or PortAudio ended the stream.
+            SourceError: the device is lost: it gave nothing for two seconds, or PortAudio ended the stream.
 
         """
         stream, waiting = self._stream, self._queue
@@ -220,7 +219,7 @@ class Microphone:
         last_ns = now_ns() + _FIRST_NS - _LOST_NS
         while alive():
             try:
-                block = waiting.get(timeout=_LOOK_S)
+                block = waiting.get(timeout=_POLL_S)
             except queue.Empty:
                 if now_ns() - last_ns > _LOST_NS or not stream.active:
                     raise SourceError(f"{self.origin} is lost: it gives no more sound; check its connection") from None
@@ -233,7 +232,7 @@ class Microphone:
                 clock.lost()
             device_ns = block.now_ns + self._end_after_callback_ns(block.offset_s, frames)
             smooth_ns = clock.stamp(frames, device_ns)
-            event_ns = min(smooth_ns, block.now_ns)  # nothing ends after we have it, whatever the average says
+            event_ns = min(smooth_ns, block.now_ns)  # the smoothed time must not be later than the block's arrival
             self.info["jumps"] = clock.jumps
             if resampler is None:
                 yield Sample(event_ns, block.now_ns, data, device_ns)
@@ -242,9 +241,9 @@ class Microphone:
                     yield Sample(end_ns, block.now_ns, sound, device_ns)
 
     def _end_after_callback_ns(self, offset_s: float, frames: int) -> int:
-        """When the block ended, relative to the callback: its first sample's age (negative) plus its length."""
+        """When the block ended, relative to the callback: the (negative) time of its first sample plus its length."""
         length_s: float = frames / self._rate
-        # some drivers leave the time out, or give nonsense: then the block ended just now
+        # some drivers give no time or a wrong one: then assume that the block ended just now
         if not -3.0 < offset_s < 0.0:
             return 0
         return min(0, round((offset_s + length_s) * 1e9))

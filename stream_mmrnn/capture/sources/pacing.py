@@ -1,7 +1,4 @@
-"""Give samples with known event times at the pace of the clock: what file and synthetic streams share.
-
-Knows nothing about where the samples come from.
-"""
+"""Deliver samples with known event times in real time, for file and synthetic sources."""
 
 from __future__ import annotations
 
@@ -12,23 +9,23 @@ from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.types import Payload, Sample
 
 JOIN_NS = 500_000_000
-"""A stream that starts late leaves out what is older than this: it joins in, it does not burst."""
-_LOOK_S = 0.05
+"""A stream that starts late skips samples that are older than this, instead of sending them in a burst."""
+_POLL_S = 0.05
 
 
 def wait_until(when_ns: int, alive: Callable[[], bool]) -> bool:
-    """Sleep until `when_ns`, looking at `alive` all the while; what `alive` said last."""
+    """Sleep until `when_ns` or until `alive` is false; returns what `alive` returned last."""
     while (left_ns := when_ns - now_ns()) > 0:
         if not alive():
             return False
-        time.sleep(min(left_ns / 1e9, _LOOK_S))
+        time.sleep(min(left_ns / 1e9, _POLL_S))
     return alive()
 
 
-class Reading:
-    """One sample to come: when it was, how much later it is delivered, and how to make its data.
+class ScheduledSample:
+    """A sample to deliver: its event time, its extra delay, and a function that makes its data.
 
-    Without `make` it is lost on its way: time passes, and nothing comes.
+    Without `make` the sample is lost: its time passes and nothing is delivered.
     """
 
     __slots__ = ("delay_ns", "event_ns", "make")
@@ -37,25 +34,25 @@ class Reading:
         self.event_ns, self.make, self.delay_ns = event_ns, make, delay_ns
 
 
-def pace(readings: Iterable[Reading], alive: Callable[[], bool], *, paced: bool) -> Iterator[Sample]:
-    """Each reading as a sample when its time has come; where not `paced`, at once and stamped as if in time."""
+def pace(schedule: Iterable[ScheduledSample], alive: Callable[[], bool], *, paced: bool) -> Iterator[Sample]:
+    """Each sample at its time; if not `paced`, at once, with the stamps that it would have had."""
     joined = not paced
-    for reading in readings:
+    for due in schedule:
         if not alive():
             return
         if not joined:
-            # asked anew for every sample: passing over the beginning takes time, too
-            if reading.event_ns < now_ns() - JOIN_NS:
+            # read the clock for every sample, because skipping takes time, too
+            if due.event_ns < now_ns() - JOIN_NS:
                 continue
             joined = True
-        if reading.make is None:
-            if paced and not wait_until(reading.event_ns, alive):
+        if due.make is None:
+            if paced and not wait_until(due.event_ns, alive):
                 return
             continue
-        data = reading.make()  # before the wait, so that the work makes nothing late
+        data = due.make()  # before the wait, so that the work does not make the sample late
         if not paced:
-            yield Sample(reading.event_ns, reading.event_ns, data)
-        elif wait_until(reading.event_ns + reading.delay_ns, alive):
-            yield Sample(reading.event_ns, now_ns(), data)
+            yield Sample(due.event_ns, due.event_ns, data)
+        elif wait_until(due.event_ns + due.delay_ns, alive):
+            yield Sample(due.event_ns, now_ns(), data)
         else:
             return

@@ -1,8 +1,7 @@
-"""A person who talks in turns, seen, heard and read, and another who answers, out of a seed: the source that needs no
-hardware.
+"""The source that needs no hardware: a person who talks in turns and another who answers, generated from a seed.
 
-Each modality runs in its own process and makes its own share of the same story (`talker`). Faults can be
-asked for: late delivery, lost samples, a stream that freezes. Knows nothing about devices or files.
+Each modality runs in its own process and generates its part of the same dialogue (`talker`). Faults can be configured:
+late delivery, lost samples, a stream that freezes.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stream_mmrnn.capture.sources import EVERY, RATE_HZ
-from stream_mmrnn.capture.sources.pacing import Reading, pace
+from stream_mmrnn.capture.sources.pacing import ScheduledSample, pace
 from stream_mmrnn.capture.sources.talker import Turn, answers, openness, turns
 from stream_mmrnn.capture.sources.voice import speak
 from stream_mmrnn.core.config import Synthetic as SyntheticSettings
@@ -30,7 +29,7 @@ _BLOCK = RATE_HZ // 50
 _LEVEL = 0.3
 _HISS = 3.0
 _JPEG = [cv2.IMWRITE_JPEG_QUALITY, 90]
-# numbers that keep the random streams of one seed apart; the faults have one for each modality
+# numbers that keep the random streams of one seed independent; the faults have one for each modality
 _VOICE, _ROOM, _FAULTS = 1, 2, 3
 _OTHER = 10
 
@@ -57,33 +56,35 @@ class Synthetic:
         self._wave: tuple[int, npt.NDArray[np.float32]] = (-1, np.empty(0, np.float32))
 
     def open(self) -> None:
-        """Nothing to take: it is always there."""
+        """Does nothing."""
 
     def samples(self, alive: Callable[[], bool], epoch_ns: int) -> Iterator[Sample]:
         make = {"vision": self._frames, "audio": self._blocks, "text": self._words}[self._kind]
         yield from pace(self._with_faults(make(), epoch_ns), alive, paced=self._paced)
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Does nothing."""
 
-    def _with_faults(self, events: Iterator[tuple[int, Callable[[], Payload]]], epoch_ns: int) -> Iterator[Reading]:
+    def _with_faults(
+        self, events: Iterator[tuple[int, Callable[[], Payload]]], epoch_ns: int
+    ) -> Iterator[ScheduledSample]:
         s = self._settings
         for index, (at_ns, make) in enumerate(events):
             at_s = at_ns / 1e9
             if s.freeze_every_s and at_s >= s.freeze_every_s and at_s % s.freeze_every_s < s.freeze_s:
                 self.info["frozen"] += 1
-                yield Reading(epoch_ns + at_ns, None)
+                yield ScheduledSample(epoch_ns + at_ns, None)
                 continue
             delay_ns = 0
             if s.drop or s.jitter_ms:
-                # by the sample's number, so that a worker that joins in late makes the same faults
+                # seeded by the sample's number, so that a worker that starts late generates the same faults
                 rng = np.random.default_rng((s.seed, self._faults, index))
                 if rng.random() < s.drop:
                     self.info["dropped"] += 1
-                    yield Reading(epoch_ns + at_ns, None)
+                    yield ScheduledSample(epoch_ns + at_ns, None)
                     continue
                 delay_ns = round(abs(rng.normal(0.0, s.jitter_ms)) * 1e6)
-            yield Reading(epoch_ns + at_ns, make, delay_ns)
+            yield ScheduledSample(epoch_ns + at_ns, make, delay_ns)
 
     def _words(self) -> Iterator[tuple[int, Callable[[], Payload]]]:
         for turn in self._turns():
@@ -94,7 +95,7 @@ class Synthetic:
         coming = self._turns()
         turn = next(coming)
         for k in itertools.count():
-            # the voice may ring on after the last word
+            # the voice may fade out after the last word
             while (turn.end_s + 0.1) * RATE_HZ < k * _BLOCK:
                 turn = next(coming)
             yield (k + 1) * _BLOCK * 1_000_000_000 // RATE_HZ, partial(self._block, turn, k)
@@ -122,7 +123,7 @@ class Synthetic:
             yield round(at_s * 1e9), partial(self._frame, at_s, openness(turn, at_s))
 
     def _frame(self, at_s: float, mouth: float) -> bytes:
-        """A face before a wall: it sways a little, blinks, and its mouth is as open as the voice is loud."""
+        """A face in front of a wall: it sways and blinks, and its mouth opens with the loudness of the voice."""
         width, height = self._settings.width, self._settings.height
         picture = np.full((height, width, 3), (96, 88, 80), np.uint8)
         unit = min(width, height) / 100

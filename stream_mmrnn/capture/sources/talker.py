@@ -1,8 +1,8 @@
-"""What the synthetic person says and when: turns of sentences with pauses between, out of a seed; and what another
-one answers in those pauses that are long enough.
+"""The synthetic dialogue, generated from a seed: one person's turns of sentences with pauses between them, and another
+person's answers in the pauses that are long enough.
 
-Each turn is made from the seed and its own number, so that several processes tell one story without talking to
-each other. Pure: knows nothing about sound, pictures or the clock.
+Each turn depends only on the seed and its number, so that several processes generate the same dialogue without
+exchanging messages. Pure: knows nothing about sound, pictures or the clock.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ _ANSWERS = (
 _PAUSE_S = (0.4, 2.5)
 _SENTENCE_GAP_S = (0.12, 0.25)
 _ANSWER_GAP_S = (0.2, 0.35)
-"""From the end of what is answered."""
+"""Time between the end of a turn and its answer."""
 _ROOM_S = 0.2
-"""Left at least between an answer and the turn after it."""
+"""Least time between an answer and the next turn."""
 _PITCH_HZ, _OTHER_PITCH_HZ = 135.0, 210.0
 _OTHER = 20
-"""Keeps the random streams of the answers apart from those of the sources."""
+"""Keeps the random streams of the answers independent of those of the sources."""
 VOWELS = "aeiouy"
 _OPENNESS = {"a": 1.0, "e": 0.7, "i": 0.45, "o": 0.8, "u": 0.4, "y": 0.45}
 
@@ -74,7 +74,7 @@ class Word(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """One stretch of talk; silence before and after."""
+    """Continuous speech with silence before and after."""
 
     number: int
     start_s: float
@@ -102,7 +102,7 @@ def _sentence(text: str, start_s: float, pitch_hz: float, rng: np.random.Generat
     texts = text.split()
     asks = texts[0] in ("so", "do", "have", "how", "could")
     for i, word in enumerate(texts):
-        # the voice falls through a statement, and rises at the end of a question
+        # the pitch falls during a statement, and rises at the end of a question
         share = i / max(1, len(texts) - 1)
         pitch = pitch_hz * (1.12 - 0.3 * share + (0.45 * share**4 if asks else 0.0))
         words.append(_word(word, words[-1].end_s if words else start_s, pitch, rng))
@@ -110,7 +110,7 @@ def _sentence(text: str, start_s: float, pitch_hz: float, rng: np.random.Generat
 
 
 def turns(seed: int) -> Iterator[Turn]:
-    """The turns of talk from second 0 on, without end."""
+    """The turns from second 0 on, endless."""
     at = 0.0
     index = 0
     while True:
@@ -128,7 +128,7 @@ def turns(seed: int) -> Iterator[Turn]:
 
 
 def answers(seed: int) -> Iterator[Turn]:
-    """What the other one says before and between the `turns` of the same seed, in the pauses that have room for it."""
+    """The other person's turns, before and between the `turns` of the same seed, in pauses that are long enough."""
     ended_s = 0.0
     for turn in turns(seed):
         rng = np.random.default_rng((seed, _OTHER, turn.number))
@@ -142,7 +142,7 @@ def answers(seed: int) -> Iterator[Turn]:
 
 
 def openness(turn: Turn, at_s: float) -> float:
-    """How far the mouth is open at a time of this turn, 0 to 1: the envelope that the voice follows, too."""
+    """How far the mouth is open at a time of this turn, 0 to 1; the loudness of the voice follows the same envelope."""
     if not turn.start_s <= at_s < turn.end_s:
         return 0.0
     for word in turn.words:

@@ -1,6 +1,6 @@
 """Lines of text as events: from standard input, a pipe, a TCP port, a ZeroMQ socket on this machine, or the page.
 
-Every line is one event at the moment we read it. Knows nothing about words or encoders.
+Every line is one event, stamped when it is read.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from stream_mmrnn.core.config import Text as TextSettings
 from stream_mmrnn.core.errors import SourceError, SourceSpecError
 from stream_mmrnn.core.types import Sample
 
-_LOOK_S = 0.05
+_POLL_S = 0.05
 _READ_BYTES = 65536
 _MAX_CLIENTS = 64
 _MAX_TYPED = 64
-"""Lines from the page that wait to be read."""
+"""Queue length for lines from the page."""
 
 
 class _Lines:
-    """Cuts the bytes of one connection into lines; drops and counts what is too long or no UTF-8."""
+    """Splits the bytes of one connection into lines; drops and counts lines that are too long or not UTF-8."""
 
     def __init__(self, max_bytes: int, info: dict[str, Any]) -> None:
         self._max, self._info = max_bytes, info
         self._rest = b""
-        self._skipping = False  # inside a line that is too long already
+        self._skipping = False  # inside a line that is too long
 
     def feed(self, data: bytes) -> list[Sample]:
         *lines, self._rest = (self._rest + data).split(b"\n")
@@ -56,7 +56,7 @@ class _Lines:
         return samples
 
     def end(self) -> list[Sample]:
-        """The last line, where the writer left without a newline."""
+        """The last line, if it has no newline."""
         rest, self._rest = self._rest, b""
         skipping, self._skipping = self._skipping, False
         return [] if skipping else self._sample(rest)
@@ -79,7 +79,7 @@ class _Text:
 
 
 class Stdin(_Text):
-    """The lines of a file descriptor that the parent process handed over; the stream ends with it."""
+    """The lines of a file descriptor that the parent process has passed; the stream ends with it."""
 
     def __init__(self, fd: int, settings: TextSettings) -> None:
         super().__init__("stdin", settings)
@@ -87,7 +87,7 @@ class Stdin(_Text):
 
     def open(self) -> None:
         if sys.platform == "win32":
-            # select knows only sockets there, and a thread that sits in read() could not be stopped
+            # select works only for sockets there, and a thread that blocks in read() could not be stopped
             raise SourceError("stdin cannot be read as a text source on Windows; use tcp:PORT")
         try:
             os.fstat(self._fd)
@@ -98,7 +98,7 @@ class Stdin(_Text):
         lines = _Lines(self._max, self.info)
         while alive():
             try:
-                if not select.select([self._fd], [], [], _LOOK_S)[0]:
+                if not select.select([self._fd], [], [], _POLL_S)[0]:
                     continue
                 data = os.read(self._fd, _READ_BYTES)
             except (OSError, ValueError) as e:
@@ -108,11 +108,11 @@ class Stdin(_Text):
                 return
 
     def close(self) -> None:
-        """Nothing: the descriptor belongs to the process."""
+        """Does nothing: the descriptor belongs to the process."""
 
 
 class Pipe(_Text):
-    """The lines of a FIFO, across writers that come and go, or of a plain file once."""
+    """The lines of a FIFO, from one writer after another, or of a plain file once."""
 
     def __init__(self, path: Path, settings: TextSettings) -> None:
         super().__init__(f"pipe:{path}", settings)
@@ -139,7 +139,7 @@ class Pipe(_Text):
         lines = _Lines(self._max, self.info)
         while alive():
             try:
-                if not select.select([self._fd], [], [], _LOOK_S)[0]:
+                if not select.select([self._fd], [], [], _POLL_S)[0]:
                     continue
                 data = os.read(self._fd, _READ_BYTES)
             except BlockingIOError:
@@ -151,11 +151,11 @@ class Pipe(_Text):
                 continue
             if not self._fifo:
                 return
-            # the last writer is gone, and this end would say so for ever: a fresh one waits for the next. It is
-            # opened before the old one is closed: a writer that comes just now never finds a pipe without reader
-            fresh = self._opened()
+            # the last writer has closed, and this descriptor would be at its end for ever: open a new one for the next
+            # writer, before the old one is closed, so that the pipe always has a reader
+            reopened = self._opened()
             os.close(self._fd)
-            self._fd = fresh
+            self._fd = reopened
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -164,15 +164,15 @@ class Pipe(_Text):
 
 
 class Tcp(_Text):
-    """A line server on loopback for several clients; a bad line costs its client nothing but that line."""
+    """A line server on loopback for several clients; a bad line is dropped and its client stays connected."""
 
     def __init__(self, port: int, settings: TextSettings) -> None:
         super().__init__(f"tcp:{port}", settings)
         self.info |= {"clients": 0, "refused": 0}
         self._port = port
         self._server: socket.socket | None = None
-        self._heard: dict[socket.socket, None] = {}
-        """Clients, the one that was silent for the longest first."""
+        self._clients: dict[socket.socket, None] = {}
+        """The least recently active one first."""
 
     def open(self) -> None:
         self.close()
@@ -197,7 +197,7 @@ class Tcp(_Text):
             ready.register(server, selectors.EVENT_READ)
             try:
                 while alive():
-                    for key, _ in ready.select(_LOOK_S):
+                    for key, _ in ready.select(_POLL_S):
                         if key.fileobj is server:
                             self._accept(server, ready)
                         else:
@@ -206,43 +206,43 @@ class Tcp(_Text):
                 for key in list(ready.get_map().values()):
                     if isinstance(key.fileobj, socket.socket) and key.fileobj is not server:
                         key.fileobj.close()
-                self._heard.clear()
+                self._clients.clear()
                 self.info["clients"] = 0
 
     def _accept(self, server: socket.socket, ready: selectors.BaseSelector) -> None:
         try:
             client, _ = server.accept()
-        except OSError:  # gone before we looked
+        except OSError:  # it has disconnected already
             return
-        if len(self._heard) >= _MAX_CLIENTS:
-            # who holds many connections and says nothing shall not shut the others out
+        if len(self._clients) >= _MAX_CLIENTS:
+            # evict the longest idle client, so that idle connections cannot block new ones
             self.info["refused"] += 1
-            self._leave(next(iter(self._heard)), ready)
+            self._leave(next(iter(self._clients)), ready)
         client.setblocking(False)
         ready.register(client, selectors.EVENT_READ, _Lines(self._max, self.info))
-        self._heard[client] = None
-        self.info["clients"] = len(self._heard)
+        self._clients[client] = None
+        self.info["clients"] = len(self._clients)
 
     def _leave(self, client: socket.socket, ready: selectors.BaseSelector) -> None:
         ready.unregister(client)
         client.close()
-        del self._heard[client]
-        self.info["clients"] = len(self._heard)
+        del self._clients[client]
+        self.info["clients"] = len(self._clients)
 
     def _read(self, key: selectors.SelectorKey, ready: selectors.BaseSelector) -> list[Sample]:
         client = key.fileobj
         assert isinstance(client, socket.socket)
-        if client not in self._heard:  # it had to leave since it was found ready
+        if client not in self._clients:  # evicted since it was found ready
             return []
         lines: _Lines = key.data
         try:
             data = client.recv(_READ_BYTES)
         except BlockingIOError:
             return []
-        except OSError:  # reset by its peer: the end, less politely
+        except OSError:  # reset by the peer
             data = b""
         if data:
-            self._heard[client] = self._heard.pop(client)
+            self._clients[client] = self._clients.pop(client)
             return lines.feed(data)
         self._leave(client, ready)
         return lines.end()
@@ -254,7 +254,7 @@ class Tcp(_Text):
 
 
 class Zmq(_Text):
-    """A PULL socket on loopback; ZeroMQ itself shuts out who sends a message beyond `max_line_bytes`."""
+    """A PULL socket on loopback; ZeroMQ itself disconnects peers that send more than `max_line_bytes` at once."""
 
     def __init__(self, port: int, settings: TextSettings) -> None:
         super().__init__(f"zmq:{port}", settings)
@@ -273,7 +273,7 @@ class Zmq(_Text):
             raise SourceError(f"{self.origin} is not open: call open() before samples()")
         lines = _Lines(self._max, self.info)
         while alive():
-            message = self._socket.receive(round(_LOOK_S * 1000))
+            message = self._socket.receive(round(_POLL_S * 1000))
             if message is not None:
                 yield from lines.feed(message + b"\n")
 
@@ -284,29 +284,29 @@ class Zmq(_Text):
 
 
 class Page(_Text):
-    """No lines of its own: only what is typed on the page, which joins every source of text (see `typed`)."""
+    """Gives no lines of its own: text typed on the page is added to every source of text (see `typed`)."""
 
     def __init__(self, settings: TextSettings) -> None:
         super().__init__("page", settings)
 
     def open(self) -> None:
-        """Nothing to take."""
+        """Does nothing."""
 
     def samples(self, alive: Callable[[], bool], epoch_ns: int) -> Iterator[Sample]:
         while alive():
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
         yield from ()
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Does nothing."""
 
 
 def typed(address: Address, session: str, settings: TextSettings, alive: Callable[[], bool]) -> Iterator[Sample]:
-    """The lines that are typed on the page, as they come over the bus, until `alive` says no."""
+    """The lines that are typed on the page, from the bus, until `alive` is false."""
     lines = _Lines(settings.max_line_bytes, {"too_long": 0, "garbage": 0})
     subscriber = Subscriber(address, [topics.TYPED], _MAX_TYPED)
     try:
-        for envelope in subscriber.stream(alive, round(_LOOK_S * 1000)):
+        for envelope in subscriber.stream(alive, round(_POLL_S * 1000)):
             if envelope.topic == topics.TYPED and envelope.session == session and isinstance(envelope.payload, bytes):
                 yield from lines.feed(envelope.payload + b"\n")
     finally:
@@ -314,7 +314,7 @@ def typed(address: Address, session: str, settings: TextSettings, alive: Callabl
 
 
 def create(kind: str, rest: str, settings: TextSettings, stdin_fd: int) -> Stdin | Pipe | Tcp | Zmq | Page:
-    """The text source of that kind; nothing is opened yet."""
+    """The text source of that kind, not yet open."""
     if kind == "stdin":
         return Stdin(stdin_fd, settings)
     if kind == "pipe":

@@ -1,6 +1,6 @@
-"""The synthetic person's voice: a turn of talk -> its waveform, by harmonics under moving formants.
+"""The synthetic person's voice: a turn -> its waveform, by harmonics with moving formants.
 
-Crude, and enough for a voice activity detector to call it speech. Pure; knows nothing about blocks or time.
+Simple, but a voice activity detector takes it for speech. Pure.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _noise(phone: Phone, rng: np.random.Generator) -> FloatArray:
     hz = np.fft.rfftfreq(count, 1 / RATE_HZ)
     centre = _NOISE_HZ[phone.letter]
     sound = np.fft.irfft(spectrum * np.exp(-(((hz - centre) / (0.35 * centre)) ** 2)), count)
-    if phone.letter in _BURSTS:  # a closure, then a burst that dies away
+    if phone.letter in _BURSTS:  # a closure, then a decaying burst
         at = np.arange(count) / count
         shape = np.where(at < 0.5, 0.0, np.exp(-(at - 0.5) * 10))
     else:
@@ -84,7 +84,7 @@ def _noise(phone: Phone, rng: np.random.Generator) -> FloatArray:
 
 
 def speak(turn: Turn, rng: np.random.Generator) -> FloatArray:
-    """The sound of a turn from its start, peaks a little below 1."""
+    """The sound of a turn, with peaks a little below 1."""
     steps = int((turn.end_s - turn.start_s) * RATE_HZ / _STEP) + 12
     loud = np.zeros(steps, np.float32)
     pitch = np.full(steps, np.nan, np.float32)
@@ -97,7 +97,7 @@ def speak(turn: Turn, rng: np.random.Generator) -> FloatArray:
         formants[a:b] = _FORMANTS_HZ.get(p.letter, _NEUTRAL_HZ)
     known = ~np.isnan(pitch)
     pitch = np.interp(np.arange(steps), np.flatnonzero(known), pitch[known]).astype(np.float32)
-    # a real voice is never quite steady
+    # a real voice is never perfectly steady
     pitch = _smooth(pitch * (1 + 0.02 * rng.standard_normal(steps).astype(np.float32)), 15)
     loud = _smooth(loud, 7)
     formants = np.stack([_smooth(formants[:, i], 9) for i in range(4)], axis=1)

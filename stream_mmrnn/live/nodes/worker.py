@@ -30,10 +30,10 @@ class WorkerNode(Node):
         self.modality = context.modality
         self.feature = topics.feature(self.modality)
         self.stall_detector = StallDetector(topics.MODALITIES[self.modality].dense)
-        self.encoder = encoders.create(self.modality)
+        self.encoder = encoders.create_encoder(self.modality)
         stdin_fd = context.stdin.detach() if context.stdin is not None else -1
         spec = getattr(self.settings.sources, self.modality)
-        self.source = sources.create(spec, self.modality, self.settings, stdin_fd)
+        self.source = sources.create_source(spec, self.modality, self.settings, stdin_fd)
         self.prewarmer = Prewarmer(self._warm, 0)
         self.pump: Pump | None = None
         self._undecodable = self._published = 0

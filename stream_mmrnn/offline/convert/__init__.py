@@ -1,1 +1,1 @@
-"""Other people's programs and formats: Foxglove, Rerun, Lab Streaming Layer, XDF, and plain files."""
+"""Conversions for other programs and formats: Foxglove, Rerun, Triton, XDF, and plain files."""

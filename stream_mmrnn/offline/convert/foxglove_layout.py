@@ -1,7 +1,6 @@
-"""The layout of Foxglove's panels for a recording of ours: picture, sound, words, and a plot for each head.
+"""A layout of Foxglove's panels for a recording: picture, sound, text, and a plot for each head.
 
-In the form that Foxglove exports and imports as a file. What is in the package as `foxglove_layout.json` is that of the
-default model. Knows nothing about Foxglove's server.
+The file format is that of Foxglove's export and import. The package's `foxglove_layout.json` is for the default model.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from stream_mmrnn.viewers.columns import Column
 
 _FILE = "foxglove_layout.json"
 _IN_A_PATH = re.compile(r"[A-Za-z0-9_]+\Z")
-"""What a name in a message path may be made of."""
+"""The characters that a name in a message path may have."""
 _MAX_PLOTS = 4
 _MAX_LINES = 16
 
@@ -30,7 +29,7 @@ def shipped() -> Layout:
 
 
 def for_heads(columns: Sequence[Column]) -> Layout:
-    """The same with a plot for each head of another model; of the first few heads that a path can name."""
+    """The same with plots for another model's heads: the first few whose names are valid in a message path."""
     layout = shipped()
     panels = {name: config for name, config in layout["configById"].items() if not name.startswith("Plot!")}
     names = [n for n in dict.fromkeys(c.head for c in columns) if _IN_A_PATH.match(n)][:_MAX_PLOTS]
@@ -69,7 +68,7 @@ def _line(column: Column) -> str:
 
 
 def _side_by_side(direction: str, items: list[Any], percent: float = 0) -> Any:
-    """Panels in one direction, with equal shares of it, or the first with `percent`."""
+    """Panels in one direction, with equal shares, or with `percent` for the first."""
     if not items or not items[-1]:
         return items[0] if items else None
     if len(items) == 1:

@@ -1,10 +1,9 @@
-"""A model repository for NVIDIA's Triton of a stateful model: `export --triton DIR`.
+"""Write a stateful model as a model repository for NVIDIA's Triton: `export --triton DIR`.
 
-    DIR/NAME/config.pbtxt     sequence batching with implicit state: Triton keeps the states, by the contract's pairs
-    DIR/NAME/1/model.onnx     the graph; Triton's controls are columns [batch, 1], which its first nodes make rows of
+    DIR/NAME/config.pbtxt     sequence batching with implicit state: Triton stores the contract's state tensors
+    DIR/NAME/1/model.onnx     the graph; its first nodes reshape Triton's controls from [batch, 1] to [batch]
 
-Written from the contract alone, without torch. The words of the configuration are those of Triton's own model_config
-.proto. Knows nothing about who serves it.
+Needs the contract only, no torch. The keys of the configuration are those of Triton's model_config.proto.
 """
 
 from __future__ import annotations
@@ -38,17 +37,17 @@ _TYPES = {
 _ROWS = "triton/rows"
 
 
-class Word(NamedTuple):
-    """A name of an enumeration, which stands without quotes."""
+class Enum(NamedTuple):
+    """A value of an enumeration, which is written without quotes."""
 
     text: str
 
 
-Value = str | int | bool | Word | Mapping[str, Any] | Sequence[Any]
+Value = str | int | bool | Enum | Mapping[str, Any] | Sequence[Any]
 
 
 def _lines(key: str, value: Value, indent: str) -> Iterable[str]:
-    if isinstance(value, Word):
+    if isinstance(value, Enum):
         yield f"{indent}{key}: {value.text}"
     elif isinstance(value, Mapping):
         yield f"{indent}{key} {{"
@@ -68,33 +67,35 @@ def _lines(key: str, value: Value, indent: str) -> Iterable[str]:
 
 
 def text_of(table: Mapping[str, Value]) -> str:
-    """A message of protobuf as text; a list of messages is the key as often as there are some."""
+    """A protobuf message in text format; a list of messages repeats its key."""
     return "\n".join(line for key, value in table.items() for line in _lines(key, value, "")) + "\n"
 
 
 def _tensor(name: str, kind: str, shape: Sequence[int | None], where: Path) -> dict[str, Any]:
-    """Name, type and the axes after the batch's."""
+    """Name, type and the axes after the batch axis."""
     if kind not in _TYPES:
-        raise ModelError(f"{where}: Triton has no name for the type {kind} of `{name}`")
-    return {"name": name, "data_type": Word(_TYPES[kind]), "dims": [-1 if n is None else n for n in shape]}
+        raise ModelError(f"{where}: Triton does not know the type {kind} of `{name}`")
+    return {"name": name, "data_type": Enum(_TYPES[kind]), "dims": [-1 if n is None else n for n in shape]}
 
 
 def configuration(name: str, graph: Graph, contract: Contract, sessions: int, idle_s: float) -> dict[str, Any]:
-    """config.pbtxt as a table. Up to `sessions` at once; one that is silent for `idle_s` loses its state.
+    """config.pbtxt as a table, for up to `sessions` at once; one that is idle for `idle_s` loses its state.
 
     Raises:
-        ModelError: the graph cannot be served so; it names what stands in the way.
+        ModelError: Triton cannot serve the graph; the message has the reason.
 
     """
     where, wiring = graph.path, contract.wiring
     if wiring.constants:
-        raise ModelError(f"{where} has inputs that are the same in every run ({', '.join(wiring.constants)}); Triton's "
-                         "sequences have no such: make them constants of the graph")  # fmt: skip
-    turned = [name for name, wires in wiring.states.items() if wires.batch_axis]
-    if turned:
-        raise ModelError(f"{where}: the batch of the state `{turned[0]}` is not its first axis, as Triton wants it")
+        raise ModelError(
+            f"{where} has inputs that are constant in every run ({', '.join(wiring.constants)}), which Triton's "
+            "sequences do not support: make them constants of the graph"
+        )
+    transposed = [name for name, wires in wiring.states.items() if wires.batch_axis]
+    if transposed:
+        raise ModelError(f"{where}: the batch axis of the state `{transposed[0]}` is not the first, as Triton needs it")
     if not wiring.reset:
-        raise ModelError(f"{where} has no input that starts a session anew, which Triton's sequences want")
+        raise ModelError(f"{where} has no input that resets a session's state, which Triton's sequences need")
     rows = [*wiring.inputs.values(), *(n for n in (wiring.present, wiring.age) if n)]
     controls = []
     for control, input_name, kind in (
@@ -102,23 +103,25 @@ def configuration(name: str, graph: Graph, contract: Contract, sessions: int, id
         (START, wiring.reset, "CONTROL_SEQUENCE_START"),
     ):
         if input_name:
-            # the type is the graph's; true means what it says there
-            said = {"tensor(bool)": "bool_false_true", "tensor(float)": "fp32_false_true"}.get(
+            # the control has the type of the graph's input
+            values = {"tensor(bool)": "bool_false_true", "tensor(float)": "fp32_false_true"}.get(
                 graph.inputs[input_name].type, "int32_false_true"
             )
-            controls.append({"name": control, "control": [{"kind": Word(kind), said: [0, 1]}]})
+            controls.append({"name": control, "control": [{"kind": Enum(kind), values: [0, 1]}]})
     states = []
     for wires in wiring.states.values():
         spec = graph.inputs[wires.input]
-        held = _tensor(wires.input, spec.type, spec.shape[1:], where)
+        tensor = _tensor(wires.input, spec.type, spec.shape[1:], where)
         states.append(
             {
                 "input_name": wires.input,
                 "output_name": wires.output,
-                "data_type": held["data_type"],
-                "dims": held["dims"],
-                # what a slot holds before its first step would be anybody's else, and a product with it not a number
-                "initial_state": [{"name": "zeros", **{k: held[k] for k in ("data_type", "dims")}, "zero_data": True}],
+                "data_type": tensor["data_type"],
+                "dims": tensor["dims"],
+                # else a slot would begin with another session's state, and 0 times its values could be NaN
+                "initial_state": [
+                    {"name": "zeros", **{k: tensor[k] for k in ("data_type", "dims")}, "zero_data": True}
+                ],
             }
         )
     return {
@@ -131,15 +134,15 @@ def configuration(name: str, graph: Graph, contract: Contract, sessions: int, id
             "max_sequence_idle_microseconds": round(idle_s * 1e6),
             "control_input": controls,
             "state": states,
-            # `direct` would give each session a row of its own for as long as it lasts, and run the empty ones, too
+            # `direct` would reserve a batch row for each session, and run the empty rows, too
             "oldest": {"max_candidate_sequences": sessions, "max_queue_delay_microseconds": 0},
         },
-        "instance_group": [{"kind": Word("KIND_AUTO"), "count": 1}],
+        "instance_group": [{"kind": Enum("KIND_AUTO"), "count": 1}],
     }
 
 
 def with_controls(model: bytes, wiring_names: Mapping[str, str]) -> bytes:
-    """The graph with `[batch, 1]` inputs in place of rows: by the new name, the old one."""
+    """The graph with renamed inputs `[batch, 1]` in place of `[batch]`; `wiring_names`: old name by new name."""
     old = {was: control for control, was in wiring_names.items() if was}
     out = []
     for number, whole, content in onnx_bytes.fields(memoryview(model)):
@@ -148,10 +151,10 @@ def with_controls(model: bytes, wiring_names: Mapping[str, str]) -> bytes:
             continue
         before = [onnx_bytes.initializer(_ROWS, np.array([-1], np.int64))]
         rest = []
-        for inner, part, said in onnx_bytes.fields(content):
-            name = onnx_bytes.name_of(said) if inner == onnx_bytes.GRAPH_INPUT else ""
+        for inner, part, value in onnx_bytes.fields(content):
+            name = onnx_bytes.name_of(value) if inner == onnx_bytes.GRAPH_INPUT else ""
             if name in old:
-                element = onnx_bytes.element_of(said)
+                element = onnx_bytes.element_of(value)
                 rest.append(onnx_bytes.value(onnx_bytes.GRAPH_INPUT, old[name], element, (1,), "batch"))
                 before.append(node("Reshape", (old[name], _ROWS), (name,), f"triton/{name}"))
             else:
@@ -161,10 +164,10 @@ def with_controls(model: bytes, wiring_names: Mapping[str, str]) -> bytes:
 
 
 def write(model: Path, folder: Path, sessions: int = 1024, idle_s: float | None = None) -> dict[str, Any]:
-    """Write the repository of an ONNX file into `folder`; what was written, as a JSON document.
+    """Write an ONNX file as a model repository into `folder`; returns what was written.
 
     Raises:
-        ModelError: it is none of a stateful model with a contract, or Triton cannot serve it so.
+        ModelError: it is not a stateful model with a contract, or Triton cannot serve it.
         FileError: the folder has a model of that name, or cannot be written.
 
     """
@@ -175,7 +178,7 @@ def write(model: Path, folder: Path, sessions: int = 1024, idle_s: float | None 
     table = configuration(name, graph, contract, sessions, config.State().idle_s if idle_s is None else idle_s)
     content = with_controls(model.read_bytes(), {READY: contract.wiring.active, START: contract.wiring.reset})
     if place.exists():
-        raise FileError(f"{place} is there already; remove it, or give another folder")
+        raise FileError(f"{place} is there already; remove it, or name another folder")
     try:
         (place / "1").mkdir(parents=True)
         (place / "1" / "model.onnx").write_bytes(content)

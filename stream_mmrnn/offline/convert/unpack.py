@@ -1,8 +1,7 @@
-"""A recording as plain files: Parquet and CSV tables, WAV and MP4.
+"""Unpack a recording into plain files: Parquet and CSV tables, WAV and MP4.
 
-Every file counts its time from the same moment (`zero_ns`), so that sound, pictures and tables lie over each other, and
-tables carry the nanoseconds themselves. Files are made beside their places and moved there when all of them are whole.
-Knows nothing about how a recording is laid out.
+Time in every file starts at the same moment (`zero_ns`), so that sound, pictures and tables are aligned; tables also
+have the nanoseconds. Files are written to a temporary folder and moved into place when all of them are complete.
 """
 
 from __future__ import annotations
@@ -32,19 +31,19 @@ _RATE_HZ = topics.AUDIO_RATE_HZ
 _MANIFEST = "manifest.json"
 
 
-class Seen(msgspec.Struct):
-    """What is in a recording, as one reading shows."""
+class Contents(msgspec.Struct):
+    """The contents of a recording, from one pass over it."""
 
     counts: dict[str, int]
     zero_ns: int
-    """The beginning: of the session, or of what is earlier."""
+    """The earliest time that any message covers."""
     end_ns: int
     columns: list[Column]
     damage: str
 
 
-def inspect(path: Path) -> Seen:
-    """Read a recording once; raises FileError where it is none."""
+def inspect(path: Path) -> Contents:
+    """Read a recording once; raises FileError if it is none."""
     recording = Recording(path)
     counts: dict[str, int] = {}
     zero_ns = end_ns = None
@@ -61,11 +60,11 @@ def inspect(path: Path) -> Seen:
         if first is None and e.topic == topics.PREDICTION:
             with contextlib.suppress(WireError):
                 first = wire.unpack(e.payload, wire.PredictionMessage)
-    return Seen(counts, zero_ns or 0, end_ns or 0, columns_of(recording, first), recording.damage)
+    return Contents(counts, zero_ns or 0, end_ns or 0, columns_of(recording, first), recording.damage)
 
 
 class _Rows:
-    """What tables have for rows."""
+    """Makes the tables' rows from messages."""
 
     def __init__(self, zero_ns: int, wall_offset_ns: int, columns: Sequence[Column]) -> None:
         self._zero_ns, self._wall_ns, self._columns = zero_ns, wall_offset_ns, columns
@@ -124,15 +123,15 @@ _WHEN = ("event_ns", "unix_ns", "seconds")
 
 
 class Planned(NamedTuple):
-    """A file to be made."""
+    """A file to write."""
 
     name: str
     topics: tuple[str, ...]
     make: Callable[[Path], Writer]
 
 
-def _plan(formats: Sequence[str], seen: Seen, rows: _Rows, codec: Codec) -> Iterator[Planned]:
-    """Each file that there is something for."""
+def _plan(formats: Sequence[str], seen: Contents, rows: _Rows, codec: Codec) -> Iterator[Planned]:
+    """The files for which there are messages."""
 
     def has(topic: str) -> bool:
         return seen.counts.get(topic, 0) > 0
@@ -205,14 +204,14 @@ def unpack(
     progress: Callable[[int, int], None] = lambda done, of: None,
     alive: Callable[[], bool] = lambda: True,
 ) -> dict[str, Any]:
-    """Write what is in a recording as plain files into `folder`, and say what they are.
+    """Write a recording as plain files into `folder`; returns a description of them.
 
-    `progress` is told how many messages are done, and of how many. Where `alive` says no, nothing is written, and
-    `stopped` is true.
+    `progress` is called with the number of messages done and their total. If `alive` becomes false, nothing is written
+    and `stopped` is true in the result.
 
     Raises:
         UsageError: an unknown format, or one whose package is not installed.
-        FileError: the recording is none, a file is there already (unless `force`), or the disk does not take it.
+        FileError: it is no recording, a file exists already (unless `force`), or a file cannot be written.
 
     """
     unknown = [f for f in formats if f not in FORMATS]
@@ -226,13 +225,13 @@ def unpack(
     rows = _Rows(seen.zero_ns, wall_offset_ns, seen.columns)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=".unpack-", dir=folder))
+        temporary = Path(tempfile.mkdtemp(prefix=".unpack-", dir=folder))
     except OSError as e:
         raise FileError(f"{folder} cannot be written: {e.strerror}; choose another place") from e
     try:
         planned = list(_plan(formats, seen, rows, codec))
         _refuse([folder / file.name for file in planned] + [folder / _MANIFEST], force)
-        about = _write(recording, beside, planned, seen.counts, progress, alive)
+        about = _write(recording, temporary, planned, seen.counts, progress, alive)
         document: dict[str, Any] = {
             "recording": str(path),
             "session": recording.session,
@@ -245,37 +244,37 @@ def unpack(
         }
         if about is None:
             return {**document, "folder": str(folder), "stopped": True}
-        (beside / _MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(document)))
+        (temporary / _MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(document)))
         for name in [*about, _MANIFEST]:
-            (beside / name).replace(folder / name)
+            (temporary / name).replace(folder / name)
     except OSError as e:
         raise FileError(f"{folder} cannot be written: {e.strerror or e}; make room, or choose another place") from e
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return {**document, "folder": str(folder), "stopped": False}
 
 
 def _refuse(files: Sequence[Path], force: bool) -> None:
     there = [f.name for f in files if f.exists()]
     if there and not force:
-        raise FileError(f"{files[0].parent} holds {', '.join(there)} already; choose another folder, or say --force")
+        raise FileError(f"{files[0].parent} has {', '.join(there)} already; choose another folder, or use --force")
 
 
 def _write(
     recording: Recording,
-    beside: Path,
+    folder: Path,
     planned: Sequence[Planned],
     counts: dict[str, int],
     progress: Callable[[int, int], None],
     alive: Callable[[], bool],
 ) -> dict[str, Any] | None:
-    """What is to be said of each file, or None where it was stopped."""
+    """Write the planned files; a description of each, or None if it was stopped."""
     writers: dict[str, Writer] = {}
     by_topic: dict[str, list[Writer]] = {}
     about: dict[str, Any] = {}
     try:
         for file in planned:
-            writers[file.name] = file.make(beside / file.name)
+            writers[file.name] = file.make(folder / file.name)
             for topic in file.topics:
                 by_topic.setdefault(topic, []).append(writers[file.name])
         done, count = 0, sum(counts.get(topic, 0) for topic in by_topic)
@@ -291,7 +290,7 @@ def _write(
             name = next(iter(writers))
             about[name] = writers.pop(name).close()
     finally:
-        for writer in writers.values():  # of a failure: what they say is of no use
+        for writer in writers.values():  # after a failure
             with contextlib.suppress(Exception):
                 writer.close()
     return about

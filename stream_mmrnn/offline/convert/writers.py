@@ -1,7 +1,4 @@
-"""A file a format: WAV, MP4, Parquet and CSV, written message by message.
-
-Times in them count from the moment that they are given (`zero_ns`). Know nothing about what else is in a recording.
-"""
+"""Writers for WAV, MP4, Parquet and CSV files, message by message. Times in the files start at `zero_ns`."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ _RATE_HZ = topics.AUDIO_RATE_HZ
 _ROWS_AT_ONCE = 4096
 _SILENCE = bytes(2 * _RATE_HZ)
 _TIME_BASE = Fraction(1, 90_000)
-"""Of the pictures' presentation times: what MP4 commonly counts in."""
+"""Time base of presentation times, the usual one of MP4."""
 _LAST = _TIME_BASE.denominator // 25
 _MIN_GAP_S = 0.005
 _MAX_GAP_S = 24 * 3600
@@ -33,16 +30,16 @@ Row = Sequence[Any]
 
 
 class Writer(Protocol):
-    """One file, or several of a kind."""
+    """The interface of a writer of one file."""
 
     def add(self, envelope: Envelope) -> None: ...
 
     def close(self) -> dict[str, Any]:
-        """Finish it; what to say of it."""
+        """Finish the file; returns a description for the manifest."""
 
 
 class Wav:
-    """The sound of one stream: what is missing is silence, so that a sample's place is its time."""
+    """The sound of one stream; gaps are filled with silence, so that a sample's position gives its time."""
 
     def __init__(self, path: Path, zero_ns: int) -> None:
         self._zero_ns = zero_ns
@@ -59,7 +56,7 @@ class Wav:
         begin = round((envelope.event_ns - self._zero_ns) * _RATE_HZ / 1e9) - len(sound)
         ahead = begin - self._written
         if abs(ahead) < max(len(sound) // 2, round(_MIN_GAP_S * _RATE_HZ)):
-            ahead = 0  # stamps jitter, and a device's rate is a little off
+            ahead = 0  # stamps jitter, and a device's rate is not exact
         if ahead > _MAX_GAP_S * _RATE_HZ:
             raise FileError(f"{envelope.topic} has a gap of more than a day; its stamps are wrong")
         if ahead > 0:
@@ -85,13 +82,13 @@ class Wav:
 
 
 class Mp4:
-    """The pictures of one stream, each shown at its own time. As H.264, or the very JPEGs that were recorded."""
+    """The pictures of one stream, each at its own time, as H.264 or as the recorded JPEGs."""
 
     def __init__(self, path: Path, zero_ns: int, codec: Codec) -> None:
         import av
 
         self._zero_ns, self._codec = zero_ns, codec
-        # else the first picture's time would be one of whole milliseconds, and all others off by as much
+        # else the first picture's time would be rounded to milliseconds, and all others shifted by the rounding
         options = {"movie_timescale": str(_TIME_BASE.denominator)}
         self._file = av.open(str(path), "w", format="mp4", options=options)
         self._stream: Any = None
@@ -103,7 +100,7 @@ class Mp4:
 
         at = round((envelope.event_ns - self._zero_ns) / 1e9 / _TIME_BASE)
         if at <= self._last:
-            self._same_time += 1  # a file of pictures has one at a time
+            self._same_time += 1  # a video has one picture at a time
             return
         jpeg = bytes(envelope.payload)
         try:
@@ -120,7 +117,7 @@ class Mp4:
             packet = av.Packet(jpeg)
             packet.pts = packet.dts = at
             packet.time_base = _TIME_BASE
-            packet.duration = _LAST  # of the last one: the others last until the next
+            packet.duration = _LAST  # used for the last picture only: the others last until the next
             packet.stream = self._stream
             packet.is_keyframe = True
             self._file.mux(packet)
@@ -130,14 +127,14 @@ class Mp4:
         self._file.mux(self._stream.encode(frame))
 
     def _begin(self, like: Any, frame: Any) -> None:
-        """Pictures of a later size are scaled to that of the first."""
+        """Create the video with the first picture's size; later pictures are scaled to it."""
         if self._codec == "mjpeg":
             self._stream = self._file.add_stream_from_template(like)
             self._stream.time_base = _TIME_BASE
             return
         self._stream = self._file.add_stream("libx264", rate=30, options={"crf": "18", "preset": "veryfast"})
         self._stream.time_base = self._stream.codec_context.time_base = _TIME_BASE
-        # H.264 wants sides of even length
+        # H.264 needs even width and height
         self._stream.width, self._stream.height = frame.width // 2 * 2, frame.height // 2 * 2
         self._stream.pix_fmt = "yuv420p"
         self._stream.codec_context.max_b_frames = 0
@@ -150,7 +147,7 @@ class Mp4:
 
 
 class Parquet:
-    """One table, written some thousand rows at a time."""
+    """One table, written in batches of rows."""
 
     def __init__(self, path: Path, schema: Any, row: Callable[[Envelope], Row | None]) -> None:
         import pyarrow as pa

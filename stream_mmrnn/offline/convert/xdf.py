@@ -1,24 +1,20 @@
-"""XDF, the files of Lab Streaming Layer's recorders, as recordings of ours.
+"""Convert an XDF file, as Lab Streaming Layer's recorders write it, to a recording.
 
-pyxdf reads them, and puts the stamps of all streams on one clock. What was sampled then goes the way of live samples:
-through the same encoders, in the order of time, with the ticks of a clock between. Knows nothing about how XDF is laid
-out, nor how a recording is.
+Its samples are processed like live ones: sorted by time, encoded by the same encoders, with clock messages between.
+Knows nothing about the layout of XDF files (`xdf_file`) or of recordings.
 """
 
 from __future__ import annotations
 
-import gzip
 import heapq
-import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from stream_mmrnn.capture import encoders
 from stream_mmrnn.capture.pipeline import Outgoing, capture
@@ -26,123 +22,30 @@ from stream_mmrnn.capture.sources.lsl import int16_of
 from stream_mmrnn.core import config, topics, wire
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import FileError, UsageError, WireError
-from stream_mmrnn.core.extras import need
 from stream_mmrnn.core.types import Envelope, Sample
+from stream_mmrnn.offline.convert.xdf_file import XdfStream, read
 from stream_mmrnn.recording.mcap_file import Recorder
 
 ROLES = ("audio", "other_audio", "text", "other_text", "signal", topics.LABEL, "none")
 _MARKERS, _AUDIO = ("markers", "marker", "events"), "audio"
 _ALONE = ("audio", "other_audio", "signal")
-"""Roles that one stream can have; words and labels of several come together."""
-_PACKED = (".xdfz", ".gz")
+"""Roles for one stream only; several streams of text or labels are merged."""
 _BLOCK_S = 0.02
 _CLOCK_NS = 10_000_000
 _TAIL_NS = 500_000_000
-"""How long the clock goes on after the last sample, so that its tick closes."""
+"""How long the clock continues after the last sample, so that its tick closes."""
 _FIRST_NS = 1_000_000_000
-_MAX_S = 2**62 / 1e9
 _MAX_CHANNELS = 4096
 
 Pieces = Iterator[tuple[int, int, Outgoing | None]]
-"""When it arrives, a number that puts what comes at the same time in order, and what; None is the clock."""
+"""Arrival time, a number that orders messages of equal arrival time, and the message; None is a clock message."""
 
 
-class Stream(msgspec.Struct, frozen=True, eq=False):
-    """One stream of an XDF file."""
-
-    number: int
-    name: str
-    kind: str
-    """What it says that it is: EEG, Markers, Audio."""
-    rate_hz: float
-    """0 of events."""
-    channels: int
-    values: Any
-    """[samples, channels] of numbers, or lists of strings."""
-    times_s: npt.NDArray[np.float64]
-    """[samples], ascending, on the clock of all streams."""
-    segments: list[tuple[int, int]]
-    """First and last sample of each stretch without a break."""
-    offsets: list[tuple[float, float]]
-    """When the distance of its clock was measured, and how far it was, in seconds."""
-
-    @property
-    def is_text(self) -> bool:
-        return isinstance(self.values, list)
-
-
-def read(path: Path) -> tuple[list[Stream], str, str]:
-    """The streams of a file, its date ("" where it has none), and what is wrong with it ("" where nothing is).
+def roles(streams: Sequence[XdfStream], chosen: dict[str, str]) -> dict[int, str]:
+    """The role of each stream, by its number. `chosen`: roles that the user assigned, by name or number.
 
     Raises:
-        UsageError: pyxdf is not installed.
-        FileError: the file is missing, or no XDF.
-
-    """
-    need("XDF", "lsl", "pyxdf")
-    import pyxdf
-
-    complaints = _Complaints()
-    logger = logging.getLogger("pyxdf")
-    logger.addHandler(complaints)
-    logger.propagate = False
-    try:
-        # opened here: pyxdf leaves a file open that is none of its own
-        with gzip.open(path) if path.suffix in _PACKED else path.open("rb") as file:
-            found, header = pyxdf.load_xdf(file)
-        streams = [_stream(row) for row in found]
-        date = str(header["info"]["datetime"][0]) if header and header["info"].get("datetime") else ""
-    except OSError as e:
-        raise FileError(f"{path} cannot be read: {e.strerror or e}; expected an XDF file") from e
-    except Exception as e:  # it parses bytes from outside, and its errors share no base
-        raise FileError(f"{path} is no XDF file that pyxdf can read: {type(e).__name__}: {e}") from e
-    finally:
-        logger.removeHandler(complaints)
-        logger.propagate = True
-    return streams, date, "; ".join(complaints.said[:3])
-
-
-class _Complaints(logging.Handler):
-    """What pyxdf says of a file that is damaged: it goes on with what it can read."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.ERROR)
-        self.said: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage().strip())
-
-
-def _stream(row: dict[str, Any]) -> Stream:
-    info = row["info"]
-    times_s = np.asarray(row["time_stamps"], np.float64)
-    if not np.isfinite(times_s).all() or (np.abs(times_s) > _MAX_S).any():
-        raise ValueError("a stamp is no time")
-    values = row["time_series"]
-    segments = [(int(a), int(b)) for a, b in info.get("segments") or []]
-    if (np.diff(times_s) < 0).any():  # a clock was set back
-        order = np.argsort(times_s, kind="stable")
-        times_s = times_s[order]
-        values = [values[i] for i in order] if isinstance(values, list) else values[order]
-        segments = [(0, len(times_s) - 1)] if len(times_s) else []
-    return Stream(
-        int(info["stream_id"]),
-        str(info["name"][0] or ""),
-        str(info["type"][0] or ""),
-        float(info["nominal_srate"][0]),
-        int(info["channel_count"][0]),
-        values,
-        times_s,
-        segments,
-        list(zip(map(float, row["clock_times"]), map(float, row["clock_values"]), strict=True)),
-    )
-
-
-def roles(streams: Sequence[Stream], chosen: dict[str, str]) -> dict[int, str]:
-    """What each stream becomes, by its number. `chosen`: what the user says of some, by name or number.
-
-    Raises:
-        UsageError: there is no such stream or role, it does not fit, or two streams have the role of one.
+        UsageError: there is no such stream or role, it does not fit, or two streams have a role that allows one.
 
     """
     found: dict[int, str] = {}
@@ -152,7 +55,7 @@ def roles(streams: Sequence[Stream], chosen: dict[str, str]) -> dict[int, str]:
         if not numbers:
             raise UsageError(f"there is no stream {key!r}; there are {', '.join(map(repr, names.values())) or 'none'}")
         if role not in ROLES:
-            raise UsageError(f"{role!r} is nothing that a stream can be; use one of {', '.join(ROLES)}")
+            raise UsageError(f"{role!r} is not a role of a stream; use one of {', '.join(ROLES)}")
         found |= dict.fromkeys(numbers, role)
     for stream in streams:
         if stream.number not in found:
@@ -162,15 +65,15 @@ def roles(streams: Sequence[Stream], chosen: dict[str, str]) -> dict[int, str]:
         those = [names[n] for n, r in found.items() if r == role]
         if len(those) > 1:
             raise UsageError(
-                f"several streams could be the {role}: {', '.join(map(repr, those))}; say which one by "
+                f"several streams could be the {role}: {', '.join(map(repr, those))}; choose one with "
                 f"--as {those[0]}={role}, and --as NAME=none for the others"
             )
     if all(role == "none" for role in found.values()):
-        raise UsageError("no stream of the file is of use; say what one is by --as NAME=signal")
+        raise UsageError("the file has no stream that can be used; assign a role with --as NAME=signal")
     return found
 
 
-def _usual(stream: Stream, taken: set[str]) -> str:
+def _usual(stream: XdfStream, taken: set[str]) -> str:
     kind = stream.kind.lower()
     if not len(stream.times_s):
         return "none"
@@ -183,19 +86,19 @@ def _usual(stream: Stream, taken: set[str]) -> str:
     return "none" if "signal" in taken and stream.rate_hz == 0 else "signal"
 
 
-def _check(stream: Stream, role: str) -> None:
+def _check(stream: XdfStream, role: str) -> None:
     kind = topics.MODALITIES[role].kind if role in topics.MODALITIES else role
     if kind == "text" and not stream.is_text:
-        raise UsageError(f"the stream {stream.name!r} holds numbers, and {role} is strings")
+        raise UsageError(f"the stream {stream.name!r} holds numbers, but {role} needs strings")
     if kind in ("audio", "signal") and stream.is_text:
-        raise UsageError(f"the stream {stream.name!r} holds strings, and {role} is numbers")
+        raise UsageError(f"the stream {stream.name!r} holds strings, but {role} needs numbers")
     if kind == "audio" and stream.rate_hz < 1:
-        raise UsageError(f"the stream {stream.name!r} has no fixed rate, and {role} is sound")
+        raise UsageError(f"the stream {stream.name!r} has no fixed rate, but {role} needs one")
     if stream.channels > _MAX_CHANNELS:
-        raise UsageError(f"the stream {stream.name!r} has {stream.channels} channels; {_MAX_CHANNELS} are the most")
+        raise UsageError(f"the stream {stream.name!r} has {stream.channels} channels; the limit is {_MAX_CHANNELS}")
 
 
-def _samples(stream: Stream, modality: str, shift_ns: int) -> Iterator[Sample]:
+def _samples(stream: XdfStream, modality: str, shift_ns: int) -> Iterator[Sample]:
     if topics.MODALITIES[modality].kind == "audio":
         yield from _sound(stream, shift_ns)
         return
@@ -209,7 +112,7 @@ def _samples(stream: Stream, modality: str, shift_ns: int) -> Iterator[Sample]:
             yield Sample(at_ns, at_ns, np.asarray(value, np.float32))
 
 
-def _sound(stream: Stream, shift_ns: int) -> Iterator[Sample]:
+def _sound(stream: XdfStream, shift_ns: int) -> Iterator[Sample]:
     from stream_mmrnn.capture.sources.microphone import Resampler
 
     rate_hz = round(stream.rate_hz)
@@ -219,28 +122,18 @@ def _sound(stream: Stream, shift_ns: int) -> Iterator[Sample]:
         for begin in range(first, last + 1, step):
             end = min(begin + step, last + 1)
             mono = int16_of(stream.values[begin:end]).astype(np.int32).mean(axis=1).astype(np.int16)
-            # a stamp is of a sample's beginning, an event time of its end
+            # XDF stamps the start of a sample, event time is its end
             end_ns = round((stream.times_s[end - 1] + 1 / stream.rate_hz) * 1e9) + shift_ns
             for sound, at_ns in resampler.feed(mono, end_ns):
                 yield Sample(at_ns, end_ns, sound)
 
 
-def _labels(stream: Stream, shift_ns: int) -> Iterator[Outgoing]:
+def _labels(stream: XdfStream, shift_ns: int) -> Iterator[Outgoing]:
     for value, at_s in zip(stream.values, stream.times_s, strict=True):
         at_ns = round(at_s * 1e9) + shift_ns
         name = str(value[0]).strip() if stream.is_text else f"{float(np.ravel(value)[0]):g}"
         if name:
             yield Outgoing(topics.LABEL, Sample(at_ns, at_ns, name.encode()), f"xdf:{stream.name}")
-
-
-class Summary(msgspec.Struct):
-    """What became of a file."""
-
-    messages: int = 0
-    undecodable: int = 0
-    """Samples that no encoder took: not finite, or no text."""
-    first_ns: int = 0
-    last_ns: int = 0
 
 
 def convert(
@@ -250,20 +143,20 @@ def convert(
     chosen: dict[str, str] | None = None,
     progress: Callable[[float], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Make a recording of an XDF file; `progress` is told the share that is done.
+    """Convert an XDF file to a recording; `progress` is called with the share that is done.
 
     Raises:
-        FileError: the file is no XDF, or `out` is there already or cannot be written.
-        UsageError: what a stream shall be is not clear, or not possible.
+        FileError: `path` is no XDF file, or `out` exists already or cannot be written.
+        UsageError: the role of a stream is ambiguous or impossible.
 
     """
     streams, date, damage = read(path)
     role_of = roles(streams, chosen or {})
     used = [s for s in streams if role_of[s.number] != "none" and len(s.times_s)]
     if not used:
-        raise FileError(f"{path} holds no sample of the streams that are wanted")
+        raise FileError(f"{path} holds no samples of the chosen streams")
     begin_ns = round(min(s.times_s[0] for s in used) * 1e9)
-    shift_ns = max(_FIRST_NS - begin_ns, 0)  # no time of ours is negative
+    shift_ns = max(_FIRST_NS - begin_ns, 0)  # event times must not be negative
     begin_ns += shift_ns
     end_ns = round(max(s.times_s[-1] for s in used) * 1e9) + shift_ns
     try:
@@ -292,9 +185,9 @@ def convert(
         },
         wall_offset_ns=wall_offset_ns if wall_offset_ns + begin_ns > 0 else 0,
     )
-    summary = Summary(first_ns=begin_ns, last_ns=end_ns)
+    source = _Messages(used, role_of, session, (begin_ns, end_ns), shift_ns)
     try:
-        for envelope in _envelopes(used, role_of, session, begin_ns, end_ns, shift_ns, summary):
+        for envelope in source:
             recorder.write(envelope)
             recorder.flush_due(now_ns())
             if recorder.trouble:
@@ -314,7 +207,7 @@ def convert(
         "session": session,
         "seconds": round((end_ns - begin_ns) / 1e9, 3),
         "messages": recorder.counts,
-        "undecodable": summary.undecodable,
+        "undecodable": source.undecodable,
         "streams": [
             {
                 "number": s.number,
@@ -330,56 +223,57 @@ def convert(
     }
 
 
-def _envelopes(
-    used: Sequence[Stream],
-    role_of: dict[int, str],
-    session: str,
-    begin_ns: int,
-    end_ns: int,
-    shift_ns: int,
-    summary: Summary,
-) -> Iterator[Envelope]:
-    """The sequence that would have been on the bus."""
+class _Messages:
+    """The messages that the bus would have carried, in order."""
 
-    def bad(_: WireError) -> None:
-        summary.undecodable += 1
+    def __init__(
+        self, used: Sequence[XdfStream], role_of: dict[int, str], session: str, span_ns: tuple[int, int], shift_ns: int
+    ) -> None:
+        self._by_role: dict[str, list[XdfStream]] = {}
+        for stream in used:
+            self._by_role.setdefault(role_of[stream.number], []).append(stream)
+        self._session, self._shift_ns = session, shift_ns
+        self._begin_ns, self._end_ns = span_ns[0], span_ns[1] + _TAIL_NS
+        self._modalities = tuple(m for m in topics.MODALITIES if m in self._by_role)
+        self._seq: dict[str, int] = {}
+        self.undecodable = 0
+        """Samples that an encoder refused: not finite, or no text."""
 
-    def pieces(order: int, outgoing: Iterator[Outgoing]) -> Pieces:
-        # what a sample's features are ready for is there when the sample is
+    def __iter__(self) -> Iterator[Envelope]:
+        pieces = [self._pieces(0, self._labels())]
+        pieces += [self._pieces(1 + i, self._captured(m)) for i, m in enumerate(self._modalities)]
+        clock = ((at_ns, len(ROLES), None) for at_ns in range(self._begin_ns, self._end_ns, _CLOCK_NS))
+        yield self._session_message("open", self._begin_ns - 1)
+        for arrival_ns, _, out in heapq.merge(*pieces, clock, key=lambda piece: piece[:2]):
+            if out is None:
+                yield self._envelope(topics.CLOCK, Sample(arrival_ns, arrival_ns, b""), arrival_ns)
+            else:
+                yield self._envelope(out.topic, out.sample, arrival_ns, out.origin)
+        yield self._session_message("close", self._end_ns)
+
+    @staticmethod
+    def _pieces(order: int, outgoing: Iterable[Outgoing]) -> Pieces:
+        # a sample and its features arrive together
         yield from ((out.sample.capture_ns, order, out) for out in outgoing)
 
-    def modality_of(modality: str) -> Iterator[Outgoing]:
-        those = [s for s in used if role_of[s.number] == modality]
-        samples = heapq.merge(*(_samples(s, modality, shift_ns) for s in those), key=lambda s: s.capture_ns)
-        origin = "+".join(f"xdf:{s.name}" for s in those)
-        return capture(samples, modality, origin, encoders.create(modality), bad)
+    def _labels(self) -> Iterable[Outgoing]:
+        labels = [_labels(s, self._shift_ns) for s in self._by_role.get(topics.LABEL, [])]
+        return heapq.merge(*labels, key=lambda out: out.sample.capture_ns)
 
-    modalities = [m for m in topics.MODALITIES if m in role_of.values() and any(role_of[s.number] == m for s in used)]
-    labels = heapq.merge(
-        *(_labels(s, shift_ns) for s in used if role_of[s.number] == topics.LABEL), key=lambda o: o.sample.capture_ns
-    )
-    clock: Pieces = ((at_ns, len(ROLES), None) for at_ns in range(begin_ns, end_ns + _TAIL_NS, _CLOCK_NS))
-    merged = heapq.merge(
-        pieces(0, iter(labels)),
-        *(pieces(1 + i, modality_of(m)) for i, m in enumerate(modalities)),
-        clock,
-        key=lambda piece: piece[:2],
-    )
-    seq: dict[str, int] = {}
+    def _captured(self, modality: str) -> Iterator[Outgoing]:
+        streams = self._by_role[modality]
+        samples = heapq.merge(*(_samples(s, modality, self._shift_ns) for s in streams), key=lambda s: s.capture_ns)
+        origin = "+".join(f"xdf:{s.name}" for s in streams)
+        return capture(samples, modality, origin, encoders.create_encoder(modality), self._on_undecodable)
 
-    def envelope(topic: str, sample: Sample, arrival_ns: int, origin: str = "") -> Envelope:
-        number = seq[topic] = seq.get(topic, -1) + 1
-        summary.messages += 1
-        owner = topics.EVERYONE if topic == topics.CLOCK else session
+    def _on_undecodable(self, _: WireError) -> None:
+        self.undecodable += 1
+
+    def _session_message(self, op: Literal["open", "close"], at_ns: int) -> Envelope:
+        payload = wire.pack(wire.SessionMessage(op, at_ns, self._modalities))
+        return self._envelope(topics.SESSION, Sample(at_ns, at_ns, payload), at_ns)
+
+    def _envelope(self, topic: str, sample: Sample, arrival_ns: int, origin: str = "") -> Envelope:
+        number = self._seq[topic] = self._seq.get(topic, -1) + 1
+        owner = topics.EVERYONE if topic == topics.CLOCK else self._session
         return Envelope(topic, owner, number, sample.event_ns, arrival_ns, arrival_ns, sample.data, origin, arrival_ns)
-
-    def about(op: str, at_ns: int) -> Sample:
-        return Sample(at_ns, at_ns, wire.pack(wire.SessionMessage(op, at_ns, tuple(modalities))))  # type: ignore[arg-type]
-
-    yield envelope(topics.SESSION, about("open", begin_ns - 1), begin_ns - 1)
-    for arrival_ns, _, out in merged:
-        if out is None:
-            yield envelope(topics.CLOCK, Sample(arrival_ns, arrival_ns, b""), arrival_ns)
-        else:
-            yield envelope(out.topic, out.sample, arrival_ns, out.origin)
-    yield envelope(topics.SESSION, about("close", end_ns + _TAIL_NS), end_ns + _TAIL_NS)

@@ -1,1 +1,1 @@
-"""`stream-mmrnn diff`: predictions over one recording beside others, or beside its labels."""
+"""`stream-mmrnn diff`: compare the predictions of two models over one recording, or of one model with its labels."""

@@ -1,7 +1,6 @@
-"""Two tracks side by side: where they differ, by how much, in which head, and which decisions change. Pure: numpy only.
+"""Compare two tracks: where they differ, by how much, in which head, and which decisions change. Pure: numpy only.
 
-A number that both do not have (NaN in both) is no difference; one that only one of them has is a difference, and no
-size can be given for it.
+NaN in both is no difference; NaN in one of them is a difference without a size.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stream_mmrnn.core.types import FloatArray, HeadSpec
-from stream_mmrnn.offline.diff.tracks import Times, Track
+from stream_mmrnn.offline.diff.tracks import PredictionTrack, Times
 
 Numbers = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -24,9 +23,9 @@ _MAX_CHANGES = 16
 
 
 def decisions(spec: HeadSpec | None, values: FloatArray) -> Ints | None:
-    """What a head decides: [T] the class, or [T, size] 1 for yes and 0 for no; -1 where it is no number.
+    """A head's decisions: [T] the class, or [T, size] 1 for yes and 0 for no; -1 for NaN.
 
-    None where the head decides nothing: a regression, a hazard, a head that nobody knows.
+    None if the head makes no decisions: a regression, a hazard, a head without a spec.
     """
     if spec is None or spec.kind not in ("classification", "activity_projection"):
         return None
@@ -38,7 +37,7 @@ def decisions(spec: HeadSpec | None, values: FloatArray) -> Ints | None:
 
 
 def distance(a: FloatArray, b: FloatArray) -> tuple[Numbers, Bools]:
-    """|a - b|, and where only one of them is a (finite) number; the distance is 0 there."""
+    """|a - b|, and a mask where it has no size because one of them is not finite; the distance is 0 there."""
     with np.errstate(invalid="ignore"):
         gap = np.abs(a.astype(np.float64) - b.astype(np.float64))
     same = (a == b) | (np.isnan(a) & np.isnan(b))
@@ -47,7 +46,7 @@ def distance(a: FloatArray, b: FloatArray) -> tuple[Numbers, Bools]:
 
 
 def stretches(over: Bools) -> list[tuple[int, int]]:
-    """First and last index of each unbroken stretch of True."""
+    """First and last index of each run of True."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], over, [False]]).astype(np.int8)))
     return [(int(first), int(after) - 1) for first, after in zip(edges[::2], edges[1::2], strict=True)]
 
@@ -57,7 +56,7 @@ def _name(spec: HeadSpec | None, output: int) -> str:
 
 
 class _Axis:
-    """The common ticks, as they are reported."""
+    """The common ticks, in the form of the report."""
 
     def __init__(self, ticks: Times, event_ns: Times) -> None:
         self.ticks, self._event_ns = ticks, event_ns
@@ -123,8 +122,8 @@ def _one(a: FloatArray, b: FloatArray, i: int, output: int, spec: HeadSpec | Non
 def _changed(
     a: FloatArray, b: FloatArray, specs: tuple[HeadSpec | None, HeadSpec | None], axis: _Axis
 ) -> dict[str, Any] | None:
-    """Decisions that are not the same; None where a head decides nothing."""
-    # a track that does not say what its numbers mean is read as the other one
+    """Decisions that differ; None if the head makes no decisions."""
+    # a track without a spec is read with the other one's
     x, y = decisions(specs[0] or specs[1], a), decisions(specs[1] or specs[0], b)
     if x is None or y is None or x.shape != y.shape:
         return None
@@ -152,14 +151,14 @@ def _word(spec: HeadSpec | None, decided: Ints, index: tuple[Any, ...]) -> str:
     return f"{_name(spec, int(index[1]))} {word}" if decided.shape[1] > 1 else word
 
 
-def common(a: Track, b: Track) -> tuple[Ints, Ints]:
-    """The places in both of the ticks that both have: those that end at the same event time."""
+def common(a: PredictionTrack, b: PredictionTrack) -> tuple[Ints, Ints]:
+    """The indices, in a and in b, of the ticks that both have: those that end at the same event time."""
     _, i, j = np.intersect1d(a.event_ns, b.event_ns, assume_unique=True, return_indices=True)
     return i, j
 
 
-def compare(a: Track, b: Track, tolerance: float = 0.0) -> dict[str, Any]:
-    """All of it as one document; `equal` says whether nothing differs by more than `tolerance`, nor is missing."""
+def compare(a: PredictionTrack, b: PredictionTrack, tolerance: float = 0.0) -> dict[str, Any]:
+    """The whole comparison as one document; `equal`: nothing is missing or differs by more than `tolerance`."""
     i, j = common(a, b)
     axis = _Axis(a.ticks[i], a.event_ns[i])
     heads: dict[str, Any] = {}

@@ -1,8 +1,7 @@
-"""A track beside the labels that were typed while it was recorded: how often it is right, and how soon after a change.
+"""Score a track against the labels that were typed into the recording: accuracy, and the delay after a change of label.
 
-A head is scored where labels of the recording are among its own. One that says yes or no in a single number is scored
-where its label (or, where it has none, its name) was typed: that label means yes, any other, and `none`, means no, from
-the first label on. Knows nothing about how predictions were made.
+A head is scored if it has labels of the recording. A head with a single yes/no output is scored if its label (or, if it
+has none, its name) was typed: from the first label on, that label means yes, and any other label or `none` means no.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import numpy as np
 from stream_mmrnn.core.errors import FileError, UsageError
 from stream_mmrnn.core.types import HeadSpec
 from stream_mmrnn.offline.diff.compare import Bools, Ints, decisions
-from stream_mmrnn.offline.diff.tracks import Track
+from stream_mmrnn.offline.diff.tracks import PredictionTrack
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.training import metrics
 from stream_mmrnn.training.recipe import Head
@@ -26,7 +25,7 @@ YES_NO = ("no", "yes")
 
 
 def labels_of(path: Path) -> Events:
-    """What was typed; raises FileError where nothing was."""
+    """The typed labels; raises FileError if there are none."""
     events = Events(Recording(path))
     if not {name for _, name in events.labels} - set(NOTHING):
         raise FileError(f"{path} holds no labels; type `/label NAME` into the text source while recording")
@@ -34,44 +33,44 @@ def labels_of(path: Path) -> Events:
 
 
 def _names(spec: HeadSpec) -> tuple[str, ...]:
-    """The labels that a head can be right about."""
+    """The labels that a head can predict."""
     if spec.kind != "classification":
         return ()
     return spec.labels if spec.size > 1 else (spec.labels[:1] or (spec.name,))
 
 
-def _targets(spec: HeadSpec, track: Track, events: Events, ahead_ns: int) -> tuple[Ints, Bools]:
-    """The class [T] that is true at each tick, and whether that is known."""
+def _targets(spec: HeadSpec, track: PredictionTrack, events: Events, ahead_ns: int) -> tuple[Ints, Bools]:
+    """The true class [T] at each tick, and whether it is known."""
     times = track.event_ns.tolist()
     target, known = classes_at(_names(spec), ahead_ns, times, events)
     if spec.size > 1:
         return target.astype(np.int64), known > 0
     yes = known > 0
-    begun = [events.labels[0][0] <= at_ns + ahead_ns <= times[-1] for at_ns in times]
-    return yes.astype(np.int64), np.array(begun, np.bool_)
+    started = [events.labels[0][0] <= at_ns + ahead_ns <= times[-1] for at_ns in times]
+    return yes.astype(np.int64), np.array(started, np.bool_)
 
 
-def score(track: Track, events: Events) -> dict[str, Any]:
-    """By head: accuracy, balanced accuracy, confusion, and how long after a change of label the head follows.
+def score(track: PredictionTrack, events: Events) -> dict[str, Any]:
+    """By head: accuracy, balanced accuracy, confusion matrix, and the delay after changes of label.
 
     Raises:
-        UsageError: no head has a label that was typed.
+        UsageError: no head has one of the typed labels.
 
     """
     typed = {name for _, name in events.labels} - set(NOTHING)
     heads = {}
-    for name, said in track.heads.items():
+    for name, outputs in track.heads.items():
         spec = track.specs.get(name)
         if spec is None or not typed & set(_names(spec)):
             continue
         ahead_ns = ahead_ns_of(spec.horizons_s)
         target, known = _targets(spec, track, events, ahead_ns)
-        decided = decisions(spec, said)
-        assert decided is not None  # a classification decides
-        decided = decided.reshape(len(said))
+        decided = decisions(spec, outputs)
+        assert decided is not None  # a classification has decisions
+        decided = decided.reshape(len(outputs))
         counts = known & (decided >= 0)
         head = Head(name=name, kind="classification", size=spec.size, labels=spec.labels)
-        figures = metrics.score(head, said[counts], target[counts], spec.threshold)
+        figures = metrics.score(head, outputs[counts], target[counts], spec.threshold)
         figures.pop("reliability", None)
         names = spec.labels if spec.size > 1 else YES_NO
         figures["confusion"] = {
@@ -93,10 +92,12 @@ def score(track: Track, events: Events) -> dict[str, Any]:
     return heads
 
 
-def _changes(track: Track, decided: Ints, target: Ints, known: Bools, events: Events, ahead_ns: int) -> dict[str, Any]:
-    """How long after a label that changes what is true the head says so, until the next change; ms of event time.
+def _changes(
+    track: PredictionTrack, decided: Ints, target: Ints, known: Bools, events: Events, ahead_ns: int
+) -> dict[str, Any]:
+    """The delay between a change of label and the head's first right decision before the next change; ms of event time.
 
-    A head that speaks of the future may be right before the label was typed: its delay is then negative.
+    A head that predicts the future may be right before the label was typed: its delay is then negative.
     """
     typed_ns = [at_ns for at_ns, _ in events.labels]
     changed = np.flatnonzero(known[1:] & known[:-1] & (target[1:] != target[:-1])) + 1

@@ -1,7 +1,4 @@
-"""A plot of two tracks: what each head says in both, how far apart they are, and where a decision changes.
-
-Needs matplotlib. Knows nothing about recordings.
-"""
+"""Plot two tracks: the outputs of each head in both, their distance, and where decisions differ. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -13,21 +10,21 @@ import numpy as np
 from stream_mmrnn.core.errors import FileError, UsageError
 from stream_mmrnn.core.extras import need
 from stream_mmrnn.offline.diff.compare import common, decisions, distance, stretches
-from stream_mmrnn.offline.diff.tracks import Track
+from stream_mmrnn.offline.diff.tracks import PredictionTrack
 
 _MAX_LINES = 8
 _MAX_HEADS = 8
 
 
 def check(path: Path) -> None:
-    """Before anything is computed: can it be drawn? Raises UsageError."""
+    """Check that a plot can be made, before anything is computed; raises UsageError."""
     need("a plot", "plots", "matplotlib")
     if path.suffix not in (".png", ".svg", ".pdf"):
-        raise UsageError(f"{path} is no name for a plot; end it in .png, .svg or .pdf")
+        raise UsageError(f"{path} cannot be a plot; use a name that ends in .png, .svg or .pdf")
 
 
-def draw(path: Path, a: Track, b: Track) -> None:
-    """One column, two panels a head: both tracks (a solid, b dashed), and the largest distance of the tick.
+def draw(path: Path, a: PredictionTrack, b: PredictionTrack) -> None:
+    """One column with two panels per head: both tracks (a solid, b dashed), and the largest distance of each tick.
 
     Raises:
         FileError: it cannot be written.
@@ -50,7 +47,7 @@ def draw(path: Path, a: Track, b: Track) -> None:
         gridspec_kw={"height_ratios": [3, 1] * len(names) or [1]},
     )
     for k, name in enumerate(names):
-        _head(axes[2 * k][0], axes[2 * k + 1][0], seconds, name, a, b, (i, j))
+        _head((axes[2 * k][0], axes[2 * k + 1][0]), seconds, name, (a, b), (i, j))
     if not names:
         axes[0][0].text(0.5, 0.5, "no head in common", ha="center", va="center")
     axes[-1][0].set_xlabel("seconds from the first common tick")
@@ -65,8 +62,15 @@ def draw(path: Path, a: Track, b: Track) -> None:
         plt.close(figure)
 
 
-def _head(upper: Any, lower: Any, seconds: Any, name: str, a: Track, b: Track, places: tuple[Any, Any]) -> None:
-    x, y = a.heads[name][places[0]], b.heads[name][places[1]]
+def _head(
+    panels: tuple[Any, Any],
+    seconds: Any,
+    name: str,
+    tracks: tuple[PredictionTrack, PredictionTrack],
+    indices: tuple[Any, Any],
+) -> None:
+    (upper, lower), (a, b) = panels, tracks
+    x, y = a.heads[name][indices[0]], b.heads[name][indices[1]]
     spec = a.specs.get(name) or b.specs.get(name)
     for output in range(min(x.shape[1], _MAX_LINES)):
         label = spec.labels[output] if spec is not None and output < len(spec.labels) else f"{name}[{output}]"
@@ -74,16 +78,16 @@ def _head(upper: Any, lower: Any, seconds: Any, name: str, a: Track, b: Track, p
         upper.plot(seconds, y[:, output], linewidth=1, linestyle="--", color=line.get_color())
     gap, unmeasured = distance(x, y)
     lower.plot(seconds, np.where(unmeasured, np.nan, gap).max(1, initial=0), color="0.3", linewidth=1)
-    said = (decisions(a.specs.get(name) or spec, x), decisions(b.specs.get(name) or spec, y))
-    if said[0] is not None and said[1] is not None:
-        changed = said[0] != said[1]
+    in_a, in_b = decisions(a.specs.get(name) or spec, x), decisions(b.specs.get(name) or spec, y)
+    if in_a is not None and in_b is not None:
+        changed = in_a != in_b
         ticks = changed if changed.ndim == 1 else changed.any(1)
         half = float(np.median(np.diff(seconds))) / 2 if len(seconds) > 1 else 0.02
         spans = [(seconds[i] - half, seconds[j] - seconds[i] + 2 * half) for i, j in stretches(ticks)]
         for axes in (upper, lower):
             axes.broken_barh(spans, (0, 1), transform=axes.get_xaxis_transform(), color="tab:red", alpha=0.15, lw=0)
     more = f" (the first {_MAX_LINES} of {x.shape[1]})" if x.shape[1] > _MAX_LINES else ""
-    upper.set_title(f"{name}{more}; red: another decision", fontsize=9, loc="left")
+    upper.set_title(f"{name}{more}; red: decisions differ", fontsize=9, loc="left")
     upper.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     lower.set_ylabel("|a - b|", fontsize=8)
     for axes in (upper, lower):

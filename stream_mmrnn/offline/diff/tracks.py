@@ -1,7 +1,4 @@
-"""Tracks: all predictions of one model over one recording, as arrays. Made again by replay, or read as recorded.
-
-Knows nothing about how two of them compare.
-"""
+"""Tracks: all predictions of one model over one recording, as arrays; computed by a replay, or read as recorded."""
 
 from __future__ import annotations
 
@@ -26,29 +23,29 @@ Times = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Track:
-    """T predictions, one a tick, in the order of event time."""
+class PredictionTrack:
+    """T predictions, one per tick, in the order of event time."""
 
     name: str
-    """What a person calls it: the model as it was named, or "recorded"."""
+    """The model's name as the user gave it, or "recorded"."""
     sha256: str
     """Of the model."""
     ticks: Times
     """[T]"""
     event_ns: Times
-    """[T] the ticks' ends."""
+    """[T] end of each tick."""
     heads: dict[str, FloatArray]
     """By name, [T, size]."""
     specs: dict[str, HeadSpec]
-    """By head; empty where nobody says what the numbers mean."""
+    """By head; empty if they are not known."""
     damage: str = ""
     """Why the recording was not read to its end."""
     notes: tuple[str, ...] = ()
-    """What one should know before believing the numbers, a sentence each."""
+    """Warnings about the numbers, one sentence each."""
 
 
-class _Gathered:
-    """Predictions one by one, as a track in the end."""
+class _TrackBuilder:
+    """Collects predictions and makes a track of them."""
 
     def __init__(self) -> None:
         self._ticks: list[int] = []
@@ -62,15 +59,17 @@ class _Gathered:
             self._event_ns.append(event_ns)
             self._heads.append(heads)
 
-    def track(self, name: str, sha256: str, specs: dict[str, HeadSpec], damage: str, notes: tuple[str, ...]) -> Track:
+    def build(
+        self, name: str, sha256: str, specs: dict[str, HeadSpec], damage: str, notes: tuple[str, ...]
+    ) -> PredictionTrack:
         event_ns = np.array(self._event_ns, np.int64)
         _, order = np.unique(event_ns, return_index=True)
         names = self._heads[0] if self._heads else {}
         for heads in self._heads:
             if heads.keys() != names.keys() or any(len(heads[n]) != len(names[n]) for n in names):
-                raise FileError(f"{name}: the predictions do not all have the same heads, so nothing can be compared")
+                raise FileError(f"{name}: the predictions do not all have the same heads and cannot be compared")
         stacked = {n: np.stack([self._heads[i][n] for i in order]).astype(np.float32) for n in names}
-        return Track(
+        return PredictionTrack(
             name, sha256, np.array(self._ticks, np.int64)[order], event_ns[order], stacked, specs, damage, notes
         )
 
@@ -79,42 +78,42 @@ def predicted(
     path: Path,
     model: str,
     provider: Provider,
-    see: Callable[[], None] = lambda: None,
+    on_prediction: Callable[[], None] = lambda: None,
     alive: Callable[[], bool] = lambda: True,
-) -> Track:
-    """What a model says over the recorded features; `see` is called once a prediction.
+) -> PredictionTrack:
+    """A model's predictions over the recorded features; `on_prediction` is called after each.
 
     Raises:
-        UsageError: the file or the model is not there, or not what it should be.
-        FileError: there are no ticks in the recording.
+        UsageError: the file or the model is missing or invalid.
+        FileError: the recording has no ticks.
 
     """
     spec = check_model(config.find_model(model), provider)
-    gathered = _Gathered()
+    builder = _TrackBuilder()
 
-    def keep(prediction: Prediction) -> None:
-        gathered.add(prediction.tick.index, prediction.tick.event_ns, prediction.heads)
-        see()
+    def add(prediction: Prediction) -> None:
+        builder.add(prediction.tick.index, prediction.tick.event_ns, prediction.heads)
+        on_prediction()
 
-    result = replay(path, model=model, provider=provider, see=keep, alive=alive)
+    result = replay(path, model=model, provider=provider, on_prediction=add, alive=alive)
     if not result["ticks"]:
         raise FileError(f"{path} holds no ticks; was anything recorded?")
     unfed = [name for name, s in result["streams"].items() if not s["delivered"] and s["dropped"].get("quarantined")]
     notes = [
-        f"{model} was not fed {name}: the recorded features are another encoder's or of another size" for name in unfed
+        f"{model} got no {name}: the recorded features are from another encoder or of another size" for name in unfed
     ]
-    return gathered.track(model, spec.sha256, {h.name: h for h in spec.heads}, result["damage"], tuple(notes))
+    return builder.build(model, spec.sha256, {h.name: h for h in spec.heads}, result["damage"], tuple(notes))
 
 
-def recorded(path: Path) -> Track:
-    """What was predicted when it was recorded.
+def recorded(path: Path) -> PredictionTrack:
+    """The recorded predictions.
 
     Raises:
-        FileError: no recording, or one without predictions.
+        FileError: it is no recording, or one without predictions.
 
     """
     recording = Recording(path)
-    gathered, sha256, unreadable = _Gathered(), "", 0
+    builder, sha256, unreadable = _TrackBuilder(), "", 0
     for envelope in recording.envelopes({topics.PREDICTION}):
         try:
             p = wire.unpack(envelope.payload, wire.PredictionMessage)
@@ -123,11 +122,11 @@ def recorded(path: Path) -> Track:
             continue
         sha256 = p.model
         heads = {n: np.array([np.nan if v is None else v for v in values], np.float32) for n, values in p.heads.items()}
-        gathered.add(p.tick, p.event_ns, heads)
+        builder.add(p.tick, p.event_ns, heads)
     if not sha256:
         raise FileError(f"{path} holds no predictions; it was made by `record`, or cut off early: give --model twice")
     notes = (f"{unreadable} recorded predictions cannot be read",) if unreadable else ()
-    return gathered.track("recorded", sha256, _specs(recording, sha256), recording.damage, notes)
+    return builder.build("recorded", sha256, _specs(recording, sha256), recording.damage, notes)
 
 
 class _Spec(msgspec.Struct, frozen=True):
@@ -144,16 +143,16 @@ class _Status(msgspec.Struct, frozen=True):
 
 
 def _specs(recording: Recording, sha256: str) -> dict[str, HeadSpec]:
-    """What the recorded heads mean: as the engine said to the recorder, or as the same model file says."""
+    """The specs of the recorded heads: from the engine's recorded status, or from the same model file."""
     try:
         statuses = msgspec.json.decode(recording.end.get("statuses", "{}"), type=dict[str, msgspec.Raw])
-        said = msgspec.json.decode(statuses["status/engine"], type=_Status).detail.spec
-        if said.sha256 == sha256:
-            return {h.name: h for h in said.heads}
+        recorded_spec = msgspec.json.decode(statuses["status/engine"], type=_Status).detail.spec
+        if recorded_spec.sha256 == sha256:
+            return {h.name: h for h in recorded_spec.heads}
     except (msgspec.MsgspecError, KeyError, ValueError, RecursionError):
         pass
     try:
         spec = check_model(config.find_model(recording.metadata.get("model", "")), "cpu")
-    except StreamError:  # a file that is gone is no fault of the recording
+    except StreamError:  # the model file may have been removed since
         return {}
     return {h.name: h for h in spec.heads} if spec.sha256 == sha256 else {}

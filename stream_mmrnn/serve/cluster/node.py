@@ -312,7 +312,7 @@ class ClusterNode:
                     replica.receive(part.number, session, seq, client, content, at_ns)
             if replica.ready:
                 replica.step(at_ns)
-            replica.housesaving(at_ns)
+            replica.housekeeping(at_ns)
             await self.outbox.flush()
             if _now_s() - checked_s > _LOW_EVERY_S:
                 checked_s = _now_s()

@@ -1,0 +1,340 @@
+"""The verbs that capture: `live` and `record`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from msgspec.structs import replace
+from rich.console import Console
+
+from stream_mmrnn.cli.terminal import ConfigFile, Json, ModelName, Provider, print_document, say_on
+from stream_mmrnn.core import config
+from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.errors import ConfigError, StreamError
+from stream_mmrnn.core.printable import shown
+from stream_mmrnn.core.signals import ENDING, held
+from stream_mmrnn.recording.append_file import later_parts, part
+
+if TYPE_CHECKING:
+    from stream_mmrnn.live.session import LiveSession
+
+_SCREEN_NS = 120_000_000
+_LINE_NS = 1_000_000_000
+_NOTES = 16
+"""How many of the newest notes the full view may show."""
+
+
+class LogFormat(StrEnum):
+    text, json = "text", "json"
+
+
+Source = Annotated[str | None, typer.Option("--source", "-s", help="All modalities: synthetic, devices, file:CLIP.")]
+Vision = Annotated[str | None, typer.Option(help="camera:0, camera:URL, file:PATH, synthetic or none.")]
+Audio = Annotated[str | None, typer.Option(help="microphone, microphone:NAME, file:PATH, lsl:NAME, synthetic or none.")]
+TextSource = Annotated[
+    str | None,
+    typer.Option("--text", help="stdin, pipe:PATH, tcp:PORT, zmq:PORT, lsl:NAME, page, synthetic or none."),
+]
+Signal = Annotated[str | None, typer.Option(help="A sensor: lsl:NAME, lsl:type=TYPE or none.")]
+OtherAudio = Annotated[
+    str | None, typer.Option("--other-audio", help="The second person's sound, named like --audio; none by default.")
+]
+OtherText = Annotated[
+    str | None, typer.Option("--other-text", help="The second person's words, named like --text; none by default.")
+]
+Duration = Annotated[float | None, typer.Option("--duration", "-d", min=0.1, help="Seconds; without it until Ctrl-C.")]
+SessionName = Annotated[str | None, typer.Option(help="The session's name.")]
+Log = Annotated[LogFormat | None, typer.Option("--log", help="Format of log messages: sentences, or JSON lines.")]
+Plain = Annotated[bool, typer.Option("--plain", help="One line per second instead of the full view.")]
+
+
+def live(
+    config_file: ConfigFile = None,
+    source: Source = None,
+    vision: Vision = None,
+    audio: Audio = None,
+    text: TextSource = None,
+    other_audio: OtherAudio = None,
+    other_text: OtherText = None,
+    signal: Signal = None,
+    model: ModelName = None,
+    provider: Annotated[Provider | None, typer.Option(help="Where the model runs.")] = None,
+    duration: Duration = None,
+    record: Annotated[Path | None, typer.Option("--record", "-r", help="Record into this MCAP file.")] = None,
+    session: SessionName = None,
+    dashboard: Annotated[bool | None, typer.Option(help="Serve the live page on loopback.")] = None,
+    port: Annotated[int | None, typer.Option(help="The page's port; 0 takes any free one.")] = None,
+    log: Log = None,
+    foxglove: Annotated[bool | None, typer.Option(help="Serve the bus's messages to Foxglove, on loopback.")] = None,
+    lsl_out: Annotated[bool | None, typer.Option(help="Publish predictions as a Lab Streaming Layer stream.")] = None,
+    plain: Plain = False,
+    as_json: Json = False,
+) -> None:
+    """Capture, predict and show, live."""
+    named = _named(vision, audio, text, other_audio, other_text, signal)
+    settings = _settings(
+        config_file,
+        source,
+        named,
+        {
+            "engine.model": model,
+            "engine.provider": provider.value if provider else None,
+            "record.path": str(record) if record else None,
+            "session.name": session,
+            "dashboard.enabled": dashboard,
+            "dashboard.port": port,
+            "log.format": log.value if log else None,
+            "foxglove.enabled": foxglove,
+            "lsl.outlet": lsl_out,
+        },
+    )
+    _start_forkserver()
+    from stream_mmrnn.predict.engine import check_model
+
+    spec = check_model(config.find_model(settings.engine.model), settings.engine.provider)
+    settings = _without_unused(settings, source, named, {m.name for m in spec.modalities})
+    _run(settings, duration, True, as_json, plain)
+
+
+def record(
+    path: Annotated[Path, typer.Argument(help="The MCAP file to make.")],
+    config_file: ConfigFile = None,
+    source: Source = None,
+    vision: Vision = None,
+    audio: Audio = None,
+    text: TextSource = None,
+    other_audio: OtherAudio = None,
+    other_text: OtherText = None,
+    signal: Signal = None,
+    duration: Duration = None,
+    session: SessionName = None,
+    log: Log = None,
+    plain: Plain = False,
+    as_json: Json = False,
+) -> None:
+    """Capture and record, without an engine."""
+    named = _named(vision, audio, text, other_audio, other_text, signal)
+    overrides = {"record.path": str(path), "session.name": session, "log.format": log.value if log else None}
+    _run(_settings(config_file, source, named, overrides), duration, False, as_json, plain)
+
+
+def _named(
+    vision: str | None,
+    audio: str | None,
+    text: str | None,
+    other_audio: str | None,
+    other_text: str | None,
+    signal: str | None,
+) -> dict[str, str | None]:
+    """The sources that have an option of their own."""
+    return {
+        "vision": vision,
+        "audio": audio,
+        "text": text,
+        "other_audio": other_audio,
+        "other_text": other_text,
+        "signal": signal,
+    }
+
+
+def _settings(
+    config_file: Path | None,
+    source: str | None,
+    named: dict[str, str | None],
+    overrides: dict[str, Any],
+) -> config.Settings:
+    """The settings of the file, with the options on top; `named` wins over `source`."""
+    from stream_mmrnn.capture import lsl_runtime as lsl
+    from stream_mmrnn.capture import sources
+
+    chosen = sources.everything_from(source) if source else {}
+    chosen |= {k: v for k, v in named.items() if v}
+    settings = config.load(config_file, {**{f"sources.{k}": v for k, v in chosen.items()}, **overrides})
+    sources.check_all(settings.sources)
+    if settings.lsl.outlet or any(sources.split(getattr(settings.sources, m))[0] == "lsl" for m in sources.NAMED):
+        lsl.require(settings.lsl)
+    return settings
+
+
+def _without_unused(
+    settings: config.Settings, source: str | None, named: dict[str, str | None], modalities: Collection[str]
+) -> config.Settings:
+    """`--source` starts the second person's streams only if the model uses them: each worker slows the start."""
+    from stream_mmrnn.capture import sources
+
+    unused = [m for m in sources.OTHER if source and not named[m] and m not in modalities]
+    return replace(settings, sources=replace(settings.sources, **dict.fromkeys(unused, "none")))
+
+
+def _start_forkserver() -> None:
+    """Let the forkserver import its modules in the background while this process does other work."""
+    from stream_mmrnn.live.managed_process import kill_forkserver, process_context
+
+    ENDING.at_once = kill_forkserver
+    process_context()
+
+
+def keep_old(path: Path, say: Callable[[str], None]) -> None:
+    """Rename a recording that has this name already, with its later parts, so that nothing is overwritten."""
+    from stream_mmrnn.core.log import Note
+
+    if not path.exists():
+        return
+    number = 1
+    while (old := path.with_name(f"{path.stem}.old{number}{path.suffix}")).exists():
+        number += 1
+    parts = later_parts(path)
+    path.rename(old)
+    for number, later in parts.items():
+        later.rename(part(old, number - 1))
+    text = f"{path} was there already; it was renamed to {old}" + (", and its parts likewise" if parts else "")
+    say(Note(text, "recorder", "renamed", old=str(old)))
+
+
+class _Terminal:
+    """What is printed while a session runs: a full view, one line per second, JSON lines, or only the summary."""
+
+    def __init__(self, settings: config.Settings, as_json: bool, plain: bool) -> None:
+        from rich.live import Live
+
+        from stream_mmrnn.core.log import JsonLines, at_least
+        from stream_mmrnn.viewers.dashboard.state import LiveState
+
+        self._as_json = as_json
+        self._console = Console(stderr=as_json, highlight=False)
+        self.lines = JsonLines(settings.log.level) if settings.log.format == "json" else None
+        self.quiet = as_json or self.lines is not None
+        """Whether the messages themselves are not shown."""
+        self.screen: Live | None = None
+        if self._console.is_terminal and not plain and not self.quiet:
+            self.screen = Live(console=self._console, refresh_per_second=8, transient=True)
+        self.say: Callable[[str], None] = self.lines or at_least(settings.log.level, self._note)
+        self.state = LiveState()
+        self._notes: list[str] = []
+        self._addresses: dict[str, str] = {}
+        self._began_ns = now_ns()
+        self._drawn_ns = 0
+
+    def _note(self, text: str) -> None:
+        self._notes.append(text)
+        del self._notes[:-_NOTES]
+        if self.screen is None:
+            say_on(self._console)(text)
+
+    def refresh(self, addresses: Mapping[str, str]) -> None:
+        """Called often: print new addresses (by process) at once, and the state when it is time to."""
+        for name in addresses.keys() - self._addresses.keys():
+            self._show_address(name, shown(addresses[name], 64))
+        at_ns = now_ns()
+        if self.quiet or at_ns - self._drawn_ns <= (_LINE_NS if self.screen is None else _SCREEN_NS):
+            return
+        self._drawn_ns = at_ns
+        seconds, state = (at_ns - self._began_ns) / 1e9, self.state.snapshot(at_ns)
+        if self.screen is None:
+            self._console.print(_line(seconds, state), soft_wrap=True, markup=False)
+            return
+        from stream_mmrnn.viewers.terminal_view import render
+
+        headline = f"{seconds:6.1f} s   {'  '.join(self._addresses.values())}"
+        self.screen.update(render(state, self._console.width, headline, self._notes))
+
+    def _show_address(self, name: str, address: str) -> None:
+        from stream_mmrnn.core.log import Note
+
+        self._addresses[name] = address
+        if self.lines is not None:
+            self.lines(Note(f"{name}: {address}", name, "address", address=address))
+        elif self.screen is None:
+            self._console.print(f"{name}: {address}")
+
+    def restore(self) -> None:
+        """Leave the terminal usable when the program ends at once."""
+        if self.screen is not None:
+            self._console.show_cursor()
+
+    def show_summary(self, summary: dict[str, Any]) -> None:
+        from stream_mmrnn.core.log import Note
+        from stream_mmrnn.viewers.terminal_view import summary_table
+
+        if self._as_json:
+            print_document(summary)
+        elif self.lines is None:
+            self._console.print(summary_table(summary))
+        else:
+            level = "error" if summary["failed"] else "info"
+            text = f"the session {summary['session']!r} is over"
+            self.lines(Note(text, "supervisor", "summary", level, **summary))
+
+
+def _line(seconds: float, state: dict[str, Any]) -> str:
+    """The state in one line, for output that is no terminal."""
+    heads = "  ".join(
+        f"{name} [{' '.join('–' if v is None else f'{v:.2f}' for v in head['values'])}]"
+        for name, head in state["heads"].items()
+    )
+    rates = " ".join(
+        f"{s['modality']} {s['rate_hz']:.0f}Hz" for n, s in state["streams"].items() if n.startswith("feature/")
+    )
+    return f"{seconds:6.1f} s  {rates}  {heads}".rstrip()
+
+
+def _addresses(session: LiveSession) -> dict[str, str]:
+    """Where the processes that serve something can be reached, by process."""
+    found = {node.name: node.status.detail.get("address") for node in session.supervisor.nodes if node.status}
+    return {name: str(address) for name, address in found.items() if address}
+
+
+def _run(settings: config.Settings, duration: float | None, with_engine: bool, as_json: bool, plain: bool) -> None:
+    """Run a session until its duration is over or a signal comes, and show it."""
+    from stream_mmrnn.capture import sources
+    from stream_mmrnn.core.log import Note
+    from stream_mmrnn.live.session import LiveSession
+    from stream_mmrnn.viewers.terminal_view import WATCHED
+
+    if all(getattr(settings.sources, m) == "none" for m in sources.NAMED):
+        raise ConfigError("every source is `none`; name at least one, for example --source synthetic")
+    if with_engine and settings.trace.ratio:
+        from stream_mmrnn.viewers import tracing
+
+        tracing.require()
+    ENDING.watch()
+    _start_forkserver()
+    terminal = _Terminal(settings, as_json, plain)
+    if settings.record.path:
+        keep_old(Path(settings.record.path), terminal.say)
+    watched: tuple[Callable[[Any], None], Collection[str]] = (
+        (lambda _: None, ()) if terminal.quiet else (terminal.state.observe, WATCHED)
+    )
+    with held():  # a signal waits until it is known which processes must be ended
+        session = LiveSession(
+            settings,
+            with_engine,
+            ENDING.alive,
+            terminal.say,
+            watched[0],
+            lambda: terminal.refresh(_addresses(session)),
+            watched[1],
+        )
+        supervisor = session.supervisor
+
+        def end_at_once() -> None:
+            supervisor.end_at_once()
+            terminal.restore()
+
+        ENDING.at_once, ENDING.in_order = end_at_once, lambda: supervisor.begun
+    try:
+        with terminal.screen or contextlib.nullcontext():
+            summary = session.run(duration)
+    except StreamError as e:
+        if terminal.lines is None:
+            raise
+        terminal.lines(Note(str(e), "supervisor", "error", "error"))
+        raise typer.Exit(e.exit_code) from None
+    terminal.show_summary(summary)
+    if summary["failed"]:
+        raise typer.Exit(1)

@@ -1,0 +1,78 @@
+"""The verbs that check and repair a recording: `info`, `verify`, `repair`. Exit code 3: damaged, or not finished."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from stream_mmrnn.cli.terminal import Json, print_document, say_on
+from stream_mmrnn.core.printable import shown
+
+
+def info(path: Annotated[Path, typer.Argument(help="A recording.")], as_json: Json = False) -> None:
+    """Show the contents of a recording."""
+    from rich.table import Table
+
+    from stream_mmrnn.offline import replay as module
+
+    result = module.info(path)
+    if as_json:
+        print_document(result)
+    else:
+        console = Console(highlight=False)
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(result["started_unix_ns"] / 1e9))
+        console.print(f"[bold]{path}[/bold]  session {result['session']!r}, {result['seconds']:.1f} s, begun {when}")
+        model = result["model"]
+        console.print(f"model {shown(model['name'], 64)} {shown(model['sha256'], 12)}, ended: {shown(result['ended'])}")
+        if not result["raw"]:
+            console.print("features only (record.raw = false): no pictures, no sound, no words")
+        table = Table(header_style="dim")
+        for name in ("channel", "messages", "rate", "gaps", "made by"):
+            table.add_column(name, justify="right" if name in ("messages", "rate", "gaps") else "left")
+        for name, c in result["channels"].items():
+            row = (str(c["messages"]), f"{c['rate_hz']:.1f} Hz", str(c["gaps"]))
+            table.add_row(shown(name, 64), *row, shown(c["origin"], 48))
+        console.print(table)
+    if not result["whole"]:
+        say_on(Console(stderr=True))(result["damage"] or f"{path} was not finished")
+        raise typer.Exit(3)
+
+
+def verify(path: Annotated[Path, typer.Argument(help="A recording.")], as_json: Json = False) -> None:
+    """Check whether a recording is complete, and what it has if it is not: exit code 0 or 3.
+
+    To compare predictions, use `replay --verify`.
+    """
+    from stream_mmrnn.recording import repair as module
+    from stream_mmrnn.viewers.terminal_view import verified
+
+    result = module.verify(path)
+    if as_json:
+        print_document(result)
+    else:
+        Console(highlight=False).print(verified(result), soft_wrap=True)
+    if not result["whole"]:
+        say_on(Console(stderr=True))(result["why"])
+        raise typer.Exit(3)
+
+
+def repair(
+    path: Annotated[Path, typer.Argument(help="A recording that was cut off or damaged; it is not changed.")],
+    out: Annotated[Path, typer.Argument(help="The file to make.")],
+    as_json: Json = False,
+) -> None:
+    """Write the undamaged messages of a recording and its later parts into one file."""
+    from stream_mmrnn.recording import repair as module
+    from stream_mmrnn.viewers.terminal_view import verified
+
+    result = module.repair(path, out)
+    if as_json:
+        print_document(result)
+        return
+    console = Console(highlight=False)
+    console.print(f"{path} was {result['was']}; what is sound in {', '.join(result['of'])} is in {out}", soft_wrap=True)
+    console.print(verified(result["result"]), soft_wrap=True)
