@@ -215,7 +215,7 @@ def _compare(
     features = {m: torch.stack([t[i] for t in ticks], 1) for i, m in enumerate(modalities)}
     present, age, _, reset = (torch.stack([t[count + i] for t in ticks], 1) for i in range(4))
     with torch.no_grad():
-        outputs: dict[str, list[Tensor]] = {h: [] for h in heads}
+        chunks: dict[str, list[Tensor]] = {h: [] for h in heads}
         state = predictor.initial(batch)
         for begin in range(0, _GATE_TICKS, cut):
             part = slice(begin, begin + cut)
@@ -223,13 +223,13 @@ def _compare(
                 {m: x[:, part] for m, x in features.items()}, present[:, part], age[:, part], state, reset[:, part]
             )
             for h, x in predictor.heads.activate(raw).items():
-                outputs[h].append(x)
-        sequence = {h: torch.cat(x, 1) for h, x in outputs.items()}
+                chunks[h].append(x)
+        sequence = {h: torch.cat(x, 1) for h, x in chunks.items()}
         stepped = predictor.initial(batch)
         served = {s: x.numpy().copy() for s, x in predictor.initial(batch).items()}
-        everyone = torch.ones(batch, dtype=torch.bool)
+        all_active = torch.ones(batch, dtype=torch.bool)
         for t, tick in enumerate(ticks):
-            inputs = [*tick[: count + 2], everyone, reset[:, t]]
+            inputs = [*tick[: count + 2], all_active, reset[:, t]]
             outputs = flat(*inputs, *(stepped[s] for s in states))
             stepped = dict(zip(states, outputs[len(heads) :], strict=True))
             feed: dict[str, Any] = {n: _as(graph, n, x.numpy()) for n, x in zip(flat.inputs, inputs, strict=False)}

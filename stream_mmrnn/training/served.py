@@ -63,7 +63,7 @@ def collect(
         {f"state.{s.name}": (f"next.{s.name}", (_LANES, *s.shape)) for s in spec.states},
     )
     binding.inputs["active"][...] = 1
-    outputs: dict[str, list[Any]] = {h.name: [] for h in recipe.heads}
+    chunks: dict[str, list[Any]] = {h.name: [] for h in recipe.heads}
     true: dict[str, list[Any]] = {h.name: [] for h in recipe.heads}
     chosen = (hidden(t, names, present) for t in sequences)
     for batch in batches(chosen, recipe, _LANES, _LENGTH):
@@ -81,11 +81,11 @@ def collect(
                 out[:, t] = binding.outputs[f"head.{name}"]
         for name, out in outputs.items():
             counts = batch.weights[name] > 0
-            outputs[name].append(out[counts])
+            chunks[name].append(out[counts])
             true[name].append(batch.targets[name][counts])
     return {
         h.name: (
-            np.concatenate(outputs[h.name]) if outputs[h.name] else np.zeros((0, h.size), np.float32),
+            np.concatenate(chunks[h.name]) if chunks[h.name] else np.zeros((0, h.size), np.float32),
             np.concatenate(true[h.name]) if true[h.name] else np.zeros(0),
         )
         for h in recipe.heads

@@ -97,7 +97,7 @@ def test_8_bit_columns_are_close_and_equal_in_every_batch(exported: Path) -> Non
 
 @pytest.mark.parametrize("exported", ["rnn_relu"], indirect=True)
 def test_a_matrix_with_an_unbounded_factor_is_unchanged(exported: Path) -> None:
-    """Only bounded factors (after tanh or sigmoid) get 8-bit products; the matrix of an unbounded state is unchanged."""
+    """Only bounded factors (after tanh or sigmoid) get 8-bit products; an unbounded state keeps its matrix."""
     model = onnx.load(exported / "step.onnx")
     small = in_columns(model)
     kept = {n.input[1] for n in small.graph.node if n.op_type == "Gemm"}
