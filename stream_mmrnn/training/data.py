@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -96,6 +96,40 @@ class Batch:
     targets: dict[str, Array]
     weights: dict[str, FloatArray]
 
+    @classmethod
+    def zeros(cls, recipe: Recipe, batch: int, length: int) -> Batch:
+        """A batch without features and targets; `fill` adds their arrays."""
+        count = len(recipe.modalities)
+        return cls(
+            features={},
+            present=np.zeros((batch, length, count), np.float32),
+            age_s=np.zeros((batch, length, count), np.float32),
+            reset=np.zeros((batch, length), np.bool_),
+            place=np.zeros((batch, length), np.int32),
+            targets={},
+            weights={h.name: np.zeros((batch, length), np.float32) for h in recipe.heads},
+        )
+
+    def fill(self, row: int, at: int, ticks: Ticks, begin: int, end: int) -> None:
+        """Copy ticks `begin` to `end` of a sequence into a row, from column `at` on."""
+        here, there = slice(at, at + end - begin), slice(begin, end)
+        for name, vectors in ticks.features.items():
+            self._array(self.features, name, vectors.shape[1:], np.dtype(np.float32))[row, here] = vectors[there]
+        for name, target in ticks.targets.items():
+            self._array(self.targets, name, target.shape[1:], target.dtype)[row, here] = target[there]
+        for name, weights in self.weights.items():
+            weights[row, here] = ticks.weights[name][there]
+        self.present[row, here] = ticks.present[there]
+        self.age_s[row, here] = ticks.age_s[there]
+        self.reset[row, at] |= begin == 0
+        self.place[row, here] = np.arange(begin, end)
+
+    def _array(self, arrays: dict[str, Any], name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        if name not in arrays:
+            arrays[name] = np.zeros((*self.reset.shape, *shape), dtype)
+        found: Array = arrays[name]
+        return found
+
 
 def cut(s: Ticks, a: int, b: int) -> Ticks:
     """Ticks a to b of a sequence."""
@@ -130,50 +164,23 @@ def check(ticks: Ticks, recipe: Recipe) -> None:
 
 def batches(sequences: Iterable[Ticks], recipe: Recipe, batch: int, length: int) -> Iterator[Batch]:
     """Chunks of `length` ticks of `batch` lanes, until all sequences are read; padding has weight 0."""
-    waiting = iter(sequences)
+    waiting = ((ticks, 0) for ticks in sequences)
     lanes: list[tuple[Ticks, int] | None] = [None] * batch
-    count = len(recipe.modalities)
-    shapes: dict[str, tuple[tuple[int, ...], np.dtype[np.generic]]] = {}
     while True:
-        features: dict[str, FloatArray] = {}
-        present = np.zeros((batch, length, count), np.float32)
-        age_s = np.zeros((batch, length, count), np.float32)
-        reset = np.zeros((batch, length), np.bool_)
-        place = np.zeros((batch, length), np.int32)
-        weights = {h.name: np.zeros((batch, length), np.float32) for h in recipe.heads}
-        targets: dict[str, Array] = {}
-        empty = True
+        chunk, empty = Batch.zeros(recipe, batch, length), True
         for row in range(batch):
             at = 0
             while at < length:
-                lane = lanes[row]
+                lane = lanes[row] or next(waiting, None)
                 if lane is None:
-                    fresh = next(waiting, None)
-                    if fresh is None:
-                        reset[row, at] = True
-                        break
-                    if not shapes:
-                        shapes = {h: (t.shape[1:], t.dtype) for h, t in fresh.targets.items()}
-                    lane = lanes[row] = (fresh, 0)
-                if not targets:
-                    targets = {h: np.zeros((batch, length, *s), d) for h, (s, d) in shapes.items()}
+                    chunk.reset[row, at] = True
+                    break
                 ticks, begin = lane
-                n = min(length - at, len(ticks) - begin)
-                here, there = slice(at, at + n), slice(begin, begin + n)
-                for m, vectors in ticks.features.items():
-                    if m not in features:
-                        features[m] = np.zeros((batch, length, vectors.shape[1]), np.float32)
-                    features[m][row, here] = vectors[there]
-                present[row, here] = ticks.present[there]
-                age_s[row, here] = ticks.age_s[there]
-                for head, target in targets.items():
-                    target[row, here] = ticks.targets[head][there]
-                    weights[head][row, here] = ticks.weights[head][there]
-                reset[row, at] = reset[row, at] or begin == 0
-                place[row, here] = np.arange(begin, begin + n)
-                at += n
-                lanes[row] = (ticks, begin + n) if begin + n < len(ticks) else None
+                end = min(begin + length - at, len(ticks))
+                chunk.fill(row, at, ticks, begin, end)
+                at += end - begin
+                lanes[row] = (ticks, end) if end < len(ticks) else None
                 empty = False
         if empty:
             return
-        yield Batch(features, present, age_s, reset, place, targets, weights)
+        yield chunk
