@@ -58,7 +58,7 @@ def test_files_says_what_is_wrong_with_an_archive(tmp_path: Path) -> None:
     def everything(path: Path) -> Callable[[], object]:
         return lambda: list(files(path, lambda _: True))
 
-    assert "not there" in refused(everything(tmp_path / "none.tar"))
+    assert "does not exist" in refused(everything(tmp_path / "none.tar"))
     (tmp_path / "noise.tar.xz").write_bytes(noise)
     assert "noise.tar.xz" in refused(everything(tmp_path / "noise.tar.xz"))
     for path in (
@@ -201,7 +201,7 @@ def test_sphere_header_fields() -> None:
         (sphere(TONE)[:-10], "395 samples of 400"),
         (sphere(TONE)[:500], "cut off in its SPHERE header"),
         (sphere(TONE)[:10], "cut off in its SPHERE header"),
-        (sphere(TONE).replace(b"end_head", b"end_haed"), "no field"),
+        (sphere(TONE).replace(b"end_head", b"end_haed"), "a wrong line"),
         (sphere(TONE).replace(b"end_head\n", b""), "end_head"),
         (sphere(TONE, note="-s5000 x"), "end_head"),
         (sphere(TONE, sample_count=""), "sample_count"),
@@ -474,7 +474,7 @@ def test_switchboard_spoken(token: str, word: str) -> None:
         (words("2001", "A", A)[1][:-10], "damaged"),
         (words("2001", "B", A)[1], "sw2001A-..."),
         (words("2001", "A", A)[1].replace(b" hi", b""), "damaged"),
-        (words("2001", "A", A)[1].replace(b"1.500000", b"1.x"), "no number"),
+        (words("2001", "A", A)[1].replace(b"1.500000", b"1.x"), "not a number"),
         (words("2001", "A", A)[1].replace(b"1.500000", b"nan"), "back in time"),
         (words("2001", "A", [(0, 2, "a"), (1, 3, "b")])[1], "overlap"),
         (words("2001", "A", [(2, 1, "a")])[1], "back in time"),
@@ -640,8 +640,8 @@ def test_sentence_polarity_folder_and_zip(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "whole line"),
-        (b"one \ntw", "whole line"),
+        (b"", "complete line"),
+        (b"one \ntw", "complete line"),
         (b"one \n\ntwo \n", "line 2"),
         (b"one \n", "2 negative and 1 positive"),
         (b"caf\xe9 \ntwo \n", "UTF-8 at byte 3"),
