@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the types in stream_mmrnn/config.py: each key, its range, default and meaning.
+"""Writes docs/configuration.md from the types in stream_mmrnn/core/config.py: each key, its range, default and meaning.
 
     python -m tools.config_reference            # prints the page
     python -m tools.config_reference --write    # into docs/configuration.md
@@ -24,7 +24,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
 _HEAD = """\
 # Configuration
 
-<!-- Written by `python -m tools.config_reference --write` from stream_mmrnn/config.py: change it there. -->
+<!-- Written by `python -m tools.config_reference --write` from stream_mmrnn/core/config.py: change it there. -->
 
 All settings are one TOML file, named by `--config FILE` (`live`, `record`). A file holds only what differs from the
 defaults below. Options of the command line win over the file. An unknown key, or a value out of its range, is an error

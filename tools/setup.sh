@@ -1,6 +1,7 @@
 #!/bin/sh
-# Sets up .venv for `make demo` (the program), `make docs` (the site) or `make test` (and what tests and training need),
-# and the system packages that go with it: installs them where it is root on a Debian system, else says which. Safe to run again.
+# Sets up .venv for `make demo` (the program), `make docs` (the site) or `make test` (tests, linters, training), in the
+# versions of constraints.txt. System packages: as root on Debian it installs them, else it prints their names.
+# Safe to run again: it does nothing where the last installation is up to date.
 set -eu
 cd "$(dirname "$0")/.."
 what=${1:-demo}
@@ -27,12 +28,12 @@ if command -v dpkg-query >/dev/null 2>&1; then
     if [ -n "$missing" ] && [ "$(id -u)" = 0 ]; then
         echo "setup.sh: installing$missing"
         apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null ||
-            echo "setup.sh: not all of$missing could be installed; what needs them says so" >&2
+            echo "setup.sh: not all of$missing could be installed; tests that need them are skipped" >&2
     elif [ -n "$missing" ]; then
-        echo "setup.sh: for microphones$([ "$what" = test ] && echo ' and the tests of devices and of the page') install:$missing" >&2
+        echo "setup.sh: for microphones$([ "$what" = test ] && echo ' and the tests of devices and the live page') install:$missing" >&2
     fi
 else
-    echo "setup.sh: no Debian packages here; what Debian calls $packages may be needed" >&2
+    echo "setup.sh: not a Debian system; you may need what Debian calls $packages" >&2
 fi
 
 # npm's packages for the tests of the JavaScript client, in .setup/javascript
@@ -50,11 +51,14 @@ if [ "$what" = test ] && ! cmp -s $packages .setup/javascript/package.json; then
     fi
 fi
 
-# installed already, from this very pyproject?
+# `test` installs all that `docs` needs
+[ "$what" = docs ] && [ -f .venv/.installed-test ] && what=test extras="[dev,train]"
 stamp=".venv/.installed-$what"
-[ -f "$stamp" ] && cmp -s "$stamp" pyproject.toml && exit 0
+constraints=${CONSTRAINTS:-constraints.txt}
+[ -f "$stamp" ] && cat pyproject.toml "$constraints" | cmp -s - "$stamp" && exit 0
 [ -x .venv/bin/python ] || "$python" -m venv .venv
-.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".$extras"
-# silero VAD's own wrapper, to compare with: without what its package asks for, of which it needs torch alone
-[ "$what" != test ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "silero-vad>=6.2,<7"
-cp pyproject.toml "$stamp"
+pip() { .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint "$constraints" "$@"; }
+pip --editable ".$extras"
+# tests compare with the wrapper in silero-vad; of that package's dependencies they need only torch
+[ "$what" != test ] || pip --no-deps "silero-vad>=6.2,<7"
+cat pyproject.toml "$constraints" >"$stamp"

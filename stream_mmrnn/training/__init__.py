@@ -1,1 +1,4 @@
-"""Training and export. Torch lives here and nowhere else; the runtime never imports this package."""
+"""Training, evaluation and export of models; the only room that imports torch.
+
+The other rooms never import this one, so the runtime works without torch.
+"""

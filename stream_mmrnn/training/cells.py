@@ -1,8 +1,8 @@
 """Recurrent cells with one interface: a whole sequence at once, or one step with explicit state.
 
-Training calls `forward`; export traces `step`, which every cell spells out in plain operations, so that the graph has
-no GRU or LSTM operator. The two agree for any cut of the sequence. Knows nothing about modalities, heads, data or ONNX,
-nor about rows without data in a step: keeping their state is the caller's business.
+Training calls `forward`; export traces `step`. Every cell writes `step` in plain operations, so the graph has no GRU or
+LSTM operator. Both give the same result, wherever a sequence is split. Masks of inactive rows are not handled here: the
+caller keeps the state of rows without data.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _threshold_backward = torch.ops.aten.threshold_backward  # grad where x > the th
 
 
 class Cell(nn.Module):
-    """What all cells have in common: named state, its initial value, resets, and a sequence as a loop of steps."""
+    """Base class: named states, their initial values, resets, and a sequence as a loop of steps."""
 
     def __init__(
         self, input_size: int, hidden_size: int, *, states: tuple[str, ...] = ("h",), learned_initial: bool = False
@@ -32,7 +32,7 @@ class Cell(nn.Module):
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.states: dict[str, tuple[int, ...]] = dict.fromkeys(states, (hidden_size,))
-        """Shapes without the batch axis."""
+        """Shapes without batch axis."""
         self.learned_initial = learned_initial
         for name, shape in self.states.items():
             value = torch.zeros(shape)
@@ -57,7 +57,7 @@ class Cell(nn.Module):
     def forward(self, x: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
         """A sequence: `x` [B, T, I] -> outputs [B, T, H] and the state after the last step.
 
-        `state` is the one before the first step; where `reset` [B, T] is true, the row starts anew before that step.
+        `state` is the state before the first step; where `reset` [B, T] is true, the row restarts before that step.
         """
         state = self.initial(x.shape[0]) if state is None else state
         if reset is None:
@@ -70,7 +70,7 @@ class Cell(nn.Module):
         return torch.cat(outputs, 1), state
 
     def restart(self, state: State, reset: Tensor) -> State:
-        """`state` with the initial one in the rows where `reset` [B] is true."""
+        """`state`, replaced by the initial state in the rows where `reset` [B] is true."""
         initial = self.initial(1)
         return {
             name: torch.where(reset.view(-1, *[1] * (value.dim() - 1)), initial[name], value)
@@ -78,7 +78,7 @@ class Cell(nn.Module):
         }
 
     def run(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """A sequence without resets; cells with a faster way than step after step replace this."""
+        """A sequence without resets. Cells with a faster implementation than a loop of steps override this."""
         outputs = []
         for x_t in x.unbind(1):
             y, state = self.step(x_t, state)
@@ -87,19 +87,22 @@ class Cell(nn.Module):
 
 
 def _cuts(reset: Tensor) -> list[tuple[int, int]]:
-    """The stretches of `reset` [B, T] in which no row restarts after the first step: resets are rare, kernels long."""
+    """Split at the resets [B, T]: ranges of steps in which rows restart at the first step only.
+
+    Resets are rare, so the ranges are long enough for fast kernels.
+    """
     steps = reset.shape[1]
     starts = sorted({0, *reset.any(0).nonzero().flatten().tolist()})
     return list(zip(starts, [*starts[1:], steps], strict=True))
 
 
 class TorchCell(Cell):
-    """A cell that torch has too: its module holds the weights, runs sequences and knows cuDNN; `step` is ours."""
+    """A cell that torch also implements: its module has the weights and runs sequences (cuDNN); `step` is ours."""
 
     core: nn.RNNBase
 
     def products(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """W x + b and U h + d, all gates side by side."""
+        """W x + b and U h + d of all gates, concatenated."""
         w, u, b, d = self.core.all_weights[0]
         return F.linear(x, w, b), F.linear(h, u, d)
 
@@ -125,9 +128,9 @@ class RNN(TorchCell):
 
 
 class ReluRNN(TorchCell):
-    """Elman's network with a rectifier, and U that starts as the identity.
+    """Elman's network with a rectifier; U is initialised to the identity.
 
-    h_t = max(0, W x_t + b + U h_{t-1} + d); the output is h_t. From a random U it dies or grows without bound (Le,
+    h_t = max(0, W x_t + b + U h_{t-1} + d); the output is h_t. With a random U it vanishes or explodes (Le,
     Jaitly, Hinton, "A simple way to initialize recurrent networks of rectified linear units", 2015).
     """
 
@@ -156,7 +159,7 @@ class LSTM(TorchCell):
         super().__init__(input_size, hidden_size, states=("h", "c"), learned_initial=learned_initial)
         self.core = nn.LSTM(input_size, hidden_size, batch_first=True)
         _, _, b, d = self.core.all_weights[0]
-        with torch.no_grad():  # two biases are added: one is 1, the other 0
+        with torch.no_grad():  # torch adds two biases: one is set to 1, the other to 0
             b[hidden_size : 2 * hidden_size] = 1.0
             d[hidden_size : 2 * hidden_size] = 0.0
 
@@ -176,7 +179,7 @@ class LSTM(TorchCell):
 class GRU(TorchCell):
     """Gated recurrent unit (Cho et al., "Learning phrase representations using RNN encoder-decoder", 2014).
 
-    In torch's and cuDNN's form, where the reset gate acts after the product:
+    In the form of torch and cuDNN, where the reset gate is applied after the matrix product:
     r = sigmoid(W_r x_t + b_r + U_r h_{t-1} + d_r), z = sigmoid(W_z x_t + b_z + U_z h_{t-1} + d_z)
     n = tanh(W_n x_t + b_n + r * (U_n h_{t-1} + d_n))
     h_t = (1 - z) * n + z * h_{t-1}; the output is h_t.
@@ -198,7 +201,7 @@ class GRU(TorchCell):
 
 
 class LinearCell(Cell):
-    """A cell whose gates see the input alone: its state follows h_t = a_t * h_{t-1} + b_t, and a scan trains it."""
+    """A cell whose gates depend on the input only: h_t = a_t * h_{t-1} + b_t, trained with a parallel scan."""
 
     def __init__(self, input_size: int, hidden_size: int, *, columns: int, learned_initial: bool = False) -> None:
         super().__init__(input_size, hidden_size, learned_initial=learned_initial)
@@ -206,7 +209,7 @@ class LinearCell(Cell):
 
     @staticmethod
     def coefficients(pre: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The pair a, b [..., H] from the columns of W x + b and `gate_parameters()`; elementwise."""
+        """Compute a and b [..., H] elementwise from the columns of W x + b and from `gate_parameters()`."""
         raise NotImplementedError
 
     @staticmethod
@@ -222,7 +225,7 @@ class LinearCell(Cell):
         raise NotImplementedError
 
     def gate_parameters(self) -> tuple[Tensor, ...]:
-        """What `coefficients` needs beside the input, each [H]."""
+        """Parameters that `coefficients` needs in addition to the input, each [H]."""
         return ()
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
@@ -233,7 +236,7 @@ class LinearCell(Cell):
     def forward(self, x: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
         state = self.initial(x.shape[0]) if state is None else state
         if reset is not None:
-            state = self.restart(state, reset[:, 0])  # a coefficient of 0 would not forget what is not a number
+            state = self.restart(state, reset[:, 0])  # multiplying by 0 would not remove a NaN in the old state
         start = self._start("h") if self.learned_initial else None
         y = gated_scan(self, self.input(x), state["h"], self.gate_parameters(), reset, start)
         return y, {"h": y[:, -1]}
@@ -245,8 +248,8 @@ class MinGRU(LinearCell):
     z_t = sigmoid(W_z x_t + b_z), h_t = (1 - z_t) * h_{t-1} + z_t * g(W_h x_t + b_h); the output is h_t.
     g(v) = v + 0.5 where v >= 0, sigmoid(v) elsewhere; written here as relu(v) + sigmoid(min(v, 0)).
     The paper trains in log space because its scan divides by products that underflow. Ours does not divide, and h_t
-    lies between h_{t-1} and g, so the plain form is as stable, takes any initial state, and is what `step` and the
-    exported graph compute.
+    lies between h_{t-1} and g, so the plain form is equally stable, allows any initial state, and equals `step` and the
+    exported graph.
     """
 
     def __init__(self, input_size: int, hidden_size: int, *, learned_initial: bool = False) -> None:
@@ -274,7 +277,7 @@ class MinGRU(LinearCell):
         z, g = kept
         _sigmoid_backward((g - before).mul_(d), z, grad_input=out[0])
         d_g = z * d
-        # g' is g * (1 - g), and 1 where v > 0: with g cut at 1/2 that is where 3/4 are missing
+        # g' = g * (1 - g), or 1 where v > 0; with g clamped to 1/2 the first form gives 1/4 there, so 3/4 are added
         above = _threshold_backward(d_g, g, 0.5)
         below = _sigmoid_backward(d_g, torch.clamp_max(g, 0.5))
         torch.add(below, above, alpha=0.75, out=out[1])
@@ -287,17 +290,18 @@ class RGLRU(LinearCell):
     r_t = sigmoid(W_r x_t + b_r), i_t = sigmoid(W_i x_t + b_i), u_t = W_u x_t + b_u
     s_t = c * softplus(L) * r_t, a_t = exp(-s_t), c = 8
     h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * (i_t * u_t); the output is h_t.
-    a_t is in (0, 1) for any L and x: it cannot grow. L starts where exp(-c * softplus(L)) is uniform in [0.9, 0.999].
-    Unlike the paper's block, the gates read x_t itself, through one dense matrix, and there is no convolution before.
-    1 - a^2 cancels where a is near 1, which is where long memory lives; 2 tanh(s) / (1 + tanh(s)) is the same number
-    without the loss, in torch as in the exported graph.
+    a_t is in (0, 1) for any L and x, so the state cannot explode. L is initialised so that exp(-c * softplus(L)) is
+    uniform in [0.9, 0.999].
+    Unlike in the paper, the gates read x_t directly, through one dense matrix, without a convolution before.
+    1 - a^2 loses precision where a is near 1, that is, for long memory. 2 tanh(s) / (1 + tanh(s)) is the same value
+    without that loss; torch and the exported graph both compute it.
     """
 
     SCALE = 8.0
     OPEN = 30.0
-    """From here on a gate is 1 in float32, and its exponential still a number."""
+    """From here on a gate is 1 in float32, and its exponential is still finite."""
     SMALLEST = 1e-12
-    """Of s: the root's slope at 0 is infinite, and infinity times a closed gate's 0 would be no number."""
+    """Minimum of s: the slope of the square root at 0 is infinite, and infinity times a closed gate (0) is NaN."""
 
     def __init__(self, input_size: int, hidden_size: int, *, learned_initial: bool = False) -> None:
         super().__init__(input_size, hidden_size, columns=3, learned_initial=learned_initial)
@@ -311,8 +315,8 @@ class RGLRU(LinearCell):
     def coefficients(pre: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         r, i, u = pre
         (rate,) = parameters
-        # the sigmoid of r, by its exponential: onnxruntime's Sigmoid is off by 6e-8 wherever it is small, and the root
-        # below makes 1e-3 of that
+        # the sigmoid of r by exp: onnxruntime's Sigmoid has an absolute error of 6e-8 for small values, which the
+        # square root below amplifies to 1e-3
         e = torch.exp(torch.clamp(r, max=RGLRU.OPEN))
         s = torch.clamp(rate * (e / (1 + e)), min=RGLRU.SMALLEST)
         t = torch.tanh(s)
@@ -335,10 +339,10 @@ class RGLRU(LinearCell):
         minus_s = torch.clamp_max_(r * -rate, -RGLRU.SMALLEST)
         a = torch.exp(minus_s)
         root = torch.expm1(minus_s.mul_(2.0)).neg_().sqrt_()
-        d_s = (i * u).mul_(a).div_(root).sub_(before).mul_(d).mul_(a)  # of s: root' = a^2 / root, a' = -a
+        d_s = (i * u).mul_(a).div_(root).sub_(before).mul_(d).mul_(a)  # gradient of s: root' = a^2 / root, a' = -a
         d_rate = (d_s * r).sum((0, 1))
         _sigmoid_backward(d_s.mul_(rate), r, grad_input=out[0])
-        d_v = root.mul_(d)  # of v = i * u
+        d_v = root.mul_(d)  # gradient of v = i * u
         torch.mul(d_v, i, out=out[2])
         _sigmoid_backward(d_v.mul_(u), i, grad_input=out[1])
         return (d_rate,)
@@ -355,7 +359,7 @@ CELLS: dict[str, type[Cell]] = {
 
 
 def create(name: str, input_size: int, hidden_size: int, **options: Any) -> Cell:
-    """The cell of that name; raises ValueError for one that there is not."""
+    """Create a cell by name; raises ValueError if the name is unknown."""
     if name not in CELLS:
         raise ValueError(f"there is no cell {name!r}; known are {', '.join(CELLS)}")
     return CELLS[name](input_size, hidden_size, **options)

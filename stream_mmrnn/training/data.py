@@ -1,16 +1,15 @@
-"""Sequences of ticks with targets, and the lanes that make batches of them.
+"""Sequences of ticks with targets, and lanes that make batches of them. Numpy only, no torch.
 
-A `Task` gives sequences for training (anew for every epoch, so that noise can be fresh), validation and test. A lane
-reads one sequence after another; a batch is the next stretch of all lanes side by side, with `reset` where a sequence
-begins. State is carried from stretch to stretch, so a sequence may be longer than what is back-propagated through.
-Knows nothing about torch or about what the targets mean.
+A `Task` gives sequences for training (new ones for each epoch, so noise can be redrawn), validation and test. A lane
+reads one sequence after another; a batch is the next chunk of all lanes, with `reset` where a sequence begins. State is
+carried from chunk to chunk, so a sequence may be longer than the back-propagation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -27,25 +26,25 @@ class Ticks:
     """One sequence of T ticks of M modalities."""
 
     features: dict[str, FloatArray]
-    """By modality, [T, size]; zeros where absent. A modality that never was may be left out."""
+    """By modality, [T, size]; zeros where absent. A modality that is never present may be missing."""
     present: FloatArray
     """[T, M] of 0 and 1, in the recipe's order of modalities."""
     age_s: FloatArray
-    """[T, M] seconds, as the engine gives them to the model: clipped at `columns.MAX_AGE_S`, which is also "never"."""
+    """[T, M] seconds, as the engine gives them to the model: clipped at `MAX_AGE_S`, which also means "never"."""
     targets: dict[str, Array]
-    """By head, [T] or [T, size]; what they are depends on the head's kind (see `heads.loss`)."""
+    """By head, [T] or [T, size]; the meaning depends on the head's kind (see `heads.loss`)."""
     weights: dict[str, FloatArray]
-    """By head, [T]: how much a tick counts, 0 where there is nothing to learn."""
+    """By head, [T]: the weight of a tick in the loss; 0 where there is no target."""
     name: str = ""
     groups: dict[str, str] = field(default_factory=dict)
-    """What a report may be split by, such as the speaker."""
+    """Attributes by which a report may be split, such as the speaker."""
 
     def __len__(self) -> int:
         return len(self.present)
 
 
-class Made(Sequence[Ticks]):
-    """Sequences that are made when they are asked for: more of them than memory holds."""
+class LazySequence(Sequence[Ticks]):
+    """A lazy sequence: items are made on access, because all of them do not fit in memory."""
 
     def __init__(self, count: int, make: Callable[[int], Ticks]) -> None:
         self._count, self._make = count, make
@@ -59,39 +58,77 @@ class Made(Sequence[Ticks]):
     def __getitem__(self, at: slice) -> Sequence[Ticks]: ...
     def __getitem__(self, at: int | slice) -> Ticks | Sequence[Ticks]:
         chosen = range(self._count)[at]
-        return Made(len(chosen), lambda i: self._make(chosen[i])) if isinstance(chosen, range) else self._make(chosen)
+        return (
+            LazySequence(len(chosen), lambda i: self._make(chosen[i]))
+            if isinstance(chosen, range)
+            else self._make(chosen)
+        )
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a recipe learns from."""
+    """The data of a recipe."""
 
     train: Callable[[np.random.Generator], Iterable[Ticks]]
-    """The sequences of one epoch, in the order in which they are to be seen."""
+    """The sequences of one epoch, in training order."""
     validation: Sequence[Ticks]
     test: Sequence[Ticks]
     origins: dict[str, str] = field(default_factory=dict)
-    """The encoder of each modality, `name@sha256`, where the features came from one."""
+    """The encoder of each modality, `name@sha256`, if its features were encoded."""
     about: str = ""
-    """One paragraph for the model card: what the data is, its licence and source, how it was split."""
+    """One paragraph for the model card: the data, its licence and source, the split."""
     epoch_ticks: int = 0
-    """About how many an epoch has, for the schedule and the time left of the first one; 0 where nobody knows."""
+    """Approximate ticks per epoch, for the schedule and the progress of the first epoch; 0 if unknown."""
     sets: tuple[tuple[str, ...], ...] = ()
-    """The sets of modalities that a report tells apart; none named is every set of those that there are."""
+    """Sets of modalities that a report evaluates; empty means all non-empty sets."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The next stretch of all lanes: arrays [B, L, ...]; `features` only of what some lane has."""
+    """The next chunk of all lanes: arrays [B, L, ...]; `features` only of modalities that some lane has."""
 
     features: dict[str, FloatArray]
     present: FloatArray
     age_s: FloatArray
     reset: npt.NDArray[np.bool_]
     place: npt.NDArray[np.int32]
-    """Which tick of its sequence each one is, from 0."""
+    """Index of each tick in its sequence, from 0."""
     targets: dict[str, Array]
     weights: dict[str, FloatArray]
+
+    @classmethod
+    def zeros(cls, recipe: Recipe, batch: int, length: int) -> Batch:
+        """A batch without features and targets; `fill` adds their arrays."""
+        count = len(recipe.modalities)
+        return cls(
+            features={},
+            present=np.zeros((batch, length, count), np.float32),
+            age_s=np.zeros((batch, length, count), np.float32),
+            reset=np.zeros((batch, length), np.bool_),
+            place=np.zeros((batch, length), np.int32),
+            targets={},
+            weights={h.name: np.zeros((batch, length), np.float32) for h in recipe.heads},
+        )
+
+    def fill(self, row: int, at: int, ticks: Ticks, begin: int, end: int) -> None:
+        """Copy ticks `begin` to `end` of a sequence into a row, from column `at` on."""
+        here, there = slice(at, at + end - begin), slice(begin, end)
+        for name, vectors in ticks.features.items():
+            self._array(self.features, name, vectors.shape[1:], np.dtype(np.float32))[row, here] = vectors[there]
+        for name, target in ticks.targets.items():
+            self._array(self.targets, name, target.shape[1:], target.dtype)[row, here] = target[there]
+        for name, weights in self.weights.items():
+            weights[row, here] = ticks.weights[name][there]
+        self.present[row, here] = ticks.present[there]
+        self.age_s[row, here] = ticks.age_s[there]
+        self.reset[row, at] |= begin == 0
+        self.place[row, here] = np.arange(begin, end)
+
+    def _array(self, arrays: dict[str, Any], name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        if name not in arrays:
+            arrays[name] = np.zeros((*self.reset.shape, *shape), dtype)
+        found: Array = arrays[name]
+        return found
 
 
 def cut(s: Ticks, a: int, b: int) -> Ticks:
@@ -108,12 +145,12 @@ def cut(s: Ticks, a: int, b: int) -> Ticks:
 
 
 def check(ticks: Ticks, recipe: Recipe) -> None:
-    """Say what of a sequence does not fit the recipe; raises FileError."""
+    """Check that a sequence fits the recipe; raises FileError."""
     count = len(ticks)
     for name, m in recipe.modalities.items():
         if name not in ticks.features:
             if ticks.present[:, list(recipe.modalities).index(name)].any():
-                raise FileError(f"{ticks.name}: {name} is said to be present, and has no features")
+                raise FileError(f"{ticks.name}: {name} is marked present but has no features")
             continue
         got = ticks.features[name].shape
         if got != (count, m.size):
@@ -126,51 +163,24 @@ def check(ticks: Ticks, recipe: Recipe) -> None:
 
 
 def batches(sequences: Iterable[Ticks], recipe: Recipe, batch: int, length: int) -> Iterator[Batch]:
-    """Stretches of `length` ticks of `batch` lanes, until every sequence was read; what is left over weighs nothing."""
-    waiting = iter(sequences)
+    """Chunks of `length` ticks of `batch` lanes, until all sequences are read; padding has weight 0."""
+    waiting = ((ticks, 0) for ticks in sequences)
     lanes: list[tuple[Ticks, int] | None] = [None] * batch
-    count = len(recipe.modalities)
-    shapes: dict[str, tuple[tuple[int, ...], np.dtype[np.generic]]] = {}
     while True:
-        features: dict[str, FloatArray] = {}
-        present = np.zeros((batch, length, count), np.float32)
-        age_s = np.zeros((batch, length, count), np.float32)
-        reset = np.zeros((batch, length), np.bool_)
-        place = np.zeros((batch, length), np.int32)
-        weights = {h.name: np.zeros((batch, length), np.float32) for h in recipe.heads}
-        targets: dict[str, Array] = {}
-        empty = True
+        chunk, empty = Batch.zeros(recipe, batch, length), True
         for row in range(batch):
             at = 0
             while at < length:
-                lane = lanes[row]
+                lane = lanes[row] or next(waiting, None)
                 if lane is None:
-                    fresh = next(waiting, None)
-                    if fresh is None:
-                        reset[row, at] = True
-                        break
-                    if not shapes:
-                        shapes = {h: (t.shape[1:], t.dtype) for h, t in fresh.targets.items()}
-                    lane = lanes[row] = (fresh, 0)
-                if not targets:
-                    targets = {h: np.zeros((batch, length, *s), d) for h, (s, d) in shapes.items()}
+                    chunk.reset[row, at] = True
+                    break
                 ticks, begin = lane
-                n = min(length - at, len(ticks) - begin)
-                here, there = slice(at, at + n), slice(begin, begin + n)
-                for m, vectors in ticks.features.items():
-                    if m not in features:
-                        features[m] = np.zeros((batch, length, vectors.shape[1]), np.float32)
-                    features[m][row, here] = vectors[there]
-                present[row, here] = ticks.present[there]
-                age_s[row, here] = ticks.age_s[there]
-                for head, target in targets.items():
-                    target[row, here] = ticks.targets[head][there]
-                    weights[head][row, here] = ticks.weights[head][there]
-                reset[row, at] = reset[row, at] or begin == 0
-                place[row, here] = np.arange(begin, begin + n)
-                at += n
-                lanes[row] = (ticks, begin + n) if begin + n < len(ticks) else None
+                end = min(begin + length - at, len(ticks))
+                chunk.fill(row, at, ticks, begin, end)
+                at += end - begin
+                lanes[row] = (ticks, end) if end < len(ticks) else None
                 empty = False
         if empty:
             return
-        yield Batch(features, present, age_s, reset, place, targets, weights)
+        yield chunk

@@ -1,7 +1,4 @@
-"""Evaluate: a predictor over sequences, in any set of modalities, and the figures of each head.
-
-Knows nothing about where the sequences come from, plots or cards.
-"""
+"""Evaluate: run a predictor over sequences, with any set of modalities present, and score each head."""
 
 from __future__ import annotations
 
@@ -23,14 +20,14 @@ Array = np.ndarray[Any, Any]
 
 
 class Output(NamedTuple):
-    """What a head said of the N ticks that count."""
+    """The raw outputs of a head on the N ticks with a weight."""
 
     raw: Array
     """[N, size]."""
     target: Array
     weight: Array
     place: Array
-    """Which tick of its sequence each one is."""
+    """Index of each tick in its sequence."""
 
 
 Outputs = dict[str, Output]
@@ -43,7 +40,7 @@ def collect(
     present: Collection[str] | None = None,
     device: torch.device | None = None,
 ) -> Outputs:
-    """Raw outputs and targets of every tick that counts."""
+    """Raw outputs and targets of all ticks with a weight."""
     recipe = predictor.recipe
     device = device or next(predictor.parameters()).device
     names = list(recipe.modalities)
@@ -63,9 +60,9 @@ def collect(
             )
             for h in recipe.heads:
                 counts = batch.weights[h.name] > 0
-                said = raw[h.name].float().cpu().numpy()[counts]
+                values = raw[h.name].float().cpu().numpy()[counts]
                 found[h.name].append(
-                    Output(said, batch.targets[h.name][counts], batch.weights[h.name][counts], batch.place[counts])
+                    Output(values, batch.targets[h.name][counts], batch.weights[h.name][counts], batch.place[counts])
                 )
     nothing = {h.name: Output(np.zeros((0, h.size), np.float32), *np.zeros((3, 0))) for h in recipe.heads}
     return {
@@ -75,18 +72,18 @@ def collect(
 
 
 def served(predictor: Predictor, head: Head, raw: Array) -> tuple[Array, float]:
-    """What is served for raw outputs, and the threshold of a head that says yes or no."""
-    said = activate(head, torch.from_numpy(raw), predictor.heads.temperature(head.name).cpu()).numpy()
-    return said, float(predictor.heads.threshold(head.name))
+    """The served outputs for raw outputs, and the threshold of a binary head."""
+    scores = activate(head, torch.from_numpy(raw), predictor.heads.temperature(head.name).cpu()).numpy()
+    return scores, float(predictor.heads.threshold(head.name))
 
 
 def figures(predictor: Predictor, outputs: Outputs) -> dict[str, dict[str, Any]]:
-    """The scores of each head, from what `collect` gave."""
+    """The scores of each head, from the result of `collect`."""
     result = {}
     for head in predictor.recipe.heads:
-        said, threshold = served(predictor, head, outputs[head.name].raw)
+        scores, threshold = served(predictor, head, outputs[head.name].raw)
         result[head.name] = {
-            **metrics.score(head, said, outputs[head.name].target, threshold),
+            **metrics.score(head, scores, outputs[head.name].target, threshold),
             "temperature": float(predictor.heads.temperature(head.name)),
         }
         result[head.name]["primary"] = metrics.primary(head, result[head.name])
@@ -94,7 +91,7 @@ def figures(predictor: Predictor, outputs: Outputs) -> dict[str, dict[str, Any]]
 
 
 def subsets(names: Iterable[str]) -> list[tuple[str, ...]]:
-    """Every set of modalities but the empty one, the largest first."""
+    """All non-empty sets of modalities, the largest first."""
     names = list(names)
     return [s for n in range(len(names), 0, -1) for s in itertools.combinations(names, n)]
 
@@ -102,14 +99,14 @@ def subsets(names: Iterable[str]) -> list[tuple[str, ...]]:
 def evaluate(
     predictor: Predictor, sequences: Iterable[Ticks], present: Collection[str] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """The scores of each head on sequences, with only the modalities of `present` (None: all there are)."""
+    """The scores of each head on sequences, with only the modalities of `present` (None: all)."""
     return figures(predictor, collect(predictor, sequences, present))
 
 
 def by_modalities(
     predictor: Predictor, sequences: Sequence[Ticks], sets: Iterable[tuple[str, ...]] = ()
 ) -> dict[str, dict[str, float]]:
-    """The primary figure of each head for these sets of modalities present, or for every one."""
+    """The primary figure of each head, for each of these sets of present modalities (default: all non-empty sets)."""
     return {
         "+".join(s): {h: f["primary"] for h, f in evaluate(predictor, sequences, s).items()}
         for s in sets or subsets(predictor.recipe.modalities)

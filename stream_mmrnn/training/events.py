@@ -1,8 +1,7 @@
-"""Events: a GRU that steps only in ticks that bring something, such as a word, and holds its output in between.
+"""Events: a GRU that steps only in ticks with an event, such as a word, and holds its output in between.
 
-Words come every eighth tick or so. A cell that steps at every tick has to carry a sentence through all the empty ones;
-this one reads word after word, with the time that passed between them, and training runs it over the words alone. Knows
-nothing about what its inputs mean.
+Words come in about every eighth tick. A cell that steps at every tick has to carry a sentence through the empty ticks;
+this one reads only the words and the time between them, and training runs over the words only.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ from stream_mmrnn.training.cells import GRU
 State = dict[str, Tensor]
 
 _SCALES_S = (0.25, 2.0)
-"""Of the two numbers that tell how long ago the last event was: about a word, about a pause."""
+"""Time scales of the two inputs that encode the time since the last event: about a word, about a pause."""
 _LIMIT = 256
-"""Ticks, after which time stands still."""
+"""Ticks; longer times count as this one."""
 
 
 class Events(nn.Module):
     """h_k = GRU(W [x_k; d / (s + d) for s of two scales] + b, h_{k-1}) over the ticks k where `here` is true, d seconds
-    after the event before; at all others h stays. The output is h.
+    after the previous event; in all other ticks h does not change. The output is h.
 
-    A network of two rates, as in Koutnik et al., "A clockwork RNN", 2014; the clock here is the data.
+    Like Koutnik et al., "A clockwork RNN", 2014, it has two rates; here the data set the second one.
     """
 
     def __init__(self, input_size: int, width: int, hidden_size: int, tick_s: float) -> None:
@@ -35,7 +34,7 @@ class Events(nn.Module):
         self.states: dict[str, tuple[int, ...]] = {**self.cell.states, "since": (1,)}
 
     def _enter(self, x: Tensor, ticks: Tensor) -> Tensor:
-        """`x` [..., I] and the ticks since the event before [..., 1]."""
+        """`x` [..., I] and the ticks since the previous event [..., 1]."""
         passed_s = ticks.clamp(max=_LIMIT) * self.tick_s
         entered: Tensor = self.embed(torch.cat([x, *(passed_s / (s + passed_s) for s in _SCALES_S)], -1))
         return entered
@@ -53,10 +52,10 @@ class Events(nn.Module):
         batch, length = here.shape
         counts = here.sum(1)
         most = max(int(counts.max()), 1)
-        # the events of each row, moved to its front; what follows them is computed and never read
+        # the events of each row, moved to its front; the values after them are computed but not used
         order = torch.sort((~here).to(torch.uint8), dim=1, stable=True).indices[:, :most]
         events = x.gather(1, order.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-        # where each event's predecessor was, and the last restart until then; before the stretch they are negative
+        # the tick of the previous event, and of the last restart; negative if it was before this sequence
         ticks = torch.arange(length, device=x.device).expand(batch, length)
         begun = torch.full_like(ticks, -_LIMIT - 2)
         if reset is not None:
@@ -72,7 +71,7 @@ class Events(nn.Module):
             {"h": state["h"]},
             restart if bool(restart.any()) else None,
         )
-        # entry 0 is what was there before the first event
+        # entry 0 is the state before the first event
         newest = here.cumsum(1)
         last = places.gather(1, newest)
         y = torch.cat([state["h"].unsqueeze(1), y], 1)

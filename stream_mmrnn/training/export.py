@@ -1,8 +1,7 @@
-"""Export: a trained predictor -> a one-step ONNX graph that states its contract, and the gate it must pass.
+"""Export: a trained predictor -> a one-step ONNX graph with its contract, and the gate it must pass.
 
-Nothing is written unless the torch sequence, the torch step and the ONNX step agree, outputs and state, for any cut of
-the sequence, several batch sizes and random masks. The graph holds plain operations only, no recurrent operator. Knows
-nothing about training or data.
+Nothing is written unless torch sequence, torch step and ONNX step agree, in outputs and states, for several splits of
+the sequence, batch sizes and random masks. The graph has plain operations only, no recurrent operator.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _GATE_TICKS = 24
 
 
 def contract(predictor: Predictor, origins: dict[str, str]) -> tuple[tuple[ModalitySpec, ...], tuple[HeadSpec, ...]]:
-    """The modalities and heads of a predictor as a model file states them."""
+    """The modalities and heads of a predictor, as the contract in the model file states them."""
     recipe = predictor.recipe
     modalities = tuple(
         ModalitySpec(name, m.size, origins.get(name, m.encoder), m.reduction, m.stack)
@@ -48,7 +47,7 @@ def contract(predictor: Predictor, origins: dict[str, str]) -> tuple[tuple[Modal
 
 
 class _Flat(nn.Module):
-    """The step with its inputs and outputs in a row, in the order of `names`."""
+    """The step with flat lists of inputs and outputs, in the order of `names`."""
 
     def __init__(self, predictor: Predictor) -> None:
         super().__init__()
@@ -65,12 +64,12 @@ class _Flat(nn.Module):
         features = dict(zip(self.modalities, tensors[:count], strict=True))
         present, age, active, reset = tensors[count : count + 4]
         state = dict(zip(self.states, tensors[count + 4 :], strict=True))
-        said, following = self.step(features, present, age, active, reset, state)
-        return (*(said[h] for h in self.heads), *(following[s] for s in self.states))
+        outputs, following = self.step(features, present, age, active, reset, state)
+        return (*(outputs[h] for h in self.heads), *(following[s] for s in self.states))
 
 
 def example(predictor: Predictor, batch: int, generator: torch.Generator) -> list[Tensor]:
-    """Inputs of the flat step with random content, as large as training's: masks, ages, active and reset rows."""
+    """Random inputs of the flat step, on the scale of the training data, with masks, ages, active and reset rows."""
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
@@ -89,13 +88,13 @@ def example(predictor: Predictor, batch: int, generator: torch.Generator) -> lis
 
 
 def graph_of(predictor: Predictor) -> onnx.ModelProto:
-    """The step as ONNX, with a dynamic batch; no contract in it yet."""
+    """The step as ONNX with a dynamic batch, still without the contract."""
     flat = _Flat(predictor).eval()
     inputs = tuple(example(predictor, 2, torch.Generator().manual_seed(0)))
     batch = torch.export.Dim("batch", min=1, max=2**20)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it tells of libraries that are not there and not needed
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it logs missing libraries that are not needed
     with torch.no_grad(), warnings.catch_warnings():
-        # the exporter warns about itself (deprecated internals, its own op versions), not about the model
+        # these warnings are about the exporter's own internals, not about the model
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             flat,
@@ -119,7 +118,7 @@ def graph_of(predictor: Predictor) -> onnx.ModelProto:
 
 
 def _clean(model: onnx.ModelProto) -> None:
-    """Take out what the exporter leaves behind: traces with the paths of this machine, and notes to itself."""
+    """Remove the exporter's metadata: stack traces with paths of this machine, and notes."""
     model.producer_name, model.producer_version, model.doc_string = "stream_mmrnn", "", ""
     del model.metadata_props[:]
     graph = model.graph
@@ -147,13 +146,13 @@ def with_contract(model: onnx.ModelProto, predictor: Predictor, origins: dict[st
 
 
 def export(predictor: Predictor, path: Path, origins: dict[str, str], int8: bool = False) -> dict[str, float]:
-    """Write the step to `path` if it passes the gate; the largest differences seen.
+    """Write the step to `path` if it passes the gate; returns the largest differences.
 
-    `int8` writes weights of 8 bit beside it, whose outputs are near but not within the gate: `step.int8.onnx`, the
-    fastest for one session, and `step.int8_batch.onnx` for many (`quantise` says what they are).
+    `int8` also writes two files with 8-bit weights, whose outputs are close but not within the gate's tolerance:
+    `step.int8.onnx`, the fastest for one session, and `step.int8_batch.onnx` for many (see `quantise`).
 
     Raises:
-        ModelError: the three do not agree; nothing was written.
+        ModelError: the three do not agree; nothing is written.
 
     """
     predictor = copy.deepcopy(predictor).cpu().float().eval()
@@ -174,7 +173,7 @@ def export(predictor: Predictor, path: Path, origins: dict[str, str], int8: bool
 def gate(predictor: Predictor, path: Path) -> dict[str, float]:
     """Compare torch sequence, torch step and ONNX step on random sessions; raises ModelError where they disagree.
 
-    A difference is |a - b| / (1 + |b|): absolute for what is small, relative for a state that grows.
+    A difference is |a - b| / (1 + |b|): absolute for small values, relative for large ones.
     """
     graph = Graph(path)
     read_contract(graph)
@@ -194,7 +193,7 @@ def gate(predictor: Predictor, path: Path) -> dict[str, float]:
 
 
 def _any_slot(predictor: Predictor, graph: Graph, generator: torch.Generator) -> None:
-    """The same row must give the same bits in every slot, or a session's numbers would depend on its neighbours."""
+    """The same row must give the same bits in every slot: a session's results must not depend on its slot."""
     flat = _Flat(predictor)
     for _ in range(8):
         row = example(predictor, 1, generator)
@@ -216,7 +215,7 @@ def _compare(
     features = {m: torch.stack([t[i] for t in ticks], 1) for i, m in enumerate(modalities)}
     present, age, _, reset = (torch.stack([t[count + i] for t in ticks], 1) for i in range(4))
     with torch.no_grad():
-        said: dict[str, list[Tensor]] = {h: [] for h in heads}
+        chunks: dict[str, list[Tensor]] = {h: [] for h in heads}
         state = predictor.initial(batch)
         for begin in range(0, _GATE_TICKS, cut):
             part = slice(begin, begin + cut)
@@ -224,24 +223,24 @@ def _compare(
                 {m: x[:, part] for m, x in features.items()}, present[:, part], age[:, part], state, reset[:, part]
             )
             for h, x in predictor.heads.activate(raw).items():
-                said[h].append(x)
-        sequence = {h: torch.cat(x, 1) for h, x in said.items()}
+                chunks[h].append(x)
+        sequence = {h: torch.cat(x, 1) for h, x in chunks.items()}
         stepped = predictor.initial(batch)
         served = {s: x.numpy().copy() for s, x in predictor.initial(batch).items()}
-        everyone = torch.ones(batch, dtype=torch.bool)
+        all_active = torch.ones(batch, dtype=torch.bool)
         for t, tick in enumerate(ticks):
-            inputs = [*tick[: count + 2], everyone, reset[:, t]]
+            inputs = [*tick[: count + 2], all_active, reset[:, t]]
             outputs = flat(*inputs, *(stepped[s] for s in states))
             stepped = dict(zip(states, outputs[len(heads) :], strict=True))
             feed: dict[str, Any] = {n: _as(graph, n, x.numpy()) for n, x in zip(flat.inputs, inputs, strict=False)}
             feed |= {f"state.{s}": x for s, x in served.items()}
             results = dict(zip(flat.outputs, graph.session.run(flat.outputs, feed), strict=True))
-            # what an inactive row keeps, it keeps bit for bit
+            # an inactive row must keep its state bit for bit
             idle = {**feed, "active": np.zeros_like(feed["active"]), "reset": np.ones_like(feed["reset"])}
             kept = graph.session.run([f"next.{s}" for s in states], idle)
             for s, x in zip(states, kept, strict=True):
                 if x.tobytes() != served[s].tobytes():
-                    raise ModelError(f"the export was refused: a row that is not active does not keep its state {s!r}")
+                    raise ModelError(f"the export was refused: an inactive row does not keep its state {s!r}")
             served = {s: results[f"next.{s}"] for s in states}
             for i, h in enumerate(heads):
                 _note(worst, "step", outputs[i], sequence[h][:, t])

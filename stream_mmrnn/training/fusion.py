@@ -1,9 +1,9 @@
-"""Fusion: several modalities of one tick -> one vector, whatever is present.
+"""Fusion: all modalities of one tick -> one vector, for any set of present modalities.
 
-Every kind takes what the aligner gives: a vector a modality, which of them are present, and the age of each. An absent
-modality contributes nothing, and its absence and age are seen, so that the rest can make up for it. The same function
-runs over a whole sequence [B, T, ...] and over one step [B, ...]; only `Memory` has a state. Knows nothing about cells
-and heads, but for the context (a cell's output) that `Attention` may be conditioned on.
+The inputs are those of the aligner: one vector per modality, which modalities are present, and the age of each. An
+absent modality contributes nothing; its absence and age are inputs, so the network can compensate. The same function
+runs over a sequence [B, T, ...] and over one step [B, ...]; only `Memory` has a state. `Attention` may be conditioned
+on a context, the cell's output of the step before.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ State = dict[str, Tensor]
 
 
 class Tokens(nn.Module):
-    """Each modality's vector, normalised and projected to one width, with its age and its name added.
+    """The vector of each modality, normalised and projected to one width, plus an embedding of its age and of itself.
 
     x_m -> tanh(W_m (x_m - mean_m) / std_m + b_m + u_m age_m / (1 s + age_m)), or 0 where absent. `mean` and `std` are
     buffers, set from the training data; a projection narrower than its input is the learned reduction of the
-    features, and `set_reduction` puts a fixed one (PCA) before it. No logarithm of the age: ONNX Runtime's gives other
-    last bits in another row, and a session's numbers must not depend on its slot. `selected` names the numbers of a
-    modality that are looked at, where it is not all of them; the modalities of `apart` are normalised here, and get no
-    token.
+    features, and `set_reduction` puts a fixed one (PCA) before it. There is no logarithm of the age: in ONNX
+    Runtime its last bits depend on the row, and a session's results must not depend on its slot. `selected`: indices of
+    the features that are used, if not all. The modalities in `apart` are only normalised here; they get no token.
     """
 
     def __init__(
@@ -50,12 +49,12 @@ class Tokens(nn.Module):
             if m in self.reduced:
                 self.register_buffer(f"basis_{m}", torch.zeros(size, self.reduced[m]))
         self.sizes = {m: self.reduced.get(m, size) for m, size in sizes.items()}
-        """How many numbers `normal` gives."""
+        """Size of the output of `normal`."""
         self.project = nn.ModuleDict({m: nn.Linear(self.sizes[m], width) for m in self.names})
         self.age = nn.Parameter(torch.zeros(len(self.names), width))
 
     def set_scale(self, modality: str, mean: Tensor, std: Tensor) -> None:
-        """Normalise a modality by these; a feature that never varies keeps its size."""
+        """Set the normalisation of a modality; a constant feature is not scaled."""
         mean, std = self._select(modality, mean), self._select(modality, std)
         getattr(self, f"mean_{modality}").copy_(mean)
         getattr(self, f"std_{modality}").copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
@@ -70,12 +69,12 @@ class Tokens(nn.Module):
         getattr(self, f"basis_{modality}").copy_(basis)
 
     def normal(self, modality: str, x: Tensor) -> Tensor:
-        """What is looked at of a modality's vectors, normalised and reduced."""
+        """The selected features of a modality, normalised and reduced."""
         x = (self._select(modality, x) - getattr(self, f"mean_{modality}")) / getattr(self, f"std_{modality}")
         return x @ getattr(self, f"basis_{modality}") if modality in self.reduced else x
 
     def typical(self, modality: str, noise: Tensor) -> Tensor:
-        """Vectors [..., size] of the size that training had, from standard normal noise of that shape."""
+        """Random features [..., size] on the scale of the training data, from standard normal noise of that shape."""
         mean, std = getattr(self, f"mean_{modality}"), getattr(self, f"std_{modality}")
         chosen = list(self.selected.get(modality, range(noise.shape[-1])))
         out = noise.clone()
@@ -98,10 +97,10 @@ class Tokens(nn.Module):
 
 
 class Fusion(nn.Module):
-    """The interface: tokens [..., M, D] and masks -> [..., D]. `states` as in `cells.Cell`."""
+    """Base class: tokens [..., M, D] and masks -> [..., D]. `states` is as in `cells.Cell`."""
 
     conditioned = False
-    """Whether it wants the cell's output of the step before; then a sequence is a loop of steps."""
+    """Whether it reads the cell's output of the step before; if so, a sequence is a loop of steps."""
 
     def __init__(self, count: int, width: int) -> None:
         super().__init__()
@@ -109,7 +108,7 @@ class Fusion(nn.Module):
         self.states: dict[str, tuple[int, ...]] = {}
 
     def fuse(self, tokens: Tensor, present: Tensor, context: Tensor | None) -> Tensor:
-        """One vector from the tokens of each tick; no state."""
+        """One vector from the tokens of each tick; stateless."""
         raise AssertionError("each kind of fusion has its own")
 
     def step(self, tokens: Tensor, present: Tensor, context: Tensor | None, state: State) -> tuple[Tensor, State]:
@@ -122,9 +121,9 @@ class Fusion(nn.Module):
 
 
 class Add(Fusion):
-    """The sum of what is present, over the square root of how many, and a bias that says which.
+    """The sum of the present tokens, divided by the square root of their number, plus a bias for the set of them.
 
-    The seeds' first recipe; its weakness, no interaction between modalities, is left to the cell.
+    It has no interaction between modalities; the cell has to learn it.
     """
 
     def __init__(self, count: int, width: int) -> None:
@@ -137,7 +136,7 @@ class Add(Fusion):
 
 
 class Concat(Fusion):
-    """W [t_1; ...; t_M; present], the seeds' second recipe."""
+    """W [t_1; ...; t_M; present]."""
 
     def __init__(self, count: int, width: int) -> None:
         super().__init__(count, width)
@@ -148,7 +147,7 @@ class Concat(Fusion):
 
 
 class Gated(Fusion):
-    """sum_m g_m * t_m with g = sigmoid(W [t_1; ...; t_M; present]), a gate a modality and feature.
+    """sum_m g_m * t_m with g = sigmoid(W [t_1; ...; t_M; present]): one gate per modality and feature.
 
     The gated multimodal unit of Arevalo et al. 2017 for more than two modalities.
     """
@@ -163,26 +162,26 @@ class Gated(Fusion):
 
 
 def total(x: Tensor) -> Tensor:
-    """The sum over the last axis, kept; as a matrix product.
+    """The sum over the last axis (keepdim), as a matrix product.
 
-    ONNX Runtime's ReduceSum adds a row in another order when its address is aligned otherwise, so that a session's last
-    bits would depend on its slot; its matrix products do not (`export.gate` looks).
+    The order of additions in ONNX Runtime's ReduceSum depends on the alignment of a row's address, so a session's last
+    bits would depend on its slot. Those of its matrix products do not (`export.gate` checks that).
     """
     return x @ x.new_ones((x.shape[-1], 1))
 
 
 def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
-    """Softmax over the last axis where `mask` is 1; all zeros where nothing is. Never NaN."""
+    """Softmax over the last axis where `mask` is 1; all zeros if the mask is empty. Never NaN."""
     floor = torch.where(mask > 0, scores, torch.full_like(scores, -1e9))
     weights = torch.exp(floor - floor.amax(-1, keepdim=True)) * mask
     return weights / total(weights).clamp(min=1e-9)
 
 
 class Attention(Fusion):
-    """sum_m a_m t_m with a = softmax over what is present of v . tanh(W t_m + U c) (Bahdanau et al. 2015).
+    """sum_m a_m t_m with a = softmax over the present modalities of v . tanh(W t_m + U c) (Bahdanau et al. 2015).
 
-    With `conditioned` c is the cell's output of the step before, so what is attended to depends on what was seen;
-    without, c = 0 and a sequence runs in parallel.
+    With `conditioned`, c is the cell's output of the step before, so attention depends on the past; without, c = 0
+    and a sequence is computed in parallel.
     """
 
     def __init__(self, count: int, width: int, conditioned: bool = False, context: int = 0) -> None:
@@ -194,7 +193,7 @@ class Attention(Fusion):
         self.which = nn.Linear(count, width)
 
     def weights(self, tokens: Tensor, present: Tensor, context: Tensor | None) -> Tensor:
-        """How much each modality counts, [..., M]; 0 for an absent one."""
+        """The attention weight of each modality, [..., M]; 0 if it is absent."""
         hidden = self.key(tokens)
         if self.query is not None and context is not None:
             hidden = hidden + self.query(context).unsqueeze(-2)
@@ -206,9 +205,9 @@ class Attention(Fusion):
 
 
 class Cross(Fusion):
-    """Self-attention between the modalities of a tick, then the mean of what is present.
+    """Self-attention between the modalities of a tick, then the mean over the present ones.
 
-    One pre-norm-free block of scaled dot products with a few heads (Vaswani et al. 2017), residual.
+    One residual block of multi-head scaled dot-product attention (Vaswani et al. 2017), without a norm.
     """
 
     def __init__(self, count: int, width: int, heads: int = 4) -> None:
@@ -232,10 +231,10 @@ class Cross(Fusion):
 
 
 class Memory(Fusion):
-    """Concat, then attention of this tick over the last `memory` ticks, itself among them.
+    """Concat, then attention from this tick over the last `memory` ticks, including itself.
 
-    The ring buffer is explicit state: `keys` holds the vectors of past ticks, newest last, and `filled` which of them
-    there are. Reading it is masked dot-product attention; a reset empties it.
+    The buffer is explicit state: `keys` holds the vectors of past ticks, newest last; `filled` marks the valid ones.
+    It is read with masked dot-product attention; a reset empties it.
     """
 
     def __init__(self, count: int, width: int, memory: int = 16) -> None:
@@ -265,7 +264,7 @@ class Memory(Fusion):
         windows = whole.unfold(1, k, 1)[:, 1:].transpose(-1, -2)  # [B, T, K, D], the last of each is now
         masks = filled.unfold(1, k, 1)[:, 1:]
         if reset is not None:
-            # which life each tick belongs to; what is from another is not there
+            # the number of resets before each tick; ticks with another number are masked
             lives = torch.cat([torch.zeros_like(state["filled"]), reset.cumsum(1).to(now.dtype)], 1)
             same = lives.unfold(1, k, 1)[:, 1:] == lives[:, k:].unsqueeze(-1)
             masks = masks * same.to(now.dtype)
@@ -275,7 +274,7 @@ class Memory(Fusion):
 
 
 def create(kind: str, count: int, width: int, context: int, *, heads: int = 4, memory: int = 16) -> Fusion:
-    """A fusion by its name in a recipe; `context` is the width of a cell's output."""
+    """Create a fusion by its name in a recipe; `context` is the width of the cell's output."""
     if kind == "attention":
         return Attention(count, width)
     if kind == "attention_state":

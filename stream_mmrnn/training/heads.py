@@ -1,8 +1,7 @@
-"""Heads: what is predicted, how it is scored, and what its numbers mean to who reads them.
+"""Heads: the outputs of the network, their losses, and their activation in the served model.
 
-A head's layer gives logits (or plain numbers); `loss` compares them with targets, `activate` makes of them what the
-served model says. Targets are aligned with ticks: a target of tick k is what was or will be true of k. A weight of 0
-takes a tick out of the loss. Knows nothing about cells or fusion.
+The layer of a head gives logits (or plain numbers); `loss` compares them with targets, `activate` turns them into the
+outputs of the served model. Targets are aligned with ticks. A tick with weight 0 does not count in the loss.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from stream_mmrnn.training.recipe import Head
 
 
 def activate(head: Head, raw: Tensor, temperature: Tensor) -> Tensor:
-    """What the model says, from a layer's output [..., size]: calibrated by dividing logits by a temperature."""
+    """The served output from the layer's output [..., size]; logits are divided by a temperature to calibrate them."""
     if head.kind == "regression":
         return raw
     if head.kind == "classification" and head.size > 1:
@@ -32,7 +31,7 @@ def loss(head: Head, raw: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     regression: squared error, or Huber's with delta 1, `target` [..., size].
     hazard: discrete-time survival (Gensheimer and Narasimhan 2019): sigmoid(raw_j) is the probability that the event
     comes in interval j, given that it did not come before; `target` [...] is the interval in which it came, or `size`
-    where it came in none of them.
+    if it came in none of them.
     """
     if head.kind == "classification" and head.size > 1:
         each = F.cross_entropy(raw.flatten(0, -2), target.flatten().long(), reduction="none").reshape(weight.shape)
@@ -52,7 +51,7 @@ def loss(head: Head, raw: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 
 
 class Heads(nn.Module):
-    """One linear layer a head, its temperature (1 until calibrated) and, where it says yes or no, its threshold."""
+    """One linear layer per head, its temperature (1 until calibrated) and, for a binary head, its threshold."""
 
     def __init__(self, heads: tuple[Head, ...], width: int) -> None:
         super().__init__()
@@ -73,5 +72,5 @@ class Heads(nn.Module):
         return getattr(self, f"threshold_{name}")
 
     def activate(self, raw: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What is served, by head."""
+        """The served outputs by head."""
         return {h.name: activate(h, raw[h.name], self.temperature(h.name)) for h in self.specs}

@@ -1,6 +1,6 @@
-"""Scores of a head's predictions against targets: what reports print and cards quote. Numpy only; knows no network.
+"""Scores of a head's predictions against its targets, for reports and cards. Numpy only, no torch.
 
-Every function takes probabilities or numbers and targets of the ticks that count, in any order.
+Every function takes the predictions and targets of the ticks with a weight, in any order.
 """
 
 from __future__ import annotations
@@ -29,58 +29,58 @@ def auc(score: Array, positive: Array) -> float:
     return float((rank[positive].sum() - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg))
 
 
-def balanced_accuracy(said: Array, true: Array) -> float:
-    """The mean over the classes that occur of the share that was found."""
-    return float(np.mean([(said[true == c] == c).mean() for c in np.unique(true)])) if len(true) else float("nan")
+def balanced_accuracy(predicted: Array, true: Array) -> float:
+    """The mean recall over the classes that occur."""
+    return float(np.mean([(predicted[true == c] == c).mean() for c in np.unique(true)])) if len(true) else float("nan")
 
 
 def best_threshold(score: Array, positive: Array) -> float:
-    """The threshold on `score` with the best balanced accuracy; to be found on validation data."""
+    """The threshold on `score` with the best balanced accuracy; use validation data."""
     order = np.argsort(score)
     truth = positive.astype(bool)[order]
     below_pos = np.concatenate([[0], np.cumsum(truth)])
     below_neg = np.concatenate([[0], np.cumsum(~truth)])
     found = 1 - below_pos / max(truth.sum(), 1) + below_neg / max((~truth).sum(), 1)
     values = np.concatenate([[-np.inf], score[order]])
-    # a threshold lies between two different scores: "positive" is score > threshold
+    # candidates are between two different scores: "positive" is score > threshold
     usable = np.concatenate([values[1:] != values[:-1], [True]])
     return float(values[int(np.argmax(np.where(usable, found, -1)))])
 
 
 def calibration(confidence: Array, correct: Array) -> tuple[float, list[tuple[float, float, int]]]:
-    """Expected calibration error (Guo et al. 2017, 15 equal bins) and the reliability curve (said, true, count)."""
+    """Expected calibration error (Guo et al. 2017, 15 equal bins) and the curve (predicted, true, count)."""
     place = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
     curve, error = [], 0.0
     for b in range(_BINS):
         here = place == b
         n = int(here.sum())
         if n:
-            said, true = float(confidence[here].mean()), float(correct[here].mean())
-            curve.append((said, true, n))
-            error += n / len(confidence) * abs(said - true)
+            predicted, true = float(confidence[here].mean()), float(correct[here].mean())
+            curve.append((predicted, true, n))
+            error += n / len(confidence) * abs(predicted - true)
     return error, curve
 
 
-def confusion(said: Array, true: Array, classes: int) -> Array:
-    """Counts [true, said]."""
+def confusion(predicted: Array, true: Array, classes: int) -> Array:
+    """Counts [true, predicted]."""
     table = np.zeros((classes, classes), np.int64)
-    np.add.at(table, (true.astype(int), said.astype(int)), 1)
+    np.add.at(table, (true.astype(int), predicted.astype(int)), 1)
     return table
 
 
-def score(head: Head, said: Array, target: Array, threshold: float = 0.5) -> dict[str, Any]:
-    """The figures of one head over N ticks; `said` [N, size] as served, `target` [N] or [N, size].
+def score(head: Head, predicted: Array, target: Array, threshold: float = 0.5) -> dict[str, Any]:
+    """The figures of one head over N ticks; `predicted` [N, size] as served, `target` [N] or [N, size].
 
-    `threshold`: above it a head that says yes or no means yes.
+    `threshold`: a binary head means yes above it.
     """
-    if not len(said):
+    if not len(predicted):
         return {"ticks": 0}
     if head.kind == "classification" and head.size > 1:
-        best = said.argmax(1)
-        error, curve = calibration(said.max(1), best == target)
-        chosen = np.clip(said[np.arange(len(said)), target.astype(int)], 1e-12, 1)
+        best = predicted.argmax(1)
+        error, curve = calibration(predicted.max(1), best == target)
+        chosen = np.clip(predicted[np.arange(len(predicted)), target.astype(int)], 1e-12, 1)
         return {
-            "ticks": len(said),
+            "ticks": len(predicted),
             "accuracy": float((best == target).mean()),
             "balanced_accuracy": balanced_accuracy(best, target),
             "log_loss": float(-np.log(chosen).mean()),
@@ -89,10 +89,10 @@ def score(head: Head, said: Array, target: Array, threshold: float = 0.5) -> dic
             "confusion": confusion(best, target, head.size).tolist(),
         }
     if head.kind == "classification":
-        score, true = said[:, 0], target.reshape(-1) > 0.5
+        score, true = predicted[:, 0], target.reshape(-1) > 0.5
         error, curve = calibration(score, true)
         return {
-            "ticks": len(said),
+            "ticks": len(predicted),
             "share": float(true.mean()),
             "threshold": threshold,
             "accuracy": float(((score > threshold) == true).mean()),
@@ -102,36 +102,36 @@ def score(head: Head, said: Array, target: Array, threshold: float = 0.5) -> dic
             "reliability": curve,
         }
     if head.kind == "activity_projection":
-        target = target.reshape(said.shape)
-        error, curve = calibration(said.ravel(), target.ravel())
+        target = target.reshape(predicted.shape)
+        error, curve = calibration(predicted.ravel(), target.ravel())
         names = head.labels or tuple(str(i) for i in range(head.size))
         return {
-            "ticks": len(said),
-            "auc": {n: auc(said[:, i], target[:, i]) for i, n in enumerate(names)},
+            "ticks": len(predicted),
+            "auc": {n: auc(predicted[:, i], target[:, i]) for i, n in enumerate(names)},
             "balanced_accuracy": {
-                n: balanced_accuracy(said[:, i] > 0.5, target[:, i] > 0.5) for i, n in enumerate(names)
+                n: balanced_accuracy(predicted[:, i] > 0.5, target[:, i] > 0.5) for i, n in enumerate(names)
             },
-            "accuracy": float(((said > 0.5) == (target > 0.5)).mean()),
+            "accuracy": float(((predicted > 0.5) == (target > 0.5)).mean()),
             "calibration_error": error,
             "reliability": curve,
         }
     if head.kind == "regression":
-        squared = (said - target) ** 2
+        squared = (predicted - target) ** 2
         spread = np.maximum(target.var(0), 1e-12)
         return {
-            "ticks": len(said),
+            "ticks": len(predicted),
             "mse": float(squared.mean()),
-            "mae": float(np.abs(said - target).mean()),
+            "mae": float(np.abs(predicted - target).mean()),
             "r2": float(1 - (squared.mean(0) / spread).mean()),
         }
     came = target.astype(int)
-    survive = np.cumprod(1 - said, 1)
+    survive = np.cumprod(1 - predicted, 1)
     arrives = 1 - survive
     names = head.labels or tuple(str(i) for i in range(head.size))
     return {
-        "ticks": len(said),
+        "ticks": len(predicted),
         "auc": {n: auc(arrives[:, i], came <= i) for i, n in enumerate(names)},
-        "log_loss": float(_hazard_loss(said, came).mean()),
+        "log_loss": float(_hazard_loss(predicted, came).mean()),
     }
 
 
@@ -143,7 +143,7 @@ def _hazard_loss(hazard: Array, came: Array) -> Array:
 
 
 def primary(head: Head, figures: dict[str, Any]) -> float:
-    """One number a head, more is better: what a study's table and `--quick` compare."""
+    """One number per head, more is better; the study's table and `--quick` compare it."""
     if not figures.get("ticks"):
         return float("nan")
     if head.kind == "classification":
@@ -154,7 +154,7 @@ def primary(head: Head, figures: dict[str, Any]) -> float:
 
 
 def clean(value: Any) -> Any:
-    """JSON has no NaN: what is no number becomes null."""
+    """Replace NaN and infinity by null, which JSON has not."""
     if isinstance(value, dict):
         return {str(k): clean(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

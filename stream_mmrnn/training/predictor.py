@@ -1,7 +1,7 @@
 """Predictor: tokens, fusion, cells and heads as one network, over a sequence or one step at a time.
 
-`forward` and `step` are the same function, so what is trained is what is served; `Step` is the module that becomes the
-ONNX graph, with `active` and `reset` inside. Knows nothing about data, losses or files.
+`forward` and `step` compute the same function, so the served model is the trained one. `Step` is the module that
+becomes the ONNX graph, with `active` and `reset` inside.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _CONTEXT = "context"
 
 
 def _under(prefix: str, state: State) -> State:
-    """The entries of one part of a state, by that part's own names."""
+    """The state entries with this prefix, without the prefix."""
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
@@ -29,7 +29,7 @@ def _named(prefix: str, state: State) -> State:
 
 
 class Predictor(nn.Module):
-    """Everything between the ticks and the heads. `states` are named `cell.*`, `fusion.*`, `events.*`, `context`."""
+    """The network from tick to heads. `states` are named `cell.*`, `fusion.*`, `events.*`, `context`."""
 
     known: Tensor
 
@@ -42,11 +42,11 @@ class Predictor(nn.Module):
         selected = {name: m.select for name, m in recipe.modalities.items()}
         self.rare = [name for name in sizes if name in recipe.events.modalities]
         places = {name: i for i, name in enumerate(sizes)}
-        # where in `present` the fusion's modalities are, and those of the cell of rare events
+        # columns of `present` for the modalities of the fusion, and for those of the event cell
         self.common_at = [i for name, i in places.items() if name not in self.rare]
         self.rare_at = [places[name] for name in self.rare]
         self.tokens = fusion.Tokens(sizes, f.width, reduced, selected, self.rare)
-        # 1 for what training showed: weights that nothing was learnt for must not be heard when served
+        # 0 for a modality that was absent in training: its random weights must not influence served predictions
         self.register_buffer("known", torch.ones(len(sizes)))
         self.fusion = fusion.create(f.kind, len(self.common_at), f.width, c.hidden, heads=f.heads, memory=f.memory)
         if self.rare:
@@ -100,13 +100,13 @@ class Predictor(nn.Module):
         return self.heads(y), following
 
     def _common(self, features: dict[str, Tensor], present: Tensor, age: Tensor) -> tuple[Tensor, Tensor]:
-        """What of `present` the fusion sees, and its tokens."""
+        """The columns of `present` that the fusion uses, and its tokens."""
         if self.rare:
             present, age = present[..., self.common_at], age[..., self.common_at]
         return present, self.tokens(features, present, age)
 
     def _rare(self, features: dict[str, Tensor], present: Tensor) -> tuple[Tensor, Tensor]:
-        """What the cell of rare events reads, and where there is something."""
+        """The input of the event cell, and in which ticks there is an event."""
         here = present[..., self.rare_at]
         parts = [here]
         for i, name in enumerate(self.rare):
@@ -124,7 +124,7 @@ class Predictor(nn.Module):
         state: State | None = None,
         reset: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], State]:
-        """A stretch of ticks: features [B, T, size], `present` and `age` [B, T, M], `reset` [B, T] before the tick."""
+        """A sequence of ticks: features [B, T, size], `present` and `age` [B, T, M], `reset` [B, T] before the tick."""
         present = present * self.known
         if state is None:
             state = self.initial(present.shape[0])
@@ -143,7 +143,7 @@ class Predictor(nn.Module):
     def _loop(
         self, features: dict[str, Tensor], present: Tensor, age: Tensor, state: State, reset: Tensor | None
     ) -> tuple[dict[str, Tensor], State]:
-        """Where the fusion looks at the cell's last output there is no way around the loop."""
+        """A fusion that reads the cell's last output needs a loop over the ticks."""
         here, tokens = self._common(features, present, age)
         initial = self.initial(present.shape[0])
         recalled, last = None, {}
@@ -164,12 +164,12 @@ class Predictor(nn.Module):
 
 
 def choose(rows: Tensor, one: State, other: State) -> State:
-    """Row by row: `one` where `rows` [B] is true, `other` elsewhere; no arithmetic, so the bits are kept."""
+    """Select rows: `one` where `rows` [B] is true, else `other`; without arithmetic, so all bits are preserved."""
     return {k: torch.where(rows.reshape(-1, *([1] * (v.dim() - 1))), one[k].expand_as(v), v) for k, v in other.items()}
 
 
 class Step(nn.Module):
-    """The graph to export: the inputs of the model contract in, activated heads and next states out."""
+    """The graph to export: from the inputs of the model contract to activated heads and next states."""
 
     def __init__(self, predictor: Predictor) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ class Step(nn.Module):
         reset: Tensor,
         state: State,
     ) -> tuple[dict[str, Tensor], State]:
-        """`active` and `reset` [B] of bool. Rows that are not active keep their state bit for bit."""
+        """`active` and `reset` [B] of bool. Inactive rows keep their state bit for bit."""
         initial = self.predictor.initial(1)
         begun = choose(reset, initial, state)
         raw, following = self.predictor.step(features, present, age, begun)

@@ -1,9 +1,9 @@
-"""8-bit weights: a step graph -> the same with smaller matrices. Near what was trained, not equal to it.
+"""8-bit weights: a step graph -> the same graph with quantised matrices. Its outputs are close, not equal. No torch.
 
-`in_blocks` has a scale for each 128 weights and is the fastest for one row; onnxruntime takes another way for several
-rows, so bits differ with the size of the batch. `in_columns` multiplies integers where a matrix meets numbers that are
-known to lie between -1 and 1 (a state, what a tanh says): such a product is exact, so a row has the same bits in every
-batch, and many rows take about half the time where the CPU has VNNI. Knows nothing about torch.
+`in_blocks` has one scale per 128 weights and is the fastest for one row. For several rows onnxruntime uses another
+kernel, so bits depend on the batch size. `in_columns` uses integer products where the other factor is known to lie
+between -1 and 1 (a state, the output of a tanh). Such a product is exact, so a row has the same bits in every batch,
+and many rows take about half the time on a CPU with VNNI.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _PASSED_ON = (
     "GatherND",
     "Expand",
 )
-"""Operations whose outputs hold numbers of their first input, and no others."""
+"""Operations whose outputs contain only values of their first input."""
 
 
 @contextlib.contextmanager
 def _logging_as_it_is() -> Iterator[None]:
-    """The quantizer sets up logging for the whole process when it is imported, and tells of every node."""
+    """Import the quantizer quietly: it configures logging for the whole process and logs every node."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     try:
@@ -65,7 +65,7 @@ def in_blocks(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _split_gemm(model: onnx.ModelProto) -> None:
-    """Gemm with a constant weight -> MatMul and Add, which is what the quantizer knows."""
+    """Gemm with a constant weight -> MatMul and Add, which the quantizer supports."""
     graph = model.graph
     weights = {i.name: i for i in graph.initializer}
     nodes = []
@@ -94,9 +94,9 @@ def _split_gemm(model: onnx.ModelProto) -> None:
 
 
 def bounded(model: onnx.ModelProto) -> set[str]:
-    """The tensors that are known to lie between -1 and 1, whatever the inputs.
+    """The tensors that always lie between -1 and 1, for any input.
 
-    By induction over the steps: a state's input counts as bounded as long as its output is, given that.
+    By induction over the steps: a state's input counts as bounded if, under this assumption, its output is bounded.
     """
     graph = model.graph
     constants = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
@@ -112,7 +112,7 @@ def bounded(model: onnx.ModelProto) -> set[str]:
 
 
 def _follow(graph: onnx.GraphProto, known: set[str]) -> None:
-    """Add to `known` what the graph's operations make bounded; nodes are in the order in which they run."""
+    """Add the bounded outputs of the graph's operations to `known`; nodes are in execution order."""
     made = {out: node for node in graph.node for out in node.output}
     for node in graph.node:
         inputs = list(node.input)
@@ -134,7 +134,7 @@ def _value(node: onnx.NodeProto) -> float:
 
 
 def _between(inputs: list[str], made: dict[str, onnx.NodeProto], known: set[str]) -> bool:
-    """N + z (h - n) with z of a sigmoid lies between n and h."""
+    """The value n + z (h - n), with z from a sigmoid, lies between n and h."""
     for n, step in (inputs, inputs[::-1]):
         product = made.get(step)
         if n not in known or product is None or product.op_type != "Mul":
@@ -152,7 +152,7 @@ def _between(inputs: list[str], made: dict[str, onnx.NodeProto], known: set[str]
 
 
 def in_columns(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The matrices that meet bounded numbers as MatMulIntegerToFloat: a scale a column, one for the other side."""
+    """Matrices with a bounded other factor as MatMulIntegerToFloat: one scale per column, one for the other factor."""
     small = onnx.ModelProto()
     small.CopyFrom(model)
     graph = small.graph

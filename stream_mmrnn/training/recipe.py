@@ -1,6 +1,6 @@
-"""A recipe: one TOML file that says what to learn, from what, with which network and how.
+"""A recipe: one TOML file with task, data, network and training settings.
 
-Typed and strict like the configuration, by the same means. Knows nothing about torch.
+Typed and strict like the configuration, by the same code. Does not import torch: `evaluate` reads recipes without it.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class Modality(_Section, frozen=True):
     """One input of the model."""
 
     size: _Count
-    """Numbers a tick, before any reduction."""
+    """Numbers per tick, before any reduction."""
     encoder: str = ""
-    """`name@sha256` of the encoder; filled in from recordings, "" where any is accepted."""
+    """`name@sha256` of the encoder; filled in from recordings; "" accepts any."""
     reduction: Literal["", "last", "mean", "sum", "stack"] = ""
     stack: _Count = 1
     select: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] = ()
-    """Which of its numbers the model looks at; none named is all."""
+    """Indices of the numbers that the model uses; empty means all."""
     energy: _Share = 0.0
-    """Keep the principal axes that hold this share of the variance; 0 keeps the features as they are."""
+    """Keep the principal axes with this share of the variance (PCA); 0 turns PCA off."""
 
 
 class Fusion(_Section, frozen=True):
@@ -44,18 +44,18 @@ class Fusion(_Section, frozen=True):
     heads: _Count = 4
     memory: _Count = 16
     modality_dropout: _Share = 0.2
-    """How often a modality is hidden for a whole chunk in training, so that an absent one is normal."""
+    """Probability that a modality is hidden for a whole chunk in training, so the model learns to do without."""
 
 
 class Events(_Section, frozen=True):
-    """A GRU of its own for what comes now and then (words): it steps only in ticks that bring one of its modalities,
-    and the fusion does not see those.
+    """A separate GRU for sparse modalities (words): it steps only in ticks where one of them is present. The fusion
+    does not see these modalities.
     """
 
     modalities: tuple[str, ...] = ()
-    """None named: there is no such GRU."""
+    """Empty: no such GRU."""
     width: _Count = 128
-    """Of the vector that an event becomes."""
+    """Width of the projected input."""
     hidden: _Count = 128
     dropout: _Share = 0.0
 
@@ -71,7 +71,7 @@ class Cell(_Section, frozen=True):
 
 
 class Head(_Section, frozen=True):
-    """One output of the model; what its targets are is the data's to say. A classification of size 1 says yes or no."""
+    """One output of the model; the data define its targets. A classification of size 1 is binary."""
 
     name: Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]*$")]
     kind: Literal["classification", "activity_projection", "regression", "hazard"]
@@ -80,7 +80,7 @@ class Head(_Section, frozen=True):
     horizons_s: tuple[tuple[float, float], ...] = ()
     unit: str = "probability"
     loss: Literal["", "mse", "huber"] = ""
-    """Of a regression; "" is mse."""
+    """For a regression; "" is mse."""
     weight: _Positive = 1.0
 
 
@@ -95,15 +95,15 @@ class Train(_Section, frozen=True):
     weight_decay: Annotated[float, msgspec.Meta(ge=0)] = 0.01
     clip: _Positive = 1.0
     patience: Annotated[int, msgspec.Meta(ge=0)] = 5
-    """Epochs without a better validation loss before it stops; 0 never stops early."""
+    """Early stopping: epochs without a better validation loss; 0 turns it off."""
     mixed_precision: bool = True
-    """Where there is a GPU."""
+    """On a GPU only."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 class Data(_Section, frozen=True):
-    """Where the sequences come from; `kind` names the maker, `options` are its own."""
+    """Where the sequences come from; `kind` names the task in `tasks/`, `options` are settings of that task."""
 
     kind: str
     path: str = ""
@@ -121,7 +121,7 @@ class Recipe(_Section, frozen=True):
     cell: Cell = Cell()
     train: Train = Train()
     quick: dict[str, Any] = {}
-    """What `--quick` changes in `train`: a run of minutes that says whether all is well."""
+    """What `--quick` changes in `train`: a run of minutes, to check that everything works."""
 
     @property
     def tick_ns(self) -> int:
@@ -129,7 +129,7 @@ class Recipe(_Section, frozen=True):
 
 
 def parse(table: dict[str, Any]) -> Recipe:
-    """The recipe of a table; raises ConfigError in one sentence."""
+    """The recipe of a table; raises ConfigError."""
     recipe = config.convert(table, Recipe)
     for head in recipe.heads:
         for name, what in (("labels", head.labels), ("horizons_s", head.horizons_s)):
@@ -138,14 +138,18 @@ def parse(table: dict[str, Any]) -> Recipe:
                     f"head {head.name!r} has {len(what)} {name} for {head.size} numbers; give one for each"
                 )
     if unknown := set(recipe.events.modalities) - set(recipe.modalities):
-        raise ConfigError(f"events.modalities names {min(unknown)!r}, which is no modality of the recipe")
+        raise ConfigError(f"events.modalities names {min(unknown)!r}, which is not a modality of the recipe")
     if len(set(recipe.events.modalities)) == len(recipe.modalities):
-        raise ConfigError("events.modalities names every modality of the recipe; leave one that comes at every tick")
+        raise ConfigError(
+            "events.modalities names every modality of the recipe; leave out one that is present in every tick"
+        )
     for name, m in recipe.modalities.items():
         if m.size % m.stack:
-            raise ConfigError(f"modality {name!r} has a size of {m.size}, which is not {m.stack} samples")
+            raise ConfigError(f"modality {name!r} has a size of {m.size}, which is not a multiple of stack = {m.stack}")
         if m.select and (max(m.select) >= m.size or len(set(m.select)) < len(m.select)):
-            raise ConfigError(f"modality {name!r} selects other than different numbers from 0 to {m.size - 1}")
+            raise ConfigError(
+                f"modality {name!r} has a wrong `select`: expected different numbers from 0 to {m.size - 1}"
+            )
         if m.select and m.energy:
             raise ConfigError(f"modality {name!r} has both `select` and `energy`; use one of them")
     return recipe
@@ -163,17 +167,17 @@ def load(path: Path) -> Recipe:
 
 
 def quick(recipe: Recipe) -> Recipe:
-    """The recipe with its `quick` settings in place."""
+    """The recipe with its `quick` settings applied."""
     table = msgspec.to_builtins(recipe)
     table["train"] |= table.pop("quick")
     return parse(table)
 
 
 def with_seed(recipe: Recipe, seed: int) -> Recipe:
-    """The same recipe from another start."""
+    """The same recipe with another seed."""
     return msgspec.structs.replace(recipe, train=msgspec.structs.replace(recipe.train, seed=seed))
 
 
 def save(recipe: Recipe, path: Path) -> None:
-    """Write a recipe as TOML, so that it loads as the same one."""
+    """Write a recipe as TOML; `load` gives the same recipe back."""
     path.write_text(msgspec.toml.encode(recipe).decode(), encoding="utf-8")

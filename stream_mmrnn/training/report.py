@@ -1,7 +1,4 @@
-"""Reports: what training and evaluation found, as one JSON document, plots and a model card.
-
-Knows nothing about how the figures came to be.
-"""
+"""Reports: the results of training and evaluation as one JSON document, plots and a model card."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ _INK, _SECOND, _GRID = "#4c3fb5", "#1f77b4", "#d9dbe0"
 
 
 def report(predictor: Predictor, task: Task, history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Everything that a card, a study or a script wants to know of a trained network."""
+    """All results of a trained network, for the card, the study and scripts."""
     test = task.test
     outputs = collect(predictor, test)
     return {
@@ -44,26 +41,26 @@ def report(predictor: Predictor, task: Task, history: list[dict[str, Any]]) -> d
 
 
 def by_time(predictor: Predictor, output: Output, head: Head) -> dict[str, list[float]]:
-    """Accuracy against the time into the sequence, in twelve stretches that grow; seconds and shares."""
+    """Accuracy by time since the start of the sequence, in twelve intervals of growing length."""
     tick_s = predictor.recipe.tick_ns / 1e9
     at = output.place
     if not len(at):
         return {"seconds": [], "accuracy": []}
-    said, threshold = served(predictor, head, output.raw)
-    best = said.argmax(1) if head.size > 1 else said[:, 0] > threshold
-    good = best == output.target.reshape(len(at), -1)[:, 0]
+    scores, threshold = served(predictor, head, output.raw)
+    best = scores.argmax(1) if head.size > 1 else scores[:, 0] > threshold
+    correct = best == output.target.reshape(len(at), -1)[:, 0]
     edges = np.unique(np.geomspace(1, at.max() + 2, 13).astype(int))
     seconds, accuracy = [], []
     for a, b in itertools.pairwise(edges):
         here = (at + 1 >= a) & (at + 1 < b)
         if here.any():
             seconds.append(float(b * tick_s))
-            accuracy.append(float(good[here].mean()))
+            accuracy.append(float(correct[here].mean()))
     return {"seconds": seconds, "accuracy": accuracy}
 
 
 def write(document: dict[str, Any], folder: Path) -> list[Path]:
-    """`report.json` and the plots; the files made."""
+    """Write `report.json` and the plots; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "report.json"
     path.write_text(json.dumps(metrics.clean(document), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -97,10 +94,10 @@ def _plots(document: dict[str, Any], folder: Path) -> list[Path]:
     for name, head in document["test"].items():
         if head.get("reliability"):
             figure, axes = plt.subplots(figsize=(3.6, 3.4))
-            said, true, _ = (np.array(x) for x in zip(*head["reliability"], strict=True))
+            predicted, true, _ = (np.array(x) for x in zip(*head["reliability"], strict=True))
             axes.plot([0, 1], [0, 1], color=_GRID, zorder=1)
-            axes.plot(said, true, marker="o", color=_INK)
-            axes.set(xlabel="said", ylabel="true", xlim=(0, 1), ylim=(0, 1))
+            axes.plot(predicted, true, marker="o", color=_INK)
+            axes.set(xlabel="predicted", ylabel="true", xlim=(0, 1), ylim=(0, 1))
             axes.set_title(f"{name}: ECE {head['calibration_error']:.3f}")
             keep(figure, f"reliability_{name}")
         if head.get("confusion"):
@@ -109,7 +106,7 @@ def _plots(document: dict[str, Any], folder: Path) -> list[Path]:
             figure, axes = plt.subplots(figsize=(4.2, 3.8))
             axes.grid(False)
             axes.imshow(share, cmap="Purples", vmin=0, vmax=1)
-            axes.set(xlabel="said", ylabel="true", title=f"{name}: accuracy {head['accuracy']:.3f}")
+            axes.set(xlabel="predicted", ylabel="true", title=f"{name}: accuracy {head['accuracy']:.3f}")
             keep(figure, f"confusion_{name}")
     for name, curve in document["by_time"].items():
         if curve["seconds"]:
@@ -128,7 +125,7 @@ def _plots(document: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def card(document: dict[str, Any], differences: dict[str, float], made_by: str, versions: str) -> str:
-    """The model card: what it is, what it was trained on, how good, what it is not."""
+    """The model card: the network, its data, its scores, how to make it again."""
     lines = [f"# {document['name']}", "", document["about"], ""]
     what = (
         f"{document['cell']} cell, {document['fusion']} fusion, {document['parameters']:,} weights, "
@@ -164,7 +161,7 @@ def _figure(value: Any) -> str:
 
 
 def best_single(document: dict[str, Any], head: str) -> tuple[str, float]:
-    """The best modality alone, and its primary figure."""
+    """The best single modality and its primary figure."""
     alone = {s: v[head] for s, v in document["by_modalities"].items() if "+" not in s}
     if not alone:
         return "", float("nan")

@@ -1,15 +1,15 @@
-"""The recurrence h_t = a_t * h_{t-1} + b_t over a whole sequence, forward and backward, without a call for each step.
+"""The recurrence h_t = a_t * h_{t-1} + b_t over a whole sequence, forward and backward, without one call per step.
 
-The sequence is cut into blocks, and all blocks move together: once from zero, to learn what each does to the state that
-enters it; then the states at the borders are carried from block to block; then once more from those. That is two passes
-over the data with three times block + blocks calls instead of one call a step, and the second pass does the arithmetic
-of the plain loop. Nothing is divided and no logarithm is taken, so any coefficient is allowed: 0, negative, above 1.
-The gradient of the recurrence is the same recurrence backwards in time, so it runs through the same code.
+The sequence is split into blocks, and all blocks advance together. The first pass starts each block from zero, and
+gives the block's effect on its incoming state. Then the states at the block borders are computed one after another. The
+second pass runs the blocks again from these states. This takes about three times block + blocks calls instead of one
+call per step, and the second pass does the same arithmetic as a plain loop. There is no division and no logarithm, so
+every coefficient is allowed: 0, negative, above 1. The gradient is the same recurrence backwards in time and uses the
+same code.
 
-`gated_scan` also makes a and b, from what a layer's one matrix product left. On a CPU such elementwise work is bound by
-memory, so it goes through the sequence in pieces that stay in the cache, and the gates are kept where the
-pre-activations were, instead of the dozen arrays that autograd would keep.
-Knows nothing about cells or what a gate computes.
+`gated_scan` also computes a and b from the pre-activations of a layer. Such elementwise work is memory-bound on a CPU,
+so it is done in pieces that fit the cache, and the gates overwrite the pre-activations; autograd would keep a dozen
+arrays.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ from torch.autograd.function import once_differentiable
 Tensors: TypeAlias = Sequence[Tensor]
 
 PIECE = 1 << 17
-"""Numbers of a or b in a piece: a dozen such arrays of float32 fit the second-level cache."""
+"""Elements of a or b per piece: a dozen such float32 arrays fit the L2 cache."""
 
 
 class Gates(Protocol):
-    """Elementwise work that makes a and b of pre-activations, and its gradient, both by hand."""
+    """Computes a and b from pre-activations elementwise; the gradient is written by hand."""
 
     @staticmethod
     def fill(pre: Tensors, parameters: Tensors, a: Tensor, b: Tensor) -> None:
-        """Write a and b [..., H], made of the columns of pre-activations [..., H] and the parameters [H].
+        """Write a and b [..., H], computed from the columns of pre-activations [..., H] and the parameters [H].
 
-        May overwrite the columns with what `gradient` wants to find there.
+        May overwrite the columns with the values that `gradient` needs.
         """
 
     @staticmethod
     def gradient(kept: Tensors, parameters: Tensors, before: Tensor, d: Tensor, out: Tensors) -> Tensors:
-        """Write the columns' gradients into `out`, return the parameters'.
+        """Write the gradients of the columns into `out`; return those of the parameters.
 
-        `d` is the gradient of h_t, so that of b; `before` is h_{t-1}, so that of a is d * before.
+        `d` is the gradient of h_t, and so of b; `before` is h_{t-1}, so the gradient of a is d * before.
         """
 
 
 def linear_scan(a: Tensor, b: Tensor, initial: Tensor) -> Tensor:
     """All h_t = a_t * h_{t-1} + b_t of `a`, `b` [B, T, H], from h_{-1} = `initial` [B, H].
 
-    Runs in the widest of the three types: a state in float32 keeps it so under mixed precision.
+    Runs in the widest of the three types: a float32 state stays float32 under mixed precision.
     """
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), initial.dtype)
     return cast(Tensor, _LinearScan.apply(a.to(dtype), b.to(dtype), initial.to(dtype)))
@@ -63,17 +63,17 @@ def gated_scan(
     reset: Tensor | None = None,
     start: Tensor | None = None,
 ) -> Tensor:
-    """The scan of what `gates` makes of `pre` [B, T, columns * H]; where `reset` [B, T], h_{t-1} is `start` [H] or 0.
+    """The scan of the a and b that `gates` computes from `pre` [B, T, columns * H].
 
-    `pre` is used up: hand over the output of a linear layer that nothing else reads.
-    Gates and recurrence run in the type of `initial`: float32 under mixed precision, or an a near 1 would become 1.
+    Where `reset` [B, T] is true, h_{t-1} is `start` [H] or 0. `pre` is overwritten: nothing else may read it.
+    Gates and recurrence use the type of `initial`: float32 under mixed precision, otherwise an a near 1 becomes 1.
     """
     out = _GatedScan.apply(gates, pre.to(initial.dtype), initial, reset, start, *parameters)
     return cast(Tensor, out)
 
 
 def linear_loop(a: Tensor, b: Tensor, initial: Tensor) -> Tensor:
-    """The same by its definition, one step after the other: what tests and benchmarks compare with."""
+    """The same step by step, as it is defined: the reference for tests and benchmarks."""
     h, out = initial, []
     for a_t, b_t in zip(a.unbind(1), b.unbind(1), strict=True):
         h = a_t * h + b_t
@@ -113,13 +113,13 @@ class _GatedScan(torch.autograd.Function):
         for piece in _pieces(out):
             gates.fill(pre[:, piece].split(width, -1), parameters, a[:, piece], out[:, piece])
         begun = None
-        if reset is not None:  # a restart is a step that forgets everything and finds `start` in its input
+        if reset is not None:  # a restart is a step with a = 0 and `start` in its input
             anew = reset.unsqueeze(-1)
             if start is not None:
                 begun = a * anew
                 out.addcmul_(begun, start)
             a.masked_fill_(anew, 0.0)
-        _scan(a, out, initial, out)  # in place: every b_t is read before h_t is written over it
+        _scan(a, out, initial, out)  # in place: every b_t is read before h_t overwrites it
         ctx.gates = gates
         ctx.save_for_backward(pre, initial, reset, start, begun, a, out, *parameters)
         return out
@@ -146,7 +146,7 @@ class _GatedScan(torch.autograd.Function):
 
 
 def _pieces(out: Tensor) -> Iterator[slice]:
-    """Stretches of time that fit the cache; all of it where the memory is not a CPU's."""
+    """Ranges of steps that fit the cache; one range for everything if the device is not a CPU."""
     batch, steps, width = out.shape
     size = max(1, PIECE // max(1, batch * width)) if out.device.type == "cpu" else steps
     return (slice(i, min(i + size, steps)) for i in range(0, steps, size))
@@ -160,7 +160,7 @@ def _before(out: Tensor, initial: Tensor, piece: slice) -> Tensor:
 
 
 def _adjoint(a: Tensor, grad: Tensor) -> Tensor:
-    """d_t = grad_t + a_{t+1} * d_{t+1}: what the loss feels of h_t, directly and through all that follows."""
+    """d_t = grad_t + a_{t+1} * d_{t+1}: the gradient of h_t, direct and through all later steps."""
     d = torch.empty_like(grad, memory_format=torch.contiguous_format)
     d[:, -1] = grad[:, -1]
     _scan(a[:, 1:], grad[:, :-1], d[:, -1], d[:, :-1], reverse=True)
@@ -168,18 +168,18 @@ def _adjoint(a: Tensor, grad: Tensor) -> Tensor:
 
 
 def _scan(a: Tensor, b: Tensor, h: Tensor, out: Tensor, reverse: bool = False) -> None:
-    """Write the recurrence from `h` into `out`, which may be `b`; from the last step to the first where `reverse`."""
+    """Write the recurrence from `h` into `out`, which may be `b`; with `reverse` from the last step to the first."""
     steps = a.shape[1]
-    size = max(4, math.isqrt(steps))  # as many steps in a block as blocks: close to the fewest calls
+    size = max(4, math.isqrt(steps))  # as many steps per block as blocks: close to the minimum of calls
     blocks = steps // size
     if blocks < 2:
         _loop(a, b, h, out, reverse)
         return
     rest = steps - blocks * size
-    # what is left over comes last in the order of the scan
+    # the remainder comes last in the order of the scan
     body, tail = (slice(rest, None), slice(rest)) if reverse else (slice(blocks * size), slice(blocks * size, None))
     a_steps, b_steps, out_steps = (_in_order(x[:, body].unflatten(1, (blocks, size)), 2, reverse) for x in (a, b, out))
-    # what a block does to the state that enters it: h -> product * h + end
+    # the effect of a block on its incoming state: h -> product * h + end
     end = b_steps[0].clone(memory_format=torch.contiguous_format)
     product = a_steps[0].clone(memory_format=torch.contiguous_format)
     for a_t, b_t in zip(a_steps[1:], b_steps[1:], strict=True):

@@ -1,6 +1,6 @@
-"""Evaluate a model file as it is served: the ONNX step over sequences, lane by lane, and the scores of its heads.
+"""Evaluate a model file as it is served: the ONNX step over sequences in lanes, and the scores of its heads.
 
-Needs no torch: what is measured is the file in the zoo, not the network that it came from. Knows nothing about plots.
+Does not import torch: it measures the model file, not the network that it was exported from.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LANES, _LENGTH = 32, 64
 
 
 def hidden(ticks: Ticks, names: list[str], present: Collection[str] | None) -> Ticks:
-    """The sequence as if only the modalities of `present` had been plugged in."""
+    """The sequence with all other modalities than `present` masked."""
     if present is None:
         return ticks
     keep = np.array([n in present for n in names], np.float32)
@@ -33,7 +33,7 @@ def hidden(ticks: Ticks, names: list[str], present: Collection[str] | None) -> T
 
 
 def check(graph: Graph, recipe: Recipe) -> None:
-    """The file and the recipe beside it must speak of the same inputs and outputs; raises ModelError."""
+    """Check that the model file and its recipe have the same inputs and outputs; raises ModelError."""
     spec = read_contract(graph)
     says = {m.name: m.size for m in spec.modalities}
     wants = {name: m.size for name, m in recipe.modalities.items()}
@@ -47,7 +47,7 @@ def check(graph: Graph, recipe: Recipe) -> None:
 def collect(
     graph: Graph, recipe: Recipe, sequences: Iterable[Ticks], present: Collection[str] | None = None
 ) -> dict[str, tuple[Any, Any]]:
-    """By head: what the model says on the ticks that count, and their targets."""
+    """By head: the model's outputs on the ticks with a weight, and their targets."""
     spec = read_contract(graph)
     names = [m.name for m in spec.modalities]
     inputs: dict[str, tuple[int, ...]] = {
@@ -63,7 +63,7 @@ def collect(
         {f"state.{s.name}": (f"next.{s.name}", (_LANES, *s.shape)) for s in spec.states},
     )
     binding.inputs["active"][...] = 1
-    said: dict[str, list[Any]] = {h.name: [] for h in recipe.heads}
+    chunks: dict[str, list[Any]] = {h.name: [] for h in recipe.heads}
     true: dict[str, list[Any]] = {h.name: [] for h in recipe.heads}
     chosen = (hidden(t, names, present) for t in sequences)
     for batch in batches(chosen, recipe, _LANES, _LENGTH):
@@ -81,11 +81,11 @@ def collect(
                 out[:, t] = binding.outputs[f"head.{name}"]
         for name, out in outputs.items():
             counts = batch.weights[name] > 0
-            said[name].append(out[counts])
+            chunks[name].append(out[counts])
             true[name].append(batch.targets[name][counts])
     return {
         h.name: (
-            np.concatenate(said[h.name]) if said[h.name] else np.zeros((0, h.size), np.float32),
+            np.concatenate(chunks[h.name]) if chunks[h.name] else np.zeros((0, h.size), np.float32),
             np.concatenate(true[h.name]) if true[h.name] else np.zeros(0),
         )
         for h in recipe.heads
@@ -102,7 +102,7 @@ def evaluate(
     """The scores of each head of the model file on sequences, with only the modalities of `present`.
 
     Raises:
-        ModelError: the file is no model, or not this recipe's.
+        ModelError: the file is not a model, or does not fit the recipe.
 
     """
     graph = Graph(path, provider)

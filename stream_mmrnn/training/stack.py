@@ -1,7 +1,4 @@
-"""A stack of layers of one recurrent cell, with the interface of a cell.
-
-Knows nothing about which cell it stacks, nor about modalities or heads.
-"""
+"""A stack of layers of one recurrent cell, with the interface of a cell."""
 
 from __future__ import annotations
 
@@ -16,12 +13,12 @@ NORMS: dict[str, type[nn.Module]] = {"none": nn.Identity, "layer": nn.LayerNorm,
 
 
 class Stack(Cell):
-    """Layers of one cell, with the interface of a cell; the states are named `LAYER.NAME`.
+    """Layers of one cell, with the interface of a cell; states are named `LAYER.NAME`.
 
-    Each layer reads norm(s) and its output y replaces s, or with `residual` is added to it; the first layer reads the
-    input as it is, and has the residual only where the input is as wide as it is. The output is normalised once more,
-    as what a stack of pre-norm residual layers sums up has no fixed size (Xiong et al., "On layer normalization in the
-    transformer architecture", 2020). Dropout acts on what one layer hands to the next, in training only.
+    Each layer reads norm(s); its output y replaces s, or is added to it with `residual`. The first layer reads the
+    input without a norm, and has a residual only if the input is as wide as the layer. The final output is normalised
+    again, because the sum of pre-norm residual layers has no fixed scale (Xiong et al., "On layer normalization in the
+    transformer architecture", 2020). Dropout is applied between layers, in training only.
     """
 
     def __init__(
@@ -77,7 +74,7 @@ class Stack(Cell):
             yield cell
 
     def _enter(self, layer: int, x: Tensor) -> Tensor:
-        """What the layer reads: `norms[layer - 1]` stands before it, the last one behind the stack."""
+        """The input of a layer: `norms[layer - 1]` is before it; the last norm is after the stack."""
         if layer == 0:
             return x
         entering: Tensor = self.dropout(self.norms[layer - 1](x))

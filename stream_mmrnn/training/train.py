@@ -1,16 +1,14 @@
-"""Train: a recipe and a task -> a checkpoint, with everything needed to go on from it.
+"""Train: a recipe and a task -> a checkpoint from which training can resume.
 
-Truncated back-propagation through time over lanes with carried state; whole modalities are hidden at random; the best
-epoch on the validation data is kept, and the heads' temperatures are fitted there at the end. Checkpoints are
-safetensors, written beside and renamed, so that the last good one survives anything. Knows nothing about where
-sequences come from or how reports look.
+Truncated back-propagation through time over lanes with carried state (see `data`). Whole modalities are hidden at
+random. The epoch with the best validation loss is kept; at the end the temperatures of the heads are fitted on the
+validation data.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -20,32 +18,31 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stream_mmrnn.core.errors import FileError, StreamError, UsageError
+from stream_mmrnn.training.checkpoints import load, part, read, save, write
 from stream_mmrnn.training.data import Batch, Task, Ticks, batches, check
 from stream_mmrnn.training.heads import loss
 from stream_mmrnn.training.metrics import best_threshold
 from stream_mmrnn.training.predictor import Predictor
 from stream_mmrnn.training.recipe import Recipe
-from stream_mmrnn.training.recipe import parse as parse_recipe
 
 Progress = Callable[[dict[str, Any]], None]
 
 
-class TrainingStopped(StreamError):  # noqa: N818 no error, an end
-    """Told to stop before there was anything to keep."""
+class TrainingStopped(StreamError):  # noqa: N818 not an error: the user stopped it
+    """Stopped before the first epoch was done, so there is no result."""
 
     exit_code = 3
 
 
-class Diverged(StreamError):  # noqa: N818 the field's word
-    """The loss is no number any more; the last good checkpoint is there."""
+class Diverged(StreamError):  # noqa: N818 the usual term
+    """The loss is not finite; the last good checkpoint still exists."""
 
 
 def device_of(recipe: Recipe) -> torch.device:
-    """Where to train; a GPU that was asked for and is not there is an error."""
+    """The device to train on; a requested GPU that is missing is an error."""
     if recipe.train.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("train.device is `cuda` and torch sees no GPU; use `cpu` or `auto`")
     use = recipe.train.device != "cpu" and torch.cuda.is_available()
@@ -53,7 +50,7 @@ def device_of(recipe: Recipe) -> torch.device:
 
 
 def build(recipe: Recipe, task: Task, rng: np.random.Generator) -> Predictor:
-    """A fresh network whose scales and reductions are those of the task's training data."""
+    """A new network; its normalisation and reductions are computed from the task's training data."""
     sample: list[Ticks] = []
     seen = 0
     for ticks in task.train(rng):
@@ -63,10 +60,10 @@ def build(recipe: Recipe, task: Task, rng: np.random.Generator) -> Predictor:
         if seen >= 60_000:
             break
     if not sample:
-        raise FileError(f"the data of {recipe.name} holds no sequence to train on")
+        raise FileError(f"the data of {recipe.name} has no sequence to train on")
     for head in recipe.heads:
         if not any(t.weights[head.name].any() for t in sample):
-            raise FileError(f"no tick has a label for the head {head.name!r}; was anything labelled?")
+            raise FileError(f"no tick has a label for the head {head.name!r}; are there any labels?")
     names = list(recipe.modalities)
     scales: dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = {}
     bases: dict[str, np.ndarray[Any, Any]] = {}
@@ -93,7 +90,7 @@ def build(recipe: Recipe, task: Task, rng: np.random.Generator) -> Predictor:
 
 
 def _principal(rows: np.ndarray[Any, Any], energy: float) -> np.ndarray[Any, Any]:
-    """The principal axes [size, k] that hold at least `energy` of the variance."""
+    """The principal axes [size, k] with at least the share `energy` of the variance."""
     values, vectors = np.linalg.eigh(np.cov(rows.astype(np.float64), rowvar=False))
     values, vectors = values[::-1].clip(min=0), vectors[:, ::-1]
     k = int(np.searchsorted(np.cumsum(values) / max(values.sum(), 1e-12), energy) + 1)
@@ -114,32 +111,32 @@ class Tensors:
 
 
 def hide(batch: Tensors, share: float, generator: torch.Generator) -> None:
-    """Hide whole modalities of whole lanes, never all of one lane's, as if their devices were unplugged."""
+    """Modality dropout: hide whole modalities of whole lanes, but never all modalities of a lane."""
     if share <= 0 or batch.present.shape[2] < 2:
         return
     lanes, _, count = batch.present.shape
     keep = torch.rand((lanes, count), generator=generator) >= share
-    # one is spared, of those that the lane has
+    # keep at least one modality that the lane has
     there = batch.present.amax(1).cpu()
     keep[torch.arange(lanes), (there + 0.5 * torch.rand((lanes, count), generator=generator)).argmax(1)] = True
     keep = keep.to(batch.present.device)
     batch.present = batch.present * keep[:, None, :]
     batch.age = torch.where(keep[:, None, :], batch.age, torch.full_like(batch.age, 10.0))
-    # `Tokens` multiplies by `present`, so the features themselves may stay
+    # `Tokens` multiplies by `present`, so the features need no change
 
 
 def losses(predictor: Predictor, raw: dict[str, Tensor], batch: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum, and each head's own."""
+    """The weighted sum of the losses, and the loss of each head."""
     each = {h.name: loss(h, raw[h.name], batch.targets[h.name], batch.weights[h.name]) for h in predictor.recipe.heads}
     total = torch.stack([h.weight * each[h.name] for h in predictor.recipe.heads]).sum()
     return total, each
 
 
 class Trainer:
-    """One training run; `run` goes through the epochs and leaves the best network in `predictor`."""
+    """One training run; after `run`, `predictor` is the network of the best epoch."""
 
     def __init__(self, recipe: Recipe, task: Task, folder: Path, resume: bool = False) -> None:
-        """`folder` takes checkpoints and logs; `resume` goes on from the last one there."""
+        """`folder` is for checkpoints and logs; `resume` continues from its last checkpoint."""
         self.recipe, self.task, self.folder = recipe, task, folder
         self.device = device_of(recipe)
         t = recipe.train
@@ -153,7 +150,7 @@ class Trainer:
         self.epoch = 0
         self.best = (math.inf, -1)
         self.stopped = False
-        """It was told to end before its last epoch."""
+        """It was stopped before its last epoch."""
         self.history: list[dict[str, Any]] = []
         folder.mkdir(parents=True, exist_ok=True)
         if resume:
@@ -162,7 +159,7 @@ class Trainer:
     # ---- one epoch -----------------------------------------------------------------------------------------------
 
     def _rate(self, share: float) -> float:
-        """The learning rate when `share` of the run is done."""
+        """The learning rate after this share of the run."""
         t = self.recipe.train
         if t.schedule == "constant":
             return t.learning_rate
@@ -172,7 +169,7 @@ class Trainer:
         return t.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
     def _learn(self, steps_before: int, progress: Progress, alive: Callable[[], bool]) -> tuple[float, int] | None:
-        """Mean loss and number of steps of one epoch; None where it was told to stop in the middle."""
+        """Mean loss and number of steps of one epoch; None if it was stopped during the epoch."""
         t = self.recipe.train
         predictor = self.predictor.train()
         state = None
@@ -213,7 +210,7 @@ class Trainer:
         return total / max(count, 1), count
 
     def validate(self, sequences: Iterable[Ticks]) -> float:
-        """The mean loss, tick by tick, over sequences."""
+        """The mean loss per tick over sequences."""
         predictor = self.predictor.eval()
         total = weight = 0.0
         state = None
@@ -230,11 +227,11 @@ class Trainer:
     # ---- the run -------------------------------------------------------------------------------------------------
 
     def run(self, progress: Progress = lambda _: None, alive: Callable[[], bool] = lambda: True) -> None:
-        """All epochs that are left; once `alive` is false, what was done of an epoch is forgotten.
+        """Run the remaining epochs, until `alive` is false; an unfinished epoch is discarded.
 
         Raises:
-            Diverged: the loss is no number.
-            TrainingStopped: it was told to stop before the first epoch was done.
+            Diverged: the loss is not finite.
+            TrainingStopped: it was stopped before the first epoch was done.
 
         """
         t = self.recipe.train
@@ -268,7 +265,7 @@ class Trainer:
                 break
         self.stopped = not alive()
         if self.stopped and self.best[1] < 1:
-            raise TrainingStopped(f"training {self.recipe.name} was stopped in its first epoch; nothing was kept")
+            raise TrainingStopped(f"training {self.recipe.name} was stopped in its first epoch; nothing was saved")
         if self.best[1] > 0:
             best, _ = load(self.folder / "best.safetensors")
             self.predictor.load_state_dict(best.state_dict())
@@ -277,7 +274,7 @@ class Trainer:
             save(self.predictor, self.folder / "best.safetensors", self.task.origins)
 
     def _save(self) -> None:
-        """Everything to go on from, in a format that cannot run code."""
+        """Write everything that `resume` needs, in a format that cannot run code."""
         tensors: dict[str, Tensor] = {f"model.{k}": v for k, v in self.predictor.state_dict().items()}
         for i, entry in self._optimizer.state_dict()["state"].items():
             for k, v in entry.items():
@@ -291,20 +288,20 @@ class Trainer:
             "rng": self._rng.bit_generator.state,
             "scaler": self._scaler.state_dict(),
         }
-        _write(tensors, self.folder / "last.safetensors", self.recipe, self.task.origins, facts)
+        write(tensors, self.folder / "last.safetensors", self.recipe, self.task.origins, facts)
 
     def _resume(self) -> None:
         path = self.folder / "last.safetensors"
         if not path.exists():
             return
-        tensors, about = _read(path)
+        tensors, about = read(path)
         if about["recipe"] != json.loads(msgspec.json.encode(self.recipe)):
             raise UsageError(f"{path} was made with another recipe; train into another folder, or without --resume")
         facts = about["facts"]
-        self.predictor.load_state_dict(_part(tensors, "model."))
+        self.predictor.load_state_dict(part(tensors, "model."))
         optimizer = self._optimizer.state_dict()
         state: dict[int, dict[str, Tensor]] = {}
-        for key, value in _part(tensors, "optimizer.").items():
+        for key, value in part(tensors, "optimizer.").items():
             index, name = key.split(".", 1)
             state.setdefault(int(index), {})[name] = value
         self._optimizer.load_state_dict({**optimizer, "state": state})
@@ -317,9 +314,9 @@ class Trainer:
 
 
 def calibrate(predictor: Predictor, sequences: Iterable[Ticks], device: torch.device) -> None:
-    """Fit each head's temperature on held-out data (Guo et al. 2017): the one number that makes its log loss least.
+    """Fit the temperature of each head on held-out data (Guo et al. 2017): it minimises the log loss.
 
-    A head that says yes or no has its threshold chosen there, too: the one with the best balanced accuracy.
+    For a binary head also choose the threshold with the best balanced accuracy.
     """
     from stream_mmrnn.training.evaluate import collect
 
@@ -351,61 +348,6 @@ def calibrate(predictor: Predictor, sequences: Iterable[Ticks], device: torch.de
         if math.isfinite(value) and 0.05 < value < 20:
             predictor.heads.temperature(head.name).fill_(value)
         if head.kind == "classification" and head.size == 1:
-            said = torch.sigmoid(raw / predictor.heads.temperature(head.name).cpu())
-            found = best_threshold(said.numpy().ravel(), target.numpy().ravel())
+            scores = torch.sigmoid(raw / predictor.heads.temperature(head.name).cpu())
+            found = best_threshold(scores.numpy().ravel(), target.numpy().ravel())
             predictor.heads.threshold(head.name).fill_(min(max(found, 0.0), 1.0))
-
-
-# ---- files -------------------------------------------------------------------------------------------------------
-
-
-def save(predictor: Predictor, path: Path, origins: dict[str, str]) -> None:
-    """The network and its recipe."""
-    _write({f"model.{k}": v for k, v in predictor.state_dict().items()}, path, predictor.recipe, origins, {})
-
-
-def load(path: Path) -> tuple[Predictor, dict[str, str]]:
-    """The network of a checkpoint, on the CPU, and the encoders it was trained with.
-
-    Raises:
-        FileError: the file is missing, damaged or no checkpoint of ours.
-
-    """
-    tensors, about = _read(path)
-    recipe = parse_recipe(about["recipe"])
-    state = _part(tensors, "model.")
-    reduced = {k.removeprefix("tokens.basis_"): v.shape[1] for k, v in state.items() if k.startswith("tokens.basis_")}
-    predictor = Predictor(recipe, reduced)
-    try:
-        predictor.load_state_dict(state)
-    except RuntimeError as e:
-        raise FileError(f"{path} does not hold the network that its recipe describes; was it changed?") from e
-    return predictor.eval(), about["origins"]
-
-
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _write(
-    tensors: dict[str, Tensor], path: Path, recipe: Recipe, origins: dict[str, str], facts: dict[str, Any]
-) -> None:
-    about = json.dumps({"recipe": json.loads(msgspec.json.encode(recipe)), "origins": origins, "facts": facts})
-    beside = path.with_suffix(".tmp")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, beside, {"stream_mmrnn": about})
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
-    beside.replace(path)
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise FileError(f"there is no checkpoint {path}; train first, or give another path")
-    try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {})["stream_mmrnn"])
-        return load_file(path), about
-    except (SafetensorError, KeyError, ValueError, OSError) as e:
-        raise FileError(f"{path} is no checkpoint of this program, or is damaged ({type(e).__name__})") from e

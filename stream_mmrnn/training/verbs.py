@@ -1,7 +1,7 @@
-"""What the verbs `train`, `evaluate` and `export` do, as functions that return what they found.
+"""The verbs `train`, `evaluate` and `export` as functions that return their results; cli/train.py prints them.
 
-Ties recipe, task, trainer, export gate, report and card together. Torch is imported by `train` and `export` alone:
-measuring a model file needs none. Knows nothing about terminals.
+Combines recipe, task, trainer, export gate, report and card. Only `train` and `export` import torch; `evaluate` does
+not.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Progress = Callable[[dict[str, Any]], None]
 
 
 def _command(recipe: Path | None, quick: bool, seed: int | None) -> str:
-    """What makes the model again, without the paths of this machine: a card travels."""
+    """The command that makes the model again, without paths of this machine, because cards are published."""
     where = [] if recipe is None else [recipe.name if recipe.is_absolute() else str(recipe)]
     options = ["--quick"] * quick + ([] if seed is None else ["--seed", str(seed)])
     return " ".join(["stream-mmrnn", "train", *where, "--data", "DATA", *options])
@@ -37,7 +37,7 @@ def _versions() -> str:
 
 
 def recipe_of(path: Path | None, data: Sequence[Path], name: str) -> Recipe:
-    """The recipe of a file or a zoo folder; of own recordings where there is none."""
+    """The recipe of a file or model folder; if none is given, one made from the user's recordings."""
     if path is None:
         from stream_mmrnn.training.tasks.recordings import files_of, recipe_for
 
@@ -63,8 +63,8 @@ def train(
     """Train, calibrate, export through the gate, and write report, plots and card into `out`.
 
     Raises:
-        UsageError: recipe or data are not what they should be.
-        StreamError: the loss is no number any more, or the export did not pass.
+        UsageError: recipe or data are missing or wrong.
+        StreamError: the loss is not finite, or the export gate failed.
 
     """
     from stream_mmrnn.training import report as reports
@@ -108,7 +108,7 @@ def train(
 
 
 def _tensorboard(folder: Path, stack: ExitStack) -> Progress:
-    """A writer of TensorBoard's event files; nothing where it is not installed."""
+    """A writer of TensorBoard event files; None if TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -124,16 +124,16 @@ def _tensorboard(folder: Path, stack: ExitStack) -> Progress:
 
 
 def evaluate(model: Path, data: Sequence[Path], present: Sequence[str] | None) -> dict[str, Any]:
-    """The figures of a model folder (step.onnx and recipe.toml) on its test data, as it is served.
+    """The scores of a model folder (step.onnx and recipe.toml) on its test data, run as it is served.
 
     Raises:
-        UsageError: the folder, its data, or a modality of `present` is not there.
+        UsageError: the folder, its data, or a modality of `present` is missing.
 
     """
     folder = model if model.is_dir() else model.parent
     step = folder / "step.onnx" if model.is_dir() else model
     if not (folder / "recipe.toml").is_file():
-        raise FileError(f"{folder} holds no recipe.toml, which says what the model is measured on")
+        raise FileError(f"{folder} has no recipe.toml, which names the test data")
     recipe = recipes.load(folder / "recipe.toml")
     unknown = set(present or ()) - set(recipe.modalities)
     if unknown:
@@ -154,9 +154,9 @@ def evaluate(model: Path, data: Sequence[Path], present: Sequence[str] | None) -
 
 
 def export(checkpoint: Path, out: Path | None, int8: bool) -> dict[str, Any]:
-    """A checkpoint's step graph, with the gate; beside the checkpoint unless `out` says where."""
+    """Export the step graph of a checkpoint through the gate; to `out`, by default beside the checkpoint."""
+    from stream_mmrnn.training.checkpoints import load
     from stream_mmrnn.training.export import export as export_step
-    from stream_mmrnn.training.train import load
 
     predictor, origins = load(checkpoint)
     path = out or checkpoint.with_name("step.onnx")

@@ -1,19 +1,18 @@
-"""The documentation holds: its commands run, its names exist, its generated page is what the generator makes.
+"""Tests of the documentation: commands run, names and links exist, generated pages are up to date, the site works.
 
-A fenced block of `sh`, `console` or `python` runs as it stands, page by page, in a folder of its own. Above a block one
-comment may stand:
+Each fenced block of `sh`, `console` or `python` runs as it is written; each page has its own temporary folder. One
+comment may stand above a block:
 
-    <!-- not run: REASON -->          the reason is printed with the test's results
-    <!-- in another terminal -->      it runs beside the blocks that follow, and must end well by itself
+    <!-- not run: REASON -->          the block is skipped; the reason is printed
+    <!-- in another terminal -->      the block runs in the background while the next blocks run, and must exit with 0
 
-A first line `# NAME` with an ending makes a block (of Python or TOML) a file for the commands after it. A page that
-begins from the recording of the first page says `<!-- given: talk.mcap -->`.
+A block whose first line is `# NAME.py` or `# NAME.toml` is written to that file for the commands after it. A page that
+needs a recording contains `<!-- given: talk.mcap -->`.
 """
 
 from __future__ import annotations
 
 import ast
-import json
 import os
 import re
 import shlex
@@ -33,14 +32,15 @@ from places import ROOT
 
 from stream_mmrnn.cli import app as cli
 from stream_mmrnn.core import config
-from tools import config_reference
+from tools import config_reference, docs_site
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*(ROOT / name for name in docs_site.ROOT_PAGES), *sorted((ROOT / "docs").rglob("*.md"))]
+VERBS_PAGE = ROOT / "docs" / "verbs.md"
 RUN = ("sh", "console", "python")
 SHOWN = ("", "text", "toml", "json", "yaml", "js")
-"""Blocks that are no commands."""
+"""Languages of blocks that are not run."""
 LIMIT_S = 150
-"""Of one block; none needs a third of it."""
+"""Timeout of one block; each takes less than a third of it."""
 
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<kind>\S*)[^\n]*\n(?P<body>.*?)^(?P=indent)```$", re.M | re.S)
 _MARK = re.compile(r"<!-- (?P<words>not run: [^>]+|in another terminal) -->\s*\Z")
@@ -54,7 +54,7 @@ class Block(NamedTuple):
     kind: str
     body: str
     mark: str
-    """`not run: REASON`, `in another terminal`, or nothing."""
+    """`not run: REASON`, `in another terminal`, or empty."""
 
     @property
     def file(self) -> str:
@@ -88,10 +88,10 @@ RUNNING = [
 
 
 class Terminal:
-    """A folder in which a page's commands run, with the checkout's program on the path, and no session of others."""
+    """Runs the commands of one page: its own folder, this checkout's program on PATH, other sessions invisible."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self._beside = folder / "here", list[tuple[Block, subprocess.Popen[str]]]()
+        self.folder, self._background = folder / "here", list[tuple[Block, subprocess.Popen[str]]]()
         bin_, self._run = folder / "bin", folder / "run"
         for made in (self.folder, bin_, self._run):
             made.mkdir(mode=0o700)
@@ -129,7 +129,7 @@ class Terminal:
     def run(self, block: Block) -> None:
         if block.mark == "in another terminal":
             process = self.start(block)
-            self._beside.append((block, process))
+            self._background.append((block, process))
             self._wait_for_session(process)
         else:
             self._finish(block, self.start(block))
@@ -142,30 +142,31 @@ class Terminal:
     @staticmethod
     def _finish(block: Block, process: subprocess.Popen[str]) -> None:
         try:
-            said, _ = process.communicate(timeout=LIMIT_S)
+            output, _ = process.communicate(timeout=LIMIT_S)
         except subprocess.TimeoutExpired:
             process.kill()
-            said, _ = process.communicate()
-            pytest.fail(f"{block.where} did not end in {LIMIT_S} s:\n{said[-4000:]}")
-        assert process.returncode == 0, f"{block.where} ended with {process.returncode}:\n{block.body}\n{said[-4000:]}"
+            output, _ = process.communicate()
+            pytest.fail(f"{block.where} did not end in {LIMIT_S} s:\n{output[-4000:]}")
+        code = process.returncode
+        assert code == 0, f"{block.where} exited with {code}:\n{block.body}\n{output[-4000:]}"
         if block.kind == "console":
             for line in block.body.splitlines():
-                assert line.startswith("$ ") or line in said, f"{block.where}: not printed: {line}\n{said[-4000:]}"
+                assert line.startswith("$ ") or line in output, f"{block.where}: not printed: {line}\n{output[-4000:]}"
 
     def close(self) -> None:
-        """Wait for what runs beside; each must end well."""
-        while self._beside:
-            self._finish(*self._beside.pop(0))
+        """Wait for the background processes; each must exit with 0."""
+        while self._background:
+            self._finish(*self._background.pop(0))
 
     def kill(self) -> None:
-        for _, process in self._beside:
+        for _, process in self._background:
             process.kill()
             process.communicate()
 
 
 @pytest.fixture(scope="module")
 def talk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The recording that pages are given: made once, by a command of the README."""
+    """The recording for pages that need one: made once, by a command of the README."""
     path = tmp_path_factory.mktemp("docs") / "talk.mcap"
     command = [*COMMAND, "live", "--source", "synthetic", "--duration", "5", "--record", str(path), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
@@ -195,21 +196,21 @@ def test_each_block_runs_or_says_why_not(capsys: pytest.CaptureFixture[str]) -> 
     run, not_run = 0, []
     for page, blocks in BLOCKS.items():
         text = page.read_text(encoding="utf-8")
-        assert text.count("```") == 2 * len(blocks), f"{named(page)}: a fence that is not closed, or not understood"
+        assert text.count("```") == 2 * len(blocks), f"{named(page)}: a code fence is not closed, or of an unknown form"
         for i, block in enumerate(blocks):
             assert block.kind in (*RUN, *SHOWN), f"{block.where}: `{block.kind}` is not one of {RUN + SHOWN}"
             if block.kind not in RUN:
-                assert not block.mark, f"{block.where}: what is no command cannot be run"
-                assert not block.body.startswith(("$ ", "stream-mmrnn ")), f"{block.where}: a command: use sh"
+                assert not block.mark, f"{block.where}: this language is never run, so it needs no comment"
+                assert not block.body.startswith(("$ ", "stream-mmrnn ")), f"{block.where}: use sh for commands"
             elif block.mark.startswith("not run"):
                 not_run.append(f"{block.where}: {block.mark.removeprefix('not run: ')}")
             else:
                 run += 1
             if block.file and block.kind == "python":
                 later = [b.body for b in blocks[i + 1 :] if b.kind in RUN and not b.mark.startswith("not run")]
-                assert any(f"python {block.file}" in body for body in later), f"{block.where}: nobody runs it"
-        strays = list(re.findall(r"<!-- (?:not run|in another)[^>]*-->", text))
-        assert len(strays) == sum(bool(b.mark) for b in blocks), f"{named(page)}: a mark that stands above no block"
+                assert any(f"python {block.file}" in body for body in later), f"{block.where}: no command runs it"
+        comments = list(re.findall(r"<!-- (?:not run|in another)[^>]*-->", text))
+        assert len(comments) == sum(bool(b.mark) for b in blocks), f"{named(page)}: a comment that is not above a block"
     with capsys.disabled():
         print(f"\ndocumentation: {run} blocks run, {len(not_run)} do not:")
         print("".join(f"  {line}\n" for line in not_run), end="")
@@ -225,7 +226,7 @@ def test_toml_is_toml(page: Path) -> None:
                 config.parse(table)
 
 
-# ---- commands that stand in a sentence or a table -------------------------------------------------------------------
+# ---- commands in sentences and tables -------------------------------------------------------------------------------
 
 
 def commands_of(page: Path) -> Iterator[str]:
@@ -235,7 +236,7 @@ def commands_of(page: Path) -> Iterator[str]:
 
 
 def check_command(words: list[str]) -> str:
-    """What is wrong with a command's verb and options; "" for nothing."""
+    """The error in a command's verb or options; "" if there is none."""
     command: Any = typer.main.get_command(cli.app)
     known = {"--help", "-h"}
     for i, word in enumerate(words):
@@ -253,17 +254,22 @@ def check_command(words: list[str]) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
-def test_each_command_is_one_of_ours(page: Path) -> None:
-    for said in commands_of(page):
-        words = [w.rstrip(".,;:)") for w in shlex.split(said.replace("...", ""), comments=True)[1:]]
-        assert check_command([w for w in words if w]) == "", f"{named(page)}: {said}"
+def test_each_command_exists(page: Path) -> None:
+    for written in commands_of(page):
+        words = [w.rstrip(".,;:)") for w in shlex.split(written.replace("...", ""), comments=True)[1:]]
+        assert check_command([w for w in words if w]) == "", f"{named(page)}: {written}"
 
 
-def test_the_readme_has_a_row_for_each_verb() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_pages_name_each_verb() -> None:
+    readme, page = (path.read_text(encoding="utf-8") for path in (ROOT / "README.md", VERBS_PAGE))
     verbs: Any = typer.main.get_command(cli.app)
     for name, verb in verbs.commands.items():
-        assert verb.hidden or re.search(rf"^\| `{name}\b", text, re.M), f"README.md has no row for {name}"
+        assert verb.hidden or re.search(rf"^\| `{name}\b", page, re.M), f"docs/verbs.md has no row for {name}"
+        assert verb.hidden or re.search(rf"^\| \w+ \|.*`{name}`", readme, re.M), f"README.md does not list {name}"
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
 def test_a_wrong_command_is_noticed() -> None:
@@ -272,21 +278,21 @@ def test_a_wrong_command_is_noticed() -> None:
     assert check_command(["bench", "step", "--json"]) == ""
 
 
-# ---- pages and what they name ---------------------------------------------------------------------------------------
+# ---- names and links ------------------------------------------------------------------------------------------------
 
 
-def test_the_configuration_page_is_what_the_types_say() -> None:
+def test_the_configuration_page_is_up_to_date() -> None:
     page = config_reference.PAGE.read_text(encoding="utf-8")
     assert page == config_reference.render(), "run python -m tools.config_reference --write"
 
 
 def _anchor(heading: str) -> str:
-    """As GitHub and mkdocs make it of a plain heading."""
+    """The anchor that GitHub and mkdocs make of a plain heading."""
     return re.sub(r"[^\w\- ]", "", heading.replace("`", "")).strip().lower().replace(" ", "-")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_exist(page: Path) -> None:
     text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.S)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         path, _, anchor = target.partition("#")
@@ -299,8 +305,14 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in map(_anchor, headings), f"{named(page)}: {target}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_links_open_pages_and_not_pictures(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert not re.findall(r"(?<!!)\[[^\]!]*\]\([^)]+\.(?:png|svg)\)", text)
+
+
 def sentences() -> list[str]:
-    """Every text in the package, with a NUL where a value goes."""
+    """Every string in the package, with NUL in place of formatted values."""
     found = []
     for path in (ROOT / "stream_mmrnn").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -311,8 +323,8 @@ def sentences() -> list[str]:
     return found
 
 
-def holds(text: str, parts: list[str]) -> bool:
-    """Whether the parts stand in the text, one after the other."""
+def contains(text: str, parts: list[str]) -> bool:
+    """Whether the text contains all parts in this order."""
     at = 0
     for part in parts:
         found = text.find(part, at)
@@ -323,18 +335,18 @@ def holds(text: str, parts: list[str]) -> bool:
 
 
 ENTRIES = re.findall(r"^### `(.+)`$", (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"), re.M)
-"""Sentences; … stands for what is different each time."""
+"""Error messages; … stands for the part that differs."""
 
 
-def test_each_sentence_of_troubleshooting_is_the_programs() -> None:
+def test_the_program_contains_each_message_of_troubleshooting() -> None:
     assert len(ENTRIES) > 20
     assert len(set(ENTRIES)) == len(ENTRIES)
-    said = sentences()
+    texts = sentences()
     for entry in ENTRIES:
-        assert any(holds(sentence, entry.split("…")) for sentence in said), f"the program never says: {entry}"
+        assert any(contains(text, entry.split("…")) for text in texts), f"no such message in the program: {entry}"
 
 
-def test_a_person_finds_what_the_program_printed() -> None:
+def test_troubleshooting_has_common_messages() -> None:
     for args in (
         ("live", "--model", "nothing"),
         ("live", "--vision", "webcam"),
@@ -343,8 +355,8 @@ def test_a_person_finds_what_the_program_printed() -> None:
     ):
         done = subprocess.run([*COMMAND, *args], capture_output=True, text=True, timeout=60)
         assert done.returncode == 2
-        said = " ".join(done.stderr.split())
-        assert any(holds(said, entry.split("…")) for entry in ENTRIES), said
+        printed = " ".join(done.stderr.split())
+        assert any(contains(printed, entry.split("…")) for entry in ENTRIES), printed
 
 
 # ---- the site -------------------------------------------------------------------------------------------------------
@@ -368,10 +380,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_page_is_in_the_site(site: Path) -> None:
-    from tools import docs_site
-
     for page in docs_site.pages():
-        made = re.sub(r"README\.md$", "index.md", page)  # a folder's own page
+        made = re.sub(r"README\.md$", "index.md", page)  # mkdocs does this for folders
         assert (site / made).with_suffix(".html").is_file(), page
     index = (site / "index.html").read_text(encoding="utf-8")
     assert "<h1" in index
@@ -389,48 +399,72 @@ _LOADED = re.compile(
     r"|@import\s+[\"']((?:https?:)?//[^\"']+)",
     re.I,
 )
-_NEVER_ASKED = {
-    "https://unpkg.com": "mermaid, where a page has a diagram of it; none has",
-    "https://api.github.com": "stars, where repo_url is set; it is not",
+_NEVER_REQUESTED = {
+    "https://unpkg.com": "mermaid, only if a page has a mermaid diagram; none has",
+    "https://api.github.com": "stars, only if repo_url is set; it is not",
     "https://gitlab.com": "the same",
 }
 
 
-def test_the_site_asks_nobody_else(site: Path) -> None:
-    """No script, style, font or picture of another host; what the theme's own script could ask for is not set off."""
+def test_the_site_names_no_other_host(site: Path) -> None:
+    """No script, style, font or picture is from another host; the theme's own optional requests are off."""
     for path in (*site.rglob("*.html"), *site.rglob("*.css"), *site.rglob("*.svg")):
         text = path.read_text(encoding="utf-8")
         assert not _LOADED.search(text), f"{path.relative_to(site)}: {_LOADED.search(text)}"
         assert "mermaid" not in text or path.suffix != ".html"
         assert 'data-md-component="source"' not in text
-    scripts = [*site.rglob("*.js")]
+    scripts = [path for path in site.rglob("*.js") if path.name != "search_index.js"]  # that one is the pages' text
     assert scripts
     for path in scripts:
         for host in re.findall(r"[\"'`](https?://[^/\"'`$]+)", path.read_text(encoding="utf-8")):
-            assert host in _NEVER_ASKED or "w3.org" in host, f"{path.relative_to(site)}: {host}"
+            assert host in _NEVER_REQUESTED or "w3.org" in host, f"{path.relative_to(site)}: {host}"
 
 
-def test_a_browser_that_reads_the_site_asks_nobody_else(site: Path) -> None:
+@pytest.fixture
+def browser() -> Iterator[Any]:
     sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
     with sync_api.sync_playwright() as playwright:
         own = playwright.chromium.executable_path
         chromium = own if Path(own).exists() else shutil.which("chromium")
         if chromium is None:
             pytest.skip("Chromium is not installed: playwright install chromium, or the system's package chromium")
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        try:
-            page = browser.new_page()
-            asked: list[str] = []
-            page.on("request", lambda request: asked.append(request.url))
-            for name in ("index.html", "api.html", "guides/voice_agent.html"):
-                page.goto((site / name).as_uri())
-                page.wait_for_load_state("load")
-            assert len(asked) > 5
-            assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
-        finally:
-            browser.close()
+        chrome = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield chrome
+        chrome.close()
 
 
-def test_the_index_of_searches_is_there(site: Path) -> None:
-    index = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))
-    assert any(doc["title"] == "The end of the turn, in 20 lines" for doc in index["docs"])
+def test_a_browser_loads_nothing_from_other_hosts(site: Path, browser: Any) -> None:
+    page = browser.new_page()
+    requested: list[str] = []
+    page.on("request", lambda request: requested.append(request.url))
+    for name in ("index.html", "api.html", "guides/voice_agent.html"):
+        page.goto((site / name).as_uri())
+        page.wait_for_load_state("load")
+    assert len(requested) > 5
+    assert [url for url in requested if not url.startswith(("file:", "data:", "blob:"))] == []
+
+
+@pytest.mark.parametrize("start", ["index.html", "guides/study.html"])
+def test_the_search_works_from_a_folder(site: Path, browser: Any, start: str) -> None:
+    """Without a server and without flags that allow access to files."""
+    page = browser.new_page()
+    page.goto((site / start).as_uri())
+    page.locator("input.md-search__input").focus()
+    page.keyboard.type("the end of the turn, in 20 lines")
+    found = page.locator(".md-search-result__item a").first
+    found.wait_for(state="visible")
+    found.click()
+    page.wait_for_url("**/guides/voice_agent.html**")
+
+
+def test_links_from_the_repository_become_links_of_the_site() -> None:
+    for here, link, expected in (
+        ("index.md", "docs/page.md", "page.md"),
+        ("index.md", "CONTRIBUTING.md", "CONTRIBUTING.md"),
+        ("index.md", "models/digits/card.md", "models/digits/card.md"),
+        ("guides/study.md", "../../README.md", "../index.md"),
+        ("guides/study.md", "../model.md", "../model.md"),
+        ("limits.md", "../models/digits/card.md", "models/digits/card.md"),
+        ("models/digits/card.md", "../../docs/study.md", "../../study.md"),
+    ):
+        assert docs_site.site_link(link, here) == expected

@@ -1,4 +1,4 @@
-"""Every command and snippet of docs/use.md, run as it stands, beside a session as the page says."""
+"""Runs every command and snippet of docs/use.md unchanged, while a session runs as the page says."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from harness import COMMAND
 from places import ROOT
 
 TEXT = (ROOT / "docs" / "use.md").read_text()
-ENDS_BY_ITSELF = "--once", "--json", "--count", "diff"
 
 
 def blocks(language: str) -> list[str]:
@@ -29,7 +28,7 @@ LIVE, *COMMANDS = [line for block in blocks("sh") for line in block.splitlines()
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which the page is followed: it holds a model that was trained, and later the recording."""
+    """The working folder of the page: it has a trained model, and later the recording."""
     folder = tmp_path_factory.mktemp("use")
     mine = folder / "trained" / "mine"
     mine.mkdir(parents=True)
@@ -41,7 +40,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def env(place: Path) -> dict[str, str]:
     root = str(ROOT)
-    # whatever else is running on this machine is found elsewhere
+    # sessions of others on this machine are registered in other folders
     return {**os.environ, "XDG_RUNTIME_DIR": str(place / "run"), "TMPDIR": str(place), "PYTHONPATH": root}
 
 
@@ -53,7 +52,7 @@ def words(line: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def session(place: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """What the page says to leave running; with labels typed into it, for those who want some."""
+    """The session that runs during the page's commands; a label is typed into it for `diff --labels`."""
     pipe = place / "words"
     os.mkfifo(pipe)
     extra = ["--port", "8765", "--text", f"pipe:{pipe}"]
@@ -72,21 +71,21 @@ def session(place: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a named pipe and signals")
-def test_the_page_as_it_stands(place: Path, session: subprocess.Popen[bytes]) -> None:
+def test_the_commands_of_the_page_run(place: Path, session: subprocess.Popen[bytes]) -> None:
     watching = [c for c in COMMANDS if " diff " not in c]
-    begun = {}
+    started = {}
     for snippet in blocks("python"):
-        begun[snippet] = subprocess.Popen([sys.executable, "-W", "error", "-u", "-c", snippet], **pipes(place))
+        started[snippet] = subprocess.Popen([sys.executable, "-W", "error", "-u", "-c", snippet], **pipes(place))
     for line in watching:
-        begun[line] = subprocess.Popen(words(line), **pipes(place))
+        started[line] = subprocess.Popen(words(line), **pipes(place))
     node = shutil.which("node")
     for snippet in blocks("js") if node and has_websocket(node) else []:
-        begun[snippet] = subprocess.Popen([node, "--experimental-websocket", "-e", snippet], **pipes(place))  # type: ignore[list-item]
-    for what, process in begun.items():
+        started[snippet] = subprocess.Popen([node, "--experimental-websocket", "-e", snippet], **pipes(place))  # type: ignore[list-item]
+    for what, process in started.items():
         assert process.stdout is not None
-        assert process.stdout.readline(), f"it says nothing: {what}"
+        assert process.stdout.readline(), f"no output: {what}"
     session.send_signal(signal.SIGINT)
-    for what, process in begun.items():
+    for what, process in started.items():
         out, err = process.communicate(timeout=60)
         warned = "ExperimentalWarning" in err and "WebSocket" in what
         assert process.returncode == 0, f"{what}\n{err}"
@@ -96,7 +95,7 @@ def test_the_page_as_it_stands(place: Path, session: subprocess.Popen[bytes]) ->
     assert len(diffs) == 5
     for line in diffs:
         done = subprocess.run(words(line), cwd=place, env=env(place), capture_output=True, text=True, check=False)
-        # what was `trained` here is the zoo's model: nothing differs
+        # the `trained` model is a copy of turn_taking: nothing differs
         assert done.returncode == 0, f"{line}\n{done.stderr}"
     assert (place / "diff.png").stat().st_size > 10_000
 

@@ -1,4 +1,4 @@
-"""The wheel: small, complete, and enough to run outside the checkout."""
+"""The wheel is small, complete, and runs outside the checkout."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from stream_mmrnn.core import config
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As `pip wheel . --no-deps` makes it."""
+    """Built as by `pip wheel . --no-deps`."""
     for needed in ("build", "hatchling"):
         pytest.importorskip(needed, reason=f"building the wheel needs {needed}: pip install '.[dev]'")
     out = tmp_path_factory.mktemp("wheel")
-    # the backend is installed already: nothing is fetched
+    # the build backend is installed already, so nothing is downloaded
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -33,7 +33,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def test_what_is_in_the_wheel(wheel: Path) -> None:
+def test_the_files_in_the_wheel(wheel: Path) -> None:
     assert wheel.stat().st_size < 30_000_000
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as file:
@@ -41,7 +41,7 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
     model = config.Engine().model
     for name in (
         "py.typed",
-        "dashboard/page.html",
+        "viewers/dashboard/page.html",
         f"_models/{model}/step.onnx",
         f"_models/{model}/card.md",
         "_models/encoders/silero_vad.onnx",
@@ -57,22 +57,22 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
         assert inside == {name.removeprefix("models/") for name in there.stdout.split()}
 
 
-def test_what_the_wheel_says_of_itself(wheel: Path) -> None:
+def test_the_metadata_of_the_wheel(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as file:
         (name,) = [n for n in file.namelist() if n.endswith(".dist-info/METADATA")]
-        said = Parser().parsestr(file.read(name).decode())
-    assert said["Name"] == "stream-mmrnn"
-    assert said["Requires-Python"] == ">=3.11"
-    assert said["License-Expression"] == "Apache-2.0"
-    assert said["Description-Content-Type"] == "text/markdown"
-    assert {"Typing :: Typed", "Programming Language :: Python :: 3.13"} <= set(said.get_all("Classifier") or [])
+        metadata = Parser().parsestr(file.read(name).decode())
+    assert metadata["Name"] == "stream-mmrnn"
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert {"Typing :: Typed", "Programming Language :: Python :: 3.13"} <= set(metadata.get_all("Classifier") or [])
     installed = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
-    for extra in said.get_all("Provides-Extra") or []:
-        assert f"| `{extra}` |" in installed, f"docs/install.md does not say what the extra {extra} is for"
+    for extra in metadata.get_all("Provides-Extra") or []:
+        assert f"| `{extra}` |" in installed, f"docs/install.md does not describe the extra {extra}"
 
 
 class Installed:
-    """A virtual environment with the wheel and nothing else of ours; what it depends on is seen where the tests run."""
+    """A virtual environment with the wheel; its dependencies come from the environment of the tests."""
 
     def __init__(self, folder: Path, wheel: Path) -> None:
         self.cwd = folder / "elsewhere"
@@ -85,8 +85,8 @@ class Installed:
         pip += ["--disable-pip-version-check", "--no-warn-script-location", "--target", str(site), str(wheel)]
         done = subprocess.run(pip, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
-        # a path file's plain line comes after the environment's own packages, and brings no path files along: an
-        # editable install of the checkout is not seen
+        # a path in a .pth file comes after the environment's own packages, and .pth files in it are ignored, so an
+        # editable install of the checkout has no effect
         (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
         self.env["XDG_RUNTIME_DIR"] = str(folder)
@@ -100,7 +100,7 @@ class Installed:
         return done.stdout.strip()
 
     def run(self, *args: str) -> tuple[int, dict[str, Any], str]:
-        # the console script that pip made names the interpreter that ran pip: ask for the module instead
+        # the console script names the interpreter that ran pip, so run the module instead
         done = subprocess.run(
             [self.bin / "python", "-m", "stream_mmrnn", *args, "--json"],
             cwd=self.cwd,
@@ -118,7 +118,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installe
     return Installed(tmp_path_factory.mktemp("installed"), wheel)
 
 
-def test_it_is_the_wheel_that_is_imported(installed: Installed) -> None:
+def test_the_wheel_is_imported(installed: Installed) -> None:
     where = Path(installed.python("import stream_mmrnn; print(stream_mmrnn.__file__)"))
     assert ROOT not in where.parents
     assert installed.bin.parent in where.parents
@@ -141,8 +141,8 @@ def test_it_runs_live_and_replays_outside_the_checkout(installed: Installed) -> 
     assert replayed["predictions"] == live["predictions"]
 
 
-def test_what_needs_an_extra_says_which(installed: Installed) -> None:
-    """The verbs are there without torch; one that needs it names the extra."""
+def test_a_missing_extra_is_named(installed: Installed) -> None:
+    """All verbs exist without torch; a verb that needs torch names the extra."""
     hidden = "import sys; sys.modules['torch'] = None\n"
     run = "sys.argv = ['stream-mmrnn', 'train', '--data', 'x']; from stream_mmrnn.cli.app import run; run()"
     done = subprocess.run(

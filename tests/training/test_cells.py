@@ -34,7 +34,7 @@ def noise(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Ten
 
 
 def shake(cell: Cell, scale: float = 0.6) -> Cell:
-    """Weights of a size at which a wrong formula shows, and a learned initial state that is not zero."""
+    """Weights large enough to reveal a wrong formula, and a learned initial state that is not zero."""
     count = sum(p.numel() for p in cell.parameters())
     vector_to_parameters(scale * noise(count, seed=7).to(next(cell.parameters()).dtype), cell.parameters())
     return cell
@@ -45,7 +45,7 @@ def make(name: str, dtype: torch.dtype = torch.float64, **options: object) -> Ce
 
 
 def stepped(cell: Cell, x: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
-    """The reference: one step after the other, the initial state put in by hand."""
+    """The reference: a loop of steps with explicit initial states."""
     state = cell.initial(x.shape[0]) if state is None else state
     out = []
     for t in range(x.shape[1]):
@@ -69,7 +69,7 @@ def same(a: tuple[Tensor, State], b: tuple[Tensor, State], tolerance: float) -> 
 def test_forward_is_a_loop_of_steps(name: str, dtype: torch.dtype, tolerance: float) -> None:
     cell = make(name, dtype).eval()
     if name == "rnn_relu":
-        shake(cell, 0.2)  # else it grows without bound, and with it the rounding
+        shake(cell, 0.2)  # otherwise values explode, and rounding errors with them
     x = noise(3, 40, I, dtype=dtype)
     reset = torch.rand(3, 40) < 0.1
     assert reset[:, 1:].any()
@@ -91,7 +91,7 @@ def test_gradients_are_those_of_the_loop(name: str, restarts: bool) -> None:
         y, after = run(x, state, reset if restarts else None)
         loss = y.square().sum() + sum(v.sum() for v in after.values())
         leaves = [x, *state.values(), *cell.parameters()]
-        # without restarts nothing depends on the initial state, as a state was given
+        # without restarts nothing depends on the initial state, because a state was given
         found.append(torch.autograd.grad(loss, leaves, allow_unused=not restarts, materialize_grads=not restarts))
     for ours, loop in zip(*found, strict=True):
         torch.testing.assert_close(ours, loop, atol=1e-6, rtol=1e-6)
@@ -100,7 +100,7 @@ def test_gradients_are_those_of_the_loop(name: str, restarts: bool) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
-def test_any_cut_and_any_restart_give_the_same(name: str, data: st.DataObject) -> None:
+def test_splits_and_restarts_give_the_same_result(name: str, data: st.DataObject) -> None:
     steps = data.draw(st.integers(1, 40))
     cuts = sorted(data.draw(st.sets(st.integers(1, steps), max_size=4)) | {0, steps})
     flags = data.draw(st.lists(st.booleans(), min_size=2 * steps, max_size=2 * steps))
@@ -116,7 +116,7 @@ def test_any_cut_and_any_restart_give_the_same(name: str, data: st.DataObject) -
             parts.append(part)
         assert state is not None
         same((torch.cat(parts, 1), state), (y, after), 1e-6)
-        # a restart makes what follows a sequence of its own
+        # the steps after a restart are an independent sequence
         for row in range(2):
             starts = [0, *(t for t in range(1, steps) if reset[row, t])]
             for start, end in zip(starts, [*starts[1:], steps], strict=True):
@@ -152,7 +152,7 @@ def test_the_scan_takes_strided_and_expanded_tensors() -> None:
     for run in (linear_scan, linear_loop):
         pair.grad = None
         out = run(*pair.chunk(2, -1), noise(1, 4).expand(2, 4))
-        out.sum().backward()  # the gradient that arrives is one number, expanded
+        out.sum().backward()  # the incoming gradient is an expanded scalar
         assert pair.grad is not None
         grads.append(pair.grad)
     torch.testing.assert_close(*grads)
@@ -168,7 +168,7 @@ def test_the_gates_have_the_gradient_of_their_values(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LINEAR)
-def test_pieces_and_no_pieces_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_piece_size_does_not_change_the_result(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cell = make(name)
     found = []
     for piece in (1, 40, 1 << 20):
@@ -191,7 +191,7 @@ def test_a_step_is_torchs_step_with_torchs_weights(ours: type[Cell], torchs: typ
     torch.testing.assert_close(stepped(cell, x)[0], theirs(x)[0], atol=1e-12, rtol=0)
 
 
-def test_weights_start_as_the_papers_say() -> None:
+def test_weights_are_initialised_as_in_the_papers() -> None:
     lstm, relu, rglru = LSTM(I, H), ReluRNN(I, H), RGLRU(I, H)
     assert (lstm.core.bias_ih_l0 + lstm.core.bias_hh_l0)[H : 2 * H].tolist() == [1.0] * H
     assert torch.equal(relu.core.weight_hh_l0, torch.eye(H))
@@ -224,7 +224,7 @@ def test_closed_and_open_gates_stay_finite(name: str, size: float) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_restart_forgets_what_is_not_a_number(name: str) -> None:
+def test_a_restart_clears_nan(name: str) -> None:
     cell = create(name, I, H)
     broken = {k: torch.full((1, *s), float("nan")) for k, s in cell.states.items()}
     y, after = cell(noise(1, 3, I, dtype=torch.float32), broken, torch.tensor([[True, False, False]]))
@@ -253,7 +253,7 @@ def test_min_gru_lies_between_its_past_and_its_candidate() -> None:
     assert (y <= candidate.amax(1, keepdim=True)).all()
 
 
-def test_a_stack_does_what_its_options_say() -> None:
+def test_the_options_of_a_stack() -> None:
     x = noise(2, 9, I, dtype=torch.float32)
     plain = Stack("gru", I, H, 2)
     assert plain.states == {"0.h": (H,), "1.h": (H,)}
@@ -280,13 +280,13 @@ def test_a_stack_does_what_its_options_say() -> None:
         (lambda: Stack("gru", I, H, 0), "1 layer or more"),
     ],
 )
-def test_what_there_is_not_is_said(make_it: object, said: str) -> None:
+def test_unknown_names_are_errors(make_it: object, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         make_it()  # type: ignore[operator]
 
 
 class _Step(nn.Module):
-    """The step with its state as positional tensors, and a restart, as an exporter sees it."""
+    """The step with its state as positional tensors, and a restart, in the form for the exporter."""
 
     def __init__(self, stack: Stack) -> None:
         super().__init__()
@@ -308,7 +308,7 @@ def test_the_exported_step_is_the_step(name: str, tmp_path: Path) -> None:
     inputs = (torch.zeros(2, I), torch.zeros(2, dtype=torch.bool), *(torch.zeros(2, *s) for s in stack.states.values()))
     path = tmp_path / "step.onnx"
     with warnings.catch_warnings():
-        # the exporter warns about its own insides (deprecated calls of copyreg and of pytree), not about the model
+        # these warnings are about the exporter's internals (copyreg, pytree), not about the model
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             _Step(stack),

@@ -88,16 +88,16 @@ def test_a_sequence_that_does_not_fit_is_named() -> None:
         ({"heads": [{"name": "a", "kind": "classification", "size": 1, "lable": []}]}, "unknown key `heads[0].lable`"),
         ({"cell": {"kind": "gruu"}}, "`cell.kind` has a wrong value"),
         ({"heads": [{"name": "a", "kind": "classification", "size": 2, "labels": ["x"]}]}, "1 labels for 2 numbers"),
-        ({"modalities": {"audio": {"size": 3, "stack": 2}}}, "which is not 2 samples"),
+        ({"modalities": {"audio": {"size": 3, "stack": 2}}}, "not a multiple of stack = 2"),
     ],
 )
-def test_a_wrong_recipe_is_one_sentence(change: dict[str, object], words: str) -> None:
+def test_a_wrong_recipe_is_an_error_of_one_sentence(change: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError) as e:
         recipes.parse({**TABLE, **change})
     assert words in str(e.value)
 
 
-def test_quick_changes_training_alone() -> None:
+def test_quick_changes_only_the_training() -> None:
     quick = recipes.quick(recipes.parse({**TABLE, "quick": {"epochs": 2}}))
     assert (quick.train.epochs, quick.cell, quick.quick) == (2, RECIPE.cell, {})
     with pytest.raises(ConfigError, match=r"unknown key `train\.epoch`"):

@@ -1,4 +1,4 @@
-"""Loaders of published data sets: on files written here in each layout, whole and damaged, and on the real ones."""
+"""Loaders of published data sets, on small complete and damaged files in each layout, and on the real data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from stream_mmrnn.training.datasets.files import files
 
 
 def refused(call: Callable[[], object]) -> str:
-    """The message, which must be one sentence that says what to do."""
+    """The message, checked to be one sentence that says what to do."""
     with pytest.raises(FileError) as caught:
         call()
     message = str(caught.value)
@@ -58,7 +58,7 @@ def test_files_says_what_is_wrong_with_an_archive(tmp_path: Path) -> None:
     def everything(path: Path) -> Callable[[], object]:
         return lambda: list(files(path, lambda _: True))
 
-    assert "not there" in refused(everything(tmp_path / "none.tar"))
+    assert "does not exist" in refused(everything(tmp_path / "none.tar"))
     (tmp_path / "noise.tar.xz").write_bytes(noise)
     assert "noise.tar.xz" in refused(everything(tmp_path / "noise.tar.xz"))
     for path in (
@@ -133,7 +133,7 @@ def test_mnist_refuses(tmp_path: Path, name: str, content: bytes, says: str) -> 
     assert len(mnist.load(folder, "test")[0]) == 3
 
 
-def test_mnist_misses_a_file(tmp_path: Path) -> None:
+def test_mnist_without_a_file(tmp_path: Path) -> None:
     folder = write(tmp_path, {k: v for k, v in MNIST.items() if k != "t10k-labels-idx1-ubyte"})
     assert "t10k-labels-idx1-ubyte" in refused(lambda: mnist.load(folder, "test"))
 
@@ -142,7 +142,7 @@ def test_mnist_misses_a_file(tmp_path: Path) -> None:
 
 
 def sphere(samples: np.ndarray, order: str = "01", **changes: str) -> bytes:
-    """As the LDC writes it; a change of "" leaves the field out."""
+    """A header as the LDC writes it; a change of "" removes the field."""
     fields = {
         "database_id": "-s5 TIMIT",
         "utterance_id": "-s8 cjf0_sa1",
@@ -192,8 +192,8 @@ def test_sphere_header_fields() -> None:
 @pytest.mark.parametrize(
     ("raw", "says"),
     [
-        (b"", "no sound file"),
-        (b"ID3 something", "no sound file"),
+        (b"", "not a sound file"),
+        (b"ID3 something", "not a sound file"),
         (riff(TONE)[:-10], "395 samples of 400"),
         (riff(TONE)[:20], "WAV"),
         (riff(TONE, width=1), "8 bits"),
@@ -201,7 +201,7 @@ def test_sphere_header_fields() -> None:
         (sphere(TONE)[:-10], "395 samples of 400"),
         (sphere(TONE)[:500], "cut off in its SPHERE header"),
         (sphere(TONE)[:10], "cut off in its SPHERE header"),
-        (sphere(TONE).replace(b"end_head", b"end_haed"), "no field"),
+        (sphere(TONE).replace(b"end_head", b"end_haed"), "a wrong line"),
         (sphere(TONE).replace(b"end_head\n", b""), "end_head"),
         (sphere(TONE, note="-s5000 x"), "end_head"),
         (sphere(TONE, sample_count=""), "sample_count"),
@@ -327,7 +327,7 @@ def test_hapt_folder_zip_and_npz_are_the_same(tmp_path: Path) -> None:
         ("labels.txt", b"9 1 5 3 9\n", "exp09_user01"),
         ("labels.txt", b"1 1 5 3\n", "5 numbers"),
         ("acc_exp01_user01.txt", b"", "acc_exp01_user01.txt is empty"),
-        ("acc_exp01_user01.txt", rows(motion(1)[:-1, :3]), "not both or not of one length"),
+        ("acc_exp01_user01.txt", rows(motion(1)[:-1, :3]), "missing or of different lengths"),
         ("acc_exp01_user01.txt", rows(motion(1)[:, :3])[:-30], "acc_exp01_user01.txt"),
         ("acc_exp01_user01.txt", b"1 2 nan\n", "3 numbers"),
         ("acc_exp01_user01.txt", b"1 2 x\n", "3 numbers"),
@@ -367,7 +367,7 @@ def test_hapt_refuses_arrays(tmp_path: Path) -> None:
     assert "u01_e0" in saved(u01_e0=good[:, :7])
     assert "u01_e0" in saved(u01_e0=good.astype("U8"))
     assert "uSS_eN" in saved(more=good)
-    assert "u01_e0" in saved(u01_e0=np.array([{}]))  # an object is never loaded
+    assert "u01_e0" in saved(u01_e0=np.array([{}]))  # pickled objects are refused
     assert "subject 1's recording 3 but not 2" in saved(u01_e3=good)
     path.write_bytes(path.read_bytes()[:-200])
     assert "hapt.npz" in refused(lambda: hapt.load(path))
@@ -423,7 +423,7 @@ def test_switchboard_folder_and_archive(tmp_path: Path) -> None:
         assert first.b.marks.token == ("[noise]", "<b_aside>", "[vocalized-noise]")
         assert switchboard.voice(first.a).tolist() == [[1, 3], [3.5, 4]]
         assert switchboard.voice(first.a, join_s=0.01).tolist() == [[1, 2], [2.04, 3], [3.5, 4]]
-        assert switchboard.voice(first.b).tolist() == [[3, 5.25]]  # a word without duration is no voice
+        assert switchboard.voice(first.b).tolist() == [[3, 5.25]]  # a word without duration is not speech
         assert switchboard.voice(second.b).shape == (0, 2)
         assert corpus.splits() == {"train": ("2001",), "val": ("3946",), "test": ("4642", "4644")}
         assert [d.id for d in corpus.dialogues(corpus.splits()["val"])] == ["3946"]
@@ -431,7 +431,7 @@ def test_switchboard_folder_and_archive(tmp_path: Path) -> None:
 
 
 def test_switchboard_is_lazy(tmp_path: Path) -> None:
-    """The first dialogue comes before a damaged one is looked at."""
+    """The first dialogue is returned before a damaged one is read."""
     name, _ = words("3946", "A", [])
     stream = switchboard.Switchboard(tar(tmp_path / "swb.tar", SWB | {name: b"x"}, "w")).dialogues()
     assert next(stream).id == "2001"
@@ -474,7 +474,7 @@ def test_switchboard_spoken(token: str, word: str) -> None:
         (words("2001", "A", A)[1][:-10], "damaged"),
         (words("2001", "B", A)[1], "sw2001A-..."),
         (words("2001", "A", A)[1].replace(b" hi", b""), "damaged"),
-        (words("2001", "A", A)[1].replace(b"1.500000", b"1.x"), "no number"),
+        (words("2001", "A", A)[1].replace(b"1.500000", b"1.x"), "not a number"),
         (words("2001", "A", A)[1].replace(b"1.500000", b"nan"), "back in time"),
         (words("2001", "A", [(0, 2, "a"), (1, 3, "b")])[1], "overlap"),
         (words("2001", "A", [(2, 1, "a")])[1], "back in time"),
@@ -489,7 +489,7 @@ def test_switchboard_refuses(tmp_path: Path, content: bytes, says: str) -> None:
     assert "sw2001A-ms98-a-word.text" in message
 
 
-def test_switchboard_misses_files(tmp_path: Path) -> None:
+def test_switchboard_without_a_file(tmp_path: Path) -> None:
     def without(name: str, **changes: bytes) -> switchboard.Switchboard:
         tree = {k: v for k, v in SWB.items() if name not in k} | changes
         return switchboard.Switchboard(tar(tmp_path / "swb.tar", tree, "w"))
@@ -640,8 +640,8 @@ def test_sentence_polarity_folder_and_zip(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "whole line"),
-        (b"one \ntw", "whole line"),
+        (b"", "complete line"),
+        (b"one \ntw", "complete line"),
         (b"one \n\ntwo \n", "line 2"),
         (b"one \n", "2 negative and 1 positive"),
         (b"caf\xe9 \ntwo \n", "UTF-8 at byte 3"),
@@ -689,7 +689,7 @@ def test_the_loaders_need_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-# the real ones: what was published about them
+# the real data sets, compared with their published figures
 
 
 @pytest.mark.shared_data
@@ -748,9 +748,9 @@ def test_switchboard_as_published(data: Path) -> None:
             speech += float((stretches[:, 1] - stretches[:, 0]).sum()) / 3600
     assert len(ids) == len(set(ids)) == 2438
     assert round(hours) == 259
-    assert counts == {"words": 3_085_832, "said laughing": 13_504, "laughter": 22_209}  # 3.07 M are said plainly
+    assert counts == {"words": 3_085_832, "said laughing": 13_504, "laughter": 22_209}  # 3.07 M without marks
     assert 0.8 * hours < speech < hours
-    splits = corpus.splits()  # the same pass has seen them
+    splits = corpus.splits()  # the same pass read them
     assert {name: len(of) for name, of in splits.items()} == {"train": 1283, "val": 578, "test": 577}
     assert set().union(*splits.values()) == set(ids)
 

@@ -1,4 +1,4 @@
-"""The network as a whole: sequence equals step, what is absent does not count, the export gate passes equals only."""
+"""The whole network: sequence equals step, absent modalities have no effect, the export gate refuses differences."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def inputs(
 @pytest.mark.parametrize("rare", [False, True])
 @pytest.mark.parametrize("kind", fusion.KINDS)
 @pytest.mark.parametrize("cell", CELLS)
-def test_any_cut_of_a_sequence_and_single_steps_give_the_same(cell: str, kind: str, rare: bool) -> None:
+def test_splits_of_a_sequence_and_single_steps_give_the_same_result(cell: str, kind: str, rare: bool) -> None:
     p = network(recipe_of(cell, kind, rare))
     features, present, age, reset = inputs(3, 17, 1)
     if rare:
-        present[0, 9:, [0, 2]] = 0  # nothing rare for a while, across a cut and a reset
+        present[0, 9:, [0, 2]] = 0  # no events for a while, across a split and a reset
         present[1, :, [0, 2]] = 0
     with torch.no_grad():
         whole, last = p(features, present, age, None, reset)
@@ -73,7 +73,7 @@ def test_any_cut_of_a_sequence_and_single_steps_give_the_same(cell: str, kind: s
 
 @pytest.mark.parametrize("rare", [False, True])
 @pytest.mark.parametrize("kind", fusion.KINDS)
-def test_what_an_absent_modality_holds_makes_no_difference(kind: str, rare: bool) -> None:
+def test_the_features_of_an_absent_modality_have_no_effect(kind: str, rare: bool) -> None:
     p = network(recipe_of("gru", kind, rare))
     features, present, age, reset = inputs(2, 9, 3)
     garbage = {
@@ -107,8 +107,8 @@ def test_the_exported_step_computes_what_was_trained(tmp_path: Path, cell: str, 
     assert str(ROOT).encode() not in (tmp_path / "step.onnx").read_bytes()
 
 
-def test_gates_that_are_closed_stay_so_in_the_exported_step(tmp_path: Path) -> None:
-    """Training closes gates far below -18, where onnxruntime's Sigmoid says 1e-8 whatever it is asked."""
+def test_closed_gates_stay_closed_in_the_exported_step(tmp_path: Path) -> None:
+    """Training closes gates far below -18, where onnxruntime's Sigmoid always returns 1e-8."""
     p = network(recipe_of("rg_lru", "concat", False))
     cell = p.cells.layers[-1]
     with torch.no_grad():
@@ -135,7 +135,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.lists(st.sampled_from("abcde"), min_size=1, max_size=5, unique=True), min_size=1, max_size=8))
-def test_a_session_is_the_same_whoever_runs_beside_it(exported: Path, batches: list[list[str]]) -> None:
+def test_a_session_does_not_depend_on_other_sessions(exported: Path, batches: list[list[str]]) -> None:
     engine = StepEngine(exported, 5)
     for name in "edcba":
         engine.open(name)
@@ -162,7 +162,7 @@ def test_the_gate_catches_a_broken_step(tmp_path: Path, monkeypatch: pytest.Monk
     other = network(recipe_of(), seed=1)
     with pytest.raises(ModelError, match=r"the export was refused: .* differs"):
         gate(other, path)
-    # a step that forgets half of its state
+    # a step that loses half of its state
     right = Predictor.step
 
     def wrong(self: Predictor, *args: object) -> object:
@@ -172,10 +172,10 @@ def test_the_gate_catches_a_broken_step(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(Predictor, "step", wrong)
     with pytest.raises(ModelError, match="the export was refused"):
         export(p, path, {})
-    assert path.read_bytes() == before, "a refused export must not touch what is there"
+    assert path.read_bytes() == before, "a refused export must not change existing files"
 
 
-def test_int8_is_near(tmp_path: Path) -> None:
+def test_int8_is_close(tmp_path: Path) -> None:
     table = recipes.parse(
         {
             "name": "wide",

@@ -14,7 +14,7 @@ from stream_mmrnn.training.export import export
 from stream_mmrnn.training.quantise import bounded, in_columns
 
 BOUNDED = {"rnn_tanh": True, "rnn_relu": False, "lstm": True, "gru": True, "min_gru": False, "rg_lru": False}
-"""By the cell: whether its output lies between -1 and 1 whatever comes."""
+"""By cell: whether its output is always between -1 and 1."""
 
 
 def ticks(engine: StepEngine, session: str, count: int, seed: int) -> list[Tick]:
@@ -41,7 +41,7 @@ def exported(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("exported", "is_bounded"), BOUNDED.items(), indirect=["exported"])
-def test_what_is_called_bounded_is_so_whatever_comes(exported: Path, is_bounded: bool) -> None:
+def test_bounded_tensors_are_bounded_for_any_input(exported: Path, is_bounded: bool) -> None:
     model = onnx.load(exported / "step.onnx")
     known = bounded(model)
     assert any(n.startswith("next.") for n in known) == is_bounded
@@ -70,7 +70,7 @@ def test_what_is_called_bounded_is_so_whatever_comes(exported: Path, is_bounded:
 
 
 @pytest.mark.parametrize("exported", [c for c, is_bounded in BOUNDED.items() if is_bounded], indirect=True)
-def test_columns_of_8_bits_are_near_and_the_same_in_every_batch(exported: Path) -> None:
+def test_8_bit_columns_are_close_and_equal_in_every_batch(exported: Path) -> None:
     full = StepEngine(exported / "step.onnx", 8)
     small = StepEngine(exported / "step.int8_batch.onnx", 8)
     alone = StepEngine(exported / "step.int8_batch.onnx")
@@ -96,8 +96,8 @@ def test_columns_of_8_bits_are_near_and_the_same_in_every_batch(exported: Path) 
 
 
 @pytest.mark.parametrize("exported", ["rnn_relu"], indirect=True)
-def test_a_matrix_that_meets_anything_stays_as_it_is(exported: Path) -> None:
-    """Only what comes after a tanh or sigmoid is multiplied in 8 bits: a state without bound keeps its matrix."""
+def test_a_matrix_with_an_unbounded_factor_is_unchanged(exported: Path) -> None:
+    """Only bounded factors (after tanh or sigmoid) get 8-bit products; an unbounded state keeps its matrix."""
     model = onnx.load(exported / "step.onnx")
     small = in_columns(model)
     kept = {n.input[1] for n in small.graph.node if n.op_type == "Gemm"}

@@ -1,4 +1,4 @@
-"""Tasks on published data: on tiny files written here in each layout, and a few sequences of the real ones."""
+"""Tasks on published data: on tiny files in each layout, and on a few sequences of the real data."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NAMES = ("digits", "activity", "mnist_rows", "mnist_pixels", "polarity")
 
 
 def recipe(name: str, options: Mapping[str, Any] | None = None, **changes: Any) -> Recipe:
-    """A model's own recipe, with other options of its data."""
+    """The recipe of a model, with other data options."""
     table = msgspec.to_builtins(recipes.load(MODELS / name / "recipe.toml"))
     table["data"]["options"] |= options or {}
     return recipes.parse(table | changes)
@@ -53,7 +53,7 @@ def same(one: Sequence[Ticks], other: Sequence[Ticks]) -> bool:
 
 
 def fits(task: Task, of: Recipe) -> None:
-    """What `Ticks` promises, for every sequence of every part."""
+    """Check the invariants of `Ticks` for every sequence of every part."""
     for ticks in [*epoch(task), *task.validation, *task.test]:
         check(ticks, of)
         count = len(ticks)
@@ -109,7 +109,7 @@ DIGITS = {
 
 
 def image(label: int, number: int) -> np.ndarray:
-    """One that says what it is: the digit in its first pixel, which image in the second."""
+    """An image that identifies itself: the digit in the first pixel, the image number in the second."""
     out = np.zeros((28, 28), np.uint8)
     out[0, :3] = label, number % 256, 255
     return out
@@ -126,7 +126,7 @@ def tone(digit: int, index: int, speaker: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images 0 to 39 to train, 40 to 59 to validate, 200 to 219 to test; 3 speakers with 12 recordings a digit."""
+    """Images 0 to 39 to train, 40 to 59 to validate, 200 to 219 to test; 3 speakers with 12 recordings per digit."""
     folder = tmp_path_factory.mktemp("digits")
     labels = (np.arange(60) % 10).astype(np.uint8)
     test = (np.arange(20) % 10).astype(np.uint8)
@@ -154,15 +154,15 @@ def digits_task(digits_folder: Path) -> Task:
 
 
 def seen(sequences: Sequence[Ticks]) -> set[tuple[int, int]]:
-    """Digit and number of each image."""
+    """Digit and image number of each image."""
     rows = np.concatenate([t.features["vision"][t.present[:, 0] > 0] for t in sequences])
     return {(round(a * 255), round(b * 255)) for a, b in rows[:, :2].tolist()}
 
 
-def test_digits_fit_and_are_the_same_by_the_same_seed(digits_task: Task, digits_folder: Path) -> None:
+def test_digits_are_valid_and_reproducible(digits_task: Task, digits_folder: Path) -> None:
     of = recipe("digits", DIGITS)
     fits(digits_task, of)
-    # given file by file, and with another seed for the training: what is measured on does not change
+    # file by file and with another training seed, validation and test do not change
     other = recipe("digits", DIGITS, train={"seed": 7})
     again = tasks.create(other, [digits_folder / "fsdd", digits_folder / "mnist.tgz"])
     assert same(epoch(digits_task, 3), epoch(again, 3))
@@ -179,7 +179,7 @@ def test_digits_are_new_in_every_epoch(digits_task: Task) -> None:
     assert not same(first, second)
     count = min(len(first[0]), len(second[0]))
     a, b = (t[0].features["audio"][:count] for t in (first, second))
-    assert not (np.abs(a - b).max(1) < 1e-4).any()  # noise on every tick, and never the same
+    assert not (np.abs(a - b).max(1) < 1e-4).any()  # noise in every tick, never the same
     assert all(t.present[:, 1].all() for t in first)
 
 
@@ -222,7 +222,7 @@ def test_digits_targets_follow_the_rule(digits_task: Task) -> None:
         assert ((np.diff(shown) - step) % 10 == 0).all()
         assert (ticks.targets["next_digit"][later] == (ticks.targets["digit"][later] + step) % 10).all()
         assert np.array_equal(later, now & (np.arange(len(ticks)) >= begins[2]))
-        # an image is shown within its item, from at most 0.2 s before the item counts
+        # an image is shown within its item, and at most 0.2 s before the item is scored
         visible = np.flatnonzero(ticks.present[:, 0])
         for k in visible.tolist():
             item = int(np.searchsorted(begins, k + 6, "right")) - 1
@@ -242,13 +242,13 @@ def test_digits_targets_follow_the_rule(digits_task: Task) -> None:
     assert exact > 5
 
 
-def test_digits_come_in_any_set_of_modalities(digits_folder: Path) -> None:
+def test_digits_have_all_sets_of_modalities(digits_folder: Path) -> None:
     every = tasks.create(recipe("digits", {**DIGITS, "complete": 1.0, "typos": 0.0}), [digits_folder])
     for ticks in epoch(every):
         assert ticks.present[:, 2].sum() == 5
         shown = np.flatnonzero(np.diff(ticks.present[:, 0], prepend=0) == 1)
         assert len(shown) >= 5
-    # a recipe may ask for less, in its own order
+    # a recipe may use fewer, in another order
     table = msgspec.to_builtins(recipe("digits", DIGITS))
     table["modalities"] = {m: table["modalities"][m] for m in ("text", "vision")}
     table["heads"] = table["heads"][1:]
@@ -258,7 +258,7 @@ def test_digits_come_in_any_set_of_modalities(digits_folder: Path) -> None:
     assert list(task.origins) == ["text"]
 
 
-def test_noise_is_as_loud_as_it_says() -> None:
+def test_noise_has_the_given_level() -> None:
     of = recipe("digits", DIGITS)
     rng = np.random.default_rng(0)
     said = tuple((digits._upsampled(tone(d, 0, 0)),) for d in range(10))
@@ -281,10 +281,10 @@ def test_noise_is_as_loud_as_it_says() -> None:
     quiet = digits.Maker(of, digits.Options(snr_db=60.0, noise=("white",)), [])
     sound = quiet._sound([(4, 0.5, 0.6)], pool, "george", digits.RATE, rng)
     assert np.abs(sound[: digits.RATE // 2]).max() * 50 < np.abs(sound).max()
-    assert np.abs(sound[digits.RATE * 6 // 10 :]).max() * 50 < np.abs(sound).max()  # cut where its item ends
+    assert np.abs(sound[digits.RATE * 6 // 10 :]).max() * 50 < np.abs(sound).max()  # truncated at the end of its item
 
 
-def test_logmel_is_what_the_runtime_says() -> None:
+def test_logmel_equals_the_runtime() -> None:
     graph = Graph(models_folder() / "encoders" / "logmel80.onnx")
     bound = graph.bind({"samples": (1, digits.WINDOW)}, {"features": (1, digits.MELS)}, {})
     rng = np.random.default_rng(0)
@@ -326,10 +326,10 @@ def test_misspelling() -> None:
     [
         ({"trian": 3}, "unknown key `trian`"),
         ({"typos": 2}, "`typos` has a wrong value"),
-        ({"noise": []}, "names no noise"),
+        ({"noise": []}, "noise is empty"),
         ({"speakers": "independent", "test_speakers": ["nobody"]}, "nobody"),
-        ({"speakers": "independent", "test_speakers": ["theo", "george"]}, "training data lacks"),
-        ({"images": 60}, "training data lacks"),
+        ({"speakers": "independent", "test_speakers": ["theo", "george"]}, "training data have no"),
+        ({"images": 60}, "training data have no"),
     ],
 )
 def test_digits_refuse(digits_folder: Path, options: dict[str, Any], says: str) -> None:
@@ -337,7 +337,7 @@ def test_digits_refuse(digits_folder: Path, options: dict[str, Any], says: str) 
         tasks.create(recipe("digits", {**DIGITS, **options}), [digits_folder])
 
 
-def test_what_the_data_does_not_have_is_refused(digits_folder: Path) -> None:
+def test_recipes_that_do_not_fit_the_data_are_refused(digits_folder: Path) -> None:
     table = msgspec.to_builtins(recipe("digits"))
     for change, says in (
         ({"modalities": {"audio": {"size": 81}}}, "no modality 'audio' of 81"),
@@ -355,7 +355,7 @@ def test_what_the_data_does_not_have_is_refused(digits_folder: Path) -> None:
 
 SUBJECTS = (1, 2, 3, 7, 8)
 STRETCHES = ((4, 10, 309), (7, 310, 400), (5, 401, 1000), (1, 1051, 1200))
-"""Activity, first and last sample: what lies between nobody labelled."""
+"""Activity, first and last sample; samples in between have no label."""
 ACTIVITY: dict[str, Any] = {"validation_subjects": [7]}
 
 
@@ -418,13 +418,13 @@ def test_activity_windows_are_the_published_ones(hapt_folder: Path) -> None:
     (ticks,) = task.test
     at = np.flatnonzero(ticks.weights["activity"])
     assert at.tolist() == [(e + 1) // 2 - 1 for e in ends]
-    assert (2 * at + 1 <= np.array(ends)).all()  # nothing of what comes after the window
+    assert (2 * at + 1 <= np.array(ends)).all()  # nothing from after the window
     assert set(ticks.targets["activity"][at]) == {0, 3, 4}
     (validation,) = task.validation
     assert validation.weights["activity"].sum() > 500
 
 
-def test_activity_trains_on_other_subjects_cut_anew(hapt_folder: Path) -> None:
+def test_activity_trains_on_other_subjects_with_new_splits(hapt_folder: Path) -> None:
     of = recipe("activity", ACTIVITY, train={"length": 20})
     task = tasks.create(of, [hapt_folder / "hapt.npz"])
     first, second = epoch(task, 0), epoch(task, 1)
@@ -500,7 +500,7 @@ def test_mnist_by_rows_and_by_pixels(digits_folder: Path, by: str) -> None:
     assert [len(epoch(some)), len(some.test)] == [7, 5]
 
 
-def test_mnist_shifts_training_images_alone(digits_folder: Path) -> None:
+def test_mnist_shifts_only_training_images(digits_folder: Path) -> None:
     moved, still = (tasks.create(mnist_recipe("rows", shift=s), [digits_folder]) for s in (2, 0))
     assert same(moved.test, still.test)
     assert same(moved.validation, still.validation)
@@ -538,7 +538,7 @@ def polarity_zip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return zipped(tmp_path_factory.mktemp("polarity") / "sentence_polarity.zip", tree)
 
 
-def test_polarity_is_a_word_a_tick(polarity_zip: Path) -> None:
+def test_polarity_has_one_word_per_tick(polarity_zip: Path) -> None:
     of = recipe("polarity", {"word_dropout": 0.0, "early": 0.2})
     task = tasks.create(of, [polarity_zip.parent])
     fits(task, of)
@@ -546,7 +546,7 @@ def test_polarity_is_a_word_a_tick(polarity_zip: Path) -> None:
     words = polarity.Words()
     texts = {np.stack([words[w] for w in line.split()]).tobytes(): i for i, line in enumerate(LINES)}
     parts = [[texts[t.features["text"].tobytes()] for t in part] for part in (epoch(task), task.validation, task.test)]
-    assert sorted(i for part in parts for i in part) == list(range(200))  # every sentence in one part, once
+    assert sorted(i for part in parts for i in part) == list(range(200))  # every sentence exactly once, in one part
     for part, sequences in zip(parts, (epoch(task), task.validation, task.test), strict=True):
         assert [int(t.targets["polarity"][-1]) for t in sequences] == [i % 2 for i in part]
     for ticks in task.test:

@@ -1,4 +1,4 @@
-"""Training: it learns, goes on from where it was stopped, keeps the last good checkpoint, and serves what it learnt."""
+"""Training: it learns, resumes, keeps the last good checkpoint, and exports what it learned."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from harness import COMMAND, Running, recording_grows, run, subprocess
 from stream_mmrnn.core.errors import FileError, UsageError
 from stream_mmrnn.training import metrics
 from stream_mmrnn.training import recipe as recipes
+from stream_mmrnn.training.checkpoints import load
 from stream_mmrnn.training.data import Task, Ticks
 from stream_mmrnn.training.evaluate import evaluate
 from stream_mmrnn.training.export import export
 from stream_mmrnn.training.served import evaluate as evaluate_served
-from stream_mmrnn.training.train import Diverged, Trainer, TrainingStopped, load
+from stream_mmrnn.training.train import Diverged, Trainer, TrainingStopped
 
 NAMES = ("audio", "text")
 
@@ -43,7 +44,7 @@ def recipe_of(**train: object) -> recipes.Recipe:
 
 
 def ticks(rng: np.random.Generator, length: int = 60) -> Ticks:
-    """Were there more ups than downs in the last ticks? Told in both modalities, each now and then absent."""
+    """Were there more ups than downs in the last ticks? Both modalities show it; each is sometimes absent."""
     up = rng.choice([-1.0, 1.0], length).astype(np.float32)
     level = np.convolve(up, 0.7 ** np.arange(12))[:length].astype(np.float32)
     present = (rng.random((length, 2)) < 0.9).astype(np.float32)
@@ -68,14 +69,14 @@ def task(nan: bool = False) -> Task:
     return Task(train, held[:4], held[4:], {"audio": "mel@1"}, "Made up.")
 
 
-def test_it_learns_and_the_file_says_the_same_as_the_network(tmp_path: Path) -> None:
+def test_it_learns_and_the_exported_file_equals_the_network(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = []
     t = task()
     trainer = Trainer(recipe_of(), t, tmp_path)
     trainer.run(rows.append)
     losses = [r["validation_loss"] for r in rows if r["event"] == "epoch"]
     assert losses[-1] < 0.5 * losses[0]
-    assert trainer.predictor.tokens.reduced["audio"] == 2  # three of the four numbers are one, the fourth is noise
+    assert trainer.predictor.tokens.reduced["audio"] == 2  # three of the four numbers are equal, the fourth is noise
     scores = evaluate(trainer.predictor, t.test)
     assert scores["more"]["accuracy"] > 0.85
     assert scores["level"]["r2"] > 0.7
@@ -93,7 +94,7 @@ def test_it_learns_and_the_file_says_the_same_as_the_network(tmp_path: Path) -> 
     assert evaluate(again, t.test)["more"]["log_loss"] == pytest.approx(scores["more"]["log_loss"], abs=1e-6)
 
 
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_with_the_same_result(tmp_path: Path) -> None:
     whole = Trainer(recipe_of(epochs=4), task(), tmp_path / "whole")
     whole.run()
     first = Trainer(recipe_of(epochs=4), task(), tmp_path / "cut")
@@ -114,13 +115,13 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path) ->
         Trainer(recipe_of(epochs=5), task(), tmp_path / "cut", resume=True)
 
 
-def test_a_run_that_was_stopped_before_there_was_anything_says_so(tmp_path: Path) -> None:
+def test_a_run_stopped_in_its_first_epoch_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(TrainingStopped, match="stopped in its first epoch"):
         Trainer(recipe_of(), task(), tmp_path).run(alive=lambda: False)
     assert not (tmp_path / "best.safetensors").exists()
 
 
-def test_a_loss_that_is_no_number_ends_it_and_the_last_checkpoint_is_there(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_ends_training_and_keeps_the_checkpoint(tmp_path: Path) -> None:
     Trainer(recipe_of(epochs=1), task(), tmp_path).run()
     before = (tmp_path / "best.safetensors").read_bytes()
     with pytest.raises(Diverged, match="the last good checkpoint is in"):
@@ -129,31 +130,31 @@ def test_a_loss_that_is_no_number_ends_it_and_the_last_checkpoint_is_there(tmp_p
     load(tmp_path / "best.safetensors")
 
 
-def test_files_that_are_no_checkpoints(tmp_path: Path) -> None:
+def test_files_that_are_not_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="there is no checkpoint"):
         load(tmp_path / "no.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"hello")
-    with pytest.raises(FileError, match="is no checkpoint of this program"):
+    with pytest.raises(FileError, match="is not a checkpoint of this program"):
         load(tmp_path / "bad.safetensors")
     Trainer(recipe_of(epochs=1), task(), tmp_path).run()
     whole = (tmp_path / "best.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(FileError, match="is no checkpoint of this program"):
+    with pytest.raises(FileError, match="is not a checkpoint of this program"):
         load(tmp_path / "cut.safetensors")
 
 
-def test_nothing_to_learn_is_said(tmp_path: Path) -> None:
+def test_data_without_targets_are_refused(tmp_path: Path) -> None:
     empty = ticks(np.random.default_rng(0))
     unlabelled = Ticks(
         empty.features, empty.present, empty.age_s, empty.targets, {n: w * 0 for n, w in empty.weights.items()}
     )
     with pytest.raises(FileError, match="no tick has a label for the head 'more'"):
         Trainer(recipe_of(), Task(lambda _: [unlabelled], [], []), tmp_path)
-    with pytest.raises(FileError, match="holds no sequence"):
+    with pytest.raises(FileError, match="has no sequence"):
         Trainer(recipe_of(), Task(lambda _: [], [], []), tmp_path)
 
 
-def test_scores_are_those_of_the_books() -> None:
+def test_scores_follow_their_definitions() -> None:
     score = np.array([0.1, 0.4, 0.35, 0.8])
     truth = np.array([0, 0, 1, 1])
     assert metrics.auc(score, truth) == 0.75
@@ -167,7 +168,7 @@ def test_scores_are_those_of_the_books() -> None:
 
 
 def speak(fifo: int, seconds: float, phase: float) -> None:
-    """Lines as a person would type them: words while `busy` holds, none while `calm` does."""
+    """Lines as a person would type them: words during the label `busy`, none during `calm`."""
     begin = time.monotonic()
     label = ""
     while (at := time.monotonic() - begin) < seconds:
@@ -181,7 +182,7 @@ def speak(fifo: int, seconds: float, phase: float) -> None:
 
 
 def test_record_label_train_and_run_on_own_data(tmp_path: Path) -> None:
-    """The three commands of the README, on recordings whose labels depend on what is typed."""
+    """The commands of the README, on recordings whose labels depend on the typed words."""
     folder = tmp_path / "sessions"
     folder.mkdir()
     with ExitStack() as stack:
@@ -209,13 +210,13 @@ def test_record_label_train_and_run_on_own_data(tmp_path: Path) -> None:
             os.close(p)
     code, info, _ = run("info", folder / "0.mcap")
     assert info["channels"]["label"]["messages"] >= 7
-    # a label is not text: no model sees it
+    # a label is not text: the model must not see it
     assert info["channels"]["feature/text"]["messages"] == info["channels"]["raw/text"]["messages"]
 
     out = tmp_path / "mine"
     code, trained, err = run("train", "--data", folder, "--out", out, "--name", "mine", timeout=240)
     assert code == 0, err
-    assert trained["test"]["label"]["accuracy"] > 0.8, "on a recording that it has not seen"
+    assert trained["test"]["label"]["accuracy"] > 0.8, "on an unseen recording"
     for name in ("step.onnx", "recipe.toml", "card.md", "report.json", "learning.png", "best.safetensors"):
         assert (out / name).is_file(), name
     assert recipes.load(out / "recipe.toml").heads[0].labels == ("busy", "calm")
@@ -247,7 +248,7 @@ def test_record_label_train_and_run_on_own_data(tmp_path: Path) -> None:
         (["train"], "nothing to train on"),
         (["train", "/no/recipe.toml"], "/no/recipe.toml cannot be read"),
         (["train", "--data", "/no/such.mcap"], "/no/such.mcap cannot be read"),
-        (["evaluate", "/no/model"], "holds no recipe.toml"),
+        (["evaluate", "/no/model"], "has no recipe.toml"),
         (["export", "/no/best.safetensors"], "there is no checkpoint"),
     ],
 )
@@ -282,8 +283,8 @@ def test_recordings_without_labels_say_what_to_do(tmp_path: Path) -> None:
     assert "has a target for the head 'act' (sitting, flying)" in done.stderr
 
 
-def test_labels_that_end_before_what_is_held_out_are_said(tmp_path: Path) -> None:
-    """One recording: its last quarter is held out, and it was labelled in its first half alone."""
+def test_held_out_ticks_without_labels_are_an_error(tmp_path: Path) -> None:
+    """One recording: its last quarter is held out, and only its first half has labels."""
     path = tmp_path / "a.mcap"
     read, write = os.pipe()
     live = Running("record", path, "--vision", "none", "--audio", "synthetic", "--text", "stdin", stdin=read, verb=())

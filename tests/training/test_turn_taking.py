@@ -1,4 +1,4 @@
-"""Turn-taking: who holds the turn, when shift or hold is decided, and that no tick knows what comes after it."""
+"""Turn-taking: the owner of the turn, when shift or hold is scored, and that all inputs are causal."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def recipe(**options: Any) -> Recipe:
 
 @st.composite
 def people(draw: st.DrawFn) -> np.ndarray:
-    """Stretches of speech on a grid of 10 ms."""
+    """Segments of speech on a grid of 10 ms."""
     gaps = draw(st.lists(st.tuples(st.integers(5, 80), st.integers(1, 150)), max_size=8))
     at, out = 0, []
     for gap, length in gaps:
@@ -48,15 +48,15 @@ def speaks(stretches: np.ndarray, at: float) -> bool:
 
 
 @given(people(), st.lists(st.floats(0, 20), max_size=20))
-def test_activity_is_the_time_a_voice_was_heard(voice: np.ndarray, times: list[float]) -> None:
+def test_activity_is_the_duration_of_speech(voice: np.ndarray, times: list[float]) -> None:
     at = np.sort(np.array(times))
     expected = [sum(max(0.0, min(b, t) - a) for a, b in voice) for t in at]
     np.testing.assert_allclose(turn_taking.activity(voice, at), expected, atol=1e-9)
 
 
 @given(people(), people(), st.integers(0, 1500))
-def test_who_holds_the_turn_and_who_begins_next(one: np.ndarray, other: np.ndarray, hundredths: int) -> None:
-    at = hundredths / 100 + 0.005  # between the grid's points, so that nothing happens just now
+def test_the_owner_of_the_turn_and_the_next_speaker(one: np.ndarray, other: np.ndarray, hundredths: int) -> None:
+    at = hundredths / 100 + 0.005  # between grid points, so no event is at these times
     now = turn_taking.moments(one, other, np.array([at]))
     talks = speaks(one, at), speaks(other, at)
     assert now.silent[0] == (not any(talks))
@@ -76,7 +76,7 @@ def test_who_holds_the_turn_and_who_begins_next(one: np.ndarray, other: np.ndarr
 
 
 @given(people(), people())
-def test_decisions_lie_in_silences_that_last(one: np.ndarray, other: np.ndarray) -> None:
+def test_decisions_are_in_long_silences(one: np.ndarray, other: np.ndarray) -> None:
     found = turn_taking.decisions(one, other)
     steps = np.arange(0.005, 20, 0.01)
     quiet = np.array([not speaks(one, t) and not speaks(other, t) for t in steps])
@@ -103,7 +103,7 @@ B = [(0.0, 2.5, "[noise]"), (2.5, 3.0, "well"), (3.3, 4.0, "no"), (4.0, 9.0, "[s
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six dialogues that are all the same, two a split."""
+    """Six equal dialogues, two per split."""
     names = [str(2001 + i) for i in range(6)]
     tree = {
         f"swb/{n[:2]}/{n}/sw{n}{side}-ms98-a-word.text": lines(n + side, said)
@@ -135,7 +135,7 @@ def test_a_dialogue_as_ticks(task: Task) -> None:
     assert speech[50] == pytest.approx(0.25, abs=1e-5)  # speech to 2.01, of (2.00, 2.04]
     assert seen.features["other_audio"][:, SPEECH].sum() * 0.04 == pytest.approx(1.2, abs=1e-4)
     text = names.index("text")
-    # "what" ends at 2.01, in the tick that ends at 2.04, and the model sees it then, not before
+    # "what" ends at 2.01, in the tick that ends at 2.04; the model sees it in this tick, not earlier
     assert np.flatnonzero(seen.present[:, text]).tolist() == [34, 50, 174]
     np.testing.assert_array_equal(seen.features["text"][50], Words()["what"])
     assert seen.age_s[0, text] == 10
@@ -147,15 +147,15 @@ def test_targets_of_a_dialogue(task: Task) -> None:
     seen = task.test[0]
     at = round(2.0 / 0.04) - 1  # the tick that ends at 2.00
     assert seen.targets["activity"][at].tolist() == [0, 0, 0, 0, 0, 0, 1, 1]
-    assert not seen.weights["activity"][-50:].any()  # two seconds before the end nobody knows
+    assert not seen.weights["activity"][-50:].any()  # unknown in the last two seconds
     assert seen.weights["activity"][-51] == 1
-    # silences: 2.01 to 2.50 a shift; 3.00 to 3.30 a hold; 4.00 to 6.00 a shift; after 7.00 nobody begins again
+    # silences: 2.01 to 2.50 a shift; 3.00 to 3.30 a hold; 4.00 to 6.00 a shift; after 7.00 no speech follows
     decided = np.flatnonzero(seen.weights["turn_over"])
     assert [(int(k) + 1) * 0.04 for k in decided] == pytest.approx([2.24, 3.24, 4.24])
     assert seen.targets["turn_over"][decided].tolist() == [1, 0, 1]
 
 
-def test_the_second_dialogue_is_seen_from_the_other_side(task: Task) -> None:
+def test_the_second_dialogue_is_from_the_other_side(task: Task) -> None:
     one, other = task.test[0], task.test[1]
     assert one.features["audio"].tobytes() == other.features["other_audio"].tobytes()
     assert one.features["text"].tobytes() == other.features["other_text"].tobytes()
@@ -163,8 +163,8 @@ def test_the_second_dialogue_is_seen_from_the_other_side(task: Task) -> None:
     assert one.targets["activity"][:, :4].tobytes() == other.targets["activity"][:, 4:].tobytes()
 
 
-def test_no_tick_knows_what_comes_after_it(corpus: Path, tmp_path: Path) -> None:
-    """Cut the dialogue short: what was seen before is the same."""
+def test_ticks_are_causal(corpus: Path, tmp_path: Path) -> None:
+    """Truncate the dialogue: earlier ticks do not change."""
     cut = [(a, b, w) for a, b, w in A if b <= 6.0]
     tree = {f"swb/splits/{s}.txt": i for s, i in (("train", b"2001"), ("val", b"2002"), ("test", b"2003"))}
     for n in ("2001", "2002", "2003"):
@@ -181,7 +181,7 @@ def test_no_tick_knows_what_comes_after_it(corpus: Path, tmp_path: Path) -> None
     assert short.present[:until].tobytes() == whole.present[:until].tobytes()
 
 
-def test_training_sees_both_sides_and_slow_detectors(corpus: Path) -> None:
+def test_training_has_both_sides_and_delayed_ends_of_speech(corpus: Path) -> None:
     chosen = recipe(late_s=0.2)
     task = tasks.create(chosen, [corpus])
     rng = np.random.default_rng(0)
@@ -199,13 +199,13 @@ def test_training_sees_both_sides_and_slow_detectors(corpus: Path) -> None:
         assert set(np.unique(s.weights["turn_over"])) <= {0.0, 0.25, 1.0}
 
 
-def test_a_modality_that_never_was_is_in_no_batch(task: Task) -> None:
+def test_a_modality_that_is_never_present_is_in_no_batch(task: Task) -> None:
     batch = next(batches(task.train(np.random.default_rng(0)), recipe(), 2, 50))
     assert set(batch.features) == {"audio", "text", "other_audio", "other_text"}
     assert batch.present.shape == (2, 50, 5)
 
 
-def test_the_test_may_count_clear_silences_alone(corpus: Path) -> None:
+def test_the_test_can_score_only_clear_silences(corpus: Path) -> None:
     clear: Ticks = tasks.create(recipe(silences="clear"), [corpus]).test[0]
     # in the second before 3.00 both spoke
     assert np.flatnonzero(clear.weights["turn_over"]).tolist() == [55, 105]
@@ -217,13 +217,13 @@ def test_the_test_may_count_clear_silences_alone(corpus: Path) -> None:
         ({"modalities": {"audio": {"size": 81}}}, "set its select to"),
         ({"modalities": {"audio": {"size": 80, "select": [79]}}}, "no modality 'audio' of 80 numbers"),
         ({"modalities": {"text": {"size": 256}}}, "needs a modality of audio and other_audio"),
-        ({"modalities": {"audio": {"size": 81, "select": [81]}}}, "selects other than"),
+        ({"modalities": {"audio": {"size": 81, "select": [81]}}}, "wrong `select`"),
         ({"heads": [{"name": "x", "kind": "classification", "size": 2}]}, "'x' does not fit the data"),
         ({"heads": [{"name": "x", "kind": "activity_projection", "size": 3}]}, "'x' needs the same horizons_s"),
         ({"data": {"kind": "turn_taking", "options": {"silence": "all"}}}, "nearest is `silences`"),
     ],
 )
-def test_what_does_not_fit_is_refused(corpus: Path, change: dict[str, Any], says: str) -> None:
+def test_recipes_that_do_not_fit_are_refused(corpus: Path, change: dict[str, Any], says: str) -> None:
     table = tomllib.loads(RECIPE.read_text(encoding="utf-8")) | {"events": {}} | change
     with pytest.raises(ConfigError, match=says):
         tasks.create(recipes.parse(table), [corpus])

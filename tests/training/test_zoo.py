@@ -1,4 +1,4 @@
-"""The zoo: every model loads, says what it is, keeps a session's numbers apart, and measures as its card says."""
+"""The included models: each loads, describes itself, keeps sessions independent, and scores as its card says."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_there_are_models() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_model_is_what_its_folder_says(name: str) -> None:
+def test_a_model_matches_its_folder(name: str) -> None:
     engine = StepEngine(MODELS / name / "step.onnx", 2)
     assert engine.spec.name == name
     card = (MODELS / name / "card.md").read_text(encoding="utf-8")
@@ -39,7 +39,7 @@ def test_a_model_is_what_its_folder_says(name: str) -> None:
         assert [(m.name, m.size) for m in engine.spec.modalities] == [(n, m.size) for n, m in recipe.modalities.items()]
         assert [h.name for h in engine.spec.heads] == [h.name for h in recipe.heads]
         assert engine.spec.tick_ns == recipe.tick_ns
-    # one step beside another session is the step alone
+    # a step beside another session equals the step alone
     rng = np.random.default_rng(0)
     features = {m.name: rng.standard_normal(m.size).astype(np.float32) for m in engine.spec.modalities}
     present, age = dict.fromkeys(features, True), dict.fromkeys(features, 0)
@@ -66,7 +66,7 @@ def test_a_model_is_what_its_folder_says(name: str) -> None:
         ("mnist_rows", "mnist.tgz"),
     ],
 )
-def test_a_model_measures_as_its_card_says(name: str, data: str, tmp_path: Path) -> None:
+def test_a_model_scores_as_its_card_says(name: str, data: str, tmp_path: Path) -> None:
     if not (SHARED / "data").is_dir():
         pytest.skip("the shared data folder is not beside this checkout")
     folder, tolerance = MODELS / name, 2e-3

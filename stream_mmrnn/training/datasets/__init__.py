@@ -8,8 +8,8 @@
     imdb          load(path, split) -> reviews                    aclImdb
     polarity      sentences(path), reviews(path)                  nltk's sentence_polarity and movie_reviews
 
-They check what they read: what is missing or damaged is a FileError of one sentence. `files` and `audio` are what they
-share. Nothing here downloads, caches or knows about features.
+All loaders check their input: missing or damaged data raise FileError. `files` and `audio` are shared helpers. Nothing
+here downloads or caches.
 """
 
 from stream_mmrnn.training.datasets import fsdd, hapt, imdb, mnist, polarity, switchboard, timit

@@ -2,7 +2,6 @@ r"""16 bit PCM from the bytes of a RIFF WAV or a NIST SPHERE file: the two conta
 
 SPHERE: "NIST_1A\n", the header's size in eight bytes, lines `name -i INTEGER`, `name -r REAL`, `name -sLENGTH STRING`,
 `end_head`, padding up to that size, then the samples (NIST SPeech HEader REsources, version 2.6).
-Knows nothing about folders, labels or resampling.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ Int16Array = npt.NDArray[np.int16]
 
 _FIELD = re.compile(rb"(\S+) +-(?:[ir]|s(\d+)) ")
 _ENDIAN = {"01": "<i2", "10": ">i2"}
-"""`sample_byte_format`: the order in which the bytes of a sample come, the lowest is 0."""
+"""`sample_byte_format`: the byte order; 0 is the lowest byte."""
 
 
 class Pcm(NamedTuple):
@@ -32,24 +31,24 @@ class Pcm(NamedTuple):
 
 
 def pcm(where: str, raw: bytes) -> Pcm:
-    """Decode by what the bytes say: in TIMIT both kinds are called .WAV.
+    """Decode by content, not by name: in TIMIT both kinds of file are called .WAV.
 
     Raises:
-        FileError: neither container, another coding than 16 bit PCM, or fewer samples than the header says.
+        FileError: another container, another coding than 16 bit PCM, or fewer samples than in the header.
 
     """
     if raw.startswith(b"NIST_1A"):
         return _sphere(where, raw)
     if raw.startswith(b"RIFF"):
         return _riff(where, raw)
-    raise FileError(f"the file {where} is no sound file: expected RIFF WAV or NIST SPHERE; fetch it again")
+    raise FileError(f"the file {where} is not a sound file: expected RIFF WAV or NIST SPHERE; fetch it again")
 
 
 def sphere_header(where: str, raw: bytes) -> tuple[int, dict[str, str]]:
     """The header's size in bytes and its fields, as written.
 
     Raises:
-        FileError: it is cut off, or a line of it is no field.
+        FileError: it is truncated, or a line is not a field.
 
     """
     size_field = raw[8:16].strip()
@@ -68,8 +67,8 @@ def sphere_header(where: str, raw: bytes) -> tuple[int, dict[str, str]]:
         if line.strip() and not line.startswith(b";"):  # a comment
             field = _FIELD.match(header, at, end)
             if field is None:
-                raise FileError(f"the file {where} has a SPHERE header with a line that is no field; fetch it again")
-            # a string says its length, and may hold spaces and line ends
+                raise FileError(f"the file {where} has a SPHERE header with a wrong line; fetch it again")
+            # a string field has a length, and may contain spaces and newlines
             stop = field.end() + int(field[2]) if field[2] else end
             fields[field[1].decode("latin-1")] = header[field.end() : stop].decode("latin-1").strip()
             end = header.find(b"\n", stop)
@@ -80,7 +79,7 @@ def sphere_header(where: str, raw: bytes) -> tuple[int, dict[str, str]]:
 
 def _sphere(where: str, raw: bytes) -> Pcm:
     size, fields = sphere_header(where, raw)
-    coding = fields.get("sample_coding", "pcm")  # TIMIT leaves it out
+    coding = fields.get("sample_coding", "pcm")  # missing in TIMIT
     packed = next(
         (p for p in ("shorten", "shortpack", "wavpack") if p in coding + fields.get("sample_byte_format", "")), ""
     )
@@ -115,7 +114,7 @@ def _riff(where: str, raw: bytes) -> Pcm:
             rate, width, count = file.getframerate(), file.getsampwidth(), file.getnframes()
             channels, data = file.getnchannels(), file.readframes(count)
     except (wave.Error, EOFError) as e:
-        raise FileError(f"the file {where} is no WAV file of plain PCM ({reason(e)}); fetch it again") from e
+        raise FileError(f"the file {where} is not a WAV file of plain PCM ({reason(e)}); fetch it again") from e
     if width != 2:
         raise FileError(f"the file {where} has samples of {8 * width} bits, expected 16; convert it first")
     return Pcm(rate, _samples(where, data, "<i2", count, channels))
@@ -125,5 +124,5 @@ def _samples(where: str, data: bytes, kind: str, count: int, channels: int) -> I
     there = len(data) // (2 * channels)
     if there < count:
         raise FileError(f"the file {where} is cut off: {there} samples of {count} are there; fetch it again")
-    samples = np.frombuffer(data, kind, count * channels).astype(np.int16)  # a copy in the machine's own order
+    samples = np.frombuffer(data, kind, count * channels).astype(np.int16)  # a copy in native byte order
     return samples if channels == 1 else samples.reshape(count, channels)

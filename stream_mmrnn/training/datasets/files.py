@@ -1,6 +1,6 @@
 """The files of a data set, one after another, from a folder, a zip or a tar, without unpacking anything to disk.
 
-Knows nothing about what is in them. A file inside an archive is named `ARCHIVE/NAME` in every message.
+In messages a file inside an archive is called `ARCHIVE/NAME`.
 """
 
 from __future__ import annotations
@@ -22,29 +22,27 @@ from stream_mmrnn.core.errors import FileError, UsageError
 Wanted = Callable[[str], bool]
 
 _DAMAGED = (EOFError, OSError, RuntimeError, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, zlib.error)
-"""What the archive readers raise on a cut, changed or encrypted file."""
+"""Exceptions of the archive readers for a truncated, changed or encrypted file."""
 
 
 def files(path: Path, wanted: Wanted) -> Iterator[tuple[str, bytes]]:
     """Name (relative, with `/`) and content of every wanted file: sorted in a folder, else in the archive's order.
 
-    An archive is read once from front to end; nothing but the file at hand is in memory.
+    An archive is read once from start to end, with one file in memory at a time.
 
     Raises:
-        FileError: there is nothing at the path, or it cannot be read to its end.
+        FileError: the path does not exist, or cannot be read completely.
 
     """
     if path.is_dir():
         yield from _in_folder(path, wanted)
         return
     if not path.is_file():
-        raise FileError(f"{path} is not there; give the data set's folder or archive")
+        raise FileError(f"{path} does not exist; give the folder or archive of the data set")
     try:
         yield from _in_zip(path, wanted) if zipfile.is_zipfile(path) else _in_tar(path, wanted)
     except _DAMAGED as e:
-        raise FileError(
-            f"{path} is no zip or tar archive that can be read to its end ({reason(e)}); fetch it again"
-        ) from e
+        raise FileError(f"{path} is not a readable zip or tar archive ({reason(e)}); fetch it again") from e
 
 
 def names(folder: Path) -> list[str]:
@@ -67,7 +65,7 @@ def read(path: Path) -> bytes:
 
 
 def text(where: str, raw: bytes) -> str:
-    """UTF-8, strictly: a guessed encoding would train on wrong letters."""
+    """Decode as strict UTF-8: a guessed encoding would give wrong letters."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
@@ -75,10 +73,10 @@ def text(where: str, raw: bytes) -> str:
 
 
 def table(where: str, raw: bytes, columns: int) -> npt.NDArray[np.float64]:
-    """Lines of numbers with spaces between, all with the same number of columns.
+    """Lines of numbers separated by spaces, all with the same number of columns.
 
     Raises:
-        FileError: it is empty, or a line is not that many finite numbers.
+        FileError: it is empty, or a line has not this many finite numbers.
 
     """
     content = text(where, raw)
@@ -97,10 +95,10 @@ def table(where: str, raw: bytes, columns: int) -> npt.NDArray[np.float64]:
 
 
 def complete(where: str, what: str, numbers: Iterable[int]) -> None:
-    """The numbers must be 0 to n - 1, each once: a file that got lost on the way leaves a hole.
+    """Check that the numbers are 0 to n - 1, each once; otherwise a file is missing.
 
     Raises:
-        FileError: one is missing or comes twice.
+        FileError: a number is missing or occurs twice.
 
     """
     found = sorted(numbers)
@@ -112,7 +110,7 @@ def complete(where: str, what: str, numbers: Iterable[int]) -> None:
 
 
 def reason(error: Exception) -> str:
-    """The first clause of a foreign error, to stand in brackets: some bring pages, or advice that does not fit."""
+    """The first clause of a library's error message, because some are long or give wrong advice."""
     return re.split(r"[\n;]|\. ", str(error))[0].rstrip(".: ") or type(error).__name__
 
 
@@ -138,7 +136,7 @@ def _in_zip(path: Path, wanted: Wanted) -> Iterator[tuple[str, bytes]]:
 def _in_tar(path: Path, wanted: Wanted) -> Iterator[tuple[str, bytes]]:
     with tarfile.open(path) as archive:
         for member in archive:
-            # a link could point out of the archive; the published sets have none
+            # skip links: they could point outside the archive, and the published sets have none
             if member.isreg() and wanted(member.name) and (content := archive.extractfile(member)) is not None:
                 with content:
                     yield member.name, content.read()

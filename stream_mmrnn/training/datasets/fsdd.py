@@ -1,7 +1,7 @@
 """Free Spoken Digit Dataset: short recordings of English digits, 8 kHz, in `recordings/{digit}_{speaker}_{index}.wav`.
 
 Jackson et al., "Free Spoken Digit Dataset", v1.0.10, doi:10.5281/zenodo.1342401; CC BY-SA 4.0. From a folder or an
-archive. Knows nothing about features or noise.
+archive.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from stream_mmrnn.training.datasets.files import choose, complete, files
 RATE_HZ = 8000
 CLASSES = tuple("0123456789")
 TEST_INDICES = range(5)
-"""The official test split, of the data set's own README: the first five of each digit and speaker."""
+"""The official test split from the README of the data set: the first five of each digit and speaker."""
 
 _NAME = re.compile(r"(?:^|/)(\d)_([A-Za-z]+)_(\d+)\.wav$")
 
@@ -61,7 +61,7 @@ def load(path: Path) -> list[Recording]:
 
 
 def official_split(recordings: Iterable[Recording]) -> tuple[list[Recording], list[Recording]]:
-    """Train and test as the data set's authors do: every speaker is in both."""
+    """The split of the authors: every speaker is in train and test."""
     both: tuple[list[Recording], list[Recording]] = [], []
     for recording in recordings:
         both[recording.index in TEST_INDICES].append(recording)
@@ -69,10 +69,10 @@ def official_split(recordings: Iterable[Recording]) -> tuple[list[Recording], li
 
 
 def speaker_split(recordings: Iterable[Recording], test: Collection[str]) -> tuple[list[Recording], list[Recording]]:
-    """Train and test with the named speakers in the test alone: what an unknown voice will get.
+    """A split by speaker: the named speakers are in the test only, to measure unknown voices.
 
     Raises:
-        UsageError: there is no such speaker.
+        UsageError: a speaker is unknown.
 
     """
     everyone = list(recordings)

@@ -3,7 +3,6 @@
 Reyes-Ortiz, Oneto, Sama, Parra and Anguita, "Transition-aware human activity recognition using smartphones", 2016
 (UCI 341). The published folder or zip (RawData/acc_expXX_userYY.txt, gyro_expXX_userYY.txt, labels.txt) and a packed
 .npz (one array `uSS_eN` [samples, 8] a recording: six signals, sample number, label) give the same result.
-Knows nothing about windows or features.
 """
 
 from __future__ import annotations
@@ -42,10 +41,10 @@ ACTIVITIES = {
     12: "lie to stand",
 }
 NONE = -1
-"""The label of samples that nobody labelled."""
+"""The label of unlabelled samples."""
 TEST_SUBJECTS = frozenset((2, 4, 9, 10, 12, 13, 18, 20, 24))
-"""The official test subjects, those of the older UCI HAR too (Anguita et al., 2013). With them, windows of 128 samples,
-half overlapping, inside each labelled stretch are the 7,767 + 3,162 rows of the published features."""
+"""The official test subjects, the same as in UCI HAR (Anguita et al., 2013). With this split, windows of 128 samples,
+overlapping by half, inside each labelled segment give the 7,767 + 3,162 rows of the published features."""
 
 _ARRAY = re.compile(r"u(\d+)_e(\d+)")
 _SIGNAL = re.compile(r"(?:^|/)(acc|gyro)_exp(\d+)_user(\d+)\.txt$")
@@ -55,7 +54,7 @@ _LABELS = re.compile(r"(?:^|/)labels\.txt$")
 class Recording(msgspec.Struct, frozen=True, gc=False, eq=False):
     subject: int
     index: int
-    """Counts the recordings of one subject, from 0."""
+    """Index among the recordings of the subject, from 0."""
     signals: FloatArray
     """[N, 6], as in SIGNALS."""
     labels: LabelArray
@@ -79,7 +78,7 @@ def load(path: Path) -> list[Recording]:
 
 
 def official_split(recordings: Iterable[Recording]) -> tuple[list[Recording], list[Recording]]:
-    """Train and test; nobody is in both."""
+    """Train and test; no subject is in both."""
     both: tuple[list[Recording], list[Recording]] = [], []
     for recording in recordings:
         both[recording.subject in TEST_SUBJECTS].append(recording)
@@ -131,12 +130,12 @@ def _published(path: Path) -> list[Recording]:
         )
     counts: dict[int, int] = defaultdict(int)
     recordings = {}
-    for subject, experiment in sorted(signals):  # experiments are numbered across the subjects
+    for subject, experiment in sorted(signals):  # experiment numbers are unique across subjects
         what = f"exp{experiment:02}_user{subject:02}"
         both = signals[subject, experiment]
         if both.keys() != {"acc", "gyro"} or len(both["acc"]) != len(both["gyro"]):
             raise FileError(
-                f"{path} has acc_{what}.txt and gyro_{what}.txt not both or not of one length; fetch them again"
+                f"{path} has acc_{what}.txt and gyro_{what}.txt missing or of different lengths; fetch them again"
             )
         joined = np.hstack((both["acc"], both["gyro"]))
         labels = np.full(len(joined), NONE, np.int8)
@@ -147,7 +146,7 @@ def _published(path: Path) -> list[Recording]:
 
 
 def _label(where: str, recordings: dict[tuple[int, int], Recording], rows: npt.NDArray[np.float64]) -> None:
-    """Rows of experiment, subject, activity, first sample, last sample; the last one belongs to it."""
+    """Rows of experiment, subject, activity, first sample, last sample (inclusive)."""
     for line, row in enumerate(rows, start=1):
         experiment, subject, activity, first, last = (int(v) for v in row)
         recording = recordings.get((experiment, subject))

@@ -1,7 +1,6 @@
 """Large Movie Review Dataset: (train|test)/(pos|neg)/ID_RATING.txt and train/unsup/ID_0.txt, in aclImdb or its tar.gz.
 
 Maas et al., "Learning word vectors for sentiment analysis", 2011. Texts are as published, with `<br />` in them.
-Knows nothing about tokens or vectors.
 """
 
 from __future__ import annotations
@@ -25,18 +24,18 @@ _REVIEW = re.compile(r"(\d+)_(\d+)")
 class Review(msgspec.Struct, frozen=True, gc=False):
     text: str
     positive: bool | None
-    """None where nobody said: `unsup`."""
+    """None in `unsup`, which has no labels."""
     rating: int
-    """Stars, 1 to 4 and 7 to 10; 0 for `unsup`."""
+    """Stars, 1 to 4 and 7 to 10; 0 in `unsup`."""
     id: int
-    """Counts from 0 in each class of each split."""
+    """From 0 in each class of each split."""
 
 
 def load(path: Path, split: str) -> list[Review]:
     """The reviews of `train`, `test` or `unsup`: negative before positive, by id.
 
     Raises:
-        FileError: a class or a review is missing, the classes are not of one size, or a rating is not its class's.
+        FileError: a class or a review is missing, the classes are not of one size, or a rating does not fit its class.
 
     """
     choose("the IMDB split", split, COUNTS)

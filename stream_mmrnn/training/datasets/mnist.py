@@ -2,7 +2,7 @@
 
 LeCun, Bottou, Bengio and Haffner, "Gradient-based learning applied to document recognition", 1998; CC BY-SA 3.0.
 An idx file: 0, 0, a byte for the type (8 is uint8), a byte for the number of axes, each axis as a big-endian
-uint32, then the values. Knows nothing about what is done with the images.
+uint32, then the values.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def load(path: Path, split: str) -> tuple[ByteArray, ByteArray]:
     """Images uint8 [N, 28, 28] and labels uint8 [N] of `train` or `test`, from a folder, a tar or a zip.
 
     Raises:
-        FileError: a file is missing, cut off, or is not what its name says.
+        FileError: a file is missing or truncated, or its content does not fit its name.
 
     """
     choose("the MNIST split", split, _STEMS)
@@ -40,7 +40,7 @@ def load(path: Path, split: str) -> tuple[ByteArray, ByteArray]:
     found: dict[int, tuple[str, ByteArray]] = {}
     for name, raw in files(path, lambda name: _plain(name) in names):
         axes = names[_plain(name)]
-        if axes not in found:  # the same file is often there twice, plain and gzipped
+        if axes not in found:  # the same file often exists twice, plain and gzipped
             found[axes] = name, _idx(f"{path}/{name}", raw, axes)
         if len(found) == 2:
             break
@@ -81,4 +81,4 @@ def _idx(where: str, raw: bytes, axes: int) -> ByteArray:
         raise FileError(
             f"the file {where} holds {len(raw) - start} values where its header says {math.prod(shape)}; fetch it again"
         )
-    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape).copy()  # writable, as torch wants it
+    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape).copy()  # torch needs writable arrays

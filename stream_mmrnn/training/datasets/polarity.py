@@ -1,8 +1,8 @@
 """Sentence polarity v1.0 and movie reviews v2.0, as nltk_data packs them: a zip, or the folder that it unpacks to.
 
-Pang and Lee, "Seeing stars", 2005 (rt-polarity.pos and .neg, a sentence a line) and "A sentimental education", 2004
-(pos/cvNNN_ID.txt and neg/, a sentence a line); CC BY 4.0. Neither has an official test split: the reviews have ten
-official folds, the sentences none. Knows nothing about tokens or vectors.
+Pang and Lee, "Seeing stars", 2005 (rt-polarity.pos and .neg, one sentence per line) and "A sentimental education", 2004
+(pos/cvNNN_ID.txt and neg/, one sentence per line); CC BY 4.0. Neither has an official test split: the reviews have ten
+official folds, the sentences none.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Review(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def fold(self) -> int:
-        """0 to 9: the folds of the 2004 paper are the hundreds of the file's number."""
+        """0 to 9: the fold in the 2004 paper is the hundreds digit of the file's number."""
         return self.index // 100
 
 
@@ -44,7 +44,7 @@ def sentences(path: Path) -> list[Sentence]:
     """Negative before positive, in the file's order.
 
     Raises:
-        FileError: a file is missing, cut off or has an empty line, or there are not as many of each class.
+        FileError: a file is missing, truncated or has an empty line, or the classes have different sizes.
 
     """
     found: dict[str, list[str]] = {}
@@ -53,7 +53,7 @@ def sentences(path: Path) -> list[Sentence]:
         # not splitlines: it would also cut at control characters inside a sentence
         lines = [line.strip() for line in text(where, raw).split("\n")]
         if lines.pop() or not lines:
-            raise FileError(f"the file {where} does not end with a whole line; fetch it again")
+            raise FileError(f"the file {where} does not end with a complete line; fetch it again")
         if not all(lines):
             raise FileError(f"the file {where} has no sentence in line {lines.index('') + 1}; fetch it again")
         found[kind] = lines
@@ -68,7 +68,7 @@ def reviews(path: Path) -> list[Review]:
     """Negative before positive, by index.
 
     Raises:
-        FileError: there are none, one is missing or empty, or there are not as many of each class.
+        FileError: there are none, one is missing or empty, or the classes have different sizes.
 
     """
     found: list[Review] = []

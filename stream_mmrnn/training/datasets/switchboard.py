@@ -3,7 +3,7 @@
 Godfrey, Holliman and McDaniel, "SWITCHBOARD", 1992; word alignments by Deshmukh, Ganapathiraju, Gleeson, Hamaker and
 Picone, 1998: swb_ms98_transcriptions/20/2001/sw2001A-ms98-a-word.text, lines `id start end token`. The splits
 (splits/train.txt, val.txt, test.txt) are those of the Voice Activity Projection papers, Ekstedt and Skantze, 2022.
-From a folder or an archive, one dialogue in memory at a time. Knows nothing about frames, bins or word vectors.
+From a folder or an archive, with one dialogue in memory at a time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stream_mmrnn.training.datasets.files import files, reason, text
 Seconds = npt.NDArray[np.float64]
 
 JOIN_S = 0.05
-"""Words closer than this are one stretch of voice, as in the VAP papers' data."""
+"""Words closer than this are joined to one segment of speech, as in the VAP papers."""
 
 _WORDS = re.compile(r"(?:^|/)sw(\d{4})([AB])-ms98-a-word\.text$")
 _SPLIT = re.compile(r"(?:^|/)splits/(train|val|test)\.txt$")
@@ -34,18 +34,18 @@ _MISSAID = re.compile(r"\[(.+)/(.+)\](-?)")
 
 
 class Tokens(msgspec.Struct, frozen=True, gc=False, eq=False):
-    """What one person did, in the order of time; none overlaps the next."""
+    """Tokens of one person in order of time, without overlaps."""
 
     start_s: Seconds
     end_s: Seconds
     token: tuple[str, ...]
-    """As transcribed; `spoken` makes the word of it."""
+    """As transcribed; `spoken` converts it to a word."""
 
 
 class Channel(msgspec.Struct, frozen=True, gc=False, eq=False):
     words: Tokens
     marks: Tokens
-    """[silence], [noise], [vocalized-noise], [laughter] and asides: no words."""
+    """[silence], [noise], [vocalized-noise], [laughter] and asides: not words."""
 
 
 class Dialogue(msgspec.Struct, frozen=True, gc=False, eq=False):
@@ -53,11 +53,11 @@ class Dialogue(msgspec.Struct, frozen=True, gc=False, eq=False):
     a: Channel
     b: Channel
     end_s: float
-    """Where the transcription of the longer channel ends."""
+    """End of the transcription of the longer channel."""
 
 
 class Switchboard:
-    """The corpus at a path. Reading an archive costs seconds a pass, so the splits are kept when one has shown them."""
+    """The corpus at a path. A pass over an archive takes seconds, so the splits are cached when a pass finds them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -67,7 +67,7 @@ class Switchboard:
         """Dialogue ids of `train`, `val` and `test`.
 
         Raises:
-            FileError: one is not there or damaged, or a dialogue is in two of them.
+            FileError: a split is missing or damaged, or a dialogue is in two of them.
 
         """
         if len(self._splits) < 3:
@@ -83,10 +83,10 @@ class Switchboard:
         return dict(self._splits)
 
     def dialogues(self, only: Collection[str] | None = None) -> Iterator[Dialogue]:
-        """All dialogues, or those with these ids, as they come: sorted from a folder, in an archive's own order.
+        """All dialogues, or those with these ids: sorted in a folder, else in the archive's order.
 
         Raises:
-            FileError: a file is damaged, a channel is missing, or an asked-for dialogue is not there.
+            FileError: a file is damaged, or a channel or requested dialogue is missing.
 
         """
         wanted = None if only is None else set(only)
@@ -113,7 +113,7 @@ class Switchboard:
             raise FileError(f"{self.path} holds no sw{number}{other}-ms98-a-word.text; fetch the corpus again")
         missing = sorted(wanted - done) if wanted is not None else []
         if missing:
-            raise FileError(f"{self.path} holds no dialogue {missing[0]}, which was asked for; fetch the corpus again")
+            raise FileError(f"{self.path} holds no dialogue {missing[0]}, which was requested; fetch the corpus again")
         if not done and wanted is None:
             raise FileError(
                 f"{self.path} holds no swNNNNA-ms98-a-word.text; give the folder or archive of the ISIP release"
@@ -123,33 +123,33 @@ class Switchboard:
         ids = tuple(text(f"{self.path}/{name}", raw).split())
         match = _SPLIT.search(name)
         if match is None or not ids or not all(len(i) == 4 and i.isdigit() for i in ids):
-            raise FileError(f"the file {self.path}/{name} is no list of four-digit dialogues; fetch it again")
+            raise FileError(f"the file {self.path}/{name} is not a list of four-digit dialogues; fetch it again")
         self._splits[match[1]] = ids
 
 
 def voice(channel: Channel, join_s: float = JOIN_S) -> Seconds:
-    """When the channel speaks: [K, 2] start and end in seconds. Words count; laughter alone and noise do not."""
+    """The speech segments of a channel: [K, 2] start and end in seconds. Only words count, not laughter or noise."""
     start, end = channel.words.start_s, channel.words.end_s
     if not len(start):
         return np.zeros((0, 2))
     apart = start[1:] - end[:-1] >= join_s
     stretches = np.stack((start[np.r_[True, apart]], end[np.r_[apart, True]]), axis=1)
-    # the aligner gave a few words no duration
+    # a few words have no duration in the alignment
     return stretches[stretches[:, 1] > stretches[:, 0]]
 
 
 @lru_cache(maxsize=65536)
 def spoken(token: str) -> str:
-    """The word that a listener knows when the token ends.
+    """The word as a listener understands it when the token ends.
 
-    A word that was broken off keeps only what was said of it, `w[ell]-` is "w": its rest would tell the model what the
-    speaker never said. A swallowed beginning is filled in, `-[y]eah` is "yeah". A slip of the tongue gives what was
-    meant; marks of laughter (`[laughter-yeah]`), coinage (`{exed}`) and pronunciation (`them_1`) are taken off.
+    Of a word that is broken off only the spoken part remains: `w[ell]-` is "w", because the speaker never said the
+    rest. A swallowed beginning is filled in: `-[y]eah` is "yeah". A slip of the tongue gives the intended word. Marks
+    of laughter (`[laughter-yeah]`), coinage (`{exed}`) and pronunciation (`them_1`) are removed.
     """
     word = _LAUGHED.sub(r"\1", token)
     if slip := _MISSAID.fullmatch(word):
-        said, meant, cut = slip.groups()
-        word = said if cut or "[" in said else meant
+        spoken_part, meant, cut = slip.groups()
+        word = spoken_part if cut or "[" in spoken_part else meant
     word = re.sub(r"^-\[([^]]*)\]", r"\1", word)
     return re.sub(r"\[[^]]*\]|_\d", "", word).strip("{}-")
 
@@ -162,9 +162,9 @@ def _channel(where: str, prefix: str, content: str) -> Channel:
     try:
         start, end = (np.fromiter(map(float, tokens[i::4]), np.float64, lines) for i in (1, 2))
     except ValueError as e:
-        raise FileError(f"the file {where} has a time that is no number ({reason(e)}); fetch it again") from e
+        raise FileError(f"the file {where} has a time that is not a number ({reason(e)}); fetch it again") from e
     order = np.stack((start, end), axis=1).ravel()
-    if not (np.diff(order, prepend=0.0) > -1e-6).all():  # false for a NaN too
+    if not (np.diff(order, prepend=0.0) > -1e-6).all():  # also false for NaN
         raise FileError(f"the file {where} has words that overlap or go back in time; fetch it again")
     token = tokens[3::4]
     mark = np.fromiter(map(_is_mark, token), np.bool_, lines)

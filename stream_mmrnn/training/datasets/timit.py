@@ -2,7 +2,7 @@
 
 Garofolo et al., "TIMIT Acoustic-Phonetic Continuous Speech Corpus", LDC93S1, 1993; not free: get it from the LDC. Names
 in upper or lower case; the sound is NIST SPHERE as published, or RIFF as many copies have it (also beside the first,
-as .WAV.wav). One utterance in memory at a time. Knows nothing about folding phones or features.
+as .WAV.wav). One utterance is in memory at a time.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ b d g p t k dx q bcl dcl gcl pcl tcl kcl jh ch s sh z zh f th v dh m n ng em en 
 iy ih eh ey ae aa aw ay ah ao oy ow uh uw ux er ax ix axr ax-h pau epi h#
 """
 PHONES = frozenset(_PHONES.split())
-"""The 61 of the corpus's own PHONCODE.DOC."""
+"""The 61 phones of PHONCODE.DOC in the corpus."""
 _CORE_TEST = """
 mdab0 mwbt0 felc0 mtas1 mwew0 fpas0 mjmp0 mlnt0 fpkt0 mlll0 mtls0 fjlm0
 mbpm0 mklt0 fnlp0 mcmj0 mjdh0 fmgd0 mgrt0 mnjm0 fdhc0 mjln0 mpam0 fmld0
 """
 CORE_TEST = frozenset(_CORE_TEST.split())
-"""Speakers of the core test set, of TESTSET.DOC; papers report on their sentences without the two SA ones."""
+"""Speakers of the core test set, from TESTSET.DOC; papers leave out their two SA sentences."""
 
 _SOUND = re.compile(r"(?:^|/)(train|test)/dr([1-8])/([a-z]{4}\d)/(s[aix]\d+)\.wav(?:\.wav)?$", re.IGNORECASE)
 
@@ -50,7 +50,7 @@ class Utterance(msgspec.Struct, frozen=True, gc=False, eq=False):
     speaker: str
     """In lower case; begins with f or m."""
     sentence: str
-    """sa1, si648, sx37: sa are the same two for everyone."""
+    """sa1, si648, sx37; the two sa sentences are the same for all speakers."""
     text: str
     phones: tuple[Segment, ...]
     words: tuple[Segment, ...]
@@ -60,7 +60,7 @@ def utterances(path: Path, split: str) -> Iterator[Utterance]:
     """All utterances of `train` or `test`, sorted by name.
 
     Raises:
-        FileError: there are none, or one lacks a file, is damaged, or has labels that do not fit its sound.
+        FileError: there are none, or one is incomplete, damaged, or has labels that do not fit its sound.
 
     """
     choose("the TIMIT split", split, COUNTS)
@@ -94,14 +94,14 @@ def _utterance(path: Path, name: str, stem: str, by_key: dict[str, str], match: 
     unknown = sorted({s.label for s in lines["phn"]} - PHONES)
     if unknown:
         raise FileError(
-            f"the file {path / by_key[f'{stem}.phn']} has `{unknown[0]}`, which is no TIMIT phone; fetch it again"
+            f"the file {path / by_key[f'{stem}.phn']} has `{unknown[0]}`, which is not a TIMIT phone; fetch it again"
         )
     sentence = " ".join(s.label for s in lines["txt"])
     return Utterance(samples, int(match[2]), match[3], match[4], sentence, lines["phn"], lines["wrd"])
 
 
 def _segments(where: str, content: str, samples: int) -> tuple[Segment, ...]:
-    """Lines `start end label`. Ends may lie a little after the sound, and words may overlap: so it was published."""
+    """Lines `start end label`. In the published data ends may be slightly after the sound, and words may overlap."""
     segments: list[Segment] = []
     for number, line in enumerate(content.splitlines(), start=1):
         start, _, rest = line.strip().partition(" ")

@@ -1,7 +1,4 @@
-"""Tasks: what a recipe's `data.kind` names, each a function of the recipe and the data's place that gives a `Task`.
-
-Knows nothing about networks.
-"""
+"""Tasks: one module per `data.kind` of a recipe; its `make` builds the `Task` from recipe and paths."""
 
 from __future__ import annotations
 
@@ -17,16 +14,16 @@ KINDS = ("recordings", "turn_taking", "digits", "activity", "mnist", "polarity")
 
 
 def create(recipe: Recipe, places: Sequence[Path]) -> Task:
-    """The task of a recipe; `places` from the command line take the place of `data.path`.
+    """The task of a recipe; `places` from the command line override `data.path`.
 
     Raises:
-        ConfigError: no such kind of data.
-        UsageError: nobody said where the data is.
+        ConfigError: the kind of data is unknown.
+        UsageError: the path of the data is missing.
 
     """
     found = list(places) or ([Path(recipe.data.path)] if recipe.data.path else [])
     if not found:
-        raise UsageError(f"the recipe {recipe.name} needs data of kind {recipe.data.kind!r}: say where by --data")
+        raise UsageError(f"the recipe {recipe.name} needs data of kind {recipe.data.kind!r}; give its path with --data")
     if recipe.data.kind not in KINDS:
         raise ConfigError(f"there is no data of kind {recipe.data.kind!r}; use one of {', '.join(KINDS)}")
     module = importlib.import_module(f"{__name__}.{recipe.data.kind}")

@@ -1,6 +1,6 @@
-"""Activity: what does the wearer of a phone do, tick by tick, transitions included, and how does the signal go on?
+"""Activity of a person with a phone at the waist, transitions included, and a forecast of the signals.
 
-Two samples of six signals a tick, whole recordings as sequences. Knows nothing about networks.
+A tick has two samples of six signals; a sequence is a whole recording.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SIGNALS = len(hapt.SIGNALS)
 STACK = 2
 TICK_MS = 1000 * STACK / hapt.RATE_HZ
 WINDOW = 128
-"""Samples of a published window, 2.56 s; the next one begins half a window later."""
+"""Samples of a published window, 2.56 s; windows overlap by half."""
 
 
 class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -35,13 +35,13 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     validation_subjects: tuple[int, ...] = (7, 14, 21, 28)
     """Of the training subjects; the test subjects are the official ones."""
     test: Literal["windows", "ticks"] = "windows"
-    """What the test counts of `activity`: the ends of the published windows, or every labelled tick."""
+    """The ticks that the test scores for `activity`: ends of the published windows, or all labelled ticks."""
     noise: Annotated[float, msgspec.Meta(ge=0)] = 0.0
-    """Standard deviation of what is added to the training signals, g and rad/s, anew in every epoch."""
+    """Standard deviation of the noise added to the training signals, in g and rad/s; new in every epoch."""
 
 
 def window_ends(labels: hapt.LabelArray) -> list[int]:
-    """The last sample of each published window: inside one labelled stretch, half overlapping."""
+    """The last sample of each published window: inside one labelled segment, overlapping by half."""
     edges = np.flatnonzero(np.diff(labels)) + 1
     ends: list[int] = []
     for begin, end in zip([0, *edges], [*edges, len(labels)], strict=True):
@@ -65,7 +65,7 @@ def forecast(head: Head, signals: FloatArray, count: int) -> tuple[Array, FloatA
 
 
 def sequence(recording: hapt.Recording, recipe: Recipe, windows: bool) -> Ticks:
-    """A whole recording; `windows`: only the ends of published windows count for the activity."""
+    """A whole recording; with `windows` only the ends of published windows are scored for the activity."""
     count = len(recording.labels) // STACK
     signals = recording.signals[: STACK * count]
     targets: dict[str, Array] = {}
@@ -76,12 +76,12 @@ def sequence(recording: hapt.Recording, recipe: Recipe, windows: bool) -> Ticks:
             continue
         labels = head.labels or LABELS
         classes = {number: labels.index(n) for number, n in enumerate(LABELS, start=1) if n in labels}
-        held = recording.labels[STACK - 1 :: STACK][:count].tolist()  # what holds at the tick's end
+        held = recording.labels[STACK - 1 :: STACK][:count].tolist()  # the label at the tick's end
         targets[head.name] = np.array([classes.get(n, 0) for n in held], np.int64)
         weight = np.array([n in classes for n in held], np.float32)
         if windows:
             at_end = np.zeros(count, np.float32)
-            # the newest tick that has no sample after the window
+            # the last tick without a sample after the window
             at_end[[(e + 1) // STACK - 1 for e in window_ends(recording.labels)]] = 1
             weight *= at_end
         weights[head.name] = weight
@@ -109,17 +109,17 @@ def _require(recipe: Recipe) -> None:
         if head.kind == "regression":
             if not head.horizons_s or head.size % SIGNALS or any(b <= a or a < 0 for a, b in head.horizons_s):
                 raise ConfigError(
-                    f"the head {head.name!r} needs horizons_s, an interval for each of its numbers, and {SIGNALS} "
-                    "numbers, one a signal, for each interval"
+                    f"the head {head.name!r} needs horizons_s with one interval per number, and {SIGNALS} numbers, "
+                    "one per signal, for each interval"
                 )
         elif head.kind != "classification" or head.size != len(head.labels or LABELS):
             raise ConfigError(f"the head {head.name!r} does not fit the data; give it the labels {', '.join(LABELS)}")
         elif unknown := [n for n in head.labels if n not in LABELS]:
-            raise ConfigError(f"no activity is called {unknown[0]!r}; use of {', '.join(LABELS)}")
+            raise ConfigError(f"there is no activity {unknown[0]!r}; use {', '.join(LABELS)}")
 
 
 def make(recipe: Recipe, places: list[Path]) -> Task:
-    """Official split by subject; some of the training subjects are for validation."""
+    """Official split by subject; some training subjects are used for validation."""
     options = convert(recipe.data.options, Options)
     _require(recipe)
     place = find(places, "hapt")
@@ -127,7 +127,7 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
     held = set(options.validation_subjects)
     absent = held - {r.subject for r in learnt}
     if absent:
-        raise UsageError(f"subject {min(absent)} for validation is none of the training subjects; choose another")
+        raise UsageError(f"subject {min(absent)} for validation is not one of the training subjects; choose another")
     train = [sequence(r, recipe, False) for r in learnt if r.subject not in held]
     if not train or not tested:
         raise FileError(f"{place} has no recording left to {'test' if train else 'train'} on; give all of it")
@@ -150,7 +150,7 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
         [sequence(r, recipe, options.test == "windows") for r in tested],
         about="UCI HAPT (Reyes-Ortiz, Oneto, Sama, Parra and Anguita 2016, UCI 341; no licence stated: research use): "
         "accelerometer (g) and gyroscope (rad/s) of a phone at the waist, 50 Hz, raw, two samples a tick; twelve "
-        "activities, six of them transitions of posture; what nobody labelled does not count. Official split by "
+        "activities, six of them transitions of posture; unlabelled samples do not count. Official split by "
         f"subject: {len(learners)} to train, {len(held)} of the training ones for validation, "
         f"{len(testers)} for the test, where the activity is scored at {scored}. Causal: a tick knows nothing "
         "of what comes after it, where the published windows are classified whole; and the network remembers more "

@@ -1,7 +1,4 @@
-"""What tasks share: finding the data, what a recipe may ask of it, words as vectors, cutting long sequences.
-
-Knows nothing about any one task or about networks.
-"""
+"""Helpers of the tasks: find the data, check the recipe, encode words, split long sequences."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ _ARCHIVES = (".tgz", ".tar", ".gz", ".xz", ".bz2", ".zip", ".npz")
 
 
 def find(places: list[Path], *words: str) -> Path:
-    """The archive or folder whose name has one of the words, in or among the places; else the first place itself."""
+    """The archive or folder whose name contains one of the words, in or among the places; else the first folder."""
     for place in places:
         for path in sorted(place.iterdir()) if place.is_dir() else [place]:
             if any(w in path.name.lower() for w in words) and (path.is_dir() or path.suffix in _ARCHIVES):
@@ -30,10 +27,10 @@ def find(places: list[Path], *words: str) -> Path:
 
 
 def require(recipe: Recipe, modalities: Mapping[str, int], heads: Mapping[str, tuple[str, ...]]) -> None:
-    """See that the recipe asks for what the data has: modalities with their sizes, classes with their labels.
+    """Check that the data have what the recipe needs: modalities with their sizes, classes with their labels.
 
     Raises:
-        ConfigError: it asks for something else.
+        ConfigError: they do not.
 
     """
     for name, m in recipe.modalities.items():
@@ -56,7 +53,7 @@ def require(recipe: Recipe, modalities: Mapping[str, int], heads: Mapping[str, t
 
 
 class Words:
-    """The vectors of words, each encoded once."""
+    """The vectors of words; each word is encoded once."""
 
     def __init__(self) -> None:
         self._encoder = TextEncoder()
@@ -73,7 +70,7 @@ class Words:
 
 
 def pieces(s: Ticks, length: int, rng: np.random.Generator) -> list[Ticks]:
-    """A long sequence as several, cut at other places in each epoch, so that a few recordings fill many lanes."""
+    """Split a long sequence at random points, new in each epoch, so a few recordings fill many lanes."""
     if len(s) <= length:
         return [s]
     first = int(rng.integers(length // 2, length + 1))

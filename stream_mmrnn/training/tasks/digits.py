@@ -1,8 +1,8 @@
-"""Digits: image, sound and word in one stream, which digit is it now, and which comes next?
+"""Digits as images, sounds and words in one stream: the current digit and the next one.
 
-A hidden rule gives a sequence of items; each item comes in one to three modalities, at random times. Sound has noise
-everywhere, and everything random is drawn anew for every training sequence. `logmel` is the runtime's log-mel graph for
-many hops at once. Knows nothing about networks.
+A hidden rule gives a sequence of items; each item comes in one to three modalities, at random times. The sound always
+has noise. Everything random is new in every training sequence. `logmel` computes what the runtime's log-mel graph
+computes, for many hops at once.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from stream_mmrnn.training.tasks.common import Words, find, require
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 RULES = {"up": 1, "down": -1, "by two": 2}
-"""What is added, modulo 10, from item to item."""
+"""Added to the digit from item to item, modulo 10."""
 MODALITIES = {"vision": 784, "audio": MELS, "text": TextEncoder.size}
 KNOWN_S = 0.2
-"""A digit need not be known earlier than this after its item began."""
+"""Ticks earlier than this after the start of an item are not scored."""
 VALIDATION_INDICES = range(5, 10)
-"""FSDD recordings of the official training split that are for validation."""
+"""FSDD recordings of the official training split that are used for validation."""
 
 _TICK_S = 0.04
 _TICK = round(_TICK_S * RATE)
@@ -53,33 +53,33 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """`data.options`."""
 
     train: _Count = 200
-    """Sequences of one epoch, all new."""
+    """Sequences per epoch, all new."""
     validation: _Count = 60
     test: _Count = 150
     items: Annotated[int, msgspec.Meta(ge=3)] = 12
-    """Of a sequence."""
+    """Items per sequence."""
     complete: _Share = 0.0
-    """How often an item comes in all three modalities, whatever was drawn."""
+    """Probability that an item comes in all three modalities."""
     snr_db: float = -5.0
     noise: tuple[Literal["white", "babble"], ...] = ("white", "babble")
-    """One of them for a sequence."""
+    """One of these is chosen per sequence."""
     typos: _Share = 0.1
-    """How often a letter is mistyped."""
+    """Probability that a letter is mistyped."""
     speakers: Literal["official", "independent"] = "official"
-    """The authors' split, where every speaker is in both parts, or speakers for the test alone."""
+    """The authors' split, with every speaker in both parts; or speakers that are in the test only."""
     validation_speakers: tuple[str, ...] = ("yweweler",)
     test_speakers: tuple[str, ...] = ("theo",)
     images: _Count = 5000
-    """How many, the last ones of MNIST's training set, are for validation."""
+    """Number of images for validation: the last ones of MNIST's training set."""
     seed: Annotated[int, msgspec.Meta(ge=0)] = 0
-    """Of the sequences for validation and test: the same whatever the training's seed."""
+    """Seed of the validation and test sequences; independent of the training seed."""
 
 
 # ---- sound ---------------------------------------------------------------------------------------------------------
 
 
 def _mel_filters() -> FloatArray:
-    """Slaney's triangles, [201, 80], as tools/make_encoders.py puts them into the graph."""
+    """Slaney's triangular mel filters, [201, 80], as in tools/make_encoders.py."""
 
     def hz(mel: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         return np.where(mel < 15, mel * 200 / 3, 1000 * np.exp((mel - 15) * np.log(6.4) / 27))
@@ -97,7 +97,7 @@ _HANN = (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(WINDOW) / WINDOW)).astype(np.f
 
 
 def logmel(samples: Int16Array) -> FloatArray:
-    """What the runtime's audio encoder says of a stream from its first sample on, [hops, 80]: see logmel80.card.md."""
+    """The output of the runtime's audio encoder from the first sample on, [hops, 80]: see logmel80.card.md."""
     hops = len(samples) // HOP
     before = np.zeros(WINDOW - HOP, np.float32)
     stream = np.concatenate([before, samples[: hops * HOP].astype(np.float32) / np.float32(32768)])
@@ -108,24 +108,24 @@ def logmel(samples: Int16Array) -> FloatArray:
 
 
 def _upsampled(samples: Int16Array) -> FloatArray:
-    """8 kHz -> 16 kHz with nothing above 4 kHz, at a root mean square of 1."""
-    # silence on both sides, for the transform takes the sound to go round in a circle
+    """Resample 8 kHz -> 16 kHz (nothing above 4 kHz), scaled to a root mean square of 1."""
+    # silence on both sides, because the Fourier transform treats the sound as periodic
     padded = np.pad(samples.astype(np.float64), 64)
     doubled = np.fft.irfft(np.fft.rfft(padded), 2 * len(padded))[128:-128]
     return (doubled / max(float(np.sqrt(np.mean(doubled**2))), 1e-9)).astype(np.float32)
 
 
 def _babble(recordings: Sequence[FloatArray], count: int, rng: np.random.Generator) -> FloatArray:
-    """Some talkers at once, backwards, so that it is speech and yet no digit; root mean square 1."""
+    """Babble noise: several talkers at once, reversed, so it contains no digit; root mean square 1."""
     total = np.zeros(count, np.float32)
     for _ in range(_TALKERS):
         at = -int(rng.integers(RATE // 2))
         while at < count:
-            said = recordings[int(rng.integers(len(recordings)))][::-1]
-            begin, end = max(at, 0), min(at + len(said), count)
+            recording = recordings[int(rng.integers(len(recordings)))][::-1]
+            begin, end = max(at, 0), min(at + len(recording), count)
             if end > begin:
-                total[begin:end] += said[begin - at : end - at]
-            at += len(said)
+                total[begin:end] += recording[begin - at : end - at]
+            at += len(recording)
     return total / max(float(np.sqrt(np.mean(total**2))), 1e-9)
 
 
@@ -136,7 +136,7 @@ def _neighbours() -> dict[str, str]:
     found: dict[str, str] = {}
     for y, row in enumerate(_KEYS):
         for x, key in enumerate(row):
-            # a row is half a key to the right of the one above it
+            # each row is half a key to the right of the row above
             near = [(y, x - 1), (y, x + 1), (y - 1, x), (y - 1, x + 1), (y + 1, x - 1), (y + 1, x)]
             found[key] = "".join(_KEYS[j][i] for j, i in near if 0 <= j < len(_KEYS) and 0 <= i < len(_KEYS[j]))
     return found
@@ -146,7 +146,7 @@ _NEAR = _neighbours()
 
 
 def misspelt(word: str, rate: float, rng: np.random.Generator) -> str:
-    """Each letter may change places with the next, get lost, or be a neighbour on the keyboard; never nothing."""
+    """Typing errors: a letter is swapped with the next, dropped, or replaced by a neighbouring key; never empty."""
     typed: list[str] = []
     i = 0
     while i < len(word):
@@ -166,7 +166,7 @@ def misspelt(word: str, rate: float, rng: np.random.Generator) -> str:
 
 
 class Pool(msgspec.Struct, frozen=True):
-    """What the items of one split are drawn from; nothing of it is in another split."""
+    """The images and recordings of one split; splits are disjoint."""
 
     images: tuple[ByteArray, ...]
     """By digit, [N, 784]."""
@@ -182,23 +182,23 @@ def _pool(images: ByteArray, labels: ByteArray, recordings: Sequence[fsdd.Record
     for d in range(10):
         if not spoken or not len(by_digit[d]) or not all(of[d] for of in spoken.values()):
             raise FileError(
-                f"the {where} data lacks an image or a recording of the digit {d}; give all of MNIST and FSDD"
+                f"the {where} data have no image or no recording of the digit {d}; give all of MNIST and FSDD"
             )
     return Pool(by_digit, {speaker: tuple(map(tuple, of)) for speaker, of in sorted(spoken.items())})
 
 
 class Maker:
-    """Sequences of the items of a pool."""
+    """Makes sequences from the items of a pool."""
 
     def __init__(self, recipe: Recipe, options: Options, babble: Sequence[FloatArray]) -> None:
-        """`babble`: recordings of the training split, for the noise of all splits."""
+        """`babble`: recordings of the training split, used as noise in all splits."""
         self._options, self._babble = options, babble
         self._order = list(recipe.modalities)
         self._heads = [h.name for h in recipe.heads]
         self.words = Words()
 
     def __call__(self, pool: Pool, name: str, rng: np.random.Generator) -> Ticks:
-        """One sequence, all of it drawn by `rng`."""
+        """One sequence; everything is drawn from `rng`."""
         o, n = self._options, self._options.items
         rule = list(RULES)[int(rng.integers(len(RULES)))]
         speaker = list(pool.voices)[int(rng.integers(len(pool.voices)))]
@@ -206,7 +206,7 @@ class Maker:
         lasts, gaps = rng.uniform(0.6, 1.0, n), rng.uniform(0.1, 0.6, n + 1)
         start = np.cumsum(gaps[:-1]) + np.concatenate([[0.0], np.cumsum(lasts[:-1])])
         end = start + lasts
-        drawn = np.where(rng.random(n) < o.complete, 7, rng.integers(1, 8, n))  # a bit a modality, never none
+        drawn = np.where(rng.random(n) < o.complete, 7, rng.integers(1, 8, n))  # one bit per modality, never zero
         count = int(np.ceil((end[-1] + gaps[-1]) / _TICK_S))
         ends = _TICK_S * np.arange(1, count + 1)
         spans = [
@@ -222,7 +222,7 @@ class Maker:
         for digit, a, b, bits in spans:
             if bits & 1:
                 frames = np.arange(a + rng.uniform(0.005, 0.1), b - rng.uniform(0.005, 0.1), _FRAME_S)
-                frames += rng.uniform(-0.005, 0.005, len(frames))  # no camera keeps its time
+                frames += rng.uniform(-0.005, 0.005, len(frames))  # camera frames have jitter
                 places = _tick_of(frames, count)
                 np.maximum.at(newest["vision"], places, frames)
                 images = pool.images[digit]
@@ -238,7 +238,7 @@ class Maker:
         for i, (digit, a, b, _) in enumerate(spans):
             here = (ends >= a + KNOWN_S) & (ends <= b)
             now[here], counts[here] = digit, 1
-            # two digits give the rule away, the third is the first with which it must be known
+            # two digits determine the rule, so from the third item the next digit can be known
             following[here], later[here] = digits[i + 1], i >= 2
         targets: dict[str, Array] = {"digit": now, "next_digit": following}
         weights = {"digit": counts, "next_digit": later}
@@ -257,18 +257,18 @@ class Maker:
     def _sound(
         self, spoken: list[tuple[int, float, float]], pool: Pool, speaker: str, count: int, rng: np.random.Generator
     ) -> Int16Array:
-        """The whole sequence's sound: recordings of one level where items are spoken, noise of one level all over."""
+        """The sound of the whole sequence: spoken items at one level, noise at another level throughout."""
         o = self._options
         sound = np.zeros(count, np.float32)
         for digit, a, b in spoken:
             choices = pool.voices[speaker][digit]
-            said = choices[int(rng.integers(len(choices)))]
+            recording = choices[int(rng.integers(len(choices)))]
             begin = round((a + rng.uniform(0, 0.05)) * RATE)
-            end = min(begin + len(said), round(b * RATE))
-            sound[begin:end] = said[: end - begin]
+            end = min(begin + len(recording), round(b * RATE))
+            sound[begin:end] = recording[: end - begin]
         loud = 10 ** (-o.snr_db / 20)
         if o.noise[int(rng.integers(len(o.noise)))] == "white":
-            # twice the power, for half of it is above 4 kHz, where a recording of 8 kHz has nothing to be hidden
+            # twice the power: half of it is above 4 kHz, where an 8 kHz recording has no signal to mask
             sound += np.float32(loud * np.sqrt(2)) * rng.standard_normal(count, np.float32)
         else:
             sound += np.float32(loud) * _babble(self._babble, count, rng)
@@ -277,7 +277,7 @@ class Maker:
 
 
 def _tick_of(times_s: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.int64]:
-    """The tick that each time falls in: tick k of 0... covers (k T, (k + 1) T]."""
+    """The tick of each time: tick k (from 0) covers (k T, (k + 1) T]."""
     return np.clip(np.ceil(times_s / _TICK_S).astype(np.int64) - 1, 0, count - 1)
 
 
@@ -298,14 +298,14 @@ def _spoken(
 
 
 def make(recipe: Recipe, places: list[Path]) -> Task:
-    """`places` hold MNIST and FSDD, each as its archive or its folder."""
+    """`places` contain MNIST and FSDD, each as an archive or a folder."""
     o = convert(recipe.data.options, Options)
     classes = tuple("0123456789")
     require(recipe, MODALITIES, {"digit": classes, "next_digit": classes})
     if recipe.tick_ms != 1000 * _TICK_S:
         raise ConfigError(f"data.kind `digits` has ticks of {1000 * _TICK_S:g} ms: set tick_ms to that")
     if not o.noise:
-        raise ConfigError("data.options.noise names no noise; use white, babble or both")
+        raise ConfigError("data.options.noise is empty; use white, babble or both")
     at = find(places, "mnist")
     images, labels = mnist.load(at, "train")
     test_images, test_labels = mnist.load(at, "test")

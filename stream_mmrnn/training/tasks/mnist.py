@@ -1,6 +1,6 @@
-"""MNIST as a sequence: a row a tick (28 ticks of 28 numbers) or a pixel a tick (784 ticks of 1), the digit at the end.
+"""MNIST as a sequence: one row per tick (28 ticks of 28 numbers) or one pixel per tick (784 ticks of 1).
 
-The usual test of how long a network remembers. Knows nothing about networks.
+The digit is scored at the end. This is the usual test of long-term memory.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     by: Literal["rows", "pixels"] = "rows"
     sequences: _Count = 0
-    """Images of one training epoch, drawn anew for each; 0 takes all."""
+    """Images per training epoch, drawn again for each epoch; 0 means all."""
     validation: Annotated[int, msgspec.Meta(ge=1)] = 5000
-    """How many, the last ones of the training set."""
+    """Number of images for validation: the last ones of the training set."""
     test: _Count = 0
-    """Images of the test set, the first ones; 0 takes all."""
+    """Number of test images, the first ones; 0 means all."""
     shift: Annotated[int, msgspec.Meta(ge=0, le=6)] = 0
-    """Training images move by up to so many pixels, anew in every epoch."""
+    """Augmentation: maximum shift in pixels, new in every epoch."""
     turn: Annotated[float, msgspec.Meta(ge=0, le=45)] = 0.0
-    """They turn by up to so many degrees."""
+    """Augmentation: maximum rotation in degrees."""
     stretch: Annotated[float, msgspec.Meta(ge=0, le=0.5)] = 0.0
-    """Height and width, each by itself, and the slant change by up to this share."""
+    """Augmentation: maximum relative change of height, width and shear, each independent."""
 
 
 def shifted(images: ByteArray, by: int, rng: np.random.Generator) -> ByteArray:
-    """Images [N, 28, 28], each moved by up to `by` pixels in both directions; zeros come in."""
+    """Images [N, 28, 28], each shifted by up to `by` pixels in both directions, padded with zeros."""
     count, height, width = images.shape
     padded = np.pad(images, ((0, 0), (by, by), (by, by)))
     y, x = rng.integers(0, 2 * by + 1, (2, count, 1))
@@ -54,11 +54,11 @@ def shifted(images: ByteArray, by: int, rng: np.random.Generator) -> ByteArray:
 
 
 def warped(images: ByteArray, turn: float, stretch: float, rng: np.random.Generator) -> ByteArray:
-    """Images [N, H, W], each turned by up to `turn` degrees, stretched and slanted by up to `stretch`; bilinear."""
+    """Images [N, H, W], each rotated by up to `turn` degrees, scaled and sheared by up to `stretch`; bilinear."""
     count, height, width = images.shape
     angle = np.radians(rng.uniform(-turn, turn, count))
     tall, wide, slant = rng.uniform(-stretch, stretch, (3, count))
-    # where each pixel comes from: a turn after a stretch with a slant, about the middle
+    # source position of each pixel: rotation after scaling with shear, about the centre
     sin, cos = np.sin(angle), np.cos(angle)
     stretching = np.stack([1 + tall, np.zeros(count), slant, 1 + wide], -1).reshape(count, 2, 2)
     turning = np.stack([cos, -sin, sin, cos], -1).reshape(count, 2, 2)
@@ -81,7 +81,7 @@ def warped(images: ByteArray, turn: float, stretch: float, rng: np.random.Genera
 
 
 def make(recipe: Recipe, places: list[Path]) -> Task:
-    """Official split; the last images of the training set are for validation."""
+    """Official split; the last images of the training set are used for validation."""
     options = convert(recipe.data.options, Options)
     length, size = (28, 28) if options.by == "rows" else (784, 1)
     require(recipe, {"vision": size}, {"digit": mnist.CLASSES})
@@ -89,7 +89,7 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
     images, labels = mnist.load(place, "train")
     if options.validation >= len(images):
         raise FileError(f"{place} has {len(images)} training images, {options.validation} are held out; give all of it")
-    # the same for all images, so one copy is enough
+    # the same for all images, so they share one copy
     present, age_s = np.ones((length, 1), np.float32), np.zeros((length, 1), np.float32)
     last = np.zeros(length, np.float32)
     last[-1] = 1

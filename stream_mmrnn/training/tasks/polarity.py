@@ -1,6 +1,6 @@
-"""Sentence polarity: a word a tick, is the sentence for or against the film?
+"""Sentence polarity, one word per tick: is the sentence for or against the film?
 
-Each word is the vector that the runtime's TextEncoder gives it. Knows nothing about networks.
+Each word is the vector from the runtime's TextEncoder.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """`data.options`."""
 
     early: _Share = 0.1
-    """In training: the weight that a tick before the last word comes up to; 0 learns from the last word alone."""
+    """Training weight of ticks before the last word, as a maximum; 0 trains on the last word only."""
     word_dropout: _Share = 0.0
-    """In training: how often a word is left out, anew in every epoch."""
+    """Probability that a word is left out in training; new in every epoch."""
     split_seed: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 def split(count: int, seed: int) -> tuple[list[int], list[int], list[int]]:
-    """80, 10 and 10 of a hundred, drawn by a seed."""
+    """80, 10 and 10 %, drawn from a seed."""
     order = np.random.default_rng(seed).permutation(count).tolist()
     a, b = count * 8 // 10, count * 9 // 10
     return order[:a], order[a:b], order[b:]
 
 
 def make(recipe: Recipe, places: list[Path]) -> Task:
-    """A seeded split, for there is no official one; validation and test are scored at the last word alone."""
+    """A seeded split, because there is no official one; validation and test are scored at the last word only."""
     options = convert(recipe.data.options, Options)
     require(recipe, {"text": TextEncoder.size}, {"polarity": LABELS})
     place = find(places, "sentence_polarity", "rt-polarity")
     found = polarity.sentences(place)
     train, validation, test = ([found[i] for i in part] for part in split(len(found), options.split_seed))
     if not validation or not test:
-        raise FileError(f"{place} has {len(found)} sentences, which are too few to split; give all of it")
+        raise FileError(f"{place} has {len(found)} sentences, too few to split; give the whole data set")
     words = Words()
 
     def ticks(sentence: polarity.Sentence, kept: Sequence[str], early: float, name: str) -> Ticks:
@@ -68,9 +68,9 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
 
     def epoch(rng: np.random.Generator) -> Iterator[Ticks]:
         for i in rng.permutation(len(train)):
-            said = train[i].text.split()
-            keep = rng.random(len(said)) >= options.word_dropout
-            kept = [w for w, k in zip(said, keep, strict=True) if k] or said
+            spoken = train[i].text.split()
+            keep = rng.random(len(spoken)) >= options.word_dropout
+            kept = [w for w, k in zip(spoken, keep, strict=True) if k] or spoken
             yield ticks(train[i], kept, options.early, f"train {i}")
 
     return Task(

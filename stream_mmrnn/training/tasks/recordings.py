@@ -1,8 +1,7 @@
-"""Own recordings: the ticks that the runtime's aligner makes of them, with labels that were typed or that come by
-themselves (speech to come, words to come, motion to come).
+"""The user's recordings as training data, with typed labels or targets computed from the recording.
 
-What a model trains on is what it is served: the same generator, aligner, encoders and settings as live. Knows nothing
-about networks.
+Computed targets are future speech, words and motion. The ticks come from the same generator, aligner, encoders and
+settings as live, so a model is trained on what it will be served.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ from stream_mmrnn.training.recipe import Head, Recipe, parse
 from stream_mmrnn.training.tasks.common import pieces
 
 SOURCES = {"classification": "label", "activity_projection": "speech", "hazard": "text", "regression": "motion"}
-"""Where a head's targets come from, unless the recipe's `data.options.targets` says otherwise."""
+"""Default source of a head's targets; the recipe's `data.options.targets` overrides it."""
 NOTHING = ("", "none")
-"""Labels that say that there is none."""
+"""Labels that mean: no label."""
 
 
 class Events:
-    """What a recording says beside its ticks: labels and words with their times."""
+    """Labels and words of a recording with their times."""
 
     def __init__(self, recording: Recording) -> None:
         self.labels: list[tuple[int, str]] = []
@@ -47,7 +46,7 @@ class Events:
         self.texts.sort()
 
     def label_at(self, event_ns: int) -> str:
-        """The label that holds at a time: the last one typed until then."""
+        """The label at a time: the last one typed before it."""
         held = ""
         for at_ns, name in self.labels:
             if at_ns > event_ns:
@@ -60,7 +59,7 @@ def ticks_of(path: Path, specs: Sequence[ModalitySpec], tick_ns: int) -> tuple[l
     """The ticks of a recording as the engine would have seen them.
 
     Raises:
-        FileError: no recording, or one without features of these modalities.
+        FileError: not a recording, or it has no features of these modalities.
 
     """
     recording = Recording(path)
@@ -69,7 +68,7 @@ def ticks_of(path: Path, specs: Sequence[ModalitySpec], tick_ns: int) -> tuple[l
     wanted = {topics.CLOCK, topics.SESSION, *(topics.feature(s.name) for s in specs)}
     ticks = list(predict(recording.envelopes(wanted), aligner, NoEngine()))
     if not ticks:
-        raise FileError(f"{path} holds no ticks; was anything recorded?")
+        raise FileError(f"{path} has no ticks; was anything recorded?")
     quarantined = {n: c.quarantined for n, c in aligner.counts.items() if c.quarantined and not c.used}
     if quarantined:
         raise FileError(f"{path}: the features of {', '.join(quarantined)} are another encoder's; encode them again")
@@ -95,19 +94,19 @@ def sequence(path: Path, recipe: Recipe, specs: Sequence[ModalitySpec]) -> Ticks
 
 
 def _label(head: Head, ticks: list[Tick], events: Events, recipe: Recipe) -> tuple[Array, FloatArray]:
-    """The class that holds at the tick's end, or as much later as the head's first horizon says."""
+    """The class at the tick's end, or later by the end of the head's first horizon."""
     return classes_at(head.labels, ahead_ns_of(head.horizons_s), [t.event_ns for t in ticks], events)
 
 
 def ahead_ns_of(horizons_s: Sequence[tuple[float, float]]) -> int:
-    """How much later than its tick a classifier's label is looked up; 0 of one that speaks of now."""
+    """How much later than the tick's end the label is looked up; 0 without a horizon."""
     return round(horizons_s[0][1] * 1e9) if horizons_s else 0
 
 
 def classes_at(
     labels: Sequence[str], ahead_ns: int, event_ns: Sequence[int], events: Events
 ) -> tuple[Array, FloatArray]:
-    """For T ticks' ends: the class [T] that is typed `ahead_ns` later, and whether that is known [T] (1 or 0)."""
+    """For the ends of T ticks: the class [T] at `ahead_ns` later, and whether it is known [T] (1 or 0)."""
     classes = {name: i for i, name in enumerate(labels)}
     held = [events.label_at(at_ns + ahead_ns) for at_ns in event_ns]
     known = [h in classes and at_ns + ahead_ns <= event_ns[-1] for h, at_ns in zip(held, event_ns, strict=True)]
@@ -115,7 +114,7 @@ def classes_at(
 
 
 def _speech(head: Head, ticks: list[Tick], events: Events, recipe: Recipe) -> tuple[Array, FloatArray]:
-    """Speech in each of the head's intervals, where at least half of its ticks are speech (0.5 and more)."""
+    """Speech in each of the head's intervals: 1 if at least half of its ticks are speech (0.5 and more)."""
     if "audio" not in ticks[0].features:
         raise ConfigError(f"the head {head.name!r} needs speech, and the recipe has no modality audio")
     loud = np.array([t.present["audio"] and t.features["audio"][SPEECH] >= 0.5 for t in ticks], np.float64)
@@ -134,7 +133,7 @@ def _speech(head: Head, ticks: list[Tick], events: Events, recipe: Recipe) -> tu
 
 
 def _text(head: Head, ticks: list[Tick], events: Events, recipe: Recipe) -> tuple[Array, FloatArray]:
-    """The interval in which the next word comes; `head.size` where in none; unknown where the recording ends before."""
+    """The interval of the next word; `head.size` if it is in none; unknown if the recording ends before."""
     horizons = _horizons(head)
     until_ns = round(horizons[-1][1] * 1e9)
     last_ns = ticks[-1].event_ns
@@ -153,7 +152,7 @@ def _text(head: Head, ticks: list[Tick], events: Events, recipe: Recipe) -> tupl
 
 
 def _motion(head: Head, ticks: list[Tick], events: Events, recipe: Recipe) -> tuple[Array, FloatArray]:
-    """How much the picture will change: the root mean square of the change of its features, tick by tick."""
+    """Future change of the picture: the root mean square difference of its features between ticks."""
     if "vision" not in ticks[0].features:
         raise ConfigError(f"the head {head.name!r} needs motion, and the recipe has no modality vision")
     seen = np.array([t.present["vision"] for t in ticks])
@@ -177,7 +176,7 @@ _TARGETS = {"label": _label, "speech": _speech, "text": _text, "motion": _motion
 
 def _horizons(head: Head) -> tuple[tuple[float, float], ...]:
     if not head.horizons_s:
-        raise ConfigError(f"the head {head.name!r} speaks of the future: give its horizons_s")
+        raise ConfigError(f"the head {head.name!r} predicts the future: give its horizons_s")
     return head.horizons_s
 
 
@@ -186,10 +185,10 @@ def _specs(recipe: Recipe) -> list[ModalitySpec]:
 
 
 def recipe_for(paths: Sequence[Path], name: str) -> Recipe:
-    """A recipe for recordings that nobody wrote one for: their modalities, and a head for the labels typed in them.
+    """A default recipe for recordings: their modalities, and one head for their typed labels.
 
     Raises:
-        FileError: nothing was labelled.
+        FileError: there are no labels.
 
     """
     modalities: dict[str, dict[str, Any]] = {}
@@ -223,19 +222,19 @@ def recipe_for(paths: Sequence[Path], name: str) -> Recipe:
 
 
 def files_of(places: Sequence[Path]) -> list[Path]:
-    """The recordings of files and folders, by name; raises FileError where a folder holds none."""
+    """The recordings among files and folders, sorted by name; raises FileError if a folder has none."""
     found = []
     for place in places:
         inside = list(place.glob("*.mcap")) if place.is_dir() else [place]
         if not inside:
-            raise FileError(f"{place} holds no recording (*.mcap)")
+            raise FileError(f"{place} has no recording (*.mcap)")
         found += inside
     return sorted(found)
 
 
 def make(recipe: Recipe, places: list[Path]) -> Task:
-    """Whole recordings held out: the last by name for the test, the one before for validation; of fewer than three,
-    the end of each (a quarter) for both.
+    """Hold out whole recordings: the last by name for the test, the one before for validation. With fewer than three,
+    hold out the last quarter of each for both.
     """
     paths = files_of(places)
     specs = _specs(recipe)

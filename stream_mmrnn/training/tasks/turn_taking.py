@@ -1,8 +1,7 @@
 """Turn-taking: who will speak in the next two seconds, and is the turn over?
 
-Telephone dialogues, seen from one side: `self` is the person that a session is about, `other` the one who answers. A
-tick holds the voice activity of both, and the vector of each word that ends in it; nothing is known before it was said.
-Knows nothing about networks.
+Telephone dialogues from the view of one side: `self` is the person of the session, `other` the second person. A tick
+has the voice activity of both, and the vector of each word that ends in it. All inputs are causal.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ from stream_mmrnn.core.config import convert
 from stream_mmrnn.core.errors import ConfigError
 from stream_mmrnn.core.types import FloatArray
 from stream_mmrnn.predict.columns import MAX_AGE_S
-from stream_mmrnn.training.data import Array, Made, Task, Ticks
+from stream_mmrnn.training.data import Array, LazySequence, Task, Ticks
 from stream_mmrnn.training.datasets.switchboard import Dialogue, Seconds, Switchboard, spoken, voice
 from stream_mmrnn.training.recipe import Head, Recipe
 from stream_mmrnn.training.tasks.common import Words, find
 
 SILENCE_S = 0.25
-"""A mutual silence this long is where shift or hold is decided."""
+"""Shift or hold is scored this long after the start of a mutual silence."""
 SINGLE_S = 1.0
-"""With `silences = "clear"`: how long one alone speaks before the silence and one alone after it."""
+"""With `silences = "clear"`: how long exactly one person speaks before, and exactly one after the silence."""
 
 _SIZES = {
     "vision": 1280,
@@ -40,7 +39,7 @@ _SIZES = {
 }
 _VOICES, _TEXTS = ("audio", "other_audio"), ("text", "other_text")
 _NEVER_S = 1e9
-_CLEAR = ", where one alone spoke for a second before it and one alone did after it"
+_CLEAR = ", where exactly one person spoke for a second before and after it"
 
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -49,60 +48,60 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """`data.options`."""
 
     train: _Count = 0
-    """Dialogues of one training epoch, drawn anew for each; 0 takes all. Each is seen from one side, drawn too."""
+    """Dialogues per training epoch, drawn again for each; 0 means all. The side is drawn, too."""
     validation: _Count = 60
-    """The first ones of the split; 0 takes all."""
+    """The first ones of the split; 0 means all."""
     test: _Count = 0
     speaking: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.25
-    """How much a tick counts in training in which the turn's owner still speaks; a tick of silence counts 1."""
+    """Training weight of ticks in which the turn's owner still speaks; ticks of silence have weight 1."""
     late_s: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
-    """In training a voice is heard to end up to so much later than it does, anew each time: detectors are slow."""
+    """In training the end of speech is delayed by up to this time, at random, because voice detectors are slow."""
     silences: Literal["all", "clear"] = "all"
-    """Which mutual silences the test counts: all that end in speech, or, as in the VAP papers, those with one speaker
-    alone for a second before and after.
+    """The mutual silences that the test scores: all that end in speech, or, as in the VAP papers, those with exactly
+    one speaker for a second before and after.
     """
 
 
 class Side(msgspec.Struct, frozen=True, gc=False):
-    """What one person did."""
+    """Speech and words of one person."""
 
     voice: Seconds
-    """[K, 2] start and end of each stretch of speech."""
+    """[K, 2] start and end of each segment of speech."""
     word_end_s: Seconds
     word: tuple[str, ...]
 
 
 def side_of(dialogue: Dialogue, which: Literal["a", "b"]) -> Side:
     channel = dialogue.a if which == "a" else dialogue.b
-    said = [(float(e), w) for e, t in zip(channel.words.end_s, channel.words.token, strict=True) if (w := spoken(t))]
-    return Side(voice(channel), np.array([e for e, _ in said], np.float64), tuple(w for _, w in said))
+    words = [(float(e), w) for e, t in zip(channel.words.end_s, channel.words.token, strict=True) if (w := spoken(t))]
+    return Side(voice(channel), np.array([e for e, _ in words], np.float64), tuple(w for _, w in words))
 
 
-def activity(stretches: Seconds, at_s: Seconds) -> Seconds:
-    """How long a voice was heard until each of the times."""
-    if not len(stretches):
+def activity(segments: Seconds, at_s: Seconds) -> Seconds:
+    """The total duration of speech before each of the times."""
+    if not len(segments):
         return np.zeros(len(at_s))
-    edges = stretches.ravel()
-    heard = np.repeat(np.concatenate([[0.0], np.cumsum(stretches[:, 1] - stretches[:, 0])]), 2)[1:-1]
-    return np.interp(at_s, edges, heard)
+    edges = segments.ravel()
+    total = np.repeat(np.concatenate([[0.0], np.cumsum(segments[:, 1] - segments[:, 0])]), 2)[1:-1]
+    return np.interp(at_s, edges, total)
 
 
 class Moments(msgspec.Struct, frozen=True, gc=False):
-    """Who holds the turn at each of N times, and what becomes of it."""
+    """The owner of the turn at each of N times, and how the turn continues."""
 
     silent: npt.NDArray[np.bool_]
-    """Nobody speaks."""
+    """Neither person speaks."""
     shift: npt.NDArray[np.bool_]
-    """The next one to begin is not the one who holds the turn: who speaks alone, or spoke last."""
+    """The next to speak is not the owner of the turn (the person who speaks alone, or spoke last)."""
     known: npt.NDArray[np.bool_]
-    """One person holds the turn, and somebody begins again."""
+    """The turn has one owner, and someone speaks later."""
 
 
 def moments(one: Seconds, other: Seconds, at_s: Seconds) -> Moments:
-    """Of two people's stretches of speech, at these times."""
+    """Compute them from the speech segments of both people, at these times."""
 
-    def around(stretches: Seconds) -> tuple[npt.NDArray[np.bool_], Seconds, Seconds]:
-        starts, ends = stretches[:, 0], stretches[:, 1]
+    def around(segments: Seconds) -> tuple[npt.NDArray[np.bool_], Seconds, Seconds]:
+        starts, ends = segments[:, 0], segments[:, 1]
         begun = np.searchsorted(starts, at_s, "right")
         ended = np.searchsorted(ends, at_s, "right")
         last = np.concatenate([[-_NEVER_S], ends])[ended]
@@ -120,9 +119,9 @@ def moments(one: Seconds, other: Seconds, at_s: Seconds) -> Moments:
 
 
 def decisions(one: Seconds, other: Seconds, clear: bool = False) -> Seconds:
-    """When shift or hold is decided: `SILENCE_S` into each mutual silence that lasts so long and ends in speech.
+    """When shift or hold is scored: `SILENCE_S` into each mutual silence that is as long and ends in speech.
 
-    With `clear`, only where one alone spoke for `SINGLE_S` before the silence, and one alone does after it.
+    With `clear`, only if exactly one person spoke for `SINGLE_S` before the silence, and exactly one does after it.
     """
     both = np.concatenate([one, other])
     both = both[np.argsort(both[:, 0], kind="stable")]
@@ -130,16 +129,16 @@ def decisions(one: Seconds, other: Seconds, clear: bool = False) -> Seconds:
         return np.zeros(0)
     until = np.maximum.accumulate(both[:, 1])[:-1]
     following = both[1:, 0]
-    # a millisecond less: times are written with six digits
+    # one millisecond less, because the times in the files are rounded to six digits
     long = following - until >= SILENCE_S - 1e-6
     until, following = until[long], following[long]
     if clear:
 
-        def heard(stretches: Seconds, begin: Seconds, end: Seconds) -> npt.NDArray[np.bool_]:
-            return activity(stretches, end) - activity(stretches, begin) > 1e-6
+        def speaks(segments: Seconds, begin: Seconds, end: Seconds) -> npt.NDArray[np.bool_]:
+            return activity(segments, end) - activity(segments, begin) > 1e-6
 
-        before = heard(one, until - SINGLE_S, until) ^ heard(other, until - SINGLE_S, until)
-        after = heard(one, following, following + SINGLE_S) ^ heard(other, following, following + SINGLE_S)
+        before = speaks(one, until - SINGLE_S, until) ^ speaks(other, until - SINGLE_S, until)
+        after = speaks(one, following, following + SINGLE_S) ^ speaks(other, following, following + SINGLE_S)
         until = until[before & after]
     return until + SILENCE_S
 
@@ -156,7 +155,7 @@ class Views:
     def ticks(
         self, name: str, sides: tuple[Side, Side], end_s: float, rng: np.random.Generator | None, clear: bool = False
     ) -> Ticks:
-        """A whole dialogue; `sides` are self and other. With `rng` as training sees it, else as it is tested."""
+        """A whole dialogue; `sides` are self and other. With `rng` augmented for training, else as for the test."""
         count = int(end_s / self._tick_s)
         edges = np.arange(count + 1, dtype=np.float64) * self._tick_s
         features: dict[str, FloatArray] = {}
@@ -165,9 +164,9 @@ class Views:
         for side, modality in zip(sides, _VOICES, strict=True):
             if modality in self._names:
                 i = self._names.index(modality)
-                stretches = side.voice if rng is None else _later(side.voice, self._options.late_s, rng)
+                segments = side.voice if rng is None else _later(side.voice, self._options.late_s, rng)
                 vectors = np.zeros((count, MELS + 1), np.float32)
-                vectors[:, SPEECH] = np.diff(activity(stretches, edges)) / self._tick_s
+                vectors[:, SPEECH] = np.diff(activity(segments, edges)) / self._tick_s
                 features[modality] = vectors
                 present[:, i], age_s[:, i] = 1, 0
         for side, modality in zip(sides, _TEXTS, strict=True):
@@ -185,7 +184,7 @@ class Views:
                 if rng is None:
                     weight = np.zeros(count, np.float32)
                     at = decisions(sides[0].voice, sides[1].voice, clear)
-                    # the last tick that ends by then
+                    # the last tick that ends at or before that time
                     weight[np.minimum(((at + 1e-9) / self._tick_s).astype(int), count) - 1] = 1
                     weights[head.name] = weight * now.known * now.silent
                 else:
@@ -194,7 +193,7 @@ class Views:
         return Ticks(features, present, age_s, targets, weights, name)
 
     def _text(self, side: Side, count: int) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """The sum of the words that end in each tick, whether there is one, and the age of the last."""
+        """Per tick: the sum of the words that end in it, whether there is one, and the age of the last."""
         vectors = np.zeros((count, TextEncoder.size), np.float32)
         there = np.zeros(count, np.float32)
         at = np.ceil(side.word_end_s / self._tick_s - 1e-6).astype(int) - 1
@@ -207,22 +206,22 @@ class Views:
         return vectors, there, np.clip(ends - last, 0, MAX_AGE_S).astype(np.float32)
 
 
-def _later(stretches: Seconds, late_s: float, rng: np.random.Generator) -> Seconds:
-    """Each end up to `late_s` later, as far as there is room."""
-    if not late_s or not len(stretches):
-        return stretches
-    ends = stretches[:, 1] + rng.uniform(0, late_s, len(stretches))
-    ends[:-1] = np.minimum(ends[:-1], stretches[1:, 0])
-    return np.stack([stretches[:, 0], ends], 1)
+def _later(segments: Seconds, late_s: float, rng: np.random.Generator) -> Seconds:
+    """Delay each end by up to `late_s`, but not into the next segment."""
+    if not late_s or not len(segments):
+        return segments
+    ends = segments[:, 1] + rng.uniform(0, late_s, len(segments))
+    ends[:-1] = np.minimum(ends[:-1], segments[1:, 0])
+    return np.stack([segments[:, 0], ends], 1)
 
 
 def _projection(head: Head, sides: Sequence[Side], at_s: Seconds, end_s: float) -> tuple[Array, FloatArray]:
     """For each number of the head: does this person speak in at least half of this interval?"""
     target = np.zeros((len(at_s), head.size), np.float32)
     for j, (begin, end) in enumerate(head.horizons_s):
-        stretches = sides[j // (head.size // 2)].voice
-        heard = activity(stretches, at_s + end) - activity(stretches, at_s + begin)
-        target[:, j] = heard >= 0.5 * (end - begin)
+        segments = sides[j // (head.size // 2)].voice
+        speech_s = activity(segments, at_s + end) - activity(segments, at_s + begin)
+        target[:, j] = speech_s >= 0.5 * (end - begin)
     last = max(end for _, end in head.horizons_s)
     return target, (at_s + last <= end_s).astype(np.float32)
 
@@ -234,7 +233,7 @@ def _require(recipe: Recipe) -> None:
             raise ConfigError(f"data.kind `turn_taking` has no modality {name!r} of {m.size} numbers; use {known}")
         if name in _VOICES and m.select != (SPEECH,):
             raise ConfigError(
-                f"data.kind `turn_taking` knows of {name!r} only whether somebody speaks: set its select to [{SPEECH}]"
+                f"data.kind `turn_taking` has for {name!r} only whether somebody speaks: set its select to [{SPEECH}]"
             )
     if not set(_VOICES) & set(recipe.modalities):
         raise ConfigError(f"data.kind `turn_taking` needs a modality of {' and '.join(_VOICES)}")
@@ -253,7 +252,7 @@ def _require(recipe: Recipe) -> None:
 
 
 def make(recipe: Recipe, places: list[Path]) -> Task:
-    """Switchboard by the splits of the VAP papers; the test sees every other dialogue from the other side."""
+    """Switchboard with the splits of the VAP papers; in the test every second dialogue is from the other side."""
     options = convert(recipe.data.options, Options)
     _require(recipe)
     corpus = Switchboard(find(places, "switchboard", "swb"))
@@ -277,8 +276,8 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
         for i in rng.permutation(len(train))[: options.train or None]:
             yield seen(train[i], bool(rng.integers(2)), rng)
 
-    def held_out(ids: list[str], clear: bool) -> Made:
-        return Made(len(ids), lambda k: seen(ids[k], bool(k % 2), None, clear))
+    def held_out(ids: list[str], clear: bool) -> LazySequence:
+        return LazySequence(len(ids), lambda k: seen(ids[k], bool(k % 2), None, clear))
 
     given = [m for m in recipe.modalities if m in (*_VOICES, *_TEXTS)]
     sets = [
