@@ -459,7 +459,7 @@ def test_activity_refuses(hapt_folder: Path) -> None:
     for change, says in (
         ({"modalities": {"signal": {**signal, "stack": 1}}}, "reduction `stack` and stack 2"),
         ({"tick_ms": 20.0}, "set tick_ms to 40"),
-        ({"heads": [{**table["heads"][0], "labels": [*activity.LABELS[:-1], "flying"]}]}, "called 'flying'"),
+        ({"heads": [{**table["heads"][0], "labels": [*activity.LABELS[:-1], "flying"]}]}, "no activity 'flying'"),
         ({"heads": [{"name": "activity", "kind": "classification", "size": 3}]}, "give it the labels"),
         ({"heads": [{**forecast, "size": 6}]}, "needs horizons_s"),
         ({"heads": [{**forecast, "size": 6, "horizons_s": [[0.2, 0.2]] * 6}]}, "needs horizons_s"),
