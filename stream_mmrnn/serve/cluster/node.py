@@ -113,7 +113,7 @@ class ClusterNode:
         self.replica = Replica(self.engine, settings.state, settings.admission, secret, settings.serve.queue)
         self._outbox = Outbox(self.replica, self.link, self.parts, self.counts, self._start, self.lose)
         mine = protocol.encode(self.replica.host.welcome)
-        theirs = await self.link.in_common("model", mine)
+        theirs = await self.link.set_shared("model", mine)
         if (welcome := protocol.read_reply(theirs)) != self.replica.host.welcome:
             assert isinstance(welcome, protocol.Welcome)
             raise ProcessError(
@@ -312,7 +312,7 @@ class ClusterNode:
                     replica.receive(part.number, session, seq, client, content, at_ns)
             if replica.ready:
                 replica.step(at_ns)
-            replica.housesaving(at_ns)
+            replica.housekeeping(at_ns)
             await self.outbox.flush()
             if _now_s() - checked_s > _LOW_EVERY_S:
                 checked_s = _now_s()
