@@ -55,7 +55,8 @@ def serve(
     counts = document["counts"]
     console.print(
         f"{counts['stepped']} ticks of {counts['opened'] + counts['resumed']} sessions in {document['seconds']:.1f} s; "
-        f"{counts['busy']} were refused as busy; {counts['evicted']} are kept for {settings.state.ttl_s:g} s"
+        f"{counts['busy']} were refused as busy; "
+        f"{counts['evicted']} were evicted and are kept for {settings.state.ttl_s:g} s"
     )
 
 

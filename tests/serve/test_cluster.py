@@ -459,17 +459,17 @@ def test_the_server_rejects_writes_of_a_former_owner(cluster: Cluster) -> None:
             await old.fence(5, Fence("old", 1))
         assert await (await new.send(5, "s", "c", "2", b"two", after)) is True
         assert await (await old.send(6, "s", "c", "3", b"elsewhere", await old.fence(6, Fence("old", 1)))) is True
-        assert [content async for _, content in new.said_after("c", 0)] == [b"one", b"two", b"elsewhere"]
+        assert [content async for _, content in new.answers_after("c", 0)] == [b"one", b"two", b"elsewhere"]
         revision = await old.save(5, "s", b"state", 0)
         with pytest.raises(Refused):
             await new.save(5, "s", b"older", 0)
         assert await new.states_of(5) == [(b"state", revision)]
         await new.save(5, "s", None, revision)
         assert await new.states_of(5) == []
-        raw, revision = await new.kept(5, "s")
+        raw, revision = await new.saved(5, "s")
         assert raw == b""
         assert await new.save(5, "s", b"anew", revision) > revision
-        assert (await old.kept(5, "s"))[0] == b"anew"
+        assert (await old.saved(5, "s"))[0] == b"anew"
         for connection in connections:
             await connection.close()
 

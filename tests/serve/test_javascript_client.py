@@ -60,7 +60,7 @@ def server(toy: Path, tmp_path: Path) -> Iterator[Server]:
 
 
 def install(folder: Path) -> Path:
-    """The client beside a program of ours, as its page says."""
+    """Copy the client beside a program, as its page says."""
     shutil.copy(CLIENT, folder)
     if not (folder / "node_modules").exists():
         (folder / "node_modules").symlink_to(PACKAGES)

@@ -57,10 +57,10 @@ class _NatsTransport:
         self._link = Link(connection, Names(prefix))
         while True:
             with contextlib.suppress(*FAILURES):
-                welcome = await self.link.common("model") if await self.link.find() else None
+                welcome = await self.link.shared("model") if await self.link.find() else None
                 if welcome is not None:
                     self._newest = await self.link.newest()
-                    await connection.subscribe(self.link.names.said_to(self._name), cb=self._handle)
+                    await connection.subscribe(self.link.names.answers_to(self._name), cb=self._handle)
                     await connection.flush()
                     self._welcome = welcome
                     return
@@ -116,7 +116,7 @@ class _NatsTransport:
             return
         since = self._newest if self._missed_from is None else self._missed_from
         with contextlib.suppress(*FAILURES):
-            async for number, content in self.link.said_after(self._name, since):
+            async for number, content in self.link.answers_after(self._name, since):
                 self._receive(number, content)
             self._missed_from = None
             self._seen.clear()

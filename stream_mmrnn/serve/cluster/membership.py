@@ -68,12 +68,12 @@ def plan(table: Table, me: str, alive: dict[str, Beat], parts: set[int], taking:
     # a lease of ours without a partition is left from an attempt that failed
     mine = {n for n, lease in table.leases.items() if lease.engine == me and (n in parts or n in taking)}
     free = {n for n in range(PARTITIONS) if n not in mine and not _is_held(table, n, me, alive)}
-    kept = mine - giving
-    if len(kept) > fair:
-        return Plan({}, sorted(kept & parts)[fair - len(kept) :])
+    staying = mine - giving
+    if len(staying) > fair:
+        return Plan({}, sorted(staying & parts)[fair - len(staying) :])
     # each engine starts at another partition, to avoid conflicts
     first = takers.index(me) * PARTITIONS // len(takers)
-    chosen = sorted(free, key=lambda n: (n - first) % PARTITIONS)[: fair - len(kept)]
+    chosen = sorted(free, key=lambda n: (n - first) % PARTITIONS)[: fair - len(staying)]
     return Plan({n: Lease(me, table.leases[n].epoch + 1 if n in table.leases else 1) for n in chosen}, [])
 
 

@@ -24,7 +24,7 @@ from nats.js.kv import KeyValue
 
 from stream_mmrnn.core.errors import NotRunning, ProcessError
 from stream_mmrnn.serve.cluster.receipts import WRONG_LAST_SEQUENCE, Receipts, Refused
-from stream_mmrnn.serve.cluster.subjects import LOG_S, SAID_S, Fence, Names, Table, session_of, token_of
+from stream_mmrnn.serve.cluster.subjects import ANSWERS_S, LOG_S, Fence, Names, Table, session_of, token_of
 
 _EXPECTED = "Nats-Expected-Last-Subject-Sequence"
 _EXPECTED_OF = "Nats-Expected-Last-Subject-Sequence-Subject"
@@ -137,12 +137,12 @@ class Link:
             api.StreamConfig(
                 name=names.stream_out,
                 subjects=[names.all_out],
-                republish=api.RePublish(src=names.all_out, dest=names.all_said),
+                republish=api.RePublish(src=names.all_out, dest=names.all_answers),
                 # answers have a TTL each; a fence has none
                 allow_msg_ttl=True,
                 allow_rollup_hdrs=True,
                 max_bytes=disk_mb << 20,
-                duplicate_window=SAID_S,
+                duplicate_window=ANSWERS_S,
                 **common,
             ),
         ]
@@ -158,7 +158,7 @@ class Link:
         except FAILURES as e:
             raise ProcessError(
                 f"the NATS server cannot keep the logs {names.stream_in} and {names.stream_out} ({e}); it needs "
-                "JetStream (nats-server -js, 2.11 or newer), and what is there of that name must be a cluster of ours"
+                "JetStream (nats-server -js, 2.11 or newer), and existing streams of these names must be of a cluster"
             ) from e
 
     async def find(self) -> bool:
@@ -169,7 +169,7 @@ class Link:
             return False
         return True
 
-    async def in_common(self, key: str, mine: bytes) -> bytes:
+    async def set_shared(self, key: str, mine: bytes) -> bytes:
         """The shared value of this key: the first engine's; `mine` if we are the first."""
         try:
             await self.leases.create(key, mine)
@@ -178,7 +178,7 @@ class Link:
             return entry.value or b""
         return mine
 
-    async def common(self, key: str) -> bytes | None:
+    async def shared(self, key: str) -> bytes | None:
         try:
             return (await self.leases.get(key)).value
         except KeyNotFoundError:
@@ -186,7 +186,7 @@ class Link:
 
     async def secret(self) -> bytes:
         """The cluster's secret, made by its first engine."""
-        return await self.in_common("secret", secrets.token_bytes(32))
+        return await self.set_shared("secret", secrets.token_bytes(32))
 
     # ---- leases --------------------------------------------------------------------------------------------------
 
@@ -287,7 +287,7 @@ class Link:
             _EXPECTED: str(fence),
             _EXPECTED_OF: self.names.fence(partition),
             api.Header.MSG_ID.value: f"{session} {name}",
-            api.Header.MSG_TTL.value: f"{SAID_S:.0f}s",
+            api.Header.MSG_TTL.value: f"{ANSWERS_S:.0f}s",
         }
         return await self._receipts.publish(self.names.out(partition, session, client), content, headers)
 
@@ -299,7 +299,7 @@ class Link:
         """The newest sequence number of the log of answers."""
         return (await self.js.stream_info(self.names.stream_out)).state.last_seq
 
-    async def said_after(self, client: str, number: int) -> AsyncIterator[tuple[int, bytes]]:
+    async def answers_after(self, client: str, number: int) -> AsyncIterator[tuple[int, bytes]]:
         """Answers to a client after this sequence number, each with its own number."""
         subject = self.names.out_to(client)
         while True:
@@ -346,7 +346,7 @@ class Link:
         except KeyWrongLastSequenceError as e:
             raise Refused from e
 
-    async def kept(self, partition: int, session: str) -> tuple[bytes, int]:
+    async def saved(self, partition: int, session: str) -> tuple[bytes, int]:
         """The snapshot of a session, b"" for none, and its revision."""
         try:
             entry = await self.states.get(f"state.{partition}.{token_of(session)}")

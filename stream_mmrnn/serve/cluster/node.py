@@ -113,7 +113,7 @@ class ClusterNode:
         self.replica = Replica(self.engine, settings.state, settings.admission, secret, settings.serve.queue)
         self._outbox = Outbox(self.replica, self.link, self.parts, self.counts, self._start, self.lose)
         mine = protocol.encode(self.replica.host.welcome)
-        theirs = await self.link.in_common("model", mine)
+        theirs = await self.link.set_shared("model", mine)
         if (welcome := protocol.read_reply(theirs)) != self.replica.host.welcome:
             assert isinstance(welcome, protocol.Welcome)
             raise ProcessError(

@@ -61,7 +61,7 @@ class Outbox:
         newest = {state.session: state for state in states}
         promised: dict[str, list[Outgoing]] = {}
         for answer in answers:
-            if answer.after_kept and answer.session in newest:
+            if answer.after_saved and answer.session in newest:
                 promised.setdefault(answer.session, []).append(answer)
             else:
                 await self._send(answer)
@@ -125,7 +125,7 @@ class Outbox:
                 # a former owner was still writing. Its state is as valid as ours, and the low watermark may depend on
                 # it: a newer one stays
                 with contextlib.suppress(*FAILURES):
-                    raw, part.revisions[state.session] = await self._link.kept(part.number, state.session)
+                    raw, part.revisions[state.session] = await self._link.saved(part.number, state.session)
                     if state.raw is not None and self._replica.seq_of(raw) >= state.seq:
                         break
             except FAILURES:
@@ -134,7 +134,7 @@ class Outbox:
             return
         if state.raw is None:
             with contextlib.suppress(*FAILURES):
-                _, part.revisions[state.session] = await self._link.kept(part.number, state.session)
+                _, part.revisions[state.session] = await self._link.saved(part.number, state.session)
         self._counts["kept"] += 1
         self._replica.on_saved(state)
         for answer in promised:

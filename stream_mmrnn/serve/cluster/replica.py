@@ -38,7 +38,7 @@ class Outgoing(msgspec.Struct, frozen=True):
     name: str
     """The same for the same answer, whichever engine gives it."""
     content: bytes
-    after_kept: bool
+    after_saved: bool
     """It confirms that the state is saved: send it after that."""
 
 
@@ -89,7 +89,7 @@ class _Place(msgspec.Struct):
     """The newest message that is in its state."""
     made: int = 0
     """The newest message that is in a snapshot; 0 for none."""
-    kept: int = 0
+    saved: int = 0
     """The newest message that is in a saved snapshot."""
     waiting: deque[tuple[int, int]] = msgspec.field(default_factory=deque)
     """Ticks that wait to be stepped, each with its sequence number."""
@@ -205,15 +205,15 @@ class Replica:
         for name in self._of(partition):
             place = self._places[name]
             # an evicted session does not change any more
-            if place.kept < (place.handled if name in self.sessions else place.made) or place.waiting:
-                low = min(low, place.kept or place.opened - 1)
+            if place.saved < (place.handled if name in self.sessions else place.made) or place.waiting:
+                low = min(low, place.saved or place.opened - 1)
         return low
 
     def on_saved(self, done: SavedState) -> None:
         """A state has been saved."""
         place = self._places.get(done.session)
         if place is not None and done.raw is not None:
-            place.kept = max(place.kept, done.seq)
+            place.saved = max(place.saved, done.seq)
 
     # ---- messages ------------------------------------------------------------------------------------------------
 
@@ -287,9 +287,9 @@ class Replica:
 
     def _send(self, partition: int, seq: int, client: str, reply: protocol.Reply) -> None:
         name = f"{seq}.evicted" if isinstance(reply, protocol.EvictedNow) else str(seq)
-        after_kept = isinstance(reply, protocol.Flushed | protocol.Done)
+        after_saved = isinstance(reply, protocol.Flushed | protocol.Done)
         session = getattr(reply, "session", "") or self._current[0]
-        self._answers.append(Outgoing(partition, session, client, name, protocol.encode(reply), after_kept))
+        self._answers.append(Outgoing(partition, session, client, name, protocol.encode(reply), after_saved))
 
     def _make_states(self) -> None:
         """Turn new snapshots into states to save. No tick was stepped since, so `handled` is in them."""

@@ -28,7 +28,7 @@ FENCE = "=fence"
 """Not the name of a session: none begins with a dot."""
 LOG_S = 120.0
 """How long the log of requests is kept. Snapshots are much younger."""
-SAID_S = 120.0
+ANSWERS_S = 120.0
 """How long answers are kept, for a client that was disconnected."""
 STATE_EVERY_S = 5.0
 """A session without ticks for so long is saved, however few ticks are unsaved."""
@@ -52,7 +52,7 @@ class Names:
         self.prefix = prefix
         self.stream_in, self.stream_out = f"{prefix}_in", f"{prefix}_out"
         self.leases, self.states = f"{prefix}_leases", f"{prefix}_states"
-        self.all_in, self.all_out, self.all_said = f"{prefix}.in.*", f"{prefix}.out.>", f"{prefix}.said.>"
+        self.all_in, self.all_out, self.all_answers = f"{prefix}.in.*", f"{prefix}.out.>", f"{prefix}.said.>"
         self.log_of_all = f"{prefix}.log.{{{{partition({PARTITIONS},1)}}}}.{{{{wildcard(1)}}}}"
         self.beat = f"{prefix}.beat"
 
@@ -71,7 +71,7 @@ class Names:
     def out_to(self, client: str) -> str:
         return f"{self.prefix}.out.*.*.{client}"
 
-    def said_to(self, client: str) -> str:
+    def answers_to(self, client: str) -> str:
         return f"{self.prefix}.said.*.*.{client}"
 
 
