@@ -172,12 +172,10 @@ def _where(document: Document) -> str:
     )
 
 
-def _section(
-    title: str, name: str, told: Mapping[str, Document], runs: Mapping[str, Sequence[str]], *parts: str
-) -> str:
+def _section(title: str, name: str, told: Mapping[str, Document], commands: Mapping[str, str], *parts: str) -> str:
     if name not in told:
-        return f"## {title}\n\nNot run: `stream-mmrnn bench {' '.join(runs[name])}`."
-    command = f"    stream-mmrnn bench {' '.join(runs[name])}"
+        return f"## {title}\n\nNot run: `{commands[name]}`."
+    command = f"    {commands[name]}"
     return "\n\n".join([f"## {title}", command, f"{_where(told[name])}.", *(p for p in parts if p)])
 
 
@@ -231,7 +229,7 @@ REASONS: dict[str, str] = {
 so."""
 
 
-def write(told: Mapping[str, Document], runs: Mapping[str, Sequence[str]], plots: Sequence[str]) -> str:
+def write(told: Mapping[str, Document], commands: Mapping[str, str], plots: Sequence[str]) -> str:
     def shown(*beginnings: str) -> str:
         return "\n\n".join(f"![{p[:-4].replace('_', ' ')}](performance/{p})" for p in plots if p.startswith(beginnings))
 
@@ -244,7 +242,7 @@ def write(told: Mapping[str, Document], runs: Mapping[str, Sequence[str]], plots
             "One step",
             "step",
             told,
-            runs,
+            commands,
             of("step", ratios),
             _STEP,
             _INT8,
@@ -255,19 +253,19 @@ def write(told: Mapping[str, Document], runs: Mapping[str, Sequence[str]], plots
             "Many sessions",
             "sessions",
             told,
-            runs,
+            commands,
             of("sessions", ratios),
             _SESSIONS,
             of("sessions", latencies, ("what", "contender", "sessions", "steps_per_s", "late")),
             shown("sessions_"),
         ),
-        _section("All sessions due at once", "sessions-together", told, runs, of("sessions-together", ratios)),
-        _section("Over two processes", "sessions-2", told, runs, of("sessions-2", ratios), _SHARDS),
+        _section("All sessions due at once", "sessions-together", told, commands, of("sessions-together", ratios)),
+        _section("Over two processes", "sessions-2", told, commands, of("sessions-2", ratios), _SHARDS),
         _section(
             "Sessions of other programs",
             "serve",
             told,
-            runs,
+            commands,
             of("serve", ratios),
             _SERVE,
             of("serve", latencies, ("what", "contender", "sessions", "late", "lost", "admitted", "busy")),
@@ -276,19 +274,21 @@ def write(told: Mapping[str, Document], runs: Mapping[str, Sequence[str]], plots
             "From an event to its prediction",
             "end-to-end",
             told,
-            runs,
+            commands,
             of("end-to-end", ratios),
             of("end-to-end", stages),
             shown("end-to-end_"),
         ),
-        _section("The same beside two busy processes", "end-to-end-busy", told, runs, of("end-to-end-busy", ratios)),
-        _section("With nice, beside two", "end-to-end-nice", told, runs, of("end-to-end-nice", ratios)),
-        _section("With SCHED_FIFO, beside two", "end-to-end-fifo", told, runs, of("end-to-end-fifo", ratios)),
+        _section(
+            "The same beside two busy processes", "end-to-end-busy", told, commands, of("end-to-end-busy", ratios)
+        ),
+        _section("With nice, beside two", "end-to-end-nice", told, commands, of("end-to-end-nice", ratios)),
+        _section("With SCHED_FIFO, beside two", "end-to-end-fifo", told, commands, of("end-to-end-fifo", ratios)),
         _section(
             "With SCHED_FIFO, alone",
             "end-to-end-alone-fifo",
             told,
-            runs,
+            commands,
             of("end-to-end-alone-fifo", ratios),
             _PRIORITY,
         ),
@@ -296,13 +296,13 @@ def write(told: Mapping[str, Document], runs: Mapping[str, Sequence[str]], plots
             "Transport",
             "transport",
             told,
-            runs,
+            commands,
             of("transport", ratios),
             of("transport", latencies, ("contender", "size", "mode")),
             _RING,
         ),
-        _section("Replay", "replay", told, runs, of("replay", ratios), of("replay", parts), _REPLAY),
-        _section("Training", "train", told, runs, of("train", ratios)),
+        _section("Replay", "replay", told, commands, of("replay", ratios), of("replay", parts), _REPLAY),
+        _section("Training", "train", told, commands, of("train", ratios)),
         _GPU,
         "## Bounds that do not hold\n\n" + _missed(told),
     ]

@@ -23,12 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from stream_mmrnn.bench import models
-from stream_mmrnn.bench.asked import Contender, Peer, Turn, interpreter
-from stream_mmrnn.bench.crowd import DRAIN_S, Crowd, Member, vector
 from stream_mmrnn.bench.machine import Processes
 from stream_mmrnn.bench.plots import Pictures
 from stream_mmrnn.bench.report import Document, Ratio, document, ratio
-from stream_mmrnn.bench.servers import Figures, in_turn, started
 from stream_mmrnn.bench.sessions import SETTLE_S, TICK_NS, phases
 from stream_mmrnn.bus import Dealers
 from stream_mmrnn.core.clock import now_ns
@@ -38,6 +35,9 @@ from stream_mmrnn.core.latency import Histogram
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.async_client import AsyncClient
 from stream_mmrnn.serve.client import QUEUE
+from tools.bench.asked import Contender, Peer, Turn, interpreter
+from tools.bench.crowd import DRAIN_S, Crowd, Member, vector
+from tools.bench.servers import Figures, in_turn, started
 
 CLIENTS = 200
 FEWER = 64
@@ -67,7 +67,7 @@ class Served:
     def __init__(self, path: Path, seed: int, folder: Path) -> None:
         self.versions: dict[str, str] = {}
         self._seed, self._turns = seed, 0
-        self._process = subprocess.Popen(  # noqa: S603 ourselves
+        self._process = subprocess.Popen(
             [sys.executable, "-m", "stream_mmrnn", "serve", "--model", str(path), "--port", "0", "--json"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -199,7 +199,7 @@ class Clustered:
     def __init__(self, path: Path, seed: int, folder: Path) -> None:
         if absent := missing(("nats",)):
             raise ProcessError(f"{absent[0]} is not installed; pip install 'stream-mmrnn[cluster]'")
-        from stream_mmrnn.bench.nats_cluster import Cluster
+        from tools.bench.nats_cluster import Cluster
 
         self._seed = seed
         folder.mkdir()
