@@ -22,7 +22,7 @@ ORDER: dict[str, tuple[str, ...]] = {
     "Guides": ("guides/voice_agent.md", "guides/robot.md", "guides/study.md"),
     "Use": ("page.md", "observe.md", "use.md", "serve.md", "interchange.md", "robustness.md", "troubleshooting.md"),
     "Reference": ("how.md", "formats.md", "model.md", "configuration.md", "api.md", "install.md"),
-    "Measured": ("performance.md", "avx2/performance.md", "gpu.md", "reliability.md", "scale.md", "study.md"),
+    "Measured": ("performance.md", "gpu.md", "reliability.md", "scale.md", "study.md"),
 }
 """By section; what is not there is passed over."""
 
