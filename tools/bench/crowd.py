@@ -89,9 +89,7 @@ class Member:
                 wait_s = (due_ns - now_ns()) / 1e9
                 if wait_s > 0:
                     await asyncio.sleep(wait_s)
-                while (
-                    session.waiting >= KEPT_TICKS
-                ):  # the client refuses more: the server is stopped or does not answer
+                while session.waiting >= KEPT_TICKS:  # no more are accepted: no answers arrive
                     await asyncio.sleep(0.001)
                 try:
                     session.send({models.MODALITY: vector(self.who, tick)}, tick=tick, event_ns=due_ns)

@@ -346,15 +346,17 @@ single row).
 
 On the CPU the rows of the arena are copied beside it and back with numpy, or worked on in place where they are the
 first ones in order. That is no slower than Gather and ScatterND inside the graph (`in_graph_over_copied`, whose way
-copies inputs and outputs, too), and the file is served as it is. A GPU runs those (`stream_mmrnn/graph/gather_scatter.py`)."""
+copies inputs and outputs, too), and the file is served as it is. A GPU runs those
+(`stream_mmrnn/graph/gather_scatter.py`)."""
 
 _SESSIONS = """Each session has its own phase and is due 25 times a second; what is due is stepped in one call.
 `late` counts steps that ended more than a tick after their intended time."""
 
-_SERVE = """All on the same two cores: server, engine, and all clients in one process. `serve` is loaded by a minimal loop, the others by their own clients in an event loop (ours over NATS) or threads (Triton's).
-`cluster` writes every tick and answer to a log before it is sent, which takes most of its time; beyond some
-hundred clients these two cores are not enough for NATS, engine and clients together, and answers come later and later.
-`late` counts answers after more than the tick."""
+_SERVE = """All on the same two cores: server, engine, and all clients in one process. `serve` is loaded by a minimal
+loop, the others by their own clients in an event loop (ours over NATS) or threads (Triton's). `cluster`
+writes every tick and answer to a log before it is sent, which takes most of its time; beyond some hundred
+clients these two cores are not enough for NATS, engine and clients together, and answers come later and
+later. `late` counts answers after more than the tick."""
 
 _SHARDS = """Figures are sessions a core: twice as many in all. Features and heads cross in shared memory, a pipe
 says when."""
