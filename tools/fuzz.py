@@ -1,80 +1,33 @@
-"""Coverage-guided fuzzing of what reads bytes, where atheris is installed: more than a seed finds.
+"""Coverage-guided fuzzing of the pure decoders, if atheris is installed: it finds more than a seed does.
 
     python -m tools.fuzz wire -max_total_time=60 [other options of libFuzzer]
 
-An input that raises anything but an error of ours stops the run and is kept as `crash-...`. The test suite does not
-need it: `python -m tools.faults --only hostile` feeds generated messages without it.
+It runs the hypothesis properties of `tools.hostile.decoders`, which the tests run too. An input that raises anything
+but an error of ours stops the run and is kept as `crash-...`. Sockets and processes are tried by `python -m
+tools.faults --only hostile`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import sys
-import tempfile
-from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
+from typing import Any
 
-from stream_mmrnn.core import config, wire
-from stream_mmrnn.core.errors import StreamError
-from stream_mmrnn.graph import model_file as onnx_bytes
-from stream_mmrnn.predict.snapshots import from_bytes
-from stream_mmrnn.recording.mcap_file import Recording
-
-
-def _wire(data: bytes) -> None:
-    """Three frames, cut where the first two bytes say."""
-    if len(data) > 2:
-        head, body = data[0], data[1]
-        rest = data[2:]
-        wire.decode([rest[:head], rest[head : head + body], rest[head + body :]])
-
-
-def _json(data: bytes) -> None:
-    for kind in (wire.SessionMessage, wire.TickMessage, wire.PredictionMessage, wire.StatusMessage):
-        try:
-            wire.unpack(data, kind)
-        except StreamError:
-            continue
-
-
-def _file(name: str, read: Callable[[Path], object]) -> Callable[[bytes], None]:
-    path = Path(tempfile.mkdtemp(prefix="fuzz-")) / name
-
-    def feed(data: bytes) -> None:
-        path.write_bytes(data)
-        read(path)
-
-    return feed
-
-
-TARGETS: dict[str, Callable[[], Callable[[bytes], object]]] = {
-    "wire": lambda: _wire,
-    "json": lambda: _json,
-    "snapshot": lambda: from_bytes,
-    "onnx": lambda: onnx_bytes.check,
-    "recording": lambda: _file("x.mcap", lambda path: list(Recording(path).envelopes())),
-    "settings": lambda: _file("x.toml", config.load),
-}
+from tools.hostile.decoders import PROPERTIES
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) < 2 or arguments[1] not in TARGETS:
-        print(f"which of {', '.join(TARGETS)}?", file=sys.stderr)
+    if len(arguments) < 2 or arguments[1] not in PROPERTIES:
+        print(f"usage: python -m tools.fuzz DECODER; decoders are {', '.join(PROPERTIES)}", file=sys.stderr)
         return 2
     if find_spec("atheris") is None:
-        print("atheris is not installed; `pip install atheris` where its wheels are", file=sys.stderr)
+        print("atheris is not installed; `pip install atheris` where it has wheels", file=sys.stderr)
         return 2
     import atheris
 
-    feed = TARGETS[arguments[1]]()
-
-    def one(data: bytes) -> None:
-        with contextlib.suppress(StreamError):
-            feed(data)
-
+    prop: Any = PROPERTIES[arguments[1]]
     atheris.instrument_all()
-    atheris.Setup([arguments[0], *arguments[2:]], one)
+    atheris.Setup([arguments[0], *arguments[2:]], prop.hypothesis.fuzz_one_input)
     atheris.Fuzz()
     return 0
 

@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from stream_mmrnn.bench import contenders
 from stream_mmrnn.bench.busy import beside
 from stream_mmrnn.bench.machine import Processes, Usage
+from stream_mmrnn.bench.peers import BareHop
 from stream_mmrnn.bench.plots import Pictures
 from stream_mmrnn.bench.reader import STAGES, Reader, Seen
 from stream_mmrnn.bench.report import Document, Ratio, document, ratio
@@ -162,23 +162,13 @@ def _ratios(rows: dict[str, dict[str, Any]], busy: int, priority: str) -> dict[s
     return found
 
 
-def _bare_hops(duration_s: float) -> tuple[Histogram, str]:
-    """What the way costs with nothing of ours on it: a sleep until the event, and two hops through ZeroMQ's own proxy.
+def no_bare_hop(size_bytes: int, rate_hz: float, count: int) -> tuple[Histogram, str]:
+    return Histogram(), "it needs a checkout, where `python -m tools.bench end-to-end` measures it"
 
-    The hops are two times one hop of an audio block's features, so these percentiles are a little above those of two
-    hops that differ. Empty, and why, where the peer is not there.
-    """
-    found = Histogram()
-    starts, why = contenders.available()
-    name = next((n for n in starts if n.startswith("zmq_proxy_")), None)
-    if name is None:
-        return found, next((reason for n, reason in why.items() if n.startswith("zmq_proxy_")), "no peer")
-    with starts[name]() as contender:
-        contender.warm(_FEATURES_BYTES)
-        done = contender.round(_FEATURES_BYTES, _AUDIO_HZ, max(25, round(duration_s * _AUDIO_HZ)))
-    for latency_ns, path_ns in zip(done.latency_ns, done.path_ns, strict=True):
-        found.add(latency_ns + path_ns)
-    return found, "" if found.count else "no message arrived"
+
+def _bare_hops(bare_hop: BareHop, duration_s: float) -> tuple[Histogram, str]:
+    """The cost of the way without our code: a sleep until the event, and two hops through ZeroMQ's own proxy."""
+    return bare_hop(_FEATURES_BYTES, _AUDIO_HZ, max(25, round(duration_s * _AUDIO_HZ)))
 
 
 def run(
@@ -192,6 +182,7 @@ def run(
     priority: str = "normal",
     seed: int = 0,
     page: bool = False,
+    bare_hop: BareHop = no_bare_hop,
     alive: Callable[[], bool] = lambda: True,
     say: Callable[[str], None] = lambda _: None,
 ) -> tuple[Document, Pictures]:
@@ -206,7 +197,7 @@ def run(
     for name in sets:
         say(f"{name}: {duration_s:g} s")
         with beside(busy):
-            hops, why = _bare_hops(duration_s / 4) if name == "audio" else (Histogram(), "")
+            hops, why = _bare_hops(bare_hop, duration_s / 4) if name == "audio" else (Histogram(), "")
             done = _Run(_settings(SETS[name], model, provider, transport, priority, seed, page), duration_s, alive, say)
         if not alive():
             raise ProcessError("the bench was stopped before it had measured; nothing is reported")

@@ -1,8 +1,8 @@
-"""Sessions: how many at once, each 25 times a second, before the slowest hundredth is later than its tick.
+"""Sessions: how many an engine can step 25 times a second each before the p99 latency exceeds a tick.
 
-Open loop: every session has its own phase, a tick's intended time is fixed beforehand, and what is due is stepped at
-once in one call of the engine; latency counts from the intended time. Beside it, hot: one batched call against a loop
-of single ones over the same graph. Knows nothing about the bus: this is what an engine's process can carry.
+Open loop: every session has its own phase, a tick's intended time is fixed beforehand, and all ticks that are due are
+stepped in one call of the engine; latency counts from the intended time. Also, hot: one batched call against a loop of
+single calls over the same graph. Without the bus: this is the capacity of an engine's process alone.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 from stream_mmrnn.bench import models
 from stream_mmrnn.bench.machine import Processes
 from stream_mmrnn.bench.measure import ratios, sampled, sleep_until, turns
+from stream_mmrnn.bench.peers import Servers
 from stream_mmrnn.bench.plots import Curve, Pictures
 from stream_mmrnn.bench.report import Document, Ratio, document, ratio
 from stream_mmrnn.bench.step import bare, tick_of
@@ -34,13 +35,13 @@ TICK_NS = 40_000_000
 BATCH = 256
 """Sessions of the hot comparison."""
 SETTLE_S = 0.5
-"""Not counted: the first steps get memory."""
+"""Not counted: the first steps allocate memory."""
 BOUNDS = {"fp32": 2000, "int8": 5000}
 KINDS: dict[str, models.Kind] = {"fp32": "fp32", "int8": "int8_batch"}
 
 Engine = StepEngine | ShardedEngine
 Arrivals: TypeAlias = Literal["spread", "together"]
-"""Whether sessions have phases of their own, as strangers do, or are all due at once, as on one clock."""
+"""`spread`: each session has its own phase; `together`: all are due at the same moment."""
 
 
 def phases(sessions: int, arrivals: Arrivals, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -51,7 +52,7 @@ def phases(sessions: int, arrivals: Arrivals, seed: int) -> np.ndarray[Any, np.d
 
 
 class Load:
-    """Open sessions of one engine, and what came of stepping them at their times."""
+    """Open sessions of one engine, stepped when they are due, and the latencies measured."""
 
     def __init__(self, engine: Engine, sessions: int, arrivals: Arrivals, seed: int = 0) -> None:
         self.engine, self.sessions = engine, sessions
@@ -69,7 +70,7 @@ class Load:
         self.late = 0
 
     def run(self, duration_s: float, alive: Callable[[], bool], hopeless_ns: int = 25 * TICK_NS) -> bool:
-        """Step for `duration_s`; False where it fell so far behind that going on says nothing new."""
+        """Step for `duration_s`; False if it gave up because a step ended more than `hopeless_ns` late."""
         due, ticks, engine = self.due_ns, self.ticks, self.engine
         start_ns = now_ns() + 5_000_000
         end_ns = start_ns + int(duration_s * 1e9)
@@ -107,13 +108,13 @@ def run(
     provider: Provider = "cpu",
     most: int = 16384,
     seed: int = 0,
-    peers: bool = False,
+    servers: Servers | None = None,
     say: Callable[[str], None] = lambda _: None,
     alive: Callable[[], bool] = lambda: True,
 ) -> tuple[Document, Pictures]:
-    """The capacity of fp32 and of 8-bit weights, and what batching is worth; of `model` alone where one is given.
+    """The capacity with fp32 and with 8-bit weights, and the gain of batching; only of `model` if one is given.
 
-    `peers`: servers of others, too (`servers`), where there are any and no `model` is given.
+    `servers` compares with model servers of others; it runs only without `model`.
     """
     rows: list[dict[str, Any]] = []
     found: dict[str, Ratio] = {}
@@ -140,11 +141,9 @@ def run(
         if alive() and not model:
             say(f"one call for {BATCH} sessions against {BATCH} calls")
             _batched(first, rows, found)
-        if alive() and peers and not model:
-            from stream_mmrnn.bench import servers  # it measures with our Load
-
+        if alive() and servers is not None and not model:
             say("servers of others, across processes")
-            more, compared = servers.measure(first, duration_s=duration_s, seed=seed, say=say, alive=alive)
+            more, compared = servers(first, duration_s=duration_s, seed=seed, say=say, alive=alive)
             rows += more
             found |= compared
     settings = {
@@ -172,7 +171,7 @@ def _capacity(
     say: Callable[[str], None],
     alive: Callable[[], bool],
 ) -> tuple[int, list[tuple[float, float]], float | None]:
-    """Double until it does not hold, then halve the gap: the most sessions, the curve, and what others used."""
+    """Double until p99 is too late, then bisect: the most sessions, the curve, and the CPU share of other programs."""
     points: list[tuple[float, float]] = []
     holds, fails = 0, most + 1
     others: list[float | None] = []
@@ -233,7 +232,7 @@ def _one(
 
 
 def _graph_alone(path: Path) -> float:
-    """Nanoseconds a row of the model's graph in the engine's largest batch, with nothing around it."""
+    """Nanoseconds per row of the model's graph alone, in the engine's largest batch."""
     _, rows = make_rows(Graph(path), BATCH)
     assert isinstance(rows, HostRows)
     timing = turns({"graph": sampled(rows.bucket(rows.batch).binding.run)}, 9, 20)["graph"]
@@ -247,7 +246,7 @@ def _batched(path: Path, rows: list[dict[str, Any]], found: dict[str, Ratio]) ->
     for i in range(BATCH):
         engine.open(str(i))
         ticks.append(tick_of(engine, str(i), rng))
-    graph = Graph(path)  # one: its weights are those of all sessions
+    graph = Graph(path)  # one graph: all sessions share its weights
     each = [bare(graph) for _ in range(BATCH)]
 
     def loop() -> None:

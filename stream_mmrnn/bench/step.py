@@ -1,19 +1,16 @@
-"""Step: one step of one session, hot and at its real rate, beside what one would write by hand, in the same run.
+"""Step: one step of one session, hot and at its real rate, against the same graph bound by hand, in the same run.
 
-Contenders take turns; those that need torch run in a process of their own (`tools/bench/peers/steps.py`), on orders.
-The recurrent core is always the same: two layers of a GRU, 256 inputs, fp32 or 8-bit weights. Knows nothing about
-sessions beyond their number, nor about the bus.
+Contenders take turns. The recurrent core is always the same: two layers of a GRU, 256 inputs, fp32 or 8-bit weights.
+Contenders that need other packages are passed in as `Peers`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,11 +20,11 @@ import numpy as np
 from stream_mmrnn.bench import models
 from stream_mmrnn.bench.machine import Processes
 from stream_mmrnn.bench.measure import Arrivals, Sampler, Timing, paced, ratios, sampled, turns
+from stream_mmrnn.bench.peers import StepPeers
 from stream_mmrnn.bench.plots import Pictures
 from stream_mmrnn.bench.report import Document, Ratio, document, ratio
 from stream_mmrnn.bench.roofline import read_again_bytes_per_s, roofline
 from stream_mmrnn.core.clock import now_ns
-from stream_mmrnn.core.config import models_folder
 from stream_mmrnn.core.errors import ProcessError
 from stream_mmrnn.core.types import Stamps, Tick
 from stream_mmrnn.graph.runtime import Graph
@@ -36,19 +33,20 @@ from stream_mmrnn.predict.cpu_batches import HostRows
 from stream_mmrnn.predict.device_batches import DeviceRows
 from stream_mmrnn.predict.engine import StepEngine
 
-PEER = Path(__file__).parent.parent.parent / "tools" / "bench" / "peers" / "steps.py"
-SILERO = models_folder() / "encoders" / "silero_vad.onnx"
 KINDS: tuple[models.Kind, ...] = ("fp32", "int8", "int8_batch")
+PEER_KINDS = {"torch nn.GRU": "torch_gru", "torch GRUCell": "torch_cells", "numpy": "numpy"}
+"""Name in the document -> name of the peer and in the ratios."""
 MANY = 16384
 DRIFT_STEPS = 10_000
-_NOWHERE = Stamps(0, 0, 0, 0, "")
+NO_STAMPS = Stamps(0, 0, 0, 0, "")
+NO_PEERS = "left out: they need a checkout, where `python -m tools.bench step` runs them"
 
 
 def tick_of(engine: StepEngine, session: str, rng: np.random.Generator) -> Tick:
     """A tick with something in every modality."""
     names = [m.name for m in engine.spec.modalities]
     vectors = {m.name: rng.standard_normal(m.size).astype(np.float32) * 0.5 for m in engine.spec.modalities}
-    return Tick(session, 1, 0, vectors, dict.fromkeys(names, True), dict.fromkeys(names, 0), _NOWHERE)
+    return Tick(session, 1, 0, vectors, dict.fromkeys(names, True), dict.fromkeys(names, 0), NO_STAMPS)
 
 
 def stepper(path: Path, slots: int = 1) -> tuple[StepEngine, Callable[[], object]]:
@@ -106,40 +104,7 @@ def plain_run(path: Path) -> Callable[[], object]:
     return step
 
 
-class Remote:
-    """A contender in a process of its own: `sample(calls)` has it make so many calls and gives their times."""
-
-    def __init__(self, *arguments: str) -> None:
-        self._process = subprocess.Popen(  # noqa: S603 a script of ours
-            [sys.executable, str(PEER), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.sample(1)
-
-    def sample(self, calls: int) -> list[int]:
-        """Nanoseconds of each call."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            self._process.stdin.write(f"{calls}\n")
-            self._process.stdin.flush()
-            took_ns: list[int] = json.loads(self._process.stdout.readline())
-        except (OSError, ValueError) as e:
-            raise ProcessError(f"the peer {self._process.args!r} is gone: {e}") from e
-        return took_ns
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-
-def _why_not(*packages: str) -> str:
-    if not PEER.is_file():
-        return "tools/bench/peers/steps.py is not here: run it in a checkout"
-    missing = [p for p in packages if importlib.util.find_spec(p) is None]
-    return f"{missing[0]} is not installed" if missing else ""
-
-
-class _Bench:
+class Bench:
     """Rows and ratios as they come."""
 
     def __init__(self, rounds: int, calls: int, say: Callable[[str], None], alive: Callable[[], bool]) -> None:
@@ -180,15 +145,15 @@ def run(
     calls: int = 200,
     sizes: Sequence[int] = (256, 512, 1024),
     arrivals: Arrivals = "constant",
-    peers: bool = True,
+    peers: StepPeers | None = None,
     say: Callable[[str], None] = lambda _: None,
     alive: Callable[[], bool] = lambda: True,
 ) -> tuple[Document, Pictures]:
-    """All of it: hot, paced, many slots, where rows are gathered, 8-bit weights and their drift, silero, the start.
+    """All parts: hot, paced, many slots, where rows are gathered, 8-bit weights and their drift, the engine's start.
 
-    `duration_s` and `arrivals` are of each contender's paced part.
+    `duration_s` and `arrivals` belong to the paced part of each contender.
     """
-    bench = _Bench(rounds, calls, say, alive)
+    bench = Bench(rounds, calls, say, alive)
     with tempfile.TemporaryDirectory(prefix="stream-mmrnn-bench-") as folder:
         made = {(h, k): models.write(Path(folder), h, k) for h in sizes for k in KINDS}
         for hidden in sizes:
@@ -203,13 +168,13 @@ def run(
             _paced(bench, made[sizes[0], "fp32"], sizes[0], duration_s, arrivals)
         if alive():
             _start(bench, made[sizes[0], "fp32"])
-    if alive() and peers:
-        _silero(bench)
+    if alive() and peers is not None:
+        peers.measure_more(bench)
     settings = {"rounds": rounds, "calls": calls, "duration_s": duration_s, "hidden": list(sizes), "layers": 2}
     return document("step", settings, bench.rows, bench.ratios, notes=bench.notes), bench.pictures
 
 
-def _hot(bench: _Bench, hidden: int, path: Path, peers: bool) -> None:
+def _hot(bench: Bench, hidden: int, path: Path, peers: StepPeers | None) -> None:
     engine, one = stepper(path)
     _, few = stepper(path, 64)
     _, many = stepper(path, MANY)
@@ -222,12 +187,12 @@ def _hot(bench: _Bench, hidden: int, path: Path, peers: bool) -> None:
         "session.run": sampled(plain_run(path)),
     }
     with contextlib.ExitStack() as stack:
-        why = _why_not("torch") if peers else "peers were left out"
-        if not why:
-            for name, kind in (("torch nn.GRU", "torch_gru"), ("torch GRUCell", "torch_cells"), ("numpy", "numpy")):
-                remote = Remote(kind, str(hidden))
-                stack.callback(remote.close)
-                samplers[name] = remote.sample
+        why = peers.missing("torch") if peers is not None else NO_PEERS
+        if peers is not None and not why:
+            for name, kind in PEER_KINDS.items():
+                peer = peers.start(kind, str(hidden))
+                stack.callback(peer.close)
+                samplers[name] = peer.sample
         # the weights are used once a step: from memory it cannot take less, from a cache it may
         weights = models.weight_count(hidden)
         floor_ns = roofline().floor_ns(4 * weights, 2 * weights)
@@ -238,17 +203,17 @@ def _hot(bench: _Bench, hidden: int, path: Path, peers: bool) -> None:
     of_slots = ratios(timings, "engine, 64 slots")[f"engine, {MANY:,} slots"]
     bench.bound(f"slots_{MANY}_over_64_{hidden}", of_slots, 1.05 if hidden == 256 else None)
     bench.bound(f"session_run_over_engine_{hidden}", 1 / ratios(timings, "session.run")["engine"], None, more=True)
-    for name, key in (("torch nn.GRU", "torch_gru"), ("torch GRUCell", "torch_cells"), ("numpy", "numpy")):
+    for name, key in PEER_KINDS.items():
         value = ratios(timings, "engine").get(name)
         bound = 2.2 if (key, hidden) == ("torch_gru", 256) else None
         bench.bound(f"{key}_over_engine_{hidden}", value, bound, more=True, why=why)
-    # what an engine that takes no time at all would be measured at
+    # the ratio that an engine without any cost would have
     bench.bound(f"torch_gru_over_bare_{hidden}", against.get("torch nn.GRU"), None, more=True, why=why)
     median_ns = sorted(timings["engine"].rounds)[len(timings["engine"].rounds) // 2]
     bench.bound(f"engine_over_memory_roofline_{hidden}", median_ns / floor_ns, None)
 
 
-def _int8(bench: _Bench, hidden: int, path: Path, small: Path, batched: Path) -> None:
+def _int8(bench: Bench, hidden: int, path: Path, small: Path, batched: Path) -> None:
     engine, full = stepper(path)
     engine8, eight = stepper(small)
     engine8_batch, eight_batch = stepper(batched)
@@ -266,7 +231,7 @@ def _int8(bench: _Bench, hidden: int, path: Path, small: Path, batched: Path) ->
     bench.bound(f"int8_over_fp32_{hidden}", ratios(timings, "fp32")["int8"], bound)
     bench.bound(f"int8_batch_over_fp32_{hidden}", ratios(timings, "fp32")["int8_batch"], None)
     if hidden > 512:
-        return  # ten thousand steps of a large one take minutes and say the same
+        return  # ten thousand steps of a larger model take minutes and show the same
     bench.say(f"int8 {hidden}: drift over {DRIFT_STEPS:,} steps")
     for kind, quantised in (("int8", engine8), ("int8_batch", engine8_batch)):
         drift, last = drift_of(engine, quantised, DRIFT_STEPS, bench.alive)
@@ -302,7 +267,7 @@ def drift_of(
     )
 
 
-def _gathering(bench: _Bench, path: Path) -> None:
+def _gathering(bench: Bench, path: Path) -> None:
     """Rows of a large arena copied beside it and back by numpy, or gathered and scattered inside the graph."""
     graph = Graph(path)
     contract = contract_of(graph)
@@ -319,7 +284,7 @@ def _gathering(bench: _Bench, path: Path) -> None:
         bench.bound(f"in_graph_over_copied_{count}", ratios(timings, "copied beside")["in the graph"], None)
 
 
-def _paced(bench: _Bench, path: Path, hidden: int, duration_s: float, arrivals: Arrivals) -> None:
+def _paced(bench: Bench, path: Path, hidden: int, duration_s: float, arrivals: Arrivals) -> None:
     """25 times a second, from the intended time: the caches are cold, unless a prewarm ran a moment before."""
     bench.say(f"gru {hidden}: paced at 25 Hz, {2 * duration_s:g} s")
     _, cold = stepper(path)
@@ -340,10 +305,10 @@ def _paced(bench: _Bench, path: Path, hidden: int, duration_s: float, arrivals: 
     bench.bound(f"paced_prewarmed_over_cold_{hidden}", of["engine, prewarmed"], 0.40)
 
 
-def _start(bench: _Bench, path: Path) -> None:
+def _start(bench: Bench, path: Path) -> None:
     """From an engine's start to its first prediction, in fresh processes."""
     bench.say("start of the engine")
-    loads, wholes, rss = [], [], []
+    load_s_each, whole_s_each, rss_mb_each = [], [], []
     for _ in range(5):
         began_ns = now_ns()
         done = subprocess.run(  # noqa: S603 our own code
@@ -352,17 +317,17 @@ def _start(bench: _Bench, path: Path) -> None:
         if done.returncode:
             raise ProcessError(f"an engine did not start: {done.stderr.strip().rpartition(chr(10))[2]}")
         load_s, at_ns, kib = done.stdout.split()
-        loads.append(float(load_s))
-        wholes.append((int(at_ns) - began_ns) / 1e9)
-        rss.append(int(kib) / 1024)
-    middle = len(loads) // 2
-    whole_s, rss_mb = sorted(wholes)[middle], sorted(rss)[middle]
+        load_s_each.append(float(load_s))
+        whole_s_each.append((int(at_ns) - began_ns) / 1e9)
+        rss_mb_each.append(int(kib) / 1024)
+    middle = len(load_s_each) // 2
+    whole_s, rss_mb = sorted(whole_s_each)[middle], sorted(rss_mb_each)[middle]
     bench.notes.append(
-        f"an engine's process takes {whole_s:.2f} s to its first prediction, {sorted(loads)[middle]:.2f} s of it"
+        f"an engine's process takes {whole_s:.2f} s to its first prediction, {sorted(load_s_each)[middle]:.2f} s of it"
         f" imports, model and step; {rss_mb:.0f} MB resident"
     )
     bench.bound("cold_start_s", whole_s, 0.3)
-    bench.bound("engine_rss_mb", rss_mb if rss_mb else None, 90.0, why="this system does not tell")
+    bench.bound("engine_rss_mb", rss_mb if rss_mb else None, 90.0, why="this system does not report it")
 
 
 _ENGINE_ALONE = """
@@ -370,8 +335,8 @@ import sys, time
 from pathlib import Path
 began = time.perf_counter()
 import numpy as np
-from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.core.types import Stamps, Tick
+from stream_mmrnn.predict.engine import StepEngine
 engine = StepEngine(Path(sys.argv[1]))
 engine.open("x")
 features = {m.name: np.zeros(m.size, np.float32) for m in engine.spec.modalities}
@@ -381,47 +346,3 @@ at = time.monotonic_ns()
 rss = [l for l in open("/proc/self/status") if l.startswith("VmRSS")] if sys.platform == "linux" else ["VmRSS: 0"]
 print(time.perf_counter() - began, at, rss[0].split()[1])
 """
-
-
-def silero_ticks(seconds: float) -> Iterator[Tick]:
-    """The detector's inputs over made sound; without end."""
-    rng = np.random.default_rng(0)
-    sound = rng.standard_normal(int(16000 * seconds)).astype(np.float32) * 0.05
-    while True:
-        before = np.zeros(64, np.float32)
-        for k in range(len(sound) // 512):
-            chunk = sound[512 * k : 512 * (k + 1)]
-            vector = np.concatenate([before, chunk])
-            yield Tick("0", k, 0, {"audio": vector}, {"audio": True}, {"audio": 0}, _NOWHERE)
-            before = chunk[-64:]
-
-
-def _silero(bench: _Bench) -> None:
-    """Another's stateful graph, by names, against its package's own wrappers."""
-    why = _why_not("silero_vad", "torch")
-    engine = StepEngine(SILERO)
-    engine.open("0")
-    ticks = silero_ticks(20.0)
-    alone = engine.graph.bind({"input": (1, 576), "sr": ()}, {"output": (1, 1)}, {"state": ("stateN", (2, 1, 128))})
-    alone.inputs["sr"][...] = 16000
-    samplers: dict[str, Sampler] = {
-        "engine": sampled(lambda: engine.step([next(ticks)])),
-        "the graph alone": sampled(alone.run),
-    }
-    with contextlib.ExitStack() as stack:
-        if not why:
-            for name, kind in (
-                ("its onnx wrapper", "silero_onnx"),
-                ("its jit", "silero_jit"),
-                ("its VADIterator, onnx", "silero_iterator"),
-            ):
-                remote = Remote(kind)
-                stack.callback(remote.close)
-                samplers[name] = remote.sample
-        timings = bench.hot("silero", samplers)
-    of, limit = ratios(timings, "engine"), ratios(timings, "the graph alone")
-    bench.bound("silero_wrapper_over_engine", of.get("its onnx wrapper"), 1.5, more=True, why=why)
-    bench.bound("silero_jit_over_engine", of.get("its jit"), 3.0, more=True, why=why)
-    bench.bound("silero_iterator_over_engine", of.get("its VADIterator, onnx"), None, more=True, why=why)
-    bench.bound("silero_wrapper_over_graph", limit.get("its onnx wrapper"), None, more=True, why=why)
-    bench.bound("silero_jit_over_graph", limit.get("its jit"), None, more=True, why=why)

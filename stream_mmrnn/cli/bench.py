@@ -1,7 +1,7 @@
-"""The verbs of `stream-mmrnn bench` at the terminal: each reads its options, runs one bench and shows what it says.
+"""The verbs of `stream-mmrnn bench`: each reads its options, runs one benchmark and shows its document.
 
-With `--json` the last line of stdout is the document, everything else goes to stderr. Imports a bench only when it
-runs. Knows nothing about how anything is measured.
+With `--json` the last line of stdout is the document; everything else goes to stderr. A benchmark is imported when it
+runs. `python -m tools.bench` runs the same verbs with `Peers` as the context's object, and has some of its own.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 from rich.console import Console
 
+from stream_mmrnn.bench.peers import Peers
 from stream_mmrnn.cli.terminal import Json, ModelName, Provider, print_document
 from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import FileError
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from stream_mmrnn.bench.measure import Arrivals
     from stream_mmrnn.bench.plots import Pictures
 
-app = typer.Typer(help="Measure this machine: open loop, peers in the same run.", no_args_is_help=True)
+app = typer.Typer(help="Measure this machine, in an open loop.", no_args_is_help=True)
 
 
 class Transport(StrEnum):
@@ -43,7 +44,6 @@ class Phases(StrEnum):
     spread, together = "spread", "together"
 
 
-Bench: TypeAlias = Literal["step", "sessions", "engine", "transport", "end-to-end", "replay", "serve", "train"]
 Run: TypeAlias = "Callable[[Callable[[], bool], Callable[[str], None]], tuple[dict[str, Any], Pictures]]"
 
 Compare = Annotated[
@@ -51,11 +51,11 @@ Compare = Annotated[
 ]
 Plots = Annotated[Path | None, typer.Option("--plots", help="Folder for PNG plots (needs matplotlib).")]
 Where = Annotated[Provider, typer.Option(help="Where the model runs.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of the synthetic streams.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the synthetic streams.")]
 
 
-def _bench(name: Bench, as_json: bool, base: Path | None, folder: Path | None, run: Run) -> None:
-    """What all of them have in common: the base is read before anything is measured, the document comes last."""
+def run_bench(name: str, as_json: bool, base: Path | None, folder: Path | None, run: Run) -> None:
+    """Run one benchmark: read the base to compare with first, print the document last."""
     from stream_mmrnn.bench import report
     from stream_mmrnn.cli import bench_tables as show
 
@@ -80,9 +80,9 @@ def _bench(name: Bench, as_json: bool, base: Path | None, folder: Path | None, r
 @app.command()
 def engine(
     model: ModelName = None,
-    sessions: Annotated[int, typer.Option(min=1, help="How many at once.")] = 1,
+    sessions: Annotated[int, typer.Option(min=1, help="Number of sessions.")] = 1,
     duration: Annotated[float, typer.Option("--duration", "-d", min=0.2, help="Seconds.")] = 10.0,
-    hot: Annotated[bool, typer.Option("--hot", help="As fast as it goes instead of at the real rate.")] = False,
+    hot: Annotated[bool, typer.Option("--hot", help="As fast as possible instead of at the real rate.")] = False,
     provider: Where = Provider.auto,
     seed: Seed = 0,
     compare: Compare = None,
@@ -110,47 +110,21 @@ def engine(
                 progress=lambda s: bar.update(task, completed=s),
             )
 
-    _bench("engine", as_json, compare, plots, run)
-
-
-@app.command()
-def transport(
-    duration: Annotated[
-        float, typer.Option("--duration", "-d", min=0.1, help="Seconds for each contender, size and mode.")
-    ] = 3.0,
-    size: Annotated[str, typer.Option(help="Of messages; comma-separated.")] = "2kb,30kb,1mb",
-    model: ModelName = None,
-    compare: Compare = None,
-    plots: Plots = None,
-    as_json: Json = False,
-) -> None:
-    """A message from one process to another, over our bus and others: pyzmq, dora-rs, LSL where they are installed."""
-
-    def run(alive: Callable[[], bool], say: Callable[[str], None]) -> Any:
-        from stream_mmrnn.bench import transport as bench
-
-        sizes = size.split(",")
-        for name in sizes:
-            if name not in bench.SIZES_BYTES:
-                raise typer.BadParameter(f"there is no size {name!r}; use {', '.join(bench.SIZES_BYTES)}")
-        return bench.run(duration_s=duration, sizes=sizes, model=model, alive=alive, say=say)
-
-    _bench("transport", as_json, compare, plots, run)
+    run_bench("engine", as_json, compare, plots, run)
 
 
 @app.command("end-to-end")
 def end_to_end(
+    context: typer.Context,
     model: ModelName = None,
     duration: Annotated[float, typer.Option("--duration", "-d", min=1.0, help="Seconds for each set.")] = 20.0,
     modalities: Annotated[Sets, typer.Option(help="Sound alone, all modalities, or one after the other.")] = Sets.both,
     busy: Annotated[int, typer.Option(min=0, max=64, help="Busy processes to run beside it.")] = 0,
-    bus: Annotated[Transport, typer.Option(help="What the bus runs over.")] = Transport.ipc,
-    priority: Annotated[Priority, typer.Option(help="Of the processes on the way, the reader among them.")] = (
+    bus: Annotated[Transport, typer.Option(help="Transport of the bus.")] = Transport.ipc,
+    priority: Annotated[Priority, typer.Option(help="Of the processes on the way, and of the reader.")] = (
         Priority.normal
     ),
-    page: Annotated[
-        bool, typer.Option("--page", help="Serve the live page meanwhile, which costs what it costs.")
-    ] = False,
+    page: Annotated[bool, typer.Option("--page", help="Also serve the live page, which takes CPU time.")] = False,
     provider: Where = Provider.auto,
     seed: Seed = 0,
     compare: Compare = None,
@@ -158,6 +132,7 @@ def end_to_end(
     as_json: Json = False,
 ) -> None:
     """From a sample's event to a readable prediction: a live session's workers, broker and engine, stage by stage."""
+    peers = context.find_object(Peers)
 
     def run(alive: Callable[[], bool], say: Callable[[str], None]) -> Any:
         from stream_mmrnn.bench import end_to_end as bench
@@ -172,19 +147,20 @@ def end_to_end(
             priority=priority.value,
             seed=seed,
             page=page,
+            bare_hop=peers.bare_hop if peers else bench.no_bare_hop,
             alive=alive,
             say=say,
         )
 
-    _bench("end-to-end", as_json, compare, plots, run)
+    run_bench("end-to-end", as_json, compare, plots, run)
 
 
 @app.command()
 def replay(
-    recording: Annotated[Path | None, typer.Option(help="A recording; without it one is made.")] = None,
-    duration: Annotated[float, typer.Option("--duration", "-d", min=1.0, help="Seconds of the one made.")] = 20.0,
+    recording: Annotated[Path | None, typer.Option(help="A recording; without it, one is made.")] = None,
+    duration: Annotated[float, typer.Option("--duration", "-d", min=1.0, help="Seconds, if one is made.")] = 20.0,
     rounds: Annotated[int, typer.Option(min=1, help="How often each is replayed.")] = 10,
-    sessions: Annotated[int, typer.Option(min=2, help="How many in lock step.")] = 16,
+    sessions: Annotated[int, typer.Option(min=2, help="Number of sessions in lock step.")] = 16,
     model: ModelName = None,
     provider: Where = Provider.cpu,
     compare: Compare = None,
@@ -207,32 +183,11 @@ def replay(
             say=say,
         )
 
-    _bench("replay", as_json, compare, plots, run)
-
-
-@app.command()
-def train(
-    hidden: Annotated[int, typer.Option(min=1, help="Units of the cell.")] = 128,
-    length: Annotated[int, typer.Option(min=1, help="Ticks of a sequence.")] = 1024,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 8,
-    threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 1,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each is measured.")] = 10,
-    compare: Compare = None,
-    plots: Plots = None,
-    as_json: Json = False,
-) -> None:
-    """Training speed of each cell against torch's nn.GRU, where the extra `train` is installed."""
-
-    def run(_: Callable[[], bool], say: Callable[[str], None]) -> Any:
-        from stream_mmrnn.bench import train as bench
-
-        return bench.run(hidden=hidden, length=length, batch=batch, threads=threads, rounds=rounds, say=say)
-
-    _bench("train", as_json, compare, plots, run)
+    run_bench("replay", as_json, compare, plots, run)
 
 
 def _arrivals(named: str) -> Arrivals:
-    """What `--arrivals` names; raises FileError where it is a file that holds no times."""
+    """The value of `--arrivals`; raises FileError if it is a file that does not hold times."""
     if named == "constant":
         return "constant"
     if named == "poisson":
@@ -240,26 +195,27 @@ def _arrivals(named: str) -> Arrivals:
     try:
         return [float(line) for line in Path(named).read_text(encoding="utf-8").split()]
     except (OSError, ValueError) as e:
-        raise FileError(f"the arrivals {named} are no file with a time in seconds a line: {e}") from e
+        raise FileError(f"--arrivals {named} is not a file with one time in seconds per line: {e}") from e
 
 
 @app.command()
 def step(
+    context: typer.Context,
     duration: Annotated[
         float, typer.Option("--duration", "-d", min=1.0, help="Seconds of each contender's paced part.")
     ] = 8.0,
-    rounds: Annotated[int, typer.Option(min=1, help="How often contenders take turns.")] = 21,
-    calls: Annotated[int, typer.Option(min=1, help="Of each contender in a round.")] = 200,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which contenders take turns.")] = 21,
+    calls: Annotated[int, typer.Option(min=1, help="Calls of each contender in a round.")] = 200,
     hidden: Annotated[str, typer.Option(help="Units of the two layers; comma-separated.")] = "256,512,1024",
     arrivals: Annotated[
-        str, typer.Option(help="Of the paced part: constant, poisson, or a file with a time in seconds a line.")
+        str, typer.Option(help="Of the paced part: constant, poisson, or a file with one time in seconds per line.")
     ] = "constant",
-    peers: Annotated[bool, typer.Option(help="Run what needs torch, too.")] = True,
     compare: Compare = None,
     plots: Plots = None,
     as_json: Json = False,
 ) -> None:
-    """One step of one session: against bare IO binding, torch, numpy; cold and prewarmed; 8-bit weights; silero."""
+    """One step of one session against bare IO binding; cold and prewarmed; 8-bit weights."""
+    peers = context.find_object(Peers)
 
     def run(alive: Callable[[], bool], say: Callable[[str], None]) -> Any:
         from stream_mmrnn.bench import step as bench
@@ -273,30 +229,31 @@ def step(
             calls=calls,
             sizes=sizes,
             arrivals=_arrivals(arrivals),
-            peers=peers,
+            peers=peers.step if peers else None,
             say=say,
             alive=alive,
         )
 
-    _bench("step", as_json, compare, plots, run)
+    run_bench("step", as_json, compare, plots, run)
 
 
 @app.command()
 def sessions(
+    context: typer.Context,
     model: ModelName = None,
     hidden: Annotated[int, typer.Option(min=8, help="Units of the two layers, without --model.")] = 256,
     duration: Annotated[float, typer.Option("--duration", "-d", min=0.2, help="Seconds of each point.")] = 3.0,
     arrivals: Annotated[Phases, typer.Option(help="Each session at its own phase, or all at once.")] = Phases.spread,
-    processes: Annotated[int, typer.Option(min=1, max=64, help="Over how many the engine is spread.")] = 1,
-    most: Annotated[int, typer.Option(min=1, max=65536, help="Do not try more.")] = 16384,
+    processes: Annotated[int, typer.Option(min=1, max=64, help="Processes over which the engine is spread.")] = 1,
+    most: Annotated[int, typer.Option(min=1, max=65536, help="Upper limit of the search.")] = 16384,
     provider: Where = Provider.cpu,
     seed: Seed = 0,
-    peers: Annotated[bool, typer.Option(help="Measure Triton, too, where it is (not with --model).")] = True,
     compare: Compare = None,
     plots: Plots = None,
     as_json: Json = False,
 ) -> None:
-    """How many sessions at 25 Hz before the slowest hundredth is later than its tick; what batching is worth."""
+    """How many sessions at 25 Hz until the p99 latency exceeds a tick; the gain of batching."""
+    peers = context.find_object(Peers)
 
     def run(alive: Callable[[], bool], say: Callable[[str], None]) -> Any:
         from stream_mmrnn.bench import sessions as bench
@@ -310,40 +267,9 @@ def sessions(
             provider=provider.value,
             most=most,
             seed=seed,
-            peers=peers,
+            servers=peers.servers if peers else None,
             say=say,
             alive=alive,
         )
 
-    _bench("sessions", as_json, compare, plots, run)
-
-
-@app.command()
-def serve(
-    clients: Annotated[int, typer.Option(min=1, max=4096, help="Each with a session at 25 Hz.")] = 200,
-    duration: Annotated[float, typer.Option("--duration", "-d", min=0.5, help="Seconds of each turn.")] = 8.0,
-    rounds: Annotated[int, typer.Option(min=1, help="How often contenders take turns.")] = 3,
-    hidden: Annotated[int, typer.Option(min=8, help="Units of the two layers.")] = 256,
-    seed: Seed = 0,
-    peers: Annotated[bool, typer.Option(help="Measure Triton, too, where it is.")] = True,
-    compare: Compare = None,
-    plots: Plots = None,
-    as_json: Json = False,
-) -> None:
-    """Clients over the network: ours over ZeroMQ, over NATS, Triton; and who is told busy beyond the capacity."""
-
-    def run(alive: Callable[[], bool], say: Callable[[str], None]) -> Any:
-        from stream_mmrnn.bench import serve as bench
-
-        return bench.run(
-            clients=clients,
-            duration_s=duration,
-            rounds=rounds,
-            hidden=hidden,
-            seed=seed,
-            peers=peers,
-            say=say,
-            alive=alive,
-        )
-
-    _bench("serve", as_json, compare, plots, run)
+    run_bench("sessions", as_json, compare, plots, run)

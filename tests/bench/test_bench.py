@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,8 +14,8 @@ from typing import Any
 import pytest
 from harness import run as command
 
+import stream_mmrnn
 from stream_mmrnn.bench import (
-    contenders,
     end_to_end,
     engine,
     measure,
@@ -24,8 +25,6 @@ from stream_mmrnn.bench import (
     roofline,
     sessions,
     step,
-    train,
-    transport,
 )
 from stream_mmrnn.bench.busy import beside
 from stream_mmrnn.bench.machine import Processes, _stolen_s, machine
@@ -294,27 +293,6 @@ def test_engine_at_the_terminal_compared_with_itself(toy: Path, tmp_path: Path) 
     assert all((tmp_path / name).is_file() for name in document["plots"])
 
 
-def test_transport_measures_ours_and_others_in_turn(model: Path) -> None:
-    document, _ = transport.run(duration_s=0.1, sizes=["2kb"], model=str(model))
-    rows = {(r["contender"], r.get("mode")): r for r in document["rows"] if "skipped" not in r}
-    assert {("ours_ipc", "hot"), ("ours_ipc", "paced"), ("pyzmq_ipc", "hot"), ("ours_tcp", "hot")} <= rows.keys()
-    for row in rows.values():
-        assert row["sent"] == row["received"] + row["lost"] > 0
-        assert row["latency_ms"]["count"] == row["path_ms"]["count"] == row["received"]
-    for name, ratio in document["ratios"].items():
-        assert ratio["value"] is not None or ratio["why"], name
-    for row in document["rows"]:
-        assert row.get("skipped", "a reason")
-
-
-def test_a_peer_that_cannot_run_is_named_with_its_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(contenders, "PEERS", tmp_path)
-    found, why = contenders.available()
-    assert set(found) == {"ours_ipc", "ours_tcp"}
-    assert why["pyzmq_ipc"] == "tools/bench/peers/pyzmq_pubsub.py is not here: run it in a checkout"
-    assert set(why) == {"pyzmq_ipc", "pyzmq_tcp", "zmq_proxy_ipc", "zmq_proxy_tcp", "dora", "lsl"}
-
-
 def test_end_to_end_adds_up(model: Path) -> None:
     document, pictures = end_to_end.run(model=str(model), duration_s=1.5, provider="cpu", busy=1)
     assert [r["modalities"] for r in document["rows"]] == ["audio", "all"]
@@ -343,17 +321,6 @@ def test_replay_is_equal_bit_for_bit(model: Path) -> None:
     assert {"replay_times_real_time", "replay_times_real_time_3"} <= document["ratios"].keys()
 
 
-def test_training_speed_is_told_or_skipped_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("torch")
-    document, _ = train.run(hidden=4, length=8, batch=2, rounds=1)
-    assert "train_min_gru_times_nn_gru" in document["ratios"]
-    with pytest.raises(Exception, match="bench_cells"):
-        train.run(hidden=-4, length=8, batch=2, rounds=1)
-    monkeypatch.setattr(train, "_SCRIPT", Path("/no/such.py"))
-    document, _ = train.run()
-    assert document["rows"][0]["skipped"] == "tools/bench_cells.py is not here: run it in a checkout"
-
-
 def test_a_tick_that_waited_in_vain_is_not_counted_from_the_clock() -> None:
     took = dict.fromkeys(end_to_end.STAGES, 1)
     assert Seen(0, "feature/audio", 8_000_000, took, 7).owed_ns == 7
@@ -361,7 +328,7 @@ def test_a_tick_that_waited_in_vain_is_not_counted_from_the_clock() -> None:
 
 
 def test_step_measures_all_contenders() -> None:
-    document, pictures = step.run(duration_s=1.0, rounds=2, calls=3, sizes=(16,), peers=False)
+    document, pictures = step.run(duration_s=1.0, rounds=2, calls=3, sizes=(16,))
     told = {(r["what"], r["contender"]) for r in document["rows"]}
     assert {("gru 16", "bare"), ("gru 16", "engine"), ("gru 16", "session.run"), ("int8 16", "int8")} <= told
     assert {("gru 16", "engine, cold"), ("gru 16", "engine, prewarmed")} <= told
@@ -413,3 +380,47 @@ def test_sessions_finds_a_capacity(tmp_path: Path) -> None:
     assert {r["what"] for r in document["rows"]} == {"fp32", "int8", "batching"}
     assert pictures.curves["fp32"].limit == 40.0
     assert document["ratios"]["loop_over_batched"]["value"] > 0
+
+
+def test_the_package_does_not_reach_into_tools() -> None:
+    """A wheel has no `tools`: no import of it, and no path into it."""
+    package = Path(stream_mmrnn.__file__).parent
+    reaching = re.compile(r"^\s*(from|import) tools\b|tools/\w|\"tools\"", re.MULTILINE)
+    assert [p.name for p in package.rglob("*.py") if reaching.search(p.read_text(encoding="utf-8"))] == []
+
+
+def test_peers_are_measured_where_they_are_passed_in(tmp_path: Path) -> None:
+    class Peer:
+        def sample(self, calls: int) -> list[int]:
+            return [1000] * calls
+
+        def close(self) -> None:
+            closed.append(self)
+
+    class Peers:
+        def missing(self, *packages: str) -> str:
+            return ""
+
+        def start(self, *arguments: str) -> Peer:
+            started.append(arguments)
+            return Peer()
+
+        def measure_more(self, bench: step.Bench) -> None:
+            bench.bound("more", 1.0, None)
+
+    closed: list[Peer] = []
+    started: list[tuple[str, ...]] = []
+    document, _ = step.run(duration_s=1.0, rounds=1, calls=2, sizes=(16,), peers=Peers())
+    assert started == [("torch_gru", "16"), ("torch_cells", "16"), ("numpy", "16")]
+    assert len(closed) == 3
+    assert document["ratios"]["torch_gru_over_engine_16"]["value"] > 0
+    assert document["ratios"]["more"]["value"] == 1.0
+
+
+def test_sessions_has_the_rows_of_servers_where_they_are_passed_in() -> None:
+    def servers(path: Path, **_: Any) -> tuple[list[dict[str, Any]], dict[str, report.Ratio]]:
+        return [{"what": "servers", "path": path.suffix}], {"compared": report.ratio(2.0)}
+
+    document, _ = sessions.run(hidden=16, duration_s=0.2, most=8, servers=servers)
+    assert document["rows"][-1] == {"what": "servers", "path": ".onnx"}
+    assert document["ratios"]["compared"]["value"] == 2.0

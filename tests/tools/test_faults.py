@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stream_mmrnn.bench.nats_cluster import find_server
+from tools.bench.nats_cluster import find_server
 from tools.faults.__main__ import SUBJECTS, keep, kept, line, subject
 from tools.faults.promise import Figure
 from tools.faults.text import page

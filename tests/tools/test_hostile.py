@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 import zstandard
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from places import ROOT
 from rich.console import Console
 
@@ -31,9 +29,12 @@ from stream_mmrnn.predict.pipeline import predict
 from stream_mmrnn.recording.mcap_file import Recorder, Recording
 from stream_mmrnn.viewers.dashboard.state import LiveState
 from stream_mmrnn.viewers.terminal_view import render
+from tools import fuzz
 from tools.faults.hostile import unsafe_loads
 from tools.hostile import mutate, watch
-from tools.hostile.targets import TARGETS, Target, numbered, records_of, write_recording
+from tools.hostile.decoders import PROPERTIES
+from tools.hostile.files import records_of, write_recording
+from tools.hostile.targets import numbered
 
 DEEP = b"[" * 100_000 + b"]" * 100_000
 TICK_NS = 40_000_000
@@ -396,37 +397,16 @@ def test_settings_that_no_person_wrote_are_refused(tmp_path: Path, text: str, wo
 
 # ---- generated ---------------------------------------------------------------------------------------------------
 
-_fed: dict[str, Target] = {}
+
+@pytest.mark.parametrize("decoder", PROPERTIES)
+def test_a_decoder_refuses_by_errors_of_ours(decoder: str) -> None:
+    PROPERTIES[decoder]()
 
 
-@pytest.mark.parametrize("decoder", ["wire", "json", "recordings", "contracts", "settings", "snapshots", "names"])
-@given(rng=st.randoms(use_true_random=False), number=st.integers(10_000, 2**31))
-@settings(max_examples=60)
-def test_a_decoder_refuses_by_errors_of_ours(
-    tmp_path_factory: pytest.TempPathFactory, decoder: str, rng: object, number: int
-) -> None:
-    if decoder not in _fed:
-        _fed[decoder] = TARGETS[decoder](tmp_path_factory.mktemp(decoder))
-    with contextlib.suppress(StreamError):
-        _fed[decoder].case(rng, number)  # type: ignore[arg-type]
-
-
-@given(data=st.binary(max_size=400))
-def test_bytes_are_no_recording_model_or_snapshot(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
-    from stream_mmrnn.predict.snapshots import from_bytes
-
-    path = tmp_path_factory.getbasetemp() / "bytes"
-    path.write_bytes(b"\x89MCAP0\r\n" + data)
-    with pytest.raises(StreamError):
-        Recording(path)
-    with pytest.raises(StreamError):
-        from_bytes(data)
-    try:
-        onnx_bytes.check(data)
-    except ModelError:
-        pass
-    else:
-        assert data  # a graph of its own, to be read by onnxruntime
+def test_the_same_properties_take_bytes_of_a_fuzzer() -> None:
+    prop: Any = PROPERTIES["wire"]
+    prop.hypothesis.fuzz_one_input(bytes(range(256)) * 4)
+    assert fuzz.main(["fuzz", "nothing"]) == 2
 
 
 def test_the_decoders_tell_what_is_bad_from_what_is_not(tmp_path: Path) -> None:

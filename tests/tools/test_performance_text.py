@@ -60,6 +60,9 @@ NAMES = (
 )
 
 
+COMMANDS = {name: suite.shown_command(name) for name in suite.RUNS}
+
+
 def document(**ratios: dict[str, Any]) -> dict[str, Any]:
     machine = {"date": "2026-01-02 03:04:05 UTC", "cpu": "a CPU", "usable_cores": 2, "kernel": "Linux", "python": "3"}
     return {"bench": "step", "machine": machine, "settings": {}, "rows": [], "ratios": ratios}
@@ -78,12 +81,12 @@ def test_every_name_is_explained(name: str) -> None:
 
 def test_what_does_not_hold_is_said_with_its_bound() -> None:
     told = {"step": document(cold_start_s=figure(0.5, 0.3, False), engine_rss_mb=figure(70.0, 90.0, True))}
-    said = text.write(told, suite.RUNS, [])
+    said = text.write(told, COMMANDS, [])
     missed = said[said.index("## Bounds that do not hold") :]
     assert "`cold_start_s`: 0.5, asked ≤ 0.3" in missed
     assert "engine_rss_mb" not in missed
-    assert "Not run: `stream-mmrnn bench sessions`" in said
-    held = text.write({"step": document(engine_rss_mb=figure(70.0, 90.0, True))}, suite.RUNS, [])
+    assert "Not run: `python -m tools.bench sessions`" in said
+    held = text.write({"step": document(engine_rss_mb=figure(70.0, 90.0, True))}, COMMANDS, [])
     assert "All bounds hold." in held
 
 

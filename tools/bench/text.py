@@ -5,11 +5,14 @@ Knows nothing about how a bench measures or where its document lies.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 Document = dict[str, Any]
+AVX2 = Path(__file__).parent / "avx2.json"
 
 MEANING = {
     r"engine_over_bare_(\d+)": "`StepEngine.step` over the same graph bound by hand, hidden {0}, hot",
@@ -20,9 +23,7 @@ MEANING = {
     r"numpy_over_engine_(\d+)": "the step in numpy over the engine, hidden {0}",
     r"engine_over_memory_roofline_(\d+)": "the engine over the time to read the weights from memory once, hidden {0}"
     " (below 1: they come from a cache)",
-    r"torch_gru_over_bare_(\d+)": "the same over the bare graph: what an engine that takes no time would be"
-    " measured at,"
-    " hidden {0}",
+    r"torch_gru_over_bare_(\d+)": "the same over the bare graph: the value for an engine without any cost, hidden {0}",
     r"int8_over_fp32_(\d+)": "8-bit weights (`int8`) over fp32, hidden {0}, hot",
     r"int8_batch_over_fp32_(\d+)": "8-bit weights for many sessions (`int8_batch`) over fp32, one session, hidden {0},"
     " hot",
@@ -57,7 +58,7 @@ MEANING = {
     " align nor step, {0} sessions",
     r"pytriton_p50_over_ours_(\d+)": "the same with pytriton's own way of binding, {0} sessions",
     r"pytriton_p50_over_ours_bus_(\d+)": "pytriton over ours across processes, {0} sessions",
-    r"serve_p99_over_tick_(\d+)": "{0} clients of `serve`: the slowest hundredth of answers, from the intended time,"
+    r"serve_p99_over_tick_(\d+)": "{0} clients of `serve`: p99 of answers, from the intended time,"
     " over the tick of 40 ms",
     r"cluster_p99_over_tick_(\d+)": "the same with {0} clients over NATS with JetStream",
     r"cluster_p50_over_serve_(\d+)": "over NATS, where every tick and answer is kept, over ZeroMQ, {0} clients",
@@ -65,14 +66,14 @@ MEANING = {
     r"triton_p50_over_cluster_(\d+)": "Triton's Python backend over ours over NATS, {0} clients",
     r"pytriton_p50_over_serve_(\d+)": "pytriton over `serve`, {0} clients",
     r"pytriton_p50_over_cluster_(\d+)": "pytriton over ours over NATS, {0} clients",
-    r"busy_p99_ms": "until one beyond the capacity is told busy, 200 clients at work beside it, ms",
+    r"busy_p99_ms": "until a client beyond the capacity gets `busy`, with 200 active clients, ms",
     r"audio_to_prediction_(p\d+)_ms": "from an audio block's end to a readable prediction, {0}, ms: worker, broker,"
     " engine",
     r"audio_to_prediction_(p\d+)_busy(\d)_ms": "the same beside {1} busy processes, {0}, ms",
     r"audio_to_prediction_(p\d+)_(nice|fifo)_ms": "the same with supervisor.priority = {1}, {0}, ms",
     r"audio_to_prediction_(p\d+)_busy(\d)_(nice|fifo)_ms": "beside {1} busy processes with supervisor.priority = {2},"
     " {0}, ms",
-    r"audio_bare_hops_(p\d+)\w*_ms": "the same way with nothing of ours on it: a sleep, two hops through ZeroMQ's own"
+    r"audio_bare_hops_(p\d+)\w*_ms": "the same way without our code: a sleep, two hops through ZeroMQ's own"
     " proxy, {0}, ms",
     r"all_to_prediction_(p\d+)_ms": "the same with camera and words, {0}, ms; the picture's encoder is most of it",
     r"(\w+?)_stages_residual\w*": "what the stages' sum lacks of the whole, {0}",
@@ -172,17 +173,31 @@ def _where(document: Document) -> str:
     )
 
 
-def _section(
-    title: str, name: str, told: Mapping[str, Document], runs: Mapping[str, Sequence[str]], *parts: str
-) -> str:
+def _section(title: str, name: str, told: Mapping[str, Document], commands: Mapping[str, str], *parts: str) -> str:
     if name not in told:
-        return f"## {title}\n\nNot run: `stream-mmrnn bench {' '.join(runs[name])}`."
-    command = f"    stream-mmrnn bench {' '.join(runs[name])}"
+        return f"## {title}\n\nNot run: `{commands[name]}`."
+    command = f"    {commands[name]}"
     return "\n\n".join([f"## {title}", command, f"{_where(told[name])}.", *(p for p in parts if p)])
 
 
+def _avx2() -> str:
+    """The figures of a CPU with AVX2 alone: measured once, kept as a file."""
+    kept = json.loads(AVX2.read_text(encoding="utf-8"))
+    lines = [
+        "## On a CPU with AVX2 alone",
+        "",
+        f"{kept['measured']}. A busier machine than the one above; only figures with a bound, and the main latencies.",
+        "",
+        "| run | figure | what | value | bound | holds |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for run, name, value, bound, holds in kept["rows"]:
+        lines.append(f"| {run} | `{name}` | {meaning(name)} | {value} | {bound} | {holds} |")
+    return "\n".join(lines)
+
+
 def _missed(told: Mapping[str, Document]) -> str:
-    """Every bound that did not hold, and every one that nobody could judge, with what is known of the reason."""
+    """Every bound that did not hold or could not be judged, with the reason if it is known."""
     lines = []
     for document in told.values():
         for name, r in document["ratios"].items():
@@ -203,14 +218,14 @@ REASONS: dict[str, str] = {
     " them from a cache, and 8 bits have less to save. Not measured on a machine with a smaller cache.",
     r"silero_(wrapper|jit)_over_engine": "The limit is the graph: `silero_wrapper_over_graph` and"
     " `silero_jit_over_graph`"
-    " are what an engine that takes no time would be measured at.",
+    " are the value for an engine without any cost.",
     r"triton_p50_over_ours_bus_16": "`triton_p50_over_bare_hops_16` is what a server that computes nothing"
     " behind the same"
     " two ways over a proxy would be measured at; the aligner, the step and our messages come on top of it. In the"
     " caller's own process the engine is several times as fast (`triton_p50_over_ours`).",
     r"audio_to_prediction_(p50|p99)(_fifo)?_ms": "`audio_bare_hops` is the part of it that a sleep and two ways over"
-    " ZeroMQ's own proxy take with nothing of ours on them, in the same run. The rest are the stages above. The slowest"
-    " hundredth moves from run to run between 1.2 and 2.8 ms; with `supervisor.priority` it holds (further below).",
+    " ZeroMQ's own proxy take with nothing of ours on them, in the same run. The rest are the stages above. p99"
+    " moves from run to run between 1.2 and 2.8 ms; with `supervisor.priority` it holds (further below).",
     r"audio_to_prediction_p99_busy2_ms": "At normal priority; with `supervisor.priority` it holds: the two"
     " sections after"
     " this one.",
@@ -220,7 +235,7 @@ REASONS: dict[str, str] = {
     " and checks in Python,"
     " which cost little from hot caches and much from cold ones: compare `ours_ipc` with `zmq_proxy_ipc`, hot"
     " and paced.",
-    r"replay_times_real_time": "The limit is the step: one waits for the one before it, so"
+    r"replay_times_real_time": "The limit is the step: each step waits for the one before it, so"
     " `replay_times_real_time_step_alone` is the most that this model can reach on this machine.",
     r"replay_times_real_time_16": "The parts, each alone, are in the table above: reading each session's file, aligning"
     " and stepping. The step alone would allow `replay_times_real_time_16_step_alone`; reading and aligning"
@@ -231,7 +246,7 @@ REASONS: dict[str, str] = {
 so."""
 
 
-def write(told: Mapping[str, Document], runs: Mapping[str, Sequence[str]], plots: Sequence[str]) -> str:
+def write(told: Mapping[str, Document], commands: Mapping[str, str], plots: Sequence[str]) -> str:
     def shown(*beginnings: str) -> str:
         return "\n\n".join(f"![{p[:-4].replace('_', ' ')}](performance/{p})" for p in plots if p.startswith(beginnings))
 
@@ -244,7 +259,7 @@ def write(told: Mapping[str, Document], runs: Mapping[str, Sequence[str]], plots
             "One step",
             "step",
             told,
-            runs,
+            commands,
             of("step", ratios),
             _STEP,
             _INT8,
@@ -255,19 +270,19 @@ def write(told: Mapping[str, Document], runs: Mapping[str, Sequence[str]], plots
             "Many sessions",
             "sessions",
             told,
-            runs,
+            commands,
             of("sessions", ratios),
             _SESSIONS,
             of("sessions", latencies, ("what", "contender", "sessions", "steps_per_s", "late")),
             shown("sessions_"),
         ),
-        _section("All sessions due at once", "sessions-together", told, runs, of("sessions-together", ratios)),
-        _section("Over two processes", "sessions-2", told, runs, of("sessions-2", ratios), _SHARDS),
+        _section("All sessions due at once", "sessions-together", told, commands, of("sessions-together", ratios)),
+        _section("Over two processes", "sessions-2", told, commands, of("sessions-2", ratios), _SHARDS),
         _section(
             "Sessions of other programs",
             "serve",
             told,
-            runs,
+            commands,
             of("serve", ratios),
             _SERVE,
             of("serve", latencies, ("what", "contender", "sessions", "late", "lost", "admitted", "busy")),
@@ -276,19 +291,21 @@ def write(told: Mapping[str, Document], runs: Mapping[str, Sequence[str]], plots
             "From an event to its prediction",
             "end-to-end",
             told,
-            runs,
+            commands,
             of("end-to-end", ratios),
             of("end-to-end", stages),
             shown("end-to-end_"),
         ),
-        _section("The same beside two busy processes", "end-to-end-busy", told, runs, of("end-to-end-busy", ratios)),
-        _section("With nice, beside two", "end-to-end-nice", told, runs, of("end-to-end-nice", ratios)),
-        _section("With SCHED_FIFO, beside two", "end-to-end-fifo", told, runs, of("end-to-end-fifo", ratios)),
+        _section(
+            "The same beside two busy processes", "end-to-end-busy", told, commands, of("end-to-end-busy", ratios)
+        ),
+        _section("With nice, beside two", "end-to-end-nice", told, commands, of("end-to-end-nice", ratios)),
+        _section("With SCHED_FIFO, beside two", "end-to-end-fifo", told, commands, of("end-to-end-fifo", ratios)),
         _section(
             "With SCHED_FIFO, alone",
             "end-to-end-alone-fifo",
             told,
-            runs,
+            commands,
             of("end-to-end-alone-fifo", ratios),
             _PRIORITY,
         ),
@@ -296,13 +313,14 @@ def write(told: Mapping[str, Document], runs: Mapping[str, Sequence[str]], plots
             "Transport",
             "transport",
             told,
-            runs,
+            commands,
             of("transport", ratios),
             of("transport", latencies, ("contender", "size", "mode")),
             _RING,
         ),
-        _section("Replay", "replay", told, runs, of("replay", ratios), of("replay", parts), _REPLAY),
-        _section("Training", "train", told, runs, of("train", ratios)),
+        _section("Replay", "replay", told, commands, of("replay", ratios), of("replay", parts), _REPLAY),
+        _section("Training", "train", told, commands, of("train", ratios)),
+        _avx2(),
         _GPU,
         "## Bounds that do not hold\n\n" + _missed(told),
     ]
@@ -328,16 +346,17 @@ single row).
 
 On the CPU the rows of the arena are copied beside it and back with numpy, or worked on in place where they are the
 first ones in order. That is no slower than Gather and ScatterND inside the graph (`in_graph_over_copied`, whose way
-copies inputs and outputs, too), and the file is served as it is. A GPU runs those (`stream_mmrnn/onnx_rows.py`)."""
+copies inputs and outputs, too), and the file is served as it is. A GPU runs those
+(`stream_mmrnn/graph/gather_scatter.py`)."""
 
 _SESSIONS = """Each session has its own phase and is due 25 times a second; what is due is stepped in one call.
 `late` counts steps that ended more than a tick after their intended time."""
 
-_SERVE = """All on the same two cores: server, engine, and all clients in one process. `serve` is played by a loop that
-does as little as it can, the others by their own clients in an event loop (ours over NATS) or threads (Triton's).
-`cluster` keeps every tick and answer in a log before it is said, which is what its time is spent on; beyond some
-hundred clients these two cores are not enough for NATS, engine and clients together, and answers come later and later.
-`late` counts answers after more than the tick."""
+_SERVE = """All on the same two cores: server, engine, and all clients in one process. `serve` is loaded by a minimal
+loop, the others by their own clients in an event loop (ours over NATS) or threads (Triton's). `cluster`
+writes every tick and answer to a log before it is sent, which takes most of its time; beyond some hundred
+clients these two cores are not enough for NATS, engine and clients together, and answers come later and
+later. `late` counts answers after more than the tick."""
 
 _SHARDS = """Figures are sessions a core: twice as many in all. Features and heads cross in shared memory, a pipe
 says when."""
@@ -353,7 +372,7 @@ _INT8 = """Two kinds of 8-bit weights (`export --int8` writes both). `int8` is M
 its bits differ with the size of the batch. `int8_batch` multiplies integers where a matrix meets a state or what a tanh
 says, so its products are exact, a session's bits are the same in every batch, and many sessions take about half the
 time where the CPU has VNNI: it is what `bench sessions` measures. Its weights have 7 of the 8 bits since 2026-11-25:
-with 8, CPUs without VNNI cut what two products add up to (`stream_mmrnn/integer_columns.py`), and states were 3 % off.
+with 8, CPUs without VNNI cut what two products add up to (`stream_mmrnn/graph/int8.py`), and states were 3 % off.
 Figures of before are of 8 bits: the same products in the same time, the drift a little smaller."""
 
 _REPLAY = """One session is one chain of steps: nothing can be batched, and a step's own time bounds it. Many sessions
@@ -363,11 +382,11 @@ _GPU = """## On a GPU
 
 Measured on one NVIDIA H100 on 2026-11-26: `docs/gpu.md` has the tables. All twelve checks hold: CUDA computes what the
 CPU computes (2e-7 in outputs, 8e-7 in states, over 1,000 steps), with CUDA graphs and without; making the graphs moves
-no state (onnxruntime issue 32243: they are captured on rows of nobody); host buffers are page-locked; a step by another
+no state (onnxruntime issue 32243: they are captured on unused rows); host buffers are page-locked; a step by another
 thread than the engine's is refused (it went wrong before it was). By rows the GPU holds 131,072 sessions at 25 Hz
 (2 layers of 256); `StepEngine.step`, with Python objects for each tick, holds 14,336.
 
-It does **not** beat what one would write by hand for a GPU: torch's CUDA graph of the same step, with its fused GRU
+It does **not** beat a hand-written implementation for a GPU: torch's CUDA graph of the same step, with its fused GRU
 cell, takes 0.71 to 0.86 times ours from 1 to 1,024 rows of 256, and 0.63 at 16,384. The rest is the graph: it is made
 of plain operators (Gemm, Split, Sigmoid), 47 kernels a step where torch has 24. The first run of the day was slower,
 with 0.32 to 0.65: onnxruntime's ScatterND on CUDA copies a row by one thread (194 of 306 us of kernels at 256 rows,
@@ -378,13 +397,4 @@ inputs copied at once.
     python -m tools.gpu_check --provider cpu         # tries the tool itself where there is no GPU
 
 It needs onnxruntime-gpu, numpy and msgspec; torch with CUDA for the baseline (its CUDA-graph replay of the same
-step). Exit code 0: all holds, 1: something does not, 2: usage, or CUDA was not active.
-
-For a GPU machine that reaches no registry, `tools/pack_ort_gpu.py` packs onnxruntime-gpu with the code of one GPU
-architecture:
-
-    python tools/pack_ort_gpu.py --out FOLDER        # what is installed, for sm_90 (H100, H200)
-    python tools/pack_ort_gpu.py --check FILE        # unpack aside, import, run a small graph on the CPU
-
-Seen with onnxruntime-gpu 1.31.1 (cp311, cp312) and sm_90: 58.7 MB, about a minute and a half on one core; `--check`
-passes, and the run above used the pack."""
+step). Exit code 0: all holds, 1: something does not, 2: usage, or CUDA was not active."""

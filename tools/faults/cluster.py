@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from stream_mmrnn.bench import models
-from stream_mmrnn.bench.crowd import Crowd, Member
-from stream_mmrnn.bench.nats_cluster import Cluster
 from stream_mmrnn.core import config
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.serve.cluster.client import ClusterClient
 from stream_mmrnn.serve.cluster.node import ClusterNode
+from tools.bench.crowd import Crowd, Member
+from tools.bench.nats_cluster import Cluster
 from tools.faults.promise import Figure, Say
 
 TITLE = "Cluster"

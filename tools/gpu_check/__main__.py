@@ -1,7 +1,6 @@
 """Everything that must be seen on a machine with an NVIDIA GPU, in one command of about five minutes.
 
     python -m tools.gpu_check --out docs/gpu.md          # in a checkout; onnxruntime-gpu must be there
-    PYTHONPATH=ort-gpu:. python -m tools.gpu_check       # with a pack of tools/pack_ort_gpu.py in ort-gpu
     python -m tools.gpu_check --provider cpu             # the tool itself, where there is no GPU: small, no CUDA graphs
 
 Is the engine on CUDA; does it compute what the CPU computes (1e-4, 1,000 steps); does capturing CUDA graphs leave the

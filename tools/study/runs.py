@@ -195,15 +195,15 @@ def recall(recipe: Recipe) -> Task:
 
 
 def _bench(run: Run, data: Sequence[Path], result: Result) -> None:
-    """tools/bench_cells.py, as it is."""
-    program = Path(__file__).parent.parent / "bench_cells.py"
+    """tools/bench/cells.py, as it is."""
+    program = Path(__file__).parent.parent / "bench" / "cells.py"
     options = [f"--{k}={v}" for k, v in run.table.items()]
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, str(program), "--cells=" + ",".join(CELLS), *options], capture_output=True, text=True
     )
     if done.returncode:
-        raise StreamError(f"tools/bench_cells.py ended with {done.returncode}: {done.stderr.strip()[-300:]}")
+        raise StreamError(f"tools/bench/cells.py ended with {done.returncode}: {done.stderr.strip()[-300:]}")
     result.figures = json.loads(done.stdout.splitlines()[-1])["cells"]
     result.cpu_s = round(time.monotonic() - began, 2)
 

@@ -241,7 +241,7 @@ def _speed(found: Found) -> str:
         rows.append([f"`{cell}`", *(f"{v['tokens_per_s']:,} ({v['times_nn_gru']:.2f})" for v in of)])
     return f"""## Training speed
 
-Ticks a second, forward and backward, 128 wide, batch 8, one thread (`tools/bench_cells.py`, interleaved rounds); in
+Ticks a second, forward and backward, 128 wide, batch 8, one thread (`tools/bench/cells.py`, interleaved rounds); in
 brackets against torch's `nn.GRU` in the same run.
 
 {table(["cell", *(f"{n} ticks" for n in lengths)], rows)}

@@ -79,7 +79,7 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 def _mel_filters() -> FloatArray:
-    """Slaney's triangular mel filters, [201, 80], as in tools/make_encoders.py."""
+    """Slaney's triangular mel filters, [201, 80], as in the graph of the audio encoder."""
 
     def hz(mel: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         return np.where(mel < 15, mel * 200 / 3, 1000 * np.exp((mel - 15) * np.log(6.4) / 27))

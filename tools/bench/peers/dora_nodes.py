@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from dora import Node
 
-from stream_mmrnn.bench.peer import Stamps, serve_reader, serve_sender
+from tools.bench.peer import Stamps, serve_reader, serve_sender
 
 
 def main(role: str, port: str) -> None:

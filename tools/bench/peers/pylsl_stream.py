@@ -12,8 +12,8 @@ import sys
 
 import pylsl
 
-from stream_mmrnn.bench.peer import Stamps, serve_reader, serve_sender
-from stream_mmrnn.bench.transport import SIZES_BYTES
+from tools.bench.peer import Stamps, serve_reader, serve_sender
+from tools.bench.transport import SIZES_BYTES
 
 _CHANNELS = SIZES_BYTES["2kb"] // 8
 

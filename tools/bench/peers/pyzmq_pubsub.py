@@ -15,7 +15,7 @@ import sys
 
 import zmq
 
-from stream_mmrnn.bench.peer import Stamps, serve_reader, serve_sender
+from tools.bench.peer import Stamps, serve_reader, serve_sender
 
 _STAMPS = struct.Struct("<qq")
 

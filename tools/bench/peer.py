@@ -1,7 +1,7 @@
 """One end of a transport under test, in a process of its own: a sender or a reader that takes orders.
 
 Orders come as JSON lines over a loopback connection to whoever started it; what is measured goes another way, which
-`send` and `receive` know. `python -m stream_mmrnn.bench.peer` is our own bus: broker, sender and reader. Peers of
+`send` and `receive` know. `python -m tools.bench.peer` is our own bus: broker, sender and reader. Peers of
 other transports use `serve_sender` and `serve_reader` from scripts of their own.
 """
 

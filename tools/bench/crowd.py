@@ -1,7 +1,7 @@
-"""A crowd of clients in one event loop: sessions at 25 Hz in an open loop, whoever serves them.
+"""The load generator: clients in one event loop, each with a session at 25 Hz, in an open loop.
 
-When a tick is due is fixed beforehand, whatever came of those before it; its latency counts from there until its answer
-can be read. Knows nothing about servers.
+The due times of ticks are fixed beforehand and do not depend on answers; latency counts from the due time until the
+answer can be read. It works with every client that has the methods of `AsyncClient`.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from stream_mmrnn.serve.async_client import AsyncClient, AsyncServedSession, end
 from stream_mmrnn.serve.client_state import KEPT_TICKS
 
 DRAIN_S = 15.0
-"""How long an answer may take that somebody waits for."""
+"""Timeout of an answer."""
 
 
-_SAID = np.random.default_rng(0).standard_normal((997, models.INPUT)).astype(np.float32) * np.float32(0.5)
+_VECTORS = np.random.default_rng(0).standard_normal((997, models.INPUT)).astype(np.float32) * np.float32(0.5)
 
 
 def vector(who: int, tick: int) -> FloatArray:
-    """What one says at a tick; everybody something else."""
-    said: FloatArray = _SAID[(31 * who + tick) % len(_SAID)]
-    return said
+    """The features of one client at a tick; every client sends others."""
+    features: FloatArray = _VECTORS[(31 * who + tick) % len(_VECTORS)]
+    return features
 
 
 class Member:
-    """One of them: what it sent, when that was due, and what it was answered."""
+    """One client: the due times of the ticks that it sent, and the answers."""
 
     def __init__(self, name: str, who: int, phase_ns: int) -> None:
         self.name, self.who, self.phase_ns = name, who, phase_ns
         self.due_ns: list[int] = []
         self.answers: dict[int, list[tuple[int, bytes]]] = {}
-        """By tick: when each answer to it came, and its bits."""
+        """Tick -> when each answer to it arrived, and its bytes."""
         self.errors: Counter[str] = Counter()
         self.skipped = 0
         self._sent = asyncio.Event()
@@ -61,19 +61,19 @@ class Member:
         return [got[0][0] - self.due_ns[tick] for tick, got in self.answers.items() if self.due_ns[tick] >= since_ns]
 
     def gap_ns(self) -> int:
-        """The longest that it was without a new answer."""
+        """The longest time between two new answers."""
         came = sorted(got[0][0] for got in self.answers.values())
         return max((b - a for a, b in itertools.pairwise(came)), default=0)
 
     def differing(self, engine: StepEngine) -> int:
-        """Answers that are not the bits of this session alone on an engine."""
+        """Answers that differ from those of an engine with this session alone."""
         wrong = 0
         engine.open("alone")
         for tick in range(len(self.due_ns)):
             features = {models.MODALITY: vector(self.who, tick)}
             present, age_ns = {models.MODALITY: True}, {models.MODALITY: 0}
-            said = engine.step([Tick("alone", tick, 0, features, present, age_ns, Stamps(0, 0, 0, 0, ""))])
-            expected = said[0].heads[models.HEAD].tobytes()
+            predictions = engine.step([Tick("alone", tick, 0, features, present, age_ns, Stamps(0, 0, 0, 0, ""))])
+            expected = predictions[0].heads[models.HEAD].tobytes()
             wrong += any(bits != expected for _, bits in self.answers.get(tick, ()))
         engine.close("alone")
         return wrong
@@ -81,7 +81,7 @@ class Member:
     async def run(
         self, session: AsyncServedSession, begin_ns: int, end_ns: int, over: Callable[[], bool] = lambda: True
     ) -> None:
-        """Ticks from the one time to the other, at least until `over`, and all answers to them."""
+        """Send ticks from `begin_ns` to `end_ns`, at least until `over()`; then wait for all answers."""
         reading = asyncio.create_task(self._read(session))
         tick = 0
         try:
@@ -89,7 +89,7 @@ class Member:
                 wait_s = (due_ns - now_ns()) / 1e9
                 if wait_s > 0:
                     await asyncio.sleep(wait_s)
-                while session.waiting >= KEPT_TICKS:  # more are not taken: it was stopped, or is not answered
+                while session.waiting >= KEPT_TICKS:  # no more are accepted: no answers arrive
                     await asyncio.sleep(0.001)
                 try:
                     session.send({models.MODALITY: vector(self.who, tick)}, tick=tick, event_ns=due_ns)
@@ -125,12 +125,12 @@ class Member:
 
 
 class Crowd:
-    """Clients that come, stay connected, and have a session each whenever they are asked to."""
+    """Connected clients, each of which opens a session of its own in every run."""
 
     def __init__(
         self, make: Callable[[], AsyncClient], count: int, seed: int = 0, apart: bool = True, named: str = "crowd"
     ) -> None:
-        """`apart`: each over a connection of its own; `named`: what their sessions' names begin with."""
+        """`apart`: each client has a connection of its own; `named`: prefix of the sessions' names."""
         self._make, self._apart, self._named = make, apart, named
         self.phases_ns: Sequence[int] = phases(count, "spread", seed).tolist()
         self.clients: list[AsyncClient] = []
@@ -146,7 +146,7 @@ class Crowd:
         await self._stack.aclose()
 
     async def run(self, duration_s: float, meanwhile: Callable[[], Any] | None = None) -> list[Member]:
-        """Everybody for so long, at once; `meanwhile` is awaited beside it, and nobody ends before it has."""
+        """All clients at once; `meanwhile` is awaited beside them, and clients go on until it has ended."""
         self._runs += 1
         members = [Member(f"{self._named}-{self._runs}-{i}", i, phase_ns) for i, phase_ns in enumerate(self.phases_ns)]
         sessions = [

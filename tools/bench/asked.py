@@ -38,14 +38,14 @@ from stream_mmrnn.live import nodes
 from stream_mmrnn.live.managed_process import process_context
 from stream_mmrnn.predict.engine import StepEngine
 
-PEER = Path(__file__).parent.parent.parent / "tools" / "bench" / "peers" / "triton_sessions.py"
+PEER = Path(__file__).parent / "peers" / "triton_sessions.py"
 PYTHON = "STREAM_MMRNN_TRITON_PYTHON"
 """The environment variable that names a Python which has nvidia-pytriton."""
 INSTALL = f"make an environment with nvidia-pytriton and onnxruntime, and name its Python in {PYTHON}"
 
 _DRAIN_S = 10.0
-_START_TIMEOUT_S = 90.0
-_STOP_TIMEOUT_S = 20.0
+START_TIMEOUT_S = 90.0
+STOP_TIMEOUT_S = 20.0
 _PROBES = 4
 _TOLERANCE = 1e-4
 _LATENESS_MS = 5000.0
@@ -186,7 +186,7 @@ class OverBus:
         reader = threading.Thread(target=self._read, args=(wanted, answers, over), daemon=True)
         reader.start()
         requests = 0
-        for intended_ns, i, tick in _calls(due_ns, first, end_ns):
+        for intended_ns, i, tick in calls(due_ns, first, end_ns):
             sleep_until(intended_ns, now_ns)
             wanted[names[i], tick] = intended_ns, now_ns()
             self._publisher.publish(
@@ -234,7 +234,7 @@ def _end(process: Any, context: nodes.Context) -> None:
         process.join()
 
 
-def _calls(due_ns: Sequence[int], first: int, end_ns: int) -> Iterator[tuple[int, int, int]]:
+def calls(due_ns: Sequence[int], first: int, end_ns: int) -> Iterator[tuple[int, int, int]]:
     """When, whose and for which tick, in order, until the end."""
     tick = first
     while True:
@@ -252,7 +252,7 @@ class Peer:
         self.name, self._seed, self._features = name, seed, vectors(models.INPUT)
         self._said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 closed below
         try:
-            self._process = subprocess.Popen(  # noqa: S603 a script of ours
+            self._process = subprocess.Popen(
                 [python, str(PEER), kind, str(path)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -267,7 +267,7 @@ class Peer:
         self._reader = threading.Thread(target=self._listen, daemon=True)
         self._reader.start()
         try:
-            ready = self._answer(_START_TIMEOUT_S)
+            ready = self._answer(START_TIMEOUT_S)
             versions = ready.get("versions")
             self.versions = {str(k): str(v) for k, v in versions.items()} if isinstance(versions, dict) else {}
             self._prove(path)
@@ -289,7 +289,7 @@ class Peer:
             raise ProcessError(f"it said nothing for {timeout_s:g} s") from None
         if not line:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_STOP_TIMEOUT_S)
+                self._process.wait(STOP_TIMEOUT_S)
             self._said.seek(0)
             raise ProcessError(f"it ended: {self._said.read().strip().rpartition(chr(10))[2] or 'it said nothing'}")
         with contextlib.suppress(ValueError):
@@ -315,7 +315,7 @@ class Peer:
             engine.step([Tick("probe", k, 0, {of: x}, {of: True}, {of: 0}, nowhere)])[0].heads[models.HEAD].copy()
             for k, x in enumerate(features)
         ]
-        said = self._ask(_START_TIMEOUT_S, do="probe", session=2**31, features=features.tolist())
+        said = self._ask(START_TIMEOUT_S, do="probe", session=2**31, features=features.tolist())
         try:
             wrong = float(np.abs(np.array(said["heads"], np.float32) - np.stack(heads)).max())
         except (KeyError, TypeError, ValueError) as e:
@@ -325,7 +325,7 @@ class Peer:
 
     def turn(self, sessions: int, duration_s: float) -> Turn:
         said = self._ask(
-            duration_s + SETTLE_S + _DRAIN_S + _START_TIMEOUT_S,
+            duration_s + SETTLE_S + _DRAIN_S + START_TIMEOUT_S,
             do="run",
             due_ns=phases(sessions, "spread", self._seed).tolist(),
             features=self._features[:sessions].tolist(),
@@ -349,14 +349,14 @@ class Peer:
         with contextlib.suppress(OSError):
             self._process.stdin.close()
         try:
-            self._process.wait(_STOP_TIMEOUT_S)
+            self._process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             if hasattr(os, "killpg"):
                 os.killpg(self._process.pid, signal.SIGKILL)
             else:
                 self._process.kill()
             self._process.wait()
-        self._reader.join(_STOP_TIMEOUT_S)
+        self._reader.join(STOP_TIMEOUT_S)
         assert self._process.stdout is not None
         self._process.stdout.close()
         self._said.close()
@@ -364,8 +364,6 @@ class Peer:
 
 def interpreter() -> tuple[str, str]:
     """A Python that has nvidia-pytriton, and "" or why there is none."""
-    if not PEER.is_file():
-        return "", "tools/bench/peers/triton_sessions.py is not here: run it in a checkout"
     named = os.environ.get(PYTHON, "")
     if named:
         found = shutil.which(named)

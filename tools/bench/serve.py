@@ -1,8 +1,8 @@
-"""Serve: clients over the network, each with a session at 25 Hz, and one engine behind; who is told busy, and how soon.
+"""Serve: clients over the network, each with a session at 25 Hz, and one engine; how soon a client gets `busy`.
 
 Open loop and in turns: `serve` is ours over ZeroMQ, `cluster` the same over NATS with JetStream, where every tick
 and answer is kept in a log, and `triton` and `pytriton` are NVIDIA's server; each with its engine in processes of its
-own and all its clients in one. The optional ones are skipped with a reason. Knows nothing about how a server works.
+own and all its clients in one. The optional ones are skipped with a reason.
 """
 
 from __future__ import annotations
@@ -23,12 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from stream_mmrnn.bench import models
-from stream_mmrnn.bench.asked import Contender, Peer, Turn, interpreter
-from stream_mmrnn.bench.crowd import DRAIN_S, Crowd, Member, vector
 from stream_mmrnn.bench.machine import Processes
 from stream_mmrnn.bench.plots import Pictures
 from stream_mmrnn.bench.report import Document, Ratio, document, ratio
-from stream_mmrnn.bench.servers import Figures, in_turn, started
 from stream_mmrnn.bench.sessions import SETTLE_S, TICK_NS, phases
 from stream_mmrnn.bus import Dealers
 from stream_mmrnn.core.clock import now_ns
@@ -38,18 +35,21 @@ from stream_mmrnn.core.latency import Histogram
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.async_client import AsyncClient
 from stream_mmrnn.serve.client import QUEUE
+from tools.bench.asked import Contender, Peer, Turn, interpreter
+from tools.bench.crowd import DRAIN_S, Crowd, Member, vector
+from tools.bench.servers import Figures, in_turn, started
 
 CLIENTS = 200
 FEWER = 64
-"""So many again: a log that keeps everything costs more than a step, and two cores may not be enough for 200."""
+"""A second, smaller number of clients: with a log of everything, two cores may not be enough for 200."""
 HIDDEN = 256
 WAKE_S = 2.0
 BEYOND = 100
-"""Times that somebody is told busy."""
+"""Number of `busy` answers to measure."""
 
 
 def _turn(members: list[Member]) -> Turn:
-    """What comes after the crowd has settled."""
+    """The figures after the settling time."""
     first_ns = min((m.due_ns[0] for m in members if m.due_ns), default=0) + round(SETTLE_S * 1e9)
     requests = sum(due_ns >= first_ns for m in members for due_ns in m.due_ns)
     errors: dict[str, int] = {}
@@ -67,7 +67,7 @@ class Served:
     def __init__(self, path: Path, seed: int, folder: Path) -> None:
         self.versions: dict[str, str] = {}
         self._seed, self._turns = seed, 0
-        self._process = subprocess.Popen(  # noqa: S603 ourselves
+        self._process = subprocess.Popen(
             [sys.executable, "-m", "stream_mmrnn", "serve", "--model", str(path), "--port", "0", "--json"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -96,7 +96,7 @@ class Served:
         names = [f"player-{self._turns}-{i}" for i in range(sessions)]
         for i, name in enumerate(names):
             dealers.send(i, protocol.encode(protocol.Open(session=name)))
-        self._hear(dealers, sessions, protocol.Ready)
+        self._await_replies(dealers, sessions, protocol.Ready)
         begin_ns = now_ns() + 50_000_000
         settled_ns = begin_ns + round(SETTLE_S * 1e9)
         end_ns = settled_ns + round(duration_s * 1e9)
@@ -128,11 +128,11 @@ class Served:
                         latency_ns.append(now_ns() - due_ns)
         for i, name in enumerate(names):
             dealers.send(i, protocol.encode(protocol.Close(session=name)))
-        self._hear(dealers, sessions, protocol.Done)
+        self._await_replies(dealers, sessions, protocol.Done)
         return Turn(requests, latency_ns, [], {})
 
-    def _hear(self, dealers: Dealers, count: int, kind: type[protocol.Reply]) -> None:
-        """So many replies of a kind; raises ProcessError where others come instead, or none."""
+    def _await_replies(self, dealers: Dealers, count: int, kind: type[protocol.Reply]) -> None:
+        """Wait for `count` replies of one kind; raises ProcessError if others arrive, or none."""
         end_ns = now_ns() + round(DRAIN_S * 1e9)
         while count and now_ns() < end_ns:
             for _, content in dealers.receive(100):
@@ -144,7 +144,7 @@ class Served:
             raise ProcessError(f"{count} clients had no reply")
 
     def beyond(self, sessions: int) -> dict[str, Any]:
-        """So many clients at work; others come until `BEYOND` of them have been told busy."""
+        """With so many active clients, open more until `BEYOND` of them were refused as busy."""
         return asyncio.run(self._beyond(sessions))
 
     async def _beyond(self, sessions: int) -> dict[str, Any]:
@@ -199,7 +199,7 @@ class Clustered:
     def __init__(self, path: Path, seed: int, folder: Path) -> None:
         if absent := missing(("nats",)):
             raise ProcessError(f"{absent[0]} is not installed; pip install 'stream-mmrnn[cluster]'")
-        from stream_mmrnn.bench.nats_cluster import Cluster
+        from tools.bench.nats_cluster import Cluster
 
         self._seed = seed
         folder.mkdir()
@@ -282,7 +282,7 @@ def run(
                     beyond = {"what": "busy", "contender": contender.name, "skipped": str(e)}
                 rows.append(beyond)
     busy_ms = beyond["busy_ms"]["p99"] if beyond.get("busy") else None
-    ratios["busy_p99_ms"] = ratio(busy_ms, 10.0, "less", other_cpu, "nobody was told busy")
+    ratios["busy_p99_ms"] = ratio(busy_ms, 10.0, "less", other_cpu, "no client was refused as busy")
     settings = {"clients": clients, "duration_s": duration_s, "rounds": rounds, "hidden": hidden, "seed": seed}
     return document("serve", settings, rows, ratios), Pictures()
 

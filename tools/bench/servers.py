@@ -17,13 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stream_mmrnn.bench import contenders
-from stream_mmrnn.bench.asked import INSTALL, Contender, Ours, OverBus, Peer, Turn, interpreter
 from stream_mmrnn.bench.machine import Processes, Usage
 from stream_mmrnn.bench.report import Ratio, ratio
 from stream_mmrnn.bench.sessions import TICK_NS
 from stream_mmrnn.core.errors import ProcessError
 from stream_mmrnn.core.latency import Histogram
+from tools.bench.asked import INSTALL, Contender, Ours, OverBus, Peer, Turn, interpreter
+from tools.bench.contenders import bare_hop
 
 SESSIONS = (1, 8, 16, 64)
 BOUNDS = {"triton_p50_over_ours_bus_16": 2.0}
@@ -138,19 +138,12 @@ def measure(
 
 
 def _bare_hops(duration_s: float) -> dict[str, Any]:
-    """What is left of our way over the bus without engine, aligner and messages: ZeroMQ's own proxy, twice."""
+    """The cost of our way over the bus without engine, aligner and messages: two hops over ZeroMQ's own proxy."""
     row: dict[str, Any] = {"what": "servers", "contender": "two hops over ZeroMQ's own proxy"}
-    starts, why = contenders.available()
-    name = next((n for n in starts if n.startswith("zmq_proxy_")), None)
-    if name is None:
-        return {**row, "skipped": next((r for n, r in why.items() if n.startswith("zmq_proxy_")), "no peer")}
-    found = Histogram()
     rate_hz = BARE_SESSIONS * 1e9 / TICK_NS
-    with starts[name]() as contender:
-        contender.warm(_REQUEST_BYTES)
-        done = contender.round(_REQUEST_BYTES, rate_hz, round(rate_hz * duration_s))
-    for latency_ns, path_ns in zip(done.latency_ns, done.path_ns, strict=True):
-        found.add(latency_ns + path_ns)
+    found, why = bare_hop(_REQUEST_BYTES, rate_hz, round(rate_hz * duration_s))
+    if not found.count:
+        return {**row, "skipped": why}
     return {**row, "sessions": BARE_SESSIONS, "latency_ms": found.row()}
 
 

@@ -12,13 +12,14 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from stream_mmrnn.bench import contenders, end_to_end
-from stream_mmrnn.bench.contenders import Contender
+from stream_mmrnn.bench import end_to_end
 from stream_mmrnn.bench.machine import Processes, Usage
 from stream_mmrnn.bench.plots import Pictures
 from stream_mmrnn.bench.report import Document, Ratio, document, ratio
 from stream_mmrnn.core.errors import ProcessError
 from stream_mmrnn.core.latency import Histogram
+from tools.bench import contenders
+from tools.bench.contenders import Contender
 
 SIZES_BYTES = {"2kb": 2048, "30kb": 30_000, "1mb": 2**20}
 """About a feature vector, a camera's picture as JPEG, and a picture as it is."""

@@ -1,7 +1,6 @@
-"""The contenders of `transport`: pairs of processes that send and read, ours and those of other transports.
+"""The contenders of `transport`: pairs of processes that send and read messages, over our bus and other transports.
 
-Others are scripts in a checkout's `tools/bench/peers`; one whose package is missing is skipped with a reason. Knows
-nothing about sizes, rates or what is made of the figures.
+The other transports are scripts in `peers/`; one whose package is missing is skipped with a reason.
 """
 
 from __future__ import annotations
@@ -23,8 +22,11 @@ from typing import Any, NamedTuple, TextIO, TypeAlias
 
 from stream_mmrnn.bus import Address
 from stream_mmrnn.core.errors import ProcessError
+from stream_mmrnn.core.latency import Histogram
 
-PEERS = Path(__file__).parent.parent.parent / "tools" / "bench" / "peers"
+ROOT = Path(__file__).parent.parent.parent
+PEERS = Path(__file__).parent / "peers"
+PEERS_MODULE = "tools.bench.peers"
 
 _START_TIMEOUT_S = 20.0
 _ROLES = ("send", "read")
@@ -36,7 +38,7 @@ class Round(NamedTuple):
 
     sent: int
     latency_ns: list[int]
-    """From the intended time until it could be used at the reader."""
+    """From the intended time until the reader could use it."""
     path_ns: list[int]
     """From the beginning of the call that sent it."""
 
@@ -44,12 +46,12 @@ class Round(NamedTuple):
 Start: TypeAlias = Callable[[], contextlib.AbstractContextManager["Contender"]]
 
 
-class _End:
-    """A process that took our connection, and the lines to it."""
+class _Connection:
+    """One process of a contender, and the connection over which it takes orders."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.settimeout(120.0)
-        self._connection = connection
+        self._socket = connection
         self._lines = connection.makefile("rw")
         self.role: str = self.answer()["role"]
 
@@ -60,28 +62,28 @@ class _End:
     def answer(self) -> dict[str, Any]:
         line = self._lines.readline()
         if not line:
-            raise OSError("it ended")
+            raise OSError("the process has ended")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._lines.close()
-        self._connection.close()
+        self._socket.close()
 
 
 class Contender:
-    """A sender and a reader that wait for orders."""
+    """A sender and a reader, which wait for orders."""
 
-    def __init__(self, name: str, sender: _End, reader: _End, pids: list[int]) -> None:
+    def __init__(self, name: str, sender: _Connection, reader: _Connection, pids: list[int]) -> None:
         self.name, self._sender, self._reader = name, sender, reader
         self.pids = pids
-        """Of its processes, or of those that started them."""
+        """Of its processes, or of the processes that started them."""
         self.largest_bytes: int | None = None
-        """What it carries at most; None: anything."""
+        """The largest message that it carries; None: no limit."""
 
     def round(self, size_bytes: int, rate_hz: float, count: int) -> Round:
-        """`count` messages, one after the other at `rate_hz`; a reader that hears nothing for 2 s gives up."""
+        """`count` messages, one after the other at `rate_hz`; the reader gives up after 2 s without a message."""
         try:
             self._reader.tell(do="read", count=count, timeout_ms=2000)
             self._sender.tell(do="send", bytes=size_bytes, rate_hz=rate_hz, count=count)
@@ -89,7 +91,7 @@ class Contender:
             self._reader.tell(do="drain")
             self._reader.answer()
         except (OSError, ValueError) as e:
-            raise ProcessError(f"a process of the contender {self.name} is gone: {e}") from e
+            raise ProcessError(f"a process of the contender {self.name} has ended: {e}") from e
         return Round(sent["sent"], got["latency_ns"], got["path_ns"])
 
     def warm(self, size_bytes: int) -> bool:
@@ -99,19 +101,19 @@ class Contender:
 
 @contextlib.contextmanager
 def _pair(name: str, commands: Callable[[str], Sequence[Sequence[str]]]) -> Iterator[Contender]:
-    """Both ends, which `commands(port)` start; raises ProcessError where they do not come."""
+    """Both ends, started by `commands(port)`; raises ProcessError if they do not connect."""
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         server.settimeout(0.1)
         processes = [_start(stack, command) for command in commands(str(server.getsockname()[1]))]
-        ends: dict[str, _End] = {}
+        ends: dict[str, _Connection] = {}
         deadline_s = time.monotonic() + _START_TIMEOUT_S
         while len(ends) < 2:
             died = [said for process, said in processes if process.poll() is not None]
             if died or time.monotonic() > deadline_s:
                 raise ProcessError(f"it did not start: {_last_line(died[0]) if died else 'no answer'}")
             with contextlib.suppress(TimeoutError):
-                end = _End(server.accept()[0])
+                end = _Connection(server.accept()[0])
                 stack.callback(end.close)
                 ends[end.role] = end
         yield Contender(name, ends["send"], ends["read"], [process.pid for process, _ in processes])
@@ -119,14 +121,15 @@ def _pair(name: str, commands: Callable[[str], Sequence[Sequence[str]]]) -> Iter
 
 def _last_line(said: TextIO) -> str:
     said.seek(0)
-    return said.read().strip().rpartition("\n")[2] or "it said nothing"
+    return said.read().strip().rpartition("\n")[2] or "it printed nothing"
 
 
 def _start(stack: contextlib.ExitStack, command: Sequence[str], **options: Any) -> tuple[subprocess.Popen[str], TextIO]:
-    """A process that ends with the stack, and the file of what it says on stderr."""
+    """A process that ends with the stack, and the file with its stderr."""
     said = stack.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115 the stack closes it
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": said, "text": True}
-    process = subprocess.Popen(command, **{**quiet, **options})  # noqa: S603 programs of ours
+    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH")) if p)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": said, "text": True, "env": os.environ | {"PYTHONPATH": path}}
+    process = subprocess.Popen(command, **{**quiet, **options})
 
     def end() -> None:
         process.kill()
@@ -154,19 +157,19 @@ def _brokered(name: str, transport: str, program: Sequence[str]) -> Iterator[Con
 
 def ours(transport: str) -> contextlib.AbstractContextManager[Contender]:
     """Publisher, broker and Subscriber."""
-    return _brokered(f"ours_{transport}", transport, [sys.executable, "-m", "stream_mmrnn.bench.peer"])
+    return _brokered(f"ours_{transport}", transport, [sys.executable, "-m", "tools.bench.peer"])
 
 
 def zmq_proxy(transport: str) -> contextlib.AbstractContextManager[Contender]:
-    """Plain PUB/SUB through ZeroMQ's own proxy: a broker with nothing of ours."""
-    return _brokered(f"zmq_proxy_{transport}", transport, [sys.executable, str(PEERS / "pyzmq_pubsub.py")])
+    """Plain PUB/SUB through ZeroMQ's own proxy: a broker without our code."""
+    return _brokered(f"zmq_proxy_{transport}", transport, [sys.executable, "-m", f"{PEERS_MODULE}.pyzmq_pubsub"])
 
 
 @contextlib.contextmanager
 def zmq(transport: str) -> Iterator[Contender]:
     """Plain PUB/SUB, one to the other."""
     address = Address.create(transport)
-    program = [sys.executable, str(PEERS / "pyzmq_pubsub.py")]
+    program = [sys.executable, "-m", f"{PEERS_MODULE}.pyzmq_pubsub"]
     try:
         with _pair(f"pyzmq_{transport}", lambda port: [[*program, r, port, address.publish] for r in _ROLES]) as pair:
             yield pair
@@ -176,11 +179,11 @@ def zmq(transport: str) -> Iterator[Contender]:
 
 @contextlib.contextmanager
 def lsl() -> Iterator[Contender]:
-    """An outlet and an inlet, which find each other by a name that is nobody else's."""
-    program = [sys.executable, str(PEERS / "pylsl_stream.py")]
+    """An outlet and an inlet, which find each other by a unique name."""
+    program = [sys.executable, "-m", f"{PEERS_MODULE}.pylsl_stream"]
     name = f"stream-mmrnn-{os.getpid()}"
     with _pair("lsl", lambda port: [[*program, role, port, name] for role in _ROLES]) as pair:
-        # a sample is so many numbers of so many channels, in Python a list of them: no way to send a picture
+        # a sample is a list of numbers, one per channel: not a way to send a picture
         pair.largest_bytes = 4096
         yield pair
 
@@ -201,7 +204,7 @@ nodes:
 
 @contextlib.contextmanager
 def dora() -> Iterator[Contender]:
-    """Two nodes of a dataflow, which dora's own command starts."""
+    """Two nodes of a dataflow, started by dora's own command."""
     with tempfile.TemporaryDirectory(prefix="stream-mmrnn-dora-") as folder:
 
         def commands(port: str) -> list[list[str]]:
@@ -218,27 +221,42 @@ def _dora_command() -> str | None:
 
 
 def available() -> tuple[dict[str, Start], dict[str, str]]:
-    """The contenders that can run here, ours first; and of the others why they cannot."""
+    """The contenders that can run here, ours first; and for the others why they cannot."""
     found: dict[str, Start] = {f"ours_{t}": partial(ours, t) for t in _TRANSPORTS}
     why: dict[str, str] = {}
-    others: dict[str, tuple[str, str, Start]] = {
-        f"pyzmq_{t}": ("zmq", "pyzmq_pubsub.py", partial(zmq, t)) for t in _TRANSPORTS
-    }
-    others |= {f"zmq_proxy_{t}": ("zmq", "pyzmq_pubsub.py", partial(zmq_proxy, t)) for t in _TRANSPORTS}
-    others |= {"dora": ("dora", "dora_nodes.py", dora), "lsl": ("pylsl", "pylsl_stream.py", lsl)}
-    for name, (package, script, start) in others.items():
-        if reason := _missing(package, script):
+    others: dict[str, tuple[str, Start]] = {f"pyzmq_{t}": ("zmq", partial(zmq, t)) for t in _TRANSPORTS}
+    others |= {f"zmq_proxy_{t}": ("zmq", partial(zmq_proxy, t)) for t in _TRANSPORTS}
+    others |= {"dora": ("dora", dora), "lsl": ("pylsl", lsl)}
+    for name, (package, start) in others.items():
+        if reason := _missing(package):
             why[name] = reason
         else:
             found[name] = start
     return found, why
 
 
-def _missing(package: str, script: str) -> str:
+def _missing(package: str) -> str:
     if importlib.util.find_spec(package) is None:
         return f"{package} is not installed"
     if package == "dora" and _dora_command() is None:
         return "the command `dora` is not installed (package dora-rs-cli)"
-    if not (PEERS / script).is_file():
-        return f"tools/bench/peers/{script} is not here: run it in a checkout"
     return ""
+
+
+def bare_hop(size_bytes: int, rate_hz: float, count: int) -> tuple[Histogram, str]:
+    """Latencies of two hops over ZeroMQ's own proxy, without our code; or none, and why.
+
+    Two hops are counted as one latency from the intended time and one path of the same message, so the percentiles are
+    a little above those of two different hops.
+    """
+    found = Histogram()
+    starts, why = available()
+    name = next((n for n in starts if n.startswith("zmq_proxy_")), None)
+    if name is None:
+        return found, next((reason for n, reason in why.items() if n.startswith("zmq_proxy_")), "no peer")
+    with starts[name]() as contender:
+        contender.warm(size_bytes)
+        done = contender.round(size_bytes, rate_hz, count)
+    for latency_ns, path_ns in zip(done.latency_ns, done.path_ns, strict=True):
+        found.add(latency_ns + path_ns)
+    return found, "" if found.count else "no message arrived"

@@ -1,6 +1,6 @@
-"""Train: the speed of training each cell, as `tools/bench_cells.py` measures it in a process of its own.
+"""Train: the speed of training each cell, measured by `tools/bench/cells.py` in a process of its own.
 
-Skipped with a reason where there is no checkout or no torch. Knows nothing about torch.
+Skipped with a reason if torch is not installed.
 """
 
 from __future__ import annotations
@@ -17,12 +17,10 @@ from stream_mmrnn.bench.plots import Pictures
 from stream_mmrnn.bench.report import Document, document, ratio
 from stream_mmrnn.core.errors import ProcessError
 
-_SCRIPT = Path(__file__).parent.parent.parent / "tools" / "bench_cells.py"
+_SCRIPT = Path(__file__).parent / "cells.py"
 
 
 def _missing() -> str:
-    if not _SCRIPT.is_file():
-        return "tools/bench_cells.py is not here: run it in a checkout"
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed: pip install 'stream-mmrnn[train]'"
     return ""
@@ -44,10 +42,10 @@ def run(
     say("training cells: this takes a minute or two")
     processes = Processes()
     options = [f"--{name}={value}" for name, value in settings.items()]
-    done = subprocess.run([sys.executable, str(_SCRIPT), *options], capture_output=True, text=True)  # noqa: S603
+    done = subprocess.run([sys.executable, str(_SCRIPT), *options], capture_output=True, text=True)
     if done.returncode:
         last = done.stderr.strip().rpartition("\n")[2]
-        raise ProcessError(f"tools/bench_cells.py failed with these settings: {last or f'exit code {done.returncode}'}")
+        raise ProcessError(f"tools/bench/cells.py failed with these settings: {last or f'exit code {done.returncode}'}")
     measured = json.loads(done.stdout.strip().rpartition("\n")[2])
     usage = processes.used()
     beside = {"other_cpu": usage.other_cpu, "busiest": usage.busiest_other}

@@ -1,6 +1,6 @@
 """Training speed of each cell against torch's nn.GRU: forward and backward over whole sequences, tokens a second.
 
-    python tools/bench_cells.py --hidden 128 --length 1024 --batch 8 --threads 1
+    python -m tools.bench.cells --hidden 128 --length 1024 --batch 8 --threads 1
 
 A recurrent layer whose gates look at its own state must go through a sequence step by step; one whose gates look at the
 input alone (min_gru, rg_lru) is a scan. What bounds the first is the number of steps, what bounds the second is memory
