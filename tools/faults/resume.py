@@ -22,7 +22,7 @@ from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.core.types import Envelope, Stamps, Tick
 from stream_mmrnn.live.session import LiveSession
 from stream_mmrnn.offline.replay import replay
-from stream_mmrnn.predict.engine import Movable, StepEngine, move
+from stream_mmrnn.predict.engine import Engine, StepEngine, move
 from stream_mmrnn.predict.sharded_engine import ShardedEngine
 from stream_mmrnn.recording.mcap_file import Recording
 from tools.faults.promise import Figure, Say
@@ -150,7 +150,7 @@ def _moved(quick: bool) -> Iterator[Figure]:
     steps = 60 if quick else 1000
     stays = StepEngine(path, len(sessions))
     shards = [ShardedEngine(path, 8, processes=2), ShardedEngine(path, 8, processes=2)]
-    engines: list[Movable] = [*shards, StepEngine(path, 8)]
+    engines: list[Engine] = [*shards, StepEngine(path, 8)]
     chance, rng = random.Random(0), np.random.default_rng(0)
     where = {}
     moves = bits = 0

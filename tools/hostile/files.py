@@ -299,7 +299,7 @@ class Toml:
         Aligner.of(self._specs.modalities, self._specs.tick_ns, settings.align)
         int(1e9 / settings.bus.clock_hz)
         for modality in sources.EVERY:
-            sources.create("synthetic", modality, settings, -1)
+            sources.create_source("synthetic", modality, settings, -1)
         msgspec.json.encode(settings)
 
     def close(self) -> dict[str, int]:

@@ -18,7 +18,7 @@ from stream_mmrnn.core import config, topics, wire
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import StreamError, WireError
 from stream_mmrnn.core.types import Envelope
-from stream_mmrnn.live.session import Session
+from stream_mmrnn.live.session import LiveSession
 from stream_mmrnn.predict.align import Aligner
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.predict.pipeline import predict
@@ -47,7 +47,7 @@ class Readers:
         self._recorder = Recorder(folder / "r.mcap", "a", {})
         off = dict.fromkeys(sources.EVERY, "none") | {"vision": "synthetic", "audio": "synthetic"}
         self._said = 0
-        self._session = Session(config.parse({"sources": off}), True, lambda: True, self._say)
+        self._session = LiveSession(config.parse({"sources": off}), True, lambda: True, self._say)
         self._began_ns = self._time_ns = now_ns()
         self._predictions = 0
         self._most = 0
