@@ -89,7 +89,8 @@ def test_the_features_of_an_absent_modality_have_no_effect(kind: str, rare: bool
         assert torch.isfinite(nothing[name]).all()
 
 
-PAIRS = [(cell, kind, False) for cell in CELLS for kind in fusion.KINDS]
+# an export takes seconds: each fusion with two cells, each cell with at least two fusions
+PAIRS = [(CELLS[(i + more) % len(CELLS)], kind, False) for i, kind in enumerate(fusion.KINDS) for more in (0, 3)]
 PAIRS += [("rg_lru", "memory", True), ("gru", "attention_state", True)]
 
 
