@@ -13,7 +13,7 @@ from places import TESTS
 from serving import features_of, running, settings_for, tick
 
 from stream_mmrnn import Client
-from stream_mmrnn.bus.keys import Folder
+from stream_mmrnn.bus.keys import KeyFolder
 
 OLD = TESTS / "data" / "release_0_1_0"
 RECORDING = OLD / "session.mcap"
@@ -58,6 +58,6 @@ def test_a_folder_of_keys_opens(tmp_path: Path) -> None:
     path = shutil.copytree(OLD / "keys", tmp_path / "keys")
     for each in (path, *path.rglob("*")):
         each.chmod(stat.S_IRWXU if each.is_dir() else stat.S_IRUSR | stat.S_IWUSR)  # git keeps no such modes
-    folder = Folder(path)
+    folder = KeyFolder(path)
     assert folder.keys().secret is not None
     assert {row["name"]: row["rights"] for row in folder.list()["allowed"]} == {"viewer": ["read"]}
