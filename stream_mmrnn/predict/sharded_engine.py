@@ -1,7 +1,7 @@
-"""ShardedEngine: one engine over several processes, where one core is not enough. The same methods as StepEngine.
+"""ShardedEngine: one engine over several processes, for when one core is not enough. Same methods as StepEngine.
 
-Each process holds its share of the slots and runs the graph; features and heads cross in shared memory, a pipe signals.
-Threads do not help: two one-thread processes step twice as much, two threads in one process do not.
+Each process (shard) has a part of the slots and runs the graph. Features and heads are in shared memory; a pipe carries
+the commands. Threads do not help: two processes with one thread step twice as much, one process with two does not.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class _Block:
 
 
 def _serve(path: Path, slots: int, provider: Provider, batch: int, memory: str, pipe: Connection) -> None:
-    """A shard's process: rows, and nothing that knows whose they are."""
+    """Main function of a shard's process: it knows slots, not sessions."""
     contract, rows = make_rows(Graph(path, provider), slots, batch)
     block = _Block(contract, slots, memory)
     columns, wiring = block.columns, contract.wiring
@@ -81,16 +81,16 @@ def _serve(path: Path, slots: int, provider: Provider, batch: int, memory: str, 
             message = pipe.recv_bytes()
         except (EOFError, OSError):
             break
-        what, rest = message[:1], message[1:]
-        if what == _STEP:
+        command, rest = message[:1], message[1:]
+        if command == _STEP:
             _step(rows, columns, inputs, list(wiring.heads.values()), int.from_bytes(rest, "little"))
             pipe.send_bytes(b"")
-        elif what == _WARM:
+        elif command == _WARM:
             rows.prewarm()
-        elif what == _READ:
+        elif command == _READ:
             state = rows.read(int.from_bytes(rest, "little"))
             pipe.send_bytes(msgspec.msgpack.encode({n: a.tobytes() for n, a in state.items()}))
-        elif what == _WRITE:
+        elif command == _WRITE:
             slot, raw = msgspec.msgpack.decode(rest, type=tuple[int, dict[str, bytes]])
             rows.write(slot, {n: np.frombuffer(raw[n], d).reshape(s) for n, (s, d) in rows.shapes.items()})
             pipe.send_bytes(b"")
@@ -112,7 +112,7 @@ def _step(rows: Rows, columns: dict[str, Array], inputs: Sequence[str], heads: S
 
 
 class _Shard:
-    """A process, seen from the other side; what an arena asks of rows it asks of the process."""
+    """The parent's proxy of one shard process; implements `States` for its arena through the pipe."""
 
     def __init__(self, path: Path, contract: Contract, slots: int, provider: Provider, batch: int) -> None:
         self.block = _Block(contract, slots)
@@ -131,10 +131,10 @@ class _Shard:
         theirs.close()
 
     def start_again(self) -> tuple[str, ...]:
-        """A new process in place of one that has died or no longer answers; the sessions that begin anew in it.
+        """Replace a process that has died or does not answer; returns the sessions that lost their state.
 
         Raises:
-            ProcessError: it does not start.
+            ProcessError: the new process does not start.
 
         """
         self._process.kill()
@@ -150,7 +150,7 @@ class _Shard:
         return self._process.pid or 0
 
     def wait(self) -> None:
-        """Until it has loaded the model; raises ProcessError where it has not."""
+        """Wait until it has loaded the model; raises ProcessError on timeout or if it died."""
         if not self._pipe.poll(_START_TIMEOUT_S):
             raise ProcessError(f"a shard of the engine did not load its model within {_START_TIMEOUT_S:g} s")
         shapes = msgspec.msgpack.decode(self._answer(), type=dict[str, tuple[tuple[int, ...], str]])
@@ -202,10 +202,10 @@ class _Shard:
 
 
 class ShardedEngine:
-    """`slots` sessions over `processes` processes; a session stays with its process."""
+    """`slots` sessions over `processes` processes; a session stays in its process."""
 
     def __init__(self, path: Path, slots: int, provider: Provider = "cpu", processes: int = 2, batch: int = 0) -> None:
-        """Raises ModelError or ProviderError where the model cannot be served, ProcessError where a shard dies."""
+        """Raises ModelError or ProviderError if the model cannot be served, ProcessError if a shard dies."""
         contract = contract_of(Graph(path))
         self.spec, self.provider = contract.spec, provider
         self._wiring = contract.wiring
@@ -232,7 +232,7 @@ class ShardedEngine:
         return [shard.pid for shard in self._shards]
 
     def open(self, session: str) -> None:
-        """Give a session a slot of the process with the fewest; raises Busy or DuplicateSession at once."""
+        """Give a session a slot in the process with the fewest sessions; raises Busy or DuplicateSession at once."""
         if session in self._of:
             raise DuplicateSession(f"session {session!r} is open already; close it, or take another name")
         if len(self._of) >= self.slots:
@@ -248,17 +248,17 @@ class ShardedEngine:
             raise UnknownSession(f"session {session!r} is not open; open it first") from None
 
     def shard(self, session: str) -> int:
-        """The number of the process that a session is with, from 0."""
+        """The index of the process that has a session."""
         return self._shards.index(self._shard(session))
 
     def move(self, session: str, shard: int) -> None:
-        """Take a session to another of the processes; its next step there goes on bit for bit.
+        """Move a session to another process; its results stay bit-identical.
 
         Raises:
             UnknownSession: it is not open.
             UsageError: there is no such process.
-            Busy: that one has no free slot; the session stays where it is.
-            ShardDied: one of the two has died, and with it the states that the error names.
+            Busy: the process has no free slot; the session stays where it is.
+            ShardDied: one of the two has died; the error names the sessions that lost their state.
 
         """
         if not 0 <= shard < len(self._shards):
@@ -305,29 +305,29 @@ class ShardedEngine:
         del self._of[session]
 
     def snapshot(self, session: str) -> dict[str, Array]:
-        """A copy of the session's state tensors, by name; empty where it has not begun. Raises ShardDied."""
+        """A copy of the session's state tensors, by name; empty before its first step. Raises ShardDied."""
         shard = self._shard(session)
         with self._mended(shard):
             return shard.arena.snapshot(session)
 
     def restore(self, session: str, state: dict[str, Array]) -> None:
-        """Put a snapshot back; raises SessionError where it is not this model's, ShardDied."""
+        """Put a snapshot back; raises SessionError if it is not one of this model, or ShardDied."""
         shard = self._shard(session)
         with self._mended(shard):
             shard.arena.restore(session, state)
 
     def prewarm(self) -> None:
         for shard in self._shards:
-            with contextlib.suppress(ProcessError):  # the next step finds it, and says so
+            with contextlib.suppress(ProcessError):  # the next step will raise it
                 shard.prewarm()
 
     def step(self, ticks: Sequence[Tick]) -> list[Prediction]:
-        """Predictions for the ticks, in their order; all processes at once.
+        """Predictions for the ticks, in their order; the processes work in parallel.
 
         Raises:
-            UnknownSession: a tick of a session that is not open; nothing was stepped.
-            ShardDied: a process has died; another one is in its place. The error holds what was predicted, and which
-                sessions begin anew.
+            UnknownSession: a tick of a session that is not open; no tick was stepped.
+            ShardDied: a process has died and was replaced. The error holds the predictions of the other processes, and
+                the sessions that lost their state.
 
         """
         shards = [self._shard(tick.session) for tick in ticks]
@@ -368,9 +368,9 @@ class ShardedEngine:
         end_ns = now_ns()
         sha256 = self.spec.sha256
         made = [
-            Prediction(tick, said, sha256, start_ns, end_ns)
-            for tick, said in zip(ticks, heads, strict=True)
-            if said is not None
+            Prediction(tick, outputs, sha256, start_ns, end_ns)
+            for tick, outputs in zip(ticks, heads, strict=True)
+            if outputs is not None
         ]
         if dead:
             found = list(dead.values())
@@ -393,7 +393,7 @@ class ShardedEngine:
         )
 
     def stop(self) -> None:
-        """End the processes and give their memory back."""
+        """Stop the processes and free their shared memory."""
         for shard in self._shards:
             shard.stop()
         self._shards = []
@@ -401,7 +401,7 @@ class ShardedEngine:
 
 
 def create(settings: config.Engine) -> StepEngine | ShardedEngine:
-    """The engine that the settings ask for."""
+    """The engine for these settings: sharded if `processes` is above 1."""
     path = config.find_model(settings.model)
     if settings.processes > 1:
         return ShardedEngine(path, settings.slots, settings.provider, settings.processes, settings.batch)
