@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 
 import msgspec
 import numpy as np
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.errors import SessionError
 from stream_mmrnn.core.types import Envelope, ModalitySpec, Tick
-from stream_mmrnn.predict.align import Aligner, AlignerState, SessionState, StreamState, _Session, _Stream, stamps_of
+from stream_mmrnn.predict.align import Aligner, AlignerState, stamps_of
+from stream_mmrnn.predict.align_session import AlignedSession, SessionState
+from stream_mmrnn.predict.align_stream import AlignedStream, StreamState
 
 T = 40
 LATE = {"vision": 80, "audio": 60, "text": 50}
@@ -335,10 +338,10 @@ def test_one_clock_message_closes_the_ticks_of_all_sessions(count: int) -> None:
     assert [(t.session, t.index) for t in a.push(clock(120))] == [(f"s{i}", 1) for i in range(count)]
 
 
-def resumed(a: Aligner, specs: tuple[ModalitySpec, ...]) -> Aligner:
+def resumed(a: Aligner, specs: tuple[ModalitySpec, ...], lateness_ns: Mapping[str, int]) -> Aligner:
     """A new aligner restored from this one's snapshot, through its bytes."""
     content = msgspec.msgpack.encode(a.snapshot())
-    b = Aligner(specs, T, a._lateness_ns, 500, 5000)
+    b = Aligner(specs, T, lateness_ns, 500, 5000)
     b.restore(msgspec.msgpack.decode(content, type=AlignerState))
     assert msgspec.msgpack.encode(b.snapshot()) == content
     return b
@@ -357,7 +360,7 @@ def test_restoring_a_snapshot_changes_no_tick(seed: int, cuts: set[int]) -> None
     trouble, jitter = chance.choice([0, 0.05, 0.3]), chance.choice([0, 10, 60])
     for i in range(250):
         if i in cuts:
-            pieces = resumed(pieces, specs)
+            pieces = resumed(pieces, specs, lateness_ns)
         now += chance.choice([0, 1, 2, 5, 10])
         kind, session = chance.choice(["clock", "clock", *LATE]), chance.choice("ab")
         roll = chance.random()
@@ -391,9 +394,9 @@ def test_a_snapshot_covers_every_attribute() -> None:
     """A new attribute of a stream or session must be added to the snapshot or to this list."""
     made = {"all_true", "counts", "dense", "encoder", "expected", "in_range", "lateness_ns", "name", "reduction"}
     made |= {"magnitudes", "shape", "spec", "zeros"}
-    assert set(_Stream.__slots__) == made | set(StreamState.__struct_fields__)
+    assert set(AlignedStream.__slots__) == made | set(StreamState.__struct_fields__)
     derived = {"bounds", "by_topic", "name", "soonest_ns"}
-    assert set(_Session.__slots__) == derived | set(SessionState.__struct_fields__)
+    assert set(AlignedSession.__slots__) == derived | set(SessionState.__struct_fields__)
     settings_ = {"tick_ns", "_specs", "_lateness_ns", "_max_ahead_ns", "_max_behind_ns", "_feature_topics", "_zeros"}
     assert set(vars(aligner())) == settings_ | {"counts", "malformed", "misfits", "_sessions"}
 
@@ -402,7 +405,7 @@ def test_a_snapshot_detects_duplicates_as_far_back_as_the_aligner() -> None:
     a = aligner(specs=(ModalitySpec("audio", 1),))
     a.open("s", 0)
     run(a, [clock(1), *(e for i in range(5000) for e in (clock(i), feature("audio", i, i)))])
-    b = resumed(a, (ModalitySpec("audio", 1),))
+    b = resumed(a, (ModalitySpec("audio", 1),), LATE)
     for seq in (0, 3000, 3970, 4999):
         for each in (a, b):
             assert run(each, [feature("audio", seq, 4900)]) == []

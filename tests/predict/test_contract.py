@@ -61,8 +61,8 @@ def test_batched_streams_of_silero_equal_single_ones_in_reused_slots() -> None:
             engine.close(str(i))
 
 
-def an_hour() -> FloatArray:
-    """An hour of sound: speech if that data is installed, and always silence, noise and tones."""
+def ten_minutes() -> FloatArray:
+    """Ten minutes of sound: speech if that data is installed, and always silence, noise and tones."""
     rng = np.random.default_rng(7)
     t = np.arange(16000 * 10, dtype=np.float32) / 16000
     parts = [
@@ -75,14 +75,14 @@ def an_hour() -> FloatArray:
         with wave.open(str(clip)) as f:
             parts.append(np.frombuffer(f.readframes(f.getnframes()), np.int16).astype(np.float32) / 32768)
     piece = np.concatenate([p.astype(np.float32) for p in parts])
-    return np.tile(piece, -(-16000 * 3600 // len(piece)))[: 16000 * 3600]
+    return np.tile(piece, -(-16000 * 600 // len(piece)))[: 16000 * 600]
 
 
-def test_silero_equals_its_package_over_an_hour() -> None:
+def test_silero_equals_its_package_over_ten_minutes() -> None:
     silero_vad = pytest.importorskip("silero_vad", reason="the package silero-vad is not installed")
     torch = pytest.importorskip("torch", reason="silero's wrapper wants torch")
     streams = 6
-    sound = an_hour().reshape(streams, -1)  # the hour in six streams at once
+    sound = ten_minutes().reshape(streams, -1)
     steps = sound.shape[1] // CHUNK
     wrapper = silero_vad.load_silero_vad(onnx=True)
     expected = np.zeros((streams, steps), np.float32)
