@@ -6,7 +6,7 @@ those that also read pictures and sound, `view` for those that want the newest.
 
 from stream_mmrnn.bus.address import Address, Keys, Right, new_pair, public_of
 from stream_mmrnn.bus.broker import Authenticator, run_broker
-from stream_mmrnn.bus.journal_socket import Caller, Tap
+from stream_mmrnn.bus.journal_socket import JournalClient, JournalSocket
 from stream_mmrnn.bus.line_socket import LineSocket
 from stream_mmrnn.bus.publisher import Numbers, Publisher
 from stream_mmrnn.bus.request_reply import AsyncDealer, Dealer, Dealers, Router
@@ -16,11 +16,12 @@ __all__ = [
     "Address",
     "AsyncDealer",
     "Authenticator",
-    "Caller",
     "Dealer",
     "Dealers",
     "Gaps",
     "GapsState",
+    "JournalClient",
+    "JournalSocket",
     "Keys",
     "LineSocket",
     "Numbers",
@@ -28,7 +29,6 @@ __all__ = [
     "Right",
     "Router",
     "Subscriber",
-    "Tap",
     "new_pair",
     "public_of",
     "run_broker",

@@ -12,7 +12,7 @@ from stream_mmrnn.core import wire
 from stream_mmrnn.core.errors import ProcessError
 
 
-class Tap:
+class JournalSocket:
     """The journal's side: messages of some topics as they are on the wire, and requests of an engine."""
 
     def __init__(self, address: Address, wanted: list[str], queue: int) -> None:
@@ -51,7 +51,7 @@ class Tap:
         self._context.term()
 
 
-class Caller:
+class JournalClient:
     """The engine's side of the journal's requests."""
 
     def __init__(self, address: Address) -> None:

@@ -86,7 +86,7 @@ def _checked(name: str) -> str:
     return name
 
 
-class Folder:
+class KeyFolder:
     """A folder of keys."""
 
     def __init__(self, path: Path) -> None:
@@ -102,7 +102,7 @@ class Folder:
         self.client, self._client_secret = _pair(path / "client.key")
 
     @classmethod
-    def new(cls, path: Path) -> Folder:
+    def new(cls, path: Path) -> KeyFolder:
         """Fresh pairs in a folder that was not there, or was empty; raises FileError where it holds something."""
         made = None
         try:

@@ -18,7 +18,7 @@ Reason = Literal["superseded", "oldest", "stale"]
 away."""
 
 
-class Backlog:
+class ReaderQueue:
     """At most `length` envelopes, oldest first. produced = delivered + dropped + waiting, per topic."""
 
     def __init__(self, policy: Keeping, length: int) -> None:

@@ -22,7 +22,7 @@ import msgspec
 from msgspec.structs import replace
 
 from stream_mmrnn.bus import Address
-from stream_mmrnn.bus.keys import Folder
+from stream_mmrnn.bus.keys import KeyFolder
 from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import FileError, NotRunning, UsageError
 
@@ -61,7 +61,7 @@ class Entry(msgspec.Struct, frozen=True):
 
     def address(self) -> Address:
         """Where its bus is; raises FileError where its keys cannot be read."""
-        own = Folder(Path(self.keys)).keys() if self.keys else None
+        own = KeyFolder(Path(self.keys)).keys() if self.keys else None
         return Address(self.publish, self.subscribe, "", self.bulk, self.view, keys=own)
 
     def alive(self) -> bool:
@@ -258,4 +258,4 @@ def reach(
         raise UsageError(f"{address!r} is no address of a bus: give HOST:PORT, as `live` prints it (bus.port)")
     if server_key and keys is None:
         raise UsageError("a server key is of use only with a pair of your own: give the folder of keys, too")
-    return Address.at(host, int(port), Folder(keys).keys(server_key) if keys else None), None
+    return Address.at(host, int(port), KeyFolder(keys).keys(server_key) if keys else None), None

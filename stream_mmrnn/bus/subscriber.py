@@ -14,7 +14,7 @@ import zmq
 from stream_mmrnn.bus.address import Address, Keys, secure
 from stream_mmrnn.bus.broker import VIEW_BUFFER_BYTES
 from stream_mmrnn.bus.publisher import MAX_ENDED, MAX_STREAMS, Numbers
-from stream_mmrnn.bus.reader_queue import Backlog
+from stream_mmrnn.bus.reader_queue import ReaderQueue
 from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.config import Policy
@@ -132,7 +132,7 @@ class Subscriber:
         self._socket = self._context.socket(zmq.SUB)
         self._socket.set_hwm(queue)
         self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_PAYLOAD_BYTES)
-        self._backlog = Backlog(policy, queue) if policy != "block" else None
+        self._backlog = ReaderQueue(policy, queue) if policy != "block" else None
         if self._backlog is not None:
             self._socket.setsockopt(zmq.RCVBUF, VIEW_BUFFER_BYTES)
         secure(self._socket, keys or address.keys)
@@ -190,7 +190,7 @@ class Subscriber:
         with contextlib.suppress(WireError):
             wire.decode(self._newest, now_ns())
 
-    def _fetch(self, backlog: Backlog, timeout_ms: int) -> None:
+    def _fetch(self, backlog: ReaderQueue, timeout_ms: int) -> None:
         """Put what waits into the backlog, and notice where we were away."""
         there = self._socket.poll(timeout_ms, zmq.POLLIN)
         at_ns = now_ns()
@@ -215,7 +215,7 @@ class Subscriber:
         if self._looked_ns - at_ns > _AWAY_NS and self._way_ns is not None:
             self._return(backlog, self._looked_ns, self._looked_ns - at_ns)  # stopped in the middle of it
 
-    def _return(self, backlog: Backlog, at_ns: int, away_ns: int) -> None:
+    def _return(self, backlog: ReaderQueue, at_ns: int, away_ns: int) -> None:
         if not self._untold:
             self._before = (self._lost(), self._stale())
             self._away_ns = 0

@@ -13,7 +13,7 @@ from stream_mmrnn.core import config
 from stream_mmrnn.core.printable import escape
 
 if TYPE_CHECKING:
-    from stream_mmrnn.bus.keys import Folder
+    from stream_mmrnn.bus.keys import KeyFolder
 
 app = typer.Typer(help="Who may connect to the bus over tcp (bus.keys).", no_args_is_help=True)
 _Folder = Annotated[
@@ -22,10 +22,10 @@ _Folder = Annotated[
 ]
 
 
-def _opened(folder: Path | None) -> Folder:
-    from stream_mmrnn.bus.keys import Folder
+def _opened(folder: Path | None) -> KeyFolder:
+    from stream_mmrnn.bus.keys import KeyFolder
 
-    return Folder(folder or config.keys_folder())
+    return KeyFolder(folder or config.keys_folder())
 
 
 @app.command("new")
@@ -34,9 +34,9 @@ def new(
     as_json: Json = False,
 ) -> None:
     """Make a folder with a key pair for the broker and one for the session's own processes; never overwrites."""
-    from stream_mmrnn.bus.keys import Folder
+    from stream_mmrnn.bus.keys import KeyFolder
 
-    made = Folder.new(folder or config.keys_folder())
+    made = KeyFolder.new(folder or config.keys_folder())
     if as_json:
         print_document(made.list())
         return

@@ -11,7 +11,7 @@ import contextlib
 
 import msgspec
 
-from stream_mmrnn.bus import Caller, Gaps, GapsState, Numbers, Publisher, Subscriber
+from stream_mmrnn.bus import Gaps, GapsState, JournalClient, Numbers, Publisher, Subscriber
 from stream_mmrnn.core import wire
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import ProcessError, SessionError, StreamError, WireError
@@ -52,7 +52,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        caller: Caller,
+        caller: JournalClient,
         every: int,
         engine: Engine,
         aligner: Aligner,

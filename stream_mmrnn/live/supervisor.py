@@ -56,7 +56,7 @@ class Supervisor:
         self.settings = settings
         self._say, self._watch, self._now_ns = say, watch, clock
         bus = settings.bus
-        own = keys.Folder(Path(bus.keys)).keys() if bus.keys else None
+        own = keys.KeyFolder(Path(bus.keys)).keys() if bus.keys else None
         self.address = Address.create(bus.transport, bus.host, bus.port, own)
         self._spawn = spawner(self.address)
         self.nodes = [ManagedProcess(spec) for spec in processes.table(settings, with_engine)]

@@ -4,14 +4,13 @@ Tick k covers ((k-1)T, kT] of event time, one grid for all sessions. It closes w
 
     watermark = min over the dense streams of max(newest event time of the stream, clock - its lateness)
 
-which, with one lateness for all, is DESIGN's max(oldest of the newest, clock - lateness). "Newest" counts only what
-came without a gap in the sequence numbers, so a message that was overtaken on its way is waited for like any other.
-The clock is a topic: it is whatever the last clock message said.
+which, with one lateness for all, is DESIGN's max(oldest of the newest, clock - lateness). "Newest" counts only messages
+before the first gap in the sequence numbers, so the aligner also waits for a message that arrives out of order. The
+clock is a topic: the time is that of the last clock message.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -20,82 +19,24 @@ import numpy as np
 from stream_mmrnn.core import config, topics
 from stream_mmrnn.core.errors import SessionError
 from stream_mmrnn.core.types import Envelope, FloatArray, ModalitySpec, Stamps, Tick
+from stream_mmrnn.predict.align_session import AlignedSession, SessionState
+from stream_mmrnn.predict.align_stream import FLOAT32, MAX_PENDING, NEVER, AlignedStream, OpenSample, StreamCounts
 
-_MAX_PENDING = 1024
 _MAX_PER_TICK = 4096
-"""Samples of one stream that wait for one tick."""
+"""Limit on the samples of one stream in one open tick."""
 _MAX_JUMP_NS = 600_000_000_000
-"""Ten minutes: a clock that leaps further needs a second message that agrees, and the ticks in between are not made."""
-_NEVER = -(2**62)
-_FLOAT32 = np.dtype(np.float32)
-_absolute, _less, _add, _divide = np.absolute, np.less, np.add, np.divide
+"""Ten minutes: a longer clock jump needs a second message that confirms it, and the ticks in between are skipped."""
+_absolute, _less = np.absolute, np.less
 _LARGEST = np.array(1e12, np.float32)
-"""A number beyond it is no feature. A finite one near float32's end makes a recurrent state NaN for good."""
-_COUNTS = tuple(np.array(n, np.float32) for n in range(64))
-"""Divisors as arrays without an axis: numpy takes these in half the time that it takes its own scalars in."""
-
-Held = tuple[int, int, FloatArray]
-"""A sample that waits for its tick to close: event time, sequence number, features."""
+"""Larger values are quarantined: a finite value near the float32 limit turns a recurrent state into NaN for good."""
 
 
-def _when(held: Held) -> tuple[int, int]:
-    return held[0], held[1]
-
-
-class StreamCounts(msgspec.Struct):
-    """Where every received feature message of a stream went: received = used + the reasons below + waiting."""
-
-    received: int = 0
-    used: int = 0
-    late: int = 0
-    """Dense, after its tick had closed: dropped."""
-    duplicate: int = 0
-    quarantined: int = 0
-    """A stamp too far from the clock, a wrong size, a number that is not finite or huge, or another encoder."""
-    superseded: int = 0
-    """A newer sample of the same tick took its place (reduction `last`, or more than `stack`)."""
-    unclosed: int = 0
-    """Its tick was still open when the session ended."""
-    outside: int = 0
-    """Its session was not open."""
-    late_joined: int = 0
-    """Sparse and late: joined the next open tick; among `used`, not a loss."""
-    non_monotonic: int = 0
-    """Its stamp was not newer than its predecessor's; not a loss by itself."""
-
-    def dropped(self) -> dict[str, int]:
-        """The reasons, each with its count where it is not 0."""
-        names = ("late", "duplicate", "quarantined", "superseded", "unclosed", "outside")
-        return {n: getattr(self, n) for n in names if getattr(self, n)}
-
-
-class StreamState(msgspec.Struct, frozen=True, array_like=True):
-    """What a stream of a session has heard, as a value."""
-
-    next_seq: int
-    pending: list[tuple[int, int]]
-    seen: list[int]
-    newest_ns: int
-    head_ns: int
-    last_used_ns: int
-    open: dict[int, list[tuple[int, int, bytes]]]
-
-
-class SessionState(msgspec.Struct, frozen=True, array_like=True):
-    """What is open of a session, as a value."""
-
-    streams: dict[str, StreamState]
-    expected: list[str]
-    clock_ns: int
-    closed: int
-    end_ns: int
-    due_ns: int
-    unsettled: bool
-    leapt_ns: int = _NEVER
+def _event_order(sample: OpenSample) -> tuple[int, int]:
+    return sample[0], sample[1]
 
 
 class AlignerState(msgspec.Struct, frozen=True):
-    """Everything that an aligner knows, as a value that msgspec writes and reads: `Aligner.snapshot` and `restore`."""
+    """Serializable state of an aligner (msgspec): see `Aligner.snapshot` and `Aligner.restore`."""
 
     sessions: dict[str, SessionState]
     counts: dict[str, StreamCounts]
@@ -103,264 +44,8 @@ class AlignerState(msgspec.Struct, frozen=True):
     misfits: dict[str, str]
 
 
-class _Stream:
-    """One modality of one session."""
-
-    __slots__ = (
-        "all_true",
-        "counts",
-        "dense",
-        "encoder",
-        "expected",
-        "flags",
-        "head_ns",
-        "last_used_ns",
-        "lateness_ns",
-        "name",
-        "newest_ns",
-        "next_seq",
-        "open",
-        "pending",
-        "reduction",
-        "seen",
-        "shape",
-        "size",
-        "spec",
-        "zeros",
-    )
-
-    def __init__(
-        self, spec: ModalitySpec, modality: topics.Modality, lateness_ns: int, counts: StreamCounts, zeros: FloatArray
-    ) -> None:
-        self.spec, self.name, self.encoder = spec, spec.name, spec.encoder
-        self.counts, self.zeros = counts, zeros
-        self.dense = modality.dense
-        self.reduction = spec.reduction or modality.reduction
-        self.shape = (spec.size // spec.stack,)
-        self.lateness_ns = lateness_ns
-        self.expected = True
-        self.next_seq = 0
-        self.pending: list[tuple[int, int]] = []
-        """Heap of (seq, event_ns) beyond a gap."""
-        self.seen: set[int] = set()
-        """Sequence numbers of this publisher, as far back as a duplicate is told from a straggler."""
-        self.newest_ns = _NEVER
-        """Newest event time without a gap before it."""
-        self.head_ns = _NEVER
-        """Newest event time of all."""
-        self.last_used_ns = _NEVER
-        self.open: dict[int, list[Held]] = {}
-        """Samples by tick, each tick's in event order."""
-        self.size = np.empty(self.shape, np.float32)
-        """How large each number of the last sample was."""
-        self.flags = np.ones(self.shape, np.bool_)
-        self.all_true = self.flags.tobytes()
-
-    def order(self, seq: int, event_ns: int) -> bool:
-        """Take note of a sequence number; False for a duplicate."""
-        if seq < self.next_seq and event_ns > self.head_ns:
-            # a publisher that began anew: its numbers restart, its time does not
-            self.next_seq = seq
-            self.pending.clear()
-            self.seen.clear()
-        if seq in self.seen or seq < self.next_seq - _MAX_PENDING:
-            return False
-        self.seen.add(seq)
-        self.forget()
-        self.head_ns = max(self.head_ns, event_ns)
-        if seq == self.next_seq and not self.pending:
-            self.next_seq = seq + 1  # in order, as nearly always
-            self.newest_ns = max(self.newest_ns, event_ns)
-        elif seq >= self.next_seq:
-            heapq.heappush(self.pending, (seq, event_ns))
-            if len(self.pending) > _MAX_PENDING:
-                self.next_seq = self.pending[0][0]
-            self._advance()
-        return True
-
-    def state(self) -> StreamState:
-        return StreamState(
-            self.next_seq,
-            list(self.pending),
-            sorted(self.seen),  # so that the same state is the same bytes
-            self.newest_ns,
-            self.head_ns,
-            self.last_used_ns,
-            {k: [(at, seq, values.tobytes()) for at, seq, values in held] for k, held in self.open.items()},
-        )
-
-    def restore(self, state: StreamState) -> None:
-        """Go on from `state`; raises SessionError where its vectors are not of this stream."""
-        size = self.shape[0] * _FLOAT32.itemsize
-        if any(len(values) != size for held in state.open.values() for _, _, values in held):
-            raise SessionError(f"the aligner's state holds no vectors of {self.shape[0]} numbers for {self.name!r}")
-        self.next_seq, self.newest_ns, self.head_ns = state.next_seq, state.newest_ns, state.head_ns
-        self.last_used_ns = state.last_used_ns
-        self.pending = list(state.pending)
-        heapq.heapify(self.pending)  # it is a heap already, where it was one
-        self.seen = set(state.seen)
-        self.open = {
-            k: [(at, seq, np.frombuffer(values, _FLOAT32)) for at, seq, values in held]
-            for k, held in state.open.items()
-        }
-
-    def forget(self) -> None:
-        """Keep the sequence numbers that are seen bounded: what is far behind is refused anyway."""
-        if len(self.seen) > 4 * _MAX_PENDING:
-            self.seen = {s for s in self.seen if s >= self.next_seq - _MAX_PENDING}
-
-    def _advance(self) -> None:
-        while self.pending and self.pending[0][0] <= self.next_seq:
-            seq, event_ns = heapq.heappop(self.pending)
-            self.next_seq = seq + 1
-            self.newest_ns = max(self.newest_ns, event_ns)
-
-    def give_up_gaps(self, horizon_ns: int) -> None:
-        """Stop waiting for missing numbers whose successors are older than `horizon_ns`."""
-        while self.pending and self.pending[0][1] <= horizon_ns:
-            self.next_seq = self.pending[0][0]
-            self._advance()
-
-    def reduce(self, samples: list[Held]) -> FloatArray:
-        """One vector from the samples of a tick."""
-        count, counts = len(samples), self.counts
-        newest_ns, _, newest = samples[-1]
-        if newest_ns > self.last_used_ns:
-            self.last_used_ns = newest_ns
-        reduction = self.reduction
-        if reduction == "last":
-            counts.used += 1
-            counts.superseded += count - 1
-            return newest
-        if reduction == "stack":
-            kept = samples[-self.spec.stack :]
-            counts.used += len(kept)
-            counts.superseded += count - len(kept)
-            out = np.zeros(self.spec.size, np.float32)
-            out[self.spec.size - len(kept) * self.shape[0] :] = np.concatenate([s[2] for s in kept])
-            return out
-        counts.used += count
-        if count == 1:
-            return newest
-        total: FloatArray = _add(samples[0][2], samples[1][2])
-        for sample in samples[2:]:
-            _add(total, sample[2], total)
-        if reduction == "mean":
-            _divide(total, _COUNTS[count] if count < len(_COUNTS) else np.array(count, np.float32), total)
-        return total
-
-
-class _Session:
-    """What is open of one session, and how long nothing can close.
-
-    Nearly all messages close nothing, and looking at every stream for each would be most of the aligner's work. So
-    the session knows what to wait for: a dense stream that reaches `end_ns`, or a clock of `due_ns`. Both were found by
-    looking at all streams; they hold until then unless the session is `unsettled`.
-    """
-
-    __slots__ = (
-        "bounds", "by_topic", "clock_ns", "closed", "due_ns", "end_ns", "expected", "leapt_ns", "name", "soonest_ns",
-        "streams", "unsettled",
-    )  # fmt: skip
-
-    def __init__(self, name: str, streams: list[_Stream], closed: int, tick_ns: int, clock_ns: int) -> None:
-        self.name = name
-        self.streams = streams
-        self.by_topic = {topics.feature(s.name): s for s in streams}
-        self.clock_ns = clock_ns
-        """What the session has heard of the clock. Not shared: what came before it opened is not in its recording."""
-        self.leapt_ns = _NEVER
-        """The last clock that was too far ahead to be believed at once."""
-        self.soonest_ns = min(s.lateness_ns for s in streams)
-        """No clock closes a tick before it is this far past the tick's end."""
-        self.closed = closed
-        """Index of the last closed tick."""
-        self.until((closed + 1) * tick_ns)
-        self.expect([s.name for s in streams])
-
-    def expect(self, names: Sequence[str]) -> None:
-        """Say which streams are waited for."""
-        for stream in self.streams:
-            stream.expected = stream.name in names
-        self.expected = [s for s in self.streams if s.expected]
-        self.bounds = [s for s in self.expected if s.dense or s.lateness_ns]
-        """The streams that hold the watermark back."""
-        self.unsettle()
-
-    def state(self) -> SessionState:
-        return SessionState(
-            {s.name: s.state() for s in self.streams},
-            [s.name for s in self.expected],
-            self.clock_ns,
-            self.closed,
-            self.end_ns,
-            self.due_ns,
-            self.unsettled,
-            self.leapt_ns,
-        )
-
-    def restore(self, state: SessionState) -> None:
-        """Go on from `state`; raises SessionError where it is of other streams."""
-        if state.streams.keys() != {s.name for s in self.streams}:
-            raise SessionError(
-                f"the aligner's state of {self.name!r} is of {', '.join(state.streams)}, "
-                f"the model takes {', '.join(s.name for s in self.streams)}"
-            )
-        for stream in self.streams:
-            stream.restore(state.streams[stream.name])
-        self.expect(state.expected)
-        self.clock_ns, self.closed = state.clock_ns, state.closed
-        self.end_ns, self.due_ns, self.unsettled = state.end_ns, state.due_ns, state.unsettled
-        self.leapt_ns = state.leapt_ns
-
-    def unsettle(self) -> None:
-        """A gap may be given up, or what is expected has changed: any message may close a tick."""
-        self.unsettled = True
-        self.until(self.end_ns)
-
-    def skip_to(self, index: int, tick_ns: int) -> None:
-        """Make no tick up to this one; what waits for one of them goes into the next."""
-        if index <= self.closed:
-            return
-        self.closed = index
-        self.until((index + 1) * tick_ns)
-        for stream in self.streams:
-            waiting = [held for k in sorted(stream.open) if k <= index for held in stream.open.pop(k)]
-            if waiting:
-                stream.open[index + 1] = waiting + stream.open.get(index + 1, [])
-
-    def until(self, end_ns: int) -> None:
-        """The next tick to close ends at `end_ns`."""
-        self.end_ns = end_ns
-        self.due_ns = end_ns + self.soonest_ns
-
-    def watermark_ns(self) -> int:
-        """How far event time is complete; notes what to wait for where that is not the end of the next tick."""
-        clock_ns, end_ns = self.clock_ns, self.end_ns
-        if self.unsettled:
-            self.unsettled = not self.bounds
-            for stream in self.expected:
-                if stream.pending:
-                    stream.give_up_gaps(clock_ns - stream.lateness_ns)
-                    if stream.pending:
-                        self.unsettled = True
-        if not self.bounds:
-            return clock_ns
-        watermark_ns, due_ns = 2**63, end_ns + self.soonest_ns
-        for stream in self.bounds:
-            reached_ns = clock_ns - stream.lateness_ns
-            if stream.dense and stream.newest_ns > reached_ns:
-                reached_ns = stream.newest_ns
-            if reached_ns < watermark_ns:
-                watermark_ns = reached_ns
-            if reached_ns < end_ns and end_ns + stream.lateness_ns > due_ns:
-                due_ns = end_ns + stream.lateness_ns
-        self.due_ns = end_ns + self.soonest_ns if self.unsettled else due_ns
-        return watermark_ns
-
-
 class Aligner:
-    """Turns the messages of any number of sessions into their ticks."""
+    """Turns the messages of any number of sessions into ticks."""
 
     def __init__(
         self,
@@ -370,17 +55,17 @@ class Aligner:
         max_ahead_ns: int = 500_000_000,
         max_behind_ns: int = 10_000_000_000,
     ) -> None:
-        """`modalities`: what a tick holds, as the model's contract says; `lateness_ns`: per modality."""
+        """`modalities`: those of the model's contract; `lateness_ns`: by modality."""
         self.tick_ns = tick_ns
         self.counts = {m.name: StreamCounts() for m in modalities}
         self.malformed = 0
-        """Session messages that could not be read, and clocks that leapt."""
+        """Session messages that could not be decoded, and unconfirmed clock jumps."""
         self.misfits: dict[str, str] = {}
-        """By modality, why its first quarantined message was."""
+        """By modality, the reason of its first quarantined message."""
         self._specs = {m.name: m for m in modalities}
         self._lateness_ns = dict(lateness_ns)
         self._max_ahead_ns, self._max_behind_ns = max_ahead_ns, max_behind_ns
-        self._sessions: dict[str, _Session] = {}
+        self._sessions: dict[str, AlignedSession] = {}
         self._feature_topics = {topics.feature(name): name for name in self._specs}
         self._zeros: dict[str, FloatArray] = {}
         for m in modalities:
@@ -389,7 +74,7 @@ class Aligner:
 
     @classmethod
     def of(cls, modalities: Sequence[ModalitySpec], tick_ns: int, settings: config.Align) -> Aligner:
-        """The aligner of a model's ticks with the settings of a session."""
+        """An aligner for a model, with the settings of a session."""
         return cls(
             modalities,
             tick_ns,
@@ -402,22 +87,24 @@ class Aligner:
         return session in self._sessions
 
     def open(self, session: str, event_ns: int, expected: Sequence[str] | None = None) -> None:
-        """Begin a session; its first tick is the one that `event_ns` falls in. An open one begins anew."""
+        """Begin a session; its first tick contains `event_ns`. A session that is open already starts over."""
         if session in self._sessions:
             self._discard(session)
         self._sessions[session] = self._new(session, event_ns)
         if expected is not None:
             self.expect(session, expected)
 
-    def _new(self, session: str, event_ns: int) -> _Session:
+    def _new(self, session: str, event_ns: int) -> AlignedSession:
         streams = [
-            _Stream(spec, topics.MODALITIES[name], self._lateness_ns.get(name, 0), self.counts[name], self._zeros[name])
+            AlignedStream(
+                spec, topics.MODALITIES[name], self._lateness_ns.get(name, 0), self.counts[name], self._zeros[name]
+            )
             for name, spec in self._specs.items()
         ]
-        return _Session(session, streams, event_ns // self.tick_ns, self.tick_ns, event_ns)
+        return AlignedSession(session, streams, event_ns // self.tick_ns, self.tick_ns, event_ns)
 
     def snapshot(self) -> AlignerState:
-        """All that it knows between two messages. Restored, the same messages give the same ticks and counts."""
+        """The full state between two messages: after `restore`, the same messages give the same ticks and counts."""
         return AlignerState(
             {name: session.state() for name, session in self._sessions.items()},
             {name: msgspec.structs.replace(counts) for name, counts in self.counts.items()},
@@ -426,10 +113,10 @@ class Aligner:
         )
 
     def restore(self, state: AlignerState) -> None:
-        """Go on from a snapshot, in place of what is known now.
+        """Replace the current state by a snapshot.
 
         Raises:
-            SessionError: it is of other modalities; the aligner is as it was.
+            SessionError: it has other modalities; the aligner is unchanged.
 
         """
         if state.counts.keys() != self.counts.keys():
@@ -449,17 +136,17 @@ class Aligner:
         self.malformed, self.misfits = state.malformed, dict(state.misfits)
 
     def expect(self, session: str, expected: Sequence[str]) -> None:
-        """Say which streams the session has now: the others are not waited for."""
+        """Set the streams that the session has now; the watermark does not wait for others."""
         if session in self._sessions:
             self._sessions[session].expect(expected)
 
     def close(self, session: str, event_ns: int, closed: Stamps) -> list[Tick]:
-        """End a session: the ticks up to `event_ns` close with what they have."""
+        """End a session: the ticks up to `event_ns` close with the data that they have."""
         if session not in self._sessions:
             return []
-        its_session = self._sessions[session]
-        until_ns = min(event_ns, its_session.clock_ns + _MAX_JUMP_NS)
-        ticks = self._close_until(its_session, until_ns // self.tick_ns, closed)
+        open_session = self._sessions[session]
+        until_ns = min(event_ns, open_session.clock_ns + _MAX_JUMP_NS)
+        ticks = self._close_until(open_session, until_ns // self.tick_ns, closed)
         self._discard(session)
         return ticks
 
@@ -468,7 +155,7 @@ class Aligner:
             stream.counts.unclosed += sum(len(s) for s in stream.open.values())
 
     def push(self, envelope: Envelope) -> list[Tick]:
-        """Take one message; the ticks that it closes, in order."""
+        """Process one message; returns the ticks that it closes, in order."""
         topic, event_ns = envelope.topic, envelope.event_ns
         if topic == topics.CLOCK:
             ticks: list[Tick] = []
@@ -480,50 +167,50 @@ class Aligner:
                 if session.clock_ns >= session.due_ns:
                     ticks += self._advance(session, envelope)
             return ticks
-        its_session = self._sessions.get(envelope.session)
-        if its_session is None:
+        open_session = self._sessions.get(envelope.session)
+        if open_session is None:
             if topic in self._feature_topics:
                 counts = self.counts[self._feature_topics[topic]]
                 counts.received += 1
                 counts.outside += 1
             return []
-        stream = its_session.by_topic.get(topic)
+        stream = open_session.by_topic.get(topic)
         if stream is None:
             return []
-        newest_ns, end_ns = stream.newest_ns, its_session.end_ns
+        newest_ns, end_ns = stream.newest_ns, open_session.end_ns
         if (
-            self._accept(its_session, stream, envelope, event_ns)
+            self._accept(open_session, stream, envelope, event_ns)
             and stream.dense
             and stream.newest_ns >= end_ns
-            and (newest_ns < end_ns or its_session.unsettled)
+            and (newest_ns < end_ns or open_session.unsettled)
         ):
-            return self._advance(its_session, envelope)
+            return self._advance(open_session, envelope)
         return []
 
-    def _leap(self, session: _Session, event_ns: int) -> bool:
-        """Whether a clock that is far ahead of a session's is to be believed: the second in a row is.
+    def _leap(self, session: AlignedSession, event_ns: int) -> bool:
+        """Whether to accept a clock jump: yes if the message before jumped to about the same time.
 
-        A machine may have stood still for an hour; a number out of nowhere must not make a million ticks.
+        A machine may have been suspended for an hour, but a single wrong value must not create a million ticks.
         """
-        believed = 0 <= event_ns - session.leapt_ns <= self._max_ahead_ns
+        confirmed = 0 <= event_ns - session.leapt_ns <= self._max_ahead_ns
         session.leapt_ns = event_ns
-        if believed:
+        if confirmed:
             session.skip_to((event_ns - _MAX_JUMP_NS) // self.tick_ns, self.tick_ns)
         else:
             self.malformed += 1
-        return believed
+        return confirmed
 
-    def _accept(self, session: _Session, stream: _Stream, envelope: Envelope, event_ns: int) -> bool:
-        """Put a feature vector where it belongs; False if it is not in any tick."""
+    def _accept(self, session: AlignedSession, stream: AlignedStream, envelope: Envelope, event_ns: int) -> bool:
+        """Put a feature vector into its tick; False if it was dropped."""
         counts = stream.counts
         counts.received += 1
         payload, seq = envelope.payload, envelope.seq
         if (
             isinstance(payload, bytes)
-            or payload.dtype != _FLOAT32
+            or payload.dtype != FLOAT32
             or payload.shape != stream.shape
-            # not all(): comparing the flags as bytes takes a quarter of that
-            or _less(_absolute(payload, stream.size), _LARGEST, stream.flags).tobytes() != stream.all_true
+            # comparing bytes takes a quarter of the time of all()
+            or _less(_absolute(payload, stream.magnitudes), _LARGEST, stream.in_range).tobytes() != stream.all_true
             or (stream.encoder and envelope.origin != stream.encoder)
             or not -self._max_behind_ns <= event_ns - session.clock_ns <= self._max_ahead_ns
         ):
@@ -532,11 +219,11 @@ class Aligner:
                 self.misfits[stream.name] = self._misfit(stream, envelope, session.clock_ns)
             return False
         if seq == stream.next_seq and event_ns > stream.head_ns and not stream.pending:
-            # in order, as nearly always
+            # in order: the usual case
             stream.next_seq = seq + 1
             stream.head_ns = stream.newest_ns = event_ns
             stream.seen.add(seq)
-            if not seq % _MAX_PENDING:
+            if not seq % MAX_PENDING:
                 stream.forget()
         else:
             previous_ns = stream.head_ns
@@ -564,14 +251,14 @@ class Aligner:
         else:
             samples.append((event_ns, seq, payload))
             if event_ns <= samples[-2][0]:
-                samples.sort(key=_when)  # in event order whatever order they came in
+                samples.sort(key=_event_order)
         return True
 
     @staticmethod
-    def _misfit(stream: _Stream, envelope: Envelope, clock_ns: int) -> str:
-        """Why such a message is in no tick."""
+    def _misfit(stream: AlignedStream, envelope: Envelope, clock_ns: int) -> str:
+        """The reason why a message is quarantined."""
         payload, spec = envelope.payload, stream.spec
-        if isinstance(payload, bytes) or payload.dtype != _FLOAT32 or payload.ndim != 1:
+        if isinstance(payload, bytes) or payload.dtype != FLOAT32 or payload.ndim != 1:
             return f"its features are no vector of float32, the model takes {stream.shape[0]} numbers"
         if payload.shape != stream.shape:
             return f"its features have {len(payload)} numbers, the model takes {stream.shape[0]}"
@@ -583,13 +270,13 @@ class Aligner:
             return f"its encoder is {envelope.origin or 'not named'}, the model was trained with {spec.encoder}"
         return f"its stamp is {(envelope.event_ns - clock_ns) / 1e9:+.3f} s from the clock"
 
-    def _advance(self, session: _Session, cause: Envelope) -> list[Tick]:
+    def _advance(self, session: AlignedSession, cause: Envelope) -> list[Tick]:
         index = session.watermark_ns() // self.tick_ns
         if index <= session.closed:
             return []
         return self._close_until(session, index, stamps_of(cause))
 
-    def _close_until(self, session: _Session, index: int, closed: Stamps) -> list[Tick]:
+    def _close_until(self, session: AlignedSession, index: int, closed: Stamps) -> list[Tick]:
         ticks = []
         for k in range(session.closed + 1, index + 1):
             end_ns = k * self.tick_ns
@@ -601,7 +288,7 @@ class Aligner:
                     features[name], present[name] = stream.zeros, False
                 else:
                     features[name], present[name] = stream.reduce(samples), True
-                age_ns[name] = end_ns - stream.last_used_ns if stream.last_used_ns != _NEVER else -1
+                age_ns[name] = end_ns - stream.last_used_ns if stream.last_used_ns != NEVER else -1
             ticks.append(Tick(session.name, k, end_ns, features, present, age_ns, closed))
         if index > session.closed:
             session.closed = index
@@ -610,5 +297,5 @@ class Aligner:
 
 
 def stamps_of(envelope: Envelope) -> Stamps:
-    """The times of a message, as a tick that it closes carries them."""
+    """The times of a message, for the tick that it closes."""
     return Stamps(envelope.event_ns, envelope.capture_ns, envelope.publish_ns, envelope.received_ns, envelope.topic)

@@ -1,4 +1,4 @@
-"""Arena: which session has which slot, and which slots start anew. Acquire, release, reset, snapshot, restore."""
+"""Arena: which session has which slot, and which slots start from the initial state at their next step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Arena:
         self._slot_of: dict[str, int] = {}
         self._free = list(range(slots - 1, -1, -1))
         self.fresh = np.zeros(slots, np.bool_)
-        """Rows that start anew at their next step."""
+        """Slots that start from the initial state at their next step."""
 
     def __len__(self) -> int:
         return len(self._slot_of)
@@ -30,14 +30,14 @@ class Arena:
 
     @property
     def sessions(self) -> list[str]:
-        """Who has a slot, oldest first."""
+        """The sessions that have a slot, oldest first."""
         return list(self._slot_of)
 
     def acquire(self, session: str) -> int:
-        """A slot for a new session; its state is the model's initial one at its first step.
+        """Give a new session a slot; it starts from the model's initial state.
 
         Raises:
-            DuplicateSession: it is open.
+            DuplicateSession: the session is open already.
             Busy: no slot is free.
 
         """
@@ -62,19 +62,19 @@ class Arena:
         del self._slot_of[session]
 
     def reset(self, session: str) -> None:
-        """Start anew at the next step."""
+        """Start from the initial state at the next step."""
         self.fresh[self.slot(session)] = True
 
     def snapshot(self, session: str) -> dict[str, npt.NDArray[Any]]:
-        """A copy of the session's state tensors, by name, without the slot axis."""
+        """A copy of the session's state tensors, by name, without the slot axis; empty before its first step."""
         slot = self.slot(session)
         return {} if self.fresh[slot] else self._rows.read(slot)
 
     def restore(self, session: str, state: dict[str, npt.NDArray[Any]]) -> None:
-        """Put a snapshot back; an empty one is a session that has not begun.
+        """Put a snapshot back; an empty one means a session before its first step.
 
         Raises:
-            SessionError: it is not a snapshot of this model; the session's state is as it was.
+            SessionError: it is not a snapshot of this model; the session's state is unchanged.
 
         """
         slot = self.slot(session)

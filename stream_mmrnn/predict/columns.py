@@ -1,4 +1,4 @@
-"""Ticks as columns: per modality the vectors of N ticks as one matrix, who is present, ages in seconds.
+"""Ticks as columns: per modality the vectors of N ticks as one matrix, the present masks, ages in seconds.
 
 The one place that turns ticks into the arrays that a step graph reads.
 """
@@ -15,18 +15,18 @@ import numpy.typing as npt
 from stream_mmrnn.core.types import Tick
 
 MAX_AGE_S = 10.0
-"""Ages are clipped here; a stream that never had a sample has this age too."""
+"""Ages are clipped to this; a stream without any sample yet has this age too."""
 
 
 def clipped_age_s(age_ns: int) -> float:
-    """One age as the graph gets it; a negative one means that there was never a sample."""
+    """One age as the graph's input; a negative age means that there was no sample yet."""
     return MAX_AGE_S if age_ns < 0 else min(age_ns / 1e9, MAX_AGE_S)
 
 
 def rounds(keys: Sequence[Hashable], most: int) -> Iterator[tuple[int, int]]:
-    """Cut a list of ticks into runs [start, end) in which each session (its key) comes once, in order.
+    """Split a list of ticks into runs [start, end) in which each session (its key) occurs at most once.
 
-    A recurrent step takes one tick of a session at a time; `most` is the longest run.
+    A recurrent step takes one tick per session at a time; `most` is the maximum length of a run.
     """
     start = 0
     while start < len(keys):
@@ -75,7 +75,7 @@ class Columns:
         present: npt.NDArray[Any] | None,
         age: npt.NDArray[Any] | None,
     ) -> None:
-        """Write one tick into the given row: the path of a live session, without arrays of one."""
+        """Write one tick into the given row: the fast path of a live session, without arrays of length 1."""
         for name, into in features:
             into[...] = tick.features[name]
         for i, name in enumerate(self.names):
@@ -86,6 +86,6 @@ class Columns:
 
 
 def _in_order(names: Sequence[str]) -> Callable[[Mapping[str, Any]], Sequence[Any]]:
-    """A function that takes the values of these keys out of a table, as a row."""
+    """A function that returns the values of these keys as a sequence."""
     of = itemgetter(*names)
     return of if len(names) > 1 else lambda table: (of(table),)

@@ -23,13 +23,13 @@ from stream_mmrnn.graph.runtime import Graph, TensorSpec
 METADATA_KEY = "stream_mmrnn"
 _MAX_TICK_NS = 60_000_000_000
 _MAX_NUMBERS = 2**22
-"""In a row of an input, a state or a head."""
+"""Most numbers in one row of an input, a state or a head."""
 _MAX_PARTS = 256
 STATE, NEXT = "state.", "next."
 
 
 class StateWires(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How the graph carries one state."""
+    """The graph's input and output for one state."""
 
     input: str
     output: str
@@ -37,7 +37,7 @@ class StateWires(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Wiring(msgspec.Struct, frozen=True):
-    """The graph's own names for what the engine feeds and reads; "" where it has no such input."""
+    """The graph's names for its inputs, states and heads; "" if it has no such input."""
 
     inputs: dict[str, str]
     """By modality."""
@@ -48,7 +48,7 @@ class Wiring(msgspec.Struct, frozen=True):
     present: str = "present"
     age: str = "age"
     constants: dict[str, float] = {}
-    """Inputs that are the same in every run (a sample rate, for example)."""
+    """Inputs with a constant value (a sample rate, for example)."""
 
 
 class Contract(msgspec.Struct, frozen=True):
@@ -56,8 +56,8 @@ class Contract(msgspec.Struct, frozen=True):
     wiring: Wiring
 
 
-class _Stated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The metadata of a graph that this program exported."""
+class _MetadataContract(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The contract in the metadata of a graph that this program exported."""
 
     name: str
     tick_ns: int
@@ -73,8 +73,8 @@ class _NamedHead(HeadSpec, frozen=True, forbid_unknown_fields=True, kw_only=True
     output: str
 
 
-class _Named(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The file beside a graph that states nothing."""
+class _ContractFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The contract file (TOML) beside a graph without such metadata."""
 
     name: str
     tick_ms: Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
@@ -89,25 +89,25 @@ class _Named(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def write_contract(name: str, tick_ns: int, modalities: Sequence[ModalitySpec], heads: Sequence[HeadSpec]) -> str:
-    """The metadata value that `contract_of` reads: what an exporter puts into the file."""
-    return msgspec.json.encode(_Stated(name, tick_ns, tuple(modalities), tuple(heads))).decode()
+    """The metadata value that an exporter writes and `contract_of` reads."""
+    return msgspec.json.encode(_MetadataContract(name, tick_ns, tuple(modalities), tuple(heads))).decode()
 
 
 def beside(path: Path) -> Path:
-    """Where the contract of a graph that states none is looked for."""
+    """The path of the contract file of a graph."""
     return path.with_name(f"{path.stem}.contract.toml")
 
 
 def read_contract(graph: Graph) -> ModelSpec:
-    """What the graph promises; raises ModelError as `contract_of` does."""
+    """The model spec of a graph; raises ModelError as `contract_of` does."""
     return contract_of(graph).spec
 
 
 def contract_of(graph: Graph) -> Contract:
-    """What the graph promises, and by which names.
+    """The contract of a graph.
 
     Raises:
-        ModelError: it promises nothing, or its inputs and outputs are not what it promises.
+        ModelError: it has no contract, or its inputs and outputs do not match it.
 
     """
     if METADATA_KEY in graph.metadata:
@@ -126,7 +126,7 @@ def contract_of(graph: Graph) -> Contract:
 def _stated(graph: Graph) -> Contract:
     where = graph.path
     try:
-        stated = msgspec.json.decode(graph.metadata[METADATA_KEY], type=_Stated)
+        stated = msgspec.json.decode(graph.metadata[METADATA_KEY], type=_MetadataContract)
     except (msgspec.MsgspecError, ValueError, RecursionError) as e:
         raise ModelError(f"{where} has a contract that cannot be read: {e}") from e
     states = {}
@@ -147,7 +147,7 @@ def _stated(graph: Graph) -> Contract:
 def _named(graph: Graph, file: Path) -> Contract:
     try:
         table = config.read_toml(file)
-        named = config.convert(table, _Named)
+        named = config.convert(table, _ContractFile)
     except (OSError, ValueError, RecursionError, ConfigError) as e:
         raise ModelError(f"the contract {file} cannot be read: {e}") from e
     for state in named.states:
@@ -195,12 +195,12 @@ def _without_batch(tensor: TensorSpec, axis: int) -> tuple[int | None, ...]:
 
 
 def _fits(shape: tuple[int | None, ...], wanted: tuple[int | None, ...]) -> bool:
-    """Whether a shape, where the file states it, is the wanted one."""
+    """Whether a shape matches; None is a dimension that the file leaves open."""
     return len(shape) == len(wanted) and all(a is None or a == b for a, b in zip(shape, wanted, strict=True))
 
 
 def _check_sizes(where: Path, contract: Contract) -> None:
-    """No row that is empty, or so long that a file of lies would take all memory."""
+    """Reject empty rows, and rows so long that a malicious file would exhaust memory."""
     spec = contract.spec
     if not 0 < spec.tick_ns <= _MAX_TICK_NS:
         raise ModelError(f"{where} has a tick of {spec.tick_ns} ns; expected more than 0 and at most {_MAX_TICK_NS}")

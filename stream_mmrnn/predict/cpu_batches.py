@@ -1,8 +1,8 @@
 """Rows on the CPU: runs of a graph over any rows of an arena of states, in a few fixed batch sizes (buckets).
 
-The arena is an array: a run copies its rows out and back, or works in place where the rows are the first ones in order.
-A bucket is used only if its rows have the same bits as in the largest one, so a session's numbers never depend on the
-other sessions of its batch. `device_batches` is the same for GPUs.
+The arena is an array: a run copies its rows out and back, or works in place if the rows are the first ones in order.
+A bucket is used only if its results are bit-identical to those of the largest one, so a session's results never depend
+on the other sessions of its batch. `device_batches` does the same for GPUs.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from stream_mmrnn.graph.runtime import Array, Binding, Graph
 from stream_mmrnn.predict.contract import Contract
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192, 16384)
-"""Of buckets. Above 1 they are even: integer kernels work on rows in pairs, and an odd row gets other bits."""
+"""Bucket sizes. Above 1 they are even: integer kernels process rows in pairs, and an odd row gets other bits."""
 _LEAST = 8
-"""The largest bucket has at least so many rows, so that engines of any size agree on the bits of a single one."""
+"""Minimum size of the largest bucket: engines of any size then compute the same bits for one row."""
 
 
 Shapes: TypeAlias = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]
 
 
 class Bucket(Protocol):
-    """A run of up to `size` rows: write the first rows of `inputs`, `run`, read those of `outputs`.
+    """A run of up to `size` rows: write the first rows of `inputs`, call `run`, read the first rows of `outputs`.
 
-    Both are by the graph's names, [size, ...].
+    Both are keyed by the graph's names; shapes are [size, ...].
     """
 
     size: int
@@ -36,14 +36,14 @@ class Bucket(Protocol):
     outputs: dict[str, Array]
 
     def run(self, slots: Array, fresh: Array, count: int) -> None:
-        """Step the first `count` of `slots` (int64); where `fresh` (bool), from the initial state."""
+        """Step the first `count` of `slots` (int64); those with `fresh` (bool) start from the initial state."""
 
     def run_one(self, slot: int, fresh: bool) -> None:
         """The same for one slot, in the first row."""
 
 
 class States(Protocol):
-    """What an arena asks for: the states of a slot, wherever they lie."""
+    """Access to the states of a slot: the part of `Rows` that an arena uses."""
 
     def read(self, slot: int) -> dict[str, Array]:
         """A copy of a slot's states, by name."""
@@ -52,30 +52,30 @@ class States(Protocol):
 
     @property
     def shapes(self) -> Shapes:
-        """Shape without the slot, and type, of each state."""
+        """Shape (without the slot axis) and dtype of each state."""
 
 
 class Rows(States, Protocol):
-    """What an engine asks for."""
+    """The states of all slots, and buckets that step them: the part that an engine uses."""
 
     batch: int
-    """The most rows of a run."""
+    """Maximum rows of a run."""
 
     def bucket(self, count: int) -> Bucket:
-        """The smallest that holds `count` rows, 1 to `batch`."""
+        """The smallest bucket for `count` rows, 1 to `batch`."""
 
     def prewarm(self) -> None:
-        """Run the graph once on dummy rows, so that code and weights are in the caches."""
+        """Run the graph once on dummy rows, so that code and weights are in the CPU caches."""
 
 
 def sizes_for(batch: int) -> list[int]:
-    """Buckets for up to `batch` rows: the last one is the first that holds them."""
+    """Bucket sizes for up to `batch` rows; the last is the smallest that holds them all."""
     last = next((s for s in SIZES if s >= batch), SIZES[-1])
     return [s for s in SIZES if s <= last]
 
 
 def row_inputs(graph: Graph, contract: Contract) -> dict[str, tuple[int, ...]]:
-    """The graph's inputs with a row for each session, and a row's shape; state and constants are not among them."""
+    """Row shapes of the graph's inputs with one row per session; without states and constants."""
     spec, wiring = contract.spec, contract.wiring
     count = len(spec.modalities)
     shapes: dict[str, tuple[int, ...]] = {wiring.inputs[m.name]: (m.size,) for m in spec.modalities}
@@ -86,13 +86,13 @@ def row_inputs(graph: Graph, contract: Contract) -> dict[str, tuple[int, ...]]:
 
 
 class HostRows:
-    """The arena is an array of the host."""
+    """The arena is a numpy array in host memory."""
 
     def __init__(self, graph: Graph, contract: Contract, slots: int, batch: int, budget_ns: int) -> None:
-        """Buckets whose run takes longer than `budget_ns` are not used, but for the smallest.
+        """Buckets whose run takes longer than `budget_ns` are not used, except the smallest.
 
         Raises:
-            ModelError: the graph cannot be run so.
+            ModelError: the graph cannot be run in batches.
 
         """
         self.graph, self.contract = graph, contract
@@ -119,7 +119,7 @@ class HostRows:
         self._choose(wanted[-1], budget_ns)
 
     def _choose(self, most: int, budget_ns: int) -> None:
-        """Keep the buckets whose rows have the largest one's bits, as far as they are wanted and in time."""
+        """Keep the needed buckets that are bit-identical to the largest one and within the budget."""
         try:
             cost_ns, same = self._probe()
         except ModelError:
@@ -136,24 +136,24 @@ class HostRows:
         self.cost_ns = {b.size: cost_ns[b.size] for b in self.buckets}
 
     def _probe(self) -> tuple[dict[int, int], set[int]]:
-        """Run every bucket on the same rows: what it costs, and which agree with the largest bit for bit."""
+        """Run every bucket on the same rows: returns costs by size, and the sizes bit-identical to the largest."""
         rng = np.random.default_rng(0)
         for name, array in self.inputs.items():
             array[...] = name == self.contract.wiring.active if array.dtype == np.bool_ else rng.random(array.shape)
         if self.contract.wiring.present:
             self.inputs[self.contract.wiring.present].round(out=self.inputs[self.contract.wiring.present])
         state = {name: rng.standard_normal(a.shape).astype(a.dtype) for name, a in self.arena.items()}
-        said: list[bytes] = []
+        reference: list[bytes] = []
         cost_ns: dict[int, int] = {}
         same: set[int] = set()
         for bucket in reversed(self.buckets):
-            for _ in range(2):  # the first run of a size also gets its memory
+            for _ in range(2):  # the first run of a size also allocates its memory
                 bucket.load(state)
                 began = perf_counter_ns()
                 bucket.binding.run()
                 cost_ns[bucket.size] = perf_counter_ns() - began
-            said = said or bucket.rows_said(self.buckets[-1].size)
-            if bucket.rows_said(bucket.size) == said[: bucket.size]:
+            reference = reference or bucket.result_bytes(self.buckets[-1].size)
+            if bucket.result_bytes(bucket.size) == reference[: bucket.size]:
                 same.add(bucket.size)
         for array in (*self.inputs.values(), *self.outputs.values(), *self.work.values()):
             array[...] = 0
@@ -166,7 +166,7 @@ class HostRows:
         raise AssertionError(f"a run of {count} rows was asked for, {self.batch} are the most")
 
     def prewarm(self) -> None:
-        self.buckets[0].binding.run()  # its states are copies outside the arena: no session's state changes
+        self.buckets[0].binding.run()  # works on copies outside the arena: no session's state changes
 
     def read(self, slot: int) -> dict[str, Array]:
         return {name: array[slot].copy() for name, array in self.arena.items()}
@@ -181,7 +181,7 @@ class HostRows:
 
 
 class HostBucket:
-    """The first `size` rows of the shared arrays, bound; a second binding is on the arena's first rows themselves."""
+    """A binding to the first `size` rows of the shared arrays, and one to the first rows of the arena itself."""
 
     def __init__(self, rows: HostRows, size: int) -> None:
         self.size = size
@@ -192,7 +192,7 @@ class HostBucket:
         self._active = self.inputs.get(wiring.active)
         self._reset = self.inputs.get(wiring.reset)
         self._pairs: list[tuple[Array, Array]] = []
-        """Arena and the rows beside it, both with the slot first."""
+        """(arena, work rows) of each state, both with the slot as first axis."""
         bound = {}
         for name, wires in wiring.states.items():
             if wires.batch_axis:
@@ -205,17 +205,17 @@ class HostBucket:
         self._single = [(arena, work[0]) for arena, work in self._pairs]
         self._whole_alone = rows.in_place and (size == 1 or self._active is not None)
         self._alone = False
-        """Whether the mask of active rows is down already but for the first."""
+        """Whether the active mask is cleared already for all rows but the first."""
         self.binding = Binding(graph, {**self.inputs, **rows.constants}, self.outputs, bound)
         self._on_arena: Binding | None = None
 
     def load(self, state: dict[str, Array]) -> None:
-        """Put whole states into the rows beside the arena."""
+        """Copy states into the work rows."""
         for value, (_, work) in zip(state.values(), self._pairs, strict=True):
             work[...] = value[: self.size]
 
-    def rows_said(self, count: int) -> list[bytes]:
-        """The bytes that each row computed."""
+    def result_bytes(self, count: int) -> list[bytes]:
+        """The outputs and new states of each row, as bytes."""
         arrays = (*self.outputs.values(), *(work for _, work in self._pairs))
         return [b"".join(a[i].tobytes() for a in arrays) for i in range(count)]
 
@@ -236,7 +236,7 @@ class HostBucket:
             return
         for arena, work in self._pairs:
             if work.flags.c_contiguous:
-                np.take(arena, slots[:count], 0, work[:count], "clip")  # clip: straight into the rows
+                np.take(arena, slots[:count], 0, work[:count], "clip")  # "clip" writes into `out` without a buffer
             else:
                 work[:count] = arena[slots[:count]]
         if self._reset is None:

@@ -1,4 +1,4 @@
-"""DeviceRows: runs over rows of an arena that stays on the graph's device; the graph itself gathers and scatters.
+"""DeviceRows: runs over rows of an arena in the device's memory; the graph itself gathers and scatters the rows.
 
 Buckets have fixed shapes and addresses, which CUDA graphs need. It also runs on the CPU, where tests compare it with
 `HostRows`. Use it only from the thread that made it: with CUDA graphs, steps from another thread were seen to go wrong
@@ -19,7 +19,7 @@ from stream_mmrnn.predict.cpu_batches import Shapes, row_inputs, sizes_for
 
 
 class DeviceRows:
-    """The arena stays on the graph's device; one extra row takes the writes of dummy rows."""
+    """The arena is in the device's memory; one extra row takes the writes of dummy rows."""
 
     def __init__(
         self,
@@ -31,8 +31,8 @@ class DeviceRows:
         cuda_graphs: bool = True,
         scatter: onnx_rows.Scatter | None = None,
     ) -> None:
-        """`graph`: the file as it is; it is loaded again with its states in an arena. `scatter`: else as suits its
-        device.
+        """`graph`: the original file; it is loaded again with its states in an arena. `scatter`: None selects the best
+        kind for the device.
         """
         wiring = contract.wiring
         carried = {
@@ -65,22 +65,22 @@ class DeviceRows:
             )
         if size not in self._buckets:
             bucket = DeviceBucket(self, size, 1 + self._sizes.index(size) if self._cuda_graphs else -1)
-            # a capture runs the graph more than once: here on dummy rows, so no state changes
-            bucket.idle()
+            # CUDA graph capture runs the graph more than once: on dummy rows, so that no state changes
+            bucket.run_dummy()
             self._buckets[size] = bucket
         return self._buckets[size]
 
     def capture(self) -> None:
-        """Make every bucket before the first session, rather than at the first run of its size."""
+        """Create every bucket now (CUDA graph capture is slow), not at the first run of its size."""
         for size in self._sizes:
             self._of_size(size)
 
     def bucket(self, count: int) -> DeviceBucket:
-        """Raises UsageError in another thread than the one that made these rows."""
+        """The smallest bucket for `count` rows; raises UsageError in another thread than the one that made it."""
         return self._of_size(next(s for s in self._sizes if s >= count))
 
     def prewarm(self) -> None:
-        self._of_size(self._sizes[0]).idle()
+        self._of_size(self._sizes[0]).run_dummy()
 
     def read(self, slot: int) -> dict[str, Array]:
         return {name: tensor.read()[slot].copy() for name, tensor in self.arena.items()}
@@ -99,7 +99,7 @@ class DeviceRows:
 
 
 class DeviceBucket:
-    """`size` rows with memory of their own on the device: fixed shapes and addresses, as a CUDA graph wants them."""
+    """`size` rows with their own device memory: fixed shapes and addresses, as CUDA graphs need."""
 
     def __init__(self, rows: DeviceRows, size: int, graph_id: int) -> None:
         self.size = size
@@ -122,8 +122,8 @@ class DeviceBucket:
         self._active = self.inputs.get(wiring.active)
         self._reset = self.inputs.get(wiring.reset)
 
-    def idle(self) -> None:
-        """A run of dummy rows only."""
+    def run_dummy(self) -> None:
+        """Run on dummy rows only: no session's state changes."""
         self._slots[...] = self._rows.scratch
         if self._active is not None:
             self._active[...] = False

@@ -1,6 +1,6 @@
 """StepEngine: ticks in, predictions out, one run of the graph for all sessions that have a tick.
 
-Ready ticks are stepped at once, in the order given; nothing waits for a fuller batch.
+Ready ticks are stepped immediately, in the order given; the engine never waits to fill a batch.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from stream_mmrnn.predict.device_batches import DeviceRows
 from stream_mmrnn.predict.protocols import Engine
 
 BATCH = {"cpu": 64, "cuda": 4096}
-"""The most rows of a run by default. On the CPU a row costs the same in 64 as in 256, and is back sooner."""
+"""Default maximum rows of a run. On the CPU a row costs the same in 64 as in 256, and returns sooner."""
 BUDGET = 0.25
-"""Of the tick: what a run may take at most."""
+"""Maximum duration of a run, as a fraction of the tick."""
 
 
 def check_model(path: Path, provider: Provider) -> ModelSpec:
@@ -33,11 +33,12 @@ def check_model(path: Path, provider: Provider) -> ModelSpec:
 
 
 def move(session: str, source: Engine, target: Engine) -> None:
-    """Take a session from one engine of a model to another, between two steps; it goes on there bit for bit.
+    """Move a session from one engine of a model to another, between two steps; its results stay bit-identical.
 
     Raises:
-        UnknownSession, Busy, DuplicateSession: of the one or the other.
-        SessionError: they have not the same model. After any error the session is where it was.
+        UnknownSession: the source does not have it.
+        Busy, DuplicateSession: the target cannot take it.
+        SessionError: the engines have different models. After any error the session is still in the source.
 
     """
     if source.spec.sha256 != target.spec.sha256:
@@ -53,13 +54,13 @@ def move(session: str, source: Engine, target: Engine) -> None:
 
 
 def make_rows(graph: Graph, slots: int, batch: int = 0) -> tuple[Contract, Rows]:
-    """The rows of a model for so many sessions, where the graph runs; `batch` as for `StepEngine`."""
+    """The contract and the rows of a model with `slots` sessions; `batch` as for `StepEngine`."""
     contract = contract_of(graph)
     try:
         return contract, _rows_of(graph, contract, slots, batch)
     except StreamError:
         raise
-    except Exception as e:  # onnxruntime and numpy raise a dozen types where what the file says of itself is not so
+    except Exception as e:  # onnxruntime and numpy raise many types if the file contradicts its contract
         raise ModelError(f"{graph.path} cannot be run as its contract says: {str(e)[:200]}") from e
 
 
@@ -73,13 +74,13 @@ def _rows_of(graph: Graph, contract: Contract, slots: int, batch: int) -> Rows:
 
 
 class StepEngine:
-    """A recurrent model with a fixed number of slots; its state stays where the graph runs.
+    """A recurrent model with a fixed number of slots; its state stays on the graph's device.
 
-    On the CPU a session's numbers are the same bits in a batch of any size with any other sessions.
+    On the CPU a session's results are bit-identical in a batch of any size with any other sessions.
     """
 
     def __init__(self, path: Path, slots: int = 1, provider: Provider = "cpu", batch: int = 0) -> None:
-        """`batch`: the most rows of one run; 0 is the provider's default, and less where a run would take too long.
+        """`batch`: maximum rows of one run; 0 is the provider's default, or less if a run would take too long.
 
         Raises:
             ModelError: the file is missing, damaged, or breaks its contract.
@@ -98,15 +99,15 @@ class StepEngine:
         self._heads = tuple((h.name, wiring.heads[h.name]) for h in self.spec.heads)
         self._present, self._age = wiring.present, wiring.age
         one = self._single = self._rows.bucket(1)
-        """And its first row: features by modality, present, age; heads."""
+        # views of its first row: features by modality, present, age; then the heads
         self._row = (
             [(m.name, one.inputs[wiring.inputs[m.name]][0]) for m in self.spec.modalities],
             one.inputs[wiring.present][0] if wiring.present else None,
             one.inputs[wiring.age][0] if wiring.age else None,
         )
-        self._said = [(name, one.outputs[output][0]) for name, output in self._heads]
+        self._row_heads = [(name, one.outputs[output][0]) for name, output in self._heads]
         self._last: Tick | None = None
-        """What `prewarm` writes into the first row."""
+        """The last single tick: `prewarm` writes it into the first row again."""
         self._slots = np.zeros(self.batch, np.int64)
         self._fresh = np.zeros(self.batch, np.bool_)
 
@@ -122,28 +123,28 @@ class StepEngine:
         return len(self.arena)
 
     def reset(self, session: str) -> None:
-        """Start a session's state anew."""
+        """Start a session from the initial state at its next step."""
         self.arena.reset(session)
 
     def close(self, session: str) -> None:
         self.arena.release(session)
 
     def snapshot(self, session: str) -> dict[str, Array]:
-        """A copy of the session's state tensors, by name; empty where it has not begun. Raises UnknownSession."""
+        """A copy of the session's state tensors, by name; empty before its first step. Raises UnknownSession."""
         return self.arena.snapshot(session)
 
     def restore(self, session: str, state: dict[str, Array]) -> None:
-        """Go on from a snapshot; raises SessionError where it is not one of this model."""
+        """Continue from a snapshot; raises SessionError if it is not one of this model."""
         self.arena.restore(session, state)
 
     def stop(self) -> None:
-        """Nothing to end: the graph runs in this process."""
+        """Nothing to do: the graph runs in this process."""
 
     def prewarm(self) -> None:
-        """A dummy run: no state changes, but code and weights are in the caches for the next step.
+        """Run the graph on dummy rows: no state changes, but code and weights are in the CPU caches for the next step.
 
-        The first run finds them cold; the second, and writing inputs that the next step writes anew, leave the caches
-        as a step in a hot loop finds them (measured: docs/performance.md).
+        The first run loads the caches. The second run, after rewriting the inputs, leaves them as in a hot loop
+        (measured: docs/performance.md).
         """
         self._rows.prewarm()
         if self._last is not None:
@@ -151,10 +152,10 @@ class StepEngine:
         self._rows.prewarm()
 
     def step(self, ticks: Sequence[Tick]) -> list[Prediction]:
-        """Predictions for the ticks, in their order; as few runs as hold them, each session's in turn.
+        """Predictions for the ticks, in their order, in as few runs as possible.
 
         Raises:
-            UnknownSession: a tick of a session that is not open; nothing was stepped.
+            UnknownSession: a tick of a session that is not open; no tick was stepped.
 
         """
         if len(ticks) == 1:
@@ -166,14 +167,14 @@ class StepEngine:
         return out
 
     def _run_one(self, tick: Tick, slot: int) -> Prediction:
-        """The usual case of a live session, and where every microsecond shows: no slices, no arrays of one."""
+        """Fast path for one tick, the usual case of a live session: no slices, no arrays of length 1."""
         start_ns = now_ns()
         self._columns.fill_one(tick, *self._row)
         self._last = tick
         fresh = self.arena.fresh
         self._single.run_one(slot, fresh.item(slot))
         fresh[slot] = False
-        heads = {name: said.copy() for name, said in self._said}
+        heads = {name: values.copy() for name, values in self._row_heads}
         return Prediction(tick, heads, self.spec.sha256, start_ns, now_ns())
 
     def _run(self, ticks: Sequence[Tick], slots: list[int]) -> list[Prediction]:
@@ -190,9 +191,9 @@ class StepEngine:
         self.arena.fresh[slots] = False
         end_ns = now_ns()
         sha256 = self.spec.sha256
-        said = [list(bucket.outputs[output][:count].copy()) for _, output in self._heads]
+        heads = [list(bucket.outputs[output][:count].copy()) for _, output in self._heads]
         names = [name for name, _ in self._heads]
         return [
             Prediction(tick, dict(zip(names, rows, strict=True)), sha256, start_ns, end_ns)
-            for tick, *rows in zip(ticks, *said, strict=True)
+            for tick, *rows in zip(ticks, *heads, strict=True)
         ]

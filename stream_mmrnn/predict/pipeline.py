@@ -1,7 +1,7 @@
 """`predict`, the generator that is the product: messages in, predictions out.
 
-Live hands it a bus subscriber, replay a recording, the benchmark a synthetic stream, a test a list; none of them is a
-special case here. Knows nothing about sockets, files, devices or processes.
+The messages may come from a bus subscriber (live), a recording (replay), a synthetic stream (benchmark) or a list
+(test); none of them is a special case here. Knows nothing about sockets, files, devices or processes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from stream_mmrnn.predict.protocols import Out, Stepper
 
 
 class NoEngine:
-    """A stepper that predicts nothing: it hands the ticks on."""
+    """A stepper without a model: it returns the ticks unchanged."""
 
     def __init__(self) -> None:
         self._open: set[str] = set()
@@ -28,7 +28,7 @@ class NoEngine:
         self._open.add(session)
 
     def reset(self, session: str) -> None:
-        """Nothing is kept that could be reset."""
+        """Nothing to do: it has no state."""
 
     def close(self, session: str) -> None:
         self._open.discard(session)
@@ -45,14 +45,14 @@ def predict(
     more: Callable[[], bool] | None = None,
     batch: int = 64,
 ) -> Iterator[Out]:
-    """Messages in, predictions out (or whatever `engine` makes of ticks).
+    """Messages in, predictions out (or whatever `engine` returns for ticks).
 
-    A session that gets no slot goes to `refused` and its messages are counted as outside; without `refused` the
-    error is raised. A session message that cannot be read is counted by the aligner.
+    If a session gets no slot, `refused` is called and its messages are counted as outside; without `refused` the error
+    is raised. A session message that cannot be decoded is counted in `aligner.malformed`.
 
-    `more` says whether further messages are there already. While they are, ticks of many sessions are gathered and
-    stepped together, `batch` at most; nothing ever waits for a message that is still to come. Without `more` every
-    tick is stepped at once. The predictions are the same.
+    `more` returns whether further messages are available already. While it does, up to `batch` ticks are collected and
+    stepped together; the function never waits for a message to fill a batch. Without `more` every tick is stepped
+    immediately. The predictions are the same.
     """
     held: list[Tick] = []
     for envelope in envelopes:
@@ -97,7 +97,7 @@ def _session(
         return []
     try:
         if session in engine:
-            engine.reset(session)  # opened again: its process began anew
+            engine.reset(session)  # opened again: its process was restarted
         else:
             engine.open(session)
     except SessionError as e:

@@ -1,4 +1,4 @@
-"""The protocols of an engine: `StepEngine` and `ShardedEngine` fulfil them, and so may a test's stand-in."""
+"""The protocols of an engine, which `StepEngine` and `ShardedEngine` implement."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Out = TypeVar("Out", covariant=True)
 
 
 class Stepper(Protocol[Out]):
-    """Sessions that come and go, and an output for each of their ticks: all that `predict` asks of an engine."""
+    """Opens and closes sessions, and returns one output per tick: all that `predict` needs of an engine."""
 
     def __contains__(self, session: str) -> bool: ...
 
     def open(self, session: str) -> None:
-        """Raises SessionError where it cannot be opened."""
+        """Raises SessionError if it cannot be opened."""
 
     def reset(self, session: str) -> None: ...
 
@@ -29,7 +29,7 @@ class Stepper(Protocol[Out]):
 
 
 class Engine(Stepper[Prediction], Protocol):
-    """A stepper of a model, whose sessions' states can be taken out and put back."""
+    """A stepper with a model, whose session states can be saved and restored."""
 
     @property
     def spec(self) -> ModelSpec: ...

@@ -1,219 +1,39 @@
-"""ShardedEngine: one engine over several processes, where one core is not enough. The same methods as StepEngine.
+"""ShardedEngine: one engine over several processes, for when one core is not enough. Same methods as StepEngine.
 
-Each process holds its share of the slots and runs the graph; features and heads cross in shared memory, a pipe signals.
-Threads do not help: two one-thread processes step twice as much, two threads in one process do not.
+Each process (shard) has a part of the slots and runs the graph. Features and heads are in shared memory; a pipe carries
+the commands. Threads do not help: two processes with one thread step twice as much, one process with two does not.
 """
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 from collections.abc import Iterator, Sequence
-from multiprocessing.connection import Connection
-from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
-
-import msgspec
-import numpy as np
 
 from stream_mmrnn.core import config
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import Busy, DuplicateSession, ProcessError, ShardDied, UnknownSession, UsageError
 from stream_mmrnn.core.types import Prediction, Tick
 from stream_mmrnn.graph.runtime import Array, Graph, Provider
-from stream_mmrnn.predict.arena import Arena
 from stream_mmrnn.predict.columns import Columns, rounds
-from stream_mmrnn.predict.contract import Contract, contract_of
-from stream_mmrnn.predict.cpu_batches import Rows, Shapes
-from stream_mmrnn.predict.engine import StepEngine, make_rows
-
-_START_TIMEOUT_S = 30.0
-_STEP, _READ, _WRITE, _WARM, _STOP = b"s", b"r", b"w", b"p", b"q"
-
-
-def _layout(contract: Contract, count: int) -> Shapes:
-    """The columns of `count` ticks in shared memory, by the graph's names (and `slots`, `fresh`)."""
-    spec, wiring = contract.spec, contract.wiring
-    modalities = len(spec.modalities)
-    f4 = np.dtype(np.float32)
-    columns: Shapes = {
-        "slots": ((count,), np.dtype(np.int64)),
-        "fresh": ((count,), np.dtype(np.bool_)),
-        **{wiring.inputs[m.name]: ((count, m.size), f4) for m in spec.modalities},
-        **{wiring.heads[h.name]: ((count, h.size), f4) for h in spec.heads},
-    }
-    for name in (wiring.present, wiring.age):
-        if name:
-            columns[name] = ((count, modalities), f4)
-    return columns
-
-
-class _Block:
-    """Columns of ticks in shared memory."""
-
-    def __init__(self, contract: Contract, count: int, name: str | None = None) -> None:
-        layout = _layout(contract, count)
-        sizes = {k: -(-int(np.prod(shape)) * dtype.itemsize // 64) * 64 for k, (shape, dtype) in layout.items()}
-        self.memory = SharedMemory(name, create=name is None, size=max(sum(sizes.values()), 64))
-        self.columns: dict[str, Array] = {}
-        at = 0
-        for key, (shape, dtype) in layout.items():
-            self.columns[key] = np.ndarray(shape, dtype, self.memory.buf, at)
-            at += sizes[key]
-
-    def close(self, unlink: bool) -> None:
-        self.columns.clear()
-        with contextlib.suppress(BufferError):
-            self.memory.close()
-        if unlink:
-            self.memory.unlink()
-
-
-def _serve(path: Path, slots: int, provider: Provider, batch: int, memory: str, pipe: Connection) -> None:
-    """A shard's process: rows, and nothing that knows whose they are."""
-    contract, rows = make_rows(Graph(path, provider), slots, batch)
-    block = _Block(contract, slots, memory)
-    columns, wiring = block.columns, contract.wiring
-    inputs = [*wiring.inputs.values(), *(n for n in (wiring.present, wiring.age) if n)]
-    pipe.send_bytes(msgspec.msgpack.encode({n: (s, d.str) for n, (s, d) in rows.shapes.items()}))
-    while True:
-        try:
-            message = pipe.recv_bytes()
-        except (EOFError, OSError):
-            break
-        what, rest = message[:1], message[1:]
-        if what == _STEP:
-            _step(rows, columns, inputs, list(wiring.heads.values()), int.from_bytes(rest, "little"))
-            pipe.send_bytes(b"")
-        elif what == _WARM:
-            rows.prewarm()
-        elif what == _READ:
-            state = rows.read(int.from_bytes(rest, "little"))
-            pipe.send_bytes(msgspec.msgpack.encode({n: a.tobytes() for n, a in state.items()}))
-        elif what == _WRITE:
-            slot, raw = msgspec.msgpack.decode(rest, type=tuple[int, dict[str, bytes]])
-            rows.write(slot, {n: np.frombuffer(raw[n], d).reshape(s) for n, (s, d) in rows.shapes.items()})
-            pipe.send_bytes(b"")
-        else:
-            break
-    block.close(unlink=False)
-
-
-def _step(rows: Rows, columns: dict[str, Array], inputs: Sequence[str], heads: Sequence[str], count: int) -> None:
-    for start in range(0, count, rows.batch):
-        part = slice(start, min(start + rows.batch, count))
-        size = part.stop - start
-        bucket = rows.bucket(size)
-        for name in inputs:
-            bucket.inputs[name][:size] = columns[name][part]
-        bucket.run(columns["slots"][part], columns["fresh"][part], size)
-        for name in heads:
-            columns[name][part] = bucket.outputs[name][:size]
-
-
-class _Shard:
-    """A process, seen from the other side; what an arena asks of rows it asks of the process."""
-
-    def __init__(self, path: Path, contract: Contract, slots: int, provider: Provider, batch: int) -> None:
-        self.block = _Block(contract, slots)
-        self._arguments = (path, slots, provider, batch, self.block.memory.name)
-        self.arena = Arena(self, slots)
-        self._shapes: Shapes = {}
-        self._start()
-
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(*self._arguments, theirs), name="stream-mmrnn-shard", daemon=True
-        )
-        self._process.start()
-        theirs.close()
-
-    def start_again(self) -> tuple[str, ...]:
-        """A new process in place of one that has died or no longer answers; the sessions that begin anew in it.
-
-        Raises:
-            ProcessError: it does not start.
-
-        """
-        self._process.kill()
-        self._process.join()
-        self._pipe.close()
-        self._start()
-        self.wait()
-        self.arena.fresh[:] = True
-        return tuple(self.arena.sessions)
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid or 0
-
-    def wait(self) -> None:
-        """Until it has loaded the model; raises ProcessError where it has not."""
-        if not self._pipe.poll(_START_TIMEOUT_S):
-            raise ProcessError(f"a shard of the engine did not load its model within {_START_TIMEOUT_S:g} s")
-        shapes = msgspec.msgpack.decode(self._answer(), type=dict[str, tuple[tuple[int, ...], str]])
-        self._shapes = {name: (shape, np.dtype(kind)) for name, (shape, kind) in shapes.items()}
-
-    def _answer(self) -> bytes:
-        try:
-            return self._pipe.recv_bytes()
-        except (EOFError, OSError) as e:
-            raise ProcessError(f"a shard of the engine (process {self.pid}) has died") from e
-
-    def _tell(self, message: bytes) -> None:
-        try:
-            self._pipe.send_bytes(message)
-        except OSError as e:
-            raise ProcessError(f"a shard of the engine (process {self.pid}) has died") from e
-
-    def begin(self, count: int) -> None:
-        self._tell(_STEP + count.to_bytes(4, "little"))
-
-    def end(self) -> None:
-        self._answer()
-
-    def prewarm(self) -> None:
-        self._tell(_WARM)
-
-    def read(self, slot: int) -> dict[str, Array]:
-        self._tell(_READ + slot.to_bytes(4, "little"))
-        raw = msgspec.msgpack.decode(self._answer(), type=dict[str, bytes])
-        return {n: np.frombuffer(raw[n], dtype).reshape(shape).copy() for n, (shape, dtype) in self._shapes.items()}
-
-    def write(self, slot: int, state: dict[str, Array]) -> None:
-        self._tell(_WRITE + msgspec.msgpack.encode((slot, {n: state[n].tobytes() for n in self._shapes})))
-        self._answer()
-
-    @property
-    def shapes(self) -> Shapes:
-        return self._shapes
-
-    def stop(self) -> None:
-        with contextlib.suppress(ProcessError):
-            self._tell(_STOP)
-        self._process.join(2.0)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-        self._pipe.close()
-        self.block.close(unlink=True)
+from stream_mmrnn.predict.contract import contract_of
+from stream_mmrnn.predict.engine import StepEngine
+from stream_mmrnn.predict.shard import Shard
 
 
 class ShardedEngine:
-    """`slots` sessions over `processes` processes; a session stays with its process."""
+    """`slots` sessions over `processes` processes; a session stays in its process."""
 
     def __init__(self, path: Path, slots: int, provider: Provider = "cpu", processes: int = 2, batch: int = 0) -> None:
-        """Raises ModelError or ProviderError where the model cannot be served, ProcessError where a shard dies."""
+        """Raises ModelError or ProviderError if the model cannot be served, ProcessError if a shard dies."""
         contract = contract_of(Graph(path))
         self.spec, self.provider = contract.spec, provider
         self._wiring = contract.wiring
         self._columns = Columns([m.name for m in self.spec.modalities], slots)
         share = -(-slots // processes)
         self.slots = slots
-        self._shards = [_Shard(path, contract, share, provider, batch) for _ in range(processes)]
-        self._of: dict[str, _Shard] = {}
+        self._shards = [Shard(path, contract, share, provider, batch) for _ in range(processes)]
+        self._of: dict[str, Shard] = {}
         try:
             for shard in self._shards:
                 shard.wait()
@@ -232,7 +52,7 @@ class ShardedEngine:
         return [shard.pid for shard in self._shards]
 
     def open(self, session: str) -> None:
-        """Give a session a slot of the process with the fewest; raises Busy or DuplicateSession at once."""
+        """Give a session a slot in the process with the fewest sessions; raises Busy or DuplicateSession at once."""
         if session in self._of:
             raise DuplicateSession(f"session {session!r} is open already; close it, or take another name")
         if len(self._of) >= self.slots:
@@ -241,24 +61,24 @@ class ShardedEngine:
         shard.arena.acquire(session)
         self._of[session] = shard
 
-    def _shard(self, session: str) -> _Shard:
+    def _shard(self, session: str) -> Shard:
         try:
             return self._of[session]
         except KeyError:
             raise UnknownSession(f"session {session!r} is not open; open it first") from None
 
     def shard(self, session: str) -> int:
-        """The number of the process that a session is with, from 0."""
+        """The index of the process that has a session."""
         return self._shards.index(self._shard(session))
 
     def move(self, session: str, shard: int) -> None:
-        """Take a session to another of the processes; its next step there goes on bit for bit.
+        """Move a session to another process; its results stay bit-identical.
 
         Raises:
             UnknownSession: it is not open.
             UsageError: there is no such process.
-            Busy: that one has no free slot; the session stays where it is.
-            ShardDied: one of the two has died, and with it the states that the error names.
+            Busy: the process has no free slot; the session stays where it is.
+            ShardDied: one of the two has died; the error names the sessions that lost their state.
 
         """
         if not 0 <= shard < len(self._shards):
@@ -278,7 +98,7 @@ class ShardedEngine:
         self._of[session] = there
 
     @contextlib.contextmanager
-    def _mended(self, shard: _Shard) -> Iterator[None]:
+    def _mended(self, shard: Shard) -> Iterator[None]:
         """If the process turns out to be dead, restart it and raise an error that names the lost states."""
         try:
             yield
@@ -286,7 +106,7 @@ class ShardedEngine:
             raise self._mend([shard], e) from e
 
     @staticmethod
-    def _mend(dead: Sequence[_Shard], cause: ProcessError) -> ShardDied:
+    def _mend(dead: Sequence[Shard], cause: ProcessError) -> ShardDied:
         """Restart dead processes; returns the error to raise. Raises ProcessError if a restart fails."""
         lost = tuple(session for shard in dead for session in shard.start_again())
         names = ", ".join(map(repr, lost[:5])) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
@@ -305,29 +125,29 @@ class ShardedEngine:
         del self._of[session]
 
     def snapshot(self, session: str) -> dict[str, Array]:
-        """A copy of the session's state tensors, by name; empty where it has not begun. Raises ShardDied."""
+        """A copy of the session's state tensors, by name; empty before its first step. Raises ShardDied."""
         shard = self._shard(session)
         with self._mended(shard):
             return shard.arena.snapshot(session)
 
     def restore(self, session: str, state: dict[str, Array]) -> None:
-        """Put a snapshot back; raises SessionError where it is not this model's, ShardDied."""
+        """Put a snapshot back; raises SessionError if it is not one of this model, or ShardDied."""
         shard = self._shard(session)
         with self._mended(shard):
             shard.arena.restore(session, state)
 
     def prewarm(self) -> None:
         for shard in self._shards:
-            with contextlib.suppress(ProcessError):  # the next step finds it, and says so
+            with contextlib.suppress(ProcessError):  # the next step will raise it
                 shard.prewarm()
 
     def step(self, ticks: Sequence[Tick]) -> list[Prediction]:
-        """Predictions for the ticks, in their order; all processes at once.
+        """Predictions for the ticks, in their order; the processes work in parallel.
 
         Raises:
-            UnknownSession: a tick of a session that is not open; nothing was stepped.
-            ShardDied: a process has died; another one is in its place. The error holds what was predicted, and which
-                sessions begin anew.
+            UnknownSession: a tick of a session that is not open; no tick was stepped.
+            ShardDied: a process has died and was replaced. The error holds the predictions of the other processes, and
+                the sessions that lost their state.
 
         """
         shards = [self._shard(tick.session) for tick in ticks]
@@ -340,13 +160,13 @@ class ShardedEngine:
                 raise
         return out
 
-    def _round(self, ticks: Sequence[Tick], shards: Sequence[_Shard]) -> list[Prediction]:
+    def _round(self, ticks: Sequence[Tick], shards: Sequence[Shard]) -> list[Prediction]:
         start_ns = now_ns()
         places: dict[int, list[int]] = {}
         for i, shard in enumerate(shards):
             places.setdefault(id(shard), []).append(i)
         busy = [(shard, places[id(shard)]) for shard in self._shards if id(shard) in places]
-        dead: dict[int, tuple[_Shard, ProcessError]] = {}
+        dead: dict[int, tuple[Shard, ProcessError]] = {}
         for shard, mine in busy:
             self._fill(shard, [ticks[i] for i in mine])
             try:
@@ -368,9 +188,9 @@ class ShardedEngine:
         end_ns = now_ns()
         sha256 = self.spec.sha256
         made = [
-            Prediction(tick, said, sha256, start_ns, end_ns)
-            for tick, said in zip(ticks, heads, strict=True)
-            if said is not None
+            Prediction(tick, outputs, sha256, start_ns, end_ns)
+            for tick, outputs in zip(ticks, heads, strict=True)
+            if outputs is not None
         ]
         if dead:
             found = list(dead.values())
@@ -379,7 +199,7 @@ class ShardedEngine:
             raise error from found[0][1]
         return made
 
-    def _fill(self, shard: _Shard, ticks: Sequence[Tick]) -> None:
+    def _fill(self, shard: Shard, ticks: Sequence[Tick]) -> None:
         columns, wiring, count = shard.block.columns, self._wiring, len(ticks)
         slots = [shard.arena.slot(tick.session) for tick in ticks]
         columns["slots"][:count] = slots
@@ -393,7 +213,7 @@ class ShardedEngine:
         )
 
     def stop(self) -> None:
-        """End the processes and give their memory back."""
+        """Stop the processes and free their shared memory."""
         for shard in self._shards:
             shard.stop()
         self._shards = []
@@ -401,7 +221,7 @@ class ShardedEngine:
 
 
 def create(settings: config.Engine) -> StepEngine | ShardedEngine:
-    """The engine that the settings ask for."""
+    """The engine for these settings: sharded if `processes` is above 1."""
     path = config.find_model(settings.model)
     if settings.processes > 1:
         return ShardedEngine(path, settings.slots, settings.provider, settings.processes, settings.batch)

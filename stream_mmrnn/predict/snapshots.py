@@ -1,9 +1,9 @@
-"""Snapshots: the state of one session as safetensors bytes, and a folder that keeps them for a time to live.
+"""Snapshots: the state of one session as safetensors bytes, and a folder that keeps them with a time to live (TTL).
 
 A file holds the state tensors as `state.NAME`, other bytes as `extra.NAME` (8-bit tensors), and the rest as JSON in its
-metadata, with a sha256 over all of it: a snapshot is read whole or not at all. Writing is a temporary file, fsync,
-rename, fsync of the folder: whenever a process is killed, either the old or the new snapshot is there. Times are Unix
-nanoseconds that the caller gives.
+metadata, with a sha256 over everything: a damaged snapshot is refused. Writes are atomic (temporary file, fsync,
+rename, fsync of the folder): if the process is killed, either the old or the new snapshot is there. The caller passes
+the time, in Unix nanoseconds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from stream_mmrnn.core.errors import FileError, SnapshotError
 Array: TypeAlias = npt.NDArray[Any]
 
 MAX_BYTES = 64 << 20
-"""A snapshot that is larger is neither written nor read."""
+"""Larger snapshots are neither written nor read."""
 MAX_HEADER_BYTES = 1 << 20
 NEVER = -1
 """`tick_index` of a session that has not stepped."""
@@ -49,27 +49,27 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype("?"),
 }
 _SUFFIX, _TEMPORARY = ".safetensors", ".tmp"
-_LEFT_NS = 60_000_000_000
-"""A temporary file that is older was left by a process that is gone."""
+_STALE_NS = 60_000_000_000
+"""A temporary file older than this was left by a process that was killed."""
 _counter = itertools.count()
 
 
 class Snapshot(msgspec.Struct, frozen=True):
-    """The state of a session: with it the session continues bit for bit on any engine of the same model."""
+    """The state of a session: any engine of the same model continues from it with bit-identical results."""
 
     session: str
     model_sha256: str
-    """Of the model file: a state fits no other."""
+    """Hash of the model file: the state fits no other model."""
     tick_index: int
-    """The last tick that the state has seen; `NEVER` before the first."""
+    """The last tick that was stepped; `NEVER` before the first."""
     state: dict[str, Array]
-    """By name, without the slot axis; empty where the session has not begun."""
+    """Tensors by name, without the slot axis; empty before the first step."""
     extra: dict[str, bytes | str] = {}
-    """What others want kept beside it, by name."""
+    """Additional data of the caller, by name."""
 
 
 class _About(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The metadata."""
+    """The JSON metadata of a snapshot file."""
 
     version: int
     session: Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
@@ -77,11 +77,11 @@ class _About(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tick_index: Annotated[int, msgspec.Meta(ge=NEVER, le=(1 << 63) - 1)]
     texts: dict[str, str]
     sha256: str = ""
-    """Of everything else."""
+    """Hash of everything else."""
 
 
 def _digest(about: _About, tensors: dict[str, Array]) -> str:
-    """Over the metadata and every tensor's name, type, shape and bytes."""
+    """The sha256 over the metadata and every tensor's name, type, shape and bytes."""
     found = hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(about, sha256="")))
     for name in sorted(tensors):
         array = tensors[name]
@@ -91,10 +91,10 @@ def _digest(about: _About, tensors: dict[str, Array]) -> str:
 
 
 def to_bytes(snapshot: Snapshot) -> bytes:
-    """As a safetensors file; the same snapshot is always the same bytes.
+    """Encode a snapshot as a safetensors file; the same snapshot gives the same bytes.
 
     Raises:
-        SnapshotError: a type, size or name that the file cannot hold.
+        SnapshotError: a type, size or name that the format cannot hold.
 
     """
     tensors = {_STATE + name: np.array(array, array.dtype.newbyteorder("<")) for name, array in snapshot.state.items()}
@@ -110,7 +110,7 @@ def to_bytes(snapshot: Snapshot) -> bytes:
         raw = to_safetensors(tensors, {_KEY: msgspec.json.encode(about).decode()})
         _unpack(raw)
     except (msgspec.MsgspecError, SafetensorError, KeyError, ValueError, OverflowError) as e:
-        raise SnapshotError(f"the state of session {snapshot.session!r} is none that a snapshot can hold: {e}") from e
+        raise SnapshotError(f"the state of session {snapshot.session!r} cannot be saved as a snapshot: {e}") from e
     return raw
 
 
@@ -118,7 +118,7 @@ def from_bytes(raw: bytes) -> Snapshot:
     """The snapshot in the bytes of a file; its arrays are read-only.
 
     Raises:
-        SnapshotError: they are not one, whole and unchanged.
+        SnapshotError: they are damaged, or not a snapshot.
 
     """
     try:
@@ -133,7 +133,7 @@ def _unpack(raw: bytes) -> Snapshot:
     header = int.from_bytes(raw[:8], "little")
     if not 8 + header <= len(raw) or header > MAX_HEADER_BYTES:
         raise ValueError(f"expected a header of at most {MAX_HEADER_BYTES} bytes, and all of it")
-    # it checks that the tensors lie side by side, without gaps or overlaps
+    # `deserialize` checks that the tensors are contiguous, without gaps or overlaps
     found = deserialize(raw)  # type: ignore[no-untyped-call]
     metadata = msgspec.json.decode(raw[8 : 8 + header], type=dict[str, msgspec.Raw])["__metadata__"]
     about = msgspec.json.decode(msgspec.json.decode(metadata, type=dict[str, str])[_KEY], type=_About)
@@ -144,10 +144,10 @@ def _unpack(raw: bytes) -> Snapshot:
         kind = _DTYPES[tensor["dtype"]]
         data = bytes(tensor["data"])
         if kind == np.bool_ and data.strip(b"\0\1"):
-            raise ValueError(f"tensor {name!r} holds truth values that are neither 0 nor 1")
+            raise ValueError(f"tensor {name!r} holds booleans that are neither 0 nor 1")
         tensors[name] = np.frombuffer(data, kind).reshape(tensor["shape"])
     if _digest(about, tensors) != about.sha256:
-        raise ValueError("the sha256 of its content is another")
+        raise ValueError("the sha256 does not match the content")
     state: dict[str, Array] = {}
     extra: dict[str, bytes | str] = dict(about.texts)
     for name, array in tensors.items():
@@ -161,13 +161,13 @@ def _unpack(raw: bytes) -> Snapshot:
 
 
 class StateStore:
-    """The newest snapshot of each session, in a folder that only this user can enter, for a time to live.
+    """The newest snapshot of each session, in a folder that only this user can access, with a time to live.
 
-    A file's name is the sha256 of the session's: no name can leave the folder, and none says whose it is.
+    A file's name is the sha256 of the session's name: no name can point outside the folder or reveal the session.
     """
 
     def __init__(self, folder: Path, ttl_s: float) -> None:
-        """Make the folder, or close it to others; raises FileError where that cannot be."""
+        """Create the folder and restrict its permissions; raises FileError if that fails."""
         self.folder, self.ttl_ns = folder, round(ttl_s * 1e9)
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -178,11 +178,13 @@ class StateStore:
             ) from e
 
     def path(self, session: str) -> Path:
-        """Where a session's snapshot is, whether there is one or not."""
+        """The path of a session's snapshot, which may not exist."""
         return self.folder / (hashlib.sha256(session.encode("utf-8", "surrogatepass")).hexdigest() + _SUFFIX)
 
     def save(self, snapshot: Snapshot, unix_ns: int) -> Path:
-        """Keep a snapshot from `unix_ns` on, in place of an older one of its session; on the disk once this returns.
+        """Write a snapshot and replace the session's older one; it is on the disk when this returns.
+
+        Its time to live starts at `unix_ns`.
 
         Raises:
             SnapshotError: it cannot be written; the older one, if any, is still there.
@@ -193,7 +195,7 @@ class StateStore:
         beside = path.with_name(f"{path.stem}.{os.getpid()}.{next(_counter)}{_TEMPORARY}")
         try:
             try:
-                # O_EXCL: never write through a link or into an older file
+                # O_EXCL: never follow a link or overwrite a file
                 descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
                 with os.fdopen(descriptor, "wb") as file:
                     file.write(raw)
@@ -212,7 +214,7 @@ class StateStore:
         return path
 
     def _sync_folder(self) -> None:
-        """The name, too, has to be on the disk."""
+        """Fsync the folder, so that the renamed entry is on the disk."""
         if os.name == "nt":  # folders have no descriptors there
             return
         descriptor = os.open(self.folder, os.O_RDONLY)
@@ -222,10 +224,10 @@ class StateStore:
             os.close(descriptor)
 
     def load(self, session: str, unix_ns: int) -> Snapshot | None:
-        """The session's newest snapshot; None where there is none, or none that lives at `unix_ns`.
+        """The session's newest snapshot; None if there is none, or if it has expired at `unix_ns`.
 
         Raises:
-            SnapshotError: its file is damaged, too large, or holds another session.
+            SnapshotError: the file is damaged, too large, or holds another session.
 
         """
         path = self.path(session)
@@ -251,7 +253,7 @@ class StateStore:
         return snapshot
 
     def holds(self, session: str, unix_ns: int) -> bool:
-        """Whether `load` would find something: one look at the folder, no reading."""
+        """Whether the session has a snapshot that has not expired, without reading it."""
         try:
             return not self._expired(self.path(session).lstat().st_mtime_ns, unix_ns)
         except OSError:
@@ -266,15 +268,15 @@ class StateStore:
             self.path(session).unlink(missing_ok=True)
 
     def sweep(self, unix_ns: int) -> int:
-        """Remove what has outlived its time, and what killed processes left half-written; how many files that were."""
+        """Remove expired snapshots and stale temporary files; returns how many files."""
         removed = 0
         with os.scandir(self.folder) as entries:
             for entry in entries:
-                with contextlib.suppress(OSError):  # another engine of this folder was quicker
+                with contextlib.suppress(OSError):  # another process may have removed it already
                     mtime_ns = entry.stat(follow_symlinks=False).st_mtime_ns
-                    gone = entry.name.endswith(_SUFFIX) and self._expired(mtime_ns, unix_ns)
-                    left = entry.name.endswith(_TEMPORARY) and unix_ns - mtime_ns > _LEFT_NS
-                    if gone or left:
+                    expired = entry.name.endswith(_SUFFIX) and self._expired(mtime_ns, unix_ns)
+                    stale = entry.name.endswith(_TEMPORARY) and unix_ns - mtime_ns > _STALE_NS
+                    if expired or stale:
                         Path(entry.path).unlink()
                         removed += 1
         return removed

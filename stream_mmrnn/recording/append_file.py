@@ -1,4 +1,4 @@
-"""A file that grows on a disk which may be slow, full or failing, with the data that waits for it in memory."""
+"""An append-only file on a disk that may be slow, full or failing; data that is not written yet stays in memory."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 
 def part(path: Path, number: int) -> Path:
-    """`x.mcap` -> `x.part2.mcap`: where a recorder goes on after a crash, so that nothing is overwritten."""
+    """`x.mcap` -> `x.part2.mcap`: a recorder that restarts after a crash writes a new part and overwrites nothing."""
     return path if not number else path.with_name(f"{path.stem}.part{number + 1}{path.suffix}")
 
 
 def later_parts(path: Path) -> dict[int, Path]:
-    """The parts beside `x.mcap`, from 2 on, in their order."""
+    """The files of later parts beside `x.mcap`, by number, in order."""
     name = re.compile(re.escape(path.stem) + r"\.part([0-9]{1,6})" + re.escape(path.suffix))
     try:
         found = {int(m[1]): entry for entry in path.parent.iterdir() if (m := name.fullmatch(entry.name))}
@@ -24,31 +24,31 @@ def later_parts(path: Path) -> dict[int, Path]:
 
 
 class Disk:
-    """A new file. A test gives one that is slow, or full."""
+    """A new file. Tests inject one that is slow or full."""
 
     def __init__(self, path: Path) -> None:
-        """Raises OSError where it cannot be made, or is there already."""
+        """Raises OSError if it cannot be created or exists already."""
         self._file = path.open("xb", buffering=0)
         self._folder: Path | None = path.parent
 
     def write(self, at: int, data: bytes) -> None:
-        """All of `data` from byte `at` on; raises OSError where the disk does not take it."""
+        """Write all of `data` at byte `at`; raises OSError if that fails."""
         self._file.seek(at)
-        left = memoryview(data)
-        while left:
-            left = left[self._file.write(left) :]
+        remaining = memoryview(data)
+        while remaining:
+            remaining = remaining[self._file.write(remaining) :]
 
     def truncate(self, size: int) -> None:
         self._file.truncate(size)
 
     def sync(self) -> None:
-        """Wait until what was written is on the disk, and at first the file's name, too. May be called beside
-        `write`; raises OSError where the disk says that it lost something.
+        """Fsync the file and, the first time, its folder. Thread-safe beside `write`; raises OSError if the disk
+        reports lost data.
         """
         os.fsync(self._file.fileno())
         folder, self._folder = self._folder, None
         if folder is not None:
-            with contextlib.suppress(OSError):  # not every system can
+            with contextlib.suppress(OSError):  # not every system supports it
                 number = os.open(folder, os.O_RDONLY)
                 try:
                     os.fsync(number)
@@ -60,17 +60,17 @@ class Disk:
 
 
 class Tail:
-    """What was written and the disk has not taken yet; to who writes, it is a file."""
+    """File object with a buffer of the data that is not on the disk yet; `drain` writes it."""
 
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
         self._pieces: list[bytes] = []
         self._end = 0
-        """How far the disk has it."""
+        """Bytes written to the disk."""
         self.size = 0
-        """Of the file, once the disk has taken all."""
+        """Size of the file including the buffer."""
         self.trouble = ""
-        """Why the disk takes nothing now, or ""."""
+        """The last write error, while writing fails; else ""."""
 
     def write(self, data: bytes) -> int:
         if data:
@@ -82,11 +82,13 @@ class Tail:
         return self.size
 
     def flush(self) -> None:
-        """Files have it; `drain` does it."""
+        """Part of the file interface; does nothing, `drain` writes."""
 
     def drain(self) -> bool:
-        """Give the disk what waits. What it refuses stays for the next time, and the file ends where it ended before,
-        so that no half of a piece is left in it. True: nothing waits any more.
+        """Write the buffer to the disk; True if it is empty now.
+
+        If that fails, the data stays buffered for the next attempt, and the file is truncated to its old end, so that
+        it holds no partial write.
         """
         if not self._pieces:
             return True

@@ -1,8 +1,8 @@
 """DamagedFileReader: the intact records of a recording that was cut off or damaged.
 
-A chunk or metadata record is intact if its checksum matches. After damage the walk continues at the next chunk or
-metadata record of this program; each is recognised by its first bytes. Which channel a message belongs to is written in
-the chunk that first held one, in the metadata that is written every few seconds, and in the index at the end.
+A chunk or metadata record is intact if its checksum matches. After damage the reader searches for the next intact chunk
+or metadata record of this program by its first bytes (signature). Channels are defined in the chunk that first used
+them, in the metadata that is written every few seconds, and in the index at the end.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from stream_mmrnn.recording.mcap_file import (
     unpack_chunk,
 )
 
-_SIGNS = re.compile(rb"\x04\x00\x00\x00zstd.{8}\x28\xb5\x2f\xfd|.\x00\x00\x00" + METADATA.encode(), re.DOTALL)
-"""Bytes near the beginning of a chunk and of a metadata record of this program."""
-_BEFORE_CHUNK_SIGN = RECORD.size + 28
+_SIGNATURES = re.compile(rb"\x04\x00\x00\x00zstd.{8}\x28\xb5\x2f\xfd|.\x00\x00\x00" + METADATA.encode(), re.DOTALL)
+"""Signatures: bytes near the beginning of a chunk and of a metadata record of this program."""
+_BEFORE_CHUNK_SIGNATURE = RECORD.size + 28
 _HEAD_KEYS = {"session", "wall_offset_ns", "started_ns"}
-_MAX_TRIES = 10_000
-"""Signs that may lead nowhere, in one file; a file that is made of them is no recording."""
+_MAX_SIGNATURES = 10_000
+"""Limit on signatures tried per file, so that a malicious file cannot take forever."""
 _WINDOW_BYTES = 4 * 2**20
 _OVERLAP_BYTES = 128
 _MESSAGE_HEAD = struct.Struct("<HIQQ")
@@ -50,7 +50,7 @@ _FOOTER_BYTES = RECORD.size + 20 + len(MAGIC)
 
 
 class Message(NamedTuple):
-    """A message as it is in the file. Times are Unix times."""
+    """A message record. Times are Unix times."""
 
     channel_id: int
     seq: int
@@ -74,14 +74,14 @@ class Note(NamedTuple):
 
 
 class Index(NamedTuple):
-    """Where the messages of one channel are in the chunk before."""
+    """The message index of one channel for the chunk before."""
 
     at: int
     content: bytes
 
 
 class Hole(NamedTuple):
-    """From here to there nothing is sound."""
+    """A damaged or missing range of bytes."""
 
     at: int
     end: int
@@ -89,12 +89,12 @@ class Hole(NamedTuple):
 
 
 class Finish(NamedTuple):
-    """The end of a finished file, with a sound index."""
+    """The end of a finished file, with an intact index."""
 
     at: int
     messages: int
     chunks: list[int]
-    """Where the chunks begin."""
+    """Offsets of the chunks."""
     definitions: list[Schema | Channel]
 
 
@@ -109,14 +109,14 @@ def _written(record: McapRecord) -> bytes:
 
 
 BEGINNING = MAGIC + _written(Header("", LIBRARY))
-"""How every recording of this program begins."""
+"""The first bytes of every recording of this program."""
 
 
 def pieces(path: Path) -> Iterator[Piece]:
-    """The pieces of a file in their order. A file that was cut off ends with a hole, perhaps of no bytes.
+    """The pieces of a file in order. A file that was cut off ends with a hole, possibly an empty one.
 
     Raises:
-        FileError: missing, unreadable, or no MCAP file.
+        FileError: missing, unreadable, or not an MCAP file.
 
     """
     try:
@@ -127,13 +127,15 @@ def pieces(path: Path) -> Iterator[Piece]:
 
 
 class _Walk:
+    """One pass over a file, which skips damage."""
+
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self._path, self._file = path, file
         self._size = file.seek(0, os.SEEK_END)
         self._tries = 0
 
     def _bytes(self, at: int, end: int) -> bytes:
-        """Fewer where the file ends; it may have become shorter since it was opened."""
+        """Fewer bytes at the end of the file, which may have been truncated since it was opened."""
         self._file.seek(at)
         return self._file.read(max(end - at, 0))
 
@@ -141,21 +143,21 @@ class _Walk:
         size = self._size
         if not size:
             raise FileError(f"{self._path} is empty: it is no recording")
-        at = sure = len(MAGIC)
-        """Until here all is sound. Indexes have no checksum: where one leads astray, the search begins before it."""
+        at = verified = len(MAGIC)
+        # indexes have no checksum: if one has a wrong length, the search begins after the last verified record
         if self._bytes(0, at) != MAGIC[:size]:
-            if self._sign(0) is None:
+            if self._find_signature(0) is None:
                 raise FileError(f"{self._path} is no MCAP file")
             yield Hole(0, at, "the beginning is damaged")
         while True:
             try:
                 piece, end = self._piece(at)
             except UNREADABLE as e:
-                found = self._sign(sure)
+                found = self._find_signature(verified)
                 if found is None:
                     yield Hole(min(at, size), size, str(e))
                     return
-                yield Hole(at if found > at else sure, found, str(e))
+                yield Hole(at if found > at else verified, found, str(e))
                 at = found
                 continue
             if piece is not None:
@@ -164,10 +166,10 @@ class _Walk:
                 return
             at = end
             if isinstance(piece, Chunk | Note):
-                sure = end
+                verified = end
 
     def _piece(self, at: int) -> tuple[Piece | None, int]:
-        """The record that begins there, and where it ends; raises RecordingError and what else reading may raise."""
+        """The record at byte `at`, and its end; raises one of `UNREADABLE`."""
         begin = at + RECORD.size
         if begin > self._size:
             raise RecordingError("the file was cut off there")
@@ -196,7 +198,7 @@ class _Walk:
         return None, end
 
     def _finish(self, at: int) -> Finish:
-        """What the index at the file's end says; raises RecordingError where it is not sound."""
+        """Read the index at the file's end; raises RecordingError if it is damaged."""
         index = self._bytes(at, self._size)
         footer_at = len(index) - _FOOTER_BYTES
         if footer_at < 0 or not index.endswith(MAGIC):
@@ -204,7 +206,7 @@ class _Walk:
         footer = Footer.read(_stream(index[footer_at + RECORD.size :]))
         if zlib.crc32(index[: -len(MAGIC) - 4]) != footer.summary_crc:
             raise RecordingError("the index at the end is damaged")
-        # where bytes before it are gone or too many, it still says what the channels are
+        # if its offset is wrong (bytes before it were lost or added), it still defines the channels
         finish = Finish(at, 0, [] if footer.summary_start == at else [-1], [])
         begin = 0
         while begin < footer_at:
@@ -220,27 +222,29 @@ class _Walk:
             begin += length
         return finish
 
-    def _sign(self, after: int) -> int | None:
-        """Where the next intact chunk or metadata record begins."""
+    def _find_signature(self, after: int) -> int | None:
+        """The offset of the next intact chunk or metadata record, found by its signature."""
         while after < self._size:
             window = self._bytes(after, after + _WINDOW_BYTES)
-            for sign in _SIGNS.finditer(window):
-                back = _BEFORE_CHUNK_SIGN if window[sign.start() + 4 : sign.start() + 8] == b"zstd" else RECORD.size
-                if sign.start() < back:
+            for match in _SIGNATURES.finditer(window):
+                back = (
+                    _BEFORE_CHUNK_SIGNATURE if window[match.start() + 4 : match.start() + 8] == b"zstd" else RECORD.size
+                )
+                if match.start() < back:
                     continue
                 self._tries += 1
-                if self._tries > _MAX_TRIES:
+                if self._tries > _MAX_SIGNATURES:
                     return None
                 with contextlib.suppress(*UNREADABLE):
-                    if isinstance(self._piece(after + sign.start() - back)[0], Chunk | Note):
-                        return after + sign.start() - back
-            # a sign may lie across the border, and its record begins before it
+                    if isinstance(self._piece(after + match.start() - back)[0], Chunk | Note):
+                        return after + match.start() - back
+            # a signature may cross the window's end, and its record begins before it
             after += max(len(window) - _OVERLAP_BYTES, _OVERLAP_BYTES)
         return None
 
 
 _CHECKS = (Opcode.HEADER, Opcode.CHUNK, Opcode.METADATA, Opcode.MESSAGE_INDEX, Opcode.DATA_END)
-"""What a recorder writes before the index at the end."""
+"""The record types that a recorder writes before the index at the end."""
 
 
 def _stream(data: bytes) -> ReadDataStream:
@@ -248,7 +252,7 @@ def _stream(data: bytes) -> ReadDataStream:
 
 
 def split(records: bytes) -> Iterator[Schema | Channel | Message]:
-    """The records of a chunk; ends where one is not sound, which another program's may be."""
+    """The records of a chunk, up to the first invalid one (possible in another program's file)."""
     at, end = 0, len(records)
     while at + RECORD.size <= end:
         opcode, length = RECORD.unpack_from(records, at)
@@ -269,7 +273,7 @@ def split(records: bytes) -> Iterator[Schema | Channel | Message]:
 
 
 def index_of(records: bytes) -> list[bytes]:
-    """What the indexes after a chunk must be, one a channel."""
+    """The expected message indexes after a chunk, one per channel."""
     entries: dict[int, list[tuple[int, int]]] = {}
     at, end = 0, len(records)
     while at + RECORD.size <= end:
@@ -287,19 +291,19 @@ def index_of(records: bytes) -> list[bytes]:
 
 
 def number(metadata: dict[str, str], key: str) -> int:
-    """0 where there is none."""
+    """An integer in the metadata; 0 if it is missing or invalid."""
     text = metadata.get(key, "0")
     return int(text) if text.removeprefix("-").isdecimal() and len(text) < 30 else 0
 
 
 class DamagedFileReader:
-    """One file: its metadata, its channels, and what is not sound."""
+    """One file: its metadata, its channels, and its damage."""
 
     def __init__(self, path: Path) -> None:
-        """Read all of it once.
+        """Read the whole file once.
 
         Raises:
-            FileError: missing, unreadable, or no recording of this program.
+            FileError: missing, unreadable, or not a recording of this program.
 
         """
         self.path = path
@@ -309,16 +313,16 @@ class DamagedFileReader:
         self.so_far: dict[str, str] = {}
         self.holes: list[Hole] = []
         self.index_faults = 0
-        """Indexes that do not say what is in the chunk: other readers would miss messages, ours do not use them."""
+        """Indexes that do not match their chunk: other readers would miss messages; ours does not use indexes."""
         self.finished = False
         self.channels: dict[int, Channel] = {}
         self.schemas: dict[int, Schema] = {}
         self.names: dict[int, tuple[str, str]] = {}
-        """Topic and origin of channels, where the file repeats them."""
+        """(topic, origin) of channels from the periodic metadata, if their definitions are lost."""
         self.chunks = 0
         copies: dict[str, str] = {}
         self._read(copies)
-        if self.so_far:  # of a release that checks its metadata: what has no checksum lost it
+        if self.so_far:  # written by a release with metadata checksums: metadata without one is damaged
             self.head = self.head if "checksum" in self.head else {}
             self.end = self.end if "checksum" in self.end else {}
         if not self.head.keys() >= _HEAD_KEYS:
@@ -342,7 +346,7 @@ class DamagedFileReader:
         messages = 0
         for piece in pieces(self.path):
             if not isinstance(piece, Index):
-                # where the file was cut off, indexes are missing, but none is wrong
+                # at a cut, missing indexes are not an error
                 self.index_faults += expected != found and not isinstance(piece, Hole)
                 expected, found = [], []
             if isinstance(piece, Chunk):
@@ -386,33 +390,33 @@ class DamagedFileReader:
             self.names |= names
 
     def topic(self, channel_id: int) -> str:
-        """Of a channel; "" where nothing says it."""
+        """The topic of a channel; "" if it is unknown."""
         channel = self.channels.get(channel_id)
         return channel.topic if channel else self.names.get(channel_id, ("", ""))[0]
 
     @property
     def began_ns(self) -> int:
-        """Unix time."""
+        """Unix time at which the recording began."""
         return number(self.head, "started_ns") + number(self.head, "wall_offset_ns")
 
     @property
     def tail(self) -> Hole | None:
-        """From where on the file holds nothing more; None where it has a sound index at its end."""
+        """The hole at the end of the file; None if it has an intact index."""
         return self.holes[-1] if self.holes and self.holes[-1].end == self.bytes else None
 
     @property
     def cut(self) -> bool:
-        """It never got its end, or lost it."""
+        """Whether the file has no end: the recorder did not finish it, or it was truncated."""
         return not (self.finished and self.end)
 
     @property
     def damaged(self) -> bool:
-        """It has a fault that no cut explains."""
+        """Whether the file has damage other than a missing end."""
         inside = [h for h in self.holes if h is not self.tail]
         return bool(inside or self.index_faults or (self.head_damaged and self.chunks))
 
     def walk(self) -> Iterator[list[Message] | Note | Hole]:
-        """Its messages, chunk by chunk, and what stands between."""
+        """The messages, one list per chunk, and the metadata and holes between them."""
         for piece in pieces(self.path):
             if isinstance(piece, Chunk):
                 yield [record for record in split(piece.records) if isinstance(record, Message)]

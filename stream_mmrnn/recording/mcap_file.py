@@ -51,17 +51,17 @@ METADATA = "stream_mmrnn"
 METADATA_END = "stream_mmrnn.end"
 METADATA_WALL = "stream_mmrnn.wall_step"
 METADATA_SO_FAR = "stream_mmrnn.so_far"
-"""Every few seconds: what was dropped until there, which channels there are and, now and then, the first metadata once
-more, so that a file that never gets an end or loses its head says it too."""
+"""Written every few seconds: drop counts, channels and sometimes a copy of the first metadata, so that a file without
+an end or with a damaged head still has them."""
 FORMAT = "1"
 LIBRARY = "stream_mmrnn"
 MAX_RECORD_BYTES = 256 * 2**20
 _HEAD_PERIOD_NS = 10_000_000_000
 MAX_CHUNK_BYTES = 64 * 2**20
-"""Of the records of one chunk: ours close at 1 MiB, and the longest message adds 16."""
+"""Maximum uncompressed size of a chunk: ours close at 1 MiB, and the longest message adds 16."""
 _INDEXES_AT_ONCE = 256
 _MAX_CHANNELS = 1024
-"""A channel is a topic and who made it. Our own sessions have some twenty."""
+"""A channel is a topic and an origin. Normal sessions have about twenty."""
 
 MAGIC = b"\x89MCAP0\r\n"
 _OURS = (Opcode.CHUNK, Opcode.METADATA)
@@ -79,20 +79,20 @@ UNREADABLE = (
     RecordingError,
 )
 _MESSAGE = struct.Struct("<BQHI8xQ")
-"""A message record until its data: opcode, length, channel, seq, log time (not read), publish time."""
+"""Head of a message record: opcode, length, channel, seq, log time (not read), publish time."""
 _CHUNK = struct.Struct("<16xQII")
-"""A chunk's content: start and end time (not read), size and checksum uncompressed, length of what comes next, the
-compression's name. Then the length of the records, and these."""
+"""Head of a chunk: start and end time (not read), uncompressed size, checksum, length of the compression's name. Then
+follow that name, the length of the records, and the records."""
 _LENGTH = struct.Struct("<Q")
 
 
 def checked(metadata: Mapping[str, str]) -> dict[str, str]:
-    """With a checksum: MCAP has none for metadata."""
+    """Metadata with a checksum, which MCAP does not have."""
     return {**metadata, "checksum": _checksum(metadata)}
 
 
 def is_sound(metadata: Mapping[str, str]) -> bool:
-    """False where the metadata is not what was written; a file of an older release cannot tell."""
+    """Whether the checksum matches; True without one (older releases did not write it)."""
     return metadata.get("checksum", "") in ("", _checksum(metadata))
 
 
@@ -102,7 +102,7 @@ def _checksum(metadata: Mapping[str, str]) -> str:
 
 
 def scheme(topic: str) -> tuple[str, tuple[str, str, bytes]]:
-    """How messages of a topic are encoded, and their schema: its name, its encoding and itself."""
+    """Message encoding of a topic, and its schema: (name, encoding, data)."""
     name = topics.TOPICS[topic].schema
     if name.startswith("foxglove."):
         from foxglove import messages
@@ -115,9 +115,9 @@ def scheme(topic: str) -> tuple[str, tuple[str, str, bytes]]:
 
 
 def encoded(envelope: Envelope, wall_offset_ns: int) -> bytes:
-    """A message as `scheme` says; `wall_offset_ns` makes its event time a date, where it has one.
+    """Encode a message as `scheme` says; `wall_offset_ns` converts event times to Unix times.
 
-    Raises one of `UNWRITABLE` where no reader could read it back.
+    Raises one of `UNWRITABLE` if the message cannot be encoded.
     """
     payload, topic = envelope.payload, envelope.topic
     if topic.startswith(topics.FEATURE):
@@ -156,11 +156,11 @@ def encoded(envelope: Envelope, wall_offset_ns: int) -> bytes:
 
 
 UNWRITABLE = (WireError, OverflowError, struct.error, TypeError, KeyError, RecursionError, msgspec.MsgspecError)
-"""What `encoded` raises of a message that no file can hold."""
+"""What `encoded` raises for a message that cannot be written."""
 
 
 class _Channel(NamedTuple):
-    """A channel of a file, and how to read it."""
+    """A channel of a file, and its decoder."""
 
     topic: str
     session: str
@@ -173,9 +173,9 @@ def _stream(data: bytes) -> ReadDataStream:
 
 
 class _Indexes:
-    """An index that the writer keeps, on the disk until the file's end: of chunks an hour is 20 MB in memory.
+    """The writer's index list, kept in a temporary file: in memory, an hour's chunk index takes 20 MB.
 
-    The writer appends to it and goes through it once. What the disk does not take stays in memory.
+    The writer appends to it and iterates over it once. Entries that cannot be written to disk stay in memory.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -183,7 +183,7 @@ class _Indexes:
         weakref.finalize(self, file.close)
         self._waiting: list[bytes] = []
         self._kept = 0
-        """Bytes that are in the file, whole records all."""
+        """Bytes written to the file; always complete records."""
 
     def append(self, index: ChunkIndex | MetadataIndex) -> None:
         builder = RecordBuilder()
@@ -199,7 +199,7 @@ class _Indexes:
                 self._waiting = []
 
     def __iter__(self) -> Iterator[_Written]:
-        """In order, some together; ends with the file."""
+        """The entries in order, several per item; closes the file."""
         self._file.seek(0)
         for at in range(0, self._kept, 1 << 20):
             yield _Written(self._file.read(min(1 << 20, self._kept - at)))
@@ -211,7 +211,7 @@ class _Indexes:
 
 
 class _Written(NamedTuple):
-    """Records as they are in a file already."""
+    """Records that are encoded already."""
 
     data: bytes
 
@@ -220,7 +220,7 @@ class _Written(NamedTuple):
 
 
 def _stamp(text: str) -> int:
-    """A time in the metadata; ValueError where it is none that a clock could show."""
+    """A time in the metadata; raises ValueError if it is out of range."""
     value = int(text)
     if abs(value) >= 2**62:
         raise ValueError(f"{text[:32]!r} is no time")
@@ -228,10 +228,10 @@ def _stamp(text: str) -> int:
 
 
 class Recorder:
-    """Writes one session's envelopes, and closes a chunk often enough that a crash costs little.
+    """Writes the envelopes of one session, and closes chunks often, so that a crash loses little.
 
-    What the disk does not take stays in memory until it does (`trouble` says why); who calls bounds how much comes
-    meanwhile. `sync` may be called from another thread, nothing else.
+    Data that the disk refuses stays in memory until it accepts it (`trouble` says why); the caller must bound how much
+    it writes meanwhile. Only `sync` may be called from another thread.
     """
 
     def __init__(
@@ -243,12 +243,12 @@ class Recorder:
         wall_offset_ns: int | None = None,
         open_disk: Callable[[Path], Disk] = Disk,
     ) -> None:
-        """`metadata`: what the file shall say of its making, beside what the recorder knows itself.
+        """`metadata`: additional metadata for the file's head.
 
-        `wall_offset_ns`: that of the part before, so that all parts of a recording share it; None measures it.
+        `wall_offset_ns`: offset of the previous part, because all parts of a recording share it; None measures it.
 
         Raises:
-            FileError: the file cannot be made, or there is one already.
+            FileError: the file cannot be created, or exists already.
 
         """
         from stream_mmrnn.core import clock
@@ -269,7 +269,7 @@ class Recorder:
         )
         with contextlib.suppress(OSError):
             for kind in ("chunk_indices", "metadata_indexes"):
-                file = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115  # has no name: it goes with the process
+                file = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115  # unlinked: it disappears with the process
                 setattr(self._writer, f"_Writer__{kind}", _Indexes(file))
         self._writer.start(profile="", library=LIBRARY)
         self._offset_ns = clock.wall_offset_ns() if wall_offset_ns is None else wall_offset_ns
@@ -278,9 +278,9 @@ class Recorder:
         self._last_log_ns = 0
         self.messages = 0
         self.unwritable = 0
-        """Messages whose stamps or payload no reader could read back."""
+        """Messages that could not be encoded."""
         self.counts: dict[str, int] = {}
-        """Messages by topic; `refused` those that are unwritable."""
+        """Written messages by topic; `refused` counts the unwritable ones."""
         self.refused: dict[str, int] = {}
         self._head = {
             "format": FORMAT,
@@ -290,14 +290,14 @@ class Recorder:
             **metadata,
         }
         self._head_again = (0, 0)
-        """When the head was last repeated, and how many channels there were."""
+        """When the head was last repeated, and the number of channels then."""
         self._writer.add_metadata(METADATA, checked(self._head))
         self._chunked_ns = now_ns()
         self._tail.drain()
 
     @property
     def trouble(self) -> str:
-        """Why the disk takes nothing now, or ""."""
+        """The last write error, while writing fails; else ""."""
         return self._tail.trouble
 
     def _channel(self, envelope: Envelope) -> int:
@@ -317,7 +317,7 @@ class Recorder:
         return self._channels[key]
 
     def write(self, envelope: Envelope) -> None:
-        """Append one message; the file's order is the order of the calls. One that no file can hold is counted."""
+        """Append one message, in call order; a message that cannot be encoded is counted in `unwritable`."""
         publish_ns = envelope.publish_ns + self._offset_ns
         try:
             if not 0 <= publish_ns < 2**63:
@@ -335,12 +335,12 @@ class Recorder:
         self.counts[envelope.topic] = self.counts.get(envelope.topic, 0) + 1
 
     def note_wall_step(self, at_ns: int, step_ns: int) -> None:
-        """Write down that the wall clock was set: our dates are those of the clock as it was at the beginning."""
+        """Record that the wall clock was set: times in the file keep the offset from the beginning."""
         self._writer.add_metadata(METADATA_WALL, checked({"at_ns": str(at_ns), "step_ns": str(step_ns)}))
 
     def flush_due(self, at_ns: int) -> bool:
-        """Close the chunk where it is time, and give the disk what it takes; call it often. True: a chunk was closed,
-        so that all messages until here are in the file or wait for the disk.
+        """Close the chunk if it is due, and write buffered data; call it often. True if a chunk was closed: all
+        messages so far are then in the file or in the buffer.
         """
         closed = at_ns - self._chunked_ns >= self._chunk_ns
         if closed:
@@ -351,11 +351,11 @@ class Recorder:
 
     @property
     def news(self) -> bool:
-        """There are channels of which the file says nothing outside the chunks that they began in."""
+        """Whether there are channels that are not in the periodic metadata yet."""
         return len(self._channels) != self._head_again[1]
 
     def note(self, so_far: Mapping[str, str], at_ns: int) -> None:
-        """Put into the file what happened until here. To be called where `keep` has just closed a chunk."""
+        """Write the periodic metadata. Call it right after `flush_due` has closed a chunk."""
         channels = {str(number): key for key, number in self._channels.items()}
         so_far = {**so_far, "channels": msgspec.json.encode(channels).decode()}
         if at_ns - self._head_again[0] >= _HEAD_PERIOD_NS or self.news:
@@ -365,12 +365,12 @@ class Recorder:
         self._tail.drain()
 
     def sync(self) -> None:
-        """Wait until the disk has what it took; raises OSError where it says that it lost it."""
+        """Fsync the file; raises OSError if the disk reports lost data."""
         self._disk.sync()
 
     def close(self, end: Mapping[str, str]) -> bool:
-        """Finish the file: `end` says what was lost and how it ended. False where the disk does not take the rest:
-        the file is readable, and ends earlier.
+        """Finish the file with the metadata `end`. False if the disk refused the rest: the file is readable, but has
+        no end.
         """
         self._writer.flush()
         counts = {"messages": str(self.messages), "unwritable": str(self.unwritable)}
@@ -383,12 +383,12 @@ class Recorder:
         return taken
 
     def abandon(self) -> None:
-        """Close the file as it is, without an end."""
+        """Close the file without an end."""
         self._disk.close()
 
     @property
     def bytes(self) -> int:
-        """Of the file, once the disk has taken all."""
+        """Size of the file, including buffered data."""
         return self._tail.size
 
 
@@ -396,7 +396,7 @@ _zstd = zstandard.ZstdDecompressor()
 
 
 def unpack_chunk(chunk: bytes) -> bytes:
-    """The records of a chunk, as its checksum says they were written; raises one of `UNREADABLE`."""
+    """The uncompressed records of a chunk, verified by its checksum; raises one of `UNREADABLE`."""
     size, checksum, name_size = _CHUNK.unpack_from(chunk)
     at = _CHUNK.size + name_size
     compression = chunk[_CHUNK.size : at].decode()
@@ -404,11 +404,11 @@ def unpack_chunk(chunk: bytes) -> bytes:
     at += _LENGTH.size
     if size > MAX_CHUNK_BYTES:
         raise RecordingError(f"it says that it holds {size} bytes")
-    if at + length != len(chunk):  # a wrong length of the whole would end it in the middle of the next one
+    if at + length != len(chunk):  # the length of the whole record is wrong
         raise RecordingError("its records are not as long as it is")
     records = memoryview(chunk)[at : at + length]
     if compression == "zstd":
-        # the library gives as much memory as the frame asks for, whatever limit it is told
+        # the library allocates what the frame header says, whatever `max_output_size` is
         if zstandard.frame_content_size(records) not in (size, -1):
             raise RecordingError("its size is not what it says")
         data = _zstd.decompress(records, max_output_size=size)
@@ -428,20 +428,20 @@ class Recording:
         """Open and read the head.
 
         Raises:
-            FileError: missing, unreadable, no MCAP file, or not made by this program.
+            FileError: missing, unreadable, not an MCAP file, or not made by this program.
 
         """
         self.path = path
         self.metadata: dict[str, str] = {}
         self.end: dict[str, str] = {}
-        """What the recorder wrote when it finished; empty in a file that was cut off."""
+        """Metadata at the end; empty if the file was cut off or is not read to its end yet."""
         self.wall_steps: list[tuple[int, int]] = []
-        """When the wall clock was set while this was recorded, and by how many ns; known once it was read. The dates in
-        the file go on as if it had not been."""
+        """(time, step in ns) of each time the wall clock was set, as far as the file was read. Times in the file are
+        not affected."""
         self.so_far: dict[str, str] = {}
-        """What it wrote last while it went on: as far as one has read."""
+        """The last periodic metadata, as far as the file was read."""
         self.damage = ""
-        """One sentence once reading met the end of a file that was cut off; "" for a whole one."""
+        """One sentence once reading met damage or a cut; "" for a whole file."""
         try:
             self.metadata = self._head()
             self.session = self.metadata["session"]
@@ -454,7 +454,7 @@ class Recording:
         self._raw_decoders: dict[int, Any] = {}
 
     def _head(self) -> dict[str, str]:
-        """The metadata that the recorder wrote first."""
+        """The metadata at the beginning of the file."""
         for opcode, data in self._records():
             if opcode == Opcode.CHUNK:
                 break
@@ -472,8 +472,8 @@ class Recording:
     def _records(self) -> Iterator[tuple[int, bytes]]:
         """(opcode, content) of the top-level records that hold messages or metadata of this program, in file order.
 
-        A file that was cut off ends where it was cut, and `damage` says so. Indexes are passed over unread: the
-        sequence is all that is wanted, and parsing them would cost more than the messages do.
+        If the file was cut off, iteration ends there and `damage` is set. Indexes are skipped: sequential reading does
+        not need them, and parsing them would cost more than the messages.
         """
         try:
             file = self.path.open("rb")
@@ -503,14 +503,14 @@ class Recording:
             self.damage = f"{self.path.name} was cut off or damaged at byte {file.tell()} of {size}"
 
     def envelopes(self, wanted: Collection[str] | None = None) -> Iterator[Envelope]:
-        """Messages of the topics in `wanted` (all where None), in the order in which they were on the bus.
+        """Messages of the topics in `wanted` (None: all), in the order of the bus.
 
-        A file that was cut off yields what is whole; `damage` then says so.
+        If the file was cut off or damaged, the intact part is returned and `damage` is set.
         """
         return chain.from_iterable(self.batches(wanted))
 
     def batches(self, wanted: Collection[str] | None = None) -> Iterator[list[Envelope]]:
-        """The same, some at a time: who handles them so spares a step of a generator for each."""
+        """The same in batches, which is faster than one generator step per message."""
         channels: dict[int, _Channel | None] = {}
         schemas: dict[int, Schema] = {}
         steps = self.wall_steps = []
@@ -543,9 +543,9 @@ class Recording:
         wanted: Collection[str] | None,
         batch: list[Envelope],
     ) -> None:
-        """Put the messages in the records of one chunk into `batch`. The hot loop of every replay.
+        """Append the messages of one chunk to `batch`. The hot loop of every replay.
 
-        `channels` holds None for channels that are not wanted: their messages are skipped unread.
+        `channels` holds None for channels that are not wanted: their messages are skipped without decoding.
         """
         at, end, offset_ns = 0, len(data), self._offset_ns
         message, message_size, head_size = _MESSAGE.unpack_from, _MESSAGE.size, RECORD.size
@@ -553,7 +553,7 @@ class Recording:
         last = end - message_size  # no message begins later than here
         while at < end:
             if at <= last:
-                # as if every record were a message: nearly all are, and one reading is cheaper than two
+                # parse every record as a message: nearly all are, and one unpack is cheaper than two
                 opcode, length, channel_id, seq, publish_ns = message(data, at)
             else:
                 opcode, length = RECORD.unpack_from(data, at)

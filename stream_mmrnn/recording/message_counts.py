@@ -1,4 +1,4 @@
-"""MessageCounts: what became of each message, as the recording itself states it."""
+"""MessageCounts: how many messages were recorded, are waiting or were dropped, as written in a recording."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from typing import Any, get_type_hints
 import msgspec
 
 LOST, SLOW, REFUSED, UNWRITABLE, CLOSING = "lost", "disk_slow", "disk_refused", "unwritable", "closing"
-"""Why a message is not in the file: the bus did not bring it; the disk was slower than the stream, or took nothing (it
-is full); no file can hold it; the session ended before the disk had it."""
+"""Why a message is not in the file: lost on the bus; the disk was too slow; the disk refused writes (it is full); the
+message cannot be encoded; the session ended before it was written."""
 MISSING = "missing"
-"""It was in the file once, or should have been: a repair did not find it."""
+"""A repair did not find a message that the sequence numbers say should be there."""
 
 
 class MessageCounts(msgspec.Struct, frozen=True):
-    """For each stream produced = recorded + waiting + the sum of what was dropped."""
+    """For each topic: produced = recorded + waiting + sum of dropped."""
 
     produced: dict[str, int]
-    """By topic: those that came, and those whose numbers say that they should have."""
+    """By topic: received messages, and those missing by their sequence numbers."""
     recorded: dict[str, int]
     waiting: dict[str, int]
     dropped: dict[str, dict[str, int]]
     """By topic and reason."""
 
     def by_reason(self, reason: str) -> dict[str, int]:
-        """By topic."""
+        """Messages dropped for one reason, by topic."""
         return {topic: reasons[reason] for topic, reasons in self.dropped.items() if reason in reasons}
 
     @property
     def lost(self) -> int:
-        """All that is not in the file and will not be."""
+        """Total of dropped messages."""
         return sum(n for reasons in self.dropped.values() for n in reasons.values())
 
     def as_metadata(self) -> dict[str, str]:
@@ -38,7 +38,7 @@ class MessageCounts(msgspec.Struct, frozen=True):
 
     @property
     def off(self) -> dict[str, int]:
-        """By topic, by how many messages the sum above does not hold: empty where it does."""
+        """By topic, the difference by which the sum above does not hold; empty if it holds."""
         sums = {
             topic: self.produced.get(topic, 0)
             - self.recorded.get(topic, 0)
@@ -50,7 +50,7 @@ class MessageCounts(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, metadata: Mapping[str, str]) -> MessageCounts:
-        """What a file says; what it does not say (an older release wrote it, or it is damaged) is empty."""
+        """Read the counts from a file's metadata; missing or damaged tables are empty (older releases had none)."""
 
         def table(name: str) -> Any:
             try:

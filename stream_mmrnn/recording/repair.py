@@ -1,4 +1,4 @@
-"""What is in a recording that was cut off or damaged (`verify`), and a whole file made of it (`repair`).
+"""`verify` reports what is in a recording and whether it is intact; `repair` writes the intact part to a new file.
 
 A recording may have parts: `x.mcap`, and `x.part2.mcap` from a recorder that was restarted. Existing files are never
 changed.
@@ -35,33 +35,33 @@ from stream_mmrnn.recording.message_counts import MISSING, MessageCounts
 
 _Holes = list[dict[str, Any]]
 _UNKNOWN = {"format": FORMAT, "session": "unknown", "wall_offset_ns": "0", "started_ns": "0"}
-"""The head of a file that lost it, and every copy."""
+"""The head used for a file that lost its head and every copy of it."""
 
 
 class Account:
-    """What the messages of one file, or of its parts one after the other, add up to."""
+    """Counts of the messages in one file, or in all parts of a recording."""
 
     def __init__(self) -> None:
         self.messages: Counter[str] = Counter()
         self.missing: Counter[str] = Counter()
-        """By topic, what the sequence numbers say that holes have swallowed, dropped messages there among it."""
+        """By topic, messages missing at holes by their sequence numbers (including any that were dropped there)."""
         self.unnamed = 0
-        """Messages of channels of which nothing says what they are."""
+        """Messages of unknown channels."""
         self.first_ns = self.last_ns = 0
-        """Unix time of the first and the last message's publishing."""
-        self.told: MessageCounts | None = None
-        """What the file said last of where messages went."""
-        self.told_at_ns = 0
+        """Publish times of the first and the last message, in Unix time."""
+        self.stated: MessageCounts | None = None
+        """The last counts in the file's metadata."""
+        self.stated_at_ns = 0
         self.adds_up = True
-        """Whether the file's own sums hold, and count the messages that are there."""
+        """Whether the file's own counts are consistent and match the messages in it."""
         self._hole = 0
         self._numbers: SequenceTracker[str] = SequenceTracker()
         self._holes_before: dict[str, int] = {}
-        """By topic: how many holes there were when the last message came."""
+        """By topic, the number of holes before its last message."""
         self._here: Counter[str] = Counter()
 
     def add(self, part: DamagedFileReader, holes: _Holes) -> Iterator[list[Message]]:
-        """Count what is in `part`, chunk by chunk; its holes come into `holes`, with what is missing there."""
+        """Count the messages of `part` and yield them by chunk; its holes are appended to `holes`."""
         self._here.clear()
         broken = False
         for piece in part.walk():
@@ -88,7 +88,7 @@ class Account:
         )
 
     def between_parts(self, holes: _Holes, before: DamagedFileReader, after: DamagedFileReader) -> None:
-        """What was on the bus between them is missing, too."""
+        """Add a hole for the messages between two parts."""
         why = f"{after.path.name} goes on"
         if before.tail is None:
             self._open(holes, before, Hole(before.bytes, before.bytes, why), before.began_ns)
@@ -106,7 +106,7 @@ class Account:
             if not self.first_ns:
                 self.first_ns = message.publish_ns
             self.last_ns = max(self.last_ns, message.publish_ns)
-            # a session's streams begin with its first part, the clock runs before
+            # a session's streams begin at 0 in its first part; the clock began earlier
             first = 0 if topic != topics.CLOCK and number(part.head, "part") < 2 else message.seq
             gap = self._numbers.observe(topic, message.seq, first)
             if gap and self._holes_before.get(topic, 0) != self._hole:
@@ -117,9 +117,9 @@ class Account:
     def _compare(self, note: Note, broken: bool) -> None:
         if note.name not in (METADATA_SO_FAR, METADATA_END) or not note.metadata.keys() >= {"produced", "checksum"}:
             return
-        self.told = MessageCounts.of(note.metadata)
-        self.told_at_ns = number(note.metadata, "at_ns")
-        if self.told.off or (not broken and self.told.recorded != dict(self._here)):
+        self.stated = MessageCounts.of(note.metadata)
+        self.stated_at_ns = number(note.metadata, "at_ns")
+        if self.stated.off or (not broken and self.stated.recorded != dict(self._here)):
             self.adds_up = False
 
 
@@ -143,7 +143,7 @@ def _parts(path: Path) -> list[DamagedFileReader]:
             later = DamagedFileReader(other)
         except FileError:
             continue
-        # parts of one recording share the clock offset to the nanosecond, others never do
+        # the clock offset in nanoseconds identifies the parts of one recording
         if later.head and (not first.head or _offset(later) == _offset(first)):
             parts.append(later)
     return parts
@@ -154,13 +154,13 @@ def _offset(part: DamagedFileReader) -> tuple[str, str]:
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """What is in a recording, and whether it is whole.
+    """Report what is in a recording, and whether it is whole.
 
-    `state` is `whole`, `cut off` (it never got an end, or lost it), `damaged` (inside) or `partial` (it is one of
-    several parts, or was repaired and lacks something).
+    `state` is `whole`, `cut off` (it has no end), `damaged` (inside) or `partial` (one of several parts, or repaired
+    with messages missing).
 
     Raises:
-        FileError: missing, unreadable, or no recording of this program.
+        FileError: missing, unreadable, or not a recording of this program.
 
     """
     first, *later = _parts(path)
@@ -169,7 +169,7 @@ def verify(path: Path) -> dict[str, Any]:
         pass
     state, why = _state(first, later, account)
     head = first.head
-    counts = account.told or MessageCounts({}, {}, {}, {})
+    counts = account.stated or MessageCounts({}, {}, {}, {})
     return {
         "recording": str(path),
         "whole": state == "whole",
@@ -189,8 +189,8 @@ def verify(path: Path) -> dict[str, Any]:
         },
         "dropped": counts.dropped,
         "waiting": {} if first.end else counts.waiting,
-        "counted_until_s": _seconds(first.began_ns, account.told_at_ns + number(head, "wall_offset_ns"))
-        if account.told_at_ns and not first.end
+        "counted_until_s": _seconds(first.began_ns, account.stated_at_ns + number(head, "wall_offset_ns"))
+        if account.stated_at_ns and not first.end
         else None,
         "adds_up": account.adds_up,
         "holes": holes,
@@ -223,7 +223,7 @@ def _part_row(part: DamagedFileReader) -> dict[str, Any]:
 
 
 def _state(part: DamagedFileReader, later: list[DamagedFileReader], account: Account) -> tuple[str, str]:
-    """What state a file is in, and why it is not whole."""
+    """The state of a file, and the reason if it is not whole."""
     name = part.path.name
     inside = [h for h in part.holes if h.end < part.bytes]
     if part.damaged:
@@ -247,7 +247,7 @@ def _state(part: DamagedFileReader, later: list[DamagedFileReader], account: Acc
 
 
 def _unreadable(path: Path) -> str:
-    """What keeps a replay from reading all of it; "" where nothing does."""
+    """The damage that a replay would meet; "" if none."""
     recording = Recording(path)
     for _ in recording.batches():
         pass
@@ -258,12 +258,14 @@ def _unreadable(path: Path) -> str:
 
 
 def repair(path: Path, out: Path) -> dict[str, Any]:
-    """Write all that is sound in `path`, and in its later parts, into the new file `out`: with an index, and an end
-    that says what it was made of and what is known to be missing. `path` stays as it is. A whole file is copied.
+    """Write all intact messages of `path`, and of its later parts, into the new file `out`.
+
+    It gets an index, and an end that names its sources and what is known to be missing. `path` is not changed. A whole
+    file is copied.
 
     Raises:
-        FileError: `path` is missing or no recording; `out` is there already or cannot be written.
-        RecordingError: nothing in `path` can be saved.
+        FileError: `path` is missing or not a recording; `out` exists already or cannot be written.
+        RecordingError: no message in `path` can be saved.
 
     """
     checked_first = verify(path)
@@ -301,7 +303,7 @@ def repair(path: Path, out: Path) -> dict[str, Any]:
 
 
 class _Join:
-    """Parts of a recording on their way into one file."""
+    """Writes the parts of a recording into one file."""
 
     def __init__(self, file: BinaryIO, parts: list[DamagedFileReader]) -> None:
         self._parts = parts
@@ -312,7 +314,7 @@ class _Join:
         self._account = Account()
 
     def write(self) -> tuple[_Holes, int]:
-        """What is missing, and how many messages could not be named."""
+        """Returns the holes, and the number of messages of unknown channels."""
         writer, account, holes = self._writer, self._account, _Holes()
         writer.start(profile="", library=LIBRARY)
         kept = {key: text for key, text in self._head.items() if key not in ("checksum", "part")}
@@ -322,7 +324,7 @@ class _Join:
         for i, part in enumerate(self._parts):
             if i:
                 account.between_parts(holes, self._parts[i - 1], part)
-            account.told = None
+            account.stated = None
             for messages in account.add(part, holes):
                 for m in messages:
                     channel_id = self._channel(part, m.channel_id)
@@ -330,16 +332,16 @@ class _Join:
                         last_ns = max(last_ns, m.log_ns)
                         writer.add_message(channel_id, last_ns, m.data, m.publish_ns, m.seq)
                 writer.flush()
-            if account.told is not None:
-                all_counts.append(account.told)
+            if account.stated is not None:
+                all_counts.append(account.stated)
             if part.tail and "produced" in part.end:
-                del holes[-1]  # its index alone: the end comes after the last message
+                del holes[-1]  # only the index is missing: the end metadata follows the last message
         writer.add_metadata(METADATA_END, checked(self._end(all_counts, holes)))
         writer.finish()
         return holes, account.unnamed
 
     def _channel(self, part: DamagedFileReader, channel_id: int) -> int:
-        """The number of a channel in the new file; 0 where nothing says what it is."""
+        """The id of a channel in the new file; 0 if its topic is unknown."""
         channel = part.channels.get(channel_id)
         if channel is not None and channel.schema_id in part.schemas:
             schema = part.schemas[channel.schema_id]

@@ -1,9 +1,9 @@
 """How each topic's messages look inside a recording: bytes <-> envelope contents, and their schemas.
 
-Features and the clock are small protobuf messages. This program writes them with fixed positions and reads those
-without protobuf, which would make a Python float of every number; any other layout is read by protobuf itself. Features
-also hold the device's own time stamp, beside the event time that was computed from it. Sessions, ticks and predictions
-are the JSON of the bus. Pure.
+Features and the clock are small protobuf messages. This program writes them with a fixed layout and decodes that layout
+without protobuf, which would create a Python float for every number; protobuf decodes any other layout. Features also
+hold the device's own time stamp, beside the event time that was computed from it. Sessions, ticks and predictions are
+the JSON of the bus. Pure.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ def encode_features(envelope: Envelope) -> bytes:
 
 
 def _values_head(size: int) -> bytes:
-    """What stands before `size` bytes of numbers."""
+    """Tag and length prefix of `size` bytes of numbers."""
     return bytes((_TAG_3_BYTES,)) + _varint(size)
 
 
 @lru_cache(maxsize=256)
 def _layout(length: int) -> tuple[int, bytes]:
-    """Where the numbers begin in a feature message of `length` bytes, and what stands before them.
+    """Offset of the numbers in a feature message of `length` bytes, and the prefix before them.
 
-    (0, b"") where none is so long. A stream's messages are all of one length, so that this is looked up.
+    (0, b"") if no message can have that length. Cached: all messages of a stream have the same length.
     """
     for head_size in range(2, 7):
         begin = _STAMPS_SIZE + head_size
@@ -74,13 +74,13 @@ def _layout(length: int) -> tuple[int, bytes]:
 
 
 def decode_features(data: bytes, at: int, end: int) -> tuple[int, int, np.ndarray[Any, np.dtype[np.float32]], int]:
-    """Event time, capture time, numbers and the device's own time; raises RecordingError where protobuf refuses it."""
+    """Event time, capture time, numbers and device time; raises RecordingError if protobuf cannot decode it."""
     begin, head = _layout(end - at)
     if begin:
         tag_1, event_ns, tag_2, capture_ns = _unpack_stamps(data, at)
         begin += at
         if tag_1 == _TAG_1_FIXED64 and tag_2 == _TAG_2_FIXED64 and data[at + _STAMPS_SIZE : begin] == head:
-            # copied: the numbers begin at an odd byte, and every later use would pay for that
+            # copied: the numbers are unaligned in the message, which would slow down every later use
             return event_ns, capture_ns, _frombuffer(data[begin:end], _FLOAT32), 0
     begin, head = _layout(end - at - _DEVICE_SIZE)
     if begin:
@@ -110,7 +110,7 @@ def decode_json(data: bytes, at: int, end: int) -> tuple[int, None, bytes, int]:
 
 
 def decode_clock(data: bytes, at: int, end: int) -> tuple[int, None, bytes, int]:
-    """Event time; raises RecordingError where protobuf would refuse the message."""
+    """Event time; raises RecordingError if protobuf cannot decode the message."""
     if end - at == _CLOCK_SIZE:
         tag, event_ns = _unpack_clock(data, at)
         if tag == _TAG_1_FIXED64:
@@ -119,12 +119,11 @@ def decode_clock(data: bytes, at: int, end: int) -> tuple[int, None, bytes, int]
 
 
 Decode = Callable[[bytes, int, int], tuple[int, int | None, Any, int]]
-"""Bytes with a message in them, where it begins and ends -> event_ns, capture_ns where it is there, payload,
-device_ns (0 where it is not there)."""
+"""(bytes, begin, end of a message in them) -> event_ns, capture_ns or None, payload, device_ns or 0."""
 
 
 def own_schema(name: str) -> bytes:
-    """A FileDescriptorSet of our two protobuf messages, for readers that know nothing of us."""
+    """A FileDescriptorSet with one of our two protobuf messages, for readers of other programs."""
     from google.protobuf import descriptor_pb2 as pb
 
     file = pb.FileDescriptorProto(name="stream_mmrnn.proto", package="stream_mmrnn", syntax="proto3")

@@ -10,7 +10,7 @@ from stream_mmrnn.recording.mcap_file import Recording
 
 
 def settings_of(recording: Recording) -> config.Settings:
-    """The configuration that the recording was made with."""
+    """The configuration in a recording's metadata; raises FileError if this release cannot read it."""
     try:
         return config.recorded(json.loads(recording.metadata["config"]))
     except (KeyError, ValueError, AttributeError, RecursionError, ConfigError) as e:

@@ -1,9 +1,9 @@
 """WriteQueue: messages between the bus and a recording; a thread writes them, so a slow disk never blocks the bus.
 
-The queue is bounded in bytes. Beyond that `drop_oldest` drops the oldest of the least needed: first raw pictures, sound
-and words, then the rest, never a session's begin and end; a recording that lost only raw streams still replays. `block`
-drops nothing and lets the bus's own queue overflow. What is dropped is counted per stream and reason, and written into
-the file: every two seconds, and after the next chunk when more was lost.
+The queue is bounded in bytes. When it is full, `drop_oldest` drops the oldest messages of the lowest priority: first
+raw streams, then the rest, never a session's open and close; a recording that lost only raw streams still replays.
+`block` drops nothing and lets the bus's own queue overflow. Drops are counted by topic and reason. The counts are
+written into the file every two seconds, and after the next chunk when they changed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from stream_mmrnn.recording.message_counts import CLOSING, LOST, REFUSED, SLOW, 
 Policy = Literal["drop_oldest", "block"]
 
 _ENVELOPE_BYTES = 400
-"""What a message takes in memory beside its payload."""
+"""Approximate memory of a message without its payload."""
 _BATCH = 256
 _WAKE_S = 0.02
 _RETRY_S = 0.2
@@ -31,7 +31,7 @@ _NOTE_NS = 2_000_000_000
 
 
 class WriteQueue:
-    """A bounded queue before a recorder, and the two threads behind it: one writes, one waits for the disk to sync."""
+    """A bounded queue before a recorder, and two threads: one writes, one calls fsync."""
 
     def __init__(
         self,
@@ -41,11 +41,11 @@ class WriteQueue:
         fsync_ms: float = 1000.0,
         later_part: bool = False,
     ) -> None:
-        """`later_part`: the streams began before this file, so that their first numbers say nothing of loss."""
+        """`later_part`: the streams began before this file, so their first sequence numbers do not indicate loss."""
         self.recorder = recorder
         self._limit, self._policy, self._later_part = limit_bytes, policy, later_part
         self._lock = threading.Lock()
-        # one after the other in the file, but given up in this order: raw, anything else, never
+        # by drop priority: raw streams, other messages, session messages (never dropped); written in arrival order
         self._lanes: tuple[deque[tuple[int, int, Envelope]], ...] = (deque(), deque(), deque())
         self._order = 0
         self._bytes = 0
@@ -54,12 +54,12 @@ class WriteQueue:
         self._lost: Counter[str] = Counter()
         self._given_up: dict[str, Counter[str]] = {r: Counter() for r in (SLOW, REFUSED, CLOSING)}
         self._wall_steps: list[tuple[int, int]] = []
-        self._told = (0, 0)
-        """When the file was last told, and of how much loss."""
+        self._noted = (0, 0)
+        """When counts were last written into the file, and the total loss in them."""
         self._sync_trouble = ""
         self._end: Mapping[str, str] = {}
         self._deadline_ns = 0
-        """Until when what waits is still written; 0 while the session goes on."""
+        """Deadline of `close` for writing the rest of the queue; 0 before `close`."""
         self._finished = threading.Event()
         self._failure: BaseException | None = None
         self._whole = False
@@ -68,12 +68,12 @@ class WriteQueue:
         for thread in self._threads:
             thread.start()
 
-    # ---- the bus's side ------------------------------------------------------------------------------------------
+    # ---- called by the recorder node (reads the bus) -------------------------------------------------------------
 
     def put(self, envelope: Envelope) -> bool:
-        """Take one message, without waiting. False: there is no room, and the policy is to `block`; put it again.
+        """Add one message, without blocking. False if the queue is full and the policy is `block`: try again.
 
-        Raises whatever ended the writer, which is a fault of this program.
+        Raises the writer thread's exception if it failed, which is a bug of this program.
         """
         if self._failure is not None:
             raise self._failure
@@ -93,7 +93,7 @@ class WriteQueue:
         return True
 
     def _number(self, envelope: Envelope) -> None:
-        """Count what the sequence numbers say is missing."""
+        """Count messages missing by their sequence numbers."""
         began = self._later_part or envelope.session == topics.EVERYONE
         first = envelope.seq if began else 0
         missing = self._numbers.observe((envelope.topic, envelope.session), envelope.seq, first)
@@ -106,13 +106,13 @@ class WriteQueue:
         self._given_up[reason][envelope.topic] += 1
 
     def note_wall_step(self, at_ns: int, step_ns: int) -> None:
-        """Have it written down that the wall clock was set."""
+        """Record that the wall clock was set."""
         with self._lock:
             self._wall_steps.append((at_ns, step_ns))
 
     @property
     def counts(self) -> dict[str, int]:
-        """For a status: all that is not in the file, by where it was lost."""
+        """Totals for the status message."""
         with self._lock:
             return {
                 "messages": self.recorder.messages,
@@ -124,7 +124,7 @@ class WriteQueue:
 
     @property
     def trouble(self) -> str:
-        """One sentence about what is wrong with the disk, the same as long as it lasts; "" where nothing is."""
+        """One sentence about a problem with the disk, unchanged while it lasts; "" without one."""
         name = self.recorder.path.name
         if why := self.recorder.trouble:
             return (
@@ -138,8 +138,8 @@ class WriteQueue:
         return ""
 
     def close(self, end: Mapping[str, str], timeout_s: float) -> bool:
-        """Write what waits, for `timeout_s` at most, and finish the file with `end`. False: it has no end, because the
-        disk does not take it.
+        """Write the rest of the queue, for at most `timeout_s`, and finish the file with `end`. False if the disk
+        refused to write the end.
         """
         self._end = end
         self._deadline_ns = now_ns() + int(timeout_s * 1e9)
@@ -149,13 +149,13 @@ class WriteQueue:
             raise self._failure
         return self._whole
 
-    # ---- the disk's side -----------------------------------------------------------------------------------------
+    # ---- the threads ---------------------------------------------------------------------------------------------
 
     def _write_all(self) -> None:
         try:
             while not self._finished.is_set():
                 self._finished.wait(_RETRY_S if self.recorder.trouble else _WAKE_S)
-                ending = self._deadline_ns > 0  # asked before the queue is: nothing comes after
+                ending = self._deadline_ns > 0  # read before the queue is emptied: no message is added after it is set
                 while not self.recorder.trouble and self._write_some():
                     pass
                 self._flush()
@@ -166,7 +166,7 @@ class WriteQueue:
             self._failure = e
 
     def _write_some(self) -> bool:
-        """Write some of what waits; False: nothing did."""
+        """Write a batch of messages; False if the queue was empty."""
         batch: list[Envelope] = []
         first, second, third = self._lanes
         with self._lock:
@@ -191,13 +191,13 @@ class WriteQueue:
         for step in steps:
             self.recorder.note_wall_step(*step)
         counts = self.message_counts()
-        told_ns, told = self._told
-        if at_ns - told_ns >= _NOTE_NS or counts.lost != told or self.recorder.news:
-            self._told = (at_ns, counts.lost)
+        noted_ns, noted_lost = self._noted
+        if at_ns - noted_ns >= _NOTE_NS or counts.lost != noted_lost or self.recorder.news:
+            self._noted = (at_ns, counts.lost)
             self.recorder.note(counts.as_metadata(), at_ns)
 
     def message_counts(self) -> MessageCounts:
-        """As of now. Exact where the writer asks, between two messages."""
+        """Current counts. Exact when the writer thread calls it, between two messages."""
         with self._lock:
             recorded, refused = dict(self.recorder.counts), dict(self.recorder.refused)
             reasons = {LOST: self._lost, UNWRITABLE: refused, **self._given_up}

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from stream_mmrnn.bus import Dealer, Keys
-from stream_mmrnn.bus.keys import Folder
+from stream_mmrnn.bus.keys import KeyFolder
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import NotRunning, SessionError, TimedOut, WireError
 from stream_mmrnn.serve import protocol
@@ -38,7 +38,7 @@ def keys_of(keys: str | Path | Keys | None, server: str) -> Keys | None:
     """The keys of a folder; `server`: the server's public key, where the folder is not the server's own."""
     if keys is None or isinstance(keys, Keys):
         return keys
-    return Folder(Path(keys)).keys(server)
+    return KeyFolder(Path(keys)).keys(server)
 
 
 class SessionProperties:

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from msgspec.structs import replace
 
-from stream_mmrnn.bus.keys import Folder
+from stream_mmrnn.bus.keys import KeyFolder
 from stream_mmrnn.bus.request_reply import Router
 from stream_mmrnn.core import config
 from stream_mmrnn.core.clock import RateLimiter, now_ns, wall_offset_ns
@@ -66,7 +66,7 @@ class Server:
         self._say, self._rate_limiter = say, RateLimiter()
         self._slots = serve.slots
         with ExitStack() as stack:
-            authenticator = Folder(Path(serve.keys).expanduser()).authenticator() if serve.keys else None
+            authenticator = KeyFolder(Path(serve.keys).expanduser()).authenticator() if serve.keys else None
             self.authenticator = authenticator
             store = StateStore(config.state_folder(settings.state) / "sessions", settings.state.ttl_s)
             stack.enter_context(_lock(store.folder))

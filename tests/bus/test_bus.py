@@ -20,12 +20,12 @@ import zmq
 from stream_mmrnn.bus import (
     Address,
     Authenticator,
-    Caller,
     Gaps,
+    JournalClient,
+    JournalSocket,
     Keys,
     Publisher,
     Subscriber,
-    Tap,
     new_pair,
     run_broker,
 )
@@ -247,7 +247,7 @@ def test_who_hears_the_clock_hears_everything_else(address: Address) -> None:
 
 
 def test_the_journal_hears_raw_messages_and_answers_requests(address: Address) -> None:
-    tap = Tap(address, ["feature/", "clock"], 1000)
+    tap = JournalSocket(address, ["feature/", "clock"], 1000)
     publisher = Publisher(address, 1000)
     assert publisher.wait_for_reader("clock", 5)
     sent = [publisher.publish("feature/text", "s", i, i, b"x") for i in range(5)]
@@ -259,7 +259,7 @@ def test_the_journal_hears_raw_messages_and_answers_requests(address: Address) -
     assert len({f[1] for f in got}) == len(sent)
 
     assert tap.request(0) is None
-    caller = Caller(address)
+    caller = JournalClient(address)
     assert caller.send(b"keep this")
     request = tap.request(5000)
     assert request is not None
@@ -274,7 +274,7 @@ def test_the_journal_hears_raw_messages_and_answers_requests(address: Address) -
     assert answers == [b"a" * 1_000_000]
     if address.journal.startswith("tcp:"):  # over ipc a new one takes the place of a dead one
         with pytest.raises(ProcessError, match="cannot bind"):
-            Tap(address, ["clock"], 10)
+            JournalSocket(address, ["clock"], 10)
     tap.answer(b"nobody", b"")
     caller.close()
     tap.close()
@@ -282,7 +282,7 @@ def test_the_journal_hears_raw_messages_and_answers_requests(address: Address) -
 
 
 def test_nobody_waits_for_a_journal_that_stands_still(tmp_path: Path) -> None:
-    caller = Caller(Address("", "", journal=f"ipc://{tmp_path}/journal"))
+    caller = JournalClient(Address("", "", journal=f"ipc://{tmp_path}/journal"))
     began = time.monotonic()
     taken = [caller.send(b"x" * 1000) for _ in range(10)]
     assert not all(taken)

@@ -17,7 +17,7 @@ import pytest
 from harness import COMMAND, Running
 
 from stream_mmrnn.bus import Address, Publisher, Subscriber, new_pair
-from stream_mmrnn.bus.keys import Folder, token
+from stream_mmrnn.bus.keys import KeyFolder, token
 from stream_mmrnn.core.errors import FileError, UsageError
 
 modes = pytest.mark.skipif(sys.platform == "win32", reason="needs the rights of POSIX files")
@@ -28,12 +28,12 @@ def mode(path: Path) -> int:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Folder:
-    return Folder.new(tmp_path / "deep" / "keys")
+def folder(tmp_path: Path) -> KeyFolder:
+    return KeyFolder.new(tmp_path / "deep" / "keys")
 
 
 @modes
-def test_keys_are_private_and_never_overwritten(folder: Folder, tmp_path: Path) -> None:
+def test_keys_are_private_and_never_overwritten(folder: KeyFolder, tmp_path: Path) -> None:
     assert mode(folder.path) == 0o700
     files = [p for p in folder.path.rglob("*") if p.is_file()]
     assert {p.name for p in files} == {"server.key", "client.key"}
@@ -41,29 +41,29 @@ def test_keys_are_private_and_never_overwritten(folder: Folder, tmp_path: Path) 
     for p in files:
         assert mode(p) == 0o600
     with pytest.raises(FileError, match="nothing was changed"):
-        Folder.new(folder.path)
+        KeyFolder.new(folder.path)
     assert {p: p.read_bytes() for p in files} == before
     assert sorted(p.name for p in folder.path.parent.iterdir()) == ["keys"], "nothing half-made is left"
     (tmp_path / "file").write_text("mine")
     with pytest.raises(FileError):
-        Folder.new(tmp_path / "file")
+        KeyFolder.new(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_two_folders_share_nothing(tmp_path: Path) -> None:
-    a, b = Folder.new(tmp_path / "a"), Folder.new(tmp_path / "b")
+    a, b = KeyFolder.new(tmp_path / "a"), KeyFolder.new(tmp_path / "b")
     assert len({a.server, a.client, b.server, b.client}) == 4
     assert a.keys().server == a.server
     assert a.keys(b.server).server == b.server
     assert a.keys().public == a.client
     assert a.keys().secret not in repr(a.list())
-    assert Folder(a.path).keys() == a.keys()
+    assert KeyFolder(a.path).keys() == a.keys()
 
 
-def test_rights_are_given_listed_and_taken_away(folder: Folder, tmp_path: Path) -> None:
+def test_rights_are_given_listed_and_taken_away(folder: KeyFolder, tmp_path: Path) -> None:
     (viewer, _), (robot, _) = new_pair(), new_pair()
     assert folder.allow("viewer", viewer) == {"name": "viewer", "public": viewer, "rights": ["read"]}
-    other = Folder.new(tmp_path / "other")
+    other = KeyFolder.new(tmp_path / "other")
     folder.allow("other", str(other.path / "client.key"), write=True)
     (tmp_path / "robot.txt").write_text(robot + "\n")
     folder.allow("robot", str(tmp_path / "robot.txt"))
@@ -91,7 +91,7 @@ def test_rights_are_given_listed_and_taken_away(folder: Folder, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["", "..", ".hidden", "a/b", "../server", "a\x00b", "x" * 65, "ä", "a b"])
-def test_names_cannot_leave_their_folder(folder: Folder, name: str) -> None:
+def test_names_cannot_leave_their_folder(folder: KeyFolder, name: str) -> None:
     before = sorted(p for p in folder.path.parent.parent.rglob("*"))
     with pytest.raises(UsageError, match="is no name for a key"):
         folder.allow(name, new_pair()[0])
@@ -101,13 +101,13 @@ def test_names_cannot_leave_their_folder(folder: Folder, name: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["", "short", "x" * 41, "é" * 40, "/nothing/there", '"' * 40])
-def test_what_is_no_key_is_refused(folder: Folder, key: str) -> None:
+def test_what_is_no_key_is_refused(folder: KeyFolder, key: str) -> None:
     with pytest.raises(UsageError, match="no public key"):
         folder.allow("name", key)
     assert folder.list()["allowed"] == []
 
 
-def test_a_damaged_list_gives_nobody_a_right(folder: Folder) -> None:
+def test_a_damaged_list_gives_nobody_a_right(folder: KeyFolder) -> None:
     (folder.path / "read" / "junk").write_bytes(b"\xff" * 100)
     (folder.path / "read" / ".hidden").write_text(new_pair()[0])
     (folder.path / "read" / "folder").mkdir()
@@ -119,20 +119,20 @@ def test_a_damaged_list_gives_nobody_a_right(folder: Folder) -> None:
 
 
 @modes
-def test_what_others_can_read_is_not_used(folder: Folder, tmp_path: Path) -> None:
+def test_what_others_can_read_is_not_used(folder: KeyFolder, tmp_path: Path) -> None:
     (folder.path / "server.key").chmod(0o640)
     with pytest.raises(FileError, match="can be read by others"):
-        Folder(folder.path)
+        KeyFolder(folder.path)
     (folder.path / "server.key").chmod(0o600)
     folder.path.chmod(0o755)
     with pytest.raises(FileError, match="is open to others"):
-        Folder(folder.path)
+        KeyFolder(folder.path)
     folder.path.chmod(0o700)
     (folder.path / "client.key").write_text('public = "x"\nsecret = "y"\n')
     with pytest.raises(FileError, match="no key pair"):
-        Folder(folder.path)
+        KeyFolder(folder.path)
     with pytest.raises(FileError, match="there is no folder of keys"):
-        Folder(tmp_path / "nowhere")
+        KeyFolder(tmp_path / "nowhere")
 
 
 @modes
@@ -204,7 +204,7 @@ def test_what_others_could_reach_does_not_start(tmp_path: Path, text: str, words
 
 def test_a_session_with_keys(model: Path, tmp_path: Path) -> None:
     """Our own processes get in; a viewer with a key reads; all others are refused and the summary says how many."""
-    ours, theirs, stranger = (Folder.new(tmp_path / name) for name in ("ours", "theirs", "stranger"))
+    ours, theirs, stranger = (KeyFolder.new(tmp_path / name) for name in ("ours", "theirs", "stranger"))
     ours.allow("viewer", theirs.client)
     settings = tmp_path / "settings.toml"
     settings.write_text(

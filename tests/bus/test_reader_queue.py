@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stream_mmrnn.bus.reader_queue import Backlog
+from stream_mmrnn.bus.reader_queue import ReaderQueue
 from stream_mmrnn.core.types import Envelope
 
 TOPICS = ("feature/audio", "feature/vision", "prediction")
@@ -19,7 +19,7 @@ actions = st.lists(
 )
 
 
-def run(backlog: Backlog, todo: list[object], keep: object) -> tuple[list[Envelope], list[Envelope]]:
+def run(backlog: ReaderQueue, todo: list[object], keep: object) -> tuple[list[Envelope], list[Envelope]]:
     """All that was put, and all that was taken, beside a plain model of what should wait."""
     put: list[Envelope] = []
     taken: list[Envelope] = []
@@ -41,7 +41,7 @@ def run(backlog: Backlog, todo: list[object], keep: object) -> tuple[list[Envelo
     return put, taken
 
 
-def check_sums(backlog: Backlog, put: list[Envelope], taken: list[Envelope]) -> None:
+def check_sums(backlog: ReaderQueue, put: list[Envelope], taken: list[Envelope]) -> None:
     waiting = backlog.waiting()
     for topic in TOPICS:
         dropped = sum(backlog.dropped.get(topic, {}).values())
@@ -52,7 +52,7 @@ def check_sums(backlog: Backlog, put: list[Envelope], taken: list[Envelope]) -> 
 
 @given(actions, st.integers(1, 8))
 def test_drop_oldest_keeps_the_newest_of_all(todo: list[object], length: int) -> None:
-    backlog = Backlog("drop_oldest", length)
+    backlog = ReaderQueue("drop_oldest", length)
     put, taken = run(backlog, todo, lambda waiting: waiting[-length:])
     check_sums(backlog, put, taken)
     assert {r for reasons in backlog.dropped.values() for r in reasons} <= {"oldest", "stale"}
@@ -65,6 +65,6 @@ def test_latest_keeps_the_newest_of_each_stream(todo: list[object], length: int)
         others = [e for e in waiting[:-1] if (e.topic, e.session) != (new.topic, new.session)]
         return [*others, new][-length:]
 
-    backlog = Backlog("latest", length)
+    backlog = ReaderQueue("latest", length)
     put, taken = run(backlog, todo, newest)
     check_sums(backlog, put, taken)

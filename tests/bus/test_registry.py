@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from stream_mmrnn.bus import Address
 from stream_mmrnn.bus import registry as running
-from stream_mmrnn.bus.keys import Folder
+from stream_mmrnn.bus.keys import KeyFolder
 from stream_mmrnn.bus.registry import Entry, Registration
 from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import FileError, NotRunning, UsageError
@@ -141,7 +141,7 @@ def test_without_a_run_folder_the_temporary_one_is_used(folder: Path, monkeypatc
 
 def test_a_bus_is_reached_by_its_address_and_keys(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
-    made = Folder.new(keys)
+    made = KeyFolder.new(keys)
     for text in ("127.0.0.1:5000", "tcp://127.0.0.1:5000"):
         address, found = running.reach(address=text)
         assert (address.publish, address.view, address.keys, found) == (

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 
 import stream_mmrnn
 from stream_mmrnn.bus import Address, Authenticator, Publisher, run_broker
-from stream_mmrnn.bus.keys import Folder
-from stream_mmrnn.bus.subscription import PredictionView, Reading, Subscription, document
+from stream_mmrnn.bus.keys import KeyFolder
+from stream_mmrnn.bus.subscription import PredictionReader, PredictionView, Subscription, document
 from stream_mmrnn.core import config, topics, wire
 from stream_mmrnn.core.errors import NotRunning, TimedOut, UsageError
 from stream_mmrnn.core.types import Envelope, HeadSpec, Prediction, Stamps, Tick
@@ -62,7 +62,7 @@ def test_importing_the_package_imports_nothing() -> None:
 
 
 def test_a_prediction_says_what_its_numbers_mean() -> None:
-    reading = Reading()
+    reading = PredictionReader()
     assert reading.observe(envelope("status/engine", status())) is None
     p = reading.observe(envelope("prediction", prediction(5), event_ns=200 * MS))
     assert p is not None
@@ -89,7 +89,7 @@ def test_a_prediction_says_what_its_numbers_mean() -> None:
 )
 def test_each_tick_once_in_order_and_what_is_missing_is_said(script: list[tuple[int, str]]) -> None:
     """An engine counts ticks up, and after a crash says some again; the bus may lose any of it."""
-    reading, given_ticks, missed, newest = Reading(), [], 0, -1
+    reading, given_ticks, missed, newest = PredictionReader(), [], 0, -1
     sent: set[int] = set()
     for back, what in script:
         tick = max(0, newest - back % 5) if what == "again" else newest + 1
@@ -116,19 +116,19 @@ def test_each_tick_once_in_order_and_what_is_missing_is_said(script: list[tuple[
     | st.builds(lambda s: status(spec=s), st.none() | st.integers() | st.lists(st.text())),
 )
 def test_whatever_is_on_the_bus_is_no_error(topic: str, payload: bytes) -> None:
-    reading = Reading()
+    reading = PredictionReader()
     assert reading.observe(envelope(topic, payload)) is None
     assert reading.observe(envelope("prediction", prediction(1))) is not None
 
 
 def test_heads_and_sessions_are_chosen() -> None:
-    reading = Reading("anna", ["next"])
+    reading = PredictionReader("anna", ["next"])
     assert reading.observe(envelope("prediction", prediction(1, "bert"), "bert")) is None
     p = reading.observe(envelope("prediction", prediction(1)))
     assert p is not None
     assert list(p.heads) == ["next"]
     with pytest.raises(UsageError, match="no head 'nix'; the model's are ahead, next"):
-        Reading(heads=["nix"]).observe(envelope("prediction", prediction(1)))
+        PredictionReader(heads=["nix"]).observe(envelope("prediction", prediction(1)))
 
 
 # --- a real bus, on which this test speaks for the engine
@@ -264,7 +264,7 @@ def test_two_readers_in_one_event_loop(bus: Bus) -> None:
 
 
 def test_a_bus_with_keys_is_read_by_who_is_allowed(tmp_path: Path) -> None:
-    ours, theirs = Folder.new(tmp_path / "ours"), Folder.new(tmp_path / "theirs")
+    ours, theirs = KeyFolder.new(tmp_path / "ours"), KeyFolder.new(tmp_path / "theirs")
     address = Address.create("tcp", keys=ours.keys())
     with closing(Bus(address, ours.authenticator())) as bus:
         with Subscription(address=where(bus), keys=tmp_path / "ours") as own:

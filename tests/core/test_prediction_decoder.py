@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stream_mmrnn.bus.subscription import Reading
+from stream_mmrnn.bus.subscription import PredictionReader
 from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.core.prediction_decoder import PredictionDecoder
@@ -45,7 +45,7 @@ def test_page_metrics_and_websocket_decode_a_prediction_once(monkeypatch: pytest
     unpack = wire.unpack
     monkeypatch.setattr(wire, "unpack", lambda payload, kind: decoded.append(payload) or unpack(payload, kind))
     decoder = PredictionDecoder()
-    view, metrics, reading = LiveState(decoder), Metrics(decoder), Reading(decoder=decoder)
+    view, metrics, reading = LiveState(decoder), Metrics(decoder), PredictionReader(decoder=decoder)
     for tick in range(1, 6):
         envelope = prediction(tick)
         view.observe(envelope)

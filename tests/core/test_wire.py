@@ -119,7 +119,7 @@ def header(**change: object) -> bytes:
         ([b"\xff", header(), bytes(8)], "header is not valid"),
         ([b"clock", header(), bytes(wire.MAX_PAYLOAD_BYTES + 1)], "at most"),
         ([b"clock", header()], "3 frames"),
-        ([b"feature/smell", header(), bytes(8)], "'feature/smell' is no topic of ours"),
+        ([b"feature/smell", header(), bytes(8)], "'feature/smell' is no known topic"),
     ],
 )
 def test_refusals_name_what_is_wrong(frames: list[bytes], words: str) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 
 import msgspec
 import numpy as np
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.errors import SessionError
 from stream_mmrnn.core.types import Envelope, ModalitySpec, Tick
-from stream_mmrnn.predict.align import Aligner, AlignerState, SessionState, StreamState, _Session, _Stream, stamps_of
+from stream_mmrnn.predict.align import Aligner, AlignerState, stamps_of
+from stream_mmrnn.predict.align_session import AlignedSession, SessionState
+from stream_mmrnn.predict.align_stream import AlignedStream, StreamState
 
 T = 40
 LATE = {"vision": 80, "audio": 60, "text": 50}
@@ -63,7 +66,7 @@ def test_a_tick_covers_its_interval_and_reduces_each_stream() -> None:
     assert tick.event_ns == 40
     assert tick.features["vision"].tolist() == [40, 40]  # last
     assert tick.features["audio"].tolist() == [2.0]  # mean
-    # text typed before the tick closed, but after the dense streams had closed it: it joins the next
+    # late text (the dense streams had closed its tick already) joins the next tick
     assert tick.present == {"vision": True, "audio": True, "text": False}
     ticks = run(a, [feature("vision", 3, 80), feature("audio", 3, 80, 11.0)])
     assert ticks[0].features["text"].tolist() == [12.0]  # sum
@@ -72,7 +75,7 @@ def test_a_tick_covers_its_interval_and_reduces_each_stream() -> None:
     assert a.counts["vision"].superseded == 2
 
 
-def test_without_data_the_clock_closes_ticks_with_masks_and_ages() -> None:
+def test_without_data_the_clock_closes_masked_ticks() -> None:
     a = aligner()
     a.open("s", 0)
     ticks = run(a, [clock(1), feature("audio", 0, 30), *(clock(t) for t in range(10, 300, 10))])
@@ -84,7 +87,7 @@ def test_without_data_the_clock_closes_ticks_with_masks_and_ages() -> None:
     assert {t.closed.by for t in ticks} == {topics.CLOCK}
 
 
-def test_a_stream_that_is_not_expected_is_not_waited_for() -> None:
+def test_the_watermark_ignores_streams_that_are_not_expected() -> None:
     a = aligner(lateness_ns={"vision": 80, "audio": 80, "text": 0})
     a.open("s", 0, ["audio"])
     assert [t.index for t in run(a, [clock(1), feature("audio", 0, 20), feature("audio", 1, 41)])] == [1]
@@ -93,7 +96,7 @@ def test_a_stream_that_is_not_expected_is_not_waited_for() -> None:
     assert [t.index for t in run(a, [feature("vision", 0, 85)])] == [2]
 
 
-def test_late_duplicate_and_bad_stamps_are_counted_and_harmless() -> None:
+def test_late_duplicate_and_bad_event_times_are_counted() -> None:
     a = aligner()
     a.open("s", 0)
     run(a, [clock(200)])  # closes until 120
@@ -131,7 +134,7 @@ def test_late_duplicate_and_bad_stamps_are_counted_and_harmless() -> None:
         (Envelope("feature/audio", "s", 0, 20, 0, 0, b"1234"), "no vector of float32"),
     ],
 )
-def test_why_a_message_is_quarantined_is_said(message: Envelope, says: str) -> None:
+def test_the_reason_of_a_quarantine_is_reported(message: Envelope, says: str) -> None:
     a = aligner()
     a.open("s", 0)
     run(a, [clock(1), feature("audio", 0, 1)])
@@ -159,7 +162,7 @@ def test_stack_keeps_the_newest_in_order() -> None:
     assert a.counts["audio"].superseded == 1
 
 
-def test_a_publisher_that_begins_anew_is_followed() -> None:
+def test_a_restarted_publisher_is_accepted() -> None:
     a = aligner()
     a.open("s", 0, ["audio"])
     run(a, [clock(1), *(feature("audio", i, 20 * i + 20) for i in range(5))])
@@ -169,7 +172,7 @@ def test_a_publisher_that_begins_anew_is_followed() -> None:
     assert a.counts["audio"].late == 0
 
 
-def test_a_lost_message_is_waited_for_only_as_long_as_the_lateness() -> None:
+def test_a_gap_is_given_up_after_the_lateness() -> None:
     a = aligner(lateness_ns={"vision": 80, "audio": 60, "text": 0})
     a.open("s", 0, ["audio"])
     assert run(a, [clock(1), feature("audio", 0, 20), feature("audio", 2, 60)]) == []  # 1 is missing
@@ -178,7 +181,7 @@ def test_a_lost_message_is_waited_for_only_as_long_as_the_lateness() -> None:
     assert [t.index for t in run(a, [clock(120), feature("audio", 3, 80)])] == [2]
 
 
-def test_close_flushes_and_counts_what_is_left() -> None:
+def test_close_flushes_ticks_and_counts_unclosed_samples() -> None:
     a = aligner()
     a.open("s", 0)
     run(a, [clock(1), feature("audio", 0, 20), feature("audio", 1, 60), feature("audio", 2, 110)])
@@ -191,20 +194,20 @@ def test_close_flushes_and_counts_what_is_left() -> None:
 
 @st.composite
 def conversations(draw: st.DrawFn) -> tuple[list[tuple[int, Envelope]], int]:
-    """Messages with the time at which each arrives: never later than its stream's lateness allows."""
+    """Messages with their arrival times, each within its stream's lateness."""
     arriving: list[tuple[int, Envelope]] = []
     end = 400
     for modality, late in LATE.items():
         events = sorted(draw(st.sets(st.integers(1, end), max_size=25)))
         for seq, event in enumerate(events):
-            # one tick of the clock less than the lateness: the clock message of that very moment may come first
+            # one clock period less than the lateness: the clock message of the same moment may arrive first
             arriving.append((event + draw(st.integers(0, late - 1)), feature(modality, seq, event)))
     return arriving, end
 
 
 @settings(max_examples=200)
 @given(conversations(), st.randoms(use_true_random=False))
-def test_any_order_of_arrival_within_lateness_gives_the_same_ticks(
+def test_any_arrival_order_within_lateness_gives_the_same_ticks(
     made: tuple[list[tuple[int, Envelope]], int], random: object
 ) -> None:
     arriving, end = made
@@ -224,7 +227,7 @@ def test_any_order_of_arrival_within_lateness_gives_the_same_ticks(
         return facts(out)
 
     shuffled = list(arriving)
-    random.shuffle(shuffled)  # type: ignore[attr-defined] # ties in another order
+    random.shuffle(shuffled)  # type: ignore[attr-defined] # ties in a different order
     shuffled.sort(key=lambda x: x[0])
     in_event_order = sorted(((e.event_ns, e) for _, e in arriving), key=lambda x: x[0])
     reference = ticks_of(in_event_order)
@@ -244,8 +247,8 @@ def test_any_order_of_arrival_within_lateness_gives_the_same_ticks(
         max_size=120,
     )
 )
-def test_whatever_comes_is_accounted_for(messages: list[tuple[str, int, int, float]]) -> None:
-    """Any sequence at all: ticks in order without a hole, no exception, received = used + dropped."""
+def test_every_message_is_accounted_for(messages: list[tuple[str, int, int, float]]) -> None:
+    """For any sequence of messages: ticks without gaps, no exception, received = used + dropped."""
     a = aligner()
     a.open("s", 0)
     out: list[Tick] = []
@@ -268,7 +271,7 @@ def test_whatever_comes_is_accounted_for(messages: list[tuple[str, int, int, flo
 
 
 class Thorough(Aligner):
-    """Looks at every stream for every message that may close a tick: what the aligner's shortcuts have to equal."""
+    """Reference without the cached condition: computes the watermark over all streams for every message."""
 
     def _accept(self, *args: object) -> bool:
         self.took = super()._accept(*args)
@@ -290,8 +293,8 @@ class Thorough(Aligner):
 
 @settings(max_examples=300)
 @given(st.integers(0, 2**32))
-def test_knowing_what_to_wait_for_changes_no_tick(seed: int) -> None:
-    """With gaps, restarts, late messages and streams that come and go: as if every stream were looked at each time."""
+def test_the_cached_condition_changes_no_tick(seed: int) -> None:
+    """With gaps, restarts, late messages and changing streams: the same ticks as the reference."""
     chance = random.Random(seed)
     lateness_ns = {name: chance.choice([0, 20, 60, 80]) for name in LATE}
     quick, thorough = Aligner(SPECS, T, lateness_ns, 500, 5000), Thorough(SPECS, T, lateness_ns, 500, 5000)
@@ -318,7 +321,7 @@ def test_knowing_what_to_wait_for_changes_no_tick(seed: int) -> None:
     assert quick.counts == thorough.counts
 
 
-def test_opening_again_begins_anew() -> None:
+def test_opening_again_starts_over() -> None:
     a = aligner()
     a.open("s", 0)
     run(a, [clock(1), feature("audio", 0, 20)])
@@ -335,10 +338,10 @@ def test_one_clock_message_closes_the_ticks_of_all_sessions(count: int) -> None:
     assert [(t.session, t.index) for t in a.push(clock(120))] == [(f"s{i}", 1) for i in range(count)]
 
 
-def resumed(a: Aligner, specs: tuple[ModalitySpec, ...]) -> Aligner:
-    """Another aligner that goes on from this one's snapshot, by way of bytes."""
+def resumed(a: Aligner, specs: tuple[ModalitySpec, ...], lateness_ns: Mapping[str, int]) -> Aligner:
+    """A new aligner restored from this one's snapshot, through its bytes."""
     content = msgspec.msgpack.encode(a.snapshot())
-    b = Aligner(specs, T, a._lateness_ns, 500, 5000)
+    b = Aligner(specs, T, lateness_ns, 500, 5000)
     b.restore(msgspec.msgpack.decode(content, type=AlignerState))
     assert msgspec.msgpack.encode(b.snapshot()) == content
     return b
@@ -346,8 +349,8 @@ def resumed(a: Aligner, specs: tuple[ModalitySpec, ...]) -> Aligner:
 
 @settings(max_examples=300)
 @given(st.integers(0, 2**32), st.sets(st.integers(0, 250), max_size=6))
-def test_going_on_from_a_snapshot_changes_nothing(seed: int, cuts: set[int]) -> None:
-    """Sessions that come and go, gaps, restarts, late and wrong messages: cut anywhere, all is the same."""
+def test_restoring_a_snapshot_changes_no_tick(seed: int, cuts: set[int]) -> None:
+    """Sessions that open and close, gaps, restarts, late and bad messages: a restore at any point changes nothing."""
     chance = random.Random(seed)
     specs = (ModalitySpec("vision", 2), ModalitySpec("audio", 2, reduction="stack", stack=2), ModalitySpec("text", 1))
     lateness_ns = {name: chance.choice([0, 20, 60, 80]) for name in LATE}
@@ -357,7 +360,7 @@ def test_going_on_from_a_snapshot_changes_nothing(seed: int, cuts: set[int]) -> 
     trouble, jitter = chance.choice([0, 0.05, 0.3]), chance.choice([0, 10, 60])
     for i in range(250):
         if i in cuts:
-            pieces = resumed(pieces, specs)
+            pieces = resumed(pieces, specs, lateness_ns)
         now += chance.choice([0, 1, 2, 5, 10])
         kind, session = chance.choice(["clock", "clock", *LATE]), chance.choice("ab")
         roll = chance.random()
@@ -387,22 +390,22 @@ def test_going_on_from_a_snapshot_changes_nothing(seed: int, cuts: set[int]) -> 
     assert whole.snapshot() == pieces.snapshot()
 
 
-def test_nothing_is_forgotten_in_a_snapshot() -> None:
-    """Who gives a stream or session another attribute has to say whether a snapshot needs it."""
-    made = {"all_true", "counts", "dense", "encoder", "expected", "flags", "lateness_ns", "name", "reduction"}
-    made |= {"shape", "size", "spec", "zeros"}
-    assert set(_Stream.__slots__) == made | set(StreamState.__struct_fields__)
+def test_a_snapshot_covers_every_attribute() -> None:
+    """A new attribute of a stream or session must be added to the snapshot or to this list."""
+    made = {"all_true", "counts", "dense", "encoder", "expected", "in_range", "lateness_ns", "name", "reduction"}
+    made |= {"magnitudes", "shape", "spec", "zeros"}
+    assert set(AlignedStream.__slots__) == made | set(StreamState.__struct_fields__)
     derived = {"bounds", "by_topic", "name", "soonest_ns"}
-    assert set(_Session.__slots__) == derived | set(SessionState.__struct_fields__)
+    assert set(AlignedSession.__slots__) == derived | set(SessionState.__struct_fields__)
     settings_ = {"tick_ns", "_specs", "_lateness_ns", "_max_ahead_ns", "_max_behind_ns", "_feature_topics", "_zeros"}
     assert set(vars(aligner())) == settings_ | {"counts", "malformed", "misfits", "_sessions"}
 
 
-def test_a_snapshot_reaches_as_far_back_as_the_aligner() -> None:
+def test_a_snapshot_detects_duplicates_as_far_back_as_the_aligner() -> None:
     a = aligner(specs=(ModalitySpec("audio", 1),))
     a.open("s", 0)
     run(a, [clock(1), *(e for i in range(5000) for e in (clock(i), feature("audio", i, i)))])
-    b = resumed(a, (ModalitySpec("audio", 1),))
+    b = resumed(a, (ModalitySpec("audio", 1),), LATE)
     for seq in (0, 3000, 3970, 4999):
         for each in (a, b):
             assert run(each, [feature("audio", seq, 4900)]) == []

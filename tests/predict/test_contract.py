@@ -1,4 +1,4 @@
-"""Contracts by names: any stateful graph can be served. Those that a graph states itself are in test_engine.py."""
+"""Contract files: any stateful graph can be served. Contracts in a graph's metadata are tested in test_engine.py."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CHUNK, CONTEXT = 512, 64
 
 
 def silero_ticks(session: str, sound: FloatArray) -> Iterator[Tick]:
-    """The detector's inputs: 64 samples of the chunk before, and 512 new ones."""
+    """The detector's inputs: 64 samples of the previous chunk, and 512 new ones."""
     before = np.zeros(CONTEXT, np.float32)
     for k in range(len(sound) // CHUNK):
         chunk = sound[k * CHUNK : (k + 1) * CHUNK]
@@ -32,7 +32,7 @@ def silero_ticks(session: str, sound: FloatArray) -> Iterator[Tick]:
         before = chunk[-CONTEXT:]
 
 
-def test_silero_is_served_by_names() -> None:
+def test_silero_is_served_with_a_contract_file() -> None:
     contract = contract_of(Graph(SILERO))
     assert contract.spec.tick_ns == 32_000_000
     assert [(s.name, s.shape) for s in contract.spec.states] == [("state", (2, 128))]
@@ -40,7 +40,7 @@ def test_silero_is_served_by_names() -> None:
     assert (contract.wiring.active, contract.wiring.reset) == ("", "")
 
 
-def test_many_streams_of_silero_equal_each_alone_and_start_anew() -> None:
+def test_batched_streams_of_silero_equal_single_ones_in_reused_slots() -> None:
     rng = np.random.default_rng(0)
     sounds = [rng.standard_normal(CHUNK * 12).astype(np.float32) * 0.1 * (i + 1) for i in range(5)]
     alone = []
@@ -49,7 +49,7 @@ def test_many_streams_of_silero_equal_each_alone_and_start_anew() -> None:
         engine.open("x")
         alone.append([engine.step([t])[0].heads["speech"].tobytes() for t in silero_ticks("x", sound)])
     engine = StepEngine(SILERO, 5)
-    for _ in range(2):  # the second time in slots that were used
+    for _ in range(2):  # the second time in reused slots
         for i in range(5):
             engine.open(str(i))
         together: list[list[bytes]] = [[] for _ in sounds]
@@ -61,8 +61,8 @@ def test_many_streams_of_silero_equal_each_alone_and_start_anew() -> None:
             engine.close(str(i))
 
 
-def an_hour() -> FloatArray:
-    """An hour of sound: speech where there is the data, and silence, noise and tones in any case."""
+def ten_minutes() -> FloatArray:
+    """Ten minutes of sound: speech if that data is installed, and always silence, noise and tones."""
     rng = np.random.default_rng(7)
     t = np.arange(16000 * 10, dtype=np.float32) / 16000
     parts = [
@@ -75,14 +75,14 @@ def an_hour() -> FloatArray:
         with wave.open(str(clip)) as f:
             parts.append(np.frombuffer(f.readframes(f.getnframes()), np.int16).astype(np.float32) / 32768)
     piece = np.concatenate([p.astype(np.float32) for p in parts])
-    return np.tile(piece, -(-16000 * 3600 // len(piece)))[: 16000 * 3600]
+    return np.tile(piece, -(-16000 * 600 // len(piece)))[: 16000 * 600]
 
 
-def test_silero_equals_its_own_packages_wrapper_over_an_hour() -> None:
+def test_silero_equals_its_package_over_ten_minutes() -> None:
     silero_vad = pytest.importorskip("silero_vad", reason="the package silero-vad is not installed")
     torch = pytest.importorskip("torch", reason="silero's wrapper wants torch")
     streams = 6
-    sound = an_hour().reshape(streams, -1)  # the hour in six streams at once
+    sound = ten_minutes().reshape(streams, -1)
     steps = sound.shape[1] // CHUNK
     wrapper = silero_vad.load_silero_vad(onnx=True)
     expected = np.zeros((streams, steps), np.float32)
@@ -125,7 +125,7 @@ GOOD = beside(SILERO).read_text(encoding="utf-8") if beside(SILERO).is_file() el
         (("", 'reset = "restart"\n'), "has no input `restart`"),
     ],
 )
-def test_a_wrong_contract_by_names_is_one_sentence(tmp_path: Path, change: tuple[str, str], words: str) -> None:
+def test_a_wrong_contract_file_is_reported_in_one_sentence(tmp_path: Path, change: tuple[str, str], words: str) -> None:
     path = tmp_path / "vad.onnx"
     shutil.copy(SILERO, path)
     text = GOOD.replace(*change) if change[0] else change[1] + GOOD
@@ -136,7 +136,7 @@ def test_a_wrong_contract_by_names_is_one_sentence(tmp_path: Path, change: tuple
     assert "\n" not in str(e.value)
 
 
-def test_a_graph_without_any_contract_is_told_what_to_write(tmp_path: Path) -> None:
+def test_a_graph_without_contract_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "vad.onnx"
     shutil.copy(SILERO, path)
     with pytest.raises(ModelError, match=r"write vad\.contract\.toml beside it"):

@@ -1,4 +1,4 @@
-"""Rows of an arena: every bucket, in place or copied, on the host or gathered by the graph, gives the same bits."""
+"""Rows of an arena: every bucket, in place or copied, on the host or gathered by the graph, is bit-identical."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def host(path: Path, slots: int, batch: int = 64) -> HostRows:
 
 
 def device(path: Path, slots: int, batch: int = 64, scatter: Scatter = "rows") -> DeviceRows:
-    """What a GPU runs, on the CPU: the arena inside the graph's run, by gather and scatter."""
+    """The GPU's code path on the CPU: the graph gathers from and scatters to the arena."""
     graph = Graph(path)
     return DeviceRows(graph, contract_of(graph), slots, batch, scatter=scatter)
 
@@ -54,7 +54,7 @@ def stepped(rows: Rows, slots: list[int], fresh: list[bool], seed: int) -> list[
 
 @pytest.mark.parametrize("scatter", ["rows", "elements"])
 @pytest.mark.parametrize("name", ["toy", "turn_taking", "digits", "silero"])
-def test_the_graph_with_its_arena_inside_computes_what_the_host_does(name: str, scatter: Scatter, toy: Path) -> None:
+def test_a_graph_with_its_arena_equals_the_host_rows(name: str, scatter: Scatter, toy: Path) -> None:
     path = {"toy": toy, "silero": SILERO}.get(name) or find_model(name)
     slots = 40
     a, b = host(path, slots), device(path, slots, scatter=scatter)
@@ -73,7 +73,7 @@ def test_the_graph_with_its_arena_inside_computes_what_the_host_does(name: str, 
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 19), min_size=1, max_size=20, unique=True), min_size=1, max_size=8))
-def test_a_row_has_the_same_bits_in_any_company(toy: Path, runs: list[list[int]]) -> None:
+def test_a_row_is_bit_identical_in_any_batch(toy: Path, runs: list[list[int]]) -> None:
     together = host(toy, 20)
     alone = {s: host(toy, 1) for s in {s for run in runs for s in run}}
     begun: set[int] = set()
@@ -91,7 +91,7 @@ def test_a_row_has_the_same_bits_in_any_company(toy: Path, runs: list[list[int]]
             assert b"".join(a[0].tobytes() for a in bucket.outputs.values()) == got[i]
 
 
-def test_prewarming_moves_no_state(toy: Path) -> None:
+def test_prewarming_changes_no_state(toy: Path) -> None:
     for rows in (host(toy, 3), device(toy, 3)):
         stepped(rows, [0, 1, 2], [True] * 3, 0)
         before = [rows.read(s) for s in range(3)]
@@ -108,21 +108,21 @@ def test_written_states_are_read_back(toy: Path) -> None:
         assert all((rows.read(0)[n] == 0).all() for n in state)
 
 
-def test_buckets_are_those_that_are_needed() -> None:
+def test_only_needed_buckets_exist() -> None:
     assert sizes_for(1) == [1]
     assert sizes_for(9)[-1] == 12
     assert sizes_for(10**6) == list(SIZES)
 
 
-def test_a_bucket_that_takes_too_long_is_not_used(toy: Path) -> None:
+def test_a_bucket_over_the_budget_is_not_used(toy: Path) -> None:
     graph = Graph(toy)
     rows = HostRows(graph, contract_of(graph), 64, 64, 0)
     assert rows.batch == 1
     assert len(rows.buckets) == 1
 
 
-def test_buckets_with_other_bits_are_not_used(tmp_path: Path) -> None:
-    """A graph whose rows depend on how many there are: only the largest bucket is left."""
+def test_buckets_with_different_bits_are_not_used(tmp_path: Path) -> None:
+    """A graph whose rows depend on the batch size: only the largest bucket is used."""
     path = toy_model.make(tmp_path / "m.onnx")
     model = onnx.load(str(path))
     h = onnx.helper
@@ -167,14 +167,14 @@ def test_the_edited_file_is_a_valid_model(name: str, scatter: Scatter, toy: Path
     assert {i.name for i in original.graph.initializer} < {i.name for i in model.graph.initializer}
 
 
-def test_a_state_that_is_not_there_is_named(toy: Path) -> None:
-    with pytest.raises(ModelError, match=r"no `state\.nobody`"):
-        with_arena(toy.read_bytes(), {"state.nobody": Carried("next.nobody", (3,))})
+def test_a_missing_state_is_named(toy: Path) -> None:
+    with pytest.raises(ModelError, match=r"no `state\.missing`"):
+        with_arena(toy.read_bytes(), {"state.missing": Carried("next.missing", (3,))})
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_damaged_bytes_are_an_error_or_another_file_and_nothing_else(toy: Path, data: st.DataObject) -> None:
+def test_damaged_bytes_raise_only_model_errors(toy: Path, data: st.DataObject) -> None:
     good = toy.read_bytes()
     states = states_of(toy)
     cut = data.draw(st.integers(0, len(good)))

@@ -38,7 +38,7 @@ def test_step_equals_a_reference_in_numpy(toy: Path) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=5), min_size=1, max_size=12))
-def test_any_interleaving_equals_each_alone_bit_for_bit(toy: Path, batches: list[list[str]]) -> None:
+def test_any_interleaving_is_bit_identical_to_single_sessions(toy: Path, batches: list[list[str]]) -> None:
     slots = 3
     engine = StepEngine(toy, slots)
     for name in "cab":
@@ -57,7 +57,7 @@ def test_any_interleaving_equals_each_alone_bit_for_bit(toy: Path, batches: list
         assert got[name] == alone(toy, slots, ord(name), at[name])
 
 
-def test_a_slot_used_again_starts_from_the_initial_state(toy: Path) -> None:
+def test_a_reused_slot_starts_from_the_initial_state(toy: Path) -> None:
     engine = StepEngine(toy, 1)
     engine.open("old")
     for k in range(10):
@@ -69,7 +69,7 @@ def test_a_slot_used_again_starts_from_the_initial_state(toy: Path) -> None:
     assert engine.step([tick("x", 0, 7)])[0].heads["next"].tobytes() == alone(toy, 1, 7, 1)[0]
 
 
-def test_snapshot_and_restore_go_on_bit_for_bit(toy: Path) -> None:
+def test_restored_snapshots_continue_bit_for_bit(toy: Path) -> None:
     first, second = StepEngine(toy, 2), StepEngine(toy, 2)
     first.open("x")
     second.open("other")
@@ -84,17 +84,17 @@ def test_snapshot_and_restore_go_on_bit_for_bit(toy: Path) -> None:
 
 
 class Sessions(RuleBasedStateMachine):
-    """Sessions that come, step, wait, start anew and go, in batches of any size: each as if it were alone."""
+    """Sessions that open, step, wait, reset and close, in batches of any size: each equals an engine of its own."""
 
     path: Path
     slots = 5
 
     def __init__(self) -> None:
         super().__init__()
-        self.engine = StepEngine(self.path, self.slots, batch=3)  # so that a step takes several runs
+        self.engine = StepEngine(self.path, self.slots, batch=3)  # a step then takes several runs
         self.alone = StepEngine(self.path)
         self.states: dict[str, dict[str, np.ndarray]] = {}
-        """What the lone engine knows of each open session."""
+        """Snapshots of the single-slot engine, by open session."""
         self.seeds: dict[str, int] = {}
         self.opened = 0
 
@@ -157,12 +157,12 @@ class Sessions(RuleBasedStateMachine):
             assert {k: v.tobytes() for k, v in held.items()} == {k: v.tobytes() for k, v in state.items()}
 
 
-def test_sessions_in_any_company_are_as_if_alone(toy: Path) -> None:
+def test_batched_sessions_equal_single_ones(toy: Path) -> None:
     machine = type("OfToy", (Sessions,), {"path": toy})
     run_state_machine_as_test(machine, settings=settings(max_examples=25, stateful_step_count=40, deadline=None))
 
 
-def test_a_step_allocates_nothing_but_what_it_hands_out(toy: Path) -> None:
+def test_a_step_allocates_only_its_predictions(toy: Path) -> None:
     engine = StepEngine(toy, 40)
     for i in range(40):
         engine.open(str(i))
@@ -186,7 +186,7 @@ def test_a_step_allocates_nothing_but_what_it_hands_out(toy: Path) -> None:
     finally:
         tracemalloc.stop()
     print(f"1,200 steps: {after - before} bytes more; one step of one session holds {peak - after} bytes at most")
-    assert after - before < 2048  # no growth; the interpreter's own caches move by some bytes
+    assert after - before < 2048  # no growth, except a few bytes of the interpreter's caches
     assert peak - after < 2048  # a prediction: its heads, and nothing of the size of a state or an input
 
 
@@ -196,18 +196,18 @@ def test_errors_are_typed_and_immediate(toy: Path) -> None:
     began = time.monotonic()
     with pytest.raises(Busy, match="all 1 slots"):
         engine.open("b")
-    assert time.monotonic() - began < 0.5  # DESIGN asks for 10 ms; this only says that nothing waits
+    assert time.monotonic() - began < 0.5  # DESIGN's bound is 10 ms; this checks only that it does not block
     with pytest.raises(DuplicateSession):
         engine.open("a")
     with pytest.raises(UnknownSession):
         engine.step([tick("a", 0), tick("b", 0)])
     with pytest.raises(UnknownSession):
         engine.close("b")
-    # the refused step moved nothing
+    # the refused step changed no state
     assert engine.step([tick("a", 0)])[0].heads["next"].tobytes() == alone(toy, 1, 0, 1)[0]
 
 
-def test_cuda_is_never_replaced_in_silence(toy: Path) -> None:
+def test_cuda_is_never_replaced_silently(toy: Path) -> None:
     if Path("/dev/nvidiactl").exists():
         pytest.skip("there is an NVIDIA GPU here")
     with pytest.raises(ProviderError, match="`cuda` was asked for"):
@@ -215,7 +215,7 @@ def test_cuda_is_never_replaced_in_silence(toy: Path) -> None:
     assert StepEngine(toy, 1, "auto").provider == "cpu"
 
 
-def test_a_file_that_is_no_model(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot be read: No such file"):
         check_model(tmp_path / "no.onnx", "cpu")
     (tmp_path / "text.onnx").write_text("hello")
@@ -254,7 +254,7 @@ def contract(**change: object) -> str:
         ({"metadata": contract(modalities=[{"name": "vision", "size": 5}])}, "input `present` has shape"),
     ],
 )
-def test_a_broken_contract_is_one_sentence(tmp_path: Path, options: dict[str, str], words: str) -> None:
+def test_a_broken_contract_is_reported_in_one_sentence(tmp_path: Path, options: dict[str, str], words: str) -> None:
     path = toy_model.make(tmp_path / "m.onnx", **options)
     with pytest.raises(ModelError, match=words) as e:
         check_model(path, "cpu")

@@ -35,7 +35,7 @@ def results(predictions: Iterator[Prediction]) -> dict[str, list[tuple[int, byte
     return out
 
 
-def test_many_sessions_together_equal_each_alone(toy: Path) -> None:
+def test_interleaved_sessions_equal_single_ones(toy: Path) -> None:
     engine = StepEngine(toy, 4)
     envelopes = list(synthetic(engine.spec, 4, 3.0, BEGIN, 7))
     together = results(predict(envelopes, aligner(engine), engine))
@@ -50,7 +50,7 @@ def test_many_sessions_together_equal_each_alone(toy: Path) -> None:
 
 @settings(max_examples=25)
 @given(st.lists(st.booleans(), max_size=600), st.integers(1, 9))
-def test_ticks_that_are_gathered_give_the_same_predictions(toy: Path, there: list[bool], batch: int) -> None:
+def test_collected_ticks_give_the_same_predictions(toy: Path, there: list[bool], batch: int) -> None:
     engine = StepEngine(toy, 3)
     envelopes = list(synthetic(engine.spec, 3, 0.6, BEGIN, 7))
     reopened = [*envelopes, *synthetic(engine.spec, 3, 0.4, BEGIN + 10**9, 8)]
@@ -62,8 +62,8 @@ def test_ticks_that_are_gathered_give_the_same_predictions(toy: Path, there: lis
     assert len(other) == 0
 
 
-def test_what_waits_is_stepped_in_one_call(toy: Path) -> None:
-    """Ticks that close while messages wait go to the engine together; what is held never outlives the messages."""
+def test_available_ticks_are_stepped_in_one_call(toy: Path) -> None:
+    """Ticks that close while messages are available are stepped together, at the latest after the last message."""
     engine = StepEngine(toy, 3)
     envelopes = list(synthetic(engine.spec, 3, 0.6, BEGIN, 7))
     calls: list[int] = []
@@ -84,7 +84,7 @@ def test_what_waits_is_stepped_in_one_call(toy: Path) -> None:
     assert len(calls) < 15
 
 
-def test_a_session_without_a_slot_is_refused_and_the_others_go_on(toy: Path) -> None:
+def test_a_session_without_a_slot_is_refused_and_others_continue(toy: Path) -> None:
     engine = StepEngine(toy, 2)
     envelopes = list(synthetic(engine.spec, 3, 1.0, BEGIN, 7))
     refused: list[tuple[str, SessionError]] = []
@@ -98,7 +98,7 @@ def test_a_session_without_a_slot_is_refused_and_the_others_go_on(toy: Path) -> 
         list(predict(envelopes, aligner(engine), StepEngine(toy, 2)))
 
 
-def test_a_session_opened_again_starts_anew(toy: Path) -> None:
+def test_a_session_opened_again_starts_over(toy: Path) -> None:
     engine = StepEngine(toy, 1)
     one = [e for e in synthetic(engine.spec, 1, 1.0, BEGIN, 7) if wire_op(e) != "close"]
     later = list(synthetic(engine.spec, 1, 1.0, BEGIN + 2_000_000_000, 7))
@@ -168,13 +168,13 @@ def as_envelopes(samples: list[Sample], with_features: bool) -> list[Envelope]:
 
 @given(st.data())
 def test_encoding_again_keeps_place_and_number(data: st.DataObject) -> None:
-    """Whether a vector is recorded before its sample or after it, and whatever lies between them."""
+    """A vector may be recorded before or after its sample, with other messages in between."""
     clock = [Envelope("clock", "host", i, 0, 0, 0, b"") for i in range(3)]
     recorded = data.draw(st.permutations([*as_envelopes(blocks(5), True), *clock]))
     raws = sorted((e for e in recorded if e.topic == "raw/audio"), key=lambda e: e.event_ns)
     vectors = sorted((e for e in recorded if e.topic == "feature/audio"), key=lambda e: e.event_ns)
     in_order = {"raw/audio": iter(raws), "feature/audio": iter(vectors), "clock": iter(clock)}
-    recorded = [next(in_order[e.topic]) for e in recorded]  # each stream in its order, mixed as drawn
+    recorded = [next(in_order[e.topic]) for e in recorded]  # streams interleaved as drawn, each in its order
     again = list(reencode(recorded, {"audio": Doubler()}))
     assert [(e.topic, e.seq, e.event_ns) for e in again] == [
         (e.topic, e.seq, e.event_ns) for e in recorded if e.topic != "raw/audio"
@@ -183,7 +183,7 @@ def test_encoding_again_keeps_place_and_number(data: st.DataObject) -> None:
     assert made == [[6.0 * i] for i in range(5)]
 
 
-def test_a_vector_whose_sample_was_lost_is_left_out_and_holds_nothing_back_for_long() -> None:
+def test_a_vector_whose_sample_was_lost_is_skipped_after_a_timeout() -> None:
     second = 1_000_000_000
     a, b = (
         Envelope("feature/audio", "s", i, i * 20, 0, i * second // 100, np.zeros(1, np.float32), "x") for i in (0, 1)
@@ -192,7 +192,7 @@ def test_a_vector_whose_sample_was_lost_is_left_out_and_holds_nothing_back_for_l
     ticks = [Envelope("clock", "host", i, 0, 0, i * second // 10, b"") for i in range(13)]
     followed = list(reencode([a, b, raw, *ticks], {"audio": Doubler()}))
     assert [e.seq for e in followed if e.topic == "feature/audio"] == [1]
-    # nothing comes after it: time goes by all the same
+    # no message after it, but time passes
     out = reencode(iter([a, *ticks]), {"audio": Doubler()})
     assert [e.seq for e in out] == list(range(13))
     assert next(reencode(iter([a, *ticks[:12]]), {"audio": Doubler()})).publish_ns == 0
@@ -203,15 +203,15 @@ def test_encoding_again_without_recorded_features() -> None:
     assert [(e.seq, e.payload.tolist()) for e in without] == [(i, [6.0 * i]) for i in range(5)]
 
 
-def test_a_source_leaves_the_interpreter_to_who_reads() -> None:
-    """What would make the next sample waits until the reader is back, a little at most."""
+def test_a_source_yields_the_interpreter_to_its_reader() -> None:
+    """The source waits, for a bounded time, until the reader asks for the next sample."""
     working = threading.Event()
     overlapped: list[bool] = []
 
     def samples() -> Iterator[Sample]:
         for i in range(20):
-            overlapped.append(working.is_set())  # what makes a sample would run now
-            time.sleep(0.003)  # it comes when it comes: the reader waits for it
+            overlapped.append(working.is_set())  # the source runs here
+            time.sleep(0.003)  # the reader waits for this sample
             yield Sample(i, i, b"")
 
     pump = Pump(samples(), "block", 4, lambda: True)
@@ -224,7 +224,7 @@ def test_a_source_leaves_the_interpreter_to_who_reads() -> None:
         working.clear()
         read += sample is not None
     assert pump.read(0.1) is None
-    assert sum(overlapped) < 10  # all but the first without it; a machine that stalls may let one through
+    assert sum(overlapped) < 10  # normally only the first; a stalled machine may add a few
 
 
 def test_pace_keeps_the_intervals() -> None:

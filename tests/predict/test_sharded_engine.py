@@ -1,4 +1,4 @@
-"""One engine over several processes: the same numbers, the same errors."""
+"""One engine over several processes: the same results and errors as one process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def sharded(toy: Path) -> Iterator[ShardedEngine]:
     engine.stop()
 
 
-def test_it_computes_what_one_process_does(toy: Path, sharded: ShardedEngine) -> None:
+def test_results_equal_those_of_one_process(toy: Path, sharded: ShardedEngine) -> None:
     one = StepEngine(toy, 12)
     names = [f"s{i}" for i in range(12)]
     for engine in (one, sharded):
@@ -43,7 +43,7 @@ def test_it_computes_what_one_process_does(toy: Path, sharded: ShardedEngine) ->
     at = dict.fromkeys(names, 0)
     for _ in range(25):
         ticks = []
-        for i in rng.integers(0, 12, rng.integers(1, 16)):  # a session may come twice
+        for i in rng.integers(0, 12, rng.integers(1, 16)):  # a session may occur twice
             ticks.append(tick(names[i], at[names[i]], int(i)))
             at[names[i]] += 1
         if rng.random() < 0.2:
@@ -74,7 +74,7 @@ def test_a_session_moves_from_shard_to_engine_and_back(toy: Path, sharded: Shard
     assert got == expected
 
 
-def test_errors_are_those_of_one_process(sharded: ShardedEngine) -> None:
+def test_errors_equal_those_of_one_process(sharded: ShardedEngine) -> None:
     for i in range(12):
         sharded.open(f"s{i}")
     with pytest.raises(Busy, match="all 12 slots"):
@@ -82,7 +82,7 @@ def test_errors_are_those_of_one_process(sharded: ShardedEngine) -> None:
     with pytest.raises(DuplicateSession):
         sharded.open("s0")
     with pytest.raises(UnknownSession):
-        sharded.step([tick("nobody", 0)])
+        sharded.step([tick("unknown", 0)])
     sharded.close("s3")
     assert "s3" not in sharded
     assert len(sharded) == 11
@@ -104,7 +104,7 @@ def test_a_session_moves_between_processes(toy: Path, sharded: ShardedEngine) ->
         sharded.move("x", 2)
     with pytest.raises(UnknownSession):
         sharded.move("y", 1)
-    # a full one takes nobody, and nothing has changed
+    # a full process refuses the session, and nothing changes
     for i in range(11):
         sharded.open(f"s{i}")
     with pytest.raises(Busy):
@@ -113,7 +113,7 @@ def test_a_session_moves_between_processes(toy: Path, sharded: ShardedEngine) ->
     assert sharded.snapshot("x")["h"].tobytes() == alone.snapshot("x")["h"].tobytes()
 
 
-def test_a_move_that_cannot_be_leaves_the_session_where_it_was(toy: Path, tmp_path: Path) -> None:
+def test_a_failed_move_leaves_the_session_where_it_was(toy: Path, tmp_path: Path) -> None:
     one, full, other = StepEngine(toy), StepEngine(toy), StepEngine(toy_model.make(tmp_path / "b.onnx", seed=1))
     one.open("x")
     one.step([tick("x", 0)])
@@ -129,7 +129,7 @@ def test_a_move_that_cannot_be_leaves_the_session_where_it_was(toy: Path, tmp_pa
     assert "x" not in other
 
 
-def test_a_shard_that_dies_says_what_went_with_it_and_the_engine_goes_on(toy: Path, sharded: ShardedEngine) -> None:
+def test_a_dead_shard_is_replaced_and_lost_sessions_are_named(toy: Path, sharded: ShardedEngine) -> None:
     alone = StepEngine(toy, 12)
     names = [f"s{i}" for i in range(4)]
     for engine in (alone, sharded):
@@ -156,7 +156,7 @@ def test_a_shard_that_dies_says_what_went_with_it_and_the_engine_goes_on(toy: Pa
     for k in range(2, 6):
         for a, b in zip(*(e.step([tick(n, k) for n in names]) for e in (alone, sharded)), strict=True):
             assert a.heads["next"].tobytes() == b.heads["next"].tobytes()
-    # without their snapshots they begin anew
+    # without their snapshots they start over
     os.kill(sharded.pids[1], signal.SIGKILL)
     with pytest.raises(ShardDied) as caught:
         sharded.snapshot(next(n for n in names if n not in theirs))
@@ -167,12 +167,12 @@ def test_a_shard_that_dies_says_what_went_with_it_and_the_engine_goes_on(toy: Pa
     assert a.heads["next"].tobytes() == b.heads["next"].tobytes()
 
 
-def test_a_model_that_is_none_is_said_before_a_process_starts(tmp_path: Path) -> None:
+def test_a_bad_model_is_reported_before_a_process_starts(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot be read"):
         ShardedEngine(tmp_path / "no.onnx", 4)
 
 
-def test_the_settings_choose(toy: Path) -> None:
+def test_the_settings_choose_the_engine(toy: Path) -> None:
     one = create(Engine(model=str(toy), provider="cpu"))
     assert isinstance(one, StepEngine)
     two = create(Engine(model=str(toy), provider="cpu", slots=4, processes=2))

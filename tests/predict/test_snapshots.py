@@ -1,4 +1,4 @@
-"""The state of a session as bytes and in a folder: whole or not at all, and nobody leaves the folder."""
+"""Snapshots of a session as bytes and in a folder: damage is refused, and no name points outside the folder."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def same(a: Snapshot, b: Snapshot) -> bool:
 
 
 @given(any_snapshot)
-def test_bytes_and_back_is_the_same_snapshot(snapshot: Snapshot) -> None:
+def test_a_snapshot_survives_the_round_trip_through_bytes(snapshot: Snapshot) -> None:
     raw = to_bytes(snapshot)
     back = from_bytes(raw)
     assert same(snapshot, back)
@@ -66,7 +66,7 @@ def test_bytes_and_back_is_the_same_snapshot(snapshot: Snapshot) -> None:
     assert not any(array.flags.writeable for array in back.state.values())
 
 
-def test_it_is_a_safetensors_file_that_others_read(tmp_path: Path) -> None:
+def test_other_safetensors_readers_can_read_it(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(to_bytes(one()))
     with safe_open(tmp_path / "x.safetensors", "np") as file:
         assert set(file.keys()) == {"state.cell.h", "state.cell.n", "extra.align"}
@@ -76,16 +76,16 @@ def test_it_is_a_safetensors_file_that_others_read(tmp_path: Path) -> None:
 
 @settings(max_examples=300)
 @given(st.data())
-def test_a_change_anywhere_is_an_error(data: st.DataObject) -> None:
+def test_any_changed_byte_is_an_error(data: st.DataObject) -> None:
     raw = bytearray(to_bytes(one()))
     at = data.draw(st.integers(0, len(raw) - 1))
     new = data.draw(st.integers(0, 255).filter(lambda b: b != raw[at]))
     raw[at] = new
     with contextlib.suppress(SnapshotError):
-        assert same(from_bytes(bytes(raw)), one())  # only a blank of the header may be another blank
+        assert same(from_bytes(bytes(raw)), one())  # only whitespace in the header may change
 
 
-def test_every_cut_is_an_error() -> None:
+def test_every_truncation_is_an_error() -> None:
     raw = to_bytes(one())
     for length in range(len(raw)):
         with pytest.raises(SnapshotError):
@@ -130,7 +130,7 @@ def test_any_header_is_an_error(tensors: dict[str, object], metadata: object, re
 
 
 def repr_safe(value: object) -> object:
-    """msgspec writes no integers beyond 64 bits and no lone surrogates."""
+    """msgspec cannot encode integers beyond 64 bits or lone surrogates."""
     if isinstance(value, dict):
         return {repr_safe(k): repr_safe(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -141,14 +141,14 @@ def repr_safe(value: object) -> object:
 
 
 def signed(tensors: dict[str, np.ndarray], **about: object) -> bytes:
-    """A file with a right sha256, whatever it says."""
+    """A file with a correct sha256 over any content."""
     given = {"version": 1, "session": "a", "model_sha256": "m", "tick_index": 0, "texts": {}, **about}
     fields = msgspec.convert(given, snapshots._About)
     fields = msgspec.structs.replace(fields, sha256=snapshots._digest(fields, tensors))
     return plain_save(tensors, {"stream_mmrnn": msgspec.json.encode(fields).decode()})
 
 
-def test_a_right_sha256_does_not_make_it_one() -> None:
+def test_a_correct_sha256_alone_is_not_enough() -> None:
     assert from_bytes(signed({})) == Snapshot("a", "m", 0, {})
     with pytest.raises(SnapshotError, match="neither of a state nor an extra"):
         from_bytes(signed({"other": np.zeros(2, np.float32)}))
@@ -161,7 +161,7 @@ def test_a_right_sha256_does_not_make_it_one() -> None:
         from_bytes(truths)
 
 
-def test_deep_and_large_headers_are_refused_before_they_are_read() -> None:
+def test_deep_and_large_headers_are_refused_before_parsing() -> None:
     deep = b'{"__metadata__":' + b"[" * 5000
     with pytest.raises(SnapshotError):
         from_bytes(len(deep).to_bytes(8, "little") + deep)
@@ -170,9 +170,9 @@ def test_deep_and_large_headers_are_refused_before_they_are_read() -> None:
         from_bytes(len(wide).to_bytes(8, "little") + wide)
 
 
-def test_what_no_file_can_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_that_the_format_cannot_hold_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for session in ("", "\ud800", "x" * 2000):
-        with pytest.raises(SnapshotError, match="is none that a snapshot can hold"):
+        with pytest.raises(SnapshotError, match="cannot be saved as a snapshot"):
             to_bytes(one(session))
     with pytest.raises(SnapshotError):
         to_bytes(one(tick_index=-2))
@@ -183,7 +183,7 @@ def test_what_no_file_can_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         to_bytes(one())
 
 
-def test_a_store_keeps_the_newest_of_each_for_its_time(tmp_path: Path) -> None:
+def test_a_store_keeps_the_newest_snapshot_until_it_expires(tmp_path: Path) -> None:
     store = StateStore(tmp_path / "a" / "b", 10)
     assert stat.S_IMODE(store.folder.stat().st_mode) == 0o700
     assert store.load("a", NOW) is None
@@ -195,7 +195,7 @@ def test_a_store_keeps_the_newest_of_each_for_its_time(tmp_path: Path) -> None:
     found = store.load("a", NOW + 11 * S)
     assert found is not None
     assert same(found, one("a", 3))
-    assert store.load("a", NOW + 11 * S + 1) is None  # its time is over, swept or not
+    assert store.load("a", NOW + 11 * S + 1) is None  # expired, swept or not
     assert store.sweep(NOW + 12 * S) == 1
     assert [p.name for p in store.folder.iterdir()] == [store.path("b").name]
     store.forget("b")
@@ -206,7 +206,7 @@ def test_a_store_keeps_the_newest_of_each_for_its_time(tmp_path: Path) -> None:
 @given(
     st.text(max_size=30) | st.sampled_from(["../x", "/etc/passwd", "a/../../b", "..", ".", "a\0b", "C:\\x", "x" * 900])
 )
-def test_no_name_leaves_the_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
+def test_no_name_points_outside_the_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
     store = StateStore(tmp_path_factory.getbasetemp() / "names" / "inner", 10)
     path = store.path(name)
     assert path.parent == store.folder
@@ -231,7 +231,7 @@ def test_a_file_of_another_session_is_refused(tmp_path: Path) -> None:
         store.load("b", NOW)
 
 
-def test_links_pipes_and_giants_are_refused(tmp_path: Path) -> None:
+def test_links_pipes_and_huge_files_are_refused(tmp_path: Path) -> None:
     store = StateStore(tmp_path / "s", 1e9)
     real = store.save(one("a"), NOW)
     store.path("link").symlink_to(real)
@@ -244,7 +244,7 @@ def test_links_pipes_and_giants_are_refused(tmp_path: Path) -> None:
             store.load(name, NOW)
 
 
-def test_what_killed_processes_left_is_swept_but_not_what_is_being_written(tmp_path: Path) -> None:
+def test_stale_temporary_files_are_swept_but_not_new_ones(tmp_path: Path) -> None:
     store = StateStore(tmp_path, 1000)
     store.save(one("a"), NOW)
     old, new = tmp_path / "x.1.0.tmp", tmp_path / "x.1.1.tmp"
@@ -257,7 +257,7 @@ def test_what_killed_processes_left_is_swept_but_not_what_is_being_written(tmp_p
     assert store.load("a", NOW) is not None
 
 
-def test_a_save_that_fails_leaves_the_old_one_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_leaves_only_the_old_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = StateStore(tmp_path, 10)
     store.save(one("a", 1), NOW)
 
@@ -273,13 +273,13 @@ def test_a_save_that_fails_leaves_the_old_one_and_nothing_else(tmp_path: Path, m
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_folder_that_cannot_be_is_said(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FileError, match=r"give another as state\.folder"):
         StateStore(tmp_path / "file" / "x", 10)
 
 
-def test_plain_loaders_see_the_same_numbers() -> None:
+def test_plain_loaders_read_the_same_numbers() -> None:
     plain = plain_load(to_bytes(one()))
     assert plain["state.cell.h"].tobytes() == one().state["cell.h"].tobytes()
     assert plain["extra.align"].tobytes() == b"\0\1\2"

@@ -22,7 +22,7 @@ BEGIN = 5_000_000_000_123_456
 
 
 def session_of(count: int) -> list[Envelope]:
-    """A second or so of everything that a recording can hold."""
+    """About a second of every kind of message."""
     rng = np.random.default_rng(0)
     out = []
     for i in range(count):
@@ -30,7 +30,7 @@ def session_of(count: int) -> list[Envelope]:
 
         def add(topic: str, payload: object, origin: str = "", at: int = at, seq: int = i) -> None:
             session = topics.EVERYONE if topic == topics.CLOCK else "live"
-            # the microphone has a clock of its own, which lives in another year
+            # the microphone's own clock is years off
             device_ns = 77 * at + seq if topic.startswith("feature/") and "audio" in topic else 0
             out.append(Envelope(topic, session, seq, at, at + 1, at + 2, payload, origin, 0, device_ns))
 
@@ -84,7 +84,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("recording") / "whole.mcap", session_of(40))
 
 
-def test_what_is_read_is_what_was_written(whole: Path) -> None:
+def test_reading_returns_what_was_written(whole: Path) -> None:
     recording = Recording(whole)
     read = list(recording.envelopes())
     written = session_of(40)
@@ -99,8 +99,8 @@ def test_what_is_read_is_what_was_written(whole: Path) -> None:
     assert len(chosen) == 80
 
 
-def test_a_stranger_reads_foxglove_messages(whole: Path) -> None:
-    """The plain reader of the format and its protobuf support, which know nothing of us."""
+def test_other_programs_read_foxglove_messages(whole: Path) -> None:
+    """The `mcap` package's reader with its protobuf support can decode the file."""
     seen: dict[str, object] = {}
     last = 0
     with whole.open("rb") as file:
@@ -129,14 +129,14 @@ def test_a_stranger_reads_foxglove_messages(whole: Path) -> None:
     assert seen["clock"][1].event_ns == BEGIN
 
 
-def test_a_file_that_is_there_is_not_overwritten(whole: Path) -> None:
+def test_an_existing_file_is_not_overwritten(whole: Path) -> None:
     before = whole.read_bytes()
     with pytest.raises(FileError, match="cannot be made: File exists"):
         Recorder(whole, "live", {})
     assert whole.read_bytes() == before
 
 
-def test_files_that_are_no_recordings(tmp_path: Path) -> None:
+def test_files_that_are_not_recordings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="cannot be read: No such file"):
         Recording(tmp_path / "no.mcap")
     (tmp_path / "text.mcap").write_text("hello there, this is text")
@@ -182,7 +182,7 @@ def test_a_cut_anywhere_loses_only_the_tail(whole: Path, tmp_path: Path, data: s
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_damage_anywhere_is_noticed_or_harmless(whole: Path, tmp_path: Path, data: st.DataObject) -> None:
+def test_damage_anywhere_is_detected_or_harmless(whole: Path, tmp_path: Path, data: st.DataObject) -> None:
     content = bytearray(whole.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
@@ -193,11 +193,11 @@ def test_damage_anywhere_is_noticed_or_harmless(whole: Path, tmp_path: Path, dat
         read = list(recording.envelopes())
     except FileError:
         return
-    # chunks carry a checksum: what comes out is what went in, or nothing
+    # chunks have a checksum: messages are returned unchanged or not at all
     assert len(read) <= len(session_of(40))
 
 
-def test_what_no_file_can_hold_is_counted_and_the_rest_is_kept(tmp_path: Path) -> None:
+def test_unwritable_messages_are_counted_and_the_rest_is_written(tmp_path: Path) -> None:
     good = session_of(3)
     bad = [
         Envelope("raw/audio", "live", 0, 2**62, 0, BEGIN, np.zeros(3, "<i2")),
@@ -218,7 +218,7 @@ def test_what_no_file_can_hold_is_counted_and_the_rest_is_kept(tmp_path: Path) -
 
 
 def protobuf(name: str) -> object:
-    """The real decoder of our messages, from the schema that the file carries."""
+    """The protobuf decoder of our messages, built from the schema in the file."""
     files = descriptor_pb2.FileDescriptorSet.FromString(own_schema(name)).file
     pool = descriptor_pool.DescriptorPool()
     pool.Add(files[0])
@@ -231,7 +231,7 @@ STAMPS = st.integers(-(2**63), 2**63 - 1)
 
 @st.composite
 def near_messages(draw: st.DrawFn) -> bytes:
-    """Ours, the same in another layout, and both with damage."""
+    """Messages in our layout and in other layouts, intact and damaged."""
     numbers = draw(st.lists(st.floats(width=32), max_size=draw(st.sampled_from([4, 40]))))
     event, capture, device = draw(STAMPS), draw(STAMPS), draw(st.one_of(st.just(0), STAMPS))
     if draw(st.booleans()):
@@ -253,7 +253,7 @@ ANYTHING = st.one_of(st.binary(max_size=60), near_messages())
 
 @settings(max_examples=500)
 @given(ANYTHING, st.binary(max_size=3), st.binary(max_size=30))
-def test_features_are_read_as_protobuf_reads_them(message: bytes, before: bytes, after: bytes) -> None:
+def test_features_are_decoded_as_by_protobuf(message: bytes, before: bytes, after: bytes) -> None:
     at, end = len(before), len(before) + len(message)
     try:
         expected = FEATURES.FromString(message)
@@ -269,7 +269,7 @@ def test_features_are_read_as_protobuf_reads_them(message: bytes, before: bytes,
 
 @settings(max_examples=500)
 @given(ANYTHING, st.binary(max_size=3), st.binary(max_size=30))
-def test_the_clock_is_read_as_protobuf_reads_it(message: bytes, before: bytes, after: bytes) -> None:
+def test_the_clock_is_decoded_as_by_protobuf(message: bytes, before: bytes, after: bytes) -> None:
     at, end = len(before), len(before) + len(message)
     try:
         expected = CLOCK.FromString(message)
@@ -281,8 +281,8 @@ def test_the_clock_is_read_as_protobuf_reads_it(message: bytes, before: bytes, a
 
 
 @pytest.mark.parametrize("count", [0, 1, 31, 32, 4095, 4096, 600_000])
-def test_features_of_any_length_are_read_where_they_lie(count: int) -> None:
-    """Without protobuf, whatever the length of what says their length."""
+def test_features_of_any_length_are_decoded_without_protobuf(count: int) -> None:
+    """Without protobuf, for any size of the length prefix."""
     numbers = np.random.default_rng(0).standard_normal(count).astype(np.float32)
     numbers[::7] = np.nan
     for device in (0, 7, -(2**63)):
@@ -295,7 +295,7 @@ def test_features_of_any_length_are_read_where_they_lie(count: int) -> None:
         assert FEATURES.FromString(message).device_ns == device
 
 
-def test_what_nobody_wants_is_not_read(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwanted_topics_are_not_decoded(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("it was read")
 
@@ -308,10 +308,10 @@ def test_what_nobody_wants_is_not_read(whole: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("opened", [b"\x09\x01", b"\xff\xff\xff"])
-def test_a_chunk_is_read_up_to_its_damaged_message(
+def test_a_chunk_is_read_up_to_an_invalid_message(
     tmp_path: Path, opened: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another program's file: the checksum is right, the message is not."""
+    """The chunk's checksum matches, but a message is invalid (another program's file)."""
     good = [e for e in session_of(4) if e.topic == topics.CLOCK]
     recorder = Recorder(tmp_path / "a.mcap", "live", {})
     for e in good[:2]:
@@ -328,8 +328,8 @@ def test_a_chunk_is_read_up_to_its_damaged_message(
     assert "damaged record" in recording.damage
 
 
-def test_a_wall_clock_that_is_set_stands_in_the_file_and_moves_no_stamp(tmp_path: Path) -> None:
-    """The recorder's own process, on a real bus, in threads of this one, whose wall clock is set while it writes."""
+def test_a_wall_clock_step_is_recorded_and_changes_no_time(tmp_path: Path) -> None:
+    """The recorder's node runs in a thread on a real bus while the wall clock is set."""
     import threading
     import time
 
@@ -371,7 +371,7 @@ def test_a_wall_clock_that_is_set_stands_in_the_file_and_moves_no_stamp(tmp_path
         address.remove()
     recording = Recording(path)
     read = list(recording.envelopes({"feature/audio"}))
-    # not a stamp is other than it was sent, the device's own among them, though the wall clock went two hours on
+    # all times are as sent, the device's own included, although the wall clock jumped by two hours
     assert all(same(a, b) for a, b in zip(sent, read, strict=True))
     [(stepped_ns, step_ns)] = recording.wall_steps
     assert abs(step_ns - 7_200_000_000_000) < 50_000_000
@@ -385,7 +385,7 @@ def test_a_wall_clock_that_is_set_stands_in_the_file_and_moves_no_stamp(tmp_path
     ]
 
 
-def test_the_index_of_chunks_is_kept_on_the_disk_and_written_whole(
+def test_the_chunk_index_is_kept_on_disk_and_written_completely(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mcap.reader import make_reader

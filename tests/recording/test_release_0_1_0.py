@@ -1,4 +1,4 @@
-"""Files that release 0.1.0 wrote still open: a recording, the state of a served session, a folder of keys."""
+"""Files written by release 0.1.0 still open: a recording, the state of a served session, a folder of keys."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from places import TESTS
 from serving import features_of, running, settings_for, tick
 
 from stream_mmrnn import Client
-from stream_mmrnn.bus.keys import Folder
+from stream_mmrnn.bus.keys import KeyFolder
 
 OLD = TESTS / "data" / "release_0_1_0"
 RECORDING = OLD / "session.mcap"
 
 
-def test_the_recording_is_whole_and_says_what_is_in_it() -> None:
+def test_the_recording_is_whole() -> None:
     code, found, err = run("verify", RECORDING)
     assert code == 0, err
     code, about, err = run("info", RECORDING)
@@ -31,14 +31,14 @@ def test_the_recording_is_whole_and_says_what_is_in_it() -> None:
 
 @pytest.mark.parametrize("source", ["features", "raw"])
 def test_the_recording_replays_to_the_same_predictions(source: str) -> None:
-    """Within rounding: the bits are the same only on the kind of CPU that made the recording."""
+    """Within rounding: results are bit-identical only on the kind of CPU that made the recording."""
     _, result, err = run("replay", RECORDING, "--model", OLD / "recorded.onnx", "--from", source)
     assert result["recorded_predictions"] == result["predictions"] == 67, err
     assert (result["missing"], result["extra"]) == (0, 0)
     assert result["max_abs_difference"] < (1e-5 if source == "features" else 1e-3)
 
 
-def test_a_served_session_goes_on_from_its_state(tmp_path: Path) -> None:
+def test_a_served_session_continues_from_its_state(tmp_path: Path) -> None:
     states = shutil.copytree(OLD / "states", tmp_path / "states", copy_function=shutil.copyfile)
     expected = np.load(OLD / "answers.npy")
     ticks = [tick("before", i, 7) for i in range(len(expected))]
@@ -57,7 +57,7 @@ def test_a_served_session_goes_on_from_its_state(tmp_path: Path) -> None:
 def test_a_folder_of_keys_opens(tmp_path: Path) -> None:
     path = shutil.copytree(OLD / "keys", tmp_path / "keys")
     for each in (path, *path.rglob("*")):
-        each.chmod(stat.S_IRWXU if each.is_dir() else stat.S_IRUSR | stat.S_IWUSR)  # git keeps no such modes
-    folder = Folder(path)
+        each.chmod(stat.S_IRWXU if each.is_dir() else stat.S_IRUSR | stat.S_IWUSR)  # git does not store these modes
+    folder = KeyFolder(path)
     assert folder.keys().secret is not None
     assert {row["name"]: row["rights"] for row in folder.list()["allowed"]} == {"viewer": ["read"]}

@@ -27,7 +27,7 @@ COMMAND = [sys.executable, "-m", "stream_mmrnn"]
 
 
 def envelopes(first: int, count: int) -> list[Envelope]:
-    """Twenty a second of four streams; small, so that a test can damage every byte of their recording."""
+    """Four streams at 20 Hz; small, so that a test can damage every byte of the recording."""
     out = []
     for i in range(first, first + count):
         at = BEGIN + i * 50_000_000
@@ -42,7 +42,7 @@ def envelopes(first: int, count: int) -> list[Envelope]:
 
 
 def write(path: Path, messages: list[Envelope], close: bool = True, number: int = 1, offset_ns: int = 7) -> Path:
-    """As the recorder's process does it, with the messages' own clock."""
+    """Write a recording as the recorder's process does, with the messages' times as the clock."""
     recorder = Recorder(path, "live", {"config": "{}", "raw": "true", "part": str(number)}, wall_offset_ns=offset_ns)
 
     def so_far() -> dict[str, str]:
@@ -69,7 +69,7 @@ Key = tuple[str, int, str]
 
 
 def keys(path: Path) -> list[Key]:
-    """What identifies a message, and its content."""
+    """The identity and content of a message."""
 
     def digest(e: Envelope) -> str:
         data = e.payload if isinstance(e.payload, bytes) else e.payload.tobytes()
@@ -79,7 +79,7 @@ def keys(path: Path) -> list[Key]:
 
 
 def extents(path: Path) -> list[tuple[int, int, list[Key]]]:
-    """Where each chunk begins and ends, and the keys of its messages."""
+    """Begin and end of each chunk, and the keys of its messages."""
     found, all_keys = list(pieces(path)), keys(path)
     out, taken = [], 0
     for piece in found:
@@ -94,7 +94,7 @@ def extents(path: Path) -> list[tuple[int, int, list[Key]]]:
 
 
 def read_by_a_stranger(path: Path) -> int:
-    """How many messages the plain readers of the format find, to the file's end, with every checksum looked at."""
+    """The number of messages that the `mcap` package reads to the file's end, with checksums verified."""
     with path.open("rb") as file:
         seeking = sum(1 for _ in make_reader(file, validate_crcs=True).iter_messages())
     with path.open("rb") as file:
@@ -103,7 +103,7 @@ def read_by_a_stranger(path: Path) -> int:
     return seeking
 
 
-def test_a_whole_file_is_whole(whole: Path, tmp_path: Path) -> None:
+def test_a_whole_file_is_reported_whole(whole: Path, tmp_path: Path) -> None:
     result = verify(whole)
     assert result["whole"]
     assert (result["state"], result["why"], result["holes"]) == ("whole", "", [])
@@ -118,7 +118,7 @@ def test_a_whole_file_is_whole(whole: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out.mcap").read_bytes() == before == whole.read_bytes()
 
 
-def test_it_refuses_to_overwrite(whole: Path, tmp_path: Path) -> None:
+def test_repair_refuses_to_overwrite(whole: Path, tmp_path: Path) -> None:
     there = tmp_path / "there"
     there.write_bytes(b"precious")
     before = whole.read_bytes()
@@ -129,7 +129,7 @@ def test_it_refuses_to_overwrite(whole: Path, tmp_path: Path) -> None:
     assert whole.read_bytes() == before
 
 
-def test_what_is_no_recording(tmp_path: Path) -> None:
+def test_files_that_are_not_recordings_are_refused(tmp_path: Path) -> None:
     from mcap.writer import Writer
 
     with (tmp_path / "other.mcap").open("wb") as f:
@@ -147,8 +147,8 @@ def test_what_is_no_recording(tmp_path: Path) -> None:
         assert not (tmp_path / "out.mcap").exists()
 
 
-def test_the_tail_cut_at_every_byte(tmp_path: Path) -> None:
-    """Reading never raises and gives all messages of all whole chunks; `verify` says it; `repair` saves it."""
+def test_a_cut_at_every_byte_of_the_tail(tmp_path: Path) -> None:
+    """Reading never raises and returns all messages of all whole chunks; `verify` and `repair` agree."""
     whole = write(tmp_path / "whole.mcap", [e for e in envelopes(0, 12) if e.topic != "raw/audio"])
     content, chunks = whole.read_bytes(), extents(whole)
     head_end = next(p for p in pieces(whole) if isinstance(p, Note)).at
@@ -188,7 +188,7 @@ def test_the_tail_cut_at_every_byte(tmp_path: Path) -> None:
 
 
 def check_saved(path: Path, out: Path, must: list[Key], written: list[Key]) -> None:
-    """All that is sound is in the repaired file, in its order, and nothing else."""
+    """Check that the repaired file holds exactly the intact messages, in order."""
     result = verify(path)
     done = repair(path, out)
     saved = keys(out)
@@ -234,17 +234,17 @@ def test_damage_costs_only_the_chunks_that_it_hits(
     try:
         damaged = DamagedFileReader(path)
     except FileError:
-        # nothing is left that says whose file it is
+        # every place that identifies the program was hit
         assert any(a < len(BEGINNING) for a, _ in hits)
         return
     if not damaged.channels.keys() | damaged.names.keys():
-        return  # every place that says what the channels are was hit
+        return  # every place that defines the channels was hit
     if {damaged.topic(n) for n in range(1, 5)} != {"clock", "session", "raw/audio", "feature/audio"}:
         must = [k for k in must if k[0] in {damaged.topic(n) for n in range(1, 5)}]
     check_saved(path, folder / "out.mcap", must, keys(whole))
 
 
-def test_a_chunk_that_says_it_is_longer_costs_no_other(whole: Path, tmp_path: Path) -> None:
+def test_a_chunk_with_a_wrong_length_costs_no_other(whole: Path, tmp_path: Path) -> None:
     content, chunks = bytearray(whole.read_bytes()), extents(whole)
     for number, (begin, _, _) in enumerate(chunks):
         for bit in range(8):
@@ -258,11 +258,11 @@ def test_a_chunk_that_says_it_is_longer_costs_no_other(whole: Path, tmp_path: Pa
 
 @settings(max_examples=60)
 @given(st.data())
-def test_bytes_that_are_gone_or_too_many_do_not_mislead(
+def test_lost_or_extra_bytes_cost_only_their_chunk(
     whole: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     content, chunks = whole.read_bytes(), extents(whole)
-    # behind the first note, so that the channels have names
+    # after the first periodic metadata, so that the channels are known
     begin = chunks[1][0]
     at = data.draw(st.integers(begin, len(content) - 1))
     end = data.draw(st.integers(at, min(at + 3000, len(content))))
@@ -276,7 +276,7 @@ def test_bytes_that_are_gone_or_too_many_do_not_mislead(
 
 @pytest.mark.parametrize("close", [True, False])
 def test_each_chunk_damaged_in_turn(tmp_path: Path, close: bool) -> None:
-    """All others are saved, also where the file never got an index, and where the first said what the channels are."""
+    """All others are saved, even if the file has no index, or if the first chunk defined the channels."""
     written = envelopes(0, 40)
     path = write(tmp_path / "a.mcap", written, close)
     content, chunks, all_keys = path.read_bytes(), extents(path), keys(path)
@@ -300,7 +300,7 @@ def test_each_chunk_damaged_in_turn(tmp_path: Path, close: bool) -> None:
         assert Recording(out).metadata["config"] == "{}"
 
 
-def test_a_lost_head_is_in_the_file_again(whole: Path, tmp_path: Path) -> None:
+def test_a_lost_head_is_restored_from_its_copy(whole: Path, tmp_path: Path) -> None:
     content = bytearray(whole.read_bytes())
     head = next(p for p in pieces(whole) if isinstance(p, Note))
     content[head.at + 60] ^= 1
@@ -317,7 +317,7 @@ def test_a_lost_head_is_in_the_file_again(whole: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("word", [b"session", b"checksum", b"wall_offset_ns", b"format"])
-def test_a_head_that_lost_a_word_and_its_checksum_is_not_believed(whole: Path, tmp_path: Path, word: bytes) -> None:
+def test_a_head_that_lost_a_key_and_its_checksum_is_rejected(whole: Path, tmp_path: Path, word: bytes) -> None:
     content = whole.read_bytes()
     end = extents(whole)[0][0]
     head = content[:end].replace(b"checksum", bytes(8)).replace(word, bytes(len(word)))
@@ -330,8 +330,8 @@ def test_a_head_that_lost_a_word_and_its_checksum_is_not_believed(whole: Path, t
     assert Recording(out).metadata["wall_offset_ns"] == "7"
 
 
-def test_a_wrong_index_is_found_and_mended(whole: Path, tmp_path: Path) -> None:
-    """Our reader does not use it, others do."""
+def test_a_wrong_index_is_detected_and_repaired(whole: Path, tmp_path: Path) -> None:
+    """Our reader does not use the index, but others do."""
     content = bytearray(whole.read_bytes())
     _, end, _ = extents(whole)[2]
     content[end + 9 + 6 + 3] ^= 0x40  # in a time of the message index
@@ -350,9 +350,9 @@ def test_parts_become_one_file(tmp_path: Path) -> None:
     assert part(path, 0) == path
     parts = [
         write(part(path, 1), second, close=False, number=2),
-        write(part(path, 3), third, number=4),  # the third part died before it had a file
+        write(part(path, 3), third, number=4),  # the process of the second part died before it created a file
     ]
-    write(part(path, 8), envelopes(0, 9), number=9, offset_ns=8)  # of another session
+    write(part(path, 8), envelopes(0, 9), number=9, offset_ns=8)  # of another recording
     assert list(later_parts(path)) == [2, 4, 9]
     result = verify(path)
     assert result["state"] == "cut off"
@@ -371,7 +371,7 @@ def test_parts_become_one_file(tmp_path: Path) -> None:
         "the file was cut off there; a.part2.mcap goes on",
         "the file was cut off there; a.part4.mcap goes on",
     ]
-    # a part alone is saved alone
+    # a later part is repaired by itself
     repair(parts[0], tmp_path / "part.mcap")
     assert keys(tmp_path / "part.mcap") == keys(parts[0])
 
@@ -389,7 +389,7 @@ def test_a_recording_in_two_whole_parts_is_partial(tmp_path: Path) -> None:
 
 
 def test_files_of_older_releases_are_verified_and_repaired(whole: Path, tmp_path: Path) -> None:
-    """Without notes, without checksums of the metadata, with the end before the last chunk."""
+    """No periodic metadata, no metadata checksums, and the end before the last chunk."""
     from mcap.writer import CompressionType, IndexType, Writer
 
     def write_old(path: Path) -> None:
@@ -419,9 +419,7 @@ def test_files_of_older_releases_are_verified_and_repaired(whole: Path, tmp_path
     check_saved(damaged, tmp_path / "out.mcap", must, keys(whole))
 
 
-def test_a_repaired_file_that_does_not_fit_is_taken_away(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_repair_leaves_no_file(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cut = tmp_path / "cut.mcap"
     cut.write_bytes(whole.read_bytes()[:4000])
 
@@ -438,7 +436,7 @@ def run(*args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*COMMAND, *map(str, args)], capture_output=True, text=True, timeout=120)
 
 
-def test_the_verbs(whole: Path, tmp_path: Path) -> None:
+def test_the_commands(whole: Path, tmp_path: Path) -> None:
     cut, out = tmp_path / "cut.mcap", tmp_path / "out.mcap"
     cut.write_bytes(whole.read_bytes()[: extents(whole)[3][1]])
     done = run("verify", whole, "--json")

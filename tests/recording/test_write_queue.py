@@ -44,7 +44,7 @@ def message(topic: str, seq: int, size: int = 100) -> Envelope:
 
 
 class Gate(Disk):
-    """A disk whose writes wait while it is shut, and fail half-way while it is full."""
+    """A disk whose writes block while it is shut, and fail half-way while it is full."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -123,7 +123,7 @@ def made(tmp_path: Path) -> Iterator[Made]:
 
 
 def check(made: Made, produced: dict[str, int]) -> MessageCounts:
-    """The sums hold, and they count what is in the file and what was put."""
+    """Check that the counts are consistent, and match the file and the messages that were put."""
     counts = made.message_counts
     assert counts.off == {}
     assert counts.waiting == {}
@@ -136,7 +136,7 @@ def check(made: Made, produced: dict[str, int]) -> MessageCounts:
     return counts
 
 
-def test_what_is_put_is_in_the_file_in_its_order(tmp_path: Path) -> None:
+def test_messages_are_written_in_order(tmp_path: Path) -> None:
     made = Made(tmp_path / "a.mcap")
     for i in range(100):
         for name in NAMES:
@@ -148,11 +148,11 @@ def test_what_is_put_is_in_the_file_in_its_order(tmp_path: Path) -> None:
     assert made.write_queue.trouble == ""
 
 
-def test_a_disk_that_hangs_does_not_keep_the_bus_waiting(made: Made) -> None:
+def test_a_hanging_disk_does_not_block_the_bus(made: Made) -> None:
     made.put("session", 1)
     made.disk.open.clear()
     wait_for(made.disk.waiting.is_set)
-    # the writer hangs in `write`; a hundred times what may wait comes meanwhile
+    # the writer blocks in `write`; meanwhile a hundred times the queue's limit arrives
     for i in range(200):
         made.put("raw/vision", 1, 50_000, i)
         made.put("feature/audio", 1, 400, i)
@@ -162,13 +162,13 @@ def test_a_disk_that_hangs_does_not_keep_the_bus_waiting(made: Made) -> None:
     made.disk.open.set()
     assert made.close()
     counts = check(made, {"raw/vision": 200, "feature/audio": 200, "session": 201})
-    # pictures went first, and what opens and closes a session never
+    # raw pictures were dropped first, session messages never
     assert counts.dropped.keys() == {"raw/vision", "feature/audio"}
     assert counts.dropped["raw/vision"][SLOW] >= 198
     assert counts.recorded["session"] == 201
 
 
-def test_what_is_raw_goes_first(made: Made) -> None:
+def test_raw_messages_are_dropped_first(made: Made) -> None:
     made.disk.open.clear()
     made.put("clock", 1)
     wait_for(made.disk.waiting.is_set)
@@ -182,7 +182,7 @@ def test_what_is_raw_goes_first(made: Made) -> None:
     assert kept == list(range(300 - len(kept), 300)), "the newest are kept"
 
 
-def test_block_gives_up_nothing(tmp_path: Path) -> None:
+def test_block_drops_nothing(tmp_path: Path) -> None:
     made = Made(tmp_path / "a.mcap", 50_000, "block")
     made.put("clock", 1)
     made.disk.open.clear()
@@ -197,14 +197,14 @@ def test_block_gives_up_nothing(tmp_path: Path) -> None:
     assert check(made, {"clock": 1, "raw/audio": taken + 1}).dropped == {}
 
 
-def test_a_full_disk_ends_the_file_for_a_while(made: Made) -> None:
+def test_recording_continues_after_a_full_disk(made: Made) -> None:
     made.put("feature/audio", 50, 400)
     wait_for(lambda: len(list(Recording(made.path).envelopes())) == 50)
     made.disk.full = True
     made.put("feature/audio", 1, 400, 50)
     wait_for(lambda: "No space left on device" in made.write_queue.trouble)
     made.put("feature/audio", 500, 400, 51)
-    # what is there can be read to its end, and no half of anything comes after
+    # the file is readable to its end, without a partial write
     made.disk.open.clear()
     wait_for(made.disk.waiting.is_set)
     size = made.path.stat().st_size
@@ -234,7 +234,7 @@ def test_a_disk_that_stays_full_leaves_a_readable_file(made: Made) -> None:
     assert made.write_queue.counts["dropped"] + made.write_queue.counts["messages"] == 100
 
 
-def test_what_waits_at_the_end_is_counted(made: Made) -> None:
+def test_messages_not_written_by_the_deadline_are_counted(made: Made) -> None:
     made.put("clock", 1)
     made.disk.open.clear()
     wait_for(made.disk.waiting.is_set)
@@ -246,7 +246,7 @@ def test_what_waits_at_the_end_is_counted(made: Made) -> None:
     assert counts.dropped.get("clock", {}).keys() <= {CLOSING}
 
 
-def test_a_sync_that_hangs_holds_nothing_up(tmp_path: Path) -> None:
+def test_a_hanging_sync_blocks_nothing(tmp_path: Path) -> None:
     made = Made(tmp_path / "a.mcap", fsync_ms=1)
     made.disk.sync_open.clear()
     wait_for(lambda: made.disk.syncs)
@@ -257,7 +257,7 @@ def test_a_sync_that_hangs_holds_nothing_up(tmp_path: Path) -> None:
     check(made, {"feature/audio": 500})
 
 
-def test_a_sync_that_fails_is_said(tmp_path: Path) -> None:
+def test_a_failed_sync_is_reported(tmp_path: Path) -> None:
     made = Made(tmp_path / "a.mcap", fsync_ms=1)
     made.disk.sync_error = errno.EIO
     wait_for(lambda: "Input/output error" in made.write_queue.trouble)
@@ -266,7 +266,7 @@ def test_a_sync_that_fails_is_said(tmp_path: Path) -> None:
     assert made.close()
 
 
-def test_a_killed_file_says_what_was_dropped_until_then(made: Made, tmp_path: Path) -> None:
+def test_the_file_of_a_killed_recorder_has_drop_counts(made: Made, tmp_path: Path) -> None:
     made.put("clock", 1)
     made.disk.open.clear()
     wait_for(made.disk.waiting.is_set)
@@ -282,26 +282,26 @@ def test_a_killed_file_says_what_was_dropped_until_then(made: Made, tmp_path: Pa
     assert result["adds_up"]
 
 
-def test_what_the_bus_lost_and_what_no_file_holds_is_counted(made: Made) -> None:
-    made.put("clock", 2, first=70)  # the clock runs before anybody listens
+def test_lost_and_unwritable_messages_are_counted(made: Made) -> None:
+    made.put("clock", 2, first=70)  # the clock began before the recorder
     made.put("clock", 2, first=75)
-    made.put("feature/audio", 3, first=2)  # a session's streams begin with it
+    made.put("feature/audio", 3, first=2)  # a session's streams begin at 0
     bad = Envelope("feature/audio", "live", 5, 0, 0, -(2**62), np.zeros(1, np.float32))
     assert made.write_queue.put(bad)
-    made.put("feature/audio", 2)  # a worker that began anew
+    made.put("feature/audio", 2)  # a worker that was restarted
     assert made.close()
     counts = check(made, {"clock": 7, "feature/audio": 8})
     assert counts.dropped == {"clock": {LOST: 3}, "feature/audio": {LOST: 2, UNWRITABLE: 1}}
 
 
-def test_a_later_part_does_not_count_what_came_before_it(tmp_path: Path) -> None:
+def test_a_later_part_does_not_count_earlier_messages_as_lost(tmp_path: Path) -> None:
     made = Made(tmp_path / "a.mcap", later_part=True)
     made.put("feature/audio", 3, first=100)
     assert made.close()
     assert check(made, {"feature/audio": 3}).dropped == {}
 
 
-def test_a_fault_of_the_writer_is_not_kept_secret(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_of_the_writer_is_raised(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: object) -> None:
         raise AssertionError("a fault of ours")
 
@@ -325,7 +325,7 @@ def test_a_fault_of_the_writer_is_not_kept_secret(made: Made, monkeypatch: pytes
     ),
     st.sampled_from([3_000, 60_000]),
 )
-def test_whatever_the_disk_does_the_sums_hold(
+def test_counts_are_consistent_whatever_the_disk_does(
     tmp_path_factory: pytest.TempPathFactory, steps: list[Any], limit: int
 ) -> None:
     made = Made(tmp_path_factory.mktemp("a") / "a.mcap", limit)
@@ -347,8 +347,8 @@ def test_whatever_the_disk_does_the_sums_hold(
     check(made, dict(produced))
 
 
-def test_a_prediction_that_had_to_wait_for_room_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The recorder's node on a real bus, whose queue has no room at the first try: nothing is a repetition."""
+def test_a_prediction_is_recorded_after_a_full_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recorder's node on a real bus, with a queue that is full at the first try: the retry is not a duplicate."""
     path = tmp_path / "a.mcap"
     asked = config.parse({"record": {"path": str(path), "policy": "block"}, "session": {"name": "s"}})
     address = Address.create("ipc")

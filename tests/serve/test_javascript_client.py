@@ -20,7 +20,7 @@ import pytest
 from places import ROOT
 from serving import alone, running, settings_for, start, tick
 
-from stream_mmrnn.bus.keys import Folder
+from stream_mmrnn.bus.keys import KeyFolder
 from stream_mmrnn.bus.request_reply import Router
 from stream_mmrnn.core import config
 from stream_mmrnn.core.types import Tick
@@ -538,8 +538,8 @@ def test_another_kind_of_server_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_server_with_keys_serves_a_client_whose_key_may_write(toy: Path, tmp_path: Path) -> None:
-    keys, stranger = Folder.new(tmp_path / "keys"), Folder.new(tmp_path / "stranger")
-    other = Folder.new(tmp_path / "other")
+    keys, stranger = KeyFolder.new(tmp_path / "keys"), KeyFolder.new(tmp_path / "stranger")
+    other = KeyFolder.new(tmp_path / "other")
     keys.allow("stranger", stranger.client, write=True)
     ticks = [tick("s", i) for i in range(5)]
     body = (
@@ -589,7 +589,7 @@ def test_a_server_with_keys_serves_a_client_whose_key_may_write(toy: Path, tmp_p
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no file modes")
 def test_a_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
-    keys = Folder.new(tmp_path / "keys")
+    keys = KeyFolder.new(tmp_path / "keys")
     (keys.path / "client.key").chmod(0o644)
     body = (
         CODES

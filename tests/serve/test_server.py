@@ -23,7 +23,7 @@ from serving import alone, features_of, running, settings_for, start, tick
 
 from stream_mmrnn import AsyncClient, Client
 from stream_mmrnn.bus import Dealer
-from stream_mmrnn.bus.keys import Folder
+from stream_mmrnn.bus.keys import KeyFolder
 from stream_mmrnn.core import config
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import (
@@ -587,7 +587,7 @@ def test_garbage_is_counted_and_does_not_affect_other_clients(toy: Path, tmp_pat
 
 
 def test_a_client_without_a_key_is_refused(toy: Path, tmp_path: Path) -> None:
-    keys, stranger = Folder.new(tmp_path / "keys"), Folder.new(tmp_path / "stranger")
+    keys, stranger = KeyFolder.new(tmp_path / "keys"), KeyFolder.new(tmp_path / "stranger")
     asked = settings_for(toy, tmp_path / "states", keys=str(keys.path))
     with running(asked) as server:
         with pytest.raises(NotRunning, match="keys let you in"):

@@ -21,7 +21,7 @@ from typing import Any
 from mcap.reader import make_reader
 
 from stream_mmrnn.bus import Address, Keys, Publisher, Subscriber, run_broker
-from stream_mmrnn.bus.keys import Folder
+from stream_mmrnn.bus.keys import KeyFolder
 from stream_mmrnn.core import config, topics
 from stream_mmrnn.core.errors import StreamError
 from stream_mmrnn.viewers.dashboard.server import Dashboard
@@ -52,7 +52,7 @@ class _Bus:
     """A broker with keys, in a thread."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = Folder.new(folder)
+        self.folder = KeyFolder.new(folder)
         self.authenticator = self.folder.authenticator()
         self.address = Address.create("tcp", keys=self.folder.keys())
         ready, self._stop = threading.Event(), threading.Event()
@@ -106,7 +106,7 @@ def _keys(folder: Path, count: int, say: Say) -> Iterator[Figure]:
     try:
         own = Subscriber(bus.address, [topics.CLOCK], 1000)
         publisher.wait_for_reader(topics.CLOCK, _WAIT_S)
-        removed, viewer, stranger = (Folder.new(folder / name) for name in ("removed", "viewer", "stranger"))
+        removed, viewer, stranger = (KeyFolder.new(folder / name) for name in ("removed", "viewer", "stranger"))
         server = bus.folder.server
         bus.folder.allow("removed", removed.client, write=True)
         bus.folder.remove("removed")

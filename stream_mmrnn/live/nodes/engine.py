@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from stream_mmrnn.bus import Caller
+from stream_mmrnn.bus import JournalClient
 from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.clock import RateLimiter, now_ns
 from stream_mmrnn.core.errors import SessionError, StreamError
@@ -35,7 +35,7 @@ class EngineNode(Node):
         self.counts = {"ticks": 0, "predictions": 0, "refused": 0}
         self.prewarmer = Prewarmer(self._warm, spec.tick_ns)
         every = settings.state.snapshot_every
-        self.caller = Caller(context.address) if every else None
+        self.caller = JournalClient(context.address) if every else None
         self.checkpoints = (
             Checkpoints(self.caller, every, self.engine, self.aligner, self.subscriber, self.publisher, self.counts)
             if self.caller is not None

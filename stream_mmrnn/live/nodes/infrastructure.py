@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from stream_mmrnn.bus import Authenticator, Publisher, Tap, run_broker
+from stream_mmrnn.bus import Authenticator, JournalSocket, Publisher, run_broker
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import WireError
@@ -39,9 +39,9 @@ class BrokerNode:
         self.context, self.bus = context, context.settings.bus
         self.authenticator: Authenticator | None = None
         if self.bus.keys:
-            from stream_mmrnn.bus.keys import Folder
+            from stream_mmrnn.bus.keys import KeyFolder
 
-            self.authenticator = Folder(Path(self.bus.keys)).authenticator()
+            self.authenticator = KeyFolder(Path(self.bus.keys)).authenticator()
         self._publisher: Publisher | None = None
         self._reporter: Reporter | None = None
 
@@ -114,7 +114,7 @@ class JournalNode(Node):
         super().__init__(context)
         state = self.settings.state
         wanted = [topics.FEATURE, topics.SESSION, topics.PREDICTION, topics.CLOCK]
-        self.tap = Tap(context.address, wanted, self.settings.bus.queue)
+        self.tap = JournalSocket(context.address, wanted, self.settings.bus.queue)
         self.journal = Journal(state.journal_s, state.journal_mb << 20, complete=not context.restarts)
         self._asked: tuple[bytes, Ask, int] | None = None
         """An engine's question: who, what, and until when it waits."""

@@ -63,7 +63,7 @@ class DashboardNode(_ViewerNode):
 
     def __init__(self, context: Context) -> None:
         from stream_mmrnn.bus import keys as keys
-        from stream_mmrnn.bus.subscription import Reading
+        from stream_mmrnn.bus.subscription import PredictionReader
         from stream_mmrnn.viewers.dashboard.server import Dashboard
         from stream_mmrnn.viewers.dashboard.state import LiveState
         from stream_mmrnn.viewers.prometheus import Metrics
@@ -75,7 +75,7 @@ class DashboardNode(_ViewerNode):
         self.raw_streams = _RawStreams(context)
         decoder = PredictionDecoder()  # shared, so that each prediction is decoded once
         self.view = LiveState(decoder)
-        self.reading = Reading(decoder=decoder)
+        self.reading = PredictionReader(decoder=decoder)
         self.metrics = Metrics(decoder)
         self._typed: deque[bytes] = deque()
         self._explained: Any = None
