@@ -17,7 +17,7 @@ from stream_mmrnn.core.errors import ProcessError
 _LANES = ("publish", "subscribe", "bulk", "view")
 _TRIES, _LAST_PORT = 50, 65_000
 _ANY = {"0.0.0.0": LOOPBACK, "::": "::1"}  # noqa: S104 named, not bound
-"""What a process of this machine connects to where all interfaces are bound."""
+"""The address that local processes connect to if the broker binds all interfaces."""
 Right = Literal["read", "write"]
 
 
@@ -36,13 +36,13 @@ class Keys:
 
 
 def new_pair() -> tuple[str, str]:
-    """A fresh public and secret key."""
+    """A new (public, secret) key pair."""
     public, secret = zmq.curve_keypair()
     return public.decode(), secret.decode()
 
 
 def public_of(secret: str) -> str:
-    """The public key that belongs to a secret one; raises ValueError where it is none."""
+    """The public key of a secret key; raises ValueError if it is not one."""
     try:
         return zmq.curve_public(secret.encode("ascii")).decode()
     except (zmq.ZMQError, UnicodeEncodeError) as e:
@@ -50,7 +50,7 @@ def public_of(secret: str) -> str:
 
 
 class Address:
-    """Where the broker's sockets are. Made once by the supervisor, given to every process."""
+    """The endpoints of the broker. The supervisor creates it and passes it to every process."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Address:
         keys: Keys | None = None,
         journal: str = "",
     ) -> None:
-        """`host` is what the broker binds; `keys` those of our own processes. Without `bulk` or `view` it is
+        """`host`: the address that the broker binds; `keys`: those of our own processes. `bulk` and `view` default to
         `subscribe`. `journal` is only for processes of the session.
         """
         self.publish, self.subscribe, self.folder = publish, subscribe, folder
@@ -72,7 +72,7 @@ class Address:
 
     @classmethod
     def create(cls, transport: str, host: str = LOOPBACK, port: int = 0, keys: Keys | None = None) -> Address:
-        """Fresh addresses: ipc in a private folder (0700), or tcp ports that were free just now."""
+        """New addresses: ipc in a private folder (0700), or tcp ports that are free now."""
         if transport == "ipc":
             folder = private_folder("stream-mmrnn-")
             publish, subscribe, bulk, view = (f"ipc://{folder}/{lane}" for lane in _LANES)
@@ -89,7 +89,7 @@ class Address:
                     for i, socket in enumerate(sockets[1:], 1):
                         socket.bind(f"tcp://{_bracketed(host)}:{first + i}")
                     return cls.at(host, first, keys)._with_journal()
-                except zmq.ZMQError:  # one of them is taken
+                except zmq.ZMQError:  # one of the ports is in use
                     for socket in sockets:
                         socket.close(0)
         except zmq.ZMQError as e:
@@ -100,13 +100,13 @@ class Address:
 
     @classmethod
     def at(cls, host: str, port: int, keys: Keys | None = None) -> Address:
-        """A bus over tcp whose `bus.port` is known: how a program on another machine finds it."""
+        """The address of a bus over tcp, from its host and `bus.port`."""
         reach = _bracketed(_ANY.get(host, host))
         publish, subscribe, bulk, view = (f"tcp://{reach}:{port + i}" for i in range(len(_LANES)))
         return cls(publish, subscribe, "", bulk, view, host, keys)
 
     def _with_journal(self) -> Address:
-        """A place for the journal that this user's processes alone can reach, where the system has such places."""
+        """Add an endpoint for the journal: private to this user (ipc), on Windows tcp on loopback."""
         if sys.platform == "win32":
             self.journal = _free_on_loopback()
         else:
@@ -115,13 +115,13 @@ class Address:
         return self
 
     def bound(self, endpoint: str) -> str:
-        """An endpoint as the broker binds it."""
+        """The form of an endpoint that the broker binds."""
         if self.host not in _ANY:
             return endpoint
         return f"tcp://{_bracketed(self.host)}:{endpoint.rpartition(':')[2]}"
 
     def lane(self, policy: Policy, wanted: list[str]) -> str:
-        """Where a reader of these topics connects."""
+        """The endpoint that a reader of these topics connects to."""
         if policy != "block":
             return self.view
         return self.bulk if any(large.startswith(prefix) for prefix in wanted for large in _LARGE) else self.subscribe

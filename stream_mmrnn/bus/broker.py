@@ -19,7 +19,7 @@ from stream_mmrnn.core.errors import ProcessError
 
 _STOP = b"TERMINATE"
 VIEW_BUFFER_BYTES = 256 * 1024
-"""The kernel's buffer for a viewer over tcp: by default it grows to megabytes of messages that are too old to show."""
+"""Kernel buffer per viewer over tcp: by default it grows to megabytes of outdated messages."""
 _REFUSALS = {
     zmq.Event.HANDSHAKE_FAILED_AUTH: "key_not_allowed",
     zmq.Event.HANDSHAKE_FAILED_PROTOCOL: "no_key",
@@ -30,22 +30,22 @@ _ZAP = "inproc://zeromq.zap.01"
 
 
 class Authenticator:
-    """Who may come in, where the broker asks for keys; counts who may not.
+    """Admits or refuses connections by their public keys (CURVE and ZAP), and counts refusals.
 
-    `allowed(right, public_key)` is asked at every new connection, from a thread of the broker.
+    `allowed(right, public_key)` is called for every new connection, in a thread of the broker.
     """
 
     def __init__(self, secret: str, allowed: Callable[[Right, str], bool]) -> None:
-        """`secret` is the server's."""
+        """`secret`: the server's secret key."""
         self._secret, self._allowed = secret, allowed
         self._monitors: list[zmq.Socket[bytes]] = []
         self.admitted = 0
         self.refused: dict[str, int] = {}
-        """Connections by reason: `key_not_allowed` (unknown, or removed since), `no_key` (a client without CURVE),
-        `wrong_server_key`, `unfinished` (it left in the middle). A client that goes on trying counts each time."""
+        """Refused connections by reason: `key_not_allowed` (unknown or removed), `no_key` (a client without CURVE),
+        `wrong_server_key`, `unfinished` (the handshake was aborted). Each retry of a client counts."""
 
     def guard(self, socket: zmq.Socket[bytes], right: Right) -> None:
-        """Before it is bound: only keys with this right may connect."""
+        """Require keys with this right on a socket; call it before the socket is bound."""
         socket.curve_server = True
         socket.curve_secretkey = self._secret.encode()
         socket.zap_domain = right.encode()
@@ -53,44 +53,44 @@ class Authenticator:
         self._monitors.append(monitor)
 
     def open(self, context: zmq.Context[zmq.Socket[bytes]], stop: threading.Event) -> threading.Thread:
-        """Start to answer, before the sockets are bound, so that no connection is accepted unchecked."""
-        asked = context.socket(zmq.REP)
-        asked.setsockopt(zmq.LINGER, 0)
-        asked.bind(_ZAP)
-        thread = threading.Thread(target=self._serve, args=(asked, stop), name="authenticator", daemon=True)
+        """Start the thread; call it before the sockets are bound, so that every connection is checked."""
+        requests = context.socket(zmq.REP)
+        requests.setsockopt(zmq.LINGER, 0)
+        requests.bind(_ZAP)
+        thread = threading.Thread(target=self._serve, args=(requests, stop), name="authenticator", daemon=True)
         thread.start()
         return thread
 
-    def _serve(self, asked: zmq.Socket[bytes], stop: threading.Event) -> None:
+    def _serve(self, requests: zmq.Socket[bytes], stop: threading.Event) -> None:
         poller = zmq.Poller()
-        for socket in (asked, *self._monitors):
+        for socket in (requests, *self._monitors):
             poller.register(socket, zmq.POLLIN)
         while not stop.is_set():
             for socket, _ in poller.poll(50):
-                if socket is asked:
-                    self._answer(asked)
+                if socket is requests:
+                    self._answer(requests)
                 else:
                     self._observe(socket)
-        for socket in (asked, *self._monitors):
+        for socket in (requests, *self._monitors):
             socket.close(0)
 
-    def _answer(self, asked: zmq.Socket[bytes]) -> None:
-        """One request of ZeroMQ's authentication protocol (RFC 27)."""
-        version, request, domain, _, _, mechanism, *credentials = asked.recv_multipart()
-        let_in = False
+    def _answer(self, requests: zmq.Socket[bytes]) -> None:
+        """Answer one request of the ZeroMQ Authentication Protocol (ZAP, RFC 27)."""
+        version, request, domain, _, _, mechanism, *credentials = requests.recv_multipart()
+        admitted = False
         if mechanism == b"CURVE" and len(credentials) == 1 and len(credentials[0]) == 32:
             right: Right = "write" if domain == b"write" else "read"
-            let_in = self._allowed(right, z85.encode(credentials[0]).decode())
-        code, text = (b"200", b"OK") if let_in else (b"400", b"this key is not allowed here")
-        asked.send_multipart([version, request, code, text, b"", b""])
+            admitted = self._allowed(right, z85.encode(credentials[0]).decode())
+        code, text = (b"200", b"OK") if admitted else (b"400", b"this key is not allowed here")
+        requests.send_multipart([version, request, code, text, b"", b""])
 
     def _observe(self, monitor: zmq.Socket[bytes]) -> None:
-        said = parse_monitor_message(monitor.recv_multipart())
-        event = zmq.Event(said["event"])
+        message = parse_monitor_message(monitor.recv_multipart())
+        event = zmq.Event(message["event"])
         if event == zmq.Event.HANDSHAKE_SUCCEEDED:
             self.admitted += 1
             return
-        reason = "wrong_server_key" if said["value"] == _WRONG_SERVER_KEY else _REFUSALS[event]
+        reason = "wrong_server_key" if message["value"] == _WRONG_SERVER_KEY else _REFUSALS[event]
         self.refused[reason] = self.refused.get(reason, 0) + 1
 
 
@@ -104,10 +104,10 @@ def run_broker(
     view_queue: int = 0,
     authenticator: Authenticator | None = None,
 ) -> None:
-    """Forward every message from publishers to subscribers in one order until told to stop.
+    """Forward every message from publishers to subscribers in one order, until `alive()` returns False.
 
-    The loop is ZeroMQ's own (`zmq_proxy_steerable`), in C and without the GIL. It never waits for a reader: one whose
-    queue is full loses the newest, and counts it. Queues of 0 are as `queue`.
+    The loop is ZeroMQ's own (`zmq_proxy_steerable`), in C and without the GIL. It never waits for a reader: a reader
+    whose queue is full loses the newest messages and counts them as a gap. A queue of 0 means the same as `queue`.
 
     Raises:
         ProcessError: an address is in use, or others could reach it and there is no authenticator.
@@ -124,14 +124,14 @@ def run_broker(
         socket.set_hwm(queue)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_PAYLOAD_BYTES)
-    doorkeeper = None
+    authenticating = None
     if authenticator is not None:
         authenticator.guard(front, "write")
         authenticator.guard(back, "read")
-        doorkeeper = authenticator.open(context, over)
+        authenticating = authenticator.open(context, over)
     try:
         front.bind(address.bound(address.publish))
-        # a queue's length is taken over when a place is bound: one socket, one order, three lengths
+        # a bind uses the high-water mark set before it: one socket (one order of messages), three queue lengths
         lanes = {address.subscribe: queue, address.bulk: bulk_queue or queue, address.view: view_queue or queue}
         for endpoint, length in lanes.items():
             back.set_hwm(length)
@@ -139,8 +139,8 @@ def run_broker(
             back.bind(address.bound(endpoint))
     except zmq.ZMQError as e:
         over.set()
-        if doorkeeper is not None:
-            doorkeeper.join()
+        if authenticating is not None:
+            authenticating.join()
         context.destroy(linger=0)
         raise ProcessError(f"the broker cannot bind {address.publish} or {address.subscribe}: {e}") from e
     control.bind("inproc://control")
@@ -157,6 +157,6 @@ def run_broker(
     zmq.proxy_steerable(front, back, None, control)
     watcher.join()
     over.set()
-    if doorkeeper is not None:
-        doorkeeper.join()
+    if authenticating is not None:
+        authenticating.join()
     context.destroy(linger=0)

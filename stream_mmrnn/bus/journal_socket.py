@@ -13,7 +13,7 @@ from stream_mmrnn.core.errors import ProcessError
 
 
 class JournalSocket:
-    """The journal's side: messages of some topics as they are on the wire, and requests of an engine."""
+    """The journal's side: raw messages of some topics, and requests of an engine."""
 
     def __init__(self, address: Address, wanted: list[str], queue: int) -> None:
         self._context = zmq.Context()
@@ -30,20 +30,20 @@ class JournalSocket:
             raise ProcessError(f"the journal cannot bind {address.journal}: {e}") from e
 
     def messages(self) -> Iterator[list[bytes]]:
-        """What has come, without waiting."""
+        """The available messages, without blocking."""
         while self._socket.poll(0, zmq.POLLIN):
             yield self._socket.recv_multipart()
 
     def request(self, timeout_ms: int) -> tuple[bytes, bytes] | None:
-        """The sender and the content of a request; None after `timeout_ms` without one."""
+        """The sender and content of a request; None on timeout."""
         if not self._requests.poll(timeout_ms, zmq.POLLIN):
             return None
-        who, *frames = self._requests.recv_multipart()
-        return who, b"".join(frames)
+        sender, *frames = self._requests.recv_multipart()
+        return sender, b"".join(frames)
 
-    def answer(self, who: bytes, content: bytes) -> None:
-        """To one that is gone meanwhile it is dropped."""
-        self._requests.send_multipart([who, content])
+    def answer(self, sender: bytes, content: bytes) -> None:
+        """Answer a request; dropped if the sender has disconnected."""
+        self._requests.send_multipart([sender, content])
 
     def close(self) -> None:
         for socket in (self._socket, self._requests):
@@ -61,7 +61,7 @@ class JournalClient:
         self._socket.connect(address.journal)
 
     def send(self, content: bytes) -> bool:
-        """Without waiting; False if the message before has not been read yet, or there is no journal."""
+        """Send without blocking; False if the previous message is unread, or there is no journal."""
         try:
             self._socket.send(content, zmq.DONTWAIT)
         except zmq.Again:
@@ -69,7 +69,7 @@ class JournalClient:
         return True
 
     def ask(self, content: bytes, timeout_ms: int) -> bytes | None:
-        """The answer; None after `timeout_ms` without."""
+        """Send a request and return the answer; None on timeout."""
         if not self.send(content) or not self._socket.poll(timeout_ms, zmq.POLLIN):
             return None
         return self._socket.recv()

@@ -1,10 +1,10 @@
 """Keys as files: the broker's key pair, this user's own pair, the keys that are allowed, and the page's token.
 
-    FOLDER/             0700, made whole or not at all
-      server.key        the broker's pair: everyone who connects must know its public key
+    FOLDER/             0700, created atomically
+      server.key        the broker's pair: every client must know its public key
       client.key        the pair of this user's processes, which may read and write
       read/NAME         the public key of a client that may subscribe
-      write/NAME        of a client that may also publish
+      write/NAME        the public key of a client that may also publish
 
 Files are 0600; a file that others could read is refused.
 """
@@ -34,14 +34,14 @@ _MAX_BYTES = 4096
 
 
 def _write_new(path: Path, text: str) -> None:
-    """A file that only we can read; raises FileExistsError where there is one already."""
+    """Create a file that only this user can read; raises FileExistsError if it exists."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(fd, "w", encoding="ascii") as file:
         file.write(text)
 
 
 def _read(path: Path, what: str, private: bool = True) -> str:
-    """Read a small key file. Raises FileError where it is missing, too long or, if `private`, open to others."""
+    """Read a small key file. Raises FileError if it is missing, too long or, with `private`, readable by others."""
     try:
         with path.open("rb") as file:
             mode, data = os.fstat(file.fileno()).st_mode, file.read(_MAX_BYTES + 1)
@@ -68,7 +68,7 @@ def _pair(path: Path) -> tuple[str, str]:
 
 
 def _public_key(key_or_file: str) -> str:
-    """A public key, given as it is or as a file that holds it (a .key file, or the key alone)."""
+    """A public key, from its text or from a file (a .key file, or a file with only the key)."""
     text = key_or_file.strip()
     if not _PUBLIC.fullmatch(text) and Path(key_or_file).is_file():
         text = _read(Path(key_or_file), "the public key", private=False).strip()
@@ -80,7 +80,7 @@ def _public_key(key_or_file: str) -> str:
 
 
 def _checked(name: str) -> str:
-    """A name that cannot leave its folder."""
+    """The name, if it cannot point outside its folder; else raises UsageError."""
     if not _NAME.fullmatch(name):
         raise UsageError(f"{name!r} is no name for a key: use letters, digits, . _ and -, 64 at most, no . in front")
     return name
@@ -90,7 +90,7 @@ class KeyFolder:
     """A folder of keys."""
 
     def __init__(self, path: Path) -> None:
-        """One that is there. Raises FileError where it is not, or others could change it."""
+        """Open an existing folder. Raises FileError if it is missing, or other users have access."""
         self.path = path
         try:
             mode = path.stat().st_mode
@@ -103,15 +103,15 @@ class KeyFolder:
 
     @classmethod
     def new(cls, path: Path) -> KeyFolder:
-        """Fresh pairs in a folder that was not there, or was empty; raises FileError where it holds something."""
+        """Create the folder with new key pairs; raises FileError if it exists and is not empty."""
         made = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # a folder beside, renamed when it is whole: what is in the way, and is not empty, stays as it is
+            # atomic: create a temporary folder and rename it; an existing folder that is not empty is not replaced
             made = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
             for name in ("server", "client"):
                 public, secret = new_pair()
-                while public.startswith("-"):  # a command would take it for an option
+                while public.startswith("-"):  # a command line would parse it as an option
                     public, secret = new_pair()
                 _write_new(made / f"{name}.key", f'public = "{public}"\nsecret = "{secret}"\n')
             for right in _RIGHTS:
@@ -124,20 +124,20 @@ class KeyFolder:
         return cls(path)
 
     def keys(self, server: str = "") -> Keys:
-        """Our own processes' keys. For the bus of another machine: the public key of its server as `server`."""
+        """The keys of our own processes. For another machine's bus, `server` is the public key of its server."""
         return Keys(self.client, self._client_secret, server or self.server)
 
     def authenticator(self) -> Authenticator:
         return Authenticator(self._server_secret, self.allows)
 
     def allows(self, right: Right, public: str) -> bool:
-        """Whether this key has this right now: files are looked at each time, so that a removal holds at once."""
+        """Whether a key has a right. Reads the files each time, so that a removal takes effect immediately."""
         if hmac.compare_digest(public, self.client):
             return True
         return any(hmac.compare_digest(public, known) for known in self._listed(right).values())
 
     def _listed(self, right: Right) -> dict[str, str]:
-        """Public keys by name; a file that holds no key gives no right."""
+        """Public keys by name; files without a valid key are ignored."""
         found = {}
         try:
             for path in sorted((self.path / right).iterdir()):
@@ -151,7 +151,7 @@ class KeyFolder:
         return found
 
     def allow(self, name: str, key_or_file: str, write: bool = False) -> dict[str, Any]:
-        """Let a public key read, or read and write. Raises UsageError where the name is taken or it is no key."""
+        """Allow a public key to read, or to read and write; raises UsageError if name or key are taken or invalid."""
         public = _public_key(key_or_file)
         if _checked(name) in self._listed("read"):
             raise UsageError(f"there is a key {name!r} already; remove it first, or take another name")
@@ -159,17 +159,17 @@ class KeyFolder:
             raise UsageError("this key is allowed already, under another name")
         rights: tuple[Right, ...] = _RIGHTS if write else ("read",)
         try:
-            for right in reversed(rights):  # `read` last: it is what the name is known by
+            for right in reversed(rights):  # `read` last: the key is listed once that file exists
                 folder = self.path / right
                 folder.mkdir(0o700, exist_ok=True)
-                (folder / name).unlink(missing_ok=True)  # of an earlier `allow` that was cut off
+                (folder / name).unlink(missing_ok=True)  # left by an earlier `allow` that was interrupted
                 _write_new(folder / name, public + "\n")
         except OSError as e:
             raise FileError(f"the key {name!r} cannot be written to {self.path}: {e.strerror}") from e
         return {"name": name, "public": public, "rights": list(rights)}
 
     def remove(self, name: str) -> dict[str, Any]:
-        """Take a key's rights away. Raises UsageError where there is none of this name."""
+        """Remove a key's rights. Raises UsageError if there is no key of this name."""
         gone = [right for right in _RIGHTS if name in self._listed(right)]
         if not gone:
             known = ", ".join(self._listed("read")) or "none"
@@ -179,7 +179,7 @@ class KeyFolder:
         return {"name": name, "rights": gone}
 
     def list(self) -> dict[str, Any]:
-        """Everything but the secrets."""
+        """The public keys and rights, without secrets."""
         read, write = self._listed("read"), self._listed("write")
         return {
             "folder": str(self.path),
@@ -193,10 +193,10 @@ class KeyFolder:
 
 
 def token(path: Path) -> tuple[str, bool]:
-    """The page's token, and whether it was made just now: where there is no file, one is made.
+    """The page's token, and whether it is new: if there is no file, one is created.
 
     Raises:
-        FileError: others can read it, or it holds no token of at least 16 characters.
+        FileError: others can read the file, or it holds no token of at least 16 characters.
 
     """
     fresh = secrets.token_urlsafe(32)

@@ -1,4 +1,4 @@
-"""Lines of text over ZeroMQ, from another program."""
+"""Receives lines of text over ZeroMQ from another program."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import zmq
 
 
 class LineSocket:
-    """A PULL socket on loopback whose every message is a line of text, for the text source."""
+    """A PULL socket on loopback for the text source; each message is a line of text."""
 
     def __init__(self, port: int, max_bytes: int) -> None:
         self._context = zmq.Context()

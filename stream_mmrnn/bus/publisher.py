@@ -13,22 +13,22 @@ from stream_mmrnn.core.types import Envelope, Payload
 
 _LOOK_EVERY_NS = 50_000_000
 MAX_STREAMS = 65_536
-"""Streams, each a topic of a session, whose numbers a reader remembers before it forgets those long silent."""
+"""Maximum number of streams (a topic of a session) whose sequence numbers a reader tracks; the oldest are evicted."""
 MAX_ENDED = 256
-"""Sessions that have ended, of which it remembers the same: a message of theirs may still be on its way."""
+"""Maximum number of ended sessions whose numbers are kept, because messages of theirs may still be in transit."""
 _UNREAD = b"unread"
-"""A topic that no reader subscribes to."""
+"""A topic without subscribers."""
 Numbers = list[tuple[str, str, int]]
-"""Topic, session, the next sequence number."""
+"""(topic, session, next sequence number) of each stream."""
 
 
 class Publisher:
-    """Sends envelopes of one process; numbers them per topic and session."""
+    """Sends the envelopes of one process, with sequence numbers per topic and session."""
 
     def __init__(self, address: Address, queue: int, keys: Keys | None = None) -> None:
-        """`keys`: others than those of the address, if any."""
+        """`keys`: None uses those of the address."""
         self._context = zmq.Context()
-        # XPUB instead of PUB: its subscriptions tell when a reader exists
+        # XPUB instead of PUB: it receives subscriptions, which show whether a reader exists
         self._socket = self._context.socket(zmq.XPUB)
         self._socket.setsockopt(zmq.XPUB_NODROP, 1)  # a full queue is an error we count, not a silent loss
         self._socket.set_hwm(queue)
@@ -39,7 +39,7 @@ class Publisher:
         self._looked_ns = 0
         self._newest: Envelope | None = None
         self.refused: dict[str, int] = {}
-        """Messages per topic that the full queue to the broker did not take."""
+        """Messages not sent because the queue to the broker was full, by topic."""
 
     def _read_subscriptions(self, timeout_ms: int) -> None:
         while self._socket.poll(timeout_ms, zmq.POLLIN):
@@ -51,7 +51,7 @@ class Publisher:
             timeout_ms = 0
 
     def wait_for_reader(self, topic: str, timeout_s: float) -> bool:
-        """True as soon as the broker has a reader of `topic`: what is sent from now on arrives."""
+        """Wait until the broker has a reader of `topic`; False on timeout. Messages sent after that arrive."""
         deadline = now_ns() + int(timeout_s * 1e9)
         while not any(topic.encode().startswith(prefix) for prefix in self._wanted):
             left_ms = (deadline - now_ns()) // 1_000_000
@@ -70,7 +70,7 @@ class Publisher:
         origin: str = "",
         device_ns: int = 0,
     ) -> Envelope:
-        """Stamp, number and send one message; the envelope as sent."""
+        """Add time and sequence number to a message and send it; returns the envelope."""
         key = (topic, session)
         seq = self._seq.get(key, 0)
         self._seq[key] = seq + 1
@@ -82,28 +82,28 @@ class Publisher:
         except zmq.Again:
             self.refused[topic] = self.refused.get(topic, 0) + 1
         if at_ns - self._looked_ns > _LOOK_EVERY_NS:
-            # who subscribes is of no haste here, and looking costs as much as sending
+            # reading subscriptions is not urgent, and it costs as much as sending
             self._looked_ns = at_ns
             self._read_subscriptions(0)
         return envelope
 
     def end(self, session: str) -> None:
-        """Forget the numbers of a session that has ended; one that begins again begins at 0."""
+        """Forget the sequence numbers of a session that has ended; if it opens again, they begin at 0."""
         for topic in topics.TOPICS:
             self._seq.pop((topic, session), None)
 
     def prewarm(self) -> None:
-        """Send the newest message again on a topic without readers: code and buffers are then in the caches."""
+        """Send the newest message on a topic without readers, to load code and buffers into the CPU caches."""
         if self._newest is not None and not any(_UNREAD.startswith(prefix) for prefix in self._wanted):
             with contextlib.suppress(zmq.Again):
                 self._socket.send_multipart([_UNREAD, *wire.encode(self._newest)[1:]], zmq.DONTWAIT)
 
     def numbers(self) -> Numbers:
-        """The next number of each stream."""
+        """The next sequence number of each stream."""
         return [(topic, session, seq) for (topic, session), seq in self._seq.items()]
 
-    def go_on(self, numbers: Numbers) -> None:
-        """Number as the publisher did that said `numbers`."""
+    def restore(self, numbers: Numbers) -> None:
+        """Continue the sequence numbers of another publisher."""
         self._seq = {(topic, session): seq for topic, session, seq in numbers}
 
     def close(self, linger_ms: int = 500) -> None:

@@ -1,4 +1,4 @@
-"""ReaderQueue: the messages that a reader has not taken yet, bounded, with a named policy and counts.
+"""ReaderQueue: the bounded queue of a reader, with a drop policy and counts.
 
 `latest` keeps the newest message of each stream, `drop_oldest` the newest `length` of all. Every message that was put
 is delivered, waiting, or dropped for a reason. Pure: no sockets, no clocks.
@@ -14,8 +14,8 @@ from stream_mmrnn.core.types import Envelope
 
 Keeping = Literal["latest", "drop_oldest"]
 Reason = Literal["superseded", "oldest", "stale"]
-"""`superseded`: a newer one of its stream came; `oldest`: the backlog was full; `stale`: from before the reader was
-away."""
+"""`superseded`: replaced by a newer one of its stream; `oldest`: the queue was full; `stale`: too old after the reader
+paused."""
 
 
 class ReaderQueue:
@@ -33,7 +33,7 @@ class ReaderQueue:
         return len(self._newest) if self._queue is None else len(self._queue)
 
     def drop(self, envelope: Envelope, reason: Reason) -> None:
-        """Count a message that is not delivered."""
+        """Count a message as dropped."""
         self.dropped.setdefault(counted_as(envelope.topic), Counter())[reason] += 1
 
     def put(self, envelope: Envelope) -> None:
@@ -52,7 +52,7 @@ class ReaderQueue:
         return self._newest.popitem(last=False)[1] if self._queue is None else self._queue.popleft()
 
     def pop(self) -> Envelope | None:
-        """The oldest that waits; None where none does."""
+        """The oldest message; None if the queue is empty."""
         if not len(self):
             return None
         envelope = self._pop()
@@ -60,10 +60,10 @@ class ReaderQueue:
         return envelope
 
     def clear(self) -> None:
-        """Drop all that waits: it is from before the reader was away."""
+        """Drop all messages as stale, after the reader paused."""
         while len(self):
             self.drop(self._pop(), "stale")
 
     def waiting(self) -> Counter[str]:
-        """How many wait, by topic."""
+        """Number of queued messages, by topic."""
         return Counter(counted_as(e.topic) for e in (self._newest.values() if self._queue is None else self._queue))

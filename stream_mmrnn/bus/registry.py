@@ -1,11 +1,10 @@
 """The registry of running systems, as files: how a program of this user finds a session without an address.
 
-    FOLDER/                   0700 and this user's, or it is not used (`config.run_folders` says where it may be)
-      PID-STARTED.json        one running system; 0600, replaced whole, removed when it ends
+    FOLDER/                   0700 and owned by this user, or it is not used (places: `config.run_folders`)
+      PID-STARTED.json        one running system; 0600, replaced atomically, removed when it ends
 
-A process number alone is not enough, because the system reuses it: the start time of the process tells two apart. A
-file that was left over is skipped and removed. Files hold no secret: of keys they name the folder, which only this user
-can read.
+The process id alone is not enough, because the operating system reuses it; the start time makes it unique. Stale files
+are skipped and removed. Files hold no secrets, only the path of the folder with the keys.
 """
 
 from __future__ import annotations
@@ -32,45 +31,45 @@ _MAX_PORT = 65_532
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """One running system, as it says itself."""
+    """One running system."""
 
     pid: int
-    """Of its supervisor, the parent of all its processes."""
+    """Process id of its supervisor, the parent of all its processes."""
     started: int
-    """What the operating system says of that process's beginning; compares with nothing but itself."""
+    """Start time of that process in a unit of the operating system; only for equality."""
     session: str
     engine: bool
-    """False in a session that only records."""
+    """False if the session only records."""
     began_unix_ns: int
     publish: str
     subscribe: str
     bulk: str
     view: str
     keys: str = ""
-    """The folder of keys that the bus asks for; "" where it asks for none."""
+    """The folder of keys for the bus; "" if it needs none."""
     page: str = ""
-    """The live page's address; "" where there is none, or not yet."""
+    """URL of the live page; "" if there is none yet."""
     restarts: dict[str, int] = {}
-    """By process: how often it was started again."""
+    """Number of restarts, by process."""
     given_up: dict[str, str] = {}
-    """By process: why it is not started again."""
+    """The reason why a process is not restarted any more, by process."""
 
     @property
     def file_name(self) -> str:
         return f"{self.pid}-{self.started}.json"
 
     def address(self) -> Address:
-        """Where its bus is; raises FileError where its keys cannot be read."""
+        """The address of its bus; raises FileError if its keys cannot be read."""
         own = KeyFolder(Path(self.keys)).keys() if self.keys else None
         return Address(self.publish, self.subscribe, "", self.bulk, self.view, keys=own)
 
     def alive(self) -> bool:
-        """Whether its process is there, and is the one that wrote this."""
+        """Whether the process that wrote this entry still runs."""
         return began(self.pid) == self.started
 
 
 def entry_of(session: str, engine: bool, address: Address, keys: str = "") -> Entry:
-    """What this process says of itself."""
+    """The entry of this process."""
     pid = os.getpid()
     return Entry(
         pid,
@@ -87,9 +86,9 @@ def entry_of(session: str, engine: bool, address: Address, keys: str = "") -> En
 
 
 def began(pid: int) -> int | None:
-    """A number for the time at which a process began, the same as long as it lives; None where there is none."""
+    """Start time of a process, constant while it lives (unit of the operating system); None if it does not run."""
     if sys.platform == "linux":
-        # not psutil's `create_time`: that moves when the wall clock is set
+        # not psutil's `create_time`, which changes when the wall clock is set
         try:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:
@@ -105,13 +104,13 @@ def began(pid: int) -> int | None:
 
 
 class Registration:
-    """The file of this process, from the first `write` until `remove`."""
+    """The file of this process, until `remove`."""
 
     def __init__(self, entry: Entry) -> None:
-        """Write it, so that others find us.
+        """Write the file.
 
         Raises:
-            FileError: there is no folder for it that is ours alone.
+            FileError: there is no private folder for it.
 
         """
         self._entry = entry
@@ -119,13 +118,13 @@ class Registration:
         self._write()
 
     def update(self, **changes: Any) -> None:
-        """Say something else of us than before; what cannot be written stays as it was."""
+        """Change fields of the entry; a write error is ignored."""
         self._entry = replace(self._entry, **changes)
         with contextlib.suppress(FileError):
             self._write()
 
     def _write(self) -> None:
-        # a temporary file, renamed when it is complete: a reader never sees half of it
+        # atomic: write a temporary file and rename it
         beside = self._path.with_suffix(".new")
         try:
             fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -136,14 +135,14 @@ class Registration:
             raise FileError(f"{self._path} cannot be written: {e.strerror}; see who may write there") from e
 
     def remove(self) -> None:
-        """Harmless when called twice, and in the middle of anything."""
+        """Remove the file. Idempotent; safe to call at any time."""
         for path in (self._path, self._path.with_suffix(".new")):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
 
 
 def _check(folder: Path) -> None:
-    """Refuse a folder that another user could have filled. Raises FileError, or OSError where it is not there."""
+    """Refuse a folder that another user could write to. Raises FileError, or OSError if it does not exist."""
     about = folder.lstat()
     if not stat.S_ISDIR(about.st_mode):
         raise FileError(f"{folder} is no folder; remove it, or set XDG_RUNTIME_DIR to a folder of your own")
@@ -156,7 +155,7 @@ def _check(folder: Path) -> None:
 
 
 def _own_folder() -> Path:
-    """A folder that is ours alone, made where there is none; raises FileError with the last reason against one."""
+    """A private folder for registry files, created if needed; raises FileError if none is possible."""
     why: FileError | None = None
     for folder in config.run_folders():
         try:
@@ -168,11 +167,11 @@ def _own_folder() -> Path:
             why = e
         except OSError as e:
             why = FileError(f"{folder} cannot be made: {e.strerror}; set XDG_RUNTIME_DIR to a folder of your own")
-    raise why or FileError("there is no folder to say in what is running; set XDG_RUNTIME_DIR to one of your own")
+    raise why or FileError("there is no folder for the registry of sessions; set XDG_RUNTIME_DIR to one of your own")
 
 
 def _read(path: Path) -> Entry | None:
-    """The entry in a file; None if the file is no entry."""
+    """The entry in a file; None if it is invalid."""
     try:
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     except OSError:
@@ -188,10 +187,10 @@ def _read(path: Path) -> Entry | None:
 
 
 def everything() -> list[Entry]:
-    """All running systems of this user, the newest first; files of processes that ended are removed.
+    """All running systems of this user, newest first; stale files are removed.
 
     Raises:
-        FileError: none was found, and a folder where one could have been is not ours alone.
+        FileError: none was found, and a registry folder is not private.
 
     """
     found: list[Entry] = []
@@ -218,7 +217,7 @@ def everything() -> list[Entry]:
 
 
 def find(session: str | None = None) -> Entry:
-    """The running system whose session has this name, or whose process this number; without one the only one.
+    """The running system with this session name or process id; None means the only one.
 
     Raises:
         NotRunning: there is none.
@@ -240,13 +239,13 @@ def find(session: str | None = None) -> Entry:
 def reach(
     session: str | None = None, address: str = "", keys: Path | None = None, server_key: str = ""
 ) -> tuple[Address, Entry | None]:
-    """Where a bus is: of a running system of this user, or at `HOST:PORT` (its `bus.port`).
+    """The address of a bus: of a running system of this user, or at `HOST:PORT` (its `bus.port`).
 
-    `keys`: the folder with our own pair, where that bus asks for keys; `server_key` is its public key, which is that of
-    the folder where none is given. The entry is None for an address: its processes may be on another machine.
+    `keys`: the folder with our own key pair, if that bus needs keys; `server_key`: the bus's public key, by default
+    that of the folder. The entry is None for an address, because its processes may be on another machine.
 
     Raises:
-        NotRunning, UsageError, FileError: it cannot be found, or is no address, or there are no such keys.
+        NotRunning, UsageError, FileError: no such session, an invalid address, or unreadable keys.
 
     """
     if not address:

@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     import asyncio
 
 _HEARTBEAT_MS, _DEAD_AFTER_MS = 2000, 6000
-"""A peer whose machine is gone is noticed by this, not only by what cannot be sent."""
+"""Heartbeats detect a peer whose machine is gone, also while nothing is sent."""
 _AT_ONCE = 256
-"""Messages that are read before others have their turn in an event loop."""
-Fate = Literal["sent", "gone", "slow"]
-"""Of a message: on its way, its peer has gone, or its peer does not read and its queue is full."""
+"""Maximum number of messages read before the event loop runs other tasks."""
+SendResult = Literal["sent", "gone", "slow"]
+"""Sent; or the peer has disconnected; or the peer does not read and its queue is full."""
 
 
 class Router:
-    """Binds one place; receives from all peers, answers one."""
+    """The server's socket: receives from all peers, answers one."""
 
     def __init__(
         self,
@@ -41,8 +41,8 @@ class Router:
         *,
         unread: int = 0,
     ) -> None:
-        """`port` 0: any free one. `queue`: messages of a peer that may wait here. `unread`: those to a peer that may
-        wait before `slow`, as many as `queue` if not given.
+        """`port`: 0 takes any free one. `queue`: length of the receive queue of each peer. `unread`: length of the send
+        queue of each peer, beyond which `send` returns `slow`; 0 means the same as `queue`.
 
         Raises:
             ProcessError: the address is in use, or others could reach it and there is no authenticator.
@@ -53,7 +53,7 @@ class Router:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._over = threading.Event()
-        self._doorkeeper: threading.Thread | None = None
+        self._authenticating: threading.Thread | None = None
         secure(self._socket, None)
         self._socket.setsockopt(zmq.RCVHWM, queue)
         self._socket.setsockopt(zmq.SNDHWM, unread or queue)
@@ -62,7 +62,7 @@ class Router:
         _watch_peers(self._socket)
         if authenticator is not None:
             authenticator.guard(self._socket, "write")
-            self._doorkeeper = authenticator.open(self._context, self._over)
+            self._authenticating = authenticator.open(self._context, self._over)
         place = f"tcp://{f'[{host}]' if ':' in host else host}"
         try:
             self.port = port or self._socket.bind_to_random_port(place)
@@ -74,16 +74,16 @@ class Router:
         self.address = f"{place}:{self.port}"
 
     def receive(self, timeout_ms: int) -> tuple[bytes, bytes] | None:
-        """Who, and what; None after the time. What has not two parts is given with the first and the last."""
+        """(peer, content) of a message; None on timeout. The content is b"" if the message does not have two frames."""
         try:
-            frames = self._socket.recv_multipart(zmq.DONTWAIT)  # where much comes, to ask first costs as much again
+            frames = self._socket.recv_multipart(zmq.DONTWAIT)  # under load, a poll before it would double the cost
         except zmq.Again:
             if not timeout_ms or not self._socket.poll(timeout_ms, zmq.POLLIN):
                 return None
             frames = self._socket.recv_multipart()
         return frames[0], frames[-1] if len(frames) == 2 else b""
 
-    def send(self, peer: bytes, content: bytes) -> Fate:
+    def send(self, peer: bytes, content: bytes) -> SendResult:
         try:
             self._socket.send_multipart((peer, content), zmq.DONTWAIT)
         except zmq.Again:
@@ -94,8 +94,8 @@ class Router:
 
     def close(self, linger_ms: int = 500) -> None:
         self._over.set()
-        if self._doorkeeper is not None:
-            self._doorkeeper.join()
+        if self._authenticating is not None:
+            self._authenticating.join()
         self._context.destroy(linger=linger_ms)
 
 
@@ -107,7 +107,7 @@ def _watch_peers(socket: zmq.Socket[bytes]) -> None:
 def _connected(
     context: zmq.Context[zmq.Socket[bytes]], address: str, queue: int, max_bytes: int, keys: Keys | None
 ) -> zmq.Socket[bytes]:
-    """A DEALER; where the address is none, the context is ended, too."""
+    """A connected DEALER socket; destroys the context and raises ProcessError if the address is invalid."""
     socket = context.socket(zmq.DEALER)
     secure(socket, keys)
     socket.set_hwm(queue)
@@ -124,7 +124,7 @@ def _connected(
 
 
 class Dealer:
-    """A connection to a `Router`; comes back by itself where the server does."""
+    """A connection to a `Router`; reconnects by itself."""
 
     def __init__(self, address: str, queue: int, max_bytes: int, keys: Keys | None = None) -> None:
         self._context = zmq.Context()
@@ -134,7 +134,7 @@ class Dealer:
         return self._socket.recv_multipart()[-1] if self._socket.poll(timeout_ms, zmq.POLLIN) else None
 
     def send(self, content: bytes) -> bool:
-        """False if the queue is full: the other end does not read."""
+        """False if the queue is full because the server does not read."""
         try:
             self._socket.send(content, zmq.DONTWAIT)
         except zmq.Again:
@@ -147,7 +147,7 @@ class Dealer:
 
 
 class Dealers:
-    """Many connections to one `Router`, for who plays many clients: read together, each its own peer there."""
+    """Many connections to one `Router`, read together; for load tests that simulate many clients."""
 
     def __init__(self, address: str, count: int, queue: int, max_bytes: int) -> None:
         self._context = zmq.Context()
@@ -158,15 +158,15 @@ class Dealers:
         for socket in self._sockets:
             self._poller.register(socket, zmq.POLLIN)
 
-    def send(self, which: int, content: bytes) -> None:
-        """Raises ProcessError if the other end does not read."""
+    def send(self, index: int, content: bytes) -> None:
+        """Raises ProcessError if the server does not read."""
         try:
-            self._sockets[which].send(content, zmq.DONTWAIT)
+            self._sockets[index].send(content, zmq.DONTWAIT)
         except zmq.Again:
             raise ProcessError("the server does not read what it is sent") from None
 
     def receive(self, timeout_ms: int) -> list[tuple[int, bytes]]:
-        """All that has come, as soon as something has: whose connection, and what."""
+        """Wait for a message; returns all available ones as (index of the connection, content)."""
         found: list[tuple[int, bytes]] = []
         for socket, _ in self._poller.poll(timeout_ms):
             while True:
@@ -181,36 +181,36 @@ class Dealers:
 
 
 class AsyncDealer:
-    """The same for an event loop: what comes is given to a function.
+    """A `Dealer` for an asyncio event loop: received messages are passed to a callback.
 
-    (pyzmq's own asyncio sockets make futures and timers for each message, and cost more than all else here: measured,
-    200 clients at 25 Hz kept a core busy with them.)
+    It does not use pyzmq's asyncio sockets: they create futures and timers for each message (measured: 200 clients at
+    25 Hz kept a core busy).
     """
 
     def __init__(
-        self, address: str, queue: int, max_bytes: int, hear: Callable[[bytes], None], keys: Keys | None = None
+        self, address: str, queue: int, max_bytes: int, on_message: Callable[[bytes], None], keys: Keys | None = None
     ) -> None:
         self._context = zmq.Context()
         self._socket = _connected(self._context, address, queue, max_bytes, keys)
-        self._hear = hear
+        self._on_message = on_message
         self._unsent: deque[bytes] = deque()
-        import asyncio  # here: none of our own processes wants it
+        import asyncio  # imported late: our own processes do not need it
 
         self._loop = asyncio.get_running_loop()
         self._fd = int(self._socket.getsockopt(zmq.FD))
         self._timer: asyncio.TimerHandle | None = None
         try:
             self._loop.add_reader(self._fd, self._poll)
-        except NotImplementedError:  # Windows' own loop
+        except NotImplementedError:  # the default event loop of Windows
             self._fd = -1
-            self._often()
+            self._poll_by_timer()
 
-    def _often(self) -> None:
+    def _poll_by_timer(self) -> None:
         self._poll()
-        self._timer = self._loop.call_later(0.001, self._often)
+        self._timer = self._loop.call_later(0.001, self._poll_by_timer)
 
     def _poll(self) -> None:
-        """Read what is there. The descriptor tells of changes alone: one look reads all, or asks to look again."""
+        """Read all available messages. The file descriptor is edge-triggered, so any rest must be scheduled again."""
         socket = self._socket
         for _ in range(_AT_ONCE):
             if socket.closed:
@@ -221,7 +221,7 @@ class AsyncDealer:
                 frames = socket.recv_multipart(zmq.DONTWAIT)
             except zmq.Again:
                 return
-            self._hear(frames[-1])
+            self._on_message(frames[-1])
         self._loop.call_soon(self._poll)
 
     def _flush(self) -> None:
@@ -233,10 +233,10 @@ class AsyncDealer:
             pass
 
     def send(self, content: bytes) -> None:
-        """At once, or in its order when there is room again."""
+        """Send now, or in order when the queue has room again."""
         self._unsent.append(content)
         self._flush()
-        # sending may have swallowed the sign that something has come
+        # sending may have consumed the edge-triggered event of a received message
         self._loop.call_soon(self._poll)
 
     def close(self) -> None:

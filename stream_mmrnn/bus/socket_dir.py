@@ -1,4 +1,4 @@
-"""A private folder for sockets: systems limit the length of a socket's path, and a temporary folder may be deep."""
+"""A private folder for sockets, with a short path: systems limit the length of a socket's path."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 from stream_mmrnn.core.errors import ProcessError
 
 _PATH_BYTES = 103 if sys.platform == "darwin" else 107
-"""Of a socket's path: `sun_path` without its closing zero (unix(7); sys/un.h on macOS)."""
+"""Maximum length of a socket's path: `sun_path` without its closing zero (unix(7); sys/un.h on macOS)."""
 _NAME_BYTES = 20
-"""Kept for a socket's name in the folder, and the slash before it."""
-_SHORT = "/tmp"  # noqa: S108 the folder in it is made for us alone
+"""Reserved for the slash and the socket's name in the folder."""
+_SHORT = "/tmp"  # noqa: S108 mkdtemp creates a private folder in it
 
 
 def private_folder(prefix: str) -> str:
-    """Make a folder (0700) in the temporary folder or, where its paths would be too long, in /tmp.
+    """Create a folder (0700) in the temporary folder or, if its path would be too long, in /tmp.
 
     Raises:
-        ProcessError: a folder with a short path cannot be made.
+        ProcessError: no folder with a short path can be created.
 
     """
     for place in (None, _SHORT):

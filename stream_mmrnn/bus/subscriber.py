@@ -1,6 +1,6 @@
-"""The subscriber: envelopes in the order of the broker, counts of what is missing, and the queue of a slow reader.
+"""The subscriber: envelopes in the order of the broker, counts of lost messages, and the queue of a slow reader.
 
-Of messages it understands only the clock, which proves the connection, and the begin and end of sessions.
+It decodes only session messages (open and close). The clock topic is special, because it proves the connection.
 """
 
 from __future__ import annotations
@@ -23,29 +23,28 @@ from stream_mmrnn.core.sequence import SequenceTracker
 from stream_mmrnn.core.types import Envelope, Payload
 
 GapsState = tuple[Numbers, dict[str, dict[str, int]], dict[str, int], dict[str, int]]
-"""The next number of each stream; that of the streams of sessions that have ended, by session and topic; received;
-lost."""
+"""Next number of each stream; next numbers of ended sessions by session and topic; received and lost by topic."""
 
 
 class Gaps:
-    """Per topic, what a reader received and what is missing by the sequence numbers. Bounded; it follows sessions that
-    begin and end, so that a new session's streams begin at 0.
+    """Counts received and lost messages by topic, from the sequence numbers. Memory is bounded. It follows session
+    messages, because a new session's streams begin at 0.
     """
 
     def __init__(self, midway: bool = False) -> None:
-        """`midway`: the reader joined while sessions were running; what they had sent before is not lost."""
+        """`midway`: the reader joined running sessions; earlier messages do not count as lost."""
         self._midway = midway
         self._numbers: SequenceTracker[tuple[str, str]] = SequenceTracker(MAX_STREAMS)
         self._ended: OrderedDict[str, SequenceTracker[str]] = OrderedDict()
-        """Of sessions that have ended, by topic: messages may still be on their way."""
+        """Trackers of ended sessions, whose messages may still be in transit."""
         self.received: dict[str, int] = {}
-        """By topic; all statuses count as one."""
+        """By topic; all status topics count as one."""
         self.lost: dict[str, int] = {}
 
     def observe(self, envelope: Envelope) -> None:
         topic, session, seq = envelope.topic, envelope.session, envelope.seq
         key = (topic, session)
-        # a stream without a session began before this reader did; a session's streams begin with it, at 0
+        # streams without a session began before this reader; a session's streams begin at 0
         first = seq if self._midway or session == topics.EVERYONE else 0
         if session in self._ended and key not in self._numbers:
             missing = self._ended[session].observe(topic, seq, first)
@@ -59,7 +58,7 @@ class Gaps:
             self._session_changed(session, envelope.payload)
 
     def _session_changed(self, session: str, payload: Payload) -> None:
-        """Of sessions that have ended, the numbers of the last `MAX_ENDED` are kept."""
+        """Move a closed session's trackers to `_ended` (at most `MAX_ENDED`), and back when it opens again."""
         try:
             op = wire.unpack(payload, wire.SessionMessage).op
         except WireError:
@@ -76,7 +75,7 @@ class Gaps:
                 self._ended.popitem(last=False)
 
     def snapshot(self) -> GapsState:
-        """All of it as a value."""
+        """The full state as a value."""
         numbers = [(topic, session, seq) for (topic, session), seq in self._numbers.numbers().items()]
         ended = {session: tracker.numbers() for session, tracker in self._ended.items()}
         return numbers, ended, self.received, self.lost
@@ -85,35 +84,35 @@ class Gaps:
         numbers, ended, received, lost = state
         self._numbers.restore({(topic, session): seq for topic, session, seq in numbers})
         self._ended = OrderedDict()
-        for session, kept in ended.items():
+        for session, its_numbers in ended.items():
             self._ended[session] = SequenceTracker()
-            self._ended[session].restore(kept)
+            self._ended[session].restore(its_numbers)
         self.received, self.lost = dict(received), dict(lost)
 
 
-_AWAY_NS = 1_000_000_000
-"""A reader that did not receive for so long was away."""
+_PAUSE_NS = 1_000_000_000
+"""A reader that did not call `receive` for this long has paused."""
 _OLD_NS = 200_000_000
-"""On its return, messages that are older are skipped."""
+"""After a pause, messages older than this are dropped as stale."""
 _CATCH_UP_NS = 2_000_000_000
-"""At the latest then it takes what comes, however old it says it is: its stamps make no sense."""
-_TOLD_AFTER_NS = 1_000_000_000
-"""By then every stream but the rarest has said what it is at, so that what is missing can be counted."""
+"""After this time it accepts messages of any age, because their times are then implausible."""
+_REPORT_AFTER_NS = 1_000_000_000
+"""Delay of the report after a pause: by then nearly every stream has sent a new number, so that losses are counted."""
 _SLOWDOWN = 1000
-"""The clock of another machine may be slower than ours by one part in so many."""
+"""Another machine's clock may be slower than ours by 1 / `_SLOWDOWN`."""
 
 
 class Subscriber:
-    """Reads envelopes of some topics in the broker's order; counts gaps and garbage.
+    """Reads envelopes of some topics in the broker's order; counts gaps and messages that cannot be decoded (garbage).
 
-    What happens to a reader that is too slow is its policy:
+    The policy defines what happens to a reader that is too slow:
 
-    - `block` takes everything in order: what it has not read waits here (`queue` messages), then in the broker
-      (`bus.queue`, or `bus.bulk_queue` where pictures or sound are among it). What comes when both are full is lost,
-      and counted as a gap. No process waits for it.
-    - `drop_oldest` keeps the newest `queue` messages, `latest` the newest one of each stream; the broker holds
-      `bus.view_queue` more. Where it was away for longer than a second, what is from before its return is dropped, so
-      that the newest comes first, and `report` says what it missed.
+    - `block` delivers everything in order. Unread messages wait here (`queue` messages), then in the broker
+      (`bus.queue`, or `bus.bulk_queue` for pictures and sound). When both are full, new messages are lost and counted
+      as a gap. The broker never waits for the reader.
+    - `drop_oldest` keeps the newest `queue` messages, `latest` the newest one of each stream; the broker queues
+      `bus.view_queue` more. After a pause of more than a second, older messages are dropped as stale, so that the
+      newest come first, and `report` says what was missed.
     """
 
     def __init__(
@@ -125,8 +124,8 @@ class Subscriber:
         keys: Keys | None = None,
         midway: bool = False,
     ) -> None:
-        """`keys`: others than those of the address, if any. `midway`: it comes to sessions that may have begun, and
-        misses nothing of what was before.
+        """`keys`: None uses those of the address. `midway`: the reader joins sessions that may be running already;
+        earlier messages do not count as lost.
         """
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.SUB)
@@ -144,16 +143,16 @@ class Subscriber:
         self._next: Envelope | None = None
         self._queue = queue
         self._looked_ns = now_ns()
-        self._way_ns: int | None = None
-        """How long a message takes at best, and by how much the sender's clock is off."""
-        self._way_at_ns = 0
+        self._transit_ns: int | None = None
+        """Minimum transit time of a message, including the offset of the sender's clock."""
+        self._transit_at_ns = 0
         self._away_ns = self._returned_ns = 0
-        self._catching_up = self._untold = False
+        self._catching_up = self._unreported = False
         self._before = (0, 0)
         self.absences = 0
 
     def receive(self, timeout_ms: int) -> Envelope | None:
-        """The next envelope, or None after `timeout_ms` without one."""
+        """The next envelope; None on timeout."""
         if self._backlog is not None:
             self._fetch(self._backlog, 0 if len(self._backlog) else timeout_ms)
             return self._backlog.pop()
@@ -162,7 +161,7 @@ class Subscriber:
             return envelope
         if timeout_ms != self._timeout_ms:
             self._timeout_ms = self._socket.rcvtimeo = timeout_ms
-        # to wait in the call that reads spares a poll between a message and its reader
+        # block in recv itself: this saves a poll per message
         return self._read(0)
 
     def _read(self, flags: int) -> Envelope | None:
@@ -180,27 +179,27 @@ class Subscriber:
         return envelope
 
     def fileno(self) -> int:
-        """For an event loop: readable when something may have come. Only after `receive(0)` gave None is a further
-        message sure to show here.
+        """The file descriptor for an event loop. It is edge-triggered: call `receive(0)` until it returns None, else
+        further messages do not make it readable.
         """
         return int(self._socket.getsockopt(zmq.FD))
 
     def prewarm(self) -> None:
-        """Process the newest message again without effect: code and stream tables are then in the caches."""
+        """Decode the newest message again without effect, to load code and tables into the CPU caches."""
         with contextlib.suppress(WireError):
             wire.decode(self._newest, now_ns())
 
     def _fetch(self, backlog: ReaderQueue, timeout_ms: int) -> None:
-        """Put what waits into the backlog, and notice where we were away."""
-        there = self._socket.poll(timeout_ms, zmq.POLLIN)
+        """Move available messages into the backlog, and detect pauses of this reader."""
+        available = self._socket.poll(timeout_ms, zmq.POLLIN)
         at_ns = now_ns()
         away_ns = at_ns - self._looked_ns
-        # who has not had anything yet is starting, not away
-        if away_ns > _AWAY_NS + timeout_ms * 1_000_000 and self._way_ns is not None:
+        # without any message yet, the reader is starting, not returning from a pause
+        if away_ns > _PAUSE_NS + timeout_ms * 1_000_000 and self._transit_ns is not None:
             self._return(backlog, at_ns, away_ns)
-        # twice what can be in the queue: more is more than we could ever catch up with
+        # bounded to twice the queue, so that a fast sender cannot keep us in this loop
         for _ in range(2 * self._queue):
-            if not there:
+            if not available:
                 break
             envelope = self._read(zmq.DONTWAIT)
             if envelope is not None:
@@ -209,34 +208,34 @@ class Subscriber:
                 else:
                     self._catching_up = False
                     backlog.put(envelope)
-                self._measure_way(envelope)
-            there = self._socket.poll(0, zmq.POLLIN)
+                self._measure_transit(envelope)
+            available = self._socket.poll(0, zmq.POLLIN)
         self._looked_ns = now_ns()
-        if self._looked_ns - at_ns > _AWAY_NS and self._way_ns is not None:
-            self._return(backlog, self._looked_ns, self._looked_ns - at_ns)  # stopped in the middle of it
+        if self._looked_ns - at_ns > _PAUSE_NS and self._transit_ns is not None:
+            self._return(backlog, self._looked_ns, self._looked_ns - at_ns)  # paused inside the loop
 
     def _return(self, backlog: ReaderQueue, at_ns: int, away_ns: int) -> None:
-        if not self._untold:
+        if not self._unreported:
             self._before = (self._lost(), self._stale())
             self._away_ns = 0
         self._away_ns += away_ns
         self._returned_ns = at_ns
-        self._catching_up = self._untold = True
+        self._catching_up = self._unreported = True
         self.absences += 1
         backlog.clear()
 
     def _is_old(self, envelope: Envelope) -> bool:
-        age_ns = envelope.received_ns - envelope.publish_ns - (self._way_ns or 0)
+        age_ns = envelope.received_ns - envelope.publish_ns - (self._transit_ns or 0)
         return age_ns > _OLD_NS and envelope.received_ns - self._returned_ns < _CATCH_UP_NS
 
-    def _measure_way(self, envelope: Envelope) -> None:
-        """The shortest so far; it grows slowly, so that a sender's slow clock does not make all it sends old."""
+    def _measure_transit(self, envelope: Envelope) -> None:
+        """Track the minimum; it may grow slowly, so that a slow sender clock does not make all messages look old."""
         took_ns, at_ns = envelope.received_ns - envelope.publish_ns, envelope.received_ns
-        if self._way_ns is None:
-            self._way_ns = took_ns
+        if self._transit_ns is None:
+            self._transit_ns = took_ns
         else:
-            self._way_ns = min(took_ns, self._way_ns + (at_ns - self._way_at_ns) // _SLOWDOWN)
-        self._way_at_ns = at_ns
+            self._transit_ns = min(took_ns, self._transit_ns + (at_ns - self._transit_at_ns) // _SLOWDOWN)
+        self._transit_at_ns = at_ns
 
     def _lost(self) -> int:
         return sum(self.gaps.lost.values())
@@ -245,10 +244,10 @@ class Subscriber:
         return sum(reasons["stale"] for reasons in self._backlog.dropped.values()) if self._backlog is not None else 0
 
     def report(self) -> str:
-        """Once after each absence, a second after the return: how long it was and what it cost; else ""."""
-        if not self._untold or now_ns() - self._returned_ns < _TOLD_AFTER_NS:
+        """One sentence per pause, a second after its end: its duration and the messages missed; else ""."""
+        if not self._unreported or now_ns() - self._returned_ns < _REPORT_AFTER_NS:
             return ""
-        self._untold = False
+        self._unreported = False
         lost, stale = self._lost() - self._before[0], self._stale() - self._before[1]
         return (
             f"was away for {self._away_ns / 1e9:.1f} s and missed {lost + stale} messages: {lost} were no longer kept "
@@ -256,9 +255,9 @@ class Subscriber:
         )
 
     def tally(self) -> dict[str, dict[str, int]]:
-        """By topic, in messages: produced = delivered + waiting + each reason for which one was dropped.
+        """Message counts by topic: produced = delivered + waiting + the sum of the drop reasons.
 
-        `produced` is what the sequence numbers say was sent; `lost` what never reached us.
+        `produced` is computed from the sequence numbers; `lost` counts messages that never arrived.
         """
         backlog = self._backlog
         waiting: Mapping[str, int] = {}
@@ -279,7 +278,7 @@ class Subscriber:
         return found
 
     def waiting(self) -> bool:
-        """Whether an envelope is there already: the next `receive` gives it at once."""
+        """Whether an envelope is available: the next `receive` returns it without blocking."""
         if self._backlog is not None:
             if not len(self._backlog):
                 self._fetch(self._backlog, 0)
@@ -290,11 +289,11 @@ class Subscriber:
 
     @property
     def ahead(self) -> bool:
-        """Whether `gaps` has seen an envelope that `receive` has not given yet."""
+        """Whether `gaps` has counted an envelope that `receive` has not returned yet."""
         return self._next is not None
 
     def stream(self, alive: Callable[[], bool], timeout_ms: int = 100) -> Iterator[Envelope]:
-        """Envelopes as they come, until `alive()` says no."""
+        """Envelopes as they arrive, until `alive()` returns False."""
         while alive():
             envelope = self.receive(timeout_ms)
             if envelope is not None:
@@ -306,7 +305,7 @@ class Subscriber:
 
 
 def subscribe(socket: zmq.Socket[bytes], endpoint: str, wanted: list[str]) -> None:
-    """Connect and subscribe to `wanted`; to the clock last, so that a clock message proves the other subscriptions."""
+    """Connect and subscribe to `wanted`, the clock last: a clock message then proves all other subscriptions."""
     first = [topic for topic in wanted if topic != topics.CLOCK]
     for topic in first:
         socket.setsockopt(zmq.SUBSCRIBE, topic.encode())

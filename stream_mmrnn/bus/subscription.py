@@ -3,8 +3,8 @@
     for prediction in stream_mmrnn.subscribe():
         print(prediction.heads["turn_over"])
 
-Each prediction is delivered once, with the meaning of its numbers; lost ones are counted by reason. The session never
-waits for a reader.
+Each prediction is delivered once, with its labels, horizons and thresholds; lost ones are counted by reason. The
+session never waits for a reader.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from stream_mmrnn.core.types import Envelope, FloatArray, HeadSpec
 
 _LOOK_MS = 100
 _LIVES_NS = 1_000_000_000
-"""After so long a silence it is looked whether the session's process is still there."""
+"""Time without messages after which we check whether the session's process is alive."""
 _GONE_NS = 10_000_000_000
-"""A bus from which nothing was heard for so long is gone: its processes say how they are twice a second."""
+"""Time without messages after which the bus counts as gone: its processes send a status twice a second."""
 _MEANING_NS = 1_500_000_000
-"""So long the first predictions wait for the engine to say what they mean, which it does twice a second."""
+"""The first predictions wait at most this long for the engine's status (sent twice a second), which has the model."""
 _LAST_NS = 1_000_000_000
-"""After a session's end its last predictions come; later there are none."""
+"""Time after a session's close in which its last predictions may arrive."""
 _ENGINE = topics.STATUS + "engine"
 
 
 class Model(msgspec.Struct, frozen=True):
-    """What the engine says of the model that predicts."""
+    """The model that predicts, from the engine's status."""
 
     name: str
     sha256: str
@@ -53,7 +53,7 @@ class Model(msgspec.Struct, frozen=True):
 
 
 def model_of(spec: Any) -> Model:
-    """The model in an engine's status; raises WireError where it is none."""
+    """The model in an engine's status; raises WireError if it is invalid."""
     try:
         return msgspec.convert(spec, Model)
     except msgspec.ValidationError as e:
@@ -61,44 +61,44 @@ def model_of(spec: Any) -> Model:
 
 
 class PredictionView(msgspec.Struct, frozen=True, eq=False):
-    """One prediction as a reader has it."""
+    """One prediction, as a reader receives it."""
 
     session: str
     tick: int
     event_ns: int
     """The tick's end, on the monotonic clock of the machine that predicts."""
     heads: dict[str, FloatArray]
-    """By name, [size] float32; read-only. NaN where the model gave no number."""
+    """Outputs by head, [size] float32; read-only. NaN for a value that is not finite."""
     present: dict[str, bool]
     """By modality: whether there was data in this tick."""
     age_ns: dict[str, int]
-    """By modality: the tick's end minus the newest sample's event time; -1 where there never was one."""
+    """By modality: the tick's end minus the newest sample's event time; -1 without any sample yet."""
     stages_ns: dict[str, int]
-    """Where the time went, one stage after another (`latency.STAGES`)."""
+    """Latency by stage, in order (`latency.STAGES`)."""
     missed: int
-    """Ticks of the session between the prediction given before and this one: lost, or passed over by the policy."""
+    """Ticks of the session between the previous prediction and this one: lost, or dropped by the policy."""
     model_sha256: str
     model: Model | None
-    """None where the engine has not said yet what it serves."""
+    """None if the engine's status has not arrived yet."""
 
     @property
     def latency_ms(self) -> float:
-        """From the tick's end until the prediction was sent."""
+        """Time from the tick's end until the prediction was sent."""
         return self.stages_ns["total"] / 1e6
 
     @property
     def labels(self) -> Mapping[str, tuple[str, ...]]:
-        """By head, one name a number; heads without names are left out."""
+        """One label per number, by head; without heads that have no labels."""
         return MappingProxyType({h.name: h.labels for h in self._specs() if h.labels})
 
     @property
     def horizons_s(self) -> Mapping[str, tuple[tuple[float, float], ...]]:
-        """By head, start and end of what each number speaks of, in seconds after the tick's end."""
+        """By head, the interval that each number predicts: (start, end) in seconds after the tick's end."""
         return MappingProxyType({h.name: h.horizons_s for h in self._specs() if h.horizons_s})
 
     @property
     def thresholds(self) -> Mapping[str, float]:
-        """By head that says yes or no in one number: above it means yes."""
+        """Decision thresholds of the binary heads: a number above it means yes."""
         return MappingProxyType(
             {h.name: h.threshold for h in self._specs() if h.kind == "classification" and h.size == 1}
         )
@@ -108,7 +108,7 @@ class PredictionView(msgspec.Struct, frozen=True, eq=False):
 
 
 def document(prediction: PredictionView) -> dict[str, Any]:
-    """A prediction for JSON: what `stream-mmrnn predictions` prints and the page's WebSocket sends."""
+    """A prediction as a JSON document: `stream-mmrnn predictions` prints it, the page's WebSocket sends it."""
     return {
         "session": prediction.session,
         "tick": prediction.tick,
@@ -126,8 +126,8 @@ def document(prediction: PredictionView) -> dict[str, Any]:
     }
 
 
-class Reading:
-    """Envelopes of a bus in, predictions out: each once, with its meaning and what is missing before it. Pure."""
+class PredictionReader:
+    """Envelopes in, predictions out: deduplicated, with the model and the number of missed ticks. Pure."""
 
     def __init__(
         self,
@@ -135,32 +135,32 @@ class Reading:
         heads: Collection[str] | None = None,
         decoder: PredictionDecoder | None = None,
     ) -> None:
-        """`session`: only of this session; `heads`: only these; `decoder`: one to share with other consumers."""
+        """`session`: only this session; `heads`: only these; `decoder`: shared with other consumers, if given."""
         self._session, self._heads = session, None if heads is None else frozenset(heads)
         self._decoder = decoder or PredictionDecoder()
         self._before: dict[str, int] = {}
-        """By session the tick that was given last."""
+        """The last tick returned, by session."""
         self.model: Model | None = None
         self.unreadable = 0
         self.closed_ns = 0
-        """When the one session that is meant was said to be at its end; its last predictions come after that."""
+        """Receive time of the session's close; its last predictions may follow. 0 while it is open."""
         self.over = ""
-        """Why no prediction comes any more."""
+        """The reason why there are no more predictions."""
 
     @property
     def repeated(self) -> int:
-        """Predictions that an engine said again after a crash; not given again."""
+        """Duplicates: predictions that an engine sent again after a crash."""
         return self._decoder.repeated
 
     def skip(self) -> None:
-        """There was no listener for a while: messages of that time do not count as missed."""
+        """Do not count ticks up to the next prediction as missed (there was no consumer meanwhile)."""
         self._before.clear()
 
     def observe(self, envelope: Envelope) -> PredictionView | None:
-        """The prediction of an envelope, if it holds a new one.
+        """Process an envelope; returns its prediction if it has a new one.
 
         Raises:
-            UsageError: there is no such head.
+            UsageError: a selected head does not exist.
 
         """
         try:
@@ -186,9 +186,9 @@ class Reading:
     def _status(self, message: wire.StatusMessage) -> None:
         if message.state == "closed" and not message.counts.get("sessions"):
             self.over = "the session was closed"
-        said = message.detail.get("spec")
-        if said is not None:
-            model = model_of(said)
+        spec = message.detail.get("spec")
+        if spec is not None:
+            model = model_of(spec)
             if self.model is None or model.sha256 != self.model.sha256:
                 self.model = model
 
@@ -222,13 +222,13 @@ class Reading:
 
 
 TOPICS = [topics.PREDICTION, topics.SESSION, topics.CONTROL, _ENGINE]
-"""What a `Reading` wants of the bus."""
+"""The topics that a `PredictionReader` needs."""
 
 
 class Subscription:
-    """The predictions of a running session: iterate over it, with `for` or `async for`, or ask by `receive`.
+    """The predictions of a running session: iterate with `for` or `async for`, or call `receive`.
 
-    Iteration ends when the session does. Not to be shared by threads.
+    Iteration ends when the session ends. Not thread-safe.
     """
 
     def __init__(
@@ -243,21 +243,21 @@ class Subscription:
         queue: int = 256,
         timeout: float | None = None,
     ) -> None:
-        """Listen to the predictions of a running session; what comes from now on is given.
+        """Subscribe to a running session, from now on.
 
-        `session`: its name, or the number of its process; without one the only session of this user that is running.
-        `address`: HOST:PORT of a bus over tcp (its `bus.port`) instead, on this or another machine; `session` then says
-        which of its sessions, without one all. `keys`: the folder with our key pair where that bus asks for keys, and
-        `server_key` its public key (without one that of the folder). `heads`: only these.
-        `policy`: what becomes of predictions that we are too slow for. `drop_oldest` keeps the newest `queue` of them,
-        `latest` the newest one of each session, `block` all, up to `bus.queue` of them. The session never waits for us.
-        `timeout`: seconds without a prediction after which iterating raises; without it only the session's end ends it.
+        `session`: its name or process id; None means this user's only running session.
+        `address`: instead, HOST:PORT of a bus over tcp (its `bus.port`), on this or another machine; `session` then
+        selects one of its sessions, None means all. `keys`: the folder with our key pair, if that bus needs keys;
+        `server_key`: its public key, by default that of the folder. `heads`: only these.
+        `policy`: what happens if this reader is too slow. `drop_oldest` keeps the newest `queue` predictions, `latest`
+        the newest one of each session, `block` all, up to `bus.queue`. The session never waits for a reader.
+        `timeout`: seconds without a prediction after which iteration raises; None means no timeout.
 
         Raises:
             NotRunning: no such session is running, or its bus does not answer.
             TimedOut: while iterating, after `timeout`.
-            UsageError: several sessions are running, or there is no such head, policy or address.
-            FileError: there is no such folder of keys.
+            UsageError: several sessions are running, or the head, policy or address does not exist.
+            FileError: the folder of keys does not exist.
 
         """
         if isinstance(heads, str):
@@ -270,32 +270,32 @@ class Subscription:
         if self._entry is not None and not self._entry.engine:
             raise UsageError(f"the session {self._entry.session!r} only records: it has no predictions")
         self.session = self._entry.session if self._entry is not None else session
-        """Its name; None at an address without a name: all sessions of that bus."""
+        """The session's name; None means all sessions at an address."""
         self._where = address or f"the session {self.session!r}"
-        self._reading = Reading(self.session, heads)
+        self._reading = PredictionReader(self.session, heads)
         self._subscriber: Subscriber | None = Subscriber(place, TOPICS, queue, policy, midway=True)
         self._fileno = self._subscriber.fileno()
         self._held: deque[PredictionView] = deque(maxlen=1 if policy == "latest" else queue)
-        """The first ones, until it is known what they mean."""
+        """The first predictions, until the model is known."""
         self._overflow = "superseded" if policy == "latest" else "oldest"
         self._lost: Counter[str] = Counter()
         self._timeout_ns = None if timeout is None else round(timeout * 1e9)
         self._began_ns = self._asked_ns = now_ns()
         self._heard_ns = self._looked_ns = 0
         self.ended = ""
-        """Why there are no more predictions; "" while some may come."""
+        """The reason why there are no more predictions; "" while more may come."""
 
-    # ---- what it says of itself ------------------------------------------------------------------------------------
+    # ---- properties ------------------------------------------------------------------------------------------------
 
     @property
     def model(self) -> Model | None:
-        """What predicts, as soon as the engine has said it."""
+        """The model that predicts; None until the engine's status has arrived."""
         return self._reading.model
 
     @property
     def lost(self) -> dict[str, int]:
-        """Predictions since we listen that were not given, by reason: `lost` (they never reached us), and by policy
-        `oldest`, `superseded` or `stale` (from before we looked again after a second or more).
+        """Predictions not delivered since the subscription began, by reason: `lost` (never arrived), and by policy
+        `oldest`, `superseded` or `stale` (too old after this reader paused for a second or more).
         """
         counts = Counter(self._lost)
         if self._subscriber is not None:
@@ -309,22 +309,22 @@ class Subscription:
 
     @property
     def repeated(self) -> int:
-        """Predictions that came again after an engine's crash, and were given once."""
+        """Duplicates after an engine's crash; each prediction was delivered once."""
         return self._reading.repeated
 
     @property
     def unreadable(self) -> int:
-        """Messages that could not be read."""
+        """Messages that could not be decoded."""
         return self._reading.unreadable + (self._subscriber.garbage if self._subscriber is not None else 0)
 
     # ---- reading ---------------------------------------------------------------------------------------------------
 
     def receive(self, timeout: float | None = None) -> PredictionView | None:
-        """The next prediction; None after `timeout` seconds without one, and at the end (`ended` says why).
+        """The next prediction; None on timeout (in seconds) and at the session's end (`ended` has the reason).
 
         Raises:
-            NotRunning: the bus did not answer in 10 s.
-            UsageError: there is no such head.
+            NotRunning: the bus did not answer within 10 s.
+            UsageError: a selected head does not exist.
 
         """
         until_ns = None if timeout is None else now_ns() + round(timeout * 1e9)
@@ -340,7 +340,7 @@ class Subscription:
                 return None
 
     def _ready(self) -> PredictionView | None:
-        """A prediction that is here and whose meaning is known, or is waited for no longer."""
+        """The first held prediction, once the model is known or the wait for it is over."""
         waits = self.model is None and not self.ended and now_ns() - self._began_ns < _MEANING_NS
         if not self._held or waits:
             return None
@@ -348,7 +348,7 @@ class Subscription:
         return found if found.model is not None else msgspec.structs.replace(found, model=self.model)
 
     def _receive(self, wait_ms: int) -> bool:
-        """Read one message; whether one came. Without one, see whether any still can."""
+        """Read one message; returns whether one arrived. If not, check whether the session is alive."""
         if self._subscriber is None:
             self.ended = self.ended or "it was closed here"
             return False
@@ -367,7 +367,7 @@ class Subscription:
         return True
 
     def _poll(self, at_ns: int) -> None:
-        """Nothing came: is anybody there?"""
+        """Without a message: check whether the session has ended or is gone."""
         silent_ns = at_ns - max(self._heard_ns, self._began_ns)
         if self._reading.closed_ns and at_ns - self._reading.closed_ns > _LAST_NS:
             self.ended = "the session was closed"
@@ -403,7 +403,7 @@ class Subscription:
 
     async def __anext__(self) -> PredictionView:
         self._asked_ns = now_ns()
-        await asyncio.sleep(0)  # others have their turn, however many predictions wait here
+        await asyncio.sleep(0)  # let other tasks run, even if many predictions are available
         while (found := self._ready()) is None:
             if self.ended:
                 self.close()
@@ -414,11 +414,11 @@ class Subscription:
         return found
 
     async def _readable(self) -> None:
-        """Until something may have come, a while at most. Cancelled at any moment it leaves nothing behind."""
+        """Wait until a message may have arrived, for a bounded time. Safe to cancel."""
         loop, came = asyncio.get_running_loop(), asyncio.Event()
         try:
             loop.add_reader(self._fileno, came.set)
-        except NotImplementedError:  # Windows's own loop watches no file descriptors
+        except NotImplementedError:  # the default event loop of Windows cannot watch file descriptors
             await asyncio.sleep(0.005)
             return
         try:
@@ -432,7 +432,7 @@ class Subscription:
     # ---- the end ---------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Listen no more; what was counted stays."""
+        """End the subscription; its counts stay available."""
         subscriber, self._subscriber = self._subscriber, None
         if subscriber is None:
             return
@@ -448,9 +448,9 @@ class Subscription:
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_subscriber"):  # else it failed before it listened
+        if hasattr(self, "_subscriber"):  # else __init__ failed before
             self.close()
 
 
 subscribe = Subscription
-"""How a program asks for it: `for prediction in stream_mmrnn.subscribe(): ...`."""
+"""For programs: `for prediction in stream_mmrnn.subscribe(): ...`."""

@@ -148,5 +148,5 @@ class Checkpoints:
             self._aligner.restore(before)
             raise
         self._subscriber.gaps.restore(checkpoint.gaps)
-        self._publisher.go_on(checkpoint.numbers)
+        self._publisher.restore(checkpoint.numbers)
         self._counts.update(checkpoint.counts)

@@ -67,7 +67,7 @@ def test_all_readers_see_one_order(address: Address) -> None:
         assert p.wait_for_reader(f"feature/{name}", 5)
     attempts = itertools.count()
     for r in readers:
-        # publishers hear of one reader; the broker is sure to know this one, too, once something reaches it
+        # `wait_for_reader` returns at the first reader; each of them is connected once it receives a message
         deadline = time.monotonic() + 20
         while r.receive(20) is None:
             assert time.monotonic() < deadline
@@ -97,7 +97,7 @@ def test_all_readers_see_one_order(address: Address) -> None:
         p.close()
 
 
-def test_what_is_waiting_is_received_at_once_and_garbage_is_not_waiting(address: Address) -> None:
+def test_available_messages_are_received_at_once_without_garbage(address: Address) -> None:
     reader, publisher = Subscriber(address, [""], 100), Publisher(address, 100)
     assert publisher.wait_for_reader("feature/audio", 5)
     publisher.publish("feature/audio", "s", 0, 0, b"")
@@ -147,7 +147,7 @@ def test_the_folder_of_the_sockets_is_private() -> None:
     address.remove()
 
 
-def test_nobody_listens(tmp_path: Path) -> None:
+def test_waiting_for_a_reader_times_out(tmp_path: Path) -> None:
     publisher = Publisher(Address(f"ipc://{tmp_path}/a", f"ipc://{tmp_path}/b"), 10)
     assert not publisher.wait_for_reader("clock", 0.05)
     for i in range(30):
@@ -155,7 +155,7 @@ def test_nobody_listens(tmp_path: Path) -> None:
     publisher.close(0)
 
 
-def test_a_place_that_is_taken() -> None:
+def test_an_address_in_use_is_refused() -> None:
     address = Address.create("tcp")
     context = zmq.Context()
     squatter = context.socket(zmq.PUB)
@@ -166,7 +166,7 @@ def test_a_place_that_is_taken() -> None:
     context.term()
 
 
-def test_who_comes_in_the_middle_has_not_lost_what_was_before() -> None:
+def test_a_late_reader_counts_no_earlier_losses() -> None:
     gaps = Gaps(midway=True)
     for seq in (50, 51, 53):
         gaps.observe(Envelope("raw/vision", "a", seq, 0, 0, 0, b""))
@@ -182,15 +182,15 @@ def test_gaps_are_counted_per_stream() -> None:
     for seq in (0, 1, 4, 5):
         see("feature/audio", seq)
     see("feature/vision", 2)  # a session's stream begins at 0
-    see("feature/audio", 0)  # the publisher began anew
+    see("feature/audio", 0)  # the publisher was restarted
     see("feature/audio", 2)
-    see("clock", 900, topics.EVERYONE)  # the clock began before we listened
+    see("clock", 900, topics.EVERYONE)  # the clock began before this reader
     see("clock", 902, topics.EVERYONE)
     assert gaps.lost == {"feature/audio": 3, "feature/vision": 2, "clock": 1}
     assert gaps.received == {"feature/audio": 6, "feature/vision": 1, "clock": 2}
 
 
-def test_a_publisher_and_a_count_of_gaps_go_on_where_another_was(address: Address) -> None:
+def test_publisher_numbers_and_gaps_are_restored(address: Address) -> None:
     reader = Subscriber(address, ["feature/"], 100)
     first, second = Publisher(address, 100), Publisher(address, 100)
     for p in (first, second):
@@ -198,14 +198,14 @@ def test_a_publisher_and_a_count_of_gaps_go_on_where_another_was(address: Addres
     for i in range(3):
         first.publish("feature/text", "s", i, i, b"")
     drain(reader, 3)
-    second.go_on(first.numbers())
+    second.restore(first.numbers())
     second.publish("feature/text", "s", 3, 3, b"")
     assert drain(reader, 1)[0].seq == 3
     assert reader.gaps.lost == {}
     gaps = Gaps()
     gaps.restore(reader.gaps.snapshot())
     assert gaps.snapshot() == reader.gaps.snapshot()
-    counted = set(vars(gaps)) - {"_midway"}  # how the reader came, not what it has seen
+    counted = set(vars(gaps)) - {"_midway"}  # a setting, not state
     assert counted == {"_next", "_before", "_ended", "received", "lost"}, "is what came new part of its snapshot?"
     gaps.observe(Envelope("feature/text", "s", 6, 0, 0, 0, b""))
     assert gaps.lost == {"feature/text": 2}
@@ -215,7 +215,7 @@ def test_a_publisher_and_a_count_of_gaps_go_on_where_another_was(address: Addres
     reader.close()
 
 
-def test_who_comes_midway_has_missed_nothing_of_what_was_before() -> None:
+def test_a_midway_subscriber_counts_no_earlier_losses() -> None:
     for midway, before in ((False, 40), (True, 0)):
         gaps = Gaps(midway)
         for seq in (40, 41, 43):
@@ -223,8 +223,8 @@ def test_who_comes_midway_has_missed_nothing_of_what_was_before() -> None:
         assert gaps.lost == {"feature/text": before + 1}
 
 
-def test_who_hears_the_clock_hears_everything_else(address: Address) -> None:
-    """A reader subscribes to the clock last: what is sent after a clock that it heard cannot pass it by."""
+def test_a_reader_that_receives_the_clock_receives_all_topics(address: Address) -> None:
+    """A reader subscribes to the clock last: after a clock message it receives all other topics."""
     publisher = Publisher(address, 10_000)
     early = Subscriber(address, ["clock", "feature/", "session"], 10_000)
     assert publisher.wait_for_reader("session", 5)
@@ -246,7 +246,7 @@ def test_who_hears_the_clock_hears_everything_else(address: Address) -> None:
     publisher.close()
 
 
-def test_the_journal_hears_raw_messages_and_answers_requests(address: Address) -> None:
+def test_the_journal_receives_raw_messages_and_answers_requests(address: Address) -> None:
     tap = JournalSocket(address, ["feature/", "clock"], 1000)
     publisher = Publisher(address, 1000)
     assert publisher.wait_for_reader("clock", 5)
@@ -272,16 +272,16 @@ def test_the_journal_hears_raw_messages_and_answers_requests(address: Address) -
     tap.answer(request[0], b"a" * 1_000_000)
     asking.join(5)
     assert answers == [b"a" * 1_000_000]
-    if address.journal.startswith("tcp:"):  # over ipc a new one takes the place of a dead one
+    if address.journal.startswith("tcp:"):  # over ipc a bind replaces a stale socket
         with pytest.raises(ProcessError, match="cannot bind"):
             JournalSocket(address, ["clock"], 10)
-    tap.answer(b"nobody", b"")
+    tap.answer(b"unknown", b"")
     caller.close()
     tap.close()
     publisher.close()
 
 
-def test_nobody_waits_for_a_journal_that_stands_still(tmp_path: Path) -> None:
+def test_a_stopped_journal_does_not_block(tmp_path: Path) -> None:
     caller = JournalClient(Address("", "", journal=f"ipc://{tmp_path}/journal"))
     began = time.monotonic()
     taken = [caller.send(b"x" * 1000) for _ in range(10)]
@@ -295,7 +295,7 @@ def test_nobody_waits_for_a_journal_that_stands_still(tmp_path: Path) -> None:
 
 
 def start_broker(made: Address, **more: Any) -> Any:
-    """A broker in a thread; call what comes back to end it."""
+    """Start a broker in a thread; returns a function that stops it."""
     ready, stop = threading.Event(), threading.Event()
     thread = threading.Thread(
         target=run_broker, args=(made, 5000, ready.set, lambda: not stop.wait(0.02)), kwargs=more, daemon=True
@@ -344,7 +344,7 @@ reader.close()
 
 
 class Reading:
-    """A Subscriber in a process of its own."""
+    """A Subscriber in its own process."""
 
     def __init__(self, address: Address, policy: Policy, queue: int, pause_s: float = 0.0) -> None:
         ends = [address.publish, address.subscribe, "", address.bulk, address.view]
@@ -361,7 +361,7 @@ class Reading:
 
 
 def check_sums(said: dict[str, Any], topic: str, produced: int) -> dict[str, int]:
-    """produced = delivered + dropped for a reason; what was delivered is in order, each once."""
+    """Check produced = delivered + dropped, and that messages were delivered in order and once."""
     tally: dict[str, int] = said["tally"][topic]
     got = [seq for t, seq, _ in said["got"] if t == topic]
     assert tally["produced"] == produced
@@ -381,7 +381,7 @@ def send(publisher: Publisher, streams: tuple[str, ...], count: int, size: int, 
 
 
 def end(publisher: Publisher, reading: Reading) -> dict[str, Any]:
-    """The last number of each stream must get through, so that what is missing before it is counted."""
+    """Publish until the last number of each stream arrives, so that all losses before it are counted."""
     time.sleep(0.3)
     for topic in ("feature/audio", "feature/vision"):
         publisher.publish(topic, "s", 0, 0, b"")
@@ -419,7 +419,7 @@ def test_a_slow_viewer_keeps_the_newest_and_counts_the_rest(lanes: Address, poli
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs SIGSTOP")
 @pytest.mark.parametrize("policy", ["latest", "drop_oldest"])
-def test_a_stopped_viewer_costs_nobody_anything_and_returns_to_the_newest(lanes: Address, policy: Policy) -> None:
+def test_a_stopped_viewer_slows_no_other_reader_and_resumes_at_the_newest(lanes: Address, policy: Policy) -> None:
     publisher, witness = Publisher(lanes, 20_000), Subscriber(lanes, ["feature/"], 20_000)
     reading = Reading(lanes, policy, 50)
     assert publisher.wait_for_reader("session", 10)
@@ -439,7 +439,7 @@ def test_a_stopped_viewer_costs_nobody_anything_and_returns_to_the_newest(lanes:
         assert first_after >= 1250, "what was sent while it was away is old"
     assert said["absences"] >= 1
     assert "was away for" in said["said"][0]
-    # nobody else has lost anything
+    # no other reader has lost a message
     everything = drain(witness, 2 * 1851)
     assert not any(witness.gaps.lost.values())
     assert len(everything) == 3702
@@ -448,7 +448,7 @@ def test_a_stopped_viewer_costs_nobody_anything_and_returns_to_the_newest(lanes:
     publisher.close(0)
 
 
-def test_readers_connect_where_their_queue_is() -> None:
+def test_readers_connect_to_the_endpoint_of_their_queue() -> None:
     address = Address.create("tcp")
     assert len({address.publish, address.subscribe, address.bulk, address.view}) == 4
     for policy in ("latest", "drop_oldest"):
@@ -464,7 +464,7 @@ def test_readers_connect_where_their_queue_is() -> None:
 
 
 class Guarded:
-    """A broker on loopback that asks for keys."""
+    """A broker on loopback that requires keys."""
 
     def __init__(self) -> None:
         self.server, secret = new_pair()
@@ -499,7 +499,7 @@ def guarded() -> Iterator[Guarded]:
     made.end()
 
 
-def test_who_has_a_key_reads_and_writes_as_it_may(guarded: Guarded) -> None:
+def test_an_allowed_key_has_only_its_rights(guarded: Guarded) -> None:
     both, reads = guarded.keys("read", "write"), guarded.keys("read")
     publisher = Publisher(guarded.address, 100, both)
     readers = [Subscriber(guarded.address, ["clock"], 100, "block", keys) for keys in (both, reads)]
@@ -530,7 +530,7 @@ def test_who_has_a_key_reads_and_writes_as_it_may(guarded: Guarded) -> None:
     ("who", "reason"),
     [("stranger", "key_not_allowed"), ("plain", "no_key"), ("other server", "wrong_server_key")],
 )
-def test_who_has_no_right_key_gets_nothing_and_is_counted(guarded: Guarded, who: str, reason: str) -> None:
+def test_clients_without_a_valid_key_are_refused_and_counted(guarded: Guarded, who: str, reason: str) -> None:
     own, allowed = guarded.keys("read", "write"), guarded.keys("read")
     keys = {
         "stranger": guarded.keys(),
@@ -541,7 +541,7 @@ def test_who_has_no_right_key_gets_nothing_and_is_counted(guarded: Guarded, who:
     bad: list[Subscriber] = []
     policies: itertools.cycle[Policy] = itertools.cycle(("block", "latest"))
     while guarded.authenticator.refused.get(reason, 0) < 2:
-        # a connection may break off before it has shown what is wrong with it, and is not always tried again
+        # a connection may fail before the handshake shows the reason, and is not always retried
         assert len(bad) < 20, guarded.authenticator.refused
         before = sum(guarded.authenticator.refused.values())
         bad.append(Subscriber(guarded.address, ["clock"], 100, next(policies), keys))
@@ -557,7 +557,7 @@ def test_who_has_no_right_key_gets_nothing_and_is_counted(guarded: Guarded, who:
         r.close()
 
 
-def test_a_removed_key_does_not_get_in_again(guarded: Guarded) -> None:
+def test_a_removed_key_cannot_connect_again(guarded: Guarded) -> None:
     own, theirs = guarded.keys("read", "write"), guarded.keys("read")
     publisher, first = Publisher(guarded.address, 100, own), Subscriber(guarded.address, ["clock"], 100, keys=theirs)
     assert publisher.wait_for_reader("clock", 10)
@@ -567,14 +567,14 @@ def test_a_removed_key_does_not_get_in_again(guarded: Guarded) -> None:
     second = Subscriber(guarded.address, ["clock"], 100, keys=theirs)
     guarded.wait_refused("key_not_allowed")
     publisher.publish("clock", "s", 1, 1, b"")
-    drain(first, 1)  # a connection that is open stays
+    drain(first, 1)  # an open connection stays open
     assert second.receive(200) is None
     for r in (first, second):
         r.close()
     publisher.close(0)
 
 
-def test_a_place_that_others_reach_is_not_bound_without_keys() -> None:
+def test_a_public_address_is_not_bound_without_keys() -> None:
     for host in ("0.0.0.0", "::", "192.0.2.1"):
         address = Address.at(host, 5555)
         with pytest.raises(ProcessError, match="without keys"):

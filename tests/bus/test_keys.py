@@ -1,4 +1,4 @@
-"""Keys and tokens as files, the verbs that make them, and a session that asks for them."""
+"""Keys and tokens as files, the commands that create them, and a session that requires them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_two_folders_share_nothing(tmp_path: Path) -> None:
     assert KeyFolder(a.path).keys() == a.keys()
 
 
-def test_rights_are_given_listed_and_taken_away(folder: KeyFolder, tmp_path: Path) -> None:
+def test_rights_are_granted_listed_and_removed(folder: KeyFolder, tmp_path: Path) -> None:
     (viewer, _), (robot, _) = new_pair(), new_pair()
     assert folder.allow("viewer", viewer) == {"name": "viewer", "public": viewer, "rights": ["read"]}
     other = KeyFolder.new(tmp_path / "other")
@@ -91,7 +91,7 @@ def test_rights_are_given_listed_and_taken_away(folder: KeyFolder, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["", "..", ".hidden", "a/b", "../server", "a\x00b", "x" * 65, "ä", "a b"])
-def test_names_cannot_leave_their_folder(folder: KeyFolder, name: str) -> None:
+def test_names_cannot_point_outside_their_folder(folder: KeyFolder, name: str) -> None:
     before = sorted(p for p in folder.path.parent.parent.rglob("*"))
     with pytest.raises(UsageError, match="is no name for a key"):
         folder.allow(name, new_pair()[0])
@@ -101,13 +101,13 @@ def test_names_cannot_leave_their_folder(folder: KeyFolder, name: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["", "short", "x" * 41, "é" * 40, "/nothing/there", '"' * 40])
-def test_what_is_no_key_is_refused(folder: KeyFolder, key: str) -> None:
+def test_invalid_keys_are_refused(folder: KeyFolder, key: str) -> None:
     with pytest.raises(UsageError, match="no public key"):
         folder.allow("name", key)
     assert folder.list()["allowed"] == []
 
 
-def test_a_damaged_list_gives_nobody_a_right(folder: KeyFolder) -> None:
+def test_a_damaged_key_file_gives_no_right(folder: KeyFolder) -> None:
     (folder.path / "read" / "junk").write_bytes(b"\xff" * 100)
     (folder.path / "read" / ".hidden").write_text(new_pair()[0])
     (folder.path / "read" / "folder").mkdir()
@@ -119,7 +119,7 @@ def test_a_damaged_list_gives_nobody_a_right(folder: KeyFolder) -> None:
 
 
 @modes
-def test_what_others_can_read_is_not_used(folder: KeyFolder, tmp_path: Path) -> None:
+def test_files_that_others_can_read_are_not_used(folder: KeyFolder, tmp_path: Path) -> None:
     (folder.path / "server.key").chmod(0o640)
     with pytest.raises(FileError, match="can be read by others"):
         KeyFolder(folder.path)
@@ -136,7 +136,7 @@ def test_what_others_can_read_is_not_used(folder: KeyFolder, tmp_path: Path) -> 
 
 
 @modes
-def test_a_token_is_made_once_and_kept(tmp_path: Path) -> None:
+def test_a_token_is_created_once(tmp_path: Path) -> None:
     path = tmp_path / "new" / "token"
     made, fresh = token(path)
     assert fresh
@@ -159,7 +159,7 @@ def cli(*args: object) -> tuple[int, dict[str, Any], str]:
     return done.returncode, json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}, done.stderr
 
 
-def test_the_verbs(tmp_path: Path) -> None:
+def test_the_commands(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     code, made, _ = cli("keys", "new", path, "--json")
     assert (code, made["allowed"]) == (0, [])
@@ -167,7 +167,7 @@ def test_the_verbs(tmp_path: Path) -> None:
     code, _, err = cli("keys", "new", path)
     assert code == 2
     assert "nothing was changed" in err
-    key = "-" + new_pair()[0][1:]  # as an option would begin
+    key = "-" + new_pair()[0][1:]  # looks like an option
     code, allowed, err = cli("keys", "allow", "--folder", path, "--json", "--", "viewer", key)
     assert (code, allowed["rights"]) == (0, ["read"]), err
     code, listed, _ = cli("keys", "list", "--folder", path, "--json")
@@ -192,7 +192,7 @@ def test_the_verbs(tmp_path: Path) -> None:
         ("[dashboard]\nhost='0.0.0.0'\ntoken_file='{bad}'\n", "is not 16 characters"),
     ],
 )
-def test_what_others_could_reach_does_not_start(tmp_path: Path, text: str, words: str) -> None:
+def test_public_addresses_without_keys_do_not_start(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "bad").write_text("x")
     (tmp_path / "bad").chmod(0o600)
     settings = tmp_path / "settings.toml"
@@ -203,7 +203,7 @@ def test_what_others_could_reach_does_not_start(tmp_path: Path, text: str, words
 
 
 def test_a_session_with_keys(model: Path, tmp_path: Path) -> None:
-    """Our own processes get in; a viewer with a key reads; all others are refused and the summary says how many."""
+    """Our own processes connect; a viewer with a key reads; all others are refused and counted in the summary."""
     ours, theirs, stranger = (KeyFolder.new(tmp_path / name) for name in ("ours", "theirs", "stranger"))
     ours.allow("viewer", theirs.client)
     settings = tmp_path / "settings.toml"
@@ -242,9 +242,9 @@ def test_a_session_with_keys(model: Path, tmp_path: Path) -> None:
     assert code == 0
     assert summary["balanced"], summary["streams"]
     denied = summary["denied"]["broker"]
-    # the stranger, the viewer that would publish, the one whose key was removed; the plain client goes on trying
+    # refused: the stranger, the viewer that publishes, the removed key; the client without a key retries
     assert denied["key_not_allowed"] == 3
-    # a connection may break off before it has shown what is wrong with it
+    # a connection may fail before the handshake shows the reason
     assert denied.get("no_key", 0) + denied.get("unfinished", 0) >= 1
     assert set(denied) <= {"key_not_allowed", "no_key", "unfinished"}
     data = path.read_bytes() + json.dumps(summary).encode() + "".join(live.lines).encode()

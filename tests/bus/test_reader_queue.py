@@ -7,7 +7,7 @@ from stream_mmrnn.bus.reader_queue import ReaderQueue
 from stream_mmrnn.core.types import Envelope
 
 TOPICS = ("feature/audio", "feature/vision", "prediction")
-# put a message of a topic and session, take one, or come back from an absence
+# put a message of a topic and session, pop one, or clear after a pause
 actions = st.lists(
     st.one_of(
         st.tuples(st.sampled_from(TOPICS), st.sampled_from(("a", "b"))),
@@ -20,7 +20,7 @@ actions = st.lists(
 
 
 def run(backlog: ReaderQueue, todo: list[object], keep: object) -> tuple[list[Envelope], list[Envelope]]:
-    """All that was put, and all that was taken, beside a plain model of what should wait."""
+    """Run operations on a queue and on a list as the model; returns the messages put and popped."""
     put: list[Envelope] = []
     taken: list[Envelope] = []
     model: list[Envelope] = []

@@ -25,7 +25,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="file rights are those of 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the first of the run folders is; nobody else's sessions are seen."""
+    """A private run folder, isolated from other sessions of this machine."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
@@ -36,7 +36,7 @@ def entry(session: str = "anna") -> Entry:
     return running.entry_of(session, True, ADDRESS)
 
 
-def test_who_says_that_he_runs_is_found_until_he_ends(folder: Path) -> None:
+def test_a_registered_session_is_found_until_it_ends(folder: Path) -> None:
     with pytest.raises(NotRunning, match="no session is running"):
         running.find()
     said = Registration(entry())
@@ -55,7 +55,7 @@ def test_who_says_that_he_runs_is_found_until_he_ends(folder: Path) -> None:
     assert running.everything() == []
 
 
-def test_one_of_several_is_named_by_session_or_process(folder: Path) -> None:
+def test_one_of_several_is_selected_by_session_or_process(folder: Path) -> None:
     Registration(entry("anna"))
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
@@ -71,19 +71,19 @@ def test_one_of_several_is_named_by_session_or_process(folder: Path) -> None:
             running.find("carl")
     finally:
         other.communicate(b"\n")
-    # he has ended without a word
+    # its process was killed
     assert [e.session for e in running.everything()] == ["anna"]
     assert len(list(folder.iterdir())) == 1
 
 
-def test_files_that_nobody_is_behind_are_passed_over_and_removed(folder: Path, tmp_path: Path) -> None:
+def test_stale_files_are_skipped_and_removed(folder: Path, tmp_path: Path) -> None:
     folder.mkdir(mode=0o700)
     good = entry()
     dead = msgspec.structs.replace(good, pid=2**22 + 5)
     reused = msgspec.structs.replace(good, started=good.started - 1)
     for e in (dead, reused):
         (folder / e.file_name).write_bytes(msgspec.json.encode(e))
-    (folder / "1-1.json").write_bytes(msgspec.json.encode(good))  # not its name
+    (folder / "1-1.json").write_bytes(msgspec.json.encode(good))  # the file name does not match
     (folder / "garbage.json").write_bytes(b"\xff")
     outside = tmp_path / "outside.json"
     outside.write_bytes(msgspec.json.encode(good))
@@ -94,7 +94,7 @@ def test_files_that_nobody_is_behind_are_passed_over_and_removed(folder: Path, t
 
 
 @given(content=st.binary(max_size=200) | st.builds(msgspec.json.encode, st.dictionaries(st.text(), st.integers())))
-def test_whatever_is_in_a_file_is_no_error(content: bytes) -> None:
+def test_any_file_content_is_ignored_without_error(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / "1-1.json"
         path.write_bytes(content)
@@ -102,13 +102,13 @@ def test_whatever_is_in_a_file_is_no_error(content: bytes) -> None:
 
 
 @posix
-def test_a_folder_that_is_not_ours_alone_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_private_is_refused(folder: Path, tmp_path: Path) -> None:
     second = config.run_folders()[1]
     folder.mkdir(mode=0o755)
     folder.chmod(0o755)
     with pytest.raises(FileError, match="open to others"):
         running.everything()
-    # there is another place for it
+    # the next folder is used
     said = Registration(entry())
     assert [e.session for e in running.everything()] == ["anna"]
     assert len(list(second.iterdir())) == 1
@@ -139,7 +139,7 @@ def test_without_a_run_folder_the_temporary_one_is_used(folder: Path, monkeypatc
         said.remove()
 
 
-def test_a_bus_is_reached_by_its_address_and_keys(tmp_path: Path) -> None:
+def test_a_bus_is_found_by_its_address_and_keys(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     made = KeyFolder.new(keys)
     for text in ("127.0.0.1:5000", "tcp://127.0.0.1:5000"):

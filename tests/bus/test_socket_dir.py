@@ -1,4 +1,4 @@
-"""Folders for sockets: private, and never too deep for a socket's path."""
+"""Folders for sockets: private, with a path short enough for sockets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="paths of socket
 
 
 @pytest.mark.parametrize("length", [20, 60, 70, 80, 90, 200])
-def test_a_socket_fits_however_deep_the_temporary_folder_is(
+def test_socket_paths_fit_with_any_temporary_folder(
     short_path: Path, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deep = short_path / ("x" * (length - len(str(short_path)) - 1) or "x")
@@ -37,7 +37,7 @@ def test_a_socket_fits_however_deep_the_temporary_folder_is(
         folder.rmdir()
 
 
-def test_nowhere_to_make_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_usable_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nothing"))
     monkeypatch.setattr("stream_mmrnn.bus.socket_dir._SHORT", str(tmp_path / "nothing either"))
     with pytest.raises(ProcessError, match=r"no folder for sockets can be made in .*nothing: set TMPDIR to one"):

@@ -1,4 +1,4 @@
-"""A reader of predictions against real buses and real sessions."""
+"""Subscriptions on real buses and real sessions."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_importing_the_package_imports_nothing() -> None:
         stream_mmrnn.nix  # noqa: B018
 
 
-def test_a_prediction_says_what_its_numbers_mean() -> None:
+def test_a_prediction_has_labels_and_horizons() -> None:
     reading = PredictionReader()
     assert reading.observe(envelope("status/engine", status())) is None
     p = reading.observe(envelope("prediction", prediction(5), event_ns=200 * MS))
@@ -87,8 +87,8 @@ def test_a_prediction_says_what_its_numbers_mean() -> None:
 @given(
     st.lists(st.tuples(st.integers(0, 40), st.sampled_from(["sent", "lost", "again"])), max_size=80),
 )
-def test_each_tick_once_in_order_and_what_is_missing_is_said(script: list[tuple[int, str]]) -> None:
-    """An engine counts ticks up, and after a crash says some again; the bus may lose any of it."""
+def test_each_tick_is_delivered_once_and_losses_are_counted(script: list[tuple[int, str]]) -> None:
+    """An engine counts ticks up, and after a crash sends some again; the bus may lose any message."""
     reading, given_ticks, missed, newest = PredictionReader(), [], 0, -1
     sent: set[int] = set()
     for back, what in script:
@@ -115,13 +115,13 @@ def test_each_tick_once_in_order_and_what_is_missing_is_said(script: list[tuple[
     )
     | st.builds(lambda s: status(spec=s), st.none() | st.integers() | st.lists(st.text())),
 )
-def test_whatever_is_on_the_bus_is_no_error(topic: str, payload: bytes) -> None:
+def test_any_payload_on_the_bus_is_no_error(topic: str, payload: bytes) -> None:
     reading = PredictionReader()
     assert reading.observe(envelope(topic, payload)) is None
     assert reading.observe(envelope("prediction", prediction(1))) is not None
 
 
-def test_heads_and_sessions_are_chosen() -> None:
+def test_heads_and_sessions_are_filtered() -> None:
     reading = PredictionReader("anna", ["next"])
     assert reading.observe(envelope("prediction", prediction(1, "bert"), "bert")) is None
     p = reading.observe(envelope("prediction", prediction(1)))
@@ -131,7 +131,7 @@ def test_heads_and_sessions_are_chosen() -> None:
         PredictionReader(heads=["nix"]).observe(envelope("prediction", prediction(1)))
 
 
-# --- a real bus, on which this test speaks for the engine
+# --- a real bus; the test acts as the engine
 
 
 class Bus:
@@ -157,7 +157,7 @@ class Bus:
             self.engine.publish("prediction", session, self.tick * 40 * MS, 0, prediction(self.tick, session))
 
     def meet(self, subscription: Subscription) -> PredictionView:
-        """Predict until the reader hears it; what it got then."""
+        """Publish predictions until the reader receives one; returns it."""
         self.engine.wait_for_reader("prediction", 10)
         for _ in range(200):
             self.say()
@@ -183,7 +183,7 @@ def where(bus: Bus) -> str:
     return bus.address.publish.removeprefix("tcp://")
 
 
-def test_a_reader_that_came_late_has_lost_nothing(bus: Bus) -> None:
+def test_a_late_reader_counts_no_losses(bus: Bus) -> None:
     bus.predict(500)
     with stream_mmrnn.subscribe("anna", address=where(bus), policy="block", timeout=10) as subscription:
         first = bus.meet(subscription)
@@ -200,14 +200,14 @@ def test_a_reader_that_came_late_has_lost_nothing(bus: Bus) -> None:
 
 
 @pytest.mark.parametrize(("policy", "reason"), [("drop_oldest", "oldest"), ("latest", "superseded")])
-def test_a_slow_reader_has_the_newest_and_knows_what_it_missed(bus: Bus, policy: config.Policy, reason: str) -> None:
+def test_a_slow_reader_gets_the_newest_and_counts_losses(bus: Bus, policy: config.Policy, reason: str) -> None:
     with Subscription(address=where(bus), policy=policy, queue=8, timeout=10) as subscription:
         before = bus.meet(subscription)
         while (found := subscription.receive(0.2)) is not None:
             before = found
         lost = sum(subscription.lost.values())
         bus.predict(60)
-        time.sleep(0.3)  # more is here than the queue keeps
+        time.sleep(0.3)  # more messages than the queue holds
         got = []
         while not got or got[-1].tick < bus.tick:
             found = subscription.receive(5)
@@ -218,7 +218,7 @@ def test_a_slow_reader_has_the_newest_and_knows_what_it_missed(bus: Bus, policy:
         assert reason in subscription.lost
 
 
-def test_iterating_gives_up_in_time_and_a_wrong_head_is_named(bus: Bus) -> None:
+def test_iteration_times_out_and_a_wrong_head_is_named(bus: Bus) -> None:
     with Subscription(address=where(bus), timeout=0.3) as subscription, pytest.raises(TimeoutError, match="came from"):
         next(subscription)
     with Subscription(address=where(bus), heads="nix") as subscription, pytest.raises(UsageError, match="head 'nix'"):
@@ -263,7 +263,7 @@ def test_two_readers_in_one_event_loop(bus: Bus) -> None:
         assert seen == list(range(seen[0], bus.tick + 1))
 
 
-def test_a_bus_with_keys_is_read_by_who_is_allowed(tmp_path: Path) -> None:
+def test_a_bus_with_keys_is_readable_with_an_allowed_key(tmp_path: Path) -> None:
     ours, theirs = KeyFolder.new(tmp_path / "ours"), KeyFolder.new(tmp_path / "theirs")
     address = Address.create("tcp", keys=ours.keys())
     with closing(Bus(address, ours.authenticator())) as bus:
@@ -277,7 +277,7 @@ def test_a_bus_with_keys_is_read_by_who_is_allowed(tmp_path: Path) -> None:
             assert bus.meet(reader).tick > 0
 
 
-def test_nobody_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_bus_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stream_mmrnn.bus.subscription._GONE_NS", 200 * MS)
     with (
         Subscription(address="127.0.0.1:1") as subscription,
@@ -290,7 +290,7 @@ def test_nobody_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def named(base: str) -> str:
-    """A name that no other session of this machine has."""
+    """A session name that is unique on this machine."""
     return f"{base}-{os.getpid()}"
 
 
@@ -323,7 +323,7 @@ def test_a_session_is_found_and_read_until_it_ends(model: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/comm").exists(), reason="needs /proc")
-def test_after_a_killed_engine_nothing_is_missing_and_nothing_comes_twice(model: Path) -> None:
+def test_a_killed_engine_loses_and_repeats_nothing(model: Path) -> None:
     name = named("killed")
     with closing(running(model, name)) as live, subscribed(live, name) as subscription:
         got = [next(subscription) for _ in range(15)]
@@ -339,7 +339,7 @@ def test_after_a_killed_engine_nothing_is_missing_and_nothing_comes_twice(model:
     assert subscription.lost == {}
 
 
-def test_a_session_that_is_killed_ends_too_and_one_that_only_records_is_refused(model: Path, tmp_path: Path) -> None:
+def test_a_killed_session_ends_and_a_recording_only_one_is_refused(model: Path, tmp_path: Path) -> None:
     name = named("gone")
     with closing(running(model, name)) as live, subscribed(live, name) as subscription:
         next(subscription)

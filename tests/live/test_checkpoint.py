@@ -66,7 +66,7 @@ class Publisher:
     def numbers(self) -> list[tuple[str, str, int]]:
         return [(topics.PREDICTION, session, seq) for session, seq in self._numbers.items()]
 
-    def go_on(self, numbers: list[tuple[str, str, int]]) -> None:
+    def restore(self, numbers: list[tuple[str, str, int]]) -> None:
         self._numbers = {session: seq for _, session, seq in numbers}
 
 
