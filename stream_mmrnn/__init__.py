@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from stream_mmrnn.bus import Address as Address
     from stream_mmrnn.bus import Publisher as Publisher
     from stream_mmrnn.bus import Subscriber as Subscriber
-    from stream_mmrnn.bus.subscription import Model as Model
-    from stream_mmrnn.bus.subscription import PredictionView as PredictionView
+    from stream_mmrnn.bus.prediction_reader import Model as Model
+    from stream_mmrnn.bus.prediction_reader import PredictionView as PredictionView
     from stream_mmrnn.bus.subscription import Subscription as Subscription
     from stream_mmrnn.bus.subscription import subscribe as subscribe
     from stream_mmrnn.capture.encoders import Encoder as Encoder
@@ -78,8 +78,8 @@ if TYPE_CHECKING:
     from stream_mmrnn.predict.engine import move as move
     from stream_mmrnn.predict.pipeline import predict as predict
     from stream_mmrnn.predict.sharded_engine import ShardedEngine as ShardedEngine
-    from stream_mmrnn.recording.mcap_file import Recorder as Recorder
     from stream_mmrnn.recording.mcap_file import Recording as Recording
+    from stream_mmrnn.recording.recorder import Recorder as Recorder
     from stream_mmrnn.serve.async_client import AsyncClient as AsyncClient
     from stream_mmrnn.serve.async_client import AsyncServedSession as AsyncServedSession
     from stream_mmrnn.serve.client import Client as Client
@@ -91,7 +91,8 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "bus": ("Address", "Publisher", "Subscriber"),
-    "bus.subscription": ("Model", "PredictionView", "Subscription", "subscribe"),
+    "bus.prediction_reader": ("Model", "PredictionView"),
+    "bus.subscription": ("Subscription", "subscribe"),
     "capture.encoders": ("Encoder", "create_encoder"),
     "capture.encoders.audio": ("AudioEncoder",),
     "capture.encoders.image": ("ImageEncoder",),
@@ -122,7 +123,8 @@ _PUBLIC = {
     "predict.engine": ("StepEngine", "move"),
     "predict.pipeline": ("predict",),
     "predict.sharded_engine": ("ShardedEngine",),
-    "recording.mcap_file": ("Recorder", "Recording"),
+    "recording.mcap_file": ("Recording",),
+    "recording.recorder": ("Recorder",),
     "serve.async_client": ("AsyncClient", "AsyncServedSession"),
     "serve.client": ("Client", "ServedSession"),
     "serve.client_state": ("Answer",),

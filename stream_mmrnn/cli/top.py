@@ -80,7 +80,8 @@ def predictions(
     `--json` adds a last line, the only one with the key `predictions`: how many there were, what was lost, and why it
     ended.
     """
-    from stream_mmrnn.bus.subscription import document, subscribe
+    from stream_mmrnn.bus.prediction_reader import document
+    from stream_mmrnn.bus.subscription import subscribe
 
     alive = StopFlag.unwinding()
     say = say_on(Console(stderr=True))

@@ -23,7 +23,7 @@ from mcap.opcode import Opcode
 from mcap.records import Channel, ChunkIndex, Footer, Header, McapRecord, Metadata, Schema, Statistics
 
 from stream_mmrnn.core.errors import FileError, RecordingError
-from stream_mmrnn.recording.mcap_file import (
+from stream_mmrnn.recording.mcap_format import (
     FORMAT,
     LIBRARY,
     MAGIC,

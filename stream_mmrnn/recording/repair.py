@@ -21,16 +21,8 @@ from stream_mmrnn.core.errors import FileError, RecordingError
 from stream_mmrnn.core.sequence import SequenceTracker
 from stream_mmrnn.recording.append_file import later_parts
 from stream_mmrnn.recording.damaged_file import DamagedFileReader, Hole, Message, Note, number
-from stream_mmrnn.recording.mcap_file import (
-    FORMAT,
-    LIBRARY,
-    METADATA,
-    METADATA_END,
-    METADATA_SO_FAR,
-    Recording,
-    checked,
-    scheme,
-)
+from stream_mmrnn.recording.mcap_file import Recording
+from stream_mmrnn.recording.mcap_format import FORMAT, LIBRARY, METADATA, METADATA_END, METADATA_SO_FAR, checked, scheme
 from stream_mmrnn.recording.message_counts import MISSING, MessageCounts
 
 _Holes = list[dict[str, Any]]

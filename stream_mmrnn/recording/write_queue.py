@@ -17,8 +17,8 @@ from stream_mmrnn.core import topics
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.sequence import SequenceTracker
 from stream_mmrnn.core.types import Envelope
-from stream_mmrnn.recording.mcap_file import Recorder
 from stream_mmrnn.recording.message_counts import CLOSING, LOST, REFUSED, SLOW, UNWRITABLE, MessageCounts
+from stream_mmrnn.recording.recorder import Recorder
 
 Policy = Literal["drop_oldest", "block"]
 

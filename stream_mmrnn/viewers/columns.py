@@ -6,7 +6,7 @@ import json
 
 import msgspec
 
-from stream_mmrnn.bus.subscription import model_of
+from stream_mmrnn.bus.prediction_reader import model_of
 from stream_mmrnn.core import wire
 from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.core.types import HeadSpec

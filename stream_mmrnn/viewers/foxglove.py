@@ -13,7 +13,7 @@ from stream_mmrnn.core.clock import wall_offset_ns
 from stream_mmrnn.core.config import LOOPBACK
 from stream_mmrnn.core.errors import StreamError
 from stream_mmrnn.core.types import Envelope
-from stream_mmrnn.recording.mcap_file import UNWRITABLE, encoded, scheme
+from stream_mmrnn.recording.mcap_format import UNWRITABLE, encoded, scheme
 
 SHOWN = tuple(t.name for t in topics.TOPICS.values() if t.recorded and t.name != topics.TICK)
 """The topics that a client can subscribe to. `tick` is only in recordings up to 0.1.0."""

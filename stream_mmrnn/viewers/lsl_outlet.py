@@ -9,7 +9,7 @@ import math
 import time
 from typing import Any
 
-from stream_mmrnn.bus.subscription import model_of
+from stream_mmrnn.bus.prediction_reader import model_of
 from stream_mmrnn.capture import lsl_runtime as lsl
 from stream_mmrnn.core import wire
 from stream_mmrnn.core.config import Lsl

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 import stream_mmrnn
 from stream_mmrnn.bus import Address, Authenticator, Publisher, run_broker
 from stream_mmrnn.bus.keys import KeyFolder
-from stream_mmrnn.bus.subscription import PredictionReader, PredictionView, Subscription, document
+from stream_mmrnn.bus.prediction_reader import PredictionReader, PredictionView, document
+from stream_mmrnn.bus.subscription import Subscription
 from stream_mmrnn.core import config, topics, wire
 from stream_mmrnn.core.errors import NotRunning, TimedOut, UsageError
 from stream_mmrnn.core.types import Envelope, HeadSpec, Prediction, Stamps, Tick

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stream_mmrnn.bus.subscription import PredictionReader
+from stream_mmrnn.bus.prediction_reader import PredictionReader
 from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.core.prediction_decoder import PredictionDecoder

@@ -31,7 +31,7 @@ from stream_mmrnn.offline.diff.tracks import PredictionTrack, predicted, recorde
 from stream_mmrnn.predict.align import Aligner
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.predict.pipeline import predict
-from stream_mmrnn.recording.mcap_file import Recorder
+from stream_mmrnn.recording.recorder import Recorder
 
 BEGIN, SESSION = 10**15, "bench-0"
 

@@ -17,7 +17,7 @@ from stream_mmrnn.offline.replay import Comparison, replay
 from stream_mmrnn.predict.align import Aligner
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.predict.pipeline import predict
-from stream_mmrnn.recording.mcap_file import Recorder
+from stream_mmrnn.recording.recorder import Recorder
 
 BEGIN = 10**15
 NOWHERE = Stamps(0, 0, 0, 0, "clock")

@@ -22,7 +22,8 @@ from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.errors import FileError, UsageError
 from stream_mmrnn.core.types import Envelope, Stamps
 from stream_mmrnn.offline.convert.unpack import unpack
-from stream_mmrnn.recording.mcap_file import Recorder, Recording
+from stream_mmrnn.recording.mcap_file import Recording
+from stream_mmrnn.recording.recorder import Recorder
 
 pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow (extra export) is not installed")
 

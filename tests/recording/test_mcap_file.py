@@ -15,7 +15,8 @@ from mcap_protobuf.decoder import DecoderFactory
 from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.errors import FileError, RecordingError
 from stream_mmrnn.core.types import Envelope, Stamps
-from stream_mmrnn.recording.mcap_file import Recorder, Recording
+from stream_mmrnn.recording.mcap_file import Recording
+from stream_mmrnn.recording.recorder import Recorder
 from stream_mmrnn.recording.schemas import decode_clock, decode_features, encode_features, own_schema
 
 BEGIN = 5_000_000_000_123_456
@@ -317,7 +318,7 @@ def test_a_chunk_is_read_up_to_an_invalid_message(
     for e in good[:2]:
         recorder.write(e)
     with monkeypatch.context() as patched:
-        patched.setattr("stream_mmrnn.recording.mcap_file.encoded", lambda *_: opened)
+        patched.setattr("stream_mmrnn.recording.mcap_format.encoded", lambda *_: opened)
         recorder.write(good[2])
     recorder.write(good[3])
     recorder.close({})

@@ -18,8 +18,9 @@ from stream_mmrnn.core.errors import FileError, RecordingError
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.recording.append_file import later_parts, part
 from stream_mmrnn.recording.damaged_file import BEGINNING, Chunk, DamagedFileReader, Message, Note, pieces, split
-from stream_mmrnn.recording.mcap_file import Recorder, Recording
+from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.recording.message_counts import MISSING, MessageCounts
+from stream_mmrnn.recording.recorder import Recorder
 from stream_mmrnn.recording.repair import repair, verify
 
 BEGIN = 5_000_000_000_123_456

@@ -19,8 +19,9 @@ from stream_mmrnn.core import config, topics, wire
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.live import nodes
 from stream_mmrnn.recording.append_file import Disk
-from stream_mmrnn.recording.mcap_file import Recorder, Recording
+from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.recording.message_counts import CLOSING, LOST, REFUSED, SLOW, UNWRITABLE, MessageCounts
+from stream_mmrnn.recording.recorder import Recorder
 from stream_mmrnn.recording.repair import verify
 from stream_mmrnn.recording.write_queue import WriteQueue
 

@@ -26,7 +26,8 @@ from stream_mmrnn.offline.replay import info
 from stream_mmrnn.predict.align import Aligner
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.predict.pipeline import predict
-from stream_mmrnn.recording.mcap_file import Recorder, Recording
+from stream_mmrnn.recording.mcap_file import Recording
+from stream_mmrnn.recording.recorder import Recorder
 from stream_mmrnn.viewers.dashboard.state import LiveState
 from stream_mmrnn.viewers.terminal_view import render
 from tools import fuzz

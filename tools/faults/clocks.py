@@ -16,7 +16,8 @@ from stream_mmrnn.core import topics
 from stream_mmrnn.core.clock import DeviceClock, WallClock, now_ns
 from stream_mmrnn.core.types import Envelope, ModalitySpec
 from stream_mmrnn.predict.align import Aligner
-from stream_mmrnn.recording.mcap_file import Recorder, Recording
+from stream_mmrnn.recording.mcap_file import Recording
+from stream_mmrnn.recording.recorder import Recorder
 from tools.faults.promise import Figure, Say
 
 TITLE = "Clocks"

@@ -25,7 +25,8 @@ from stream_mmrnn.predict.align import Aligner
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.predict.pipeline import predict
 from stream_mmrnn.predict.sharded_engine import ShardedEngine
-from stream_mmrnn.recording.mcap_file import Recorder, Recording
+from stream_mmrnn.recording.mcap_file import Recording
+from stream_mmrnn.recording.recorder import Recorder
 from stream_mmrnn.recording.settings import settings_of
 from tools.faults.promise import Figure, Say
 

@@ -36,8 +36,9 @@ from stream_mmrnn.live.managed_process import process_context
 from stream_mmrnn.live.session import LiveSession
 from stream_mmrnn.recording.append_file import Disk, part
 from stream_mmrnn.recording.damaged_file import Chunk, Message, pieces, split
-from stream_mmrnn.recording.mcap_file import Recorder, Recording
+from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.recording.message_counts import LOST, MessageCounts
+from stream_mmrnn.recording.recorder import Recorder
 from stream_mmrnn.recording.repair import repair, verify
 from tools.faults.promise import Figure, Say
 

@@ -23,7 +23,8 @@ from stream_mmrnn.predict.align import Aligner
 from stream_mmrnn.predict.contract import beside
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.predict.snapshots import Snapshot, StateStore, from_bytes, to_bytes
-from stream_mmrnn.recording.mcap_file import Recorder, Recording
+from stream_mmrnn.recording.mcap_file import Recording
+from stream_mmrnn.recording.recorder import Recorder
 from stream_mmrnn.recording.repair import repair, verify
 from stream_mmrnn.recording.settings import settings_of
 from tools.hostile import mutate

@@ -18,7 +18,8 @@ from stream_mmrnn.core.errors import StreamError, WireError
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.live.nodes.process import Context, Node, wait_for_clock
 from stream_mmrnn.recording.append_file import part
-from stream_mmrnn.recording.mcap_file import Recorder, Recording
+from stream_mmrnn.recording.mcap_file import Recording
+from stream_mmrnn.recording.recorder import Recorder
 from stream_mmrnn.recording.write_queue import WriteQueue
 
 _CLOSE_S = 0.4

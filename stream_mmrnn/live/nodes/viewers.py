@@ -63,7 +63,7 @@ class DashboardNode(_ViewerNode):
 
     def __init__(self, context: Context) -> None:
         from stream_mmrnn.bus import keys as keys
-        from stream_mmrnn.bus.subscription import PredictionReader
+        from stream_mmrnn.bus.prediction_reader import PredictionReader
         from stream_mmrnn.viewers.dashboard.server import Dashboard
         from stream_mmrnn.viewers.dashboard.state import LiveState
         from stream_mmrnn.viewers.prometheus import Metrics
@@ -139,7 +139,7 @@ class DashboardNode(_ViewerNode):
             )
 
     def _observe(self, envelope: Envelope) -> None:
-        from stream_mmrnn.bus.subscription import document
+        from stream_mmrnn.bus.prediction_reader import document
 
         self.view.observe(envelope)
         if envelope.topic != topics.PREDICTION or self.page.listeners:

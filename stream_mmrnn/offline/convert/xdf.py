@@ -24,7 +24,7 @@ from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import FileError, UsageError, WireError
 from stream_mmrnn.core.types import Envelope, Sample
 from stream_mmrnn.offline.convert.xdf_file import XdfStream, read
-from stream_mmrnn.recording.mcap_file import Recorder
+from stream_mmrnn.recording.recorder import Recorder
 
 ROLES = ("audio", "other_audio", "text", "other_text", "signal", topics.LABEL, "none")
 _MARKERS, _AUDIO = ("markers", "marker", "events"), "audio"
