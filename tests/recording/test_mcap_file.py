@@ -318,7 +318,7 @@ def test_a_chunk_is_read_up_to_an_invalid_message(
     for e in good[:2]:
         recorder.write(e)
     with monkeypatch.context() as patched:
-        patched.setattr("stream_mmrnn.recording.mcap_format.encoded", lambda *_: opened)
+        patched.setattr("stream_mmrnn.recording.recorder.encoded", lambda *_: opened)
         recorder.write(good[2])
     recorder.write(good[3])
     recorder.close({})
@@ -391,7 +391,7 @@ def test_the_chunk_index_is_kept_on_disk_and_written_completely(
 ) -> None:
     from mcap.reader import make_reader
 
-    from stream_mmrnn.recording import mcap_file as module
+    from stream_mmrnn.recording import recorder as module
 
     def write(name: str) -> bytes:
         recorder = module.Recorder(tmp_path / name, "a", {"x": "y"}, chunk_ms=0.0)
