@@ -1,12 +1,12 @@
-"""Time: one monotonic clock for all processes of a host, and the map from a device's clock to it."""
+"""Time: one monotonic clock for all processes of a host, and the conversion of a device's clock to it."""
 
 from __future__ import annotations
 
 import time
 
 now_ns = time.monotonic_ns
-"""CLOCK_MONOTONIC (Linux, macOS) and QueryPerformanceCounter (Windows) count from the host's boot, so the
-stamps of all processes of one host compare."""
+"""CLOCK_MONOTONIC (Linux, macOS) and QueryPerformanceCounter (Windows) count from the host's boot, so times from all
+processes of a host are comparable."""
 
 
 def wall_offset_ns() -> int:
@@ -24,11 +24,11 @@ def wall_offset_ns() -> int:
 
 _LOOK_NS = 1_000_000_000
 _STEP_NS = 20_000_000
-"""A wall clock that is only slewed goes at most half a millisecond a second astray."""
+"""A smaller change is slewing (at most 0.5 ms per second), not a step."""
 
 
 class WallClock:
-    """Notices when the wall clock is set, or runs on while the host sleeps: its distance from ours changes at once."""
+    """Detects steps of the wall clock against the monotonic clock: it was set, or the host was suspended."""
 
     def __init__(self) -> None:
         self.steps = 0
@@ -36,7 +36,7 @@ class WallClock:
         self._looked_ns = now_ns()
 
     def poll(self, at_ns: int) -> int:
-        """By how many ns it was set since the last look, else 0; looks once a second at most."""
+        """The step in ns since the last check, else 0; checks at most once a second."""
         if at_ns - self._looked_ns < _LOOK_NS:
             return 0
         self._looked_ns = at_ns
@@ -49,9 +49,9 @@ class WallClock:
 
 
 class RateLimiter:
-    """Says of each key at most once in a second that it may be spoken of: what comes from outside fills no log.
+    """Limits log lines: returns True at most once per period (1 s) for each key.
 
-    Bounded: of more keys than 256 none is told from the others.
+    Memory is bounded: beyond 256 keys, all further keys share one limit.
     """
 
     def __init__(self, period_ns: int = 1_000_000_000) -> None:
@@ -74,10 +74,10 @@ class DeviceClock:
 
     Each block comes with a noisy reading of when it ended. The device's sample count is smooth but its rate
     is a little off (tens of ppm); the readings are right on average but jitter by milliseconds. So the event
-    time advances by the nominal length and is pulled to the readings by a second-order loop (a proportional
-    and an integral gain, as in the delay-locked loop of F. Adriaensen, "Using a DLL to filter time", 2005),
-    which follows a constant rate error without a lasting offset. A reading further than `jump_ns` off is
-    believed at once: the device stalled or lost samples. Stamps never go back.
+    time advances by the nominal length and is corrected by a second-order loop (a proportional and an
+    integral gain, as in the delay-locked loop of F. Adriaensen, "Using a DLL to filter time", 2005), which
+    follows a constant rate error without a lasting offset. If a reading differs by more than `jump_ns`, the
+    event time jumps to it: the device stalled or lost samples. Event times are strictly increasing.
     """
 
     def __init__(self, rate_hz: float, jump_ns: int = 40_000_000, bandwidth_hz: float = 0.1) -> None:
@@ -90,7 +90,7 @@ class DeviceClock:
         self._last_ns = -1
 
     def lost(self) -> None:
-        """The device dropped samples, and its count does not say so: the next reading is believed at once."""
+        """The device dropped samples without counting them: the event time jumps to the next reading."""
         self.jumps += self._event_ns is not None
         self._event_ns = None
 

@@ -1,6 +1,6 @@
-"""One TOML file -> typed settings: the only home of defaults.
+"""Typed settings from one TOML file; the only place for defaults.
 
-Strict: an unknown key is an error that names the nearest one that exists. Knows nothing about what the settings do.
+Strict: an unknown key is an error that names the nearest known one.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class Session(_Section, frozen=True):
 
 
 class Sources(_Section, frozen=True):
-    """Where each modality comes from: `camera:0`, `camera:URL`, `microphone`, `microphone:NAME`, `file:PATH`,
-    `synthetic`, `stdin`, `pipe:PATH`, `tcp:PORT`, `zmq:PORT`, `lsl:NAME`, `page` (what is typed on the live page, which
-    joins every other source of text, too) or `none`. The first three are of the person that a session is about,
-    `other_*` of a second one: a voice agent, the other party of a call. `signal` is a sensor.
+    """The source of each modality: `camera:0`, `camera:URL`, `microphone`, `microphone:NAME`, `file:PATH`,
+    `synthetic`, `stdin`, `pipe:PATH`, `tcp:PORT`, `zmq:PORT`, `lsl:NAME`, `page` (text typed on the live page, which is
+    also added to every other source of text) or `none`. The first three belong to the session's own person, `other_*`
+    to a second one: a voice agent, the other party of a call. `signal` is a sensor.
     """
 
     vision: str = "camera:0"
@@ -63,7 +63,7 @@ class Camera(_Section, frozen=True):
 class Microphone(_Section, frozen=True):
     block_ms: Annotated[float, msgspec.Meta(ge=1, le=1000)] = 20.0
     latency_ms: Annotated[float, msgspec.Meta(ge=0, le=1000)] = 20.0
-    """What PortAudio is asked for; at 100 ms blocks come in pairs on some systems."""
+    """Latency requested of PortAudio; at 100 ms blocks arrive in pairs on some systems."""
     drift_bandwidth_hz: Annotated[float, msgspec.Meta(gt=0, le=10)] = 0.1
 
 
@@ -72,30 +72,30 @@ class Text(_Section, frozen=True):
 
 
 class Synthetic(_Section, frozen=True):
-    """The seeded source that needs no hardware: a person who talks in turns, seen, heard and read."""
+    """A seeded source without hardware: a simulated person who takes turns in a conversation (video, audio, text)."""
 
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
     width: Annotated[int, msgspec.Meta(ge=16, le=4096)] = 320
     height: Annotated[int, msgspec.Meta(ge=16, le=4096)] = 240
     rate_hz: _Positive = 25.0
     jitter_ms: Annotated[float, msgspec.Meta(ge=0, le=1000)] = 0.0
-    """Standard deviation of how late a sample comes; its event time is right."""
+    """Standard deviation of a sample's delay; its event time is exact."""
     drop: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
-    """Share of samples that never come."""
+    """Share of samples that are dropped."""
     freeze_every_s: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = 0.0
-    """0: never. Else each stream stops this often, for `freeze_s`."""
+    """Interval at which each stream stops for `freeze_s`; 0: never."""
     freeze_s: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = 1.0
 
 
 class Align(_Section, frozen=True):
-    """The lateness of a kind holds for all modalities of it: `audio` for `other_audio`, too."""
+    """The lateness of a kind applies to all its modalities: that of `audio` also to `other_audio`."""
 
     vision_lateness_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = 80.0
     audio_lateness_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = 80.0
     text_lateness_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = 0.0
     signal_lateness_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = 80.0
     max_ahead_ms: Annotated[float, msgspec.Meta(gt=0, le=3_600_000)] = 500.0
-    """A stamp further ahead of the clock is quarantined."""
+    """Samples with an event time further ahead of the clock are quarantined."""
     max_behind_ms: Annotated[float, msgspec.Meta(gt=0, le=3_600_000)] = 10_000.0
 
     def lateness_ns(self) -> dict[str, int]:
@@ -111,43 +111,43 @@ class Align(_Section, frozen=True):
 
 class Engine(_Section, frozen=True):
     model: str = "turn_taking"
-    """A name in the zoo, or the path of an ONNX file."""
+    """The name of an included model, or the path of an ONNX file."""
     provider: Literal["auto", "cpu", "cuda"] = "auto"
     slots: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 1
     batch: Annotated[int, msgspec.Meta(ge=0, le=16384)] = 0
-    """The most sessions of one run; 0: 64 on the CPU, 4096 on a GPU, and less where a run would take too long."""
+    """Maximum number of sessions in one run; 0: 64 on the CPU, 4096 on a GPU, or less if a run would take too long."""
     processes: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
-    """Over how many processes the slots are spread, where one core is not enough."""
+    """Number of processes for the slots, if one core is not enough."""
     prewarm: bool = True
-    """Run the graph (and the sound's encoder) on dummy data just before it is due, so that caches are warm."""
+    """Run the graph (and the audio encoder) on dummy data just before the next step, so that caches are warm."""
 
 
 class State(_Section, frozen=True):
-    """What is kept of sessions on disk, so that they can go on after a pause, a crash or on another engine."""
+    """Snapshots of sessions on disk, from which they continue after a pause, a crash or on another engine."""
 
     folder: str = ""
-    """"" is a folder of this user's own: `state_folder`."""
+    """"" is a private folder of this user: `state_folder`."""
     ttl_s: _Positive = 86_400.0
-    """How long a state waits for its session to come back."""
+    """Time to live of a snapshot whose session does not come back."""
     idle_s: _Positive = 300.0
-    """A session without a tick for so long gives its slot to others; a resume token brings it back."""
+    """A session without a tick for this long is evicted from its slot; a resume token brings it back."""
     snapshot_every: Annotated[int, msgspec.Meta(ge=0)] = 25
-    """Ticks of a session from one snapshot to the next; 0: none but on leaving."""
+    """Ticks between two snapshots of a session; 0: only when it leaves its slot."""
     journal_s: _Positive = 30.0
-    """How much of the bus is remembered for an engine that has to go on after a crash."""
+    """How much of the bus is kept for an engine that restarts after a crash."""
     journal_mb: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 64
 
 
 class Admission(_Section, frozen=True):
-    """When one session more is refused, though there is a slot."""
+    """When a further session is refused although a slot is free."""
 
     share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.5
     """Share of the tick that the p99 of a prediction may take with one more session. Half, because shared machines were
     seen to step at half their speed for seconds."""
     retry_s: _Positive = 1.0
-    """The soonest that one who was refused is told to ask again, ..."""
+    """Minimum retry time that a refused session is given."""
     retry_max_s: _Positive = 30.0
-    """... and the latest."""
+    """Maximum retry time."""
 
 
 class Serve(_Section, frozen=True):
@@ -160,10 +160,10 @@ class Serve(_Section, frozen=True):
     keys: str = ""
     """A folder made by `stream-mmrnn keys new`: with it, only clients whose key may write can connect."""
     slots: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 1024
-    """Sessions at most; `admission` lets in no more than can be served in time."""
+    """Maximum number of sessions; `admission` admits no more than can be served in time."""
     queue: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 256
-    """Ticks of one session that may wait for their step. A client may leave as many messages unread, and two more for
-    each of `slots`."""
+    """Maximum number of ticks of one session that wait for their step. A client may leave as many messages unread, plus
+    two for each of `slots`."""
 
 
 class Cluster(_Section, frozen=True):
@@ -172,9 +172,9 @@ class Cluster(_Section, frozen=True):
     url: str = ""
     """nats://HOST:PORT, several separated by commas; "" serves alone."""
     prefix: Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9_-]{1,32}\Z")] = "mmrnn"
-    """Of all that the cluster has on that server; another prefix is another cluster."""
+    """Prefix of all names of this cluster on the NATS server; another prefix is another cluster."""
     credentials: str = ""
-    """A credentials file of NATS's, where the server asks for one."""
+    """A NATS credentials file, if the server needs one."""
     replicas: Annotated[int, msgspec.Meta(ge=1, le=5)] = 1
     """Of logs and states, over the servers of NATS's own cluster."""
     disk_mb: Annotated[int, msgspec.Meta(ge=16, le=1_048_576)] = 1024
@@ -201,16 +201,16 @@ class Bus(_Section, frozen=True):
     host: str = LOOPBACK
     """The address that tcp binds; one that others can reach needs `keys`."""
     port: Annotated[int, msgspec.Meta(ge=0, le=65_532)] = 0
-    """The first of the four ports that tcp takes, one after the other; 0: any free ones."""
+    """The first of four consecutive tcp ports; 0: any free ones."""
     keys: str = ""
     """A folder made by `stream-mmrnn keys new`: with it, only clients with an allowed key can connect over tcp."""
     clock_hz: Annotated[float, msgspec.Meta(ge=1, le=1000)] = 100.0
     queue: Annotated[int, msgspec.Meta(ge=1, le=10_000_000)] = 20_000
-    """Messages a reader may fall behind before ZeroMQ drops; a reader counts every gap."""
+    """Queue length per reader before ZeroMQ drops messages; a reader counts every gap."""
     bulk_queue: Annotated[int, msgspec.Meta(ge=1)] = 2048
-    """The same for a reader (or sender) of pictures and sound, whose messages are large."""
+    """The same for readers (or senders) of pictures and sound, whose messages are large."""
     view_queue: Annotated[int, msgspec.Meta(ge=1)] = 256
-    """The same for one that wants the newest: a page, a reader from outside."""
+    """The same for readers that need the newest messages: the page, other programs."""
 
 
 class Queues(_Section, frozen=True):
@@ -220,7 +220,7 @@ class Queues(_Section, frozen=True):
     audio: Policy = "drop_oldest"
     text: Policy = "block"
     signal: Policy = "block"
-    """The library of Lab Streaming Layer keeps what waits, for a minute."""
+    """The library of Lab Streaming Layer buffers up to a minute."""
     length: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 64
 
     def policy(self, modality: str) -> Policy:
@@ -240,11 +240,12 @@ class Dashboard(_Section, frozen=True):
     port: _Port = 0
     """0: any free one."""
     token_file: str = ""
-    """Where the page's token is; made, and shown once, where there is none. With it, the page asks for the token."""
+    """File with the page's token; if it does not exist, it is created and the token is shown once. The page then
+    requires the token."""
 
 
 class Foxglove(_Section, frozen=True):
-    """A server of what is on the bus for Foxglove, on loopback."""
+    """A server of the bus's messages for Foxglove, on loopback."""
 
     enabled: bool = False
     port: _Port = 8765
@@ -255,46 +256,46 @@ class Lsl(_Section, frozen=True):
     """Lab Streaming Layer: `lsl:NAME` as a source, predictions as a stream."""
 
     outlet: bool = False
-    """Give the predictions out as a stream. Its library listens on all addresses of this machine and asks for no
-    key; only whom it lets find the stream is a matter of `config`."""
+    """Publish the predictions as a stream. The library listens on all addresses of this machine and has no keys;
+    `config` only controls which machines can discover the stream."""
     name: Annotated[str, msgspec.Meta(min_length=1, max_length=64)] = "stream_mmrnn"
-    """Of that stream."""
+    """Name of that stream."""
     config: str = ""
-    """The library's configuration file (lsl_api.cfg); "": streams are found on this machine alone."""
+    """The library's configuration file (lsl_api.cfg); "": streams are discoverable only on this machine."""
 
 
 class Supervisor(_Section, frozen=True):
     priority: Literal["normal", "nice", "fifo"] = "normal"
-    """Of the processes between a sample and its prediction (not recorder and page): nice is -10, fifo the real-time
-    class SCHED_FIFO. Both want the right to it; without it the session runs as usual, and says so."""
+    """Scheduling priority of the processes between a sample and its prediction (not recorder and page): nice is -10,
+    fifo the real-time class SCHED_FIFO. Both need the permission; without it the session warns and runs as usual."""
     backoff_s: _Positive = 0.25
-    """Before the first restart; doubles up to `backoff_max_s`."""
+    """Delay before the first restart; doubles up to `backoff_max_s`."""
     backoff_max_s: _Positive = 1.0
     max_restarts: Annotated[int, msgspec.Meta(ge=0)] = 20
-    """Of one process in `restart_window_s`; one that dies once more is given up, and the session goes on without it,
-    or ends where it cannot (broker, clock, engine)."""
+    """Maximum restarts of one process within `restart_window_s`. After that it stays down, and the session continues
+    without it, or ends if it cannot (broker, clock, engine)."""
     restart_window_s: _Positive = 60.0
     reopen_s: _Positive = 0.5
-    """How often a device that is not there is asked for again."""
+    """Retry interval for a device that is not available."""
     start_timeout_s: _Positive = 20.0
 
 
 class Log(_Section, frozen=True):
-    """What a session says while it runs, on standard error."""
+    """Log output of a session, on standard error."""
 
     format: Literal["text", "json"] = "text"
-    """json: one object a line, for programs; there is no view in the terminal then."""
+    """json: one object per line, for programs, without the view in the terminal."""
     level: Literal["debug", "info", "warning", "error"] = "info"
-    """What is less bad is not said."""
+    """Minimum level of the lines."""
 
 
 class Trace(_Section, frozen=True):
     """Predictions as OpenTelemetry traces (extra `otel`)."""
 
     ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
-    """The share of predictions that become traces; 0: none, and no process for it."""
+    """The share of predictions that become traces; 0: none, and no tracer process."""
     endpoint: str = f"http://{LOOPBACK}:4318/v1/traces"
-    """Where a collector takes OTLP over HTTP. Elsewhere than here the spans, with names of sessions, go over the
+    """URL of a collector for OTLP over HTTP. If it is on another machine, the spans (with session names) go over the
     network."""
 
 
@@ -330,7 +331,7 @@ def _nearest(unknown: str, known: list[str]) -> str:
 
 
 def _unknown_keys(value: Any, kind: Any, where: str) -> Iterator[tuple[str, str]]:
-    """Each unknown key and what is to be said of it, however deep: in tables, tables of tables and lists of tables."""
+    """(key, error message) of each unknown key, also in nested tables and lists of tables."""
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         if not isinstance(value, dict):
             return
@@ -350,7 +351,7 @@ def _unknown_keys(value: Any, kind: Any, where: str) -> Iterator[tuple[str, str]
 
 
 def _wrong_values(value: Any, kind: Any, where: str) -> Iterator[tuple[str, str]]:
-    """Each value that its key does not take and what is to be said of it; unknown keys are passed over."""
+    """(key, error message) of each invalid value; unknown keys are skipped."""
     if where and isinstance(kind, type) and issubclass(kind, msgspec.Struct) and not isinstance(value, dict):
         yield where, f"`{where}` has a wrong value: expected a table, got {value!r}"
     elif isinstance(kind, type) and issubclass(kind, msgspec.Struct):
@@ -366,7 +367,7 @@ def _wrong_values(value: Any, kind: Any, where: str) -> Iterator[tuple[str, str]
 
 
 def faults(table: dict[str, Any]) -> list[tuple[str, str]]:
-    """All that is wrong with a table of settings, where `parse` stops at the first: (key, one sentence) each."""
+    """All faults in a table of settings as (key, one sentence); `parse` stops at the first."""
     found = [*_unknown_keys(table, Settings, ""), *_wrong_values(table, Settings, "")]
     if not found:
         try:
@@ -382,10 +383,10 @@ _Kind = TypeVar("_Kind", bound=msgspec.Struct)
 
 
 def convert(table: dict[str, Any], kind: type[_Kind]) -> _Kind:
-    """A typed value of a table as TOML gives it.
+    """Convert a TOML table to a typed value.
 
     Raises:
-        ConfigError: an unknown key (with the nearest known one) or a value out of its range.
+        ConfigError: an unknown key (with the nearest known one) or an invalid value.
 
     """
     for _, says in _unknown_keys(table, kind, ""):
@@ -397,7 +398,7 @@ def convert(table: dict[str, Any], kind: type[_Kind]) -> _Kind:
 
 
 def _wrong(error: msgspec.ValidationError, where: str = "") -> str:
-    """One sentence, with the key's path; `where` is the path of what was converted."""
+    """The error as one sentence with the key's path; `where` is the path of the converted value."""
     text = str(error)
     inside = re.search(r"`\$\.?([^`]*)`", text)
     key = (where + (inside.group(1) if inside else "")) or "the file"
@@ -410,7 +411,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: it cannot be read.
-        ValueError, RecursionError: it is no TOML, or too long or too deep to be a file that a person wrote.
+        ValueError, RecursionError: it is not valid TOML, too long, or nested too deep.
 
     """
     with path.open("rb") as file:
@@ -421,7 +422,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach what is bound there."""
+    """Whether an address is reachable only from this machine."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -429,7 +430,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _check_access(settings: Settings) -> None:
-    """Refuse what others could reach without a key or a token."""
+    """Refuse addresses that others could reach without a key or a token."""
     bus, page = settings.bus, settings.dashboard
     try:
         ipaddress.ip_address(bus.host)
@@ -462,9 +463,9 @@ def parse(table: dict[str, Any]) -> Settings:
 
 
 def recorded(table: dict[str, Any]) -> Settings:
-    """The settings in a recording, which another release may have made: keys that are gone since are passed over.
+    """The settings in a recording, possibly of another release: keys that were removed since are ignored.
 
-    A recording holds every setting with its value, so a default that has changed since does not matter.
+    A recording holds every setting with its value, so changed defaults do not matter.
 
     Raises:
         ConfigError: a value out of its range.
@@ -480,7 +481,7 @@ def recorded(table: dict[str, Any]) -> Settings:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The table of a configuration, whatever is in it; raises ConfigError where it is no TOML."""
+    """The unchecked table of a configuration file; raises ConfigError if it is not valid TOML."""
     try:
         return read_toml(path)
     except OSError as e:
@@ -504,7 +505,7 @@ def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Settings
 
 
 def state_folder(settings: State) -> Path:
-    """Where states are kept: as asked, or where this user's programs keep theirs."""
+    """The folder of snapshots: from the settings, or this user's XDG state folder."""
     if settings.folder:
         return Path(settings.folder).expanduser()
     home = os.environ.get("XDG_STATE_HOME", "")
@@ -512,8 +513,8 @@ def state_folder(settings: State) -> Path:
 
 
 def run_folders() -> list[Path]:
-    """Where it may be said what is running, the best first: this user's run folder, and one in the temporary folder
-    for who has none (a service, a shell without a login). Whether one is fit for it is the caller's to see.
+    """Possible folders for the registry of running sessions, best first: this user's run folder, and one in the
+    temporary folder for users without one (services). The caller must check permissions.
     """
     user = str(os.getuid()) if hasattr(os, "getuid") else "user"
     own = Path(tempfile.gettempdir()) / f"stream-mmrnn-run-{user}"
@@ -522,7 +523,7 @@ def run_folders() -> list[Path]:
 
 
 def keys_folder() -> Path:
-    """Where `stream-mmrnn keys` works unless it is told otherwise."""
+    """The default folder of `stream-mmrnn keys`."""
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "stream-mmrnn" / "keys"
 
 
@@ -533,12 +534,12 @@ def models_folder() -> Path:
 
 
 def zoo_names() -> list[str]:
-    """The models that have a name of their own."""
+    """The names of the included models."""
     return sorted(p.parent.name for p in models_folder().glob("*/step.onnx"))
 
 
 def find_model(name: str) -> Path:
-    """The ONNX file of a zoo name or a path; whether it can be read is the loader's to say."""
+    """The ONNX file for the name of an included model or a path; does not check that the file is readable."""
     in_zoo = models_folder() / name / "step.onnx"
     if in_zoo.is_file():
         return in_zoo

@@ -1,7 +1,4 @@
-"""The settings as JSON Schema, for editors and other programs; made from the types in `config` and their docstrings.
-
-Knows nothing about files of settings.
-"""
+"""The settings as JSON Schema, for editors and other programs; generated from the types and docstrings of `config`."""
 
 from __future__ import annotations
 
@@ -14,11 +11,11 @@ import msgspec
 from stream_mmrnn.core import config
 
 DIALECT = "http://json-schema.org/draft-07/schema#"
-"""The one that editors of TOML know best; only a name, nothing is fetched."""
+"""The dialect with the best support in TOML editors. Only an identifier; it is never fetched."""
 
 
 def schema() -> dict[str, Any]:
-    """JSON Schema of the TOML file, each section in its place, with defaults and descriptions."""
+    """JSON Schema of the TOML file, with defaults and descriptions."""
     (_,), parts = msgspec.json.schema_components([config.Settings], ref_template="{name}")
     described = _docstrings(inspect.getsource(config))
     sections = {name: _section(part, described.get(name, {})) for name, part in parts.items()}
@@ -28,7 +25,7 @@ def schema() -> dict[str, Any]:
 
 
 def _wrapped(properties: dict[str, Any]) -> dict[str, Any]:
-    """Whichever way a reference stands beside its default."""
+    """Normalize references: msgspec writes them with or without `allOf`."""
     return {k: v if "allOf" in v else {"allOf": [{"$ref": v["$ref"]}]} for k, v in properties.items()}
 
 
@@ -44,14 +41,14 @@ def _section(part: dict[str, Any], described: dict[str, str]) -> dict[str, Any]:
 
 
 def _portable(value: dict[str, Any]) -> dict[str, Any]:
-    """Python's words for the ends of a text are not those of other programs."""
+    """Replace Python's regex anchors by the portable ones."""
     if "pattern" in value:
         return {**value, "pattern": value["pattern"].replace("\\A", "^").replace("\\Z", "$")}
     return dict(value)
 
 
 def _docstrings(source: str) -> dict[str, dict[str, str]]:
-    """By class and field: the text that stands under a field, in one line."""
+    """Docstrings under fields, by class and field, each in one line."""
     found: dict[str, dict[str, str]] = {}
     for node in ast.parse(source).body:
         if not isinstance(node, ast.ClassDef):

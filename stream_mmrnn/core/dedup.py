@@ -1,27 +1,27 @@
-"""TickDeduplicator: which ticks a reader has already had. An engine that was restarted publishes some again."""
+"""TickDeduplicator: recognises ticks that an engine published again after a restart."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 
 WINDOW = 4096
-"""Ticks below the newest that are remembered. A tick further back is no repeat: the session counts anew."""
+"""Ticks remembered below the newest. A tick further back is not a duplicate: the session has restarted its count."""
 
 
 class TickDeduplicator:
-    """Tells the first time of a tick from all others, in bounded memory."""
+    """Recognises duplicate ticks, in bounded memory."""
 
     def __init__(self, sessions: int = 1024) -> None:
-        """Of more than `sessions` those are forgotten that were silent longest."""
+        """`sessions`: maximum number of sessions; the least recently used are evicted."""
         self._sessions = sessions
-        self._had: OrderedDict[str, tuple[int, int]] = OrderedDict()
-        """By session the newest tick, and a mask: bit i says whether the tick i below it was had."""
+        self._seen: OrderedDict[str, tuple[int, int]] = OrderedDict()
+        """By session: the newest tick, and a mask in which bit i means that the tick i below it was seen."""
         self.count = 0
-        """Ticks that came again."""
+        """Number of duplicates."""
 
     def first(self, session: str, tick: int) -> bool:
-        """Whether this tick is new; counts it where it is not."""
-        newest, mask = self._had.pop(session, (tick, 0))
+        """Whether this tick is new; a duplicate is counted."""
+        newest, mask = self._seen.pop(session, (tick, 0))
         ahead = tick - newest
         if abs(ahead) >= WINDOW:
             newest, mask = tick, 0
@@ -29,8 +29,8 @@ class TickDeduplicator:
             newest, mask = tick, (mask << ahead) & ((1 << WINDOW) - 1)
         bit = 1 << (newest - tick)
         new = not mask & bit
-        self._had[session] = (newest, mask | bit)
-        if len(self._had) > self._sessions:
-            self._had.popitem(last=False)
+        self._seen[session] = (newest, mask | bit)
+        if len(self._seen) > self._sessions:
+            self._seen.popitem(last=False)
         self.count += not new
         return new

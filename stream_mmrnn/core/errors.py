@@ -1,28 +1,26 @@
-"""Every exception of the package, as one tree. Foreign errors are translated where they enter.
+"""Every exception of the package, as one tree. Errors of other libraries are translated where they occur.
 
-    StreamError                 the root: one sentence that says what, what was expected, what to do
-    ├── UsageError              the caller can mend it: exit code 2
-    │   ├── ConfigError         a wrong key or value in the configuration
-    │   ├── SourceSpecError     a source that cannot be named so
-    │   ├── ModelError          a model file that is missing, damaged or breaks its contract
-    │   ├── ProviderError       an asked-for execution provider that is not active
-    │   └── FileError           a file that is missing or not what it should be
-    ├── SourceError             a device or stream that is not there (yet): the session goes on
-    ├── WireError               bytes from outside that are not a message: counted and dropped
-    ├── RecordingError          a recording that is damaged or incomplete: exit code 3
-    ├── SnapshotError           a session's state that cannot be kept, or is damaged: exit code 3
-    ├── ProcessError            a process of the session that did not start or died
-    │   └── ShardDied           a part of an engine, and whose states went with it
-    ├── NotRunning              no such session is running, or its bus does not answer
-    ├── TimedOut                nothing came in the time that was given
-    └── SessionError            what a session asked for cannot be done now
-        ├── Busy                no free slot, or no time for one more; says when to ask again: exit code 4
-        ├── UnknownSession      it is not open, and nothing of it is kept
-        ├── DuplicateSession    it is open already
-        ├── Evicted             it is not open, but its state is kept: its resume token brings it back
-        └── BadTick             features that do not fit the model: not stepped, so no state has seen them
-
-Knows nothing about who catches what.
+StreamError                 the root: one sentence that says what, what was expected, what to do
+├── UsageError              the caller can fix it: exit code 2
+│   ├── ConfigError         a wrong key or value in the configuration
+│   ├── SourceSpecError     an invalid source specification
+│   ├── ModelError          a model file that is missing, damaged or breaks its contract
+│   ├── ProviderError       a requested execution provider that is not active
+│   └── FileError           a file that is missing or invalid
+├── SourceError             a device or stream that is not available (yet): the session continues
+├── WireError               bytes from outside that are not a message: counted and dropped
+├── RecordingError          a recording that is damaged or incomplete: exit code 3
+├── SnapshotError           a session's state that cannot be saved, or is damaged: exit code 3
+├── ProcessError            a process of the session that did not start or died
+│   └── ShardDied           a process of a sharded engine died; names the sessions that lost their state
+├── NotRunning              no such session is running, or its bus does not answer
+├── TimedOut                no message within the timeout
+└── SessionError            a session's request cannot be fulfilled
+├── Busy                no free slot, or no capacity; says when to retry: exit code 4
+├── UnknownSession      it is not open, and has no saved state
+├── DuplicateSession    it is open already
+├── Evicted             it is not open, but its state is saved: resume it with its token
+└── BadTick             features that do not fit the model: not stepped, so the state is unchanged
 """
 
 from __future__ import annotations
@@ -81,12 +79,12 @@ class ProcessError(StreamError):
 
 
 class ShardDied(ProcessError):  # noqa: N818
-    """Names the lost sessions. The engine has replaced the process and goes on."""
+    """The engine has already replaced the process and continues."""
 
     sessions: tuple[str, ...] = ()
-    """Still open, but at the model's initial state: restore their snapshots, or let them begin anew."""
+    """Sessions that lost their state: still open, at the model's initial state. Restore their snapshots if needed."""
     predictions: tuple[Any, ...] = ()
-    """What was stepped before it was known, in the order of the ticks. A tick that has none here was not stepped."""
+    """The predictions of the ticks that were stepped, in order; all other ticks were not stepped."""
 
 
 class NotRunning(StreamError):  # noqa: N818

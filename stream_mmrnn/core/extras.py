@@ -9,11 +9,11 @@ from stream_mmrnn.core.errors import UsageError
 
 
 def missing(packages: Iterable[str]) -> list[str]:
-    """Those that are not installed; nothing is imported but the parents of dotted names."""
-    return [name for name in packages if not _is_there(name)]
+    """The packages that are not installed. Imports nothing except the parents of dotted names."""
+    return [name for name in packages if not _is_installed(name)]
 
 
-def _is_there(name: str) -> bool:
+def _is_installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:  # its parent is not
@@ -21,7 +21,7 @@ def _is_there(name: str) -> bool:
 
 
 def need(what: str, extra: str, *packages: str) -> None:
-    """Raises UsageError, with the command that installs the extra, where one of its packages is not there."""
+    """Raises UsageError, with the command that installs the extra, if one of its packages is missing."""
     if absent := missing(packages):
         are = ", ".join(absent)
         raise UsageError(f"{what} needs the extra `{extra}` ({are} missing): pip install 'stream-mmrnn[{extra}]'")

@@ -1,4 +1,4 @@
-"""Stamps -> stages -> a table of percentiles, for the dashboard, the summary and the benchmark.
+"""Latency of predictions by stage, as histograms and percentiles, for the dashboard, the summary and the benchmark.
 
 The stages of one prediction add up to its total: each begins where the one before it ends.
 """
@@ -8,13 +8,13 @@ from __future__ import annotations
 from stream_mmrnn.core.types import Stamps
 
 STAGES = ("wait", "capture", "encode", "transport", "queue", "step", "emit", "total")
-"""wait: from the tick's end to the event that let it close (a later sample, or the clock); capture: until the sample
-was in our hands; encode: until its features were sent; transport: until the engine had them; queue: until the step
-began; step; emit: until the prediction was sent; total: from the tick's end until then."""
+"""wait: from the tick's end to the event that closed it (a later sample, or the clock); capture: until the sample was
+received from the device; encode: until its features were sent; transport: until the engine received them; queue: until
+the step began; step; emit: until the prediction was sent; total: from the tick's end until then."""
 
 
 def stages(event_ns: int, closed: Stamps, step_start_ns: int, step_end_ns: int, publish_ns: int) -> dict[str, int]:
-    """Nanoseconds of each stage of one prediction for the tick that ended at `event_ns`."""
+    """Duration of each stage in nanoseconds, for the prediction of the tick that ended at `event_ns`."""
     return {
         "wait": closed.event_ns - event_ns,
         "capture": closed.capture_ns - closed.event_ns,
@@ -50,7 +50,7 @@ class Histogram:
         self.max_ns = max(self.max_ns, value_ns)
 
     def percentile(self, p: float) -> int:
-        """The value that `p` percent of the counts do not exceed (the upper end of its bucket); 0 without counts."""
+        """The p-th percentile (upper end of its bucket); 0 without values."""
         left = max(1, -(-self.count * p // 100))
         for key in sorted(self._buckets):
             left -= self._buckets[key]
@@ -60,11 +60,11 @@ class Histogram:
 
     @property
     def mean_ns(self) -> float:
-        """Exact, unlike the percentiles; 0 without counts."""
+        """Exact mean; 0 without values."""
         return self._sum_ns / self.count if self.count else 0.0
 
     def buckets(self) -> list[tuple[int, int]]:
-        """(lowest value, how many), in order: what a plot draws."""
+        """(lowest value, count) of each bucket, in order, for plots."""
         return sorted(self._buckets.items())
 
     def row(self) -> dict[str, float]:

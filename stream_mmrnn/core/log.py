@@ -1,6 +1,6 @@
-"""What a session reports while it runs: a sentence for a person, or one JSON object per line for programs.
+"""Log output of a session: sentences for people, or one JSON object per line for programs.
 
-A `Note` is the sentence and also has its parts, so that a printer of sentences need not know them.
+A `Note` is a sentence (a `str`) with structured fields.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _LEVELS = ("debug", "info", "warning", "error")
 
 
 class Note(str):
-    """One sentence for a person, and for programs: which process, what happened, how bad, and the figures."""
+    """One sentence, with its process (`node`), event, level and fields."""
 
     __slots__ = ("event", "fields", "level", "node", "private")
 
@@ -38,7 +38,7 @@ class Note(str):
         private: bool = False,
         **fields: Any,
     ) -> Note:
-        """`private`: the sentence is for who sits there, and no file that keeps lines may have it."""
+        """`private`: show the sentence only in the terminal; it must not be written to log files."""
         note = super().__new__(cls, text)
         note.node, note.event, note.level, note.private, note.fields = node, event, level, private, fields
         return note
@@ -47,7 +47,7 @@ class Note(str):
 class JsonLines:
     """Writes notes as JSON lines: `ts`, `level`, `node`, `event`, `message`, `fields`.
 
-    Of the same cause at most one line a second; the next one says how many were left out, as `unsaid`.
+    At most one line per second with the same text; the next one of its cause has the count of dropped ones (`unsaid`).
     """
 
     def __init__(self, level: str = "info", write: Callable[[str], Any] | None = None) -> None:
@@ -57,7 +57,7 @@ class JsonLines:
         self._unsaid: dict[tuple[str, str], int] = {}
 
     def __call__(self, note: str) -> None:
-        """Write it if its level is high enough; a plain string becomes a `Note` without a process."""
+        """Write the note if its level is high enough; a plain string becomes a `Note` without a process."""
         note = note if isinstance(note, Note) else Note(note)
         if _LEVELS.index(note.level) < self._least:
             return
@@ -80,13 +80,13 @@ class JsonLines:
 
 
 def _to_stderr(line: str) -> None:
-    # in one piece: other processes write there, too
+    # one write call: other processes write to the same stream
     sys.stderr.write(line + "\n")
     sys.stderr.flush()
 
 
 def at_least(level: str, say: Callable[[str], None]) -> Callable[[str], None]:
-    """`say` of what is as bad as `level`; what is no `Note` counts as info."""
+    """A filter: passes notes of at least `level` to `say`; a plain string counts as info."""
     least = _LEVELS.index(level)
 
     def chosen(note: str) -> None:
@@ -97,7 +97,7 @@ def at_least(level: str, say: Callable[[str], None]) -> Callable[[str], None]:
 
 
 def report(settings: config.Log, node: str, text: str, **fields: Any) -> None:
-    """The last words of a process, on its standard error."""
+    """Print the error that ends a process, on standard error."""
     if settings.format == "json":
         JsonLines(settings.level)(Note(text, node, "error", "error", **fields))
     else:

@@ -16,13 +16,13 @@ class PredictionDecoder:
     """
 
     def __init__(self, sessions: int = 1024) -> None:
-        """`sessions`: for how many sessions duplicates are recognised."""
+        """`sessions`: maximum number of sessions whose duplicates are recognised."""
         self._deduplicator = TickDeduplicator(sessions)
         self._envelope: Envelope | None = None
         self._result: wire.PredictionMessage | None = None
         self._error = ""
         self.unreadable = 0
-        """Messages that are no predictions."""
+        """Messages that could not be decoded."""
 
     @property
     def repeated(self) -> int:
@@ -33,7 +33,7 @@ class PredictionDecoder:
         """The prediction, or None if its tick was published before.
 
         Raises:
-            WireError: the payload is no prediction.
+            WireError: the payload is not a prediction.
 
         """
         if envelope is not self._envelope:

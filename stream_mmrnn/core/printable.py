@@ -4,12 +4,12 @@ from __future__ import annotations
 
 
 def escape(text: str) -> str:
-    """Text as it is, whatever brackets it holds."""
+    """Escape rich's markup, so that brackets are printed literally."""
     from rich import markup
 
     return markup.escape(text)
 
 
 def shown(text: str, most: int = 500) -> str:
-    """Words from outside as a terminal may show them: printable, of a sensible length, and no markup."""
+    """Text from outside for a terminal: printable characters only, at most `most` of them, markup escaped."""
     return escape("".join(c if c.isprintable() else " " for c in text[:most]))

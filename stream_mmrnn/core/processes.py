@@ -17,22 +17,22 @@ _NODES = "stream_mmrnn.live.nodes."
 
 
 class ProcessSpec(msgspec.Struct, frozen=True):
-    """One row. Vital for `session`: without it the session ends. Vital for `recording`: without it nothing is recorded;
-    the session ends only if it has no engine either.
+    """One row. Vital for `session`: if it fails, the session ends. Vital for `recording`: if it fails, recording stops;
+    the session ends only if it has no engine.
     """
 
     name: str
     target: str
     """`module:class` of the node; the class takes a `Context`."""
     runs: Callable[[Settings, bool], bool]
-    """Whether a session with these settings, and with an engine or without, has it."""
+    """Whether a session has this process; the arguments are the settings and whether it has an engine."""
     vital: Literal["session", "recording", "no"] = "no"
     priority: Literal["latency", "background"] = "latency"
     """`latency`: predictions wait for it, so it gets `supervisor.priority`."""
     viewer: bool = False
-    """A read-only consumer: it drops the oldest messages when it is slow, and slows nothing else."""
+    """A read-only consumer: when it is slow, it drops the oldest messages and slows no other process."""
     modality: str = ""
-    """Of a worker: the stream that it captures."""
+    """The modality that a worker captures."""
 
 
 PROCESSES = (
@@ -81,10 +81,10 @@ PROCESSES = (
         viewer=True,
     ),
 )
-"""All processes but the workers, in the order in which they start."""
+"""All processes except the workers, in start order."""
 
 _WORKER_NAMES = {"vision": "camera", "audio": "microphone"}
-"""The worker of a modality, where it is not called after the modality."""
+"""Names of workers that differ from their modality's name."""
 _BY_NAME = {p.name: p for p in PROCESSES}
 
 
@@ -95,7 +95,7 @@ def worker(modality: str) -> ProcessSpec:
 
 
 def table(settings: Settings, with_engine: bool) -> Iterator[ProcessSpec]:
-    """The processes of one session, in the order in which they start; workers come last."""
+    """The processes of a session, in start order; workers come last."""
     yield from (p for p in PROCESSES if p.runs(settings, with_engine))
     for modality in MODALITIES:
         if getattr(settings.sources, modality, "none") != "none":
@@ -103,12 +103,12 @@ def table(settings: Settings, with_engine: bool) -> Iterator[ProcessSpec]:
 
 
 def by_name(name: str) -> ProcessSpec:
-    """The row of a process that is no worker."""
+    """The row of a process that is not a worker."""
     return _BY_NAME[name]
 
 
 def in_background(name: str) -> bool:
-    """Whether the process of that name gives way to those that predictions wait for."""
+    """Whether a process has background priority."""
     return name in _BY_NAME and _BY_NAME[name].priority == "background"
 
 
@@ -117,4 +117,4 @@ def is_viewer(name: str) -> bool:
 
 
 VITAL = tuple(p.name for p in PROCESSES if p.vital != "no")
-"""Processes without which a session does not predict or does not record: what readiness asks for."""
+"""Processes that a session needs to predict or to record; readiness checks them."""

@@ -1,4 +1,4 @@
-"""Sequence numbers: what is missing before a message of a numbered stream."""
+"""Sequence numbers: how many messages of a numbered stream were lost."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class SequenceTracker(Generic[Key]):
-    """The next number of each stream. A number below the expected one is a publisher that restarted: nothing is
-    missing before it.
+    """Tracks the next number of each stream. A number below the expected one means that the publisher restarted; no
+    message counts as missing then.
 
-    With a `limit` the memory is bounded: between `limit` and twice as many streams are remembered, those that were
-    silent longest are forgotten first.
+    With a `limit` the memory is bounded: it keeps between `limit` and twice as many streams, and evicts those without
+    messages for the longest time.
     """
 
     def __init__(self, limit: int = 0) -> None:
         self._limit = limit
         self._next: dict[Key, int] = {}
         self._older: dict[Key, int] = {}
-        """Streams that have been silent since `_next` was last full."""
+        """Streams without a message since `_next` was last full."""
 
     def __len__(self) -> int:
         return len(self._next) + len(self._older)
@@ -29,10 +29,10 @@ class SequenceTracker(Generic[Key]):
         return key in self._next or key in self._older
 
     def observe(self, key: Key, seq: int, first: int) -> int:
-        """Message `seq` of stream `key` has come: how many are missing before it.
+        """Record message `seq` of stream `key`; returns how many messages are missing before it.
 
-        `first` is the number that a stream begins with that is not known yet: `seq` itself where the reader came in the
-        middle, 0 where it saw the beginning.
+        `first`: the expected first number of an unknown stream: `seq` itself if the reader joined late, 0 if it
+        reads from the beginning.
         """
         expected = self._next.get(key)
         if expected is None:
@@ -53,7 +53,7 @@ class SequenceTracker(Generic[Key]):
             self.pop(key)
 
     def numbers(self) -> dict[Key, int]:
-        """The next number of each stream that is remembered."""
+        """The next number of each known stream."""
         return self._older | self._next
 
     def restore(self, numbers: Mapping[Key, int]) -> None:

@@ -1,6 +1,6 @@
-"""SIGINT and SIGTERM of a command as a flag: the first signal asks for an orderly end, the second ends the process.
+"""SIGINT and SIGTERM as a flag: the first signal requests a graceful shutdown, the second ends the process.
 
-It imports nothing slow: it is active before anything else is imported.
+It imports no slow modules, because it must be active before they are imported.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Block both signals until the block is left; a process that starts in it starts with both blocked."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows does not send them to single processes
+    """Block both signals inside the `with` block; a process started in it inherits the blocked signals."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows does not send signals to single processes
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _NUMBERS)
@@ -28,7 +28,7 @@ def held() -> Iterator[None]:
 
 
 def ignore() -> None:
-    """From now on neither signal has an effect on this process, also one that was blocked before."""
+    """Ignore both signals from now on, including pending blocked ones."""
     for number in _NUMBERS:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
@@ -36,12 +36,11 @@ def ignore() -> None:
 
 
 class StopFlag:
-    """Whether this process was asked to stop: the first SIGINT or SIGTERM asks, a second one ends the process.
+    """Whether this process may go on: the first SIGINT or SIGTERM requests a stop, the second ends the process.
 
-    Call it, or `alive`, to ask. `unwinding()` makes the simple kind: the second signal raises SystemExit(130), which
-    Call it, or `alive`, to ask. `unwinding()` makes the simple kind: its second signal raises SystemExit(130), which
-    be finished, the first signal ends the process, too, with exit code 0; `at_once` removes what would be left behind,
-    and must be safe at any moment.
+    Call it, or `alive`: True until a signal arrived. With `unwinding()`, the second signal raises SystemExit(130), so
+    that `finally` blocks run. Otherwise it calls `at_once` for cleanup, which must be safe at any moment, and exits
+    with 130. While `in_order()` is False (nothing to shut down yet), the first signal does the same with exit code 0.
     """
 
     def __init__(self) -> None:
@@ -52,7 +51,7 @@ class StopFlag:
 
     @classmethod
     def unwinding(cls) -> StopFlag:
-        """A flag that watches both signals from now on, and whose second signal raises SystemExit(130)."""
+        """A flag that handles both signals from now on; the second signal raises SystemExit(130)."""
         flag = cls()
         flag._unwind, flag.in_order = True, lambda: True
         flag.watch()
@@ -64,7 +63,7 @@ class StopFlag:
             signal.signal(number, self._on_signal)
 
     def alive(self) -> bool:
-        """True until a signal came."""
+        """True until a signal arrived."""
         return not self.asked
 
     __call__ = alive
@@ -75,7 +74,7 @@ class StopFlag:
             return
         if self._unwind:
             raise SystemExit(130)
-        ignore()  # no further signal may interrupt this
+        ignore()  # no further signal may interrupt the cleanup
         try:
             self.at_once()
         finally:
@@ -83,4 +82,4 @@ class StopFlag:
 
 
 ENDING = StopFlag()
-"""The flag of this process for `live`, `record` and `serve`, from its first moment on."""
+"""The flag of this process for `live`, `record` and `serve`."""

@@ -7,29 +7,29 @@ from typing import Literal
 import msgspec
 
 CLOCK = "clock"
-"""Ticks of time, from the clock process: the only clock the aligner has."""
+"""Time messages of the clock process: the aligner's only clock."""
 SESSION = "session"
-"""`open` and `close` of a session: part of the sequence, so that a replay begins and ends alike."""
+"""`open` and `close` of a session; recorded, so that a replay opens and closes it at the same points."""
 TICK = "tick"
 """Only in recordings up to 0.1.0; a prediction carries its tick."""
 PREDICTION = "prediction"
 LABEL = "label"
-"""What a person says is true from now on, typed as `/label NAME`: for training, never seen by a model."""
+"""Labels for training, typed by a person as `/label NAME`; not an input of models."""
 TYPED = "typed"
-"""Lines typed on the page, on their way to the text worker, which makes text events or labels of them."""
+"""Lines typed on the page; the text worker converts them to text events or labels."""
 STATUS = "status/"
 """Counters and state of each process, about twice a second; not part of a session."""
 CONTROL = "control"
-"""The supervisor's word to the processes."""
+"""Commands of the supervisor to the processes."""
 
 EVERYONE = "host"
-"""The session of messages that belong to none: the clock's, status."""
+"""The session name of messages without a session: clock, status."""
 
 SESSION_NAME = r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z"
-"""What a session may be called: so it can be part of a file's name, and leads out of no folder."""
+"""Pattern of session names: safe as a part of file names, without path separators."""
 
 AUDIO_RATE_HZ = 16_000
-"""Of all sound on the bus: mono, int16."""
+"""Sample rate of all audio on the bus: mono, int16."""
 
 RAW = "raw/"
 FEATURE = "feature/"
@@ -43,15 +43,15 @@ class Modality(msgspec.Struct, frozen=True):
 
     name: str
     kind: Kind
-    """What it is made of: sources, encoder, queue and lateness are the kind's, for any person."""
+    """Sources, encoder, queue and lateness depend on the kind, not on the person."""
     dense: bool
-    """A dense stream holds the watermark back; a sparse one (text) comes when it comes."""
+    """A dense stream holds the watermark back; a sparse one (text) does not."""
     reduction: Literal["last", "mean", "sum"]
     """How the samples of one tick become one vector."""
     schema: str = ""
-    """What its raw messages are called in a recording; "" where it has none, only features."""
+    """Schema of its raw messages in a recording; "" if only features are recorded."""
     other: bool = False
-    """Of the second person, a voice agent or the other party of a call, not of the one that a session is about."""
+    """Belongs to the second person (a voice agent, the other party of a call), not to the session's own."""
 
 
 _AUDIO = Modality("audio", "audio", dense=True, reduction="mean", schema="foxglove.RawAudio")
@@ -77,7 +77,7 @@ class Topic(msgspec.Struct, frozen=True):
     modality: str = ""
     recorded: bool = True
     schema: str = ""
-    """What it is called in a recording."""
+    """Schema name in a recording."""
 
 
 TOPICS: dict[str, Topic] = {
@@ -97,7 +97,7 @@ TOPICS: dict[str, Topic] = {
 
 
 def kind_of(topic: str) -> Kind | None:
-    """The kind of the modality that a topic belongs to; None where it belongs to none."""
+    """The kind of a topic's modality; None if it has none."""
     row = TOPICS.get(topic)
     return MODALITIES[row.modality].kind if row and row.modality else None
 
@@ -107,7 +107,7 @@ def raw(modality: str) -> str:
 
 
 def raws(kind: Kind) -> list[str]:
-    """The raw topics of a kind, of every person."""
+    """The raw topics of a kind, for all persons."""
     return [raw(m.name) for m in MODALITIES.values() if m.kind == kind and m.schema]
 
 
@@ -116,5 +116,5 @@ def feature(modality: str) -> str:
 
 
 def counted_as(topic: str) -> str:
-    """Under which name a message is counted: all statuses are one, because what follows the prefix is the sender's."""
+    """The topic under which a message is counted. All status topics count as one: senders choose their suffix."""
     return topic if topic in TOPICS else STATUS

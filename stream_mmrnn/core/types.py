@@ -15,21 +15,21 @@ FloatArray: TypeAlias = npt.NDArray[np.float32]
 Payload: TypeAlias = npt.NDArray[Any] | bytes
 Vectors: TypeAlias = dict[str, FloatArray]
 Nanoseconds: TypeAlias = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
-"""A time or a span as it is read from outside: no number that a header or a file could not hold."""
+"""A time or duration from outside, limited to 64 bits."""
 
 
 class Sample(msgspec.Struct, frozen=True, gc=False):
     """One reading of a device: a video frame, an audio block, a text event."""
 
     event_ns: int
-    """Event time: the end of what the sample covers."""
+    """Event time: the end of the interval that the sample covers."""
     capture_ns: int
-    """When the sample was in our hands."""
+    """When we received the sample from the device."""
     data: Payload
     """Vision: JPEG bytes. Audio: int16 [frames] at 16 kHz. Text: UTF-8 bytes."""
     device_ns: int = 0
-    """What the device itself said of the time, by whatever clock it has, before `event_ns` was made of it; 0 where it
-    said nothing. Never changed on the way."""
+    """The device's own time stamp, by its own clock, from which `event_ns` was computed; 0 if it has none. Never
+    changed afterwards."""
 
 
 class Envelope(msgspec.Struct, frozen=True, gc=False):
@@ -44,15 +44,15 @@ class Envelope(msgspec.Struct, frozen=True, gc=False):
     publish_ns: int
     payload: Payload
     origin: str = ""
-    """Who made the payload: the source's description, or the encoder as `name@sha256`."""
+    """Producer of the payload: the source's description, or the encoder as `name@sha256`."""
     received_ns: int = 0
     """When the reader received it; never on the wire, 0 if not stamped."""
     device_ns: int = 0
-    """The sample's `device_ns`, as the device said it."""
+    """The sample's `device_ns`."""
 
 
 class Mark(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Which message of the bus: numbers begin anew with their publisher, its clock does not."""
+    """Identity of a message: the publish time is part of it, because numbers restart with their publisher."""
 
     topic: str
     session: str
@@ -61,7 +61,7 @@ class Mark(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Stamps(msgspec.Struct, frozen=True, gc=False):
-    """The times of the message that let a tick close."""
+    """The times of the message that closed a tick."""
 
     event_ns: Nanoseconds
     capture_ns: Nanoseconds
@@ -82,7 +82,7 @@ class Tick(msgspec.Struct, frozen=True, gc=False):
     """By modality; zeros where absent."""
     present: dict[str, bool]
     age_ns: dict[str, int]
-    """Tick's end minus the newest sample's event time; -1 where there never was one."""
+    """Tick's end minus the newest sample's event time; -1 without any sample yet."""
     closed: Stamps
 
 
@@ -103,7 +103,7 @@ class ModalitySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     size: int
     encoder: str = ""
-    """`name@sha256`, or "" where any is accepted."""
+    """`name@sha256`, or "" if any is accepted."""
     reduction: str = ""
     """How the samples of one tick become one vector: `last`, `mean`, `sum` or `stack`; "" is the table's."""
     stack: int = 1
@@ -111,19 +111,19 @@ class ModalitySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class HeadSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An output of the model, and what its numbers mean."""
+    """An output of the model, and the meaning of its numbers."""
 
     name: str
     kind: str
     """`activity_projection`, `classification` or `regression`."""
     size: int
     labels: tuple[str, ...] = ()
-    """One name a number."""
+    """One label per number."""
     horizons_s: tuple[tuple[float, float], ...] = ()
-    """Start and end of what each number speaks of, in seconds after the tick's end."""
+    """The interval that each number predicts: (start, end) in seconds after the tick's end."""
     unit: str = "probability"
     threshold: float = 0.5
-    """Above it a head that says yes or no means yes; chosen on validation data."""
+    """Decision threshold of a binary head; chosen on validation data."""
 
 
 class StateSpec(msgspec.Struct, frozen=True):
@@ -135,7 +135,7 @@ class StateSpec(msgspec.Struct, frozen=True):
 
 
 class ModelSpec(msgspec.Struct, frozen=True):
-    """What a model file promises: the contract between a graph and the engine."""
+    """The contract between a model file and the engine."""
 
     name: str
     sha256: str

@@ -1,10 +1,10 @@
-"""Envelope <-> bytes. Pure: no sockets, no clocks, and nothing that can run code.
+"""Envelope <-> bytes. Pure: no sockets, no clocks, and no format that can execute code.
 
 Three frames: the topic (so that a subscription is a prefix), a msgpack header, the payload's raw bytes.
 The header is the array [version, session, seq, event_ns, capture_ns, publish_ns, origin, dtype, shape, device_ns];
-the last may be missing, as it is in messages of the first release, and is 0 then.
-`dtype` is numpy's name of a little-endian number, or "" for plain bytes. The payloads of `session`, `tick`,
-`prediction` and `status` are JSON, whose forms stand at the end. Knows nothing about who sends or reads.
+the last may be missing (messages of the first release) and is 0 then. `dtype` is numpy's name of a little-endian
+number, or "" for plain bytes. The payloads of `session`, `tick`, `prediction` and `status` are JSON; their types are at
+the end of this file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ VERSION = 1
 MAX_PAYLOAD_BYTES = 16 * 2**20
 MAX_TOPIC_BYTES = 64
 MAX_JSON_BYTES = 2**20
-"""Of a payload that is JSON: the longest honest one is a prediction of some ten thousand numbers."""
+"""Maximum size of a JSON payload: the longest valid one is a prediction of about ten thousand numbers."""
 
 _Count = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 _DTYPES = {"": None, "<f4": np.dtype("<f4"), "<i2": np.dtype("<i2"), "|u1": np.dtype("u1")}
@@ -46,8 +46,8 @@ class _Header(msgspec.Struct, array_like=True, frozen=True, gc=False):
 _pack = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(_Header).decode
 
-# A stream's messages differ in five numbers and a length. We write these with a fixed width, so that the rest is the
-# same bytes each time: what takes 0.1 ms from cold caches (two functions of msgspec, a pattern) is done once a stream.
+# The messages of a stream differ in five numbers and a length. These are written with a fixed width, so that the other
+# header bytes are constant and cached: msgspec and a regex, 0.1 ms with cold caches, are needed once per stream.
 _INTS = struct.Struct(">BIBqBqBq")
 """seq, event_ns, capture_ns, publish_ns, each after its type in msgpack."""
 _END = struct.Struct(">BBIBq")
@@ -60,7 +60,7 @@ _written: dict[tuple[str, str, str], tuple[bytes, bytes]] = {}
 
 
 class _Stream(NamedTuple):
-    """What a message has in common with the one before, of the same topic and session."""
+    """The header parts that all messages of a stream share."""
 
     after: bytes
     topic: str
@@ -70,11 +70,11 @@ class _Stream(NamedTuple):
 
 
 _read: dict[tuple[bytes | memoryview, bytes | memoryview], _Stream] = {}
-"""By topic and the header up to its numbers."""
+"""Known streams, by topic and the header bytes before the numbers."""
 
 
 def _numbers_at(head: bytes | memoryview) -> int:
-    """Where the numbers of a header begin that we wrote; of another one, somewhere."""
+    """Offset of the numbers in a header written by `encode`; any offset for other headers."""
     if len(head) < 4:
         return 0
     kind = head[2]
@@ -87,7 +87,7 @@ def _around(session: str, origin: str, dtype: str) -> tuple[bytes, bytes]:
 
 
 def encode(envelope: Envelope) -> list[bytes | memoryview]:
-    """Three frames. A large payload is not copied where it is contiguous."""
+    """Encode as three frames. A large contiguous payload is not copied."""
     payload = envelope.payload
     body: bytes | memoryview
     if isinstance(payload, bytes):
@@ -115,10 +115,10 @@ def encode(envelope: Envelope) -> list[bytes | memoryview]:
 
 
 def decode(frames: Sequence[bytes | memoryview], received_ns: int = 0) -> Envelope:
-    """The envelope of three frames from outside.
+    """Decode three frames from outside.
 
     Raises:
-        WireError: the frames are not a message of this version; it names what is wrong.
+        WireError: the frames are not a message of this version; the text names the fault.
 
     """
     if len(frames) != 3:
@@ -134,7 +134,7 @@ def decode(frames: Sequence[bytes | memoryview], received_ns: int = 0) -> Envelo
 def _decode_known(
     stream: _Stream, at: int, head: bytes | memoryview, body: bytes | memoryview, received_ns: int
 ) -> Envelope | None:
-    """The envelope of one more message of a stream; None where it may be something else."""
+    """Fast path for a message of a known stream; None if the header differs from the expected layout."""
     after = at + _INTS.size
     length = after + len(stream.after)
     if len(head) != length + _END.size or head[after:length] != stream.after or len(body) > MAX_PAYLOAD_BYTES:
@@ -206,7 +206,7 @@ def _decode_any(
 
 
 def mark_of(frames: Sequence[bytes | memoryview]) -> Mark:
-    """Which message it is, by topic and header alone; raises WireError where these are none."""
+    """The identity of a message, from topic and header only; raises WireError if they are invalid."""
     try:
         header = _decode(frames[1])
         return Mark(bytes(frames[0]).decode("ascii"), header.session, header.seq, header.publish_ns)
@@ -215,16 +215,16 @@ def mark_of(frames: Sequence[bytes | memoryview]) -> Mark:
 
 
 class SessionMessage(msgspec.Struct, frozen=True):
-    """The payload of `session`: a session begins, ends, or has other streams than before."""
+    """The payload of `session`: a session opens, closes, or changes its streams."""
 
     op: Literal["open", "close", "streams"]
     event_ns: Nanoseconds
     streams: tuple[str, ...] = ()
-    """The modalities that the aligner shall wait for."""
+    """The modalities that the aligner waits for."""
 
 
 class TickMessage(msgspec.Struct, frozen=True):
-    """The payload of `tick`, a channel of recordings up to 0.1.0: what a step was given. Predictions carry the same."""
+    """The payload of `tick`, a channel of recordings up to 0.1.0: the input of a step. Predictions include the same."""
 
     tick: _Count
     event_ns: Nanoseconds
@@ -239,7 +239,7 @@ class PredictionMessage(msgspec.Struct, frozen=True):
     tick: _Count
     event_ns: Nanoseconds
     heads: dict[str, list[float | None]]
-    """float32 written so that it reads back bit for bit; null is not a number."""
+    """float32 values that survive the round trip bit for bit; null means not finite."""
     present: dict[str, bool]
     age_ns: dict[str, Nanoseconds]
     closed: Stamps
@@ -253,15 +253,15 @@ class StatusMessage(msgspec.Struct, frozen=True, omit_defaults=True):
 
     node: str
     state: Literal["starting", "ready", "open", "stale", "missing", "ended", "closed", "restarting", "failed"]
-    """Of a source: `stale` is silent for twice its period, `missing` is not there. `restarting` and `failed` (it died
-    too often) are the supervisor's words for a process that is dead."""
+    """For a source: `stale` (no sample for twice its period), `missing` (not available). The supervisor sets
+    `restarting` and `failed` (died too often) for a dead process."""
     pid: int = 0
     modality: str = ""
     reason: str = ""
-    """Why it is not well, as one sentence."""
+    """The reason of a bad state, as one sentence."""
     counts: dict[str, _Count] = {}
     detail: dict[str, Any] = {}
-    """Source: what was asked and got. Engine: the model's contract and the streams' counts. Recorder: the file."""
+    """Source: requested and actual settings. Engine: the model's contract and the stream counts. Recorder: the file."""
 
 
 _Message = TypeVar("_Message", SessionMessage, TickMessage, PredictionMessage, StatusMessage)
@@ -272,12 +272,12 @@ _json_decoders: dict[type, msgspec.json.Decoder[Any]] = {
 
 
 def pack(message: SessionMessage | TickMessage | PredictionMessage | StatusMessage) -> bytes:
-    """A JSON payload."""
+    """Encode a message as a JSON payload."""
     return _json_encode(message)
 
 
 def unpack(payload: Any, kind: type[_Message]) -> _Message:
-    """The message of a JSON payload; raises WireError where it is none."""
+    """Decode a JSON payload; raises WireError if it is invalid."""
     if not isinstance(payload, bytes) or len(payload) > MAX_JSON_BYTES:
         raise WireError(f"the payload is no {kind.__name__}: expected JSON of at most {MAX_JSON_BYTES} bytes")
     try:
@@ -295,7 +295,7 @@ _read_tick = msgspec.json.Decoder(_Tick).decode
 
 
 def tick_index(payload: Any) -> int:
-    """The tick of a `tick` or `prediction` payload, the rest unread; raises WireError where it is none."""
+    """The tick index of a `tick` or `prediction` payload, without decoding the rest; raises WireError if invalid."""
     try:
         return _read_tick(payload).tick
     except (msgspec.MsgspecError, TypeError, UnicodeDecodeError, RecursionError) as e:

@@ -19,7 +19,7 @@ def run(drift_ppm: float, jitter_ms: float, seconds: float, seed: int = 0) -> tu
     return np.array(stamps, float), true
 
 
-def test_a_drifting_jittering_device_is_followed() -> None:
+def test_a_drifting_jittering_device_is_tracked() -> None:
     for drift in (200.0, -200.0):
         for seed in range(3):
             stamps, true = run(drift, 3.0, 60, seed)
@@ -30,12 +30,12 @@ def test_a_drifting_jittering_device_is_followed() -> None:
             assert np.std(np.diff(stamps)[-1000:]) < 0.5e6
 
 
-def test_a_perfect_device_is_left_alone() -> None:
+def test_exact_readings_are_unchanged() -> None:
     stamps, true = run(0.0, 0.0, 10)
     assert np.abs(stamps - true).max() <= 1
 
 
-def test_a_jump_is_believed_at_once_and_counted() -> None:
+def test_a_jump_is_followed_immediately_and_counted() -> None:
     clock = DeviceClock(RATE)
     for k in range(100):
         clock.stamp(BLOCK, k * 20_000_000)
@@ -44,7 +44,7 @@ def test_a_jump_is_believed_at_once_and_counted() -> None:
     assert clock.jumps == 1
 
 
-def test_a_lost_stretch_is_not_smoothed_over() -> None:
+def test_lost_samples_cause_a_jump() -> None:
     clock = DeviceClock(RATE)
     for k in range(100):
         clock.stamp(BLOCK, k * 20_000_000)
@@ -65,7 +65,7 @@ def test_a_lost_stretch_is_not_smoothed_over() -> None:
         max_size=60,
     )
 )
-def test_stamps_never_go_back(readings: list[tuple[int, int, bool]]) -> None:
+def test_event_times_never_go_back(readings: list[tuple[int, int, bool]]) -> None:
     clock = DeviceClock(RATE)
     last = -1
     for frames, measured, lost in readings:
@@ -78,7 +78,7 @@ def test_stamps_never_go_back(readings: list[tuple[int, int, bool]]) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(st.floats(-300, 300), st.floats(0, 3), st.integers(0, 2**32 - 1))
-def test_any_ordinary_device_is_followed(drift: float, jitter: float, seed: int) -> None:
+def test_any_ordinary_device_is_tracked(drift: float, jitter: float, seed: int) -> None:
     stamps, true = run(drift, jitter, 35, seed)
     assert np.abs(stamps - true)[int(30 * RATE / BLOCK) :].max() <= 5e6
 
@@ -93,7 +93,7 @@ def portaudio(
     seconds: float, drift_ppm: float, jump_s: float = 0.0, seed: int = 0, pairs: bool = False
 ) -> tuple[np.ndarray, np.ndarray, DeviceClock]:
     """A device as PortAudio gives it: readings are late by what the scheduler takes, and now and then by much; with
-    `pairs` two blocks come at once. After half the time `jump_s` of sound is lost, and nobody says so.
+    `pairs` two blocks come at once. After half the time `jump_s` of sound is lost, and no counter shows it.
     """
     rng = np.random.default_rng(seed)
     count = int(seconds * RATE / BLOCK)

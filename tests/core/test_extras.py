@@ -6,7 +6,7 @@ from stream_mmrnn.core.errors import UsageError
 from stream_mmrnn.core.extras import missing, need
 
 
-def test_what_is_missing_is_named_with_the_command_that_gets_it() -> None:
+def test_missing_packages_are_named_with_the_install_command() -> None:
     need("this", "train", "numpy", "json.decoder")
     assert missing(["numpy", "no_such_package", "no_such_parent.child"]) == ["no_such_package", "no_such_parent.child"]
     with pytest.raises(UsageError) as e:

@@ -28,7 +28,7 @@ def test_percentiles_are_within_a_bucket_of_the_exact_ones(values: list[int], p:
     assert h.count == len(values)
 
 
-def test_a_table_leaves_out_what_it_never_saw() -> None:
+def test_a_table_omits_stages_without_values() -> None:
     table = StageTable(("step", "emit"))
     table.add({"step": 2_000_000, "other": 5})
     table.add({"step": -3})

@@ -65,7 +65,7 @@ def test_a_level_and_text_are_as_asked(capsys: pytest.CaptureFixture[str]) -> No
     )
 
 
-def test_what_is_for_a_person_alone_is_in_no_line() -> None:
+def test_private_notes_are_not_in_the_log() -> None:
     lines: list[str] = []
     JsonLines(write=lines.append)(Note("the token is abc", "dashboard", "token", private=True, token_file="t"))
     assert "abc" not in lines[0]

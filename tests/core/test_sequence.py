@@ -11,7 +11,7 @@ KEYS = st.sampled_from("abc")
 
 
 @given(st.lists(st.tuples(KEYS, st.integers(0, 5)), max_size=60))
-def test_what_was_skipped_is_missing(sent: list[tuple[str, int]]) -> None:
+def test_skipped_numbers_are_missing(sent: list[tuple[str, int]]) -> None:
     """Each stream counts up and skips some numbers: the tracker finds exactly those, however streams interleave."""
     tracker: SequenceTracker[str] = SequenceTracker()
     at = dict.fromkeys("abc", 0)
@@ -30,7 +30,7 @@ def test_a_lower_number_is_a_restart(before: int, after: int) -> None:
     assert tracker.observe("a", after + 1, 0) == 0
 
 
-def test_a_reader_that_joins_late_misses_nothing_before_it() -> None:
+def test_a_late_reader_misses_no_earlier_messages() -> None:
     tracker: SequenceTracker[str] = SequenceTracker()
     assert tracker.observe("a", 7, 7) == 0
     assert tracker.observe("a", 9, 9) == 1

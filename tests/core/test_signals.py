@@ -44,7 +44,7 @@ def run(in_order: bool, body: str, *numbers: signal.Signals) -> tuple[int, list[
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks_for_an_end_in_order(number: signal.Signals) -> None:
+def test_the_first_signal_requests_a_graceful_shutdown(number: signal.Signals) -> None:
     assert run(True, WAITS, number) == (0, ["ready", "held", "asked", "in order"])
 
 

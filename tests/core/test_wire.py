@@ -47,7 +47,7 @@ def test_round_trip(envelope: Envelope) -> None:
 
 
 @given(st.lists(st.binary(max_size=80), max_size=5))
-def test_garbage_is_an_error_of_ours(frames: list[bytes]) -> None:
+def test_garbage_raises_only_wire_errors(frames: list[bytes]) -> None:
     with pytest.raises(WireError):
         wire.decode(frames)
 
@@ -91,7 +91,7 @@ def test_a_message_of_a_known_stream_is_read_as_one_of_an_unknown_stream(
     assert known == read(lambda *f: wire._decode_any(*f, 0), changed)
 
 
-def test_what_is_known_of_streams_is_bounded() -> None:
+def test_the_cache_of_streams_is_bounded() -> None:
     for i in range(3000):
         wire.decode([bytes(f) for f in wire.encode(Envelope("clock", f"s{i}", 0, 0, 0, 0, b"", f"o{i}"))])
     assert max(len(wire._read), len(wire._written)) <= 1024
@@ -122,7 +122,7 @@ def header(**change: object) -> bytes:
         ([b"feature/smell", header(), bytes(8)], "'feature/smell' is no known topic"),
     ],
 )
-def test_refusals_name_what_is_wrong(frames: list[bytes], words: str) -> None:
+def test_errors_name_the_fault(frames: list[bytes], words: str) -> None:
     with pytest.raises(WireError, match=words.replace("|", r"\|")):
         wire.decode(frames)
 
