@@ -190,7 +190,7 @@ def run(
 
     With `page` each session serves the live page, which takes from the machine that is measured; `say` names it.
     """
-    spec = check_model(config.find_model(model or config.Engine().model), provider)
+    spec = check_model(config.find_model(model or config.EngineSettings().model), provider)
     pictures = Pictures()
     rows: dict[str, dict[str, Any]] = {}
     notes: list[str] = []

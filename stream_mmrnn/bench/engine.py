@@ -97,7 +97,7 @@ def run(
     """Paced (or, `hot`, as fast as it goes) sessions: the stages, and what was dropped or late."""
     engine = StepEngine(model, sessions, provider)
     spec = engine.spec
-    aligner = Aligner.of(spec.modalities, spec.tick_ns, config.Align())
+    aligner = Aligner.of(spec.modalities, spec.tick_ns, config.AlignSettings())
     start_ns = now_ns() + 200_000_000
     envelopes = synthetic(spec, sessions, duration_s, start_ns, seed)
     latency, whole = StageTable(), Histogram()

@@ -11,7 +11,7 @@ from typing import Any
 
 from stream_mmrnn.capture.remote_clock import RemoteClock
 from stream_mmrnn.core.clock import now_ns
-from stream_mmrnn.core.config import Lsl
+from stream_mmrnn.core.config import LslSettings
 from stream_mmrnn.core.errors import FileError, UsageError
 from stream_mmrnn.core.extras import need
 
@@ -38,7 +38,7 @@ _PROBE_NS = 1_000_000_000
 _HISTORY = 16
 
 
-def require(settings: Lsl) -> None:
+def require(settings: LslSettings) -> None:
     """Check that Lab Streaming Layer can be used, before any process starts.
 
     Raises:
@@ -51,7 +51,7 @@ def require(settings: Lsl) -> None:
         raise FileError(f"lsl.config names {settings.config}, which is no file; name liblsl's lsl_api.cfg, or leave it")
 
 
-def load(settings: Lsl) -> Any:
+def load(settings: LslSettings) -> Any:
     """The module pylsl with the session's settings. Call it once per process, before any other use of pylsl.
 
     Raises:

@@ -100,7 +100,7 @@ def engine(
         with Progress(console=console, transient=True, disable=as_json or not console.is_terminal) as bar:
             task = bar.add_task("running", total=duration)
             return bench.run(
-                config.find_model(model or config.Engine().model),
+                config.find_model(model or config.EngineSettings().model),
                 sessions=sessions,
                 duration_s=duration,
                 hot=hot,

@@ -76,7 +76,7 @@ def view(
             "this by Layouts, Import from file"
         )
     if path is not None and (rrd is not None or layout is None):
-        rerun = rerun_viewer.find(config.state_folder(config.State()) / "rerun")
+        rerun = rerun_viewer.find(config.state_folder(config.StateSettings()) / "rerun")
         done["rerun"] = rerun.program
         if rrd is not None:
             if rrd.exists() and not force:

@@ -34,11 +34,11 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     pass
 
 
-class Session(_Section, frozen=True):
+class SessionSettings(_Section, frozen=True):
     name: Annotated[str, msgspec.Meta(pattern=SESSION_NAME)] = "live"
 
 
-class Sources(_Section, frozen=True):
+class SourcesSettings(_Section, frozen=True):
     """The source of each modality: `camera:0`, `camera:URL`, `microphone`, `microphone:NAME`, `file:PATH`,
     `synthetic`, `stdin`, `pipe:PATH`, `tcp:PORT`, `zmq:PORT`, `lsl:NAME`, `page` (text typed on the live page, which is
     also added to every other source of text) or `none`. The first three belong to the session's own person, `other_*`
@@ -53,25 +53,25 @@ class Sources(_Section, frozen=True):
     signal: str = "none"
 
 
-class Camera(_Section, frozen=True):
+class CameraSettings(_Section, frozen=True):
     width: Annotated[int, msgspec.Meta(ge=16, le=8192)] = 640
     height: Annotated[int, msgspec.Meta(ge=16, le=8192)] = 480
     rate_hz: _Positive = 30.0
     jpeg_quality: Annotated[int, msgspec.Meta(ge=1, le=100)] = 90
 
 
-class Microphone(_Section, frozen=True):
+class MicrophoneSettings(_Section, frozen=True):
     block_ms: Annotated[float, msgspec.Meta(ge=1, le=1000)] = 20.0
     latency_ms: Annotated[float, msgspec.Meta(ge=0, le=1000)] = 20.0
     """Latency requested of PortAudio; at 100 ms blocks arrive in pairs on some systems."""
     drift_bandwidth_hz: Annotated[float, msgspec.Meta(gt=0, le=10)] = 0.1
 
 
-class Text(_Section, frozen=True):
+class TextSettings(_Section, frozen=True):
     max_line_bytes: Annotated[int, msgspec.Meta(ge=16, le=65536)] = 4096
 
 
-class Synthetic(_Section, frozen=True):
+class SyntheticSettings(_Section, frozen=True):
     """A seeded source without hardware: a simulated person who takes turns in a conversation (video, audio, text)."""
 
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
@@ -87,7 +87,7 @@ class Synthetic(_Section, frozen=True):
     freeze_s: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = 1.0
 
 
-class Align(_Section, frozen=True):
+class AlignSettings(_Section, frozen=True):
     """The lateness of a kind applies to all its modalities: that of `audio` also to `other_audio`."""
 
     vision_lateness_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = 80.0
@@ -109,7 +109,7 @@ class Align(_Section, frozen=True):
         return {name: round(by_kind[m.kind] * 1e6) for name, m in MODALITIES.items()}
 
 
-class Engine(_Section, frozen=True):
+class EngineSettings(_Section, frozen=True):
     model: str = "turn_taking"
     """The name of an included model, or the path of an ONNX file."""
     provider: Literal["auto", "cpu", "cuda"] = "auto"
@@ -122,7 +122,7 @@ class Engine(_Section, frozen=True):
     """Run the graph (and the audio encoder) on dummy data just before the next step, so that caches are warm."""
 
 
-class State(_Section, frozen=True):
+class StateSettings(_Section, frozen=True):
     """Snapshots of sessions on disk, from which they continue after a pause, a crash or on another engine."""
 
     folder: str = ""
@@ -138,7 +138,7 @@ class State(_Section, frozen=True):
     journal_mb: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 64
 
 
-class Admission(_Section, frozen=True):
+class AdmissionSettings(_Section, frozen=True):
     """When a further session is refused although a slot is free."""
 
     share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.5
@@ -150,7 +150,7 @@ class Admission(_Section, frozen=True):
     """Maximum retry time."""
 
 
-class Serve(_Section, frozen=True):
+class ServeSettings(_Section, frozen=True):
     """A server of sessions for other programs: `stream-mmrnn serve`."""
 
     host: str = LOOPBACK
@@ -166,7 +166,7 @@ class Serve(_Section, frozen=True):
     two for each of `slots`."""
 
 
-class Cluster(_Section, frozen=True):
+class ClusterSettings(_Section, frozen=True):
     """Engines of many machines over NATS with JetStream: `stream-mmrnn serve --cluster URL` (extra `cluster`)."""
 
     url: str = ""
@@ -181,7 +181,7 @@ class Cluster(_Section, frozen=True):
     """Of each of the two logs, at most; the oldest goes first."""
 
 
-class Record(_Section, frozen=True):
+class RecordSettings(_Section, frozen=True):
     path: str = ""
     """"" records nothing."""
     raw: bool = True
@@ -195,7 +195,7 @@ class Record(_Section, frozen=True):
     goes is counted in the file. block: nothing goes here, but the bus's queue overflows after `bus.queue` messages."""
 
 
-class Bus(_Section, frozen=True):
+class BusSettings(_Section, frozen=True):
     transport: Literal["ipc", "tcp"] = "ipc"
     """ipc: sockets in a private folder; tcp: for systems without ipc, and for readers on other machines."""
     host: str = LOOPBACK
@@ -213,7 +213,7 @@ class Bus(_Section, frozen=True):
     """The same for readers that need the newest messages: the page, other programs."""
 
 
-class Queues(_Section, frozen=True):
+class QueuesSettings(_Section, frozen=True):
     """Between a device and its encoder, by kind; `latest` keeps one, `drop_oldest` keeps the newest `length`."""
 
     vision: Policy = "latest"
@@ -233,7 +233,7 @@ class Queues(_Section, frozen=True):
         return by_kind[MODALITIES[modality].kind]
 
 
-class Dashboard(_Section, frozen=True):
+class DashboardSettings(_Section, frozen=True):
     enabled: bool = True
     host: str = LOOPBACK
     """The address that the page binds; one that others can reach needs a token."""
@@ -244,7 +244,7 @@ class Dashboard(_Section, frozen=True):
     requires the token."""
 
 
-class Foxglove(_Section, frozen=True):
+class FoxgloveSettings(_Section, frozen=True):
     """A server of the bus's messages for Foxglove, on loopback."""
 
     enabled: bool = False
@@ -252,7 +252,7 @@ class Foxglove(_Section, frozen=True):
     """0: any free one."""
 
 
-class Lsl(_Section, frozen=True):
+class LslSettings(_Section, frozen=True):
     """Lab Streaming Layer: `lsl:NAME` as a source, predictions as a stream."""
 
     outlet: bool = False
@@ -264,7 +264,7 @@ class Lsl(_Section, frozen=True):
     """The library's configuration file (lsl_api.cfg); "": streams are discoverable only on this machine."""
 
 
-class Supervisor(_Section, frozen=True):
+class SupervisorSettings(_Section, frozen=True):
     priority: Literal["normal", "nice", "fifo"] = "normal"
     """Scheduling priority of the processes between a sample and its prediction (not recorder and page): nice is -10,
     fifo the real-time class SCHED_FIFO. Both need the permission; without it the session warns and runs as usual."""
@@ -280,7 +280,7 @@ class Supervisor(_Section, frozen=True):
     start_timeout_s: _Positive = 20.0
 
 
-class Log(_Section, frozen=True):
+class LogSettings(_Section, frozen=True):
     """Log output of a session, on standard error."""
 
     format: Literal["text", "json"] = "text"
@@ -289,7 +289,7 @@ class Log(_Section, frozen=True):
     """Minimum level of the lines."""
 
 
-class Trace(_Section, frozen=True):
+class TraceSettings(_Section, frozen=True):
     """Predictions as OpenTelemetry traces (extra `otel`)."""
 
     ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
@@ -302,27 +302,27 @@ class Trace(_Section, frozen=True):
 class Settings(_Section, frozen=True):
     """Everything that can be set; each section is a table of the TOML file."""
 
-    session: Session = Session()
-    sources: Sources = Sources()
-    camera: Camera = Camera()
-    microphone: Microphone = Microphone()
-    text: Text = Text()
-    synthetic: Synthetic = Synthetic()
-    align: Align = Align()
-    engine: Engine = Engine()
-    state: State = State()
-    admission: Admission = Admission()
-    serve: Serve = Serve()
-    cluster: Cluster = Cluster()
-    record: Record = Record()
-    bus: Bus = Bus()
-    queues: Queues = Queues()
-    dashboard: Dashboard = Dashboard()
-    foxglove: Foxglove = Foxglove()
-    lsl: Lsl = Lsl()
-    supervisor: Supervisor = Supervisor()
-    log: Log = Log()
-    trace: Trace = Trace()
+    session: SessionSettings = SessionSettings()
+    sources: SourcesSettings = SourcesSettings()
+    camera: CameraSettings = CameraSettings()
+    microphone: MicrophoneSettings = MicrophoneSettings()
+    text: TextSettings = TextSettings()
+    synthetic: SyntheticSettings = SyntheticSettings()
+    align: AlignSettings = AlignSettings()
+    engine: EngineSettings = EngineSettings()
+    state: StateSettings = StateSettings()
+    admission: AdmissionSettings = AdmissionSettings()
+    serve: ServeSettings = ServeSettings()
+    cluster: ClusterSettings = ClusterSettings()
+    record: RecordSettings = RecordSettings()
+    bus: BusSettings = BusSettings()
+    queues: QueuesSettings = QueuesSettings()
+    dashboard: DashboardSettings = DashboardSettings()
+    foxglove: FoxgloveSettings = FoxgloveSettings()
+    lsl: LslSettings = LslSettings()
+    supervisor: SupervisorSettings = SupervisorSettings()
+    log: LogSettings = LogSettings()
+    trace: TraceSettings = TraceSettings()
 
 
 def _nearest(unknown: str, known: list[str]) -> str:
@@ -504,7 +504,7 @@ def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Settings
     return parse(table)
 
 
-def state_folder(settings: State) -> Path:
+def state_folder(settings: StateSettings) -> Path:
     """The folder of snapshots: from the settings, or this user's XDG state folder."""
     if settings.folder:
         return Path(settings.folder).expanduser()

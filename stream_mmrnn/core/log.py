@@ -96,7 +96,7 @@ def at_least(level: str, say: Callable[[str], None]) -> Callable[[str], None]:
     return chosen
 
 
-def report(settings: config.Log, node: str, text: str, **fields: Any) -> None:
+def report(settings: config.LogSettings, node: str, text: str, **fields: Any) -> None:
     """Print the error that ends a process, on standard error."""
     if settings.format == "json":
         JsonLines(settings.level)(Note(text, node, "error", "error", **fields))

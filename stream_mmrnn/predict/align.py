@@ -73,7 +73,7 @@ class Aligner:
             self._zeros[m.name].setflags(write=False)
 
     @classmethod
-    def of(cls, modalities: Sequence[ModalitySpec], tick_ns: int, settings: config.Align) -> Aligner:
+    def of(cls, modalities: Sequence[ModalitySpec], tick_ns: int, settings: config.AlignSettings) -> Aligner:
         """An aligner for a model, with the settings of a session."""
         return cls(
             modalities,

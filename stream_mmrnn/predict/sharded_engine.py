@@ -220,7 +220,7 @@ class ShardedEngine:
         self._of.clear()
 
 
-def create(settings: config.Engine) -> StepEngine | ShardedEngine:
+def create(settings: config.EngineSettings) -> StepEngine | ShardedEngine:
     """The engine for these settings: sharded if `processes` is above 1."""
     path = config.find_model(settings.model)
     if settings.processes > 1:

@@ -78,9 +78,9 @@ class Sessions:
         self,
         engine: Engine,
         store: Store,
-        settings: config.State,
+        settings: config.StateSettings,
         *,
-        admission: config.Admission | None = None,
+        admission: config.AdmissionSettings | None = None,
         wall_offset_ns: int = 0,
         make_token: Callable[[], str] = secrets.token_urlsafe,
         writer: Executor | None = None,
@@ -105,7 +105,7 @@ class Sessions:
         self._live: dict[str, _Live] = {}
         self._states = SavedStates(store, wall_offset_ns, writer)
         self._sizes = tuple((m.name, (m.size,)) for m in engine.spec.modalities)
-        self._retry = admission or config.Admission()
+        self._retry = admission or config.AdmissionSettings()
         self.admission: Admission | None = None
         if admission is not None:
             self.admission = Admission(engine.spec.tick_ns, admission.share)

@@ -12,7 +12,7 @@ from typing import Any
 from stream_mmrnn.bus.prediction_reader import model_of
 from stream_mmrnn.capture import lsl_runtime as lsl
 from stream_mmrnn.core import wire
-from stream_mmrnn.core.config import Lsl
+from stream_mmrnn.core.config import LslSettings
 from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.viewers.columns import columns
 
@@ -24,7 +24,7 @@ _FLUSH_S = 0.1
 class Outlet:
     """The stream; other programs can find it until `close`."""
 
-    def __init__(self, settings: Lsl, session: str, spec: Any) -> None:
+    def __init__(self, settings: LslSettings, session: str, spec: Any) -> None:
         """`spec`: the model's contract from the engine's status.
 
         Raises:

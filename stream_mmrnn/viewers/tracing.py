@@ -31,7 +31,7 @@ def require() -> None:
 class Tracer:
     """`observe` every prediction; a share of them become traces: a span `prediction` with one child span per stage."""
 
-    def __init__(self, settings: config.Trace, wall_offset_ns: int) -> None:
+    def __init__(self, settings: config.TraceSettings, wall_offset_ns: int) -> None:
         """`wall_offset_ns`: Unix time minus the monotonic clock. Raises UsageError without the extra."""
         require()
         import requests

@@ -195,7 +195,7 @@ def test_a_missing_package_is_an_error_with_the_command_to_install_it() -> None:
         assert "needs the extra `lsl` (pylsl missing): pip install 'stream-mmrnn[lsl]'" in done.stderr
     # without its file the library would use all networks
     with pytest.raises(FileError, match="which is no file"):
-        require(config.Lsl(config="/no/such.cfg"))
+        require(config.LslSettings(config="/no/such.cfg"))
 
 
 def test_sound_of_any_type_is_16_bits() -> None:
@@ -234,7 +234,7 @@ def predictions(count: int) -> list[PredictionMessage]:
 
 def test_a_reader_of_our_outlet_gets_every_prediction() -> None:
     name = unique("out")
-    settings = config.Lsl(name=name)
+    settings = config.LslSettings(name=name)
     spec = msgspec.to_builtins({"name": "toy", "sha256": "ab", "tick_ns": 40_000_000, "heads": HEADS})
     with pytest.raises(WireError, match="names no model"):
         Outlet(settings, "live", {"name": 3})

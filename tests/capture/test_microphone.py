@@ -17,7 +17,7 @@ from devices import needs_pulse, virtual_devices
 from places import ROOT
 
 from stream_mmrnn.capture.sources.microphone import Microphone, list_devices
-from stream_mmrnn.core.config import Microphone as MicrophoneSettings
+from stream_mmrnn.core.config import MicrophoneSettings
 from stream_mmrnn.core.errors import SourceError
 from stream_mmrnn.core.types import Sample
 

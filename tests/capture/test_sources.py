@@ -27,9 +27,8 @@ from stream_mmrnn.capture.sources.synthetic import Synthetic
 from stream_mmrnn.capture.sources.talker import turns
 from stream_mmrnn.capture.sources.text import create as create_text
 from stream_mmrnn.core.clock import now_ns
-from stream_mmrnn.core.config import Camera as CameraSettings
+from stream_mmrnn.core.config import CameraSettings, Settings, Sources
 from stream_mmrnn.core.config import Microphone as MicrophoneSettings
-from stream_mmrnn.core.config import Settings, Sources
 from stream_mmrnn.core.config import Synthetic as SyntheticSettings
 from stream_mmrnn.core.config import Text as TextSettings
 from stream_mmrnn.core.errors import FileError, SourceError, SourceSpecError

@@ -27,7 +27,7 @@ def test_values_and_overrides(tmp_path: Path) -> None:
     file = write(tmp_path, "[engine]\nslots = 4\n[sources]\nvision = 'none'\n")
     settings = config.load(file, {"engine.slots": 8, "engine.model": None, "session.name": "a"})
     assert (settings.engine.slots, settings.sources.vision, settings.session.name) == (8, "none", "a")
-    assert settings.engine.model == config.Engine().model
+    assert settings.engine.model == config.EngineSettings().model
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_recording_of_another_release_is_read() -> None:
     del table["queues"], table["sources"]["other_audio"]
     settings = config.recorded(table)
     assert settings.align.vision_lateness_ms == 33.0
-    assert settings.queues == config.Queues()
+    assert settings.queues == config.QueuesSettings()
     assert settings.sources.other_audio == "none"
     with pytest.raises(ConfigError, match=r"`align\.vision_lateness_ms` has a wrong value"):
         config.recorded({"align": {"vision_lateness_ms": -1}})

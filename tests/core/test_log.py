@@ -52,8 +52,8 @@ def test_a_level_and_text_are_as_asked(capsys: pytest.CaptureFixture[str]) -> No
     for note in ("plain", Note("fine", "a"), Note("bad", "a", "x", "warning"), Note("worse", "a", "x", "error")):
         say(note)
     assert said == ["bad", "worse"]
-    report(config.Log(), "engine", "no model")
-    report(config.Log(format="json"), "engine", "no model", traceback="...")
+    report(config.LogSettings(), "engine", "no model")
+    report(config.LogSettings(format="json"), "engine", "no model", traceback="...")
     first, second = capsys.readouterr().err.splitlines()
     assert first == "stream-mmrnn engine: no model"
     line = json.loads(second)

@@ -38,7 +38,7 @@ def test_the_files_in_the_wheel(wheel: Path) -> None:
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as file:
         names = file.namelist()
-    model = config.Engine().model
+    model = config.EngineSettings().model
     for name in (
         "py.typed",
         "viewers/dashboard/page.html",
@@ -133,7 +133,7 @@ def test_the_wheel_is_imported(installed: Installed) -> None:
 def test_it_runs_live_and_replays_outside_the_checkout(installed: Installed) -> None:
     code, live, err = installed.run("live", "--source", "synthetic", "--duration", "5", "--record", "talk.mcap")
     assert code == 0, err
-    assert live["model"]["name"] == config.Engine().model
+    assert live["model"]["name"] == config.EngineSettings().model
     assert live["predictions"] > 50
     assert live["balanced"], live["streams"]
     code, replayed, err = installed.run("replay", "talk.mcap", "--verify")

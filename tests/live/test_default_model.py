@@ -11,15 +11,14 @@ from stream_mmrnn.capture import encoders
 from stream_mmrnn.capture.encoders.audio import SPEECH
 from stream_mmrnn.capture.sources.synthetic import Synthetic
 from stream_mmrnn.core import config
-from stream_mmrnn.core.config import Synthetic as SyntheticSettings
-from stream_mmrnn.core.config import find_model
+from stream_mmrnn.core.config import SyntheticSettings, find_model
 from stream_mmrnn.core.types import Prediction, Stamps, Tick
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.training import metrics
 
 STAMPS = Stamps(0, 0, 0, 0, "clock")
 SIZES = {"vision": 1280, "audio": 81, "text": 256, "other_audio": 81, "other_text": 256}
-PATH = find_model(config.Engine().model)
+PATH = find_model(config.EngineSettings().model)
 
 
 def tick(session: str, index: int, seed: int) -> Tick:

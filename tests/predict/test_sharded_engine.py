@@ -12,7 +12,7 @@ import pytest
 import toy_model
 from toy_ticks import tick
 
-from stream_mmrnn.core.config import Engine
+from stream_mmrnn.core.config import EngineSettings
 from stream_mmrnn.core.errors import (
     Busy,
     DuplicateSession,
@@ -173,8 +173,8 @@ def test_a_bad_model_is_reported_before_a_process_starts(tmp_path: Path) -> None
 
 
 def test_the_settings_choose_the_engine(toy: Path) -> None:
-    one = create(Engine(model=str(toy), provider="cpu"))
+    one = create(EngineSettings(model=str(toy), provider="cpu"))
     assert isinstance(one, StepEngine)
-    two = create(Engine(model=str(toy), provider="cpu", slots=4, processes=2))
+    two = create(EngineSettings(model=str(toy), provider="cpu", slots=4, processes=2))
     assert isinstance(two, ShardedEngine)
     two.stop()

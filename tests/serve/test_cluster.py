@@ -140,7 +140,7 @@ class Reader:
     """An engine with one partition. Its answers are stored before its states."""
 
     def __init__(self, toy: Path, log: Log, **state: float) -> None:
-        kept = config.State(**{"idle_s": 100, "snapshot_every": 4, **state})  # type: ignore[arg-type]
+        kept = config.StateSettings(**{"idle_s": 100, "snapshot_every": 4, **state})  # type: ignore[arg-type]
         self.log = log
         self.replica = Replica(StepEngine(toy, 8), kept, None, b"secret", 256)
         for raw in log.states.values():
@@ -358,7 +358,7 @@ def cluster(toy: Path, tmp_path: Path) -> Iterator[Cluster]:
 
 @contextlib.asynccontextmanager
 async def running(cluster: Cluster, toy: Path, notes: list[str] | None = None, **serve: int):  # type: ignore[no-untyped-def]
-    asked = msgspec.structs.replace(cluster.settings(), serve=config.Serve(**serve))
+    asked = msgspec.structs.replace(cluster.settings(), serve=config.ServeSettings(**serve))
     node = ClusterNode(asked, (notes if notes is not None else []).append)
     going = True
     task = asyncio.create_task(node.run(lambda: going))
@@ -500,7 +500,7 @@ def test_messages_read_before_a_partition_was_lost_are_not_stepped_after(cluster
 def test_an_engine_of_another_model_does_not_join(cluster: Cluster, toy: Path, model: Path) -> None:
     async def main() -> None:
         async with running(cluster, toy):
-            asked = msgspec.structs.replace(cluster.settings(), engine=config.Engine(model=str(model)))
+            asked = msgspec.structs.replace(cluster.settings(), engine=config.EngineSettings(model=str(model)))
             with pytest.raises(ProcessError, match=r"serves toy .* not toy"):
                 await ClusterNode(asked).run(lambda: True)
 

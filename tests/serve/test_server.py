@@ -62,7 +62,7 @@ Make = Callable[..., Host]
 @pytest.fixture
 def make(toy: Path, tmp_path: Path) -> Make:
     def make(slots: int = 4, queue: int = 8, engine: type[StepEngine] = StepEngine, **state: float) -> Host:
-        kept = config.State(**{"idle_s": 10, "ttl_s": 100, "snapshot_every": 4, **state})  # type: ignore[arg-type]
+        kept = config.StateSettings(**{"idle_s": 10, "ttl_s": 100, "snapshot_every": 4, **state})  # type: ignore[arg-type]
         store = StateStore(tmp_path / "states", kept.ttl_s)
         return Host(Sessions(engine(toy, slots), store, kept), queue)
 
@@ -303,7 +303,7 @@ def test_a_dead_shard_does_not_affect_other_sessions(make: Make, toy: Path) -> N
 
 @given(st.lists(st.binary(max_size=200), max_size=8))
 def test_no_bytes_harm_a_host(toy: Path, messages: list[bytes]) -> None:
-    host = Host(Sessions(StepEngine(toy, 2), StateStore(_folder(), 10), config.State()), 4)
+    host = Host(Sessions(StepEngine(toy, 2), StateStore(_folder(), 10), config.StateSettings()), 4)
     for content in messages:
         host.receive(b"x", content, NOW)
     say(host, protocol.Open(session="honest"))
@@ -330,7 +330,7 @@ _shapes = st.fixed_dictionaries(
 @settings(max_examples=200)
 @given(st.lists(_shapes, max_size=12))
 def test_no_message_harms_a_host(toy: Path, messages: list[dict[str, object]]) -> None:
-    host = Host(Sessions(StepEngine(toy, 2), StateStore(_folder(), 10), config.State()), 4)
+    host = Host(Sessions(StepEngine(toy, 2), StateStore(_folder(), 10), config.StateSettings()), 4)
     for i, message in enumerate(messages):
         host.receive(b"xy"[i % 2 :], msgspec.msgpack.encode(message), NOW)
         host.step(NOW)

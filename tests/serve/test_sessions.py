@@ -40,12 +40,12 @@ def make(toy: Path, tmp_path: Path) -> Make:
     def make(
         slots: int = 3,
         model: Path = toy,
-        admission: config.Admission | None = None,
+        admission: config.AdmissionSettings | None = None,
         engine: type[StepEngine] = StepEngine,
         store: type[StateStore] = StateStore,
         **state: float,
     ) -> Sessions:
-        settings = config.State(**{"idle_s": 10, "ttl_s": 100, "snapshot_every": 4, **state})  # type: ignore[arg-type]
+        settings = config.StateSettings(**{"idle_s": 10, "ttl_s": 100, "snapshot_every": 4, **state})  # type: ignore[arg-type]
         states = store(tmp_path / "states", settings.ttl_s)
         return Sessions(engine(model, slots), states, settings, admission=admission)
 
@@ -333,7 +333,7 @@ def test_without_a_period_states_are_saved_only_on_leaving(make: Make) -> None:
 
 
 def test_a_measured_engine_refuses_more_sessions_than_it_can_serve(make: Make) -> None:
-    sessions = make(64, admission=config.Admission(retry_s=2.0, retry_max_s=5.0))
+    sessions = make(64, admission=config.AdmissionSettings(retry_s=2.0, retry_max_s=5.0))
     admission = sessions.admission
     assert admission is not None
     assert admission.cost() is not None
@@ -362,7 +362,7 @@ class SlowEngine(StepEngine):
 
 def test_an_engine_with_slow_steps_is_measured_enough(make: Make) -> None:
     """On a busy machine the time for measuring may be over after one round, which is too few steps."""
-    sessions = make(64, admission=config.Admission(), engine=SlowEngine)
+    sessions = make(64, admission=config.AdmissionSettings(), engine=SlowEngine)
     assert sessions.admission is not None
     assert sessions.admission.cost() is not None
     sessions.open("a", now_ns=NOW)
@@ -371,7 +371,7 @@ def test_an_engine_with_slow_steps_is_measured_enough(make: Make) -> None:
 
 
 def test_one_session_is_served_however_slow(make: Make) -> None:
-    sessions = make(admission=config.Admission())
+    sessions = make(admission=config.AdmissionSettings())
     assert sessions.admission is not None
     for _ in range(512):
         sessions.admission.add(1, 10**10)

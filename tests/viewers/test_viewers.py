@@ -130,7 +130,7 @@ def check_layout(layout: dict[str, Any], first: dict[str, Any]) -> None:
 def test_the_shipped_layout_fits_a_real_recording(first: dict[str, Any]) -> None:
     check_layout(foxglove_layout.shipped(), first)
     # the shipped layout is the one that is generated for the default model
-    spec = check_model(config.find_model(config.Engine().model), "cpu")
+    spec = check_model(config.find_model(config.EngineSettings().model), "cpu")
     assert foxglove_layout.for_heads(columns(spec.heads)) == foxglove_layout.shipped()
 
 

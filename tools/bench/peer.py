@@ -110,7 +110,7 @@ def _read(port: int, address: Address, queue: int) -> None:
 
 
 def main(role: str, port: str, publish: str, subscribe: str) -> None:
-    address, queue = Address(publish, subscribe), config.Bus().queue
+    address, queue = Address(publish, subscribe), config.BusSettings().queue
     if role == "broker":
         # it lives as long as its standard input: whoever started it holds the other end
         run_broker(address, queue, lambda: print("ready", flush=True), lambda: bool(sys.stdin.read(1)))

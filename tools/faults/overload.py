@@ -196,20 +196,22 @@ def run(quick: bool, say: Say) -> Iterator[Figure]:
 
 def _crowd(path: Path, store: StateStore, ramp_s: float, duration_s: float) -> tuple[Crowd, int]:
     """An engine with a slot for everybody, so that time is what there is too little of."""
-    measured = Sessions(StepEngine(path, 64), store, config.State(), admission=config.Admission())
+    measured = Sessions(StepEngine(path, 64), store, config.StateSettings(), admission=config.AdmissionSettings())
     assert measured.admission is not None
     cost = measured.admission.cost()
     assert cost is not None
     capacity = max(int(TICK_NS / cost.tick_ns), 1)
     engine = StepEngine(path, 2 * capacity)
-    sessions = Sessions(engine, store, config.State(), admission=config.Admission(), wall_offset_ns=wall_offset_ns())
+    sessions = Sessions(
+        engine, store, config.StateSettings(), admission=config.AdmissionSettings(), wall_offset_ns=wall_offset_ns()
+    )
     return Crowd(sessions, 2 * capacity, ramp_s, duration_s), capacity
 
 
 def _slots(path: Path, store: StateStore) -> Iterator[Figure]:
     """Where there is time enough, slots are the limit."""
     slots = 4
-    sessions = Sessions(StepEngine(path, slots), store, config.State())
+    sessions = Sessions(StepEngine(path, slots), store, config.StateSettings())
     wrong = 0
     for i in range(2 * slots):
         try:

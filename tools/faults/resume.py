@@ -146,7 +146,7 @@ def _tick(engine: StepEngine, session: str, index: int, rng: np.random.Generator
 
 def _moved(quick: bool) -> Iterator[Figure]:
     """Sessions that change their process every few ticks, between engines and within them, against one that stays."""
-    path, sessions = config.find_model(config.Engine().model), [f"s{i}" for i in range(4)]
+    path, sessions = config.find_model(config.EngineSettings().model), [f"s{i}" for i in range(4)]
     steps = 60 if quick else 1000
     stays = StepEngine(path, len(sessions))
     shards = [ShardedEngine(path, 8, processes=2), ShardedEngine(path, 8, processes=2)]

@@ -105,7 +105,7 @@ def machine(make: Callable[[], Engine], path: Path, found: Found, kill_one_in: i
         def begin(self) -> None:
             if held["engine"] is None:
                 held["engine"] = make()
-            state = config.State(idle_s=IDLE_S, ttl_s=TTL_S, snapshot_every=EVERY)
+            state = config.StateSettings(idle_s=IDLE_S, ttl_s=TTL_S, snapshot_every=EVERY)
             self.sessions = Sessions(held["engine"], StateStore(self.folder, TTL_S), state)
 
         def did(self, what: str) -> None:

@@ -108,7 +108,7 @@ def _resumed(path: Path, folder: Path, quick: bool) -> Iterator[Figure]:
     tokens: list[str | None] = [None] * sessions
     try:
         for part, start in enumerate(range(0, ticks, every)):
-            served = Sessions(engines[part % 2], store, config.State(idle_s=1))
+            served = Sessions(engines[part % 2], store, config.StateSettings(idle_s=1))
             for i, name in enumerate(names):
                 opened = served.open(name, tokens[i], now_ns=at_ns)
                 tokens[i] = opened.token
@@ -135,7 +135,11 @@ def _refusals(path: Path, folder: Path, quick: bool) -> Iterator[Figure]:
     store = StateStore(folder, 3600)
     engine = StepEngine(path, SLOTS)
     served = Sessions(
-        engine, store, config.State(idle_s=1e6), admission=config.Admission(), wall_offset_ns=wall_offset_ns()
+        engine,
+        store,
+        config.StateSettings(idle_s=1e6),
+        admission=config.AdmissionSettings(),
+        wall_offset_ns=wall_offset_ns(),
     )
     served.open("asleep", now_ns=now_ns())
     served.cancel("asleep", now_ns=now_ns())

@@ -207,7 +207,7 @@ class _Text:
 
 class Tcp(_Text):
     def __init__(self, folder: Path) -> None:
-        super().__init__(text.Tcp(0, config.Text()))
+        super().__init__(text.Tcp(0, config.TextSettings()))
         self._clients: list[socket.socket] = []
 
     def _connect(self) -> socket.socket:
@@ -244,7 +244,7 @@ class Pipe(_Text):
     def __init__(self, folder: Path) -> None:
         path = folder / "pipe"
         os.mkfifo(path)
-        super().__init__(text.Pipe(path, config.Text()))
+        super().__init__(text.Pipe(path, config.TextSettings()))
         self._path = path
         self._fd = os.open(path, os.O_WRONLY)
 
@@ -268,7 +268,7 @@ class Zmq(_Text):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
-        super().__init__(text.Zmq(self._port, config.Text()))
+        super().__init__(text.Zmq(self._port, config.TextSettings()))
         self._context = zmq.Context()
         self._push = self._socket()
 

@@ -1,4 +1,4 @@
-"""Sources: each is a small class around a generator of samples, opened only in its worker's process.
+"""SourcesSettings: each is a small class around a generator of samples, opened only in its worker's process.
 
 A source knows its device and the clock. It knows nothing about encoders, the bus or sessions, and has no queue: the
 worker has one (`pipeline.Pump`).
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from stream_mmrnn.core.config import Settings, Sources
+from stream_mmrnn.core.config import Settings, SourcesSettings
 from stream_mmrnn.core.errors import SourceSpecError
 from stream_mmrnn.core.topics import AUDIO_RATE_HZ, Kind
 from stream_mmrnn.core.topics import MODALITIES as _TABLE
@@ -94,7 +94,7 @@ def check(spec: str, modality: str) -> None:
         streams_of(Path(rest))
 
 
-def check_all(chosen: Sources) -> None:
+def check_all(chosen: SourcesSettings) -> None:
     """`check` each of a session's sources, and that no two of them read the same lines.
 
     Raises:

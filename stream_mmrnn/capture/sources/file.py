@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from stream_mmrnn.capture.sources import RATE_HZ
 from stream_mmrnn.capture.sources.pacing import ScheduledSample, pace
-from stream_mmrnn.core.config import Camera as CameraSettings
-from stream_mmrnn.core.config import Microphone as MicrophoneSettings
+from stream_mmrnn.core.config import CameraSettings
+from stream_mmrnn.core.config import MicrophoneSettings as MicrophoneSettings
 from stream_mmrnn.core.errors import FileError, SourceError
 from stream_mmrnn.core.types import Sample
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from stream_mmrnn.capture import lsl_runtime as lsl
 from stream_mmrnn.core.clock import DeviceClock, now_ns
-from stream_mmrnn.core.config import Lsl, Microphone, Text
+from stream_mmrnn.core.config import LslSettings, MicrophoneSettings, TextSettings
 from stream_mmrnn.core.errors import SourceError, SourceSpecError
 from stream_mmrnn.core.topics import AUDIO_RATE_HZ, Kind
 from stream_mmrnn.core.types import Sample
@@ -53,7 +53,9 @@ def query(rest: str) -> tuple[str, str]:
 class LslSource:
     """An inlet of one stream. A stream that disappears raises SourceError, and the worker retries."""
 
-    def __init__(self, rest: str, kind: Kind, settings: Lsl, microphone: Microphone, text: Text) -> None:
+    def __init__(
+        self, rest: str, kind: Kind, settings: LslSettings, microphone: MicrophoneSettings, text: TextSettings
+    ) -> None:
         self.origin = f"lsl:{rest}"
         self._key, self._value = query(rest)
         self._kind, self._settings = kind, settings

@@ -20,7 +20,7 @@ from stream_mmrnn.capture.sources import EVERY, RATE_HZ
 from stream_mmrnn.capture.sources.pacing import ScheduledSample, pace
 from stream_mmrnn.capture.sources.talker import Turn, answers, openness, turns
 from stream_mmrnn.capture.sources.voice import speak
-from stream_mmrnn.core.config import Synthetic as SyntheticSettings
+from stream_mmrnn.core.config import SyntheticSettings
 from stream_mmrnn.core.errors import SourceSpecError
 from stream_mmrnn.core.topics import MODALITIES
 from stream_mmrnn.core.types import Payload, Sample

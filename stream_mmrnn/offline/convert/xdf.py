@@ -164,8 +164,8 @@ def convert(
     except (ValueError, OverflowError, OSError):
         wall_offset_ns = 0
     settings = config.Settings(
-        session=config.Session(session),
-        sources=config.Sources(**dict.fromkeys(config.Sources.__struct_fields__, "none")),
+        session=config.SessionSettings(session),
+        sources=config.SourcesSettings(**dict.fromkeys(config.SourcesSettings.__struct_fields__, "none")),
     )
     recorder = Recorder(
         out,

@@ -99,7 +99,12 @@ class Replica:
     """`receive` messages of the log, `step`, and `pop` answers and states."""
 
     def __init__(
-        self, engine: Engine, state: config.State, admission: config.Admission | None, secret: bytes, queue: int
+        self,
+        engine: Engine,
+        state: config.StateSettings,
+        admission: config.AdmissionSettings | None,
+        secret: bytes,
+        queue: int,
     ) -> None:
         """`secret`: the cluster's; tokens are derived from it, so that an engine that reads the log again makes the
         same ones. `queue`: ticks of a session that may wait for an answer.
