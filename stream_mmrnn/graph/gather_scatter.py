@@ -22,12 +22,12 @@ from stream_mmrnn.graph import model_file as onnx_bytes
 from stream_mmrnn.graph.model_file import node
 
 SLOTS = "slots"
-"""The input that says which rows a run is about, int64 [batch]."""
+"""The input with the rows of a run, int64 [batch]."""
 
 
 Scatter: TypeAlias = Literal["rows", "elements"]
-"""How states are put back: rows suit a CPU, which copies each at once. onnxruntime's ScatterND on CUDA has one thread
-copy a row (2 x 256 rows of 256 took 194 us of a step's 306 on an H100), its ScatterElements one thread a number."""
+"""How states are written back. `rows` suits a CPU, which copies a row at once. On CUDA onnxruntime's ScatterND uses one
+thread per row (2 x 256 rows of 256 took 194 us of a step's 306 on an H100), ScatterElements one per number."""
 
 
 class Carried(NamedTuple):
@@ -39,7 +39,7 @@ class Carried(NamedTuple):
 
 
 def arena_name(state: str) -> str:
-    """The input that replaces `state.X` (or what a contract by names calls so)."""
+    """The input that replaces `state.X` (or the state's own name in a contract file)."""
     return f"arena.{state}"
 
 
@@ -68,17 +68,17 @@ def with_arena(model: bytes, states: Mapping[str, Carried], scatter: Scatter = "
     return b"".join(out)
 
 
-def _turned(source: str, target: str, axes: Sequence[int]) -> bytes:
+def _transposed(source: str, target: str, axes: Sequence[int]) -> bytes:
     return node("Transpose", (source,), (target,), f"arena/turn.{target}", perm=axes)
 
 
 def _held(number: int, name: str, was: memoryview, state: Carried) -> bytes:
-    """The input or output over all slots, of the element type that it had."""
+    """The input or output over all slots, with its element type unchanged."""
     return onnx_bytes.value(number, name, onnx_bytes.element_of(was), state.shape, "held")
 
 
 def _indices(shape: tuple[int, ...]) -> tuple[str, list[bytes], list[bytes]]:
-    """The slot of each number of a batch of such states: its name, the nodes and the constants that make it."""
+    """The slot of each number in a batch of such states: its name, and the nodes and constants that compute it."""
     if not shape:
         return SLOTS, [], []
     label = "x".join(map(str, shape))
@@ -126,10 +126,10 @@ def _graph(graph: memoryview, states: Mapping[str, Carried], following: Mapping[
             rest_axes = range(len(state.shape) + 1)
             there = [*rest_axes[1 : axis_at + 1], 0, *rest_axes[axis_at + 1 :]]
             back = [axis_at, *(a for a in rest_axes if a != axis_at)]
-            after.append(_turned(state.output, put, back))
+            after.append(_transposed(state.output, put, back))
         before.append(node("Gather", (arena_name(name), SLOTS), (taken,), f"arena/gather.{name}"))
         if axis_at:
-            before.append(_turned(taken, name, there))
+            before.append(_transposed(taken, name, there))
         arena, stored, title = arena_name(name), stored_name(name), f"arena/scatter.{name}"
         if scatter == "rows":
             after.append(node("ScatterND", (arena, rows, put), (stored,), title))

@@ -49,7 +49,7 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 def read_varint(data: memoryview, at: int) -> tuple[int, int]:
-    """The number that begins at `at`, and where what follows it begins.
+    """The varint at `at`, and the position after it.
 
     Raises:
         ModelError: there is none.
@@ -119,11 +119,11 @@ def node(
     domain: str = "",
     **attributes: int | Sequence[int],
 ) -> bytes:
-    """A node of a graph; attributes are whole numbers from 0 on, or rows of them."""
+    """A node of a graph; attributes are integers from 0, or lists of them."""
     body = b"".join(string(NODE_INPUT, i) for i in inputs) + b"".join(string(NODE_OUTPUT, o) for o in outputs)
-    said = b"".join(message(NODE_ATTRIBUTE, _attribute(key, value)) for key, value in attributes.items())
-    whose = string(_NODE_DOMAIN, domain) if domain else b""
-    return message(GRAPH_NODE, body + string(NODE_NAME, name) + string(NODE_OP, op) + said + whose)
+    encoded = b"".join(message(NODE_ATTRIBUTE, _attribute(key, value)) for key, value in attributes.items())
+    of_domain = string(_NODE_DOMAIN, domain) if domain else b""
+    return message(GRAPH_NODE, body + string(NODE_NAME, name) + string(NODE_OP, op) + encoded + of_domain)
 
 
 def _attribute(name: str, value: int | Sequence[int]) -> bytes:
@@ -158,22 +158,24 @@ def model(
     ir_version: int,
     domains: Mapping[str, int] = {},
 ) -> bytes:
-    """A whole file: `parts` are nodes in order, weights, inputs and outputs; `domains` are operator sets of others."""
+    """A whole file: `parts` are nodes in order, weights, inputs and outputs; `domains` are the versions of other
+    operator sets.
+    """
     graph = b"".join(parts) + string(_GRAPH_NAME, name)
-    said = b"".join(message(_MODEL_METADATA, string(_KEY, k) + string(_VALUE, v)) for k, v in metadata.items())
+    entries = b"".join(message(_MODEL_METADATA, string(_KEY, k) + string(_VALUE, v)) for k, v in metadata.items())
     head = integer(_MODEL_IR, ir_version) + string(_MODEL_PRODUCER, "stream_mmrnn")
     sets = message(_MODEL_OPSET, integer(_OPSET_VERSION, opset)) + b"".join(
         message(_MODEL_OPSET, string(_OPSET_DOMAIN, d) + integer(_OPSET_VERSION, v)) for d, v in domains.items()
     )
-    return head + message(MODEL_GRAPH, graph) + sets + said
+    return head + message(MODEL_GRAPH, graph) + sets + entries
 
 
 def check(data: bytes) -> None:
-    """Refuse, before anything native reads them, bytes that are no supported model or that refer to other files.
+    """Refuse bytes that are no supported model, or that refer to other files, before native code parses them.
 
     Raises:
-        ModelError: a message is cut off or nested too deep, a name is no text, weights lie in another file, or an
-            operator is of a library that would have to be loaded.
+        ModelError: a message is truncated or nested too deep, a name is no UTF-8, weights are in another file, or an
+            operator needs a library that would have to be loaded.
 
     """
     graphs = 0
@@ -182,12 +184,12 @@ def check(data: bytes) -> None:
             graphs += 1
             _check_graph(content, 0)
         elif number == _MODEL_FUNCTION:
-            for inner, _, said in fields(content):
+            for inner, _, field in fields(content):
                 if inner == _FUNCTION_NODE:
-                    _check_node(said, 0)
+                    _check_node(field, 0)
         elif number in (_MODEL_METADATA, _MODEL_OPSET):
-            for _, _, said in fields(content):
-                _text(said)
+            for _, _, field in fields(content):
+                _text(field)
     if graphs != 1:
         raise ModelError(f"the model file holds {graphs} graphs, expected one; export it again")
 
@@ -209,13 +211,13 @@ def _check_graph(graph: memoryview, depth: int) -> None:
 
 
 def _check_node(content: memoryview, depth: int) -> None:
-    for number, _, said in fields(content):
+    for number, _, part in fields(content):
         if number in (NODE_INPUT, NODE_OUTPUT, NODE_NAME, NODE_OP):
-            _text(said)
-        elif number == _NODE_DOMAIN and _text(said) not in _DOMAINS:
-            raise ModelError(f"the model uses operators of {_text(said)[:64]!r}, expected ONNX's own and onnxruntime's")
+            _text(part)
+        elif number == _NODE_DOMAIN and _text(part) not in _DOMAINS:
+            raise ModelError(f"the model uses operators of {_text(part)[:64]!r}, expected ONNX's own and onnxruntime's")
         elif number == NODE_ATTRIBUTE:
-            for inner, _, value in fields(said):
+            for inner, _, value in fields(part):
                 if inner in (_ATTRIBUTE_G, _ATTRIBUTE_GRAPHS):
                     _check_graph(value, depth + 1)
                 elif inner in (_ATTRIBUTE_T, _ATTRIBUTE_TENSORS):
@@ -223,35 +225,35 @@ def _check_node(content: memoryview, depth: int) -> None:
 
 
 def _check_tensor(content: memoryview) -> None:
-    for number, whole, said in fields(content):
+    for number, whole, field in fields(content):
         if number == _WEIGHT_EXTERNAL or (number == _WEIGHT_LOCATION and read_varint(whole, 1)[0]):
             raise ModelError("the model keeps weights in another file, expected all of them in this one")
         if number == _WEIGHT_NAME:
-            _text(said)
+            _text(field)
 
 
 def _text_of(content: memoryview, wanted: int) -> None:
-    for number, _, said in fields(content):
+    for number, _, field in fields(content):
         if number == wanted:
-            _text(said)
+            _text(field)
 
 
-def _text(said: memoryview) -> str:
+def _text(field: memoryview) -> str:
     try:
-        return bytes(said).decode()
+        return bytes(field).decode()
     except UnicodeDecodeError as e:
         raise ModelError("the model file holds a name that is no text; export it again") from e
 
 
 def name_of(content: memoryview, number: int = VALUE_NAME) -> str:
-    for n, _, said in fields(content):
+    for n, _, field in fields(content):
         if n == number:
-            return bytes(said).decode("utf-8", "replace")
+            return bytes(field).decode("utf-8", "replace")
     return ""
 
 
 def element_of(content: memoryview) -> int:
-    """The element type of an input or output; 1 (float) where it says none."""
+    """The element type of an input or output; 1 (float) if it has none."""
     for number, _, kind in fields(content):
         if number == VALUE_TYPE:
             for n, _, tensor in fields(kind):

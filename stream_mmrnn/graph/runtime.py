@@ -37,16 +37,16 @@ _NUMPY: dict[str, np.dtype[Any]] = {
 _MAX_FILE_BYTES = 2**31 - 1
 _CUDA = "CUDAExecutionProvider"
 
-ort.set_default_logger_severity(4)  # what goes wrong is raised, and a bad file shall fill no log
+ort.set_default_logger_severity(4)  # errors are raised; a bad file must not fill the log
 
 
 def version() -> str:
-    """Of onnxruntime."""
+    """The version of onnxruntime."""
     return str(ort.__version__)
 
 
 def cuda_built() -> bool:
-    """Whether this onnxruntime has CUDA; whether it can be used is another question."""
+    """Whether this onnxruntime was built with CUDA; that does not mean that a GPU can be used."""
     return _CUDA in ort.get_available_providers()
 
 
@@ -56,7 +56,7 @@ def gpu_in_sight() -> bool:
 
 
 def resolve(provider: Provider) -> Literal["cpu", "cuda"]:
-    """What `auto` means here.
+    """The provider that `provider` stands for on this machine.
 
     Raises:
         ProviderError: `cuda` was asked for and cannot be.
@@ -70,7 +70,7 @@ def resolve(provider: Provider) -> Literal["cpu", "cuda"]:
 
 
 def _read(path: Path) -> bytes:
-    """A model file's bytes; ModelError where there is none. A pipe or device would never come to its end."""
+    """A model file's bytes; raises ModelError. A pipe or device is refused: reading it might never end."""
     try:
         if path.exists() and not path.is_file():
             raise ModelError(f"the model {path} is no file; give the path of an ONNX file")
@@ -84,7 +84,7 @@ def _read(path: Path) -> bytes:
 
 
 class TensorSpec:
-    """Name, type and shape of an input or output; None stands for an axis that the file leaves open."""
+    """Name, type and shape of an input or output; None is an axis of any size."""
 
     def __init__(self, node: Any) -> None:
         self.name: str = node.name
@@ -129,7 +129,7 @@ class Graph:
             options_of_cuda = {"enable_cuda_graph": "1" if cuda_graph else "0", "use_tf32": "0"}
             wanted.insert(0, (_CUDA, options_of_cuda))
         try:
-            # what it falls back to it says on standard output; without CUDA there is nothing to fall back to
+            # onnxruntime prints its fallback on standard output; without CUDA there is no fallback
             self.session = ort.InferenceSession(data, options, providers=wanted, enable_fallback=len(wanted) - 1)
             self.inputs = {n.name: TensorSpec(n) for n in self.session.get_inputs()}
             self.outputs = {n.name: TensorSpec(n) for n in self.session.get_outputs()}
@@ -221,30 +221,30 @@ class DeviceTensor:
 
 
 def _pinned(array: Array) -> tuple[Any, Array] | None:
-    """Page-locked memory of the same shape and type, as a value and as an array; None where there is none."""
+    """Page-locked memory of the same shape and type, as a value and as an array; None if not available."""
     try:
         kind = ort.OrtDeviceMemoryType.HOST_ACCESSIBLE
         infos = [d.memory_info(kind) for d in ort.get_ep_devices() if d.ep_name == _CUDA]
         if infos and infos[0] is not None:
             value = ort.OrtValue.ortvalue_from_shape_and_type(array.shape, array.dtype.type, memory_info=infos[0])
             return value, value.numpy()
-    except Exception:  # noqa: S110  # onnxruntime raises a dozen types of its own; there is another way
+    except Exception:  # noqa: S110  # onnxruntime raises a dozen types of its own; `_locked` is the fallback
         pass
     locked = _locked(array)
     return None if locked is None else (ort.OrtValue.ortvalue_from_numpy(locked, "cpu", 0), locked)
 
 
 def _locked(array: Array) -> Array | None:
-    """Pages of our own, locked by the CUDA runtime that the provider has loaded; None where it is not or does not.
+    """Pages of our own, locked by the CUDA runtime that the provider has loaded; None if that fails.
 
-    A build whose CUDA is no plug-in lists no devices, so onnxruntime has no such memory to give.
+    A build whose CUDA is no plug-in lists no devices, so onnxruntime cannot allocate such memory.
     """
     try:
         cuda = ctypes.CDLL(f"libcudart.so.{str(getattr(ort, 'cuda_version', '')).split('.')[0]}")
     except OSError:
         return None
     pages = -(-max(array.nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
-    whole = np.zeros(pages + mmap.PAGESIZE, np.uint8)  # no page is shared with what is not locked
+    whole = np.zeros(pages + mmap.PAGESIZE, np.uint8)  # no page is shared with memory that is not locked
     begin = -whole.ctypes.data % mmap.PAGESIZE
     address = ctypes.c_void_p(whole.ctypes.data + begin)
     if cuda.cudaHostRegister(address, ctypes.c_size_t(pages), 0) != 0:
@@ -253,11 +253,11 @@ def _locked(array: Array) -> Array | None:
     return whole[begin : begin + array.nbytes].view(array.dtype).reshape(array.shape)
 
 
-_APART_BYTES = 256
-"""Tensors of a block begin at multiples of this, as CUDA's own allocations do."""
+_ALIGNMENT_BYTES = 256
+"""Alignment of the tensors in a block, as in CUDA's own allocations."""
 
 
-class _Block:
+class _TensorBlock:
     """Tensors beside each other, on the host and on the graph's device: one copy moves them all.
 
     A copy to or from a GPU takes about 12 us, however little there is to copy (measured on an H100).
@@ -270,7 +270,7 @@ class _Block:
         size = 0
         for name, array in like.items():
             self.offsets[name] = size
-            size += -(-max(array.nbytes, 1) // _APART_BYTES) * _APART_BYTES
+            size += -(-max(array.nbytes, 1) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
         whole: Array = np.zeros(max(size, 1), np.uint8)
         locked = _pinned(whole) if graph.provider == "cuda" else None
         self.pinned = locked is not None
@@ -284,8 +284,8 @@ class _Block:
             self.arrays[name][...] = array
         self._there = ort.OrtValue.ortvalue_from_numpy(self.whole, graph.provider, 0)
 
-    def place(self, name: str) -> dict[str, Any]:
-        """Where a tensor is on the device, in the words of an IO binding."""
+    def binding_of(self, name: str) -> dict[str, Any]:
+        """The arguments that bind a tensor on the device."""
         array = self.arrays[name]
         return {
             "name": name,
@@ -302,8 +302,8 @@ class _Block:
     def fetch(self) -> None:
         self._value.update_inplace(self._there)
 
-    def fetch_around(self) -> None:
-        """The same through an array that is made anew each time."""
+    def fetch_copy(self) -> None:
+        """The same through a new array each time: for builds that cannot copy into ours."""
         np.copyto(self.whole, self._there.numpy())
 
 
@@ -312,7 +312,7 @@ class DeviceBinding:
 
     `inputs` and `outputs` are arrays of the host (page-locked ones where `pinned`), copied by `run`. With `graph_id` of
     1 and more the first run is captured as a CUDA graph and later ones replay it. Capturing runs the graph more than
-    once (onnxruntime issue 32243), so the caller sees to it that a first run moves no state that matters.
+    once (onnxruntime issue 32243), so the caller's first run must not use rows of a session.
     """
 
     def __init__(
@@ -326,13 +326,13 @@ class DeviceBinding:
         """`held` maps an input to (the output written to the same memory, that memory)."""
         self._session = graph.session
         self._io = graph.session.io_binding()
-        self._given, self._said = _Block(graph, inputs), _Block(graph, outputs)
-        self.inputs, self.outputs = self._given.arrays, self._said.arrays
-        self.pinned = self._given.pinned and self._said.pinned
+        self._in, self._out = _TensorBlock(graph, inputs), _TensorBlock(graph, outputs)
+        self.inputs, self.outputs = self._in.arrays, self._out.arrays
+        self.pinned = self._in.pinned and self._out.pinned
         for name in inputs:
-            self._io.bind_input(**self._given.place(name))
+            self._io.bind_input(**self._in.binding_of(name))
         for name in outputs:
-            self._io.bind_output(**self._said.place(name))
+            self._io.bind_output(**self._out.binding_of(name))
         self._held = dict(held)
         for name, (following, tensor) in held.items():
             self._io.bind_ortvalue_input(name, tensor.value)
@@ -340,18 +340,18 @@ class DeviceBinding:
         self._options = ort.RunOptions()
         if graph.provider == "cuda":
             self._options.add_run_config_entry("gpu_graph_id", str(graph_id))
-        self._fetch = self._said.fetch if self._copies_directly() else self._said.fetch_around
+        self._fetch = self._out.fetch if self._copies_directly() else self._out.fetch_copy
 
     def _copies_directly(self) -> bool:
         """Whether outputs can be copied into given host memory; else each fetch makes a new array."""
         try:
-            self._said.fetch()
-        except Exception:  # not every build of onnxruntime knows the way
+            self._out.fetch()
+        except Exception:  # not every build of onnxruntime supports it
             return False
         return True
 
     def run(self) -> None:
-        self._given.send()
+        self._in.send()
         self._session.run_with_iobinding(self._io, self._options)
         self._io.synchronize_outputs()
         self._fetch()

@@ -18,11 +18,6 @@ MAX_AGE_S = 10.0
 """Ages are clipped to this; a stream without any sample yet has this age too."""
 
 
-def clipped_age_s(age_ns: int) -> float:
-    """One age as the graph's input; a negative age means that there was no sample yet."""
-    return MAX_AGE_S if age_ns < 0 else min(age_ns / 1e9, MAX_AGE_S)
-
-
 def rounds(keys: Sequence[Hashable], most: int) -> Iterator[tuple[int, int]]:
     """Split a list of ticks into runs [start, end) in which each session (its key) occurs at most once.
 
@@ -81,8 +76,9 @@ class Columns:
         for i, name in enumerate(self.names):
             if present is not None:
                 present[i] = tick.present[name]
-            if age is not None:
-                age[i] = clipped_age_s(tick.age_ns[name])
+            if age is not None:  # inline: a call for each modality made a step 0.7 us slower
+                age_s = tick.age_ns[name] / 1e9
+                age[i] = age_s if 0 <= age_s < MAX_AGE_S else MAX_AGE_S
 
 
 def _in_order(names: Sequence[str]) -> Callable[[Mapping[str, Any]], Sequence[Any]]:

@@ -26,6 +26,9 @@ from stream_mmrnn.predict.engine import StepEngine, move
 from stream_mmrnn.predict.sharded_engine import ShardedEngine, create
 
 
+pytestmark = pytest.mark.process
+
+
 @pytest.fixture
 def sharded(toy: Path) -> Iterator[ShardedEngine]:
     engine = ShardedEngine(toy, 12, processes=2, batch=4)

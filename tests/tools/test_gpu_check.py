@@ -122,7 +122,7 @@ def test_a_capture_that_moves_a_state_is_found(gru: Path, monkeypatch: pytest.Mo
             self._active[...] = True
         self._binding.run()
 
-    monkeypatch.setattr(DeviceBucket, "idle", on_somebody)
+    monkeypatch.setattr(DeviceBucket, "run_dummy", on_somebody)
     said = checks.capture_moves_nothing("", gru, "cpu", 8, 8)
     assert not said["ok"]
     assert said["moved_by_making"] == 2  # the row's state in both layers
