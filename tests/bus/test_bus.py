@@ -206,7 +206,7 @@ def test_publisher_numbers_and_gaps_are_restored(address: Address) -> None:
     gaps.restore(reader.gaps.snapshot())
     assert gaps.snapshot() == reader.gaps.snapshot()
     counted = set(vars(gaps)) - {"_midway"}  # a setting, not state
-    assert counted == {"_next", "_before", "_ended", "received", "lost"}, "is what came new part of its snapshot?"
+    assert counted == {"_numbers", "_ended", "received", "lost"}, "is a new attribute part of its snapshot?"
     gaps.observe(Envelope("feature/text", "s", 6, 0, 0, 0, b""))
     assert gaps.lost == {"feature/text": 2}
     assert reader.gaps.lost == {}

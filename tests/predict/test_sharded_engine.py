@@ -25,7 +25,6 @@ from stream_mmrnn.core.errors import (
 from stream_mmrnn.predict.engine import StepEngine, move
 from stream_mmrnn.predict.sharded_engine import ShardedEngine, create
 
-
 pytestmark = pytest.mark.process
 
 
