@@ -108,6 +108,7 @@ def test_a_stopped_run_says_what_it_has() -> None:
 linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="there is no /proc here")
 
 
+@pytest.mark.process
 @linux
 def test_our_processes_are_told_from_others() -> None:
     with beside(1):
@@ -123,6 +124,7 @@ def test_our_processes_are_told_from_others() -> None:
     assert strange.other_cpu > 0
 
 
+@pytest.mark.process
 @linux
 def test_the_cpu_time_of_a_child_that_ended_is_its_parents() -> None:
     ours, not_ours = Processes(), Processes([2**22 + 1])
@@ -224,6 +226,7 @@ def test_a_base_is_a_document_or_a_log_that_ends_with_one(tmp_path: Path) -> Non
         report.load(tmp_path / "alone.json", "replay")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "text",
     [
@@ -245,6 +248,7 @@ def test_a_base_that_is_none_is_one_sentence(tmp_path: Path, text: str) -> None:
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures, histogram = Pictures(), Histogram()
     for value_ns in (1_000, 2_000_000, 3_000_000):
@@ -279,6 +283,7 @@ def test_engine_accounts_for_every_message(toy: Path, hot: bool) -> None:
     assert pictures.histograms["latency"].popitem()[1].count == row["predictions"]
 
 
+@pytest.mark.process
 def test_engine_at_the_terminal_compared_with_itself(toy: Path, tmp_path: Path) -> None:
     args = ("bench", "engine", "--model", toy, "--duration", "0.4", "--sessions", "3")
     code, base, err = command(*args)
@@ -293,6 +298,7 @@ def test_engine_at_the_terminal_compared_with_itself(toy: Path, tmp_path: Path) 
     assert all((tmp_path / name).is_file() for name in document["plots"])
 
 
+@pytest.mark.process
 def test_end_to_end_adds_up(model: Path) -> None:
     document, pictures = end_to_end.run(model=str(model), duration_s=1.5, provider="cpu", busy=1)
     assert [r["modalities"] for r in document["rows"]] == ["audio", "all"]
@@ -311,6 +317,7 @@ def test_end_to_end_adds_up(model: Path) -> None:
         assert seen
 
 
+@pytest.mark.process
 def test_replay_is_equal_bit_for_bit(model: Path) -> None:
     document, _ = replay.run(model=str(model), duration_s=1.5, rounds=1, sessions=3)
     one, many = document["rows"]
@@ -327,6 +334,7 @@ def test_a_tick_that_waited_in_vain_is_not_counted_from_the_clock() -> None:
     assert Seen(0, "clock", 80_000_000, took, 7).owed_ns == 80_000_007
 
 
+@pytest.mark.process
 def test_step_measures_all_contenders() -> None:
     document, pictures = step.run(duration_s=1.0, rounds=2, calls=3, sizes=(16,))
     told = {(r["what"], r["contender"]) for r in document["rows"]}
@@ -374,6 +382,7 @@ def test_a_load_that_cannot_be_carried_is_given_up(tmp_path: Path) -> None:
     assert not load.run(5.0, lambda: True, hopeless_ns=200_000_000)
 
 
+@pytest.mark.slow
 def test_sessions_finds_a_capacity(tmp_path: Path) -> None:
     document, pictures = sessions.run(hidden=16, duration_s=0.2, most=8)
     assert set(document["ratios"]) >= {"sessions_per_core_fp32", "sessions_per_core_int8", "loop_over_batched"}
@@ -389,6 +398,7 @@ def test_the_package_does_not_reach_into_tools() -> None:
     assert [p.name for p in package.rglob("*.py") if reaching.search(p.read_text(encoding="utf-8"))] == []
 
 
+@pytest.mark.process
 def test_peers_are_measured_where_they_are_passed_in(tmp_path: Path) -> None:
     class Peer:
         def sample(self, calls: int) -> list[int]:
@@ -417,6 +427,7 @@ def test_peers_are_measured_where_they_are_passed_in(tmp_path: Path) -> None:
     assert document["ratios"]["more"]["value"] == 1.0
 
 
+@pytest.mark.slow
 def test_sessions_has_the_rows_of_servers_where_they_are_passed_in() -> None:
     def servers(path: Path, **_: Any) -> tuple[list[dict[str, Any]], dict[str, report.Ratio]]:
         return [{"what": "servers", "path": path.suffix}], {"compared": report.ratio(2.0)}

@@ -393,6 +393,7 @@ def end(publisher: Publisher, reading: Reading) -> dict[str, Any]:
 BOTH = ("feature/audio", "feature/vision")
 
 
+@pytest.mark.process
 def test_a_reader_that_blocks_gets_everything_in_order(lanes: Address) -> None:
     publisher, reading = Publisher(lanes, 10_000), Reading(lanes, "block", 100, 0.001)
     assert publisher.wait_for_reader("session", 10)
@@ -404,6 +405,7 @@ def test_a_reader_that_blocks_gets_everything_in_order(lanes: Address) -> None:
     publisher.close(0)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("policy", "reason"), [("latest", "superseded"), ("drop_oldest", "oldest")])
 def test_a_slow_viewer_keeps_the_newest_and_counts_the_rest(lanes: Address, policy: Policy, reason: str) -> None:
     publisher, reading = Publisher(lanes, 10_000), Reading(lanes, policy, 20, 0.02)

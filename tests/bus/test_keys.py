@@ -202,6 +202,7 @@ def test_public_addresses_without_keys_do_not_start(tmp_path: Path, text: str, w
     assert words in " ".join(err.split())
 
 
+@pytest.mark.process
 def test_a_session_with_keys(model: Path, tmp_path: Path) -> None:
     """Our own processes connect; a viewer with a key reads; all others are refused and counted in the summary."""
     ours, theirs, stranger = (KeyFolder.new(tmp_path / name) for name in ("ours", "theirs", "stranger"))

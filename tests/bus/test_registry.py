@@ -19,6 +19,8 @@ from stream_mmrnn.bus.registry import Entry, Registration
 from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import FileError, NotRunning, UsageError
 
+pytestmark = pytest.mark.process
+
 ADDRESS = Address("ipc:///x/publish", "ipc:///x/subscribe", "/x", "ipc:///x/bulk", "ipc:///x/view")
 posix = pytest.mark.skipif(os.name != "posix", reason="file rights are those of POSIX")
 

@@ -15,7 +15,10 @@ import pytest
 from stream_mmrnn.bus.socket_dir import private_folder
 from stream_mmrnn.core.errors import ProcessError
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="paths of sockets are capped on POSIX")
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="paths of sockets are capped on POSIX"),
+    pytest.mark.process,
+]
 
 
 @pytest.mark.parametrize("length", [20, 60, 70, 80, 90, 200])

@@ -29,6 +29,8 @@ from stream_mmrnn.core import config, topics, wire
 from stream_mmrnn.core.errors import NotRunning, TimedOut, UsageError
 from stream_mmrnn.core.types import Envelope, HeadSpec, Prediction, Stamps, Tick
 
+pytestmark = pytest.mark.process
+
 MS = 1_000_000
 HEADS = (HeadSpec("next", "classification", 1), HeadSpec("ahead", "activity_projection", 2, ("a", "b"), ((0, 1),) * 2))
 SPEC = {"name": "m", "sha256": "ab" * 32, "tick_ns": 40 * MS, **msgspec.to_builtins({"heads": HEADS, "modalities": ()})}

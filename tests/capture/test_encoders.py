@@ -60,6 +60,7 @@ def jpeg(width: int, height: int, seed: int = 0) -> bytes:
     return cv2.imencode(".jpg", picture)[1].tobytes()
 
 
+@pytest.mark.slow
 def test_every_encoder_has_an_origin_and_a_size() -> None:
     for modality, size in {"vision": 1280, "audio": 81, "text": 256}.items():
         encoder = encoders.create_encoder(modality)
@@ -208,6 +209,7 @@ def test_any_bytes_have_a_size_or_none(data: bytes) -> None:
 # --- text
 
 
+@pytest.mark.slow
 def test_text_is_the_mean_of_wordllamas_vectors(text: TextEncoder) -> None:
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level

@@ -32,6 +32,8 @@ from stream_mmrnn.core.wire import PredictionMessage
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.viewers.lsl_outlet import Outlet
 
+pytestmark = pytest.mark.process
+
 pylsl = pytest.importorskip("pylsl", reason="pylsl (extra lsl) is not installed")
 
 PEER = TESTS / "helpers" / "lsl_peer.py"

@@ -21,7 +21,7 @@ from stream_mmrnn.core.config import MicrophoneSettings
 from stream_mmrnn.core.errors import SourceError
 from stream_mmrnn.core.types import Sample
 
-pytestmark = pytest.mark.devices
+pytestmark = [pytest.mark.devices, pytest.mark.process]
 
 
 @pytest.fixture

@@ -30,6 +30,8 @@ from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.viewers.dashboard.state import LiveState
 from stream_mmrnn.viewers.terminal_view import render
 
+pytestmark = pytest.mark.process
+
 TALK = ("audio", "text", "other_audio", "other_text")
 
 

@@ -104,6 +104,7 @@ def test_the_same_seed_gives_the_same_samples(modality: str, count: int) -> None
     assert any(differs)
 
 
+@pytest.mark.slow
 def test_the_three_modalities_agree() -> None:
     """Sound is loud in turns and silent between, words end where the turns say, and the mouth moves with them."""
     spoken = list(itertools.islice(turns(0), 4))

@@ -14,6 +14,8 @@ import stream_mmrnn
 from stream_mmrnn.cli.app import PANELS, app
 from stream_mmrnn.cli.live import keep_old
 
+pytestmark = pytest.mark.process
+
 COMMAND = [sys.executable, "-m", "stream_mmrnn"]
 
 

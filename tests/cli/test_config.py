@@ -33,6 +33,7 @@ def run(*args: object) -> subprocess.CompletedProcess[str]:
 validator = jsonschema.Draft7Validator(schema())
 
 
+@pytest.mark.process
 def test_the_schema_is_valid_and_so_are_the_defaults() -> None:
     jsonschema.Draft7Validator.check_schema(schema())
     validator.validate(msgspec.to_builtins(config.Settings()))
@@ -63,6 +64,7 @@ _values = (
 )
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_schema_check_and_parse_agree_on_any_values(data: st.DataObject) -> None:
     """Except what the schema cannot express: which settings exclude each other."""
@@ -87,6 +89,7 @@ def test_schema_check_and_parse_agree_on_any_values(data: st.DataObject) -> None
     assert set(said) <= {says for _, says in found} if found else said == [""]
 
 
+@pytest.mark.process
 def test_every_fault_is_one_sentence_with_its_key(tmp_path: Path) -> None:
     file = tmp_path / "s.toml"
     file.write_text("dashbord = 1\n[engine]\nmodle = 'x'\nslots = 0\nprovider = 'tpu'\n[camera]\nwidth = 'wide'\n")
@@ -123,6 +126,7 @@ def test_errors_beyond_the_schema_are_found(tmp_path: Path, text: str, key: str,
     assert words in fault["says"]
 
 
+@pytest.mark.process
 def test_a_valid_file_is_exit_code_0_and_no_toml_is_2(tmp_path: Path) -> None:
     file = tmp_path / "s.toml"
     file.write_text("[engine]\nslots = 2\n")
@@ -134,6 +138,7 @@ def test_a_valid_file_is_exit_code_0_and_no_toml_is_2(tmp_path: Path) -> None:
     assert "is not valid TOML" in done.stderr
 
 
+@pytest.mark.process
 def test_shown_settings_are_in_effect_and_read_back(tmp_path: Path) -> None:
     file = tmp_path / "s.toml"
     file.write_text('[engine]\nslots = 2\n[record]\npath = "a\\\\b \\"c\\" \\u007f é"\n', encoding="utf-8")
@@ -144,6 +149,7 @@ def test_shown_settings_are_in_effect_and_read_back(tmp_path: Path) -> None:
     assert config.parse(tomllib.loads(shown)) == config.load(file)
 
 
+@pytest.mark.slow
 @given(st.text(max_size=20))
 def test_any_text_reads_back(text: str) -> None:
     if any("\ud800" <= c <= "\udfff" for c in text):
@@ -177,6 +183,7 @@ def shell(name: str, *args: str) -> str:
     return done.stdout
 
 
+@pytest.mark.process
 @pytest.mark.usefixtures("command")
 @pytest.mark.parametrize(
     ("words", "expected"),
@@ -220,6 +227,7 @@ def test_zsh_loads_the_script_and_completes() -> None:
     assert "turn_taking" in said
 
 
+@pytest.mark.process
 @pytest.mark.usefixtures("command")
 def test_completion_is_installed_where_the_shell_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -228,6 +236,7 @@ def test_completion_is_installed_where_the_shell_looks(tmp_path: Path, monkeypat
     assert any("_STREAM_MMRNN_COMPLETE" in p.read_text() for p in tmp_path.rglob("*.sh"))
 
 
+@pytest.mark.process
 def test_the_script_is_part_of_the_document() -> None:
     document = json.loads(run("completion", "bash", "--json").stdout)
     assert document["shell"] == "bash"

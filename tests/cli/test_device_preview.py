@@ -18,6 +18,8 @@ from rich.console import Console
 
 from stream_mmrnn.cli.devices import half_blocks, meter
 
+pytestmark = pytest.mark.process
+
 COMMAND = [sys.executable, "-m", "stream_mmrnn", "devices"]
 
 

@@ -20,6 +20,8 @@ from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import StreamError
 from stream_mmrnn.graph import runtime
 
+pytestmark = pytest.mark.process
+
 COMMAND = [sys.executable, "-m", "stream_mmrnn", "doctor"]
 Shadow = Callable[..., None]
 

@@ -66,6 +66,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
 values = st.none() | st.integers() | st.text()
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.text(max_size=8), values | st.dictionaries(st.text(max_size=8), values)))
 def test_any_table_is_settings_or_an_error_of_ours(table: dict[str, object]) -> None:
     with contextlib.suppress(ConfigError):

@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from stream_mmrnn.core import config
 from stream_mmrnn.core.log import JsonLines, Note, at_least, report
 
+pytestmark = pytest.mark.process
+
 _KEYS = {"ts", "level", "node", "event", "fields"}
 
 

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 PROGRAM = """
 import os, signal, sys, time
 from stream_mmrnn.core.signals import ENDING, held, ignore

@@ -52,6 +52,7 @@ def test_garbage_raises_only_wire_errors(frames: list[bytes]) -> None:
         wire.decode(frames)
 
 
+@pytest.mark.slow
 @given(envelopes, st.data())
 def test_a_changed_message_is_read_or_refused(envelope: Envelope, data: st.DataObject) -> None:
     frames = [bytearray(f) for f in wire.encode(envelope)]

@@ -174,6 +174,7 @@ def talk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.process
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", RUNNING, ids=named)
 def test_the_commands_of_a_page_run(page: Path, talk: Path, tmp_path: Path) -> None:
@@ -253,6 +254,7 @@ def check_command(words: list[str]) -> str:
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_each_command_exists(page: Path) -> None:
     for written in commands_of(page):
@@ -338,6 +340,7 @@ ENTRIES = re.findall(r"^### `(.+)`$", (ROOT / "docs" / "troubleshooting.md").rea
 """Error messages; … stands for the part that differs."""
 
 
+@pytest.mark.slow
 def test_the_program_contains_each_message_of_troubleshooting() -> None:
     assert len(ENTRIES) > 20
     assert len(set(ENTRIES)) == len(ENTRIES)
@@ -346,6 +349,7 @@ def test_the_program_contains_each_message_of_troubleshooting() -> None:
         assert any(contains(text, entry.split("…")) for text in texts), f"no such message in the program: {entry}"
 
 
+@pytest.mark.process
 def test_troubleshooting_has_common_messages() -> None:
     for args in (
         ("live", "--model", "nothing"),
@@ -379,6 +383,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.process
 def test_every_page_is_in_the_site(site: Path) -> None:
     for page in docs_site.pages():
         made = re.sub(r"README\.md$", "index.md", page)  # mkdocs does this for folders
@@ -406,6 +411,7 @@ _NEVER_REQUESTED = {
 }
 
 
+@pytest.mark.process
 def test_the_site_names_no_other_host(site: Path) -> None:
     """No script, style, font or picture is from another host; the theme's own optional requests are off."""
     for path in (*site.rglob("*.html"), *site.rglob("*.css"), *site.rglob("*.svg")):
@@ -433,6 +439,7 @@ def browser() -> Iterator[Any]:
         chrome.close()
 
 
+@pytest.mark.process
 def test_a_browser_loads_nothing_from_other_hosts(site: Path, browser: Any) -> None:
     page = browser.new_page()
     requested: list[str] = []
@@ -444,6 +451,7 @@ def test_a_browser_loads_nothing_from_other_hosts(site: Path, browser: Any) -> N
     assert [url for url in requested if not url.startswith(("file:", "data:", "blob:"))] == []
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("start", ["index.html", "guides/study.html"])
 def test_the_search_works_from_a_folder(site: Path, browser: Any, start: str) -> None:
     """Without a server and without flags that allow access to files."""

@@ -25,6 +25,7 @@ def test_every_public_name_can_be_imported() -> None:
     assert set(stream_mmrnn.__all__) < set(dir(stream_mmrnn))
 
 
+@pytest.mark.process
 def test_importing_the_package_imports_nothing_else() -> None:
     code = "import sys; before = set(sys.modules); import stream_mmrnn; print(sorted(set(sys.modules) - before))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
@@ -53,6 +54,7 @@ def test_type_checkers_see_the_names_that_the_program_sees() -> None:
     assert seen == {name: f"stream_mmrnn.{module}" for name, module in stream_mmrnn._HOMES.items()}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "imports",
     [

@@ -16,6 +16,8 @@ import pytest
 from harness import COMMAND
 from places import ROOT
 
+pytestmark = pytest.mark.process
+
 TEXT = (ROOT / "docs" / "use.md").read_text()
 
 

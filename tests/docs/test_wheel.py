@@ -18,6 +18,8 @@ from places import ROOT
 
 from stream_mmrnn.core import config
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -20,6 +20,8 @@ from places import ROOT
 
 from stream_mmrnn.cli.config_effective import faults
 
+pytestmark = pytest.mark.process
+
 PACKAGING = ROOT / "packaging"
 UNIT = (PACKAGING / "stream-mmrnn.service").read_text()
 SETTINGS = "/etc/stream-mmrnn/settings.toml"

@@ -23,6 +23,8 @@ from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.config import SyntheticSettings
 from stream_mmrnn.recording.mcap_file import Recording
 
+pytestmark = pytest.mark.process
+
 virtual_devices: Any = importlib.import_module("tools.virtual_devices")
 
 missing = virtual_devices.missing_programs()

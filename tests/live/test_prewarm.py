@@ -7,6 +7,8 @@ import pytest
 
 from stream_mmrnn.live.prewarm import LEAD_NS, Prewarmer
 
+pytestmark = pytest.mark.process
+
 PERIOD_NS = 40_000_000
 
 

@@ -19,6 +19,8 @@ from harness import COMMAND, Running, check_summary, descendants, recording_grow
 from stream_mmrnn.capture import encoders, sources
 from stream_mmrnn.recording.mcap_file import Recording
 
+pytestmark = pytest.mark.process
+
 
 def test_live_equals_replay(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.mcap"

@@ -33,6 +33,8 @@ from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.predict.pipeline import predict
 from stream_mmrnn.recording.recorder import Recorder
 
+pytestmark = pytest.mark.process
+
 BEGIN, SESSION = 10**15, "bench-0"
 
 

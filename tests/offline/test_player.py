@@ -18,6 +18,8 @@ from stream_mmrnn.core.types import Prediction
 from stream_mmrnn.offline.player import Player
 from stream_mmrnn.offline.replay import replay
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def recording(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -23,6 +23,8 @@ from stream_mmrnn.offline.convert.triton import READY, START, text_of, write
 from stream_mmrnn.predict.columns import MAX_AGE_S
 from stream_mmrnn.predict.contract import contract_of
 
+pytestmark = pytest.mark.process
+
 ZOO = [*sorted(config.models_folder().glob("*/step*.onnx"))]
 _ONNX = {"tensor(float)": "TYPE_FP32", "tensor(bool)": "TYPE_BOOL", "tensor(int64)": "TYPE_INT64"}
 

@@ -25,6 +25,8 @@ from stream_mmrnn.offline.convert.unpack import unpack
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.recording.recorder import Recorder
 
+pytestmark = pytest.mark.process
+
 pq = pytest.importorskip("pyarrow.parquet", reason="pyarrow (extra export) is not installed")
 
 BEGIN = 7_000_000_000_000

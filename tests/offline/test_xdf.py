@@ -27,6 +27,8 @@ from stream_mmrnn.offline.convert import xdf, xdf_file
 from stream_mmrnn.recording import repair
 from stream_mmrnn.recording.mcap_file import Recording
 
+pytestmark = pytest.mark.process
+
 pyxdf = pytest.importorskip("pyxdf", reason="pyxdf (extra lsl) is not installed")
 
 BEGIN_S = 1000.0

@@ -164,6 +164,7 @@ def test_an_unfinished_file_yields_its_chunks(tmp_path: Path) -> None:
     assert recording.end == {}
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_cut_anywhere_loses_only_the_tail(whole: Path, tmp_path: Path, data: st.DataObject) -> None:

@@ -15,6 +15,8 @@ from serving import features_of, running, settings_for, tick
 from stream_mmrnn import Client
 from stream_mmrnn.bus.keys import KeyFolder
 
+pytestmark = pytest.mark.process
+
 OLD = TESTS / "data" / "release_0_1_0"
 RECORDING = OLD / "session.mcap"
 

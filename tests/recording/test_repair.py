@@ -210,6 +210,7 @@ def _end(path: Path) -> dict[str, str]:
     return recording.end
 
 
+@pytest.mark.slow
 @settings(max_examples=120)
 @given(data=st.data())
 def test_damage_costs_only_the_chunks_that_it_hits(

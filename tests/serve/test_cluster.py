@@ -48,6 +48,7 @@ needs_nats = pytest.mark.skipif(not find_server(), reason="there is no nats-serv
 # ---- names and leases ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(st.from_regex(SESSION_NAME), st.from_regex(SESSION_NAME))
 def test_each_session_has_its_own_subject(one: str, other: str) -> None:
     names = Names()

@@ -301,6 +301,7 @@ def test_a_dead_shard_does_not_affect_other_sessions(make: Make, toy: Path) -> N
     assert heads[0] == alone(toy, [tick("dead", 0), tick("dead", 1)])[1]
 
 
+@pytest.mark.slow
 @given(st.lists(st.binary(max_size=200), max_size=8))
 def test_no_bytes_harm_a_host(toy: Path, messages: list[bytes]) -> None:
     host = Host(Sessions(StepEngine(toy, 2), StateStore(_folder(), 10), config.StateSettings()), 4)
@@ -327,6 +328,7 @@ _shapes = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(st.lists(_shapes, max_size=12))
 def test_no_message_harms_a_host(toy: Path, messages: list[dict[str, object]]) -> None:
@@ -642,6 +644,7 @@ def test_a_missing_answer_is_an_error(server: Server) -> None:
 # ---- as a process ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_a_killed_server_comes_back_and_no_tick_is_lost_or_differs(toy: Path, tmp_path: Path) -> None:
     ticks = [tick("s", i) for i in range(90)]
     process, address = start(toy, tmp_path, 0)
@@ -703,6 +706,7 @@ def test_a_server_that_ends_in_order_keeps_every_session(toy: Path, tmp_path: Pa
 PAGE = (ROOT / "docs" / "serve.md").read_text()
 
 
+@pytest.mark.process
 def test_the_page_runs_as_written(tmp_path: Path) -> None:
     command = re.search(r"```sh\n(stream-mmrnn serve .*)\n```", PAGE)
     assert command is not None

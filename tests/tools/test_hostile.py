@@ -120,6 +120,7 @@ def test_a_session_that_closes_at_the_end_of_time_closes_what_there_is() -> None
     assert len(a.push(clock(2**60 + 1))) <= 15_001
 
 
+@pytest.mark.slow
 def test_samples_of_one_tick_are_bounded_and_counted() -> None:
     a = aligner()
     for seq in range(5000):
@@ -153,6 +154,7 @@ def test_one_huge_number_does_not_poison_a_session_for_good(number: float, toy: 
 # ---- what shrinks again ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sessions_opened_and_closed_thousands_of_times_leave_nothing(toy: Path) -> None:
     import gc
     import tracemalloc
@@ -400,6 +402,7 @@ def test_settings_that_no_person_wrote_are_refused(tmp_path: Path, text: str, wo
 # ---- generated ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", PROPERTIES)
 def test_a_decoder_refuses_by_errors_of_ours(decoder: str) -> None:
     PROPERTIES[decoder]()
@@ -411,6 +414,7 @@ def test_the_same_properties_take_bytes_of_a_fuzzer() -> None:
     assert fuzz.main(["fuzz", "nothing"]) == 2
 
 
+@pytest.mark.slow
 def test_the_decoders_tell_what_is_bad_from_what_is_not(tmp_path: Path) -> None:
     """Mutants that nothing refuses, or everything, would prove nothing."""
     for decoder in ("wire", "json", "recordings", "models", "contracts", "settings", "snapshots"):
@@ -422,6 +426,7 @@ def test_the_decoders_tell_what_is_bad_from_what_is_not(tmp_path: Path) -> None:
 # ---- the watch ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_a_crash_a_hang_and_a_foreign_error_are_seen_and_cost_one_case(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "HANG_S", 5.0)  # a child starts in less, on a busy machine, too
     monkeypatch.setattr(watch, "MODULE", "hostile_target")
@@ -431,6 +436,7 @@ def test_a_crash_a_hang_and_a_foreign_error_are_seen_and_cost_one_case(monkeypat
     assert found.refused == 1
 
 
+@pytest.mark.slow
 def test_the_sources_hold_no_way_to_run_bytes(tmp_path: Path) -> None:
     root = ROOT
     assert unsafe_loads((root / "stream_mmrnn", root / "tools")) == []

@@ -10,6 +10,8 @@ from tools.faults.determinism import _Sum
 from tools.faults.soak import _grown
 from tools.soak.run import hour_slope, least, look, medians, step_slope
 
+pytestmark = pytest.mark.process
+
 
 def test_a_steady_growth_is_seen_under_what_comes_and_goes() -> None:
     rng = np.random.default_rng(0)

@@ -64,6 +64,7 @@ def same(a: tuple[Tensor, State], b: tuple[Tensor, State], tolerance: float) -> 
         torch.testing.assert_close(value, b[1][name], atol=tolerance, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("name", NAMES)
 def test_forward_is_a_loop_of_steps(name: str, dtype: torch.dtype, tolerance: float) -> None:
@@ -298,6 +299,7 @@ class _Step(nn.Module):
         return y, *after.values()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_exported_step_is_the_step(name: str, tmp_path: Path) -> None:
     norm = "rms" if name in LINEAR else "layer"

@@ -684,6 +684,7 @@ def test_movie_reviews_refuse(tmp_path: Path) -> None:
     assert "cv003_27.txt is empty" in refused(lambda: polarity.reviews(write(tmp_path / "f", tree)))
 
 
+@pytest.mark.process
 def test_the_loaders_need_no_torch() -> None:
     code = "import sys, stream_mmrnn.training.datasets; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -701,6 +702,7 @@ def test_mnist_as_published(data: Path) -> None:
         assert set(labels.tolist()) == set(range(10))
 
 
+@pytest.mark.slow
 @pytest.mark.shared_data
 def test_fsdd_as_published(data: Path) -> None:
     found = fsdd.load(data / "fsdd.tar.xz")
@@ -731,6 +733,7 @@ def test_hapt_as_published(data: Path) -> None:
     assert windows == [7767, 3162]  # rows of X_train.txt and X_test.txt
 
 
+@pytest.mark.slow
 @pytest.mark.shared_data
 def test_switchboard_as_published(data: Path) -> None:
     corpus = switchboard.Switchboard(data / "switchboard_words.tar.xz")

@@ -94,6 +94,7 @@ PAIRS = [(CELLS[(i + more) % len(CELLS)], kind, False) for i, kind in enumerate(
 PAIRS += [("rg_lru", "memory", True), ("gru", "attention_state", True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cell", "kind", "rare"), PAIRS)
 def test_the_exported_step_computes_what_was_trained(tmp_path: Path, cell: str, kind: str, rare: bool) -> None:
     options: dict[str, object] = {"norm": "rms", "residual": True, "learned_initial": True} if cell == "min_gru" else {}

@@ -89,6 +89,7 @@ def test_the_models_recipes_are_recipes(name: str) -> None:
     msgspec.convert(of.data.options, options)
 
 
+@pytest.mark.process
 def test_the_tasks_need_no_torch() -> None:
     names = ", ".join(f"{tasks.__name__}.{kind}" for kind in tasks.KINDS)
     code = f"import sys, {names}; sys.exit('torch' in sys.modules)"
@@ -159,6 +160,7 @@ def seen(sequences: Sequence[Ticks]) -> set[tuple[int, int]]:
     return {(round(a * 255), round(b * 255)) for a, b in rows[:, :2].tolist()}
 
 
+@pytest.mark.slow
 def test_digits_are_valid_and_reproducible(digits_task: Task, digits_folder: Path) -> None:
     of = recipe("digits", DIGITS)
     fits(digits_task, of)
@@ -183,6 +185,7 @@ def test_digits_are_new_in_every_epoch(digits_task: Task) -> None:
     assert all(t.present[:, 1].all() for t in first)
 
 
+@pytest.mark.slow
 def test_digits_keep_test_and_validation_out_of_training(digits_task: Task) -> None:
     train = {n for s in range(30) for _, n in seen(epoch(digits_task, s))}
     assert train <= set(range(40))
@@ -191,6 +194,7 @@ def test_digits_keep_test_and_validation_out_of_training(digits_task: Task) -> N
     assert {n for _, n in seen(digits_task.test)} <= set(range(200, 220))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("speakers", ["official", "independent"])
 def test_digits_split_the_recordings(digits_folder: Path, speakers: str) -> None:
     found = fsdd.load(digits_folder / "fsdd")
@@ -242,6 +246,7 @@ def test_digits_targets_follow_the_rule(digits_task: Task) -> None:
     assert exact > 5
 
 
+@pytest.mark.slow
 def test_digits_have_all_sets_of_modalities(digits_folder: Path) -> None:
     every = tasks.create(recipe("digits", {**DIGITS, "complete": 1.0, "typos": 0.0}), [digits_folder])
     for ticks in epoch(every):
@@ -258,6 +263,7 @@ def test_digits_have_all_sets_of_modalities(digits_folder: Path) -> None:
     assert list(task.origins) == ["text"]
 
 
+@pytest.mark.slow
 def test_noise_has_the_given_level() -> None:
     of = recipe("digits", DIGITS)
     rng = np.random.default_rng(0)
@@ -559,6 +565,7 @@ def test_polarity_has_one_word_per_tick(polarity_zip: Path) -> None:
     assert task.origins == {"text": TextEncoder().origin}
 
 
+@pytest.mark.slow
 def test_polarity_is_seeded(polarity_zip: Path) -> None:
     a, b = (tasks.create(recipe("polarity"), [polarity_zip]) for _ in range(2))
     assert same(a.test, b.test)
@@ -589,6 +596,7 @@ def data() -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.shared_data
 def test_digits_of_the_real_data(data: Path) -> None:
     of = recipe("digits", {"train": 3, "validation": 2, "test": 2})
@@ -597,6 +605,7 @@ def test_digits_of_the_real_data(data: Path) -> None:
     assert 200 < np.mean([len(t) for t in epoch(task)]) < 500
 
 
+@pytest.mark.slow
 @pytest.mark.shared_data
 def test_activity_of_the_real_data(data: Path) -> None:
     of = recipe("activity")
@@ -610,6 +619,7 @@ def test_activity_of_the_real_data(data: Path) -> None:
     assert tested == hapt.TEST_SUBJECTS
 
 
+@pytest.mark.slow
 @pytest.mark.shared_data
 def test_mnist_and_polarity_of_the_real_data(data: Path) -> None:
     task = tasks.create(recipe("mnist_pixels", {"sequences": 2}), [data])

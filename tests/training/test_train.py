@@ -23,6 +23,8 @@ from stream_mmrnn.training.export import export
 from stream_mmrnn.training.served import evaluate as evaluate_served
 from stream_mmrnn.training.train import Diverged, Trainer, TrainingStopped
 
+pytestmark = pytest.mark.process
+
 NAMES = ("audio", "text")
 
 

@@ -15,6 +15,8 @@ from stream_mmrnn.core.types import Stamps, Tick
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.training import recipe as recipes
 
+pytestmark = pytest.mark.process
+
 MODELS = ROOT / "models"
 PART = {"turn_taking": 30}
 """Test sequences where all of them take minutes: a sample, with the tolerance of one."""

@@ -24,6 +24,8 @@ from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.viewers.foxglove import SHOWN, FoxgloveServer
 
+pytestmark = pytest.mark.process
+
 client = pytest.importorskip("websockets.sync.client", reason="websockets is not installed")
 
 _MESSAGE = struct.Struct("<BIQ")

@@ -27,7 +27,10 @@ from stream_mmrnn.recording.mcap_file import Recording
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[dev]'")
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here: `make test` installs it as root")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here: `make test` installs it as root"),
+    pytest.mark.process,
+]
 PICTURES = ROOT / "test-results" / "page"
 ARGS = [
     "--no-sandbox",

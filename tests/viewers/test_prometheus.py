@@ -133,6 +133,7 @@ _statuses = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @given(
     st.lists(
         st.tuples(
@@ -201,6 +202,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         assert summary["balanced"]
 
 
+@pytest.mark.process
 def test_a_session_has_every_metric(address: str) -> None:
     assert get(address, "/healthz") == b"ok\n"
     assert get(address, "/readyz") == b"ready\n"
@@ -216,6 +218,7 @@ def test_a_session_has_every_metric(address: str) -> None:
     }
 
 
+@pytest.mark.process
 def test_counters_only_grow(address: str) -> None:
     first = read(get(address, "/metrics"))
     time.sleep(1.2)
@@ -232,6 +235,7 @@ _SELECTOR = re.compile(r"(stream_mmrnn_\w+)(?:\{([^}]*)\})?(\[)?")
 _MATCHER = re.compile(r'(\w+)(=|!=)"([^"]*)"')
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("query", QUERIES)
 def test_every_query_of_the_dashboard_uses_existing_metrics(query: str, address: str) -> None:
     samples = read(get(address, "/metrics"))
@@ -256,6 +260,7 @@ def test_every_query_of_the_dashboard_uses_existing_metrics(query: str, address:
         assert ("histogram_quantile" in query) == name.endswith("_bucket")
 
 
+@pytest.mark.process
 def test_promtool_finds_no_problem(address: str) -> None:
     promtool = shutil.which("promtool")
     if promtool is None:
@@ -314,6 +319,7 @@ def wait_for(what: Any, seconds: float) -> Any:
     raise AssertionError(f"it did not happen in {seconds} s")
 
 
+@pytest.mark.process
 def test_prometheus_answers_every_query_of_the_dashboard(prometheus: str) -> None:
     scrapes = "count_over_time(stream_mmrnn_engine_ticks_total[1m]) > 4"
     wait_for(lambda: ask(prometheus, scrapes), 90)
@@ -327,6 +333,7 @@ def test_prometheus_answers_every_query_of_the_dashboard(prometheus: str) -> Non
     assert float(up["value"][1]) == 0
 
 
+@pytest.mark.slow
 def test_the_dashboard_ships_with_the_package() -> None:
     assert len(QUERIES) >= 15
     assert {p["datasource"]["uid"] for p in DASHBOARD["panels"]} == {"${datasource}"}

@@ -25,6 +25,8 @@ from stream_mmrnn.bus import registry as running
 from stream_mmrnn.core.errors import NotRunning
 from stream_mmrnn.viewers.top.processes import ProcessUsage
 
+pytestmark = pytest.mark.process
+
 NAME = f"watched-{os.getpid()}"
 
 

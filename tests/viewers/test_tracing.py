@@ -28,6 +28,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 
 from stream_mmrnn.viewers.tracing import Tracer
 
+pytestmark = pytest.mark.process
+
 
 class Receiver:
     """A collector on loopback; `spans` are those that it received."""

@@ -28,6 +28,8 @@ from stream_mmrnn.predict.engine import check_model
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.viewers.columns import Column, columns
 
+pytestmark = pytest.mark.process
+
 RERUN = Path(sys.executable).parent / "rerun"
 needs_rerun = pytest.mark.skipif(not RERUN.exists(), reason="rerun-sdk (extra rerun) is not installed")
 
