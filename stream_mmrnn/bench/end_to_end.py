@@ -50,7 +50,7 @@ class _Run:
         seen = reader.finish()
         opened_ns = self.session.supervisor.opened_ns
         self.began_ns = opened_ns + warm_ns
-        # what the end of the sources closes was owed to nobody
+        # ticks that the end of the sources closes have no deadline
         self.seen = [s for s in seen if self.began_ns <= s.event_ns <= opened_ns + int(duration_s * 1e9)]
         self.before, self.lost = reader.before, reader.lost
         self.read = len(seen)

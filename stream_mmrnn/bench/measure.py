@@ -146,7 +146,7 @@ def paced(
 
     All contenders get the same arrivals. `before` names what is called about 1 ms ahead of a contender's deadlines
     (to warm it); it is left out where the contender is late already. A stretch begins when the one before it has
-    ended, so that nobody pays for another's backlog. Between deadlines the process sleeps: what a busy wait would
+    ended, so that no contender pays for another's backlog. Between deadlines the process sleeps: what a busy wait would
     measure is another program.
     """
     timings = {name: Timing(name) for name in contenders}

@@ -1,4 +1,4 @@
-"""How a bench's document looks to people: tables in a terminal, wide ones where nobody wraps them.
+"""A benchmark's document as tables in a terminal, without line wrapping when the output is a file.
 
 Knows nothing about what the figures mean.
 """

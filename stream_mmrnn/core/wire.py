@@ -18,7 +18,7 @@ import numpy as np
 
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.errors import WireError
-from stream_mmrnn.core.types import Envelope, Mark, Nanoseconds, Prediction, Stamps, Tick
+from stream_mmrnn.core.types import Envelope, Mark, Nanoseconds, Prediction, Stamps
 
 VERSION = 1
 MAX_PAYLOAD_BYTES = 16 * 2**20
@@ -300,10 +300,6 @@ def tick_index(payload: Any) -> int:
         return _read_tick(payload).tick
     except (msgspec.MsgspecError, TypeError, UnicodeDecodeError, RecursionError) as e:
         raise WireError(f"the payload names no tick: {e}") from e
-
-
-def tick_message(tick: Tick) -> TickMessage:
-    return TickMessage(tick.index, tick.event_ns, tick.present, tick.age_ns, tick.closed)
 
 
 def prediction_message(prediction: Prediction) -> PredictionMessage:

@@ -166,7 +166,7 @@ def test_whoever_ends_nothing_is_missing_and_nothing_differs(
     got += list(process.run(bus[at:]))
     seen: dict[tuple[str, int], tuple[int, bytes]] = {}
     for session, index, seq, said in got:
-        assert seen.setdefault((session, index), (seq, said)) == (seq, said), "said twice, and not the same"
+        assert seen.setdefault((session, index), (seq, said)) == (seq, said), "a republished tick differs"
     assert [(*k, *v) for k, v in sorted(seen.items())] == sorted(expected)
     assert process.aligner.counts == whole.aligner.counts
     assert process.subscriber.gaps.snapshot() == whole.subscriber.gaps.snapshot()

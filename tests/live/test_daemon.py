@@ -82,7 +82,9 @@ def test_what_the_image_runs_is_shell() -> None:
         if name == "RUN":
             assert subprocess.run([shell, "-nc", rest], capture_output=True, timeout=10).returncode == 0, rest
     order = [name for name, _ in instructions()]
-    assert order.index("USER") > max(i for i, name in enumerate(order) if name == "RUN")  # and nobody is root then
+    assert order.index("USER") > max(
+        i for i, name in enumerate(order) if name == "RUN"
+    )  # no step runs as root after it
 
 
 def test_service_and_container_run_the_same(tmp_path: Path) -> None:

@@ -289,7 +289,7 @@ def test_a_signal_ends_it_in_two_seconds_with_the_file_finished(model: Path, tmp
 
 
 @proc_only
-def test_nobody_outlives_a_killed_supervisor(model: Path, tmp_path: Path) -> None:
+def test_no_process_outlives_a_killed_supervisor(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.mcap"
     with closing(session(model, path)) as live:
         live.wait_for(lambda: recording_grows(path, 60_000))
@@ -344,7 +344,7 @@ def test_a_missing_device_is_not_the_end(model: Path, tmp_path: Path) -> None:
     assert summary["streams"]["vision"]["produced"] == 0
     assert summary["streams"]["audio"]["delivered"] > 50
     assert not any(t.present["vision"] for t in ticks_of(path))
-    # and nobody waits for it: but for the first moments ticks close with the sound
+    # the aligner does not wait for it: but for the first moments ticks close with the sound
     closed = [t.closed.by for t in ticks_of(path)][10:]
     assert closed.count("feature/audio") > 0.9 * len(closed)
     verify(path, summary["predictions"])

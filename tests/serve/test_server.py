@@ -130,16 +130,16 @@ def test_each_session_is_as_if_alone(make: Make, toy: Path) -> None:
 
 def test_a_batch_takes_one_tick_of_each_session(make: Make, toy: Path) -> None:
     host = make(queue=8)
-    for name in ("flood", "calm"):
+    for name in ("flood", "steady"):
         say(host, protocol.Open(session=name), name.encode())
     replies_of(host)
     for i in range(10):
         say(host, step_of(tick("flood", i)), b"flood")
-    say(host, step_of(tick("calm", 0)), b"calm")
+    say(host, step_of(tick("steady", 0)), b"steady")
     refused = [r for _, r in replies_of(host)]
     assert [(r.error, r.tick) for r in refused if isinstance(r, protocol.Refused)] == [("overrun", 8), ("overrun", 9)]
     assert host.step(NOW) == 2
-    assert {(session, index) for session, index, _ in bits(replies_of(host))} == {("flood", 0), ("calm", 0)}
+    assert {(session, index) for session, index, _ in bits(replies_of(host))} == {("flood", 0), ("steady", 0)}
     while host.ready:
         host.step(NOW)
     assert [index for _, index, _ in bits(replies_of(host))] == list(range(1, 8))

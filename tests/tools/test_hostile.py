@@ -155,7 +155,7 @@ def test_one_huge_number_does_not_poison_a_session_for_good(number: float, toy: 
 
 
 @pytest.mark.slow
-def test_sessions_opened_and_closed_thousands_of_times_leave_nothing(toy: Path) -> None:
+def test_sessions_opened_and_closed_thousands_of_times_leave_no_state(toy: Path) -> None:
     import gc
     import tracemalloc
 

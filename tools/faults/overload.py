@@ -1,7 +1,7 @@
 """Overload: twice as many sessions as an engine can step; are those it takes served in time, the rest told so?
 
-An open loop: when a tick is due is fixed beforehand, whatever the steps before it did, and so is when somebody asks
-for a session; who is refused asks again when told to. The work is one process's: what is due is stepped at once.
+An open loop: the times of ticks and of requests for a session are fixed beforehand, however long steps take. A refused
+client asks again at the time that it was given. The work is one process's: what is due is stepped at once.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def run(quick: bool, say: Say) -> Iterator[Figure]:
     )
     yield Figure(
         "overload_admitted_p99_ms",
-        f"from the intended time to the prediction, the slowest hundredth over {duration_s:g} s{whole}",
+        f"from the intended time to the prediction, p99 over {duration_s:g} s{whole}",
         crowd.latency.percentile(99) / 1e6,
         "ms",
         TICK_NS / 1e6,
@@ -186,7 +186,7 @@ def run(quick: bool, say: Say) -> Iterator[Figure]:
     )
     yield Figure(
         "overload_refusal_p99_ms",
-        f"until Busy is raised, the slowest hundredth of {crowd.refusal.count}",
+        f"until Busy is raised, p99 of {crowd.refusal.count}",
         crowd.refusal.percentile(99) / 1e6,
         "ms",
         10.0,

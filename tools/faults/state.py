@@ -1,4 +1,4 @@
-"""State: does anything of one session reach another, is any lost, and is who asks in vain told so at once?"""
+"""State: does state leak between sessions or get lost, and are refusals immediate?"""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def _refusals(path: Path, folder: Path, quick: bool) -> Iterator[Figure]:
     served.cancel("asleep", now_ns=now_ns())
     for i in range(SLOTS):
         served.open(f"s{i}", now_ns=now_ns())
-    tick = tick_of(engine.spec, "nobody", 0, 0)
+    tick = tick_of(engine.spec, "unknown", 0, 0)
     asleep = tick_of(engine.spec, "asleep", 0, 0)
     asked: dict[str, tuple[type[SessionError], Callable[[], object]]] = {
         "busy": (Busy, lambda: served.open("more", now_ns=now_ns())),
@@ -164,7 +164,7 @@ def _refusals(path: Path, folder: Path, quick: bool) -> Iterator[Figure]:
         missing = times - took.count
         yield Figure(
             f"state_refusal_{name}_p99_ms",
-            f"until {error.__name__} is raised, the slowest hundredth of {times}"
+            f"until {error.__name__} is raised, p99 of {times}"
             + (f"; {missing} times it was not raised" if missing else ""),
             took.percentile(99) / 1e6 if not missing else float("inf"),
             "ms",

@@ -22,7 +22,7 @@ def _number(value: float) -> str:
 def _where(found: dict[str, Any]) -> str:
     m, other = found["machine"], found["other_cpu"]
     cpu = f"{m['cpu']} ({m['instructions']})" if m["instructions"] else m["cpu"]
-    # processes whose parent was killed on purpose are nobody's, and counted there, too
+    # processes whose parent was killed on purpose have no parent, and are counted there too
     beside = "" if other is None else f"; others, and ours without a parent, used {100 * other:.0f} % of a core"
     return f"{found['when']}, {found['seconds']:.0f} s on {m['cores']} cores of {cpu}, Python {m['python']}{beside}."
 

@@ -44,7 +44,7 @@ def said(topic: str, rng: Random) -> bytes:
     if topic == topics.PREDICTION:
         heads: dict[str, list[float | None]] = {"next": [0.25, None], "other": [1.0]}
         return wire.pack(wire.PredictionMessage(3, at_ns, heads, here, {"audio": 5}, stamps, at_ns, at_ns, "sha"))
-    node = rng.choice(("engine", "recorder", "dashboard", "camera", "nobody"))
+    node = rng.choice(("engine", "recorder", "dashboard", "camera", "unknown"))
     detail = {
         "spec": {"name": "m", "sha256": "0", "provider": "cpu", "heads": [{"name": "next"}], "modalities": ["audio"]},
         "streams": {"vision": {"arrived": 1, "lost": 0, "used": 1, "late_joined": 0}},

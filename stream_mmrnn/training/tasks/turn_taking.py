@@ -233,7 +233,8 @@ def _require(recipe: Recipe) -> None:
             raise ConfigError(f"data.kind `turn_taking` has no modality {name!r} of {m.size} numbers; use {known}")
         if name in _VOICES and m.select != (SPEECH,):
             raise ConfigError(
-                f"data.kind `turn_taking` has for {name!r} only whether somebody speaks: set its select to [{SPEECH}]"
+                f"data.kind `turn_taking` has for {name!r} only whether that person speaks: "
+                f"set its select to [{SPEECH}]"
             )
     if not set(_VOICES) & set(recipe.modalities):
         raise ConfigError(f"data.kind `turn_taking` needs a modality of {' and '.join(_VOICES)}")

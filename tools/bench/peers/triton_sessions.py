@@ -216,7 +216,7 @@ def _backend_command(graph: str, folder: Path, port: int) -> list[str]:
 
 
 def _shared(folder: Path) -> str:
-    """How the server's blocks of shared memory begin: nobody else's begin so."""
+    """How the server's blocks of shared memory begin: no other block begins so."""
     return folder.name
 
 
