@@ -80,8 +80,8 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
         {"text": words.origin},
         f"Sentence polarity v1.0 (Pang and Lee 2005, as nltk_data packs it; CC BY 4.0): {len(found)} sentences of film "
         "reviews in English, half for and half against, labelled by the review they are from. One word per tick, split "
-        f"at spaces as published, each with its WordLlama vector. There is no official split: {len(train)} sentences to "
-        f"train, {len(validation)} for validation and {len(test)} for the test were drawn by seed "
+        f"at spaces as published, each with its WordLlama vector. There is no official split: {len(train)} sentences "
+        f"to train, {len(validation)} for validation and {len(test)} for the test were drawn by seed "
         f"{options.split_seed}, so figures of other splits and of ten folds are near but not the same thing. "
         "Scored at the last word alone.",
     )
