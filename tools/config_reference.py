@@ -68,7 +68,7 @@ def _docs(section: type) -> dict[str, str]:
 
 
 def _number(value: float) -> str:
-    """As it stands in TOML; what nobody would type as a power."""
+    """As it stands in TOML; without an exponent."""
     if value == 2**63 - 1:
         return "2^63 − 1"
     return str(int(value)) if value == int(value) else f"{value:g}"

@@ -1,4 +1,4 @@
-"""A subscriber of predictions in a process of its own: when could somebody read them?
+"""A subscriber of predictions in a process of its own: when are they readable?
 
 It does nothing else, so what it stamps is the way, not its own work. Knows nothing about who predicts.
 """

@@ -29,7 +29,7 @@ def ratio(
     other_cpu: float | None = 0.0,
     why: str = "",
 ) -> Ratio:
-    """One figure and, where it has a bound, whether that holds: null where nobody can say, and `why`.
+    """One figure and, where it has a bound, whether that holds: null where it cannot be judged, and `why`.
 
     `other_cpu` is the share of a core that other processes used meanwhile; `why` explains a value that is None.
     """

@@ -111,7 +111,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="there i
 @linux
 def test_our_processes_are_told_from_others() -> None:
     with beside(1):
-        ours, not_ours = Processes(), Processes([2**22 + 1])  # of the second nobody is
+        ours, not_ours = Processes(), Processes([2**22 + 1])  # no process has the second id
         deadline_s = time.monotonic() + 20
         while not (used := ours.used()).cpu.get("busy") and time.monotonic() < deadline_s:
             time.sleep(0.1)

@@ -113,16 +113,16 @@ def test_a_step_that_moves_others_is_found(gru: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_capture_that_moves_a_state_is_found(gru: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a capture on rows of somebody would do."""
+    """What a capture on the rows of a session would do."""
     assert checks.capture_moves_nothing("", gru, "cpu", 8, 8)["ok"]
 
-    def on_somebody(self: DeviceBucket) -> None:
+    def on_used_rows(self: DeviceBucket) -> None:
         self._slots[...] = 3
         if self._active is not None:
             self._active[...] = True
         self._binding.run()
 
-    monkeypatch.setattr(DeviceBucket, "idle", on_somebody)
+    monkeypatch.setattr(DeviceBucket, "idle", on_used_rows)
     said = checks.capture_moves_nothing("", gru, "cpu", 8, 8)
     assert not said["ok"]
     assert said["moved_by_making"] == 2  # the row's state in both layers

@@ -90,7 +90,7 @@ def test_what_does_not_hold_is_said_with_its_bound() -> None:
     assert "All bounds hold." in held
 
 
-def test_a_figure_that_nobody_could_judge_is_told(tmp_path: Path) -> None:
+def test_a_figure_without_a_verdict_is_listed(tmp_path: Path) -> None:
     work, docs = tmp_path / "work", tmp_path / "docs"
     for run in ("step", "sessions-2"):  # the plots of one run are not those of another
         (work / "plots" / run).mkdir(parents=True)

@@ -33,14 +33,14 @@ NOT_PROMISED = (
         "A key that is removed gets no new connection; one that is open lasts until its owner leaves or the session "
         "ends, since ZeroMQ has no way to cut one peer off."
     ),
-    "A key that may write may publish anything, the end of the session included: give it to nobody but your own.",
+    "A key that may write may publish anything, the end of the session included: give it only to your own people.",
     (
         "The page speaks plain HTTP: beyond loopback its token can be read on the way. Put it behind a proxy with TLS "
         "or an SSH tunnel where the network is not yours."
     ),
     (
         "A recording without raw streams holds no words, pictures or sound, but vectors made from them, from which "
-        "somebody with the encoder may guess what was said; a typed `/label` is kept as it is."
+        "a person with the encoder may guess what was said; a typed `/label` is kept as it is."
     ),
 )
 _SENTENCE = "the heron waits beside quicksilver marshes until Wednesday"

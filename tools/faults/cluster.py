@@ -182,7 +182,7 @@ def _figures(name: str, what: str, members: list[Member], engine: StepEngine) ->
 
 
 def _right(name: str, what: str, missing: int, differing: int, doubled: int) -> Iterator[Figure]:
-    """Nothing is missing, nothing is another one's, nothing is said twice."""
+    """Nothing is missing, nothing is another one's, nothing is published twice."""
     yield Figure(f"cluster_{name}_missing_ticks", what, missing, "ticks", 0, "==")
     what = "of these: answers that are not the bits of the session alone"
     yield Figure(f"cluster_{name}_differing_answers", what, differing, "answers", 0, "==")

@@ -170,7 +170,7 @@ def run(quick: bool, say: Say) -> Iterator[Figure]:
     )
     yield Figure(
         "overload_admitted_p99_ms",
-        f"from the intended time to the prediction, the slowest hundredth over {duration_s:g} s{whole}",
+        f"from the intended time to the prediction, p99 over {duration_s:g} s{whole}",
         crowd.latency.percentile(99) / 1e6,
         "ms",
         TICK_NS / 1e6,
@@ -186,7 +186,7 @@ def run(quick: bool, say: Say) -> Iterator[Figure]:
     )
     yield Figure(
         "overload_refusal_p99_ms",
-        f"until Busy is raised, the slowest hundredth of {crowd.refusal.count}",
+        f"until Busy is raised, p99 of {crowd.refusal.count}",
         crowd.refusal.percentile(99) / 1e6,
         "ms",
         10.0,

@@ -555,7 +555,7 @@ def _on_a_bus(bus: Bus, folder: Path, quick: bool, say: Say) -> Iterator[Figure]
         yield Figure(f"recorder_{case}_unbalanced_streams", what, d.off + d.early_off, "streams", 0, "==")
         what = "of it: messages that were dropped and counted (some must be, or nothing was tried)"
         yield Figure(f"recorder_{case}_dropped_messages", what, d.dropped, "messages", 1, ">=")
-        what = "of it: messages that the bus could not deliver, because nobody read"
+        what = "of it: messages that the bus could not deliver, because no reader took them"
         yield Figure(f"recorder_{case}_undelivered_messages", what, d.lost, "messages", 0, "==")
         what = "of it: whether the recorder's status says so in a sentence"
         yield Figure(f"recorder_{case}_said", what, int(d.said), "", 1, "==")

@@ -1,7 +1,7 @@
 """Engines killed in the middle of live sessions, and sessions moved between engines and shards.
 
 The session is a real one of synthetic sources with the default model: the supervisor and its processes, a recording,
-and a kill at seeded moments. What it is compared with is a replay of its recording, which nobody interrupted.
+and a kill at seeded moments. What it is compared with is an uninterrupted replay of its recording.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _killed(quick: bool, say: Say) -> Iterator[Figure]:
     yield Figure("resume_missing_ticks", f"{kind}: ticks that no prediction was made for", missing, "ticks", 0, "==")
     what = f"{kind}: predictions other than an uninterrupted run's"
     yield Figure("resume_different_predictions", what, different, "predictions", 0, "==")
-    what = f"{kind}: of {again} ticks said twice, those that are in the recording twice"
+    what = f"{kind}: of {again} republished ticks, those that are in the recording twice"
     yield Figure("resume_repeats_left", what, left, "ticks", 0, "==")
     yield Figure("resume_unbalanced_runs", f"{kind}: sessions whose losses do not add up", unbalanced, "", 0, "==")
 

@@ -1,7 +1,7 @@
-"""A hypothesis state machine of sessions that come, go, fall asleep, are killed and come back.
+"""A hypothesis state machine of sessions that come, go, are evicted when idle, are killed and come back.
 
 After every action what `Sessions` says is compared with a model of what it must say; at the end every history of every
-session is stepped alone, by an engine of one slot that has seen nobody else, and each number of it must be the same
+session is stepped alone, by an engine of one slot that has seen no other, and each number of it must be the same
 bits. Knows nothing about how many actions are asked for, nor what is made of the counts.
 """
 
@@ -328,7 +328,7 @@ def machine(make: Callable[[], Engine], path: Path, found: Found, kill_one_in: i
             engine.stop()
             for name, life in self.live.items():
                 if life.kept is None:
-                    self.ended.append(life)  # its client is told that nobody knows it
+                    self.ended.append(life)  # its client is told that the session is unknown
                 else:
                     self.gone[name] = life
             self.live.clear()
@@ -380,7 +380,7 @@ def machine(make: Callable[[], Engine], path: Path, found: Found, kill_one_in: i
             for name in list(self.live):
                 self.sessions.close(name, now_ns=self.now_ns)
             if len(held["engine"]):
-                found.wrong.append("slots are taken, and nobody is in them")
+                found.wrong.append("slots are taken without a session in them")
             shutil.rmtree(self.folder)
 
         def compare(self, life: Life) -> None:

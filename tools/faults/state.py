@@ -1,4 +1,4 @@
-"""State: does anything of one session reach another, is any lost, and is who asks in vain told so at once?"""
+"""State: is every session isolated, is no state lost, and is a refused request answered at once?"""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def _refusals(path: Path, folder: Path, quick: bool) -> Iterator[Figure]:
         missing = times - took.count
         yield Figure(
             f"state_refusal_{name}_p99_ms",
-            f"until {error.__name__} is raised, the slowest hundredth of {times}"
+            f"until {error.__name__} is raised, p99 of {times}"
             + (f"; {missing} times it was not raised" if missing else ""),
             took.percentile(99) / 1e6 if not missing else float("inf"),
             "ms",

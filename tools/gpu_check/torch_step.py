@@ -41,7 +41,7 @@ class TorchTensor:
 
 
 class TorchRows:
-    """Rows of the two layers of `models.gru_step(hidden)`; one more than the slots takes what belongs to nobody."""
+    """Rows of the two layers of `models.gru_step(hidden)`; one extra row takes the unused rows of a batch."""
 
     def __init__(self, hidden: int, slots: int, batch: int, device: str = "cuda") -> None:
         import torch
@@ -95,7 +95,7 @@ class TorchBucket:
         return tensor.pin_memory() if self._cuda else tensor
 
     def _capture(self) -> None:
-        """On rows of nobody, as no state may move."""
+        """On the unused row, so that no session state changes."""
         import torch
 
         self._there["slots"].fill_(self._rows.scratch)

@@ -47,7 +47,7 @@ def queue(engine: Engine, sessions: int, seconds: float, seed: int) -> Floats:
 
 
 def most_sessions(engine: Engine, seed: int, share: float = 1.0) -> int:
-    """The most sessions whose slowest hundredth is back within a share of the tick."""
+    """The most sessions whose p99 is within a share of the tick."""
     low, high = 1, max(int(TICK_S / engine.tick_s), 2)
     while low < high:
         middle = (low + high + 1) // 2

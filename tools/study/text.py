@@ -418,7 +418,7 @@ _SOURCES = (
             "audio alone 79 %, with facial expression, head and gaze 84 % (O'Connor Russell and Harte 2025,"
             " arXiv:2505.21043)"
         ),
-        "video meetings, with prosody and sight; ours hears whether somebody speaks, and reads words",
+        "video meetings, with prosody and sight; ours detects speech and reads words",
     ),
     (
         "`min_gru`'s training speed",
