@@ -16,6 +16,8 @@ from stream_mmrnn.core.types import Stamps, Tick
 from stream_mmrnn.predict.engine import StepEngine
 from tools.bench import asked, servers
 
+pytestmark = pytest.mark.process
+
 FAKE = """
 import json, os, sys, time
 from pathlib import Path

@@ -8,6 +8,8 @@ import pytest
 
 from tools.bench import contenders, train, transport
 
+pytestmark = pytest.mark.process
+
 
 def test_transport_measures_ours_and_others_in_turn(model: Path) -> None:
     document, _ = transport.run(duration_s=0.1, sizes=["2kb"], model=str(model))

@@ -11,6 +11,8 @@ from tools.faults.__main__ import SUBJECTS, keep, kept, line, subject
 from tools.faults.promise import Figure
 from tools.faults.text import page
 
+pytestmark = pytest.mark.process
+
 READY = tuple(name for name in SUBJECTS if __import__("importlib").util.find_spec(f"tools.faults.{name}"))
 
 

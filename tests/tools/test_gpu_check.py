@@ -34,6 +34,7 @@ def document(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, 
     return code, json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+@pytest.mark.process
 def test_all_of_it_runs_on_the_cpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     page = tmp_path / "docs" / "gpu.md"
     code, said = document(capsys, "--out", str(page))
@@ -54,6 +55,7 @@ def test_all_of_it_runs_on_the_cpu(capsys: pytest.CaptureFixture[str], tmp_path:
         assert f"## {part}" in text
 
 
+@pytest.mark.process
 def test_without_rich_it_says_the_same_as_markdown(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -63,6 +65,7 @@ def test_without_rich_it_says_the_same_as_markdown(
     assert "## Cold start" in capsys.readouterr().out
 
 
+@pytest.mark.process
 def test_wrong_numbers_are_found(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     right = DeviceBucket.run
 
@@ -179,6 +182,7 @@ def test_the_search_finds_the_largest_that_fits(monkeypatch: pytest.MonkeyPatch)
     assert nothing["p99_ms"] is None
 
 
+@pytest.mark.process
 def test_a_cold_start_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(ProcessError, match="cannot be read"):
         speed.cold_start(tmp_path / "none.onnx", "cpu", 4)

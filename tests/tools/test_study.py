@@ -145,6 +145,7 @@ def test_a_run_is_made_and_again_the_same() -> None:
     assert ratio[40] < 1e-4
 
 
+@pytest.mark.process
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     places = ["--data", str(tmp_path), "--work", str(tmp_path / "work"), "--docs", str(tmp_path / "docs")]
     assert main([*places, "--list"]) == 0
