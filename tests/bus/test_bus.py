@@ -419,6 +419,7 @@ def test_a_slow_viewer_keeps_the_newest_and_counts_the_rest(lanes: Address, poli
     publisher.close(0)
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs SIGSTOP")
 @pytest.mark.parametrize("policy", ["latest", "drop_oldest"])
 def test_a_stopped_viewer_slows_no_other_reader_and_resumes_at_the_newest(lanes: Address, policy: Policy) -> None:

@@ -159,6 +159,7 @@ def cli(*args: object) -> tuple[int, dict[str, Any], str]:
     return done.returncode, json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}, done.stderr
 
 
+@pytest.mark.process
 def test_the_commands(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     code, made, _ = cli("keys", "new", path, "--json")
@@ -182,6 +183,7 @@ def test_the_commands(tmp_path: Path) -> None:
     assert "there is no folder of keys" in err
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("text", "words"),
     [

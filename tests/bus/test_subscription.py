@@ -163,7 +163,7 @@ class Bus:
         """Publish predictions until the reader receives one; returns it."""
         self.engine.wait_for_reader("prediction", 10)
         for _ in range(200):
-            self.say()
+            self.report()
             self.predict(1)
             if found := subscription.receive(0.05):
                 return found

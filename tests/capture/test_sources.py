@@ -27,10 +27,14 @@ from stream_mmrnn.capture.sources.synthetic import Synthetic
 from stream_mmrnn.capture.sources.talker import turns
 from stream_mmrnn.capture.sources.text import create as create_text
 from stream_mmrnn.core.clock import now_ns
-from stream_mmrnn.core.config import CameraSettings, Settings, Sources
-from stream_mmrnn.core.config import Microphone as MicrophoneSettings
-from stream_mmrnn.core.config import Synthetic as SyntheticSettings
-from stream_mmrnn.core.config import Text as TextSettings
+from stream_mmrnn.core.config import (
+    CameraSettings,
+    MicrophoneSettings,
+    Settings,
+    SourcesSettings,
+    SyntheticSettings,
+    TextSettings,
+)
 from stream_mmrnn.core.errors import FileError, SourceError, SourceSpecError
 from stream_mmrnn.core.types import Sample
 
@@ -648,10 +652,10 @@ def test_names_that_are_wrong(spec: str, modality: str) -> None:
 def test_text_and_other_text_cannot_share_a_source() -> None:
     for spec in ("stdin", "tcp:5555", "pipe:p"):
         with pytest.raises(SourceSpecError, match=f"text and other_text cannot both be '{spec}'"):
-            sources.check_all(Sources(text=spec, other_text=spec))
+            sources.check_all(SourcesSettings(text=spec, other_text=spec))
     for spec in ("synthetic", "none", "tcp:0"):
-        sources.check_all(Sources(text=spec, other_text=spec))
-    sources.check_all(Sources(text="none", other_text="stdin"))
+        sources.check_all(SourcesSettings(text=spec, other_text=spec))
+    sources.check_all(SourcesSettings(text="none", other_text="stdin"))
 
 
 def test_devices_have_one_person_and_the_synthetic_source_has_two() -> None:

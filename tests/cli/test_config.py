@@ -48,7 +48,8 @@ def test_the_schema_holds_every_setting_with_its_default_and_its_docstring() -> 
         assert {k: p["default"] for k, p in part["properties"].items()} == values
     properties = schema()["properties"]
     assert (
-        properties["engine"]["properties"]["model"]["description"] == "A name in the zoo, or the path of an ONNX file."
+        properties["engine"]["properties"]["model"]["description"]
+        == "The name of an included model, or the path of an ONNX file."
     )
     assert properties["synthetic"]["description"].startswith("The seeded source that needs no hardware")
     assert properties["session"]["properties"]["name"]["pattern"].startswith("^")

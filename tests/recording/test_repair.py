@@ -438,6 +438,7 @@ def run(*args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*COMMAND, *map(str, args)], capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.process
 def test_the_commands(whole: Path, tmp_path: Path) -> None:
     cut, out = tmp_path / "cut.mcap", tmp_path / "out.mcap"
     cut.write_bytes(whole.read_bytes()[: extents(whole)[3][1]])

@@ -383,6 +383,7 @@ async def drive(session: AsyncServedSession, ticks: list[Tick]) -> list[bytes]:
 
 
 @needs_nats
+@pytest.mark.process
 def test_a_client_of_a_cluster_has_what_a_client_of_a_server_has(cluster: Cluster, toy: Path) -> None:
     async def main() -> None:
         async with running(cluster, toy, slots=3) as node, ClusterClient(cluster.url, prefix=cluster.prefix) as client:
@@ -418,6 +419,7 @@ def test_a_client_of_a_cluster_has_what_a_client_of_a_server_has(cluster: Cluste
 
 
 @needs_nats
+@pytest.mark.process
 def test_sessions_continue_when_every_engine_is_replaced(cluster: Cluster, toy: Path) -> None:
     async def main() -> None:
         ticks = [tick("s", i) for i in range(15)]
@@ -438,6 +440,7 @@ def test_sessions_continue_when_every_engine_is_replaced(cluster: Cluster, toy: 
 
 
 @needs_nats
+@pytest.mark.process
 def test_the_server_rejects_writes_of_a_former_owner(cluster: Cluster) -> None:
     async def main() -> None:
         connections = [await connect(cluster.url) for _ in range(2)]
@@ -478,6 +481,7 @@ def test_the_server_rejects_writes_of_a_former_owner(cluster: Cluster) -> None:
 
 
 @needs_nats
+@pytest.mark.process
 def test_messages_read_before_a_partition_was_lost_are_not_stepped_after(cluster: Cluster, toy: Path) -> None:
     async def main() -> None:
         async with running(cluster, toy) as node, ClusterClient(cluster.url, prefix=cluster.prefix) as client:
@@ -498,6 +502,7 @@ def test_messages_read_before_a_partition_was_lost_are_not_stepped_after(cluster
 
 
 @needs_nats
+@pytest.mark.process
 def test_an_engine_of_another_model_does_not_join(cluster: Cluster, toy: Path, model: Path) -> None:
     async def main() -> None:
         async with running(cluster, toy):
@@ -518,6 +523,7 @@ def test_a_missing_nats_server_is_an_error_within_the_timeout() -> None:
 
 
 @needs_nats
+@pytest.mark.process
 def test_a_cluster_without_engines_is_an_error(cluster: Cluster) -> None:
     async def main() -> None:
         with pytest.raises(NotRunning, match="no engine has served a cluster"):
@@ -528,6 +534,7 @@ def test_a_cluster_without_engines_is_an_error(cluster: Cluster) -> None:
 
 
 @needs_nats
+@pytest.mark.process
 def test_garbage_in_the_log_is_counted_and_does_no_harm(cluster: Cluster, toy: Path) -> None:
     async def main() -> None:
         async with running(cluster, toy) as node, ClusterClient(cluster.url, prefix=cluster.prefix) as client:
