@@ -16,11 +16,11 @@ StreamError                 the root: one sentence that says what, what was expe
 ├── NotRunning              no such session is running, or its bus does not answer
 ├── TimedOut                no message within the timeout
 └── SessionError            a session's request cannot be fulfilled
-├── Busy                no free slot, or no capacity; says when to retry: exit code 4
-├── UnknownSession      it is not open, and has no saved state
-├── DuplicateSession    it is open already
-├── Evicted             it is not open, but its state is saved: resume it with its token
-└── BadTick             features that do not fit the model: not stepped, so the state is unchanged
+    ├── Busy                no free slot, or no capacity; says when to retry: exit code 4
+    ├── UnknownSession      it is not open, and has no saved state
+    ├── DuplicateSession    it is open already
+    ├── Evicted             it is not open, but its state is saved: resume it with its token
+    └── BadTick             features that do not fit the model: not stepped, so the state is unchanged
 """
 
 from __future__ import annotations

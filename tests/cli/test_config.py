@@ -51,7 +51,7 @@ def test_the_schema_holds_every_setting_with_its_default_and_its_docstring() -> 
         properties["engine"]["properties"]["model"]["description"]
         == "The name of an included model, or the path of an ONNX file."
     )
-    assert properties["synthetic"]["description"].startswith("The seeded source that needs no hardware")
+    assert properties["synthetic"]["description"].startswith("A seeded source without hardware")
     assert properties["session"]["properties"]["name"]["pattern"].startswith("^")
 
 

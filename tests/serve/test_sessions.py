@@ -389,10 +389,10 @@ def test_the_error_tree_in_the_docstring_is_complete() -> None:
     drawn: dict[str, str] = {}
     above: list[str] = []
     for line in (errors.__doc__ or "").splitlines()[2:]:
-        if not line.startswith("    ") or not line.strip():
+        if not line.strip():
             continue
         stripped = line.lstrip(" │├└─")
-        depth = (len(line) - len(stripped) - 4) // 4
+        depth = (len(line) - len(stripped)) // 4
         name = stripped.split()[0]
         above[depth:] = [name]
         drawn[name] = above[depth - 1] if depth else "Exception"
