@@ -1,15 +1,11 @@
 from __future__ import annotations
 
 import multiprocessing.process
-import os
 import sys
 import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
-
-# before numpy and torch are imported: xdist workers share the cores, and a thread pool in each would fight for them
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import toy_model
