@@ -22,11 +22,11 @@ from stream_mmrnn.live import nodes
 _QUIET = "ignore::UserWarning:multiprocessing.resource_tracker"
 """A process that is killed cleans nothing up; the resource tracker does, and need not warn about it."""
 _PRELOAD = [
-    *(f"stream_mmrnn.live.nodes.{name}" for name in ("worker", "engine", "recorder", "infrastructure", "viewers")),
+    *(f"stream_mmrnn.live.nodes.{name}" for name in ("worker", "engine", "infrastructure", "viewers")),
     "stream_mmrnn.predict.engine",
     "stream_mmrnn.predict.pipeline",
 ]
-"""What the fork server imports once, so that no process has to."""
+"""What the fork server imports once, so that the processes need not. Not the recorder: MCAP would delay all others."""
 
 
 def process_context() -> BaseContext:
