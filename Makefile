@@ -1,5 +1,8 @@
 # On a fresh machine `make demo` and `make test` install what they need. CONTRIBUTING.md says which target is for what.
 
+# Else each program that a test starts would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 QUICK = not process and not slow and not devices
 
 .PHONY: demo test quick coverage faults docs lint format clean

@@ -95,6 +95,8 @@ class ManagedProcess:
         self.started_ns = 0
         self.reported = ""
         """The reason of its status that was shown to a person last."""
+        self.away = False
+        """It is a source that was lost, with its device or by its death, and has not been open since."""
 
     @property
     def running(self) -> bool:

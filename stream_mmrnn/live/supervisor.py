@@ -169,11 +169,12 @@ class Supervisor:
         """The messages that come, until none came for `timeout_ms`; remembers the statuses."""
         assert self._monitor is not None
         while (envelope := self._monitor.receive(timeout_ms)) is not None:
-            self._observe(envelope)
+            self.observe(envelope)
             yield envelope
             timeout_ms = 0
 
-    def _observe(self, envelope: Envelope) -> None:
+    def observe(self, envelope: Envelope) -> None:
+        """What a message says of the processes: remembered, and said aloud where a person should know."""
         if envelope.topic == topics.PREDICTION and not self.first_prediction_ns:
             self.first_prediction_ns = envelope.publish_ns
         if not envelope.topic.startswith(topics.STATUS):
@@ -186,6 +187,9 @@ class Supervisor:
         if node is None or (node.process is not None and message.pid != node.process.pid):
             return
         before, node.status = node.status, message
+        was_away = node.away
+        if node.is_source and message.state in ("missing", "open"):
+            node.away = message.state == "missing"
         if not message.reason:
             node.reported = ""
         if message.reason not in ("", node.reported) and message.state != "closed":
@@ -194,12 +198,7 @@ class Supervisor:
                 node.reported = message.reason
                 text = f"{node.name}: {message.reason}"
                 self._say(Note(text, node.name, "status", "warning", state=message.state))
-        elif (
-            before is not None
-            and before.state == "missing"
-            and message.state == "open"
-            and self._rate_limiter(f"{node.name} back", self._now_ns())
-        ):
+        elif was_away and message.state == "open" and self._rate_limiter(f"{node.name} back", self._now_ns()):
             self._say(Note(f"{node.name}: is back", node.name, "back"))
         if node.is_source:
             self._expect()
@@ -257,6 +256,7 @@ class Supervisor:
                 node.published_before += counts.get("published", 0)
                 node.stale_before = {k: n + counts.get(k, 0) for k, n in node.stale_before.items()}
             node.status = None
+            node.away = node.is_source
             if self._too_often(node, at_ns):
                 self._give_up(node, death)
                 continue

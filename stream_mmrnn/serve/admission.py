@@ -34,6 +34,14 @@ class Cost(NamedTuple):
         """Latency from a tick's due time to its prediction, with so many sessions."""
         return 2 * self.call_ns + sessions * self.tick_ns + self.jitter_ns
 
+    def sessions(self, bound_ns: float) -> int:
+        """The most sessions whose latency is within a bound; for costs with `tick_ns` above 0."""
+        most = int(max(bound_ns - self.p99_ns(0), 0) / self.tick_ns)
+        # a quotient is rounded otherwise than a product
+        if self.p99_ns(most) > bound_ns:
+            return max(most - 1, 0)
+        return most + (self.p99_ns(most + 1) <= bound_ns)
+
 
 def _line(counts: np.ndarray, took_ns: np.ndarray) -> tuple[float, float]:
     """Least squares, with both parts at least 0; where counts hardly differ, all of the time is put on ticks."""
@@ -92,5 +100,4 @@ class Admission:
 
     def capacity(self) -> int | None:
         """The most sessions that can be served in time; None while there is no estimate."""
-        most = [int((self.bound_ns - cost.p99_ns(0)) / cost.tick_ns) for cost in self._costs() if cost.tick_ns]
-        return max(min(most), 0) if most else None
+        return min((cost.sessions(self.bound_ns) for cost in self._costs() if cost.tick_ns), default=None)

@@ -161,6 +161,7 @@ def test_faults_are_the_configured_ones() -> None:
         assert whole[s.event_ns] == s.data
 
 
+@pytest.mark.slow
 def test_late_delivery_keeps_order_and_event_times() -> None:
     source = Synthetic("audio", SyntheticSettings(jitter_ms=20))
     epoch = now_ns()
@@ -523,6 +524,7 @@ def mjpeg() -> Iterator[Any]:
         yield camera
 
 
+@pytest.mark.slow
 def test_a_camera_on_loopback_gives_every_frame_in_time(mjpeg: Any) -> None:
     with closing(Camera(mjpeg.url, CameraSettings())) as camera:
         camera.open()
@@ -555,6 +557,7 @@ def test_a_camera_that_is_unplugged_is_lost_and_found(mjpeg: Any) -> None:
         assert list(camera.samples(lambda: False, 0)) == []
 
 
+@pytest.mark.slow
 def test_a_camera_may_be_a_file(movie: Path) -> None:
     with closing(Camera(str(movie), CameraSettings())) as camera:
         camera.open()
@@ -571,6 +574,7 @@ def test_a_camera_that_is_not_there(device: str, capfd: pytest.CaptureFixture[st
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_a_device_that_accepts_and_sends_nothing_does_not_hang() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         began = time.monotonic()

@@ -121,6 +121,7 @@ def bus(toy: Path) -> Bus:
     return Bus(msgspec.structs.replace(e, publish_ns=BEGIN + i) for i, e in enumerate(found))
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(deaths=st.lists(st.floats(0.01, 0.99), max_size=4), every=st.integers(1, 40), lose=st.integers(0, 5))
 @example(deaths=[0.9375, 0.9375, 0.9375], every=1, lose=0)  # after one session has ended, before the others have

@@ -64,6 +64,7 @@ def test_its_contract_is_the_runtimes() -> None:
     assert PATH.stat().st_size < 4_000_000
 
 
+@pytest.mark.slow
 def test_it_was_trained_with_the_encoders_that_serve_it() -> None:
     for modality in StepEngine(PATH).spec.modalities:
         if modality.name == "vision":
@@ -183,6 +184,7 @@ def dialogue() -> tuple[list[Tick], np.ndarray, np.ndarray]:
     return made, speech[0], speech[1]
 
 
+@pytest.mark.slow
 def test_voices_through_the_encoders_are_heard_for_what_they_are() -> None:
     """Trained on word times alone, it must make sense of what the detector says of real sound."""
     made, self_speech, other_speech = dialogue()

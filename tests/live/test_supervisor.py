@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from stream_mmrnn.core import config, topics, wire
 from stream_mmrnn.core.processes import worker
+from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.live.managed_process import ManagedProcess
 from stream_mmrnn.live.supervisor import Supervisor
 
@@ -77,6 +78,10 @@ class World:
         self.node(name).process.exitcode = code  # type: ignore[union-attr, misc]
         self.it.check()
 
+    def tell(self, topic: str, status: wire.StatusMessage) -> None:
+        """A status that comes over the bus."""
+        self.it.observe(Envelope(topic, "live", 0, self.now_ns, self.now_ns, self.now_ns, wire.pack(status)))
+
     def node(self, name: str) -> ManagedProcess:
         return next(n for n in self.it.nodes if n.name == name)
 
@@ -127,6 +132,25 @@ def test_a_dead_worker_is_restarting_and_not_waited_for(world: Any) -> None:
     assert status.reason == "was killed by SIGKILL"
     assert w.publisher.sent[-1][1].streams == ("audio",)
     w.back("camera")
+
+
+def test_a_source_is_back_after_its_death_and_after_its_device_was_away(world: Any) -> None:
+    w = world()
+
+    def tell(state: Any) -> list[str]:
+        status = wire.StatusMessage("camera", state, reason="unplugged" if state == "missing" else "", pid=Process.pid)
+        before = len(w.said)
+        w.tell("status/camera", status)
+        w.now_ns += 20 * S
+        return w.said[before:]
+
+    assert tell("open") == []
+    w.die("camera")
+    w.back("camera")
+    assert tell("open") == ["camera: is back"]
+    assert tell("open") == []
+    assert tell("missing") == ["camera: unplugged"]
+    assert tell("open") == ["camera: is back"]
 
 
 def test_one_that_dies_once_too_often_is_given_up_and_the_session_goes_on(world: Any) -> None:

@@ -205,6 +205,7 @@ def conversations(draw: st.DrawFn) -> tuple[list[tuple[int, Envelope]], int]:
     return arriving, end
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(conversations(), st.randoms(use_true_random=False))
 def test_any_arrival_order_within_lateness_gives_the_same_ticks(
@@ -235,6 +236,7 @@ def test_any_arrival_order_within_lateness_gives_the_same_ticks(
     assert ticks_of(shuffled) == reference
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(
     st.lists(
@@ -291,6 +293,7 @@ class Thorough(Aligner):
         return ticks + (self._advance(session, envelope) if due else [])
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(st.integers(0, 2**32))
 def test_the_cached_condition_changes_no_tick(seed: int) -> None:
@@ -347,6 +350,7 @@ def resumed(a: Aligner, specs: tuple[ModalitySpec, ...], lateness_ns: Mapping[st
     return b
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(st.integers(0, 2**32), st.sets(st.integers(0, 250), max_size=6))
 def test_restoring_a_snapshot_changes_no_tick(seed: int, cuts: set[int]) -> None:

@@ -78,6 +78,7 @@ def ten_minutes() -> FloatArray:
     return np.tile(piece, -(-16000 * 600 // len(piece)))[: 16000 * 600]
 
 
+@pytest.mark.slow
 def test_silero_equals_its_package_over_ten_minutes() -> None:
     silero_vad = pytest.importorskip("silero_vad", reason="the package silero-vad is not installed")
     torch = pytest.importorskip("torch", reason="silero's wrapper wants torch")

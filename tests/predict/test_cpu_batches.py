@@ -71,6 +71,7 @@ def test_a_graph_with_its_arena_equals_the_host_rows(name: str, scatter: Scatter
     assert a.shapes == b.shapes
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 19), min_size=1, max_size=20, unique=True), min_size=1, max_size=8))
 def test_a_row_is_bit_identical_in_any_batch(toy: Path, runs: list[list[int]]) -> None:

@@ -117,6 +117,7 @@ entry = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=500)
 @given(
     st.dictionaries(st.sampled_from(["state.a", "extra.b", "c"]), entry | json, max_size=3),

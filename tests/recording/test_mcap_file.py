@@ -253,6 +253,7 @@ def near_messages(draw: st.DrawFn) -> bytes:
 ANYTHING = st.one_of(st.binary(max_size=60), near_messages())
 
 
+@pytest.mark.slow
 @settings(max_examples=500)
 @given(ANYTHING, st.binary(max_size=3), st.binary(max_size=30))
 def test_features_are_decoded_as_by_protobuf(message: bytes, before: bytes, after: bytes) -> None:
@@ -269,6 +270,7 @@ def test_features_are_decoded_as_by_protobuf(message: bytes, before: bytes, afte
     np.testing.assert_array_equal(values, np.array(expected.values, np.float32))
 
 
+@pytest.mark.slow
 @settings(max_examples=500)
 @given(ANYTHING, st.binary(max_size=3), st.binary(max_size=30))
 def test_the_clock_is_decoded_as_by_protobuf(message: bytes, before: bytes, after: bytes) -> None:
@@ -330,6 +332,7 @@ def test_a_chunk_is_read_up_to_an_invalid_message(
     assert "damaged record" in recording.damage
 
 
+@pytest.mark.slow
 def test_a_wall_clock_step_is_recorded_and_changes_no_time(tmp_path: Path) -> None:
     """The recorder's node runs in a thread on a real bus while the wall clock is set."""
     import threading

@@ -148,6 +148,7 @@ def test_files_that_are_not_recordings_are_refused(tmp_path: Path) -> None:
         assert not (tmp_path / "out.mcap").exists()
 
 
+@pytest.mark.slow
 def test_a_cut_at_every_byte_of_the_tail(tmp_path: Path) -> None:
     """Reading never raises and returns all messages of all whole chunks; `verify` and `repair` agree."""
     whole = write(tmp_path / "whole.mcap", [e for e in envelopes(0, 12) if e.topic != "raw/audio"])
@@ -246,6 +247,7 @@ def test_damage_costs_only_the_chunks_that_it_hits(
     check_saved(path, folder / "out.mcap", must, keys(whole))
 
 
+@pytest.mark.slow
 def test_a_chunk_with_a_wrong_length_costs_no_other(whole: Path, tmp_path: Path) -> None:
     content, chunks = bytearray(whole.read_bytes()), extents(whole)
     for number, (begin, _, _) in enumerate(chunks):
@@ -258,6 +260,7 @@ def test_a_chunk_with_a_wrong_length_costs_no_other(whole: Path, tmp_path: Path)
             check_saved(path, path.with_suffix(".out.mcap"), must, keys(whole))
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(st.data())
 def test_lost_or_extra_bytes_cost_only_their_chunk(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from stream_mmrnn.serve.admission import LEAST, WINDOW, Admission, Cost
@@ -20,6 +20,8 @@ def fed(call_ns: float, tick_ns: float, counts: list[int], share: float = 1.0) -
 
 
 @given(st.integers(0, 5_000_000), st.integers(1_000, 2_000_000), st.integers(2, 40))
+@example(1_000_000, 2_000_000, 12)  # the bound is reached exactly
+@example(500_000, 1_000_000, 12)
 def test_a_line_is_found_and_the_capacity_is_its_inverse(call_ns: int, tick_ns: int, most: int) -> None:
     admission = fed(call_ns, tick_ns, [1 + i % most for i in range(200)])
     cost = admission.cost()

@@ -588,6 +588,7 @@ def test_garbage_is_counted_and_does_not_affect_other_clients(toy: Path, tmp_pat
     assert "an invalid message" in notes[0]
 
 
+@pytest.mark.slow
 def test_a_client_without_a_key_is_refused(toy: Path, tmp_path: Path) -> None:
     keys, stranger = KeyFolder.new(tmp_path / "keys"), KeyFolder.new(tmp_path / "stranger")
     asked = settings_for(toy, tmp_path / "states", keys=str(keys.path))
@@ -618,6 +619,7 @@ def test_a_folder_of_states_and_a_port_belong_to_one_server(server: Server, toy:
         Server(settings_for(toy, tmp_path / "other", port=port))
 
 
+@pytest.mark.slow
 def test_a_missing_server_is_an_error_within_the_timeout(tmp_path: Path) -> None:
     with pytest.raises(NotRunning, match=r"no server answers at tcp://127\.0\.0\.1:9"):
         Client("tcp://127.0.0.1:9", timeout_s=0.2)

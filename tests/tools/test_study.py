@@ -69,6 +69,7 @@ def test_a_result_depends_on_what_its_key_says() -> None:
     assert replace(run, group="else", name="else", cost_s=1).key == run.key
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(st.data())
 def test_a_damaged_result_is_none(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
@@ -87,6 +88,7 @@ def test_a_damaged_result_is_none(tmp_path_factory: pytest.TempPathFactory, data
     assert kept("0" * 20, folder) is None
 
 
+@pytest.mark.slow
 def test_every_figure_is_in_the_text(tmp_path: Path) -> None:
     plan = whole()
     results = {r.key: made_up(r, 0.4 + 0.01 * r.seed) for r in plan.runs}
@@ -127,6 +129,7 @@ def test_what_is_missing_or_diverged_is_said() -> None:
     assert "| `rnn_relu` | diverged |" in text.write(text.Found(plan, {run.key: lost}), ABOUT)
 
 
+@pytest.mark.slow
 def test_a_run_is_made_and_again_the_same() -> None:
     table = changed(
         recall(DISTANCES[0]),

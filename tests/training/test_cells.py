@@ -79,6 +79,7 @@ def test_forward_is_a_loop_of_steps(name: str, dtype: torch.dtype, tolerance: fl
     same(cell(x, state, reset), stepped(cell, x, state, reset), tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restarts", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_are_those_of_the_loop(name: str, restarts: bool) -> None:

@@ -109,6 +109,7 @@ def test_the_exported_step_computes_what_was_trained(tmp_path: Path, cell: str, 
     assert str(ROOT).encode() not in (tmp_path / "step.onnx").read_bytes()
 
 
+@pytest.mark.slow
 def test_closed_gates_stay_closed_in_the_exported_step(tmp_path: Path) -> None:
     """Training closes gates far below -18, where onnxruntime's Sigmoid always returns 1e-8."""
     p = network(recipe_of("rg_lru", "concat", False))
@@ -135,6 +136,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return path
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.lists(st.sampled_from("abcde"), min_size=1, max_size=5, unique=True), min_size=1, max_size=8))
 def test_a_session_does_not_depend_on_other_sessions(exported: Path, batches: list[list[str]]) -> None:
@@ -155,6 +157,7 @@ def test_a_session_does_not_depend_on_other_sessions(exported: Path, batches: li
         assert [b"".join(x.tobytes() for x in p.heads.values()) for p in alone] == expected
 
 
+@pytest.mark.slow
 def test_the_gate_catches_a_broken_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     p = network(recipe_of())
     path = tmp_path / "step.onnx"
@@ -177,6 +180,7 @@ def test_the_gate_catches_a_broken_step(tmp_path: Path, monkeypatch: pytest.Monk
     assert path.read_bytes() == before, "a refused export must not change existing files"
 
 
+@pytest.mark.slow
 def test_int8_is_close(tmp_path: Path) -> None:
     table = recipes.parse(
         {

@@ -40,6 +40,7 @@ def exported(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("exported", "is_bounded"), BOUNDED.items(), indirect=["exported"])
 def test_bounded_tensors_are_bounded_for_any_input(exported: Path, is_bounded: bool) -> None:
     model = onnx.load(exported / "step.onnx")
@@ -69,6 +70,7 @@ def test_bounded_tensors_are_bounded_for_any_input(exported: Path, is_bounded: b
         feed |= {n: out["next." + n.removeprefix("state.")] for n in states}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exported", [c for c, is_bounded in BOUNDED.items() if is_bounded], indirect=True)
 def test_8_bit_columns_are_close_and_equal_in_every_batch(exported: Path) -> None:
     full = StepEngine(exported / "step.onnx", 8)
@@ -95,6 +97,7 @@ def test_8_bit_columns_are_close_and_equal_in_every_batch(exported: Path) -> Non
         assert together[s] == [b"".join(h[n].tobytes() for n in h) for h in said]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exported", ["rnn_relu"], indirect=True)
 def test_a_matrix_with_an_unbounded_factor_is_unchanged(exported: Path) -> None:
     """Only bounded factors (after tanh or sigmoid) get 8-bit products; an unbounded state keeps its matrix."""

@@ -175,6 +175,7 @@ def test_digits_are_valid_and_reproducible(digits_task: Task, digits_folder: Pat
     assert digits_task.origins["text"] == TextEncoder().origin
 
 
+@pytest.mark.slow
 def test_digits_are_new_in_every_epoch(digits_task: Task) -> None:
     rng = np.random.default_rng(0)
     first, second = list(digits_task.train(rng)), list(digits_task.train(rng))
@@ -544,6 +545,7 @@ def polarity_zip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return zipped(tmp_path_factory.mktemp("polarity") / "sentence_polarity.zip", tree)
 
 
+@pytest.mark.slow
 def test_polarity_has_one_word_per_tick(polarity_zip: Path) -> None:
     of = recipe("polarity", {"word_dropout": 0.0, "early": 0.2})
     task = tasks.create(of, [polarity_zip.parent])

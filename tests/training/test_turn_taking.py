@@ -75,6 +75,7 @@ def test_the_owner_of_the_turn_and_the_next_speaker(one: np.ndarray, other: np.n
     assert (turned.shift[0], turned.known[0]) == (now.shift[0], now.known[0])  # the same from the other side
 
 
+@pytest.mark.slow
 @given(people(), people())
 def test_decisions_are_in_long_silences(one: np.ndarray, other: np.ndarray) -> None:
     found = turn_taking.decisions(one, other)
@@ -163,6 +164,7 @@ def test_the_second_dialogue_is_from_the_other_side(task: Task) -> None:
     assert one.targets["activity"][:, :4].tobytes() == other.targets["activity"][:, 4:].tobytes()
 
 
+@pytest.mark.slow
 def test_ticks_are_causal(corpus: Path, tmp_path: Path) -> None:
     """Truncate the dialogue: earlier ticks do not change."""
     cut = [(a, b, w) for a, b, w in A if b <= 6.0]
@@ -229,6 +231,7 @@ def test_recipes_that_do_not_fit_are_refused(corpus: Path, change: dict[str, Any
         tasks.create(recipes.parse(table), [corpus])
 
 
+@pytest.mark.slow
 @pytest.mark.shared_data
 def test_switchboard_itself() -> None:
     place = SHARED / "data" / "switchboard_words.tar.xz"

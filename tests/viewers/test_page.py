@@ -237,7 +237,7 @@ def test_a_replay_is_paused_and_scrubbed(browser: Any, model: Path, tmp_path: Pa
         with closing(Tab(browser, address_of(replay))) as tab:
             position = "Number(document.getElementById('seek').value)"
             assert tab.page.is_disabled("#line")
-            assert "recording is played" in tab.text("#typing")
+            assert "this is a recording" in tab.text("#typing")
             tab.until("document.getElementById('link').textContent === 'replay'")
             tab.page.keyboard.press("Space")
             tab.until("document.getElementById('link').textContent === 'paused'")

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Callable
 from functools import partial
 
-from stream_mmrnn.serve.cluster.nats import Followed, Link, Logged
+from stream_mmrnn.serve.cluster.nats import Followed, Heartbeat, Link, Logged
 
 _TIMEOUT_S = 3.5
 """The server sends a heartbeat every second."""
@@ -45,15 +45,16 @@ class LogReader:
             self._followed = await self._link.follow(self._partition, self.read, partial(self._handle, self._run))
             self._alive_s = max(self._alive_s, asyncio.get_running_loop().time())
 
-    def _handle(self, run: int, message: Logged | None) -> None:
+    def _handle(self, run: int, message: Logged | Heartbeat) -> None:
         if run != self._run:
             return
-        if message is not None and message.nth != self._expected:
+        beat = isinstance(message, Heartbeat)
+        if message.delivered >= self._expected if beat else message.nth != self._expected:
             self._alive_s = float("-inf")  # a gap: subscribe again from there
             self._run += 1
             return
         self._alive_s = asyncio.get_running_loop().time()
-        if message is not None:
+        if not beat:
             self._expected += 1
             self.read = message.number
             self._handler(message.session, message.number, message.client, message.content)

@@ -88,6 +88,13 @@ class Logged(NamedTuple):
     content: bytes
 
 
+class Heartbeat(NamedTuple):
+    """The server has nothing new for a subscription."""
+
+    delivered: int
+    """The number (`Logged.nth`) of the last message that it has sent; not received means lost."""
+
+
 class Followed(NamedTuple):
     """A subscription to a partition of the log, to be ended by `leave`."""
 
@@ -230,14 +237,15 @@ class Link:
 
     # ---- the log -------------------------------------------------------------------------------------------------
 
-    async def follow(self, partition: int, after: int, handler: Callable[[Logged | None], None]) -> Followed:
-        """Call `handler` with each message of a partition after a number, until `leave`; None is a heartbeat."""
+    async def follow(self, partition: int, after: int, handler: Callable[[Logged | Heartbeat], None]) -> Followed:
+        """Call `handler` with each message of a partition after a number, and each heartbeat, until `leave`."""
         inbox = self.nats.new_inbox()
 
         async def receive(message: Msg) -> None:
             headers = message.headers or {}
             if "Status" in headers:
-                handler(None)
+                delivered = headers.get(api.Header.LAST_CONSUMER.value, "")
+                handler(Heartbeat(int(delivered) if delivered.isdigit() else 0))
                 return
             sequence = message.metadata.sequence
             session = session_of(message.subject.rpartition(".")[2])
