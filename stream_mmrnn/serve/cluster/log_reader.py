@@ -48,13 +48,13 @@ class LogReader:
     def _handle(self, run: int, message: Logged | Heartbeat) -> None:
         if run != self._run:
             return
-        beat = isinstance(message, Heartbeat)
-        if message.delivered >= self._expected if beat else message.nth != self._expected:
+        lost = message.delivered >= self._expected if isinstance(message, Heartbeat) else message.nth != self._expected
+        if lost:
             self._alive_s = float("-inf")  # a gap: subscribe again from there
             self._run += 1
             return
         self._alive_s = asyncio.get_running_loop().time()
-        if not beat:
+        if not isinstance(message, Heartbeat):
             self._expected += 1
             self.read = message.number
             self._handler(message.session, message.number, message.client, message.content)
