@@ -88,7 +88,7 @@ class Readers:
         envelope = wire.decode([bytes(f) for f in wire.encode(self._envelope(rng))], self._time_ns)
         self._view.observe(envelope)
         self._session._observe(envelope)
-        self._session.supervisor._observe(envelope)
+        self._session.supervisor.observe(envelope)
         self._recorder.write(envelope)
         self._recorder.flush_due(self._time_ns)
         made = 0
