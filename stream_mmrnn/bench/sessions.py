@@ -52,7 +52,7 @@ def phases(sessions: int, arrivals: Arrivals, seed: int) -> np.ndarray[Any, np.d
 
 
 class Load:
-    """Open sessions of one engine, stepped when they are due, and the latencies measured."""
+    """Open sessions of one engine: all that are due are one call of it, and the latencies are measured."""
 
     def __init__(self, engine: Engine, sessions: int, arrivals: Arrivals, seed: int = 0) -> None:
         self.engine, self.sessions = engine, sessions

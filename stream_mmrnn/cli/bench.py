@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
@@ -44,7 +45,8 @@ class Phases(StrEnum):
     spread, together = "spread", "together"
 
 
-Run: TypeAlias = "Callable[[Callable[[], bool], Callable[[str], None]], tuple[dict[str, Any], Pictures]]"
+Run: TypeAlias = "Callable[..., tuple[dict[str, Any], Pictures]]"
+"""A benchmark with its options; it is called with `alive` and `say`."""
 
 Compare = Annotated[
     Path | None, typer.Option("--compare", help="An older document of this bench: print ratios to its figures.")
@@ -62,7 +64,7 @@ def run_bench(name: str, as_json: bool, base: Path | None, folder: Path | None, 
     before = report.load(base, name) if base else None
     console = show.console(stderr=as_json)
     document, pictures = run(
-        StopFlag.unwinding(), lambda text: console.print(f"[dim]{escape(text)}[/dim]", soft_wrap=True)
+        alive=StopFlag.unwinding(), say=lambda text: console.print(f"[dim]{escape(text)}[/dim]", soft_wrap=True)
     )
     notes = document.setdefault("notes", [])
     if before is not None:
@@ -90,12 +92,11 @@ def engine(
     as_json: Json = False,
 ) -> None:
     """Aligner and engine under synthetic sessions, in one process."""
+    from rich.progress import Progress
 
-    def run(alive: Callable[[], bool], _: Callable[[str], None]) -> Any:
-        from rich.progress import Progress
+    from stream_mmrnn.bench import engine as bench
 
-        from stream_mmrnn.bench import engine as bench
-
+    def run(*, alive: Callable[[], bool], say: Callable[[str], None]) -> Any:
         console = Console(stderr=as_json, highlight=False)
         with Progress(console=console, transient=True, disable=as_json or not console.is_terminal) as bar:
             task = bar.add_task("running", total=duration)
@@ -134,24 +135,21 @@ def end_to_end(
     """From a sample's event to a readable prediction: a live session's workers, broker and engine, stage by stage."""
     peers = context.find_object(Peers)
 
-    def run(alive: Callable[[], bool], say: Callable[[str], None]) -> Any:
-        from stream_mmrnn.bench import end_to_end as bench
+    from stream_mmrnn.bench import end_to_end as bench
 
-        return bench.run(
-            model=model,
-            duration_s=duration,
-            sets=tuple(bench.SETS) if modalities is Sets.both else (modalities.value,),
-            busy=busy,
-            provider=provider.value,
-            transport=bus.value,
-            priority=priority.value,
-            seed=seed,
-            page=page,
-            bare_hop=peers.bare_hop if peers else bench.no_bare_hop,
-            alive=alive,
-            say=say,
-        )
-
+    run = partial(
+        bench.run,
+        model=model,
+        duration_s=duration,
+        sets=tuple(bench.SETS) if modalities is Sets.both else (modalities.value,),
+        busy=busy,
+        provider=provider.value,
+        transport=bus.value,
+        priority=priority.value,
+        seed=seed,
+        page=page,
+        bare_hop=peers.bare_hop if peers else bench.no_bare_hop,
+    )
     run_bench("end-to-end", as_json, compare, plots, run)
 
 
@@ -168,21 +166,17 @@ def replay(
     as_json: Json = False,
 ) -> None:
     """A recording's features through aligner and engine again: times real time, and whether every bit is the same."""
+    from stream_mmrnn.bench import replay as bench
 
-    def run(alive: Callable[[], bool], say: Callable[[str], None]) -> Any:
-        from stream_mmrnn.bench import replay as bench
-
-        return bench.run(
-            recording=recording,
-            duration_s=duration,
-            rounds=rounds,
-            sessions=sessions,
-            model=model,
-            provider=provider.value,
-            alive=alive,
-            say=say,
-        )
-
+    run = partial(
+        bench.run,
+        recording=recording,
+        duration_s=duration,
+        rounds=rounds,
+        sessions=sessions,
+        model=model,
+        provider=provider.value,
+    )
     run_bench("replay", as_json, compare, plots, run)
 
 
@@ -217,23 +211,21 @@ def step(
     """One step of one session against bare IO binding; cold and prewarmed; 8-bit weights."""
     peers = context.find_object(Peers)
 
-    def run(alive: Callable[[], bool], say: Callable[[str], None]) -> Any:
-        from stream_mmrnn.bench import step as bench
+    from stream_mmrnn.bench import step as bench
 
-        sizes = [int(h) for h in hidden.split(",") if h.isdigit() and int(h) >= 8 and not int(h) % 8]
-        if len(sizes) != len(hidden.split(",")):
-            raise typer.BadParameter(f"--hidden {hidden!r} must be multiples of 8, separated by commas")
-        return bench.run(
-            duration_s=duration,
-            rounds=rounds,
-            calls=calls,
-            sizes=sizes,
-            arrivals=_arrivals(arrivals),
-            peers=peers.step if peers else None,
-            say=say,
-            alive=alive,
-        )
+    sizes = [int(h) for h in hidden.split(",") if h.isdigit() and int(h) >= 8 and not int(h) % 8]
+    if len(sizes) != len(hidden.split(",")):
+        raise typer.BadParameter(f"--hidden {hidden!r} must be multiples of 8, separated by commas")
 
+    run = partial(
+        bench.run,
+        duration_s=duration,
+        rounds=rounds,
+        calls=calls,
+        sizes=sizes,
+        arrivals=_arrivals(arrivals),
+        peers=peers.step if peers else None,
+    )
     run_bench("step", as_json, compare, plots, run)
 
 
@@ -255,21 +247,18 @@ def sessions(
     """How many sessions at 25 Hz until the p99 latency exceeds a tick; the gain of batching."""
     peers = context.find_object(Peers)
 
-    def run(alive: Callable[[], bool], say: Callable[[str], None]) -> Any:
-        from stream_mmrnn.bench import sessions as bench
+    from stream_mmrnn.bench import sessions as bench
 
-        return bench.run(
-            model=config.find_model(model) if model else None,
-            hidden=hidden,
-            duration_s=duration,
-            arrivals=arrivals.value,
-            processes=processes,
-            provider=provider.value,
-            most=most,
-            seed=seed,
-            servers=peers.servers if peers else None,
-            say=say,
-            alive=alive,
-        )
-
+    run = partial(
+        bench.run,
+        model=config.find_model(model) if model else None,
+        hidden=hidden,
+        duration_s=duration,
+        arrivals=arrivals.value,
+        processes=processes,
+        provider=provider.value,
+        most=most,
+        seed=seed,
+        servers=peers.servers if peers else None,
+    )
     run_bench("sessions", as_json, compare, plots, run)

@@ -226,15 +226,3 @@ def test_what_the_server_computes_is_the_models_step(step: Path) -> None:
         ]
         ours = np.stack([p.heads[models.HEAD] for p in engine.step(ticks)])
         assert np.abs(rows.step(batch, features) - ours).max() < 1e-6
-
-
-def test_calls_come_in_order_until_the_end() -> None:
-    tick = asked.TICK_NS
-    calls = list(asked.calls([1, 5], 10, 12 * tick + 3))
-    assert calls == [
-        (10 * tick + 1, 0, 10),
-        (10 * tick + 5, 1, 10),
-        (11 * tick + 1, 0, 11),
-        (11 * tick + 5, 1, 11),
-        (12 * tick + 1, 0, 12),
-    ]

@@ -19,14 +19,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import numpy as np
 
 from stream_mmrnn.bench import models
-from stream_mmrnn.bench.measure import sleep_until
 from stream_mmrnn.bench.sessions import SETTLE_S, TICK_NS, Load, phases
 from stream_mmrnn.bus import Address, Publisher, Subscriber
 from stream_mmrnn.core import config, processes, topics, wire
@@ -37,6 +35,7 @@ from stream_mmrnn.core.types import FloatArray, Stamps, Tick
 from stream_mmrnn.live import nodes
 from stream_mmrnn.live.managed_process import process_context
 from stream_mmrnn.predict.engine import StepEngine
+from tools.bench.load import OpenLoop, SessionRecord, Transport, Turn
 
 PEER = Path(__file__).parent / "peers" / "triton_sessions.py"
 PYTHON = "STREAM_MMRNN_TRITON_PYTHON"
@@ -50,17 +49,6 @@ _PROBES = 4
 _TOLERANCE = 1e-4
 _LATENESS_MS = 5000.0
 """A request that is late is answered late, as a server does: the clock shall not close its tick before."""
-
-
-class Turn(NamedTuple):
-    """What one contender did in one turn."""
-
-    requests: int
-    latency_ns: list[int]
-    """Of those that were answered, from the intended time."""
-    path_ns: list[int]
-    """Of the same, from the beginning of the call: without what the client's own timer was late."""
-    errors: dict[str, int]
 
 
 class Contender(Protocol):
@@ -112,11 +100,7 @@ class _Kept(Histogram):
         self.values.append(value_ns)
 
 
-_Wanted: TypeAlias = dict[tuple[str, int], tuple[int, int]]
-"""Session and tick of a request -> when it was due, and when its call began."""
-
-
-class OverBus:
+class OverBus(Transport):
     """Features from here to an engine's process and predictions back, by a broker, as in a live session.
 
     A request is a feature vector whose event time is its tick's end, so that it closes its tick when it comes; a
@@ -172,55 +156,44 @@ class OverBus:
 
     def turn(self, sessions: int, duration_s: float) -> Turn:
         self._turn += 1
-        due_ns = phases(sessions, "spread", self._seed).tolist()
         # new names: a publisher's numbers of a session begin with it
         names = [f"bench-{self._turn}-{i}" for i in range(sessions)]
-        first = -(-(now_ns() + 100_000_000) // TICK_NS)
-        base_ns = first * TICK_NS
-        settled_ns, end_ns = base_ns + int(SETTLE_S * 1e9), base_ns + int((SETTLE_S + duration_s) * 1e9)
+        self._first = -(-(now_ns() + 100_000_000) // TICK_NS)
+        load = OpenLoop(names, self._seed, duration_s + SETTLE_S, begin_ns=self._first * TICK_NS)
         for name in names:
-            self._session(name, "open", base_ns - TICK_NS)
-        wanted: _Wanted = {}
-        answers: list[tuple[int, int, int]] = []
+            self._session(name, "open", load.begin_ns - TICK_NS)
         over = threading.Event()
-        reader = threading.Thread(target=self._read, args=(wanted, answers, over), daemon=True)
+        reader = threading.Thread(target=self._read, args=(load, over), daemon=True)
         reader.start()
-        requests = 0
-        for intended_ns, i, tick in calls(due_ns, first, end_ns):
-            sleep_until(intended_ns, now_ns)
-            wanted[names[i], tick] = intended_ns, now_ns()
-            self._publisher.publish(
-                topics.feature(models.MODALITY), names[i], tick * TICK_NS, intended_ns, self._said[i % len(self._said)]
-            )
-            requests += intended_ns >= settled_ns
-        deadline_s = time.monotonic() + _DRAIN_S
-        while wanted and time.monotonic() < deadline_s:
-            time.sleep(0.01)
+        for wait_s in load.play(self):
+            time.sleep(wait_s)
         over.set()
         reader.join()
         for name in names:
-            self._session(name, "close", base_ns - TICK_NS)
-        counted = [a for a in answers if a[0] >= settled_ns]
-        return Turn(requests, [read - intended for intended, _, read in counted], [r - b for _, b, r in counted], {})
+            self._session(name, "close", load.begin_ns - TICK_NS)
+        return load.turn(SETTLE_S)
+
+    def send(self, record: SessionRecord, tick: int, due_ns: int) -> None:
+        said = self._said[record.who % len(self._said)]
+        event_ns = (self._first + tick) * TICK_NS
+        self._publisher.publish(topics.feature(models.MODALITY), record.name, event_ns, due_ns, said)
 
     def _session(self, name: str, op: Any, event_ns: int) -> None:
         message = wire.SessionMessage(op, event_ns, (models.MODALITY,))
         self._publisher.publish(topics.SESSION, name, event_ns, event_ns, wire.pack(message))
 
-    def _read(self, wanted: _Wanted, answers: list[tuple[int, int, int]], over: threading.Event) -> None:
+    def _read(self, load: OpenLoop, over: threading.Event) -> None:
         """In a thread of its own, as the other client's answers are: an answer is not kept waiting by a call."""
         assert self._subscriber is not None
+        records = {record.name: record for record in load.records}
         while not over.is_set():
             envelope = self._subscriber.receive(50)
-            if envelope is None:
+            if envelope is None or envelope.session not in records:
                 continue
             with contextlib.suppress(WireError):
                 said = wire.unpack(envelope.payload, wire.PredictionMessage)
-                read_ns = now_ns()
                 if said.present[models.MODALITY]:
-                    asked = wanted.pop((envelope.session, said.tick), None)
-                    if asked is not None:
-                        answers.append((*asked, read_ns))
+                    load.answered(records[envelope.session], said.tick - self._first)
 
     def close(self) -> None:
         self._stack.close()
@@ -232,17 +205,6 @@ def _end(process: Any, context: nodes.Context) -> None:
     if process.is_alive():
         process.kill()
         process.join()
-
-
-def calls(due_ns: Sequence[int], first: int, end_ns: int) -> Iterator[tuple[int, int, int]]:
-    """When, whose and for which tick, in order, until the end."""
-    tick = first
-    while True:
-        for i, offset_ns in enumerate(due_ns):
-            if tick * TICK_NS + offset_ns >= end_ns:
-                return
-            yield tick * TICK_NS + offset_ns, i, tick
-        tick += 1
 
 
 class Peer:

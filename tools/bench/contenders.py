@@ -18,11 +18,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO, TypeAlias
+from typing import Any, TextIO, TypeAlias
 
 from stream_mmrnn.bus import Address
 from stream_mmrnn.core.errors import ProcessError
 from stream_mmrnn.core.latency import Histogram
+from tools.bench.load import Turn
 
 ROOT = Path(__file__).parent.parent.parent
 PEERS = Path(__file__).parent / "peers"
@@ -31,16 +32,6 @@ PEERS_MODULE = "tools.bench.peers"
 _START_TIMEOUT_S = 20.0
 _ROLES = ("send", "read")
 _TRANSPORTS = ("tcp",) if sys.platform == "win32" else ("ipc", "tcp")
-
-
-class Round(NamedTuple):
-    """What one contender did in one round."""
-
-    sent: int
-    latency_ns: list[int]
-    """From the intended time until the reader could use it."""
-    path_ns: list[int]
-    """From the beginning of the call that sent it."""
 
 
 Start: TypeAlias = Callable[[], contextlib.AbstractContextManager["Contender"]]
@@ -82,7 +73,7 @@ class Contender:
         self.largest_bytes: int | None = None
         """The largest message that it carries; None: no limit."""
 
-    def round(self, size_bytes: int, rate_hz: float, count: int) -> Round:
+    def round(self, size_bytes: int, rate_hz: float, count: int) -> Turn:
         """`count` messages, one after the other at `rate_hz`; the reader gives up after 2 s without a message."""
         try:
             self._reader.tell(do="read", count=count, timeout_ms=2000)
@@ -92,7 +83,7 @@ class Contender:
             self._reader.answer()
         except (OSError, ValueError) as e:
             raise ProcessError(f"a process of the contender {self.name} has ended: {e}") from e
-        return Round(sent["sent"], got["latency_ns"], got["path_ns"])
+        return Turn(sent["sent"], got["latency_ns"], got["path_ns"], {})
 
     def warm(self, size_bytes: int) -> bool:
         """Send until something arrives: subscriptions take a moment."""

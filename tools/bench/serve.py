@@ -9,24 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import heapq
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from stream_mmrnn.bench import models
-from stream_mmrnn.bench.machine import Processes
 from stream_mmrnn.bench.plots import Pictures
 from stream_mmrnn.bench.report import Document, Ratio, document, ratio
-from stream_mmrnn.bench.sessions import SETTLE_S, TICK_NS, phases
+from stream_mmrnn.bench.sessions import SETTLE_S, TICK_NS
 from stream_mmrnn.bus import Dealers
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import Busy, ProcessError, StreamError
@@ -35,9 +32,10 @@ from stream_mmrnn.core.latency import Histogram
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.async_client import AsyncClient
 from stream_mmrnn.serve.client import QUEUE
-from tools.bench.asked import Contender, Peer, Turn, interpreter
-from tools.bench.crowd import DRAIN_S, Crowd, Member, vector
-from tools.bench.servers import Figures, in_turn, started
+from tools.bench.asked import Contender, Peer, interpreter
+from tools.bench.crowd import Crowd
+from tools.bench.load import DRAIN_S, Figures, OpenLoop, SessionRecord, Transport, Turn, times, vector
+from tools.bench.servers import compared, started
 
 CLIENTS = 200
 FEWER = 64
@@ -48,19 +46,8 @@ BEYOND = 100
 """Number of `busy` answers to measure."""
 
 
-def _turn(members: list[Member]) -> Turn:
-    """The figures after the settling time."""
-    first_ns = min((m.due_ns[0] for m in members if m.due_ns), default=0) + round(SETTLE_S * 1e9)
-    requests = sum(due_ns >= first_ns for m in members for due_ns in m.due_ns)
-    errors: dict[str, int] = {}
-    for m in members:
-        for name, count in m.errors.items():
-            errors[name] = errors.get(name, 0) + count
-    return Turn(requests, [ns for m in members for ns in m.latencies_ns(first_ns)], [], errors)
-
-
-class Served:
-    """`stream-mmrnn serve` as a process, its clients here."""
+class Served(Transport):
+    """`stream-mmrnn serve` as a process, its clients here: all are played by one loop that does as little as it can."""
 
     name = "serve"
 
@@ -84,58 +71,33 @@ class Served:
         self._address = line.split(" at ")[1].split(": up")[0]
 
     def turn(self, sessions: int, duration_s: float) -> Turn:
-        """Each client has a connection of its own; all are played by one loop that does as little as it can."""
+        """Each client has a connection of its own."""
         self._turns += 1
-        dealers = Dealers(self._address, sessions, QUEUE, protocol.MAX_BYTES)
-        try:
-            return self._play(dealers, sessions, duration_s)
-        finally:
-            dealers.close()
-
-    def _play(self, dealers: Dealers, sessions: int, duration_s: float) -> Turn:
         names = [f"player-{self._turns}-{i}" for i in range(sessions)]
-        for i, name in enumerate(names):
-            dealers.send(i, protocol.encode(protocol.Open(session=name)))
-        self._await_replies(dealers, sessions, protocol.Ready)
-        begin_ns = now_ns() + 50_000_000
-        settled_ns = begin_ns + round(SETTLE_S * 1e9)
-        end_ns = settled_ns + round(duration_s * 1e9)
-        due = [(begin_ns + int(at), i, 0) for i, at in enumerate(phases(sessions, "spread", self._seed))]
-        heapq.heapify(due)
-        sent: dict[tuple[str, int], int] = {}
-        latency_ns: list[int] = []
-        requests = 0
-        deadline_ns = end_ns + round(DRAIN_S * 1e9)
-        while now_ns() < deadline_ns:
-            at_ns = now_ns()
-            while due and due[0][0] <= at_ns:
-                due_ns, i, tick = heapq.heappop(due)
-                features = (vector(i, tick).tobytes(),)
-                step = protocol.Step(session=names[i], tick=tick, event_ns=due_ns, features=features)
-                dealers.send(i, protocol.encode(step))
-                sent[names[i], tick] = due_ns
-                requests += due_ns >= settled_ns
-                if due_ns + TICK_NS < end_ns:
-                    heapq.heappush(due, (due_ns + TICK_NS, i, tick + 1))
-            if not due and not sent:
-                break
-            wait_ms = max((due[0][0] - now_ns()) // 1_000_000, 0) if due else 10
-            for _, content in dealers.receive(int(wait_ms)):
-                said = protocol.read_reply(content)
-                if isinstance(said, protocol.Pred):
-                    due_ns = sent.pop((said.session, said.tick))
-                    if due_ns >= settled_ns:
-                        latency_ns.append(now_ns() - due_ns)
-        for i, name in enumerate(names):
-            dealers.send(i, protocol.encode(protocol.Close(session=name)))
-        self._await_replies(dealers, sessions, protocol.Done)
-        return Turn(requests, latency_ns, [], {})
+        self._dealers = Dealers(self._address, sessions, QUEUE, protocol.MAX_BYTES)
+        with contextlib.closing(self._dealers):
+            self._ask([protocol.Open(session=name) for name in names], protocol.Ready)
+            load = OpenLoop(names, self._seed, duration_s + SETTLE_S)
+            for wait_s in load.play(self):
+                for i, content in self._dealers.receive(int(wait_s * 1e3)):
+                    said = protocol.read_reply(content)
+                    if isinstance(said, protocol.Pred):
+                        load.answered(load.records[i], said.tick)
+            self._ask([protocol.Close(session=name) for name in names], protocol.Done)
+        return load.turn(SETTLE_S)
 
-    def _await_replies(self, dealers: Dealers, count: int, kind: type[protocol.Reply]) -> None:
-        """Wait for `count` replies of one kind; raises ProcessError if others arrive, or none."""
-        end_ns = now_ns() + round(DRAIN_S * 1e9)
+    def send(self, record: SessionRecord, tick: int, due_ns: int) -> None:
+        features = (vector(record.who, tick).tobytes(),)
+        step = protocol.Step(session=record.name, tick=tick, event_ns=due_ns, features=features)
+        self._dealers.send(record.who, protocol.encode(step))
+
+    def _ask(self, requests: Sequence[protocol.Request], kind: type[protocol.Reply]) -> None:
+        """Send a request over each connection and wait for the replies; raises ProcessError where there are others."""
+        for i, request in enumerate(requests):
+            self._dealers.send(i, protocol.encode(request))
+        count, end_ns = len(requests), now_ns() + round(DRAIN_S * 1e9)
         while count and now_ns() < end_ns:
-            for _, content in dealers.receive(100):
+            for _, content in self._dealers.receive(100):
                 said = protocol.read_reply(content)
                 if isinstance(said, protocol.BusyNow | protocol.Refused):
                     raise ProcessError(f"{count} clients more were not served: {said.why}")
@@ -165,10 +127,10 @@ class Served:
                     await client.end(session)
 
         async with Crowd(lambda: AsyncClient(self._address, timeout_s=DRAIN_S), sessions, self._seed) as crowd:
-            members = await crowd.run(4.0, come)
-        found = Figures()
-        for ns in _turn(members).latency_ns:
-            found.latency.add(ns)
+            load = await crowd.run(4.0, come)
+        latency = Histogram()
+        for ns in load.turn(SETTLE_S).latency_ns:
+            latency.add(ns)
         return {
             "what": "busy",
             "contender": self.name,
@@ -177,7 +139,7 @@ class Served:
             "busy": refused.count,
             "hintless": hintless,
             "busy_ms": refused.row(),
-            "latency_ms": found.latency.row(),
+            "latency_ms": latency.row(),
         }
 
     def close(self) -> None:
@@ -221,7 +183,7 @@ class Clustered:
         cluster = self._cluster
         make = partial(ClusterClient, cluster.url, prefix=cluster.prefix, timeout_s=DRAIN_S)
         async with Crowd(make, sessions, self._seed) as crowd:
-            return _turn(await crowd.run(duration_s + SETTLE_S))
+            return (await crowd.run(duration_s + SETTLE_S)).turn(SETTLE_S)
 
     def close(self) -> None:
         self._cluster.close()
@@ -258,18 +220,10 @@ def run(
         ratios: dict[str, Ratio] = {}
         other_cpu: float | None = None
         for count in sorted({clients, min(clients, FEWER)}, reverse=True):
-            say(f"{count} clients, {rounds} turns each of {', '.join(c.name for c in field)}")
-            watch = Processes()
-            figures = in_turn(field, count, duration_s, rounds, why, alive, min(WAKE_S, duration_s))
-            usage = watch.used()
-            other_cpu = usage.other_cpu
-            for contender in field:
-                if contender.name in why or not figures[contender.name].requests:
-                    continue
-                row = {"what": "serve", "contender": contender.name, "sessions": count}
-                row |= figures[contender.name].row()
-                row |= {"other_cpu": usage.other_cpu, "busiest": usage.busiest_other}
-                rows.append({**row, "versions": contender.versions} if contender.versions else row)
+            figures, measured, other_cpu = compared(
+                "serve", field, count, duration_s, rounds, why, say, alive, min(WAKE_S, duration_s)
+            )
+            rows += measured
             ratios |= _ratios(count, figures, other_cpu, why)
         rows += [{"what": "serve", "contender": name, "skipped": reason} for name, reason in why.items()]
         beyond: dict[str, Any] = {}
@@ -298,11 +252,8 @@ def _ratios(
     for name in ("serve", "cluster", "triton", "pytriton"):
         figures.setdefault(name, Figures())
     for name, own in (("cluster", "serve"), *((t, o) for t in ("triton", "pytriton") for o in ("serve", "cluster"))):
-        times = [
-            a / b for a, b in zip(figures[name].rounds, figures[own].rounds, strict=False) if a == a and b == b and b
-        ]
         found[f"{name}_p50_over_{own}_{clients}"] = ratio(
-            statistics.median(times) if times else None,
+            times(figures[name].rounds, figures[own].rounds),
             None,
             "less" if name == "cluster" else "more",
             other_cpu,

@@ -9,7 +9,6 @@ contender (`asked`) is asked.
 from __future__ import annotations
 
 import contextlib
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,13 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stream_mmrnn.bench.machine import Processes, Usage
+from stream_mmrnn.bench.machine import Processes
 from stream_mmrnn.bench.report import Ratio, ratio
 from stream_mmrnn.bench.sessions import TICK_NS
 from stream_mmrnn.core.errors import ProcessError
-from stream_mmrnn.core.latency import Histogram
-from tools.bench.asked import INSTALL, Contender, Ours, OverBus, Peer, Turn, interpreter
+from tools.bench.asked import INSTALL, Contender, Ours, OverBus, Peer, interpreter
 from tools.bench.contenders import bare_hop
+from tools.bench.load import Figures, times
 
 SESSIONS = (1, 8, 16, 64)
 BOUNDS = {"triton_p50_over_ours_bus_16": 2.0}
@@ -34,45 +33,6 @@ _RESTS, _REST_AT_MOST = 0.2, 40
 """Of a core, all our processes together; looks, each of half a second."""
 _REQUEST_BYTES = 1024
 _KINDS = {"triton": "backend", "pytriton": "bind"}
-
-
-class Figures:
-    """What one contender did with so many sessions."""
-
-    def __init__(self) -> None:
-        self.latency, self.path = Histogram(), Histogram()
-        self.rounds: list[float] = []
-        """Median latency of each round; nan where nothing was answered."""
-        self.requests = self.late = 0
-        self._errors: dict[str, int] = {}
-        self._cpu_s = self._seconds = 0.0
-
-    def add(self, turn: Turn, usage: Usage) -> None:
-        self.requests += turn.requests
-        self.rounds.append(statistics.median(turn.latency_ns) if turn.latency_ns else math.nan)
-        for value_ns in turn.latency_ns:
-            self.latency.add(value_ns)
-            self.late += value_ns > TICK_NS
-        for value_ns in turn.path_ns:
-            self.path.add(value_ns)
-        for why, count in turn.errors.items():
-            self._errors[why] = self._errors.get(why, 0) + count
-        self._cpu_s += sum(usage.cpu.values()) * usage.seconds
-        self._seconds += usage.seconds
-
-    def row(self) -> dict[str, Any]:
-        row: dict[str, Any] = {
-            "requests": self.requests,
-            "answers": self.latency.count,
-            "lost": self.requests - self.latency.count,
-            "late": self.late,
-            "latency_ms": self.latency.row(),
-            # of all our processes in its turns: those of the others rest meanwhile
-            "cpu_share": round(self._cpu_s / self._seconds, 3) if self._seconds else None,
-        }
-        if self.path.count:
-            row["path_ms"] = self.path.row()
-        return {**row, "errors": self._errors} if self._errors else row
 
 
 def measure(
@@ -110,20 +70,9 @@ def measure(
         for count in sessions if field else ():
             if not alive():
                 break
-            say(f"{count} sessions, {rounds} turns each of {', '.join(c.name for c in field)}")
-            watch = Processes()
-            figures = in_turn(field, count, duration_s, rounds, why, alive)
-            usage = watch.used()
-            others[count] = usage.other_cpu
-            for contender in field:
-                if contender.name in why or not figures[contender.name].requests:
-                    continue
-                rounds_of[count, contender.name] = figures[contender.name].rounds
-                row = {"what": "servers", "contender": contender.name, "sessions": count}
-                row |= figures[contender.name].row()
-                row |= {"other_cpu": usage.other_cpu, "busiest": usage.busiest_other}
-                rows.append({**row, "versions": contender.versions} if contender.versions else row)
-            field = [c for c in field if c.name not in why]
+            figures, measured, others[count] = compared("servers", field, count, duration_s, rounds, why, say, alive)
+            rows += measured
+            rounds_of |= {(count, row["contender"]): figures[row["contender"]].rounds for row in measured}
     rows += [{"what": "servers", "contender": name, "skipped": reason} for name, reason in why.items()]
     found = _ratios(sessions, rounds_of, others, why)
     if rounds_of and alive():
@@ -176,20 +125,25 @@ def _rest() -> None:
             return
 
 
-def in_turn(
+def compared(
+    what: str,
     field: Sequence[Contender],
     sessions: int,
     duration_s: float,
     rounds: int,
     why: dict[str, str],
+    say: Callable[[str], None],
     alive: Callable[[], bool],
     wake_s: float = 0.0,
-) -> dict[str, Figures]:
-    """A B C A B C; one that breaks is left out from then on, with its reason.
+) -> tuple[dict[str, Figures], list[dict[str, Any]], float | None]:
+    """A B C A B C: figures, a row of each that did not break, and the share of the CPU that other programs used.
 
-    `wake_s`: of a turn before each that is not counted, where contenders have rested for long: systems take the memory
-    of those who rest. And before that it is waited until those who had more than they could do have done it.
+    One that breaks is left out from then on, with its reason. `wake_s`: of a turn before each that is not counted,
+    where contenders have rested for long: systems take the memory of those who rest. And before that it is waited until
+    those who had more than they could do have done it.
     """
+    say(f"{sessions} sessions, {rounds} turns each of {', '.join(c.name for c in field if c.name not in why)}")
+    whole = Processes()
     figures = {c.name: Figures() for c in field}
     for _ in range(rounds):
         for contender in field:
@@ -205,7 +159,16 @@ def in_turn(
                 why[contender.name] = f"with {sessions} sessions: {e}"
                 continue
             figures[contender.name].add(turn, watch.used(at_least_s=0.0))
-    return figures
+    usage = whole.used()
+    rows: list[dict[str, Any]] = []
+    for contender in field:
+        found = figures[contender.name]
+        if contender.name in why or not found.requests:
+            continue
+        row = {"what": what, "contender": contender.name, "sessions": sessions, **found.row()}
+        row |= {"other_cpu": usage.other_cpu, "busiest": usage.busiest_other}
+        rows.append({**row, "versions": contender.versions} if contender.versions else row)
+    return figures, rows, usage.other_cpu
 
 
 def _ratios(
@@ -219,12 +182,9 @@ def _ratios(
     for count in sessions:
         for peer in _KINDS:
             for own in ("ours", "ours_bus"):
-                # a round that was not finished has turns of the first contenders only
-                pairs = zip(rounds_of.get((count, peer), ()), rounds_of.get((count, own), ()), strict=False)
-                times = [a / b for a, b in pairs if a == a and b == b and b]
                 name = f"{peer}_p50_over_{own}_{count}"
                 found[name] = ratio(
-                    statistics.median(times) if times else None,
+                    times(rounds_of.get((count, peer), ()), rounds_of.get((count, own), ())),
                     BOUNDS.get(name),
                     "more",
                     others.get(count),

@@ -8,18 +8,17 @@ processes stay warm, paced is the rate of the stream that has such messages. Kno
 from __future__ import annotations
 
 import contextlib
-import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from stream_mmrnn.bench import end_to_end
-from stream_mmrnn.bench.machine import Processes, Usage
+from stream_mmrnn.bench.machine import Processes
 from stream_mmrnn.bench.plots import Pictures
 from stream_mmrnn.bench.report import Document, Ratio, document, ratio
 from stream_mmrnn.core.errors import ProcessError
-from stream_mmrnn.core.latency import Histogram
 from tools.bench import contenders
 from tools.bench.contenders import Contender
+from tools.bench.load import Figures, times
 
 SIZES_BYTES = {"2kb": 2048, "30kb": 30_000, "1mb": 2**20}
 """About a feature vector, a camera's picture as JPEG, and a picture as it is."""
@@ -37,47 +36,25 @@ _PAIRS = (
 _BOUNDS = {"ours_ipc_over_dora_2kb_paced": 0.65}
 
 
-class _Figures:
-    """What one contender did with one size in one mode."""
-
-    def __init__(self) -> None:
-        self.latency, self.path = Histogram(), Histogram()
-        self.rounds: list[float] = []
-        """Median latency of each round; nan where nothing came."""
-        self.sent = 0
-        self._cpu_s = self._seconds = 0.0
-        self._rss_mb = 0.0
-
-    def add(self, done: contenders.Round, usage: Usage) -> None:
-        self.sent += done.sent
-        self._cpu_s += sum(usage.cpu.values()) * usage.seconds
-        self._seconds += usage.seconds
-        self._rss_mb = sum(usage.rss_mb.values())
-        for value_ns in done.latency_ns:
-            self.latency.add(value_ns)
-        for value_ns in done.path_ns:
-            self.path.add(value_ns)
-        self.rounds.append(statistics.median(done.latency_ns) if done.latency_ns else float("nan"))
-
-    def row(self) -> dict[str, Any]:
-        return {
-            "sent": self.sent,
-            "received": self.latency.count,
-            "lost": self.sent - self.latency.count,
-            "latency_ms": self.latency.row(),
-            "path_ms": self.path.row(),
-            "cpu_share": round(self._cpu_s / self._seconds, 3) if self._seconds else None,
-            "rss_mb": round(self._rss_mb, 1),
-        }
+def _row(figures: Figures) -> dict[str, Any]:
+    return {
+        "sent": figures.requests,
+        "received": figures.latency.count,
+        "lost": figures.lost,
+        "latency_ms": figures.latency.row(),
+        "path_ms": figures.path.row(),
+        "cpu_share": figures.cpu_share,
+        "rss_mb": round(figures.rss_mb, 1),
+    }
 
 
-def _in_turn(field: Sequence[Contender], size: str, mode: str, duration_s: float) -> dict[str, _Figures]:
+def _in_turn(field: Sequence[Contender], size: str, mode: str, duration_s: float) -> dict[str, Figures]:
     """Rounds of about a second each, A B C A B C."""
     field = [c for c in field if c.largest_bytes is None or SIZES_BYTES[size] <= c.largest_bytes]
     rate_hz = RATES_HZ[mode][size]
     rounds = max(1, round(duration_s))
     count = max(1, round(rate_hz * duration_s / rounds))
-    figures = {c.name: _Figures() for c in field}
+    figures = {c.name: Figures() for c in field}
     for contender in field:
         contender.warm(SIZES_BYTES[size])
     for _ in range(rounds):
@@ -89,7 +66,7 @@ def _in_turn(field: Sequence[Contender], size: str, mode: str, duration_s: float
 
 
 def _ratios(
-    measured: dict[tuple[str, str], dict[str, _Figures]],
+    measured: dict[tuple[str, str], dict[str, Figures]],
     others: dict[tuple[str, str], float | None],
     why: dict[str, str],
 ) -> dict[str, Ratio]:
@@ -100,9 +77,7 @@ def _ratios(
             name = f"{a}_over_{b}_{size}_{mode}"
             value = None
             if a in figures and b in figures:
-                rounds = zip(figures[a].rounds, figures[b].rounds, strict=True)
-                times = [x / y for x, y in rounds if x == x and y == y]
-                value = statistics.median(times) if times else None
+                value = times(figures[a].rounds, figures[b].rounds)
             found[name] = ratio(
                 value,
                 _BOUNDS.get(name),
@@ -141,7 +116,7 @@ def run(
     """Each contender, size and mode for `duration_s`; then a live session to compare a frame's transport with."""
     pictures = Pictures()
     rows: list[dict[str, Any]] = []
-    measured: dict[tuple[str, str], dict[str, _Figures]] = {}
+    measured: dict[tuple[str, str], dict[str, Figures]] = {}
     others: dict[tuple[str, str], float | None] = {}
     starts, why = contenders.available()
     with contextlib.ExitStack() as stack:
@@ -168,7 +143,7 @@ def run(
                 others[size, mode] = usage.other_cpu
                 what = {"size": size, "bytes": SIZES_BYTES[size], "mode": mode, "rate_hz": RATES_HZ[mode][size]}
                 beside = {"other_cpu": usage.other_cpu, "busiest": usage.busiest_other}
-                rows += [{"contender": name, **what, **f.row(), **beside} for name, f in figures.items()]
+                rows += [{"contender": name, **what, **_row(f), **beside} for name, f in figures.items()]
                 pictures.histograms[f"{size}_{mode}"] = {name: f.latency for name, f in figures.items()}
     rows += [{"contender": name, "skipped": reason} for name, reason in why.items()]
     ratios = _ratios(measured, others, why)

@@ -7,6 +7,7 @@ measure torch and silero VAD, Triton, and ZeroMQ's own proxy.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,16 +69,13 @@ def transport(
     as_json: Json = False,
 ) -> None:
     """A message from one process to another over our bus, and over pyzmq, dora-rs and LSL if they are installed."""
+    from tools.bench import transport as bench
 
-    def run(alive: Callable[[], bool], say: Callable[[str], None]) -> Any:
-        from tools.bench import transport as bench
-
-        sizes = size.split(",")
-        for name in sizes:
-            if name not in bench.SIZES_BYTES:
-                raise typer.BadParameter(f"there is no size {name!r}; use {', '.join(bench.SIZES_BYTES)}")
-        return bench.run(duration_s=duration, sizes=sizes, model=model, alive=alive, say=say)
-
+    sizes = size.split(",")
+    for name in sizes:
+        if name not in bench.SIZES_BYTES:
+            raise typer.BadParameter(f"there is no size {name!r}; use {', '.join(bench.SIZES_BYTES)}")
+    run = partial(bench.run, duration_s=duration, sizes=sizes, model=model)
     run_bench("transport", as_json, compare, plots, run)
 
 
@@ -93,10 +91,9 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Training speed of each cell against torch's nn.GRU; needs the extra `train`."""
+    from tools.bench import train as bench
 
-    def run(_: Callable[[], bool], say: Callable[[str], None]) -> Any:
-        from tools.bench import train as bench
-
+    def run(*, alive: Callable[[], bool], say: Callable[[str], None]) -> Any:
         return bench.run(hidden=hidden, length=length, batch=batch, threads=threads, rounds=rounds, say=say)
 
     run_bench("train", as_json, compare, plots, run)
@@ -115,19 +112,15 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Clients over the network: ours over ZeroMQ and over NATS, Triton; and how soon a client gets `busy` when full."""
+    from tools.bench import serve as bench
 
-    def run(alive: Callable[[], bool], say: Callable[[str], None]) -> Any:
-        from tools.bench import serve as bench
-
-        return bench.run(
-            clients=clients,
-            duration_s=duration,
-            rounds=rounds,
-            hidden=hidden,
-            seed=seed,
-            peers=peers,
-            say=say,
-            alive=alive,
-        )
-
+    run = partial(
+        bench.run,
+        clients=clients,
+        duration_s=duration,
+        rounds=rounds,
+        hidden=hidden,
+        seed=seed,
+        peers=peers,
+    )
     run_bench("serve", as_json, compare, plots, run)

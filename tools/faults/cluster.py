@@ -21,7 +21,8 @@ from stream_mmrnn.core import config
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.serve.cluster.client import ClusterClient
 from stream_mmrnn.serve.cluster.node import ClusterNode
-from tools.bench.crowd import Crowd, Member
+from tools.bench.crowd import Crowd
+from tools.bench.load import SessionRecord
 from tools.bench.nats_cluster import Cluster
 from tools.faults.promise import Figure, Say
 
@@ -156,18 +157,19 @@ def run(quick: bool, say: Say) -> Iterator[Figure]:
     )
 
 
-async def _all(cluster: Cluster, sessions: int, duration_s: float, say: Say) -> dict[str, list[Member]]:
-    found: dict[str, list[Member]] = {}
+async def _all(cluster: Cluster, sessions: int, duration_s: float, say: Say) -> dict[str, list[SessionRecord]]:
+    found: dict[str, list[SessionRecord]] = {}
     await cluster.settled(ENGINES)
     async with Crowd(lambda: ClusterClient(cluster.url, prefix=cluster.prefix), sessions, apart=False) as crowd:
         for name, (trouble, what) in _TROUBLES.items():
             say(what)
             await cluster.settled(ENGINES)
-            found[name] = await crowd.run(duration_s, lambda to=trouble: to(cluster, duration_s))  # type: ignore[misc]
+            load = await crowd.run(duration_s, lambda to=trouble: to(cluster, duration_s))  # type: ignore[misc]
+            found[name] = load.records
     return found
 
 
-def _figures(name: str, what: str, members: list[Member], engine: StepEngine) -> Iterator[Figure]:
+def _figures(name: str, what: str, members: list[SessionRecord], engine: StepEngine) -> Iterator[Figure]:
     due = sum(len(m.due_ns) for m in members)
     yield from _right(
         name,
@@ -216,10 +218,10 @@ def _slow_client(quick: bool, say: Say, path: Path, engine: StepEngine, folder: 
             await asyncio.sleep(stopped_s)
             os.kill(slow.pid, signal.SIGCONT)
 
-        async def beside() -> list[Member]:
+        async def beside() -> list[SessionRecord]:
             make = lambda: ClusterClient(cluster.url, prefix=cluster.prefix)  # noqa: E731
             async with Crowd(make, sessions, apart=False) as crowd:
-                return await crowd.run(duration_s, lambda: stop(cluster, duration_s))
+                return (await crowd.run(duration_s, lambda: stop(cluster, duration_s))).records
 
         members = asyncio.run(beside())
         out, _ = slow.communicate(timeout=120)
@@ -239,11 +241,11 @@ def _slow_client(quick: bool, say: Say, path: Path, engine: StepEngine, folder: 
 def _client(url: str, prefix: str, sessions: str, duration_s: str) -> None:
     """The client that is stopped: `python -m tools.faults.cluster URL PREFIX SESSIONS SECONDS`."""
 
-    async def go() -> list[Member]:
+    async def go() -> list[SessionRecord]:
         make = lambda: ClusterClient(url, prefix=prefix)  # noqa: E731
         async with Crowd(make, int(sessions), apart=False, named="slow") as crowd:
             print("up", flush=True)
-            return await crowd.run(float(duration_s))
+            return (await crowd.run(float(duration_s))).records
 
     members = asyncio.run(go())
     with tempfile.TemporaryDirectory() as folder:

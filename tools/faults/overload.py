@@ -46,7 +46,7 @@ class Stalled(Exception):  # noqa: N818 no error
 
 
 class Crowd:
-    """Who asks, who is in, and what came of it."""
+    """Who asks, who is in, and what came of it; unlike `tools.bench.load`, it steps in one call whoever is due."""
 
     def __init__(self, sessions: Sessions, most: int, ramp_s: float, duration_s: float) -> None:
         self.sessions, self.most = sessions, most

@@ -281,7 +281,7 @@ def _wait(process: subprocess.Popen[bytes], address: str) -> str:
 
 
 class Client:
-    """Calls at their times, without waiting for answers: over one stream, which is faster than a call each."""
+    """Calls at their times, over one stream, which is faster than a call each; `tools.bench.load` is not here."""
 
     def __init__(self, address: str) -> None:
         import tritonclient.grpc as grpc
