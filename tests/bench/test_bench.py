@@ -152,6 +152,7 @@ def test_time_that_was_stolen_is_the_kernels_eighth_number(monkeypatch: pytest.M
     assert _stolen_s() == 7341 / os.sysconf("SC_CLK_TCK")
 
 
+@pytest.mark.process
 def test_without_proc_nothing_is_claimed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("stream_mmrnn.bench.machine._PROC", tmp_path)
     used = Processes().used()
