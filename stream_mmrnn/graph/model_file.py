@@ -227,7 +227,10 @@ def _check_node(content: memoryview, depth: int) -> None:
 def _check_tensor(content: memoryview) -> None:
     for number, whole, field in fields(content):
         if number == _WEIGHT_EXTERNAL or (number == _WEIGHT_LOCATION and read_varint(whole, 1)[0]):
-            raise ModelError("the model keeps weights in another file, expected all of them in this one")
+            raise ModelError(
+                "the model keeps weights in another file, expected all of them in this one: export it with "
+                "external_data=False (torch), or load it with onnx.load and save it again with onnx.save"
+            )
         if number == _WEIGHT_NAME:
             _text(field)
 

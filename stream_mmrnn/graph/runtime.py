@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import mmap
+import re
 import sys
 import weakref
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from stream_mmrnn.core.errors import ModelError, ProviderError
+from stream_mmrnn.core.printable import one_line
 from stream_mmrnn.graph import model_file as onnx_bytes
 
 Provider = Literal["auto", "cpu", "cuda"]
@@ -29,15 +31,18 @@ _NUMPY: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(double)": np.dtype(np.float64),
     "tensor(float16)": np.dtype(np.float16),
-    "tensor(int64)": np.dtype(np.int64),
-    "tensor(int32)": np.dtype(np.int32),
     "tensor(bool)": np.dtype(np.bool_),
-    "tensor(uint8)": np.dtype(np.uint8),
+    **{f"tensor({sign}int{bits})": np.dtype(f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)},
 }
 _MAX_FILE_BYTES = 2**31 - 1
 _CUDA = "CUDAExecutionProvider"
 
 ort.set_default_logger_severity(4)  # errors are raised; a bad file must not fill the log
+
+
+def reason(error: Exception) -> str:
+    """What onnxruntime says of an error, as one line without its error code; a file can make it long."""
+    return one_line(re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error)))
 
 
 def version() -> str:
@@ -89,6 +94,7 @@ class TensorSpec:
     def __init__(self, node: Any) -> None:
         self.name: str = node.name
         self.dtype: np.dtype[Any] = _NUMPY.get(node.type, np.dtype(object))
+        """`object` if numpy has no such type (bfloat16, string)."""
         self.type: str = node.type
         self.shape: tuple[int | None, ...] = tuple(n if isinstance(n, int) else None for n in node.shape)
 
@@ -135,7 +141,7 @@ class Graph:
             self.outputs = {n.name: TensorSpec(n) for n in self.session.get_outputs()}
             self.metadata: dict[str, str] = dict(self.session.get_modelmeta().custom_metadata_map)
         except Exception as e:  # onnxruntime raises a dozen types of its own
-            raise ModelError(f"{path} is not an ONNX graph that onnxruntime can load: {str(e)[:200]}") from e
+            raise ModelError(f"{path} is not an ONNX graph that onnxruntime can load: {reason(e)}") from e
         self.provider: Literal["cpu", "cuda"] = "cuda" if self.session.get_providers()[0] == _CUDA else "cpu"
         if provider == "cuda" and self.provider != "cuda":
             raise ProviderError(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 import msgspec
+import numpy as np
 
 from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import ConfigError, ModelError
@@ -26,6 +27,8 @@ _MAX_NUMBERS = 2**22
 """Most numbers in one row of an input, a state or a head."""
 _MAX_PARTS = 256
 STATE, NEXT = "state.", "next."
+_TIMED_RANK = 3
+"""Axes of an input or output with a time axis: batch, time, size."""
 
 
 class StateWires(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -49,6 +52,8 @@ class Wiring(msgspec.Struct, frozen=True):
     age: str = "age"
     constants: dict[str, float] = {}
     """Inputs with a constant value (a sample rate, for example)."""
+    timed: frozenset[str] = frozenset()
+    """Inputs of modalities and outputs of heads with a time axis, [B, 1, size]; a step is one time step."""
 
 
 class Contract(msgspec.Struct, frozen=True):
@@ -179,14 +184,23 @@ def _contract(
 ) -> Contract:
     states = []
     for state, wires in wiring.states.items():
+        if wires.batch_axis < 0:
+            raise ModelError(f"{graph.path}: the batch axis of the state `{wires.input}` is counted from 0")
         shape = graph.inputs[wires.input].shape
         rest = (*shape[: wires.batch_axis], *shape[wires.batch_axis + 1 :])
         after = _without_batch(graph.outputs[wires.output], wires.batch_axis)
         if len(shape) <= wires.batch_axis or None in rest or not _fits(after, rest):
+            axis = shape.index(None) if shape.count(None) == 1 else wires.batch_axis
+            hint = f"; its open axis is {axis}: say `batch_axis = {axis}`" if axis != wires.batch_axis else ""
             raise ModelError(
-                f"{graph.path}: `{wires.input}` {shape} and `{wires.output}` must have one fixed shape per row"
+                f"{graph.path}: `{wires.input}` {shape} and `{wires.output}` must have one fixed shape per row{hint}"
             )
+        _check_open(graph.path, graph.inputs[wires.input], wires.batch_axis)
+        _check_state_types(graph.path, graph.inputs[wires.input], graph.outputs[wires.output])
         states.append(StateSpec(state, tuple(n or 0 for n in rest)))
+    timed = {n for n in wiring.inputs.values() if n in graph.inputs and len(graph.inputs[n].shape) == _TIMED_RANK}
+    timed |= {n for n in wiring.heads.values() if n in graph.outputs and len(graph.outputs[n].shape) == _TIMED_RANK}
+    wiring = msgspec.structs.replace(wiring, timed=frozenset(timed))
     return Contract(ModelSpec(name, graph.sha256, tick_ns, modalities, heads, tuple(states)), wiring)
 
 
@@ -197,6 +211,56 @@ def _without_batch(tensor: TensorSpec, axis: int) -> tuple[int | None, ...]:
 def _fits(shape: tuple[int | None, ...], wanted: tuple[int | None, ...]) -> bool:
     """Whether a shape matches; None is a dimension that the file leaves open."""
     return len(shape) == len(wanted) and all(a is None or a == b for a, b in zip(shape, wanted, strict=True))
+
+
+def _type(tensor: TensorSpec) -> str:
+    """`float16`, `int64`, or onnxruntime's own name of a type that numpy does not have."""
+    return tensor.type.removeprefix("tensor(").removesuffix(")") if tensor.dtype == object else tensor.dtype.name
+
+
+def _check_open(where: Path, tensor: TensorSpec, axis: int = 0) -> None:
+    """Refuse an input that takes a fixed number of rows."""
+    if (rows := tensor.shape[axis]) is not None:
+        raise ModelError(
+            f"{where}: the batch axis of input `{tensor.name}` (axis {axis}) is fixed to {rows}, expected an open one; "
+            f'export it as a dynamic axis: in torch with dynamic_shapes {{{axis}: "batch"}} for this input, in Keras '
+            "with None in the input signature"
+        )
+
+
+def _check_state_types(where: Path, before: TensorSpec, after: TensorSpec) -> None:
+    if before.dtype == object:
+        raise ModelError(
+            f"{where}: the state `{before.name}` is {_type(before)}, expected a float of 16, 32 or 64 bits, an integer "
+            "or bool; cast it inside the graph"
+        )
+    if before.type != after.type:
+        raise ModelError(
+            f"{where}: the state `{before.name}` is {_type(before)} and `{after.name}`, which follows it, is "
+            f"{_type(after)}, expected one type; cast it inside the graph"
+        )
+
+
+def _check_input(where: Path, tensor: TensorSpec, row: tuple[int, ...], timed: bool) -> None:
+    """The shape of an input with one row per session; `timed`: it has a time axis after the batch axis."""
+    name, got, steps = tensor.name, tensor.shape, (1,) if timed else ()
+    if not _fits(got[1:], (*steps, *row)) or not got:
+        hint = "; its time axis must be 1: export one step of the sequence" if timed and _fits(got[2:], row) else ""
+        raise ModelError(f"{where}: input `{name}` has shape {got}, the contract says {(None, *row)}{hint}")
+    if timed and got[0] == 1 and got[1] is None:
+        raise ModelError(
+            f"{where}: input `{name}` has shape {got}, expected the batch axis before the time axis; "
+            "export it with batch_first=True (torch)"
+        )
+    _check_open(where, tensor)
+
+
+def _check_input_type(where: Path, tensor: TensorSpec, float_only: bool) -> None:
+    if tensor.dtype == object or (float_only and tensor.dtype.kind != "f"):
+        wanted = "float32" if float_only else "float32 or bool"
+        raise ModelError(
+            f"{where}: input `{tensor.name}` is {_type(tensor)}, the engine gives it {wanted}; cast it inside the graph"
+        )
 
 
 def _check_sizes(where: Path, contract: Contract) -> None:
@@ -212,8 +276,6 @@ def _check_sizes(where: Path, contract: Contract) -> None:
     for kind, names in (("modality", [m.name for m in spec.modalities]), ("head", [h.name for h in spec.heads])):
         if not names or len(set(names)) < len(names) or len(names) > _MAX_PARTS:
             raise ModelError(f"{where} must name each {kind} once; expected 1 to {_MAX_PARTS} of them")
-    if any(w.batch_axis < 0 for w in contract.wiring.states.values()):
-        raise ModelError(f"{where}: the batch axis of a state is counted from 0")
 
 
 def _check(graph: Graph, contract: Contract) -> None:
@@ -231,9 +293,8 @@ def _check(graph: Graph, contract: Contract) -> None:
     for name, row in expected.items():
         if name not in graph.inputs:
             raise ModelError(f"{where} has no input `{name}`, which its contract needs")
-        got = graph.inputs[name].shape
-        if len(got) != len(row) + 1 or not _fits(got[1:], row):
-            raise ModelError(f"{where}: input `{name}` has shape {got}, the contract says {(None, *row)}")
+        _check_input(where, graph.inputs[name], row, name in wiring.timed)
+        _check_input_type(where, graph.inputs[name], name == wiring.age or name in wiring.inputs.values())
     carried = {s.input for s in wiring.states.values()}
     for name in wiring.constants:
         if name not in graph.inputs or None in graph.inputs[name].shape:
@@ -243,5 +304,10 @@ def _check(graph: Graph, contract: Contract) -> None:
             raise ModelError(f"{where} has the input `{name}`, which is neither state nor in its contract")
     for head in spec.heads:
         output = graph.outputs.get(wiring.heads[head.name])
-        if output is None or len(output.shape) != 2 or not _fits(output.shape[1:], (head.size,)):
+        row = (1, head.size) if wiring.heads[head.name] in wiring.timed else (head.size,)
+        if output is None or not _fits(output.shape[1:], row):
             raise ModelError(f"{where} has no output `{wiring.heads[head.name]}` of {head.size} numbers a row")
+        if output.dtype != np.float32:
+            raise ModelError(
+                f"{where}: output `{output.name}` is {_type(output)}, expected float32; cast it inside the graph"
+            )

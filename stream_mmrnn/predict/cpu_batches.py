@@ -7,13 +7,14 @@ on the other sessions of its batch. `device_batches` does the same for GPUs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from time import perf_counter_ns
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
 from stream_mmrnn.core.errors import ModelError
-from stream_mmrnn.graph.runtime import Array, Binding, Graph
+from stream_mmrnn.graph.runtime import Array, Binding, Graph, reason
 from stream_mmrnn.predict.contract import Contract
 
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192, 16384)
@@ -75,7 +76,7 @@ def sizes_for(batch: int) -> list[int]:
 
 
 def row_inputs(graph: Graph, contract: Contract) -> dict[str, tuple[int, ...]]:
-    """Row shapes of the graph's inputs with one row per session; without states and constants."""
+    """Row shapes of the graph's inputs with one row per session; without states, constants and time axes."""
     spec, wiring = contract.spec, contract.wiring
     count = len(spec.modalities)
     shapes: dict[str, tuple[int, ...]] = {wiring.inputs[m.name]: (m.size,) for m in spec.modalities}
@@ -83,6 +84,18 @@ def row_inputs(graph: Graph, contract: Contract) -> dict[str, tuple[int, ...]]:
         if name:
             shapes[name] = shape
     return shapes
+
+
+def with_time_axis(arrays: Mapping[str, Array], contract: Contract) -> dict[str, Array]:
+    """The arrays as the graph takes them: those it declares as [rows, 1, size] get the time axis, as views."""
+    return {n: a[:, None] if n in contract.wiring.timed else a for n, a in arrays.items()}
+
+
+def _any_state(rng: np.random.Generator, like: Array) -> Array:
+    """Random states to compare runs with. Integers are 0 or 1: the graph may use them as indices."""
+    if like.dtype.kind == "f":
+        return rng.standard_normal(like.shape).astype(like.dtype)
+    return rng.integers(0, 2, like.shape).astype(like.dtype)
 
 
 class HostRows:
@@ -125,7 +138,7 @@ class HostRows:
         except ModelError:
             raise
         except Exception as e:  # onnxruntime raises a dozen types of its own
-            raise ModelError(f"{self.graph.path} cannot be run in batches: {str(e)[:200]}") from e
+            raise ModelError(f"{self.graph.path} cannot be run in batches: {reason(e)}") from e
         if most == 1:
             same.add(1)  # with one row there is no other row to compare with
         good = [b for b in self.buckets if b.size in same]
@@ -142,7 +155,7 @@ class HostRows:
             array[...] = name == self.contract.wiring.active if array.dtype == np.bool_ else rng.random(array.shape)
         if self.contract.wiring.present:
             self.inputs[self.contract.wiring.present].round(out=self.inputs[self.contract.wiring.present])
-        state = {name: rng.standard_normal(a.shape).astype(a.dtype) for name, a in self.arena.items()}
+        state = {name: _any_state(rng, array) for name, array in self.arena.items()}
         reference: list[bytes] = []
         cost_ns: dict[int, int] = {}
         same: set[int] = set()
@@ -169,7 +182,7 @@ class HostRows:
         self.buckets[0].binding.run()  # works on copies outside the arena: no session's state changes
 
     def read(self, slot: int) -> dict[str, Array]:
-        return {name: array[slot].copy() for name, array in self.arena.items()}
+        return {name: array[slot, ...].copy() for name, array in self.arena.items()}
 
     def write(self, slot: int, state: dict[str, Array]) -> None:
         for name, array in self.arena.items():
@@ -202,11 +215,13 @@ class HostBucket:
                 array = rows.work[name][:size]
             bound[wires.input] = (wires.output, array)
             self._pairs.append((rows.arena[name], np.moveaxis(array, wires.batch_axis, 0)))
-        self._single = [(arena, work[0]) for arena, work in self._pairs]
+        self._single = [(arena, work[0, ...]) for arena, work in self._pairs]  # `...`: a view of a scalar, too
         self._whole_alone = rows.in_place and (size == 1 or self._active is not None)
         self._alone = False
         """Whether the active mask is cleared already for all rows but the first."""
-        self.binding = Binding(graph, {**self.inputs, **rows.constants}, self.outputs, bound)
+        self._bound_inputs = with_time_axis(self.inputs, rows.contract) | rows.constants
+        self._bound_outputs = with_time_axis(self.outputs, rows.contract)
+        self.binding = Binding(graph, self._bound_inputs, self._bound_outputs, bound)
         self._on_arena: Binding | None = None
 
     def load(self, state: dict[str, Array]) -> None:
@@ -267,5 +282,5 @@ class HostBucket:
         if self._on_arena is None:
             wiring = self._rows.contract.wiring
             state = {w.input: (w.output, self._rows.arena[name][: self.size]) for name, w in wiring.states.items()}
-            self._on_arena = Binding(self._rows.graph, {**self.inputs, **self._rows.constants}, self.outputs, state)
+            self._on_arena = Binding(self._rows.graph, self._bound_inputs, self._bound_outputs, state)
         return self._on_arena

@@ -83,7 +83,7 @@ class DeviceRows:
         self._of_size(self._sizes[0]).run_dummy()
 
     def read(self, slot: int) -> dict[str, Array]:
-        return {name: tensor.read()[slot].copy() for name, tensor in self.arena.items()}
+        return {name: tensor.read()[slot, ...].copy() for name, tensor in self.arena.items()}
 
     def write(self, slot: int, state: dict[str, Array]) -> None:
         for name, tensor in self.arena.items():
@@ -106,15 +106,19 @@ class DeviceBucket:
         self._rows = rows
         contract, graph = rows.contract, rows.graph
         wiring = contract.wiring
-        shapes = {n: (size, *shape) for n, shape in row_inputs(graph, contract).items()}
+        steps: dict[str, tuple[int, ...]] = dict.fromkeys(wiring.timed, (1,))
+        shapes = {n: (size, *steps.get(n, ()), *shape) for n, shape in row_inputs(graph, contract).items()}
         shapes[onnx_rows.SLOTS] = (size,)
         shapes |= {n: tuple(k or 1 for k in graph.inputs[n].shape) for n in wiring.constants}
         held = {}
         for name, wires in wiring.states.items():
             held[onnx_rows.arena_name(wires.input)] = (onnx_rows.stored_name(wires.input), rows.arena[name])
-        outputs = {wiring.heads[h.name]: (size, h.size) for h in contract.spec.heads}
+        outputs = {n: (size, *steps.get(n, ()), h.size) for h in contract.spec.heads for n in (wiring.heads[h.name],)}
         self._binding = DeviceBinding(graph, shapes, outputs, held, graph_id)
-        self.inputs, self.outputs = self._binding.inputs, self._binding.outputs
+        self.inputs, self.outputs = (
+            {n: a[:, 0] if n in wiring.timed else a for n, a in arrays.items()}
+            for arrays in (self._binding.inputs, self._binding.outputs)
+        )
         self.pinned = self._binding.pinned
         for name, value in wiring.constants.items():
             self.inputs[name][...] = value

@@ -13,7 +13,7 @@ import numpy as np
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import ModelError, SessionError, StreamError
 from stream_mmrnn.core.types import ModelSpec, Prediction, Tick
-from stream_mmrnn.graph.runtime import Array, Graph, Provider
+from stream_mmrnn.graph.runtime import Array, Graph, Provider, reason
 from stream_mmrnn.predict.arena import Arena
 from stream_mmrnn.predict.columns import Columns, rounds
 from stream_mmrnn.predict.contract import Contract, contract_of
@@ -61,7 +61,7 @@ def make_rows(graph: Graph, slots: int, batch: int = 0) -> tuple[Contract, Rows]
     except StreamError:
         raise
     except Exception as e:  # onnxruntime and numpy raise many types if the file contradicts its contract
-        raise ModelError(f"{graph.path} cannot be run as its contract says: {str(e)[:200]}") from e
+        raise ModelError(f"{graph.path} cannot be run as its contract says: {reason(e)}") from e
 
 
 def _rows_of(graph: Graph, contract: Contract, slots: int, batch: int) -> Rows:

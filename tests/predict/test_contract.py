@@ -115,6 +115,7 @@ GOOD = beside(SILERO).read_text(encoding="utf-8") if beside(SILERO).is_file() el
         (("tick_ms = 32.0", "tick_ms ="), "cannot be read: "),
         (("batch_axis = 1", "batch_axes = 1"), "unknown key `states\\[0\\].batch_axes`: the nearest is `batch_axis`"),
         (("batch_axis = 1", "batch_axis = 0"), "must have one fixed shape per row"),
+        (("batch_axis = 1", "batch_axis = -7"), "the batch axis of the state `state` is counted from 0"),
         (("batch_axis = 1", "batch_axis = 7"), "must have one fixed shape per row"),
         (('output = "stateN"', 'output = "state_N"'), "has no `state_N`, which .* names; it has output, stateN"),
         (('input = "input"', 'input = "in"'), "has no input `in`"),
