@@ -14,6 +14,7 @@ import os
 import stat
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from msgspec.structs import replace
 from stream_mmrnn.bus import Address
 from stream_mmrnn.bus.keys import KeyFolder
 from stream_mmrnn.core import config
+from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import FileError, NotRunning, UsageError
 
 _MAX_BYTES = 65_536
@@ -258,3 +260,31 @@ def reach(
     if server_key and keys is None:
         raise UsageError("a server key is of use only with a pair of your own: give the folder of keys, too")
     return Address.at(host, int(port), KeyFolder(keys).keys(server_key) if keys else None), None
+
+
+class SessionSearch:
+    """Looks for a session until it runs, for a limited time; the caller pauses between two calls."""
+
+    def __init__(
+        self, find: Callable[[], tuple[Address, Entry | None]], wait_s: float, clock: Callable[[], int] = now_ns
+    ) -> None:
+        """`find`: such as `reach`; `wait_s`: 0 means that it must run already; `clock`: nanoseconds."""
+        self._find, self._wait_s, self._clock = find, wait_s, clock
+        self._until_ns = clock() + round(wait_s * 1e9)
+
+    def poll(self) -> tuple[Address, Entry | None] | None:
+        """Look once: the session, or None while it may still appear.
+
+        Raises:
+            NotRunning: the time is over.
+            UsageError, FileError: those of `find`, at once.
+
+        """
+        try:
+            return self._find()
+        except NotRunning as e:
+            if not self._wait_s:
+                raise
+            if self._clock() < self._until_ns:
+                return None
+            raise NotRunning(f"{e} (waited {self._wait_s:g} s)") from None

@@ -13,17 +13,16 @@ _PATH_BYTES = 103 if sys.platform == "darwin" else 107
 """Maximum length of a socket's path: `sun_path` without its closing zero (unix(7); sys/un.h on macOS)."""
 _NAME_BYTES = 20
 """Reserved for the slash and the socket's name in the folder."""
-_SHORT = "/tmp"  # noqa: S108 mkdtemp creates a private folder in it
 
 
-def private_folder(prefix: str) -> str:
-    """Create a folder (0700) in the temporary folder or, if its path would be too long, in /tmp.
+def private_folder(prefix: str, short: str = "/tmp") -> str:  # noqa: S108 mkdtemp creates a private folder in it
+    """Create a folder (0700) in the temporary folder or, if its path would be too long, in `short`.
 
     Raises:
         ProcessError: no folder with a short path can be created.
 
     """
-    for place in (None, _SHORT):
+    for place in (None, short):
         try:
             folder = tempfile.mkdtemp(prefix=prefix, dir=place)
         except OSError:

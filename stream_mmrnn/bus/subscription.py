@@ -10,8 +10,10 @@ session never waits for a reader.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter, deque
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -56,6 +58,7 @@ class Subscription:
         policy: Policy = "drop_oldest",
         queue: int = 256,
         timeout: float | None = None,
+        wait: float | None = None,
     ) -> None:
         """Subscribe to a running session, from now on.
 
@@ -66,6 +69,9 @@ class Subscription:
         `policy`: what happens if this reader is too slow. `drop_oldest` keeps the newest `queue` predictions, `latest`
         the newest one of each session, `block` all, up to `bus.queue`. The session never waits for a reader.
         `timeout`: seconds without a prediction after which iteration raises; None means no timeout.
+        `wait`: seconds that iteration and `receive` wait for the session to appear; of an `address`, for its first
+        message. They raise the errors then, and `session` is the name that was asked for until it is found. None or 0
+        raises at once (of an address: after 10 s).
 
         Raises:
             NotRunning: no such session is running, or its bus does not answer.
@@ -78,17 +84,16 @@ class Subscription:
             heads = [heads]
         if policy not in ("latest", "drop_oldest", "block"):
             raise UsageError(f"there is no policy {policy!r}; use latest, drop_oldest or block")
-        if queue < 1 or (timeout is not None and timeout < 0):
-            raise UsageError("a queue holds one prediction at least, and a timeout is not negative")
-        place, self._entry = running.reach(session, address, Path(keys) if keys else None, server_key)
-        if self._entry is not None and not self._entry.engine:
-            raise UsageError(f"the session {self._entry.session!r} only records: it has no predictions")
-        self.session = self._entry.session if self._entry is not None else session
+        if queue < 1 or (timeout or 0) < 0 or (wait or 0) < 0:
+            raise UsageError("a queue holds one prediction at least, and timeout and wait are not negative")
+        self.session = session
         """The session's name; None means all sessions at an address."""
-        self._where = address or f"the session {self.session!r}"
-        self._reading = PredictionReader(self.session, heads)
-        self._subscriber: Subscriber | None = Subscriber(place, TOPICS, queue, policy, midway=True)
-        self._fileno = self._subscriber.fileno()
+        self.ended = ""
+        """The reason why there are no more predictions; "" while more may come."""
+        self._heads, self._queue, self._policy = heads, queue, policy
+        self._reading = PredictionReader(session, heads)
+        self._subscriber: Subscriber | None = None
+        self._entry: running.Entry | None = None
         self._held: deque[PredictionView] = deque(maxlen=1 if policy == "latest" else queue)
         """The first predictions, until the model is known."""
         self._overflow = "superseded" if policy == "latest" else "oldest"
@@ -96,8 +101,29 @@ class Subscription:
         self._timeout_ns = None if timeout is None else round(timeout * 1e9)
         self._began_ns = self._asked_ns = now_ns()
         self._heard_ns = self._looked_ns = 0
-        self.ended = ""
-        """The reason why there are no more predictions; "" while more may come."""
+        self._where = address or f"the session {session!r}"
+        self._unheard_ns = round(wait * 1e9) if wait and address else _GONE_NS
+        """Time without a first message after which the bus counts as absent."""
+        find = partial(running.reach, session, address, Path(keys) if keys else None, server_key)
+        self._search = running.SessionSearch(find, wait or 0)
+        self._connect()
+
+    def _connect(self) -> bool:
+        """Look for the session, and subscribe to it if it is there; False while it may still appear."""
+        found = self._search.poll()
+        if found is None:
+            return False
+        place, entry = found
+        if entry is not None:
+            if not entry.engine:
+                raise UsageError(f"the session {entry.session!r} only records: it has no predictions")
+            self._entry, self.session = entry, entry.session
+            self._where = f"the session {entry.session!r}"
+        self._reading = PredictionReader(self.session, self._heads)
+        self._subscriber = Subscriber(place, TOPICS, self._queue, self._policy, midway=True)
+        self._fileno = self._subscriber.fileno()
+        self._began_ns = self._asked_ns = now_ns()
+        return True
 
     # ---- properties ------------------------------------------------------------------------------------------------
 
@@ -137,8 +163,8 @@ class Subscription:
         """The next prediction; None on timeout (in seconds) and at the session's end (`ended` has the reason).
 
         Raises:
-            NotRunning: the bus did not answer within 10 s.
-            UsageError: a selected head does not exist.
+            NotRunning: the session did not appear within `wait`, or its bus did not answer within 10 s.
+            UsageError: several sessions are running, or a selected head does not exist.
 
         """
         until_ns = None if timeout is None else now_ns() + round(timeout * 1e9)
@@ -164,13 +190,16 @@ class Subscription:
     def _receive(self, wait_ms: int) -> bool:
         """Read one message; returns whether one arrived. If not, check whether the session is alive."""
         if self._subscriber is None:
-            self.ended = self.ended or "it was closed here"
+            if not self.ended and not self._connect():
+                time.sleep(wait_ms / 1000)
             return False
         envelope = self._subscriber.receive(wait_ms)
         at_ns = now_ns()
         if envelope is None:
             self._poll(at_ns)
             return False
+        if not self._heard_ns:
+            self._began_ns = at_ns  # the engine may start long after this reader
         self._heard_ns = at_ns
         found = self._reading.observe(envelope)
         if found is not None:
@@ -189,15 +218,17 @@ class Subscription:
             self._looked_ns = at_ns
             if not self._entry.alive():
                 self.ended = "the session's process is gone"
-        if not self.ended and silent_ns > _GONE_NS:
+        if not self.ended and silent_ns > (_GONE_NS if self._heard_ns else self._unheard_ns):
             if not self._heard_ns:
                 raise NotRunning(
-                    f"nothing was heard from {self._where}: is it running, does it ask for keys, and is ours allowed?"
+                    f"nothing was heard from {self._where} in {self._unheard_ns / 1e9:g} s: is it running, does it "
+                    "ask for keys, and is ours allowed?"
                 )
             self.ended = "nothing was heard of it any more"
 
     def _check_time(self) -> None:
-        if self._timeout_ns is not None and now_ns() - self._asked_ns > self._timeout_ns:
+        waits = self._subscriber is None  # for the session
+        if self._timeout_ns is not None and not waits and now_ns() - self._asked_ns > self._timeout_ns:
             raise TimedOut(f"no prediction came from {self._where} in {self._timeout_ns / 1e9:g} s")
 
     def __iter__(self) -> Subscription:
@@ -229,6 +260,9 @@ class Subscription:
 
     async def _readable(self) -> None:
         """Wait until a message may have arrived, for a bounded time. Safe to cancel."""
+        if self._subscriber is None:
+            await asyncio.sleep(_LOOK_MS / 1000)
+            return
         loop, came = asyncio.get_running_loop(), asyncio.Event()
         try:
             loop.add_reader(self._fileno, came.set)
@@ -247,13 +281,13 @@ class Subscription:
 
     def close(self) -> None:
         """End the subscription; its counts stay available."""
+        self.ended = self.ended or "it was closed here"
         subscriber, self._subscriber = self._subscriber, None
         if subscriber is None:
             return
         self._lost.update(self._counted(subscriber))
         self._reading.unreadable += subscriber.garbage
         subscriber.close()
-        self.ended = self.ended or "it was closed here"
 
     def __enter__(self) -> Subscription:
         return self

@@ -139,7 +139,7 @@ def _show_comparison(console: Console, found: dict[str, Any]) -> None:
         if first := h["first"]:
             where = shown(f"{name}, {first['output']}" if len(h["outputs"]) > 1 else name, 128)
             console.print(
-                f"{where}: first at {first['s']:.2f} s (tick {first['tick']}), {first['a']} in a, {first['b']} in b",
+                f"{where}: first at {first['s']:.2f} s, {first['a']} in a, {first['b']} in b",
                 soft_wrap=True,
             )
         for stretch in sorted(h["where"], key=lambda s: -s["max"])[:3]:

@@ -73,6 +73,7 @@ def predictions(
     address: Annotated[str, typer.Option(help="HOST:PORT of a bus over tcp, instead of a session of this user.")] = "",
     keys: Annotated[Path | None, typer.Option(help="The folder with our keys, if that bus needs keys.")] = None,
     server_key: Annotated[str, typer.Option(help="That bus's public key, if it is not in the folder.")] = "",
+    wait: Annotated[float, typer.Option(min=0.0, help="Seconds to wait for the session to appear.")] = 0.0,
     as_json: Json = False,
 ) -> None:
     """Print a running session's predictions as JSON lines, until it ends or the pipe is closed.
@@ -86,7 +87,7 @@ def predictions(
     alive = StopFlag.unwinding()
     say = say_on(Console(stderr=True))
     reader = subscribe(
-        session, address=address, keys=keys, server_key=server_key, heads=head or None, policy=policy.value
+        session, address=address, keys=keys, server_key=server_key, heads=head or None, policy=policy.value, wait=wait
     )
     printed, passed = 0, 0
     due_ns: dict[str, int] = {}  # by session: the event time from which the next line is due

@@ -53,10 +53,11 @@ _INTS = struct.Struct(">BIBqBqBq")
 _END = struct.Struct(">BBIBq")
 """The shape of a row and device_ns, in msgpack."""
 _U32, _I64, _ROW = 0xCE, 0xD3, 0x91
-_KNOWN_AT_MOST = 1024
+MAX_KNOWN = 1024
 _COPIED_AT_MOST_BYTES = 65_536
 
-_written: dict[tuple[str, str, str], tuple[bytes, bytes]] = {}
+known_written: dict[tuple[str, str, str], tuple[bytes, bytes]] = {}
+"""The header bytes around the numbers, by session, origin and type."""
 
 
 class _Stream(NamedTuple):
@@ -69,7 +70,7 @@ class _Stream(NamedTuple):
     dtype: np.dtype[Any] | None
 
 
-_read: dict[tuple[bytes | memoryview, bytes | memoryview], _Stream] = {}
+known_read: dict[tuple[bytes | memoryview, bytes | memoryview], _Stream] = {}
 """Known streams, by topic and the header bytes before the numbers."""
 
 
@@ -101,11 +102,11 @@ def encode(envelope: Envelope) -> list[bytes | memoryview]:
         else:
             body = np.ascontiguousarray(payload).reshape(-1).view(np.uint8).data
     key = (envelope.session, envelope.origin, dtype)
-    around = _written.get(key)
+    around = known_written.get(key)
     if around is None:
-        if len(_written) >= _KNOWN_AT_MOST:
-            _written.clear()
-        around = _written[key] = _around(*key)
+        if len(known_written) >= MAX_KNOWN:
+            known_written.clear()
+        around = known_written[key] = _around(*key)
     numbers = _INTS.pack(
         _U32, envelope.seq, _I64, envelope.event_ns, _I64, envelope.capture_ns, _I64, envelope.publish_ns
     )
@@ -125,9 +126,9 @@ def decode(frames: Sequence[bytes | memoryview], received_ns: int = 0) -> Envelo
         raise WireError(f"a message has 3 frames, this one has {len(frames)}")
     topic, head, body = frames
     at = _numbers_at(head)
-    stream = _read.get((topic, head[:at]))
+    stream = known_read.get((topic, head[:at]))
     if stream is None or (envelope := _decode_known(stream, at, head, body, received_ns)) is None:
-        return _decode_any(topic, head, body, received_ns)
+        return decode_any(topic, head, body, received_ns)
     return envelope
 
 
@@ -161,9 +162,10 @@ def _decode_known(
     )
 
 
-def _decode_any(
+def decode_any(
     topic: bytes | memoryview, head: bytes | memoryview, body: bytes | memoryview, received_ns: int
 ) -> Envelope:
+    """As `decode`, for a message of any stream, known or not."""
     if len(topic) > MAX_TOPIC_BYTES:
         raise WireError(f"a topic has at most {MAX_TOPIC_BYTES} bytes, this one has {len(topic)}")
     try:
@@ -188,9 +190,9 @@ def _decode_any(
     payload = bytes(body) if dtype is None else np.frombuffer(body, dtype).reshape(header.shape)
     if name in topics.TOPICS:
         before, after = _around(header.session, header.origin, header.dtype)
-        if len(_read) >= _KNOWN_AT_MOST:
-            _read.clear()
-        _read[bytes(topic), before] = _Stream(after, name, header.session, header.origin, dtype)
+        if len(known_read) >= MAX_KNOWN:
+            known_read.clear()
+        known_read[bytes(topic), before] = _Stream(after, name, header.session, header.origin, dtype)
     return Envelope(
         name,
         header.session,

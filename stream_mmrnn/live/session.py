@@ -112,8 +112,8 @@ class LiveSession:
         return {
             "session": self.settings.session.name,
             "seconds": round((supervisor.closed_ns - supervisor.opened_ns) / 1e9, 3),
-            "ticks": engine.counts.get("ticks", 0) if engine else 0,
-            "predictions": engine.counts.get("predictions", 0) if engine else 0,
+            "ticks": engine.counts.get("ticks", 0) if engine else None,
+            "predictions": engine.counts.get("predictions", 0) if engine else None,
             "first_prediction_s": round((first_ns - began_ns) / 1e9, 3) if first_ns else None,
             "model": {k: spec.get(k, "") for k in ("name", "sha256", "provider")} if engine else None,
             "streams": streams,

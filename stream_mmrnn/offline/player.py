@@ -60,7 +60,7 @@ class Player:
         """A local time, and the recording's time at that moment."""
         self._shown_ns = 0
         self._view = LiveState()
-        self._predictions = 0
+        self._predictions = self._ticks = 0
         self._statuses: Collection[wire.StatusMessage] = ()
 
     @property
@@ -80,7 +80,7 @@ class Player:
 
     def play(self, envelopes: Iterable[Envelope]) -> Iterator[Envelope]:
         """One pass over the messages, each when it is due. Ends early at a seek back; `again` is true then."""
-        self._view, self._predictions = LiveState(), 0
+        self._view, self._predictions, self._ticks = LiveState(), 0, 0
         self._back = self._ended = False
         self._position_ns = self._first_ns
         self._rebase()
@@ -109,6 +109,7 @@ class Player:
 
     def observe(self, prediction: Prediction) -> None:
         """Show a prediction with the recording's stamps and the new step's duration, and no time on a bus."""
+        self._ticks += 1
         if prediction.tick.event_ns < self._until_ns - HISTORY_NS:
             return
         took_ns = prediction.step_end_ns - prediction.step_start_ns
@@ -190,6 +191,7 @@ class Player:
         self._page.update(
             {
                 **self._view.snapshot(at_ns),
+                "ticks": self._ticks,
                 "typing": {"possible": False, "why": _NO_TYPING},
                 "replay": {
                     "recording": self._name,

@@ -75,6 +75,7 @@ class Comparison:
         self.max_abs_difference = 0.0
         self.first = ""
         """One sentence about the first difference."""
+        self._first_tick = 2**63
 
     def split_off(self, batches: Iterable[Sequence[Envelope]]) -> Iterator[Envelope]:
         """The messages one by one, without the recorded predictions, which are compared here."""
@@ -95,12 +96,13 @@ class Comparison:
             self.missing += 1
             self._note(f"a recorded prediction cannot be read: {e}")
             return
+        self._first_tick = min(self._first_tick, then.tick)
         before = self._recent.get(then.tick)
         if before is not None:
             self.repeated += before == then
             if before != then:
                 self.different += 1
-                self._note(f"tick {then.tick} was recorded twice, with other numbers")
+                self._note(f"{self._name(then.tick)} was recorded twice, with other numbers")
             return
         self._recent[then.tick] = then
         if len(self._recent) > WINDOW:
@@ -113,6 +115,7 @@ class Comparison:
 
     def observe(self, prediction: Prediction) -> None:
         tick = prediction.tick
+        self._first_tick = min(self._first_tick, tick.index)
         heads = {name: values.tolist() for name, values in prediction.heads.items()}
         now = Outcome(tick.index, heads, tick.present, tick.age_ns)
         then = self._then.pop(tick.index, None)
@@ -127,7 +130,7 @@ class Comparison:
             return
         same = same and then.heads.keys() == now.heads.keys()
         if not same:
-            self._note(f"tick {then.tick} saw other inputs than when it was recorded")
+            self._note(f"{self._name(then.tick)} saw other inputs than when it was recorded")
         for name, values in now.heads.items():
             before = then.heads.get(name, [])
             for new, old in zip(values, before, strict=False):
@@ -136,9 +139,13 @@ class Comparison:
                 elif new != old:
                     same = False
                     self.max_abs_difference = max(self.max_abs_difference, abs(new - old))
-                    self._note(f"tick {then.tick}, head {name!r}: {new!r} now, {old!r} recorded")
+                    self._note(f"{self._name(then.tick)}, head {name!r}: {new!r} now, {old!r} recorded")
             same = same and len(values) == len(before)
         self.different += not same
+
+    def _name(self, tick: int) -> str:
+        """A tick as a person reads it: counted from the recording's first one, not from the machine's boot."""
+        return f"tick {tick - self._first_tick + 1}"
 
     def _note(self, sentence: str) -> None:
         self.first = self.first or sentence
@@ -147,7 +154,7 @@ class Comparison:
         """The counts, after both have ended."""
         extra, missing = self.extra + len(self._now), self.missing + len(self._then)
         if extra and self._now:
-            self._note(f"tick {next(iter(self._now))} has no recorded prediction")
+            self._note(f"{self._name(next(iter(self._now)))} has no recorded prediction")
         if missing:
             self._note(f"{missing} recorded predictions were not made again")
         return {

@@ -68,7 +68,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     """Additional data of the caller, by name."""
 
 
-class _About(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class About(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The JSON metadata of a snapshot file."""
 
     version: int
@@ -80,7 +80,7 @@ class _About(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Hash of everything else."""
 
 
-def _digest(about: _About, tensors: dict[str, Array]) -> str:
+def digest(about: About, tensors: dict[str, Array]) -> str:
     """The sha256 over the metadata and every tensor's name, type, shape and bytes."""
     found = hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(about, sha256="")))
     for name in sorted(tensors):
@@ -104,9 +104,9 @@ def to_bytes(snapshot: Snapshot) -> bytes:
             texts[name] = value
         else:
             tensors[_EXTRA + name] = np.frombuffer(value, np.uint8)
-    about = _About(_VERSION, snapshot.session, snapshot.model_sha256, snapshot.tick_index, texts)
+    about = About(_VERSION, snapshot.session, snapshot.model_sha256, snapshot.tick_index, texts)
     try:
-        about = msgspec.structs.replace(about, sha256=_digest(about, tensors))
+        about = msgspec.structs.replace(about, sha256=digest(about, tensors))
         raw = to_safetensors(tensors, {_KEY: msgspec.json.encode(about).decode()})
         _unpack(raw)
     except (msgspec.MsgspecError, SafetensorError, KeyError, ValueError, OverflowError) as e:
@@ -136,7 +136,7 @@ def _unpack(raw: bytes) -> Snapshot:
     # `deserialize` checks that the tensors are contiguous, without gaps or overlaps
     found = deserialize(raw)  # type: ignore[no-untyped-call]
     metadata = msgspec.json.decode(raw[8 : 8 + header], type=dict[str, msgspec.Raw])["__metadata__"]
-    about = msgspec.json.decode(msgspec.json.decode(metadata, type=dict[str, str])[_KEY], type=_About)
+    about = msgspec.json.decode(msgspec.json.decode(metadata, type=dict[str, str])[_KEY], type=About)
     if about.version != _VERSION:
         raise ValueError(f"expected version {_VERSION}, got {about.version}")
     tensors: dict[str, Array] = {}
@@ -146,7 +146,7 @@ def _unpack(raw: bytes) -> Snapshot:
         if kind == np.bool_ and data.strip(b"\0\1"):
             raise ValueError(f"tensor {name!r} holds booleans that are neither 0 nor 1")
         tensors[name] = np.frombuffer(data, kind).reshape(tensor["shape"])
-    if _digest(about, tensors) != about.sha256:
+    if digest(about, tensors) != about.sha256:
         raise ValueError("the sha256 does not match the content")
     state: dict[str, Array] = {}
     extra: dict[str, bytes | str] = dict(about.texts)

@@ -97,7 +97,7 @@ def render(state: dict[str, Any], width: int, headline: str, notes: list[str]) -
     top = Text.assemble(
         ("stream-mmrnn ", "bold"),
         headline,
-        f"   tick {state['tick']}   {state['predictions_per_s']:.0f} predictions/s",
+        "" if state["ticks"] is None else f"   {state['ticks']} ticks   {state['predictions_per_s']:.0f} predictions/s",
     )
     parts: list[RenderableType] = [top, Text(), _streams(state)]
     parts += [_head(name, head, max(10, width - 62)) for name, head in state["heads"].items()]
@@ -129,10 +129,10 @@ def summary_table(summary: dict[str, Any]) -> RenderableType:
             Text(sign, "green" if s["balanced"] else "red"),
         )
     parts: list[RenderableType] = []
+    made = f"{summary['ticks']} ticks, {summary['predictions']} predictions in " if summary["model"] else ""
     parts.append(
         Text.assemble(
-            (f"{summary['ticks']} ticks, {summary['predictions']} predictions", "bold"),
-            f" in {summary['seconds']:.1f} s",
+            (f"{made}{summary['seconds']:.1f} s", "bold"),
             f"; the first after {summary['first_prediction_s']:.2f} s" if summary["first_prediction_s"] else "",
         )
     )
@@ -180,8 +180,9 @@ def verified(result: dict[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [
         Text.assemble(
             (f"{result['recording']}: {result['state']}", "bold green" if result["whole"] else "bold yellow"),
-            f", {result['seconds']:.1f} s, {sum(result['messages'].values())} messages, "
-            f"{result['predictions']} predictions; ends at {ends['at_s']:.1f} s, byte {ends['at_byte']} of "
+            f", {result['seconds']:.1f} s, {sum(result['messages'].values())} messages"
+            + (f", {result['predictions']} predictions" if result["predictions"] else "")
+            + f"; ends at {ends['at_s']:.1f} s, byte {ends['at_byte']} of "
             f"{result['bytes']}: {ends['how']}",
         )
     ]

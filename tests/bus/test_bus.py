@@ -103,7 +103,7 @@ def test_available_messages_are_received_at_once_without_garbage(address: Addres
     publisher.publish("feature/audio", "s", 0, 0, b"")
     drain(reader, 1)
     assert not reader.waiting()
-    publisher._socket.send_multipart([b"feature/audio", b"no header", b""])
+    publisher.publish("feature/audio", "no name of a session", 0, 0, b"")
     publisher.publish("feature/audio", "s", 1, 1, b"")
     deadline = time.monotonic() + 5
     while not reader.waiting():

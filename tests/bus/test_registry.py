@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from stream_mmrnn.bus import Address
 from stream_mmrnn.bus import registry as running
 from stream_mmrnn.bus.keys import KeyFolder
-from stream_mmrnn.bus.registry import Entry, Registration
+from stream_mmrnn.bus.registry import Entry, Registration, SessionSearch
 from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import FileError, NotRunning, UsageError
 
@@ -97,10 +97,33 @@ def test_stale_files_are_skipped_and_removed(folder: Path, tmp_path: Path) -> No
 
 @given(content=st.binary(max_size=200) | st.builds(msgspec.json.encode, st.dictionaries(st.text(), st.integers())))
 def test_any_file_content_is_ignored_without_error(content: bytes) -> None:
-    with tempfile.TemporaryDirectory() as place:
-        path = Path(place) / "1-1.json"
-        path.write_bytes(content)
-        assert running._read(path) is None
+    with tempfile.TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", place)
+        patch.setattr(tempfile, "tempdir", place)
+        folder = Path(place) / "stream-mmrnn"
+        folder.mkdir(0o700)
+        (folder / "1-1.json").write_bytes(content)
+        assert running.everything() == []
+        assert list(folder.iterdir()) == []
+
+
+def test_a_search_looks_until_its_time_is_over(folder: Path) -> None:
+    now_ns = 0
+    search = SessionSearch(lambda: running.reach("anna"), 2.5, lambda: now_ns)
+    assert search.poll() is None
+    now_ns = 2_499_999_999
+    assert search.poll() is None
+    now_ns = 2_500_000_000
+    with pytest.raises(NotRunning, match=r"^no session is running; start one by `stream-mmrnn live` \(waited 2.5 s\)$"):
+        search.poll()
+    Registration(entry())
+    found = search.poll()
+    assert found is not None
+    assert found[1] == running.find()
+    with pytest.raises(NotRunning, match=r"^no session 'bert' is running, but 'anna' \(process \d+\)$"):
+        SessionSearch(lambda: running.reach("bert"), 0).poll()
+    with pytest.raises(UsageError, match="no address of a bus"):
+        SessionSearch(lambda: running.reach(address="nix"), 2.5).poll()
 
 
 @posix

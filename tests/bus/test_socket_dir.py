@@ -42,9 +42,8 @@ def test_socket_paths_fit_with_any_temporary_folder(
 
 def test_no_usable_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nothing"))
-    monkeypatch.setattr("stream_mmrnn.bus.socket_dir._SHORT", str(tmp_path / "nothing either"))
     with pytest.raises(ProcessError, match=r"no folder for sockets can be made in .*nothing: set TMPDIR to one"):
-        private_folder("a-")
+        private_folder("a-", str(tmp_path / "nothing either"))
 
 
 def test_a_session_runs_with_a_deep_temporary_folder(model: Path, short_path: Path) -> None:

@@ -226,7 +226,7 @@ def test_iteration_times_out_and_a_wrong_head_is_named(bus: Bus) -> None:
         next(subscription)
     with Subscription(address=where(bus), heads="nix") as subscription, pytest.raises(UsageError, match="head 'nix'"):
         bus.meet(subscription)
-    for wrong in ({"policy": "newest"}, {"queue": 0}, {"timeout": -1}):
+    for wrong in ({"policy": "newest"}, {"queue": 0}, {"timeout": -1}, {"wait": -1}):
         with pytest.raises(UsageError):
             Subscription(address=where(bus), **wrong)  # type: ignore[arg-type]
 
@@ -280,13 +280,41 @@ def test_a_bus_with_keys_is_readable_with_an_allowed_key(tmp_path: Path) -> None
             assert bus.meet(reader).tick > 0
 
 
-def test_a_missing_bus_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stream_mmrnn.bus.subscription._GONE_NS", 200 * MS)
+def test_a_missing_bus_is_reported() -> None:
     with (
-        Subscription(address="127.0.0.1:1") as subscription,
-        pytest.raises(NotRunning, match=r"127.0.0.1:1: is it run"),
+        Subscription(address="127.0.0.1:1", wait=0.2) as subscription,
+        pytest.raises(NotRunning, match=r"127.0.0.1:1 in 0.2 s: is it run"),
     ):
         next(subscription)
+
+
+def test_a_missing_session_is_waited_for() -> None:
+    name = named("missing")
+    with pytest.raises(NotRunning):
+        stream_mmrnn.subscribe(name, wait=0)
+    subscription = stream_mmrnn.subscribe(name, wait=0.5, timeout=0.1)
+    assert (subscription.session, subscription.model, subscription.lost) == (name, None, {})
+    assert subscription.receive(0) is None
+    with pytest.raises(NotRunning, match=r"\(waited 0.5 s\)$"):
+        next(subscription)
+    with stream_mmrnn.subscribe(name, wait=60) as closed:
+        pass
+    assert list(closed) == []
+    assert closed.ended == "it was closed here"
+
+    async def main() -> int:
+        async def read() -> None:
+            with pytest.raises(NotRunning, match=r"\(waited 0.5 s\)$"):
+                await anext(stream_mmrnn.subscribe(name, wait=0.5))
+
+        task, turns = asyncio.ensure_future(read()), 0
+        while not task.done():
+            await asyncio.sleep(0.01)
+            turns += 1
+        await task
+        return turns
+
+    assert asyncio.run(main()) > 10, "the event loop is free meanwhile"
 
 
 # --- real sessions
@@ -325,6 +353,34 @@ def test_a_session_is_found_and_read_until_it_ends(model: Path) -> None:
         stream_mmrnn.subscribe(name)
 
 
+def test_a_program_that_starts_first_waits_for_the_session(model: Path) -> None:
+    name = named("later")
+    subscription = stream_mmrnn.subscribe(name, policy="block", wait=120, timeout=20)
+    assert subscription.receive(0.2) is None
+    ticks: list[int] = []
+    waits = threading.Event()
+
+    async def read() -> None:
+        other = stream_mmrnn.subscribe(name, policy="block", wait=120, timeout=20)
+        waits.set()
+        ticks.extend([p.tick async for p in other])
+
+    thread = threading.Thread(target=asyncio.run, args=(read(),))
+    thread.start()
+    assert waits.wait(20)
+    with closing(running(model, name, "--duration", "3")) as live:
+        got = list(subscription)
+        code, summary = live.finish()
+    thread.join(60)
+    assert (code, subscription.ended) == (0, "the session was closed")
+    last = got[-1].tick
+    assert [p.tick for p in got] == list(range(got[0].tick, last + 1))
+    assert ticks == list(range(ticks[0], last + 1))
+    assert min(len(got), len(ticks)) >= 20
+    assert summary["predictions"] >= len(got)
+    assert all(p.model is not None for p in got)
+
+
 @pytest.mark.skipif(not Path("/proc/self/comm").exists(), reason="needs /proc")
 def test_a_killed_engine_loses_and_repeats_nothing(model: Path) -> None:
     name = named("killed")
@@ -333,7 +389,6 @@ def test_a_killed_engine_loses_and_repeats_nothing(model: Path) -> None:
         [engine] = live.wait_for(lambda: live.children("engine"))
         os.kill(engine, signal.SIGKILL)
         got += [next(subscription) for _ in range(60)]
-        assert subscription._entry is not None
         live.process.send_signal(signal.SIGINT)
         got += list(subscription)
         code, summary = live.finish()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pickle
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,9 +36,14 @@ def test_memory_is_bounded() -> None:
     deduplicator = TickDeduplicator(sessions=3)
     for name in "abcd":
         assert deduplicator.first(name, 1)
-    assert len(deduplicator._seen) == 3
-    assert deduplicator.first("a", 1)
+    assert deduplicator.first("a", 1), "it was evicted"
     assert not deduplicator.first("d", 1)
     for k in range(3 * WINDOW):
         deduplicator.first("d", k)
-    assert deduplicator._seen["d"][1].bit_length() <= WINDOW
+    full = len(pickle.dumps(deduplicator))
+    for k in range(3 * WINDOW, 6 * WINDOW):
+        deduplicator.first("d", k)
+    assert len(pickle.dumps(deduplicator)) <= full + 16
+    for i in range(100):
+        deduplicator.first(f"s{i}", 1)
+    assert len(pickle.dumps(deduplicator)) <= full

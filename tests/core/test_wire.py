@@ -89,13 +89,13 @@ def test_a_message_of_a_known_stream_is_read_as_one_of_an_unknown_stream(
     for e in (*before, envelope):
         wire.decode([bytes(f) for f in wire.encode(e)])
     known = read(lambda *f: wire.decode(f), changed)
-    assert known == read(lambda *f: wire._decode_any(*f, 0), changed)
+    assert known == read(lambda *f: wire.decode_any(*f, 0), changed)
 
 
 def test_the_cache_of_streams_is_bounded() -> None:
     for i in range(3000):
         wire.decode([bytes(f) for f in wire.encode(Envelope("clock", f"s{i}", 0, 0, 0, 0, b"", f"o{i}"))])
-    assert max(len(wire._read), len(wire._written)) <= 1024
+    assert max(len(wire.known_read), len(wire.known_written)) <= wire.MAX_KNOWN
 
 
 def header(**change: object) -> bytes:

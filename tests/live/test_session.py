@@ -4,6 +4,7 @@ sizes of the real encoders, so that these tests stand whatever the zoo holds.
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -15,9 +16,11 @@ from pathlib import Path
 
 import pytest
 from harness import COMMAND, Running, check_summary, descendants, recording_grows, run, ticks_of, verify
+from rich.console import Console
 
 from stream_mmrnn.capture import encoders, sources
 from stream_mmrnn.recording.mcap_file import Recording
+from stream_mmrnn.viewers.terminal_view import summary_table
 
 pytestmark = pytest.mark.process
 
@@ -355,6 +358,10 @@ def test_record_without_an_engine(tmp_path: Path) -> None:
     code, summary, err = run("record", path, "--source", "synthetic", "--duration", "1.5")
     assert code == 0, err
     assert summary["recording"]["messages"] > 100
+    assert (summary["ticks"], summary["predictions"]) == (None, None)
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(summary_table(summary))
+    assert "prediction" not in console.export_text()
     code, info, _ = run("info", path)
     assert code == 0
     assert "prediction" not in info["channels"]

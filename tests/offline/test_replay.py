@@ -66,21 +66,21 @@ def test_each_kind_of_difference_is_named() -> None:
 
     one = compared([prediction(0, [0.5, 0.75]), *same[1:]], then)
     assert (one["identical"], one["different"], one["max_abs_difference"]) == (False, 1, 0.5)
-    assert one["first_difference"] == "tick 0, head 'h': 0.75 now, 0.25 recorded"
+    assert one["first_difference"] == "tick 1, head 'h': 0.75 now, 0.25 recorded"
     nan = compared([prediction(0, [0.5, NAN]), *same[1:]], then)
     assert (nan["identical"], nan["different"], nan["max_abs_difference"]) == (False, 1, 0.0)
     shorter = compared([prediction(0, [0.5]), *same[1:]], then)
     assert (shorter["identical"], shorter["different"]) == (False, 1)
     other = compared([*same[:2], prediction(2, [0.5, 0.25], age=1)], then)
     assert (other["identical"], other["different"]) == (False, 1)
-    assert other["first_difference"] == "tick 2 saw other inputs than when it was recorded"
+    assert other["first_difference"] == "tick 3 saw other inputs than when it was recorded"
 
     fewer = compared(same[:1], then)
     assert (fewer["identical"], fewer["missing"], fewer["extra"], fewer["different"]) == (False, 2, 0, 0)
     assert fewer["first_difference"] == "2 recorded predictions were not made again"
     more = compared(same, then[:1])
     assert (more["identical"], more["missing"], more["extra"], more["different"]) == (False, 0, 2, 0)
-    assert more["first_difference"] == "tick 1 has no recorded prediction"
+    assert more["first_difference"] == "tick 2 has no recorded prediction"
     twice = compared([*same, same[1]], [*then, then[2]])
     assert (twice["identical"], twice["missing"], twice["extra"], twice["recorded_predictions"]) == (False, 0, 1, 4)
     assert twice["repeated"] == 1
@@ -89,7 +89,7 @@ def test_each_kind_of_difference_is_named() -> None:
     assert (again["identical"], again["repeated"], again["different"]) == (True, 2, 0)
     otherwise = compared(same, [*then, recorded(prediction(1, [0.5, 0.75]))])
     assert (otherwise["identical"], otherwise["repeated"], otherwise["different"]) == (False, 0, 1)
-    assert otherwise["first_difference"] == "tick 1 was recorded twice, with other numbers"
+    assert otherwise["first_difference"] == "tick 2 was recorded twice, with other numbers"
     unreadable = compared(same, [*then, b'{"event_ns": 1}'])
     assert (unreadable["identical"], unreadable["missing"], unreadable["different"]) == (False, 1, 0)
     assert "cannot be read" in str(unreadable["first_difference"])

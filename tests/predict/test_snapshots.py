@@ -144,8 +144,8 @@ def repr_safe(value: object) -> object:
 def signed(tensors: dict[str, np.ndarray], **about: object) -> bytes:
     """A file with a correct sha256 over any content."""
     given = {"version": 1, "session": "a", "model_sha256": "m", "tick_index": 0, "texts": {}, **about}
-    fields = msgspec.convert(given, snapshots._About)
-    fields = msgspec.structs.replace(fields, sha256=snapshots._digest(fields, tensors))
+    fields = msgspec.convert(given, snapshots.About)
+    fields = msgspec.structs.replace(fields, sha256=snapshots.digest(fields, tensors))
     return plain_save(tensors, {"stream_mmrnn": msgspec.json.encode(fields).decode()})
 
 

@@ -147,6 +147,7 @@ def test_heads_have_values_meaning_and_a_bounded_history() -> None:
     assert vap["threshold"] is None, "two numbers are no yes or no"
     assert snap["predictions_per_s"] == pytest.approx(100, abs=1)
     assert snap["tick"] == 2999
+    assert snap["ticks"] is None
     # the model has vision, and no vision features arrived
     assert snap["streams"]["feature/vision"]["silent"]
     assert snap["streams"]["feature/vision"]["age_ms"] is None
@@ -229,6 +230,7 @@ def test_processes_and_losses() -> None:
     live.observe(envelope("clock", T0, seq=5))
     live.observe(envelope("clock", T0, seq=9))
     snap = live.snapshot(T0 + S)
+    assert snap["ticks"] == 9
     vision = snap["streams"]["feature/vision"]
     assert (vision["state"], vision["reason"]) == ("missing", "no such device")
     assert snap["nodes"]["engine"]["state"] == "ready"

@@ -114,7 +114,7 @@ def test_top_in_a_terminal_redraws_until_it_is_interrupted() -> None:
         while len(ticks) < 3:
             assert time.monotonic() < end, screen
             screen += read(ours)
-            ticks = set(re.findall(r"tick (\d+)", screen))
+            ticks = set(re.findall(r"(\d+) ticks", screen))
         assert f"session {NAME}" in screen
         assert "\x1b[?1049h" in screen, "it uses the alternate screen"
         process.send_signal(signal.SIGINT)

@@ -136,9 +136,9 @@ function showKey(s) {
   const total = s.latency.total, model = s.model.name || "model " + s.model.sha256.slice(0, 12);
   set($("about"), [s.replay && s.replay.recording, s.session && "session " + s.session, s.model.sha256 || s.model.name ? model : ""].filter(Boolean).join(" · "));
   $("about").title = s.model.sha256;
-  set($("k-rate"), s.predictions_per_s.toFixed(1));
+  set($("k-rate"), s.ticks == null ? "–" : s.predictions_per_s.toFixed(1));
   set($("k-p50"), total ? ms(total.p50) + " ms" : "–"); set($("k-p99"), total ? ms(total.p99) + " ms" : "–");
-  set($("k-tick"), s.tick < 0 ? "–" : number(s.tick)); set($("k-sessions"), number(s.sessions.count));
+  set($("k-tick"), s.ticks ? number(s.ticks) : "–"); set($("k-sessions"), number(s.sessions.count));
   // messages that only a viewer missed are in the table, not in this sum
   set($("k-losses"), number(s.losses.reduce((n, l) => n + (VIEWERS.includes(l.node) ? 0 : l.count), 0)));
 }

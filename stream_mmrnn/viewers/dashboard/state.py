@@ -158,6 +158,7 @@ class LiveState:
             "sessions": {"count": len(self._sessions), "names": sorted(self._sessions)[:16]},
             "model": dict(self._model),
             "tick": self._tick,
+            "ticks": self._ticks(),
             "predictions_per_s": round(predictions.rate.per_s(now_ns), 1) if predictions else 0.0,
             "streams": {t: self._stream(t, now_ns) for t in self._stream_names()},
             "heads": {
@@ -176,6 +177,11 @@ class LiveState:
             "repeated": self._decoder.repeated,
             "malformed": self.malformed,
         }
+
+    def _ticks(self) -> int | None:
+        """Number of ticks since the session's start; None without an engine."""
+        engine = self._nodes.views.get("engine")
+        return engine.counts.get("ticks") if engine else None
 
     def typing(self) -> dict[str, Any]:
         """Whether a line typed on the page can become a text event, and if not, why."""
