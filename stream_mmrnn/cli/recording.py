@@ -17,9 +17,9 @@ def info(path: Annotated[Path, typer.Argument(help="A recording.")], as_json: Js
     """Show the contents of a recording."""
     from rich.table import Table
 
-    from stream_mmrnn.offline import replay as module
+    from stream_mmrnn.recording import report
 
-    result = module.info(path)
+    result = report.info(path)
     if as_json:
         print_document(result)
     else:
@@ -38,7 +38,7 @@ def info(path: Annotated[Path, typer.Argument(help="A recording.")], as_json: Js
             table.add_row(shown(name, 64), *row, shown(c["origin"], 48))
         console.print(table)
     if not result["whole"]:
-        say_on(Console(stderr=True))(result["damage"] or f"{path} was not finished")
+        say_on(Console(stderr=True))(result["damage"])
         raise typer.Exit(3)
 
 
@@ -47,10 +47,10 @@ def verify(path: Annotated[Path, typer.Argument(help="A recording.")], as_json: 
 
     To compare predictions, use `replay --verify`.
     """
-    from stream_mmrnn.recording import repair as module
+    from stream_mmrnn.recording import report
     from stream_mmrnn.viewers.terminal_view import verified
 
-    result = module.verify(path)
+    result = report.verify(path)
     if as_json:
         print_document(result)
     else:

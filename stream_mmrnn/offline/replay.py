@@ -21,7 +21,6 @@ from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.dedup import WINDOW
 from stream_mmrnn.core.errors import FileError, UsageError
 from stream_mmrnn.core.latency import Histogram
-from stream_mmrnn.core.sequence import SequenceTracker
 from stream_mmrnn.core.types import Envelope, Prediction
 from stream_mmrnn.graph.runtime import Provider
 from stream_mmrnn.offline.pacing import pace
@@ -29,7 +28,6 @@ from stream_mmrnn.predict.align import Aligner
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.predict.pipeline import predict
 from stream_mmrnn.recording.mcap_file import Recording
-from stream_mmrnn.recording.message_counts import LOST, MessageCounts
 from stream_mmrnn.recording.settings import settings_of
 
 if TYPE_CHECKING:
@@ -277,41 +275,3 @@ def _span(recording: Recording) -> tuple[int, int]:
     """When the first and the last clock message were published."""
     stamps = [e.publish_ns for e in recording.envelopes({topics.CLOCK})]
     return (stamps[0], stamps[-1]) if stamps else (0, 0)
-
-
-def info(path: Path) -> dict[str, Any]:
-    """The contents of a recording: streams with their counts and rates, model, encoders, losses, and any damage."""
-    recording = Recording(path)
-    channels: dict[str, dict[str, Any]] = {}
-    numbers: SequenceTracker[str] = SequenceTracker()
-    first_ns = last_ns = 0
-    for e in recording.envelopes():
-        channel = channels.setdefault(e.topic, {"messages": 0, "origin": e.origin, "gaps": 0})
-        channel["gaps"] += numbers.observe(e.topic, e.seq, e.seq)
-        channel["messages"] += 1
-        first_ns, last_ns = first_ns or e.publish_ns, max(last_ns, e.publish_ns)
-    for channel in channels.values():
-        channel["rate_hz"] = round(channel["messages"] / ((last_ns - first_ns) / 1e9), 2) if last_ns > first_ns else 0.0
-    m = recording.metadata
-    said = MessageCounts.of(recording.end or recording.so_far)
-    try:
-        lost = msgspec.json.decode(recording.end.get("lost", "{}"), type=dict[str, int])
-    except (msgspec.MsgspecError, ValueError, RecursionError):
-        lost = {}
-        recording.damage = recording.damage or f"{path.name} has a damaged end: what it lost cannot be read"
-    return {
-        "recording": str(path),
-        "bytes": path.stat().st_size,
-        "session": recording.session,
-        "seconds": round((last_ns - first_ns) / 1e9, 3),
-        "started_unix_ns": recording.started_unix_ns,
-        "model": {"name": m.get("model", ""), "sha256": m.get("model_sha256", "")},
-        "raw": m.get("raw") == "true",
-        "wall_steps": [{"at_ns": at_ns, "step_ns": step_ns} for at_ns, step_ns in recording.wall_steps],
-        "channels": dict(sorted(channels.items())),
-        "lost": said.by_reason(LOST) or lost,
-        "dropped": said.dropped,
-        "ended": recording.end.get("ended", "not finished"),
-        "whole": not recording.damage and bool(recording.end),
-        "damage": recording.damage,
-    }

@@ -34,6 +34,7 @@ from stream_mmrnn.recording.mcap_format import (
     RECORD,
     UNREADABLE,
     is_sound,
+    number,
     unpack_chunk,
 )
 
@@ -49,7 +50,7 @@ _MESSAGE_HEAD = struct.Struct("<HIQQ")
 _FOOTER_BYTES = RECORD.size + 20 + len(MAGIC)
 
 
-class Message(NamedTuple):
+class Message(msgspec.Struct, frozen=True, gc=False):
     """A message record. Times are Unix times."""
 
     channel_id: int
@@ -57,12 +58,14 @@ class Message(NamedTuple):
     log_ns: int
     publish_ns: int
     data: bytes
+    at: int
+    """Its offset in the chunk."""
 
 
 class Chunk(NamedTuple):
     at: int
-    records: bytes
-    """Uncompressed."""
+    definitions: list[Schema | Channel]
+    messages: list[Message]
 
 
 class Note(NamedTuple):
@@ -181,7 +184,7 @@ class _Walk:
             raise RecordingError("the file was cut off there")
         content = self._bytes(begin, end)
         if opcode == Opcode.CHUNK:
-            return Chunk(at, unpack_chunk(content)), end
+            return _chunk(at, unpack_chunk(content)), end
         if opcode == Opcode.METADATA:
             record = Metadata.read(_stream(content))
             if _written(record) != self._bytes(at, end) or not is_sound(record.metadata):
@@ -251,64 +254,50 @@ def _stream(data: bytes) -> ReadDataStream:
     return ReadDataStream(BytesIO(data))
 
 
-def split(records: bytes) -> Iterator[Schema | Channel | Message]:
-    """The records of a chunk, up to the first invalid one (possible in another program's file)."""
-    at, end = 0, len(records)
-    while at + RECORD.size <= end:
+def _chunk(offset: int, records: bytes) -> Chunk:
+    """A chunk up to its first invalid record (possible in another program's file)."""
+    chunk = Chunk(offset, [], [])
+    at, size, is_message, head_size = 0, len(records), Opcode.MESSAGE, _MESSAGE_HEAD.size
+    while at + RECORD.size <= size:
         opcode, length = RECORD.unpack_from(records, at)
         begin = at + RECORD.size
-        at = begin + length
-        if at > end:
-            return
-        if opcode == Opcode.MESSAGE:
-            if length < _MESSAGE_HEAD.size:
-                return
+        end = begin + length
+        if end > size or (opcode == is_message and length < head_size):
+            break
+        if opcode == is_message:
             channel_id, seq, log_ns, publish_ns = _MESSAGE_HEAD.unpack_from(records, begin)
-            yield Message(channel_id, seq, log_ns, publish_ns, records[begin + _MESSAGE_HEAD.size : at])
+            data = records[begin + head_size : end]
+            chunk.messages.append(Message(channel_id, seq, log_ns, publish_ns, data, at))
         elif opcode in (Opcode.SCHEMA, Opcode.CHANNEL):
+            kind = Schema if opcode == Opcode.SCHEMA else Channel
             try:
-                yield (Schema if opcode == Opcode.SCHEMA else Channel).read(_stream(records[begin:at]))
+                chunk.definitions.append(kind.read(_stream(records[begin:end])))
             except UNREADABLE:
-                return
-
-
-def index_of(records: bytes) -> list[bytes]:
-    """The expected message indexes after a chunk, one per channel."""
-    entries: dict[int, list[tuple[int, int]]] = {}
-    at, end = 0, len(records)
-    while at + RECORD.size <= end:
-        opcode, length = RECORD.unpack_from(records, at)
-        if opcode == Opcode.MESSAGE:
-            if length < _MESSAGE_HEAD.size or at + RECORD.size + length > end:
                 break
-            channel_id, _, log_ns, _ = _MESSAGE_HEAD.unpack_from(records, at + RECORD.size)
-            entries.setdefault(channel_id, []).append((log_ns, at))
-        at += RECORD.size + length
-    return [
-        struct.pack(f"<HI{2 * len(pairs)}Q", channel_id, 16 * len(pairs), *(n for pair in pairs for n in pair))
-        for channel_id, pairs in entries.items()
-    ]
+        at = end
+    return chunk
 
 
-def number(metadata: dict[str, str], key: str) -> int:
-    """An integer in the metadata; 0 if it is missing or invalid."""
-    text = metadata.get(key, "0")
-    return int(text) if text.removeprefix("-").isdecimal() and len(text) < 30 else 0
+def index_of(messages: list[Message]) -> list[bytes]:
+    """The expected message indexes after a chunk, one per channel."""
+    entries: dict[int, list[int]] = {}
+    for m in messages:
+        entries.setdefault(m.channel_id, []).extend((m.log_ns, m.at))
+    return [struct.pack(f"<HI{len(n)}Q", channel_id, 8 * len(n), *n) for channel_id, n in entries.items()]
 
 
 class DamagedFileReader:
-    """One file: its metadata, its channels, and its damage."""
+    """One file: its metadata, its channels, and its damage.
+
+    The fields are complete after the first `walk`. What damage destroyed (head, channels) may be repeated later in the
+    file, so a second walk of a damaged file names more messages.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Read the whole file once.
-
-        Raises:
-            FileError: missing, unreadable, or not a recording of this program.
-
-        """
         self.path = path
         self.bytes = path.stat().st_size if path.is_file() else 0
         self.head: dict[str, str] = {}
+        self.head_damaged = False
         self.end: dict[str, str] = {}
         self.so_far: dict[str, str] = {}
         self.holes: list[Hole] = []
@@ -318,10 +307,48 @@ class DamagedFileReader:
         self.channels: dict[int, Channel] = {}
         self.schemas: dict[int, Schema] = {}
         self.names: dict[int, tuple[str, str]] = {}
-        """(topic, origin) of channels from the periodic metadata, if their definitions are lost."""
+        """(topic, origin) of channels, also of those whose definitions are lost, from the periodic metadata."""
         self.chunks = 0
+
+    def walk(self) -> Iterator[Chunk | Note | Hole]:
+        """Read the file once: the chunks, and the metadata and holes between them.
+
+        Raises:
+            FileError: missing, unreadable, or not a recording of this program.
+
+        """
+        self.holes, self.index_faults, self.finished = [], 0, False
         copies: dict[str, str] = {}
-        self._read(copies)
+        offsets: list[int] = []
+        expected: list[bytes] = []
+        found: list[bytes] = []
+        count = 0
+        for piece in pieces(self.path):
+            if isinstance(piece, Index):
+                found.append(piece.content)
+                continue
+            # at a cut, missing indexes are not an error
+            self.index_faults += expected != found and not isinstance(piece, Hole)
+            expected, found = [], []
+            if isinstance(piece, Chunk):
+                self._define(piece.definitions)
+                offsets.append(piece.at)
+                expected = index_of(piece.messages)
+                count += len(piece.messages)
+            elif isinstance(piece, Note):
+                self._note(piece, copies)
+            elif isinstance(piece, Hole):
+                self.holes.append(piece)
+            else:
+                self.finished = True
+                self.index_faults += (piece.messages, piece.chunks) != (count, offsets)
+                self._define(piece.definitions)
+            if not isinstance(piece, Finish):
+                yield piece
+        self.chunks = len(offsets)
+        self._finish(copies)
+
+    def _finish(self, copies: dict[str, str]) -> None:
         if self.so_far:  # written by a release with metadata checksums: metadata without one is damaged
             self.head = self.head if "checksum" in self.head else {}
             self.end = self.end if "checksum" in self.end else {}
@@ -329,51 +356,21 @@ class DamagedFileReader:
             self.head = {}
         self.head_damaged = not self.head
         self.head = self.head or copies
-        for channel_id in self.channels.keys() & self.names.keys():
-            del self.names[channel_id]
         if not (self.head or self.end or self.so_far or self.channels or self._is_ours()):
-            raise FileError(f"{path} is no recording of this program; a file of another one is for other tools")
+            raise FileError(f"{self.path} is no recording of this program; a file of another one is for other tools")
 
     def _is_ours(self) -> bool:
         with self.path.open("rb") as file:
             begins = file.read(len(BEGINNING))
         return bool(begins) and BEGINNING.startswith(begins)
 
-    def _read(self, copies: dict[str, str]) -> None:
-        offsets: list[int] = []
-        expected: list[bytes] = []
-        found: list[bytes] = []
-        messages = 0
-        for piece in pieces(self.path):
-            if not isinstance(piece, Index):
-                # at a cut, missing indexes are not an error
-                self.index_faults += expected != found and not isinstance(piece, Hole)
-                expected, found = [], []
-            if isinstance(piece, Chunk):
-                offsets.append(piece.at)
-                expected = index_of(piece.records)
-                messages += sum((len(content) - 6) // 16 for content in expected)
-                for record in split(piece.records):
-                    if not isinstance(record, Message):
-                        self._define(record)
-            elif isinstance(piece, Index):
-                found.append(piece.content)
-            elif isinstance(piece, Note):
-                self._note(piece, copies)
-            elif isinstance(piece, Hole):
-                self.holes.append(piece)
+    def _define(self, definitions: list[Schema | Channel]) -> None:
+        for record in definitions:
+            if isinstance(record, Schema):
+                self.schemas[record.id] = record
             else:
-                self.finished = True
-                self.index_faults += (piece.messages, piece.chunks) != (messages, offsets)
-                for record in piece.definitions:
-                    self._define(record)
-        self.chunks = len(offsets)
-
-    def _define(self, record: Schema | Channel) -> None:
-        if isinstance(record, Schema):
-            self.schemas[record.id] = record
-        else:
-            self.channels[record.id] = record
+                self.channels[record.id] = record
+                self.names[record.id] = (record.topic, record.metadata.get("origin", ""))
 
     def _note(self, note: Note, copies: dict[str, str]) -> None:
         if note.name == METADATA and note.metadata.get("format") == FORMAT:
@@ -387,12 +384,7 @@ class DamagedFileReader:
                 names = msgspec.json.decode(note.metadata.get("channels", "{}"), type=dict[int, tuple[str, str]])
             except msgspec.MsgspecError:
                 return
-            self.names |= names
-
-    def topic(self, channel_id: int) -> str:
-        """The topic of a channel; "" if it is unknown."""
-        channel = self.channels.get(channel_id)
-        return channel.topic if channel else self.names.get(channel_id, ("", ""))[0]
+            self.names = names | self.names
 
     @property
     def began_ns(self) -> int:
@@ -414,11 +406,3 @@ class DamagedFileReader:
         """Whether the file has damage other than a missing end."""
         inside = [h for h in self.holes if h is not self.tail]
         return bool(inside or self.index_faults or (self.head_damaged and self.chunks))
-
-    def walk(self) -> Iterator[list[Message] | Note | Hole]:
-        """The messages, one list per chunk, and the metadata and holes between them."""
-        for piece in pieces(self.path):
-            if isinstance(piece, Chunk):
-                yield [record for record in split(piece.records) if isinstance(record, Message)]
-            elif isinstance(piece, Note | Hole):
-                yield piece

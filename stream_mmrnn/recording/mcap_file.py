@@ -32,6 +32,7 @@ from stream_mmrnn.recording.mcap_format import (
     RECORD,
     UNREADABLE,
     is_sound,
+    number,
     stream_of,
     unpack_chunk,
 )
@@ -65,6 +66,34 @@ def _stamp(text: str) -> int:
     return value
 
 
+def decoder_of(topic: str, schema: Schema, offset_ns: int) -> Decode:
+    """The decoder of a channel's messages; it raises RecordingError if one is invalid."""
+    if topic.startswith(topics.FEATURE):
+        return decode_features
+    if topic == topics.CLOCK:
+        return decode_clock
+    if topic in JSON_KINDS:
+        return decode_json
+    parse: Any = None
+
+    def decode(data: bytes, at: int, end: int) -> tuple[int, None, Any, int]:
+        nonlocal parse
+        try:
+            if parse is None:
+                from mcap_protobuf.decoder import DecoderFactory
+
+                parse = DecoderFactory().decoder_for("protobuf", schema)
+            message = parse(data[at:end])
+            payload = message.message.encode() if hasattr(message, "message") else bytes(message.data)
+            event_ns = int(message.timestamp.seconds * 1_000_000_000 + message.timestamp.nanos)
+        except Exception as e:  # schema and message come from outside; protobuf's errors share no base
+            raise RecordingError(f"a message on {topic} is no {schema.name[:64]}") from e
+        audio = topics.kind_of(topic) == "audio"
+        return event_ns - offset_ns, None, np.frombuffer(payload, "<i2") if audio else payload, 0
+
+    return decode
+
+
 class Recording:
     """A recording as an iterable of the envelopes that were on the bus, in their order."""
 
@@ -95,7 +124,6 @@ class Recording:
             self.started_unix_ns = _stamp(self.metadata["started_ns"]) + self._offset_ns
         except UNREADABLE as e:
             raise FileError(f"{path} has a damaged head ({type(e).__name__}); nothing can be read from it") from e
-        self._raw_decoders: dict[int, Any] = {}
 
     def _head(self) -> dict[str, str]:
         """The metadata at the beginning of the file."""
@@ -172,7 +200,7 @@ class Recording:
                     elif record.name == METADATA_SO_FAR:
                         self.so_far = record.metadata
                     elif record.name == METADATA_WALL:
-                        steps.append((int(record.metadata["at_ns"]), int(record.metadata["step_ns"])))
+                        steps.append((number(record.metadata, "at_ns"), number(record.metadata, "step_ns")))
             except UNREADABLE as e:
                 self.damage = f"{self.path.name} has a damaged record ({e})"
                 yield batch
@@ -220,47 +248,15 @@ class Recording:
                 schemas[schema.id] = schema
             elif opcode == 0x04:
                 record = Channel.read(stream_of(data[at + head_size : following]))
-                channel = self._plan(record, schemas[record.schema_id])
-                channels[record.id] = channel if wanted is None or record.topic in wanted else None
+                topic = record.topic
+                channel = _Channel(
+                    topic,
+                    topics.EVERYONE if topic == topics.CLOCK else self.session,
+                    record.metadata.get("origin", ""),
+                    decoder_of(topic, schemas[record.schema_id], offset_ns),
+                )
+                channels[record.id] = channel if wanted is None or topic in wanted else None
             at = following
-
-    def _plan(self, record: Channel, schema: Schema) -> _Channel:
-        topic = record.topic
-        decode: Decode
-        if topic.startswith(topics.FEATURE):
-            decode = decode_features
-        elif topic == topics.CLOCK:
-            decode = decode_clock
-        elif topic in JSON_KINDS:
-            decode = decode_json
-        else:
-
-            def decode(data: bytes, at: int, end: int) -> tuple[int, None, Any, int]:
-                event_ns, payload = self._foxglove_payload(topic, schema, data[at:end])
-                return event_ns, None, payload, 0
-
-        return _Channel(
-            topic,
-            topics.EVERYONE if topic == topics.CLOCK else self.session,
-            record.metadata.get("origin", ""),
-            decode,
-        )
-
-    def _foxglove_payload(self, topic: str, schema: Schema, body: bytes) -> tuple[int, Any]:
-        from mcap_protobuf.decoder import DecoderFactory
-
-        try:
-            if schema.id not in self._raw_decoders:
-                self._raw_decoders[schema.id] = DecoderFactory().decoder_for("protobuf", schema)
-            message = self._raw_decoders[schema.id](body)
-            payload = message.message.encode() if hasattr(message, "message") else bytes(message.data)
-            event_ns = int(message.timestamp.seconds * 1_000_000_000 + message.timestamp.nanos)
-        except Exception as e:  # schema and message come from outside; protobuf's errors share no base
-            raise RecordingError(f"a message on {topic} is no {schema.name[:64]}") from e
-        event_ns -= self._offset_ns
-        if topics.kind_of(topic) == "audio":
-            return event_ns, np.frombuffer(payload, "<i2")
-        return event_ns, payload
 
     def predictions(self) -> Iterator[wire.PredictionMessage]:
         for envelope in self.envelopes({topics.PREDICTION}):

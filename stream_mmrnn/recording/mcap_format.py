@@ -100,6 +100,12 @@ def _checksum(metadata: Mapping[str, str]) -> str:
     return f"{zlib.crc32(msgspec.json.encode(pairs)):08x}"
 
 
+def number(metadata: dict[str, str], key: str) -> int:
+    """An integer in the metadata; 0 if it is missing or invalid."""
+    text = metadata.get(key, "0")
+    return int(text) if text.removeprefix("-").isdecimal() and len(text) < 30 else 0
+
+
 def scheme(topic: str) -> tuple[str, tuple[str, str, bytes]]:
     """Message encoding of a topic, and its schema: (name, encoding, data)."""
     name = topics.TOPICS[topic].schema

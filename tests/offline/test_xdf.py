@@ -24,8 +24,8 @@ from stream_mmrnn.core.errors import FileError, StreamError, UsageError
 from stream_mmrnn.core.types import ModalitySpec
 from stream_mmrnn.offline import replay
 from stream_mmrnn.offline.convert import xdf, xdf_file
-from stream_mmrnn.recording import repair
 from stream_mmrnn.recording.mcap_file import Recording
+from stream_mmrnn.recording.report import verify
 
 pytestmark = pytest.mark.process
 
@@ -125,7 +125,7 @@ def test_what_is_imported_is_what_pyxdf_reads(source: Path, imported: tuple[Path
 
 def test_the_recording_is_whole_and_replays(imported: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     path, document = imported
-    result = repair.verify(path)
+    result = verify(path)
     assert result["state"] == "whole"
     assert result["messages"] == dict(sorted(document["messages"].items()))
     text, audio = encoders.create_encoder("text"), encoders.create_encoder("audio")
@@ -215,7 +215,7 @@ def test_a_damaged_file_gives_what_is_there(source: Path, tmp_path: Path) -> Non
     assert code == 3, err
     assert "is damaged" in document["damage"]
     assert 0 < len(of(tmp_path / "a.mcap", "feature/signal")) <= 600
-    assert repair.verify(tmp_path / "a.mcap")["whole"]
+    assert verify(tmp_path / "a.mcap")["whole"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")

@@ -303,7 +303,7 @@ def test_unwanted_topics_are_not_decoded(whole: Path, monkeypatch: pytest.Monkey
     def refuse(*_: object) -> None:
         raise AssertionError("it was read")
 
-    monkeypatch.setattr(Recording, "_foxglove_payload", refuse)
+    monkeypatch.setattr("mcap_protobuf.decoder.DecoderFactory.decoder_for", refuse)
     wanted = {"feature/audio", "feature/vision", "clock", "session"}
     read = list(Recording(whole).envelopes(wanted))
     assert len(read) == 3 * 40 + 1

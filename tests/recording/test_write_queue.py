@@ -22,7 +22,7 @@ from stream_mmrnn.recording.append_file import Disk
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.recording.message_counts import CLOSING, LOST, REFUSED, SLOW, UNWRITABLE, MessageCounts
 from stream_mmrnn.recording.recorder import Recorder
-from stream_mmrnn.recording.repair import verify
+from stream_mmrnn.recording.report import verify
 from stream_mmrnn.recording.write_queue import WriteQueue
 
 BEGIN = 5_000_000_000_123_456

@@ -22,12 +22,12 @@ from stream_mmrnn.core.errors import ConfigError, FileError, ModelError, StreamE
 from stream_mmrnn.core.types import Envelope, ModalitySpec, Stamps
 from stream_mmrnn.graph import model_file as onnx_bytes
 from stream_mmrnn.graph.runtime import Graph
-from stream_mmrnn.offline.replay import info
 from stream_mmrnn.predict.align import Aligner
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.predict.pipeline import predict
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.recording.recorder import Recorder
+from stream_mmrnn.recording.report import info
 from stream_mmrnn.viewers.dashboard.state import LiveState
 from stream_mmrnn.viewers.terminal_view import render
 from tools import fuzz

@@ -35,11 +35,12 @@ from stream_mmrnn.live import nodes
 from stream_mmrnn.live.managed_process import process_context
 from stream_mmrnn.live.session import LiveSession
 from stream_mmrnn.recording.append_file import Disk, part
-from stream_mmrnn.recording.damaged_file import Chunk, Message, pieces, split
+from stream_mmrnn.recording.damaged_file import Chunk, pieces
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.recording.message_counts import LOST, MessageCounts
 from stream_mmrnn.recording.recorder import Recorder
-from stream_mmrnn.recording.repair import repair, verify
+from stream_mmrnn.recording.repair import repair
+from stream_mmrnn.recording.report import verify
 from tools.faults.promise import Figure, Say
 
 TITLE = "Recordings"
@@ -370,7 +371,7 @@ def _chunks(path: Path, keys: list[Key]) -> list[tuple[int, int, list[Key]]]:
     content, out, taken = path.read_bytes(), [], 0
     for piece in pieces(path):
         if isinstance(piece, Chunk):
-            count = sum(isinstance(r, Message) for r in split(piece.records))
+            count = len(piece.messages)
             end = piece.at + 9 + int.from_bytes(content[piece.at + 1 : piece.at + 9], "little")
             out.append((piece.at, end, keys[taken : taken + count]))
             taken += count

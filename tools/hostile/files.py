@@ -18,14 +18,14 @@ from stream_mmrnn.capture import sources
 from stream_mmrnn.core import config, topics
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.types import Envelope
-from stream_mmrnn.offline.replay import info
 from stream_mmrnn.predict.align import Aligner
 from stream_mmrnn.predict.contract import beside
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.predict.snapshots import Snapshot, StateStore, from_bytes, to_bytes
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.recording.recorder import Recorder
-from stream_mmrnn.recording.repair import repair, verify
+from stream_mmrnn.recording.repair import repair
+from stream_mmrnn.recording.report import info, verify
 from stream_mmrnn.recording.settings import settings_of
 from tools.hostile import mutate
 from tools.hostile.messages import KINDS, said
