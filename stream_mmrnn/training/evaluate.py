@@ -90,10 +90,15 @@ def figures(predictor: Predictor, outputs: Outputs) -> dict[str, dict[str, Any]]
     return result
 
 
+_MAX_ALL_SETS = 5
+"""Nine modalities have 511 sets: with more than this, only all of them, all but one, and each alone."""
+
+
 def subsets(names: Iterable[str]) -> list[tuple[str, ...]]:
-    """All non-empty sets of modalities, the largest first."""
+    """The non-empty sets of modalities that a report compares, the largest first."""
     names = list(names)
-    return [s for n in range(len(names), 0, -1) for s in itertools.combinations(names, n)]
+    sizes = range(len(names), 0, -1) if len(names) <= _MAX_ALL_SETS else (len(names), len(names) - 1, 1)
+    return [s for n in sizes for s in itertools.combinations(names, n)]
 
 
 def evaluate(
@@ -106,7 +111,7 @@ def evaluate(
 def by_modalities(
     predictor: Predictor, sequences: Sequence[Ticks], sets: Iterable[tuple[str, ...]] = ()
 ) -> dict[str, dict[str, float]]:
-    """The primary figure of each head, for each of these sets of present modalities (default: all non-empty sets)."""
+    """The primary figure of each head, for each of these sets of present modalities (default: `subsets`)."""
     return {
         "+".join(s): {h: f["primary"] for h, f in evaluate(predictor, sequences, s).items()}
         for s in sets or subsets(predictor.recipe.modalities)

@@ -6,10 +6,12 @@ the sequence, batch sizes and random masks. The graph has plain operations only,
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,20 @@ def example(predictor: Predictor, batch: int, generator: torch.Generator) -> lis
     return [*features, present, age, active, reset, *states]
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Steps of a few rows are too small to share: on a busy machine the gate took
+    ten times as long with two threads.
+    """
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
+
+
+@_one_thread()
 def graph_of(predictor: Predictor) -> onnx.ModelProto:
     """The step as ONNX with a dynamic batch, still without the contract."""
     flat = _Flat(predictor).eval()
@@ -170,6 +186,7 @@ def export(predictor: Predictor, path: Path, origins: dict[str, str], int8: bool
     return differences
 
 
+@_one_thread()
 def gate(predictor: Predictor, path: Path) -> dict[str, float]:
     """Compare torch sequence, torch step and ONNX step on random sessions; raises ModelError where they disagree.
 
