@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Force = Annotated[bool, typer.Option("--force", help="Overwrite existing files.")]
 
 
-def _bar(console: Console) -> Progress:
+def progress_bar(console: Console) -> Progress:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
@@ -114,7 +114,7 @@ def import_(
     if wrong := next((e for e, (name, _, _) in zip(chosen or [], pairs, strict=True) if not name), None):
         raise UsageError(f"--as needs NAME=ROLE, such as EEG=signal, not {wrong!r}")
     console = Console(stderr=as_json, highlight=False, soft_wrap=True)
-    with _bar(console) as bar:
+    with progress_bar(console) as bar:
         task = bar.add_task("importing", total=1.0)
         result = xdf.convert(
             path,
@@ -158,7 +158,7 @@ def unpack(
 
     console = Console(stderr=as_json, highlight=False, soft_wrap=True)
     alive = StopFlag.unwinding()
-    with _bar(console) as bar:
+    with progress_bar(console) as bar:
         task = bar.add_task("unpacking", total=None)
         result = module.unpack(
             path,

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from stream_mmrnn.core.config import models_folder
-from stream_mmrnn.core.errors import WireError
+from stream_mmrnn.core.errors import SnapshotError, WireError
 from stream_mmrnn.core.topics import AUDIO_RATE_HZ
 from stream_mmrnn.core.types import FloatArray, Sample
 from stream_mmrnn.graph.runtime import Binding, Graph
@@ -71,6 +73,32 @@ class AudioEncoder:
         self._detector.state["state"][...] = 0
         self._due_ns: int | None = None
         self._clear_samples()
+
+    def snapshot(self) -> dict[str, npt.NDArray[Any]]:
+        """Window, chunk and hop with their fill, the detector's state and last output, and when sound is due."""
+        due_ns = -1 if self._due_ns is None else self._due_ns
+        return {
+            "window": self._window.copy(),
+            "chunk": self._chunk.copy(),
+            "hop": self._hop.copy(),
+            "detector": self._detector.state["state"].copy(),
+            "speech": np.array([self._speech], np.float32),
+            "filled": np.array([self._in_hop, self._in_chunk, due_ns], np.int64),
+        }
+
+    def restore(self, state: dict[str, npt.NDArray[Any]]) -> None:
+        """Continue from a snapshot; raises SnapshotError if it is of another shape."""
+        mine = self.snapshot()
+        shapes = {name: values.shape for name, values in state.items()}
+        if shapes != {name: values.shape for name, values in mine.items()}:
+            raise SnapshotError(f"the snapshot holds {shapes}, which is no state of {self.origin}")
+        in_hop, in_chunk, due_ns = map(int, state["filled"])
+        if not (0 <= in_hop < HOP and 0 <= in_chunk < _CHUNK):
+            raise SnapshotError("the snapshot of an audio encoder says that more is filled than there is")
+        self._window[...], self._chunk[...], self._hop[...] = state["window"], state["chunk"], state["hop"]
+        self._detector.state["state"][...] = state["detector"]
+        self._speech = np.float32(state["speech"][0])
+        self._in_hop, self._in_chunk, self._due_ns = in_hop, in_chunk, None if due_ns < 0 else due_ns
 
     def _clear_samples(self) -> None:
         self._window[...] = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import cv2
 import numpy as np
 import numpy.typing as npt
@@ -77,6 +79,13 @@ class ImageEncoder:
         """Does nothing: a run takes milliseconds, more than warm caches save."""
 
     def reset(self) -> None:
+        """Does nothing: there is no state."""
+
+    def snapshot(self) -> dict[str, npt.NDArray[Any]]:
+        """Empty: there is no state."""
+        return {}
+
+    def restore(self, state: dict[str, npt.NDArray[Any]]) -> None:
         """Does nothing: there is no state."""
 
     def encode(self, sample: Sample) -> list[Sample]:

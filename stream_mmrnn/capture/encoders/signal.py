@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.core.types import Sample
@@ -22,6 +24,13 @@ class SignalEncoder:
         """Does nothing: there is nothing to warm up."""
 
     def reset(self) -> None:
+        """Does nothing: there is no state."""
+
+    def snapshot(self) -> dict[str, npt.NDArray[Any]]:
+        """Empty: there is no state."""
+        return {}
+
+    def restore(self, state: dict[str, npt.NDArray[Any]]) -> None:
         """Does nothing: there is no state."""
 
     def encode(self, sample: Sample) -> list[Sample]:

@@ -11,8 +11,10 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from safetensors.numpy import load
 from tokenizers import Tokenizer
 
@@ -62,6 +64,13 @@ class TextEncoder:
         """Does nothing: it is not known when the next text comes."""
 
     def reset(self) -> None:
+        """Does nothing: there is no state."""
+
+    def snapshot(self) -> dict[str, npt.NDArray[Any]]:
+        """Empty: there is no state."""
+        return {}
+
+    def restore(self, state: dict[str, npt.NDArray[Any]]) -> None:
         """Does nothing: there is no state."""
 
     def encode(self, sample: Sample) -> list[Sample]:

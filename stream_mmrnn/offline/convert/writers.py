@@ -149,7 +149,7 @@ class Mp4:
 class Parquet:
     """One table, written in batches of rows."""
 
-    def __init__(self, path: Path, schema: Any, row: Callable[[Envelope], Row | None]) -> None:
+    def __init__(self, path: Path, schema: Any, row: Callable[[Any], Row | None]) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -182,7 +182,7 @@ class Parquet:
 class Csv:
     """One table as text."""
 
-    def __init__(self, path: Path, names: Sequence[str], row: Callable[[Envelope], Row | None]) -> None:
+    def __init__(self, path: Path, names: Sequence[str], row: Callable[[Any], Row | None]) -> None:
         self._file = path.open("x", newline="", encoding="utf-8")
         self._writer = csv.writer(self._file)
         self._writer.writerow(names)
