@@ -19,9 +19,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from stream_mmrnn.capture import sources
 from stream_mmrnn.cli import probes
-from stream_mmrnn.core import config
+from stream_mmrnn.core import config, plugins
 from stream_mmrnn.core.errors import SourceError, StreamError, UsageError
 
 State = Literal["ok", "absent", "warning", "fault"]
@@ -139,15 +138,32 @@ def _providers(request: Request, facts: dict[str, Any]) -> Iterator[Finding]:
 
 
 def encoders(request: Request) -> Iterator[Finding]:
-    """Run each modality's encoder on one synthetic sample."""
-    for modality in sources.MODALITIES:
-        name = f"encoder {modality}"
+    """Run the encoder of each kind on one synthetic sample."""
+    for kind in ("vision", "audio", "text"):
+        name = f"encoder {kind}"
         try:
-            made = probes.ask("encoder", modality, request.timeout_s)
+            made = probes.ask("encoder", kind, request.timeout_s)
         except StreamError as e:
             yield Finding(name, "fault", str(e), "reinstall the package: its models are part of it")
             continue
         yield Finding(name, "ok", f"{made['origin'].split('@')[0]}: {made['size']} features", facts=made)
+
+
+def plug_ins(request: Request) -> Iterator[Finding]:
+    """Load each source, encoder, cell, fusion and task of other packages."""
+    found = [plugin for group in plugins.GROUPS for plugin in plugins.installed(group)]
+    if not found:
+        yield Finding("plug-ins", "ok", "no package adds sources, encoders, cells, fusions or tasks")
+    for plugin in found:
+        name, facts = f"{plugin.group[:-1]} {plugin.name}", msgspec.to_builtins(plugin)
+        try:
+            probes.ask("plugin", facts, request.timeout_s)
+        except StreamError as e:
+            yield Finding(
+                name, "fault", str(e), f"pip uninstall {plugin.package}, or install a version that works", facts
+            )
+            continue
+        yield Finding(name, "ok", f"{plugin.package} {plugin.version}", facts=facts)
 
 
 def bus(request: Request) -> Iterator[Finding]:
@@ -321,6 +337,7 @@ CHECKS: dict[str, Callable[[Request], Iterator[Finding]]] = {
     "versions": versions,
     "onnxruntime": onnxruntime,
     "encoders": encoders,
+    "plug-ins": plug_ins,
     "bus": bus,
     "cameras": cameras,
     "sound": sound,

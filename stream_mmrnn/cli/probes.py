@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from stream_mmrnn.core.errors import ProcessError, SourceError, StreamError
+from stream_mmrnn.core.streams import Kind, Stream
 
 THUMBNAIL = (32, 24)
 """Columns and rows of the thumbnail of `look`."""
@@ -125,7 +126,7 @@ def _picture(spec: str) -> Iterator[Any]:
     from stream_mmrnn.capture import sources
     from stream_mmrnn.core.config import Settings
 
-    source = sources.create_source(spec, "vision", Settings())
+    source = sources.create_source(Stream.of("vision", source=spec), Settings())
     source.open()
     try:
         until = time.monotonic() + _WARM_UP_S
@@ -159,7 +160,7 @@ def _level(argument: dict[str, Any]) -> Iterator[Any]:
     from stream_mmrnn.capture import sources
     from stream_mmrnn.core.config import Settings
 
-    source = sources.create_source(argument["source"], "audio", Settings())
+    source = sources.create_source(Stream.of("audio", source=argument["source"]), Settings())
     source.open()
     squares, count, peak = 0.0, 0, 0
     try:
@@ -221,13 +222,13 @@ def _model(argument: dict[str, str]) -> Iterator[Any]:
     yield {"provider": engine.provider, "step_ms": round(float(np.median(took)) / 1e6, 3), "model": spec.name}
 
 
-def _encoder(modality: str) -> Iterator[Any]:
+def _encoder(kind: Kind) -> Iterator[Any]:
     """Encode one sample of the synthetic source: the features' origin and length."""
     from stream_mmrnn.capture import encoders, sources
     from stream_mmrnn.core.config import Settings
 
-    encoder = encoders.create_encoder(modality)
-    source = sources.create_source("synthetic", modality, Settings())
+    encoder = encoders.create_encoder(kind)
+    source = sources.create_source(Stream.of(kind, source="synthetic"), Settings())
     source.open()
     try:
         for sample in source.samples(lambda: True, time.monotonic_ns()):
@@ -236,6 +237,16 @@ def _encoder(modality: str) -> Iterator[Any]:
                 return
     finally:
         source.close()
+
+
+def _plugin(argument: dict[str, Any]) -> Iterator[Any]:
+    """Load a plug-in."""
+    import msgspec
+
+    from stream_mmrnn.core import plugins
+
+    plugins.load(msgspec.convert(argument, plugins.Plugin))
+    yield True
 
 
 def _bus(_: Any) -> Iterator[Any]:
@@ -299,6 +310,7 @@ _PROBES: dict[str, Callable[[Any], Iterator[Any]]] = {
     "onnxruntime": _onnxruntime,
     "model": _model,
     "encoder": _encoder,
+    "plugin": _plugin,
     "bus": _bus,
     "scheduling": _scheduling,
     "sleep": _sleep,

@@ -5,6 +5,7 @@ StreamError                 the root: one sentence that says what, what was expe
 │   ├── ConfigError         a wrong key or value in the configuration
 │   ├── SourceSpecError     an invalid source specification
 │   ├── ModelError          a model file that is missing, damaged or breaks its contract
+│   ├── PluginError         a source, encoder, cell, fusion or task of another package that does not load
 │   ├── ProviderError       a requested execution provider that is not active
 │   └── FileError           a file that is missing or invalid
 ├── SourceError             a device or stream that is not available (yet): the session continues
@@ -47,6 +48,10 @@ class SourceSpecError(UsageError):
 
 
 class ModelError(UsageError):
+    pass
+
+
+class PluginError(UsageError):
     pass
 
 

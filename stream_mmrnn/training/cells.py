@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stream_mmrnn.core import plugins
 from stream_mmrnn.training.scan import gated_scan
 
 State: TypeAlias = dict[str, Tensor]
@@ -360,6 +361,10 @@ CELLS: dict[str, type[Cell]] = {
 
 def create(name: str, input_size: int, hidden_size: int, **options: Any) -> Cell:
     """Create a cell by name; raises ValueError if the name is unknown."""
-    if name not in CELLS:
-        raise ValueError(f"there is no cell {name!r}; known are {', '.join(CELLS)}")
-    return CELLS[name](input_size, hidden_size, **options)
+    if name in CELLS:
+        return CELLS[name](input_size, hidden_size, **options)
+    plugin = plugins.find("cells", name)
+    if plugin is None:
+        raise ValueError(f"there is no cell {name!r}; known are {', '.join([*CELLS, *plugins.names('cells')])}")
+    made: Cell = plugins.call(plugin, input_size, hidden_size, **options)
+    return made

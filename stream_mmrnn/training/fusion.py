@@ -13,10 +13,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from stream_mmrnn.core import plugins
 from stream_mmrnn.core.errors import ConfigError
+from stream_mmrnn.training.recipe import FUSIONS
 
 AGE_SCALE_S = 1.0
 State = dict[str, Tensor]
+
+
+def _key(prefix: str, modality: str) -> str:
+    """The name of a tensor for a modality: torch takes no dot, and `room.slope` has one."""
+    return prefix + modality.replace(".", ":")
 
 
 class Tokens(nn.Module):
@@ -44,20 +51,20 @@ class Tokens(nn.Module):
         self.selected = {m: s for m, s in (selected or {}).items() if s}
         sizes = {m: len(self.selected.get(m, ())) or size for m, size in sizes.items()}
         for m, size in sizes.items():
-            self.register_buffer(f"mean_{m}", torch.zeros(size))
-            self.register_buffer(f"std_{m}", torch.ones(size))
+            self.register_buffer(_key("mean_", m), torch.zeros(size))
+            self.register_buffer(_key("std_", m), torch.ones(size))
             if m in self.reduced:
-                self.register_buffer(f"basis_{m}", torch.zeros(size, self.reduced[m]))
+                self.register_buffer(_key("basis_", m), torch.zeros(size, self.reduced[m]))
         self.sizes = {m: self.reduced.get(m, size) for m, size in sizes.items()}
         """Size of the output of `normal`."""
-        self.project = nn.ModuleDict({m: nn.Linear(self.sizes[m], width) for m in self.names})
+        self.project = nn.ModuleDict({_key("", m): nn.Linear(self.sizes[m], width) for m in self.names})
         self.age = nn.Parameter(torch.zeros(len(self.names), width))
 
     def set_scale(self, modality: str, mean: Tensor, std: Tensor) -> None:
         """Set the normalisation of a modality; a constant feature is not scaled."""
         mean, std = self._select(modality, mean), self._select(modality, std)
-        getattr(self, f"mean_{modality}").copy_(mean)
-        getattr(self, f"std_{modality}").copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
+        getattr(self, _key("mean_", modality)).copy_(mean)
+        getattr(self, _key("std_", modality)).copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
 
     def _select(self, modality: str, x: Tensor) -> Tensor:
         if modality not in self.selected:
@@ -66,16 +73,16 @@ class Tokens(nn.Module):
 
     def set_reduction(self, modality: str, basis: Tensor) -> None:
         """The principal axes [size, reduced] of the normalised features."""
-        getattr(self, f"basis_{modality}").copy_(basis)
+        getattr(self, _key("basis_", modality)).copy_(basis)
 
     def normal(self, modality: str, x: Tensor) -> Tensor:
         """The selected features of a modality, normalised and reduced."""
-        x = (self._select(modality, x) - getattr(self, f"mean_{modality}")) / getattr(self, f"std_{modality}")
-        return x @ getattr(self, f"basis_{modality}") if modality in self.reduced else x
+        x = (self._select(modality, x) - getattr(self, _key("mean_", modality))) / getattr(self, _key("std_", modality))
+        return x @ getattr(self, _key("basis_", modality)) if modality in self.reduced else x
 
     def typical(self, modality: str, noise: Tensor) -> Tensor:
         """Random features [..., size] on the scale of the training data, from standard normal noise of that shape."""
-        mean, std = getattr(self, f"mean_{modality}"), getattr(self, f"std_{modality}")
+        mean, std = getattr(self, _key("mean_", modality)), getattr(self, _key("std_", modality))
         chosen = list(self.selected.get(modality, range(noise.shape[-1])))
         out = noise.clone()
         out[..., chosen] = mean + std * noise[..., chosen]
@@ -92,7 +99,7 @@ class Tokens(nn.Module):
             if m not in features:
                 tokens.append(ages.new_zeros(()).expand(ages[..., i, :].shape))
                 continue
-            tokens.append(torch.tanh(self.project[m](self.normal(m, features[m])) + ages[..., i, :]))
+            tokens.append(torch.tanh(self.project[_key("", m)](self.normal(m, features[m])) + ages[..., i, :]))
         return torch.stack(tokens, -2) * present.unsqueeze(-1)
 
 
@@ -285,9 +292,10 @@ def create(kind: str, count: int, width: int, context: int, *, heads: int = 4, m
         return Memory(count, width, memory)
     simple: dict[str, type[Fusion]] = {"add": Add, "concat": Concat, "gated": Gated}
     if kind not in simple:
-        known = ", ".join(KINDS)
+        plugin = plugins.find("fusions", kind)
+        if plugin is not None:
+            made: Fusion = plugins.call(plugin, count, width)
+            return made
+        known = ", ".join([*FUSIONS, *plugins.names("fusions")])
         raise ConfigError(f"there is no fusion {kind!r}; use one of {known}")
     return simple[kind](count, width)
-
-
-KINDS = ("add", "concat", "gated", "attention", "attention_state", "cross", "memory")

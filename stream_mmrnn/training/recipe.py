@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from stream_mmrnn.core import config
+from stream_mmrnn.core import config, plugins
 from stream_mmrnn.core.errors import ConfigError
 
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
@@ -38,8 +38,13 @@ class Modality(_Section, frozen=True):
     """Keep the principal axes with this share of the variance (PCA); 0 turns PCA off."""
 
 
+FUSIONS = ("add", "concat", "gated", "attention", "attention_state", "cross", "memory")
+CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru", "min_gru", "rg_lru")
+
+
 class Fusion(_Section, frozen=True):
-    kind: Literal["add", "concat", "gated", "attention", "attention_state", "cross", "memory"] = "concat"
+    kind: str = "concat"
+    """One of FUSIONS, or the name of a plug-in's fusion."""
     width: _Count = 64
     heads: _Count = 4
     memory: _Count = 16
@@ -61,7 +66,8 @@ class Events(_Section, frozen=True):
 
 
 class Cell(_Section, frozen=True):
-    kind: Literal["rnn_tanh", "rnn_relu", "lstm", "gru", "min_gru", "rg_lru"] = "gru"
+    kind: str = "gru"
+    """One of CELLS, or the name of a plug-in's cell."""
     hidden: _Count = 128
     layers: _Count = 1
     residual: bool = False
@@ -131,6 +137,14 @@ class Recipe(_Section, frozen=True):
 def parse(table: dict[str, Any]) -> Recipe:
     """The recipe of a table; raises ConfigError."""
     recipe = config.convert(table, Recipe)
+    groups: tuple[tuple[plugins.Group, str, tuple[str, ...]], ...] = (
+        ("cells", recipe.cell.kind, CELLS),
+        ("fusions", recipe.fusion.kind, FUSIONS),
+    )
+    for group, kind, own in groups:
+        if kind not in own and plugins.find(group, kind) is None:
+            known = ", ".join([*own, *plugins.names(group)])
+            raise ConfigError(f"`{group[:-1]}.kind` has a wrong value: there is no {kind!r}; use one of {known}")
     for head in recipe.heads:
         for name, what in (("labels", head.labels), ("horizons_s", head.horizons_s)):
             if what and len(what) != head.size:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 import venv
 import zipfile
 from email.parser import Parser
@@ -24,11 +26,15 @@ pytestmark = pytest.mark.process
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built as by `pip wheel . --no-deps`."""
+    return build(ROOT, tmp_path_factory.mktemp("wheel"))
+
+
+def build(project: Path, out: Path) -> Path:
     for needed in ("build", "hatchling"):
         pytest.importorskip(needed, reason=f"building the wheel needs {needed}: pip install '.[dev]'")
-    out = tmp_path_factory.mktemp("wheel")
     # the build backend is installed already, so nothing is downloaded
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--skip-dependency-check"]
+    command += ["--outdir", str(out), str(project)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     (made,) = out.glob("*.whl")
@@ -83,16 +89,20 @@ class Installed:
         venv.create(place, with_pip=False, symlinks=True)
         self.bin = place / ("Scripts" if sys.platform == "win32" else "bin")
         (site,) = place.glob("**/site-packages")
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile"]
-        pip += ["--disable-pip-version-check", "--no-warn-script-location", "--target", str(site), str(wheel)]
-        done = subprocess.run(pip, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
+        self.site = site
+        self.install(wheel)
         # a path in a .pth file comes after the environment's own packages, and .pth files in it are ignored, so an
         # editable install of the checkout has no effect
         (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
         self.env["XDG_RUNTIME_DIR"] = str(folder)
         folder.chmod(0o700)
+
+    def install(self, wheel: Path) -> None:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile"]
+        pip += ["--disable-pip-version-check", "--no-warn-script-location", "--target", str(self.site), str(wheel)]
+        done = subprocess.run(pip, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
 
     def python(self, code: str) -> str:
         done = subprocess.run(
@@ -141,6 +151,45 @@ def test_it_runs_live_and_replays_outside_the_checkout(installed: Installed) -> 
     code, replayed, err = installed.run("replay", "talk.mcap", "--verify")
     assert (code, replayed["identical"]) == (0, True), err
     assert replayed["predictions"] == live["predictions"]
+
+
+def test_a_package_with_a_source_and_an_encoder_of_its_own(wheel: Path, tmp_path: Path) -> None:
+    """The example of the documentation: listed, recorded, replayed from raw, trained on, live."""
+    project = tmp_path / "thermometer"
+    shutil.copytree(ROOT / "docs" / "examples" / "thermometer", project)
+    (tmp_path / "home").mkdir()
+    env = Installed(tmp_path / "home", wheel)
+    env.install(build(project, tmp_path / "built"))
+    code, found, _ = env.run("doctor", "--timeout", "20")
+    rows = {f["name"]: f for f in found["findings"]}
+    for name in ("source thermometer", "encoder mean_slope"):
+        assert (rows[name]["state"], rows[name]["says"]) == ("ok", "stream-mmrnn-thermometer 0.1.0")
+    (env.cwd / "room.toml").write_text(
+        '[streams.room]\nsource = "thermometer:demo"\nencoders = ["mean_slope"]\n'
+        '[sources]\ntext = "stdin"\n[dashboard]\nenabled = false\n'
+    )
+    command = [env.bin / "python", "-m", "stream_mmrnn", "record", "room.mcap", "--config", "room.toml", "--plain"]
+    recording = subprocess.Popen([*command, "--duration", "14"], cwd=env.cwd, env=env.env, stdin=subprocess.PIPE)
+    assert recording.stdin is not None
+    time.sleep(3)
+    for k in range(10):
+        recording.stdin.write(f"/label {'warm' if k % 2 else 'cold'}\n".encode())
+        recording.stdin.flush()
+        time.sleep(1)
+    recording.stdin.close()
+    assert recording.wait(60) == 0
+    code, info, err = env.run("info", "room.mcap")
+    assert code == 0, err
+    assert info["channels"]["feature/room"]["messages"] > 80
+    assert info["channels"]["raw/room"]["origin"] == "thermometer:demo"
+    code, _, err = env.run("train", "--data", "room.mcap", "--out", "mine", "--name", "mine", "--quick")
+    assert code == 0, err
+    args = ("--model", "mine/step.onnx", "--duration", "4", "--record", "live.mcap")
+    code, live, err = env.run("live", "--config", "room.toml", "--text", "none", *args)
+    assert code == 0, err
+    assert live["streams"]["room"]["delivered"] > 20
+    code, replayed, err = env.run("replay", "live.mcap", "--from", "raw")
+    assert (code, replayed["identical"]) == (0, True), err
 
 
 def test_a_missing_extra_is_named(installed: Installed) -> None:

@@ -20,7 +20,7 @@ from stream_mmrnn.predict.align import Aligner
 from stream_mmrnn.predict.columns import Columns
 from stream_mmrnn.predict.pipeline import NoEngine, predict
 from stream_mmrnn.recording.mcap_file import Recording
-from stream_mmrnn.recording.settings import settings_of
+from stream_mmrnn.recording.settings import settings_of, streams_of
 from stream_mmrnn.training.data import Array, Task, Ticks, cut
 from stream_mmrnn.training.recipe import Head, Recipe, parse
 from stream_mmrnn.training.tasks.common import pieces
@@ -64,8 +64,8 @@ def ticks_of(path: Path, specs: Sequence[ModalitySpec], tick_ns: int) -> tuple[l
     """
     recording = Recording(path)
     settings = settings_of(recording)
-    aligner = Aligner.of(specs, tick_ns, settings.align)
-    wanted = {topics.CLOCK, topics.SESSION, *(topics.feature(s.name) for s in specs)}
+    aligner = Aligner.of(specs, tick_ns, settings)
+    wanted = {topics.CLOCK, topics.SESSION, *(topics.FEATURE + name for name, _ in aligner.feeding.values())}
     ticks = list(predict(recording.envelopes(wanted), aligner, NoEngine()))
     if not ticks:
         raise FileError(f"{path} has no ticks; was anything recorded?")
@@ -192,11 +192,19 @@ def recipe_for(paths: Sequence[Path], name: str) -> Recipe:
 
     """
     modalities: dict[str, dict[str, Any]] = {}
+    order: dict[str, None] = {}
     labels: set[str] = set()
     for path in paths:
         recording = Recording(path)
-        for e in recording.envelopes({topics.feature(m) for m in topics.MODALITIES}):
-            modality = topics.TOPICS[e.topic].modality
+        table = streams_of(recording.metadata)
+        names = {
+            topics.FEATURE + features: row.modality + features.removeprefix(row.name)
+            for row in table.values()
+            for features in row.features()
+        }
+        order |= dict.fromkeys(names.values())
+        for e in recording.envelopes(names):
+            modality = names[e.topic]
             if modality not in modalities and not isinstance(e.payload, bytes):
                 modalities[modality] = {"size": len(e.payload), "encoder": e.origin}
         labels |= {label for _, label in Events(recording).labels} - set(NOTHING)
@@ -205,13 +213,13 @@ def recipe_for(paths: Sequence[Path], name: str) -> Recipe:
         raise FileError(
             f"a classifier needs two labels or more, the recordings hold {found}; type `/label NAME` while recording"
         )
-    ordered = {m: modalities[m] for m in topics.MODALITIES if m in modalities}
-    names = sorted(labels)
+    ordered = {m: modalities[m] for m in order if m in modalities}
+    classes = sorted(labels)
     return parse(
         {
             "name": name,
             "modalities": ordered,
-            "heads": [{"name": "label", "kind": "classification", "size": len(names), "labels": names}],
+            "heads": [{"name": "label", "kind": "classification", "size": len(classes), "labels": classes}],
             "data": {"kind": "recordings"},
             "fusion": {"kind": "attention", "width": 48},
             "cell": {"kind": "gru", "hidden": 64},
