@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from stream_mmrnn.core.errors import FileError as FileError
     from stream_mmrnn.core.errors import ModelError as ModelError
     from stream_mmrnn.core.errors import NotRunning as NotRunning
+    from stream_mmrnn.core.errors import PluginError as PluginError
     from stream_mmrnn.core.errors import ProcessError as ProcessError
     from stream_mmrnn.core.errors import ProviderError as ProviderError
     from stream_mmrnn.core.errors import RecordingError as RecordingError
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from stream_mmrnn.core.errors import UnknownSession as UnknownSession
     from stream_mmrnn.core.errors import UsageError as UsageError
     from stream_mmrnn.core.errors import WireError as WireError
+    from stream_mmrnn.core.streams import Stream as Stream
     from stream_mmrnn.core.types import Envelope as Envelope
     from stream_mmrnn.core.types import HeadSpec as HeadSpec
     from stream_mmrnn.core.types import Mark as Mark
@@ -72,6 +74,7 @@ if TYPE_CHECKING:
     from stream_mmrnn.core.wire import PredictionMessage as PredictionMessage
     from stream_mmrnn.core.wire import SessionMessage as SessionMessage
     from stream_mmrnn.core.wire import StatusMessage as StatusMessage
+    from stream_mmrnn.offline.predictor import Predictor as Predictor
     from stream_mmrnn.predict.align import Aligner as Aligner
     from stream_mmrnn.predict.contract import write_contract as write_contract
     from stream_mmrnn.predict.engine import StepEngine as StepEngine
@@ -110,14 +113,17 @@ _PUBLIC = {
     "core.config": ("Settings", "find_model"),
     "core.errors": (
         *("BadTick", "Busy", "ConfigError", "DuplicateSession", "Evicted", "FileError", "ModelError", "NotRunning"),
-        *("ProcessError", "ProviderError", "RecordingError", "SessionError", "ShardDied", "SnapshotError"),
-        *("SourceError", "SourceSpecError", "StreamError", "TimedOut", "UnknownSession", "UsageError", "WireError"),
+        *("PluginError", "ProcessError", "ProviderError", "RecordingError", "SessionError", "ShardDied"),
+        *("SnapshotError", "SourceError", "SourceSpecError", "StreamError", "TimedOut", "UnknownSession"),
+        *("UsageError", "WireError"),
     ),
+    "core.streams": ("Stream",),
     "core.types": (
         *("Envelope", "HeadSpec", "Mark", "ModalitySpec", "ModelSpec", "Prediction", "Sample", "Stamps", "StateSpec"),
         "Tick",
     ),
     "core.wire": ("PredictionMessage", "SessionMessage", "StatusMessage"),
+    "offline.predictor": ("Predictor",),
     "predict.align": ("Aligner",),
     "predict.contract": ("write_contract",),
     "predict.engine": ("StepEngine", "move"),

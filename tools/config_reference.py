@@ -93,9 +93,20 @@ def _kind(kind: kinds.Type, hint: Any) -> str:
         return ", ".join(f"`{value}`" for value in get_args(hint))  # in their own order: msgspec sorts them
     if isinstance(kind, kinds.BoolType):
         return "`true`, `false`"
+    if isinstance(kind, kinds.UnionType):
+        inner = [k for k in kind.types if not isinstance(k, kinds.NoneType)]
+        return _kind(inner[0], hint)
+    if isinstance(kind, kinds.VarTupleType):
+        return f"a list of {_kind(kind.item_type, hint)}"
     if isinstance(kind, kinds.StrType):
         return f"text like `{kind.pattern}`" if kind.pattern else "text"
     raise TypeError(f"no words for {kind}; add them to {__name__}")
+
+
+def _default(field: kinds.Field) -> str:
+    if field.required:
+        return "must be given"
+    return "" if field.default is None else f"`{json.dumps(field.default)}`"
 
 
 def render() -> str:
@@ -104,16 +115,19 @@ def render() -> str:
     whole = kinds.type_info(config.Settings)
     assert isinstance(whole, kinds.StructType)
     for section in whole.fields:
-        assert isinstance(section.type, kinds.StructType)
-        cls = section.type.cls
-        parts.append(f"\n## `[{section.encode_name}]`\n")
+        struct, name = section.type, section.encode_name
+        if isinstance(struct, kinds.DictType):
+            struct, name = struct.value_type, f"{name}.NAME"
+        assert isinstance(struct, kinds.StructType)
+        cls = struct.cls
+        parts.append(f"\n## `[{name}]`\n")
         if cls.__doc__:
             parts.append(f"\n{_words(cls.__doc__)}\n")
         docs, hints = _docs(cls), get_type_hints(cls)
         parts.append("\n| key | value | default | what it does |\n| --- | --- | --- | --- |\n")
-        for field in section.type.fields:
-            kind, default = _kind(field.type, hints[field.name]), json.dumps(field.default)
-            row = (f"`{field.encode_name}`", kind, f"`{default}`", docs.get(field.name, ""))
+        for field in struct.fields:
+            kind, default = _kind(field.type, hints[field.name]), _default(field)
+            row = (f"`{field.encode_name}`", kind, default, docs.get(field.name, ""))
             parts.append(f"| {' | '.join(row)} |\n".replace("|  |", "| |"))
     return "".join(parts)
 

@@ -25,7 +25,7 @@ from stream_mmrnn.graph.runtime import Provider
 from stream_mmrnn.live.session import LiveSession
 from stream_mmrnn.predict.engine import check_model
 
-SETS: dict[str, tuple[str, ...]] = {"audio": ("audio",), "all": sources.EVERY}
+SETS: dict[str, tuple[str, ...]] = {"audio": ("audio",), "all": sources.SYNTHETIC}
 """Which modalities run beside each other."""
 
 _AUDIO_HZ, _FEATURES_BYTES = 50.0, 324
@@ -75,7 +75,7 @@ def _settings(
     seed: int,
     page: bool,
 ) -> config.Settings:
-    chosen = {f"sources.{m}": "synthetic" if m in modalities else "none" for m in sources.EVERY}
+    chosen = {f"sources.{m}": "synthetic" if m in modalities else "none" for m in sources.SYNTHETIC}
     return config.load(
         None,
         {

@@ -21,18 +21,19 @@ from stream_mmrnn.bench.report import Document, document, ratio
 from stream_mmrnn.core import config, topics, wire
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.latency import Histogram, StageTable, stages
+from stream_mmrnn.core.streams import Kind, Stream
 from stream_mmrnn.core.types import Envelope, ModelSpec
 from stream_mmrnn.graph.runtime import Provider
 from stream_mmrnn.predict.align import Aligner
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.predict.pipeline import predict
 
-RATES_HZ: dict[topics.Kind, float] = {"vision": 25.0, "audio": 50.0, "text": 2.0, "signal": 50.0}
+RATES_HZ: dict[Kind, float] = {"vision": 25.0, "audio": 50.0, "text": 2.0, "signal": 50.0}
 CLOCK_HZ = 100.0
 
 
 def _rate_hz(modality: str) -> float:
-    return RATES_HZ[topics.MODALITIES[modality].kind]
+    return RATES_HZ[Stream.of(modality).kind]
 
 
 def synthetic(spec: ModelSpec, sessions: int, duration_s: float, start_ns: int, seed: int) -> Iterator[Envelope]:
@@ -44,7 +45,7 @@ def synthetic(spec: ModelSpec, sessions: int, duration_s: float, start_ns: int, 
     vectors = {m.name: rng.standard_normal((64, m.size // m.stack)).astype(np.float32) * 0.5 for m in spec.modalities}
     origins = {m.name: m.encoder for m in spec.modalities}
     names = [f"bench-{i}" for i in range(sessions)]
-    streams = tuple(v for v in vectors if topics.MODALITIES[v].dense)
+    streams = tuple(v for v in vectors if Stream.of(v).dense)
     for name in names:
         opening = wire.pack(wire.SessionMessage("open", start_ns, streams))
         yield Envelope(topics.SESSION, name, 0, start_ns, start_ns, start_ns, opening)
@@ -97,7 +98,7 @@ def run(
     """Paced (or, `hot`, as fast as it goes) sessions: the stages, and what was dropped or late."""
     engine = StepEngine(model, sessions, provider)
     spec = engine.spec
-    aligner = Aligner.of(spec.modalities, spec.tick_ns, config.AlignSettings())
+    aligner = Aligner.of(spec.modalities, spec.tick_ns, config.Settings())
     start_ns = now_ns() + 200_000_000
     envelopes = synthetic(spec, sessions, duration_s, start_ns, seed)
     latency, whole = StageTable(), Histogram()

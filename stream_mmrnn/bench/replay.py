@@ -40,7 +40,7 @@ def _made(duration_s: float, model: str | None, alive: Callable[[], bool]) -> It
     """A live recording of the synthetic source, gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="stream-mmrnn-bench-") as folder:
         path = Path(folder) / "bench.mcap"
-        everything = {f"sources.{m}": "synthetic" for m in sources.EVERY}
+        everything = {f"sources.{m}": "synthetic" for m in sources.SYNTHETIC}
         own = {"record.path": str(path), "engine.model": model, "dashboard.enabled": False, "session.name": "bench"}
         notes: list[str] = []
         LiveSession(config.load(None, {**everything, **own}), True, alive, notes.append).run(duration_s)
@@ -65,7 +65,7 @@ class _Lockstep:
     def __init__(self, path: Path, count: int, provider: Provider) -> None:
         self.recording = Recording(path)
         settings = settings_of(self.recording)
-        self._count, self._provider, self.align = count, provider, settings.align
+        self._count, self._provider, self.settings = count, provider, settings
         self.model = config.find_model(settings.engine.model)
         self._recorded = [e.payload for e in self.recording.envelopes({topics.PREDICTION})]
         self.compared: list[dict[str, Any]] = []
@@ -78,7 +78,7 @@ class _Lockstep:
         """Seconds of one round: the file read once for each session, then all of them predicted."""
         engine = StepEngine(self.model, self._count, self._provider)
         spec = engine.spec
-        aligner = Aligner.of(spec.modalities, spec.tick_ns, self.align)
+        aligner = Aligner.of(spec.modalities, spec.tick_ns, self.settings)
         began_ns = now_ns()
         envelopes = self.read([m.name for m in spec.modalities])
         read_s = (now_ns() - began_ns) / 1e9
@@ -112,7 +112,7 @@ def _parts(path: Path, count: int, rounds: int, provider: Provider) -> dict[str,
     merged = _merged(envelopes, lockstep.recording.session, count) if count > 1 else envelopes
 
     def align() -> list[Tick]:
-        aligner = Aligner.of(spec.modalities, spec.tick_ns, lockstep.align)
+        aligner = Aligner.of(spec.modalities, spec.tick_ns, lockstep.settings)
         return list(predict(merged, aligner, NoEngine(), more=lambda: True, batch=count))
 
     ticks = align()

@@ -124,14 +124,12 @@ class Address:
         """The endpoint that a reader of these topics connects to."""
         if policy != "block":
             return self.view
-        return self.bulk if any(large.startswith(prefix) for prefix in wanted for large in _LARGE) else self.subscribe
+        large = any(prefix.startswith(topics.RAW) or topics.RAW.startswith(prefix) for prefix in wanted)
+        return self.bulk if large else self.subscribe
 
     def remove(self) -> None:
         if self.folder:
             shutil.rmtree(self.folder, ignore_errors=True)
-
-
-_LARGE = (*topics.raws("vision"), *topics.raws("audio"))
 
 
 def _free_on_loopback() -> str:

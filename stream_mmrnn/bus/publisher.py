@@ -7,7 +7,7 @@ import contextlib
 import zmq
 
 from stream_mmrnn.bus.address import Address, Keys, secure
-from stream_mmrnn.core import topics, wire
+from stream_mmrnn.core import wire
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.types import Envelope, Payload
 
@@ -35,6 +35,8 @@ class Publisher:
         secure(self._socket, keys or address.keys)
         self._socket.connect(address.publish)
         self._seq: dict[tuple[str, str], int] = {}
+        self._topics: set[str] = set()
+        """Those that it has published."""
         self._wanted: list[bytes] = []
         self._looked_ns = 0
         self._newest: Envelope | None = None
@@ -73,6 +75,8 @@ class Publisher:
         """Add time and sequence number to a message and send it; returns the envelope."""
         key = (topic, session)
         seq = self._seq.get(key, 0)
+        if not seq:
+            self._topics.add(topic)
         self._seq[key] = seq + 1
         at_ns = now_ns()
         envelope = Envelope(topic, session, seq, event_ns, capture_ns, at_ns, payload, origin, 0, device_ns)
@@ -89,7 +93,7 @@ class Publisher:
 
     def end(self, session: str) -> None:
         """Forget the sequence numbers of a session that has ended; if it opens again, they begin at 0."""
-        for topic in topics.TOPICS:
+        for topic in self._topics:
             self._seq.pop((topic, session), None)
 
     def prewarm(self) -> None:
@@ -105,6 +109,7 @@ class Publisher:
     def restore(self, numbers: Numbers) -> None:
         """Continue the sequence numbers of another publisher."""
         self._seq = {(topic, session): seq for topic, session, seq in numbers}
+        self._topics = {topic for topic, _ in self._seq}
 
     def close(self, linger_ms: int = 500) -> None:
         self._socket.close(linger=linger_ms)

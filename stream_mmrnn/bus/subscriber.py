@@ -69,7 +69,7 @@ class Gaps:
                 self._numbers.observe((topic, session), seq - 1, seq - 1)
         elif op == "close" and session not in self._ended:
             ended = self._ended[session] = SequenceTracker()
-            found = {topic: self._numbers.pop((topic, session)) for topic in topics.TOPICS}
+            found = {topic: self._numbers.pop((topic, session)) for topic in self.received}
             ended.restore({topic: seq for topic, seq in found.items() if seq is not None})
             while len(self._ended) > MAX_ENDED:
                 self._ended.popitem(last=False)

@@ -17,6 +17,7 @@ from stream_mmrnn.capture.encoders import Encoder
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.config import Policy
 from stream_mmrnn.core.errors import WireError
+from stream_mmrnn.core.streams import Stream
 from stream_mmrnn.core.types import Envelope, Sample
 
 LABEL_COMMAND = b"/label "
@@ -32,34 +33,36 @@ class Outgoing(msgspec.Struct, frozen=True):
 
 def capture(
     samples: Iterable[Sample],
-    modality: str,
+    stream: Stream,
     origin: str,
-    encoder: Encoder,
+    encoders: Mapping[str, Encoder],
     bad: Callable[[WireError], None],
+    labels: bool = False,
 ) -> Iterator[Outgoing]:
-    """The feature vectors that each sample completes, then the raw sample if its modality has raw messages.
+    """The feature vectors that each sample completes, encoder by encoder, then the sample itself if `stream.raw`.
 
-    `bad` is called with the error of each sample that cannot be decoded. Features go first, because predictions wait
-    for them.
+    `encoders` are those of the stream by the name of their features. `bad` is called with the error of each sample
+    that cannot be decoded. Features go first, because predictions wait for them.
 
-    A text line `/label NAME` becomes a label and is never seen by a model. Labels come from `text` only, not from
-    `other_text`, so that one publisher numbers them.
+    With `labels`, a text line `/label NAME` becomes a label and is never seen by a model. One stream of a session has
+    them, so that one publisher numbers them.
     """
-    raw, feature = topics.raw(modality), topics.feature(modality)
-    has_raw = raw in topics.TOPICS
+    raw = topics.raw(stream.name)
+    by_topic = [(topics.FEATURE + name, encoder) for name, encoder in encoders.items()]
     for sample in samples:
-        if modality == "text" and isinstance(sample.data, bytes) and sample.data.startswith(LABEL_COMMAND):
+        if labels and isinstance(sample.data, bytes) and sample.data.startswith(LABEL_COMMAND):
             name = sample.data.removeprefix(LABEL_COMMAND).strip()
             yield Outgoing(topics.LABEL, Sample(sample.event_ns, sample.capture_ns, name, sample.device_ns), origin)
             continue
-        try:
-            vectors = encoder.encode(sample)
-        except WireError as e:
-            bad(e)
-            vectors = []
-        for vector in vectors:
-            yield Outgoing(feature, vector, encoder.origin)
-        if has_raw:
+        for feature, encoder in by_topic:
+            try:
+                vectors = encoder.encode(sample)
+            except WireError as e:
+                bad(e)
+                vectors = []
+            for vector in vectors:
+                yield Outgoing(feature, vector, encoder.origin)
+        if stream.raw:
             yield Outgoing(raw, sample, origin)
 
 
@@ -68,40 +71,44 @@ def reencode(
 ) -> Iterator[Envelope]:
     """Replace each recorded feature vector by one that is computed again from the raw samples.
 
-    A vector keeps its place in the sequence, so each tick closes at the same message as before. Vectors whose raw
-    sample was lost are left out. The streams in `featureless` were recorded without features: their vectors follow the
-    raw message.
+    `encoders`: by the name of their features (`audio`, `audio.prosody`). A vector keeps its place in the sequence, so
+    each tick closes at the same message as before. Vectors whose raw sample was lost are left out. The features named
+    in `featureless` were not recorded: their vectors follow the raw message.
     """
-    made: dict[str, deque[Sample]] = {m: deque() for m in encoders}
+    by_raw: dict[str, list[str]] = {}
+    for name in encoders:
+        by_raw.setdefault(topics.raw(name.partition(".")[0]), []).append(name)
+    made: dict[str, deque[Sample]] = {topics.FEATURE + name: deque() for name in encoders if name not in featureless}
+    origins = {topics.FEATURE + name: encoder.origin for name, encoder in encoders.items()}
     seq = dict.fromkeys(featureless, 0)
     held: deque[Envelope] = deque()  # all messages from the first vector on whose raw sample has not come yet
     for envelope in envelopes:
-        modality = topics.TOPICS[envelope.topic].modality
-        if modality in encoders and envelope.topic == topics.raw(modality):
-            encoder = encoders[modality]
-            with contextlib.suppress(WireError):
-                vectors = encoder.encode(
-                    Sample(envelope.event_ns, envelope.capture_ns, envelope.payload, envelope.device_ns)
-                )
-                if modality not in seq:
-                    made[modality].extend(vectors)
-                    vectors = []
-                for vector in vectors:
-                    held.append(
-                        msgspec.structs.replace(
-                            envelope,
-                            topic=topics.feature(modality),
-                            seq=seq[modality],
-                            event_ns=vector.event_ns,
-                            payload=vector.data,
-                            origin=encoder.origin,
-                        )
-                    )
-                    seq[modality] += 1
-        else:
+        names = by_raw.get(envelope.topic)
+        if names is None:
             held.append(envelope)
-        yield from _release(held, made, encoders, seq, envelope.publish_ns - _RAW_WITHIN_NS)
-    yield from _release(held, made, encoders, seq, _FOREVER)
+        else:
+            sample = Sample(envelope.event_ns, envelope.capture_ns, envelope.payload, envelope.device_ns)
+            for name in names:
+                feature = topics.FEATURE + name
+                with contextlib.suppress(WireError):
+                    vectors = encoders[name].encode(sample)
+                    if name not in seq:
+                        made[feature].extend(vectors)
+                        vectors = []
+                    for vector in vectors:
+                        held.append(
+                            msgspec.structs.replace(
+                                envelope,
+                                topic=feature,
+                                seq=seq[name],
+                                event_ns=vector.event_ns,
+                                payload=vector.data,
+                                origin=origins[feature],
+                            )
+                        )
+                        seq[name] += 1
+        yield from _release(held, made, origins, envelope.publish_ns - _RAW_WITHIN_NS)
+    yield from _release(held, made, origins, _FOREVER)
 
 
 _RAW_WITHIN_NS = 1_000_000_000
@@ -112,21 +119,19 @@ _FOREVER = 2**63
 def _release(
     held: deque[Envelope],
     made: Mapping[str, deque[Sample]],
-    encoders: Mapping[str, Encoder],
-    featureless: Collection[str],
+    origins: Mapping[str, str],
     lost_before_ns: int,
 ) -> Iterator[Envelope]:
     """Yield the held messages whose new features are known, or known to be lost."""
     while held:
         envelope = held[0]
-        modality = topics.TOPICS[envelope.topic].modality
-        if modality in encoders and modality not in featureless:
-            waiting = made[modality]
+        waiting = made.get(envelope.topic)
+        if waiting is not None:
             while waiting and waiting[0].event_ns < envelope.event_ns:
                 waiting.popleft()
             if waiting and waiting[0].event_ns == envelope.event_ns:
                 envelope = msgspec.structs.replace(
-                    envelope, payload=waiting.popleft().data, origin=encoders[modality].origin
+                    envelope, payload=waiting.popleft().data, origin=origins[envelope.topic]
                 )
             elif waiting or envelope.publish_ns < lost_before_ns:
                 held.popleft()

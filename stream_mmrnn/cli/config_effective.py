@@ -11,6 +11,7 @@ import msgspec
 from stream_mmrnn.capture import sources
 from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import StreamError
+from stream_mmrnn.core.processes import captured
 
 
 def faults(path: Path) -> list[dict[str, str]]:
@@ -26,7 +27,7 @@ def faults(path: Path) -> list[dict[str, str]]:
         return found
     settings = config.parse(table)
     for key, check in (
-        ("sources", lambda: sources.check_all(settings.sources)),
+        ("sources", lambda: sources.check_all(captured(settings).values())),
         ("engine.model", lambda: config.find_model(settings.engine.model)),
     ):
         try:
@@ -40,12 +41,18 @@ def effective(path: Path | None) -> dict[str, dict[str, dict[str, Any]]]:
     """By section and key: `value`, and `from`: the file's name or `default`."""
     table = config.read(path) if path is not None else {}
     settings: dict[str, dict[str, Any]] = msgspec.to_builtins(config.parse(table))
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, row in settings.pop("streams").items():
+        found[f"streams.{name}"] = _values(row, table["streams"][name], path)
+    return {section: _values(values, table.get(section, {}), path) for section, values in settings.items()} | found
+
+
+def _values(values: dict[str, Any], given: dict[str, Any], path: Path | None) -> dict[str, dict[str, Any]]:
+    """What is not set (None) is left out: TOML has no word for it."""
     return {
-        section: {
-            key: {"value": value, "from": str(path) if key in table.get(section, {}) else "default"}
-            for key, value in values.items()
-        }
-        for section, values in settings.items()
+        key: {"value": value, "from": str(path) if key in given else "default"}
+        for key, value in values.items()
+        if value is not None
     }
 
 

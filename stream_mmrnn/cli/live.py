@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,11 +13,12 @@ from msgspec.structs import replace
 from rich.console import Console
 
 from stream_mmrnn.cli.terminal import ConfigFile, Json, ModelName, Provider, print_document, say_on
-from stream_mmrnn.core import config
+from stream_mmrnn.core import config, processes
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import ConfigError, StreamError
 from stream_mmrnn.core.printable import shown
 from stream_mmrnn.core.signals import ENDING, held
+from stream_mmrnn.core.streams import SELF, SHORT_FORMS
 from stream_mmrnn.recording.append_file import later_parts, part
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ TextSource = Annotated[
     typer.Option("--text", help="stdin, pipe:PATH, tcp:PORT, zmq:PORT, lsl:NAME, page, synthetic or none."),
 ]
 Signal = Annotated[str | None, typer.Option(help="A sensor: lsl:NAME, lsl:type=TYPE or none.")]
+Streams = Annotated[
+    list[str] | None,
+    typer.Option("--stream", help="Another input: NAME=SOURCE or NAME:KIND=SOURCE, like wrist=lsl:IMU-L; repeatable."),
+]
 OtherAudio = Annotated[
     str | None, typer.Option("--other-audio", help="The second person's sound, named like --audio; none by default.")
 ]
@@ -62,6 +67,7 @@ def live(
     other_audio: OtherAudio = None,
     other_text: OtherText = None,
     signal: Signal = None,
+    stream: Streams = None,
     model: ModelName = None,
     provider: Annotated[Provider | None, typer.Option(help="Where the model runs.")] = None,
     duration: Duration = None,
@@ -81,6 +87,7 @@ def live(
         config_file,
         source,
         named,
+        stream,
         {
             "engine.model": model,
             "engine.provider": provider.value if provider else None,
@@ -97,7 +104,9 @@ def live(
     from stream_mmrnn.predict.engine import check_model
 
     spec = check_model(config.find_model(settings.engine.model), settings.engine.provider)
-    settings = _without_unused(settings, source, named, {m.name for m in spec.modalities})
+    modalities = [m.name for m in spec.modalities]
+    _check_feeds(settings, modalities)
+    settings = _without_unused(settings, source, named, modalities)
     _run(settings, duration, True, as_json, plain)
 
 
@@ -111,6 +120,7 @@ def record(
     other_audio: OtherAudio = None,
     other_text: OtherText = None,
     signal: Signal = None,
+    stream: Streams = None,
     duration: Duration = None,
     session: SessionName = None,
     log: Log = None,
@@ -120,7 +130,7 @@ def record(
     """Capture and record, without an engine."""
     named = _named(vision, audio, text, other_audio, other_text, signal)
     overrides = {"record.path": str(path), "session.name": session, "log.format": log.value if log else None}
-    _run(_settings(config_file, source, named, overrides), duration, False, as_json, plain)
+    _run(_settings(config_file, source, named, stream, overrides), duration, False, as_json, plain)
 
 
 def _named(
@@ -146,29 +156,51 @@ def _settings(
     config_file: Path | None,
     source: str | None,
     named: dict[str, str | None],
+    streams: Sequence[str] | None,
     overrides: dict[str, Any],
 ) -> config.Settings:
-    """The settings of the file, with the options on top; `named` wins over `source`."""
+    """The settings of the file, with the options on top; `named` wins over `source`, `streams` adds to both."""
+    from stream_mmrnn.capture import encoders, sources
     from stream_mmrnn.capture import lsl_runtime as lsl
-    from stream_mmrnn.capture import sources
 
     chosen = sources.everything_from(source) if source else {}
     chosen |= {k: v for k, v in named.items() if v}
-    settings = config.load(config_file, {**{f"sources.{k}": v for k, v in chosen.items()}, **overrides})
-    sources.check_all(settings.sources)
-    if settings.lsl.outlet or any(sources.split(getattr(settings.sources, m))[0] == "lsl" for m in sources.NAMED):
+    overrides = {**{f"sources.{k}": v for k, v in chosen.items()}, **overrides}
+    settings = config.load(config_file, overrides, dict(map(_stream, streams or ())))
+    captured = processes.captured(settings)
+    sources.check_all(captured.values())
+    encoders.check_all(captured.values())
+    if settings.lsl.outlet or any(sources.split(s.source)[0] == "lsl" for s in captured.values()):
         lsl.require(settings.lsl)
     return settings
+
+
+def _stream(text: str) -> tuple[str, dict[str, str]]:
+    """`NAME=SOURCE` or `NAME:KIND=SOURCE` as a row of the table `[streams]`."""
+    name, is_given, source = text.partition("=")
+    name, _, kind = name.partition(":")
+    if not (name and is_given and source):
+        raise ConfigError(f"--stream {text!r}: expected NAME=SOURCE or NAME:KIND=SOURCE, such as wrist=lsl:IMU-L")
+    return name, {"source": source, **({"kind": kind} if kind else {})}
 
 
 def _without_unused(
     settings: config.Settings, source: str | None, named: dict[str, str | None], modalities: Collection[str]
 ) -> config.Settings:
     """`--source` starts the second person's streams only if the model uses them: each worker slows the start."""
-    from stream_mmrnn.capture import sources
-
-    unused = [m for m in sources.OTHER if source and not named[m] and m not in modalities]
+    others = [name for name, (_, person) in SHORT_FORMS.items() if person != SELF]
+    unused = [m for m in others if source and not named[m] and m not in modalities]
     return replace(settings, sources=replace(settings.sources, **dict.fromkeys(unused, "none")))
+
+
+def _check_feeds(settings: config.Settings, modalities: Collection[str]) -> None:
+    """Every `feeds` must name a modality of the model: else a mistyped name would only mask it."""
+    for row in processes.captured(settings).values():
+        if row.feeds and row.feeds not in modalities:
+            raise ConfigError(
+                f"`streams.{row.name}.feeds` is {row.feeds!r}, and the model takes {', '.join(modalities)}; "
+                "name one of these"
+            )
 
 
 def _start_forkserver() -> None:
@@ -214,7 +246,7 @@ class _Terminal:
         if self._console.is_terminal and not plain and not self.quiet:
             self.screen = Live(console=self._console, refresh_per_second=8, transient=True)
         self.say: Callable[[str], None] = self.lines or at_least(settings.log.level, self._note)
-        self.state = LiveState()
+        self.state = LiveState(table=config.stream_table(settings))
         self._notes: list[str] = []
         self._addresses: dict[str, str] = {}
         self._began_ns = now_ns()
@@ -291,12 +323,11 @@ def _addresses(session: LiveSession) -> dict[str, str]:
 
 def _run(settings: config.Settings, duration: float | None, with_engine: bool, as_json: bool, plain: bool) -> None:
     """Run a session until its duration is over or a signal comes, and show it."""
-    from stream_mmrnn.capture import sources
     from stream_mmrnn.core.log import Note
     from stream_mmrnn.live.session import LiveSession
-    from stream_mmrnn.viewers.terminal_view import WATCHED
+    from stream_mmrnn.viewers.terminal_view import watched
 
-    if all(getattr(settings.sources, m) == "none" for m in sources.NAMED):
+    if not processes.captured(settings):
         raise ConfigError("every source is `none`; name at least one, for example --source synthetic")
     if with_engine and settings.trace.ratio:
         from stream_mmrnn.viewers import tracing
@@ -307,8 +338,9 @@ def _run(settings: config.Settings, duration: float | None, with_engine: bool, a
     terminal = _Terminal(settings, as_json, plain)
     if settings.record.path:
         keep_old(Path(settings.record.path), terminal.say)
-    watched: tuple[Callable[[Any], None], Collection[str]] = (
-        (lambda _: None, ()) if terminal.quiet else (terminal.state.observe, WATCHED)
+    table = config.stream_table(settings).values()
+    watching: tuple[Callable[[Any], None], Collection[str]] = (
+        (lambda _: None, ()) if terminal.quiet else (terminal.state.observe, watched(table))
     )
     with held():  # a signal waits until it is known which processes must be ended
         session = LiveSession(
@@ -316,9 +348,9 @@ def _run(settings: config.Settings, duration: float | None, with_engine: bool, a
             with_engine,
             ENDING.alive,
             terminal.say,
-            watched[0],
+            watching[0],
             lambda: terminal.refresh(_addresses(session)),
-            watched[1],
+            watching[1],
         )
         supervisor = session.supervisor
 

@@ -17,8 +17,10 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 import msgspec
 
+from stream_mmrnn.core import streams as core_streams
 from stream_mmrnn.core.errors import ConfigError
-from stream_mmrnn.core.topics import MODALITIES, SESSION_NAME, Kind
+from stream_mmrnn.core.streams import KINDS, SELF, SHORT_FORMS, Kind, Stream
+from stream_mmrnn.core.topics import SESSION_NAME, STREAM_NAME
 
 _MAX_TOML_BYTES = 2**20
 _Positive = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
@@ -39,10 +41,11 @@ class SessionSettings(_Section, frozen=True):
 
 
 class SourcesSettings(_Section, frozen=True):
-    """The source of each modality: `camera:0`, `camera:URL`, `microphone`, `microphone:NAME`, `file:PATH`,
-    `synthetic`, `stdin`, `pipe:PATH`, `tcp:PORT`, `zmq:PORT`, `lsl:NAME`, `page` (text typed on the live page, which is
-    also added to every other source of text) or `none`. The first three belong to the session's own person, `other_*`
-    to a second one: a voice agent, the other party of a call. `signal` is a sensor.
+    """The sources of the streams that most sessions have; `[streams.NAME]` names any others. Each is `camera:0`,
+    `camera:URL`, `microphone`, `microphone:NAME`, `file:PATH`, `synthetic`, `stdin`, `pipe:PATH`, `tcp:PORT`,
+    `zmq:PORT`, `lsl:NAME`, `page` (text typed on the live page, which also joins the first person's text) or `none`.
+    The first three belong to the session's own person, `other_*` to a second one: a voice agent, the other party of a
+    call. `signal` is a sensor. Where the file has `[streams]`, those that are not given here are `none`.
     """
 
     vision: str = "camera:0"
@@ -51,6 +54,32 @@ class SourcesSettings(_Section, frozen=True):
     other_audio: str = "none"
     other_text: str = "none"
     signal: str = "none"
+
+
+class StreamSettings(_Section, frozen=True):
+    """Any number of named inputs, each a table `[streams.NAME]`: two cameras, a sensor on each wrist, three people."""
+
+    source: str
+    """As in `[sources]`; or `from:STREAM`, or the name of a plug-in's source."""
+    kind: Literal["", "vision", "audio", "text", "signal"] = ""
+    """What its samples are; "" is what the source gives (that of `lsl:` and of plug-ins is a signal)."""
+    encoders: tuple[Annotated[str, msgspec.Meta(pattern=STREAM_NAME)], ...] = ()
+    """Names of encoders; () is the kind's own. The first gives the features `NAME`, a further one `NAME.ENCODER`."""
+    person: Annotated[str, msgspec.Meta(pattern=STREAM_NAME)] = SELF
+    """Whom it is of: `self`, `other`, or any name."""
+    feeds: str = ""
+    """The model's modality that it feeds; "" is the one of its own name."""
+    dense: bool | None = None
+    """Whether ticks wait for it; unless given, for every kind but text."""
+    reduction: Literal["", "last", "mean", "sum"] = ""
+    """How the samples of one tick become one vector; "" is the kind's: last picture, mean of sound and of signals, sum
+    of texts."""
+    lateness_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] | None = None
+    """How long a tick waits for it; unless given, the kind's in `[align]`."""
+    policy: Literal["", "latest", "drop_oldest", "block"] = ""
+    """Of the queue between device and encoder; "" is the kind's in `[queues]`."""
+    raw: bool = True
+    """false: its samples are encoded and not recorded."""
 
 
 class CameraSettings(_Section, frozen=True):
@@ -88,7 +117,7 @@ class SyntheticSettings(_Section, frozen=True):
 
 
 class AlignSettings(_Section, frozen=True):
-    """The lateness of a kind applies to all its modalities: that of `audio` also to `other_audio`."""
+    """The lateness of a kind applies to all its streams: that of `audio` also to `other_audio`."""
 
     vision_lateness_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = 80.0
     audio_lateness_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = 80.0
@@ -98,15 +127,14 @@ class AlignSettings(_Section, frozen=True):
     """Samples with an event time further ahead of the clock are quarantined."""
     max_behind_ms: Annotated[float, msgspec.Meta(gt=0, le=3_600_000)] = 10_000.0
 
-    def lateness_ns(self) -> dict[str, int]:
-        """By modality."""
+    def lateness_ns(self, kind: Kind) -> int:
         by_kind: dict[Kind, float] = {
             "vision": self.vision_lateness_ms,
             "audio": self.audio_lateness_ms,
             "text": self.text_lateness_ms,
             "signal": self.signal_lateness_ms,
         }
-        return {name: round(by_kind[m.kind] * 1e6) for name, m in MODALITIES.items()}
+        return round(by_kind[kind] * 1e6)
 
 
 class EngineSettings(_Section, frozen=True):
@@ -223,14 +251,14 @@ class QueuesSettings(_Section, frozen=True):
     """The library of Lab Streaming Layer buffers up to a minute."""
     length: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 64
 
-    def policy(self, modality: str) -> Policy:
+    def policy(self, kind: Kind) -> Policy:
         by_kind: dict[Kind, Policy] = {
             "vision": self.vision,
             "audio": self.audio,
             "text": self.text,
             "signal": self.signal,
         }
-        return by_kind[MODALITIES[modality].kind]
+        return by_kind[kind]
 
 
 class DashboardSettings(_Section, frozen=True):
@@ -304,6 +332,7 @@ class Settings(_Section, frozen=True):
 
     session: SessionSettings = SessionSettings()
     sources: SourcesSettings = SourcesSettings()
+    streams: dict[str, StreamSettings] = {}
     camera: CameraSettings = CameraSettings()
     microphone: MicrophoneSettings = MicrophoneSettings()
     text: TextSettings = TextSettings()
@@ -350,6 +379,10 @@ def _unknown_keys(value: Any, kind: Any, where: str) -> Iterator[tuple[str, str]
             yield from _unknown_keys(inner, get_args(kind)[0], f"{where}[{i}]")
 
 
+def _required(kind: type[msgspec.Struct]) -> list[str]:
+    return [f.name for f in msgspec.structs.fields(kind) if f.required]
+
+
 def _wrong_values(value: Any, kind: Any, where: str) -> Iterator[tuple[str, str]]:
     """(key, error message) of each invalid value; unknown keys are skipped."""
     if where and isinstance(kind, type) and issubclass(kind, msgspec.Struct) and not isinstance(value, dict):
@@ -359,6 +392,12 @@ def _wrong_values(value: Any, kind: Any, where: str) -> Iterator[tuple[str, str]
         for key, inner in value.items():
             if key in kind.__struct_fields__:
                 yield from _wrong_values(inner, hints[key], f"{where}.{key}" if where else key)
+        missing = [k for k in _required(kind) if k not in value]
+        if where and missing:
+            yield f"{where}.{missing[0]}", f"`{where}.{missing[0]}` is missing; give it"
+    elif get_origin(kind) is dict and isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _wrong_values(inner, get_args(kind)[1], f"{where}.{key}")
     else:
         try:
             msgspec.convert(value, kind)
@@ -394,6 +433,8 @@ def convert(table: dict[str, Any], kind: type[_Kind]) -> _Kind:
     try:
         return msgspec.convert(table, kind)
     except msgspec.ValidationError as e:
+        for _, says in _wrong_values(table, kind, ""):  # it knows the names in tables of tables
+            raise ConfigError(says) from e
         raise ConfigError(_wrong(e)) from e
 
 
@@ -455,9 +496,90 @@ def _check_access(settings: Settings) -> None:
         )
 
 
+_SOURCE_KINDS: dict[str, Kind] = {
+    "camera": "vision",
+    "microphone": "audio",
+    "stdin": "text",
+    "pipe": "text",
+    "tcp": "text",
+    "zmq": "text",
+    "page": "text",
+    "lsl": "signal",
+}
+"""What a stream is whose settings do not say it, by its source."""
+
+
+def stream_table(settings: Settings) -> dict[str, Stream]:
+    """The streams of a session by name; also those without a source (`none`) that have settings of their own.
+
+    Raises:
+        ConfigError: a stream's kind cannot be told from its source, two streams feed one modality, or a stream has a
+            name that no stream may have.
+
+    """
+    table: dict[str, Stream] = {}
+    for name, usual in core_streams.usual().items():
+        if name not in settings.streams:
+            table[name] = _with_defaults(usual, settings, source=getattr(settings.sources, name))
+    for name, given in settings.streams.items():
+        if not re.match(STREAM_NAME, name):
+            raise ConfigError(f"`streams.{name}`: a stream's name has 1 to 32 letters, digits, `_` or `-`")
+        kind = given.kind or _SOURCE_KINDS.get(given.source.partition(":")[0])
+        if kind is None and name in SHORT_FORMS:
+            kind = SHORT_FORMS[name][0]
+        if kind is None and given.source.partition(":")[0] not in ("file", "synthetic", "none"):
+            kind = "signal"  # what most plug-ins give
+        if kind is None:
+            raise ConfigError(
+                f"`streams.{name}.kind` is missing: {given.source!r} may give {', '.join(KINDS)}; set one of them"
+            )
+        made = core_streams.Stream.of(name, kind, given.person)
+        about: dict[str, Any] = {"source": given.source, "encoders": given.encoders, "feeds": given.feeds}
+        if given.dense is not None:
+            about["dense"] = given.dense
+        if given.reduction:
+            about["reduction"] = given.reduction
+        if given.policy:
+            about["policy"] = given.policy
+        if given.lateness_ms is not None:
+            about["lateness_ns"] = round(given.lateness_ms * 1e6)
+        if kind != "signal" or given.encoders:
+            about["raw"] = given.raw
+        table[name] = _with_defaults(made, settings, **about)
+    _check_feeds(table)
+    return table
+
+
+def _with_defaults(made: Stream, settings: Settings, **given: Any) -> Stream:
+    defaults = {"lateness_ns": settings.align.lateness_ns(made.kind), "policy": settings.queues.policy(made.kind)}
+    return msgspec.structs.replace(made, **{**defaults, **given})
+
+
+def _check_feeds(table: dict[str, Stream]) -> None:
+    feeding: dict[str, str] = {}
+    for row in table.values():
+        if row.source == "none":
+            continue
+        other = feeding.setdefault(row.modality, row.name)
+        if other != row.name:
+            raise ConfigError(
+                f"the streams `{other}` and `{row.name}` both feed the modality {row.modality!r}; change the `feeds` "
+                "of one of them"
+            )
+
+
 def parse(table: dict[str, Any]) -> Settings:
     """The settings of a table; raises ConfigError."""
+    named, sources = table.get("streams"), table.get("sources", {})
+    if named and isinstance(named, dict) and isinstance(sources, dict):
+        both = [name for name in named if name in sources]
+        if both:
+            raise ConfigError(
+                f"two streams are named `{both[0]}`: sources.{both[0]} and streams.{both[0]}; remove one of them"
+            )
+        table = {**table, "sources": {**dict.fromkeys(SHORT_FORMS, "none"), **sources}}
     settings = convert(table, Settings)
+    stream_table(settings)
     _check_access(settings)
     return settings
 
@@ -475,7 +597,13 @@ def recorded(table: dict[str, Any]) -> Settings:
     known = {
         section: {key: value for key, value in values.items() if key in hints[section].__struct_fields__}
         for section, values in table.items()
-        if section in hints and isinstance(values, dict)
+        if section in hints and section != "streams" and isinstance(values, dict)
+    }
+    streams = table.get("streams")
+    known["streams"] = {
+        name: {key: value for key, value in values.items() if key in StreamSettings.__struct_fields__}
+        for name, values in (streams.items() if isinstance(streams, dict) else ())
+        if isinstance(values, dict)
     }
     return convert(known, Settings)
 
@@ -490,13 +618,26 @@ def read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"the configuration {path} is not valid TOML: {e}") from e
 
 
-def load(path: Path | None, overrides: dict[str, Any] | None = None) -> Settings:
-    """The settings of a TOML file, with dotted-key overrides (`{"engine.model": ...}`) on top."""
+def load(
+    path: Path | None, overrides: dict[str, Any] | None = None, streams: dict[str, dict[str, Any]] | None = None
+) -> Settings:
+    """The settings of a TOML file, with dotted-key overrides (`{"engine.model": ...}`) on top.
+
+    `streams`: rows that are added to its table `[streams]`.
+    """
     table: dict[str, Any] = {} if path is None else read(path)
+    if streams:
+        table.setdefault("streams", {})
+        if isinstance(table["streams"], dict):
+            table["streams"] |= {name: {**table["streams"].get(name, {}), **row} for name, row in streams.items()}
     for dotted, value in (overrides or {}).items():
         if value is None:
             continue
         section, key = dotted.split(".")
+        named = table.get("streams")
+        if section == "sources" and isinstance(named, dict) and isinstance(named.get(key), dict):
+            named[key]["source"] = value  # the option names the source of the stream that the file describes
+            continue
         table.setdefault(section, {})
         if not isinstance(table[section], dict):
             raise ConfigError(f"`{section}` has a wrong value: expected a table, got {table[section]!r}")

@@ -20,13 +20,16 @@ def schema() -> dict[str, Any]:
     described = _docstrings(inspect.getsource(config))
     sections = {name: _section(part, described.get(name, {})) for name, part in parts.items()}
     top = sections.pop("Settings")
-    tables = {key: sections[kind["allOf"][0]["$ref"]] for key, kind in _wrapped(top["properties"]).items()}
+    tables = {key: _table(kind, sections) for key, kind in top["properties"].items()}
     return {"$schema": DIALECT, **top, "title": "stream-mmrnn settings", "properties": tables}
 
 
-def _wrapped(properties: dict[str, Any]) -> dict[str, Any]:
-    """Normalize references: msgspec writes them with or without `allOf`."""
-    return {k: v if "allOf" in v else {"allOf": [{"$ref": v["$ref"]}]} for k, v in properties.items()}
+def _table(kind: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
+    """A section, or a table of sections by name; msgspec writes references with or without `allOf`."""
+    if "additionalProperties" in kind:
+        return {"type": "object", "additionalProperties": _table(kind["additionalProperties"], sections)}
+    found: dict[str, Any] = sections[kind["allOf"][0]["$ref"] if "allOf" in kind else kind["$ref"]]
+    return found
 
 
 def _section(part: dict[str, Any], described: dict[str, str]) -> dict[str, Any]:
@@ -34,7 +37,7 @@ def _section(part: dict[str, Any], described: dict[str, str]) -> dict[str, Any]:
     for key, text in described.items():
         if key in properties:
             properties[key]["description"] = text
-    clean = {k: v for k, v in part.items() if k != "required"}
+    clean = {k: v for k, v in part.items() if v or k != "required"}
     if "description" in clean:
         clean["description"] = " ".join(clean["description"].split())
     return {**clean, "properties": properties, "additionalProperties": False}
@@ -42,6 +45,8 @@ def _section(part: dict[str, Any], described: dict[str, str]) -> dict[str, Any]:
 
 def _portable(value: dict[str, Any]) -> dict[str, Any]:
     """Replace Python's regex anchors by the portable ones."""
+    if "items" in value:
+        return {**value, "items": _portable(value["items"]), "default": list(value["default"])}
     if "pattern" in value:
         return {**value, "pattern": value["pattern"].replace("\\A", "^").replace("\\Z", "$")}
     return dict(value)

@@ -10,8 +10,9 @@ from typing import Literal
 
 import msgspec
 
-from stream_mmrnn.core.config import Settings
-from stream_mmrnn.core.topics import MODALITIES
+from stream_mmrnn.core.config import Settings, stream_table
+from stream_mmrnn.core.errors import ConfigError
+from stream_mmrnn.core.streams import Stream
 
 _NODES = "stream_mmrnn.live.nodes."
 
@@ -31,8 +32,8 @@ class ProcessSpec(msgspec.Struct, frozen=True):
     """`latency`: predictions wait for it, so it gets `supervisor.priority`."""
     viewer: bool = False
     """A read-only consumer: when it is slow, it drops the oldest messages and slows no other process."""
-    modality: str = ""
-    """The modality that a worker captures."""
+    stream: str = ""
+    """The stream that a worker captures."""
 
 
 PROCESSES = (
@@ -84,22 +85,35 @@ PROCESSES = (
 """All processes except the workers, in start order."""
 
 _WORKER_NAMES = {"vision": "camera", "audio": "microphone"}
-"""Names of workers that differ from their modality's name."""
+"""Names of workers that differ from their stream's name."""
 _BY_NAME = {p.name: p for p in PROCESSES}
 
 
-def worker(modality: str) -> ProcessSpec:
-    """The row of the worker that captures `modality`."""
-    name = _WORKER_NAMES.get(modality, modality)
-    return ProcessSpec(name, _NODES + "worker:WorkerNode", lambda s, engine: True, modality=modality)
+def worker(stream: str) -> ProcessSpec:
+    """The row of the worker that captures a stream."""
+    name = _WORKER_NAMES.get(stream, stream)
+    return ProcessSpec(name, _NODES + "worker:WorkerNode", lambda s, engine: True, stream=stream)
+
+
+def captured(settings: Settings) -> dict[str, Stream]:
+    """The streams of a session that have a source, by name.
+
+    Raises:
+        ConfigError: one has the name of another process.
+
+    """
+    found = {name: stream for name, stream in stream_table(settings).items() if stream.source != "none"}
+    for name in found:
+        if name in _BY_NAME or name == "supervisor" or (name in _WORKER_NAMES.values()):
+            raise ConfigError(f"`streams.{name}`: a process of the session has this name; give the stream another")
+    return found
 
 
 def table(settings: Settings, with_engine: bool) -> Iterator[ProcessSpec]:
     """The processes of a session, in start order; workers come last."""
     yield from (p for p in PROCESSES if p.runs(settings, with_engine))
-    for modality in MODALITIES:
-        if getattr(settings.sources, modality, "none") != "none":
-            yield worker(modality)
+    for name in captured(settings):
+        yield worker(name)
 
 
 def by_name(name: str) -> ProcessSpec:

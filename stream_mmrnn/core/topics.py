@@ -1,8 +1,12 @@
-"""The table of topics and modalities, which bus, recorder, aligner and viewers read."""
+"""Names of topics, and the table of those that every session has.
+
+The topics of streams follow from the streams' names (`raw/NAME`, `feature/NAME`, `feature/NAME.ENCODER`); which streams
+there are is `streams`' and the settings' business.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+import re
 
 import msgspec
 
@@ -33,48 +37,15 @@ AUDIO_RATE_HZ = 16_000
 
 RAW = "raw/"
 FEATURE = "feature/"
-
-
-Kind = Literal["vision", "audio", "text", "signal"]
-
-
-class Modality(msgspec.Struct, frozen=True):
-    """One input, and how it behaves in time."""
-
-    name: str
-    kind: Kind
-    """Sources, encoder, queue and lateness depend on the kind, not on the person."""
-    dense: bool
-    """A dense stream holds the watermark back; a sparse one (text) does not."""
-    reduction: Literal["last", "mean", "sum"]
-    """How the samples of one tick become one vector."""
-    schema: str = ""
-    """Schema of its raw messages in a recording; "" if only features are recorded."""
-    other: bool = False
-    """Belongs to the second person (a voice agent, the other party of a call), not to the session's own."""
-
-
-_AUDIO = Modality("audio", "audio", dense=True, reduction="mean", schema="foxglove.RawAudio")
-_TEXT = Modality("text", "text", dense=False, reduction="sum", schema="foxglove.Log")
-
-MODALITIES: dict[str, Modality] = {
-    m.name: m
-    for m in (
-        Modality("vision", "vision", dense=True, reduction="last", schema="foxglove.CompressedImage"),
-        _AUDIO,
-        _TEXT,
-        msgspec.structs.replace(_AUDIO, name="other_audio", other=True),
-        msgspec.structs.replace(_TEXT, name="other_text", other=True),
-        Modality("signal", "signal", dense=True, reduction="mean"),
-    )
-}
+STREAM_NAME = r"\A[A-Za-z0-9][A-Za-z0-9_-]{0,31}\Z"
+"""Pattern of the names of streams, persons and encoders."""
+_OF_STREAM = re.compile(r"(?:raw/|feature/)([A-Za-z0-9][A-Za-z0-9_-]{0,31})(?:\.[A-Za-z0-9][A-Za-z0-9_-]{0,31})?")
 
 
 class Topic(msgspec.Struct, frozen=True):
     """One row of the table."""
 
     name: str
-    modality: str = ""
     recorded: bool = True
     schema: str = ""
     """Schema name in a recording."""
@@ -83,8 +54,6 @@ class Topic(msgspec.Struct, frozen=True):
 TOPICS: dict[str, Topic] = {
     t.name: t
     for t in (
-        *(Topic(RAW + m.name, m.name, schema=m.schema) for m in MODALITIES.values() if m.schema),
-        *(Topic(FEATURE + m.name, m.name, schema="stream_mmrnn.Features") for m in MODALITIES.values()),
         Topic(LABEL, schema="foxglove.Log"),
         Topic(CLOCK, schema="stream_mmrnn.Clock"),
         Topic(SESSION, schema="stream_mmrnn.Session"),
@@ -94,27 +63,33 @@ TOPICS: dict[str, Topic] = {
         Topic(TYPED, recorded=False),
     )
 }
+"""All topics but those of streams and statuses."""
 
 
-def kind_of(topic: str) -> Kind | None:
-    """The kind of a topic's modality; None if it has none."""
-    row = TOPICS.get(topic)
-    return MODALITIES[row.modality].kind if row and row.modality else None
+def raw(stream: str) -> str:
+    return RAW + stream
 
 
-def raw(modality: str) -> str:
-    return RAW + modality
+def feature(stream: str, encoder: str = "") -> str:
+    """The topic of a stream's feature vectors; `encoder` names one that is not the stream's first."""
+    return f"{FEATURE}{stream}.{encoder}" if encoder else FEATURE + stream
 
 
-def raws(kind: Kind) -> list[str]:
-    """The raw topics of a kind, for all persons."""
-    return [raw(m.name) for m in MODALITIES.values() if m.kind == kind and m.schema]
+def stream_of(topic: str) -> str:
+    """The name of the stream whose raw messages or features have this topic; "" if it is no stream's."""
+    found = _OF_STREAM.fullmatch(topic)
+    return found[1] if found else ""
 
 
-def feature(modality: str) -> str:
-    return FEATURE + modality
+def is_known(topic: str) -> bool:
+    """Whether messages may have this topic."""
+    return topic in TOPICS or topic.startswith(STATUS) or _OF_STREAM.fullmatch(topic) is not None
+
+
+def is_recorded(topic: str) -> bool:
+    return TOPICS[topic].recorded if topic in TOPICS else bool(stream_of(topic))
 
 
 def counted_as(topic: str) -> str:
     """The topic under which a message is counted. All status topics count as one: senders choose their suffix."""
-    return topic if topic in TOPICS else STATUS
+    return STATUS if topic.startswith(STATUS) else topic

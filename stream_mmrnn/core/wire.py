@@ -170,7 +170,7 @@ def decode_any(
         raise WireError(f"a topic has at most {MAX_TOPIC_BYTES} bytes, this one has {len(topic)}")
     try:
         name = bytes(topic).decode("ascii")
-        if name not in topics.TOPICS and not name.startswith(topics.STATUS):
+        if not topics.is_known(name):
             raise WireError(f"{name!r} is no known topic")
         header = _decode(head)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
@@ -188,7 +188,7 @@ def decode_any(
     if count * (dtype.itemsize if dtype else 1) != len(body):
         raise WireError(f"shape {header.shape} of {header.dtype or 'bytes'} does not fit {len(body)} bytes")
     payload = bytes(body) if dtype is None else np.frombuffer(body, dtype).reshape(header.shape)
-    if name in topics.TOPICS:
+    if not name.startswith(topics.STATUS):
         before, after = _around(header.session, header.origin, header.dtype)
         if len(known_read) >= MAX_KNOWN:
             known_read.clear()
@@ -259,6 +259,7 @@ class StatusMessage(msgspec.Struct, frozen=True, omit_defaults=True):
     `restarting` and `failed` (died too often) for a dead process."""
     pid: int = 0
     modality: str = ""
+    """Of a worker: its stream."""
     reason: str = ""
     """The reason of a bad state, as one sentence."""
     counts: dict[str, _Count] = {}

@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import sys
-from collections import deque
+from collections import Counter, deque
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -73,7 +73,7 @@ class ManagedProcess:
     """One row of the process table, its running process, and what became of the ones before."""
 
     def __init__(self, spec: ProcessSpec) -> None:
-        self.spec, self.name, self.modality = spec, spec.name, spec.modality
+        self.spec, self.name, self.stream = spec, spec.name, spec.stream
         self.process: BaseProcess | None = None
         self.ready: Any = None
         self.stop: Any = None
@@ -88,8 +88,8 @@ class ManagedProcess:
         self.done = False
         """It ended by itself, or was given up, and is not restarted."""
         self.status: wire.StatusMessage | None = None
-        self.published_before = 0
-        """Messages that earlier processes of this row reported as published."""
+        self.published_before: Counter[str] = Counter()
+        """By name of the count, the feature vectors that earlier processes of this row reported as published."""
         self.stale_before = {"stale": 0, "stale_ms": 0}
         """Stalls of the device that they reported."""
         self.started_ns = 0
@@ -104,7 +104,7 @@ class ManagedProcess:
 
     @property
     def is_source(self) -> bool:
-        return bool(self.modality)
+        return bool(self.stream)
 
     def kill(self) -> None:
         if self.process is not None and self.running:
@@ -124,9 +124,9 @@ class Spawner:
     def __call__(self, row: ManagedProcess, settings: config.Settings) -> None:
         row.ready, row.stop = self._context.Event(), self._context.Event()
         context = nodes.Context(
-            row.name, settings, self.address, row.ready, row.stop, self.epoch, row.restarts, row.modality
+            row.name, settings, self.address, row.ready, row.stop, self.epoch, row.restarts, row.stream
         )
-        if row.is_source and getattr(settings.sources, row.modality) == "stdin":
+        if row.is_source and config.stream_table(settings)[row.stream].source == "stdin":
             context.stdin = _Stdin()
         process = self._context.Process(  # type: ignore[attr-defined]
             target=nodes.run, args=(row.spec.target, context), name=f"stream-mmrnn-{row.name}", daemon=True

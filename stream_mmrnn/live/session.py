@@ -97,14 +97,19 @@ class LiveSession:
         engine = running["engine"].status if "engine" in running else None
         detail = engine.detail if engine else {}
         aligned = _table(detail, "streams")
+        rows = {name: row for name, row in aligned.items() if isinstance(row, dict)}
+        by_features = {row.get("features", name): _counts(row) for name, row in rows.items()}
+        table = config.stream_table(self.settings)
         streams = {
-            n.modality: stream_summary(n, _counts(aligned[n.modality]) if n.modality in aligned else None)
+            features: stream_summary(n, by_features.get(features), table[n.stream].counted_as(features))
             for n in supervisor.nodes
             if n.is_source
+            for features in table[n.stream].features()
         }
         for name, why in _table(detail, "misfits").items():
-            if name in streams and not streams[name]["reason"]:
-                streams[name]["reason"] = f"quarantined, {why}"
+            features = rows.get(name, {}).get("features", name)
+            if features in streams and not streams[features]["reason"]:
+                streams[features]["reason"] = f"quarantined, {why}"
         spec = _table(detail, "spec")
         recorder = running["recorder"].status if "recorder" in running else None
         first_ns = supervisor.first_prediction_ns
@@ -163,7 +168,7 @@ def viewer_summary(counts: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def stream_summary(node: ManagedProcess, aligned: dict[str, int] | None) -> dict[str, Any]:
+def stream_summary(node: ManagedProcess, aligned: dict[str, int] | None, counted: str = "published") -> dict[str, Any]:
     """Where the messages of one stream went, hop by hop.
 
     Unit of the first four: feature vectors. `produced` is what the worker says it sent (of a killed worker, what the
@@ -173,7 +178,7 @@ def stream_summary(node: ManagedProcess, aligned: dict[str, int] | None) -> dict
     """
     status = node.status
     counts = status.counts if status else {}
-    published = node.published_before + counts.get("published", 0)
+    published = node.published_before[counted] + counts.get(counted, 0)
     capture = {
         "produced": counts.get("captured", 0),
         "delivered": counts.get("captured", 0) - counts.get("queue_dropped", 0) - counts.get("undecodable", 0),

@@ -61,7 +61,7 @@ class Supervisor:
         self._spawn = spawner(self.address)
         self.nodes = [ManagedProcess(spec) for spec in processes.table(settings, with_engine)]
         self._by_name = {n.name: n for n in self.nodes}
-        self._expected: tuple[str, ...] = tuple(n.modality for n in self.nodes if n.is_source)
+        self._expected: tuple[str, ...] = tuple(n.stream for n in self.nodes if n.is_source)
         self.publisher: Publisher | None = None
         self._monitor: Subscriber | None = None
         self.opened_ns = self.closed_ns = 0
@@ -214,7 +214,7 @@ class Supervisor:
     def _expect(self) -> None:
         """Tell the aligner which streams there are, where that has changed."""
         here = tuple(
-            n.modality
+            n.stream
             for n in self.nodes
             if n.is_source
             and not n.done
@@ -253,7 +253,7 @@ class Supervisor:
             node.deaths.append(death)
             if node.status is not None:
                 counts = node.status.counts
-                node.published_before += counts.get("published", 0)
+                node.published_before.update({k: n for k, n in counts.items() if k.startswith("published")})
                 node.stale_before = {k: n + counts.get(k, 0) for k, n in node.stale_before.items()}
             node.status = None
             node.away = node.is_source
@@ -299,7 +299,7 @@ class Supervisor:
         """Publish the status of a process that cannot publish it itself."""
         assert self.publisher is not None
         at_ns = self._now_ns()
-        message = wire.StatusMessage(node.name, state, 0, node.modality, reason)
+        message = wire.StatusMessage(node.name, state, 0, node.stream, reason)
         self.publisher.publish(topics.STATUS + node.name, topics.EVERYONE, at_ns, at_ns, wire.pack(message), node.name)
 
     @property

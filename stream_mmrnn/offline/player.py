@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Annotated, Any
 
 import msgspec
@@ -17,6 +17,7 @@ import msgspec
 from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.config import LOOPBACK
+from stream_mmrnn.core.streams import Stream, usual
 from stream_mmrnn.core.types import Envelope, ModelSpec, Prediction
 from stream_mmrnn.viewers.dashboard.heads import HISTORY_NS
 from stream_mmrnn.viewers.dashboard.server import Dashboard
@@ -42,9 +43,6 @@ class Player:
 
     """
 
-    WANTED = frozenset({topics.LABEL, topics.raw("vision"), topics.raw("audio"), *topics.raws("text")})
-    """Topics that the page shows in addition to the model's inputs."""
-
     def __init__(self, speed: float, alive: Callable[[], bool], port: int = 0) -> None:
         self._speed, self._alive = speed, alive
         self._commands: deque[_Command] = deque(maxlen=64)
@@ -59,7 +57,8 @@ class Player:
         self._base = (0, 0)
         """A local time, and the recording's time at that moment."""
         self._shown_ns = 0
-        self._view = LiveState()
+        self._table: Mapping[str, Stream] = usual()
+        self._view = LiveState(table=self._table)
         self._predictions = self._ticks = 0
         self._statuses: Collection[wire.StatusMessage] = ()
 
@@ -68,19 +67,30 @@ class Player:
         return self._page.address
 
     def load(
-        self, name: str, spec: ModelSpec, first_ns: int, last_ns: int, statuses: Collection[wire.StatusMessage] = ()
-    ) -> None:
-        """Set what is played: `first_ns` and `last_ns` are the publish times of its first and its last message,
-        `statuses` the last status of each process of the recorded session.
+        self,
+        name: str,
+        spec: ModelSpec,
+        table: Mapping[str, Stream],
+        first_ns: int,
+        last_ns: int,
+        statuses: Collection[wire.StatusMessage] = (),
+    ) -> set[str]:
+        """Set what is played: `table` are the recording's streams, `first_ns` and `last_ns` the publish times of its
+        first and its last message, `statuses` the last status of each process of the recorded session.
+
+        Returns the topics that the page shows in addition to the model's inputs.
         """
-        self._statuses = statuses
+        self._statuses, self._table = statuses, table
         self._name, self._first_ns, self._last_ns = name, first_ns, max(first_ns, last_ns)
         heads = msgspec.to_builtins({"modalities": spec.modalities, "heads": spec.heads})
         self._contract = {"name": spec.name, "sha256": spec.sha256, **heads}
+        self._view = LiveState(table=table)
+        words = {topics.raw(row.name) for row in table.values() if row.kind == "text"}
+        return {topics.LABEL, self._view.picture_topic, self._view.sound_topic, *words} - {""}
 
     def play(self, envelopes: Iterable[Envelope]) -> Iterator[Envelope]:
         """One pass over the messages, each when it is due. Ends early at a seek back; `again` is true then."""
-        self._view, self._predictions, self._ticks = LiveState(), 0, 0
+        self._view, self._predictions, self._ticks = LiveState(table=self._table), 0, 0
         self._back = self._ended = False
         self._position_ns = self._first_ns
         self._rebase()
@@ -93,7 +103,7 @@ class Player:
             # messages longer before a seek's target than the page's history need not be shown
             if envelope.publish_ns >= self._until_ns - HISTORY_NS:
                 self._view.observe(there)
-                if there.topic == topics.raw("vision") and isinstance(there.payload, bytes):
+                if there.topic == self._view.picture_topic and isinstance(there.payload, bytes):
                     self._page.picture(there.payload)
             yield there
         self._ended, self._until_ns = True, 0

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from stream_mmrnn.capture.encoders import create_encoder
+from stream_mmrnn.capture.encoders import encoders_of
 from stream_mmrnn.capture.pipeline import reencode
 from stream_mmrnn.core import config, topics, wire
 from stream_mmrnn.core.clock import now_ns
@@ -199,24 +199,28 @@ def replay(
             raise FileError(f"{path} holds no predictions to compare with; it was made by `record`, or cut off early")
         if engine.spec.sha256 != recording.metadata.get("model_sha256"):
             raise UsageError(f"{path} was predicted by another version of the model {name!r}; give that one by --model")
-    wanted = {topics.CLOCK, topics.SESSION, *(topics.feature(m.name) for m in engine.spec.modalities)}
+    table = config.stream_table(settings)
+    aligner = Aligner.of(engine.spec.modalities, engine.spec.tick_ns, settings)
+    features = dict(aligner.feeding.values())
+    """What the model takes: the names of feature vectors, and whose they are."""
+    wanted = {topics.CLOCK, topics.SESSION, *(topics.FEATURE + name for name in features)}
     if source == "raw":
         if recording.metadata.get("raw") == "false":
             raise UsageError(f"{path} was recorded without raw streams (record.raw = false); replay it from features")
-        wanted |= {topics.raw(m.name) for m in engine.spec.modalities}
+        wanted |= {topics.raw(row.name) for row in features.values()}
     if player is not None:
-        wanted |= player.WANTED
-        player.load(path.name, engine.spec, *_span(recording), _statuses(recording))
+        wanted |= player.load(path.name, engine.spec, table, *_span(recording), _statuses(recording))
     while True:
-        aligner = Aligner.of(engine.spec.modalities, engine.spec.tick_ns, settings.align)
+        aligner = Aligner.of(engine.spec.modalities, engine.spec.tick_ns, settings)
         comparison = Comparison()
         envelopes = comparison.split_off(recording.batches(wanted | {topics.PREDICTION}))
         if player is not None:
             envelopes = player.play(envelopes)
         if source == "raw":
-            # a signal has no raw messages: its features are the raw values
-            raw = [m.name for m in engine.spec.modalities if topics.MODALITIES[m.name].schema]
-            envelopes = reencode(envelopes, {name: create_encoder(name) for name in raw})
+            # what has no raw messages has features that are the raw values, or come from other programs
+            made = {row.name: encoders_of(row) for row in features.values() if row.raw}
+            again = {name: made[row.name][name] for name, row in features.items() if row.raw}
+            envelopes = reencode(envelopes, again)
         if speed is not None and player is None:
             envelopes = pace(envelopes, speed, alive)
         steps = Histogram()

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 import numpy as np
 
-from stream_mmrnn.core import config, topics
+from stream_mmrnn.core import config, streams, topics
 from stream_mmrnn.core.errors import SessionError
 from stream_mmrnn.core.types import Envelope, FloatArray, ModalitySpec, Stamps, Tick
 from stream_mmrnn.predict.align_session import AlignedSession, SessionState
@@ -54,8 +54,13 @@ class Aligner:
         lateness_ns: Mapping[str, int],
         max_ahead_ns: int = 500_000_000,
         max_behind_ns: int = 10_000_000_000,
+        table: Mapping[str, streams.Stream] | None = None,
     ) -> None:
-        """`modalities`: those of the model's contract; `lateness_ns`: by modality."""
+        """`modalities`: those of the model's contract; `lateness_ns`: by modality.
+
+        `table`: the session's streams by name, which say what feeds each modality and how it behaves in time; without
+        one, each is fed by the stream of its own name.
+        """
         self.tick_ns = tick_ns
         self.counts = {m.name: StreamCounts() for m in modalities}
         self.malformed = 0
@@ -66,21 +71,31 @@ class Aligner:
         self._lateness_ns = dict(lateness_ns)
         self._max_ahead_ns, self._max_behind_ns = max_ahead_ns, max_behind_ns
         self._sessions: dict[str, AlignedSession] = {}
-        self._feature_topics = {topics.feature(name): name for name in self._specs}
+        table = table or {}
+        self.feeding = {m.name: streams.feeding(m.name, m.encoder, table) for m in modalities}
+        """By modality, the name of the feature vectors that feed it, and their stream."""
+        self._feature_topics = {topics.FEATURE + name: m for m, (name, _) in self.feeding.items()}
         self._zeros: dict[str, FloatArray] = {}
         for m in modalities:
             self._zeros[m.name] = np.zeros(m.size, np.float32)
             self._zeros[m.name].setflags(write=False)
 
     @classmethod
-    def of(cls, modalities: Sequence[ModalitySpec], tick_ns: int, settings: config.AlignSettings) -> Aligner:
-        """An aligner for a model, with the settings of a session."""
+    def of(cls, modalities: Sequence[ModalitySpec], tick_ns: int, settings: config.Settings) -> Aligner:
+        """An aligner for a model, with the streams and the limits of a session."""
+        table = config.stream_table(settings)
+        lateness_ns = {}
+        for m in modalities:
+            stream = streams.feeding(m.name, m.encoder, table)[1]
+            known = stream.name in table
+            lateness_ns[m.name] = stream.lateness_ns if known else settings.align.lateness_ns(stream.kind)
         return cls(
             modalities,
             tick_ns,
-            settings.lateness_ns(),
-            round(settings.max_ahead_ms * 1e6),
-            round(settings.max_behind_ms * 1e6),
+            lateness_ns,
+            round(settings.align.max_ahead_ms * 1e6),
+            round(settings.align.max_behind_ms * 1e6),
+            table,
         )
 
     def __contains__(self, session: str) -> bool:
@@ -97,7 +112,7 @@ class Aligner:
     def _new(self, session: str, event_ns: int) -> AlignedSession:
         streams = [
             AlignedStream(
-                spec, topics.MODALITIES[name], self._lateness_ns.get(name, 0), self.counts[name], self._zeros[name]
+                spec, *self.feeding[name], self._lateness_ns.get(name, 0), self.counts[name], self._zeros[name]
             )
             for name, spec in self._specs.items()
         ]

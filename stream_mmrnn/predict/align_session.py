@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import msgspec
 
-from stream_mmrnn.core import topics
 from stream_mmrnn.core.errors import SessionError
 from stream_mmrnn.predict.align_stream import NEVER, AlignedStream, StreamState
 
@@ -40,7 +39,7 @@ class AlignedSession:
     def __init__(self, name: str, streams: list[AlignedStream], closed: int, tick_ns: int, clock_ns: int) -> None:
         self.name = name
         self.streams = streams
-        self.by_topic = {topics.feature(s.name): s for s in streams}
+        self.by_topic = {s.topic: s for s in streams}
         self.clock_ns = clock_ns
         """Newest clock time. Per session: clock messages from before it opened are not in its recording."""
         self.leapt_ns = NEVER
@@ -50,12 +49,12 @@ class AlignedSession:
         self.closed = closed
         """Index of the last closed tick."""
         self.until((closed + 1) * tick_ns)
-        self.expect([s.name for s in streams])
+        self.expect([s.source for s in streams])
 
     def expect(self, names: Sequence[str]) -> None:
-        """Set the streams that the watermark waits for."""
+        """Set the streams that the watermark waits for, by the names that they have in the session."""
         for stream in self.streams:
-            stream.expected = stream.name in names
+            stream.expected = stream.source in names
         self.expected = [s for s in self.streams if s.expected]
         self.bounds = [s for s in self.expected if s.dense or s.lateness_ns]
         """The streams that can hold the watermark back."""
@@ -64,7 +63,7 @@ class AlignedSession:
     def state(self) -> SessionState:
         return SessionState(
             {s.name: s.state() for s in self.streams},
-            [s.name for s in self.expected],
+            [s.source for s in self.expected],
             self.clock_ns,
             self.closed,
             self.end_ns,

@@ -9,6 +9,7 @@ import numpy as np
 
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.errors import SessionError
+from stream_mmrnn.core.streams import Stream
 from stream_mmrnn.core.types import FloatArray, ModalitySpec
 
 _add, _divide = np.add, np.divide
@@ -63,7 +64,7 @@ class StreamState(msgspec.Struct, frozen=True, array_like=True):
 
 
 class AlignedStream:
-    """One modality of one session."""
+    """One modality of one session, and the stream that feeds it."""
 
     __slots__ = (
         "all_true",
@@ -84,17 +85,28 @@ class AlignedStream:
         "reduction",
         "seen",
         "shape",
+        "source",
         "spec",
+        "topic",
         "zeros",
     )
 
     def __init__(
-        self, spec: ModalitySpec, modality: topics.Modality, lateness_ns: int, counts: StreamCounts, zeros: FloatArray
+        self,
+        spec: ModalitySpec,
+        features: str,
+        stream: Stream,
+        lateness_ns: int,
+        counts: StreamCounts,
+        zeros: FloatArray,
     ) -> None:
+        """`features`: the name of the feature vectors; `stream`: whose they are."""
         self.spec, self.name, self.encoder = spec, spec.name, spec.encoder
         self.counts, self.zeros = counts, zeros
-        self.dense = modality.dense
-        self.reduction = spec.reduction or modality.reduction
+        self.topic = topics.FEATURE + features
+        self.source = stream.name
+        self.dense = stream.dense
+        self.reduction = spec.reduction or stream.reduction
         self.shape = (spec.size // spec.stack,)
         self.lateness_ns = lateness_ns
         self.expected = True

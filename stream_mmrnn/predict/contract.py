@@ -17,7 +17,7 @@ import numpy as np
 
 from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import ConfigError, ModelError
-from stream_mmrnn.core.topics import MODALITIES
+from stream_mmrnn.core.topics import FEATURE, stream_of
 from stream_mmrnn.core.types import HeadSpec, ModalitySpec, ModelSpec, StateSpec
 from stream_mmrnn.graph.runtime import Graph, TensorSpec
 
@@ -285,8 +285,11 @@ def _check(graph: Graph, contract: Contract) -> None:
     sized = {wiring.present: (count,), wiring.age: (count,), wiring.active: (), wiring.reset: ()}
     expected: dict[str, tuple[int, ...]] = {name: shape for name, shape in sized.items() if name}
     for modality in spec.modalities:
-        if modality.name not in MODALITIES:
-            raise ModelError(f"{where} wants the modality {modality.name!r}; known are {', '.join(MODALITIES)}")
+        if not stream_of(FEATURE + modality.name):
+            raise ModelError(
+                f"{where} has a modality {modality.name[:64]!r}; a name is that of a stream (1 to 32 letters, digits, "
+                "`_` or `-`), or NAME.ENCODER"
+            )
         if modality.stack < 1 or modality.size % modality.stack:
             raise ModelError(f"{where}: the size {modality.size} of {modality.name} is not {modality.stack} samples")
         expected[wiring.inputs[modality.name]] = (modality.size,)

@@ -22,6 +22,7 @@ from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.errors import FileError, RecordingError
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.recording.mcap_format import (
+    FEATURES,
     FORMAT,
     MAGIC,
     MAX_RECORD_BYTES,
@@ -68,7 +69,7 @@ def _stamp(text: str) -> int:
 
 def decoder_of(topic: str, schema: Schema, offset_ns: int) -> Decode:
     """The decoder of a channel's messages; it raises RecordingError if one is invalid."""
-    if topic.startswith(topics.FEATURE):
+    if topic.startswith(topics.FEATURE) or schema.name == FEATURES:  # samples of a signal have the same form
         return decode_features
     if topic == topics.CLOCK:
         return decode_clock
@@ -88,7 +89,7 @@ def decoder_of(topic: str, schema: Schema, offset_ns: int) -> Decode:
             event_ns = int(message.timestamp.seconds * 1_000_000_000 + message.timestamp.nanos)
         except Exception as e:  # schema and message come from outside; protobuf's errors share no base
             raise RecordingError(f"a message on {topic} is no {schema.name[:64]}") from e
-        audio = topics.kind_of(topic) == "audio"
+        audio = schema.name == "foxglove.RawAudio"
         return event_ns - offset_ns, None, np.frombuffer(payload, "<i2") if audio else payload, 0
 
     return decode

@@ -20,6 +20,7 @@ from mcap.exceptions import McapError
 
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.errors import RecordingError, WireError
+from stream_mmrnn.core.streams import KINDS, Kind
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.recording.schemas import (
     JSON_KINDS,
@@ -106,9 +107,22 @@ def number(metadata: dict[str, str], key: str) -> int:
     return int(text) if text.removeprefix("-").isdecimal() and len(text) < 30 else 0
 
 
-def scheme(topic: str) -> tuple[str, tuple[str, str, bytes]]:
-    """Message encoding of a topic, and its schema: (name, encoding, data)."""
-    name = topics.TOPICS[topic].schema
+FEATURES = "stream_mmrnn.Features"
+
+
+def scheme(topic: str, kind: Kind | None = None) -> tuple[str, tuple[str, str, bytes]]:
+    """Message encoding of a topic, and its schema: (name, encoding, data). `kind`: of a raw topic's stream.
+
+    Raises WireError if messages of this topic are not recorded.
+    """
+    if topic in topics.TOPICS:
+        name = topics.TOPICS[topic].schema
+    elif topic.startswith(topics.FEATURE):
+        name = FEATURES
+    elif kind is not None:
+        name = KINDS[kind].schema
+    else:
+        raise WireError(f"the session has no stream for {topic}")
     if name.startswith("foxglove."):
         from foxglove import messages
 
@@ -119,13 +133,13 @@ def scheme(topic: str) -> tuple[str, tuple[str, str, bytes]]:
     return "protobuf", (name, "protobuf", own_schema(name.removeprefix("stream_mmrnn.")))
 
 
-def encoded(envelope: Envelope, wall_offset_ns: int) -> bytes:
+def encoded(envelope: Envelope, wall_offset_ns: int, kind: Kind | None = None) -> bytes:
     """Encode a message as `scheme` says; `wall_offset_ns` converts event times to Unix times.
 
     Raises one of `UNWRITABLE` if the message cannot be encoded.
     """
     payload, topic = envelope.payload, envelope.topic
-    if topic.startswith(topics.FEATURE):
+    if kind == "signal" or topic.startswith(topics.FEATURE):
         return encode_features(envelope)
     if topic == topics.CLOCK:
         return encode_clock(envelope)
@@ -140,7 +154,6 @@ def encoded(envelope: Envelope, wall_offset_ns: int) -> bytes:
     stamp = messages.Timestamp(seconds, nanoseconds)
     body = payload if isinstance(payload, bytes) else payload.tobytes()
     message: Any
-    kind = topics.kind_of(topic)
     if kind == "vision":
         message = messages.CompressedImage(timestamp=stamp, frame_id="camera", data=body, format="jpeg")
     elif kind == "audio":
@@ -154,7 +167,7 @@ def encoded(envelope: Envelope, wall_offset_ns: int) -> bytes:
             timestamp=stamp,
             level=messages.LogLevel.Info,
             message=body.decode("utf-8", "replace"),
-            name=topics.TOPICS[topic].modality or topic,
+            name=topics.stream_of(topic) or topic,
         )
     data: bytes = message.encode()
     return data

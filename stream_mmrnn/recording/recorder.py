@@ -14,7 +14,7 @@ from mcap.data_stream import RecordBuilder
 from mcap.records import ChunkIndex, MetadataIndex
 from mcap.writer import CompressionType, IndexType, Writer
 
-from stream_mmrnn.core import topics
+from stream_mmrnn.core import streams, topics
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import FileError, WireError
 from stream_mmrnn.core.types import Envelope
@@ -104,8 +104,10 @@ class Recorder:
         chunk_ms: float = 250.0,
         wall_offset_ns: int | None = None,
         open_disk: Callable[[Path], Disk] = Disk,
+        table: Mapping[str, streams.Stream] | None = None,
     ) -> None:
-        """`metadata`: additional metadata for the file's head.
+        """`metadata`: additional metadata for the file's head. `table`: the session's streams by name; without it, the
+        usual ones.
 
         `wall_offset_ns`: offset of the previous part, because all parts of a recording share it; None measures it.
 
@@ -116,6 +118,8 @@ class Recorder:
         from stream_mmrnn.core import clock
 
         self.path, self.session = path, session
+        table = streams.usual() if table is None else table
+        self._kinds = {topics.raw(row.name): row.kind for row in table.values()}
         self._chunk_ns = int(chunk_ms * 1e6)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,14 +169,14 @@ class Recorder:
     def _channel(self, envelope: Envelope) -> int:
         key = (envelope.topic, envelope.origin)
         if key not in self._channels:
-            if envelope.topic not in topics.TOPICS or not topics.TOPICS[envelope.topic].recorded:
+            if not topics.is_recorded(envelope.topic):
                 raise WireError(f"{envelope.topic} is not recorded")
             if len(self._channels) >= _MAX_CHANNELS:
                 raise WireError(f"a file has at most {_MAX_CHANNELS} channels")
-            encoding, schema = scheme(envelope.topic)
+            encoding, schema = scheme(envelope.topic, self._kinds.get(envelope.topic))
             if schema[0] not in self._schemas:
                 self._schemas[schema[0]] = self._writer.register_schema(*schema)
-            about = {"origin": envelope.origin, "modality": topics.TOPICS[envelope.topic].modality}
+            about = {"origin": envelope.origin, "modality": topics.stream_of(envelope.topic)}
             self._channels[key] = self._writer.register_channel(
                 envelope.topic, encoding, self._schemas[schema[0]], about
             )
@@ -184,7 +188,7 @@ class Recorder:
         try:
             if not 0 <= publish_ns < 2**63:
                 raise WireError(f"publish_ns {envelope.publish_ns} is no time that a file can hold")
-            data = encoded(envelope, self._offset_ns)
+            data = encoded(envelope, self._offset_ns, self._kinds.get(envelope.topic))
             channel = self._channel(envelope)
         except UNWRITABLE:
             self.unwritable += 1

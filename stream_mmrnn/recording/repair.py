@@ -14,11 +14,12 @@ import msgspec
 from mcap.writer import CompressionType, IndexType, Writer
 
 from stream_mmrnn.core import topics
-from stream_mmrnn.core.errors import FileError, RecordingError
+from stream_mmrnn.core.errors import FileError, RecordingError, WireError
 from stream_mmrnn.recording.damaged_file import DamagedFileReader
 from stream_mmrnn.recording.mcap_format import FORMAT, LIBRARY, METADATA, METADATA_END, checked, scheme
 from stream_mmrnn.recording.message_counts import MISSING, MessageCounts
 from stream_mmrnn.recording.report import RecordingSummary, state_of, summarise_parts, verify
+from stream_mmrnn.recording.settings import streams_of
 
 _UNKNOWN = {"format": FORMAT, "session": "unknown", "wall_offset_ns": "0", "started_ns": "0"}
 """The head used for a file that lost its head and every copy of it."""
@@ -79,6 +80,7 @@ class _Join:
         self._writer: Any = Writer(file, compression=CompressionType.ZSTD, index_types=IndexType.ALL)
         self._schemas: dict[tuple[str, str, bytes], int] = {}
         self._channels: dict[Any, int] = {}
+        self._kinds = {topics.raw(row.name): row.kind for row in streams_of(self._head).values()}
 
     def write(self) -> None:
         writer, saved = self._writer, self._saved
@@ -111,10 +113,11 @@ class _Join:
             key = (channel.topic, channel.message_encoding, tuple(sorted(channel.metadata.items())), form)
         else:
             topic, origin = part.names.get(channel_id, ("", ""))
-            if topic not in topics.TOPICS:
+            try:
+                encoding, form = scheme(topic, self._kinds.get(topic))
+            except WireError:
                 return 0
-            encoding, form = scheme(topic)
-            about = {"origin": origin, "modality": topics.TOPICS[topic].modality}
+            about = {"origin": origin, "modality": topics.stream_of(topic)}
             key = (topic, encoding, tuple(sorted(about.items())), form)
         if key not in self._channels:
             if form not in self._schemas:

@@ -6,24 +6,30 @@ about the bus or processes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.clock import wall_offset_ns
 from stream_mmrnn.core.config import LOOPBACK
 from stream_mmrnn.core.errors import StreamError
+from stream_mmrnn.core.streams import Stream
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.recording.mcap_format import UNWRITABLE, encoded, scheme
 
-SHOWN = tuple(t.name for t in topics.TOPICS.values() if t.recorded and t.name != topics.TICK)
-"""The topics that a client can subscribe to. `tick` is only in recordings up to 0.1.0."""
+
+def shown(table: Iterable[Stream]) -> list[str]:
+    """The topics that a client can subscribe to. `tick` is only in recordings up to 0.1.0."""
+    found = [t.name for t in topics.TOPICS.values() if t.recorded and t.name != topics.TICK]
+    return found + [topic for row in table for topic in row.topics()]
 
 
 class FoxgloveServer:
     """A WebSocket server (subprotocol `foxglove.sdk.v1`) with one channel per topic."""
 
-    def __init__(self, port: int, queue: int) -> None:
-        """Listen on `port`, 0 for any free one; up to `queue` messages are queued per client.
+    def __init__(self, port: int, queue: int, table: Mapping[str, Stream]) -> None:
+        """Listen on `port`, 0 for any free one; up to `queue` messages are queued per client. `table`: the session's
+        streams by name.
 
         Raises:
             StreamError: the port is taken.
@@ -34,8 +40,9 @@ class FoxgloveServer:
         self._context = context = foxglove.Context()  # of its channels and its server
         self._offset_ns = wall_offset_ns()
         self._channels: dict[str, Any] = {}
-        for topic in SHOWN:
-            encoding, (name, schema_encoding, data) = scheme(topic)
+        self._kinds = {topics.raw(row.name): row.kind for row in table.values()}
+        for topic in shown(table.values()):
+            encoding, (name, schema_encoding, data) = scheme(topic, self._kinds.get(topic))
             schema = foxglove.Schema(name=name, encoding=schema_encoding, data=data)
             self._channels[topic] = foxglove.Channel(topic, message_encoding=encoding, schema=schema, context=context)
         self.garbage = 0
@@ -56,7 +63,7 @@ class FoxgloveServer:
         if channel is None or not channel.has_sinks():
             return
         try:
-            data = encoded(envelope, self._offset_ns)
+            data = encoded(envelope, self._offset_ns, self._kinds.get(envelope.topic))
             channel.log(data, log_time=envelope.publish_ns + self._offset_ns)
         except UNWRITABLE:
             self.garbage += 1

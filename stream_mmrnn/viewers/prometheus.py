@@ -28,6 +28,7 @@ PREFIX = "stream_mmrnn_"
 _SILENT_NS = 3_000_000_000
 """A process that has sent no status for so long is not up."""
 _MAX_NODES = 64
+_MAX_STREAMS = 64
 _NODE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
 _STATES: tuple[str, ...] = get_args(get_type_hints(wire.StatusMessage)["state"])
 _OVER = ("restarting", "failed", "closed", "ended")
@@ -146,9 +147,9 @@ class Metrics(Collector):
             if topic == topics.CLOCK:
                 self._clock_ns = at_ns
             elif topic.startswith(topics.FEATURE):
-                modality = topic[len(topics.FEATURE) :]
-                if modality in topics.MODALITIES:
-                    self._newest_ns[modality] = envelope.event_ns
+                features = topic[len(topics.FEATURE) :]
+                if features in self._newest_ns or len(self._newest_ns) < _MAX_STREAMS:
+                    self._newest_ns[features] = envelope.event_ns
             elif topic == topics.PREDICTION or topic.startswith(topics.STATUS):
                 try:
                     if topic == topics.PREDICTION:
@@ -236,7 +237,7 @@ class Metrics(Collector):
         put("process_restarts_total", self._restarts.get(name, 0), name)
         for state in _STATES:
             put("process_state", float(state == message.state), name, state)
-        if message.modality in topics.MODALITIES:
+        if topics.stream_of(topics.RAW + message.modality):
             self._collect_worker(message, put)
             put("bus_refused_messages_total", _number(counts, "refused"), name)
         elif name == "engine":
@@ -274,8 +275,8 @@ class Metrics(Collector):
         put("engine_refused_sessions_total", _number(counts, "refused"))
         put("engine_unreadable_messages_total", _number(counts, "garbage"))
         streams = message.detail.get("streams")
-        for stream in topics.MODALITIES if isinstance(streams, dict) else ():
-            if isinstance(aligned := streams.get(stream), dict):  # type: ignore[union-attr]
+        for stream, aligned in list(streams.items())[:_MAX_STREAMS] if isinstance(streams, dict) else ():
+            if topics.stream_of(f"{topics.FEATURE}{stream}") and isinstance(aligned, dict):
                 put("features_delivered_total", _number(aligned, "used"), stream)
                 for reason in _ALIGNED:
                     put("features_dropped_total", _number(aligned, reason), stream, reason)

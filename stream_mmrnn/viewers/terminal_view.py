@@ -5,6 +5,7 @@ It draws the result of `LiveState.snapshot`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -13,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stream_mmrnn.core import topics
+from stream_mmrnn.core.streams import Stream
 
 _BARS = " ▁▂▃▄▅▆▇█"
 STATE_STYLE = {
@@ -26,7 +28,11 @@ STATE_STYLE = {
 }
 
 
-WATCHED = (topics.FEATURE, *topics.raws("text"), topics.CLOCK)
+def watched(table: Iterable[Stream]) -> tuple[str, ...]:
+    """The topics that the view reads beside statuses and predictions, for a session's streams."""
+    return (topics.FEATURE, *(topics.raw(row.name) for row in table if row.kind == "text"), topics.CLOCK)
+
+
 """The topics that the view needs besides status and predictions."""
 
 

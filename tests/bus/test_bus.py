@@ -456,9 +456,9 @@ def test_readers_connect_to_the_endpoint_of_their_queue() -> None:
     assert len({address.publish, address.subscribe, address.bulk, address.view}) == 4
     for policy in ("latest", "drop_oldest"):
         assert address.lane(policy, ["raw/"]) == address.view  # type: ignore[arg-type]
-    for wanted in ("", "raw/", "raw/vision", "raw/other_audio"):
+    for wanted in ("", "raw/", "raw/vision", "raw/camera_left", "raw/text"):
         assert address.lane("block", ["clock", wanted]) == address.bulk
-    assert address.lane("block", ["feature/", "raw/text", "clock"]) == address.subscribe
+    assert address.lane("block", ["feature/", "prediction", "clock"]) == address.subscribe
     plain = Address("a", "b")
     assert (plain.bulk, plain.view) == ("b", "b")
 

@@ -27,6 +27,7 @@ from stream_mmrnn.capture.sources.lsl import LostSamples, int16_of
 from stream_mmrnn.core import config, topics
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import FileError, SourceError, SourceSpecError, WireError
+from stream_mmrnn.core.streams import SHORT_FORMS, Stream
 from stream_mmrnn.core.types import HeadSpec, ModalitySpec, Sample, Stamps
 from stream_mmrnn.core.wire import PredictionMessage
 from stream_mmrnn.recording.mcap_file import Recording
@@ -76,7 +77,7 @@ class Peer:
 
 @contextmanager
 def opened(spec: str, modality: str, settings: config.Settings | None = None) -> Iterator[Any]:
-    source = sources.create_source(spec, modality, settings or config.Settings())
+    source = sources.create_source(Stream.of(modality, source=spec), settings or config.Settings())
     end_ns = now_ns() + 20_000_000_000
     while True:
         try:
@@ -169,10 +170,10 @@ def test_an_invalid_source_is_an_error() -> None:
         ("synthetic", "signal"),
     ):
         with pytest.raises(SourceSpecError):
-            sources.check(spec, modality)
-    sources.check("lsl:type=EEG", "signal")
+            sources.check(spec, modality, SHORT_FORMS[modality][0])
+    sources.check("lsl:type=EEG", "signal", "signal")
     name = unique("words")
-    source = sources.create_source(f"lsl:{name}", "signal", config.Settings())
+    source = sources.create_source(Stream.of("signal", source=f"lsl:{name}"), config.Settings())
     with pytest.raises(SourceError, match="no stream has that name on this machine"):
         source.open()
     with pytest.raises(SourceError, match="call open"):

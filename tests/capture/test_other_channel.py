@@ -18,13 +18,14 @@ from mcap.reader import make_reader
 from mcap_protobuf.decoder import DecoderFactory
 from rich.console import Console
 
-from stream_mmrnn.capture import encoders, sources
+from stream_mmrnn.capture import encoders
 from stream_mmrnn.capture.encoders.audio import SPEECH
 from stream_mmrnn.capture.pipeline import capture
 from stream_mmrnn.capture.sources.synthetic import Synthetic
 from stream_mmrnn.capture.sources.talker import Turn, answers, turns
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.config import SyntheticSettings
+from stream_mmrnn.core.streams import Stream
 from stream_mmrnn.core.types import Envelope, ModalitySpec, Sample
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.viewers.dashboard.state import LiveState
@@ -78,7 +79,7 @@ def test_the_second_person_has_sound_and_text() -> None:
     heard = {}
     for modality in ("audio", "other_audio"):
         encoder = encoders.create_encoder(modality)
-        source = Synthetic(modality, SyntheticSettings(), paced=False)
+        source = Synthetic(Stream.of(modality), SyntheticSettings(), paced=False)
         samples = itertools.islice(source.samples(lambda: True, 0), 50 * seconds)
         heard[modality] = np.array([s.data[SPEECH] for sample in samples for s in encoder.encode(sample)])
     at = np.arange(len(heard["audio"])) * 0.02
@@ -89,7 +90,7 @@ def test_the_second_person_has_sound_and_text() -> None:
     assert heard["other_audio"][mine].mean() < 0.1
 
     words = [w for a in until(seconds, answers(0)) for w in a.words]
-    source = Synthetic("other_text", SyntheticSettings(), paced=False)
+    source = Synthetic(Stream.of("other_text"), SyntheticSettings(), paced=False)
     lines = list(itertools.islice(source.samples(lambda: True, 0), len(words)))
     assert [(s.event_ns, s.data.decode()) for s in lines] == [(round(w.end_s * 1e9), w.text) for w in words]
 
@@ -155,7 +156,7 @@ def test_a_model_without_the_second_person_does_not_wait_for_it(model: Path, tmp
     check_summary(summary)
     assert tuple(summary["streams"]) == ("audio", "text", "other_audio")
     assert summary["streams"]["other_audio"]["delivered"] > 80
-    assert all(set(t.present) == set(sources.MODALITIES) for t in ticks_of(path))
+    assert all(set(t.present) == {"vision", "audio", "text"} for t in ticks_of(path))
     assert sum(1 for _ in Recording(path).envelopes({"raw/other_audio"})) > 80
     verify(path, summary["predictions"])
 
@@ -202,9 +203,9 @@ def test_record_keeps_both_persons(tmp_path: Path) -> None:
 def test_other_text_is_never_a_label() -> None:
     encoder = encoders.create_encoder("other_text")
     sample = Sample(1, 1, b"/label sitting")
-    out = list(capture([sample], "other_text", "tcp", encoder, lambda _: None))
+    out = list(capture([sample], Stream.of("other_text"), "tcp", {"other_text": encoder}, lambda _: None))
     assert [o.topic for o in out] == ["feature/other_text", "raw/other_text"]
-    out = list(capture([sample], "text", "tcp", encoder, lambda _: None))
+    out = list(capture([sample], Stream.of("text"), "tcp", {"text": encoder}, lambda _: None, labels=True))
     assert [o.topic for o in out] == [topics.LABEL]
 
 

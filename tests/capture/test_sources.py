@@ -31,11 +31,11 @@ from stream_mmrnn.core.config import (
     CameraSettings,
     MicrophoneSettings,
     Settings,
-    SourcesSettings,
     SyntheticSettings,
     TextSettings,
 )
 from stream_mmrnn.core.errors import FileError, SourceError, SourceSpecError
+from stream_mmrnn.core.streams import SHORT_FORMS, Stream
 from stream_mmrnn.core.types import Sample
 
 CLIPS = SHARED / "data" / "clips"
@@ -89,7 +89,7 @@ def test_pace_stops_while_it_waits() -> None:
 
 
 def synthetic(modality: str, count: int, **kw: Any) -> list[Sample]:
-    source = Synthetic(modality, SyntheticSettings(**kw), paced=False)
+    source = Synthetic(Stream.of(modality), SyntheticSettings(**kw), paced=False)
     source.open()
     return list(itertools.islice(source.samples(always, 1_000), count))
 
@@ -144,26 +144,26 @@ def test_the_three_modalities_agree() -> None:
 
 
 def test_faults_are_the_configured_ones() -> None:
-    source = Synthetic("audio", SyntheticSettings(drop=0.2), paced=False)
+    source = Synthetic(Stream.of("audio"), SyntheticSettings(drop=0.2), paced=False)
     got = list(itertools.islice(source.samples(always, 0), 400))
     sent = got[-1].event_ns // 20_000_000
     assert source.info["dropped"] == sent - 400
     assert 0.1 < source.info["dropped"] / sent < 0.3
 
-    source = Synthetic("vision", SyntheticSettings(freeze_every_s=2, freeze_s=0.5), paced=False)
+    source = Synthetic(Stream.of("vision"), SyntheticSettings(freeze_every_s=2, freeze_s=0.5), paced=False)
     times = [s.event_ns / 1e9 for s in itertools.islice(source.samples(always, 0), 150)]
     gaps = [(a, b) for a, b in itertools.pairwise(times) if b - a > 0.05]
     assert [(round(a, 2), round(b, 2)) for a, b in gaps[:2]] == [(1.96, 2.52), (3.96, 4.52)]
     # outside a freeze the samples are the same as without it
     whole = {s.event_ns: s.data for s in synthetic("vision", 60)}
-    kept = Synthetic("vision", SyntheticSettings(freeze_every_s=2, freeze_s=0.5), paced=False)
+    kept = Synthetic(Stream.of("vision"), SyntheticSettings(freeze_every_s=2, freeze_s=0.5), paced=False)
     for s in itertools.islice(kept.samples(always, 1_000), 40):
         assert whole[s.event_ns] == s.data
 
 
 @pytest.mark.slow
 def test_late_delivery_keeps_order_and_event_times() -> None:
-    source = Synthetic("audio", SyntheticSettings(jitter_ms=20))
+    source = Synthetic(Stream.of("audio"), SyntheticSettings(jitter_ms=20))
     epoch = now_ns()
     got = list(source.samples(for_seconds(1.0), epoch))
     assert [s.event_ns for s in got] == [epoch + (k + 1) * 20_000_000 for k in range(len(got))]
@@ -175,17 +175,18 @@ def test_late_delivery_keeps_order_and_event_times() -> None:
 def test_a_frozen_stream_can_be_stopped() -> None:
     for lost in (SyntheticSettings(drop=1.0), SyntheticSettings(freeze_every_s=1, freeze_s=2)):
         began = time.monotonic()
-        assert len(list(Synthetic("text", lost).samples(for_seconds(0.2), now_ns()))) == 0
+        assert len(list(Synthetic(Stream.of("text"), lost).samples(for_seconds(0.2), now_ns()))) == 0
         assert time.monotonic() - began < 2
 
 
 def test_a_worker_that_starts_late_skips_old_samples() -> None:
     epoch = now_ns() - 20_000_000_000
-    source = Synthetic("audio", SyntheticSettings())
+    source = Synthetic(Stream.of("audio"), SyntheticSettings())
     first = next(source.samples(always, epoch))
     assert first.capture_ns - first.event_ns < 1_000_000_000
     k = (first.event_ns - epoch) // 20_000_000 - 1
-    same = next(itertools.islice(Synthetic("audio", SyntheticSettings(), paced=False).samples(always, epoch), k, None))
+    unpaced = Synthetic(Stream.of("audio"), SyntheticSettings(), paced=False)
+    same = next(itertools.islice(unpaced.samples(always, epoch), k, None))
     assert same.event_ns == first.event_ns
     assert np.array_equal(same.data, first.data)
 
@@ -628,8 +629,8 @@ def test_sources_by_name(tmp_path: Path) -> None:
         ("zmq:5555", "text"),
         (f"pipe:{tmp_path}/p", "text"),
     ):
-        sources.check(spec, modality)
-        source = sources.create_source(spec, modality, Settings())
+        sources.check(spec, modality, SHORT_FORMS[modality][0])
+        source = sources.create_source(Stream.of(modality, source=spec), Settings())
         assert source.origin
         assert isinstance(source.info, dict)
         source.close()  # does nothing when it is not open
@@ -650,22 +651,22 @@ def test_sources_by_name(tmp_path: Path) -> None:
 )
 def test_names_that_are_wrong(spec: str, modality: str) -> None:
     with pytest.raises(SourceSpecError):
-        sources.check(spec, modality)
+        sources.check(spec, modality, SHORT_FORMS[modality][0])
 
 
 def test_text_and_other_text_cannot_share_a_source() -> None:
     for spec in ("stdin", "tcp:5555", "pipe:p"):
         with pytest.raises(SourceSpecError, match=f"text and other_text cannot both be '{spec}'"):
-            sources.check_all(SourcesSettings(text=spec, other_text=spec))
+            sources.check_all([Stream.of("text", source=spec), Stream.of("other_text", source=spec)])
     for spec in ("synthetic", "none", "tcp:0"):
-        sources.check_all(SourcesSettings(text=spec, other_text=spec))
-    sources.check_all(SourcesSettings(text="none", other_text="stdin"))
+        sources.check_all([Stream.of("text", source=spec), Stream.of("other_text", source=spec)])
+    sources.check_all([Stream.of("text"), Stream.of("other_text", source="stdin")])
 
 
 def test_devices_have_one_person_and_the_synthetic_source_has_two() -> None:
     devices = sources.everything_from("devices")
-    assert {devices[m] for m in sources.OTHER} == {"none"}
-    assert set(sources.everything_from("synthetic")) == set(devices) == set(sources.EVERY)
+    assert {devices[m] for m in ("other_audio", "other_text")} == {"none"}
+    assert set(sources.everything_from("synthetic")) == set(devices) == set(sources.SYNTHETIC)
     assert set(sources.everything_from("synthetic").values()) == {"synthetic"}
 
 
@@ -677,6 +678,6 @@ def test_one_file_for_everything(movie: Path, tone_wav: Path) -> None:
         "other_audio": "none",
         "other_text": "none",
     }
-    sound = sources.create_source(f"file:{movie}", "other_audio", Settings())
+    sound = sources.create_source(Stream.of("other_audio", source=f"file:{movie}"), Settings())
     assert isinstance(sound, FileSound)
     assert sources.everything_from(f"file:{tone_wav}")["vision"] == "none"

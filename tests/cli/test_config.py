@@ -43,10 +43,16 @@ def test_the_schema_is_valid_and_so_are_the_defaults() -> None:
 
 
 def test_the_schema_holds_every_setting_with_its_default_and_its_docstring() -> None:
-    for section, values in msgspec.to_builtins(config.Settings()).items():
+    made = msgspec.to_builtins(config.Settings())
+    assert made.pop("streams") == {}
+    for section, values in made.items():
         part = schema()["properties"][section]
         assert {k: p["default"] for k, p in part["properties"].items()} == values
     properties = schema()["properties"]
+    row = properties["streams"]["additionalProperties"]
+    assert row["required"] == ["source"]
+    assert set(row["properties"]) == set(config.StreamSettings.__struct_fields__)
+    assert all(p["description"] for p in row["properties"].values())
     assert (
         properties["engine"]["properties"]["model"]["description"]
         == "The name of an included model, or the path of an ONNX file."
@@ -55,7 +61,8 @@ def test_the_schema_holds_every_setting_with_its_default_and_its_docstring() -> 
     assert properties["session"]["properties"]["name"]["pattern"].startswith("^")
 
 
-_SECTIONS = list(config.Settings.__struct_fields__)
+_SECTIONS = [section for section in config.Settings.__struct_fields__ if section != "streams"]
+_STREAM = list(config.StreamSettings.__struct_fields__)
 _KEYS = {s: list(type(getattr(config.Settings(), s)).__struct_fields__) for s in _SECTIONS}
 _values = (
     st.booleans()
@@ -73,6 +80,9 @@ def test_schema_check_and_parse_agree_on_any_values(data: st.DataObject) -> None
     for section in data.draw(st.sets(st.sampled_from(_SECTIONS), max_size=3)):
         keys = st.sampled_from([*_KEYS[section], "nix"])
         table[section] = data.draw(st.dictionaries(keys, _values, max_size=3))
+    if data.draw(st.booleans()):
+        row = st.dictionaries(st.sampled_from([*_STREAM, "source", "nix"]), _values, max_size=4)
+        table["streams"] = data.draw(st.dictionaries(st.sampled_from(["a", "b"]), row | _values, max_size=2))
     fits = validator.is_valid(table)
     try:
         config.convert(table, config.Settings)

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import ConfigError
-from stream_mmrnn.core.topics import MODALITIES
 
 
 def write(path: Path, text: str) -> Path:
@@ -79,12 +78,11 @@ def test_the_second_person_is_not_there_unless_named_and_its_settings_are_its_ki
     settings = config.parse(
         {"align": {"audio_lateness_ms": 33.0, "text_lateness_ms": 5.0}, "queues": {"text": "latest"}}
     )
-    lateness_ns = settings.align.lateness_ns()
-    assert set(lateness_ns) == set(MODALITIES)
-    assert lateness_ns["audio"] == lateness_ns["other_audio"] == 33_000_000
-    assert lateness_ns["text"] == lateness_ns["other_text"] == 5_000_000
-    assert settings.queues.policy("other_text") == settings.queues.policy("text") == "latest"
-    assert settings.queues.policy("other_audio") == settings.queues.policy("audio") == "drop_oldest"
+    table = config.stream_table(settings)
+    assert table["audio"].lateness_ns == table["other_audio"].lateness_ns == 33_000_000
+    assert table["text"].lateness_ns == table["other_text"].lateness_ns == 5_000_000
+    assert table["other_text"].policy == table["text"].policy == "latest"
+    assert table["other_audio"].policy == table["audio"].policy == "drop_oldest"
 
 
 def test_an_unknown_model_names_the_zoo() -> None:

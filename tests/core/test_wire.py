@@ -120,7 +120,7 @@ def header(**change: object) -> bytes:
         ([b"\xff", header(), bytes(8)], "header is not valid"),
         ([b"clock", header(), bytes(wire.MAX_PAYLOAD_BYTES + 1)], "at most"),
         ([b"clock", header()], "3 frames"),
-        ([b"feature/smell", header(), bytes(8)], "'feature/smell' is no known topic"),
+        ([b"feature/no name", header(), bytes(8)], "'feature/no name' is no known topic"),
     ],
 )
 def test_errors_name_the_fault(frames: list[bytes], words: str) -> None:

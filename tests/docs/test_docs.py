@@ -267,7 +267,7 @@ def test_the_pages_name_each_verb() -> None:
     verbs: Any = typer.main.get_command(cli.app)
     for name, verb in verbs.commands.items():
         assert verb.hidden or re.search(rf"^\| `{name}\b", page, re.M), f"docs/verbs.md has no row for {name}"
-        assert verb.hidden or re.search(rf"^\| \w+ \|.*`{name}`", readme, re.M), f"README.md does not list {name}"
+        assert verb.hidden or f"`{name}`" in readme, f"README.md does not list {name}"
 
 
 def test_the_readme_is_short() -> None:

@@ -69,7 +69,7 @@ def test_a_function_with_the_name_of_a_package_is_found_in_any_order_of_imports(
 {imports}
 import inspect, sys
 assert list(predict([], None, None)) == []
-assert list(capture([], "text", "", None, print)) == []
+assert list(capture([], sys.modules["stream_mmrnn"].Stream.of("text"), "", {{}}, print)) == []
 assert list(inspect.signature(predict).parameters)[:3] == ["envelopes", "aligner", "engine"]
 import stream_mmrnn.predict.engine as engine
 assert engine.StepEngine is __import__("stream_mmrnn").StepEngine

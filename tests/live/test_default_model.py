@@ -12,6 +12,7 @@ from stream_mmrnn.capture.encoders.audio import SPEECH
 from stream_mmrnn.capture.sources.synthetic import Synthetic
 from stream_mmrnn.core import config
 from stream_mmrnn.core.config import SyntheticSettings, find_model
+from stream_mmrnn.core.streams import Stream
 from stream_mmrnn.core.types import Prediction, Stamps, Tick
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.training import metrics
@@ -166,7 +167,7 @@ def dialogue() -> tuple[list[Tick], np.ndarray, np.ndarray]:
     for i, modality in enumerate(("audio", "other_audio")):
         encoder = encoders.create_encoder(modality)
         found: list[np.ndarray] = []
-        source = Synthetic(modality, SyntheticSettings(seed=0), paced=False)
+        source = Synthetic(Stream.of(modality), SyntheticSettings(seed=0), paced=False)
         for sample in source.samples(lambda: True, 0):
             found += [s.data for s in encoder.encode(sample)]
             if len(found) >= 2 * count:

@@ -21,6 +21,7 @@ from stream_mmrnn.capture.encoders.audio import SPEECH
 from stream_mmrnn.capture.sources.synthetic import Synthetic
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.config import SyntheticSettings
+from stream_mmrnn.core.streams import Stream
 from stream_mmrnn.recording.mcap_file import Recording
 
 pytestmark = pytest.mark.process
@@ -37,7 +38,7 @@ needs_pulse = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def talk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """4 s of the synthetic talker, from where it talks."""
-    source = Synthetic("audio", SyntheticSettings(seed=1), paced=False)
+    source = Synthetic(Stream.of("audio"), SyntheticSettings(seed=1), paced=False)
     blocks = []
     for sample in source.samples(lambda: True, 0):
         blocks.append(sample.data)

@@ -203,7 +203,7 @@ def test_what_the_dead_had_counted_is_kept(world: Any) -> None:
         )
         w.die("camera")
         w.back("camera")
-    assert w.node("camera").published_before == 20
+    assert w.node("camera").published_before["published"] == 20
     assert w.node("camera").stale_before == {"stale": 5, "stale_ms": 14}
 
 

@@ -44,7 +44,7 @@ def write(
     """A recording as a live session makes it, with labels (seconds from the beginning, name)."""
     engine = StepEngine(model)
     settings = config.load(None, {"engine.model": str(model)})
-    aligner = Aligner.of(engine.spec.modalities, engine.spec.tick_ns, settings.align)
+    aligner = Aligner.of(engine.spec.modalities, engine.spec.tick_ns, settings)
     about = {"config": msgspec.json.encode(settings).decode(), "model_sha256": engine.spec.sha256, "raw": "false"}
     recorder = Recorder(path, SESSION, {**about, "model": str(model)})
     stream = list(synthetic(engine.spec, 1, seconds, BEGIN, 3))

@@ -99,7 +99,7 @@ def write(path: Path, model: Path, seconds: float, head: str = "next", metadata:
     """A recording as a live session makes it: each prediction right after the message that let its tick close."""
     engine = StepEngine(model)
     settings = config.load(None, {"engine.model": str(model)})
-    aligner = Aligner.of(engine.spec.modalities, engine.spec.tick_ns, settings.align)
+    aligner = Aligner.of(engine.spec.modalities, engine.spec.tick_ns, settings)
     about = {"config": msgspec.json.encode(settings).decode(), "model_sha256": engine.spec.sha256, "raw": "false"}
     recorder = Recorder(path, "bench-0", {**about, **(metadata or {})})
     made: list[Prediction] = []

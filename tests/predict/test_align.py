@@ -389,11 +389,12 @@ def test_restoring_a_snapshot_changes_no_tick(seed: int, cuts: set[int]) -> None
 def test_a_snapshot_covers_every_attribute() -> None:
     """A new attribute of a stream or session must be added to the snapshot or to this list."""
     made = {"all_true", "counts", "dense", "encoder", "expected", "in_range", "lateness_ns", "name", "reduction"}
-    made |= {"magnitudes", "shape", "spec", "zeros"}
+    made |= {"magnitudes", "shape", "source", "spec", "topic", "zeros"}
     assert set(AlignedStream.__slots__) == made | set(StreamState.__struct_fields__)
     derived = {"bounds", "by_topic", "name", "soonest_ns"}
     assert set(AlignedSession.__slots__) == derived | set(SessionState.__struct_fields__)
     settings_ = {"tick_ns", "_specs", "_lateness_ns", "_max_ahead_ns", "_max_behind_ns", "_feature_topics", "_zeros"}
+    settings_ |= {"feeding"}
     assert set(vars(aligner())) == settings_ | {"counts", "malformed", "misfits", "_sessions"}
 
 

@@ -123,7 +123,7 @@ GOOD = beside(SILERO).read_text(encoding="utf-8") if beside(SILERO).is_file() el
         (("sr = 16000", ""), "has the input `sr`, which is neither state nor in its contract"),
         (("sr = 16000", "sr = 16000\nrate = 1"), "no input `rate` of a fixed shape"),
         (("size = 576", "size = 576\nstack = 5"), "the size 576 of audio is not 5 samples"),
-        (('name = "audio"', 'name = "sound"'), "wants the modality 'sound'"),
+        (('name = "audio"', 'name = "no name"'), "has a modality 'no name'"),
         (("", 'reset = "restart"\n'), "has no input `restart`"),
     ],
 )

@@ -242,7 +242,7 @@ def contract(**change: object) -> str:
         ({"leave_out": "next.h"}, "no output `next.h`"),
         ({"leave_out": "head.next"}, "no output `head.next`"),
         ({"metadata": contract(heads=[{"name": "next", "kind": "classification", "size": 3}])}, "of 3 numbers"),
-        ({"metadata": contract(modalities=[{"name": "smell", "size": 2}])}, "modality 'smell'"),
+        ({"metadata": contract(modalities=[{"name": "no name", "size": 2}])}, "a modality 'no name'"),
         (
             {"metadata": contract(modalities=[{"name": m.name, "size": m.size + 1} for m in toy_model.MODALITIES])},
             "input `input.vision` has shape",

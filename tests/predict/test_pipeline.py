@@ -14,6 +14,7 @@ from stream_mmrnn.bench.engine import synthetic
 from stream_mmrnn.capture.pipeline import Pump, capture, reencode
 from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.errors import Busy, SessionError, SourceError, WireError
+from stream_mmrnn.core.streams import Stream
 from stream_mmrnn.core.types import Envelope, Prediction, Sample, Tick
 from stream_mmrnn.offline.pacing import pace
 from stream_mmrnn.predict.align import Aligner
@@ -148,7 +149,7 @@ def blocks(count: int, empty: int = -1) -> list[Sample]:
 
 def test_capture_yields_features_and_then_the_sample_that_they_are_of() -> None:
     bad: list[WireError] = []
-    out = list(capture(blocks(3, empty=1), "audio", "mic", Doubler(), bad.append))
+    out = list(capture(blocks(3, empty=1), Stream.of("audio"), "mic", {"audio": Doubler()}, bad.append))
     assert [(o.topic, o.origin) for o in out] == [
         ("feature/audio", "doubler@1"), ("raw/audio", "mic"), ("raw/audio", "mic"),
         ("feature/audio", "doubler@1"), ("raw/audio", "mic"),
@@ -159,7 +160,7 @@ def test_capture_yields_features_and_then_the_sample_that_they_are_of() -> None:
 
 def as_envelopes(samples: list[Sample], with_features: bool) -> list[Envelope]:
     out = []
-    for o in capture(samples, "audio", "mic", Doubler(), lambda _: None):
+    for o in capture(samples, Stream.of("audio"), "mic", {"audio": Doubler()}, lambda _: None):
         s = o.sample
         if with_features or o.topic == "raw/audio":
             out.append(Envelope(o.topic, "s", len(out), s.event_ns, s.capture_ns, 0, s.data, o.origin))

@@ -14,6 +14,7 @@ from mcap_protobuf.decoder import DecoderFactory
 
 from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.errors import FileError, RecordingError
+from stream_mmrnn.core.streams import usual
 from stream_mmrnn.core.types import Envelope, Stamps
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.recording.recorder import Recorder
@@ -106,7 +107,7 @@ def test_other_programs_read_foxglove_messages(whole: Path) -> None:
     last = 0
     with whole.open("rb") as file:
         reader = make_reader(file, decoder_factories=[DecoderFactory()])
-        wanted = [t for t in topics.TOPICS if t.startswith(("raw/", "feature/", "clock"))]
+        wanted = [*(f(m) for m in usual() for f in (topics.raw, topics.feature)), topics.CLOCK]
         for schema, channel, message, decoded in reader.iter_decoded_messages(topics=wanted):
             assert message.log_time >= last
             last = message.log_time

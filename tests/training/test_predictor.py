@@ -38,7 +38,7 @@ def inputs(
 
 
 @pytest.mark.parametrize("rare", [False, True])
-@pytest.mark.parametrize("kind", fusion.KINDS)
+@pytest.mark.parametrize("kind", recipes.FUSIONS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_splits_of_a_sequence_and_single_steps_give_the_same_result(cell: str, kind: str, rare: bool) -> None:
     p = network(recipe_of(cell, kind, rare))
@@ -72,7 +72,7 @@ def test_splits_of_a_sequence_and_single_steps_give_the_same_result(cell: str, k
 
 
 @pytest.mark.parametrize("rare", [False, True])
-@pytest.mark.parametrize("kind", fusion.KINDS)
+@pytest.mark.parametrize("kind", recipes.FUSIONS)
 def test_the_features_of_an_absent_modality_have_no_effect(kind: str, rare: bool) -> None:
     p = network(recipe_of("gru", kind, rare))
     features, present, age, reset = inputs(2, 9, 3)
@@ -90,7 +90,7 @@ def test_the_features_of_an_absent_modality_have_no_effect(kind: str, rare: bool
 
 
 # an export takes seconds: each fusion with two cells, each cell with at least two fusions
-PAIRS = [(CELLS[(i + more) % len(CELLS)], kind, False) for i, kind in enumerate(fusion.KINDS) for more in (0, 3)]
+PAIRS = [(CELLS[(i + more) % len(CELLS)], kind, False) for i, kind in enumerate(recipes.FUSIONS) for more in (0, 3)]
 PAIRS += [("rg_lru", "memory", True), ("gru", "attention_state", True)]
 
 

@@ -20,9 +20,10 @@ from harness import Running, check_summary
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.clock import now_ns, wall_offset_ns
 from stream_mmrnn.core.errors import StreamError
+from stream_mmrnn.core.streams import usual
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.recording.mcap_file import Recording
-from stream_mmrnn.viewers.foxglove import SHOWN, FoxgloveServer
+from stream_mmrnn.viewers.foxglove import FoxgloveServer, shown
 
 pytestmark = pytest.mark.process
 
@@ -81,7 +82,7 @@ def test_a_client_gets_the_recorded_messages_and_a_stalled_one_does_not_slow_it(
     with closing(Running(*args)) as live:
         found = live.wait_for(lambda: next((m for line in live.lines if (m := re.search(r"ws://\S+", line))), None))
         assert found[0].startswith("ws://127.0.0.1:")
-        with closing(Reader(found[0], set(SHOWN))), closing(Reader(found[0], wanted)) as reader:
+        with closing(Reader(found[0], set(shown(usual().values())))), closing(Reader(found[0], wanted)) as reader:
             # the first client never reads
             while min(len(got[t]) for t in wanted) < 4 or len(got["prediction"]) < 60:
                 topic, log_ns, message = reader.read()

@@ -115,7 +115,7 @@ def replay(path: Path, way: str) -> tuple[str, int]:
         engine = ShardedEngine(model, _OTHERS + 1, processes=2)
     else:
         engine = StepEngine(model, 64 if together else 1)
-    aligner = Aligner.of(engine.spec.modalities, engine.spec.tick_ns, settings.align)
+    aligner = Aligner.of(engine.spec.modalities, engine.spec.tick_ns, settings)
     wanted = {topics.CLOCK, topics.SESSION, *(topics.feature(m.name) for m in engine.spec.modalities)}
     envelopes: Iterable[Envelope] = recording.envelopes(wanted)
     if way == "paced":

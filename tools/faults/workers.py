@@ -95,7 +95,7 @@ class _File(NamedTuple):
             if e.topic == topics.PREDICTION:
                 ticks.append(wire.unpack(e.payload, wire.PredictionMessage))
             elif e.topic.startswith(topics.FEATURE):
-                features.setdefault(topics.TOPICS[e.topic].modality, []).append(e)
+                features.setdefault(topics.stream_of(e.topic), []).append(e)
         # the file has the bus's order: a sample was in time if it comes no later than the message that closed its tick
         closed = {t.tick: places.get((t.closed.by, t.closed.publish_ns), -1) for t in ticks}
         in_time = {

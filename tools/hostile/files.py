@@ -15,8 +15,9 @@ import zstandard
 
 from stream_mmrnn.bench.models import gru_step
 from stream_mmrnn.capture import sources
-from stream_mmrnn.core import config, topics
+from stream_mmrnn.core import config, processes, topics
 from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.streams import Stream
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.predict.align import Aligner
 from stream_mmrnn.predict.contract import beside
@@ -28,7 +29,7 @@ from stream_mmrnn.recording.repair import repair
 from stream_mmrnn.recording.report import info, verify
 from stream_mmrnn.recording.settings import settings_of
 from tools.hostile import mutate
-from tools.hostile.messages import KINDS, said
+from tools.hostile.messages import EVERY_TOPIC, KINDS, said
 from tools.hostile.target import TICK_NS
 
 # ---- files -------------------------------------------------------------------------------------------------------
@@ -40,7 +41,7 @@ def write_recording(path: Path) -> bytes:
     recorder = Recorder(path, "live", {"raw": "true", "slots": "1", "model": "turn_taking", "config": settings}, 1.0)
     rng, base_ns = Random(1), now_ns()
     for seq in range(60):
-        for topic in topics.TOPICS:
+        for topic in EVERY_TOPIC:
             if topic == topics.CONTROL:
                 continue
             at_ns = base_ns + seq * TICK_NS
@@ -49,7 +50,7 @@ def write_recording(path: Path) -> bytes:
                 payload = np.ones(8, np.float32)
             elif topic in KINDS:
                 payload = said(topic, rng)
-            elif topics.kind_of(topic) == "audio":
+            elif topic in (topics.raw("audio"), topics.raw("other_audio")):
                 payload = np.arange(320, dtype=np.int16)
             elif topic != topics.CLOCK:
                 payload = b"some bytes"
@@ -296,11 +297,11 @@ class Toml:
     def case(self, rng: Random, number: int) -> None:
         self._path.write_bytes(bad_toml(self._good, rng))
         settings = config.load(self._path)
-        sources.check_all(settings.sources)
-        Aligner.of(self._specs.modalities, self._specs.tick_ns, settings.align)
+        sources.check_all(processes.captured(settings).values())
+        Aligner.of(self._specs.modalities, self._specs.tick_ns, settings)
         int(1e9 / settings.bus.clock_hz)
-        for modality in sources.EVERY:
-            sources.create_source("synthetic", modality, settings, -1)
+        for name in sources.SYNTHETIC:
+            sources.create_source(Stream.of(name, source="synthetic"), settings)
         msgspec.json.encode(settings)
 
     def close(self) -> dict[str, int]:

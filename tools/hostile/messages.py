@@ -10,16 +10,20 @@ import msgspec
 import numpy as np
 
 from stream_mmrnn.core import topics, wire
+from stream_mmrnn.core.streams import usual
 from stream_mmrnn.core.types import Envelope, Stamps
 from tools.hostile import mutate
 
 # ---- messages ----------------------------------------------------------------------------------------------------
 
 
+EVERY_TOPIC = [*topics.TOPICS, *(topic for row in usual().values() for topic in row.topics())]
+
+
 def honest(rng: Random) -> Envelope:
     """A message as our own processes send them."""
     at_ns = rng.randrange(10**15)
-    topic = rng.choice((*topics.TOPICS, topics.STATUS + "engine"))
+    topic = rng.choice((*EVERY_TOPIC, topics.STATUS + "engine"))
     payload: Any = b""
     if topic.startswith(topics.FEATURE):
         payload = np.frombuffer(rng.randbytes(4 * rng.choice((1, 8, 80))), np.uint8).view("<i2").astype(np.float32)

@@ -29,7 +29,7 @@ from stream_mmrnn.viewers.dashboard.state import LiveState
 from stream_mmrnn.viewers.terminal_view import render, summary_table
 from tools.hostile import mutate
 from tools.hostile.files import write_model
-from tools.hostile.messages import KINDS, said
+from tools.hostile.messages import EVERY_TOPIC, KINDS, said
 from tools.hostile.target import WAIT_S, MissedError
 
 # ---- who reads envelopes -----------------------------------------------------------------------------------------
@@ -46,7 +46,7 @@ class Readers:
         self._aligner = Aligner(spec.modalities, spec.tick_ns, {"signal": 80_000_000})
         self._view = LiveState()
         self._recorder = Recorder(folder / "r.mcap", "a", {})
-        off = dict.fromkeys(sources.EVERY, "none") | {"vision": "synthetic", "audio": "synthetic"}
+        off = dict.fromkeys(sources.SYNTHETIC, "none") | {"vision": "synthetic", "audio": "synthetic"}
         self._said = 0
         self._session = LiveSession(config.parse({"sources": off}), True, lambda: True, self._say)
         self._began_ns = self._time_ns = now_ns()
@@ -58,7 +58,7 @@ class Readers:
         assert len(line) < 2**21
 
     def _envelope(self, rng: Random) -> Envelope:
-        topic = rng.choice((*topics.TOPICS, topics.FEATURE + "signal", topics.CLOCK, topics.SESSION))
+        topic = rng.choice((*EVERY_TOPIC, topics.FEATURE + "signal", topics.CLOCK, topics.SESSION))
         if rng.randrange(6) == 0:
             topic = topics.STATUS + rng.choice(("engine", "camera", str(rng.randrange(10**6))))
         self._time_ns += rng.choice((0, 1_000_000, 10_000_000))

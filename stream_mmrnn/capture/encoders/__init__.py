@@ -6,11 +6,17 @@ sessions or sources.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterable
+from typing import Any, Protocol, TypeAlias
 
-from stream_mmrnn.core.errors import UsageError
-from stream_mmrnn.core.topics import MODALITIES
+import numpy.typing as npt
+
+from stream_mmrnn.core import plugins
+from stream_mmrnn.core.errors import PluginError, UsageError
+from stream_mmrnn.core.streams import SHORT_FORMS, Stream
 from stream_mmrnn.core.types import Sample
+
+Array: TypeAlias = npt.NDArray[Any]
 
 
 class Encoder(Protocol):
@@ -33,15 +39,23 @@ class Encoder(Protocol):
     def reset(self) -> None:
         """Clear the state."""
 
+    def snapshot(self) -> dict[str, Array]:
+        """The state, by name; {} if there is none."""
 
-def create_encoder(modality: str) -> Encoder:
-    """The encoder for a modality, chosen by its kind; imports only what it needs.
+    def restore(self, state: dict[str, Array]) -> None:
+        """Continue from a snapshot. Raises SnapshotError if it does not fit."""
+
+
+def create_encoder(name: str) -> Encoder:
+    """The package's own encoder for a kind, or for a usual stream such as `other_text`; imports only what it needs.
 
     Raises:
-        UsageError: there is no encoder for this modality.
+        UsageError: there is no such kind or stream.
 
     """
-    kind = MODALITIES[modality].kind
+    if name not in SHORT_FORMS:
+        raise UsageError(f"there is no encoder of {name!r}; use one of {', '.join(SHORT_FORMS)}")
+    kind = SHORT_FORMS[name][0]
     if kind == "vision":
         from stream_mmrnn.capture.encoders.image import ImageEncoder
 
@@ -54,8 +68,45 @@ def create_encoder(modality: str) -> Encoder:
         from stream_mmrnn.capture.encoders.text import TextEncoder
 
         return TextEncoder()
-    if kind == "signal":
-        from stream_mmrnn.capture.encoders.signal import SignalEncoder
+    from stream_mmrnn.capture.encoders.signal import SignalEncoder
 
-        return SignalEncoder()
-    raise UsageError(f"there is no encoder of {modality}: its features come from outside; replay them as recorded")
+    return SignalEncoder()
+
+
+def encoders_of(stream: Stream) -> dict[str, Encoder]:
+    """The encoders of a stream, by the name of their feature vectors.
+
+    Raises:
+        UsageError: one of them is not known.
+
+    """
+    names = stream.encoders or (stream.kind,)
+    return {features: _named(name, stream) for name, features in zip(names, stream.features(), strict=True)}
+
+
+def check_all(streams: Iterable[Stream]) -> None:
+    """Raise UsageError unless every encoder that a stream names is known; loads none of them."""
+    for stream in streams:
+        for name in stream.encoders:
+            if name != stream.kind and plugins.find("encoders", name) is None:
+                raise _unknown(name, stream)
+
+
+def _unknown(name: str, stream: Stream) -> UsageError:
+    known = ", ".join([stream.kind, *plugins.names("encoders")])
+    return UsageError(f"the stream {stream.name!r} has an encoder {name!r}, which is not known; use one of {known}")
+
+
+def _named(name: str, stream: Stream) -> Encoder:
+    if name == stream.kind:
+        return create_encoder(stream.kind)
+    plugin = plugins.find("encoders", name)
+    if plugin is not None:
+        encoder: Encoder = plugins.call(plugin)
+        if "@" not in str(getattr(encoder, "origin", "")):
+            raise PluginError(
+                f"the encoder {name!r} of the package {plugin.package} has no `origin`; expected NAME@SHA256 over its "
+                "weights and its code"
+            )
+        return encoder
+    raise _unknown(name, stream)

@@ -1,4 +1,4 @@
-"""SourcesSettings: each is a small class around a generator of samples, opened only in its worker's process.
+"""Sources: each is a small class around a generator of samples, opened only in its worker's process.
 
 A source knows its device and the clock. It knows nothing about encoders, the bus or sessions, and has no queue: the
 worker has one (`pipeline.Pump`).
@@ -6,14 +6,15 @@ worker has one (`pipeline.Pump`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from stream_mmrnn.core.config import Settings, SourcesSettings
+from stream_mmrnn.core import plugins
+from stream_mmrnn.core.config import Settings
 from stream_mmrnn.core.errors import SourceSpecError
-from stream_mmrnn.core.topics import AUDIO_RATE_HZ, Kind
-from stream_mmrnn.core.topics import MODALITIES as _TABLE
+from stream_mmrnn.core.streams import SELF, Kind, Stream
+from stream_mmrnn.core.topics import AUDIO_RATE_HZ
 from stream_mmrnn.core.types import Sample
 
 RATE_HZ = AUDIO_RATE_HZ
@@ -48,7 +49,7 @@ def split(spec: str) -> tuple[str, str]:
     return kind, rest
 
 
-_KINDS: dict[Kind, tuple[str, ...]] = {
+_BY_KIND: dict[Kind, tuple[str, ...]] = {
     "vision": ("camera", "file", "synthetic", "none"),
     "audio": ("microphone", "file", "lsl", "synthetic", "none"),
     "text": ("stdin", "pipe", "tcp", "zmq", "lsl", "page", "synthetic", "none"),
@@ -56,107 +57,114 @@ _KINDS: dict[Kind, tuple[str, ...]] = {
 }
 
 
-NAMED = tuple(m.name for m in _TABLE.values() if m.kind in _KINDS)
-"""The modalities that have sources; other programs publish the features of the rest."""
-EVERY = tuple(name for name in NAMED if "synthetic" in _KINDS[_TABLE[name].kind])
-"""Those of them that the synthetic source has."""
-MODALITIES = tuple(name for name in EVERY if not _TABLE[name].other)
-"""Those of the first person."""
-OTHER = tuple(name for name in EVERY if _TABLE[name].other)
-"""Those of the second person."""
-
-
-def check(spec: str, modality: str) -> None:
-    """Check a source's name, before any process starts.
+def check(spec: str, name: str, kind: Kind, person: str = SELF) -> None:
+    """Check a stream's source, before any process starts.
 
     Raises:
-        SourceSpecError: this modality has no such kind of source, or its argument is missing or wrong.
+        SourceSpecError: this kind of stream has no such source, or its argument is missing or wrong.
         FileError: `file:PATH` names no readable media file.
 
     """
-    kind, rest = split(spec)
-    known = _KINDS[_TABLE[modality].kind]
-    if kind not in known:
-        raise SourceSpecError(f"{spec!r} is no source of {modality}; use one of {', '.join(known)}")
-    if kind == "page" and _TABLE[modality].other:
-        raise SourceSpecError(f"text typed on the page is the first person's, not {modality}; use text = 'page'")
-    if kind in ("tcp", "zmq") and not (rest.isdigit() and int(rest) < 65536):
-        raise SourceSpecError(f"{spec!r} needs a port on this machine, such as {kind}:5555")
-    if kind in ("file", "pipe") and not rest:
-        raise SourceSpecError(f"{spec!r} needs a path, such as {kind}:PATH")
-    if kind == "lsl":
+    what, rest = split(spec)
+    known = _BY_KIND[kind]
+    if what not in known:
+        if not any(what in others for others in _BY_KIND.values()) and plugins.find("sources", what) is not None:
+            return
+        known = (*known, *plugins.names("sources"))
+        raise SourceSpecError(f"{spec!r} is no source of {name}; use one of {', '.join(known)}")
+    if what == "page" and person != SELF:
+        raise SourceSpecError(f"text typed on the page is the first person's, not {name}; use text = 'page'")
+    if what in ("tcp", "zmq") and not (rest.isdigit() and int(rest) < 65536):
+        raise SourceSpecError(f"{spec!r} needs a port on this machine, such as {what}:5555")
+    if what in ("file", "pipe") and not rest:
+        raise SourceSpecError(f"{spec!r} needs a path, such as {what}:PATH")
+    if what == "lsl":
         from stream_mmrnn.capture.sources.lsl import query
 
         query(rest)
-    if kind == "file":
+    if what == "file":
         from stream_mmrnn.capture.sources.file import streams_of
 
         streams_of(Path(rest))
 
 
-def check_all(chosen: SourcesSettings) -> None:
+def check_all(streams: Iterable[Stream]) -> None:
     """`check` each of a session's sources, and that no two of them read the same lines.
 
     Raises:
-        SourceSpecError: see `check`; or `text` and `other_text` are the same stream, which can be read only once.
+        SourceSpecError: see `check`; or two streams read the same lines, which can be read only once.
         FileError: see `check`.
 
     """
-    for modality in NAMED:
-        check(getattr(chosen, modality), modality)
-    kind, rest = split(chosen.text)
-    if chosen.text == chosen.other_text and kind not in ("synthetic", "lsl", "none") and rest != "0":
-        raise SourceSpecError(
-            f"text and other_text cannot both be {chosen.text!r}, whose lines are read once; give one of them another "
-            "source, such as tcp:5555"
-        )
+    reading: dict[str, str] = {}
+    for stream in streams:
+        check(stream.source, stream.name, stream.kind, stream.person)
+        what, rest = split(stream.source)
+        if what not in ("stdin", "pipe", "tcp", "zmq", "page") or rest == "0":
+            continue
+        other = reading.setdefault(stream.source, stream.name)
+        if other != stream.name:
+            raise SourceSpecError(
+                f"{other} and {stream.name} cannot both be {stream.source!r}, whose lines are read once; give one of "
+                "them another source, such as tcp:5555"
+            )
+
+
+SYNTHETIC = ("vision", "audio", "text", "other_audio", "other_text")
+"""The streams of `--source synthetic`: two persons who talk with each other."""
 
 
 def everything_from(spec: str) -> dict[str, str]:
-    """The source of each modality for a spec of all modalities: `synthetic`, `devices` or `file:CLIP`.
+    """The source of each usual stream for a spec of all of them: `synthetic`, `devices` or `file:CLIP`.
 
     The synthetic source has two persons, devices and clips have one.
     """
-    kind, rest = split(spec)
-    if kind == "synthetic":
-        return dict.fromkeys(EVERY, "synthetic")
-    no_other = dict.fromkeys(OTHER, "none")
-    if kind == "devices":
-        return {"vision": "camera:0", "audio": "microphone", "text": "stdin", **no_other}
-    if kind == "file":
-        check(spec, "audio")
+    what, rest = split(spec)
+    if what == "synthetic":
+        return dict.fromkeys(SYNTHETIC, "synthetic")
+    nothing = dict.fromkeys(SYNTHETIC, "none")
+    if what == "devices":
+        return {**nothing, "vision": "camera:0", "audio": "microphone", "text": "stdin"}
+    if what == "file":
         from stream_mmrnn.capture.sources.file import streams_of
 
-        has = streams_of(Path(rest))
-        return {m: spec if m in has else "none" for m in MODALITIES} | no_other
+        check(spec, "audio", "audio")
+        return {**nothing, **dict.fromkeys(streams_of(Path(rest)), spec)}
     raise SourceSpecError(f"{spec!r} is no source; use synthetic, devices or file:PATH")
 
 
-def create_source(spec: str, modality: str, settings: Settings, stdin_fd: int = -1) -> Source:
-    """The source that `spec` names, not yet open; imports only what that source needs."""
-    kind, rest = split(spec)
-    if kind == "camera":
+def create_source(stream: Stream, settings: Settings, stdin_fd: int = -1, *, paced: bool = True) -> Source:
+    """The source of a stream, not yet open; imports only what that source needs.
+
+    `paced`: files and the synthetic source give each sample at its time; else as fast as they are read.
+    """
+    what, rest = split(stream.source)
+    if what == "camera":
         from stream_mmrnn.capture.sources.camera import Camera
 
         return Camera(rest or "0", settings.camera)
-    if kind == "microphone":
+    if what == "microphone":
         from stream_mmrnn.capture.sources.microphone import Microphone
 
         return Microphone(rest, settings.microphone)
-    if kind == "file":
+    if what == "file":
         from stream_mmrnn.capture.sources import file
 
-        if _TABLE[modality].kind == "vision":
-            return file.FilePicture(Path(rest), settings.camera)
-        return file.FileSound(Path(rest), settings.microphone)
-    if kind == "synthetic":
+        if stream.kind == "vision":
+            return file.FilePicture(Path(rest), settings.camera, paced=paced)
+        return file.FileSound(Path(rest), settings.microphone, paced=paced)
+    if what == "synthetic":
         from stream_mmrnn.capture.sources.synthetic import Synthetic
 
-        return Synthetic(modality, settings.synthetic)
-    if kind == "lsl":
+        return Synthetic(stream, settings.synthetic, paced=paced)
+    if what == "lsl":
         from stream_mmrnn.capture.sources.lsl import LslSource
 
-        return LslSource(rest, _TABLE[modality].kind, settings.lsl, settings.microphone, settings.text)
+        return LslSource(rest, stream.kind, settings.lsl, settings.microphone, settings.text)
+    plugin = None if any(what in known for known in _BY_KIND.values()) else plugins.find("sources", what)
+    if plugin is not None:
+        made: Source = plugins.call(plugin, rest, stream)
+        return made
     from stream_mmrnn.capture.sources import text
 
-    return text.create(kind, rest, settings.text, stdin_fd)
+    return text.create(what, rest, settings.text, stdin_fd)

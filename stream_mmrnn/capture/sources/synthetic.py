@@ -16,13 +16,13 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from stream_mmrnn.capture.sources import EVERY, RATE_HZ
+from stream_mmrnn.capture.sources import RATE_HZ
 from stream_mmrnn.capture.sources.pacing import ScheduledSample, pace
 from stream_mmrnn.capture.sources.talker import Turn, answers, openness, turns
 from stream_mmrnn.capture.sources.voice import speak
 from stream_mmrnn.core.config import SyntheticSettings
 from stream_mmrnn.core.errors import SourceSpecError
-from stream_mmrnn.core.topics import MODALITIES
+from stream_mmrnn.core.streams import SELF, Stream
 from stream_mmrnn.core.types import Payload, Sample
 
 _BLOCK = RATE_HZ // 50
@@ -32,17 +32,19 @@ _JPEG = [cv2.IMWRITE_JPEG_QUALITY, 90]
 # numbers that keep the random streams of one seed independent; the faults have one for each modality
 _VOICE, _ROOM, _FAULTS = 1, 2, 3
 _OTHER = 10
+_FAULT_STREAMS = {"vision": 0, "audio": 1, "text": 2}
+_SECOND_PERSON = {"vision": 5, "audio": 2, "text": 2}
 
 
 class Synthetic:
-    """One modality of a person; the same seed gives the same event times and data."""
+    """Pictures, sound or words of a person; the same seed gives the same event times and data."""
 
-    def __init__(self, modality: str, settings: SyntheticSettings, *, paced: bool = True) -> None:
-        if modality not in EVERY:
-            raise SourceSpecError(f"there is no synthetic {modality}; use one of {', '.join(EVERY)}")
+    def __init__(self, stream: Stream, settings: SyntheticSettings, *, paced: bool = True) -> None:
+        if stream.kind not in _FAULT_STREAMS:
+            raise SourceSpecError(f"there is no synthetic {stream.kind}; use one of {', '.join(_FAULT_STREAMS)}")
         self.origin = f"synthetic:{settings.seed}"
         self.info: dict[str, Any] = {"dropped": 0, "frozen": 0}
-        self._kind, other = MODALITIES[modality].kind, MODALITIES[modality].other
+        self._kind, other = stream.kind, stream.person != SELF
         if self._kind == "vision":
             self.info["got"] = {
                 "width": settings.width,
@@ -52,7 +54,7 @@ class Synthetic:
         self._settings, self._paced = settings, paced
         self._turns = partial(answers if other else turns, settings.seed)
         self._voice, self._room = (_OTHER + n if other else n for n in (_VOICE, _ROOM))
-        self._faults = _FAULTS + EVERY.index(modality)
+        self._faults = _FAULTS + _FAULT_STREAMS[stream.kind] + (_SECOND_PERSON[stream.kind] if other else 0)
         self._wave: tuple[int, npt.NDArray[np.float32]] = (-1, np.empty(0, np.float32))
 
     def open(self) -> None:

@@ -30,7 +30,7 @@ class EngineNode(Node):
         settings = self.settings
         self.engine = create(settings.engine)
         spec = self.engine.spec
-        self.aligner = Aligner.of(spec.modalities, spec.tick_ns, settings.align)
+        self.aligner = Aligner.of(spec.modalities, spec.tick_ns, settings)
         self.subscriber = self.subscribe([topics.FEATURE, topics.CLOCK, topics.SESSION])
         self.counts = {"ticks": 0, "predictions": 0, "refused": 0}
         self.prewarmer = Prewarmer(self._warm, spec.tick_ns)
@@ -72,10 +72,12 @@ class EngineNode(Node):
             "streams": {
                 name: {
                     **msgspec.to_builtins(c),
-                    "lost": gaps.lost.get(topics.feature(name), 0),
-                    "arrived": gaps.received.get(topics.feature(name), 0),
+                    "features": features,
+                    "lost": gaps.lost.get(topics.FEATURE + features, 0),
+                    "arrived": gaps.received.get(topics.FEATURE + features, 0),
                 }
                 for name, c in self.aligner.counts.items()
+                for features in [self.aligner.feeding[name][0]]
             },
             "misfits": self.aligner.misfits,
         }

@@ -37,11 +37,11 @@ class Context:
         stop: Event,
         epoch: Synchronized[int],
         restarts: int = 0,
-        modality: str = "",
+        stream: str = "",
     ) -> None:
         self.name, self.settings, self.address = name, settings, address
         self.ready, self.stop, self.epoch, self.restarts = ready, stop, epoch, restarts
-        self.modality = modality
+        self.stream = stream
         """Of a worker: the stream that it captures."""
         self.note = ""
         """A warning about this process that its first status carries."""
@@ -58,7 +58,7 @@ class Reporter:
     """Publishes a node's status twice a second, and at once when its state changes."""
 
     def __init__(self, context: Context, publisher: Publisher) -> None:
-        self._publisher, self._name, self._modality = publisher, context.name, context.modality
+        self._publisher, self._name, self._modality = publisher, context.name, context.stream
         self._next_ns = 0
         self._state: Any = "starting"
         self._reason = ""
@@ -153,7 +153,7 @@ def _resolve(target: str | Callable[..., Any]) -> Callable[..., Any]:
 
 def create(context: Context) -> Any:
     """The node that the table names for this context; its `run` works until it is told to end."""
-    spec = processes.worker(context.modality) if context.modality else processes.by_name(context.name)
+    spec = processes.worker(context.stream) if context.stream else processes.by_name(context.name)
     return _resolve(spec.target)(context)
 
 

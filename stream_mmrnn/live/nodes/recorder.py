@@ -63,6 +63,7 @@ class RecorderNode(Node):
             },
             settings.record.chunk_ms,
             wall_offset_ns,
+            table=config.stream_table(settings),
         )
         self.write_queue = WriteQueue(
             self.file,

@@ -15,6 +15,7 @@ import msgspec
 from stream_mmrnn.bus import Subscriber
 from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.clock import now_ns, wall_offset_ns
+from stream_mmrnn.core.config import stream_table
 from stream_mmrnn.core.dedup import TickDeduplicator
 from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.core.prediction_decoder import PredictionDecoder
@@ -68,13 +69,14 @@ class DashboardNode(_ViewerNode):
         from stream_mmrnn.viewers.dashboard.state import LiveState
         from stream_mmrnn.viewers.prometheus import Metrics
 
+        table = stream_table(context.settings)
+        words = [topics.raw(row.name) for row in table.values() if row.kind == "text"]
         super().__init__(
-            context,
-            [topics.FEATURE, *topics.raws("text"), topics.LABEL, topics.CLOCK, topics.PREDICTION, topics.STATUS],
+            context, [topics.FEATURE, *words, topics.LABEL, topics.CLOCK, topics.PREDICTION, topics.STATUS]
         )
-        self.raw_streams = _RawStreams(context)
         decoder = PredictionDecoder()  # shared, so that each prediction is decoded once
-        self.view = LiveState(decoder)
+        self.view = LiveState(decoder, table)
+        self.raw_streams = _RawStreams(context, [t for t in (self.view.picture_topic, self.view.sound_topic) if t])
         self.reading = PredictionReader(decoder=decoder)
         self.metrics = Metrics(decoder)
         self._typed: deque[bytes] = deque()
@@ -156,12 +158,12 @@ class DashboardNode(_ViewerNode):
     def _observe_raw(self) -> None:
         for envelope in self.raw_streams.read(self.page.clients > 0):
             self.view.observe(envelope)
-            if envelope.topic == topics.raw("vision") and isinstance(envelope.payload, bytes):
+            if envelope.topic == self.view.picture_topic and isinstance(envelope.payload, bytes):
                 self.page.picture(envelope.payload)
 
     def _update_page(self) -> None:
         if not self.page.clients:
-            self.view.skip(_RawStreams.TOPICS)
+            self.view.skip(self.raw_streams.wanted)
         elif now_ns() >= self._next_ns:
             self._next_ns = now_ns() + _PAGE_PERIOD_NS
             self.page.sound(self.view.sound.first, self.view.sound.columns)
@@ -203,10 +205,11 @@ class FoxgloveNode(_ViewerNode):
     """A server that Foxglove connects to, with the messages of the bus."""
 
     def __init__(self, context: Context) -> None:
-        from stream_mmrnn.viewers.foxglove import SHOWN, FoxgloveServer
+        from stream_mmrnn.viewers.foxglove import FoxgloveServer, shown
 
-        super().__init__(context, list(SHOWN))
-        self.server = FoxgloveServer(self.settings.foxglove.port, self.settings.bus.view_queue)
+        table = {name: row for name, row in stream_table(context.settings).items() if row.source != "none"}
+        super().__init__(context, shown(table.values()))
+        self.server = FoxgloveServer(self.settings.foxglove.port, self.settings.bus.view_queue, table)
         self.reporter.counts = lambda: {
             **_totals(self.subscriber.tally()),
             "garbage": self.subscriber.garbage + self.server.garbage,
@@ -280,20 +283,19 @@ class LslNode(_ViewerNode):
 class _RawStreams:
     """Pictures and sound for the page: subscribed only while a browser is connected."""
 
-    TOPICS = (topics.raw("vision"), topics.raw("audio"))
-
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, wanted: list[str]) -> None:
+        self.wanted = wanted
         self._address, self._queue = context.address, context.settings.bus.view_queue
         self._subscriber: Subscriber | None = None
         self._before: dict[str, dict[str, int]] = {}
 
     def read(self, connected: bool) -> Iterator[Envelope]:
         """The messages that have come, without waiting; none while no browser is connected."""
-        if not connected:
+        if not connected or not self.wanted:
             self.close()
             return
         if self._subscriber is None:
-            self._subscriber = Subscriber(self._address, list(self.TOPICS), self._queue, "drop_oldest", midway=True)
+            self._subscriber = Subscriber(self._address, self.wanted, self._queue, "drop_oldest", midway=True)
         for _ in range(self._queue):
             envelope = self._subscriber.receive(0)
             if envelope is None:

@@ -1,4 +1,4 @@
-"""The worker: a source and its encoder as a process. It knows nothing about ticks."""
+"""The worker: a source and its encoders as a process. It knows nothing about ticks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from stream_mmrnn.capture.pipeline import Outgoing, Pump, capture
 from stream_mmrnn.capture.stall_detector import StallDetector
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.config import stream_table
 from stream_mmrnn.core.errors import SourceError, WireError
+from stream_mmrnn.core.streams import first_text
 from stream_mmrnn.core.types import Sample
 from stream_mmrnn.live.nodes.process import Context, Node
 from stream_mmrnn.live.prewarm import Prewarmer
@@ -27,16 +29,20 @@ class WorkerNode(Node):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context, context.settings.bus.bulk_queue)
-        self.modality = context.modality
-        self.feature = topics.feature(self.modality)
-        self.stall_detector = StallDetector(topics.MODALITIES[self.modality].dense)
-        self.encoder = encoders.create_encoder(self.modality)
+        table = stream_table(self.settings)
+        self.stream = table[context.stream]
+        self.labels = context.stream == first_text(table.values())
+        """Whether labels, and lines that are typed on the page, join this stream."""
+        self.encoders = encoders.encoders_of(self.stream)
+        self.features = {topics.FEATURE + name: self.stream.counted_as(name) for name in self.encoders}
+        """By topic, under which name its messages are counted."""
+        self.stall_detector = StallDetector(self.stream.dense)
         stdin_fd = context.stdin.detach() if context.stdin is not None else -1
-        spec = getattr(self.settings.sources, self.modality)
-        self.source = sources.create_source(spec, self.modality, self.settings, stdin_fd)
+        self.source = sources.create_source(self.stream, self.settings, stdin_fd)
         self.prewarmer = Prewarmer(self._warm, 0)
         self.pump: Pump | None = None
-        self._undecodable = self._published = 0
+        self._undecodable = 0
+        self._published = dict.fromkeys(self.features, 0)
         self._captured_before = self._dropped_before = 0
         """Of the pumps before this one."""
         self._newest_ns = 0
@@ -51,14 +57,16 @@ class WorkerNode(Node):
             "captured": captured,
             "queue_dropped": dropped,
             "undecodable": self._undecodable,
-            "published": self._published,
-            "refused": self.publisher.refused.get(self.feature, 0),
+            **{self.features[topic]: n for topic, n in self._published.items()},
+            "refused": sum(self.publisher.refused.get(feature, 0) for feature in self.features),
             "stale": self.stall_detector.silences,
             "stale_ms": self.stall_detector.stale_ns(now_ns()) // 1_000_000,
         }
 
     def _detail(self) -> dict[str, Any]:
-        return {"source": self.source.origin, "encoder": self.encoder.origin, **self.source.info}
+        origins = [encoder.origin for encoder in self.encoders.values()]
+        about = {"kind": self.stream.kind, "person": self.stream.person, "encoders": origins}
+        return {"source": self.source.origin, "encoder": origins[0], **about, **self.source.info}
 
     def run(self) -> None:
         self._wait_for_start()
@@ -85,25 +93,26 @@ class WorkerNode(Node):
         self.context.ready.set()
         while not self.context.epoch.value and self.context.alive():
             time.sleep(0.002)
-        self.publisher.wait_for_reader(self.feature, 2.0)
+        self.publisher.wait_for_reader(topics.feature(self.stream.name), 2.0)
 
     def _run_source(self) -> None:
         """From opening the device to its end; raises SourceError where it cannot be opened or fails."""
-        self.encoder.reset()
+        for encoder in self.encoders.values():
+            encoder.reset()
         self.source.open()
         self.reporter.report("open")
-        queues = self.settings.queues
         pump = self.pump = Pump(
             self.source.samples(self.context.alive, self.context.epoch.value),
-            queues.policy(self.modality),
-            queues.length,
+            self.stream.policy,
+            self.settings.queues.length,
             self.context.alive,
         )
         pump.start()
         typing = self._start_typing(pump)
         self.prewarmer, self._newest_ns = Prewarmer(self._warm, 0), 0
         try:
-            for out in capture(self._samples(pump), self.modality, self.source.origin, self.encoder, self._bad):
+            samples, origin = self._samples(pump), self.source.origin
+            for out in capture(samples, self.stream, origin, self.encoders, self._bad, self.labels):
                 self._send(out)
         finally:
             self.stall_detector.stop(now_ns())
@@ -144,7 +153,8 @@ class WorkerNode(Node):
             self.prewarmer.stepped(sample.event_ns)
 
     def _warm(self) -> None:
-        self.encoder.prewarm()
+        for encoder in self.encoders.values():
+            encoder.prewarm()
         self.publisher.prewarm()
 
     def _bad(self, _: WireError) -> None:
@@ -156,12 +166,12 @@ class WorkerNode(Node):
         self.publisher.publish(
             out.topic, session, sample.event_ns, sample.capture_ns, sample.data, out.origin, sample.device_ns
         )
-        if out.topic == self.feature:
-            self._published += 1
+        if out.topic in self.features:
+            self._published[out.topic] += 1
 
     def _start_typing(self, pump: Pump) -> threading.Thread | None:
         """Lines typed on the live page join the lines of the source, in a thread of their own."""
-        if self.modality != "text" or not self.settings.dashboard.enabled:
+        if not self.labels or not self.settings.dashboard.enabled:
             return None
         thread = threading.Thread(target=self._join_typed, args=(pump,), name="typed", daemon=True)
         thread.start()

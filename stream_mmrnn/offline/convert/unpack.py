@@ -21,9 +21,11 @@ from stream_mmrnn.core.dedup import TickDeduplicator
 from stream_mmrnn.core.errors import FileError, UsageError, WireError
 from stream_mmrnn.core.extras import need
 from stream_mmrnn.core.prediction_decoder import PredictionDecoder
+from stream_mmrnn.core.streams import Stream
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.offline.convert.writers import Codec, Csv, Mp4, Parquet, Row, Wav, Writer
 from stream_mmrnn.recording.mcap_file import Recording
+from stream_mmrnn.recording.settings import streams_of
 from stream_mmrnn.viewers.columns import Column, columns_of
 
 FORMATS = ("parquet", "wav", "mp4", "csv")
@@ -40,11 +42,15 @@ class Contents(msgspec.Struct):
     end_ns: int
     columns: list[Column]
     damage: str
+    streams: dict[str, Stream]
+    modalities: list[str]
+    """Those that a tick may have had."""
 
 
 def inspect(path: Path) -> Contents:
     """Read a recording once; raises FileError if it is none."""
     recording = Recording(path)
+    table = streams_of(recording.metadata)
     counts: dict[str, int] = {}
     zero_ns = end_ns = None
     first: wire.PredictionMessage | None = None
@@ -53,21 +59,26 @@ def inspect(path: Path) -> Contents:
         if e.topic == topics.CLOCK:
             continue
         begin_ns = e.event_ns
-        if e.topic.startswith(topics.RAW) and topics.kind_of(e.topic) == "audio":
+        kind = table[topics.stream_of(e.topic)].kind if topics.stream_of(e.topic) in table else None
+        if kind == "audio" and e.topic.startswith(topics.RAW):
             begin_ns -= round(len(e.payload) * 1e9 / _RATE_HZ)
         zero_ns = begin_ns if zero_ns is None else min(zero_ns, begin_ns)
         end_ns = e.event_ns if end_ns is None else max(end_ns, e.event_ns)
         if first is None and e.topic == topics.PREDICTION:
             with contextlib.suppress(WireError):
                 first = wire.unpack(e.payload, wire.PredictionMessage)
-    return Contents(counts, zero_ns or 0, end_ns or 0, columns_of(recording, first), recording.damage)
+    names = [row.modality + name.removeprefix(row.name) for row in table.values() for name in row.features()]
+    names += [name for name in (first.present if first else ()) if name not in names]
+    columns = columns_of(recording, first)
+    return Contents(counts, zero_ns or 0, end_ns or 0, columns, recording.damage, table, names)
 
 
 class _Rows:
     """Makes the tables' rows from messages."""
 
-    def __init__(self, zero_ns: int, wall_offset_ns: int, columns: Sequence[Column]) -> None:
+    def __init__(self, zero_ns: int, wall_offset_ns: int, columns: Sequence[Column], modalities: Sequence[str]) -> None:
         self._zero_ns, self._wall_ns, self._columns = zero_ns, wall_offset_ns, columns
+        self._modalities = modalities
         self._decoder = PredictionDecoder()  # shared by all tables of predictions
         self._deduplicator = TickDeduplicator()
         self._malformed_ticks = 0
@@ -84,7 +95,7 @@ class _Rows:
         return [*self._when(e.event_ns), e.seq, e.capture_ns, e.publish_ns, e.device_ns, e.origin, e.payload]
 
     def words(self, e: Envelope) -> Row | None:
-        modality = topics.TOPICS[e.topic].modality
+        modality = topics.stream_of(e.topic)
         text = bytes(e.payload).decode("utf-8", "replace")
         return [*self._when(e.event_ns), *([modality] if modality else []), text]
 
@@ -92,7 +103,7 @@ class _Rows:
         tick = self._old_tick(e) if e.topic == topics.TICK else self._prediction(e)
         if tick is None:
             return None
-        seen = [v for m in topics.MODALITIES for v in (tick.present.get(m), tick.age_ns.get(m))]
+        seen = [v for m in self._modalities for v in (tick.present.get(m), tick.age_ns.get(m))]
         return [tick.tick, *self._when(tick.event_ns), tick.closed.by, *seen]
 
     def predictions(self, e: Envelope) -> Row | None:
@@ -137,22 +148,26 @@ def _plan(formats: Sequence[str], seen: Contents, rows: _Rows, codec: Codec) -> 
         return seen.counts.get(topic, 0) > 0
 
     names = ["tick", *_WHEN, "step_start_ns", "step_end_ns", *(c.label for c in seen.columns)]
-    for name, modality in topics.MODALITIES.items():
-        raw, feature = topics.raw(name), topics.feature(name)
-        if "wav" in formats and modality.kind == "audio" and has(raw):
+    for name, stream in seen.streams.items():
+        raw = topics.raw(name)
+        if "wav" in formats and stream.kind == "audio" and has(raw):
             yield Planned(f"{name}.wav", (raw,), partial(Wav, zero_ns=seen.zero_ns))
-        if "mp4" in formats and modality.kind == "vision" and has(raw):
+        if "mp4" in formats and stream.kind == "vision" and has(raw):
             yield Planned(f"{name}.mp4", (raw,), partial(Mp4, zero_ns=seen.zero_ns, codec=codec))
-        if "parquet" in formats and has(feature):
-            make = partial(Parquet, schema=_feature_schema(), row=rows.features)
-            yield Planned(f"features_{name}.parquet", (feature,), make)
+        make = partial(Parquet, schema=_feature_schema(), row=rows.features)
+        if "parquet" in formats and stream.kind == "signal" and has(raw):
+            yield Planned(f"raw_{name}.parquet", (raw,), make)
+        for features in stream.features():
+            if "parquet" in formats and has(topics.FEATURE + features):
+                yield Planned(f"features_{features}.parquet", (topics.FEATURE + features,), make)
     ticks = topics.TICK if has(topics.TICK) else topics.PREDICTION
     if "parquet" in formats and has(ticks):
-        yield Planned("ticks.parquet", (ticks,), partial(Parquet, schema=_tick_schema(), row=rows.ticks))
+        make = partial(Parquet, schema=_tick_schema(seen.modalities), row=rows.ticks)
+        yield Planned("ticks.parquet", (ticks,), make)
     if "parquet" in formats and has(topics.PREDICTION):
         make = partial(Parquet, schema=_prediction_schema(seen.columns), row=rows.predictions)
         yield Planned("predictions.parquet", (topics.PREDICTION,), make)
-    words = tuple(topics.raw(m.name) for m in topics.MODALITIES.values() if m.kind == "text")
+    words = tuple(topics.raw(row.name) for row in seen.streams.values() if row.kind == "text")
     if "csv" in formats and any(map(has, words)):
         yield Planned("text.csv", words, partial(Csv, names=[*_WHEN, "modality", "text"], row=rows.words))
     if "csv" in formats and has(topics.LABEL):
@@ -180,10 +195,10 @@ def _feature_schema() -> Any:
     return _fields(*_when_fields(), *numbers, ("origin", pa.string()), ("values", pa.list_(pa.float32())))
 
 
-def _tick_schema() -> Any:
+def _tick_schema(modalities: Sequence[str]) -> Any:
     import pyarrow as pa
 
-    seen = [f for m in topics.MODALITIES for f in ((f"present.{m}", pa.bool_()), (f"age_ns.{m}", pa.int64()))]
+    seen = [f for m in modalities for f in ((f"present.{m}", pa.bool_()), (f"age_ns.{m}", pa.int64()))]
     return _fields(("tick", pa.int64()), *_when_fields(), ("closed_by", pa.string()), *seen)
 
 
@@ -222,7 +237,7 @@ def unpack(
     seen = inspect(path)
     recording = Recording(path)
     wall_offset_ns = recording.started_unix_ns - int(recording.metadata["started_ns"])
-    rows = _Rows(seen.zero_ns, wall_offset_ns, seen.columns)
+    rows = _Rows(seen.zero_ns, wall_offset_ns, seen.columns, seen.modalities)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".unpack-", dir=folder))

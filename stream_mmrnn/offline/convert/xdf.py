@@ -22,6 +22,7 @@ from stream_mmrnn.capture.sources.lsl import int16_of
 from stream_mmrnn.core import config, topics, wire
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import FileError, UsageError, WireError
+from stream_mmrnn.core.streams import SHORT_FORMS, usual
 from stream_mmrnn.core.types import Envelope, Sample
 from stream_mmrnn.offline.convert.xdf_file import XdfStream, read
 from stream_mmrnn.recording.recorder import Recorder
@@ -87,7 +88,7 @@ def _usual(stream: XdfStream, taken: set[str]) -> str:
 
 
 def _check(stream: XdfStream, role: str) -> None:
-    kind = topics.MODALITIES[role].kind if role in topics.MODALITIES else role
+    kind = SHORT_FORMS[role][0] if role in SHORT_FORMS else role
     if kind == "text" and not stream.is_text:
         raise UsageError(f"the stream {stream.name!r} holds numbers, but {role} needs strings")
     if kind in ("audio", "signal") and stream.is_text:
@@ -99,7 +100,7 @@ def _check(stream: XdfStream, role: str) -> None:
 
 
 def _samples(stream: XdfStream, modality: str, shift_ns: int) -> Iterator[Sample]:
-    if topics.MODALITIES[modality].kind == "audio":
+    if SHORT_FORMS[modality][0] == "audio":
         yield from _sound(stream, shift_ns)
         return
     for value, at_s in zip(stream.values, stream.times_s, strict=True):
@@ -234,7 +235,7 @@ class _Messages:
             self._by_role.setdefault(role_of[stream.number], []).append(stream)
         self._session, self._shift_ns = session, shift_ns
         self._begin_ns, self._end_ns = span_ns[0], span_ns[1] + _TAIL_NS
-        self._modalities = tuple(m for m in topics.MODALITIES if m in self._by_role)
+        self._modalities = tuple(m for m in SHORT_FORMS if m in self._by_role)
         self._seq: dict[str, int] = {}
         self.undecodable = 0
         """Samples that an encoder refused: not finite, or no text."""
@@ -264,7 +265,8 @@ class _Messages:
         streams = self._by_role[modality]
         samples = heapq.merge(*(_samples(s, modality, self._shift_ns) for s in streams), key=lambda s: s.capture_ns)
         origin = "+".join(f"xdf:{s.name}" for s in streams)
-        return capture(samples, modality, origin, encoders.create_encoder(modality), self._on_undecodable)
+        stream = usual()[modality]
+        return capture(samples, stream, origin, encoders.encoders_of(stream), self._on_undecodable)
 
     def _on_undecodable(self, _: WireError) -> None:
         self.undecodable += 1

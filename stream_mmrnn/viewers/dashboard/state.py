@@ -7,10 +7,10 @@ counted, never raised. Knows nothing about browsers, terminals, sockets or clock
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from stream_mmrnn.core import topics, wire
+from stream_mmrnn.core import streams, topics, wire
 from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.core.latency import stages
 from stream_mmrnn.core.prediction_decoder import PredictionDecoder
@@ -29,9 +29,13 @@ _OLD_TEXTS = 8
 """The newest lines are shown however old they are."""
 _MAX_TEXT_CHARS = 240
 
-_SHOWN = frozenset({topics.CLOCK, topics.PREDICTION, topics.LABEL}) | {
-    t for m in topics.MODALITIES for t in (topics.raw(m), topics.feature(m))
-}
+_SHOWN = frozenset({topics.CLOCK, topics.PREDICTION, topics.LABEL})
+"""Beside the topics of streams."""
+_MAX_STREAMS = 64
+
+
+def _line_time(line: tuple[int, str, str]) -> int:
+    return line[0]
 
 
 class LiveState:
@@ -40,8 +44,13 @@ class LiveState:
     With many sessions the heads of one are shown: of the first, until it is silent for 2 s and another is not.
     """
 
-    def __init__(self, decoder: PredictionDecoder | None = None) -> None:
-        """`decoder`: one to share with other consumers of the same envelopes."""
+    def __init__(
+        self, decoder: PredictionDecoder | None = None, table: Mapping[str, streams.Stream] | None = None
+    ) -> None:
+        """`decoder`: one to share with other consumers of the same envelopes. `table`: the session's streams by name;
+        without it, the usual ones.
+        """
+        self.set_streams(streams.usual() if table is None else table)
         self._decoder = decoder or PredictionDecoder(MAX_SESSIONS)
         self._malformed = 0
         self.session = ""
@@ -56,11 +65,23 @@ class LiveState:
         self._tick = -1
         self._present: dict[str, bool] = {}
         self._latencies = Latencies()
-        self._texts: dict[str, deque[tuple[int, str, str]]] = {
-            t: deque(maxlen=_MAX_TEXTS) for t in (*topics.raws("text"), topics.LABEL)
-        }
         self._pictures = 0
         self.sound = Spectrogram()
+
+    def set_streams(self, table: Mapping[str, streams.Stream]) -> None:
+        """Show these streams: a recording may have others than the one before."""
+        self._table = table
+        first: dict[tuple[str, bool], str] = {}
+        for row in sorted(table.values(), key=lambda row: row.source == "none"):  # what is captured goes first
+            first.setdefault((row.kind, row.person == streams.SELF), topics.raw(row.name))
+        self.picture_topic = first.get(("vision", True), "")
+        """Raw topic of the pictures that are shown."""
+        self.sound_topic = first.get(("audio", True), "")
+        self._text_topic = first.get(("text", True), "")
+        self._others = tuple(topics.raw(row.name) for row in table.values() if row.kind == "text")
+        self._texts: dict[str, deque[tuple[int, str, str]]] = {
+            t: deque(maxlen=_MAX_TEXTS) for t in (*self._others, topics.LABEL)
+        }
 
     @property
     def malformed(self) -> int:
@@ -80,14 +101,20 @@ class LiveState:
                 self._observe_spec(spec)
         elif topic == topics.PREDICTION:
             self._observe_prediction(envelope, at_ns)
-        elif topic in _SHOWN:
+        elif topic in _SHOWN or self._is_stream(topic):
             self._observe_stream(envelope, at_ns)
             if topic in self._texts:
                 self._observe_text(envelope)
-            elif topic == topics.raw("vision"):
+            elif topic == self.picture_topic:
                 self._pictures += 1
-            elif topic == topics.raw("audio"):
+            elif topic == self.sound_topic:
                 self.sound.observe(envelope.event_ns, envelope.payload)
+
+    def _is_stream(self, topic: str) -> bool:
+        """Whether it is a stream's, and there is room for one more that the table does not have."""
+        name = topics.stream_of(topic)
+        known = name in self._table or topic in self._streams.views
+        return bool(name) and (known or len(self._streams.views) < _MAX_STREAMS)
 
     def _observe_stream(self, envelope: Envelope, at_ns: int) -> None:
         self._streams.observe(envelope, at_ns)
@@ -165,12 +192,12 @@ class LiveState:
                 name: head.snapshot(self._meaning.get(name) or HeadMeaning(name, unit=""), now_ns)
                 for name, head in self._heads.items()
             },
-            "texts": self._lines(topics.raw("text"), now_ns),
-            "other_texts": self._lines(topics.raw("other_text"), now_ns),
-            "labels": self._lines(topics.LABEL, now_ns),
+            "texts": self._lines([self._text_topic], now_ns),
+            "other_texts": self._lines([t for t in self._others if t != self._text_topic], now_ns),
+            "labels": self._lines([topics.LABEL], now_ns),
             "typing": self.typing(),
             "sound": self.sound.snapshot(now_ns),
-            "picture": {"number": self._pictures, "age_ms": self._streams.age_ms(topics.raw("vision"), now_ns)},
+            "picture": {"number": self._pictures, "age_ms": self._streams.age_ms(self.picture_topic, now_ns)},
             "latency": self._latencies.table(now_ns),
             "nodes": self._nodes.snapshot(now_ns),
             "losses": self._nodes.losses() + self._own_losses(),
@@ -187,9 +214,9 @@ class LiveState:
         """Whether a line typed on the page can become a text event, and if not, why."""
         return self._nodes.typing()
 
-    def _lines(self, topic: str, now_ns: int) -> list[dict[str, Any]]:
-        """The lines of one topic of the last 30 s, and the newest of the older ones; newest first."""
-        newest_first = list(reversed(self._texts[topic]))
+    def _lines(self, names: Collection[str], now_ns: int) -> list[dict[str, Any]]:
+        """The lines of some topics of the last 30 s, and the newest of the older ones; newest first."""
+        newest_first = sorted((line for t in names for line in self._texts.get(t, ())), key=_line_time, reverse=True)
         recent = sum(now_ns - at <= HISTORY_NS for at, _, _ in newest_first)
         return [
             {"text": text, "session": session, "age_ms": ms(now_ns - at)}
@@ -197,26 +224,36 @@ class LiveState:
         ]
 
     def _stream_names(self) -> list[str]:
-        """In the table's order: topics that were seen, and those that a process or the model names."""
+        """Topics that were seen, and those that a process or the model names: streams in the table's order first."""
         expected = {topics.feature(m) for m in self._modalities}
         expected |= {topics.feature(n.modality) for n in self._nodes.views.values() if n.modality}
-        return [t for t in topics.TOPICS if t in _SHOWN and (t in self._streams.views or t in expected)]
+        order = {name: rank for rank, name in enumerate(self._table)}
+        found = [t for t in {**self._streams.views, **dict.fromkeys(sorted(expected))} if topics.stream_of(t)]
+        found.sort(key=lambda t: (not t.startswith(topics.RAW), order.get(topics.stream_of(t), len(order))))
+        return found + [t for t in topics.TOPICS if t in _SHOWN and t in self._streams.views]
 
     def _stream(self, topic: str, now_ns: int) -> dict[str, Any]:
         stream = self._streams.views.get(topic)
-        modality = topics.TOPICS[topic].modality
+        modality = topics.stream_of(topic)
         age_ms = self._streams.age_ms(topic, now_ns)
-        sparse = bool(modality) and not topics.MODALITIES[modality].dense
+        row = self._table.get(modality)
+        sparse = bool(modality) and not (row or streams.Stream.of(modality)).dense
         owner = self._owner(topic, modality)
         return {
-            "modality": modality,
+            "modality": topic.removeprefix(topics.RAW).removeprefix(topics.FEATURE) if modality else "",
             "state": owner.state if owner else "",
             "reason": owner.reason if owner else "",
             "rate_hz": round(stream.rate.per_s(now_ns), 1) if stream else 0.0,
             "age_ms": age_ms,
             "silent": not sparse and (age_ms is None or age_ms > _SILENT_MS),
-            "present": self._present.get(modality) if topic.startswith(topics.FEATURE) else None,
+            "present": self._used(topic, modality) if topic.startswith(topics.FEATURE) else None,
         }
+
+    def _used(self, topic: str, stream: str) -> bool | None:
+        """Whether the last tick had this stream; None if the model does not take it."""
+        row = self._table.get(stream)
+        features = topic.removeprefix(topics.FEATURE)
+        return self._present.get((row.modality if row else stream) + features.removeprefix(stream))
 
     def _owner(self, topic: str, modality: str) -> NodeView | None:
         """The process whose state is the stream's."""

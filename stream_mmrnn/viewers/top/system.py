@@ -13,8 +13,9 @@ from stream_mmrnn.bus.registry import Entry, everything, find
 from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import NotRunning, StreamError, WireError
+from stream_mmrnn.core.streams import usual
 from stream_mmrnn.viewers.dashboard.state import LiveState
-from stream_mmrnn.viewers.terminal_view import WATCHED
+from stream_mmrnn.viewers.terminal_view import watched
 from stream_mmrnn.viewers.top.processes import ProcessUsage
 
 _QUEUE = 256
@@ -34,7 +35,7 @@ class System:
         self._usage = ProcessUsage(entry.pid)
         self._usage.read({})
         self._processes: list[dict[str, Any]] = []
-        wanted = [*WATCHED, topics.PREDICTION, topics.STATUS]
+        wanted = [*watched(usual().values()), topics.PREDICTION, topics.STATUS]
         self._subscriber = Subscriber(entry.address(), wanted, _QUEUE, "drop_oldest", midway=True)
 
     def receive(self) -> None:

@@ -1,0 +1,127 @@
+"""A stream: one named input of a session, and how it behaves in time.
+
+Which streams a session has is data: live from the settings, in replay and training from the recording (see
+`config.stream_table`). Knows nothing about devices, encoders or the bus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+import msgspec
+
+from stream_mmrnn.core import topics
+
+Kind = Literal["vision", "audio", "text", "signal"]
+Reduction = Literal["last", "mean", "sum"]
+
+SELF = "self"
+"""The person whom the session is about; others are for example the other party of a call, or a voice agent."""
+OTHER = "other"
+
+
+class KindSpec(msgspec.Struct, frozen=True):
+    """What streams of a kind have in common."""
+
+    dense: bool
+    """A dense stream holds the watermark back; a sparse one (text) does not."""
+    reduction: Reduction
+    """How the samples of one tick become one vector."""
+    schema: str
+    """Schema of its raw messages in a recording."""
+
+
+KINDS: dict[Kind, KindSpec] = {
+    "vision": KindSpec(True, "last", "foxglove.CompressedImage"),
+    "audio": KindSpec(True, "mean", "foxglove.RawAudio"),
+    "text": KindSpec(False, "sum", "foxglove.Log"),
+    "signal": KindSpec(True, "mean", "stream_mmrnn.Features"),
+}
+
+
+class Stream(msgspec.Struct, frozen=True):
+    """One row of a session's table of streams."""
+
+    name: str
+    kind: Kind
+    """Schema of the raw messages; default of queue, lateness, reduction and encoder."""
+    dense: bool
+    reduction: Reduction
+    source: str = "none"
+    encoders: tuple[str, ...] = ()
+    """Names of its encoders; () is the kind's own. The first gives `feature/NAME`, a further one
+    `feature/NAME.ENCODER`."""
+    person: str = SELF
+    lateness_ns: int = 0
+    policy: Literal["latest", "drop_oldest", "block"] = "block"
+    """What its queue does when its encoder is late."""
+    feeds: str = ""
+    """The modality of a model that it feeds; "" is the one of its own name."""
+    raw: bool = True
+    """Whether its samples are published and recorded beside their features."""
+
+    @classmethod
+    def of(cls, name: str, kind: Kind | None = None, person: str = "", source: str = "none") -> Stream:
+        """A stream with the defaults of its kind; without one, of what the name stands for, or else a signal."""
+        usual, usual_person = SHORT_FORMS.get(name, ("signal", SELF))
+        kind = kind or usual
+        spec = KINDS[kind]
+        person = person or usual_person
+        # the features of a signal are its samples: one copy is enough
+        return cls(name, kind, spec.dense, spec.reduction, source, person=person, raw=kind != "signal")
+
+    @property
+    def modality(self) -> str:
+        return self.feeds or self.name
+
+    def features(self) -> tuple[str, ...]:
+        """By encoder, the name of its feature vectors: the last part of their topic."""
+        return (self.name, *(f"{self.name}.{encoder}" for encoder in self.encoders[1:]))
+
+    def topics(self) -> list[str]:
+        """Of its samples, if they are published, and of its features."""
+        return [*([topics.raw(self.name)] if self.raw else []), *(topics.FEATURE + name for name in self.features())]
+
+    def counted_as(self, features: str) -> str:
+        """The name of the count of these feature vectors in a worker's status."""
+        return "published" + features.removeprefix(self.name)
+
+
+SHORT_FORMS: dict[str, tuple[Kind, str]] = {
+    "vision": ("vision", SELF),
+    "audio": ("audio", SELF),
+    "text": ("text", SELF),
+    "other_audio": ("audio", OTHER),
+    "other_text": ("text", OTHER),
+    "signal": ("signal", SELF),
+}
+"""Kind and person of the streams that have settings and options of their own (`sources.vision`, `--vision`)."""
+
+
+def usual() -> dict[str, Stream]:
+    """The streams that have settings of their own, without sources."""
+    return {name: Stream.of(name) for name in SHORT_FORMS}
+
+
+def first_text(table: Iterable[Stream]) -> str:
+    """The stream that typed lines and labels join: the first person's first text; "" if there is none."""
+    return next((s.name for s in table if s.kind == "text" and s.person == SELF and s.source != "none"), "")
+
+
+def feeding(modality: str, encoder: str, table: Mapping[str, Stream]) -> tuple[str, Stream]:
+    """What feeds a modality of a model: the name of the feature vectors, and their stream.
+
+    `encoder` is the contract's `name@sha256`, or "": it chooses among the encoders of one stream. A modality that no
+    stream feeds is masked; it gets the stream that its name stands for.
+    """
+    wanted = encoder.partition("@")[0]
+    for row in table.values():
+        for name in row.features():
+            fed = row.modality + name.removeprefix(row.name)
+            if fed == modality and row.source != "none":
+                if wanted in row.encoders[1:]:
+                    name = f"{row.name}.{wanted}"
+                return name, row
+    base = modality.partition(".")[0]
+    return modality, table.get(base) or Stream.of(base)

@@ -1,0 +1,125 @@
+"""The table of a session's streams: from the settings, with the defaults of each kind, and what feeds a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from stream_mmrnn.core import config, processes, streams, topics
+from stream_mmrnn.core.errors import ConfigError
+from stream_mmrnn.core.streams import Stream
+
+WRIST = {"source": "lsl:IMU-L"}
+
+
+def table(rows: dict[str, dict[str, Any]], **sections: Any) -> dict[str, Stream]:
+    return config.stream_table(config.parse({"streams": rows, **sections}))
+
+
+def test_without_streams_the_table_has_the_usual_ones() -> None:
+    rows = config.stream_table(config.Settings())
+    assert {name: row.kind for name, row in rows.items()} == {n: kind for n, (kind, _) in streams.SHORT_FORMS.items()}
+    assert {row.name for row in rows.values() if row.person != streams.SELF} == {"other_audio", "other_text"}
+    assert [row.source for row in rows.values()] == ["camera:0", "microphone", "stdin", "none", "none", "none"]
+
+
+def test_a_stream_has_what_is_given_and_else_the_defaults_of_its_kind() -> None:
+    rows = table(
+        {
+            "left_wrist": WRIST,
+            "door": {"source": "camera:1", "person": "room", "lateness_ms": 7, "policy": "block", "dense": False},
+            "b": {"kind": "audio", "source": "file:b.wav", "raw": False, "feeds": "other_audio", "reduction": "last"},
+        },
+        align={"signal_lateness_ms": 12.0},
+        queues={"signal": "latest"},
+    )
+    assert rows["left_wrist"] == Stream(
+        "left_wrist", "signal", True, "mean", "lsl:IMU-L", lateness_ns=12_000_000, policy="latest", raw=False
+    )
+    door = rows["door"]
+    assert (door.kind, door.person, door.dense, door.lateness_ns, door.policy) == (
+        "vision", "room", False, 7_000_000, "block",
+    )  # fmt: skip
+    b = rows["b"]
+    assert (b.kind, b.modality, b.raw, b.reduction) == ("audio", "other_audio", False, "last")
+    # the usual ones are not there unless they are given
+    assert {name for name, row in rows.items() if row.source != "none"} == {"left_wrist", "door", "b"}
+    given = table({"left_wrist": WRIST}, sources={"audio": "synthetic"})
+    assert {name for name, row in given.items() if row.source != "none"} == {"left_wrist", "audio"}
+
+
+def test_a_signal_is_recorded_raw_only_beside_another_encoder() -> None:
+    assert not table({"a": WRIST})["a"].raw
+    assert table({"a": {**WRIST, "encoders": ["signal", "slope"]}})["a"].raw
+
+
+@pytest.mark.parametrize(
+    ("rows", "sections", "words"),
+    [
+        ({"a": {}}, {}, "`streams.a.source` is missing"),
+        ({"a": {"source": "file:x.mp4"}}, {}, "`streams.a.kind` is missing"),
+        ({"a b": WRIST}, {}, "`streams.a b`: a stream's name has 1 to 32 letters"),
+        ({"a": {**WRIST, "kind": "smell"}}, {}, "`streams.a.kind` has a wrong value"),
+        ({"a": {**WRIST, "feedz": "x"}}, {}, "unknown key `streams.a.feedz`: the nearest is `feeds`"),
+        ({"a": WRIST, "b": {**WRIST, "feeds": "a"}}, {}, "the streams `a` and `b` both feed the modality 'a'"),
+        ({"audio": {"source": "microphone"}}, {"sources": {"audio": "none"}}, "two streams are named `audio`"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(rows: dict[str, dict[str, Any]], sections: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as e:
+        table(rows, **sections)
+    assert words in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+def test_no_stream_has_the_name_of_a_process() -> None:
+    for name in ("engine", "camera", "supervisor", "clock"):
+        with pytest.raises(ConfigError, match=f"`streams.{name}`: a process of the session has this name"):
+            processes.captured(config.parse({"streams": {name: WRIST}}))
+
+
+def test_an_option_names_the_source_of_a_stream_in_the_file(tmp_path: Any) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text('[streams.audio]\nsource = "microphone"\nlateness_ms = 5\n')
+    settings = config.load(file, {"sources.audio": "synthetic"}, {"wrist": dict(WRIST)})
+    rows = config.stream_table(settings)
+    assert (rows["audio"].source, rows["audio"].lateness_ns) == ("synthetic", 5_000_000)
+    assert rows["wrist"].source == "lsl:IMU-L"
+
+
+def test_a_recording_keeps_the_table() -> None:
+    settings = config.parse({"streams": {"a": {**WRIST, "lateness_ms": 5.0, "encoders": ["signal", "slope"]}}})
+    again = config.recorded(msgspec.json.decode(msgspec.json.encode(settings)))
+    assert config.stream_table(again) == config.stream_table(settings)
+
+
+def test_topics_follow_from_names() -> None:
+    assert topics.stream_of("raw/left_wrist") == topics.stream_of("feature/left_wrist.slope") == "left_wrist"
+    for no in ("raw/", "raw/a/b", "feature/a.b.c", "clock", "feature/" + "x" * 33, "feature/a.", "raw/-a"):
+        assert topics.stream_of(no) == ""
+    assert topics.is_known("status/anything")
+    assert not topics.is_known("raw/no name")
+
+
+def test_what_feeds_a_modality() -> None:
+    rows = table(
+        {
+            "webcam": {"source": "camera:0", "feeds": "vision", "encoders": ["vision", "face"]},
+            "a": {**WRIST, "encoders": ["signal", "slope"]},
+        }
+    )
+
+    def features(modality: str, encoder: str = "") -> tuple[str, str]:
+        name, row = streams.feeding(modality, encoder, rows)
+        return name, row.name
+
+    assert features("vision") == ("webcam", "webcam")
+    assert features("vision.face") == ("webcam.face", "webcam")
+    assert features("vision", "face@1234") == ("webcam.face", "webcam")
+    assert features("a.slope") == ("a.slope", "a")
+    # nothing feeds these: they are masked, and behave in time as their names say
+    assert features("text") == ("text", "text")
+    assert not streams.feeding("text", "", rows)[1].dense
+    assert features("gaze") == ("gaze", "gaze")
