@@ -118,7 +118,7 @@ def resident_bytes() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 def test_the_queue_of_a_client_that_does_not_read_is_bounded() -> None:
-    server = FoxgloveServer(0, 32)
+    server = FoxgloveServer(0, 32, usual())
     frame = np.random.default_rng(0).bytes(250_000)
     at_ns = now_ns()
 
@@ -142,7 +142,7 @@ def test_the_queue_of_a_client_that_does_not_read_is_bounded() -> None:
 
 
 def test_unreadable_messages_are_counted_and_nothing_is_encoded_without_subscribers() -> None:
-    server = FoxgloveServer(0, 8)
+    server = FoxgloveServer(0, 8, usual())
     bad = Envelope("raw/audio", "live", 0, 0, 0, 0, b"odd")
     server.show(bad)
     assert server.garbage == 0  # there is no subscriber: it was not encoded
@@ -160,5 +160,5 @@ def test_unreadable_messages_are_counted_and_nothing_is_encoded_without_subscrib
     assert server.garbage == 2
     taken = int(server.address.rpartition(":")[2])
     with pytest.raises(StreamError, match=f"port {taken}"):
-        FoxgloveServer(taken, 8)
+        FoxgloveServer(taken, 8, usual())
     server.close()

@@ -207,7 +207,7 @@ class FoxgloveNode(_ViewerNode):
     def __init__(self, context: Context) -> None:
         from stream_mmrnn.viewers.foxglove import FoxgloveServer, shown
 
-        table = {name: row for name, row in stream_table(context.settings).items() if row.source != "none"}
+        table = stream_table(context.settings)  # also those without a source: other programs may publish features
         super().__init__(context, shown(table.values()))
         self.server = FoxgloveServer(self.settings.foxglove.port, self.settings.bus.view_queue, table)
         self.reporter.counts = lambda: {

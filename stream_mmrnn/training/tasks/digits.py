@@ -33,7 +33,7 @@ from stream_mmrnn.training.tasks.common import Words, find, require
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 RULES = {"up": 1, "down": -1, "by two": 2}
 """Added to the digit from item to item, modulo 10."""
-MODALITIES = {"vision": 784, "audio": MELS, "text": TextEncoder.size}
+SIZES = {"vision": 784, "audio": MELS, "text": TextEncoder.size}
 KNOWN_S = 0.2
 """Ticks earlier than this after the start of an item are not scored."""
 VALIDATION_INDICES = range(5, 10)
@@ -178,7 +178,7 @@ def _pool(images: ByteArray, labels: ByteArray, recordings: Sequence[fsdd.Record
     spoken: dict[str, list[list[FloatArray]]] = defaultdict(lambda: [[] for _ in WORDS])
     for r in recordings:
         spoken[r.speaker][r.digit].append(_upsampled(r.samples))
-    by_digit = tuple(images[labels == d].reshape(-1, MODALITIES["vision"]) for d in range(10))
+    by_digit = tuple(images[labels == d].reshape(-1, SIZES["vision"]) for d in range(10))
     for d in range(10):
         if not spoken or not len(by_digit[d]) or not all(of[d] for of in spoken.values()):
             raise FileError(
@@ -213,8 +213,8 @@ class Maker:
             (int(digit), a, b, int(bits)) for digit, a, b, bits in zip(digits[:-1], start, end, drawn, strict=True)
         ]
 
-        newest = {m: np.full(count, -np.inf) for m in MODALITIES}
-        features: dict[str, FloatArray] = {m: np.zeros((count, size), np.float32) for m, size in MODALITIES.items()}
+        newest = {m: np.full(count, -np.inf) for m in SIZES}
+        features: dict[str, FloatArray] = {m: np.zeros((count, size), np.float32) for m, size in SIZES.items()}
         newest["audio"] = ends
         samples = self._sound([(d, a, b) for d, a, b, bits in spans if bits & 2], pool, speaker, count * _TICK, rng)
         hops = logmel(samples)
@@ -301,7 +301,7 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
     """`places` contain MNIST and FSDD, each as an archive or a folder."""
     o = convert(recipe.data.options, Options)
     classes = tuple("0123456789")
-    require(recipe, MODALITIES, {"digit": classes, "next_digit": classes})
+    require(recipe, SIZES, {"digit": classes, "next_digit": classes})
     if recipe.tick_ms != 1000 * _TICK_S:
         raise ConfigError(f"data.kind `digits` has ticks of {1000 * _TICK_S:g} ms: set tick_ms to that")
     if not o.noise:
