@@ -79,6 +79,7 @@ def test_a_queue_that_drains_is_no_jump() -> None:
     assert clock.jumps == 0
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     st.floats(-300, 300),

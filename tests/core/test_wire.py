@@ -75,6 +75,7 @@ def read(decode: Callable[..., Envelope], frames: list[bytes]) -> tuple[object, 
     return (e.topic, e.session, e.seq, e.event_ns, e.capture_ns, e.publish_ns, e.origin, payload, e.device_ns)
 
 
+@pytest.mark.slow
 @given(st.lists(envelopes, max_size=4), envelopes, st.data())
 def test_a_message_of_a_known_stream_is_read_as_one_of_an_unknown_stream(
     before: list[Envelope], envelope: Envelope, data: st.DataObject

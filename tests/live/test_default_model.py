@@ -112,6 +112,7 @@ def test_reset_equals_fresh() -> None:
     assert same(first, third)
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(st.lists(st.sampled_from(["a", "b", "ab"]), min_size=1, max_size=25))
 def test_any_interleaving_of_two_sessions_equals_each_alone(order: list[str]) -> None:

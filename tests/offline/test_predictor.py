@@ -56,6 +56,7 @@ def test_a_prediction_for_each_tick(predictor: Predictor, sound: np.ndarray) -> 
     assert predictor.counts["audio"].used == 50 * SECONDS
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(cuts=st.lists(st.integers(0, 16_000 * SECONDS), max_size=30))
 def test_any_chunks_of_the_same_sound_give_the_same_bits(
@@ -101,6 +102,7 @@ def test_words_alone_move_time() -> None:
     assert p.advance(1.0) == []
 
 
+@pytest.mark.slow
 def test_advance_over_an_hour_of_nothing_is_refused_and_in_steps_it_is_not() -> None:
     p = Predictor()
     with pytest.raises(UsageError, match="more than an hour after what was pushed before"):
@@ -124,6 +126,7 @@ def test_reset_forgets_everything(predictor: Predictor, sound: np.ndarray, whole
     assert bits(predictor.push_audio(sound)) == whole
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(at=st.integers(0, 16_000 * SECONDS))
 def test_another_predictor_continues_from_a_snapshot_with_the_same_bits(

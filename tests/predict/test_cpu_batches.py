@@ -173,6 +173,7 @@ def test_a_missing_state_is_named(toy: Path) -> None:
         with_arena(toy.read_bytes(), {"state.missing": Carried("next.missing", (3,))})
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_damaged_bytes_raise_only_model_errors(toy: Path, data: st.DataObject) -> None:

@@ -36,6 +36,7 @@ def test_step_equals_a_reference_in_numpy(toy: Path) -> None:
         assert got.step_end_ns >= got.step_start_ns
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=5), min_size=1, max_size=12))
 def test_any_interleaving_is_bit_identical_to_single_sessions(toy: Path, batches: list[list[str]]) -> None:
@@ -162,6 +163,7 @@ def test_batched_sessions_equal_single_ones(toy: Path) -> None:
     run_state_machine_as_test(machine, settings=settings(max_examples=25, stateful_step_count=40, deadline=None))
 
 
+@pytest.mark.slow
 def test_a_step_allocates_only_its_predictions(toy: Path) -> None:
     engine = StepEngine(toy, 40)
     for i in range(40):

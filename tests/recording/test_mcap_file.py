@@ -183,6 +183,7 @@ def test_a_cut_anywhere_loses_only_the_tail(whole: Path, tmp_path: Path, data: s
     assert all(same(a, b) for a, b in zip(session_of(40), read, strict=False))
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_damage_anywhere_is_detected_or_harmless(whole: Path, tmp_path: Path, data: st.DataObject) -> None:

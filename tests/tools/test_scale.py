@@ -12,6 +12,7 @@ from tools.scale import figures, simulate, text
 from tools.scale.simulate import TICK_S, Engine
 
 
+@pytest.mark.slow
 def test_one_seed_is_one_document_and_the_page_is_of_it() -> None:
     one, two = scale.document(0), scale.document(0)
     assert json.dumps(one) == json.dumps(two)

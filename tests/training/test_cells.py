@@ -99,6 +99,7 @@ def test_gradients_are_those_of_the_loop(name: str, restarts: bool) -> None:
         torch.testing.assert_close(ours, loop, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())

@@ -37,6 +37,7 @@ def inputs(
     return features, present, age, reset
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rare", [False, True])
 @pytest.mark.parametrize("kind", recipes.FUSIONS)
 @pytest.mark.parametrize("cell", CELLS)
