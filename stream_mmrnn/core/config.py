@@ -60,7 +60,7 @@ class StreamSettings(_Section, frozen=True):
     """Any number of named inputs, each a table `[streams.NAME]`: two cameras, a sensor on each wrist, three people."""
 
     source: str
-    """As in `[sources]`; or `from:STREAM`, or the name of a plug-in's source."""
+    """As in `[sources]`, or the name of a plug-in's source, such as `thermometer:/dev/x`."""
     kind: Literal["", "vision", "audio", "text", "signal"] = ""
     """What its samples are; "" is what the source gives (that of `lsl:` and of plug-ins is a signal)."""
     encoders: tuple[Annotated[str, msgspec.Meta(pattern=STREAM_NAME)], ...] = ()
