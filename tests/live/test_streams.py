@@ -211,3 +211,11 @@ def test_wrong_streams_are_one_sentence(args: list[str], words: str) -> None:
     code, _, err = run("live", *args, "--duration", 1)
     assert code == 2
     assert words in " ".join(err.split())
+
+
+def test_a_stream_that_feeds_what_the_model_does_not_take_is_refused(tmp_path: Path, model: Path) -> None:
+    file = tmp_path / "s.toml"
+    file.write_text('[streams.webcam]\nkind = "vision"\nsource = "synthetic"\nfeeds = "vison"\n')
+    code, _, err = run("live", "--config", file, "--model", model, "--duration", 1)
+    assert code == 2
+    assert "`streams.webcam.feeds` is 'vison', and the model takes vision, audio, text" in " ".join(err.split())
