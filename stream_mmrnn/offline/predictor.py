@@ -20,7 +20,7 @@ from safetensors.numpy import save as to_safetensors
 
 from stream_mmrnn.capture.encoders import Encoder, encoders_of
 from stream_mmrnn.core import config, topics
-from stream_mmrnn.core.errors import SnapshotError, UsageError, WireError
+from stream_mmrnn.core.errors import SessionError, SnapshotError, UsageError, WireError
 from stream_mmrnn.core.streams import Stream, feeding
 from stream_mmrnn.core.types import Envelope, Payload, Prediction, Sample
 from stream_mmrnn.graph.runtime import Provider
@@ -47,6 +47,7 @@ class _State(msgspec.Struct, frozen=True):
     inputs: list[str]
     seq: dict[str, int]
     newest_ns: int
+    zero_ns: int
     sound_ns: dict[str, int]
 
 
@@ -225,18 +226,17 @@ class Predictor:
                 f"the sound of {', '.join(self._resamplers)} is being resampled, and the resampler's state cannot be "
                 "saved; push sound at 16 kHz"
             )
-        state = _State(self._aligner.snapshot(), self._inputs, self._seq, self._newest_ns, self._sound_ns)
+        state = _State(
+            self._aligner.snapshot(), self._inputs, self._seq, self._newest_ns, self._zero_ns, self._sound_ns
+        )
         extra: dict[str, bytes | str] = {"predictor": msgspec.msgpack.encode(state)}
         for name, made in self._encoders.items():
             for features, encoder in made.items():
-                save = getattr(encoder, "snapshot", None)
-                if save is None:
-                    raise SnapshotError(f"the encoder {encoder.origin} of {name} has no `snapshot`; it cannot be saved")
-                extra[f"encoder {name} {features}"] = to_safetensors(save())
+                extra[f"encoder {name} {features}"] = to_safetensors(_state_of(encoder))
         return to_bytes(Snapshot(_SESSION, self.spec.sha256, NEVER, self._engine.snapshot(_SESSION), extra))
 
     def restore(self, snapshot: bytes) -> None:
-        """Continue from a snapshot; the present state is dropped.
+        """Continue from a snapshot; the present state is dropped. A clock goes on from the snapshot's time.
 
         Raises:
             SnapshotError: it is damaged, or of another model or other streams; the present state is kept.
@@ -254,17 +254,30 @@ class Predictor:
                     encoders[name, features] = from_safetensors(_bytes(read, key))
         except (msgspec.MsgspecError, SafetensorError, ValueError) as e:
             raise SnapshotError(f"the snapshot is damaged: {e}; take another one") from e
-        if unknown := [name for name, _ in encoders if name not in self._streams]:
-            raise SnapshotError(f"the snapshot has a stream {unknown[0]!r}, which this predictor has not")
+        if any(
+            name not in self._streams or features not in self._encoders_of(self._streams[name])
+            for name, features in encoders
+        ):
+            raise SnapshotError("the snapshot has streams or encoders that this predictor has not; use its settings")
         aligner = self._make_aligner()
-        aligner.restore(state.aligner)
-        self._engine.restore(_SESSION, read.state)
+        before = {encoder: _state_of(encoder) for made in self._encoders.values() for encoder in made.values()}
+        try:
+            aligner.restore(state.aligner)
+            for made in self._encoders.values():
+                for encoder in made.values():
+                    encoder.reset()  # what the snapshot does not name had not been pushed
+            for (name, features), tensors in encoders.items():
+                self._encoders[name][features].restore(tensors)
+            self._engine.restore(_SESSION, read.state)
+        except (SnapshotError, SessionError) as e:
+            for encoder, tensors in before.items():
+                encoder.restore(tensors)
+            raise SnapshotError(f"the snapshot does not fit this predictor: {e}") from e
         self._aligner = aligner
-        for (name, features), tensors in encoders.items():
-            encoder: Any = self._encoders_of(self._streams[name])[features]
-            encoder.restore(tensors)
         self._inputs, self._seq, self._newest_ns = state.inputs, state.seq, state.newest_ns
-        self._sound_ns, self._resamplers = state.sound_ns, {}
+        self._zero_ns, self._sound_ns, self._resamplers = state.zero_ns, state.sound_ns, {}
+        if self._clock is not None:
+            self._started_s = self._clock() - self.at_s(self._newest_ns)
 
     # ---- files ---------------------------------------------------------------------------------------------------
 
@@ -376,15 +389,14 @@ class Predictor:
     def _tick(self, to_ns: int) -> list[Prediction]:
         """Move the clock on, in steps that the aligner takes."""
         made: list[Prediction] = []
-        while self._newest_ns < to_ns or not made:
+        while True:
             self._newest_ns = max(self._newest_ns, min(to_ns, self._newest_ns + _AT_ONCE_NS))
             at = (self._newest_ns,) * 3
             seq = self._seq[topics.CLOCK] = self._seq.get(topics.CLOCK, -1) + 1
             for tick in self._aligner.push(Envelope(topics.CLOCK, topics.EVERYONE, seq, *at, b"")):
                 made += self._engine.step([tick])
             if self._newest_ns >= to_ns:
-                break
-        return made
+                return made
 
 
 class _Resampler:
@@ -411,6 +423,12 @@ class _Resampler:
     def held_ns(self) -> int:
         """How much of what was fed is still in the filter."""
         return round((self._frames_in / self.rate_hz - self._frames_out / topics.AUDIO_RATE_HZ) * _S)
+
+
+def _state_of(encoder: Encoder) -> dict[str, npt.NDArray[Any]]:
+    if not hasattr(encoder, "snapshot"):  # a plug-in's
+        raise SnapshotError(f"the encoder {encoder.origin} has no `snapshot`; its state cannot be saved")
+    return encoder.snapshot()
 
 
 def _bytes(snapshot: Snapshot, key: str) -> bytes:

@@ -7,6 +7,7 @@ caller keeps the state of rows without data.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -23,7 +24,7 @@ _sigmoid_backward = torch.ops.aten.sigmoid_backward  # grad * y * (1 - y) in one
 _threshold_backward = torch.ops.aten.threshold_backward  # grad where x > the threshold
 
 
-class Cell(nn.Module):
+class Cell(nn.Module, ABC):
     """Base class: named states, their initial values, resets, and a sequence as a loop of steps."""
 
     def __init__(
@@ -51,9 +52,9 @@ class Cell(nn.Module):
         assert isinstance(value, Tensor)
         return value
 
+    @abstractmethod
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One step: `x` [B, I] -> output [B, H] and the state after it."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
         """A sequence: `x` [B, T, I] -> outputs [B, T, H] and the state after the last step.
@@ -209,21 +210,21 @@ class LinearCell(Cell):
         self.input = nn.Linear(input_size, columns * hidden_size)
 
     @staticmethod
+    @abstractmethod
     def coefficients(pre: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Compute a and b [..., H] elementwise from the columns of W x + b and from `gate_parameters()`."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def fill(pre: Sequence[Tensor], parameters: Sequence[Tensor], a: Tensor, b: Tensor) -> None:
         """The same for training, see `scan.Gates`."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def gradient(
         kept: Sequence[Tensor], parameters: Sequence[Tensor], before: Tensor, d: Tensor, out: Sequence[Tensor]
     ) -> Sequence[Tensor]:
         """The gradient of `fill`, see `scan.Gates`."""
-        raise NotImplementedError
 
     def gate_parameters(self) -> tuple[Tensor, ...]:
         """Parameters that `coefficients` needs in addition to the input, each [H]."""

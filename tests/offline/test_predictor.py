@@ -142,6 +142,25 @@ def test_another_predictor_continues_from_a_snapshot_with_the_same_bits(
     assert before + bits(predictor.push_audio(sound[at:])) == whole
 
 
+def test_a_snapshot_brings_its_own_time_and_no_sound_of_the_predictor_that_takes_it(sound: np.ndarray) -> None:
+    first = Predictor(zero_ns=12_345_678_900)
+    first.push_text("hello", 1.0)
+    saved = first.snapshot()
+    now = [50.0]
+    other = Predictor(clock=lambda: now[0])
+    other.push_audio(sound[:5555])
+    other.restore(saved)
+    now[0] += 1.0
+    made = other.advance()
+    assert other.at_s(made[-1]) == pytest.approx(2.0, abs=0.04)
+    again = Predictor(zero_ns=12_345_678_900)
+    again.push_text("hello", 1.0)
+    third = Predictor()
+    third.push_audio(sound[:5555])
+    third.restore(saved)
+    assert bits(third.push_audio(sound, 5.0)) == bits(again.push_audio(sound, 5.0))
+
+
 def test_what_is_no_snapshot_changes_nothing(predictor: Predictor, sound: np.ndarray, whole: list[Any]) -> None:
     predictor.reset()
     predictor.push_audio(sound[:20_000])
