@@ -18,6 +18,7 @@ from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import ConfigError, StreamError
 from stream_mmrnn.core.printable import shown
 from stream_mmrnn.core.signals import ENDING, held
+from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.streams import SELF, SHORT_FORMS
 from stream_mmrnn.recording.append_file import later_parts, part
 
@@ -246,7 +247,7 @@ class _Terminal:
         if self._console.is_terminal and not plain and not self.quiet:
             self.screen = Live(console=self._console, refresh_per_second=8, transient=True)
         self.say: Callable[[str], None] = self.lines or at_least(settings.log.level, self._note)
-        self.state = LiveState(table=config.stream_table(settings))
+        self.state = LiveState(table=stream_table(settings))
         self._notes: list[str] = []
         self._addresses: dict[str, str] = {}
         self._began_ns = now_ns()
@@ -338,7 +339,7 @@ def _run(settings: config.Settings, duration: float | None, with_engine: bool, a
     terminal = _Terminal(settings, as_json, plain)
     if settings.record.path:
         keep_old(Path(settings.record.path), terminal.say)
-    table = config.stream_table(settings).values()
+    table = stream_table(settings).values()
     watching: tuple[Callable[[Any], None], Collection[str]] = (
         (lambda _: None, ()) if terminal.quiet else (terminal.state.observe, watched(table))
     )

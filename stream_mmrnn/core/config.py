@@ -5,24 +5,21 @@ Strict: an unknown key is an error that names the nearest known one.
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
 import os
 import re
 import tempfile
-import tomllib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import msgspec
 
-from stream_mmrnn.core import streams as core_streams
+from stream_mmrnn.core import strict_toml
 from stream_mmrnn.core.errors import ConfigError
-from stream_mmrnn.core.streams import KINDS, SELF, SHORT_FORMS, Kind, Stream
+from stream_mmrnn.core.streams import SELF, SHORT_FORMS, Kind
+from stream_mmrnn.core.strict_toml import convert, read_toml
 from stream_mmrnn.core.topics import SESSION_NAME, STREAM_NAME
 
-_MAX_TOML_BYTES = 2**20
 _Positive = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
 _Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 
@@ -354,60 +351,9 @@ class Settings(_Section, frozen=True):
     trace: TraceSettings = TraceSettings()
 
 
-def _nearest(unknown: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
-    return f"the nearest is `{close[0]}`" if close else f"the keys there are {', '.join(known)}"
-
-
-def _unknown_keys(value: Any, kind: Any, where: str) -> Iterator[tuple[str, str]]:
-    """(key, error message) of each unknown key, also in nested tables and lists of tables."""
-    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-        if not isinstance(value, dict):
-            return
-        hints, fields = get_type_hints(kind), list(kind.__struct_fields__)
-        for key, inner in value.items():
-            full = f"{where}.{key}" if where else key
-            if key not in fields:
-                yield full, f"unknown key `{full}`: {_nearest(key, fields)}"
-            else:
-                yield from _unknown_keys(inner, hints[key], full)
-    elif get_origin(kind) is dict and isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _unknown_keys(inner, get_args(kind)[1], f"{where}.{key}")
-    elif get_origin(kind) is tuple and isinstance(value, list | tuple):
-        for i, inner in enumerate(value):
-            yield from _unknown_keys(inner, get_args(kind)[0], f"{where}[{i}]")
-
-
-def _required(kind: type[msgspec.Struct]) -> list[str]:
-    return [f.name for f in msgspec.structs.fields(kind) if f.required]
-
-
-def _wrong_values(value: Any, kind: Any, where: str) -> Iterator[tuple[str, str]]:
-    """(key, error message) of each invalid value; unknown keys are skipped."""
-    if where and isinstance(kind, type) and issubclass(kind, msgspec.Struct) and not isinstance(value, dict):
-        yield where, f"`{where}` has a wrong value: expected a table, got {value!r}"
-    elif isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-        hints = get_type_hints(kind, include_extras=True)
-        for key, inner in value.items():
-            if key in kind.__struct_fields__:
-                yield from _wrong_values(inner, hints[key], f"{where}.{key}" if where else key)
-        missing = [k for k in _required(kind) if k not in value]
-        if where and missing:
-            yield f"{where}.{missing[0]}", f"`{where}.{missing[0]}` is missing; give it"
-    elif get_origin(kind) is dict and isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _wrong_values(inner, get_args(kind)[1], f"{where}.{key}")
-    else:
-        try:
-            msgspec.convert(value, kind)
-        except msgspec.ValidationError as e:
-            yield where, _wrong(e, where)
-
-
 def faults(table: dict[str, Any]) -> list[tuple[str, str]]:
     """All faults in a table of settings as (key, one sentence); `parse` stops at the first."""
-    found = [*_unknown_keys(table, Settings, ""), *_wrong_values(table, Settings, "")]
+    found = strict_toml.faults(table, Settings)
     if not found:
         try:
             parse(table)
@@ -416,50 +362,6 @@ def faults(table: dict[str, Any]) -> list[tuple[str, str]]:
             key = re.search(r"`([^`]*)`", text)
             found.append((key.group(1) if key else "", text))
     return found
-
-
-_Kind = TypeVar("_Kind", bound=msgspec.Struct)
-
-
-def convert(table: dict[str, Any], kind: type[_Kind]) -> _Kind:
-    """Convert a TOML table to a typed value.
-
-    Raises:
-        ConfigError: an unknown key (with the nearest known one) or an invalid value.
-
-    """
-    for _, says in _unknown_keys(table, kind, ""):
-        raise ConfigError(says)
-    try:
-        return msgspec.convert(table, kind)
-    except msgspec.ValidationError as e:
-        for _, says in _wrong_values(table, kind, ""):  # it knows the names in tables of tables
-            raise ConfigError(says) from e
-        raise ConfigError(_wrong(e)) from e
-
-
-def _wrong(error: msgspec.ValidationError, where: str = "") -> str:
-    """The error as one sentence with the key's path; `where` is the path of the converted value."""
-    text = str(error)
-    inside = re.search(r"`\$\.?([^`]*)`", text)
-    key = (where + (inside.group(1) if inside else "")) or "the file"
-    reason = text.split(" - at")[0].replace("Expected", "expected")
-    return f"`{key}` has a wrong value: {reason}"
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """The table of a TOML file.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError, RecursionError: it is not valid TOML, too long, or nested too deep.
-
-    """
-    with path.open("rb") as file:
-        text = file.read(_MAX_TOML_BYTES + 1)
-    if len(text) > _MAX_TOML_BYTES:
-        raise ValueError(f"it has more than {_MAX_TOML_BYTES} bytes")
-    return tomllib.loads(text.decode())
 
 
 def is_loopback(host: str) -> bool:
@@ -496,78 +398,6 @@ def _check_access(settings: Settings) -> None:
         )
 
 
-_SOURCE_KINDS: dict[str, Kind] = {
-    "camera": "vision",
-    "microphone": "audio",
-    "stdin": "text",
-    "pipe": "text",
-    "tcp": "text",
-    "zmq": "text",
-    "page": "text",
-    "lsl": "signal",
-}
-"""What a stream is whose settings do not say it, by its source."""
-
-
-def stream_table(settings: Settings) -> dict[str, Stream]:
-    """The streams of a session by name; also those without a source (`none`) that have settings of their own.
-
-    Raises:
-        ConfigError: a stream's kind cannot be told from its source, two streams feed one modality, or a stream has a
-            name that no stream may have.
-
-    """
-    table: dict[str, Stream] = {}
-    for name, usual in core_streams.usual().items():
-        if name not in settings.streams:
-            table[name] = _with_defaults(usual, settings, source=getattr(settings.sources, name))
-    for name, given in settings.streams.items():
-        if not re.match(STREAM_NAME, name):
-            raise ConfigError(f"`streams.{name}`: a stream's name has 1 to 32 letters, digits, `_` or `-`")
-        kind = given.kind or _SOURCE_KINDS.get(given.source.partition(":")[0])
-        if kind is None and name in SHORT_FORMS:
-            kind = SHORT_FORMS[name][0]
-        if kind is None and given.source.partition(":")[0] not in ("file", "synthetic", "none"):
-            kind = "signal"  # what most plug-ins give
-        if kind is None:
-            raise ConfigError(
-                f"`streams.{name}.kind` is missing: {given.source!r} may give {', '.join(KINDS)}; set one of them"
-            )
-        made = core_streams.Stream.of(name, kind, given.person)
-        about: dict[str, Any] = {"source": given.source, "encoders": given.encoders, "feeds": given.feeds}
-        if given.dense is not None:
-            about["dense"] = given.dense
-        if given.reduction:
-            about["reduction"] = given.reduction
-        if given.policy:
-            about["policy"] = given.policy
-        if given.lateness_ms is not None:
-            about["lateness_ns"] = round(given.lateness_ms * 1e6)
-        if kind != "signal" or given.encoders:
-            about["raw"] = given.raw
-        table[name] = _with_defaults(made, settings, **about)
-    _check_feeds(table)
-    return table
-
-
-def _with_defaults(made: Stream, settings: Settings, **given: Any) -> Stream:
-    defaults = {"lateness_ns": settings.align.lateness_ns(made.kind), "policy": settings.queues.policy(made.kind)}
-    return msgspec.structs.replace(made, **{**defaults, **given})
-
-
-def _check_feeds(table: dict[str, Stream]) -> None:
-    feeding: dict[str, str] = {}
-    for row in table.values():
-        if row.source == "none":
-            continue
-        other = feeding.setdefault(row.modality, row.name)
-        if other != row.name:
-            raise ConfigError(
-                f"the streams `{other}` and `{row.name}` both feed the modality {row.modality!r}; change the `feeds` "
-                "of one of them"
-            )
-
-
 def parse(table: dict[str, Any]) -> Settings:
     """The settings of a table; raises ConfigError."""
     named, sources = table.get("streams"), table.get("sources", {})
@@ -579,7 +409,6 @@ def parse(table: dict[str, Any]) -> Settings:
             )
         table = {**table, "sources": {**dict.fromkeys(SHORT_FORMS, "none"), **sources}}
     settings = convert(table, Settings)
-    stream_table(settings)
     _check_access(settings)
     return settings
 

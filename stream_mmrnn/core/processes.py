@@ -10,8 +10,9 @@ from typing import Literal
 
 import msgspec
 
-from stream_mmrnn.core.config import Settings, stream_table
+from stream_mmrnn.core.config import Settings
 from stream_mmrnn.core.errors import ConfigError
+from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.streams import Stream
 
 _NODES = "stream_mmrnn.live.nodes."

@@ -1,12 +1,12 @@
 """A stream: one named input of a session, and how it behaves in time.
 
 Which streams a session has is data: live from the settings, in replay and training from the recording (see
-`config.stream_table`). Knows nothing about devices, encoders or the bus.
+`stream_table`). Knows nothing about devices, encoders or the bus.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 import msgspec
@@ -99,6 +99,23 @@ SHORT_FORMS: dict[str, tuple[Kind, str]] = {
 """Kind and person of the streams that have settings and options of their own (`sources.vision`, `--vision`)."""
 
 
+SOURCE_KINDS: dict[str, tuple[Kind, ...]] = {
+    "camera": ("vision",),
+    "microphone": ("audio",),
+    "file": ("vision", "audio"),
+    "stdin": ("text",),
+    "pipe": ("text",),
+    "tcp": ("text",),
+    "zmq": ("text",),
+    "page": ("text",),
+    "lsl": ("signal", "audio", "text"),
+    "synthetic": ("vision", "audio", "text"),
+    "none": ("vision", "audio", "text", "signal"),
+}
+"""The package's own sources, and the kinds of stream that each can give. Where the settings do not say the kind, `lsl`
+is a signal, and `file`, `synthetic` and `none` are an error."""
+
+
 def usual() -> dict[str, Stream]:
     """The streams that have settings of their own, without sources."""
     return {name: Stream.of(name) for name in SHORT_FORMS}
@@ -107,6 +124,15 @@ def usual() -> dict[str, Stream]:
 def first_text(table: Iterable[Stream]) -> str:
     """The stream that typed lines and labels join: the first person's first text; "" if there is none."""
     return next((s.name for s in table if s.kind == "text" and s.person == SELF and s.source != "none"), "")
+
+
+def with_one_value(rows: Iterable[Stream], value: Callable[[Stream], str]) -> tuple[Stream, Stream] | None:
+    """The first two streams that have the same value; None if all differ."""
+    seen: dict[str, Stream] = {}
+    for row in rows:
+        if (before := seen.setdefault(value(row), row)) is not row:
+            return before, row
+    return None
 
 
 def feeding(modality: str, encoder: str, table: Mapping[str, Stream]) -> tuple[str, Stream]:

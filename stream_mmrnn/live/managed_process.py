@@ -17,6 +17,7 @@ from stream_mmrnn.bus import Address
 from stream_mmrnn.bus.socket_dir import private_folder
 from stream_mmrnn.core import config, signals, wire
 from stream_mmrnn.core.processes import ProcessSpec
+from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.live import nodes
 
 _QUIET = "ignore::UserWarning:multiprocessing.resource_tracker"
@@ -126,7 +127,7 @@ class Spawner:
         context = nodes.Context(
             row.name, settings, self.address, row.ready, row.stop, self.epoch, row.restarts, row.stream
         )
-        if row.is_source and config.stream_table(settings)[row.stream].source == "stdin":
+        if row.is_source and stream_table(settings)[row.stream].source == "stdin":
             context.stdin = _Stdin()
         process = self._context.Process(  # type: ignore[attr-defined]
             target=nodes.run, args=(row.spec.target, context), name=f"stream-mmrnn-{row.name}", daemon=True

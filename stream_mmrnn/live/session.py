@@ -11,6 +11,7 @@ from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.dedup import TickDeduplicator
 from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.core.latency import StageTable, stages
+from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.live.managed_process import ManagedProcess
 from stream_mmrnn.live.supervisor import Supervisor
@@ -99,7 +100,7 @@ class LiveSession:
         aligned = _table(detail, "streams")
         rows = {name: row for name, row in aligned.items() if isinstance(row, dict)}
         by_features = {row.get("features", name): _counts(row) for name, row in rows.items()}
-        table = config.stream_table(self.settings)
+        table = stream_table(self.settings)
         streams = {
             features: stream_summary(n, by_features.get(features), table[n.stream].counted_as(features))
             for n in supervisor.nodes

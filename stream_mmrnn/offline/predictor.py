@@ -21,6 +21,7 @@ from safetensors.numpy import save as to_safetensors
 from stream_mmrnn.capture.encoders import Encoder, encoders_of
 from stream_mmrnn.core import config, topics
 from stream_mmrnn.core.errors import SessionError, SnapshotError, UsageError, WireError
+from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.streams import Stream, feeding
 from stream_mmrnn.core.types import Envelope, Payload, Prediction, Sample
 from stream_mmrnn.graph.runtime import Provider
@@ -100,7 +101,7 @@ class Predictor:
         self._begin()
 
     def _make_aligner(self) -> Aligner:
-        spec, table = self.spec, config.stream_table(self._settings)
+        spec, table = self.spec, stream_table(self._settings)
         lateness_ns = {}
         for m in spec.modalities:
             row = feeding(m.name, m.encoder, table)[1]

@@ -21,6 +21,7 @@ from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.dedup import WINDOW
 from stream_mmrnn.core.errors import FileError, UsageError
 from stream_mmrnn.core.latency import Histogram
+from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.types import Envelope, Prediction
 from stream_mmrnn.graph.runtime import Provider
 from stream_mmrnn.offline.pacing import pace
@@ -199,7 +200,7 @@ def replay(
             raise FileError(f"{path} holds no predictions to compare with; it was made by `record`, or cut off early")
         if engine.spec.sha256 != recording.metadata.get("model_sha256"):
             raise UsageError(f"{path} was predicted by another version of the model {name!r}; give that one by --model")
-    table = config.stream_table(settings)
+    table = stream_table(settings)
     aligner = Aligner.of(engine.spec.modalities, engine.spec.tick_ns, settings)
     features = dict(aligner.feeding.values())
     """What the model takes: the names of feature vectors, and whose they are."""

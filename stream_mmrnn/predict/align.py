@@ -18,6 +18,7 @@ import numpy as np
 
 from stream_mmrnn.core import config, streams, topics
 from stream_mmrnn.core.errors import SessionError
+from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.types import Envelope, FloatArray, ModalitySpec, Stamps, Tick
 from stream_mmrnn.predict.align_session import AlignedSession, SessionState
 from stream_mmrnn.predict.align_stream import FLOAT32, MAX_PENDING, NEVER, AlignedStream, OpenSample, StreamCounts
@@ -83,7 +84,7 @@ class Aligner:
     @classmethod
     def of(cls, modalities: Sequence[ModalitySpec], tick_ns: int, settings: config.Settings) -> Aligner:
         """An aligner for a model, with the streams and the limits of a session."""
-        table = config.stream_table(settings)
+        table = stream_table(settings)
         lateness_ns = {}
         for m in modalities:
             stream = streams.feeding(m.name, m.encoder, table)[1]

@@ -15,7 +15,7 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
-from stream_mmrnn.core import config
+from stream_mmrnn.core import strict_toml
 from stream_mmrnn.core.errors import ConfigError, ModelError
 from stream_mmrnn.core.topics import FEATURE, stream_of
 from stream_mmrnn.core.types import HeadSpec, ModalitySpec, ModelSpec, StateSpec
@@ -151,8 +151,8 @@ def _stated(graph: Graph) -> Contract:
 
 def _named(graph: Graph, file: Path) -> Contract:
     try:
-        table = config.read_toml(file)
-        named = config.convert(table, _ContractFile)
+        table = strict_toml.read_toml(file)
+        named = strict_toml.convert(table, _ContractFile)
     except (OSError, ValueError, RecursionError, ConfigError) as e:
         raise ModelError(f"the contract {file} cannot be read: {e}") from e
     for state in named.states:

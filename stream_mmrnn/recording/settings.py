@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from stream_mmrnn.core import config, streams
 from stream_mmrnn.core.errors import ConfigError, FileError
+from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.recording.mcap_file import Recording
 
 
@@ -25,6 +26,6 @@ def _settings(metadata: Mapping[str, str]) -> config.Settings:
 def streams_of(metadata: Mapping[str, str]) -> dict[str, streams.Stream]:
     """The streams of a recording by name, from its metadata; the usual ones where it has no readable configuration."""
     try:
-        return config.stream_table(_settings(metadata))
+        return stream_table(_settings(metadata))
     except (KeyError, ValueError, AttributeError, RecursionError, ConfigError):
         return streams.usual()

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from stream_mmrnn.core import config, plugins
+from stream_mmrnn.core import plugins, strict_toml
 from stream_mmrnn.core.errors import ConfigError
 
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
@@ -136,7 +136,7 @@ class Recipe(_Section, frozen=True):
 
 def parse(table: dict[str, Any]) -> Recipe:
     """The recipe of a table; raises ConfigError."""
-    recipe = config.convert(table, Recipe)
+    recipe = strict_toml.convert(table, Recipe)
     groups: tuple[tuple[plugins.Group, str, tuple[str, ...]], ...] = (
         ("cells", recipe.cell.kind, CELLS),
         ("fusions", recipe.fusion.kind, FUSIONS),

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from places import ROOT
 
 from stream_mmrnn.cli.config_effective import as_toml, effective, faults
-from stream_mmrnn.core import config
+from stream_mmrnn.core import config, strict_toml
 from stream_mmrnn.core.config_schema import schema
 from stream_mmrnn.core.errors import ConfigError
 
@@ -85,7 +85,7 @@ def test_schema_check_and_parse_agree_on_any_values(data: st.DataObject) -> None
         table["streams"] = data.draw(st.dictionaries(st.sampled_from(["a", "b"]), row | _values, max_size=2))
     fits = validator.is_valid(table)
     try:
-        config.convert(table, config.Settings)
+        strict_toml.convert(table, config.Settings)
         converts = True
     except ConfigError:
         converts = False

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import ConfigError
+from stream_mmrnn.core.stream_table import stream_table
 
 
 def write(path: Path, text: str) -> Path:
@@ -78,7 +79,7 @@ def test_the_second_person_is_not_there_unless_named_and_its_settings_are_its_ki
     settings = config.parse(
         {"align": {"audio_lateness_ms": 33.0, "text_lateness_ms": 5.0}, "queues": {"text": "latest"}}
     )
-    table = config.stream_table(settings)
+    table = stream_table(settings)
     assert table["audio"].lateness_ns == table["other_audio"].lateness_ns == 33_000_000
     assert table["text"].lateness_ns == table["other_text"].lateness_ns == 5_000_000
     assert table["other_text"].policy == table["text"].policy == "latest"

@@ -12,6 +12,7 @@ import pytest
 from stream_mmrnn.capture import encoders, sources
 from stream_mmrnn.core import config, plugins
 from stream_mmrnn.core.errors import PluginError, SourceError, SourceSpecError, UsageError
+from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.streams import Stream
 from stream_mmrnn.core.types import Sample
 from stream_mmrnn.training import cells, fusion
@@ -38,7 +39,7 @@ def test_the_example_is_a_source_and_an_encoder(site: Path) -> None:
     [source] = plugins.installed("sources")
     assert (source.name, source.package, source.version) == ("thermometer", "stream-mmrnn-thermometer", "0.1.0")
     settings = config.parse({"streams": {"room": {"source": "thermometer:demo", "encoders": ["mean_slope"]}}})
-    room = config.stream_table(settings)["room"]
+    room = stream_table(settings)["room"]
     assert (room.kind, room.raw) == ("signal", True)
     sources.check_all([room])
     encoders.check_all([room])
@@ -86,7 +87,7 @@ def test_a_broken_plug_in_is_one_sentence(site: Path, code: str, words: str) -> 
 
 
 def _with_encoder(name: str) -> Stream:
-    table = config.stream_table(config.parse({"streams": {"a": {"source": "lsl:x", "encoders": [name]}}}))
+    table = stream_table(config.parse({"streams": {"a": {"source": "lsl:x", "encoders": [name]}}}))
     return table["a"]
 
 

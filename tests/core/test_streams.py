@@ -9,17 +9,18 @@ import pytest
 
 from stream_mmrnn.core import config, processes, streams, topics
 from stream_mmrnn.core.errors import ConfigError
+from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.streams import Stream
 
 WRIST = {"source": "lsl:IMU-L"}
 
 
 def table(rows: dict[str, dict[str, Any]], **sections: Any) -> dict[str, Stream]:
-    return config.stream_table(config.parse({"streams": rows, **sections}))
+    return stream_table(config.parse({"streams": rows, **sections}))
 
 
 def test_without_streams_the_table_has_the_usual_ones() -> None:
-    rows = config.stream_table(config.Settings())
+    rows = stream_table(config.Settings())
     assert {name: row.kind for name, row in rows.items()} == {n: kind for n, (kind, _) in streams.SHORT_FORMS.items()}
     assert {row.name for row in rows.values() if row.person != streams.SELF} == {"other_audio", "other_text"}
     assert [row.source for row in rows.values()] == ["camera:0", "microphone", "stdin", "none", "none", "none"]
@@ -48,6 +49,11 @@ def test_a_stream_has_what_is_given_and_else_the_defaults_of_its_kind() -> None:
     assert {name for name, row in rows.items() if row.source != "none"} == {"left_wrist", "door", "b"}
     given = table({"left_wrist": WRIST}, sources={"audio": "synthetic"})
     assert {name for name, row in given.items() if row.source != "none"} == {"left_wrist", "audio"}
+
+
+def test_a_usual_name_says_the_kind_where_the_source_may_give_it() -> None:
+    rows = table({"audio": {"source": "lsl:mic"}, "vision": {"source": "file:a.mp4"}, "text": {"source": "lsl:words"}})
+    assert [rows[name].kind for name in ("audio", "vision", "text")] == ["audio", "vision", "text"]
 
 
 def test_a_signal_is_recorded_raw_only_beside_another_encoder() -> None:
@@ -84,7 +90,7 @@ def test_an_option_names_the_source_of_a_stream_in_the_file(tmp_path: Any) -> No
     file = tmp_path / "a.toml"
     file.write_text('[streams.audio]\nsource = "microphone"\nlateness_ms = 5\n')
     settings = config.load(file, {"sources.audio": "synthetic"}, {"wrist": dict(WRIST)})
-    rows = config.stream_table(settings)
+    rows = stream_table(settings)
     assert (rows["audio"].source, rows["audio"].lateness_ns) == ("synthetic", 5_000_000)
     assert rows["wrist"].source == "lsl:IMU-L"
 
@@ -92,7 +98,7 @@ def test_an_option_names_the_source_of_a_stream_in_the_file(tmp_path: Any) -> No
 def test_a_recording_keeps_the_table() -> None:
     settings = config.parse({"streams": {"a": {**WRIST, "lateness_ms": 5.0, "encoders": ["signal", "slope"]}}})
     again = config.recorded(msgspec.json.decode(msgspec.json.encode(settings)))
-    assert config.stream_table(again) == config.stream_table(settings)
+    assert stream_table(again) == stream_table(settings)
 
 
 def test_topics_follow_from_names() -> None:

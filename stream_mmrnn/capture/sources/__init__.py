@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from stream_mmrnn.core import plugins
 from stream_mmrnn.core.config import Settings
 from stream_mmrnn.core.errors import SourceSpecError
-from stream_mmrnn.core.streams import SELF, Kind, Stream
+from stream_mmrnn.core.streams import SELF, SOURCE_KINDS, Kind, Stream, with_one_value
 from stream_mmrnn.core.topics import AUDIO_RATE_HZ
 from stream_mmrnn.core.types import Sample
 
@@ -49,14 +49,6 @@ def split(spec: str) -> tuple[str, str]:
     return kind, rest
 
 
-_BY_KIND: dict[Kind, tuple[str, ...]] = {
-    "vision": ("camera", "file", "synthetic", "none"),
-    "audio": ("microphone", "file", "lsl", "synthetic", "none"),
-    "text": ("stdin", "pipe", "tcp", "zmq", "lsl", "page", "synthetic", "none"),
-    "signal": ("lsl", "none"),
-}
-
-
 def check(spec: str, name: str, kind: Kind, person: str = SELF) -> None:
     """Check a stream's source, before any process starts.
 
@@ -66,11 +58,10 @@ def check(spec: str, name: str, kind: Kind, person: str = SELF) -> None:
 
     """
     what, rest = split(spec)
-    known = _BY_KIND[kind]
-    if what not in known:
-        if not any(what in others for others in _BY_KIND.values()) and plugins.find("sources", what) is not None:
+    if kind not in SOURCE_KINDS.get(what, ()):
+        if what not in SOURCE_KINDS and plugins.find("sources", what) is not None:
             return
-        known = (*known, *plugins.names("sources"))
+        known = [*(source for source, kinds in SOURCE_KINDS.items() if kind in kinds), *plugins.names("sources")]
         raise SourceSpecError(f"{spec!r} is no source of {name}; use one of {', '.join(known)}")
     if what == "page" and person != SELF:
         raise SourceSpecError(f"text typed on the page is the first person's, not {name}; use text = 'page'")
@@ -96,20 +87,20 @@ def check_all(streams: Iterable[Stream]) -> None:
         FileError: see `check`.
 
     """
-    reading: dict[str, str] = {}
-    for stream in streams:
-        check(stream.source, stream.name, stream.kind, stream.person)
-        what, rest = split(stream.source)
-        if what not in ("stdin", "pipe", "tcp", "zmq", "page") or rest == "0":
-            continue
-        other = reading.setdefault(stream.source, stream.name)
-        if other != stream.name:
-            raise SourceSpecError(
-                f"{other} and {stream.name} cannot both be {stream.source!r}, whose lines are read once; give one of "
-                "them another source, such as tcp:5555"
-            )
+    rows = list(streams)
+    for row in rows:
+        check(row.source, row.name, row.kind, row.person)
+    lines = (row for row in rows if split(row.source)[0] in _LINES and split(row.source)[1] != "0")
+    both = with_one_value(lines, lambda row: row.source)
+    if both is not None:
+        raise SourceSpecError(
+            f"{both[0].name} and {both[1].name} cannot both be {both[0].source!r}, whose lines are read once; give one "
+            "of them another source, such as tcp:5555"
+        )
 
 
+_LINES = ("stdin", "pipe", "tcp", "zmq", "page")
+"""Sources whose lines go to one reader."""
 SYNTHETIC = ("vision", "audio", "text", "other_audio", "other_text")
 """The streams of `--source synthetic`: two persons who talk with each other."""
 
@@ -161,7 +152,7 @@ def create_source(stream: Stream, settings: Settings, stdin_fd: int = -1, *, pac
         from stream_mmrnn.capture.sources.lsl import LslSource
 
         return LslSource(rest, stream.kind, settings.lsl, settings.microphone, settings.text)
-    plugin = None if any(what in known for known in _BY_KIND.values()) else plugins.find("sources", what)
+    plugin = None if what in SOURCE_KINDS else plugins.find("sources", what)
     if plugin is not None:
         made: Source = plugins.call(plugin, rest, stream)
         return made

@@ -15,6 +15,7 @@ from stream_mmrnn.core import config, topics, wire
 from stream_mmrnn.core.clock import WallClock, now_ns
 from stream_mmrnn.core.dedup import TickDeduplicator
 from stream_mmrnn.core.errors import StreamError, WireError
+from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.live.nodes.process import Context, Node, wait_for_clock
 from stream_mmrnn.recording.append_file import part
@@ -63,7 +64,7 @@ class RecorderNode(Node):
             },
             settings.record.chunk_ms,
             wall_offset_ns,
-            table=config.stream_table(settings),
+            table=stream_table(settings),
         )
         self.write_queue = WriteQueue(
             self.file,

@@ -15,10 +15,10 @@ import msgspec
 from stream_mmrnn.bus import Subscriber
 from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.clock import now_ns, wall_offset_ns
-from stream_mmrnn.core.config import stream_table
 from stream_mmrnn.core.dedup import TickDeduplicator
 from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.core.prediction_decoder import PredictionDecoder
+from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.live.nodes.process import Context, Node, wait_for_clock
 

@@ -13,8 +13,8 @@ from stream_mmrnn.capture.pipeline import Outgoing, Pump, capture
 from stream_mmrnn.capture.stall_detector import StallDetector
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.clock import now_ns
-from stream_mmrnn.core.config import stream_table
 from stream_mmrnn.core.errors import SourceError, WireError
+from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.streams import first_text
 from stream_mmrnn.core.types import Sample
 from stream_mmrnn.live.nodes.process import Context, Node

@@ -13,8 +13,8 @@ from typing import Annotated, Literal
 import msgspec
 import numpy as np
 
-from stream_mmrnn.core.config import convert
 from stream_mmrnn.core.errors import ConfigError, FileError, UsageError
+from stream_mmrnn.core.strict_toml import convert
 from stream_mmrnn.core.types import FloatArray
 from stream_mmrnn.training.data import Array, Task, Ticks
 from stream_mmrnn.training.datasets import hapt

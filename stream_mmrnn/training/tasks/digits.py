@@ -19,8 +19,9 @@ import numpy.typing as npt
 
 from stream_mmrnn.capture.encoders.audio import HOP, MELS, RATE, WINDOW
 from stream_mmrnn.capture.encoders.text import TextEncoder
-from stream_mmrnn.core.config import convert, models_folder
+from stream_mmrnn.core.config import models_folder
 from stream_mmrnn.core.errors import ConfigError, FileError
+from stream_mmrnn.core.strict_toml import convert
 from stream_mmrnn.core.types import FloatArray
 from stream_mmrnn.predict.columns import MAX_AGE_S
 from stream_mmrnn.training.data import Array, Task, Ticks

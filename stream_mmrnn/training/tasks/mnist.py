@@ -12,8 +12,8 @@ from typing import Annotated, Literal
 import msgspec
 import numpy as np
 
-from stream_mmrnn.core.config import convert
 from stream_mmrnn.core.errors import FileError
+from stream_mmrnn.core.strict_toml import convert
 from stream_mmrnn.core.types import FloatArray
 from stream_mmrnn.training.data import Task, Ticks
 from stream_mmrnn.training.datasets import mnist

@@ -13,8 +13,8 @@ import msgspec
 import numpy as np
 
 from stream_mmrnn.capture.encoders.text import TextEncoder
-from stream_mmrnn.core.config import convert
 from stream_mmrnn.core.errors import FileError
+from stream_mmrnn.core.strict_toml import convert
 from stream_mmrnn.training.data import Task, Ticks
 from stream_mmrnn.training.datasets import polarity
 from stream_mmrnn.training.recipe import Recipe

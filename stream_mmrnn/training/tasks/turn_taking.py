@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from stream_mmrnn.capture.encoders.audio import MELS, SPEECH, AudioEncoder
 from stream_mmrnn.capture.encoders.text import TextEncoder
-from stream_mmrnn.core.config import convert
 from stream_mmrnn.core.errors import ConfigError
+from stream_mmrnn.core.strict_toml import convert
 from stream_mmrnn.core.types import FloatArray
 from stream_mmrnn.predict.columns import MAX_AGE_S
 from stream_mmrnn.training.data import Array, LazySequence, Task, Ticks
