@@ -19,6 +19,7 @@ from safetensors.numpy import load as from_safetensors
 from safetensors.numpy import save as to_safetensors
 
 from stream_mmrnn.capture.encoders import Encoder, encoders_of
+from stream_mmrnn.capture.resampler import Resampler
 from stream_mmrnn.core import config, topics
 from stream_mmrnn.core.errors import SessionError, SnapshotError, UsageError, WireError
 from stream_mmrnn.core.stream_table import stream_table
@@ -115,7 +116,7 @@ class Predictor:
         self._newest_ns = self._zero_ns
         self._sound_ns: dict[str, int] = {}
         """By stream, where its sound ends."""
-        self._resamplers: dict[str, _Resampler] = {}
+        self._resamplers: dict[str, Resampler] = {}
         self._started_s = self._clock() if self._clock is not None else 0.0
         self._engine.open(_SESSION)
         self._aligner.open(_SESSION, self._zero_ns, self._inputs)
@@ -144,22 +145,21 @@ class Predictor:
 
         """
         row = self._stream(stream, "audio")
-        sound = _int16(pcm)
+        sound = _mono(pcm)
         end_ns: int | None = None
         if at_s is not None or (self._clock is not None and stream not in self._sound_ns):
             end_ns = self._at_ns(at_s)
-        mono = sound[:, 0]
-        if rate_hz != topics.AUDIO_RATE_HZ or sound.shape[1] != 1:
+        if rate_hz != topics.AUDIO_RATE_HZ:
             resampler = self._resamplers.get(stream)
             if resampler is None or resampler.rate_hz != rate_hz:
-                resampler = self._resamplers[stream] = _Resampler(rate_hz)
-            mono = resampler.feed(sound)
+                resampler = self._resamplers[stream] = Resampler(rate_hz)
+            sound = resampler.feed(sound)
             if end_ns is not None:
-                end_ns -= resampler.held_ns()
+                end_ns -= round(resampler.held_s * 1e9)
         if end_ns is None:
-            end_ns = self._sound_ns.get(stream, self._zero_ns) + len(mono) * _AUDIO_NS
+            end_ns = self._sound_ns.get(stream, self._zero_ns) + len(sound) * _AUDIO_NS
         self._sound_ns[stream] = end_ns
-        return self._encode(row, mono, end_ns) if len(mono) else []
+        return self._encode(row, sound, end_ns) if len(sound) else []
 
     def push_frame(
         self, frame: bytes | npt.NDArray[np.uint8], at_s: float | None = None, *, stream: str = "vision"
@@ -400,32 +400,6 @@ class Predictor:
                 return made
 
 
-class _Resampler:
-    """Sound of another rate, or of several channels, as mono at 16 kHz; the same samples for any chunks."""
-
-    def __init__(self, rate_hz: int) -> None:
-        import av
-
-        self._av = av
-        self._resampler = av.AudioResampler(format="s16", layout="mono", rate=topics.AUDIO_RATE_HZ)
-        self.rate_hz = rate_hz
-        self._frames_in = self._frames_out = 0
-
-    def feed(self, sound: npt.NDArray[np.int16]) -> npt.NDArray[np.int16]:
-        mono = sound if sound.shape[1] == 1 else np.rint(sound.astype(np.float64).mean(1)).astype(np.int16)
-        frame = self._av.AudioFrame.from_ndarray(np.ascontiguousarray(mono).reshape(1, -1), format="s16", layout="mono")
-        frame.sample_rate = self.rate_hz
-        pieces = [out.to_ndarray()[0] for out in self._resampler.resample(frame)]
-        out = np.concatenate(pieces) if pieces else np.empty(0, np.int16)
-        self._frames_in += len(sound)
-        self._frames_out += len(out)
-        return out
-
-    def held_ns(self) -> int:
-        """How much of what was fed is still in the filter."""
-        return round((self._frames_in / self.rate_hz - self._frames_out / topics.AUDIO_RATE_HZ) * _S)
-
-
 def _state_of(encoder: Encoder) -> dict[str, npt.NDArray[Any]]:
     if not hasattr(encoder, "snapshot"):  # a plug-in's
         raise SnapshotError(f"the encoder {encoder.origin} has no `snapshot`; its state cannot be saved")
@@ -437,18 +411,18 @@ def _bytes(snapshot: Snapshot, key: str) -> bytes:
     return value.encode() if isinstance(value, str) else value
 
 
-def _int16(pcm: npt.NDArray[Any]) -> npt.NDArray[np.int16]:
-    """Sound of shape [samples, channels]."""
+def _mono(pcm: npt.NDArray[Any]) -> npt.NDArray[np.int16]:
+    """Sound of shape [samples]: the mean of the channels."""
     sound = np.asarray(pcm)
-    if sound.ndim == 1:
-        sound = sound[:, None]
-    if sound.ndim != 2 or not 1 <= sound.shape[1] <= 64:
+    if sound.ndim not in (1, 2) or not 1 <= (sound.shape[1] if sound.ndim == 2 else 1) <= 64:
         raise UsageError(f"sound has shape [samples] or [samples, channels], this has {list(np.shape(pcm))}")
-    if sound.dtype == np.int16:
-        return sound
-    if not np.issubdtype(sound.dtype, np.floating) or not np.isfinite(sound).all():
+    if np.issubdtype(sound.dtype, np.floating) and np.isfinite(sound).all():
+        sound = sound * 32767.0
+    elif sound.dtype != np.int16:
         raise UsageError(f"sound is int16, or finite floats from -1 to 1; this is {sound.dtype}")
-    return np.clip(np.rint(sound * 32767.0), -32768, 32767).astype(np.int16)
+    if sound.ndim == 2:
+        sound = sound[:, 0] if sound.shape[1] == 1 else sound.astype(np.float64).mean(1)
+    return sound if sound.dtype == np.int16 else np.clip(np.rint(sound), -32768, 32767).astype(np.int16)
 
 
 def _jpeg(frame: npt.NDArray[np.uint8]) -> bytes:

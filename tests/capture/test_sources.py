@@ -19,9 +19,9 @@ import zmq
 from places import SHARED
 
 from stream_mmrnn.capture import sources
+from stream_mmrnn.capture.resampler import BlockResampler
 from stream_mmrnn.capture.sources.camera import Camera, list_cameras
 from stream_mmrnn.capture.sources.file import FilePicture, FileSound, streams_of
-from stream_mmrnn.capture.sources.microphone import Resampler
 from stream_mmrnn.capture.sources.pacing import ScheduledSample, pace
 from stream_mmrnn.capture.sources.synthetic import Synthetic
 from stream_mmrnn.capture.sources.talker import turns
@@ -591,7 +591,7 @@ def test_cameras_can_be_listed() -> None:
 @pytest.mark.parametrize(("rate", "channels"), [(48_000, 1), (44_100, 2), (8_000, 1)])
 def test_resampled_blocks_keep_their_times(rate: int, channels: int) -> None:
     """A step at a known time comes out at that time, in blocks of one length."""
-    resampler = Resampler(rate, channels, 320)
+    resampler = BlockResampler(rate, channels, 320)
     frames = rate // 50
     step_at = 0.5
     blocks = []

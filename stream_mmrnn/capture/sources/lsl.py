@@ -189,11 +189,11 @@ class LslSource:
                 yield Sample(min(offsets.stamp(remote_ns), at_ns), at_ns, text.encode(), remote_ns)
 
     def _begin_sound(self) -> None:
-        from stream_mmrnn.capture.sources.microphone import Resampler
+        from stream_mmrnn.capture.resampler import BlockResampler
 
         stream = self.info["stream"]
         self._rate_hz = round(stream["rate_hz"])
-        self._resampler = Resampler(self._rate_hz, stream["channels"], self._block)
+        self._resampler = BlockResampler(self._rate_hz, stream["channels"], self._block)
         self._smooth = DeviceClock(self._rate_hz)
 
     def _sound(self, rows: Rows, stamps_ns: list[int], offsets: lsl.Offsets, at_ns: int) -> Iterator[Sample]:

@@ -10,10 +10,10 @@ import queue
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import av
 import numpy as np
 import numpy.typing as npt
 
+from stream_mmrnn.capture.resampler import BlockResampler
 from stream_mmrnn.capture.sources import RATE_HZ
 from stream_mmrnn.core.clock import DeviceClock, now_ns
 from stream_mmrnn.core.config import MicrophoneSettings
@@ -71,37 +71,6 @@ def list_devices() -> list[tuple[str, str]]:
         what = f"{device['max_input_channels']} channels, {device['default_samplerate']:g} Hz{note}"
         result.append((f"microphone:{device['name']}", what))
     return result
-
-
-class Resampler:
-    """A device's own rate and channels -> mono 16 kHz in blocks of equal length, with the end time of each."""
-
-    def __init__(self, rate_hz: int, channels: int, block: int) -> None:
-        self._rate, self._channels, self._block = rate_hz, channels, block
-        self._layout = "mono" if channels == 1 else "stereo"
-        self._resampler = av.AudioResampler(format="s16", layout="mono", rate=RATE_HZ)
-        self._frames_in = 0
-        self._frames_out = 0
-        self._rest: Int16Array = np.empty(0, np.int16)
-
-    def feed(self, data: Int16Array, end_ns: int) -> list[tuple[Int16Array, int]]:
-        """The blocks that `data` completes; `end_ns` is when `data` (frames, channels interleaved) ended."""
-        frame = av.AudioFrame.from_ndarray(data.reshape(1, -1), format="s16", layout=self._layout)
-        frame.sample_rate = self._rate
-        self._frames_in += len(data) // self._channels
-        pieces = [out.to_ndarray()[0] for out in self._resampler.resample(frame)]
-        sound = np.concatenate([self._rest, *pieces])
-        self._frames_out += len(sound) - len(self._rest)
-        # the filter delays a few samples: the output ends that much before the input
-        held_s = self._frames_in / self._rate - self._frames_out / RATE_HZ
-        whole = len(sound) // self._block
-        self._rest = sound[whole * self._block :]
-        blocks = []
-        for i in range(whole):
-            after = len(sound) - (i + 1) * self._block
-            at_ns = end_ns - round((held_s + after / RATE_HZ) * 1e9)
-            blocks.append((sound[i * self._block : (i + 1) * self._block], at_ns))
-        return blocks
 
 
 class _Block:
@@ -213,9 +182,9 @@ class Microphone:
         if stream is None:
             raise SourceError(f"{self.origin} is not open: call open() before samples()")
         clock = DeviceClock(self._rate, bandwidth_hz=self._settings.drift_bandwidth_hz)
-        resampler: Resampler | None = None
+        resampler: BlockResampler | None = None
         if self.info["got"]["resampled"]:
-            resampler = Resampler(self._rate, self._channels, round(self._settings.block_ms * RATE_HZ / 1000))
+            resampler = BlockResampler(self._rate, self._channels, round(self._settings.block_ms * RATE_HZ / 1000))
         last_ns = now_ns() + _FIRST_NS - _LOST_NS
         while alive():
             try:

@@ -114,12 +114,12 @@ def _samples(stream: XdfStream, modality: str, shift_ns: int) -> Iterator[Sample
 
 
 def _sound(stream: XdfStream, shift_ns: int) -> Iterator[Sample]:
-    from stream_mmrnn.capture.sources.microphone import Resampler
+    from stream_mmrnn.capture.resampler import BlockResampler
 
     rate_hz = round(stream.rate_hz)
     step = max(round(rate_hz * _BLOCK_S), 1)
     for first, last in stream.segments:
-        resampler = Resampler(rate_hz, 1, round(topics.AUDIO_RATE_HZ * _BLOCK_S))
+        resampler = BlockResampler(rate_hz, 1, round(topics.AUDIO_RATE_HZ * _BLOCK_S))
         for begin in range(first, last + 1, step):
             end = min(begin + step, last + 1)
             mono = int16_of(stream.values[begin:end]).astype(np.int32).mean(axis=1).astype(np.int16)
