@@ -192,11 +192,11 @@ def test_record_label_train_and_run_on_own_data(tmp_path: Path) -> None:
         for i in range(3):
             read, write = os.pipe()
             path = folder / f"{i}.mcap"
-            args = ("record", path, "--vision", "none", "--audio", "synthetic", "--text", "stdin")
+            args = ("record", path, "--vision", "none", "--audio", "none", "--text", "stdin")
             live = Running(*args, stdin=read, verb=())
             stack.callback(live.close)
             os.close(read)
-            live.wait_for(lambda path=path: recording_grows(path, 20_000))
+            live.wait_for(lambda path=path: recording_grows(path, 5_000))
             pipes.append(write)
             lives.append(live)
         typing = [threading.Thread(target=speak, args=(p, 12.0, 0.4 * i)) for i, p in enumerate(pipes)]

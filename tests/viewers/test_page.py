@@ -229,7 +229,7 @@ TEXTS = ("raw/text", "label")
 def test_a_replay_is_paused_and_scrubbed(browser: Any, model: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.mcap"
     code, summary, err = run(
-        *("live", "--source", "synthetic", "--duration", "4", "--model", model, "--record", path, "--no-dashboard")
+        *("live", "--source", "synthetic", "--duration", "8", "--model", model, "--record", path, "--no-dashboard")
     )
     assert code == 0, err
     assert recording_grows(path, 10_000)
