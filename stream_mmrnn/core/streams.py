@@ -79,6 +79,10 @@ class Stream(msgspec.Struct, frozen=True):
         """By encoder, the name of its feature vectors: the last part of their topic."""
         return (self.name, *(f"{self.name}.{encoder}" for encoder in self.encoders[1:]))
 
+    def modality_of(self, features: str) -> str:
+        """The modality that these feature vectors feed."""
+        return self.modality + features.removeprefix(self.name)
+
     def topics(self) -> list[str]:
         """Of its samples, if they are published, and of its features."""
         return [*([topics.raw(self.name)] if self.raw else []), *(topics.FEATURE + name for name in self.features())]
@@ -121,6 +125,11 @@ def usual() -> dict[str, Stream]:
     return {name: Stream.of(name) for name in SHORT_FORMS}
 
 
+def text_topics(table: Iterable[Stream]) -> list[str]:
+    """The raw topics of all texts."""
+    return [topics.raw(row.name) for row in table if row.kind == "text"]
+
+
 def first_text(table: Iterable[Stream]) -> str:
     """The stream that typed lines and labels join: the first person's first text; "" if there is none."""
     return next((s.name for s in table if s.kind == "text" and s.person == SELF and s.source != "none"), "")
@@ -144,8 +153,7 @@ def feeding(modality: str, encoder: str, table: Mapping[str, Stream]) -> tuple[s
     wanted = encoder.partition("@")[0]
     for row in table.values():
         for name in row.features():
-            fed = row.modality + name.removeprefix(row.name)
-            if fed == modality and row.source != "none":
+            if row.modality_of(name) == modality and row.source != "none":
                 if wanted in row.encoders[1:]:
                     name = f"{row.name}.{wanted}"
                 return name, row

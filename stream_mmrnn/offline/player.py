@@ -17,7 +17,7 @@ import msgspec
 from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.config import LOOPBACK
-from stream_mmrnn.core.streams import Stream, usual
+from stream_mmrnn.core.streams import Stream, text_topics, usual
 from stream_mmrnn.core.types import Envelope, ModelSpec, Prediction
 from stream_mmrnn.viewers.dashboard.heads import HISTORY_NS
 from stream_mmrnn.viewers.dashboard.server import Dashboard
@@ -85,8 +85,7 @@ class Player:
         heads = msgspec.to_builtins({"modalities": spec.modalities, "heads": spec.heads})
         self._contract = {"name": spec.name, "sha256": spec.sha256, **heads}
         self._view = LiveState(table=table)
-        words = {topics.raw(row.name) for row in table.values() if row.kind == "text"}
-        return {topics.LABEL, self._view.picture_topic, self._view.sound_topic, *words} - {""}
+        return {topics.LABEL, self._view.picture_topic, self._view.sound_topic, *text_topics(table.values())} - {""}
 
     def play(self, envelopes: Iterable[Envelope]) -> Iterator[Envelope]:
         """One pass over the messages, each when it is due. Ends early at a seek back; `again` is true then."""

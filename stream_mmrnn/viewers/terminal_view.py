@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stream_mmrnn.core import topics
-from stream_mmrnn.core.streams import Stream
+from stream_mmrnn.core.streams import Stream, text_topics
 
 _BARS = " ▁▂▃▄▅▆▇█"
 STATE_STYLE = {
@@ -30,7 +30,7 @@ STATE_STYLE = {
 
 def watched(table: Iterable[Stream]) -> tuple[str, ...]:
     """The topics that the view reads beside statuses and predictions, for a session's streams."""
-    return (topics.FEATURE, *(topics.raw(row.name) for row in table if row.kind == "text"), topics.CLOCK)
+    return (topics.FEATURE, *text_topics(table), topics.CLOCK)
 
 
 """The topics that the view needs besides status and predictions."""

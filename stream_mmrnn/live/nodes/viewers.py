@@ -19,6 +19,7 @@ from stream_mmrnn.core.dedup import TickDeduplicator
 from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.core.prediction_decoder import PredictionDecoder
 from stream_mmrnn.core.stream_table import stream_table
+from stream_mmrnn.core.streams import text_topics
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.live.nodes.process import Context, Node, wait_for_clock
 
@@ -70,7 +71,7 @@ class DashboardNode(_ViewerNode):
         from stream_mmrnn.viewers.prometheus import Metrics
 
         table = stream_table(context.settings)
-        words = [topics.raw(row.name) for row in table.values() if row.kind == "text"]
+        words = text_topics(table.values())
         super().__init__(
             context, [topics.FEATURE, *words, topics.LABEL, topics.CLOCK, topics.PREDICTION, topics.STATUS]
         )

@@ -21,7 +21,7 @@ from stream_mmrnn.core.dedup import TickDeduplicator
 from stream_mmrnn.core.errors import FileError, UsageError, WireError
 from stream_mmrnn.core.extras import need
 from stream_mmrnn.core.prediction_decoder import PredictionDecoder
-from stream_mmrnn.core.streams import Stream
+from stream_mmrnn.core.streams import Stream, text_topics
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.offline.convert.writers import Codec, Csv, Mp4, Parquet, Row, Wav, Writer
 from stream_mmrnn.recording.mcap_file import Recording
@@ -67,7 +67,7 @@ def inspect(path: Path) -> Contents:
         if first is None and e.topic == topics.PREDICTION:
             with contextlib.suppress(WireError):
                 first = wire.unpack(e.payload, wire.PredictionMessage)
-    names = [row.modality + name.removeprefix(row.name) for row in table.values() for name in row.features()]
+    names = [row.modality_of(name) for row in table.values() for name in row.features()]
     names += [name for name in (first.present if first else ()) if name not in names]
     columns = columns_of(recording, first)
     return Contents(counts, zero_ns or 0, end_ns or 0, columns, recording.damage, table, names)
@@ -167,7 +167,7 @@ def _plan(formats: Sequence[str], seen: Contents, rows: _Rows, codec: Codec) -> 
     if "parquet" in formats and has(topics.PREDICTION):
         make = partial(Parquet, schema=_prediction_schema(seen.columns), row=rows.predictions)
         yield Planned("predictions.parquet", (topics.PREDICTION,), make)
-    words = tuple(topics.raw(row.name) for row in seen.streams.values() if row.kind == "text")
+    words = tuple(text_topics(seen.streams.values()))
     if "csv" in formats and any(map(has, words)):
         yield Planned("text.csv", words, partial(Csv, names=[*_WHEN, "modality", "text"], row=rows.words))
     if "csv" in formats and has(topics.LABEL):

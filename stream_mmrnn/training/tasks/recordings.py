@@ -198,7 +198,7 @@ def recipe_for(paths: Sequence[Path], name: str) -> Recipe:
         recording = Recording(path)
         table = streams_of(recording.metadata)
         names = {
-            topics.FEATURE + features: row.modality + features.removeprefix(row.name)
+            topics.FEATURE + features: row.modality_of(features)
             for row in table.values()
             for features in row.features()
         }

@@ -50,7 +50,17 @@ class LiveState:
         """`decoder`: one to share with other consumers of the same envelopes. `table`: the session's streams by name;
         without it, the usual ones.
         """
-        self.set_streams(streams.usual() if table is None else table)
+        self._table = table = streams.usual() if table is None else table
+        first: dict[tuple[str, bool], str] = {}
+        for row in sorted(table.values(), key=lambda row: row.source == "none"):  # what is captured goes first
+            first.setdefault((row.kind, row.person == streams.SELF), topics.raw(row.name))
+        self.picture_topic = first.get(("vision", True), "")
+        """Raw topic of the pictures that are shown."""
+        self.sound_topic = first.get(("audio", True), "")
+        self._text_topic = first.get(("text", True), "")
+        self._texts: dict[str, deque[tuple[int, str, str]]] = {
+            t: deque(maxlen=_MAX_TEXTS) for t in (*streams.text_topics(table.values()), topics.LABEL)
+        }
         self._decoder = decoder or PredictionDecoder(MAX_SESSIONS)
         self._malformed = 0
         self.session = ""
@@ -67,21 +77,6 @@ class LiveState:
         self._latencies = Latencies()
         self._pictures = 0
         self.sound = Spectrogram()
-
-    def set_streams(self, table: Mapping[str, streams.Stream]) -> None:
-        """Show these streams: a recording may have others than the one before."""
-        self._table = table
-        first: dict[tuple[str, bool], str] = {}
-        for row in sorted(table.values(), key=lambda row: row.source == "none"):  # what is captured goes first
-            first.setdefault((row.kind, row.person == streams.SELF), topics.raw(row.name))
-        self.picture_topic = first.get(("vision", True), "")
-        """Raw topic of the pictures that are shown."""
-        self.sound_topic = first.get(("audio", True), "")
-        self._text_topic = first.get(("text", True), "")
-        self._others = tuple(topics.raw(row.name) for row in table.values() if row.kind == "text")
-        self._texts: dict[str, deque[tuple[int, str, str]]] = {
-            t: deque(maxlen=_MAX_TEXTS) for t in (*self._others, topics.LABEL)
-        }
 
     @property
     def malformed(self) -> int:
@@ -193,7 +188,7 @@ class LiveState:
                 for name, head in self._heads.items()
             },
             "texts": self._lines([self._text_topic], now_ns),
-            "other_texts": self._lines([t for t in self._others if t != self._text_topic], now_ns),
+            "other_texts": self._lines([t for t in self._texts if t not in (self._text_topic, topics.LABEL)], now_ns),
             "labels": self._lines([topics.LABEL], now_ns),
             "typing": self.typing(),
             "sound": self.sound.snapshot(now_ns),
@@ -253,7 +248,7 @@ class LiveState:
         """Whether the last tick had this stream; None if the model does not take it."""
         row = self._table.get(stream)
         features = topic.removeprefix(topics.FEATURE)
-        return self._present.get((row.modality if row else stream) + features.removeprefix(stream))
+        return self._present.get(row.modality_of(features) if row else features)
 
     def _owner(self, topic: str, modality: str) -> NodeView | None:
         """The process whose state is the stream's."""
