@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -31,12 +32,14 @@ from stream_mmrnn.core.types import Tick
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.async_client import AsyncServedSession
+from stream_mmrnn.serve.cluster.client import AnswerReader
 from stream_mmrnn.serve.cluster.log_reader import LogReader
 from stream_mmrnn.serve.cluster.membership import DEAD_AFTER_S, Members, plan
 from stream_mmrnn.serve.cluster.nats import Followed, Heartbeat, Link, Logged, connect
 from stream_mmrnn.serve.cluster.node import ClusterNode
+from stream_mmrnn.serve.cluster.outbox import Outbox, Partition
 from stream_mmrnn.serve.cluster.receipts import Refused
-from stream_mmrnn.serve.cluster.replica import Replica
+from stream_mmrnn.serve.cluster.replica import Outgoing, Replica, SavedState
 from stream_mmrnn.serve.cluster.subjects import PARTITIONS, Beat, Fence, Lease, Names, Table, session_of, token_of
 from tools.bench.nats_cluster import Cluster, find_server
 
@@ -615,5 +618,149 @@ def test_a_log_reader_leaves_no_message_out(acts: list[str]) -> None:
         await reading.end()
         log.follows[-1](Logged("s", 11, 11, "c", b""))
         assert len(heard) == 10
+
+    asyncio.run(main())
+
+
+# ---- writing answers, and reading them -------------------------------------------------------------------------------
+
+
+class FakeAnswers:
+    """A link that stores answers, until its connection is lost: then what was sent is gone, and receipts fail."""
+
+    def __init__(self) -> None:
+        self.connected, self.flight = True, list[tuple[str, str, asyncio.Future[bool]]]()
+        self.stored: dict[str, list[str]] = {"a": [], "b": []}
+        """By session, each answer's name when it was first stored."""
+
+    async def send(
+        self, partition: int, session: str, client: str, name: str, content: bytes, fence: int
+    ) -> asyncio.Future[bool]:
+        await asyncio.sleep(0)
+        if not self.connected:
+            raise OSError("no connection")
+        future = asyncio.get_running_loop().create_future()
+        self.flight.append((session, name, future))
+        return future
+
+    async def store(self, count: int) -> None:
+        flight, self.flight = self.flight[:count], self.flight[count:]
+        for session, name, future in flight:
+            names = self.stored[session]
+            future.set_result(name not in names)
+            if name not in names:
+                names.append(name)
+        await asyncio.sleep(0)
+
+    async def lose(self) -> None:
+        self.connected, flight, self.flight = False, self.flight, []
+        for _, _, future in flight:
+            future.set_exception(TimeoutError())
+        await asyncio.sleep(0)
+
+
+class FakeReplica:
+    """Has an answer for each number that is put into it."""
+
+    def __init__(self) -> None:
+        self.made: list[Outgoing] = []
+
+    def put(self, session: str, number: int) -> None:
+        self.made.append(Outgoing(0, session, "c", str(number), b"", False))
+
+    def pop(self) -> tuple[list[Outgoing], list[SavedState]]:
+        made, self.made = self.made, []
+        return made, []
+
+
+@given(st.lists(st.sampled_from(["a", "b", "store", "store all", "lose", "return", "retry", "old"]), max_size=60))
+def test_answers_are_stored_in_the_order_of_their_session_whatever_the_connection_loses(acts: list[str]) -> None:
+    async def main() -> None:
+        log, replica, part, counts = FakeAnswers(), FakeReplica(), Partition(0, 1, 1), Counter[str]()
+        outbox = Outbox(replica, log, {0: part}, counts, asyncio.create_task, pytest.fail)  # type: ignore[arg-type]
+        made: dict[str, list[str]] = {"a": [], "b": []}
+        for number, act in enumerate(acts):
+            if act in made:
+                replica.put(act, number)
+                made[act].append(str(number))
+                await outbox.flush()
+            elif act.startswith("store"):
+                await log.store(1 if act == "store" else len(log.flight))
+            elif act == "lose":
+                await log.lose()
+            elif act == "return":
+                log.connected = True
+                resending = asyncio.create_task(outbox.retry(part, 1.0))
+                replica.put("a", number)
+                made["a"].append(str(number))
+                await outbox.flush()  # beside it
+                await resending
+            else:
+                await outbox.retry(part, 0.0 if act == "old" else 1.0)
+        log.connected = True
+        while part.unstored:
+            await outbox.retry(part, 0.0)
+            await log.store(len(log.flight))
+        assert log.stored == made
+        assert counts["stored"] == sum(map(len, made.values()))
+
+    asyncio.run(main())
+
+
+class FakeOut:
+    """A link whose log has `newest` answers; they can be read while it is connected."""
+
+    def __init__(self) -> None:
+        self.length, self.connected = 0, True
+
+    async def newest(self) -> int:
+        await asyncio.sleep(0)
+        if not self.connected:
+            raise OSError("no connection")
+        return self.length
+
+    async def answers_after(self, client: str, number: int) -> AsyncIterator[tuple[int, bytes]]:
+        while number < self.length:
+            await asyncio.sleep(0)
+            if not self.connected:
+                raise OSError("no connection")
+            number += 1
+            yield number, str(number).encode()
+
+
+@given(st.lists(st.sampled_from(["answer", "lost", "returned", "arrive", "again"]), max_size=60))
+def test_a_client_gets_its_answers_once_and_in_order_whatever_the_connection_loses(acts: list[str]) -> None:
+    async def main() -> None:
+        out, got = FakeOut(), list[bytes]()
+        reader = AnswerReader("c", 0, got.append)
+        queue: deque[int] = deque()
+        """Answers that arrived by subscription, and are not handled yet."""
+        tasks: list[asyncio.Task[None]] = []
+
+        def arrive() -> None:
+            number = queue.popleft()
+            reader.receive(number, str(number).encode())
+
+        for act in acts:
+            if act == "answer":
+                out.length += 1
+                if out.connected:
+                    queue.append(out.length)
+            elif act == "lost" and out.connected:
+                out.connected = False
+                reader.lost()
+            elif act == "returned" and not out.connected:
+                out.connected = True
+                tasks.append(asyncio.create_task(reader.catch_up(out)))  # type: ignore[arg-type]
+            elif act == "arrive" and queue:
+                arrive()
+            elif act == "again":
+                tasks.append(asyncio.create_task(reader.catch_up(out)))  # type: ignore[arg-type]
+            await asyncio.sleep(0)
+        out.connected = True
+        await asyncio.gather(*tasks, reader.catch_up(out))  # type: ignore[arg-type]
+        while queue:
+            arrive()
+        assert got == [str(number).encode() for number in range(1, out.length + 1)]
 
     asyncio.run(main())

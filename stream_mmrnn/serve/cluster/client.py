@@ -28,6 +28,53 @@ class _SendQueue:
         self.sender = asyncio.create_task(sender(self))
 
 
+class AnswerReader:
+    """Passes each answer to a client on once, in the order of the log, also where the connection was lost meanwhile."""
+
+    def __init__(self, name: str, newest: int, receive: Receive) -> None:
+        """`newest`: sequence number in the log of answers after which the client `name` reads."""
+        self._name, self._newest, self._receive = name, newest, receive
+        self._losses = self._caught_up = 0
+        """How often the connection was lost, and how many of these losses left no answer to read any more."""
+        self._held: dict[int, bytes] = {}
+        """Answers that arrived before those that were missed had been read."""
+        self._lock = asyncio.Lock()
+
+    def receive(self, number: int, content: bytes) -> None:
+        """An answer arrived by subscription."""
+        if self._caught_up < self._losses:
+            self._held[number] = content
+        else:
+            self._pass_on(number, content)
+
+    def _pass_on(self, number: int, content: bytes) -> None:
+        if number > self._newest:
+            self._newest = number
+            self._receive(content)
+
+    def lost(self) -> None:
+        """The connection was lost, and answers with it."""
+        self._losses += 1
+
+    async def catch_up(self, link: Link) -> None:
+        """Read what was missed, once the subscription stands again; after a failure the next call goes on."""
+        async with self._lock:
+            losses = self._losses
+            if self._caught_up == losses:
+                return
+            with contextlib.suppress(*FAILURES):
+                newest = await link.newest()  # what is newer arrives by subscription
+                async for number, content in link.answers_after(self._name, self._newest):
+                    if number > newest:
+                        break
+                    self._pass_on(number, content)
+                self._caught_up = losses
+            if self._caught_up == self._losses:
+                held, self._held = self._held, {}
+                for number in sorted(held):
+                    self._pass_on(number, held[number])
+
+
 class _NatsTransport:
     """Sends the messages of each session in order, and each until it is in the log; the log deduplicates them."""
 
@@ -38,12 +85,7 @@ class _NatsTransport:
         self._queues: dict[str, _SendQueue] = {}
         self._welcome = b""
         self._sent = 0
-        self._newest = 0
-        """Sequence number of the newest answer, in the log of answers."""
-        self._missed_from: int | None = None
-        """`_newest` when the connection was lost; None once the answers since then have been read."""
-        self._seen: set[int] = set()
-        """Answers that arrived on the new connection meanwhile."""
+        self._answers: AnswerReader | None = None
 
     @property
     def link(self) -> Link:
@@ -59,8 +101,8 @@ class _NatsTransport:
             with contextlib.suppress(*FAILURES):
                 welcome = await self.link.shared("model") if await self.link.find() else None
                 if welcome is not None:
-                    self._newest = await self.link.newest()
-                    await connection.subscribe(self.link.names.answers_to(self._name), cb=self._handle)
+                    self._answers = AnswerReader(self._name, await self.link.newest(), self._deliver)
+                    await self.link.receive_answers(self._name, self._answers.receive)
                     await connection.flush()
                     self._welcome = welcome
                     return
@@ -69,20 +111,15 @@ class _NatsTransport:
                 raise NotRunning(f"no engine has served a cluster at {url} yet: {ClusterClient.starting}")
             await asyncio.sleep(0.1)
 
-    async def _handle(self, message: Any) -> None:
-        self._receive(int(message.headers["Nats-Sequence"]), message.data)
-
-    def _receive(self, number: int, content: bytes) -> None:
-        if number in self._seen or number <= (self._newest if self._missed_from is None else self._missed_from):
-            return
-        if self._missed_from is not None:
-            self._seen.add(number)
-        self._newest = max(self._newest, number)
-        self._deliver(content)
-
     async def _lost(self) -> None:
-        if self._missed_from is None:
-            self._missed_from = self._newest
+        if self._link is not None:
+            self._link.connection_lost()
+        if self._answers is not None:
+            self._answers.lost()
+
+    async def _returned(self) -> None:
+        if self._link is not None and self._answers is not None:
+            await self._answers.catch_up(self._link)
 
     def post(self, session: str, content: bytes) -> None:
         if not session:  # `hello`
@@ -105,25 +142,8 @@ class _NatsTransport:
                 except FAILURES:
                     await asyncio.sleep(0.05)
 
-    async def _returned(self) -> None:
-        if self._link is not None:
-            self._link.connection_returned()  # messages without a receipt are sent again at once
-        await self._catch_up()
-
-    async def _catch_up(self) -> None:
-        """Read the answers that were missed while the connection was lost."""
-        if self._link is None:
-            return
-        since = self._newest if self._missed_from is None else self._missed_from
-        with contextlib.suppress(*FAILURES):
-            async for number, content in self.link.answers_after(self._name, since):
-                self._receive(number, content)
-            self._missed_from = None
-            self._seen.clear()
-
     async def again(self, session: str) -> None:
-        if self._missed_from is not None:  # else answers arrive by subscription
-            await self._catch_up()
+        await self._returned()
 
     async def end(self, session: str) -> None:
         queue = self._queues.pop(session, None)

@@ -288,8 +288,8 @@ class Link:
     ) -> asyncio.Future[bool]:
         """Write an answer to a client; the future is true where it was not stored before.
 
-        The future fails with `Refused` or one of FAILURES, or stays pending where the server went away: then send the
-        answer again under the same name.
+        The future fails with `Refused` or one of FAILURES: then send the answer again under the same name. One that is
+        lost on a connection that stands stays pending. Raises one of FAILURES.
         """
         headers = {
             _EXPECTED: str(fence),
@@ -299,16 +299,24 @@ class Link:
         }
         return await self._receipts.publish(self.names.out(partition, session, client), content, headers)
 
-    def connection_returned(self) -> None:
-        """The connection was lost and is back: receipts that were under way do not arrive any more."""
+    def connection_lost(self) -> None:
+        """The connection was lost: receipts that were under way do not arrive any more."""
         self._receipts.fail_all()
+
+    async def receive_answers(self, client: str, handler: Callable[[int, bytes], None]) -> None:
+        """Call `handler` with each answer to a client, when it is stored: its sequence number and content."""
+
+        async def receive(message: Msg) -> None:
+            handler(int((message.headers or {})["Nats-Sequence"]), message.data)
+
+        await self.nats.subscribe(self.names.answers_to(client), cb=receive)
 
     async def newest(self) -> int:
         """The newest sequence number of the log of answers."""
         return (await self.js.stream_info(self.names.stream_out)).state.last_seq
 
     async def answers_after(self, client: str, number: int) -> AsyncIterator[tuple[int, bytes]]:
-        """Answers to a client after this sequence number, each with its own number."""
+        """Answers to a client after this sequence number, in order, each with its own number."""
         subject = self.names.out_to(client)
         while True:
             try:

@@ -84,7 +84,7 @@ class ClusterNode:
 
         """
         cluster = self.settings.cluster
-        connection = await connect(cluster.url, cluster.credentials, self._returned)
+        connection = await connect(cluster.url, cluster.credentials, self._returned, on_loss=self._lost)
         try:
             self._link = Link(connection, Names(cluster.prefix))
             await self._join()
@@ -143,16 +143,21 @@ class ClusterNode:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._say(f"{type(error).__name__}: {error}")
 
+    async def _lost(self) -> None:
+        if self._link is not None:
+            self._link.connection_lost()
+
     async def _returned(self) -> None:
-        """The connection is back: messages that were under way are lost."""
+        """The connection is back: what was under way was lost, in both directions."""
         if self._outbox is None:
             return
         self._members.begin(_now_s())
         for part in list(self.parts.values()):
+            await self.outbox.retry(part, 0.0)
+        for part in list(self.parts.values()):
             if part.reader is not None:
                 with contextlib.suppress(*FAILURES):
                     await part.reader.begin()
-            await self.outbox.retry(part, 0.0)
 
     # ---- membership and leases -----------------------------------------------------------------------------------
 

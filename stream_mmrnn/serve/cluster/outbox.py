@@ -1,16 +1,19 @@
 """Outbox: writes answers and states of our partitions to NATS, in order, and again until they are stored.
 
-An answer is deduplicated by its name, so that a retry is stored once. A state is written after the answers to the
-messages that it contains. Knows nothing about leases or who is alive.
+The log has the answers of a session in order, also where writes failed: a client takes what the answer to `open` says
+of older ticks for the last word on them. An answer is deduplicated by its name, so that a retry is stored once. A state
+is written after the answers to the messages that it contains. Knows nothing about leases or who is alive.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeAlias
+
+import msgspec
 
 from stream_mmrnn.serve.cluster.log_reader import LogReader
 from stream_mmrnn.serve.cluster.nats import FAILURES, Link
@@ -22,14 +25,25 @@ RETRY_S = 1.0
 Start: TypeAlias = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 
+class _Unstored(msgspec.Struct):
+    """An answer without a receipt."""
+
+    answer: Outgoing
+    receipt: asyncio.Future[bool] | None = None
+    """None: it has not been sent, or is to be sent again."""
+    sent_s: float = float("-inf")
+
+
 class Partition:
     """A partition that this engine serves."""
 
     def __init__(self, number: int, epoch: int, fence: int) -> None:
         self.number, self.epoch, self.fence = number, epoch, fence
         self.reader: LogReader | None = None
-        self.unstored: OrderedDict[str, tuple[Outgoing, asyncio.Future[bool], float]] = OrderedDict()
-        """Answers without a receipt, by session and name, in order, each with the time it was sent."""
+        self.unstored: dict[str, dict[str, _Unstored]] = {}
+        """Answers without a receipt, by session and name, in order."""
+        self.held: set[str] = set()
+        """Sessions with an answer whose write failed: later answers of theirs wait for `retry`."""
         self.revisions: dict[str, int] = {}
         self.saving: dict[str, asyncio.Task[None]] = {}
         """The task that writes the newest state of each session."""
@@ -77,18 +91,27 @@ class Outbox:
         part = self._parts.get(answer.partition)
         if part is None:
             return
+        unstored = part.unstored.setdefault(answer.session, {})[answer.name] = _Unstored(answer)
+        if answer.session not in part.held:
+            await self._write(part, unstored)
+
+    async def _write(self, part: Partition, unstored: _Unstored) -> bool:
+        """Send an answer; returns whether that was possible."""
+        answer = unstored.answer
         try:
-            future = await self._link.send(
+            receipt = await self._link.send(
                 answer.partition, answer.session, answer.client, answer.name, answer.content, part.fence
             )
         except FAILURES:
-            future = asyncio.get_running_loop().create_future()  # `retry` sends it again
-        key = f"{answer.session} {answer.name}"
-        part.unstored[key] = answer, future, _now_s()
-        future.add_done_callback(lambda done: self._stored(part, key, done))
+            part.held.add(answer.session)
+            return False
+        unstored.receipt, unstored.sent_s = receipt, _now_s()
+        receipt.add_done_callback(lambda done: self._stored(part, unstored, done))
+        return True
 
-    def _stored(self, part: Partition, key: str, done: asyncio.Future[bool]) -> None:
-        if done.cancelled() or (done.exception() and part.unstored.get(key, (None, None))[1] is not done):
+    def _stored(self, part: Partition, unstored: _Unstored, done: asyncio.Future[bool]) -> None:
+        session, name = unstored.answer.session, unstored.answer.name
+        if done.cancelled() or (done.exception() and unstored.receipt is not done):
             return
         try:
             self._counts["stored" if done.result() else "repeated"] += 1
@@ -98,14 +121,32 @@ class Outbox:
                 self._lose(part.number)
             return
         except FAILURES:
-            return  # `retry` sends it again
-        part.unstored.pop(key, None)
+            part.held.add(session)
+            return
+        waiting = part.unstored.get(session, {})
+        waiting.pop(name, None)
+        if not waiting:
+            part.unstored.pop(session, None)
 
     async def retry(self, part: Partition, after_s: float) -> None:
-        """Send answers again that have had no receipt for so long, in order; the server deduplicates them by name."""
+        """Send answers again whose write failed, or that have had no receipt for so long, with all later ones of their
+        session, in order; the server deduplicates them by name.
+        """
         at_s = _now_s()
-        for answer in [answer for answer, _, since_s in part.unstored.values() if at_s - since_s >= after_s]:
-            await self._send(answer)
+        for session, waiting in list(part.unstored.items()):
+            oldest = next(iter(waiting.values()))
+            if session in part.held or at_s - oldest.sent_s >= after_s:
+                await self._send_again(part, session)
+
+    async def _send_again(self, part: Partition, session: str) -> None:
+        part.held.add(session)  # answers that come meanwhile are sent after these
+        for unstored in part.unstored.get(session, {}).values():
+            unstored.receipt = None
+        while unsent := [of for of in part.unstored.get(session, {}).values() if of.receipt is None]:
+            for unstored in unsent:
+                if not await self._write(part, unstored):
+                    return
+        part.held.discard(session)
 
     async def _save(
         self, part: Partition, state: SavedState, before: asyncio.Task[None] | None, promised: list[Outgoing]
@@ -144,10 +185,7 @@ class Outbox:
 
     def _owes(self, part: Partition, state: SavedState) -> bool:
         """Whether an answer to a message that is in this state has no receipt yet."""
-        return any(
-            answer.session == state.session and int(answer.name.partition(".")[0]) <= state.seq
-            for answer, _, _ in part.unstored.values()
-        )
+        return any(int(name.partition(".")[0]) <= state.seq for name in part.unstored.get(state.session, ()))
 
 
 def _now_s() -> float:

@@ -10,6 +10,7 @@ import asyncio
 import msgspec
 from nats.aio.client import Client as Nats
 from nats.aio.msg import Msg
+from nats.errors import ConnectionReconnectingError
 from nats.errors import Error as NatsError
 
 WRONG_LAST_SEQUENCE = 10071
@@ -48,7 +49,13 @@ class Receipts:
         self._count = 0
 
     async def publish(self, subject: str, content: bytes, headers: dict[str, str]) -> asyncio.Future[bool]:
-        """Send a message that a stream stores; the future is true where it was not stored before."""
+        """Send a message that a stream stores; the future is true where it was not stored before.
+
+        Raises ConnectionReconnectingError while there is no connection: it would be sent at the return, before what was
+        lost with the old one.
+        """
+        if not self._nats.is_connected:
+            raise ConnectionReconnectingError
         if not self._inbox:
             self._inbox = self._nats.new_inbox()
             await self._nats.subscribe(f"{self._inbox}.*", cb=self._receive)
