@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from stream_mmrnn.bus import Subscriber as Subscriber
     from stream_mmrnn.bus.prediction_reader import Model as Model
     from stream_mmrnn.bus.prediction_reader import PredictionView as PredictionView
+    from stream_mmrnn.bus.push import Push as Push
+    from stream_mmrnn.bus.push import push as push
     from stream_mmrnn.bus.subscription import Subscription as Subscription
     from stream_mmrnn.bus.subscription import subscribe as subscribe
     from stream_mmrnn.capture.encoders import Encoder as Encoder
@@ -95,6 +97,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "bus": ("Address", "Publisher", "Subscriber"),
     "bus.prediction_reader": ("Model", "PredictionView"),
+    "bus.push": ("Push", "push"),
     "bus.subscription": ("Subscription", "subscribe"),
     "capture.encoders": ("Encoder", "create_encoder"),
     "capture.encoders.audio": ("AudioEncoder",),

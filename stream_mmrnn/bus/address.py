@@ -124,7 +124,9 @@ class Address:
         """The endpoint that a reader of these topics connects to."""
         if policy != "block":
             return self.view
-        large = any(prefix.startswith(topics.RAW) or topics.RAW.startswith(prefix) for prefix in wanted)
+        large = any(
+            prefix.startswith(of) or of.startswith(prefix) for prefix in wanted for of in (topics.RAW, topics.PUSH)
+        )
         return self.bulk if large else self.subscribe
 
     def remove(self) -> None:

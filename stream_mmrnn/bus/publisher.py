@@ -52,10 +52,24 @@ class Publisher:
                 self._wanted.remove(note[1:])
             timeout_ms = 0
 
+    def _read_subscriptions_if_due(self, at_ns: int) -> None:
+        if at_ns - self._looked_ns > _LOOK_EVERY_NS:
+            # reading subscriptions is not urgent, and it costs as much as sending
+            self._looked_ns = at_ns
+            self._read_subscriptions(0)
+
+    def _is_wanted(self, topic: str) -> bool:
+        return any(topic.encode().startswith(prefix) for prefix in self._wanted)
+
+    def has_reader(self, topic: str) -> bool:
+        """Whether the broker has a reader of `topic`, as of the last 50 ms."""
+        self._read_subscriptions_if_due(now_ns())
+        return self._is_wanted(topic)
+
     def wait_for_reader(self, topic: str, timeout_s: float) -> bool:
         """Wait until the broker has a reader of `topic`; False on timeout. Messages sent after that arrive."""
         deadline = now_ns() + int(timeout_s * 1e9)
-        while not any(topic.encode().startswith(prefix) for prefix in self._wanted):
+        while not self._is_wanted(topic):
             left_ms = (deadline - now_ns()) // 1_000_000
             if left_ms <= 0:
                 return False
@@ -85,10 +99,7 @@ class Publisher:
             self._socket.send_multipart(wire.encode(envelope), zmq.DONTWAIT)
         except zmq.Again:
             self.refused[topic] = self.refused.get(topic, 0) + 1
-        if at_ns - self._looked_ns > _LOOK_EVERY_NS:
-            # reading subscriptions is not urgent, and it costs as much as sending
-            self._looked_ns = at_ns
-            self._read_subscriptions(0)
+        self._read_subscriptions_if_due(at_ns)
         return envelope
 
     def end(self, session: str) -> None:

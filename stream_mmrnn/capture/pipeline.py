@@ -10,6 +10,7 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from types import MappingProxyType
 
 import msgspec
 
@@ -67,26 +68,30 @@ def capture(
 
 
 def reencode(
-    envelopes: Iterable[Envelope], encoders: Mapping[str, Encoder], featureless: Collection[str] = ()
+    envelopes: Iterable[Envelope],
+    encoders: Mapping[str, Encoder],
+    featureless: Collection[str] = (),
+    read: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Envelope]:
     """Replace each recorded feature vector by one that is computed again from the raw samples.
 
     `encoders`: by the name of their features (`audio`, `audio.prosody`). A vector keeps its place in the sequence, so
     each tick closes at the same message as before. Vectors whose raw sample was lost are left out. The features named
-    in `featureless` were not recorded: their vectors follow the raw message.
+    in `featureless` were not recorded: their vectors follow the raw message. `read`: by the name of features, the topic
+    that they are made of, where that is not the raw topic of their stream.
     """
     by_raw: dict[str, list[str]] = {}
     for name in encoders:
-        by_raw.setdefault(topics.raw(name.partition(".")[0]), []).append(name)
+        by_raw.setdefault(read.get(name, topics.raw(name.partition(".")[0])), []).append(name)
     made: dict[str, deque[Sample]] = {topics.FEATURE + name: deque() for name in encoders if name not in featureless}
     origins = {topics.FEATURE + name: encoder.origin for name, encoder in encoders.items()}
     seq = dict.fromkeys(featureless, 0)
     held: deque[Envelope] = deque()  # all messages from the first vector on whose raw sample has not come yet
     for envelope in envelopes:
         names = by_raw.get(envelope.topic)
-        if names is None:
+        if names is None or envelope.topic.startswith(topics.FEATURE):
             held.append(envelope)
-        else:
+        if names is not None:
             sample = Sample(envelope.event_ns, envelope.capture_ns, envelope.payload, envelope.device_ns)
             for name in names:
                 feature = topics.FEATURE + name

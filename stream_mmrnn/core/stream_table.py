@@ -6,13 +6,23 @@ The one place that knows how `[sources]`, `[streams]`, `[align]` and `[queues]` 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 
-from stream_mmrnn.core.config import Settings
+from stream_mmrnn.core.config import Settings, StreamSettings
 from stream_mmrnn.core.errors import ConfigError
-from stream_mmrnn.core.streams import KINDS, SHORT_FORMS, SOURCE_KINDS, Stream, usual, with_one_value
+from stream_mmrnn.core.streams import (
+    KINDS,
+    SHORT_FORMS,
+    SOURCE_KINDS,
+    Kind,
+    Stream,
+    derivation_of,
+    parent_of,
+    with_one_value,
+)
 from stream_mmrnn.core.topics import STREAM_NAME
 
 
@@ -20,45 +30,92 @@ def stream_table(settings: Settings) -> dict[str, Stream]:
     """The streams of a session by name; also those without a source (`none`) that have settings of their own.
 
     Raises:
-        ConfigError: a stream's kind cannot be told from its source, two streams feed one modality, or a stream has a
-            name that no stream may have.
+        ConfigError: a stream's kind cannot be told from its source, two streams feed one modality, a stream has a name
+            that no stream may have, or a derived stream is made of none, of itself, or of one without samples.
 
     """
+    given = {
+        name: StreamSettings(getattr(settings.sources, name), kind)
+        for name, (kind, _) in SHORT_FORMS.items()
+        if name not in settings.streams
+    } | settings.streams
     table: dict[str, Stream] = {}
-    for name, row in usual().items():
-        if name not in settings.streams:
-            table[name] = _with_defaults(row, settings, source=getattr(settings.sources, name))
-    for name, given in settings.streams.items():
+    for name in _parents_first(given):
         if not re.match(STREAM_NAME, name):
             raise ConfigError(f"`streams.{name}`: a stream's name has 1 to 32 letters, digits, `_` or `-`")
-        possible = SOURCE_KINDS.get(given.source.partition(":")[0], ("signal",))  # what most plug-ins give
-        named = SHORT_FORMS[name][0] if name in SHORT_FORMS else None
-        clear = possible[0] if len(possible) == 1 or possible[0] == "signal" else None
-        kind = given.kind or (named if named in possible else clear)
-        if kind is None:
-            raise ConfigError(
-                f"`streams.{name}.kind` is missing: {given.source!r} may give {', '.join(KINDS)}; set one of them"
-            )
-        made = Stream.of(name, kind, given.person)
-        about: dict[str, Any] = {"source": given.source, "encoders": given.encoders, "feeds": given.feeds}
-        if given.dense is not None:
-            about["dense"] = given.dense
-        if given.reduction:
-            about["reduction"] = given.reduction
-        if given.policy:
-            about["policy"] = given.policy
-        if given.lateness_ms is not None:
-            about["lateness_ns"] = round(given.lateness_ms * 1e6)
-        if kind != "signal" or given.encoders:
-            about["raw"] = given.raw
-        table[name] = _with_defaults(made, settings, **about)
+        table[name] = _row(name, given[name], settings, table)
+    table = {name: table[name] for name in given}
     _check_feeds(table)
     return table
 
 
-def _with_defaults(made: Stream, settings: Settings, **given: Any) -> Stream:
-    defaults = {"lateness_ns": settings.align.lateness_ns(made.kind), "policy": settings.queues.policy(made.kind)}
-    return msgspec.structs.replace(made, **{**defaults, **given})
+def _parents_first(given: dict[str, StreamSettings]) -> Iterator[str]:
+    """The names of the streams, each after the one that it is made of. Raises ConfigError where there is a circle."""
+    left = dict(given)
+    while left:
+        ready = [name for name, row in left.items() if parent_of(row.source) not in left]
+        if not ready:
+            circle = ", ".join(f"`{name}`" for name in left)
+            raise ConfigError(f"the derived streams {circle} are made of each other; give one of them a device")
+        for name in ready:
+            del left[name]
+            yield name
+
+
+def _row(name: str, given: StreamSettings, settings: Settings, table: dict[str, Stream]) -> Stream:
+    parent = _parent(name, given, table)
+    kind = _kind(name, given, parent)
+    about: dict[str, Any] = {"source": given.source, "encoders": given.encoders, "feeds": given.feeds}
+    if given.dense is not None:
+        about["dense"] = given.dense
+    if given.reduction:
+        about["reduction"] = given.reduction
+    if given.policy:
+        about["policy"] = given.policy
+    if given.lateness_ms is not None:
+        about["lateness_ns"] = round(given.lateness_ms * 1e6)
+    if parent is not None and not derivation_of(given.source):
+        about["raw"] = False  # its samples are its parent's
+    elif kind != "signal" or given.encoders:
+        about["raw"] = given.raw
+    defaults = {"lateness_ns": settings.align.lateness_ns(kind), "policy": settings.queues.policy(kind)}
+    return msgspec.structs.replace(Stream.of(name, kind, given.person), **{**defaults, **about})
+
+
+def _parent(name: str, given: StreamSettings, table: dict[str, Stream]) -> Stream | None:
+    """The stream that this one is made of. Raises ConfigError where it has no samples."""
+    if not given.source.startswith("from:"):
+        return None
+    parent = table.get(parent_of(given.source))
+    if parent is None or parent.source == "none":
+        raise ConfigError(
+            f"`streams.{name}` is made of {parent_of(given.source)!r}, which this session has not; give that stream a "
+            "source, or name another one"
+        )
+    if not parent.raw and (parent.kind != "signal" or parent.encoders):
+        why = f"is a copy of `{parent.parent}`; name that one" if parent.parent else "has raw = false; set it to true"
+        raise ConfigError(f"`streams.{name}` is made of the samples of `{parent.name}`, which {why}")
+    return parent
+
+
+def _kind(name: str, given: StreamSettings, parent: Stream | None) -> Kind:
+    """The kind of a stream: the given one, or what its name and its source stand for. Raises ConfigError."""
+    if parent is not None and not derivation_of(given.source):
+        if given.kind not in ("", parent.kind):
+            raise ConfigError(
+                f"`streams.{name}` is {given.kind}, and its samples are those of `{parent.name}`: {parent.kind}; leave "
+                "its kind out"
+            )
+        return parent.kind
+    possible = SOURCE_KINDS.get(given.source.partition(":")[0], ("signal",))  # what most plug-ins give
+    named = SHORT_FORMS[name][0] if name in SHORT_FORMS else None
+    clear = possible[0] if len(possible) == 1 or possible[0] == "signal" else None
+    kind = given.kind or (named if named in possible else clear)
+    if kind is None:
+        raise ConfigError(
+            f"`streams.{name}.kind` is missing: {given.source!r} may give {', '.join(KINDS)}; set one of them"
+        )
+    return kind
 
 
 def _check_feeds(table: dict[str, Stream]) -> None:

@@ -75,6 +75,16 @@ class Stream(msgspec.Struct, frozen=True):
     def modality(self) -> str:
         return self.feeds or self.name
 
+    @property
+    def parent(self) -> str:
+        """The stream that it is made of; "" if it is not derived."""
+        return parent_of(self.source)
+
+    @property
+    def derivation(self) -> str:
+        """What makes a derived stream of its parent; "": its samples are the parent's."""
+        return derivation_of(self.source)
+
     def features(self) -> tuple[str, ...]:
         """By encoder, the name of its feature vectors: the last part of their topic."""
         return (self.name, *(f"{self.name}.{encoder}" for encoder in self.encoders[1:]))
@@ -114,10 +124,23 @@ SOURCE_KINDS: dict[str, tuple[Kind, ...]] = {
     "page": ("text",),
     "lsl": ("signal", "audio", "text"),
     "synthetic": ("vision", "audio", "text"),
+    "push": ("vision", "audio", "text", "signal"),
+    "from": ("vision", "audio", "text", "signal"),
     "none": ("vision", "audio", "text", "signal"),
 }
 """The package's own sources, and the kinds of stream that each can give. Where the settings do not say the kind, `lsl`
-is a signal, and `file`, `synthetic` and `none` are an error."""
+is a signal, `from:STREAM` is of its parent's kind, and `file`, `push`, `synthetic` and `none` are an error."""
+
+
+def parent_of(source: str) -> str:
+    """The stream that a source reads: `from:STREAM` or `from:STREAM/DERIVATION`; "" for any other source."""
+    what, _, rest = source.partition(":")
+    return rest.partition("/")[0] if what == "from" else ""
+
+
+def derivation_of(source: str) -> str:
+    """The derivation of a source `from:STREAM/DERIVATION`; "" if it has none."""
+    return source.partition("/")[2] if parent_of(source) else ""
 
 
 def usual() -> dict[str, Stream]:

@@ -1,7 +1,7 @@
 """Names of topics, and the table of those that every session has.
 
-The topics of streams follow from the streams' names (`raw/NAME`, `feature/NAME`, `feature/NAME.ENCODER`); which streams
-there are is `streams`' and the settings' business.
+The topics of streams follow from the streams' names (`raw/NAME`, `feature/NAME`, `feature/NAME.ENCODER`, `push/NAME`);
+which streams there are is `streams`' and the settings' business.
 """
 
 from __future__ import annotations
@@ -37,8 +37,11 @@ AUDIO_RATE_HZ = 16_000
 
 RAW = "raw/"
 FEATURE = "feature/"
+PUSH = "push/"
+"""Samples from other programs, on their way to the worker of their stream; never recorded."""
 STREAM_NAME = r"\A[A-Za-z0-9][A-Za-z0-9_-]{0,31}\Z"
 """Pattern of the names of streams, persons and encoders."""
+_PUSHED = re.compile(r"push/[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
 _OF_STREAM = re.compile(r"(?:raw/|feature/)([A-Za-z0-9][A-Za-z0-9_-]{0,31})(?:\.[A-Za-z0-9][A-Za-z0-9_-]{0,31})?")
 
 
@@ -75,6 +78,10 @@ def feature(stream: str, encoder: str = "") -> str:
     return f"{FEATURE}{stream}.{encoder}" if encoder else FEATURE + stream
 
 
+def push(stream: str) -> str:
+    return PUSH + stream
+
+
 def stream_of(topic: str) -> str:
     """The name of the stream whose raw messages or features have this topic; "" if it is no stream's."""
     found = _OF_STREAM.fullmatch(topic)
@@ -83,7 +90,8 @@ def stream_of(topic: str) -> str:
 
 def is_known(topic: str) -> bool:
     """Whether messages may have this topic."""
-    return topic in TOPICS or topic.startswith(STATUS) or _OF_STREAM.fullmatch(topic) is not None
+    of_stream = _OF_STREAM.fullmatch(topic) or _PUSHED.fullmatch(topic)
+    return topic in TOPICS or topic.startswith(STATUS) or of_stream is not None
 
 
 def is_recorded(topic: str) -> bool:

@@ -3,8 +3,8 @@
 Three frames: the topic (so that a subscription is a prefix), a msgpack header, the payload's raw bytes.
 The header is the array [version, session, seq, event_ns, capture_ns, publish_ns, origin, dtype, shape, device_ns];
 the last may be missing (messages of the first release) and is 0 then. `dtype` is numpy's name of a little-endian
-number, or "" for plain bytes. The payloads of `session`, `tick`, `prediction` and `status` are JSON; their types are at
-the end of this file.
+number, or "" for plain bytes. The payloads of `session`, `tick`, `prediction` and `status` are JSON, those of
+`push/STREAM` msgpack; their types are at the end of this file.
 """
 
 from __future__ import annotations
@@ -265,6 +265,27 @@ class StatusMessage(msgspec.Struct, frozen=True, omit_defaults=True):
     counts: dict[str, _Count] = {}
     detail: dict[str, Any] = {}
     """Source: requested and actual settings. Engine: the model's contract and the stream counts. Recorder: the file."""
+
+
+class PushMessage(msgspec.Struct, frozen=True, gc=False):
+    """The payload of `push/STREAM`, as msgpack: one sample from another program."""
+
+    data: bytes
+    """Sound: mono int16, little-endian. Picture: JPEG. Text: UTF-8. Signal: float32, little-endian."""
+    rate_hz: Annotated[int, msgspec.Meta(ge=1000, le=384_000)] = topics.AUDIO_RATE_HZ
+    """Of sound."""
+
+
+pack_push = msgspec.msgpack.Encoder().encode
+_read_push = msgspec.msgpack.Decoder(PushMessage).decode
+
+
+def read_push(payload: Any) -> PushMessage:
+    """Decode the payload of `push/STREAM`; raises WireError if it is invalid."""
+    try:
+        return _read_push(payload)
+    except (msgspec.MsgspecError, TypeError, ValueError, RecursionError) as e:
+        raise WireError(f"the payload is no pushed sample: {e}") from e
 
 
 _Message = TypeVar("_Message", SessionMessage, TickMessage, PredictionMessage, StatusMessage)

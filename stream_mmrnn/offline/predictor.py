@@ -22,6 +22,7 @@ from stream_mmrnn.capture.encoders import Encoder, encoders_of
 from stream_mmrnn.capture.resampler import Resampler
 from stream_mmrnn.core import config, topics
 from stream_mmrnn.core.errors import SessionError, SnapshotError, UsageError, WireError
+from stream_mmrnn.core.sound import mono
 from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.streams import Stream, feeding
 from stream_mmrnn.core.types import Envelope, Payload, Prediction, Sample
@@ -145,7 +146,7 @@ class Predictor:
 
         """
         row = self._stream(stream, "audio")
-        sound = _mono(pcm)
+        sound = mono(pcm)
         end_ns: int | None = None
         if at_s is not None or (self._clock is not None and stream not in self._sound_ns):
             end_ns = self._at_ns(at_s)
@@ -409,20 +410,6 @@ def _state_of(encoder: Encoder) -> dict[str, npt.NDArray[Any]]:
 def _bytes(snapshot: Snapshot, key: str) -> bytes:
     value = snapshot.extra.get(key, b"")
     return value.encode() if isinstance(value, str) else value
-
-
-def _mono(pcm: npt.NDArray[Any]) -> npt.NDArray[np.int16]:
-    """Sound of shape [samples]: the mean of the channels."""
-    sound = np.asarray(pcm)
-    if sound.ndim not in (1, 2) or not 1 <= (sound.shape[1] if sound.ndim == 2 else 1) <= 64:
-        raise UsageError(f"sound has shape [samples] or [samples, channels], this has {list(np.shape(pcm))}")
-    if np.issubdtype(sound.dtype, np.floating) and np.isfinite(sound).all():
-        sound = sound * 32767.0
-    elif sound.dtype != np.int16:
-        raise UsageError(f"sound is int16, or finite floats from -1 to 1; this is {sound.dtype}")
-    if sound.ndim == 2:
-        sound = sound[:, 0] if sound.shape[1] == 1 else sound.astype(np.float64).mean(1)
-    return sound if sound.dtype == np.int16 else np.clip(np.rint(sound), -32768, 32767).astype(np.int16)
 
 
 def _jpeg(frame: npt.NDArray[np.uint8]) -> bytes:

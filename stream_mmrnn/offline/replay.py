@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from stream_mmrnn.capture.encoders import encoders_of
+from stream_mmrnn.capture.derive import encoders_from_root, heard_topic, root_of
 from stream_mmrnn.capture.pipeline import reencode
 from stream_mmrnn.core import config, topics, wire
 from stream_mmrnn.core.clock import now_ns
@@ -208,7 +208,8 @@ def replay(
     if source == "raw":
         if recording.metadata.get("raw") == "false":
             raise UsageError(f"{path} was recorded without raw streams (record.raw = false); replay it from features")
-        wanted |= {topics.raw(row.name) for row in features.values()}
+        read = {name: heard_topic(root_of(row, table)) for name, row in features.items() if row.raw or row.parent}
+        wanted |= set(read.values())
     if player is not None:
         wanted |= player.load(path.name, engine.spec, table, *_span(recording), _statuses(recording))
     while True:
@@ -219,9 +220,8 @@ def replay(
             envelopes = player.play(envelopes)
         if source == "raw":
             # what has no raw messages has features that are the raw values, or come from other programs
-            made = {row.name: encoders_of(row) for row in features.values() if row.raw}
-            again = {name: made[row.name][name] for name, row in features.items() if row.raw}
-            envelopes = reencode(envelopes, again)
+            again = {name: encoders_from_root(features[name], table)[name] for name in read}
+            envelopes = reencode(envelopes, again, read=read)
         if speed is not None and player is None:
             envelopes = pace(envelopes, speed, alive)
         steps = Histogram()

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from stream_mmrnn.bus import Address
 from stream_mmrnn.core import plugins
 from stream_mmrnn.core.config import Settings
 from stream_mmrnn.core.errors import SourceSpecError
+from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.streams import SELF, SOURCE_KINDS, Kind, Stream, with_one_value
 from stream_mmrnn.core.topics import AUDIO_RATE_HZ
 from stream_mmrnn.core.types import Sample
@@ -69,6 +71,12 @@ def check(spec: str, name: str, kind: Kind, person: str = SELF) -> None:
         raise SourceSpecError(f"{spec!r} needs a port on this machine, such as {what}:5555")
     if what in ("file", "pipe") and not rest:
         raise SourceSpecError(f"{spec!r} needs a path, such as {what}:PATH")
+    if what == "from":
+        from stream_mmrnn.capture.derive import derivation_of
+
+        derivation_of(Stream.of(name, kind, person, spec))
+    if what == "push" and rest:
+        raise SourceSpecError(f"{spec!r} of {name}: push takes no argument; programs name the stream when they push")
     if what == "lsl":
         from stream_mmrnn.capture.sources.lsl import query
 
@@ -124,12 +132,21 @@ def everything_from(spec: str) -> dict[str, str]:
     raise SourceSpecError(f"{spec!r} is no source; use synthetic, devices or file:PATH")
 
 
-def create_source(stream: Stream, settings: Settings, stdin_fd: int = -1, *, paced: bool = True) -> Source:
+def create_source(
+    stream: Stream, settings: Settings, stdin_fd: int = -1, *, paced: bool = True, address: Address | None = None
+) -> Source:
     """The source of a stream, not yet open; imports only what that source needs.
 
-    `paced`: files and the synthetic source give each sample at its time; else as fast as they are read.
+    `paced`: files and the synthetic source give each sample at its time; else as fast as they are read. `address`: of
+    the session's bus, which `from:STREAM` and `push` read.
     """
     what, rest = split(stream.source)
+    if what in ("from", "push"):
+        from stream_mmrnn.capture.sources import bus_source
+
+        if address is None:
+            raise SourceSpecError(f"{stream.source!r} reads the bus of a live session; use another source here")
+        return bus_source.create(stream, stream_table(settings), settings, address)
     if what == "camera":
         from stream_mmrnn.capture.sources.camera import Camera
 

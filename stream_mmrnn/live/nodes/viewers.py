@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs
 
 import msgspec
 
@@ -26,6 +27,8 @@ from stream_mmrnn.live.nodes.process import Context, Node, wait_for_clock
 if TYPE_CHECKING:
     from stream_mmrnn.viewers.lsl_outlet import Outlet
 
+_MAX_PUSHED = 256
+"""Samples of WebSocket clients that wait for the bus."""
 _MAX_TYPED = 64
 """Lines typed on the page that wait for the bus."""
 _PAGE_PERIOD_NS = 100_000_000
@@ -81,6 +84,9 @@ class DashboardNode(_ViewerNode):
         self.reading = PredictionReader(decoder=decoder)
         self.metrics = Metrics(decoder)
         self._typed: deque[bytes] = deque()
+        self._pushed: deque[tuple[str, int, bytes]] = deque()
+        """Topic, time and content of samples that WebSocket clients have pushed."""
+        self._push_streams = {name for name, row in table.items() if row.source == "push"}
         self._explained: Any = None
         self._started = False
         self._next_ns = 0
@@ -93,6 +99,7 @@ class DashboardNode(_ViewerNode):
             posts={"/text": self._take_line},
             metrics=lambda: self.metrics.text(now_ns()),
             ready=lambda: self.metrics.why_not_ready(now_ns()),
+            push=self._take_sample,
         )
         self.reporter.counts = lambda: {
             **_totals(self.subscriber.tally(), self.raw_streams.tally()),
@@ -105,6 +112,7 @@ class DashboardNode(_ViewerNode):
         for envelope in self.follow():
             self._start_page()
             self._publish_typed()
+            self._publish_pushed()
             if envelope is not None:
                 self._observe(envelope)
             self._observe_raw()
@@ -128,6 +136,25 @@ class DashboardNode(_ViewerNode):
             return "more was typed than could be sent; wait a moment"
         self._typed.append(line)
         return ""
+
+    def _take_sample(self, stream: str, content: bytes, query: str) -> str:
+        """Queue a sample of a WebSocket client; why not, or "". Runs in the server's thread, which has no socket."""
+        if stream not in self._push_streams:
+            return f"the session has no stream {stream!r} with the source push"
+        rate = parse_qs(query).get("rate_hz", [str(topics.AUDIO_RATE_HZ)])[0]
+        if not (rate.isascii() and rate.isdigit() and 1000 <= int(rate[:7]) <= 384_000):
+            return "rate_hz is 1000 to 384000 samples a second"
+        if len(self._pushed) >= _MAX_PUSHED:
+            return "more was pushed than could be sent; send no faster than the samples are made"
+        if content:
+            message = wire.pack_push(wire.PushMessage(content, int(rate)))
+            self._pushed.append((topics.push(stream), now_ns(), message))
+        return ""
+
+    def _publish_pushed(self) -> None:
+        while self._pushed:
+            topic, at_ns, message = self._pushed.popleft()
+            self.publisher.publish(topic, self.settings.session.name, at_ns, at_ns, message, "page")
 
     def _start_page(self) -> None:
         if self.context.epoch.value and not self._started:

@@ -10,6 +10,7 @@ from typing import Any
 
 from stream_mmrnn.capture import encoders, sources
 from stream_mmrnn.capture.pipeline import Outgoing, Pump, capture
+from stream_mmrnn.capture.sources.bus_source import BusSource
 from stream_mmrnn.capture.stall_detector import StallDetector
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.clock import now_ns
@@ -38,7 +39,7 @@ class WorkerNode(Node):
         """By topic, under which name its messages are counted."""
         self.stall_detector = StallDetector(self.stream.dense)
         stdin_fd = context.stdin.detach() if context.stdin is not None else -1
-        self.source = sources.create_source(self.stream, self.settings, stdin_fd)
+        self.source = sources.create_source(self.stream, self.settings, stdin_fd, address=context.address)
         self.prewarmer = Prewarmer(self._warm, 0)
         self.pump: Pump | None = None
         self._undecodable = 0
@@ -88,6 +89,8 @@ class WorkerNode(Node):
     def _wait_for_start(self) -> None:
         # a publisher has no subscription to the clock: that the broker has readers for it proves the connection
         self.publisher.wait_for_reader(topics.STATUS, 2.0)
+        if isinstance(self.source, BusSource):
+            self.source.connect(self.context.alive, midway=self.context.restarts > 0)
         gc.collect()
         gc.freeze()
         self.context.ready.set()

@@ -21,6 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route, Router, WebSocketRoute
 from starlette.types import Message, Receive, Scope, Send
+from starlette.websockets import WebSocket, WebSocketDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
@@ -45,8 +46,10 @@ MAX_SINCE = 2**53
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """Prometheus' text format."""
 _PREDICTIONS = "/predictions"
-_MAX_CLIENT_MESSAGE_BYTES = 4096
-"""Of a message from a WebSocket client; such messages are ignored."""
+_PUSH = "/push/{stream}"
+_MAX_CLIENT_MESSAGE_BYTES = 1024 * 1024
+"""Of a message from a WebSocket client: a pushed picture, or a second of sound."""
+_MAX_PUSHERS = 16
 
 
 class _EventStream(StreamingResponse):
@@ -160,6 +163,10 @@ _COMMON = {
 }
 
 
+Push = Callable[[str, bytes, str], str]
+"""Takes a stream, a sample (b"" only asks) and the query of the request; returns "", or why it is refused."""
+
+
 class AppSettings(msgspec.Struct, frozen=True):
     """What the application serves, and its limits."""
 
@@ -170,6 +177,7 @@ class AppSettings(msgspec.Struct, frozen=True):
     metrics: Callable[[], bytes] | None
     ready: Callable[[], str]
     posts: Mapping[str, Callable[[bytes], str]]
+    push: Push | None
     port: int
     client_timeout_s: float
     """A client that does not read for so long is disconnected."""
@@ -183,6 +191,7 @@ class Application:
     def __init__(self, settings: AppSettings, board: Board) -> None:
         self._settings, self._board = settings, board
         self.feed = Feed()
+        self._pushers = 0
         self._routes = {
             "/": self._get_page,
             "/events": self._get_events,
@@ -196,6 +205,7 @@ class Application:
                 *(Route(path, endpoint) for path, endpoint in self._routes.items()),
                 *(Route(path, self._post, methods=["POST"]) for path in settings.posts),
                 WebSocketRoute(_PREDICTIONS, self.feed.serve),
+                *([WebSocketRoute(_PUSH, self._receive_pushes)] if settings.push else []),
             ],
             redirect_slashes=False,
             default=self._get_unknown,
@@ -313,6 +323,30 @@ class Application:
             return PlainTextResponse("the body did not arrive in time\n", 408, {"Connection": "close"})
         why_not = self._settings.posts[request.url.path](body)
         return PlainTextResponse(f"{why_not or 'done'}\n", 409 if why_not else 200)
+
+    async def _receive_pushes(self, websocket: WebSocket) -> None:
+        """Samples for a stream whose source is `push`: each message is one. A refused one closes the connection."""
+        push, stream, query = self._settings.push, websocket.path_params["stream"], websocket.url.query
+        assert push is not None
+        why = push(stream, b"", query)
+        if not why and self._pushers >= _MAX_PUSHERS:
+            why = "too many programs push over WebSocket; close one of them"
+        if why:
+            await websocket.send_denial_response(PlainTextResponse(f"{why}\n", 409))
+            return
+        await websocket.accept()
+        self._pushers += 1
+        try:
+            while not why:
+                message = await websocket.receive()
+                if message["type"] == "websocket.disconnect":
+                    return
+                why = push(stream, message.get("bytes") or (message.get("text") or "").encode(), query)
+            await websocket.close(1008, why[:120])
+        except (WebSocketDisconnect, OSError):
+            pass  # the client has disconnected
+        finally:
+            self._pushers -= 1
 
     async def _get_health(self, _: Request) -> Response:
         return PlainTextResponse("ok\n")

@@ -81,6 +81,8 @@ class Dashboard:
     `posts`: by path, a function that takes the JSON body of a POST and returns "" or, as one sentence, why it is
     refused. They are called in the server's thread, too.
 
+    `push`: takes the samples that WebSocket clients send to /push/STREAM (see `app.Push`); in the server's thread, too.
+
     `client_timeout_s`: a client that does not read for so long is disconnected. `idle_timeout_s`: so is one that sends
     no request for so long.
 
@@ -100,6 +102,7 @@ class Dashboard:
         ready: Callable[[], str] = lambda: "",
         posts: Mapping[str, Callable[[bytes], str]] = MappingProxyType({}),
         idle_timeout_s: float = IDLE_S,
+        push: Callable[[str, bytes, str], str] | None = None,
     ) -> None:
         self.access = Access(host, token, (socket.gethostname(),))
         self._board = Board()
@@ -109,7 +112,7 @@ class Dashboard:
             raise ProcessError(f"the dashboard cannot bind {host} port {port}: {e.strerror or e}") from e
         self._port = int(self._socket.getsockname()[1])
         self._host = f"[{host}]" if ":" in host else host
-        self._metrics, self._ready, self._posts = metrics, ready, posts
+        self._metrics, self._ready, self._posts, self._push = metrics, ready, posts, push
         self._client_timeout_s, self._idle_timeout_s = client_timeout_s, idle_timeout_s
         self._application: Application | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -186,6 +189,7 @@ class Dashboard:
                 self._metrics,
                 self._ready,
                 self._posts,
+                self._push,
                 self._port,
                 self._client_timeout_s,
                 self._idle_timeout_s,

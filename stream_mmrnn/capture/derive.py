@@ -1,0 +1,145 @@
+"""Derived streams: `from:STREAM` is made of the samples of another stream, `from:STREAM/NAME` by a derivation.
+
+Live a worker derives from what it reads on the bus; in replay from raw and in `Predictor` the same objects derive from
+the samples of the stream at the beginning of the chain. Knows nothing about the bus, files or processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeAlias
+
+import numpy.typing as npt
+
+from stream_mmrnn.capture.encoders import Encoder, encoders_of
+from stream_mmrnn.core import plugins, topics
+from stream_mmrnn.core.errors import PluginError, SnapshotError, SourceSpecError
+from stream_mmrnn.core.streams import Stream
+from stream_mmrnn.core.types import Sample
+
+Array: TypeAlias = npt.NDArray[Any]
+
+
+class Derivation(Protocol):
+    """The interface of what makes the samples of one stream from those of another."""
+
+    origin: str
+    """Its description; the `origin` of the samples that it makes."""
+
+    def derive(self, sample: Sample) -> list[Sample]:
+        """The samples that this one completes, each with the event time of what it is about.
+
+        What comes out depends only on what went in, so that a replay derives the same.
+        """
+
+    def finish(self) -> list[Sample]:
+        """The samples that are still held back, at the end of the stream."""
+
+    def reset(self) -> None:
+        """Clear the state."""
+
+
+class Unchanged:
+    """The same samples once more, for encoders and settings of their own."""
+
+    def __init__(self, parent: str) -> None:
+        self.origin = f"from:{parent}"
+
+    def derive(self, sample: Sample) -> list[Sample]:
+        return [sample]
+
+    def finish(self) -> list[Sample]:
+        return []
+
+    def reset(self) -> None:
+        """There is no state."""
+
+
+def derivation_of(stream: Stream) -> Derivation:
+    """The derivation of a derived stream.
+
+    Raises:
+        SourceSpecError: there is no derivation of that name.
+        PluginError: it is a plug-in's and does not load, or is no derivation.
+
+    """
+    if not stream.derivation:
+        return Unchanged(stream.parent)
+    plugin = plugins.find("sources", stream.derivation)
+    if plugin is None:
+        known = ", ".join(plugins.names("sources")) or "none is installed"
+        raise SourceSpecError(
+            f"{stream.source!r} of the stream {stream.name!r} names no derivation; use from:{stream.parent}, or a "
+            f"plug-in's ({known})"
+        )
+    made: Derivation = plugins.call(plugin, stream.parent, stream)
+    if not hasattr(made, "derive"):
+        raise PluginError(
+            f"{plugin.name!r} of the package {plugin.package} {plugin.version} is a source and derives nothing; use "
+            f"{plugin.name} instead of {stream.source}"
+        )
+    return made
+
+
+class DerivedEncoder:
+    """An encoder behind a chain of derivations, as an `Encoder` of the samples at the beginning of the chain."""
+
+    def __init__(self, chain: list[Derivation], encoder: Encoder) -> None:
+        self._chain, self._encoder = chain, encoder
+        self.origin, self.size = encoder.origin, encoder.size
+
+    def encode(self, sample: Sample) -> list[Sample]:
+        """As `Encoder.encode`."""
+        samples = [sample]
+        for derivation in self._chain:
+            samples = [made for of in samples for made in derivation.derive(of)]
+        return [vector for of in samples for vector in self._encoder.encode(of)]
+
+    def prewarm(self) -> None:
+        self._encoder.prewarm()
+
+    def reset(self) -> None:
+        for derivation in self._chain:
+            derivation.reset()
+        self._encoder.reset()
+
+    def snapshot(self) -> dict[str, Array]:
+        """The state of the encoder. Raises SnapshotError where a derivation has a state."""
+        if any(not isinstance(derivation, Unchanged) for derivation in self._chain):
+            raise SnapshotError(f"the state of {self._chain[-1].origin} cannot be saved; leave that stream out")
+        return self._encoder.snapshot()
+
+    def restore(self, state: dict[str, Array]) -> None:
+        self._encoder.restore(state)
+
+
+def heard_topic(stream: Stream) -> str:
+    """The topic of a stream's samples: those of a signal are its features, unless it has encoders of its own."""
+    return topics.raw(stream.name) if stream.raw else topics.feature(stream.name)
+
+
+def root_of(stream: Stream, table: Mapping[str, Stream]) -> Stream:
+    """The stream at the beginning of a stream's chain: itself, if it is not derived."""
+    while stream.parent:
+        stream = table[stream.parent]
+    return stream
+
+
+def encoders_from_root(stream: Stream, table: Mapping[str, Stream]) -> dict[str, Encoder]:
+    """Encoders of the samples of `root_of(stream)`, by the name of the stream's feature vectors.
+
+    Raises:
+        SourceSpecError, PluginError: those of `derivation_of`.
+        UsageError: an encoder is not known.
+
+    """
+    chain: list[Stream] = []
+    at = stream
+    while at.parent:
+        chain.insert(0, at)
+        at = table[at.parent]
+    encoders = encoders_of(stream)
+    if not chain:
+        return encoders
+    # a chain of its own for each encoder: derivations have a state
+    return {name: DerivedEncoder([derivation_of(of) for of in chain], encoder) for name, encoder in encoders.items()}
