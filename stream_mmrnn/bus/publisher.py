@@ -58,18 +58,15 @@ class Publisher:
             self._looked_ns = at_ns
             self._read_subscriptions(0)
 
-    def _is_wanted(self, topic: str) -> bool:
-        return any(topic.encode().startswith(prefix) for prefix in self._wanted)
-
     def has_reader(self, topic: str) -> bool:
-        """Whether the broker has a reader of `topic`, as of the last 50 ms."""
+        """Whether the broker has a reader of exactly this topic, as of the last 50 ms."""
         self._read_subscriptions_if_due(now_ns())
-        return self._is_wanted(topic)
+        return topic.encode() in self._wanted
 
     def wait_for_reader(self, topic: str, timeout_s: float) -> bool:
         """Wait until the broker has a reader of `topic`; False on timeout. Messages sent after that arrive."""
         deadline = now_ns() + int(timeout_s * 1e9)
-        while not self._is_wanted(topic):
+        while not any(topic.encode().startswith(prefix) for prefix in self._wanted):
             left_ms = (deadline - now_ns()) // 1_000_000
             if left_ms <= 0:
                 return False

@@ -78,7 +78,11 @@ class Push:
         """The session's name."""
         self._looked_ns = now_ns()
         self._publisher: Publisher | None = Publisher(place, queue)
-        if not self._publisher.wait_for_reader(self._topic, _READER_S):
+        publisher = self._publisher
+        until_ns = now_ns() + round(_READER_S * 1e9)
+        while not publisher.has_reader(self._topic) and now_ns() < until_ns:
+            time.sleep(_LOOK_S)
+        if not publisher.has_reader(self._topic):
             self.close()
             raise NotRunning(
                 f"the session {self.session!r} has no stream {stream!r} that takes samples from programs; start it "

@@ -29,13 +29,13 @@ class LogFormat(StrEnum):
 
 
 Source = Annotated[str | None, typer.Option("--source", "-s", help="All modalities: synthetic, devices, file:CLIP.")]
-Vision = Annotated[str | None, typer.Option(help="camera:0, camera:URL, file:PATH, synthetic or none.")]
-Audio = Annotated[str | None, typer.Option(help="microphone, microphone:NAME, file:PATH, lsl:NAME, synthetic or none.")]
+Vision = Annotated[str | None, typer.Option(help="camera:0, camera:URL, file:PATH, push, synthetic or none.")]
+Audio = Annotated[str | None, typer.Option(help="microphone[:NAME], file:PATH, lsl:NAME, push, synthetic or none.")]
 TextSource = Annotated[
     str | None,
-    typer.Option("--text", help="stdin, pipe:PATH, tcp:PORT, zmq:PORT, lsl:NAME, page, synthetic or none."),
+    typer.Option("--text", help="stdin, pipe:PATH, tcp:PORT, zmq:PORT, lsl:NAME, page, push, synthetic or none."),
 ]
-Signal = Annotated[str | None, typer.Option(help="A sensor: lsl:NAME, lsl:type=TYPE or none.")]
+Signal = Annotated[str | None, typer.Option(help="A sensor: lsl:NAME, lsl:type=TYPE, push or none.")]
 Streams = Annotated[
     list[str] | None,
     typer.Option("--stream", help="Another input: NAME=SOURCE or NAME:KIND=SOURCE, like wrist=lsl:IMU-L; repeatable."),

@@ -40,7 +40,8 @@ class SessionSettings(_Section, frozen=True):
 class SourcesSettings(_Section, frozen=True):
     """The sources of the streams that most sessions have; `[streams.NAME]` names any others. Each is `camera:0`,
     `camera:URL`, `microphone`, `microphone:NAME`, `file:PATH`, `synthetic`, `stdin`, `pipe:PATH`, `tcp:PORT`,
-    `zmq:PORT`, `lsl:NAME`, `page` (text typed on the live page, which also joins the first person's text) or `none`.
+    `zmq:PORT`, `lsl:NAME`, `page` (text typed on the live page, which also joins the first person's text), `push` (from
+    other programs) or `none`.
     The first three belong to the session's own person, `other_*` to a second one: a voice agent, the other party of a
     call. `signal` is a sensor. Where the file has `[streams]`, those that are not given here are `none`.
     """
@@ -57,7 +58,8 @@ class StreamSettings(_Section, frozen=True):
     """Any number of named inputs, each a table `[streams.NAME]`: two cameras, a sensor on each wrist, three people."""
 
     source: str
-    """As in `[sources]`, or the name of a plug-in's source, such as `thermometer:/dev/x`."""
+    """As in `[sources]`, the name of a plug-in's source, such as `thermometer:/dev/x`, or `from:STREAM` and
+    `from:STREAM/NAME`, which are made of another stream."""
     kind: Literal["", "vision", "audio", "text", "signal"] = ""
     """What its samples are; "" is what the source gives (that of `lsl:` and of plug-ins is a signal)."""
     encoders: tuple[Annotated[str, msgspec.Meta(pattern=STREAM_NAME)], ...] = ()

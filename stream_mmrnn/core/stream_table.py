@@ -35,8 +35,8 @@ def stream_table(settings: Settings) -> dict[str, Stream]:
 
     """
     given = {
-        name: StreamSettings(getattr(settings.sources, name), kind)
-        for name, (kind, _) in SHORT_FORMS.items()
+        name: StreamSettings(getattr(settings.sources, name), kind, person=person)
+        for name, (kind, person) in SHORT_FORMS.items()
         if name not in settings.streams
     } | settings.streams
     table: dict[str, Stream] = {}

@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as from_safetensors
 from safetensors.numpy import save as to_safetensors
 
-from stream_mmrnn.capture.encoders import Encoder, encoders_of
+from stream_mmrnn.capture.derive import encoders_from_root, root_of
+from stream_mmrnn.capture.encoders import Encoder
 from stream_mmrnn.capture.resampler import Resampler
 from stream_mmrnn.core import config, topics
 from stream_mmrnn.core.errors import SessionError, SnapshotError, UsageError, WireError
@@ -94,7 +95,13 @@ class Predictor:
         self._clock = clock
         self._zero_ns = spec.tick_ns * _ZERO_TICKS if zero_ns is None else zero_ns
         self._aligner = self._make_aligner()
-        self._streams: dict[str, Stream] = {row.name: row for _, row in self._aligner.feeding.values()}
+        self._table = stream_table(self._settings)
+        fed = [row for _, row in self._aligner.feeding.values()]
+        self._streams = {row.name: row for of in fed for row in (of, root_of(of, self._table))}
+        self._derived: dict[str, list[Stream]] = {}
+        """By the stream that is pushed, those that are made of it."""
+        for row in {of.name: of for of in fed if of.parent}.values():
+            self._derived.setdefault(root_of(row, self._table).name, []).append(row)
         self._features = {name: modality for modality, (name, _) in self._aligner.feeding.items()}
         for name in inputs or ():
             self._stream(name)
@@ -194,11 +201,14 @@ class Predictor:
         row = self._stream(name)
         values = np.ascontiguousarray(vector, np.float32)
         at_ns = self._at_ns(at_s)
-        if row.kind == "signal" and row.encoders:
+        if row.kind == "signal" and (row.encoders or name not in self._features):
             return self._encode(row, values, at_ns)
         spec = next(m for m in self.spec.modalities if m.name == self._features[name])
-        origin = spec.encoder or name
-        return self._send([(topics.FEATURE + name, Sample(at_ns, at_ns, values), origin)], row, at_ns)
+        sample = Sample(at_ns, at_ns, values)
+        vectors = [(topics.FEATURE + name, sample, spec.encoder or name)]
+        for derived in self._derived.get(name, ()):
+            vectors += self._vectors(derived, sample)
+        return self._send(vectors, row, at_ns)
 
     def advance(self, to_s: float | None = None) -> list[Prediction]:
         """Say that the time is `to_s` (with a clock: now) and that nothing older comes: ticks up to there are closed.
@@ -301,7 +311,7 @@ class Predictor:
         if not rows:
             takes = ", ".join(self._streams)
             raise UsageError(f"{path} has {', '.join(sorted(has))}, and the model {self.spec.name} takes {takes}")
-        self._inputs = [row.name for row in rows]
+        self._inputs = [of.name for row in rows for of in (row, *self._derived.get(row.name, ()))]
         self._aligner.expect(_SESSION, self._inputs)
         with_source = [msgspec.structs.replace(row, source=f"file:{path}") for row in rows]
         sources = [create_source(row, self._settings, paced=False) for row in with_source]
@@ -354,11 +364,18 @@ class Predictor:
 
     def _encoders_of(self, row: Stream) -> dict[str, Encoder]:
         if row.name not in self._encoders:
-            self._encoders[row.name] = encoders_of(row)
+            self._encoders[row.name] = encoders_from_root(row, self._table)
         return self._encoders[row.name]
 
     def _encode(self, row: Stream, data: Payload, at_ns: int) -> list[Prediction]:
         sample = Sample(at_ns, at_ns, data)
+        vectors = [v for of in (row, *self._derived.get(row.name, ())) for v in self._vectors(of, sample)]
+        return self._send(vectors, row, at_ns)
+
+    def _vectors(self, row: Stream, sample: Sample) -> list[tuple[str, Sample, str]]:
+        """Topic, vector and encoder of what the model takes of a stream; `sample` is of the stream that is pushed."""
+        if not self._features.keys() & set(row.features()):
+            return []
         vectors: list[tuple[str, Sample, str]] = []
         for features, encoder in self._encoders_of(row).items():
             if features in self._features:
@@ -366,13 +383,15 @@ class Predictor:
                     vectors += [(topics.FEATURE + features, v, encoder.origin) for v in encoder.encode(sample)]
                 except WireError as e:
                     raise UsageError(f"{row.name}: {e}") from e
-        return self._send(vectors, row, at_ns)
+        return vectors
 
     def _send(self, vectors: list[tuple[str, Sample, str]], row: Stream, at_ns: int) -> list[Prediction]:
         """Give feature vectors to the aligner, and step the ticks that are complete then."""
-        if self._given is None and row.name not in self._inputs:
-            self._inputs.append(row.name)
-            self._aligner.expect(_SESSION, self._inputs)
+        if self._given is None:
+            new = [of.name for of in (row, *self._derived.get(row.name, ())) if of.name not in self._inputs]
+            if new:
+                self._inputs += new
+                self._aligner.expect(_SESSION, self._inputs)
         made: list[Prediction] = []
         for topic, sample, origin in vectors:
             seq = self._seq[topic] = self._seq.get(topic, -1) + 1

@@ -26,3 +26,41 @@ def install_thermometer(folder: Path) -> Path:
     describe(folder, project["name"], project["version"], project["entry-points"])
     shutil.copy(THERMOMETER / "mmrnn_thermometer.py", folder)
     return folder
+
+
+_LOUDNESS = '''
+import numpy as np
+
+from stream_mmrnn import Sample
+
+
+class Loudness:
+    """The loudness of each block, one block later."""
+
+    origin = "loudness@1"
+
+    def __init__(self, parent, stream):
+        self.held = []
+
+    def derive(self, sample):
+        out, self.held = self.held, [self.of(sample)]
+        return out
+
+    def of(self, sample):
+        rms = np.sqrt(np.mean(np.square(sample.data.astype(float))))
+        return Sample(sample.event_ns, sample.capture_ns, np.array([rms], np.float32))
+
+    def finish(self):
+        out, self.held = self.held, []
+        return out
+
+    def reset(self):
+        self.held = []
+'''
+
+
+def install_loudness(folder: Path) -> Path:
+    """A package with a derivation: sound -> a signal of one number, which is held back for a block."""
+    describe(folder, "mmrnn-loudness", "1.0", {"stream_mmrnn.sources": {"loudness": "mmrnn_loudness:Loudness"}})
+    (folder / "mmrnn_loudness.py").write_text(_LOUDNESS)
+    return folder

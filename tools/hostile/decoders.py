@@ -68,6 +68,7 @@ READERS: dict[str, Callable[[bytes], object]] = {
     "bytes-snapshot": from_bytes,
     "bytes-onnx": model_file.check,
     "bytes-settings": _settings,
+    "bytes-push": wire.read_push,
     "bytes-prediction": lambda data: wire.unpack(data, wire.PredictionMessage),
 }
 

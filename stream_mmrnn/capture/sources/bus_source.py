@@ -57,9 +57,9 @@ class BusSource(ABC):
         assert self._subscriber is not None
         while alive() and not self._over():
             envelope = self._subscriber.receive(_POLL_MS)
-            if envelope is None or envelope.topic == topics.CLOCK:
-                continue
-            if envelope.session in (self._session, topics.EVERYONE):
+            # a subscription is a prefix: that to `raw/mic` also gets `raw/mic_2`
+            ours = envelope is not None and envelope.topic in self._wanted
+            if envelope is not None and ours and envelope.session in (self._session, topics.EVERYONE):
                 yield from self._read(envelope)
         yield from self._rest()
 

@@ -18,6 +18,8 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 QUEUE = 64
 """Predictions queued per client: 2.5 s at 25 per second."""
 MAX_LISTENERS = 16
+_MAX_IGNORED = 4096
+"""Length of a message of a client; such messages are ignored."""
 
 
 class Listener:
@@ -110,9 +112,11 @@ class Feed:
 
     @staticmethod
     async def _receive(websocket: WebSocket, listener: Listener) -> None:
-        """Return when the client disconnects."""
+        """Return when the client disconnects, or sends too much."""
         try:
-            while (await websocket.receive())["type"] != "websocket.disconnect":
-                pass
+            while (message := await websocket.receive())["type"] != "websocket.disconnect":
+                if len(message.get("bytes") or message.get("text") or "") > _MAX_IGNORED:
+                    await websocket.close(1009)
+                    return
         finally:
             listener.wake()
