@@ -9,6 +9,7 @@ import numpy.typing as npt
 from stream_mmrnn.core.topics import AUDIO_RATE_HZ
 
 Int16Array = npt.NDArray[np.int16]
+_SAMPLE_NS = 1_000_000_000 // AUDIO_RATE_HZ
 
 
 class Resampler:
@@ -34,6 +35,35 @@ class Resampler:
     def held_s(self) -> float:
         """How much of the input is still in the filter: the output ends that much before the input."""
         return self._frames_in / self.rate_hz - self._frames_out / AUDIO_RATE_HZ
+
+
+class SoundInput:
+    """Sound from a program, in pieces of any length and rate -> 16 kHz, with the end time of each piece."""
+
+    def __init__(self, begin_ns: int) -> None:
+        """`begin_ns`: when the first piece begins, unless its end is given."""
+        self.end_ns = begin_ns
+        """Where the sound ends."""
+        self.begun = False
+        self._resampler: Resampler | None = None
+
+    @property
+    def resampling(self) -> bool:
+        """Whether a resampler holds a part of the sound, which no snapshot has."""
+        return self._resampler is not None
+
+    def feed(self, sound: Int16Array, rate_hz: int, end_ns: int | None) -> Int16Array:
+        """What comes out for a piece of mono sound, which ends at `end_ns`, or follows the piece before it."""
+        if rate_hz != AUDIO_RATE_HZ:
+            if self._resampler is None or self._resampler.rate_hz != rate_hz:
+                self._resampler = Resampler(rate_hz)
+            sound = self._resampler.feed(sound)
+            if end_ns is not None:
+                end_ns -= round(self._resampler.held_s * 1e9)
+        if end_ns is None:
+            end_ns = self.end_ns + len(sound) * _SAMPLE_NS
+        self.end_ns, self.begun = end_ns, True
+        return sound
 
 
 class BlockResampler:

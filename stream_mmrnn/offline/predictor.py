@@ -14,45 +14,21 @@ from typing import Any
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load as from_safetensors
-from safetensors.numpy import save as to_safetensors
 
-from stream_mmrnn.capture.derive import encoders_from_root, root_of
-from stream_mmrnn.capture.encoders import Encoder
-from stream_mmrnn.capture.resampler import Resampler
-from stream_mmrnn.core import config, topics
-from stream_mmrnn.core.errors import SessionError, SnapshotError, UsageError, WireError
+from stream_mmrnn.capture.resampler import SoundInput
+from stream_mmrnn.core import config
+from stream_mmrnn.core.errors import SessionError, SnapshotError, UsageError
 from stream_mmrnn.core.sound import mono
-from stream_mmrnn.core.stream_table import stream_table
-from stream_mmrnn.core.streams import Stream, feeding
-from stream_mmrnn.core.types import Envelope, Payload, Prediction, Sample
+from stream_mmrnn.core.types import Prediction, Tick
 from stream_mmrnn.graph.runtime import Provider
-from stream_mmrnn.predict.align import Aligner, AlignerState
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.predict.snapshots import NEVER, Snapshot, from_bytes, to_bytes
+from stream_mmrnn.serve.session_input import SessionInput, bytes_of
 
 _SESSION = "predictor"
 _S = 1_000_000_000
-_AT_ONCE_NS = 300 * _S
-"""The aligner takes longer jumps of its clock for an error, and a longer silence makes thousands of ticks at once."""
 _MAX_GAP_NS = 3600 * _S
-_WAITS_NS = 2**60
-"""Lateness of a dense stream when the caller gives the time: its ticks wait until it has come, or for `advance`."""
-_ZERO_TICKS = 1000
-_AUDIO_NS = _S // topics.AUDIO_RATE_HZ
 _JPEG_QUALITY = 90
-
-
-class _State(msgspec.Struct, frozen=True):
-    """What a snapshot holds beside the engine's tensors."""
-
-    aligner: AlignerState
-    inputs: list[str]
-    seq: dict[str, int]
-    newest_ns: int
-    zero_ns: int
-    sound_ns: dict[str, int]
 
 
 class Predictor:
@@ -91,51 +67,27 @@ class Predictor:
         """
         self._settings = settings or config.Settings()
         self._engine = StepEngine(config.find_model(str(model)), 1, provider)
-        spec = self.spec = self._engine.spec
+        self.spec = self._engine.spec
         self._clock = clock
-        self._zero_ns = spec.tick_ns * _ZERO_TICKS if zero_ns is None else zero_ns
-        self._aligner = self._make_aligner()
-        self._table = stream_table(self._settings)
-        fed = [row for _, row in self._aligner.feeding.values()]
-        self._streams = {row.name: row for of in fed for row in (of, root_of(of, self._table))}
-        self._derived: dict[str, list[Stream]] = {}
-        """By the stream that is pushed, those that are made of it."""
-        for row in {of.name: of for of in fed if of.parent}.values():
-            self._derived.setdefault(root_of(row, self._table).name, []).append(row)
-        self._features = {name: modality for modality, (name, _) in self._aligner.feeding.items()}
-        for name in inputs or ():
-            self._stream(name)
-        self._given = None if inputs is None else sorted(inputs)
-        self._encoders: dict[str, dict[str, Encoder]] = {}
+        self._input = SessionInput(
+            self.spec,
+            self._settings,
+            _SESSION,
+            inputs=inputs,
+            clock_ns=None if clock is None else lambda: self._at_ns(None),
+            zero_ns=zero_ns,
+        )
         self._begin()
 
-    def _make_aligner(self) -> Aligner:
-        spec, table = self.spec, stream_table(self._settings)
-        lateness_ns = {}
-        for m in spec.modalities:
-            row = feeding(m.name, m.encoder, table)[1]
-            lateness_ns[m.name] = row.lateness_ns if self._clock is not None else _WAITS_NS if row.dense else 0
-        # the caller's times are taken as they are, however far ahead or behind
-        return Aligner(spec.modalities, spec.tick_ns, lateness_ns, _WAITS_NS, _WAITS_NS, table)
-
     def _begin(self) -> None:
-        self._inputs: list[str] = list(self._given or ())
-        self._seq: dict[str, int] = {}
-        self._newest_ns = self._zero_ns
-        self._sound_ns: dict[str, int] = {}
-        """By stream, where its sound ends."""
-        self._resamplers: dict[str, Resampler] = {}
+        self._sound: dict[str, SoundInput] = {}
         self._started_s = self._clock() if self._clock is not None else 0.0
         self._engine.open(_SESSION)
-        self._aligner.open(_SESSION, self._zero_ns, self._inputs)
 
     def reset(self) -> None:
         """Begin anew at 0 s, as if nothing had been pushed."""
         self._engine.close(_SESSION)
-        self._aligner = self._make_aligner()
-        for made in self._encoders.values():
-            for encoder in made.values():
-                encoder.reset()
+        self._input.reset()
         self._begin()
 
     # ---- pushes --------------------------------------------------------------------------------------------------
@@ -152,22 +104,11 @@ class Predictor:
             UsageError: not sound, or nothing in the model hears this stream.
 
         """
-        row = self._stream(stream, "audio")
-        sound = mono(pcm)
-        end_ns: int | None = None
-        if at_s is not None or (self._clock is not None and stream not in self._sound_ns):
-            end_ns = self._at_ns(at_s)
-        if rate_hz != topics.AUDIO_RATE_HZ:
-            resampler = self._resamplers.get(stream)
-            if resampler is None or resampler.rate_hz != rate_hz:
-                resampler = self._resamplers[stream] = Resampler(rate_hz)
-            sound = resampler.feed(sound)
-            if end_ns is not None:
-                end_ns -= round(resampler.held_s * 1e9)
-        if end_ns is None:
-            end_ns = self._sound_ns.get(stream, self._zero_ns) + len(sound) * _AUDIO_NS
-        self._sound_ns[stream] = end_ns
-        return self._encode(row, sound, end_ns) if len(sound) else []
+        row = self._input.stream(stream, "audio")
+        pieces = self._sound.setdefault(stream, SoundInput(self._input.zero_ns))
+        clocked = self._clock is not None and not pieces.begun
+        sound = pieces.feed(mono(pcm), rate_hz, self._at_ns(at_s) if at_s is not None or clocked else None)
+        return self._step(self._input.push(row, sound, pieces.end_ns)) if len(sound) else []
 
     def push_frame(
         self, frame: bytes | npt.NDArray[np.uint8], at_s: float | None = None, *, stream: str = "vision"
@@ -178,9 +119,9 @@ class Predictor:
             UsageError: no picture, or nothing in the model sees this stream.
 
         """
-        row = self._stream(stream, "vision")
+        row = self._input.stream(stream, "vision")
         data = bytes(frame) if isinstance(frame, bytes | bytearray | memoryview) else _jpeg(frame)
-        return self._encode(row, data, self._at_ns(at_s))
+        return self._step(self._input.push(row, data, self._at_ns(at_s)))
 
     def push_text(self, text: str, at_s: float | None = None, *, stream: str = "text") -> list[Prediction]:
         """A word or a line, at the time when it was said.
@@ -189,7 +130,8 @@ class Predictor:
             UsageError: nothing in the model reads this stream.
 
         """
-        return self._encode(self._stream(stream, "text"), text.encode(), self._at_ns(at_s))
+        row = self._input.stream(stream, "text")
+        return self._step(self._input.push(row, text.encode(), self._at_ns(at_s)))
 
     def push(self, name: str, vector: npt.ArrayLike, at_s: float | None = None) -> list[Prediction]:
         """Numbers: a sample of the signal `name`, or a feature vector of the stream `name` as its encoder makes them.
@@ -198,30 +140,14 @@ class Predictor:
             UsageError: the model takes no such stream, or vectors of another length.
 
         """
-        row = self._stream(name)
-        values = np.ascontiguousarray(vector, np.float32)
-        at_ns = self._at_ns(at_s)
-        if row.kind == "signal" and (row.encoders or name not in self._features):
-            return self._encode(row, values, at_ns)
-        spec = next(m for m in self.spec.modalities if m.name == self._features[name])
-        sample = Sample(at_ns, at_ns, values)
-        vectors = [(topics.FEATURE + name, sample, spec.encoder or name)]
-        for derived in self._derived.get(name, ()):
-            vectors += self._vectors(derived, sample)
-        return self._send(vectors, row, at_ns)
+        return self._step(self._input.push_vector(name, vector, self._at_ns(at_s)))
 
     def advance(self, to_s: float | None = None) -> list[Prediction]:
         """Say that the time is `to_s` (with a clock: now) and that nothing older comes: ticks up to there are closed.
 
         With a clock they wait as long for late inputs as in a live session, and the time of the clock is the only one.
         """
-        to_ns = self._at_ns(to_s)
-        if self._clock is not None:
-            return self._tick(to_ns)
-        self._aligner.expect(_SESSION, ())
-        made = self._tick(to_ns)
-        self._aligner.expect(_SESSION, self._inputs)
-        return made
+        return self._step(self._input.advance(self._at_ns(to_s)))
 
     # ---- state ---------------------------------------------------------------------------------------------------
 
@@ -233,18 +159,14 @@ class Predictor:
                 `reset`), or an encoder of a plug-in cannot save its state.
 
         """
-        if self._resamplers:
+        resampling = [name for name, pieces in self._sound.items() if pieces.resampling]
+        if resampling:
             raise SnapshotError(
-                f"the sound of {', '.join(self._resamplers)} is being resampled, and the resampler's state cannot be "
+                f"the sound of {', '.join(resampling)} is being resampled, and the resampler's state cannot be "
                 "saved; push sound at 16 kHz"
             )
-        state = _State(
-            self._aligner.snapshot(), self._inputs, self._seq, self._newest_ns, self._zero_ns, self._sound_ns
-        )
-        extra: dict[str, bytes | str] = {"predictor": msgspec.msgpack.encode(state)}
-        for name, made in self._encoders.items():
-            for features, encoder in made.items():
-                extra[f"encoder {name} {features}"] = to_safetensors(_state_of(encoder))
+        ends_ns = {name: pieces.end_ns for name, pieces in self._sound.items()}
+        extra = {**self._input.snapshot(), "sound": msgspec.msgpack.encode(ends_ns)}
         return to_bytes(Snapshot(_SESSION, self.spec.sha256, NEVER, self._engine.snapshot(_SESSION), extra))
 
     def restore(self, snapshot: bytes) -> None:
@@ -258,38 +180,22 @@ class Predictor:
         if read.model_sha256 != self.spec.sha256:
             raise SnapshotError(f"the snapshot is of another model than {self.spec.name}; load that one")
         try:
-            state = msgspec.msgpack.decode(_bytes(read, "predictor"), type=_State)
-            encoders = {}
-            for key in read.extra:
-                if key.startswith("encoder "):
-                    _, name, features = key.split(" ")
-                    encoders[name, features] = from_safetensors(_bytes(read, key))
-        except (msgspec.MsgspecError, SafetensorError, ValueError) as e:
+            ends_ns = msgspec.msgpack.decode(bytes_of(read.extra, "sound"), type=dict[str, int])
+        except msgspec.MsgspecError as e:
             raise SnapshotError(f"the snapshot is damaged: {e}; take another one") from e
-        if any(
-            name not in self._streams or features not in self._encoders_of(self._streams[name])
-            for name, features in encoders
-        ):
-            raise SnapshotError("the snapshot has streams or encoders that this predictor has not; use its settings")
-        aligner = self._make_aligner()
-        before = {encoder: _state_of(encoder) for made in self._encoders.values() for encoder in made.values()}
+        before = self._input.snapshot()
+        self._input.restore(read.extra)
         try:
-            aligner.restore(state.aligner)
-            for made in self._encoders.values():
-                for encoder in made.values():
-                    encoder.reset()  # what the snapshot does not name had not been pushed
-            for (name, features), tensors in encoders.items():
-                self._encoders[name][features].restore(tensors)
             self._engine.restore(_SESSION, read.state)
-        except (SnapshotError, SessionError) as e:
-            for encoder, tensors in before.items():
-                encoder.restore(tensors)
+        except SessionError as e:
+            self._input.restore(before)
             raise SnapshotError(f"the snapshot does not fit this predictor: {e}") from e
-        self._aligner = aligner
-        self._inputs, self._seq, self._newest_ns = state.inputs, state.seq, state.newest_ns
-        self._zero_ns, self._sound_ns, self._resamplers = state.zero_ns, state.sound_ns, {}
+        self._sound = {}
+        for name, end_ns in ends_ns.items():
+            self._sound[name] = SoundInput(end_ns)
+            self._sound[name].begun = True
         if self._clock is not None:
-            self._started_s = self._clock() - self.at_s(self._newest_ns)
+            self._started_s = self._clock() - self.at_s(self._input.newest_ns)
 
     # ---- files ---------------------------------------------------------------------------------------------------
 
@@ -307,22 +213,23 @@ class Predictor:
 
         self.reset()
         has = streams_of(Path(path))
-        rows = [row for row in self._streams.values() if row.name in has]
+        rows = [row for row in self._input.streams.values() if row.name in has]
         if not rows:
-            takes = ", ".join(self._streams)
+            takes = ", ".join(self._input.streams)
             raise UsageError(f"{path} has {', '.join(sorted(has))}, and the model {self.spec.name} takes {takes}")
-        self._inputs = [of.name for row in rows for of in (row, *self._derived.get(row.name, ()))]
-        self._aligner.expect(_SESSION, self._inputs)
+        self._input.expect([row.name for row in rows])
         with_source = [msgspec.structs.replace(row, source=f"file:{path}") for row in rows]
         sources = [create_source(row, self._settings, paced=False) for row in with_source]
         try:
             for source in sources:
                 source.open()
-            pieces = [zip(itertools.repeat(i), s.samples(lambda: True, self._zero_ns)) for i, s in enumerate(sources)]
+            pieces = [
+                zip(itertools.repeat(i), s.samples(lambda: True, self._input.zero_ns)) for i, s in enumerate(sources)
+            ]
             for i, sample in heapq.merge(*pieces, key=lambda piece: (piece[1].event_ns, piece[0])):
-                yield from self._encode(rows[i], sample.data, sample.event_ns)
+                yield from self._step(self._input.push(rows[i], sample.data, sample.event_ns))
                 progress(self.at_s(sample.event_ns))
-            yield from self.advance(self.at_s(self._newest_ns))
+            yield from self.advance(self.at_s(self._input.newest_ns))
         finally:
             for source in sources:
                 source.close()
@@ -330,105 +237,31 @@ class Predictor:
     def at_s(self, at: Prediction | int) -> float:
         """Session time in seconds of a prediction (the end of its tick), or of an `event_ns`."""
         event_ns = at if isinstance(at, int) else at.tick.event_ns
-        return (event_ns - self._zero_ns) / _S
+        return (event_ns - self._input.zero_ns) / _S
 
     @property
     def counts(self) -> dict[str, Any]:
         """By modality, what became of the feature vectors: `StreamCounts`."""
-        return dict(self._aligner.counts)
+        return self._input.counts
 
     # ---- inside --------------------------------------------------------------------------------------------------
 
-    def _stream(self, name: str, kind: str = "") -> Stream:
-        row = self._streams.get(name.partition(".")[0])
-        if row is None:
-            takes = ", ".join(self._streams)
-            raise UsageError(f"the model {self.spec.name} takes {takes}; nothing in it is fed by {name!r}")
-        if kind and row.kind != kind:
-            raise UsageError(f"the stream {name!r} is {row.kind}, not {kind}; push it as what it is")
-        return row
+    def _step(self, ticks: Iterator[Tick]) -> list[Prediction]:
+        return [prediction for tick in ticks for prediction in self._engine.step([tick])]
 
     def _at_ns(self, at_s: float | None) -> int:
         if at_s is None:
             if self._clock is None:
-                return self._newest_ns
+                return self._input.newest_ns
             at_s = self._clock() - self._started_s
         if not 0 <= at_s < 2**32:
             raise UsageError(f"at_s is {at_s!r}: expected seconds since the session's start, 0 or more")
-        at_ns = self._zero_ns + round(at_s * 1e9)
-        if at_ns - self._newest_ns > _MAX_GAP_NS:
+        at_ns = self._input.zero_ns + round(at_s * 1e9)
+        if at_ns - self._input.newest_ns > _MAX_GAP_NS:
             raise UsageError(
                 f"at_s is {at_s:g}, more than an hour after what was pushed before; call reset(), or advance() in steps"
             )
         return at_ns
-
-    def _encoders_of(self, row: Stream) -> dict[str, Encoder]:
-        if row.name not in self._encoders:
-            self._encoders[row.name] = encoders_from_root(row, self._table)
-        return self._encoders[row.name]
-
-    def _encode(self, row: Stream, data: Payload, at_ns: int) -> list[Prediction]:
-        sample = Sample(at_ns, at_ns, data)
-        vectors = [v for of in (row, *self._derived.get(row.name, ())) for v in self._vectors(of, sample)]
-        return self._send(vectors, row, at_ns)
-
-    def _vectors(self, row: Stream, sample: Sample) -> list[tuple[str, Sample, str]]:
-        """Topic, vector and encoder of what the model takes of a stream; `sample` is of the stream that is pushed."""
-        if not self._features.keys() & set(row.features()):
-            return []
-        vectors: list[tuple[str, Sample, str]] = []
-        for features, encoder in self._encoders_of(row).items():
-            if features in self._features:
-                try:
-                    vectors += [(topics.FEATURE + features, v, encoder.origin) for v in encoder.encode(sample)]
-                except WireError as e:
-                    raise UsageError(f"{row.name}: {e}") from e
-        return vectors
-
-    def _send(self, vectors: list[tuple[str, Sample, str]], row: Stream, at_ns: int) -> list[Prediction]:
-        """Give feature vectors to the aligner, and step the ticks that are complete then."""
-        if self._given is None:
-            new = [of.name for of in (row, *self._derived.get(row.name, ())) if of.name not in self._inputs]
-            if new:
-                self._inputs += new
-                self._aligner.expect(_SESSION, self._inputs)
-        made: list[Prediction] = []
-        for topic, sample, origin in vectors:
-            seq = self._seq[topic] = self._seq.get(topic, -1) + 1
-            counts = self._aligner.counts[self._features[topic.removeprefix(topics.FEATURE)]]
-            refused = counts.quarantined
-            at = (sample.event_ns, sample.event_ns, sample.event_ns)
-            ticks = self._aligner.push(Envelope(topic, _SESSION, seq, *at, sample.data, origin))
-            if counts.quarantined > refused:
-                modality = self._features[topic.removeprefix(topics.FEATURE)]
-                why = self._aligner.misfits.pop(modality, "it does not fit")
-                raise UsageError(f"a vector of {row.name} was refused: {why}")
-            for tick in ticks:
-                made += self._engine.step([tick])
-        return made + self._tick(at_ns if self._clock is None else self._at_ns(None))
-
-    def _tick(self, to_ns: int) -> list[Prediction]:
-        """Move the clock on, in steps that the aligner takes."""
-        made: list[Prediction] = []
-        while True:
-            self._newest_ns = max(self._newest_ns, min(to_ns, self._newest_ns + _AT_ONCE_NS))
-            at = (self._newest_ns,) * 3
-            seq = self._seq[topics.CLOCK] = self._seq.get(topics.CLOCK, -1) + 1
-            for tick in self._aligner.push(Envelope(topics.CLOCK, topics.EVERYONE, seq, *at, b"")):
-                made += self._engine.step([tick])
-            if self._newest_ns >= to_ns:
-                return made
-
-
-def _state_of(encoder: Encoder) -> dict[str, npt.NDArray[Any]]:
-    if not hasattr(encoder, "snapshot"):  # a plug-in's
-        raise SnapshotError(f"the encoder {encoder.origin} has no `snapshot`; its state cannot be saved")
-    return encoder.snapshot()
-
-
-def _bytes(snapshot: Snapshot, key: str) -> bytes:
-    value = snapshot.extra.get(key, b"")
-    return value.encode() if isinstance(value, str) else value
 
 
 def _jpeg(frame: npt.NDArray[np.uint8]) -> bytes:
