@@ -86,8 +86,10 @@ if TYPE_CHECKING:
     from stream_mmrnn.recording.mcap_file import Recording as Recording
     from stream_mmrnn.recording.recorder import Recorder as Recorder
     from stream_mmrnn.serve.async_client import AsyncClient as AsyncClient
+    from stream_mmrnn.serve.async_client import AsyncRawServedSession as AsyncRawServedSession
     from stream_mmrnn.serve.async_client import AsyncServedSession as AsyncServedSession
     from stream_mmrnn.serve.client import Client as Client
+    from stream_mmrnn.serve.client import RawServedSession as RawServedSession
     from stream_mmrnn.serve.client import ServedSession as ServedSession
     from stream_mmrnn.serve.client_state import Answer as Answer
     from stream_mmrnn.serve.cluster.client import ClusterClient as ClusterClient
@@ -134,8 +136,8 @@ _PUBLIC = {
     "predict.sharded_engine": ("ShardedEngine",),
     "recording.mcap_file": ("Recording",),
     "recording.recorder": ("Recorder",),
-    "serve.async_client": ("AsyncClient", "AsyncServedSession"),
-    "serve.client": ("Client", "ServedSession"),
+    "serve.async_client": ("AsyncClient", "AsyncRawServedSession", "AsyncServedSession"),
+    "serve.client": ("Client", "RawServedSession", "ServedSession"),
     "serve.client_state": ("Answer",),
     "serve.cluster.client": ("ClusterClient",),
     "serve.protocol": ("Welcome",),

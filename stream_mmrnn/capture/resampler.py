@@ -1,11 +1,14 @@
-"""Sound of another rate or with two channels -> mono at 16 kHz, by PyAV. Knows nothing about devices."""
+"""Sound of another rate or with two channels -> mono at 16 kHz, by PyAV. Knows nothing about devices.
+
+PyAV is imported when a rate is converted: sound at 16 kHz needs none.
+"""
 
 from __future__ import annotations
 
-import av
 import numpy as np
 import numpy.typing as npt
 
+from stream_mmrnn.core.errors import UsageError
 from stream_mmrnn.core.topics import AUDIO_RATE_HZ
 
 Int16Array = npt.NDArray[np.int16]
@@ -16,14 +19,19 @@ class Resampler:
     """The same samples come out for any chunks that go in."""
 
     def __init__(self, rate_hz: int, channels: int = 1) -> None:
+        try:
+            import av
+        except ModuleNotFoundError as e:
+            raise UsageError(f"sound of {rate_hz} Hz is converted by PyAV; install av, or give sound at 16 kHz") from e
         self.rate_hz, self._channels = rate_hz, channels
+        self._make_frame = av.AudioFrame.from_ndarray
         self._layout = "mono" if channels == 1 else "stereo"
         self._resampler = av.AudioResampler(format="s16", layout="mono", rate=AUDIO_RATE_HZ)
         self._frames_in = self._frames_out = 0
 
     def feed(self, data: Int16Array) -> Int16Array:
         """What comes out for `data` (frames, channels interleaved)."""
-        frame = av.AudioFrame.from_ndarray(data.reshape(1, -1), format="s16", layout=self._layout)
+        frame = self._make_frame(data.reshape(1, -1), format="s16", layout=self._layout)
         frame.sample_rate = self.rate_hz
         pieces = [out.to_ndarray()[0] for out in self._resampler.resample(frame)]
         sound: Int16Array = np.concatenate([np.empty(0, np.int16), *pieces])

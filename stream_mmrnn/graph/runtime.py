@@ -6,6 +6,7 @@ The only file that uses onnxruntime: the engine's graphs and the encoders' graph
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import mmap
 import re
@@ -165,6 +166,12 @@ class Graph:
             {name: self.zeros(name, shape) for name, shape in outputs.items()},
             {name: (after, self.zeros(name, shape)) for name, (after, shape) in state.items()},
         )
+
+
+@functools.lru_cache(maxsize=16)
+def shared(path: Path) -> Graph:
+    """The graph of a file, loaded once in this process, on the CPU: each user binds tensors of its own."""
+    return Graph(path)
 
 
 class Binding:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -22,16 +22,19 @@ from stream_mmrnn.serve.client import (
     STARTING,
     TIMEOUT_S,
     SessionProperties,
+    TickSender,
     done,
     keys_of,
+    pushed,
     ready,
     taken,
 )
 from stream_mmrnn.serve.client_state import Answer, ClientSession, ClientState
+from stream_mmrnn.serve.raw_pushes import RawPushes
 
 
-class AsyncServedSession(SessionProperties):
-    """One session of an `AsyncClient`; as an async context manager it is closed at the end."""
+class _AsyncServed(SessionProperties):
+    """What both kinds of session of an `AsyncClient` have."""
 
     def __init__(self, client: AsyncClient, session: ClientSession) -> None:
         super().__init__(client.client_state, session)
@@ -39,6 +42,54 @@ class AsyncServedSession(SessionProperties):
 
     def _post(self) -> None:
         self._client.post()
+
+    async def _ask(self, request: protocol.Request, timeout_s: float) -> protocol.Done | protocol.Flushed:
+        session = self._session
+        if session.error is not None:
+            raise session.error
+        session.done = None
+        self._client.client_state.send(request)
+        self._client.post()
+        await self._client.wait(
+            session.name,
+            lambda: session.done is not None or session.error is not None,
+            timeout_s,
+            f"session {session.name!r} got no reply",
+        )
+        return done(session)
+
+    async def flush(self, timeout_s: float = TIMEOUT_S) -> int:
+        """As `ServedSession.flush`."""
+        done = await self._ask(protocol.Flush(session=self.name), timeout_s)
+        return done.next if isinstance(done, protocol.Flushed) else self._session.next_tick
+
+    async def close(self, timeout_s: float = TIMEOUT_S) -> None:
+        """As `ServedSession.close`."""
+        try:
+            if self._session.error is None:
+                await self._ask(protocol.Close(session=self.name, token=self._session.token), timeout_s)
+        finally:
+            await self.leave()
+
+    async def leave(self) -> None:
+        """As `ServedSession.leave`."""
+        await self._client.end(self.name)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        if kind is None:
+            await self.close()
+        else:
+            with contextlib.suppress(Exception):
+                await self.close(1.0)
+
+
+class AsyncServedSession(_AsyncServed, TickSender):
+    """One session of an `AsyncClient`; as an async context manager it is closed at the end."""
 
     async def step(
         self,
@@ -75,54 +126,35 @@ class AsyncServedSession(SessionProperties):
         while (answer := await self.receive(timeout_s)) is not None:
             yield answer
 
-    async def _ask(self, request: protocol.Request, timeout_s: float) -> protocol.Done | protocol.Flushed:
-        session = self._session
-        if session.error is not None:
-            raise session.error
-        session.done = None
-        self._client.client_state.send(request)
-        self._client.post()
-        await self._client.wait(
-            session.name,
-            lambda: session.done is not None or session.error is not None,
-            timeout_s,
-            f"session {session.name!r} got no reply",
-        )
-        return done(session)
-
-    async def flush(self, timeout_s: float = TIMEOUT_S) -> int:
-        """As `ServedSession.flush`."""
-        done = await self._ask(protocol.Flush(session=self.name), timeout_s)
-        return done.next if isinstance(done, protocol.Flushed) else self.next_tick
-
     async def reset(self, timeout_s: float = TIMEOUT_S) -> None:
         """As `ServedSession.reset`."""
         await self._ask(protocol.Reset(session=self.name), timeout_s)
         self._session.sent.clear()
 
-    async def close(self, timeout_s: float = TIMEOUT_S) -> None:
-        """As `ServedSession.close`."""
-        try:
-            if self._session.error is None:
-                await self._ask(protocol.Close(session=self.name, token=self._session.token), timeout_s)
-        finally:
-            await self.leave()
 
-    async def leave(self) -> None:
-        """As `ServedSession.leave`."""
-        await self._client.end(self.name)
+class AsyncRawServedSession(_AsyncServed, RawPushes[Awaitable[list[Answer]]]):
+    """A session of an `AsyncClient` to which samples are pushed, in the order of the calls."""
 
-    async def __aenter__(self) -> Self:
-        return self
+    def __init__(self, client: AsyncClient, session: ClientSession, timeout_s: float) -> None:
+        _AsyncServed.__init__(self, client, session)
+        RawPushes.__init__(self, session)
+        self._timeout_s = timeout_s
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
-        if kind is None:
-            await self.close()
-        else:
-            with contextlib.suppress(Exception):
-                await self.close(1.0)
+    def _push(self, stream: str, data: bytes, at_ns: int | None, vector: bool) -> Awaitable[list[Answer]]:
+        # sent now, not when it is awaited: the order of the calls is that of the samples
+        number = self._client_state.put_push(self._session, stream, data, at_ns, vector, now_ns())
+        self._post()
+        return self._answered(number)
+
+    async def _answered(self, number: int) -> list[Answer]:
+        session = self._session
+        await self._client.wait(
+            session.name,
+            lambda: number not in session.unanswered or session.error is not None,
+            self._timeout_s,
+            f"no answer came to push {number} of session {session.name!r}",
+        )
+        return pushed(session, number)
 
 
 def _wake(waits: asyncio.Future[None]) -> None:
@@ -265,8 +297,17 @@ class AsyncClient:
 
     async def open(self, session: str, token: str | None = None, timeout_s: float = TIMEOUT_S) -> AsyncServedSession:
         """As `Client.open`."""
-        state = self.client_state.new_session(session)
-        self.client_state.send(protocol.Open(session=session, token=token))
+        return AsyncServedSession(self, await self._open(session, token, timeout_s, raw=False))
+
+    async def open_raw(
+        self, session: str, token: str | None = None, timeout_s: float = TIMEOUT_S
+    ) -> AsyncRawServedSession:
+        """As `Client.open_raw`."""
+        return AsyncRawServedSession(self, await self._open(session, token, timeout_s, raw=True), timeout_s)
+
+    async def _open(self, session: str, token: str | None, timeout_s: float, raw: bool) -> ClientSession:
+        state = self.client_state.new_session(session, raw)
+        self.client_state.send(protocol.Open(session=session, token=token, raw=raw))
         self.post()
         try:
             await self.wait(
@@ -279,7 +320,7 @@ class AsyncClient:
             await self.end(session)
             raise
         ready(self.client_state, state)
-        return AsyncServedSession(self, state)
+        return state
 
     async def __aenter__(self) -> Self:
         transport = self._transport = await self._connect(self._receive)

@@ -25,6 +25,7 @@ from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import NotRunning, SessionError, TimedOut, WireError
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.client_state import Answer, ClientSession, ClientState
+from stream_mmrnn.serve.raw_pushes import RawPushes
 
 QUEUE = 4096
 """Messages that may wait in each direction."""
@@ -57,11 +58,6 @@ class SessionProperties:
         return self._session.token or ""
 
     @property
-    def next_tick(self) -> int:
-        """Index of the next tick, where none is given."""
-        return self._session.next_tick
-
-    @property
     def resumed(self) -> bool:
         """Whether it continues from a saved state."""
         return self._session.opened is not None and self._session.opened.resumed
@@ -80,6 +76,18 @@ class SessionProperties:
     def unread(self) -> int:
         """Answers that have arrived and were not read yet."""
         return len(self._session.answers)
+
+    def _post(self) -> None:
+        """Hand waiting messages to the transport."""
+
+
+class TickSender(SessionProperties):
+    """The calls without a wait of a session that takes ticks."""
+
+    @property
+    def next_tick(self) -> int:
+        """Index of the next tick, where none is given."""
+        return self._session.next_tick
 
     def send(
         self,
@@ -104,9 +112,6 @@ class SessionProperties:
         self._post()
         return index
 
-    def _post(self) -> None:
-        """Hand waiting messages to the transport."""
-
 
 def taken(session: ClientSession) -> Answer | None:
     """The next answer that has arrived; raises the error that a tick got instead."""
@@ -120,8 +125,8 @@ def taken(session: ClientSession) -> Answer | None:
     return None
 
 
-class ServedSession(SessionProperties):
-    """One session of a `Client`; as a context manager it is closed at the end."""
+class _Served(SessionProperties):
+    """What both kinds of session of a `Client` have; as a context manager a session is closed at the end."""
 
     def __init__(self, client: Client, session: ClientSession) -> None:
         super().__init__(client.client_state, session)
@@ -129,6 +134,50 @@ class ServedSession(SessionProperties):
 
     def _post(self) -> None:
         self._client.post()
+
+    def _ask(self, request: protocol.Request, timeout_s: float) -> protocol.Done | protocol.Flushed:
+        session = self._session
+        if session.error is not None:
+            raise session.error
+        session.done = None
+        self._client.client_state.send(request)
+        self._client.wait(
+            lambda: session.done is not None or session.error is not None,
+            now_ns() + round(timeout_s * 1e9),
+            f"session {session.name!r} got no reply",
+        )
+        return done(session)
+
+    def flush(self, timeout_s: float = TIMEOUT_S) -> int:
+        """Wait until all that was sent is answered and the state is on disk; the index of the next tick, or push."""
+        done = self._ask(protocol.Flush(session=self.name), timeout_s)
+        return done.next if isinstance(done, protocol.Flushed) else self._session.next_tick
+
+    def close(self, timeout_s: float = TIMEOUT_S) -> None:
+        """End the session; the server deletes its state. Does nothing where it is over already."""
+        try:
+            if self._session.error is None:
+                self._ask(protocol.Close(session=self.name, token=self._session.token), timeout_s)
+        finally:
+            self._client.client_state.sessions.pop(self.name, None)
+
+    def leave(self) -> None:
+        """Stop using the session without ending it: its token opens it again, from here or another client."""
+        self._client.client_state.sessions.pop(self.name, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            with contextlib.suppress(Exception):  # do not hide the first error
+                self.close(1.0)
+
+
+class ServedSession(_Served, TickSender):
+    """One session of a `Client`; as a context manager it is closed at the end."""
 
     def step(
         self,
@@ -168,50 +217,40 @@ class ServedSession(SessionProperties):
         while (answer := self.receive(timeout_s)) is not None:
             yield answer
 
-    def _ask(self, request: protocol.Request, timeout_s: float) -> protocol.Done | protocol.Flushed:
-        session = self._session
-        if session.error is not None:
-            raise session.error
-        session.done = None
-        self._client.client_state.send(request)
-        self._client.wait(
-            lambda: session.done is not None or session.error is not None,
-            now_ns() + round(timeout_s * 1e9),
-            f"session {session.name!r} got no reply",
-        )
-        return done(session)
-
-    def flush(self, timeout_s: float = TIMEOUT_S) -> int:
-        """Wait until all ticks sent are answered and the state is on disk; returns the index of the next tick."""
-        done = self._ask(protocol.Flush(session=self.name), timeout_s)
-        return done.next if isinstance(done, protocol.Flushed) else self.next_tick
-
     def reset(self, timeout_s: float = TIMEOUT_S) -> None:
         """Start the state anew; tick indices continue."""
         self._ask(protocol.Reset(session=self.name), timeout_s)
         self._session.sent.clear()
 
-    def close(self, timeout_s: float = TIMEOUT_S) -> None:
-        """End the session; the server deletes its state. Does nothing where it is over already."""
-        try:
-            if self._session.error is None:
-                self._ask(protocol.Close(session=self.name, token=self._session.token), timeout_s)
-        finally:
-            self._client.client_state.sessions.pop(self.name, None)
 
-    def leave(self) -> None:
-        """Stop using the session without ending it: its token opens it again, from here or another client."""
-        self._client.client_state.sessions.pop(self.name, None)
+class RawServedSession(_Served, RawPushes[list[Answer]]):
+    """A session of a `Client` to which samples are pushed: encoders and aligner are the server's."""
 
-    def __enter__(self) -> Self:
-        return self
+    def __init__(self, client: Client, session: ClientSession, timeout_s: float) -> None:
+        _Served.__init__(self, client, session)
+        RawPushes.__init__(self, session)
+        self._timeout_s = timeout_s
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is None:
-            self.close()
-        else:
-            with contextlib.suppress(Exception):  # do not hide the first error
-                self.close(1.0)
+    def _push(self, stream: str, data: bytes, at_ns: int | None, vector: bool) -> list[Answer]:
+        session = self._session
+        number = self._client_state.put_push(session, stream, data, at_ns, vector, now_ns())
+        self._post()
+        self._client.wait(
+            lambda: number not in session.unanswered or session.error is not None,
+            now_ns() + round(self._timeout_s * 1e9),
+            f"no answer came to push {number} of session {session.name!r}",
+        )
+        return pushed(session, number)
+
+
+def pushed(session: ClientSession, number: int) -> list[Answer]:
+    """What came of a push; [] where the server had it already. Raises its error, or the session's."""
+    found = session.pushed.pop(number, None)
+    if isinstance(found, SessionError):
+        raise found
+    if found is None and session.error is not None:
+        raise session.error
+    return found or []
 
 
 def done(session: ClientSession) -> protocol.Done | protocol.Flushed:
@@ -277,8 +316,18 @@ class Client:
             TimedOut: the server did not reply.
 
         """
-        state = self.client_state.new_session(session)
-        self.client_state.send(protocol.Open(session=session, token=token))
+        return ServedSession(self, self._open(session, token, timeout_s, raw=False))
+
+    def open_raw(self, session: str, token: str | None = None, timeout_s: float = TIMEOUT_S) -> RawServedSession:
+        """Begin a raw session, to which samples are pushed, or continue one with its token. Raises as `open`.
+
+        `timeout_s` also of its pushes.
+        """
+        return RawServedSession(self, self._open(session, token, timeout_s, raw=True), timeout_s)
+
+    def _open(self, session: str, token: str | None, timeout_s: float, raw: bool) -> ClientSession:
+        state = self.client_state.new_session(session, raw)
+        self.client_state.send(protocol.Open(session=session, token=token, raw=raw))
         try:
             self.wait(
                 lambda: state.opened is not None or state.error is not None,
@@ -289,7 +338,7 @@ class Client:
             del self.client_state.sessions[session]
             raise
         ready(self.client_state, state)
-        return ServedSession(self, state)
+        return state
 
     def post(self) -> None:
         """Send waiting messages, until the queue is full."""

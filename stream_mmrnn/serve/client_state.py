@@ -23,6 +23,7 @@ from stream_mmrnn.core.errors import (
     ProcessError,
     SessionError,
     UnknownSession,
+    UsageError,
 )
 from stream_mmrnn.core.types import FloatArray, Vectors
 from stream_mmrnn.serve import protocol
@@ -85,6 +86,12 @@ class ClientSession(msgspec.Struct):
     """Ticks that wait until the server's queue has room."""
     on_the_way: set[int] = msgspec.field(default_factory=set)
     reopening: bool = False
+    raw: bool = False
+    """It sends samples; ticks are then pushes."""
+    begin_ns: int = 0
+    """Of a raw session: how far it was when it was opened."""
+    pushed: dict[int, list[Answer] | SessionError] = msgspec.field(default_factory=dict)
+    """By push, what came of it, until it is read."""
     skipped: int = 0
     """Ticks that the server had seen already, and whose answers were lost when it died."""
 
@@ -103,13 +110,13 @@ class ClientState:
     def send(self, request: protocol.Request) -> None:
         self.out.append((getattr(request, "session", ""), protocol.encode(request)))
 
-    def new_session(self, name: str) -> ClientSession:
+    def new_session(self, name: str, raw: bool = False) -> ClientSession:
         """Add a session. Raises SessionError where its name is not valid, DuplicateSession where it is here already."""
         if not re.match(topics.SESSION_NAME, name):
             raise SessionError(f"a session cannot be called {name[:80]!r}; expected {topics.SESSION_NAME}")
         if name in self.sessions:
             raise DuplicateSession(f"session {name!r} is open over this connection already")
-        session = self.sessions[name] = ClientSession(name)
+        session = self.sessions[name] = ClientSession(name, raw=raw)
         return session
 
     def put(
@@ -123,13 +130,7 @@ class ClientState:
     ) -> int:
         """Queue one tick; returns its index. Raises BadTick where it does not fit the model, or the session's error."""
         assert self.welcome is not None
-        if session.error is not None:
-            raise session.error
-        if len(session.unanswered) >= KEPT_TICKS:
-            raise SessionError(
-                f"{KEPT_TICKS} ticks of session {session.name!r} wait for an answer; read answers, and send "
-                "no faster than the model's tick"
-            )
+        self._check_room(session)
         index = session.next_tick if tick is None else tick
         content = protocol.encode(
             protocol.Step(
@@ -140,6 +141,33 @@ class ClientState:
                 age_ns=_ages(self.welcome.modalities, features, age_ns),
             )
         )
+        self._queue(session, index, content, now_ns)
+        return index
+
+    def put_push(
+        self, session: ClientSession, stream: str, data: bytes, at_ns: int | None, vector: bool, now_ns: int
+    ) -> int:
+        """Queue one push of a raw session; returns its number. Raises the session's error."""
+        self._check_room(session)
+        index = session.next_tick
+        push = protocol.Push(session=session.name, push=index, stream=stream, data=data, at_ns=at_ns, vector=vector)
+        content = protocol.encode(push)
+        if len(content) > protocol.MAX_BYTES:
+            raise UsageError(f"a push has at most {protocol.MAX_BYTES} bytes; send sound in shorter pieces")
+        self._queue(session, index, content, now_ns)
+        return index
+
+    @staticmethod
+    def _check_room(session: ClientSession) -> None:
+        if session.error is not None:
+            raise session.error
+        if len(session.unanswered) >= KEPT_TICKS:
+            raise SessionError(
+                f"{KEPT_TICKS} ticks of session {session.name!r} wait for an answer; read answers, and send "
+                "no faster than the model's tick"
+            )
+
+    def _queue(self, session: ClientSession, index: int, content: bytes, now_ns: int) -> None:
         session.sent[index] = _Sent(content, now_ns)
         session.unanswered[index] = now_ns
         session.next_tick = max(session.next_tick, index + 1)
@@ -147,7 +175,6 @@ class ClientState:
         while len(session.sent) > KEPT_TICKS and next(iter(session.sent)) < session.to_send[0]:
             session.sent.popitem(last=False)
         self._pump(session)
-        return index
 
     def _pump(self, session: ClientSession) -> None:
         """Send as many ticks as the server's queue takes."""
@@ -179,6 +206,8 @@ class ClientState:
         match reply:
             case protocol.Pred():
                 self._answer(session, reply, now_ns)
+            case protocol.Pushed():
+                self._pushed(session, reply, now_ns)
             case protocol.Ready():
                 self._ready(session, reply, now_ns)
             case protocol.Skipped():
@@ -197,30 +226,42 @@ class ClientState:
     def _answer(self, session: ClientSession, reply: protocol.Pred, now_ns: int) -> None:
         if not self._arrived(session, reply.tick):
             return  # it was answered before the server was restarted
+        session.answers.append(self._to_answer(session, reply, reply.tick, now_ns))
+
+    def _pushed(self, session: ClientSession, reply: protocol.Pushed, now_ns: int) -> None:
+        if not self._arrived(session, reply.push):
+            return
+        if reply.error:
+            session.pushed[reply.push] = BadTick(reply.error)
+        else:
+            session.pushed[reply.push] = [
+                self._to_answer(session, pred, reply.push, now_ns) for pred in reply.predictions
+            ]
+
+    def _to_answer(self, session: ClientSession, reply: protocol.Pred, index: int, now_ns: int) -> Answer:
+        """`index`: of the tick or push that it answers."""
         assert self.welcome is not None
-        sent = session.sent.get(reply.tick)
+        sent = session.sent.get(index)
         heads = zip(self.welcome.heads, reply.heads, strict=True)
         names = [m.name for m in self.welcome.modalities]
-        session.answers.append(
-            Answer(
-                session.name,
-                reply.tick,
-                reply.event_ns,
-                {head.name: np.frombuffer(raw, "<f4") for head, raw in heads},
-                dict(zip(names, reply.present, strict=True)),
-                dict(zip(names, reply.age_ns, strict=True)),
-                reply.waited_ns,
-                reply.step_ns,
-                now_ns - sent.at_ns if sent is not None else 0,
-                reply.model,
-            )
+        return Answer(
+            session.name,
+            reply.tick,
+            reply.event_ns,
+            {head.name: np.frombuffer(raw, "<f4") for head, raw in heads},
+            dict(zip(names, reply.present, strict=True)),
+            dict(zip(names, reply.age_ns, strict=True)),
+            reply.waited_ns,
+            reply.step_ns,
+            now_ns - sent.at_ns if sent is not None else 0,
+            reply.model,
         )
 
     def _ready(self, session: ClientSession, reply: protocol.Ready, now_ns: int) -> None:
         first = session.opened is None
         session.opened, session.token = reply, reply.token
         if first:
-            session.next_tick = reply.next
+            session.next_tick, session.begin_ns = reply.next, reply.at_ns
         elif session.reopening:
             session.reopening = False
             self._send_again(session, reply.next, now_ns)
@@ -250,7 +291,7 @@ class ClientState:
         if session.token is None:
             return
         session.reopening = True
-        self.send(protocol.Open(session=session.name, token=session.token))
+        self.send(protocol.Open(session=session.name, token=session.token, raw=session.raw))
 
     def _evicted(self, session: ClientSession, reply: protocol.EvictedNow) -> None:
         if reply.reason == "taken":
@@ -270,7 +311,10 @@ class ClientState:
             if not session.reopening:
                 self._reopen(session)
         elif self._arrived(session, reply.tick):
-            session.answers.append(error)
+            if session.raw:
+                session.pushed[reply.tick] = error
+            else:
+                session.answers.append(error)
 
     def late(self, now_ns: int) -> list[str]:
         """Sessions with a tick that has had no answer for `ASK_AGAIN_NS`."""

@@ -46,6 +46,8 @@ class Open(_Message, frozen=True, tag="open"):
 
     session: _Name
     token: _Token | None = None
+    raw: bool = False
+    """The client sends samples (`push`), and the server makes features and ticks of them."""
 
 
 class Step(_Message, frozen=True, tag="step"):
@@ -61,6 +63,22 @@ class Step(_Message, frozen=True, tag="step"):
     age_ns: _Ages = ()
     """By modality: the tick's end minus the time of the newest sample, -1 where there is none. If left out: 0, and -1
     where absent."""
+
+
+class Push(_Message, frozen=True, tag="push"):
+    """A sample for a raw session. Answered by `pushed`, or by `skipped` where the session had it already."""
+
+    session: _Name
+    push: _Index
+    """Number of the push in its session, from 0 on without gaps."""
+    stream: Annotated[str, msgspec.Meta(max_length=66)]
+    """"": no sample; the time is `at_ns`, and nothing older comes."""
+    data: bytes = b""
+    """Sound: mono int16 at 16 kHz, little-endian. Picture: JPEG. Text: UTF-8. Signal: float32, little-endian."""
+    at_ns: Nanoseconds | None = None
+    """When it was taken, of sound its last sample, since the session's start; nil: at the newest time so far."""
+    vector: bool = False
+    """`data` is a feature vector of the stream, float32, as its encoder makes it."""
 
 
 class Flush(_Message, frozen=True, tag="flush"):
@@ -82,7 +100,7 @@ class Close(_Message, frozen=True, tag="close"):
     token: _Token | None = None
 
 
-Request: TypeAlias = Hello | Open | Step | Flush | Reset | Close
+Request: TypeAlias = Hello | Open | Step | Push | Flush | Reset | Close
 
 
 # ---- replies ---------------------------------------------------------------------------------------------------------
@@ -116,8 +134,10 @@ class Ready(_Message, frozen=True, tag="ready"):
     token: str
     """Secret: a client that has it can take the session over. It does not change."""
     next: _Count
-    """Index of the next tick; earlier ones are skipped."""
+    """Index of the next tick, of a raw session number of the next push; earlier ones are skipped."""
     resumed: bool
+    at_ns: int = 0
+    """Of a raw session: its newest time so far."""
 
 
 class BusyNow(_Message, frozen=True, tag="busy"):
@@ -151,8 +171,18 @@ class Pred(_Message, frozen=True, tag="pred"):
     """sha256."""
 
 
+class Pushed(_Message, frozen=True, tag="pushed"):
+    """The answer to a push: the predictions of the ticks that it completes, which have times of the session."""
+
+    session: str
+    push: int
+    predictions: tuple[Pred, ...]
+    error: str = ""
+    """Why the sample was refused; "" if it was not."""
+
+
 class Skipped(_Message, frozen=True, tag="skipped"):
-    """The session had this tick already; it was not stepped again."""
+    """The session had this tick (or push) already; it was not stepped again."""
 
     session: str
     tick: int
@@ -194,7 +224,7 @@ def welcome(spec: ModelSpec, queue: int) -> Welcome:
     )
 
 
-Reply: TypeAlias = Welcome | Ready | BusyNow | Refused | Pred | Skipped | Flushed | Done | EvictedNow
+Reply: TypeAlias = Welcome | Ready | BusyNow | Refused | Pred | Pushed | Skipped | Flushed | Done | EvictedNow
 
 encode = msgspec.msgpack.Encoder().encode
 _read_request = msgspec.msgpack.Decoder(Request).decode

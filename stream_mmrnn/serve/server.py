@@ -24,6 +24,7 @@ from stream_mmrnn.predict.sharded_engine import create
 from stream_mmrnn.predict.snapshots import StateStore
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.session_host import Host
+from stream_mmrnn.serve.session_input import SessionInput
 from stream_mmrnn.serve.sessions import Sessions
 
 _IDLE_MS = 5
@@ -81,7 +82,12 @@ class Server:
                 wall_offset_ns=wall_offset_ns(),
                 writer=writer,
             )
-            self.host = Host(self.sessions, serve.queue)
+            spec = self.engine.spec
+            self.host = Host(
+                self.sessions,
+                serve.queue,
+                make_input=lambda session: SessionInput(spec, settings, session, must_save=True),
+            )
             # a client may have every slot: then it gets all answers of two batches
             unread = serve.queue + 2 * serve.slots
             self._router = Router(serve.host, serve.port, serve.queue, protocol.MAX_BYTES, authenticator, unread=unread)

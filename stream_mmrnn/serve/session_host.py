@@ -24,12 +24,15 @@ from stream_mmrnn.core.errors import (
     SnapshotError,
     StreamError,
     UnknownSession,
+    UsageError,
     WireError,
 )
 from stream_mmrnn.core.latency import Histogram
 from stream_mmrnn.core.types import FloatArray, Prediction, Stamps, Tick
 from stream_mmrnn.serve import protocol
-from stream_mmrnn.serve.sessions import Notice, Sessions
+from stream_mmrnn.serve.raw_session import PendingPush, RawSession
+from stream_mmrnn.serve.session_input import SessionInput
+from stream_mmrnn.serve.sessions import Notice, Opened, Sessions
 
 Peer: TypeAlias = bytes
 ErrorName = Literal["unknown", "duplicate", "evicted", "bad_tick", "bad_message", "failed", "overrun"]
@@ -42,6 +45,9 @@ _ERRORS: tuple[tuple[type[StreamError], ErrorName], ...] = (
 )
 _IDLE_CHECK_NS, _SWEEP_NS = 100_000_000, 60_000_000_000
 """How often idle sessions, and states on disk that are too old, are looked for."""
+_SAVE_PUSHES = 100
+"""The state of a raw session is saved after so many pushes, also where no tick came of them."""
+_RAW_AND_NOT = "session {!r} is of the other kind: one is opened for ticks, or raw for samples, and stays that"
 _NOT_OWNER = "the session belongs to another connection; open it with its token to take it over"
 
 
@@ -53,14 +59,22 @@ class _Waiting(msgspec.Struct, gc=False):
     peer: Peer
     tick: Tick
     received_ns: int
+    push: PendingPush | None = None
+    """Of a raw session: the push that completed the tick."""
 
 
 class Host:
     """Sessions for peers: `receive` messages, `step` ticks that wait, send what is in `out`."""
 
-    def __init__(self, sessions: Sessions, queue: int, announced_queue: int = 0) -> None:
+    def __init__(
+        self,
+        sessions: Sessions,
+        queue: int,
+        announced_queue: int = 0,
+        make_input: Callable[[str], SessionInput] | None = None,
+    ) -> None:
         """`queue`: ticks of one session that may wait; one more is refused as `overrun`. `announced_queue`: what
-        clients are told instead, where it is not 0.
+        clients are told instead, where it is not 0. `make_input`: for raw sessions, which are refused without it.
         """
         self.sessions = sessions
         self.out: list[tuple[Peer, protocol.Reply]] = []
@@ -72,6 +86,10 @@ class Host:
         self._queue = queue
         self._owner: dict[str, Peer] = {}
         self._of: dict[Peer, set[str]] = {}
+        self._make_input = make_input
+        self._raw: dict[str, RawSession] = {}
+        if make_input is not None:
+            sessions.extra_of = lambda session: self._raw[session].snapshot() if session in self._raw else {}
         self._waiting: dict[str, deque[_Waiting]] = {}
         """Only sessions with a waiting tick; the one that has waited longest is first."""
         self._idle_checked_ns = self._swept_ns = 0
@@ -84,6 +102,7 @@ class Host:
             protocol.Hello: self._hello,
             protocol.Open: self._open,
             protocol.Step: self._put,
+            protocol.Push: self._push,
             protocol.Flush: self._flush,
             protocol.Reset: self._reset,
             protocol.Close: self._close,
@@ -114,7 +133,8 @@ class Host:
         try:
             self._answers[type(request)](peer, request, now_ns)
         except StreamError as e:
-            self._refuse(peer, e, getattr(request, "session", ""), getattr(request, "tick", -1))
+            number = getattr(request, "tick", getattr(request, "push", -1))
+            self._refuse(peer, e, getattr(request, "session", ""), number)
 
     def _send(self, peer: Peer, reply: protocol.Reply) -> None:
         self.out.append((peer, reply))
@@ -135,7 +155,15 @@ class Host:
 
     def _open(self, peer: Peer, request: protocol.Open, now_ns: int) -> None:
         session = request.session
+        if request.raw and self._make_input is None:
+            raise SessionError(
+                "a cluster serves no raw sessions; make features with Predictor's encoders, or use serve"
+            )
+        if session in self.sessions and request.raw != (session in self._raw):
+            raise SessionError(_RAW_AND_NOT.format(session))
         opened = self.sessions.open(session, request.token, now_ns=now_ns)
+        if session not in self._raw and (request.raw or RawSession.is_in(opened.extra)):
+            self._begin_raw(request, opened, now_ns)
         before = self._owner.get(session)
         if before is not None and before != peer:
             self.disown(session)
@@ -144,10 +172,30 @@ class Host:
                 before, protocol.EvictedNow(session=session, token="", reason="taken", next=opened.next_index)
             )  # fmt: skip
         self.own(session, peer)
-        ready = protocol.Ready(
-            session=session, token=opened.token, next=opened.next_index, resumed=opened.resumed
-        )  # fmt: skip
-        self._send(peer, ready)
+        raw = self._raw.get(session)
+        following = opened.next_index if raw is None else raw.next
+        at_ns = 0 if raw is None else raw.input.newest_ns - raw.input.zero_ns
+        self._send(
+            peer,
+            protocol.Ready(session=session, token=opened.token, next=following, resumed=opened.resumed, at_ns=at_ns),
+        )
+
+    def _begin_raw(self, request: protocol.Open, opened: Opened, now_ns: int) -> None:
+        """Make or restore the input of a raw session that was opened; where that fails, it is closed or evicted."""
+        session = request.session
+        try:
+            if self._make_input is None or (opened.resumed and not (request.raw and RawSession.is_in(opened.extra))):
+                raise SessionError(_RAW_AND_NOT.format(session))
+            raw = RawSession(self._make_input(session))
+            if opened.resumed:
+                raw.restore(opened.extra)
+        except StreamError:
+            if opened.resumed:
+                self.sessions.drop(session)  # its state is on disk
+            else:
+                self.sessions.close(session, opened.token, now_ns=now_ns)
+            raise
+        self._raw[session] = raw
 
     def _put(self, peer: Peer, request: protocol.Step, now_ns: int) -> None:
         session = request.session
@@ -162,6 +210,45 @@ class Host:
         if waiting is None:
             waiting = self._waiting[session] = deque()
         waiting.append(_Waiting(peer, tick, now_ns))
+
+    def _push(self, peer: Peer, request: protocol.Push, now_ns: int) -> None:
+        session = request.session
+        self._check_owner(peer, session, now_ns)
+        raw = self._raw.get(session)
+        if raw is None:
+            raise BadTick(f"session {session!r} was opened for ticks and takes no samples; open it with raw = true")
+        if request.push < raw.next:
+            self.counts["skipped"] += 1
+            self._send(peer, protocol.Skipped(session=session, tick=request.push, next=raw.next))
+            return
+        waiting = self._waiting.get(session, deque())
+        if len(raw.pending) >= self._queue or len(waiting) >= self._queue:
+            self.counts["overrun"] += 1
+            why = f"{self._queue} ticks or pushes of session {session!r} wait already; read their answers first"
+            self._send(peer, protocol.Refused(error="overrun", why=why, session=session, tick=request.push))
+            return
+        push = raw.begin(request, peer)
+        try:
+            for tick in raw.ticks(request):
+                waiting.append(_Waiting(peer, tick, now_ns, push))
+                push.left += 1
+        except UsageError as e:
+            self.counts["refused"] += 1
+            push.error = str(e)
+        if waiting:
+            self._waiting[session] = waiting
+        self.sessions.observe_input(session, now_ns, due=request.push % _SAVE_PUSHES == 0)
+        self._send_pushed(session, raw)
+
+    def _send_pushed(self, session: str, raw: RawSession) -> None:
+        """Answer the pushes that have all their predictions."""
+        for push in raw.done():
+            self._send(
+                push.peer,
+                protocol.Pushed(
+                    session=session, push=push.number, predictions=tuple(push.predictions), error=push.error
+                ),
+            )
 
     def _check_owner(self, peer: Peer, session: str, now_ns: int) -> None:
         if self._owner.get(session) != peer:
@@ -196,12 +283,14 @@ class Host:
 
     def _flush(self, peer: Peer, request: protocol.Flush, now_ns: int) -> None:
         self._check_owner(peer, request.session, now_ns)
-        self._send(
-            peer, protocol.Flushed(session=request.session, next=self.sessions.flush(request.session, now_ns=now_ns))
-        )
+        following = self.sessions.flush(request.session, now_ns=now_ns)
+        raw = self._raw.get(request.session)
+        self._send(peer, protocol.Flushed(session=request.session, next=following if raw is None else raw.next))
 
     def _reset(self, peer: Peer, request: protocol.Reset, now_ns: int) -> None:
         self._check_owner(peer, request.session, now_ns)
+        if request.session in self._raw:
+            raise SessionError(f"session {request.session!r} is raw and has no reset; close it and open another one")
         self.sessions.reset(request.session, now_ns=now_ns)
         # ticks that are sent again after a crash must not be stepped on the state before the reset
         self.sessions.flush(request.session, now_ns=now_ns)
@@ -212,6 +301,7 @@ class Host:
             self._check_owner(peer, request.session, now_ns)
         self.sessions.close(request.session, request.token, now_ns=now_ns)
         self.disown(request.session)
+        self._raw.pop(request.session, None)
         self._send(peer, protocol.Done(session=request.session))
 
     def own(self, session: str, peer: Peer) -> None:
@@ -251,10 +341,18 @@ class Host:
         asked = {(of.tick.session, of.tick.index): of for of in taken}
 
         def refused(tick: Tick, error: SessionError) -> None:
-            self._refuse(asked[tick.session, tick.index].peer, error, tick.session, tick.index)
+            of = asked[tick.session, tick.index]
+            if of.push is not None:
+                self._pushed(of.push, tick.session, error=str(error))
+            else:
+                self._refuse(of.peer, error, tick.session, tick.index)
 
         def skipped(tick: Tick) -> None:
             self.counts["skipped"] += 1
+            push = asked[tick.session, tick.index].push
+            if push is not None:
+                self._pushed(push, tick.session)
+                return
             following = self.sessions.next_index(tick.session)
             self._send(
                 asked[tick.session, tick.index].peer,
@@ -270,21 +368,36 @@ class Host:
             self.stepped.add(predictions[-1].step_end_ns - predictions[0].step_start_ns)
         for prediction in predictions:
             of = asked[prediction.tick.session, prediction.tick.index]
-            self._send(of.peer, self._pred(prediction, of.received_ns))
+            pred = self._pred(prediction, of.received_ns)
+            if of.push is not None:
+                self._pushed(of.push, prediction.tick.session, pred)
+            else:
+                self._send(of.peer, pred)
         self.counts["predictions"] += len(predictions)
         for session in dead:
             if session in self.sessions:
                 self._notify(self.sessions.lose(session))
         return len(predictions)
 
+    def _pushed(self, push: PendingPush, session: str, pred: protocol.Pred | None = None, error: str = "") -> None:
+        """One tick of a push is done."""
+        push.left -= 1
+        push.error = push.error or error
+        if pred is not None:
+            push.predictions.append(pred)
+        if (raw := self._raw.get(session)) is not None:
+            self._send_pushed(session, raw)
+
     def _pred(self, prediction: Prediction, received_ns: int) -> protocol.Pred:
         tick = prediction.tick
         waited_ns = max(prediction.step_start_ns - received_ns, 0)
         self.waited.add(waited_ns)
+        raw = self._raw.get(tick.session)
+        index, event_ns = (tick.index, tick.event_ns) if raw is None else raw.since_begin(tick)
         return protocol.Pred(
             session=tick.session,
-            tick=tick.index,
-            event_ns=tick.event_ns,
+            tick=index,
+            event_ns=event_ns,
             heads=tuple(prediction.heads[name].astype("<f4", copy=False).tobytes() for name in self._heads),
             present=tuple(tick.present[name] for name, _ in self._sizes),
             age_ns=tuple(tick.age_ns[name] for name, _ in self._sizes),
@@ -314,11 +427,14 @@ class Host:
         """A peer has disconnected: save and evict its sessions; returns how many it had."""
         sessions = list(self._of.get(peer, ()))
         for session in sessions:
+            if session in self._raw:
+                self._finish(session, now_ns)  # its input is ahead of the engine by the ticks that wait
             self.disown(session)
             try:
                 self.sessions.cancel(session, now_ns=now_ns)
             except (SessionError, SnapshotError):
                 continue  # counted there; a session that cannot be saved stays open until it is idle
+            self._raw.pop(session, None)
         self.counts["gone"] += bool(sessions)
         return len(sessions)
 
@@ -334,10 +450,10 @@ class Host:
     def _notify(self, notice: Notice) -> None:
         owner = self._owner.get(notice.session)
         self.disown(notice.session)
+        raw = self._raw.pop(notice.session, None)
+        following = notice.next_index if raw is None else raw.next
         if owner is not None:
             self._send(
                 owner,
-                protocol.EvictedNow(
-                    session=notice.session, token=notice.token, reason=notice.reason, next=notice.next_index
-                ),
+                protocol.EvictedNow(session=notice.session, token=notice.token, reason=notice.reason, next=following),
             )

@@ -64,16 +64,18 @@ class SessionInput:
         inputs: Collection[str] | None = None,
         clock_ns: Callable[[], int] | None = None,
         zero_ns: int | None = None,
+        must_save: bool = False,
     ) -> None:
         """`inputs`: the streams that will be pushed; unless given, a stream counts from its first push on. `clock_ns`:
         the present, on the session's time line. `zero_ns`: where the session begins on it and on the grid of ticks.
+        `must_save`: streams whose state cannot be saved are refused.
 
         Raises:
             UsageError: there is no such stream, or an input feeds nothing in the model.
             ConfigError: those of `stream_table`.
 
         """
-        self.spec, self._session, self._clock_ns = spec, session, clock_ns
+        self.spec, self._session, self._clock_ns, self._must_save = spec, session, clock_ns, must_save
         self._table = stream_table(settings)
         self.zero_ns = spec.tick_ns * _ZERO_TICKS if zero_ns is None else zero_ns
         """When the session begins."""
@@ -184,7 +186,14 @@ class SessionInput:
 
     def _encoders_of(self, row: Stream) -> dict[str, Encoder]:
         if row.name not in self._encoders:
-            self._encoders[row.name] = encoders_from_root(row, self._table)
+            made = encoders_from_root(row, self._table)
+            if self._must_save:
+                try:
+                    for encoder in made.values():
+                        _state_of(encoder)
+                except SnapshotError as e:
+                    raise UsageError(f"{row.name} cannot be served: {e}") from e
+            self._encoders[row.name] = made
         return self._encoders[row.name]
 
     def _encode(self, row: Stream, sample: Sample) -> list[_Vector]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Literal, TypeAlias
 
@@ -48,6 +48,8 @@ class Opened(msgspec.Struct, frozen=True):
     """Index of the next tick; earlier ones are dropped as duplicates or stale."""
     resumed: bool
     """Whether it continues from a saved state."""
+    extra: Mapping[str, bytes | str] = {}
+    """What its saved state holds beside the engine's tensors, where it was evicted."""
 
 
 class Notice(msgspec.Struct, frozen=True):
@@ -98,6 +100,8 @@ class Sessions:
         """`duplicates`: repeated newest ticks, `stale`: older ones; neither was stepped. `skipped`: indices that were
         left out. `busy`, `unknown`, `duplicate`, `evicted_asked`: refusals. `unsaved`: states that could not be
         written; such a session is not evicted. `lost`: sessions of a shard that died."""
+        self.extra_of: Callable[[str], dict[str, bytes | str]] = lambda session: {}
+        """What the state of a session holds beside the engine's tensors; raises SnapshotError."""
         self.last_problem = ""
         """Why the newest state could not be written."""
         self._idle_ns = round(settings.idle_s * 1e9)
@@ -153,7 +157,7 @@ class Sessions:
             return Opened(session, live.token, 0, False)
         assert token is not None
         self._restore(snapshot, token, now_ns)
-        return Opened(session, token, snapshot.tick_index + 1, True)
+        return Opened(session, token, snapshot.tick_index + 1, True, snapshot.extra)
 
     def adopt(self, snapshot: Snapshot, token: str, *, now_ns: int) -> None:
         """Continue a session that was open on another engine, without a request of its client.
@@ -281,6 +285,13 @@ class Sessions:
         live.unsaved += live.unsaved >= 0
         return True
 
+    def observe_input(self, session: str, now_ns: int, due: bool) -> None:
+        """A session is not idle, though no tick came of it; `due`: its state is to be saved soon."""
+        live = self._live[session]
+        live.active_ns = now_ns
+        if due and self.settings.snapshot_every:
+            live.unsaved = max(live.unsaved, self.settings.snapshot_every) if live.unsaved >= 0 else live.unsaved
+
     def _misfit(self, tick: Tick) -> BadTick | None:
         """Why a tick does not fit the model.
 
@@ -398,13 +409,12 @@ class Sessions:
         saved = []
         for _, session in due[:most]:
             live = self._live[session]
-            if self._states.has_writer:
-                self._states.submit(self._snapshot(session, live), live.token, now_ns)
-                live.unsaved = 0
-                saved.append(session)
-                continue
             try:
-                self._save(session, live, now_ns)
+                if self._states.has_writer:
+                    self._states.submit(self._snapshot(session, live), live.token, now_ns)
+                    live.unsaved = 0
+                else:
+                    self._save(session, live, now_ns)
                 saved.append(session)
             except SnapshotError as e:
                 self.last_problem = str(e)
@@ -440,7 +450,8 @@ class Sessions:
         return self._states.sweep(now_ns)
 
     def _snapshot(self, session: str, live: _Live) -> Snapshot:
-        return Snapshot(session, self.engine.spec.sha256, live.last, self.engine.snapshot(session))
+        state = self.engine.snapshot(session)
+        return Snapshot(session, self.engine.spec.sha256, live.last, state, self.extra_of(session))
 
     def _save(self, session: str, live: _Live, now_ns: int) -> None:
         self._settle(session)

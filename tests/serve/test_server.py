@@ -11,6 +11,7 @@ import subprocess
 import sys
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -49,6 +50,7 @@ from stream_mmrnn.serve.client import ServedSession
 from stream_mmrnn.serve.client_state import KEPT_TICKS, ClientSession, ClientState
 from stream_mmrnn.serve.server import Server
 from stream_mmrnn.serve.session_host import Host
+from stream_mmrnn.serve.session_input import SessionInput
 from stream_mmrnn.serve.sessions import Sessions
 
 S = 1_000_000_000
@@ -314,7 +316,7 @@ def test_no_bytes_harm_a_host(toy: Path, messages: list[bytes]) -> None:
 _text = st.text(max_size=70)
 _number = st.integers(-(2**64), 2**64 - 1).filter(lambda n: n >= -(2**63))
 _shapes = st.fixed_dictionaries(
-    {"op": st.sampled_from(["hello", "open", "step", "flush", "reset", "close", "pred", "ready"])},
+    {"op": st.sampled_from(["hello", "open", "step", "push", "flush", "reset", "close", "pred", "pushed", "ready"])},
     optional={
         "session": st.sampled_from(["s", "", "../x", "a b"]) | _text,
         "token": st.none() | _text,
@@ -322,6 +324,12 @@ _shapes = st.fixed_dictionaries(
         "event_ns": _number,
         "features": st.lists(st.none() | st.binary(max_size=40) | _number, max_size=5),
         "age_ns": st.lists(_number, max_size=5),
+        "raw": st.booleans() | _number,
+        "push": st.integers(0, 3) | _number,
+        "stream": st.sampled_from(["", "audio", "text", "a.b"]) | _text,
+        "data": st.binary(max_size=40) | _text,
+        "at_ns": st.none() | st.integers(0, 10**9) | _number,
+        "vector": st.booleans(),
         "version": _number,
         "more": _text,
     },
@@ -332,7 +340,9 @@ _shapes = st.fixed_dictionaries(
 @settings(max_examples=200)
 @given(st.lists(_shapes, max_size=12))
 def test_no_message_harms_a_host(toy: Path, messages: list[dict[str, object]]) -> None:
-    host = Host(Sessions(StepEngine(toy, 2), StateStore(_folder(), 10), config.StateSettings()), 4)
+    engine = StepEngine(toy, 2)
+    make_input = partial(SessionInput, engine.spec, config.Settings(), must_save=True)
+    host = Host(Sessions(engine, StateStore(_folder(), 10), config.StateSettings()), 4, make_input=make_input)
     for i, message in enumerate(messages):
         host.receive(b"xy"[i % 2 :], msgspec.msgpack.encode(message), NOW)
         host.step(NOW)
@@ -723,7 +733,7 @@ def test_the_page_runs_as_written(tmp_path: Path) -> None:
         assert server.stdout is not None
         assert "serving turn_taking at tcp://127.0.0.1:7701" in server.stdout.readline()
         snippets = [b for b in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "ClusterClient" not in b]
-        assert len(snippets) == 2
+        assert len(snippets) == 3
         for snippet in snippets:
             said = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, env=env, timeout=60)
             assert said.returncode == 0, said.stderr
@@ -731,7 +741,7 @@ def test_the_page_runs_as_written(tmp_path: Path) -> None:
         server.send_signal(signal.SIGINT)
         said, _ = server.communicate(timeout=10)
         assert server.returncode == 0
-        assert "50 ticks of 2 sessions" in said
+        assert "87 ticks of 3 sessions" in said
     finally:
         if server.poll() is None:
             server.kill()

@@ -16,7 +16,7 @@ from stream_mmrnn.core.config import models_folder
 from stream_mmrnn.core.errors import SnapshotError, WireError
 from stream_mmrnn.core.topics import AUDIO_RATE_HZ
 from stream_mmrnn.core.types import FloatArray, Sample
-from stream_mmrnn.graph.runtime import Binding, Graph
+from stream_mmrnn.graph.runtime import Binding, Graph, shared
 
 RATE = AUDIO_RATE_HZ
 HOP = 320
@@ -51,7 +51,7 @@ class AudioEncoder:
     def __init__(self, folder: Path | None = None) -> None:
         """Load both graphs, by default the package's; raises ModelError if a file is missing."""
         folder = folder or models_folder() / "encoders"
-        logmel, detector = Graph(folder / "logmel80.onnx"), Graph(folder / "silero_vad.onnx")
+        logmel, detector = shared(folder / "logmel80.onnx"), shared(folder / "silero_vad.onnx")
         both = hashlib.sha256(logmel.path.read_bytes() + detector.path.read_bytes()).hexdigest()
         self.origin = f"logmel80+silero_vad@{both}"
         self._logmel, self._detector = _bind(logmel, detector)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from stream_mmrnn.core.config import models_folder
 from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.core.types import Payload, Sample
-from stream_mmrnn.graph.runtime import Graph
+from stream_mmrnn.graph.runtime import shared
 
 PICTURE = 128
 MAX_SIDE = 8192
@@ -71,7 +71,7 @@ class ImageEncoder:
     def __init__(self) -> None:
         """Load the graph; raises ModelError if its file is missing."""
         cv2.setNumThreads(1)  # one core is enough for the work; more threads only add jitter
-        graph = Graph(models_folder() / "encoders" / "efficientnet-lite0-128.onnx")
+        graph = shared(models_folder() / "encoders" / "efficientnet-lite0-128.onnx")
         self.origin = f"efficientnet-lite0-128@{graph.sha256}"
         self._binding = graph.bind({"image": (1, PICTURE, PICTURE, 3)}, {"features": (1, self.size)}, {})
 
