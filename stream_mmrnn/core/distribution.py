@@ -1,0 +1,56 @@
+"""The two distributions that install this package: `stream-mmrnn`, and `stream-mmrnn-client` with a few of its modules.
+
+An environment has one of them. Where both are installed, each has overwritten files of the other.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from pathlib import Path
+
+FULL = "stream-mmrnn"
+CLIENT = "stream-mmrnn-client"
+
+
+def version() -> str:
+    """The version of the installed distribution.
+
+    Raises:
+        importlib.metadata.PackageNotFoundError: neither is installed.
+
+    """
+    from importlib import metadata  # here: it takes longer to import than the package
+
+    try:
+        return metadata.version(FULL)
+    except metadata.PackageNotFoundError:
+        return metadata.version(CLIENT)
+
+
+def installed(folder: Path = Path(__file__).parents[2]) -> set[str]:
+    """Which of the two are installed in `folder`, by default the one of this package; a checkout has none."""
+    kinds = {name: f"{name.replace('-', '_')}-*.dist-info" for name in (FULL, CLIENT)}
+    return {name for name, pattern in kinds.items() if next(folder.glob(pattern), None)}
+
+
+@cache
+def warn_of_both() -> None:
+    """Warn if both are installed here; once per process."""
+    if len(installed()) > 1:
+        warnings.warn(f"{both()}; {remedy(FULL)}", RuntimeWarning, stacklevel=3)
+
+
+def both() -> str:
+    """What is wrong where both are installed."""
+    return f"{FULL} and {CLIENT} are both installed, and each has overwritten files of the other"
+
+
+def remedy(wanted: str) -> str:
+    """What to do about it."""
+    return f"pip uninstall -y {FULL} {CLIENT}, then install the one that you want, for example {wanted}"
+
+
+def not_in_client(name: str) -> str:
+    """What is wrong where the client is asked for a public name that only the full distribution has."""
+    return f"{name} is not part of {CLIENT}: install {FULL} for it, in place of the client or in another environment"
