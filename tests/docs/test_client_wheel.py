@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import serving
-from fresh_environment import Installed, build
+from fresh_environment import Installed, apart, build
 from harness import Running
 from places import ROOT
 
@@ -137,7 +137,7 @@ def test_both_in_one_environment_is_a_warning(wheel: Path, tmp_path: Path) -> No
 def test_it_reads_a_session_and_uses_a_server_of_another_environment(client: Installed, tmp_path: Path) -> None:
     read, step = EXAMPLES
     without = "\nimport sys; assert 'onnxruntime' not in sys.modules"
-    env = {**os.environ, "XDG_RUNTIME_DIR": client.env["XDG_RUNTIME_DIR"]}
+    env = os.environ | apart(client.folder)
     session = Running("--source", "synthetic", "--duration", "6", env=env)
     try:
         said = client.python(read + without)

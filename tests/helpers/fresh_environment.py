@@ -28,11 +28,26 @@ def build(project: Path, out: Path) -> Path:
     return made
 
 
+def install(wheel: Path, site: Path) -> None:
+    """Install a wheel into a folder, without its dependencies."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile"]
+    pip += ["--disable-pip-version-check", "--no-warn-script-location", "--target", str(site), str(wheel)]
+    done = subprocess.run(pip, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def apart(folder: Path) -> dict[str, str]:
+    """Variables for programs that see each other's sessions, registered in `folder`, and none else of this machine."""
+    folder.chmod(0o700)
+    return {"XDG_RUNTIME_DIR": str(folder), "TMPDIR": str(folder)}
+
+
 class Installed:
     """A virtual environment with the wheel; its dependencies come from the environment of the tests."""
 
     def __init__(self, folder: Path, wheel: Path, packages: Iterable[str] = ()) -> None:
         """`packages`: all that it has beside the wheel; without them all that the environment of the tests has."""
+        self.folder = folder
         self.cwd = folder / "elsewhere"
         self.cwd.mkdir()
         place = folder / "venv"
@@ -48,14 +63,10 @@ class Installed:
             # editable install of the checkout has no effect
             (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
-        self.env["XDG_RUNTIME_DIR"] = str(folder)
-        folder.chmod(0o700)
+        self.env |= apart(folder)
 
     def install(self, wheel: Path) -> None:
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile"]
-        pip += ["--disable-pip-version-check", "--no-warn-script-location", "--target", str(self.site), str(wheel)]
-        done = subprocess.run(pip, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
+        install(wheel, self.site)
 
     def link(self, package: str) -> None:
         """Add a package of the environment of the tests."""
