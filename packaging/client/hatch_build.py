@@ -27,7 +27,7 @@ def needed_modules() -> set[str]:
     graph = grimp.build_graph(
         package, include_external_packages=True, exclude_type_checking_imports=True, cache_dir=None
     )
-    waiting, found = {f"{package}.{homes[name]}" for name in NAMES if name in homes}, set[str]()
+    waiting, found = {f"{package}.{homes[name]}" for name in NAMES}, set[str]()
     while waiting:
         module = waiting.pop()
         found.add(module)

@@ -20,6 +20,7 @@ PROGRAM = """
 import asyncio, json, sys, wave
 from importlib import metadata
 
+import numpy as np
 from pipecat.audio.turn.smart_turn.local_smart_turn_v3 import LocalSmartTurnAnalyzerV3
 from pipecat.audio.vad.silero import SileroVADAnalyzer
 from pipecat.audio.vad.vad_analyzer import VADState
@@ -30,24 +31,28 @@ RATE_HZ = 16_000
 
 
 async def listen(sound, heard):
+    session = stream_mmrnn.push("audio")
     vad, turn = SileroVADAnalyzer(sample_rate=RATE_HZ), LocalSmartTurnAnalyzerV3(sample_rate=RATE_HZ)
     for analyzer in (vad, turn):
         analyzer.set_sample_rate(RATE_HZ)
     for at in range(0, len(sound), 640):  # 20 ms of 16 bits
         block = sound[at : at + 640]
+        session.send(np.frombuffer(block, np.int16))
         state = await vad.analyze_audio(block)
         heard["speaking"] += state == VADState.SPEAKING
         turn.append_audio(block, state == VADState.SPEAKING)
         if state == VADState.STOPPING or at + 640 >= len(sound):
             await turn.analyze_end_of_turn()
             heard["turns"] += 1
-        await asyncio.sleep(0.005)
+        await asyncio.sleep(0.015)
+    session.close()
+    heard["sent"] = session.sent
 
 
 async def main():
     predictions, heard = [], {"speaking": 0, "turns": 0}
     with wave.open(sys.argv[1]) as file:
-        sound = file.readframes(8 * RATE_HZ)
+        sound = file.readframes(12 * RATE_HZ)
     listening = None
     async for prediction in stream_mmrnn.subscribe(wait=60):
         listening = listening or asyncio.create_task(listen(sound, heard))  # beside the predictions
@@ -66,7 +71,9 @@ asyncio.run(main())
 @pytest.mark.slow
 @pytest.mark.shared_data
 def test_both_work_in_one_program(tmp_path: Path, clips: Path) -> None:
-    """pipecat-ai runs its speech and turn models with its own onnxruntime while predictions arrive."""
+    """pipecat-ai runs its speech and turn models with its own onnxruntime; the same sound goes into a session of
+    another environment, whose predictions arrive meanwhile.
+    """
     if not (python := os.environ.get(PYTHON)):
         pytest.skip(f"name a Python that has pipecat-ai, pyzmq and msgspec in {PYTHON}")
     install(build(ROOT / "packaging" / "client", tmp_path / "built"), tmp_path / "site")
@@ -76,7 +83,7 @@ def test_both_work_in_one_program(tmp_path: Path, clips: Path) -> None:
         env=env | {"PYTHONPATH": str(tmp_path / "site")},
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    session = Running("--source", "synthetic", "--duration", "20", env=env)
+    session = Running("--audio", "push", "--vision", "none", "--text", "none", "--duration", "30", env=env)
     try:
         code, summary = session.finish()
         out, err = beside.communicate(timeout=60)
@@ -91,6 +98,7 @@ def test_both_work_in_one_program(tmp_path: Path, clips: Path) -> None:
     print({"predictions": len(meanwhile), **said})
     assert len(meanwhile) > 10
     assert meanwhile == sorted(set(meanwhile))
+    assert 0 < said["sent"] == summary["streams"]["audio"]["capture"]["produced"]
     assert said["speaking"]
     assert said["turns"]
     assert said["loaded"]
