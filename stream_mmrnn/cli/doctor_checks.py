@@ -82,7 +82,7 @@ def versions(_: Request) -> Iterator[Finding]:
     else:
         yield Finding("versions", "ok", f"Python {platform.python_version()}, {len(found)} packages", facts=facts)
     if _version(distribution.FULL) and _version(distribution.CLIENT):
-        yield Finding("distributions", "fault", distribution.both(), distribution.remedy(distribution.FULL))
+        yield Finding("distributions", "fault", distribution.BOTH, distribution.REMEDY)
 
 
 def onnxruntime(request: Request) -> Iterator[Finding]:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 FULL = "stream-mmrnn"
 CLIENT = "stream-mmrnn-client"
+BOTH = f"{FULL} and {CLIENT} are both installed, and each has overwritten files of the other"
+REMEDY = f"pip uninstall -y {FULL} {CLIENT}, then install the one that you want"
 
 
 def version() -> str:
@@ -38,17 +40,7 @@ def installed(folder: Path = Path(__file__).parents[2]) -> set[str]:
 def warn_of_both() -> None:
     """Warn if both are installed here; once per process."""
     if len(installed()) > 1:
-        warnings.warn(f"{both()}; {remedy(FULL)}", RuntimeWarning, stacklevel=3)
-
-
-def both() -> str:
-    """What is wrong where both are installed."""
-    return f"{FULL} and {CLIENT} are both installed, and each has overwritten files of the other"
-
-
-def remedy(wanted: str) -> str:
-    """What to do about it."""
-    return f"pip uninstall -y {FULL} {CLIENT}, then install the one that you want, for example {wanted}"
+        warnings.warn(f"{BOTH}; {REMEDY}", RuntimeWarning, stacklevel=3)
 
 
 def not_in_client(name: str) -> str:

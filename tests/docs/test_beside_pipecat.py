@@ -1,6 +1,8 @@
-"""The client beside pipecat-ai in one program. pipecat-ai does not go into this project's environment.
+"""Beside pipecat-ai, which has its own onnxruntime: the client in one program with it, and the full distribution in its
+environment. pipecat-ai does not go into this project's environment.
 
-`STREAM_MMRNN_PIPECAT_PYTHON` names a Python that has pipecat-ai and what the client depends on: pyzmq and msgspec.
+`STREAM_MMRNN_PIPECAT_PYTHON` names a Python that has pipecat-ai and, except for ONNX Runtime, what stream-mmrnn depends
+on (docs/install.md says how to install that).
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fresh_environment import apart, build, install
@@ -67,15 +70,21 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.process
-@pytest.mark.slow
+pytestmark = [pytest.mark.process, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def python() -> str:
+    if named := os.environ.get(PYTHON):
+        return named
+    pytest.skip(f"name a Python that has pipecat-ai and what stream-mmrnn depends on in {PYTHON}")
+
+
 @pytest.mark.shared_data
-def test_both_work_in_one_program(tmp_path: Path, clips: Path) -> None:
+def test_the_client_works_in_one_program_with_it(python: str, tmp_path: Path, clips: Path) -> None:
     """pipecat-ai runs its speech and turn models with its own onnxruntime; the same sound goes into a session of
     another environment, whose predictions arrive meanwhile.
     """
-    if not (python := os.environ.get(PYTHON)):
-        pytest.skip(f"name a Python that has pipecat-ai, pyzmq and msgspec in {PYTHON}")
     install(build(ROOT / "packaging" / "client", tmp_path / "built"), tmp_path / "site")
     env = os.environ | apart(tmp_path)
     beside = subprocess.Popen(
@@ -102,3 +111,28 @@ def test_both_work_in_one_program(tmp_path: Path, clips: Path) -> None:
     assert said["speaking"]
     assert said["turns"]
     assert said["loaded"]
+
+
+def test_the_full_distribution_runs_with_its_onnxruntime(python: str, tmp_path: Path) -> None:
+    """As after `pip install --no-deps stream-mmrnn`."""
+    install(build(ROOT, tmp_path / "built"), tmp_path / "site")
+    env = os.environ | apart(tmp_path) | {"PYTHONPATH": str(tmp_path / "site")}
+
+    def run(code: list[str]) -> str:
+        done = subprocess.run([python, *code], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=150)
+        return done.stdout.splitlines()[-1]
+
+    def verb(*words: str) -> dict[str, Any]:
+        document: dict[str, Any] = json.loads(run(["-m", "stream_mmrnn", *words, "--json"]))
+        return document
+
+    version = run(["-c", "from importlib.metadata import version as v; print(v('pipecat-ai') and v('onnxruntime'))"])
+    found = {finding["name"]: finding for finding in verb("doctor", "--timeout", "60")["findings"]}
+    assert found["onnxruntime"]["says"] == f"onnxruntime {version}"
+    for name in ("versions", "onnxruntime", "model", "encoder vision", "encoder audio", "encoder text", "bus"):
+        assert found[name]["state"] == "ok", found[name]
+    live = verb("live", "--source", "synthetic", "--duration", "5", "--record", "talk.mcap")
+    assert live["balanced"]
+    replayed = verb("replay", "talk.mcap", "--verify")
+    assert replayed["identical"]
+    assert replayed["predictions"] == live["predictions"] > 0
