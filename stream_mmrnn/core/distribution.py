@@ -19,15 +19,12 @@ def version() -> str:
     """The version of the installed distribution.
 
     Raises:
-        importlib.metadata.PackageNotFoundError: neither is installed.
+        importlib.metadata.PackageNotFoundError: none is installed.
 
     """
     from importlib import metadata  # here: it takes longer to import than the package
 
-    try:
-        return metadata.version(FULL)
-    except metadata.PackageNotFoundError:
-        return metadata.version(CLIENT)
+    return metadata.version(CLIENT if installed() == {CLIENT} else FULL)
 
 
 def installed(folder: Path = Path(__file__).parents[2]) -> set[str]:
