@@ -1,11 +1,13 @@
 """A streaming real-time sequence predictor.
 
 Every public name is importable from here, and is loaded when it is first used: `import stream_mmrnn` alone imports
-no other module. Modules below this one may move; these names do not.
+no other module. Modules below this one may move; these names do not. The distribution `stream-mmrnn-client` has only
+some of the modules: the names of the others raise ImportError there.
 """
 
 from __future__ import annotations
 
+import os.path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -150,25 +152,35 @@ _ROOMS = ("capture", "predict")
 attribute `stream_mmrnn.predict` to the package, so the attribute cannot reliably be the function. It is always the
 package, and the package can be called: see `core.callable_package`."""
 
-__all__ = sorted(_HOMES)
+_HERE = os.path.dirname(__file__)  # noqa: PTH120  # os is loaded already, pathlib is not
+
+
+def _is_here(module: str) -> bool:
+    path = os.path.join(_HERE, *module.split("."))  # noqa: PTH118
+    return os.path.exists(f"{path}.py") or os.path.exists(path)  # noqa: PTH110
+
+
+__all__ = sorted(name for module, names in _PUBLIC.items() if _is_here(module) for name in names)
 
 
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
-    if name == "__version__":
-        from importlib.metadata import version
-
-        return version("stream-mmrnn")
-    if name not in _HOMES:
+    if name != "__version__" and name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from stream_mmrnn.core import distribution, extras
+
+    if name == "__version__":
+        return distribution.version()
+    distribution.warn_of_both()
+    home = f"{__name__}.{_HOMES[name]}"
+    if extras.missing([home]) and distribution.CLIENT in distribution.installed():
+        raise ImportError(distribution.not_in_client(name), name=home)
     if name in _ROOMS:
         return import_module(f"{__name__}.{name}")
     if name == "ClusterClient":
-        from stream_mmrnn.core.extras import need
-
-        need("a cluster", "cluster", "nats")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        extras.need("a cluster", "cluster", "nats")
+    return getattr(import_module(home), name)
 
 
 def __dir__() -> list[str]:

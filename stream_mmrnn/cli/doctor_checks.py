@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from typing import Any, Literal
 import msgspec
 
 from stream_mmrnn.cli import probes
-from stream_mmrnn.core import config, plugins
+from stream_mmrnn.core import config, distribution, plugins
 from stream_mmrnn.core.errors import SourceError, StreamError, UsageError
 
 State = Literal["ok", "absent", "warning", "fault"]
@@ -49,18 +50,6 @@ class Request(msgspec.Struct, frozen=True):
 
 _LOW_DISK_BYTES = 5_000_000_000
 _LATE_SLEEP_MS = 1.0
-_ONNXRUNTIMES = ("onnxruntime-gpu", "onnxruntime")
-_VERSIONS = (
-    "stream-mmrnn",
-    *_ONNXRUNTIMES,
-    "numpy",
-    "pyzmq",
-    "opencv-python-headless",
-    "av",
-    "sounddevice",
-    "mcap",
-    "msgspec",
-)
 _CUDA_TIMES = 6
 """Factor of the timeout for CUDA, which takes long to load from a cold disk."""
 
@@ -72,35 +61,50 @@ def _version(package: str) -> str:
         return ""
 
 
+def _needed() -> list[str]:
+    """What the installed program depends on, without extras and ONNX Runtime, which has a check of its own."""
+    try:
+        requirements = metadata.requires(distribution.FULL) or []
+    except metadata.PackageNotFoundError:  # a checkout on PYTHONPATH
+        return ["numpy", "msgspec", "pyzmq"]
+    names = [re.split(r"[^\w.-]", r, maxsplit=1)[0] for r in requirements if "extra ==" not in r]
+    return [name for name in names if not name.startswith("onnxruntime")]
+
+
 def versions(_: Request) -> Iterator[Finding]:
-    found = {name: v for name in _VERSIONS if (v := _version(name))}
+    needed = _needed()
+    found = {name: v for name in (distribution.FULL, *needed) if (v := _version(name))}
     facts = {"python": platform.python_version(), "system": platform.platform(), **found}
-    missing = [n for n in _VERSIONS if n not in found and n not in (*_ONNXRUNTIMES, "stream-mmrnn")]
-    if missing:
-        do = "reinstall the package: pip install --force-reinstall stream-mmrnn"
-        yield Finding("versions", "fault", f"{', '.join(missing)} is not installed", do, facts)
+    if missing := [name for name in needed if name not in found]:
+        # not the program again with all that it depends on: that may overwrite another onnxruntime
+        do = f"pip install {' '.join(missing)}"
+        yield Finding("versions", "fault", f"not installed: {', '.join(missing)}", do, facts)
     else:
         yield Finding("versions", "ok", f"Python {platform.python_version()}, {len(found)} packages", facts=facts)
+    if _version(distribution.FULL) and _version(distribution.CLIENT):
+        yield Finding("distributions", "fault", distribution.BOTH, distribution.REMEDY)
 
 
 def onnxruntime(request: Request) -> Iterator[Finding]:
-    """The package that runs graphs; there are two, and only one may be installed."""
-    both = [name for name in _ONNXRUNTIMES if _version(name)]
-    if len(both) > 1:
+    """The package that runs graphs; several distributions install it, and only one may be installed."""
+    names = sorted(set(metadata.packages_distributions().get("onnxruntime", ())))
+    from_ = " and ".join(f"{name} {_version(name)}" for name in names)
+    if len(names) > 1:
         yield Finding(
             "onnxruntime",
             "fault",
-            f"{' and '.join(both)} are both installed, and each has overwritten files of the other",
-            "pip uninstall -y onnxruntime onnxruntime-gpu, then install the one that you want",
+            f"{from_} are installed together, and each has overwritten files of the other",
+            f"pip uninstall -y {' '.join(names)}, then install the one that you want",
         )
         return
-    reinstall = f"pip install --force-reinstall {both[0] if both else 'onnxruntime'}"
+    reinstall = f"pip install --force-reinstall --no-deps {names[0] if names else 'onnxruntime'}"
     try:
         facts = probes.ask("onnxruntime", timeout_s=request.timeout_s)
     except StreamError as e:
         yield Finding("onnxruntime", "fault", f"onnxruntime cannot be loaded: {e}", reinstall)
         return
-    yield Finding("onnxruntime", "ok", f"onnxruntime {facts['version']}", facts=facts)
+    says = from_ or f"version {facts['version']}, of no distribution that pip knows"
+    yield Finding("onnxruntime", "ok", says, facts={"distribution": "".join(names), **facts})
     yield from _providers(request, facts)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +87,53 @@ def test_an_onnxruntime_that_crashes_is_a_fault(shadow: Shadow) -> None:
     assert "SIGABRT" in found.says or "exit code" in found.says
 
 
+def distribution(folder: Path, name: str, version: str = "9.9", *, package: str = "") -> None:
+    """What pip leaves of an installed distribution; `package`: the package that it installs."""
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (info / "top_level.txt").write_text(f"{package}\n")
+
+
 def test_both_packages_beside_each_other_are_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("onnxruntime", "onnxruntime_gpu"):
-        (tmp_path / f"{name}-9.9.dist-info").mkdir()
-        text = f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: 9.9\n"
-        (tmp_path / f"{name}-9.9.dist-info" / "METADATA").write_text(text)
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        distribution(tmp_path, name, package="onnxruntime")
     monkeypatch.syspath_prepend(str(tmp_path))
     (found,) = checks.onnxruntime(request())
-    assert (found.state, found.do.split()[:2]) == ("fault", ["pip", "uninstall"])
+    assert found.state == "fault"
+    assert found.says.startswith("onnxruntime 9.9 and onnxruntime-gpu 9.9 are installed together")
+    assert found.do.startswith("pip uninstall -y onnxruntime onnxruntime-gpu, then")
+
+
+def test_the_distribution_of_onnxruntime_is_named() -> None:
+    (name,) = set(metadata.packages_distributions()["onnxruntime"])
+    found = {f.name: f for f in checks.onnxruntime(request())}["onnxruntime"]
+    assert (found.state, found.says) == ("ok", f"{name} {metadata.version(name)}")
+    assert found.facts["distribution"] == name
+
+
+def test_the_client_beside_the_full_distribution_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stream-mmrnn", "stream-mmrnn-client"):
+        distribution(tmp_path, name, package="stream_mmrnn")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = {f.name: f for f in checks.versions(request())}
+    assert found["versions"].state == "ok"
+    assert found["distributions"].state == "fault"
+    assert "stream-mmrnn and stream-mmrnn-client are both installed" in found["distributions"].says
+
+
+def test_a_missing_dependency_is_named_with_what_installs_it_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `pip install --no-deps` leaves it."""
+    distribution(tmp_path, "stream-mmrnn", package="stream_mmrnn")
+    with (tmp_path / "stream_mmrnn-9.9.dist-info" / "METADATA").open("a") as file:
+        for needed in ("numpy>=1.26", "no-such-package>=2", "onnxruntime-gpu>=1.22", "other; extra == 'x'"):
+            file.write(f"Requires-Dist: {needed}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (found,) = checks.versions(request())
+    assert (found.state, found.says) == ("fault", "not installed: no-such-package")
+    assert found.do == "pip install no-such-package"
 
 
 def test_a_fault_ends_with_exit_code_1(shadow: Shadow) -> None:

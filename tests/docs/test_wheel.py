@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import subprocess
-import sys
-import sysconfig
 import time
-import venv
 import zipfile
 from email.parser import Parser
 from pathlib import Path
-from typing import Any
 
 import pytest
+from fresh_environment import Installed, build
 from places import ROOT
 
 from stream_mmrnn.core import config
@@ -27,18 +22,6 @@ pytestmark = pytest.mark.process
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built as by `pip wheel . --no-deps`."""
     return build(ROOT, tmp_path_factory.mktemp("wheel"))
-
-
-def build(project: Path, out: Path) -> Path:
-    for needed in ("build", "hatchling"):
-        pytest.importorskip(needed, reason=f"building the wheel needs {needed}: pip install '.[dev]'")
-    # the build backend is installed already, so nothing is downloaded
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--skip-dependency-check"]
-    command += ["--outdir", str(out), str(project)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (made,) = out.glob("*.whl")
-    return made
 
 
 def test_the_files_in_the_wheel(wheel: Path) -> None:
@@ -77,52 +60,6 @@ def test_the_metadata_of_the_wheel(wheel: Path) -> None:
     installed = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
     for extra in metadata.get_all("Provides-Extra") or []:
         assert f"| `{extra}` |" in installed, f"docs/install.md does not describe the extra {extra}"
-
-
-class Installed:
-    """A virtual environment with the wheel; its dependencies come from the environment of the tests."""
-
-    def __init__(self, folder: Path, wheel: Path) -> None:
-        self.cwd = folder / "elsewhere"
-        self.cwd.mkdir()
-        place = folder / "venv"
-        venv.create(place, with_pip=False, symlinks=True)
-        self.bin = place / ("Scripts" if sys.platform == "win32" else "bin")
-        (site,) = place.glob("**/site-packages")
-        self.site = site
-        self.install(wheel)
-        # a path in a .pth file comes after the environment's own packages, and .pth files in it are ignored, so an
-        # editable install of the checkout has no effect
-        (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-        self.env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
-        self.env["XDG_RUNTIME_DIR"] = str(folder)
-        folder.chmod(0o700)
-
-    def install(self, wheel: Path) -> None:
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile"]
-        pip += ["--disable-pip-version-check", "--no-warn-script-location", "--target", str(self.site), str(wheel)]
-        done = subprocess.run(pip, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-
-    def python(self, code: str) -> str:
-        done = subprocess.run(
-            [self.bin / "python", "-c", code], cwd=self.cwd, env=self.env, capture_output=True, text=True, timeout=60
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout.strip()
-
-    def run(self, *args: str) -> tuple[int, dict[str, Any], str]:
-        # the console script names the interpreter that ran pip, so run the module instead
-        done = subprocess.run(
-            [self.bin / "python", "-m", "stream_mmrnn", *args, "--json"],
-            cwd=self.cwd,
-            env=self.env,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        lines = done.stdout.splitlines()
-        return done.returncode, json.loads(lines[-1]) if lines else {}, done.stderr
 
 
 @pytest.fixture(scope="module")
