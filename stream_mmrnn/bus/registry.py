@@ -14,7 +14,7 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from stream_mmrnn.bus.keys import KeyFolder
 from stream_mmrnn.core import config
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import FileError, NotRunning, UsageError
+from stream_mmrnn.core.streams import Stream
 
 _MAX_BYTES = 65_536
 _MAX_PORT = 65_532
@@ -53,6 +54,8 @@ class Entry(msgspec.Struct, frozen=True):
     """URL of the live page; "" if there is none yet."""
     restarts: dict[str, int] = {}
     """Number of restarts, by process."""
+    streams: tuple[Stream, ...] = ()
+    """Its table of streams, without the arguments of sources: a camera's URL may hold a password."""
     given_up: dict[str, str] = {}
     """The reason why a process is not restarted any more, by process."""
 
@@ -70,7 +73,7 @@ class Entry(msgspec.Struct, frozen=True):
         return began(self.pid) == self.started
 
 
-def entry_of(session: str, engine: bool, address: Address, keys: str = "") -> Entry:
+def entry_of(session: str, engine: bool, address: Address, keys: str = "", streams: Iterable[Stream] = ()) -> Entry:
     """The entry of this process."""
     pid = os.getpid()
     return Entry(
@@ -84,6 +87,7 @@ def entry_of(session: str, engine: bool, address: Address, keys: str = "") -> En
         address.bulk,
         address.view,
         str(Path(keys).absolute()) if keys else "",
+        streams=tuple(replace(row, source=row.source.partition(":")[0]) for row in streams),
     )
 
 

@@ -23,6 +23,7 @@ from stream_mmrnn.core import config, processes, topics, wire
 from stream_mmrnn.core.clock import RateLimiter, now_ns
 from stream_mmrnn.core.errors import FileError, ProcessError, WireError
 from stream_mmrnn.core.log import Note
+from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.live.managed_process import ManagedProcess, Spawner, how_it_ended, kill_forkserver
 
@@ -128,7 +129,8 @@ class Supervisor:
         """Let other programs of this user find the session; a failure does not stop the session."""
         bus, name = self.settings.bus, self.settings.session.name
         try:
-            entry = running.entry_of(name, "engine" in self._by_name, self.address, bus.keys)
+            table = stream_table(self.settings).values()
+            entry = running.entry_of(name, "engine" in self._by_name, self.address, bus.keys, table)
             self._registration = running.Registration(entry)
         except FileError as e:
             self._say(f"other programs cannot find this session by its name: {e}")

@@ -33,9 +33,6 @@ def watched(table: Iterable[Stream]) -> tuple[str, ...]:
     return (topics.FEATURE, *text_topics(table), topics.CLOCK)
 
 
-"""The topics that the view needs besides status and predictions."""
-
-
 def spark(values: list[float | None], width: int) -> str:
     """Numbers in [0, 1] as a line of bars, the newest at the right."""
     out = ""

@@ -18,6 +18,7 @@ from stream_mmrnn.bus.keys import KeyFolder
 from stream_mmrnn.bus.registry import Entry, Registration, SessionSearch
 from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import FileError, NotRunning, UsageError
+from stream_mmrnn.core.streams import Stream
 
 pytestmark = pytest.mark.process
 
@@ -55,6 +56,17 @@ def test_a_registered_session_is_found_until_it_ends(folder: Path) -> None:
     said.remove()
     assert list(folder.iterdir()) == []
     assert running.everything() == []
+
+
+def test_the_streams_of_a_session_are_there_without_the_arguments_of_their_sources(folder: Path) -> None:
+    rows = [Stream.of("door", "vision", source="camera:rtsp://user:secret@host/x"), Stream.of("ana", "text", "ana")]
+    said = Registration(running.entry_of("anna", True, ADDRESS, streams=rows))
+    assert [(row.name, row.kind, row.person, row.source) for row in running.find().streams] == [
+        ("door", "vision", "self", "camera"),
+        ("ana", "text", "ana", "none"),
+    ]
+    assert "secret" not in next(folder.iterdir()).read_text()
+    said.remove()
 
 
 def test_one_of_several_is_selected_by_session_or_process(folder: Path) -> None:

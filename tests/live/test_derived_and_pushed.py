@@ -16,8 +16,10 @@ import pytest
 from harness import Running, check_summary, run, ticks_of, verify
 
 import stream_mmrnn
+from stream_mmrnn.bus import registry
 from stream_mmrnn.core.errors import NotRunning, UsageError
 from stream_mmrnn.recording.mcap_file import Recording
+from stream_mmrnn.viewers.top.system import System
 
 pytestmark = pytest.mark.process
 
@@ -131,7 +133,7 @@ def test_pushed_samples_are_recorded_counted_and_predicted_from(tmp_path: Path, 
     path, name = tmp_path / "a.mcap", "pushed"
     sound = (8000 * np.sin(np.arange(48_000) * 0.05)).astype(np.int16)
     file = tmp_path / "s.toml"
-    kinds = {"audio": "audio", "text": "text", "imu": "signal", "cam": "vision"}
+    kinds = {"audio": "audio", "text": "text", "imu": "signal", "cam": "vision", "ana": "text"}
     rows = [f'[streams.{of}]\nsource = "push"\nkind = "{kind}"\n' for of, kind in kinds.items()]
     file.write_text(QUIET + "".join(rows))
     with closing(Running("--config", file, "--model", model, "--record", path, "--session", name)) as live:
@@ -152,7 +154,9 @@ def test_pushed_samples_are_recorded_counted_and_predicted_from(tmp_path: Path, 
             camera.send(b"no picture")
             text.send("two\nlines")
             imu.send(np.ones(3), at_ns + 1)
-            time.sleep(0.5)
+            watched = System(registry.find(name))
+            with closing(watched), stream_mmrnn.push("ana", name) as ana:
+                live.wait_for(lambda: shows(watched, ana), 20)
             assert (audio.sent, audio.refused) == (50, 0)
             with pytest.raises(UsageError, match="a sample is text, JPEG bytes, int16 sound or numbers"):
                 imu.send(np.ones((2, 2)))
@@ -180,6 +184,13 @@ def test_pushed_samples_are_recorded_counted_and_predicted_from(tmp_path: Path, 
     assert sum(tick.present["audio"] for tick in ticks_of(path)) > 5  # on a busy machine more of it is late
     code, again, err = run("replay", path, "--from", "raw")
     assert (code, again["identical"]) == (0, True), err
+
+
+def shows(watched: System, ana: stream_mmrnn.Push) -> bool:
+    """Whether `top` shows what is said on a stream with a name of its own."""
+    ana.send("hello from ana")
+    watched.receive()
+    return "hello from ana" in str(watched.live())
 
 
 @pytest.mark.slow
@@ -217,8 +228,6 @@ def test_a_browser_pushes_over_the_page(tmp_path: Path) -> None:
 
 
 def page_of(session: str) -> str:
-    from stream_mmrnn.bus import registry
-
     return next((e.page for e in registry.everything() if e.session == session), "")
 
 

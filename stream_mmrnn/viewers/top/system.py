@@ -30,12 +30,13 @@ class System:
     def __init__(self, entry: Entry) -> None:
         """Raises FileError if the keys of its bus cannot be read."""
         self.entry = entry
-        self._live = LiveState()
+        table = {row.name: row for row in entry.streams} or usual()  # an older release's entry has none
+        self._live = LiveState(table=table)
         self._nodes: dict[int, str] = {}
         self._usage = ProcessUsage(entry.pid)
         self._usage.read({})
         self._processes: list[dict[str, Any]] = []
-        wanted = [*watched(usual().values()), topics.PREDICTION, topics.STATUS]
+        wanted = [*watched(table.values()), topics.PREDICTION, topics.STATUS]
         self._subscriber = Subscriber(entry.address(), wanted, _QUEUE, "drop_oldest", midway=True)
 
     def receive(self) -> None:
