@@ -90,8 +90,8 @@ def test_the_features_of_an_absent_modality_have_no_effect(kind: str, rare: bool
         assert torch.isfinite(nothing[name]).all()
 
 
-# an export takes seconds: each fusion with two cells, each cell with at least two fusions
-PAIRS = [(CELLS[(i + more) % len(CELLS)], kind, False) for i, kind in enumerate(recipes.FUSIONS) for more in (0, 3)]
+# an export takes seconds: every fusion and every cell once, two of them with rare events as well
+PAIRS = [(CELLS[i % len(CELLS)], kind, False) for i, kind in enumerate(recipes.FUSIONS)]
 PAIRS += [("rg_lru", "memory", True), ("gru", "attention_state", True)]
 
 
