@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Measure this machine, in an open loop.", no_args_is_help=True)
 
 
-class Transport(StrEnum):
+class TransportName(StrEnum):
     ipc, tcp = "ipc", "tcp"
 
 
@@ -121,7 +121,7 @@ def end_to_end(
     duration: Annotated[float, typer.Option("--duration", "-d", min=1.0, help="Seconds for each set.")] = 20.0,
     modalities: Annotated[Sets, typer.Option(help="Sound alone, all modalities, or one after the other.")] = Sets.both,
     busy: Annotated[int, typer.Option(min=0, max=64, help="Busy processes to run beside it.")] = 0,
-    bus: Annotated[Transport, typer.Option(help="Transport of the bus.")] = Transport.ipc,
+    bus: Annotated[TransportName, typer.Option(help="Transport of the bus.")] = TransportName.ipc,
     priority: Annotated[Priority, typer.Option(help="Of the processes on the way, and of the reader.")] = (
         Priority.normal
     ),

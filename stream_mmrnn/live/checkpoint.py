@@ -39,7 +39,7 @@ class Checkpoint(msgspec.Struct, frozen=True):
 
 _encode = msgspec.msgpack.Encoder().encode
 _read_checkpoint = msgspec.msgpack.Decoder(Checkpoint).decode
-_read_answer = msgspec.msgpack.Decoder(journal.Answer).decode
+_read_answer = msgspec.msgpack.Decoder(journal.JournalAnswer).decode
 
 
 def mark(envelope: Envelope) -> Mark:

@@ -40,7 +40,7 @@ class Ask(msgspec.Struct, frozen=True, tag=True):
     until: Mark
 
 
-class Answer(msgspec.Struct, frozen=True):
+class JournalAnswer(msgspec.Struct, frozen=True):
     """A checkpoint and what came after it."""
 
     content: bytes = b""
@@ -100,7 +100,7 @@ class Journal:
     def heard(self, mark: Mark) -> bool:
         return self._find(mark) is not None
 
-    def answer(self, ask: Ask) -> Answer:
+    def answer(self, ask: Ask) -> JournalAnswer:
         """The newest checkpoint whose predictions have all reached the bus, and what came after it until `ask.until`.
 
         A prediction that was still in the dead process's queue is made again: a checkpoint from after it is passed
@@ -108,20 +108,20 @@ class Journal:
         """
         until = self._find(ask.until)
         if until is None:
-            return Answer(refused="the journal did not hear what the engine heard")
+            return JournalAnswer(refused="the journal has not received what the engine has")
         if self._attempts >= _ATTEMPTS:
             self._checkpoints.clear()
             self._complete, self._attempts = False, 0
-            return Answer(refused=f"{_ATTEMPTS} engines in a row ended on the same messages")
+            return JournalAnswer(refused=f"{_ATTEMPTS} engines in a row ended on the same messages")
         for checkpoint in reversed(self._checkpoints):
             after = self._find(checkpoint.mark)
             if after is not None and (checkpoint.sent is None or self.heard(checkpoint.sent)):
                 self._attempts += 1
-                return Answer(checkpoint.content, self._between(after + 1, until + 1))
+                return JournalAnswer(checkpoint.content, self._between(after + 1, until + 1))
         if self._complete:
             self._attempts += 1
-            return Answer(messages=self._between(0, until + 1))
-        return Answer(refused="the journal does not reach back to a checkpoint of the engine")
+            return JournalAnswer(messages=self._between(0, until + 1))
+        return JournalAnswer(refused="the journal does not reach back to a checkpoint of the engine")
 
     def _between(self, start: int, end: int) -> list[Frames]:
         own = topics.PREDICTION.encode()

@@ -68,7 +68,7 @@ class Chunk(NamedTuple):
     messages: list[Message]
 
 
-class Note(NamedTuple):
+class MetadataRecord(NamedTuple):
     """A metadata record of this program."""
 
     at: int
@@ -101,7 +101,7 @@ class Finish(NamedTuple):
     definitions: list[Schema | Channel]
 
 
-Piece = Chunk | Note | Index | Hole | Finish
+Piece = Chunk | MetadataRecord | Index | Hole | Finish
 
 
 def _written(record: McapRecord) -> bytes:
@@ -168,7 +168,7 @@ class _Walk:
             if isinstance(piece, Finish):
                 return
             at = end
-            if isinstance(piece, Chunk | Note):
+            if isinstance(piece, Chunk | MetadataRecord):
                 verified = end
 
     def _piece(self, at: int) -> tuple[Piece | None, int]:
@@ -189,7 +189,7 @@ class _Walk:
             record = Metadata.read(_stream(content))
             if _written(record) != self._bytes(at, end) or not is_sound(record.metadata):
                 raise RecordingError("metadata is damaged")
-            return Note(at, record.name, record.metadata), end
+            return MetadataRecord(at, record.name, record.metadata), end
         if opcode == Opcode.MESSAGE_INDEX:
             if length < 6 or int.from_bytes(content[2:6], "little") != length - 6 or (length - 6) % 16:
                 raise RecordingError("an index is damaged")
@@ -239,7 +239,7 @@ class _Walk:
                 if self._tries > _MAX_SIGNATURES:
                     return None
                 with contextlib.suppress(*UNREADABLE):
-                    if isinstance(self._piece(after + match.start() - back)[0], Chunk | Note):
+                    if isinstance(self._piece(after + match.start() - back)[0], Chunk | MetadataRecord):
                         return after + match.start() - back
             # a signature may cross the window's end, and its record begins before it
             after += max(len(window) - _OVERLAP_BYTES, _OVERLAP_BYTES)
@@ -310,7 +310,7 @@ class DamagedFileReader:
         """(topic, origin) of channels, also of those whose definitions are lost, from the periodic metadata."""
         self.chunks = 0
 
-    def walk(self) -> Iterator[Chunk | Note | Hole]:
+    def walk(self) -> Iterator[Chunk | MetadataRecord | Hole]:
         """Read the file once: the chunks, and the metadata and holes between them.
 
         Raises:
@@ -335,7 +335,7 @@ class DamagedFileReader:
                 offsets.append(piece.at)
                 expected = index_of(piece.messages)
                 count += len(piece.messages)
-            elif isinstance(piece, Note):
+            elif isinstance(piece, MetadataRecord):
                 self._note(piece, copies)
             elif isinstance(piece, Hole):
                 self.holes.append(piece)
@@ -372,7 +372,7 @@ class DamagedFileReader:
                 self.channels[record.id] = record
                 self.names[record.id] = (record.topic, record.metadata.get("origin", ""))
 
-    def _note(self, note: Note, copies: dict[str, str]) -> None:
+    def _note(self, note: MetadataRecord, copies: dict[str, str]) -> None:
         if note.name == METADATA and note.metadata.get("format") == FORMAT:
             self.head = self.head or note.metadata
         elif note.name == METADATA_END:

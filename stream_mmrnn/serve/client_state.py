@@ -150,7 +150,9 @@ class ClientState:
         """Queue one push of a raw session; returns its number. Raises the session's error."""
         self._check_room(session)
         index = session.next_tick
-        push = protocol.Push(session=session.name, push=index, stream=stream, data=data, at_ns=at_ns, vector=vector)
+        push = protocol.PushSample(
+            session=session.name, push=index, stream=stream, data=data, at_ns=at_ns, vector=vector
+        )
         content = protocol.encode(push)
         if len(content) > protocol.MAX_BYTES:
             raise UsageError(f"a push has at most {protocol.MAX_BYTES} bytes; send sound in shorter pieces")

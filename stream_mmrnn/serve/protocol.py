@@ -65,7 +65,7 @@ class Step(_Message, frozen=True, tag="step"):
     where absent."""
 
 
-class Push(_Message, frozen=True, tag="push"):
+class PushSample(_Message, frozen=True, tag="push"):
     """A sample for a raw session. Answered by `pushed`, or by `skipped` where the session had it already."""
 
     session: _Name
@@ -100,7 +100,7 @@ class Close(_Message, frozen=True, tag="close"):
     token: _Token | None = None
 
 
-Request: TypeAlias = Hello | Open | Step | Push | Flush | Reset | Close
+Request: TypeAlias = Hello | Open | Step | PushSample | Flush | Reset | Close
 
 
 # ---- replies ---------------------------------------------------------------------------------------------------------

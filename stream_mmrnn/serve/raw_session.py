@@ -43,7 +43,7 @@ class RawSession:
         """Number of the next push."""
         self.pending: deque[PendingPush] = deque()
 
-    def begin(self, request: protocol.Push, peer: bytes) -> PendingPush:
+    def begin(self, request: protocol.PushSample, peer: bytes) -> PendingPush:
         """Take a push. Raises BadTick where it is not the next one."""
         if request.push != self.next:
             raise BadTick(f"push {request.push} of session {request.session!r} is not the next one, {self.next}")
@@ -52,7 +52,7 @@ class RawSession:
         self.pending.append(push)
         return push
 
-    def ticks(self, request: protocol.Push) -> Iterator[Tick]:
+    def ticks(self, request: protocol.PushSample) -> Iterator[Tick]:
         """The ticks that a push completes. Raises UsageError where it does not fit the model or its stream."""
         made = self.input
         at_ns = made.newest_ns if request.at_ns is None else made.zero_ns + request.at_ns

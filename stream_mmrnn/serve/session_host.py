@@ -102,7 +102,7 @@ class Host:
             protocol.Hello: self._hello,
             protocol.Open: self._open,
             protocol.Step: self._put,
-            protocol.Push: self._push,
+            protocol.PushSample: self._push,
             protocol.Flush: self._flush,
             protocol.Reset: self._reset,
             protocol.Close: self._close,
@@ -211,7 +211,7 @@ class Host:
             waiting = self._waiting[session] = deque()
         waiting.append(_Waiting(peer, tick, now_ns))
 
-    def _push(self, peer: Peer, request: protocol.Push, now_ns: int) -> None:
+    def _push(self, peer: Peer, request: protocol.PushSample, now_ns: int) -> None:
         session = request.session
         self._check_owner(peer, session, now_ns)
         raw = self._raw.get(session)

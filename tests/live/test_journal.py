@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.types import Envelope, Mark
-from stream_mmrnn.live.journal import Answer, Ask, Frames, Journal, Keep, request
+from stream_mmrnn.live.journal import Ask, Frames, Journal, JournalAnswer, Keep, request
 
 S = 1_000_000_000
 
@@ -41,7 +41,7 @@ def test_what_follows_a_checkpoint_is_given_once_and_in_order(count: int, data: 
 
 
 def test_without_a_checkpoint_the_beginning_is_as_good() -> None:
-    assert filled(30).answer(Ask(mark(20))) == Answer(b"", [message(n) for n in range(21)])
+    assert filled(30).answer(Ask(mark(20))) == JournalAnswer(b"", [message(n) for n in range(21)])
     refused = filled(30, complete=False).answer(Ask(mark(20)))
     assert refused.messages == []
     assert "does not reach back" in refused.refused

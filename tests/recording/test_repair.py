@@ -16,7 +16,7 @@ from small_recordings import Key, envelopes, extents, keys, write
 
 from stream_mmrnn.core.errors import FileError, RecordingError
 from stream_mmrnn.recording.append_file import later_parts, part
-from stream_mmrnn.recording.damaged_file import BEGINNING, Note, pieces
+from stream_mmrnn.recording.damaged_file import BEGINNING, MetadataRecord, pieces
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.recording.message_counts import MISSING, MessageCounts
 from stream_mmrnn.recording.recorder import Recorder
@@ -80,7 +80,7 @@ def test_a_cut_at_every_byte_of_the_tail(tmp_path: Path) -> None:
     """Reading never raises and returns all messages of all whole chunks; `verify` and `repair` agree."""
     whole = write(tmp_path / "whole.mcap", [e for e in envelopes(0, 12) if e.topic != "raw/audio"])
     content, chunks = whole.read_bytes(), extents(whole)
-    head_end = next(p for p in pieces(whole) if isinstance(p, Note)).at
+    head_end = next(p for p in pieces(whole) if isinstance(p, MetadataRecord)).at
     path, out = tmp_path / "cut.mcap", tmp_path / "out.mcap"
     repaired: set[tuple[int, bool]] = set()
     for cut in range(1, len(content)):
@@ -247,7 +247,7 @@ def test_a_channel_is_saved_although_its_schema_is_lost(tmp_path: Path) -> None:
 
 def test_a_lost_head_is_restored_from_its_copy(whole: Path, tmp_path: Path) -> None:
     content = bytearray(whole.read_bytes())
-    head = next(p for p in pieces(whole) if isinstance(p, Note))
+    head = next(p for p in pieces(whole) if isinstance(p, MetadataRecord))
     content[head.at + 60] ^= 1
     path, out = tmp_path / "a.mcap", tmp_path / "out.mcap"
     path.write_bytes(content)

@@ -8,7 +8,7 @@ from small_recordings import BEGIN, envelopes, extents, write
 
 from stream_mmrnn.core import topics
 from stream_mmrnn.recording.append_file import part
-from stream_mmrnn.recording.damaged_file import Note, pieces
+from stream_mmrnn.recording.damaged_file import MetadataRecord, pieces
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.recording.recorder import Recorder
 from stream_mmrnn.recording.report import info, verify
@@ -91,7 +91,7 @@ def test_a_file_that_was_cut_off_is_not_finished(whole: Path, tmp_path: Path) ->
 
 def test_the_contents_are_known_if_the_head_is_lost(whole: Path, tmp_path: Path) -> None:
     content = bytearray(whole.read_bytes())
-    content[next(p for p in pieces(whole) if isinstance(p, Note)).at + 60] ^= 1
+    content[next(p for p in pieces(whole) if isinstance(p, MetadataRecord)).at + 60] ^= 1
     path = tmp_path / "a.mcap"
     path.write_bytes(content)
     found = info(path)

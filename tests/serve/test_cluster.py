@@ -38,8 +38,8 @@ from stream_mmrnn.serve.cluster.membership import DEAD_AFTER_S, Members, plan
 from stream_mmrnn.serve.cluster.nats import Followed, Heartbeat, Link, Logged, connect
 from stream_mmrnn.serve.cluster.node import ClusterNode
 from stream_mmrnn.serve.cluster.outbox import Outbox, Partition
-from stream_mmrnn.serve.cluster.receipts import Refused
-from stream_mmrnn.serve.cluster.replica import Outgoing, Replica, SavedState
+from stream_mmrnn.serve.cluster.receipts import WriteRefused
+from stream_mmrnn.serve.cluster.replica import OutgoingAnswer, Replica, SavedState
 from stream_mmrnn.serve.cluster.subjects import PARTITIONS, Beat, Fence, Lease, Names, Table, session_of, token_of
 from tools.bench.nats_cluster import Cluster, find_server
 
@@ -454,22 +454,22 @@ def test_the_server_rejects_writes_of_a_former_owner(cluster: Cluster) -> None:
         table, revision = await old.table()
         assert (table, revision) == (Table(), 0)
         revision = await old.replace_table(Table({5: Lease("old", 1)}), revision)
-        with pytest.raises(Refused):
+        with pytest.raises(WriteRefused):
             await new.replace_table(Table({5: Lease("new", 1)}), 0)
         before = await old.fence(5, Fence("old", 1))
         assert await (await old.send(5, "s", "c", "1", b"one", before)) is True
         assert await (await old.send(5, "s", "c", "1", b"one", before)) is False, "sent twice, stored once"
         await new.replace_table(Table({5: Lease("new", 2)}), revision)
         after = await new.fence(5, Fence("new", 2))
-        with pytest.raises(Refused):
+        with pytest.raises(WriteRefused):
             await (await old.send(5, "s", "c", "2", b"stale", before))
-        with pytest.raises(Refused):
+        with pytest.raises(WriteRefused):
             await old.fence(5, Fence("old", 1))
         assert await (await new.send(5, "s", "c", "2", b"two", after)) is True
         assert await (await old.send(6, "s", "c", "3", b"elsewhere", await old.fence(6, Fence("old", 1)))) is True
         assert [content async for _, content in new.answers_after("c", 0)] == [b"one", b"two", b"elsewhere"]
         revision = await old.save(5, "s", b"state", 0)
-        with pytest.raises(Refused):
+        with pytest.raises(WriteRefused):
             await new.save(5, "s", b"older", 0)
         assert await new.states_of(5) == [(b"state", revision)]
         await new.save(5, "s", None, revision)
@@ -663,12 +663,12 @@ class FakeReplica:
     """Has an answer for each number that is put into it."""
 
     def __init__(self) -> None:
-        self.made: list[Outgoing] = []
+        self.made: list[OutgoingAnswer] = []
 
     def put(self, session: str, number: int) -> None:
-        self.made.append(Outgoing(0, session, "c", str(number), b"", False))
+        self.made.append(OutgoingAnswer(0, session, "c", str(number), b"", False))
 
-    def pop(self) -> tuple[list[Outgoing], list[SavedState]]:
+    def pop(self) -> tuple[list[OutgoingAnswer], list[SavedState]]:
         made, self.made = self.made, []
         return made, []
 

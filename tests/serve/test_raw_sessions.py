@@ -311,14 +311,14 @@ def test_any_order_of_steps_saves_and_deaths_gives_the_same_answers(
         assert made == expected
 
 
-def requests(pushes: list[Push]) -> Iterator[protocol.Push]:
+def requests(pushes: list[Push]) -> Iterator[protocol.PushSample]:
     for number, (name, args, _) in enumerate(pushes):
         if name == "advance":
-            yield protocol.Push(session="a", push=number, stream="", at_ns=round(args[0] * 1e9))
+            yield protocol.PushSample(session="a", push=number, stream="", at_ns=round(args[0] * 1e9))
             continue
         data = args[0].tobytes() if name == "push_audio" else args[0].encode() if name == "push_text" else args[0]
         stream = {"push_audio": "audio", "push_text": "text", "push_frame": "vision"}[name]
-        yield protocol.Push(session="a", push=number, stream=stream, data=data, at_ns=round(args[1] * 1e9))
+        yield protocol.PushSample(session="a", push=number, stream=stream, data=data, at_ns=round(args[1] * 1e9))
 
 
 def test_pushes_out_of_order_are_refused_and_repeated_ones_skipped(
@@ -349,7 +349,7 @@ def test_a_client_that_does_not_read_is_told(make: Callable[[_Memory], Host]) ->
         sound = np.zeros(640 * 4, np.int16).tobytes()
         host.handle(
             b"c",
-            protocol.Push(session="a", push=number, stream="audio", data=sound, at_ns=(number + 1) * 160_000_000),
+            protocol.PushSample(session="a", push=number, stream="audio", data=sound, at_ns=(number + 1) * 160_000_000),
             NOW,
         )
     assert [r.error for _, r in host.out if isinstance(r, protocol.Refused)].count("overrun") > 50

@@ -23,7 +23,7 @@ from nats.js.errors import APIError, KeyNotFoundError, KeyWrongLastSequenceError
 from nats.js.kv import KeyValue
 
 from stream_mmrnn.core.errors import NotRunning, ProcessError
-from stream_mmrnn.serve.cluster.receipts import WRONG_LAST_SEQUENCE, Receipts, Refused
+from stream_mmrnn.serve.cluster.receipts import WRONG_LAST_SEQUENCE, Receipts, WriteRefused
 from stream_mmrnn.serve.cluster.subjects import ANSWERS_S, LOG_S, Fence, Names, Table, session_of, token_of
 
 _EXPECTED = "Nats-Expected-Last-Subject-Sequence"
@@ -206,17 +206,17 @@ class Link:
         return msgspec.json.decode(entry.value or b"{}", type=Table), entry.revision or 0
 
     async def replace_table(self, table: Table, revision: int) -> int:
-        """Write the table; returns its new revision. Raises Refused where it has changed since `revision`."""
+        """Write the table; returns its new revision. Raises WriteRefused where it has changed since `revision`."""
         try:
             return await self.leases.update("table", msgspec.json.encode(table), last=revision)
         except KeyWrongLastSequenceError as e:
-            raise Refused from e
+            raise WriteRefused from e
 
     async def fence(self, partition: int, fence: Fence) -> int:
         """Fence off all earlier owners of the partition; returns the sequence number that writes must name from now on.
 
         Raises:
-            Refused: there is a newer owner.
+            WriteRefused: there is a newer owner.
 
         """
         subject = self.names.fence(partition)
@@ -225,7 +225,7 @@ class Link:
                 found = await self.js.get_last_msg(self.names.stream_out, subject)
                 last, was = found.seq or 0, msgspec.json.decode(found.data or b"{}", type=Fence)
                 if was.epoch > fence.epoch:
-                    raise Refused
+                    raise WriteRefused
             except NotFoundError:
                 last = 0
             headers = {_EXPECTED: str(last), api.Header.ROLLUP.value: "sub"}
@@ -288,8 +288,8 @@ class Link:
     ) -> asyncio.Future[bool]:
         """Write an answer to a client; the future is true where it was not stored before.
 
-        The future fails with `Refused` or one of FAILURES: then send the answer again under the same name. One that is
-        lost on a connection that stands stays pending. Raises one of FAILURES.
+        The future fails with `WriteRefused` or one of FAILURES: then send the answer again under the same name. One
+        that is lost on a connection that stands stays pending. Raises one of FAILURES.
         """
         headers = {
             _EXPECTED: str(fence),
@@ -352,7 +352,7 @@ class Link:
         return found
 
     async def save(self, partition: int, session: str, raw: bytes | None, revision: int) -> int:
-        """Replace the snapshot of `revision` (0: none); returns the new revision. Raises Refused if it has changed."""
+        """Replace the snapshot of `revision` (0: none); returns the new one. Raises WriteRefused if it has changed."""
         key = f"state.{partition}.{token_of(session)}"
         try:
             if raw is None:
@@ -360,7 +360,7 @@ class Link:
                 return 0
             return await self.states.update(key, raw, last=revision)
         except KeyWrongLastSequenceError as e:
-            raise Refused from e
+            raise WriteRefused from e
 
     async def saved(self, partition: int, session: str) -> tuple[bytes, int]:
         """The snapshot of a session, b"" for none, and its revision."""

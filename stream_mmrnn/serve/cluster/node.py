@@ -27,7 +27,7 @@ from stream_mmrnn.serve.cluster.log_reader import LogReader
 from stream_mmrnn.serve.cluster.membership import DEAD_AFTER_S, Members, is_lost, plan
 from stream_mmrnn.serve.cluster.nats import FAILURES, Link, connect, new_name
 from stream_mmrnn.serve.cluster.outbox import RETRY_S, Outbox, Partition
-from stream_mmrnn.serve.cluster.receipts import Refused
+from stream_mmrnn.serve.cluster.receipts import WriteRefused
 from stream_mmrnn.serve.cluster.replica import Replica
 from stream_mmrnn.serve.cluster.subjects import STATE_EVERY_S, Beat, Fence, Lease, Names, Table
 
@@ -197,7 +197,7 @@ class ClusterNode:
         if take:
             try:
                 await self.link.replace_table(Table({**table.leases, **take}), revision)
-            except Refused:
+            except WriteRefused:
                 return  # another engine was faster; the next beat tries again
         for number, lease in take.items():
             self._taking.add(number)
@@ -224,7 +224,7 @@ class ClusterNode:
             self.parts[number] = part
             await part.reader.begin()
             self.counts["taken"] += 1
-        except Refused:
+        except WriteRefused:
             self.counts["fenced"] += 1
         except FAILURES as e:
             self.lose(number)
@@ -283,7 +283,7 @@ class ClusterNode:
             try:
                 await self.link.replace_table(Table({**table.leases, number: Lease("", part.epoch)}), revision)
                 break
-            except Refused:
+            except WriteRefused:
                 continue
         if self.parts.pop(number, None) is not None:
             part.ours = False

@@ -17,8 +17,8 @@ import msgspec
 
 from stream_mmrnn.serve.cluster.log_reader import LogReader
 from stream_mmrnn.serve.cluster.nats import FAILURES, Link
-from stream_mmrnn.serve.cluster.receipts import Refused
-from stream_mmrnn.serve.cluster.replica import Outgoing, Replica, SavedState
+from stream_mmrnn.serve.cluster.receipts import WriteRefused
+from stream_mmrnn.serve.cluster.replica import OutgoingAnswer, Replica, SavedState
 
 RETRY_S = 1.0
 """After so long without a receipt an answer is written again."""
@@ -28,7 +28,7 @@ Start: TypeAlias = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 class _Unstored(msgspec.Struct):
     """An answer without a receipt."""
 
-    answer: Outgoing
+    answer: OutgoingAnswer
     receipt: asyncio.Future[bool] | None = None
     """None: it has not been sent, or is to be sent again."""
     sent_s: float = float("-inf")
@@ -73,7 +73,7 @@ class Outbox:
         """Send new answers and states of the replica."""
         answers, states = self._replica.pop()
         newest = {state.session: state for state in states}
-        promised: dict[str, list[Outgoing]] = {}
+        promised: dict[str, list[OutgoingAnswer]] = {}
         for answer in answers:
             if answer.after_saved and answer.session in newest:
                 promised.setdefault(answer.session, []).append(answer)
@@ -87,7 +87,7 @@ class Outbox:
             after = promised.pop(state.session, []) if state is newest[state.session] else []
             part.saving[state.session] = self._start(self._save(part, state, before, after))
 
-    async def _send(self, answer: Outgoing) -> None:
+    async def _send(self, answer: OutgoingAnswer) -> None:
         part = self._parts.get(answer.partition)
         if part is None:
             return
@@ -115,7 +115,7 @@ class Outbox:
             return
         try:
             self._counts["stored" if done.result() else "repeated"] += 1
-        except Refused:
+        except WriteRefused:
             self._counts["refused"] += 1
             if part.ours and self._parts.get(part.number) is part:
                 self._lose(part.number)
@@ -149,7 +149,7 @@ class Outbox:
         part.held.discard(session)
 
     async def _save(
-        self, part: Partition, state: SavedState, before: asyncio.Task[None] | None, promised: list[Outgoing]
+        self, part: Partition, state: SavedState, before: asyncio.Task[None] | None, promised: list[OutgoingAnswer]
     ) -> None:
         """Write a state after the answers and the state before it; then send the answers that confirm it."""
         me = asyncio.current_task()
@@ -162,7 +162,7 @@ class Outbox:
                 revision = part.revisions.get(state.session, 0)
                 part.revisions[state.session] = await self._link.save(part.number, state.session, state.raw, revision)
                 break
-            except Refused:
+            except WriteRefused:
                 # a former owner was still writing. Its state is as valid as ours, and the low watermark may depend on
                 # it: a newer one stays
                 with contextlib.suppress(*FAILURES):

@@ -17,7 +17,7 @@ WRONG_LAST_SEQUENCE = 10071
 """JetStream's error code where another writer was faster."""
 
 
-class Refused(Exception):  # noqa: N818 not a failure: another engine is the owner
+class WriteRefused(Exception):  # noqa: N818 not a failure: another engine is the owner
     """The server refused a write because another one has written since."""
 
 
@@ -91,6 +91,6 @@ class Receipts:
         if receipt.error is None:
             future.set_result(not receipt.duplicate)
         elif receipt.error.err_code == WRONG_LAST_SEQUENCE:
-            future.set_exception(Refused())
+            future.set_exception(WriteRefused())
         else:
             future.set_exception(NatsError(receipt.error.description))

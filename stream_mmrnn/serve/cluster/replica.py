@@ -29,7 +29,7 @@ _LATE_TICKS = 65_536
 _SAVED_AT_ONCE = 64
 
 
-class Outgoing(msgspec.Struct, frozen=True):
+class OutgoingAnswer(msgspec.Struct, frozen=True):
     """An answer to a client."""
 
     partition: int
@@ -118,7 +118,7 @@ class Replica:
         )
         self.host = Host(self.sessions, _LATE_TICKS, queue)
         self._places: dict[str, _Place] = {}
-        self._answers: list[Outgoing] = []
+        self._answers: list[OutgoingAnswer] = []
         self._states: list[SavedState] = []
         self.counts: Counter[str] = Counter()
         """`again`: messages that were in a snapshot already; `left`: sessions for which there was no free slot."""
@@ -294,7 +294,7 @@ class Replica:
         name = f"{seq}.evicted" if isinstance(reply, protocol.EvictedNow) else str(seq)
         after_saved = isinstance(reply, protocol.Flushed | protocol.Done)
         session = getattr(reply, "session", "") or self._current[0]
-        self._answers.append(Outgoing(partition, session, client, name, protocol.encode(reply), after_saved))
+        self._answers.append(OutgoingAnswer(partition, session, client, name, protocol.encode(reply), after_saved))
 
     def _make_states(self) -> None:
         """Turn new snapshots into states to save. No tick was stepped since, so `handled` is in them."""
@@ -312,7 +312,7 @@ class Replica:
             place.made = place.handled
             self._states.append(SavedState(place.partition, name, to_bytes(snapshot), place.handled))
 
-    def pop(self) -> tuple[list[Outgoing], list[SavedState]]:
+    def pop(self) -> tuple[list[OutgoingAnswer], list[SavedState]]:
         """New answers and states since the last call, each in order."""
         answers, self._answers = self._answers, []
         states, self._states = self._states, []
