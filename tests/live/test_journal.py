@@ -91,7 +91,7 @@ def test_it_is_bounded_in_time_and_bytes() -> None:
 def test_what_it_has_not_heard_is_no_end() -> None:
     journal = filled(30)
     assert not journal.heard(mark(31))
-    assert "did not hear" in journal.answer(Ask(mark(31))).refused
+    assert "has not received" in journal.answer(Ask(mark(31))).refused
     # the same number from another publisher is another message
     assert not journal.heard(Mark(topics.CLOCK, "s", 3, 3_000_001))
     assert not journal.heard(Mark(topics.SESSION, "s", 3, 3_000_000))
