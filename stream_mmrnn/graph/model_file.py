@@ -30,9 +30,24 @@ TYPE_TENSOR = 1
 TENSOR_ELEMENT, TENSOR_SHAPE = 1, 2
 _SHAPE_DIM, _DIM_VALUE, _DIM_PARAM = 1, 1, 2
 _WEIGHT_DIMS, _WEIGHT_ELEMENT, _WEIGHT_NAME, _WEIGHT_RAW, _WEIGHT_EXTERNAL, _WEIGHT_LOCATION = 1, 2, 8, 9, 13, 14
-_MODEL_FUNCTION, _FUNCTION_NODE = 25, 7
-_ATTRIBUTE_T, _ATTRIBUTE_G, _ATTRIBUTE_TENSORS, _ATTRIBUTE_GRAPHS = 5, 6, 10, 11
 _MAX_DEPTH = 8
+TENSORS_IN: dict[str, dict[int, str]] = {
+    "ModelProto": {MODEL_GRAPH: "GraphProto", 20: "TrainingInfoProto", 25: "FunctionProto"},
+    "TrainingInfoProto": {1: "GraphProto", 2: "GraphProto"},
+    "FunctionProto": {7: "NodeProto", 11: "AttributeProto"},
+    "GraphProto": {GRAPH_NODE: "NodeProto", GRAPH_INITIALIZER: "TensorProto", GRAPH_SPARSE: "SparseTensorProto"},
+    "NodeProto": {NODE_ATTRIBUTE: "AttributeProto"},
+    "AttributeProto": {
+        5: "TensorProto",
+        6: "GraphProto",
+        10: "TensorProto",
+        11: "GraphProto",
+        22: "SparseTensorProto",
+        23: "SparseTensorProto",
+    },
+    "SparseTensorProto": {1: "TensorProto", 2: "TensorProto"},
+}
+"""The fields of each message that hold tensors, at any depth, and the message that each is."""
 _DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft", "com.microsoft.nchwc")
 
 FLOAT, UINT8, INT8, INT64, BOOL = 1, 2, 3, 7, 9
@@ -180,48 +195,39 @@ def check(data: bytes) -> None:
     """
     graphs = 0
     for number, _, content in fields(memoryview(data)):
-        if number == MODEL_GRAPH:
-            graphs += 1
-            _check_graph(content, 0)
-        elif number == _MODEL_FUNCTION:
-            for inner, _, field in fields(content):
-                if inner == _FUNCTION_NODE:
-                    _check_node(field, 0)
-        elif number in (_MODEL_METADATA, _MODEL_OPSET):
+        graphs += number == MODEL_GRAPH
+        if number in (_MODEL_METADATA, _MODEL_OPSET):
             for _, _, field in fields(content):
                 _text(field)
     if graphs != 1:
         raise ModelError(f"the model file holds {graphs} graphs, expected one; export it again")
+    _check_message("ModelProto", memoryview(data), 0)
 
 
-def _check_graph(graph: memoryview, depth: int) -> None:
+def _check_message(kind: str, content: memoryview, depth: int) -> None:
+    """Check a message, and all messages in it that may hold tensors."""
+    if kind == "TensorProto":
+        _check_tensor(content)
+        return
+    depth += kind == "GraphProto"
     if depth > _MAX_DEPTH:
         raise ModelError(f"the model file nests graphs more than {_MAX_DEPTH} deep")
-    for number, _, content in fields(graph):
-        if number == GRAPH_NODE:
-            _check_node(content, depth)
-        elif number == GRAPH_INITIALIZER:
-            _check_tensor(content)
-        elif number == GRAPH_SPARSE:
-            for _, _, tensor in fields(content):
-                _check_tensor(tensor)
-        elif number in (GRAPH_INPUT, GRAPH_OUTPUT):
-            element_of(content)
-            _text_of(content, VALUE_NAME)
-
-
-def _check_node(content: memoryview, depth: int) -> None:
+    inside = TENSORS_IN[kind]
     for number, _, part in fields(content):
-        if number in (NODE_INPUT, NODE_OUTPUT, NODE_NAME, NODE_OP):
-            _text(part)
-        elif number == _NODE_DOMAIN and _text(part) not in _DOMAINS:
-            raise ModelError(f"the model uses operators of {_text(part)[:64]!r}, expected ONNX's own and onnxruntime's")
-        elif number == NODE_ATTRIBUTE:
-            for inner, _, value in fields(part):
-                if inner in (_ATTRIBUTE_G, _ATTRIBUTE_GRAPHS):
-                    _check_graph(value, depth + 1)
-                elif inner in (_ATTRIBUTE_T, _ATTRIBUTE_TENSORS):
-                    _check_tensor(value)
+        if number in inside:
+            _check_message(inside[number], part, depth)
+        elif kind == "NodeProto":
+            _check_node_field(number, part)
+        elif kind == "GraphProto" and number in (GRAPH_INPUT, GRAPH_OUTPUT):
+            element_of(part)
+            _text_of(part, VALUE_NAME)
+
+
+def _check_node_field(number: int, part: memoryview) -> None:
+    if number in (NODE_INPUT, NODE_OUTPUT, NODE_NAME, NODE_OP):
+        _text(part)
+    elif number == _NODE_DOMAIN and _text(part) not in _DOMAINS:
+        raise ModelError(f"the model uses operators of {_text(part)[:64]!r}, expected ONNX's own and onnxruntime's")
 
 
 def _check_tensor(content: memoryview) -> None:
