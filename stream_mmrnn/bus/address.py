@@ -151,3 +151,12 @@ def secure(socket: zmq.Socket[bytes], keys: Keys | None) -> None:
     socket.setsockopt(zmq.IPV6, 1)
     if keys is not None:
         keys.put_on(socket)
+
+
+def refuse_old_peers(socket: zmq.Socket[bytes]) -> None:
+    """Accept only ZMTP 3 on a socket without keys; call it before the socket is bound.
+
+    ZMTP 1.0 has no greeting: libzmq takes any bytes for its frames, also the HTTP request of a web page in a browser.
+    With a ZAP domain it refuses the versions before 3; without a ZAP handler it admits everyone else.
+    """
+    socket.zap_domain = b"local"

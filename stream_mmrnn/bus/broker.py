@@ -13,7 +13,7 @@ import zmq
 from zmq.utils import z85
 from zmq.utils.monitor import parse_monitor_message
 
-from stream_mmrnn.bus.address import Address, Right
+from stream_mmrnn.bus.address import Address, Right, refuse_old_peers
 from stream_mmrnn.core import config, wire
 from stream_mmrnn.core.errors import ProcessError
 
@@ -125,7 +125,10 @@ def run_broker(
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_PAYLOAD_BYTES)
     authenticating = None
-    if authenticator is not None:
+    if authenticator is None:
+        refuse_old_peers(front)
+        refuse_old_peers(back)
+    else:
         authenticator.guard(front, "write")
         authenticator.guard(back, "read")
         authenticating = authenticator.open(context, over)

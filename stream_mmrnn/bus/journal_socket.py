@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import zmq
 
-from stream_mmrnn.bus.address import Address, secure
+from stream_mmrnn.bus.address import Address, refuse_old_peers, secure
 from stream_mmrnn.bus.subscriber import subscribe
 from stream_mmrnn.core import wire
 from stream_mmrnn.core.errors import ProcessError
@@ -23,6 +23,7 @@ class JournalSocket:
         secure(self._socket, address.keys)
         subscribe(self._socket, address.lane("block", wanted), wanted)
         self._requests = self._context.socket(zmq.ROUTER)
+        refuse_old_peers(self._requests)
         try:
             self._requests.bind(address.journal)
         except zmq.ZMQError as e:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import zmq
 
+from stream_mmrnn.bus.address import refuse_old_peers
+
 
 class LineSocket:
     """A PULL socket on loopback for the text source; each message is a line of text."""
@@ -12,6 +14,7 @@ class LineSocket:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.PULL)
         self._socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
+        refuse_old_peers(self._socket)
         try:
             self._socket.bind(f"tcp://127.0.0.1:{port}")
         except zmq.ZMQError as e:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import zmq
 
-from stream_mmrnn.bus.address import Keys, secure
+from stream_mmrnn.bus.address import Keys, refuse_old_peers, secure
 from stream_mmrnn.bus.broker import Authenticator
 from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import ProcessError
@@ -60,7 +60,9 @@ class Router:
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
         _watch_peers(self._socket)
-        if authenticator is not None:
+        if authenticator is None:
+            refuse_old_peers(self._socket)
+        else:
             authenticator.guard(self._socket, "write")
             self._authenticating = authenticator.open(self._context, self._over)
         place = f"tcp://{f'[{host}]' if ':' in host else host}"

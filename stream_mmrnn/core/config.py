@@ -277,6 +277,9 @@ class FoxgloveSettings(_Section, frozen=True):
     enabled: bool = False
     port: _Port = 8765
     """0: any free one."""
+    origins: tuple[str, ...] = ("https://app.foxglove.dev", "file://")
+    """Web pages that may connect, beside those of this machine: Foxglove's own application, in a browser and on the
+    desktop."""
 
 
 class LslSettings(_Section, frozen=True):

@@ -1,3 +1,4 @@
+import contextlib
 import importlib
 import itertools
 import os
@@ -497,6 +498,26 @@ def test_tcp_serves_several_clients_and_survives_bad_ones() -> None:
         with pytest.raises(SourceError, match="port"):
             text(f"tcp:{port}").open()
         one.close()
+
+
+@pytest.mark.parametrize(
+    "request_line", ["POST / HTTP/1.1\r\n", "GET /x HTTP/1.0\n", "POST /" + "x" * 9000 + " HTTP/1.1\r\n"]
+)
+def test_a_web_page_cannot_type_over_tcp(request_line: str) -> None:
+    content = f"{request_line}Host: 127.0.0.1\r\nContent-Length: 20\r\n\r\n/label hacked\nwords\n".encode()
+    with closing(Reader(text("tcp:0", max_line_bytes=4096))) as reader:
+        port = reader.source.info["port"]
+        for pieces in ([content], [content[:3], content[3:40], content[40:]], [bytes([b]) for b in content]):
+            with socket.create_connection(("127.0.0.1", port), 10) as page:
+                with contextlib.suppress(OSError):  # it is disconnected in the middle
+                    for piece in pieces:
+                        page.sendall(piece)
+                with contextlib.suppress(OSError):
+                    assert page.recv(10) == b""
+        with socket.create_connection(("127.0.0.1", port)) as person:
+            person.sendall(b"POST is a word\nGET / HTTP/1.1\n")
+            assert reader.wait(2) == ["POST is a word", "GET / HTTP/1.1"]
+        assert reader.source.info["http"] == 3
 
 
 def test_zmq_messages_are_lines() -> None:

@@ -6,6 +6,7 @@ Every line is one event, stamped when it is read.
 from __future__ import annotations
 
 import os
+import re
 import select
 import selectors
 import socket
@@ -30,6 +31,12 @@ _MAX_TYPED = 64
 """Queue length for lines from the page."""
 
 
+_HTTP = re.compile(rb"[A-Z]{3,10} \S+ HTTP/\d(\.\d)?\r?")
+"""The first line of an HTTP request."""
+_HTTP_BEGIN = re.compile(rb"[A-Z]{3,10} /")
+"""Its beginning, where it is too long to be read whole."""
+
+
 class _Lines:
     """Splits the bytes of one connection into lines; drops and counts lines that are too long or not UTF-8."""
 
@@ -37,9 +44,21 @@ class _Lines:
         self._max, self._info = max_bytes, info
         self._rest = b""
         self._skipping = False  # inside a line that is too long
+        self._first = True
+        self.is_http = False
+        """The first line is one of HTTP: a web page sends it, and no person."""
 
     def feed(self, data: bytes) -> list[Sample]:
+        if self.is_http:
+            return []
         *lines, self._rest = (self._rest + data).split(b"\n")
+        if self._first:
+            too_long = len(self._rest) > self._max
+            self.is_http = bool(_HTTP.fullmatch(lines[0]) if lines else too_long and _HTTP_BEGIN.match(self._rest))
+            self._first = not (lines or too_long)
+            if self.is_http:
+                self._rest = b""
+                return []
         samples = []
         for line in lines:
             if self._skipping:
@@ -164,11 +183,13 @@ class Pipe(_Text):
 
 
 class Tcp(_Text):
-    """A line server on loopback for several clients; a bad line is dropped and its client stays connected."""
+    """A line server on loopback for several clients; a bad line is dropped and its client stays connected. One whose
+    first line is an HTTP request is disconnected.
+    """
 
     def __init__(self, port: int, settings: TextSettings) -> None:
         super().__init__(f"tcp:{port}", settings)
-        self.info |= {"clients": 0, "refused": 0}
+        self.info |= {"clients": 0, "refused": 0, "http": 0}
         self._port = port
         self._server: socket.socket | None = None
         self._clients: dict[socket.socket, None] = {}
@@ -243,7 +264,12 @@ class Tcp(_Text):
             data = b""
         if data:
             self._clients[client] = self._clients.pop(client)
-            return lines.feed(data)
+            samples = lines.feed(data)
+            if lines.is_http:
+                # a web page in a browser could make the words and labels of this session
+                self.info["http"] += 1
+                self._leave(client, ready)
+            return samples
         self._leave(client, ready)
         return lines.end()
 

@@ -237,12 +237,14 @@ class FoxgloveNode(_ViewerNode):
 
         table = stream_table(context.settings)  # also those without a source: other programs may publish features
         super().__init__(context, shown(table.values()))
-        self.server = FoxgloveServer(self.settings.foxglove.port, self.settings.bus.view_queue, table)
+        about = self.settings.foxglove
+        self.server = FoxgloveServer(about.port, self.settings.bus.view_queue, table, about.origins)
         self.reporter.counts = lambda: {
             **_totals(self.subscriber.tally()),
             "garbage": self.subscriber.garbage + self.server.garbage,
+            "denied": sum(self.server.gate.denied.values()),
         }
-        self.reporter.detail = lambda: {"address": self.server.address}
+        self.reporter.detail = lambda: {"address": self.server.address, "denied": dict(self.server.gate.denied)}
 
     def run(self) -> None:
         self.ready()
