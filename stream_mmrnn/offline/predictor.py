@@ -21,6 +21,7 @@ from safetensors.numpy import save as to_safetensors
 from stream_mmrnn.capture.encoders import Encoder, encoders_of
 from stream_mmrnn.capture.resampler import Resampler
 from stream_mmrnn.core import config, topics
+from stream_mmrnn.core.durations import spoken
 from stream_mmrnn.core.errors import SessionError, SnapshotError, UsageError, WireError
 from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.streams import Stream, feeding
@@ -32,7 +33,7 @@ from stream_mmrnn.predict.snapshots import NEVER, Snapshot, from_bytes, to_bytes
 
 _SESSION = "predictor"
 _S = 1_000_000_000
-_AT_ONCE_NS = 300 * _S
+_AT_ONCE_NS, _AT_ONCE_TICKS = 300 * _S, 7500
 """The aligner takes longer jumps of its clock for an error, and a longer silence makes thousands of ticks at once."""
 _MAX_GAP_NS = 3600 * _S
 _WAITS_NS = 2**60
@@ -91,6 +92,7 @@ class Predictor:
         self._engine = StepEngine(config.find_model(str(model)), 1, provider)
         spec = self.spec = self._engine.spec
         self._clock = clock
+        self._at_once_ns = max(_AT_ONCE_NS, _AT_ONCE_TICKS * spec.tick_ns)
         self._zero_ns = spec.tick_ns * _ZERO_TICKS if zero_ns is None else zero_ns
         self._aligner = self._make_aligner()
         self._streams: dict[str, Stream] = {row.name: row for _, row in self._aligner.feeding.values()}
@@ -345,9 +347,10 @@ class Predictor:
         if not 0 <= at_s < 2**32:
             raise UsageError(f"at_s is {at_s!r}: expected seconds since the session's start, 0 or more")
         at_ns = self._zero_ns + round(at_s * 1e9)
-        if at_ns - self._newest_ns > _MAX_GAP_NS:
+        if at_ns - self._newest_ns > (most_ns := max(_MAX_GAP_NS, self._at_once_ns)):
             raise UsageError(
-                f"at_s is {at_s:g}, more than an hour after what was pushed before; call reset(), or advance() in steps"
+                f"at_s is {at_s:g}, more than {spoken(most_ns / 1e9)} after what was pushed before; call reset(), or "
+                "advance() in steps"
             )
         return at_ns
 
@@ -391,7 +394,7 @@ class Predictor:
         """Move the clock on, in steps that the aligner takes."""
         made: list[Prediction] = []
         while True:
-            self._newest_ns = max(self._newest_ns, min(to_ns, self._newest_ns + _AT_ONCE_NS))
+            self._newest_ns = max(self._newest_ns, min(to_ns, self._newest_ns + self._at_once_ns))
             at = (self._newest_ns,) * 3
             seq = self._seq[topics.CLOCK] = self._seq.get(topics.CLOCK, -1) + 1
             for tick in self._aligner.push(Envelope(topics.CLOCK, topics.EVERYONE, seq, *at, b"")):
