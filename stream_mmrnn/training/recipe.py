@@ -87,6 +87,9 @@ class Head(_Section, frozen=True):
     unit: str = "probability"
     loss: Literal["", "mse", "huber"] = ""
     """For a regression; "" is mse."""
+    standardise: bool = False
+    """For a regression: the loss is on targets with mean 0 and deviation 1, by the training data. The served numbers
+    are in the units of the data."""
     weight: _Positive = 1.0
 
 

@@ -86,7 +86,21 @@ def build(recipe: Recipe, task: Task, rng: np.random.Generator) -> Predictor:
     for name, basis in bases.items():
         predictor.tokens.set_reduction(name, torch.from_numpy(basis))
     predictor.known[unknown] = 0
+    for head in recipe.heads:
+        if head.standardise:
+            rows = np.concatenate([t.targets[head.name][t.weights[head.name] > 0] for t in sample])
+            mean, std = _moments(rows.astype(np.float64))
+            predictor.heads.set_scale(head.name, torch.from_numpy(mean), torch.from_numpy(std))
     return predictor
+
+
+def _moments(rows: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Mean and standard deviation of each column of [N, size], without NaN; 0 of a column that has no number."""
+    known = ~np.isnan(rows)
+    count = np.maximum(known.sum(0), 1)
+    mean = np.where(known, rows, 0).sum(0) / count
+    variance = np.where(known, (rows - mean) ** 2, 0).sum(0) / count
+    return mean.astype(np.float32), np.sqrt(variance).astype(np.float32)
 
 
 def _principal(rows: np.ndarray[Any, Any], energy: float) -> np.ndarray[Any, Any]:
@@ -127,7 +141,11 @@ def hide(batch: Tensors, share: float, generator: torch.Generator) -> None:
 
 def losses(predictor: Predictor, raw: dict[str, Tensor], batch: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of the losses, and the loss of each head."""
-    each = {h.name: loss(h, raw[h.name], batch.targets[h.name], batch.weights[h.name]) for h in predictor.recipe.heads}
+    heads = predictor.heads
+    each = {
+        h.name: loss(h, raw[h.name], heads.standardised(h, batch.targets[h.name]), batch.weights[h.name])
+        for h in predictor.recipe.heads
+    }
     total = torch.stack([h.weight * each[h.name] for h in predictor.recipe.heads]).sum()
     return total, each
 
@@ -324,7 +342,7 @@ def calibrate(predictor: Predictor, sequences: Iterable[Ticks], device: torch.de
     for head in predictor.recipe.heads:
         if head.kind == "regression":
             continue
-        raw, target, weight, _ = (torch.from_numpy(x) for x in outputs[head.name])
+        raw, target, weight, _ = (torch.from_numpy(x) for x in outputs[head.name][:4])
         if not len(raw):
             continue
         log_temperature = torch.zeros((), requires_grad=True)
