@@ -39,6 +39,8 @@ class Ticks:
     name: str = ""
     groups: dict[str, str] = field(default_factory=dict)
     """Attributes by which a report may be split, such as the speaker."""
+    warm_up: int = 0
+    """Ticks at the beginning that come before the held-out part: they are not scored."""
 
     def __len__(self) -> int:
         return len(self.present)

@@ -82,6 +82,13 @@ class Heads(nn.Module):
         getattr(self, f"mean_{name}").copy_(mean)
         getattr(self, f"std_{name}").copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
 
+    def from_last(self, raw: dict[str, Tensor], last: Tensor, columns: dict[str, list[int]]) -> dict[str, Tensor]:
+        """Raw outputs with the last known values added. `last` [..., N]; `columns`: by head, that of each number."""
+        found = dict(raw)
+        for name, places in columns.items():
+            found[name] = raw[name] + last[..., places] / getattr(self, f"std_{name}")
+        return found
+
     def standardised(self, head: Head, target: Tensor) -> Tensor:
         """The target on the scale of the layer's output."""
         if not head.standardise:

@@ -80,10 +80,10 @@ def forecast_recipe_for(
     """
     recordings = [Recording(path) for path in paths]
     modalities = _modalities(recordings)
-    for column in columns:
-        forecast.place_of(column, columns_of(recordings[0]), {m: about["size"] for m, about in modalities.items()})
+    sizes = {m: about["size"] for m, about in modalities.items()}
+    places = [forecast.place_of(column, columns_of(recordings[0]), sizes) for column in columns]
     tick_ns = tick_ns or forecast.tick_of([number(r.metadata, "step_ns") for r in recordings])
-    head = forecast.head_of(columns, steps, tick_ns, "huber")
+    head = forecast.head_of(columns, places, steps, tick_ns, "huber")
     return parse(
         {
             "name": name,

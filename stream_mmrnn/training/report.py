@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from stream_mmrnn.core.durations import spoken
 from stream_mmrnn.training import metrics
 from stream_mmrnn.training.data import Task
 from stream_mmrnn.training.evaluate import Output, by_modalities, collect, figures, served
@@ -39,7 +40,7 @@ def report(predictor: Predictor, task: Task, history: list[dict[str, Any]]) -> d
             h.name: by_time(predictor, outputs[h.name], h) for h in predictor.recipe.heads if h.kind == "classification"
         },
         "rolling": rolling(predictor, task),
-        "test_ticks": sum(map(len, test)),
+        "test_ticks": sum(len(t) - t.warm_up for t in test),
         "about": task.about,
     }
 
@@ -165,7 +166,13 @@ def _forecasts(rows: dict[str, Any], plt: Any) -> Any:
             if j == numbers[0]:
                 axis.plot(at, true[:, j], ".", color="#8b8f98", markersize=3, label=column)
             if j == numbers[0] or len(numbers) > 1:
-                axis.plot(at, forecast[:, j], color=color, linewidth=width, label=f"forecast {ahead} before")
+                axis.plot(
+                    at,
+                    forecast[:, j],
+                    color=color,
+                    linewidth=width,
+                    label=f"forecast {spoken(ahead * rows['tick_s'])} before",
+                )
         axis.legend(frameon=False, loc="upper left", ncols=3, fontsize=8)
     axes[-1, 0].set(xlabel=f"{unit} of the held-out part")
     return figure

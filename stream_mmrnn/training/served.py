@@ -6,6 +6,7 @@ Does not import torch: it measures the model file, not the network that it was e
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def hidden(ticks: Ticks, names: list[str], present: Collection[str] | None) -> T
     keep = np.array([n in present for n in names], np.float32)
     features = {n: ticks.features[n] for n, k in zip(names, keep, strict=True) if k and n in ticks.features}
     age_s = np.where(keep > 0, ticks.age_s, np.float32(MAX_AGE_S)).astype(np.float32)
-    return Ticks(features, ticks.present * keep, age_s, ticks.targets, ticks.weights, ticks.name, ticks.groups)
+    return replace(ticks, features=features, present=ticks.present * keep, age_s=age_s)
 
 
 def check(graph: Graph, recipe: Recipe) -> None:

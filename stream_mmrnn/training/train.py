@@ -24,9 +24,10 @@ from stream_mmrnn.core.errors import FileError, StreamError, UsageError
 from stream_mmrnn.training.checkpoints import load, part, read, save, write
 from stream_mmrnn.training.data import Batch, Task, Ticks, batches, check
 from stream_mmrnn.training.heads import loss
+from stream_mmrnn.training.last_value import LastValue
 from stream_mmrnn.training.metrics import best_threshold
 from stream_mmrnn.training.predictor import Predictor
-from stream_mmrnn.training.recipe import Recipe
+from stream_mmrnn.training.recipe import Head, Recipe
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -88,10 +89,22 @@ def build(recipe: Recipe, task: Task, rng: np.random.Generator) -> Predictor:
     predictor.known[unknown] = 0
     for head in recipe.heads:
         if head.standardise:
-            rows = np.concatenate([t.targets[head.name][t.weights[head.name] > 0] for t in sample])
+            rows = np.concatenate([_to_learn(head, recipe, t)[t.weights[head.name] > 0] for t in sample])
             mean, std = _moments(rows.astype(np.float64))
             predictor.heads.set_scale(head.name, torch.from_numpy(mean), torch.from_numpy(std))
     return predictor
+
+
+def _to_learn(head: Head, recipe: Recipe, ticks: Ticks) -> np.ndarray[Any, Any]:
+    """The numbers [T, size] that the head's layer learns: its targets, or their change from the last known values."""
+    target = ticks.targets[head.name]
+    if not head.from_last:
+        return target
+    last = LastValue(head.from_last, list(recipe.modalities))
+    features = {name: torch.from_numpy(x).unsqueeze(0) for name, x in ticks.features.items()}
+    held = torch.zeros(1, len(head.from_last))
+    values, _ = last(features, torch.from_numpy(ticks.present).unsqueeze(0), held, None)
+    return target - np.tile(values[0].numpy(), (1, head.size // len(head.from_last)))
 
 
 def _moments(rows: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

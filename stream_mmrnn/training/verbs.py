@@ -165,7 +165,7 @@ def evaluate(model: Path, data: Sequence[Path], present: Sequence[str] | None) -
             "name": recipe.name,
             "model": str(step),
             "present": list(present or recipe.modalities),
-            "test_ticks": sum(map(len, task.test)),
+            "test_ticks": sum(len(t) - t.warm_up for t in task.test),
             "test": heads,
             "about": task.about,
         }

@@ -101,13 +101,13 @@ def targets(
 
 
 def _stacked(steps: Any) -> FloatArray:
-    return np.concatenate(list(steps), axis=1).astype(np.float32)
+    return np.concatenate(list(steps), axis=1, dtype=np.float32)
 
 
 def _at(index: npt.NDArray[np.int64], values: FloatArray, wanted: npt.NDArray[np.int64]) -> FloatArray:
     """The values of these ticks; NaN where there is no such tick."""
     place = np.minimum(np.searchsorted(index, wanted), len(index) - 1)
-    found = values[place].astype(np.float32)
+    found: FloatArray = values[place].astype(np.float32)
     found[index[place] != wanted] = np.nan
     return found
 
@@ -115,7 +115,8 @@ def _at(index: npt.NDArray[np.int64], values: FloatArray, wanted: npt.NDArray[np
 def _held(values: FloatArray) -> FloatArray:
     """The last known value of each column at each tick."""
     newest = np.where(np.isnan(values), 0, np.arange(len(values))[:, None])
-    return np.take_along_axis(values, np.maximum.accumulate(newest, 0), 0)
+    held: FloatArray = np.take_along_axis(values, np.maximum.accumulate(newest, 0), 0)
+    return held
 
 
 def _weight(target: Array) -> FloatArray:
@@ -143,7 +144,7 @@ def for_test(s: Ticks, heads: Mapping[str, int], warm_up: int = 0) -> Ticks:
         weights[head] = weights[head] * _weight(found[head])
     for weight in weights.values():
         weight[:warm_up] = 0
-    return replace(s, targets=found, weights=weights)
+    return replace(s, targets=found, weights=weights, warm_up=warm_up)
 
 
 def _within(s: Ticks, heads: Mapping[str, int]) -> Ticks:
@@ -168,8 +169,10 @@ def split(s: Ticks, heads: Mapping[str, int], warm_up: int) -> tuple[Ticks, Tick
     return train, validation, test
 
 
-def head_of(columns: Sequence[str], steps: int, tick_ns: int, loss: str) -> dict[str, Any]:
-    """The head of a recipe that forecasts the next `steps` values of each column."""
+def head_of(
+    columns: Sequence[str], places: Sequence[tuple[str, int]], steps: int, tick_ns: int, loss: str
+) -> dict[str, Any]:
+    """The head of a recipe that forecasts the next `steps` values of each column, which are at these `places`."""
     tick_s = tick_ns / 1e9
     numbers = [(column, h) for h in range(1, steps + 1) for column in columns]
     return {
@@ -181,6 +184,7 @@ def head_of(columns: Sequence[str], steps: int, tick_ns: int, loss: str) -> dict
         "unit": "as in the data",
         "loss": loss,
         "standardise": True,
+        "from_last": [list(place) for place in places],
     }
 
 
