@@ -160,19 +160,14 @@ def _forecasts(rows: dict[str, Any], plt: Any) -> Any:
     ticks, forecast, true = np.array(rows["tick"]), np.array(rows["forecast"]), np.array(rows["true"])
     for axis, column in zip(axes[:, 0], columns, strict=True):
         numbers = [j for j, label in enumerate(rows["labels"]) if label.rpartition("+")[0] == column]
-        for j, color, width in ((numbers[0], _SECOND, 1.2), (numbers[-1], _INK, 1.2)):
+        for j, color in ((numbers[0], _SECOND), (numbers[-1], _INK)):
             ahead = rows["ahead"][j]
             at = (ticks + ahead - ticks[0]) * rows["tick_s"] / size_s
             if j == numbers[0]:
                 axis.plot(at, true[:, j], ".", color="#8b8f98", markersize=3, label=column)
             if j == numbers[0] or len(numbers) > 1:
-                axis.plot(
-                    at,
-                    forecast[:, j],
-                    color=color,
-                    linewidth=width,
-                    label=f"forecast {spoken(ahead * rows['tick_s'])} before",
-                )
+                label = f"forecast {spoken(ahead * rows['tick_s'])} before"
+                axis.plot(at, forecast[:, j], color=color, linewidth=1.2, label=label)
         axis.legend(frameon=False, loc="upper left", ncols=3, fontsize=8)
     axes[-1, 0].set(xlabel=f"{unit} of the held-out part")
     return figure

@@ -256,9 +256,10 @@ def _counted(path: Path, column: Any, options: Options) -> Any:
         times = np.where(wrong, 0, counts) * size
     else:
         numbers = np.asarray(_cast(path, column, pa.float64(), options, "a number").to_numpy(), np.float64)
-        scaled = numbers * size
-        wrong = ~(np.abs(scaled) <= _MAX_NS)
-        times = np.rint(np.where(wrong, 0, scaled)).astype(np.int64)
+        wrong = ~(np.abs(numbers) * size <= _MAX_NS)
+        floor = np.floor(np.where(wrong, 0, numbers))  # apart, because their product has no room for nanoseconds
+        fraction = np.where(wrong, 0, numbers) - floor
+        times = floor.astype(np.int64) * size + np.rint(fraction * size).astype(np.int64)
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
         raise FileError(

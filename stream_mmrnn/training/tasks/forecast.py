@@ -121,7 +121,7 @@ def _held(values: FloatArray) -> FloatArray:
 
 def _weight(target: Array) -> FloatArray:
     """1 where a number of the target is known."""
-    return (~np.isnan(target.astype(np.float64))).any(axis=1).astype(np.float32)
+    return np.asarray((~np.isnan(target.astype(np.float64))).any(axis=1), np.float32)
 
 
 def for_training(s: Ticks, heads: Mapping[str, int]) -> Ticks:
