@@ -36,8 +36,8 @@ def parse_ns(text: str, what: str) -> int:
 
 
 def spoken(seconds: float) -> str:
-    """A duration for people, in the unit that suits it: `12.0 s`, `15.0 min`, `6.5 h`, `1461.0 d`."""
+    """A duration for people, in the unit that suits it: `12.0 s`, `15 min`, `6.5 h`, `1461 d`."""
     for unit, size_s, least in (("d", 86_400, 1), ("h", 3600, 1), ("min", 60, 10)):
         if seconds >= least * size_s:
-            return f"{seconds / size_s:.1f} {unit}"
+            return f"{seconds / size_s:.1f}".removesuffix(".0") + f" {unit}"
     return f"{seconds:.1f} s"

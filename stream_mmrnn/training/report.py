@@ -168,7 +168,7 @@ def _forecasts(rows: dict[str, Any], plt: Any) -> Any:
             if j == numbers[0] or len(numbers) > 1:
                 label = f"forecast {spoken(ahead * rows['tick_s'])} before"
                 axis.plot(at, forecast[:, j], color=color, linewidth=1.2, label=label)
-        axis.legend(frameon=False, loc="upper left", ncols=3, fontsize=8)
+        axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 0.98), ncols=3, fontsize=8)
     axes[-1, 0].set(xlabel=f"{unit} of the held-out part")
     return figure
 

@@ -169,6 +169,12 @@ def split(s: Ticks, heads: Mapping[str, int], warm_up: int) -> tuple[Ticks, Tick
     return train, validation, test
 
 
+def is_known(part: Sequence[Ticks], head: str) -> bool:
+    """Whether each of the head's numbers is known in some tick that counts."""
+    rows = np.concatenate([s.targets[head][s.weights[head] > 0] for s in part]).astype(np.float64)
+    return bool((~np.isnan(rows)).any(axis=0).all())
+
+
 def head_of(
     columns: Sequence[str], places: Sequence[tuple[str, int]], steps: int, tick_ns: int, loss: str
 ) -> dict[str, Any]:

@@ -253,9 +253,12 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
         return [found[i] for i in rng.permutation(len(found))]
 
     for head in recipe.heads:
-        for part in (train, validation, test):
-            if not any(t.weights[head.name].any() for t in part):
-                raise FileError(_nothing_to_measure(recipe, head, held, head.name in steps))
+        if head.name in steps:
+            enough = all(forecast.is_known(part, head.name) for part in (train, validation, test))
+        else:
+            enough = all(any(t.weights[head.name].any() for t in part) for part in (validation, test))
+        if not enough:
+            raise FileError(_nothing_to_measure(recipe, head, held, head.name in steps))
     covered = spoken(sum(map(len, sequences)) * recipe.tick_ns / 1e9)
     return Task(
         epoch,
