@@ -7,7 +7,7 @@ comment may stand above a block:
     <!-- in another terminal -->      the block runs in the background while the next blocks run, and must exit with 0
 
 A block whose first line is `# NAME.py` or `# NAME.toml` is written to that file for the commands after it. A page that
-needs a recording contains `<!-- given: talk.mcap -->`, one that needs a table of vega_datasets `<!-- given: NAME.csv -->`.
+needs a recording contains `<!-- given: talk.mcap -->`, one that needs a table of vega_datasets `<!-- given: x.csv -->`.
 """
 
 from __future__ import annotations
