@@ -250,7 +250,7 @@ def _rate_hz(count: int, seconds: float) -> float:
     if not seconds:
         return 0.0
     rate_hz = count / seconds
-    return round(rate_hz, 2) if rate_hz >= 1 else float(f"{rate_hz:.3g}")
+    return round(rate_hz, 2) if rate_hz >= 0.1 else float(f"{rate_hz:.3g}")
 
 
 def _about(summary: RecordingSummary) -> dict[str, Any]:
