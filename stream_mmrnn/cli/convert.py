@@ -139,7 +139,7 @@ def import_(
         "--stream": streams, "--by": by, "--max-gap": max_gap,
     }  # fmt: skip
     given = [option for option, value in for_tables.items() if value]
-    is_table = path.suffix in table_file.SUFFIXES
+    is_table = path.suffix.lower() in table_file.SUFFIXES
     if given and not is_table:
         raise UsageError(f"{given[0]} is for tables ({', '.join(table_file.SUFFIXES)}), and {path.name} is none")
     if chosen and is_table:

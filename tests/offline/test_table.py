@@ -17,7 +17,6 @@ from vega_files import vega_file
 
 from stream_mmrnn.capture.encoders.signal import SignalEncoder
 from stream_mmrnn.cli.app import app
-from stream_mmrnn.core.durations import parse_ns, spoken
 from stream_mmrnn.core.errors import FileError, UsageError
 from stream_mmrnn.core.types import ModalitySpec
 from stream_mmrnn.offline import replay
@@ -128,6 +127,7 @@ def test_parquet_keeps_its_own_types_of_time(tmp_path: Path) -> None:
         "date": pa.array([moment.date()], pa.date32()),
         "text": pa.array(["2024-03-01T06:30"]).dictionary_encode(),
         "number": pa.array([1709274600], pa.uint32()),
+        "year": pa.array([2024]),
         "x": pa.array([True]),
         "y": pa.array([np.float16(1.5)]),
         "z": pa.array([[1, 2]]),
@@ -138,9 +138,13 @@ def test_parquet_keeps_its_own_types_of_time(tmp_path: Path) -> None:
     for name, expected in (("zoned", half_past_six), ("naive", half_past_six), ("date", at_ns(2024, 3, 1))):
         found = read(path, Options(time=name))
         assert found.streams[0].times_ns.tolist() == [expected]
-        assert found.streams[0].columns == ("number", "x", "y")
+        assert found.streams[0].columns == ("number", "year", "x", "y")
     assert read(path, Options(time="text", timezone="UTC")).streams[0].times_ns.tolist() == [half_past_six]
     assert read(path, Options(time="number", unit="s")).streams[0].times_ns.tolist() == [half_past_six]
+    assert read(path, Options(time="year", time_format="%Y")).streams[0].times_ns.tolist() == [at_ns(2024, 1, 1)]
+    for more in ({"unit": "s"}, {"time_format": "%Y"}):
+        with pytest.raises(UsageError, match="holds times already; leave --unit and --time-format out"):
+            read(path, Options(time="naive", **more))
 
 
 WRONG: list[tuple[str, dict[str, Any], str]] = [
@@ -329,21 +333,6 @@ def test_a_damaged_parquet_file_is_a_table_or_one_sentence(tmp_path: Path, data:
     path.write_bytes(bytes(damaged[: data.draw(st.integers(0, len(damaged)))]))
     assert out.exists() == (not error_of(path, out, Options(time="at")))
     out.unlink(missing_ok=True)
-
-
-def test_durations() -> None:
-    assert [parse_ns(text, "it") for text in ("40ms", "15min", "1.5h", " 1d ", "2w")] == [
-        40_000_000,
-        900_000_000_000,
-        5_400_000_000_000,
-        DAY_NS,
-        14 * DAY_NS,
-    ]
-    for wrong in ("", "1", "0s", "-1s", "1 day", "nan", "1e3s", "999999999999w"):
-        with pytest.raises(UsageError, match="expected a duration"):
-            parse_ns(wrong, "--tick")
-    said = [spoken(s) for s in (0.04, 599, 900, 7200, 126_230_400)]
-    assert said == ["0.0 s", "599.0 s", "15 min", "2 h", "1461 d"]
 
 
 def test_real_weather(tmp_path: Path) -> None:

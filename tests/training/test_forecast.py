@@ -259,6 +259,13 @@ def test_wrong_recipes_and_data_are_one_sentence(recording: Path, tmp_path: Path
             tasks.create(recipe, [path])
         assert sentence in str(caught.value)
         assert "\n" not in str(caught.value)
+    source = tmp_path / "swapped.csv"
+    source.write_text("at,wet,warm\n1,2,3\n2,3,4\n")
+    table.convert(source, tmp_path / "swapped.mcap", Options(time="at", unit="h"))
+    with pytest.raises(FileError, match=r"swapped.mcap has the columns wet, warm, that of made.mcap has warm, wet"):
+        tasks.create(recipe_of(("warm",), 1), [recording, tmp_path / "swapped.mcap"])
+    with pytest.raises(ConfigError, match="are the columns of this recording in another order"):
+        tasks.create(recipe_of(("warm",), 1), [tmp_path / "swapped.mcap"])
     with pytest.raises(ConfigError, match="which is no input of the recipe"):
         recipe_of(("warm",), 1, from_last=[("signal", 2)])
     with pytest.raises(ConfigError, match="it needs standardise = true"):

@@ -112,7 +112,7 @@ def _load(path: Path, time: str) -> Any:
     import pyarrow.parquet
 
     try:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             return pyarrow.parquet.read_table(path, use_threads=False)
         # one block, because the types of the columns are inferred from the first one
         block = min(max(path.stat().st_size + 1, 1 << 16), _MAX_BLOCK)
@@ -124,7 +124,7 @@ def _load(path: Path, time: str) -> Any:
     except OSError as e:
         raise FileError(f"{path} cannot be read: {e.strerror or _first_line(e)}; expected a table") from e
     except (pa.ArrowException, ValueError, KeyError) as e:
-        kind = path.suffix.removeprefix(".").replace("csv", "CSV").replace("parquet", "Parquet")
+        kind = "Parquet" if path.suffix.lower() == ".parquet" else "CSV"
         raise FileError(f"{path} is no {kind} table that pyarrow can read: {_first_line(e)}") from e
 
 
@@ -218,8 +218,12 @@ def _times(path: Path, column: Any, options: Options) -> Times:
         column = column.cast(pa.string())
     if types.is_date(kind):
         column = column.cast(pa.timestamp("ms"))
+    if options.time_format and types.is_integer(kind):
+        column = column.cast(pa.string())
     is_text = types.is_string(column.type)
-    if options.unit and not types.is_timestamp(column.type):
+    if (options.unit or options.time_format) and types.is_timestamp(column.type):
+        raise UsageError(f"the column {options.time!r} holds times already; leave --unit and --time-format out")
+    if options.unit:
         times = _counted(path, column, options)
     elif is_text:
         times = _parsed(path, column, options)

@@ -89,6 +89,11 @@ def targets(
             f"the head {head.name!r} has {head.size} numbers, expected a multiple of the {len(places)} columns that it "
             "forecasts"
         )
+    if head.from_last and tuple(places) != head.from_last:
+        raise ConfigError(
+            f"the head {head.name!r} has from_last = {head.from_last}, and its columns are {tuple(places)}; are the "
+            "columns of this recording in another order?"
+        )
     names = list(recipe.modalities)
     values = np.stack([np.where(present[:, names.index(m)] > 0, features[m][:, i], np.nan) for m, i in places], 1)
     steps = range(1, count + 1)

@@ -225,6 +225,7 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
     """
     paths = files_of(places)
     specs = _specs(recipe)
+    _check_columns(paths)
     sequences = [sequence(p, recipe, specs) for p in paths]
     _check_targets(recipe, sequences)
     chosen = recipe.data.options.get("targets", {})
@@ -267,6 +268,18 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
         {s.name: s.encoder for s in specs},
         f"{len(sequences)} own recordings, {covered} in ticks of {spoken(recipe.tick_ns / 1e9)}; held out: {held}.",
     )
+
+
+def _check_columns(paths: Sequence[Path]) -> None:
+    """Refuse tables whose columns differ: their numbers would be mixed up."""
+    named = [(path, columns) for path in paths if (columns := columns_of(Recording(path)))]
+    for path, columns in named[1:]:
+        for stream in columns.keys() & named[0][1].keys():
+            if columns[stream] != named[0][1][stream]:
+                raise FileError(
+                    f"the stream {stream!r} of {path.name} has the columns {', '.join(columns[stream])}, that of "
+                    f"{named[0][0].name} has {', '.join(named[0][1][stream])}; import them with the same --stream"
+                )
 
 
 def _check_targets(recipe: Recipe, sequences: Sequence[Ticks]) -> None:
