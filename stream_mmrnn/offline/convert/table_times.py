@@ -73,6 +73,8 @@ def times_ns_of(path: Path, column: Any, options: TimeOptions) -> Times:
     if options.time_format and types.is_integer(kind):
         column = column.cast(pa.string())
     is_text = types.is_string(column.type)
+    if options.unit and options.time_format:
+        raise UsageError("--unit is for numbers and --time-format for text; use one of them")
     if (options.unit or options.time_format) and types.is_timestamp(column.type):
         raise UsageError(f"the column {options.time!r} holds times already; leave --unit and --time-format out")
     if options.unit:
@@ -100,17 +102,13 @@ def _counted(path: Path, column: Any, options: TimeOptions) -> Any:
         raise UsageError(f"--unit is {options.unit!r}; use one of {', '.join(NANOSECONDS)}")
     size = NANOSECONDS[options.unit]
     try:
-        whole = _cast(path, column, pa.int64(), options, "") if size > 1 else None
-    except FileError:
-        whole = None
-    if whole is None and size == 1:
-        whole = _cast(path, column, pa.int64(), options, "a whole number of nanoseconds")
-    if whole is not None:
-        counts = np.asarray(whole.to_numpy(), np.int64)
+        counts = np.asarray(_cast(path, column, pa.int64(), options, "a whole number").to_numpy(), np.int64)
         most = MAX_NS // size
         wrong = (counts > most) | (counts < -most)
         times = np.where(wrong, 0, counts) * size
-    else:
+    except FileError:
+        if size == 1:
+            raise
         numbers = np.asarray(_cast(path, column, pa.float64(), options, "a number").to_numpy(), np.float64)
         wrong = ~(np.abs(numbers) * size <= MAX_NS)
         floor = np.floor(np.where(wrong, 0, numbers))  # apart, because their product has no room for nanoseconds
@@ -186,7 +184,8 @@ def _since_1970(path: Path, times: Any, options: TimeOptions) -> Times:
         why = first_line(e)
         if "ocate" in why:
             raise UsageError(f"--timezone {options.timezone!r} is not known; use a name such as Europe/Berlin") from e
-        raise FileError(f"{path} has a time that cannot be used: {why}") from e
+        why = re.sub(r"(\.0+)?( is ambiguous\.| is in a gap).*", "", why)
+        raise FileError(f"{path} has a time that cannot be used: {why}; give times in UTC, or with their zone") from e
     if len(found) and (found.max() >= MAX_NS - options.covers_ns or found.min() <= -MAX_NS):
         raise FileError(f"{path} has times outside of the years 1824 to 2116, which fit into 64 bits of nanoseconds")
     return found
