@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 
 from stream_mmrnn.cli.terminal import Json, print_document, say_on
+from stream_mmrnn.core import topics
+from stream_mmrnn.core.durations import parse_ns, spoken
 from stream_mmrnn.core.errors import FileError, UsageError
 from stream_mmrnn.core.printable import escape, shown
 from stream_mmrnn.core.signals import StopFlag
@@ -18,6 +22,9 @@ from stream_mmrnn.core.signals import StopFlag
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from stream_mmrnn.offline.convert.table_file import Options
+
+T = TypeVar("T")
 Force = Annotated[bool, typer.Option("--force", help="Overwrite existing files.")]
 
 
@@ -98,43 +105,124 @@ def view(
 
 
 def import_(
-    path: Annotated[Path, typer.Argument(help="An XDF file, as LabRecorder makes it.")],
+    path: Annotated[Path, typer.Argument(help="An XDF file, as LabRecorder makes it, or a table: .csv, .parquet.")],
     out: Annotated[Path, typer.Argument(help="The MCAP file to make.")],
     chosen: Annotated[
         list[str] | None,
-        typer.Option("--as", help="Role of a stream: NAME=audio, text, signal, label or none; repeatable."),
+        typer.Option("--as", help="XDF: role of a stream, NAME=audio, text, signal, label or none; repeatable."),
     ] = None,
     session: Annotated[str, typer.Option(help="The session's name.")] = "imported",
+    time: Annotated[str, typer.Option(help="Table: the column with the time of each row.")] = "",
+    unit: Annotated[str, typer.Option(help="Table: of times that are numbers since 1970: s, ms, us, ns.")] = "",
+    timezone: Annotated[
+        str, typer.Option(help="Table: zone of times without one, such as Europe/Berlin; UTC unless given.")
+    ] = "",
+    time_format: Annotated[str, typer.Option(help="Table: pattern of times that are not ISO, such as %d.%m.%Y.")] = "",
+    covers: Annotated[
+        str, typer.Option(help="Table: how long a row covers from its time on, such as 1d; it counts from the end.")
+    ] = "",
+    streams: Annotated[
+        list[str] | None,
+        typer.Option("--stream", help="Table: a stream and its columns, NAME=COLUMN,COLUMN; repeatable."),
+    ] = None,
+    by: Annotated[str, typer.Option(help="Table: the column that says of which stream a row is.")] = "",
+    max_gap: Annotated[str, typer.Option(help="Table: the longest gap between rows to accept, such as 90d.")] = "",
     as_json: Json = False,
 ) -> None:
-    """Convert an XDF file to a recording, to replay and to train on."""
-    from stream_mmrnn.offline.convert import xdf
+    """Convert an XDF file or a table to a recording, to replay and to train on."""
+    from stream_mmrnn.offline.convert import table_file
 
-    pairs = [entry.rpartition("=") for entry in chosen or []]
-    if wrong := next((e for e, (name, _, _) in zip(chosen or [], pairs, strict=True) if not name), None):
-        raise UsageError(f"--as needs NAME=ROLE, such as EEG=signal, not {wrong!r}")
+    if session and not re.match(topics.SESSION_NAME, session):
+        raise UsageError(f"--session is {session[:80]!r}: expected up to 64 letters, digits, `.`, `_` or `-`")
+    for_tables = {
+        "--time": time, "--unit": unit, "--timezone": timezone, "--time-format": time_format, "--covers": covers,
+        "--stream": streams, "--by": by, "--max-gap": max_gap,
+    }  # fmt: skip
+    given = [option for option, value in for_tables.items() if value]
+    is_table = path.suffix.lower() in table_file.SUFFIXES
+    if given and not is_table:
+        raise UsageError(f"{given[0]} is for tables ({', '.join(table_file.SUFFIXES)}), and {path.name} is none")
+    if chosen and is_table:
+        raise UsageError("--as is for XDF files; choose the columns of a table with --stream NAME=COLUMN,COLUMN")
+    if is_table and not time:
+        raise UsageError(f"name the column with the times of {path.name} by --time COLUMN")
     console = Console(stderr=as_json, highlight=False, soft_wrap=True)
     with progress_bar(console) as bar:
         task = bar.add_task("importing", total=1.0)
-        result = xdf.convert(
-            path,
-            out,
-            session,
-            {name: role for name, _, role in pairs},
-            lambda share: bar.update(task, completed=share),
-        )
+
+        def progress(share: float) -> None:
+            bar.update(task, completed=share)
+
+        if is_table:
+            options = table_file.Options(
+                time=time,
+                unit=unit,
+                timezone=timezone or "UTC",
+                time_format=time_format,
+                covers_ns=parse_ns(covers, "--covers") if covers else 0,
+                streams=_pairs("--stream", "NAME=COLUMN,COLUMN", streams, lambda columns: tuple(columns.split(","))),
+                by=by,
+                max_gap_ns=parse_ns(max_gap, "--max-gap") if max_gap else 0,
+            )
+            result = _import_table(path, out, options, session, progress, console)
+        else:
+            result = _import_xdf(path, out, _pairs("--as", "NAME=ROLE", chosen, str), session, progress, console)
+    seconds, count = spoken(result["seconds"]), sum(result["messages"].values())
+    console.print(f"{escape(str(out))}: {seconds}, {count} messages")
     if as_json:
         print_document(result)
-    else:
-        for stream in result["streams"]:
-            console.print(
-                f"  {shown(stream['name'], 64)} ({shown(stream['type'], 64)}): {stream['samples']} samples, "
-                + ("left out" if stream["role"] == "none" else f"as {stream['role']}")
-            )
-        console.print(f"{escape(str(out))}: {result['seconds']:.1f} s, {sum(result['messages'].values())} messages")
-    if result["damage"]:
+    if result.get("damage"):
         say_on(Console(stderr=True))(f"{result['damage']}; what could be read was imported")
         raise typer.Exit(3)
+
+
+def _pairs(option: str, form: str, given: list[str] | None, convert: Callable[[str], T]) -> dict[str, T]:
+    """The values of a repeatable option `NAME=VALUE`, by name."""
+    found: dict[str, T] = {}
+    for entry in given or []:
+        # a stream of an XDF file may have "=" in its name, a stream of a session may not
+        name, _, value = entry.partition("=") if option == "--stream" else entry.rpartition("=")
+        if not name or not value:
+            raise UsageError(f"{option} needs {form}, not {entry!r}")
+        if name in found:
+            raise UsageError(f"{option} names {name!r} twice; give it once")
+        found[name] = convert(value)
+    return found
+
+
+def _import_xdf(
+    path: Path, out: Path, chosen: dict[str, str], session: str, progress: Callable[[float], None], console: Console
+) -> dict[str, Any]:
+    from stream_mmrnn.offline.convert import xdf
+
+    result = xdf.convert(path, out, session, chosen, progress)
+    for stream in result["streams"]:
+        console.print(
+            f"  {shown(stream['name'], 64)} ({shown(stream['type'], 64)}): {stream['samples']} samples, "
+            + ("left out" if stream["role"] == "none" else f"as {stream['role']}")
+        )
+    return result
+
+
+def _import_table(
+    path: Path, out: Path, options: Options, session: str, progress: Callable[[float], None], console: Console
+) -> dict[str, Any]:
+    from stream_mmrnn.offline.convert import table
+
+    result = table.convert(path, out, options, session, progress)
+    for stream in result["streams"]:
+        absent = stream["rows"] - stream["samples"]
+        console.print(
+            f"  {stream['name']}: {stream['samples']} samples of {shown(', '.join(stream['columns']), 200)}, one every "
+            f"{spoken(stream['step_s'])}"
+            + (f"; gaps: {stream['gaps']}, the longest {spoken(stream['longest_gap_s'])}" if stream["gaps"] else "")
+            + (f"; {absent} rows miss a value and are no sample" if absent else "")
+        )
+    for column, why in result["left_out"].items():
+        console.print(f"  left out: the column {shown(column, 64)} {shown(why)}")
+    if result["shift_s"]:
+        console.print(f"  all times are {spoken(result['shift_s'])} later: a recording has none before 1970")
+    return result
 
 
 class Codec(StrEnum):
@@ -178,7 +266,7 @@ def unpack(
             if gaps:
                 words.append(f"{len(gaps)} gaps, {sum(g['seconds'] for g in gaps):.2f} s of silence in them")
             console.print(f"  {escape(name):<28} {', '.join(words)}")
-        console.print(f"{len(result['files'])} files of {result['seconds']:.1f} s in {escape(str(folder))}")
+        console.print(f"{len(result['files'])} files of {spoken(result['seconds'])} in {escape(str(folder))}")
     if result["stopped"]:
         say_on(Console(stderr=True))("stopped before the end: nothing was written")
         raise typer.Exit(3)

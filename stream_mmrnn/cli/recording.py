@@ -10,7 +10,11 @@ import typer
 from rich.console import Console
 
 from stream_mmrnn.cli.terminal import Json, print_document, say_on
+from stream_mmrnn.core.durations import spoken
 from stream_mmrnn.core.printable import shown
+
+_SELDOM_HZ = 1 / 60
+"""Below this rate the interval is shown."""
 
 
 def info(path: Annotated[Path, typer.Argument(help="A recording.")], as_json: Json = False) -> None:
@@ -25,7 +29,7 @@ def info(path: Annotated[Path, typer.Argument(help="A recording.")], as_json: Js
     else:
         console = Console(highlight=False)
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(result["started_unix_ns"] / 1e9))
-        console.print(f"[bold]{path}[/bold]  session {result['session']!r}, {result['seconds']:.1f} s, begun {when}")
+        console.print(f"[bold]{path}[/bold]  session {result['session']!r}, {spoken(result['seconds'])}, begun {when}")
         model = result["model"]
         console.print(f"model {shown(model['name'], 64)} {shown(model['sha256'], 12)}, ended: {shown(result['ended'])}")
         if not result["raw"]:
@@ -34,7 +38,8 @@ def info(path: Annotated[Path, typer.Argument(help="A recording.")], as_json: Js
         for name in ("channel", "messages", "rate", "gaps", "made by"):
             table.add_column(name, justify="right" if name in ("messages", "rate", "gaps") else "left")
         for name, c in result["channels"].items():
-            row = (str(c["messages"]), f"{c['rate_hz']:.1f} Hz", str(c["gaps"]))
+            often = f"every {spoken(1 / c['rate_hz'])}" if 0 < c["rate_hz"] < _SELDOM_HZ else f"{c['rate_hz']:.1f} Hz"
+            row = (str(c["messages"]), often, str(c["gaps"]))
             table.add_row(shown(name, 64), *row, shown(c["origin"], 48))
         console.print(table)
     if not result["whole"]:

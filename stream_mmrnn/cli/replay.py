@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from stream_mmrnn.cli.terminal import Json, ModelName, Provider, print_document, say_on
+from stream_mmrnn.core.durations import spoken
 from stream_mmrnn.core.printable import shown
 from stream_mmrnn.core.signals import StopFlag
 
@@ -73,7 +74,7 @@ def replay(
         print_document(result)
     else:
         console.print(
-            f"{result['predictions']} predictions of {result['covered_s']:.1f} s in {result['seconds']:.2f} s: "
+            f"{result['predictions']} predictions of {spoken(result['covered_s'])} in {result['seconds']:.2f} s: "
             f"{result['times_real_time']:.0f} times real time"
         )
         if result["recorded_predictions"]:

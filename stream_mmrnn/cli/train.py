@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 
 from stream_mmrnn.cli.terminal import Json, print_document, say_on
+from stream_mmrnn.core.durations import parse_ns
+from stream_mmrnn.core.errors import UsageError
 from stream_mmrnn.core.extras import need
 from stream_mmrnn.core.printable import shown
 from stream_mmrnn.core.signals import StopFlag
@@ -38,12 +40,30 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
     int8: Annotated[bool, typer.Option("--int8", help="Write 8-bit weights too.")] = False,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the random numbers.")] = None,
+    forecast: Annotated[
+        str | None, typer.Option(help="Without a recipe: forecast these columns, such as temp_max,temp_min.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, max=10_000, help="How many ticks to --forecast.")] = 1,
+    tick: Annotated[
+        str, typer.Option(help="The tick of a --forecast, such as 1d; by default the usual time between two rows.")
+    ] = "",
+    season: Annotated[
+        int, typer.Option(min=0, help="Ticks of a season: compare with the value of one season before; 0: no.")
+    ] = 0,
     as_json: Json = False,
 ) -> None:
-    """Train a model from a recipe, or from your own labelled recordings."""
+    """Train a model from a recipe, or from your own recordings: of their labels, or a forecast of columns."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    if forecast is None and (steps != 1 or tick or season):
+        raise UsageError("--steps, --tick and --season are for --forecast COLUMNS")
     verbs = _training(_EXTRA)
+    wanted = None
+    if forecast is not None:
+        names = tuple(filter(None, forecast.split(",")))
+        if not names:
+            raise UsageError("--forecast needs the names of columns, such as temp_max,temp_min")
+        wanted = verbs.Forecast(names, steps, parse_ns(tick, "--tick") if tick else 0, season)
     console = Console(stderr=as_json, highlight=False)
     alive = StopFlag.unwinding()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
@@ -69,6 +89,7 @@ def train(
             resume=resume,
             int8=int8,
             seed=seed,
+            forecast=wanted,
             progress=progress,
             alive=alive,
         )
@@ -98,6 +119,26 @@ def _print_heads(console: Console, heads: dict[str, dict[str, Any]]) -> None:
                 if number is not None:
                     what = f"{key.replace('_', ' ')} {label}".strip()
                     table.add_row(name, str(figures["ticks"]), what, f"{number:.3f}")
+    console.print(table)
+    for name, figures in heads.items():
+        if figures.get("baselines"):
+            _print_errors(console, name, figures)
+
+
+def _print_errors(console: Console, name: str, figures: dict[str, Any]) -> None:
+    """The errors of a forecast beside those of simple rules, on the same ticks."""
+    from rich.table import Table
+
+    table = Table(title=f"{name}: mean absolute error", title_justify="left", header_style="dim")
+    table.add_column("number")
+    columns = {"model": figures, **figures["baselines"]}
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="right")
+    for label in figures.get("mae_by_label", {}):
+        table.add_row(shown(label, 64), *(f"{each['mae_by_label'][label]:.3f}" for each in columns.values()))
+    for key in ("r2", "mse"):
+        numbers = [each[key] for each in columns.values()]
+        table.add_row(f"all: {key}", *("" if number is None else f"{number:.3f}" for number in numbers))
     console.print(table)
 
 

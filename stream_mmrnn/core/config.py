@@ -22,6 +22,8 @@ from stream_mmrnn.core.topics import SESSION_NAME, STREAM_NAME
 
 _Positive = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
 _Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+_WEEK_MS = 604_800_000
+_Lateness = Annotated[float, msgspec.Meta(ge=0, le=_WEEK_MS)]
 
 Policy = Literal["latest", "drop_oldest", "block"]
 
@@ -73,7 +75,7 @@ class StreamSettings(_Section, frozen=True):
     reduction: Literal["", "last", "mean", "sum"] = ""
     """How the samples of one tick become one vector; "" is the kind's: last picture, mean of sound and of signals, sum
     of texts."""
-    lateness_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] | None = None
+    lateness_ms: _Lateness | None = None
     """How long a tick waits for it; unless given, the kind's in `[align]`."""
     policy: Literal["", "latest", "drop_oldest", "block"] = ""
     """Of the queue between device and encoder; "" is the kind's in `[queues]`."""
@@ -118,13 +120,13 @@ class SyntheticSettings(_Section, frozen=True):
 class AlignSettings(_Section, frozen=True):
     """The lateness of a kind applies to all its streams: that of `audio` also to `other_audio`."""
 
-    vision_lateness_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = 80.0
-    audio_lateness_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = 80.0
-    text_lateness_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = 0.0
-    signal_lateness_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = 80.0
-    max_ahead_ms: Annotated[float, msgspec.Meta(gt=0, le=3_600_000)] = 500.0
+    vision_lateness_ms: _Lateness = 80.0
+    audio_lateness_ms: _Lateness = 80.0
+    text_lateness_ms: _Lateness = 0.0
+    signal_lateness_ms: _Lateness = 80.0
+    max_ahead_ms: Annotated[float, msgspec.Meta(gt=0, le=_WEEK_MS)] = 500.0
     """Samples with an event time further ahead of the clock are quarantined."""
-    max_behind_ms: Annotated[float, msgspec.Meta(gt=0, le=3_600_000)] = 10_000.0
+    max_behind_ms: Annotated[float, msgspec.Meta(gt=0, le=_WEEK_MS)] = 10_000.0
 
     def lateness_ns(self, kind: Kind) -> int:
         by_kind: dict[Kind, float] = {

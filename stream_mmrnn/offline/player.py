@@ -17,6 +17,7 @@ import msgspec
 from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.config import LOOPBACK
+from stream_mmrnn.core.durations import spoken
 from stream_mmrnn.core.streams import Stream, text_topics, usual
 from stream_mmrnn.core.types import Envelope, ModelSpec, Prediction
 from stream_mmrnn.viewers.dashboard.heads import HISTORY_NS
@@ -215,7 +216,7 @@ class Player:
     def _note(self) -> str:
         if self._until_ns > self._position_ns:
             place_s = (self._until_ns - self._first_ns) / 1e9
-            return f"seeking to {place_s:.1f} s: the model runs over everything before it"
+            return f"seeking to {spoken(place_s)}: the model runs over everything before it"
         if self._ended:
             return "the end; seek back to see it again, or close this page to end the replay"
         return f"at {self._speed:g} times real time" + (", paused" if self._paused else "")

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from stream_mmrnn.capture.resampler import SoundInput
 from stream_mmrnn.core import config
+from stream_mmrnn.core.durations import spoken
 from stream_mmrnn.core.errors import SessionError, SnapshotError, UsageError
 from stream_mmrnn.core.sound import mono
 from stream_mmrnn.core.types import Prediction, Tick
@@ -257,9 +258,10 @@ class Predictor:
         if not 0 <= at_s < 2**32:
             raise UsageError(f"at_s is {at_s!r}: expected seconds since the session's start, 0 or more")
         at_ns = self._input.zero_ns + round(at_s * 1e9)
-        if at_ns - self._input.newest_ns > _MAX_GAP_NS:
+        if at_ns - self._input.newest_ns > (most_ns := max(_MAX_GAP_NS, self._input.at_once_ns)):
             raise UsageError(
-                f"at_s is {at_s:g}, more than an hour after what was pushed before; call reset(), or advance() in steps"
+                f"at_s is {at_s:g}, more than {spoken(most_ns / 1e9)} after what was pushed before; call reset(), or "
+                "advance() in steps"
             )
         return at_ns
 

@@ -23,10 +23,11 @@ from stream_mmrnn.core.types import Envelope, FloatArray, ModalitySpec, Stamps, 
 from stream_mmrnn.predict.align_session import AlignedSession, SessionState
 from stream_mmrnn.predict.align_stream import FLOAT32, MAX_PENDING, NEVER, AlignedStream, OpenSample, StreamCounts
 
-_MAX_PER_TICK = 4096
-"""Limit on the samples of one stream in one open tick."""
-_MAX_JUMP_NS = 600_000_000_000
-"""Ten minutes: a longer clock jump needs a second message that confirms it, and the ticks in between are skipped."""
+_MAX_PER_TICK, _MOST_PER_TICK, _USUAL_TICK_NS = 4096, 131_072, 40_000_000
+"""Limit on the samples of one stream in one open tick of 40 ms; it grows with the tick, up to the second number."""
+_MAX_JUMP_NS, _MAX_JUMP_TICKS = 600_000_000_000, 15_000
+"""Ten minutes, or so many ticks if these are longer: a longer clock jump needs a second message that confirms it, and
+the ticks in between are skipped."""
 _absolute, _less = np.absolute, np.less
 _LARGEST = np.array(1e12, np.float32)
 """Larger values are quarantined: a finite value near the float32 limit turns a recurrent state into NaN for good."""
@@ -71,6 +72,8 @@ class Aligner:
         self._specs = {m.name: m for m in modalities}
         self._lateness_ns = dict(lateness_ns)
         self._max_ahead_ns, self._max_behind_ns = max_ahead_ns, max_behind_ns
+        self._max_jump_ns = max(_MAX_JUMP_NS, _MAX_JUMP_TICKS * tick_ns)
+        self._max_per_tick = max(_MAX_PER_TICK, min(_MOST_PER_TICK, _MAX_PER_TICK * tick_ns // _USUAL_TICK_NS))
         self._sessions: dict[str, AlignedSession] = {}
         table = table or {}
         self.feeding = {m.name: streams.feeding(m.name, m.encoder, table) for m in modalities}
@@ -161,7 +164,7 @@ class Aligner:
         if session not in self._sessions:
             return []
         open_session = self._sessions[session]
-        until_ns = min(event_ns, open_session.clock_ns + _MAX_JUMP_NS)
+        until_ns = min(event_ns, open_session.clock_ns + self._max_jump_ns)
         ticks = self._close_until(open_session, until_ns // self.tick_ns, closed)
         self._discard(session)
         return ticks
@@ -177,7 +180,7 @@ class Aligner:
             ticks: list[Tick] = []
             for session in self._sessions.values():
                 if event_ns > session.clock_ns:
-                    if event_ns - session.clock_ns > _MAX_JUMP_NS and not self._leap(session, event_ns):
+                    if event_ns - session.clock_ns > self._max_jump_ns and not self._leap(session, event_ns):
                         continue
                     session.clock_ns = event_ns
                 if session.clock_ns >= session.due_ns:
@@ -211,7 +214,7 @@ class Aligner:
         confirmed = 0 <= event_ns - session.leapt_ns <= self._max_ahead_ns
         session.leapt_ns = event_ns
         if confirmed:
-            session.skip_to((event_ns - _MAX_JUMP_NS) // self.tick_ns, self.tick_ns)
+            session.skip_to((event_ns - self._max_jump_ns) // self.tick_ns, self.tick_ns)
         else:
             self.malformed += 1
         return confirmed
@@ -260,9 +263,9 @@ class Aligner:
         samples = stream.open.get(index)
         if samples is None:
             stream.open[index] = [(event_ns, seq, payload)]
-        elif len(samples) >= _MAX_PER_TICK:
+        elif len(samples) >= self._max_per_tick:
             counts.quarantined += 1
-            self.misfits.setdefault(stream.name, f"more than {_MAX_PER_TICK} samples came for one tick")
+            self.misfits.setdefault(stream.name, f"more than {self._max_per_tick} samples came for one tick")
             return False
         else:
             samples.append((event_ns, seq, payload))

@@ -22,7 +22,8 @@ from stream_mmrnn.core.types import HeadSpec, ModalitySpec, ModelSpec, StateSpec
 from stream_mmrnn.graph.runtime import Graph, TensorSpec
 
 METADATA_KEY = "stream_mmrnn"
-_MAX_TICK_NS = 60_000_000_000
+_MAX_TICK_NS = 366 * 86_400_000_000_000
+"""A year; times are 64 bits of nanoseconds."""
 _MAX_NUMBERS = 2**22
 """Most numbers in one row of an input, a state or a head."""
 _MAX_PARTS = 256

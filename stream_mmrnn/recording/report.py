@@ -234,7 +234,7 @@ def info(path: Path) -> dict[str, Any]:
                 "messages": count,
                 "origin": summary.origins[topic],
                 "gaps": summary.gaps[topic],
-                "rate_hz": round(count / seconds, 2) if seconds else 0.0,
+                "rate_hz": _rate_hz(count, seconds),
             }
             for topic, count in sorted(summary.messages.items())
         },
@@ -243,6 +243,14 @@ def info(path: Path) -> dict[str, Any]:
         "whole": not damage,
         "damage": damage,
     }
+
+
+def _rate_hz(count: int, seconds: float) -> float:
+    """Messages per second, also where there is one per day."""
+    if not seconds:
+        return 0.0
+    rate_hz = count / seconds
+    return round(rate_hz, 2) if rate_hz >= 0.1 else float(f"{rate_hz:.3g}")
 
 
 def _about(summary: RecordingSummary) -> dict[str, Any]:

@@ -29,7 +29,7 @@ Extra = Mapping[str, bytes | str]
 """What a snapshot holds beside an engine's tensors."""
 
 _S = 1_000_000_000
-_AT_ONCE_NS = 300 * _S
+_AT_ONCE_NS, _AT_ONCE_TICKS = 300 * _S, 7500
 """The aligner takes longer jumps of its clock for an error, and a longer silence makes thousands of ticks at once."""
 _WAITS_NS = 2**60
 """Lateness of a dense stream when the caller gives the time: its ticks wait until it has come, or for `advance`."""
@@ -79,6 +79,8 @@ class SessionInput:
         self._table = stream_table(settings)
         self.zero_ns = spec.tick_ns * _ZERO_TICKS if zero_ns is None else zero_ns
         """When the session begins."""
+        self.at_once_ns = max(_AT_ONCE_NS, _AT_ONCE_TICKS * spec.tick_ns)
+        """How far the aligner's clock moves at once."""
         self._aligner = self._make_aligner()
         fed = [row for _, row in self._aligner.feeding.values()]
         self.streams = {row.name: row for of in fed for row in (of, root_of(of, self._table))}
@@ -231,7 +233,7 @@ class SessionInput:
     def _tick(self, to_ns: int) -> Iterator[Tick]:
         """Move the clock on, in steps that the aligner takes."""
         while True:
-            self.newest_ns = max(self.newest_ns, min(to_ns, self.newest_ns + _AT_ONCE_NS))
+            self.newest_ns = max(self.newest_ns, min(to_ns, self.newest_ns + self.at_once_ns))
             at = (self.newest_ns,) * 3
             seq = self._seq[topics.CLOCK] = self._seq.get(topics.CLOCK, -1) + 1
             yield from self._aligner.push(Envelope(topics.CLOCK, topics.EVERYONE, seq, *at, b""))

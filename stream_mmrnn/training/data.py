@@ -7,7 +7,7 @@ carried from chunk to chunk, so a sequence may be longer than the back-propagati
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
@@ -32,15 +32,23 @@ class Ticks:
     age_s: FloatArray
     """[T, M] seconds, as the engine gives them to the model: clipped at `MAX_AGE_S`, which also means "never"."""
     targets: dict[str, Array]
-    """By head, [T] or [T, size]; the meaning depends on the head's kind (see `heads.loss`)."""
+    """By head, [T] or [T, size]; the meaning depends on the head's kind (see `heads.loss`). `HEAD.NAME`: what the
+    simple rule NAME forecasts for this head, scored beside the model."""
     weights: dict[str, FloatArray]
     """By head, [T]: the weight of a tick in the loss; 0 where there is no target."""
     name: str = ""
     groups: dict[str, str] = field(default_factory=dict)
     """Attributes by which a report may be split, such as the speaker."""
+    warm_up: int = 0
+    """Ticks at the beginning that come before the held-out part: they are not scored."""
 
     def __len__(self) -> int:
         return len(self.present)
+
+
+def baselines_of(targets: Mapping[str, Array], head: str) -> dict[str, Array]:
+    """What simple rules forecast for a head, by the rule's name."""
+    return {key.removeprefix(f"{head}."): x for key, x in targets.items() if key.startswith(f"{head}.")}
 
 
 class LazySequence(Sequence[Ticks]):

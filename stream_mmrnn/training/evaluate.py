@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from stream_mmrnn.training import metrics
-from stream_mmrnn.training.data import Ticks, batches
-from stream_mmrnn.training.heads import activate
+from stream_mmrnn.training.data import Ticks, baselines_of, batches
 from stream_mmrnn.training.predictor import Predictor
 from stream_mmrnn.training.recipe import Head
 from stream_mmrnn.training.served import hidden
@@ -28,6 +27,8 @@ class Output(NamedTuple):
     weight: Array
     place: Array
     """Index of each tick in its sequence."""
+    baselines: dict[str, Array] = {}  # noqa: RUF012 never changed
+    """By the name of a simple rule, what it forecasts, [N, size]."""
 
 
 Outputs = dict[str, Output]
@@ -62,18 +63,28 @@ def collect(
                 counts = batch.weights[h.name] > 0
                 values = raw[h.name].float().cpu().numpy()[counts]
                 found[h.name].append(
-                    Output(values, batch.targets[h.name][counts], batch.weights[h.name][counts], batch.place[counts])
+                    Output(
+                        values,
+                        batch.targets[h.name][counts],
+                        batch.weights[h.name][counts],
+                        batch.place[counts],
+                        {name: x[counts] for name, x in baselines_of(batch.targets, h.name).items()},
+                    )
                 )
     nothing = {h.name: Output(np.zeros((0, h.size), np.float32), *np.zeros((3, 0))) for h in recipe.heads}
-    return {
-        name: Output(*(np.concatenate(part) for part in zip(*rows, strict=True))) if rows else nothing[name]
-        for name, rows in found.items()
-    }
+    return {name: _joined(rows) if rows else nothing[name] for name, rows in found.items()}
+
+
+def _joined(rows: Sequence[Output]) -> Output:
+    raw, target, weight, place = (np.concatenate(part) for part in zip(*(row[:4] for row in rows), strict=True))
+    baselines = {name: np.concatenate([row.baselines[name] for row in rows]) for name in rows[0].baselines}
+    return Output(raw, target, weight, place, baselines)
 
 
 def served(predictor: Predictor, head: Head, raw: Array) -> tuple[Array, float]:
     """The served outputs for raw outputs, and the threshold of a binary head."""
-    scores = activate(head, torch.from_numpy(raw), predictor.heads.temperature(head.name).cpu()).numpy()
+    device = next(predictor.parameters()).device
+    scores = predictor.heads.served(head, torch.from_numpy(raw).to(device)).cpu().numpy()
     return scores, float(predictor.heads.threshold(head.name))
 
 
@@ -83,7 +94,7 @@ def figures(predictor: Predictor, outputs: Outputs) -> dict[str, dict[str, Any]]
     for head in predictor.recipe.heads:
         scores, threshold = served(predictor, head, outputs[head.name].raw)
         result[head.name] = {
-            **metrics.score(head, scores, outputs[head.name].target, threshold),
+            **metrics.score(head, scores, outputs[head.name].target, threshold, outputs[head.name].baselines),
             "temperature": float(predictor.heads.temperature(head.name)),
         }
         result[head.name]["primary"] = metrics.primary(head, result[head.name])

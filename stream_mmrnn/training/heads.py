@@ -28,7 +28,7 @@ def loss(head: Head, raw: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     classification: cross-entropy, `target` [...] a class number (or one logit against 0 and 1, where size is 1).
     activity_projection: binary cross-entropy of each bin, `target` [..., size] of 0 and 1 (Ekstedt and Skantze 2022
     predict the joint state of the bins; here each bin has its own probability).
-    regression: squared error, or Huber's with delta 1, `target` [..., size].
+    regression: squared error, or Huber's with delta 1, `target` [..., size]; a number that is NaN does not count.
     hazard: discrete-time survival (Gensheimer and Narasimhan 2019): sigmoid(raw_j) is the probability that the event
     comes in interval j, given that it did not come before; `target` [...] is the interval in which it came, or `size`
     if it came in none of them.
@@ -40,7 +40,10 @@ def loss(head: Head, raw: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         each = each.mean(-1)
     elif head.kind == "regression":
         kind = F.huber_loss if head.loss == "huber" else F.mse_loss
-        each = kind(raw, target.to(raw.dtype), reduction="none").mean(-1)
+        target = target.to(raw.dtype)
+        known = ~torch.isnan(target)
+        errors = kind(raw, torch.where(known, target, raw.detach()), reduction="none")
+        each = errors.sum(-1) / known.sum(-1).clamp(min=1)
     else:
         interval = torch.arange(head.size, device=raw.device)
         came = target.long().unsqueeze(-1)
@@ -60,6 +63,9 @@ class Heads(nn.Module):
         for h in heads:
             self.register_buffer(f"temperature_{h.name}", torch.ones(()))
             self.register_buffer(f"threshold_{h.name}", torch.full((), 0.5))
+            if h.standardise:
+                self.register_buffer(f"mean_{h.name}", torch.zeros(h.size))
+                self.register_buffer(f"std_{h.name}", torch.ones(h.size))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Raw outputs by head, [..., size]."""
@@ -71,6 +77,34 @@ class Heads(nn.Module):
     def threshold(self, name: str) -> Tensor:
         return getattr(self, f"threshold_{name}")
 
+    def set_scale(self, name: str, mean: Tensor, std: Tensor) -> None:
+        """Set the mean and the deviation [size] of a head's targets; a constant one is not scaled."""
+        getattr(self, f"mean_{name}").copy_(mean)
+        getattr(self, f"std_{name}").copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
+
+    def from_last(self, raw: dict[str, Tensor], last: Tensor, columns: dict[str, list[int]]) -> dict[str, Tensor]:
+        """Raw outputs with the last known values added. `last` [..., N]; `columns`: by head, that of each number."""
+        found = dict(raw)
+        for name, places in columns.items():
+            found[name] = raw[name] + last[..., places] / getattr(self, f"std_{name}")
+        return found
+
+    def standardised(self, head: Head, target: Tensor) -> Tensor:
+        """The target on the scale of the layer's output."""
+        if not head.standardise:
+            return target
+        mean, std = getattr(self, f"mean_{head.name}"), getattr(self, f"std_{head.name}")
+        scaled: Tensor = (target - mean) / std
+        return scaled
+
+    def served(self, head: Head, raw: Tensor) -> Tensor:
+        """The served output of one head."""
+        out = activate(head, raw, self.temperature(head.name))
+        if not head.standardise:
+            return out
+        scaled: Tensor = out * getattr(self, f"std_{head.name}") + getattr(self, f"mean_{head.name}")
+        return scaled
+
     def activate(self, raw: dict[str, Tensor]) -> dict[str, Tensor]:
         """The served outputs by head."""
-        return {h.name: activate(h, raw[h.name], self.temperature(h.name)) for h in self.specs}
+        return {h.name: self.served(h, raw[h.name]) for h in self.specs}

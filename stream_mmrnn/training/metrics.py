@@ -6,6 +6,7 @@ Every function takes the predictions and targets of the ticks with a weight, in 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -68,10 +69,13 @@ def confusion(predicted: Array, true: Array, classes: int) -> Array:
     return table
 
 
-def score(head: Head, predicted: Array, target: Array, threshold: float = 0.5) -> dict[str, Any]:
+def score(
+    head: Head, predicted: Array, target: Array, threshold: float = 0.5, baselines: Mapping[str, Array] | None = None
+) -> dict[str, Any]:
     """The figures of one head over N ticks; `predicted` [N, size] as served, `target` [N] or [N, size].
 
-    `threshold`: a binary head means yes above it.
+    `threshold`: a binary head means yes above it. `baselines`: what simple rules forecast, [N, size] by the rule's
+    name, scored like a regression's own numbers.
     """
     if not len(predicted):
         return {"ticks": 0}
@@ -116,14 +120,10 @@ def score(head: Head, predicted: Array, target: Array, threshold: float = 0.5) -
             "reliability": curve,
         }
     if head.kind == "regression":
-        squared = (predicted - target) ** 2
-        spread = np.maximum(target.var(0), 1e-12)
-        return {
-            "ticks": len(predicted),
-            "mse": float(squared.mean()),
-            "mae": float(np.abs(predicted - target).mean()),
-            "r2": float(1 - (squared.mean(0) / spread).mean()),
-        }
+        found = {"ticks": len(predicted), **errors(head, predicted, target)}
+        if baselines:
+            found["baselines"] = {name: errors(head, values, target) for name, values in baselines.items()}
+        return found
     came = target.astype(int)
     survive = np.cumprod(1 - predicted, 1)
     arrives = 1 - survive
@@ -133,6 +133,31 @@ def score(head: Head, predicted: Array, target: Array, threshold: float = 0.5) -
         "auc": {n: auc(arrives[:, i], came <= i) for i, n in enumerate(names)},
         "log_loss": float(_hazard_loss(predicted, came).mean()),
     }
+
+
+def errors(head: Head, predicted: Array, target: Array) -> dict[str, Any]:
+    """The errors of numbers [N, size] over the targets that are known (not NaN), also by label."""
+    target = target.reshape(predicted.shape).astype(np.float64)
+    some = (~np.isnan(target)).any(0)
+    predicted, target = predicted[:, some], target[:, some]
+    known = ~np.isnan(target)
+    count = known.sum(0)
+
+    def mean(values: Array) -> Array:
+        return np.where(known, values, 0).sum(0) / count
+
+    squared, absolute = mean((predicted - target) ** 2), mean(np.abs(predicted - target))
+    spread = mean((target - mean(target)) ** 2)
+    share = count / max(count.sum(), 1)
+    found: dict[str, Any] = {
+        "mse": float((squared * share).sum()),
+        "mae": float((absolute * share).sum()),
+        "r2": float(1 - (squared / np.maximum(spread, 1e-12)).mean()) if some.any() else float("nan"),
+    }
+    if head.labels:
+        labels = [label for label, there in zip(head.labels, some, strict=True) if there]
+        found["mae_by_label"] = dict(zip(labels, absolute.tolist(), strict=True))
+    return found
 
 
 def _hazard_loss(hazard: Array, came: Array) -> Array:

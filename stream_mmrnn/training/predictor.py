@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from stream_mmrnn.training import fusion
 from stream_mmrnn.training.events import Events
 from stream_mmrnn.training.heads import Heads
+from stream_mmrnn.training.last_value import LastValue
 from stream_mmrnn.training.recipe import Recipe
 from stream_mmrnn.training.stack import Stack
 
 State = dict[str, Tensor]
-_CONTEXT = "context"
+_CONTEXT, _LAST = "context", "last"
 
 
 def _under(prefix: str, state: State) -> State:
@@ -29,7 +30,7 @@ def _named(prefix: str, state: State) -> State:
 
 
 class Predictor(nn.Module):
-    """The network from tick to heads. `states` are named `cell.*`, `fusion.*`, `events.*`, `context`."""
+    """The network from tick to heads. `states` are named `cell.*`, `fusion.*`, `events.*`, `context`, `last`."""
 
     known: Tensor
 
@@ -71,6 +72,16 @@ class Predictor(nn.Module):
         }
         if self.fusion.conditioned:
             self.states[_CONTEXT] = (c.hidden,)
+        starts = list(dict.fromkeys(start for h in recipe.heads for start in h.from_last))
+        self.changes = {
+            h.name: [starts.index(h.from_last[j % len(h.from_last)]) for j in range(h.size)]
+            for h in recipe.heads
+            if h.from_last
+        }
+        """By head that forecasts changes, the place in the state `last` of each of its numbers."""
+        if starts:
+            self.last = LastValue(starts, list(sizes))
+            self.states[_LAST] = (len(starts),)
 
     def initial(self, batch: int) -> State:
         """The state before the first tick, [batch, ...]."""
@@ -97,7 +108,11 @@ class Predictor(nn.Module):
         following |= _named("cell.", cells)
         if self.fusion.conditioned:
             following[_CONTEXT] = y
-        return self.heads(y), following
+        raw = self.heads(y)
+        if self.changes:
+            following[_LAST] = self.last.step(features, present, state[_LAST])
+            raw = self.heads.from_last(raw, following[_LAST], self.changes)
+        return raw, following
 
     def _common(self, features: dict[str, Tensor], present: Tensor, age: Tensor) -> tuple[Tensor, Tensor]:
         """The columns of `present` that the fusion uses, and its tokens."""
@@ -128,8 +143,16 @@ class Predictor(nn.Module):
         present = present * self.known
         if state is None:
             state = self.initial(present.shape[0])
-        if self.fusion.conditioned:
-            return self._loop(features, present, age, state, reset)
+        sequence = self._loop if self.fusion.conditioned else self._scan
+        raw, following = sequence(features, present, age, state, reset)
+        if self.changes:
+            last, following[_LAST] = self.last(features, present, state[_LAST], reset)
+            raw = self.heads.from_last(raw, last, self.changes)
+        return raw, following
+
+    def _scan(
+        self, features: dict[str, Tensor], present: Tensor, age: Tensor, state: State, reset: Tensor | None
+    ) -> tuple[dict[str, Tensor], State]:
         here, tokens = self._common(features, present, age)
         x, fused = self.fusion(tokens, here, _under("fusion.", state), reset)
         following = _named("fusion.", fused)

@@ -87,6 +87,12 @@ class Head(_Section, frozen=True):
     unit: str = "probability"
     loss: Literal["", "mse", "huber"] = ""
     """For a regression; "" is mse."""
+    standardise: bool = False
+    """For a regression: the loss is on targets with mean 0 and deviation 1, by the training data. The served numbers
+    are in the units of the data."""
+    from_last: tuple[tuple[str, Annotated[int, msgspec.Meta(ge=0)]], ...] = ()
+    """For a standardised regression: inputs as (modality, index). Number j is learnt as the change from the last known
+    value of the input j % len(from_last)."""
     weight: _Positive = 1.0
 
 
@@ -151,6 +157,7 @@ def parse(table: dict[str, Any]) -> Recipe:
                 raise ConfigError(
                     f"head {head.name!r} has {len(what)} {name} for {head.size} numbers; give one for each"
                 )
+        _check_from_last(head, recipe)
     if unknown := set(recipe.events.modalities) - set(recipe.modalities):
         raise ConfigError(f"events.modalities names {min(unknown)!r}, which is not a modality of the recipe")
     if len(set(recipe.events.modalities)) == len(recipe.modalities):
@@ -167,6 +174,19 @@ def parse(table: dict[str, Any]) -> Recipe:
         if m.select and m.energy:
             raise ConfigError(f"modality {name!r} has both `select` and `energy`; use one of them")
     return recipe
+
+
+def _check_from_last(head: Head, recipe: Recipe) -> None:
+    for modality, index in head.from_last:
+        if modality not in recipe.modalities or index >= recipe.modalities[modality].size:
+            raise ConfigError(
+                f"head {head.name!r} has from_last = {modality}, {index}, which is no input of the recipe"
+            )
+    if head.from_last and (head.size % len(head.from_last) or not head.standardise):
+        raise ConfigError(
+            f"head {head.name!r} has from_last: it needs standardise = true, and a size that is a multiple of "
+            f"{len(head.from_last)}"
+        )
 
 
 def load(path: Path) -> Recipe:

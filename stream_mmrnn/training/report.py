@@ -10,12 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from stream_mmrnn.core.durations import spoken
 from stream_mmrnn.training import metrics
 from stream_mmrnn.training.data import Task
 from stream_mmrnn.training.evaluate import Output, by_modalities, collect, figures, served
 from stream_mmrnn.training.predictor import Predictor
 from stream_mmrnn.training.recipe import Head
 
+_ROLLING = 400
+"""Ticks of a forecast that a report shows."""
+_UNITS = (("days", 86_400), ("hours", 3600), ("minutes", 60))
 _INK, _SECOND, _GRID = "#4c3fb5", "#1f77b4", "#d9dbe0"
 
 
@@ -35,9 +39,29 @@ def report(predictor: Predictor, task: Task, history: list[dict[str, Any]]) -> d
         "by_time": {
             h.name: by_time(predictor, outputs[h.name], h) for h in predictor.recipe.heads if h.kind == "classification"
         },
-        "test_ticks": sum(map(len, test)),
+        "rolling": rolling(predictor, task),
+        "test_ticks": sum(len(t) - t.warm_up for t in test),
         "about": task.about,
     }
+
+
+def rolling(predictor: Predictor, task: Task) -> dict[str, Any]:
+    """Of each head that is compared with simple forecasts: its numbers at the last ticks of the first test sequence."""
+    outputs = collect(predictor, task.test[:1])
+    found = {}
+    for head in predictor.recipe.heads:
+        output = outputs[head.name]
+        if output.baselines and head.labels and head.horizons_s:
+            scores, _ = served(predictor, head, output.raw[-_ROLLING:])
+            found[head.name] = {
+                "labels": list(head.labels),
+                "ahead": [round(end_s * 1e9 / predictor.recipe.tick_ns) for _, end_s in head.horizons_s],
+                "tick_s": predictor.recipe.tick_ns / 1e9,
+                "tick": output.place[-_ROLLING:].tolist(),
+                "forecast": scores.tolist(),
+                "true": output.target[-_ROLLING:].tolist(),
+            }
+    return found
 
 
 def by_time(predictor: Predictor, output: Output, head: Head) -> dict[str, list[float]]:
@@ -114,6 +138,8 @@ def _plots(document: dict[str, Any], folder: Path) -> list[Path]:
             axes.semilogx(curve["seconds"], curve["accuracy"], marker="o", color=_INK)
             axes.set(xlabel="seconds into the sequence", ylabel="accuracy", ylim=(0, 1.02), title=name)
             keep(figure, f"by_time_{name}")
+    for name, rows in document["rolling"].items():
+        keep(_forecasts(rows, plt), f"forecast_{name}")
     if document["by_modalities"]:
         heads = list(document["test"])
         figure, axes = plt.subplots(figsize=(5.5, 0.6 + 0.34 * len(document["by_modalities"]) * len(heads)))
@@ -122,6 +148,29 @@ def _plots(document: dict[str, Any], folder: Path) -> list[Path]:
         axes.set(title="by the modalities present")
         keep(figure, "by_modalities")
     return made
+
+
+def _forecasts(rows: dict[str, Any], plt: Any) -> Any:
+    """The rolling forecast of each column (at most four): the truth, and what was forecast for the same time, one tick
+    and the most ticks before.
+    """
+    columns = list(dict.fromkeys(label.rpartition("+")[0] for label in rows["labels"]))[:4]
+    figure, axes = plt.subplots(len(columns), figsize=(9, 0.8 + 2.2 * len(columns)), sharex=True, squeeze=False)
+    unit, size_s = next(((u, s) for u, s in _UNITS if rows["tick_s"] >= s), ("seconds", 1))
+    ticks, forecast, true = np.array(rows["tick"]), np.array(rows["forecast"]), np.array(rows["true"])
+    for axis, column in zip(axes[:, 0], columns, strict=True):
+        numbers = [j for j, label in enumerate(rows["labels"]) if label.rpartition("+")[0] == column]
+        for j, color in ((numbers[0], _SECOND), (numbers[-1], _INK)):
+            ahead = rows["ahead"][j]
+            at = (ticks + ahead - ticks[0]) * rows["tick_s"] / size_s
+            if j == numbers[0]:
+                axis.plot(at, true[:, j], ".", color="#8b8f98", markersize=3, label=column)
+            if j == numbers[0] or len(numbers) > 1:
+                label = f"forecast {spoken(ahead * rows['tick_s'])} before"
+                axis.plot(at, forecast[:, j], color=color, linewidth=1.2, label=label)
+        axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 0.98), ncols=3, fontsize=8)
+    axes[-1, 0].set(xlabel=f"{unit} of the held-out part")
+    return figure
 
 
 def card(document: dict[str, Any], differences: dict[str, float], made_by: str, versions: str) -> str:
@@ -144,6 +193,8 @@ def card(document: dict[str, Any], differences: dict[str, float], made_by: str, 
         for key in ("accuracy", "balanced_accuracy", "auc", "r2", "mse", "log_loss", "calibration_error"):
             if key in head:
                 lines.append(f"| {name} | {key.replace('_', ' ')} | {_figure(head[key])} |")
+        for rule, figures_ in head.get("baselines", {}).items():
+            lines += [f"| {rule.replace('_', ' ')} | {key} | {_figure(figures_[key])} |" for key in ("r2", "mse")]
     if document["by_modalities"]:
         heads = list(document["test"])
         lines += ["", f"By the modalities present ({', '.join(heads)}):", "", "| present | " + " | ".join(heads) + " |"]

@@ -6,6 +6,7 @@ Does not import torch: it measures the model file, not the network that it was e
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from stream_mmrnn.graph.runtime import Graph, Provider
 from stream_mmrnn.predict.columns import MAX_AGE_S
 from stream_mmrnn.predict.contract import read_contract
 from stream_mmrnn.training import metrics
-from stream_mmrnn.training.data import Ticks, batches
+from stream_mmrnn.training.data import Ticks, baselines_of, batches
 from stream_mmrnn.training.recipe import Recipe
 
 _LANES, _LENGTH = 32, 64
@@ -29,7 +30,7 @@ def hidden(ticks: Ticks, names: list[str], present: Collection[str] | None) -> T
     keep = np.array([n in present for n in names], np.float32)
     features = {n: ticks.features[n] for n, k in zip(names, keep, strict=True) if k and n in ticks.features}
     age_s = np.where(keep > 0, ticks.age_s, np.float32(MAX_AGE_S)).astype(np.float32)
-    return Ticks(features, ticks.present * keep, age_s, ticks.targets, ticks.weights, ticks.name, ticks.groups)
+    return replace(ticks, features=features, present=ticks.present * keep, age_s=age_s)
 
 
 def check(graph: Graph, recipe: Recipe) -> None:
@@ -46,8 +47,8 @@ def check(graph: Graph, recipe: Recipe) -> None:
 
 def collect(
     graph: Graph, recipe: Recipe, sequences: Iterable[Ticks], present: Collection[str] | None = None
-) -> dict[str, tuple[Any, Any]]:
-    """By head: the model's outputs on the ticks with a weight, and their targets."""
+) -> dict[str, tuple[Any, Any, dict[str, Any]]]:
+    """By head: the model's outputs on the ticks with a weight, their targets, and what simple rules forecast."""
     spec = read_contract(graph)
     names = [m.name for m in spec.modalities]
     inputs: dict[str, tuple[int, ...]] = {
@@ -65,6 +66,7 @@ def collect(
     binding.inputs["active"][...] = 1
     chunks: dict[str, list[Any]] = {h.name: [] for h in recipe.heads}
     true: dict[str, list[Any]] = {h.name: [] for h in recipe.heads}
+    simple: dict[str, dict[str, list[Any]]] = {h.name: {} for h in recipe.heads}
     chosen = (hidden(t, names, present) for t in sequences)
     for batch in batches(chosen, recipe, _LANES, _LENGTH):
         outputs = {h.name: np.empty((_LANES, _LENGTH, h.size), np.float32) for h in recipe.heads}
@@ -83,10 +85,13 @@ def collect(
             counts = batch.weights[name] > 0
             chunks[name].append(out[counts])
             true[name].append(batch.targets[name][counts])
+            for rule, values in baselines_of(batch.targets, name).items():
+                simple[name].setdefault(rule, []).append(values[counts])
     return {
         h.name: (
             np.concatenate(chunks[h.name]) if chunks[h.name] else np.zeros((0, h.size), np.float32),
             np.concatenate(true[h.name]) if true[h.name] else np.zeros(0),
+            {rule: np.concatenate(values) for rule, values in simple[h.name].items()},
         )
         for h in recipe.heads
     }
@@ -111,6 +116,7 @@ def evaluate(
     found = collect(graph, recipe, sequences, present)
     out = {}
     for head in recipe.heads:
-        scores = metrics.score(head, *found[head.name], thresholds[head.name])
+        outputs, target, simple = found[head.name]
+        scores = metrics.score(head, outputs, target, thresholds[head.name], simple)
         out[head.name] = {**scores, "primary": metrics.primary(head, scores)}
     return out

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stream_mmrnn.core.errors import FileError, StreamError, UsageError
+from stream_mmrnn.core.errors import StreamError, UsageError
+from stream_mmrnn.training.build import build
 from stream_mmrnn.training.checkpoints import load, part, read, save, write
-from stream_mmrnn.training.data import Batch, Task, Ticks, batches, check
+from stream_mmrnn.training.data import Batch, Task, Ticks, batches
 from stream_mmrnn.training.heads import loss
 from stream_mmrnn.training.metrics import best_threshold
 from stream_mmrnn.training.predictor import Predictor
@@ -47,54 +48,6 @@ def device_of(recipe: Recipe) -> torch.device:
         raise UsageError("train.device is `cuda` and torch sees no GPU; use `cpu` or `auto`")
     use = recipe.train.device != "cpu" and torch.cuda.is_available()
     return torch.device("cuda" if use else "cpu")
-
-
-def build(recipe: Recipe, task: Task, rng: np.random.Generator) -> Predictor:
-    """A new network; its normalisation and reductions are computed from the task's training data."""
-    sample: list[Ticks] = []
-    seen = 0
-    for ticks in task.train(rng):
-        check(ticks, recipe)
-        sample.append(ticks)
-        seen += len(ticks)
-        if seen >= 60_000:
-            break
-    if not sample:
-        raise FileError(f"the data of {recipe.name} has no sequence to train on")
-    for head in recipe.heads:
-        if not any(t.weights[head.name].any() for t in sample):
-            raise FileError(f"no tick has a label for the head {head.name!r}; are there any labels?")
-    names = list(recipe.modalities)
-    scales: dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = {}
-    bases: dict[str, np.ndarray[Any, Any]] = {}
-    unknown: list[int] = []
-    for i, name in enumerate(names):
-        shown = [t.features[name][t.present[:, i] > 0] for t in sample if name in t.features]
-        rows = np.concatenate(shown) if shown else np.zeros((0, 1), np.float32)
-        if not len(rows):
-            unknown.append(i)
-        if len(rows) < 2:
-            continue
-        mean, std = rows.mean(0), rows.std(0)
-        scales[name] = (mean, std)
-        if recipe.modalities[name].energy:
-            scaled = (rows - mean) / np.where(std > 1e-6, std, 1)
-            bases[name] = _principal(scaled[:: max(1, len(scaled) // 20_000)], recipe.modalities[name].energy)
-    predictor = Predictor(recipe, {name: basis.shape[1] for name, basis in bases.items()})
-    for name, (mean, std) in scales.items():
-        predictor.tokens.set_scale(name, torch.from_numpy(mean), torch.from_numpy(std))
-    for name, basis in bases.items():
-        predictor.tokens.set_reduction(name, torch.from_numpy(basis))
-    predictor.known[unknown] = 0
-    return predictor
-
-
-def _principal(rows: np.ndarray[Any, Any], energy: float) -> np.ndarray[Any, Any]:
-    """The principal axes [size, k] with at least the share `energy` of the variance."""
-    values, vectors = np.linalg.eigh(np.cov(rows.astype(np.float64), rowvar=False))
-    values, vectors = values[::-1].clip(min=0), vectors[:, ::-1]
-    k = int(np.searchsorted(np.cumsum(values) / max(values.sum(), 1e-12), energy) + 1)
-    return np.ascontiguousarray(vectors[:, : min(k, len(values))]).astype(np.float32)
 
 
 class Tensors:
@@ -127,7 +80,11 @@ def hide(batch: Tensors, share: float, generator: torch.Generator) -> None:
 
 def losses(predictor: Predictor, raw: dict[str, Tensor], batch: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of the losses, and the loss of each head."""
-    each = {h.name: loss(h, raw[h.name], batch.targets[h.name], batch.weights[h.name]) for h in predictor.recipe.heads}
+    heads = predictor.heads
+    each = {
+        h.name: loss(h, raw[h.name], heads.standardised(h, batch.targets[h.name]), batch.weights[h.name])
+        for h in predictor.recipe.heads
+    }
     total = torch.stack([h.weight * each[h.name] for h in predictor.recipe.heads]).sum()
     return total, each
 
@@ -324,7 +281,7 @@ def calibrate(predictor: Predictor, sequences: Iterable[Ticks], device: torch.de
     for head in predictor.recipe.heads:
         if head.kind == "regression":
             continue
-        raw, target, weight, _ = (torch.from_numpy(x) for x in outputs[head.name])
+        raw, target, weight, _ = (torch.from_numpy(x) for x in outputs[head.name][:4])
         if not len(raw):
             continue
         log_temperature = torch.zeros((), requires_grad=True)

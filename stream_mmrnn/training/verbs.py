@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from stream_mmrnn.core.errors import FileError, UsageError
 from stream_mmrnn.training import metrics, tasks
@@ -36,14 +36,32 @@ def _versions() -> str:
     )
 
 
-def recipe_of(path: Path | None, data: Sequence[Path], name: str) -> Recipe:
+class Forecast(NamedTuple):
+    """What `train` forecasts without a recipe."""
+
+    columns: tuple[str, ...]
+    steps: int
+    tick_ns: int = 0
+    """0: the usual time between two rows of an imported table."""
+    season: int = 0
+    """Ticks of a season, for the seasonal naive forecast; 0: without."""
+
+
+def recipe_of(path: Path | None, data: Sequence[Path], name: str, forecast: Forecast | None = None) -> Recipe:
     """The recipe of a file or model folder; if none is given, one made from the user's recordings."""
     if path is None:
-        from stream_mmrnn.training.tasks.recordings import files_of, recipe_for
+        from stream_mmrnn.training.own_recipe import forecast_recipe_for, recipe_for
+        from stream_mmrnn.training.tasks.recordings import files_of
 
         if not data:
             raise UsageError("nothing to train on: give a recipe, or recordings by --data")
-        return recipe_for(files_of(data), name)
+        return (
+            recipe_for(files_of(data), name)
+            if forecast is None
+            else forecast_recipe_for(files_of(data), name, *forecast)
+        )
+    if forecast is not None:
+        raise UsageError(f"the recipe {path} says what is forecast; use --forecast without a recipe")
     return recipes.load(path / "recipe.toml" if path.is_dir() else path)
 
 
@@ -57,6 +75,7 @@ def train(
     resume: bool = False,
     int8: bool = False,
     seed: int | None = None,
+    forecast: Forecast | None = None,
     progress: Progress = lambda _: None,
     alive: Callable[[], bool] = lambda: True,
 ) -> dict[str, Any]:
@@ -71,7 +90,7 @@ def train(
     from stream_mmrnn.training.export import export as export_step
     from stream_mmrnn.training.train import Trainer
 
-    recipe = recipe_of(recipe_path, data, name)
+    recipe = recipe_of(recipe_path, data, name, forecast)
     if quick:
         recipe = recipes.quick(recipe)
     if seed is not None:
@@ -146,7 +165,7 @@ def evaluate(model: Path, data: Sequence[Path], present: Sequence[str] | None) -
             "name": recipe.name,
             "model": str(step),
             "present": list(present or recipe.modalities),
-            "test_ticks": sum(map(len, task.test)),
+            "test_ticks": sum(len(t) - t.warm_up for t in task.test),
             "test": heads,
             "about": task.about,
         }

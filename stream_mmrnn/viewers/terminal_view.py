@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stream_mmrnn.core import topics
+from stream_mmrnn.core.durations import spoken
 from stream_mmrnn.core.streams import Stream, text_topics
 
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -183,9 +184,9 @@ def verified(result: dict[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [
         Text.assemble(
             (f"{result['recording']}: {result['state']}", "bold green" if result["whole"] else "bold yellow"),
-            f", {result['seconds']:.1f} s, {sum(result['messages'].values())} messages"
+            f", {spoken(result['seconds'])}, {sum(result['messages'].values())} messages"
             + (f", {result['predictions']} predictions" if result["predictions"] else "")
-            + f"; ends at {ends['at_s']:.1f} s, byte {ends['at_byte']} of "
+            + f"; ends at {spoken(ends['at_s'])}, byte {ends['at_byte']} of "
             f"{result['bytes']}: {ends['how']}",
         )
     ]

@@ -7,7 +7,7 @@ comment may stand above a block:
     <!-- in another terminal -->      the block runs in the background while the next blocks run, and must exit with 0
 
 A block whose first line is `# NAME.py` or `# NAME.toml` is written to that file for the commands after it. A page that
-needs a recording contains `<!-- given: talk.mcap -->`.
+needs a recording contains `<!-- given: talk.mcap -->`, one that needs a table of vega_datasets `<!-- given: x.csv -->`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import pytest
 import typer
 from harness import COMMAND
 from places import ROOT
+from vega_files import vega_file
 
 from stream_mmrnn.cli import app as cli
 from stream_mmrnn.core import config
@@ -181,8 +182,7 @@ def test_the_commands_of_a_page_run(page: Path, talk: Path, tmp_path: Path) -> N
     terminal = Terminal(tmp_path)
     try:
         for name in _GIVEN.findall(page.read_text(encoding="utf-8")):
-            assert name == talk.name
-            shutil.copy(talk, terminal.folder)
+            shutil.copy(talk if name == talk.name else vega_file(name), terminal.folder)
         for block in BLOCKS[page]:
             if block.file:
                 (terminal.folder / block.file).write_text(block.body, encoding="utf-8")

@@ -24,6 +24,7 @@ def make(
     *,
     leave_out: str = "",
     metadata: str | None = None,
+    tick_ns: int = TICK_NS,
     seed: int = 0,
 ) -> Path:
     """Write the model; `leave_out` names an output to forget, `metadata` replaces the contract."""
@@ -71,7 +72,7 @@ def make(
     )
     model = h.make_model(graph, opset_imports=[h.make_opsetid("", 17)], ir_version=9)
     if metadata is None:
-        metadata = write_contract("toy", TICK_NS, modalities, HEADS)
+        metadata = write_contract("toy", tick_ns, modalities, HEADS)
     if metadata:
         h.set_model_props(model, {METADATA_KEY: metadata})
     onnx.save(model, str(path))

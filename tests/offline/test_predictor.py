@@ -105,7 +105,7 @@ def test_words_alone_move_time() -> None:
 @pytest.mark.slow
 def test_advance_over_an_hour_of_nothing_is_refused_and_in_steps_it_is_not() -> None:
     p = Predictor()
-    with pytest.raises(UsageError, match="more than an hour after what was pushed before"):
+    with pytest.raises(UsageError, match="more than 1 h after what was pushed before"):
         p.push_text("x", 4000)
     assert len(p.advance(1000.0)) == 25_000
 

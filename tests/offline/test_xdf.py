@@ -148,7 +148,8 @@ def test_the_recording_is_whole_and_replays(imported: tuple[Path, dict[str, Any]
 
 def test_the_recording_can_be_trained_on(imported: tuple[Path, dict[str, Any]]) -> None:
     pytest.importorskip("torch", reason="torch (extra train) is not installed")
-    from stream_mmrnn.training.tasks.recordings import _specs, recipe_for, sequence
+    from stream_mmrnn.training.own_recipe import recipe_for
+    from stream_mmrnn.training.tasks.recordings import _specs, sequence
 
     path, _ = imported
     recipe = recipe_for([path], "lab")

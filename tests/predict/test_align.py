@@ -394,7 +394,7 @@ def test_a_snapshot_covers_every_attribute() -> None:
     derived = {"bounds", "by_topic", "name", "soonest_ns"}
     assert set(AlignedSession.__slots__) == derived | set(SessionState.__struct_fields__)
     settings_ = {"tick_ns", "_specs", "_lateness_ns", "_max_ahead_ns", "_max_behind_ns", "_feature_topics", "_zeros"}
-    settings_ |= {"feeding"}
+    settings_ |= {"feeding", "_max_jump_ns", "_max_per_tick"}
     assert set(vars(aligner())) == settings_ | {"counts", "malformed", "misfits", "_sessions"}
 
 

@@ -92,7 +92,7 @@ FETCH = """([address, options]) => fetch(address, options).then(
 def addresses(live: Running) -> tuple[str, str] | None:
     """Of Foxglove's server and of the page, once both have been said."""
     said = " ".join(live.lines)
-    found = [re.search(rf"{scheme}://127\\.\\S+\\d", said) for scheme in ("ws", "http")]
+    found = [re.search(rf"{scheme}://127\.\S+\d", said) for scheme in ("ws", "http")]
     return (found[0][0], found[1][0]) if found[0] and found[1] else None
 
 

@@ -7,11 +7,10 @@ Knows nothing about the layout of XDF files (`xdf_file`) or of recordings.
 from __future__ import annotations
 
 import heapq
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -19,13 +18,12 @@ import numpy as np
 from stream_mmrnn.capture import encoders
 from stream_mmrnn.capture.pipeline import Outgoing, capture
 from stream_mmrnn.capture.sources.lsl import int16_of
-from stream_mmrnn.core import config, topics, wire
-from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core import topics
 from stream_mmrnn.core.errors import FileError, UsageError, WireError
 from stream_mmrnn.core.streams import SHORT_FORMS, usual
 from stream_mmrnn.core.types import Envelope, Sample
+from stream_mmrnn.offline.convert.imported import FIRST_NS, TAIL_NS, Messages, described, without_devices, write
 from stream_mmrnn.offline.convert.xdf_file import XdfStream, read
-from stream_mmrnn.recording.recorder import Recorder
 
 ROLES = ("audio", "other_audio", "text", "other_text", "signal", topics.LABEL, "none")
 _MARKERS, _AUDIO = ("markers", "marker", "events"), "audio"
@@ -33,9 +31,6 @@ _ALONE = ("audio", "other_audio", "signal")
 """Roles for one stream only; several streams of text or labels are merged."""
 _BLOCK_S = 0.02
 _CLOCK_NS = 10_000_000
-_TAIL_NS = 500_000_000
-"""How long the clock continues after the last sample, so that its tick closes."""
-_FIRST_NS = 1_000_000_000
 _MAX_CHANNELS = 4096
 
 Pieces = Iterator[tuple[int, int, Outgoing | None]]
@@ -157,57 +152,32 @@ def convert(
     if not used:
         raise FileError(f"{path} holds no samples of the chosen streams")
     begin_ns = round(min(s.times_s[0] for s in used) * 1e9)
-    shift_ns = max(_FIRST_NS - begin_ns, 0)  # event times must not be negative
+    shift_ns = max(FIRST_NS - begin_ns, 0)  # event times must not be negative
     begin_ns += shift_ns
     end_ns = round(max(s.times_s[-1] for s in used) * 1e9) + shift_ns
     try:
         wall_offset_ns = round(datetime.fromisoformat(date).timestamp() * 1e9) - begin_ns
     except (ValueError, OverflowError, OSError):
         wall_offset_ns = 0
-    settings = config.Settings(
-        session=config.SessionSettings(session),
-        sources=config.SourcesSettings(**dict.fromkeys(config.SourcesSettings.__struct_fields__, "none")),
-    )
-    recorder = Recorder(
+    span_ns = (begin_ns, end_ns)
+    settings = without_devices(session)
+    source = _Messages(used, role_of, session, span_ns, shift_ns)
+    counts = write(
         out,
-        session,
+        settings,
+        source,
+        span_ns,
         {
-            "part": "1",
-            "raw": "true",
-            "slots": "1",
-            "model": "",
-            "model_sha256": "",
-            "config": msgspec.json.encode(settings).decode(),
-            "platform": sys.platform,
-            "started_ns": str(begin_ns),
             "imported_from": path.name,
             "imported_shift_ns": str(shift_ns),
             "clock_offsets_s": msgspec.json.encode({f"{s.number}:{s.name}": s.offsets for s in streams}).decode(),
         },
-        wall_offset_ns=wall_offset_ns if wall_offset_ns + begin_ns > 0 else 0,
+        wall_offset_ns,
+        progress,
     )
-    source = _Messages(used, role_of, session, (begin_ns, end_ns), shift_ns)
-    try:
-        for envelope in source:
-            recorder.write(envelope)
-            recorder.flush_due(now_ns())
-            if recorder.trouble:
-                raise FileError(f"{out} cannot be written: {recorder.trouble}; make room, or choose another place")
-            if envelope.topic == topics.CLOCK:
-                progress((envelope.event_ns - begin_ns) / (end_ns + _TAIL_NS - begin_ns))
-        whole = recorder.close({"ended": "imported", "lost": "{}", "statuses": "{}"})
-        if not whole:
-            raise FileError(f"{out} cannot be written: {recorder.trouble}; make room, or choose another place")
-    except BaseException:
-        recorder.abandon()
-        out.unlink(missing_ok=True)
-        raise
     return {
-        "recording": str(out),
-        "of": str(path),
-        "session": session,
-        "seconds": round((end_ns - begin_ns) / 1e9, 3),
-        "messages": recorder.counts,
+        **described(out, path, settings, span_ns),
+        "messages": counts,
         "undecodable": source.undecodable,
         "streams": [
             {
@@ -233,10 +203,9 @@ class _Messages:
         self._by_role: dict[str, list[XdfStream]] = {}
         for stream in used:
             self._by_role.setdefault(role_of[stream.number], []).append(stream)
-        self._session, self._shift_ns = session, shift_ns
-        self._begin_ns, self._end_ns = span_ns[0], span_ns[1] + _TAIL_NS
+        self._made, self._shift_ns = Messages(session), shift_ns
+        self._begin_ns, self._end_ns = span_ns[0], span_ns[1] + TAIL_NS
         self._modalities = tuple(m for m in SHORT_FORMS if m in self._by_role)
-        self._seq: dict[str, int] = {}
         self.undecodable = 0
         """Samples that an encoder refused: not finite, or no text."""
 
@@ -244,13 +213,13 @@ class _Messages:
         pieces = [self._pieces(0, self._labels())]
         pieces += [self._pieces(1 + i, self._captured(m)) for i, m in enumerate(self._modalities)]
         clock = ((at_ns, len(ROLES), None) for at_ns in range(self._begin_ns, self._end_ns, _CLOCK_NS))
-        yield self._session_message("open", self._begin_ns - 1)
+        yield self._made.session("open", self._begin_ns - 1, self._modalities)
         for arrival_ns, _, out in heapq.merge(*pieces, clock, key=lambda piece: piece[:2]):
             if out is None:
-                yield self._envelope(topics.CLOCK, Sample(arrival_ns, arrival_ns, b""), arrival_ns)
+                yield self._made.clock(arrival_ns)
             else:
-                yield self._envelope(out.topic, out.sample, arrival_ns, out.origin)
-        yield self._session_message("close", self._end_ns)
+                yield self._made.of(out.topic, out.sample, arrival_ns, out.origin)
+        yield self._made.session("close", self._end_ns, self._modalities)
 
     @staticmethod
     def _pieces(order: int, outgoing: Iterable[Outgoing]) -> Pieces:
@@ -270,12 +239,3 @@ class _Messages:
 
     def _on_undecodable(self, _: WireError) -> None:
         self.undecodable += 1
-
-    def _session_message(self, op: Literal["open", "close"], at_ns: int) -> Envelope:
-        payload = wire.pack(wire.SessionMessage(op, at_ns, self._modalities))
-        return self._envelope(topics.SESSION, Sample(at_ns, at_ns, payload), at_ns)
-
-    def _envelope(self, topic: str, sample: Sample, arrival_ns: int, origin: str = "") -> Envelope:
-        number = self._seq[topic] = self._seq.get(topic, -1) + 1
-        owner = topics.EVERYONE if topic == topics.CLOCK else self._session
-        return Envelope(topic, owner, number, sample.event_ns, arrival_ns, arrival_ns, sample.data, origin, arrival_ns)

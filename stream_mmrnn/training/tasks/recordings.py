@@ -10,33 +10,41 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from stream_mmrnn.capture.encoders.audio import SPEECH
 from stream_mmrnn.core import topics
+from stream_mmrnn.core.durations import spoken
 from stream_mmrnn.core.errors import ConfigError, FileError
 from stream_mmrnn.core.types import FloatArray, ModalitySpec, Tick
 from stream_mmrnn.predict.align import Aligner
 from stream_mmrnn.predict.columns import Columns
 from stream_mmrnn.predict.pipeline import NoEngine, predict
 from stream_mmrnn.recording.mcap_file import Recording
-from stream_mmrnn.recording.settings import settings_of, streams_of
+from stream_mmrnn.recording.settings import settings_of
 from stream_mmrnn.training.data import Array, Task, Ticks, cut
-from stream_mmrnn.training.recipe import Head, Recipe, parse
+from stream_mmrnn.training.recipe import Head, Recipe
+from stream_mmrnn.training.tasks import forecast
 from stream_mmrnn.training.tasks.common import pieces
 
 SOURCES = {"classification": "label", "activity_projection": "speech", "hazard": "text", "regression": "motion"}
 """Default source of a head's targets; the recipe's `data.options.targets` overrides it."""
+FORECAST = "forecast"
+"""Source of a head that forecasts columns: see `forecast`."""
+WARM_UP = 10
+"""How much of the ticks before a held-out forecast the model sees first, in lengths of its training chunks."""
 NOTHING = ("", "none")
 """Labels that mean: no label."""
 
 
 class Events:
-    """Labels and words of a recording with their times."""
+    """Labels and words of a recording with their times, and the names of its signals' columns."""
 
     def __init__(self, recording: Recording) -> None:
         self.labels: list[tuple[int, str]] = []
         self.texts: list[int] = []
+        self.columns = columns_of(recording)
         for e in recording.envelopes({topics.LABEL, topics.feature("text")}):
             if e.topic == topics.LABEL:
                 self.labels.append((e.event_ns, bytes(e.payload).decode("utf-8", "replace")))
@@ -84,11 +92,19 @@ def sequence(path: Path, recipe: Recipe, specs: Sequence[ModalitySpec]) -> Ticks
     present, age_s = (np.empty((len(ticks), len(names)), np.float32) for _ in range(2))
     Columns(names, len(ticks)).fill(ticks, list(features.values()), present, age_s)
     chosen: dict[str, Any] = recipe.data.options.get("targets", {})
-    targets, weights = {}, {}
+    targets: dict[str, Array] = {}
+    weights: dict[str, FloatArray] = {}
     for head in recipe.heads:
         source = chosen.get(head.name, SOURCES[head.kind])
+        if source == FORECAST:
+            index = np.array([tick.index for tick in ticks], np.int64)
+            made, weights[head.name] = forecast.targets(head, index, features, present, events.columns, recipe)
+            targets |= made
+            continue
         if source not in _TARGETS:
-            raise ConfigError(f"data.options.targets.{head.name} is {source!r}; use one of {', '.join(_TARGETS)}")
+            raise ConfigError(
+                f"data.options.targets.{head.name} is {source!r}; use one of {', '.join([*_TARGETS, FORECAST])}"
+            )
         targets[head.name], weights[head.name] = _TARGETS[source](head, ticks, events, recipe)
     return Ticks(features, present, age_s, targets, weights, path.name)
 
@@ -184,49 +200,12 @@ def _specs(recipe: Recipe) -> list[ModalitySpec]:
     return [ModalitySpec(name, m.size, m.encoder, m.reduction, m.stack) for name, m in recipe.modalities.items()]
 
 
-def recipe_for(paths: Sequence[Path], name: str) -> Recipe:
-    """A default recipe for recordings: their modalities, and one head for their typed labels.
-
-    Raises:
-        FileError: there are no labels.
-
-    """
-    modalities: dict[str, dict[str, Any]] = {}
-    order: dict[str, None] = {}
-    labels: set[str] = set()
-    for path in paths:
-        recording = Recording(path)
-        table = streams_of(recording.metadata)
-        names = {
-            topics.FEATURE + features: row.modality_of(features)
-            for row in table.values()
-            for features in row.features()
-        }
-        order |= dict.fromkeys(names.values())
-        for e in recording.envelopes(names):
-            modality = names[e.topic]
-            if modality not in modalities and not isinstance(e.payload, bytes):
-                modalities[modality] = {"size": len(e.payload), "encoder": e.origin}
-        labels |= {label for _, label in Events(recording).labels} - set(NOTHING)
-    if len(labels) < 2:
-        found = ", ".join(sorted(labels)) or "none"
-        raise FileError(
-            f"a classifier needs two labels or more, the recordings hold {found}; type `/label NAME` while recording"
-        )
-    ordered = {m: modalities[m] for m in order if m in modalities}
-    classes = sorted(labels)
-    return parse(
-        {
-            "name": name,
-            "modalities": ordered,
-            "heads": [{"name": "label", "kind": "classification", "size": len(classes), "labels": classes}],
-            "data": {"kind": "recordings"},
-            "fusion": {"kind": "attention", "width": 48},
-            "cell": {"kind": "gru", "hidden": 64},
-            "train": {"epochs": 40, "batch": 8, "length": 50, "learning_rate": 3e-3, "patience": 10},
-            "quick": {"epochs": 4},
-        }
-    )
+def columns_of(recording: Recording) -> dict[str, list[str]]:
+    """By stream, the names of a signal's numbers, if the recording has them (an imported table)."""
+    try:
+        return msgspec.json.decode(recording.metadata.get("columns", "{}"), type=dict[str, list[str]])
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return {}
 
 
 def files_of(places: Sequence[Path]) -> list[Path]:
@@ -242,45 +221,92 @@ def files_of(places: Sequence[Path]) -> list[Path]:
 
 def make(recipe: Recipe, places: list[Path]) -> Task:
     """Hold out whole recordings: the last by name for the test, the one before for validation. With fewer than three,
-    hold out the last quarter of each for both.
+    hold out the last quarter of each for both; for a forecast, the ends of each, in time order.
     """
     paths = files_of(places)
     specs = _specs(recipe)
+    _check_columns(paths)
     sequences = [sequence(p, recipe, specs) for p in paths]
-    for head in recipe.heads:
-        if not any(s.weights[head.name].any() for s in sequences):
-            wanted = f" ({', '.join(head.labels)})" if head.labels else ""
-            raise FileError(f"no tick of the {len(paths)} recordings has a target for the head {head.name!r}{wanted}")
-        if head.kind == "classification" and head.labels:
-            seen = {int(c) for s in sequences for c in np.unique(s.targets[head.name][s.weights[head.name] > 0])}
-            absent = [label for i, label in enumerate(head.labels) if i not in seen]
-            if absent:
-                raise FileError(f"the head {head.name!r} has labels that never occur: {', '.join(absent)}")
+    _check_targets(recipe, sequences)
+    chosen = recipe.data.options.get("targets", {})
+    steps = {
+        head.name: head.size // len(forecast.options_of(recipe).columns)
+        for head in recipe.heads
+        if chosen.get(head.name) == FORECAST
+    }
+    held = "whole recordings"
     if len(sequences) >= 3:
         train, validation, test = sequences[:-2], [sequences[-2]], [sequences[-1]]
+        if steps:
+            train = [forecast.for_training(s, steps) for s in train]
+            validation, test = ([forecast.for_test(s, steps) for s in part] for part in (validation, test))
+    elif steps:
+        parts = [forecast.split(s, steps, WARM_UP * recipe.train.length) for s in sequences]
+        train, validation, test = (list(part) for part in zip(*parts, strict=True))
+        held = "in time order, the last quarter for the test and the 15 % before it for validation"
     else:
         train = [_part(s, 0.0, 0.75) for s in sequences]
         validation = test = [_part(s, 0.75, 1.0) for s in sequences]
+        held = "the last quarter of each recording"
 
     def epoch(rng: np.random.Generator) -> list[Ticks]:
         found = [p for s in train for p in pieces(s, 10 * recipe.train.length, rng)]
         return [found[i] for i in rng.permutation(len(found))]
 
-    held = "whole recordings" if len(sequences) >= 3 else "the last quarter of each recording"
     for head in recipe.heads:
-        for part in (validation, test):
-            if not any(t.weights[head.name].any() for t in part):
-                raise FileError(
-                    f"no tick that is held out ({held}) has a target for the head {head.name!r}: nothing could be "
-                    "measured; label every recording to its end, or give three or more"
-                )
+        if head.name in steps:
+            enough = all(forecast.is_known(part, head.name) for part in (train, validation, test))
+        else:
+            enough = all(any(t.weights[head.name].any() for t in part) for part in (validation, test))
+        if not enough:
+            raise FileError(_nothing_to_measure(recipe, head, held, head.name in steps))
+    covered = spoken(sum(map(len, sequences)) * recipe.tick_ns / 1e9)
     return Task(
         epoch,
         validation,
         test,
         {s.name: s.encoder for s in specs},
-        f"{len(sequences)} own recordings, {sum(map(len, sequences)) * recipe.tick_ms / 60_000:.1f} minutes; "
-        f"held out: {held}.",
+        f"{len(sequences)} own recordings, {covered} in ticks of {spoken(recipe.tick_ns / 1e9)}; held out: {held}.",
+    )
+
+
+def _check_columns(paths: Sequence[Path]) -> None:
+    """Refuse tables whose columns differ: their numbers would be mixed up."""
+    named = [(path, columns) for path in paths if (columns := columns_of(Recording(path)))]
+    for path, columns in named[1:]:
+        for stream in columns.keys() & named[0][1].keys():
+            if columns[stream] != named[0][1][stream]:
+                raise FileError(
+                    f"the stream {stream!r} of {path.name} has the columns {', '.join(columns[stream])}, that of "
+                    f"{named[0][0].name} has {', '.join(named[0][1][stream])}; import them with the same --stream"
+                )
+
+
+def _check_targets(recipe: Recipe, sequences: Sequence[Ticks]) -> None:
+    for head in recipe.heads:
+        if not any(s.weights[head.name].any() for s in sequences):
+            wanted = f" ({', '.join(head.labels)})" if head.labels else ""
+            raise FileError(
+                f"no tick of the {len(sequences)} recordings has a target for the head {head.name!r}{wanted}"
+            )
+        if head.kind == "classification" and head.labels:
+            seen = {int(c) for s in sequences for c in np.unique(s.targets[head.name][s.weights[head.name] > 0])}
+            absent = [label for i, label in enumerate(head.labels) if i not in seen]
+            if absent:
+                raise FileError(f"the head {head.name!r} has labels that never occur: {', '.join(absent)}")
+
+
+def _nothing_to_measure(recipe: Recipe, head: Head, held: str, forecasts: bool) -> str:
+    if forecasts:
+        season = forecast.options_of(recipe).season
+        return (
+            f"the recordings are too short for the head {head.name!r} (held out: {held}): nothing could be learnt or "
+            f"measured; forecast fewer steps{f', use a season shorter than {season} ticks' if season else ''}, or give "
+            "longer recordings"
+        )
+    return (
+        f"no tick that is held out ({held}) has a target for the head {head.name!r}: nothing could be "
+        "measured; label every recording to its end, or give three or more"
     )
 
 

@@ -1,0 +1,105 @@
+"""Default recipes for the user's own recordings: a classifier of their typed labels, or a forecast of columns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stream_mmrnn.core import topics
+from stream_mmrnn.core.errors import FileError
+from stream_mmrnn.recording.mcap_file import Recording
+from stream_mmrnn.recording.mcap_format import number
+from stream_mmrnn.recording.settings import streams_of
+from stream_mmrnn.training.recipe import Recipe, parse
+from stream_mmrnn.training.tasks import forecast
+from stream_mmrnn.training.tasks.recordings import FORECAST, NOTHING, Events, columns_of
+
+
+def _modalities(recordings: Sequence[Recording]) -> dict[str, dict[str, Any]]:
+    """The modalities that recordings have, as a recipe states them."""
+    modalities: dict[str, dict[str, Any]] = {}
+    order: dict[str, None] = {}
+    for recording in recordings:
+        table = streams_of(recording.metadata)
+        names = {
+            topics.FEATURE + features: row.modality_of(features)
+            for row in table.values()
+            for features in row.features()
+        }
+        order |= dict.fromkeys(names.values())
+        for e in recording.envelopes(names):
+            modality = names[e.topic]
+            if modality not in modalities and not isinstance(e.payload, bytes):
+                modalities[modality] = {"size": len(e.payload), "encoder": e.origin}
+            if len(modalities) == len(order):
+                break
+    return {m: modalities[m] for m in order if m in modalities}
+
+
+def recipe_for(paths: Sequence[Path], name: str) -> Recipe:
+    """A default recipe for recordings: their modalities, and one head for their typed labels.
+
+    Raises:
+        FileError: there are no labels.
+
+    """
+    recordings = [Recording(path) for path in paths]
+    labels = {label for recording in recordings for _, label in Events(recording).labels} - set(NOTHING)
+    if len(labels) < 2:
+        found = ", ".join(sorted(labels)) or "none"
+        raise FileError(
+            f"a classifier needs two labels or more, the recordings hold {found}; type `/label NAME` while recording"
+        )
+    classes = sorted(labels)
+    return parse(
+        {
+            "name": name,
+            "modalities": _modalities(recordings),
+            "heads": [{"name": "label", "kind": "classification", "size": len(classes), "labels": classes}],
+            "data": {"kind": "recordings"},
+            "fusion": {"kind": "attention", "width": 48},
+            "cell": {"kind": "gru", "hidden": 64},
+            "train": {"epochs": 40, "batch": 8, "length": 50, "learning_rate": 3e-3, "patience": 10},
+            "quick": {"epochs": 4},
+        }
+    )
+
+
+def forecast_recipe_for(
+    paths: Sequence[Path], name: str, columns: Sequence[str], steps: int, tick_ns: int = 0, season: int = 0
+) -> Recipe:
+    """A default recipe that forecasts the next `steps` values of `columns` from all signals of the recordings.
+
+    `tick_ns`: 0 is the usual time between two rows of an imported table. `season`: see `forecast.Forecast`.
+
+    Raises:
+        ConfigError: there is no such column.
+        FileError: the tick is not known.
+
+    """
+    recordings = [Recording(path) for path in paths]
+    modalities = _modalities(recordings)
+    sizes = {m: about["size"] for m, about in modalities.items()}
+    places = [forecast.place_of(column, columns_of(recordings[0]), sizes) for column in columns]
+    tick_ns = tick_ns or forecast.tick_of([number(r.metadata, "step_ns") for r in recordings])
+    head = forecast.head_of(columns, places, steps, tick_ns, "huber")
+    return parse(
+        {
+            "name": name,
+            "tick_ms": tick_ns / 1e6,
+            "modalities": modalities,
+            "heads": [head],
+            "data": {
+                "kind": "recordings",
+                "options": {
+                    "targets": {head["name"]: FORECAST},
+                    "forecast": {"columns": list(columns), "season": season},
+                },
+            },
+            "fusion": {"kind": "concat", "width": 32, "modality_dropout": 0.0},
+            "cell": {"kind": "gru", "hidden": 32},
+            "train": {"epochs": 150, "batch": 8, "length": 60, "learning_rate": 3e-3, "patience": 25},
+            "quick": {"epochs": 20},
+        }
+    )
