@@ -109,7 +109,9 @@ def import_(
     out: Annotated[Path, typer.Argument(help="The MCAP file to make.")],
     chosen: Annotated[
         list[str] | None,
-        typer.Option("--as", help="XDF: role of a stream, NAME=audio, text, signal, label or none; repeatable."),
+        typer.Option(
+            "--as", help="XDF: NAME=audio, text, signal, label, none, or a stream's name and kind: NAME=wrist:signal."
+        ),
     ] = None,
     session: Annotated[str, typer.Option(help="The session's name.")] = "imported",
     time: Annotated[str, typer.Option(help="Table: the column with the time of each row.")] = "",

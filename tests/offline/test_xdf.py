@@ -26,6 +26,7 @@ from stream_mmrnn.offline import replay
 from stream_mmrnn.offline.convert import xdf, xdf_file
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.recording.report import verify
+from stream_mmrnn.recording.settings import streams_of
 
 pytestmark = pytest.mark.process
 
@@ -177,9 +178,38 @@ def test_the_user_chooses_the_roles(source: Path, tmp_path: Path) -> None:
     assert out.read_bytes() == before
 
 
+def test_several_signals_are_streams_of_their_own_names(tmp_path: Path) -> None:
+    file = sample_file()
+    for number, name in ((6, "IMU left"), (7, "IMU left"), (8, "Gaze")):
+        file.stream(number, name, "Sensor", "float32", 2, 10.0)
+        file.samples(number, [BEGIN_S + k / 10 for k in range(100)], [[k, number] for k in range(100)])
+        file.footer(number)
+    out = tmp_path / "a.mcap"
+    document = xdf.convert(file.write(tmp_path / "a.xdf"), out, chosen={"8": "eyes:signal"})
+    roles = {s["number"]: s["role"] for s in document["streams"]}
+    assert (roles[1], roles[6], roles[7], roles[8]) == (
+        "EEG:signal",
+        "IMU_left:signal",
+        "IMU_left_7:signal",
+        "eyes:signal",
+    )
+    assert [e.payload.tolist() for e in of(out, "feature/IMU_left_7")][:2] == [[0.0, 7.0], [1.0, 7.0]]
+    assert len(of(out, "feature/eyes")) == 100
+    table = streams_of(Recording(out).metadata)
+    assert {name: table[name].kind for name in ("EEG", "IMU_left", "eyes")} == dict.fromkeys(
+        ("EEG", "IMU_left", "eyes"), "signal"
+    )
+    assert table["eyes"].source == "lsl:Gaze"
+    assert verify(out)["whole"]
+
+
 @pytest.mark.parametrize(
     ("chosen", "words"),
     [
+        ({"EEG": "a b:signal"}, "'a b:signal' is not a role of a stream"),
+        ({"EEG": "left:smell"}, "'left:smell' is not a role of a stream"),
+        ({"EEG": "left:text"}, "holds numbers, but left:text needs strings"),
+        ({"EEG": "left:signal", "Mic": "left:signal"}, "several streams could be the left:signal"),
         ({"Nix": "signal"}, "there is no stream 'Nix'"),
         ({"EEG": "smell"}, "'smell' is not a role of a stream"),
         ({"Task": "signal"}, "holds strings"),

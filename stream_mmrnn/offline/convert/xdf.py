@@ -7,10 +7,11 @@ Knows nothing about the layout of XDF files (`xdf_file`) or of recordings.
 from __future__ import annotations
 
 import heapq
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -18,17 +19,19 @@ import numpy as np
 from stream_mmrnn.capture import encoders
 from stream_mmrnn.capture.pipeline import Outgoing, capture
 from stream_mmrnn.capture.sources.lsl import int16_of
-from stream_mmrnn.core import topics
+from stream_mmrnn.core import config, topics
 from stream_mmrnn.core.errors import FileError, UsageError, WireError
-from stream_mmrnn.core.streams import SHORT_FORMS, usual
+from stream_mmrnn.core.streams import SHORT_FORMS, Kind, Stream
 from stream_mmrnn.core.types import Envelope, Sample
 from stream_mmrnn.offline.convert.imported import FIRST_NS, TAIL_NS, Messages, described, without_devices, write
 from stream_mmrnn.offline.convert.xdf_file import XdfStream, read
 
 ROLES = ("audio", "other_audio", "text", "other_text", "signal", topics.LABEL, "none")
 _MARKERS, _AUDIO = ("markers", "marker", "events"), "audio"
-_ALONE = ("audio", "other_audio", "signal")
-"""Roles for one stream only; several streams of text or labels are merged."""
+_NAMED = ("audio", "text", "signal")
+"""Kinds of a role STREAM:KIND: a stream with a name of its own."""
+_MERGED = ("text", topics.LABEL, "none")
+"""Kinds of which several streams may have one role: they are merged."""
 _BLOCK_S = 0.02
 _CLOCK_NS = 10_000_000
 _MAX_CHANNELS = 4096
@@ -50,16 +53,23 @@ def roles(streams: Sequence[XdfStream], chosen: dict[str, str]) -> dict[int, str
         numbers = [s.number for s in streams if key in (s.name, str(s.number))]
         if not numbers:
             raise UsageError(f"there is no stream {key!r}; there are {', '.join(map(repr, names.values())) or 'none'}")
-        if role not in ROLES:
-            raise UsageError(f"{role!r} is not a role of a stream; use one of {', '.join(ROLES)}")
+        if not _is_role(role):
+            raise UsageError(f"{role!r} is not a role of a stream; use one of {', '.join(ROLES)}, or STREAM:KIND")
         found |= dict.fromkeys(numbers, role)
     for stream in streams:
         if stream.number not in found:
             found[stream.number] = _usual(stream, set(found.values()))
+    signals = [
+        s for s in streams if found[s.number] == "signal" and str(s.number) not in chosen and s.name not in chosen
+    ]
+    if len(signals) > 1:
+        for stream in signals:
+            found[stream.number] = _name_of_its_own(stream, {role.partition(":")[0] for role in found.values()})
+    for stream in streams:
         _check(stream, found[stream.number])
-    for role in _ALONE:
+    for role in dict.fromkeys(found.values()):
         those = [names[n] for n, r in found.items() if r == role]
-        if len(those) > 1:
+        if len(those) > 1 and _kind_of(role) not in _MERGED:
             raise UsageError(
                 f"several streams could be the {role}: {', '.join(map(repr, those))}; choose one with "
                 f"--as {those[0]}={role}, and --as NAME=none for the others"
@@ -67,6 +77,27 @@ def roles(streams: Sequence[XdfStream], chosen: dict[str, str]) -> dict[int, str
     if all(role == "none" for role in found.values()):
         raise UsageError("the file has no stream that can be used; assign a role with --as NAME=signal")
     return found
+
+
+def _kind_of(role: str) -> str:
+    name, is_named, kind = role.partition(":")
+    return kind if is_named else SHORT_FORMS[name][0] if name in SHORT_FORMS else name
+
+
+def _is_role(role: str) -> bool:
+    name, is_named, kind = role.partition(":")
+    return role in ROLES if not is_named else re.match(topics.STREAM_NAME, name) is not None and kind in _NAMED
+
+
+def _stream_of(role: str) -> Stream:
+    name, is_named, _ = role.partition(":")
+    return Stream.of(name, cast(Kind, _kind_of(role))) if is_named else Stream.of(name)
+
+
+def _name_of_its_own(stream: XdfStream, taken: set[str]) -> str:
+    """A role for one of several signals: its name, as far as a stream may have it."""
+    name = re.sub(r"[^A-Za-z0-9_-]+", "_", stream.name).lstrip("_-")[:28] or "signal"
+    return f"{name if name not in taken else f'{name}_{stream.number}'}:signal"
 
 
 def _usual(stream: XdfStream, taken: set[str]) -> str:
@@ -83,7 +114,7 @@ def _usual(stream: XdfStream, taken: set[str]) -> str:
 
 
 def _check(stream: XdfStream, role: str) -> None:
-    kind = SHORT_FORMS[role][0] if role in SHORT_FORMS else role
+    kind = _kind_of(role)
     if kind == "text" and not stream.is_text:
         raise UsageError(f"the stream {stream.name!r} holds numbers, but {role} needs strings")
     if kind in ("audio", "signal") and stream.is_text:
@@ -94,8 +125,8 @@ def _check(stream: XdfStream, role: str) -> None:
         raise UsageError(f"the stream {stream.name!r} has {stream.channels} channels; the limit is {_MAX_CHANNELS}")
 
 
-def _samples(stream: XdfStream, modality: str, shift_ns: int) -> Iterator[Sample]:
-    if SHORT_FORMS[modality][0] == "audio":
+def _samples(stream: XdfStream, kind: str, shift_ns: int) -> Iterator[Sample]:
+    if kind == "audio":
         yield from _sound(stream, shift_ns)
         return
     for value, at_s in zip(stream.values, stream.times_s, strict=True):
@@ -160,7 +191,10 @@ def convert(
     except (ValueError, OverflowError, OSError):
         wall_offset_ns = 0
     span_ns = (begin_ns, end_ns)
-    settings = without_devices(session)
+    named = {_stream_of(role_of[s.number]): s for s in reversed(used) if ":" in role_of[s.number]}
+    settings = without_devices(
+        session, {row.name: config.StreamSettings(f"lsl:{s.name}", row.kind) for row, s in named.items()}
+    )
     source = _Messages(used, role_of, session, span_ns, shift_ns)
     counts = write(
         out,
@@ -194,6 +228,12 @@ def convert(
     }
 
 
+def _in_order(name: str) -> tuple[int, str]:
+    """The usual streams come first."""
+    usual = list(SHORT_FORMS)
+    return (usual.index(name) if name in usual else len(usual), name)
+
+
 class _Messages:
     """The messages that the bus would have carried, in order."""
 
@@ -205,14 +245,16 @@ class _Messages:
             self._by_role.setdefault(role_of[stream.number], []).append(stream)
         self._made, self._shift_ns = Messages(session), shift_ns
         self._begin_ns, self._end_ns = span_ns[0], span_ns[1] + TAIL_NS
-        self._modalities = tuple(m for m in SHORT_FORMS if m in self._by_role)
+        self._rows = {role: _stream_of(role) for role in self._by_role if role != topics.LABEL}
+        self._modalities = tuple(sorted((row.name for row in self._rows.values()), key=_in_order))
         self.undecodable = 0
         """Samples that an encoder refused: not finite, or no text."""
 
     def __iter__(self) -> Iterator[Envelope]:
         pieces = [self._pieces(0, self._labels())]
-        pieces += [self._pieces(1 + i, self._captured(m)) for i, m in enumerate(self._modalities)]
-        clock = ((at_ns, len(ROLES), None) for at_ns in range(self._begin_ns, self._end_ns, _CLOCK_NS))
+        ordered = sorted(self._rows, key=lambda role: _in_order(self._rows[role].name))
+        pieces += [self._pieces(1 + i, self._captured(role)) for i, role in enumerate(ordered)]
+        clock = ((at_ns, len(pieces), None) for at_ns in range(self._begin_ns, self._end_ns, _CLOCK_NS))
         yield self._made.session("open", self._begin_ns - 1, self._modalities)
         for arrival_ns, _, out in heapq.merge(*pieces, clock, key=lambda piece: piece[:2]):
             if out is None:
@@ -230,11 +272,10 @@ class _Messages:
         labels = [_labels(s, self._shift_ns) for s in self._by_role.get(topics.LABEL, [])]
         return heapq.merge(*labels, key=lambda out: out.sample.capture_ns)
 
-    def _captured(self, modality: str) -> Iterator[Outgoing]:
-        streams = self._by_role[modality]
-        samples = heapq.merge(*(_samples(s, modality, self._shift_ns) for s in streams), key=lambda s: s.capture_ns)
+    def _captured(self, role: str) -> Iterator[Outgoing]:
+        streams, stream = self._by_role[role], self._rows[role]
+        samples = heapq.merge(*(_samples(s, stream.kind, self._shift_ns) for s in streams), key=lambda s: s.capture_ns)
         origin = "+".join(f"xdf:{s.name}" for s in streams)
-        stream = usual()[modality]
         return capture(samples, stream, origin, encoders.encoders_of(stream), self._on_undecodable)
 
     def _on_undecodable(self, _: WireError) -> None:
