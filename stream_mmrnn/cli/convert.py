@@ -22,7 +22,7 @@ from stream_mmrnn.core.signals import StopFlag
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from stream_mmrnn.offline.convert.table_file import Options
+    from stream_mmrnn.offline.convert.table_file import TableOptions
 
 T = TypeVar("T")
 Force = Annotated[bool, typer.Option("--force", help="Overwrite existing files.")]
@@ -156,7 +156,7 @@ def import_(
             bar.update(task, completed=share)
 
         if is_table:
-            options = table_file.Options(
+            options = table_file.TableOptions(
                 time=time,
                 unit=unit,
                 timezone=timezone or "UTC",
@@ -207,7 +207,7 @@ def _import_xdf(
 
 
 def _import_table(
-    path: Path, out: Path, options: Options, session: str, progress: Callable[[float], None], console: Console
+    path: Path, out: Path, options: TableOptions, session: str, progress: Callable[[float], None], console: Console
 ) -> dict[str, Any]:
     from stream_mmrnn.offline.convert import table
 

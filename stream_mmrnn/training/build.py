@@ -10,11 +10,11 @@ import torch
 from stream_mmrnn.core.errors import FileError
 from stream_mmrnn.training.data import Task, Ticks, check
 from stream_mmrnn.training.last_value import LastValue
-from stream_mmrnn.training.predictor import Predictor
-from stream_mmrnn.training.recipe import Head, Recipe
+from stream_mmrnn.training.predictor import PredictorNetwork
+from stream_mmrnn.training.recipe import HeadRecipe, Recipe
 
 
-def build(recipe: Recipe, task: Task, rng: np.random.Generator) -> Predictor:
+def build(recipe: Recipe, task: Task, rng: np.random.Generator) -> PredictorNetwork:
     """A new network; its normalisation and reductions are computed from the task's training data."""
     sample: list[Ticks] = []
     seen = 0
@@ -45,7 +45,7 @@ def build(recipe: Recipe, task: Task, rng: np.random.Generator) -> Predictor:
         if recipe.modalities[name].energy:
             scaled = (rows - mean) / np.where(std > 1e-6, std, 1)
             bases[name] = _principal(scaled[:: max(1, len(scaled) // 20_000)], recipe.modalities[name].energy)
-    predictor = Predictor(recipe, {name: basis.shape[1] for name, basis in bases.items()})
+    predictor = PredictorNetwork(recipe, {name: basis.shape[1] for name, basis in bases.items()})
     for name, (mean, std) in scales.items():
         predictor.tokens.set_scale(name, torch.from_numpy(mean), torch.from_numpy(std))
     for name, basis in bases.items():
@@ -59,7 +59,7 @@ def build(recipe: Recipe, task: Task, rng: np.random.Generator) -> Predictor:
     return predictor
 
 
-def _to_learn(head: Head, recipe: Recipe, ticks: Ticks) -> np.ndarray[Any, Any]:
+def _to_learn(head: HeadRecipe, recipe: Recipe, ticks: Ticks) -> np.ndarray[Any, Any]:
     """The numbers [T, size] that the head's layer learns: its targets, or their change from the last known values."""
     target = ticks.targets[head.name]
     if not head.from_last:

@@ -15,17 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stream_mmrnn.core.errors import FileError
-from stream_mmrnn.training.predictor import Predictor
+from stream_mmrnn.training.predictor import PredictorNetwork
 from stream_mmrnn.training.recipe import Recipe
 from stream_mmrnn.training.recipe import parse as parse_recipe
 
 
-def save(predictor: Predictor, path: Path, origins: dict[str, str]) -> None:
+def save(predictor: PredictorNetwork, path: Path, origins: dict[str, str]) -> None:
     """Write the network and its recipe."""
     write({f"model.{k}": v for k, v in predictor.state_dict().items()}, path, predictor.recipe, origins, {})
 
 
-def load(path: Path) -> tuple[Predictor, dict[str, str]]:
+def load(path: Path) -> tuple[PredictorNetwork, dict[str, str]]:
     """The network of a checkpoint, on the CPU, and the encoders it was trained with.
 
     Raises:
@@ -36,7 +36,7 @@ def load(path: Path) -> tuple[Predictor, dict[str, str]]:
     recipe = parse_recipe(about["recipe"])
     state = part(tensors, "model.")
     reduced = {k.removeprefix("tokens.basis_"): v.shape[1] for k, v in state.items() if k.startswith("tokens.basis_")}
-    predictor = Predictor(recipe, reduced)
+    predictor = PredictorNetwork(recipe, reduced)
     try:
         predictor.load_state_dict(state)
     except RuntimeError as e:

@@ -11,8 +11,8 @@ import torch
 
 from stream_mmrnn.training import metrics
 from stream_mmrnn.training.data import Ticks, baselines_of, batches
-from stream_mmrnn.training.predictor import Predictor
-from stream_mmrnn.training.recipe import Head
+from stream_mmrnn.training.predictor import PredictorNetwork
+from stream_mmrnn.training.recipe import HeadRecipe
 from stream_mmrnn.training.served import hidden
 
 Array = np.ndarray[Any, Any]
@@ -36,7 +36,7 @@ Outputs = dict[str, Output]
 
 
 def collect(
-    predictor: Predictor,
+    predictor: PredictorNetwork,
     sequences: Iterable[Ticks],
     present: Collection[str] | None = None,
     device: torch.device | None = None,
@@ -81,14 +81,14 @@ def _joined(rows: Sequence[Output]) -> Output:
     return Output(raw, target, weight, place, baselines)
 
 
-def served(predictor: Predictor, head: Head, raw: Array) -> tuple[Array, float]:
+def served(predictor: PredictorNetwork, head: HeadRecipe, raw: Array) -> tuple[Array, float]:
     """The served outputs for raw outputs, and the threshold of a binary head."""
     device = next(predictor.parameters()).device
     scores = predictor.heads.served(head, torch.from_numpy(raw).to(device)).cpu().numpy()
     return scores, float(predictor.heads.threshold(head.name))
 
 
-def figures(predictor: Predictor, outputs: Outputs) -> dict[str, dict[str, Any]]:
+def figures(predictor: PredictorNetwork, outputs: Outputs) -> dict[str, dict[str, Any]]:
     """The scores of each head, from the result of `collect`."""
     result = {}
     for head in predictor.recipe.heads:
@@ -113,14 +113,14 @@ def subsets(names: Iterable[str]) -> list[tuple[str, ...]]:
 
 
 def evaluate(
-    predictor: Predictor, sequences: Iterable[Ticks], present: Collection[str] | None = None
+    predictor: PredictorNetwork, sequences: Iterable[Ticks], present: Collection[str] | None = None
 ) -> dict[str, dict[str, Any]]:
     """The scores of each head on sequences, with only the modalities of `present` (None: all)."""
     return figures(predictor, collect(predictor, sequences, present))
 
 
 def by_modalities(
-    predictor: Predictor, sequences: Sequence[Ticks], sets: Iterable[tuple[str, ...]] = ()
+    predictor: PredictorNetwork, sequences: Sequence[Ticks], sets: Iterable[tuple[str, ...]] = ()
 ) -> dict[str, dict[str, float]]:
     """The primary figure of each head, for each of these sets of present modalities (default: `subsets`)."""
     return {

@@ -1,4 +1,4 @@
-"""Events: a GRU that steps only in ticks with an event, such as a word, and holds its output in between.
+"""EventsCell: a GRU that steps only in ticks with an event, such as a word, and holds its output in between.
 
 Words come in about every eighth tick. A cell that steps at every tick has to carry a sentence through the empty ticks;
 this one reads only the words and the time between them, and training runs over the words only.
@@ -19,7 +19,7 @@ _LIMIT = 256
 """Ticks; longer times count as this one."""
 
 
-class Events(nn.Module):
+class EventsCell(nn.Module):
     """h_k = GRU(W [x_k; d / (s + d) for s of two scales] + b, h_{k-1}) over the ticks k where `here` is true, d seconds
     after the previous event; in all other ticks h does not change. The output is h.
 

@@ -24,7 +24,7 @@ from stream_mmrnn.core.errors import ModelError
 from stream_mmrnn.core.types import HeadSpec, ModalitySpec
 from stream_mmrnn.graph.runtime import Graph
 from stream_mmrnn.predict.contract import METADATA_KEY, read_contract, write_contract
-from stream_mmrnn.training.predictor import Predictor, Step
+from stream_mmrnn.training.predictor import PredictorNetwork, StepModule
 from stream_mmrnn.training.quantise import in_blocks, in_columns
 
 TOLERANCE = 1e-5
@@ -32,7 +32,9 @@ _FORBIDDEN = {"GRU", "LSTM", "RNN", "Loop", "Scan"}
 _GATE_TICKS = 24
 
 
-def contract(predictor: Predictor, origins: dict[str, str]) -> tuple[tuple[ModalitySpec, ...], tuple[HeadSpec, ...]]:
+def contract(
+    predictor: PredictorNetwork, origins: dict[str, str]
+) -> tuple[tuple[ModalitySpec, ...], tuple[HeadSpec, ...]]:
     """The modalities and heads of a predictor, as the contract in the model file states them."""
     recipe = predictor.recipe
     modalities = tuple(
@@ -51,9 +53,9 @@ def contract(predictor: Predictor, origins: dict[str, str]) -> tuple[tuple[Modal
 class _Flat(nn.Module):
     """The step with flat lists of inputs and outputs, in the order of `names`."""
 
-    def __init__(self, predictor: Predictor) -> None:
+    def __init__(self, predictor: PredictorNetwork) -> None:
         super().__init__()
-        self.step = Step(predictor)
+        self.step = StepModule(predictor)
         self.modalities = list(predictor.recipe.modalities)
         self.states = list(predictor.states)
         self.heads = [h.name for h in predictor.recipe.heads]
@@ -70,7 +72,7 @@ class _Flat(nn.Module):
         return (*(outputs[h] for h in self.heads), *(following[s] for s in self.states))
 
 
-def example(predictor: Predictor, batch: int, generator: torch.Generator) -> list[Tensor]:
+def example(predictor: PredictorNetwork, batch: int, generator: torch.Generator) -> list[Tensor]:
     """Random inputs of the flat step, on the scale of the training data, with masks, ages, active and reset rows."""
 
     def noise(*shape: int) -> Tensor:
@@ -103,7 +105,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @_one_thread()
-def graph_of(predictor: Predictor) -> onnx.ModelProto:
+def graph_of(predictor: PredictorNetwork) -> onnx.ModelProto:
     """The step as ONNX with a dynamic batch, still without the contract."""
     flat = _Flat(predictor).eval()
     inputs = tuple(example(predictor, 2, torch.Generator().manual_seed(0)))
@@ -154,14 +156,14 @@ def _clean(model: onnx.ModelProto) -> None:
             del node.metadata_props[:]
 
 
-def with_contract(model: onnx.ModelProto, predictor: Predictor, origins: dict[str, str]) -> onnx.ModelProto:
+def with_contract(model: onnx.ModelProto, predictor: PredictorNetwork, origins: dict[str, str]) -> onnx.ModelProto:
     recipe = predictor.recipe
     modalities, heads = contract(predictor, origins)
     onnx.helper.set_model_props(model, {METADATA_KEY: write_contract(recipe.name, recipe.tick_ns, modalities, heads)})
     return model
 
 
-def export(predictor: Predictor, path: Path, origins: dict[str, str], int8: bool = False) -> dict[str, float]:
+def export(predictor: PredictorNetwork, path: Path, origins: dict[str, str], int8: bool = False) -> dict[str, float]:
     """Write the step to `path` if it passes the gate; returns the largest differences.
 
     `int8` also writes two files with 8-bit weights, whose outputs are close but not within the gate's tolerance:
@@ -187,7 +189,7 @@ def export(predictor: Predictor, path: Path, origins: dict[str, str], int8: bool
 
 
 @_one_thread()
-def gate(predictor: Predictor, path: Path) -> dict[str, float]:
+def gate(predictor: PredictorNetwork, path: Path) -> dict[str, float]:
     """Compare torch sequence, torch step and ONNX step on random sessions; raises ModelError where they disagree.
 
     A difference is |a - b| / (1 + |b|): absolute for small values, relative for large ones.
@@ -209,7 +211,7 @@ def gate(predictor: Predictor, path: Path) -> dict[str, float]:
     return worst
 
 
-def _any_slot(predictor: Predictor, graph: Graph, generator: torch.Generator) -> None:
+def _any_slot(predictor: PredictorNetwork, graph: Graph, generator: torch.Generator) -> None:
     """The same row must give the same bits in every slot: a session's results must not depend on its slot."""
     flat = _Flat(predictor)
     for _ in range(8):
@@ -223,7 +225,7 @@ def _any_slot(predictor: Predictor, graph: Graph, generator: torch.Generator) ->
 
 
 def _compare(
-    predictor: Predictor, graph: Graph, batch: int, cut: int, generator: torch.Generator, worst: dict[str, float]
+    predictor: PredictorNetwork, graph: Graph, batch: int, cut: int, generator: torch.Generator, worst: dict[str, float]
 ) -> None:
     flat = _Flat(predictor).eval()
     modalities, heads, states = flat.modalities, flat.heads, flat.states

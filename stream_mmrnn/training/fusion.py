@@ -26,7 +26,7 @@ def _key(prefix: str, modality: str) -> str:
     return prefix + modality.replace(".", ":")
 
 
-class Tokens(nn.Module):
+class TokenLayer(nn.Module):
     """The vector of each modality, normalised and projected to one width, plus an embedding of its age and of itself.
 
     x_m -> tanh(W_m (x_m - mean_m) / std_m + b_m + u_m age_m / (1 s + age_m)), or 0 where absent. `mean` and `std` are

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stream_mmrnn.training.recipe import Head
+from stream_mmrnn.training.recipe import HeadRecipe
 
 
-def activate(head: Head, raw: Tensor, temperature: Tensor) -> Tensor:
+def activate(head: HeadRecipe, raw: Tensor, temperature: Tensor) -> Tensor:
     """The served output from the layer's output [..., size]; logits are divided by a temperature to calibrate them."""
     if head.kind == "regression":
         return raw
@@ -22,7 +22,7 @@ def activate(head: Head, raw: Tensor, temperature: Tensor) -> Tensor:
     return torch.sigmoid(raw / temperature)
 
 
-def loss(head: Head, raw: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+def loss(head: HeadRecipe, raw: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """The mean over ticks of weight * loss; `raw` [..., size], `weight` [...].
 
     classification: cross-entropy, `target` [...] a class number (or one logit against 0 and 1, where size is 1).
@@ -56,7 +56,7 @@ def loss(head: Head, raw: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 class Heads(nn.Module):
     """One linear layer per head, its temperature (1 until calibrated) and, for a binary head, its threshold."""
 
-    def __init__(self, heads: tuple[Head, ...], width: int) -> None:
+    def __init__(self, heads: tuple[HeadRecipe, ...], width: int) -> None:
         super().__init__()
         self.specs = heads
         self.layers = nn.ModuleDict({h.name: nn.Linear(width, h.size) for h in heads})
@@ -89,7 +89,7 @@ class Heads(nn.Module):
             found[name] = raw[name] + last[..., places] / getattr(self, f"std_{name}")
         return found
 
-    def standardised(self, head: Head, target: Tensor) -> Tensor:
+    def standardised(self, head: HeadRecipe, target: Tensor) -> Tensor:
         """The target on the scale of the layer's output."""
         if not head.standardise:
             return target
@@ -97,7 +97,7 @@ class Heads(nn.Module):
         scaled: Tensor = (target - mean) / std
         return scaled
 
-    def served(self, head: Head, raw: Tensor) -> Tensor:
+    def served(self, head: HeadRecipe, raw: Tensor) -> Tensor:
         """The served output of one head."""
         out = activate(head, raw, self.temperature(head.name))
         if not head.standardise:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stream_mmrnn.training.recipe import Head
+from stream_mmrnn.training.recipe import HeadRecipe
 
 Array = npt.NDArray[Any]
 _BINS = 15
@@ -70,7 +70,11 @@ def confusion(predicted: Array, true: Array, classes: int) -> Array:
 
 
 def score(
-    head: Head, predicted: Array, target: Array, threshold: float = 0.5, baselines: Mapping[str, Array] | None = None
+    head: HeadRecipe,
+    predicted: Array,
+    target: Array,
+    threshold: float = 0.5,
+    baselines: Mapping[str, Array] | None = None,
 ) -> dict[str, Any]:
     """The figures of one head over N ticks; `predicted` [N, size] as served, `target` [N] or [N, size].
 
@@ -135,7 +139,7 @@ def score(
     }
 
 
-def errors(head: Head, predicted: Array, target: Array) -> dict[str, Any]:
+def errors(head: HeadRecipe, predicted: Array, target: Array) -> dict[str, Any]:
     """The errors of numbers [N, size] over the targets that are known (not NaN), also by label."""
     target = target.reshape(predicted.shape).astype(np.float64)
     some = (~np.isnan(target)).any(0)
@@ -167,7 +171,7 @@ def _hazard_loss(hazard: Array, came: Array) -> Array:
     return -(np.where(happened, np.log(h), np.log1p(-h)) * at_risk).sum(1)
 
 
-def primary(head: Head, figures: dict[str, Any]) -> float:
+def primary(head: HeadRecipe, figures: dict[str, Any]) -> float:
     """One number per head, more is better; the study's table and `--quick` compare it."""
     if not figures.get("ticks"):
         return float("nan")

@@ -13,7 +13,7 @@ from stream_mmrnn.recording.mcap_format import number
 from stream_mmrnn.recording.settings import streams_of
 from stream_mmrnn.training.recipe import Recipe, parse
 from stream_mmrnn.training.tasks import forecast
-from stream_mmrnn.training.tasks.recordings import FORECAST, NOTHING, Events, columns_of
+from stream_mmrnn.training.tasks.recordings import FORECAST, NOTHING, TypedEvents, columns_of
 
 
 def _modalities(recordings: Sequence[Recording]) -> dict[str, dict[str, Any]]:
@@ -45,7 +45,7 @@ def recipe_for(paths: Sequence[Path], name: str) -> Recipe:
 
     """
     recordings = [Recording(path) for path in paths]
-    labels = {label for recording in recordings for _, label in Events(recording).labels} - set(NOTHING)
+    labels = {label for recording in recordings for _, label in TypedEvents(recording).labels} - set(NOTHING)
     if len(labels) < 2:
         found = ", ".join(sorted(labels)) or "none"
         raise FileError(

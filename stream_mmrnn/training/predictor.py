@@ -1,6 +1,6 @@
-"""Predictor: tokens, fusion, cells and heads as one network, over a sequence or one step at a time.
+"""PredictorNetwork: tokens, fusion, cells and heads as one network, over a sequence or one step at a time.
 
-`forward` and `step` compute the same function, so the served model is the trained one. `Step` is the module that
+`forward` and `step` compute the same function, so the served model is the trained one. `StepModule` is the module that
 becomes the ONNX graph, with `active` and `reset` inside.
 """
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stream_mmrnn.training import fusion
-from stream_mmrnn.training.events import Events
+from stream_mmrnn.training.events import EventsCell
 from stream_mmrnn.training.heads import Heads
 from stream_mmrnn.training.last_value import LastValue
 from stream_mmrnn.training.recipe import Recipe
@@ -29,7 +29,7 @@ def _named(prefix: str, state: State) -> State:
     return {prefix + k: v for k, v in state.items()}
 
 
-class Predictor(nn.Module):
+class PredictorNetwork(nn.Module):
     """The network from tick to heads. `states` are named `cell.*`, `fusion.*`, `events.*`, `context`, `last`."""
 
     known: Tensor
@@ -46,13 +46,13 @@ class Predictor(nn.Module):
         # columns of `present` for the modalities of the fusion, and for those of the event cell
         self.common_at = [i for name, i in places.items() if name not in self.rare]
         self.rare_at = [places[name] for name in self.rare]
-        self.tokens = fusion.Tokens(sizes, f.width, reduced, selected, self.rare)
+        self.tokens = fusion.TokenLayer(sizes, f.width, reduced, selected, self.rare)
         # 0 for a modality that was absent in training: its random weights must not influence served predictions
         self.register_buffer("known", torch.ones(len(sizes)))
         self.fusion = fusion.create(f.kind, len(self.common_at), f.width, c.hidden, heads=f.heads, memory=f.memory)
         if self.rare:
             count = sum(self.tokens.sizes[name] + 1 for name in self.rare)
-            self.events = Events(count, recipe.events.width, recipe.events.hidden, recipe.tick_ns / 1e9)
+            self.events = EventsCell(count, recipe.events.width, recipe.events.hidden, recipe.tick_ns / 1e9)
             self.recall = nn.Sequential(nn.Dropout(recipe.events.dropout), nn.Linear(recipe.events.hidden, f.width))
         self.cells = Stack(
             c.kind,
@@ -191,10 +191,10 @@ def choose(rows: Tensor, one: State, other: State) -> State:
     return {k: torch.where(rows.reshape(-1, *([1] * (v.dim() - 1))), one[k].expand_as(v), v) for k, v in other.items()}
 
 
-class Step(nn.Module):
+class StepModule(nn.Module):
     """The graph to export: from the inputs of the model contract to activated heads and next states."""
 
-    def __init__(self, predictor: Predictor) -> None:
+    def __init__(self, predictor: PredictorNetwork) -> None:
         super().__init__()
         self.predictor = predictor
 

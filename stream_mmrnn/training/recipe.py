@@ -23,7 +23,7 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     pass
 
 
-class Modality(_Section, frozen=True):
+class ModalityRecipe(_Section, frozen=True):
     """One input of the model."""
 
     size: _Count
@@ -42,7 +42,7 @@ FUSIONS = ("add", "concat", "gated", "attention", "attention_state", "cross", "m
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru", "min_gru", "rg_lru")
 
 
-class Fusion(_Section, frozen=True):
+class FusionRecipe(_Section, frozen=True):
     kind: str = "concat"
     """One of FUSIONS, or the name of a plug-in's fusion."""
     width: _Count = 64
@@ -52,7 +52,7 @@ class Fusion(_Section, frozen=True):
     """Probability that a modality is hidden for a whole chunk in training, so the model learns to do without."""
 
 
-class Events(_Section, frozen=True):
+class EventsRecipe(_Section, frozen=True):
     """A separate GRU for sparse modalities (words): it steps only in ticks where one of them is present. The fusion
     does not see these modalities.
     """
@@ -65,7 +65,7 @@ class Events(_Section, frozen=True):
     dropout: _Share = 0.0
 
 
-class Cell(_Section, frozen=True):
+class CellRecipe(_Section, frozen=True):
     kind: str = "gru"
     """One of CELLS, or the name of a plug-in's cell."""
     hidden: _Count = 128
@@ -76,7 +76,7 @@ class Cell(_Section, frozen=True):
     learned_initial: bool = False
 
 
-class Head(_Section, frozen=True):
+class HeadRecipe(_Section, frozen=True):
     """One output of the model; the data define its targets. A classification of size 1 is binary."""
 
     name: Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]*$")]
@@ -124,13 +124,13 @@ class Data(_Section, frozen=True):
 
 class Recipe(_Section, frozen=True):
     name: Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]*$")]
-    modalities: dict[str, Modality]
-    heads: tuple[Head, ...]
+    modalities: dict[str, ModalityRecipe]
+    heads: tuple[HeadRecipe, ...]
     data: Data
     tick_ms: _Positive = 40.0
-    fusion: Fusion = Fusion()
-    events: Events = Events()
-    cell: Cell = Cell()
+    fusion: FusionRecipe = FusionRecipe()
+    events: EventsRecipe = EventsRecipe()
+    cell: CellRecipe = CellRecipe()
     train: Train = Train()
     quick: dict[str, Any] = {}
     """What `--quick` changes in `train`: a run of minutes, to check that everything works."""
@@ -176,7 +176,7 @@ def parse(table: dict[str, Any]) -> Recipe:
     return recipe
 
 
-def _check_from_last(head: Head, recipe: Recipe) -> None:
+def _check_from_last(head: HeadRecipe, recipe: Recipe) -> None:
     for modality, index in head.from_last:
         if modality not in recipe.modalities or index >= recipe.modalities[modality].size:
             raise ConfigError(

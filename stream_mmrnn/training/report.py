@@ -14,8 +14,8 @@ from stream_mmrnn.core.durations import spoken
 from stream_mmrnn.training import metrics
 from stream_mmrnn.training.data import Task
 from stream_mmrnn.training.evaluate import Output, by_modalities, collect, figures, served
-from stream_mmrnn.training.predictor import Predictor
-from stream_mmrnn.training.recipe import Head
+from stream_mmrnn.training.predictor import PredictorNetwork
+from stream_mmrnn.training.recipe import HeadRecipe
 
 _ROLLING = 400
 """Ticks of a forecast that a report shows."""
@@ -23,7 +23,7 @@ _UNITS = (("days", 86_400), ("hours", 3600), ("minutes", 60))
 _INK, _SECOND, _GRID = "#4c3fb5", "#1f77b4", "#d9dbe0"
 
 
-def report(predictor: Predictor, task: Task, history: list[dict[str, Any]]) -> dict[str, Any]:
+def report(predictor: PredictorNetwork, task: Task, history: list[dict[str, Any]]) -> dict[str, Any]:
     """All results of a trained network, for the card, the study and scripts."""
     test = task.test
     outputs = collect(predictor, test)
@@ -45,7 +45,7 @@ def report(predictor: Predictor, task: Task, history: list[dict[str, Any]]) -> d
     }
 
 
-def rolling(predictor: Predictor, task: Task) -> dict[str, Any]:
+def rolling(predictor: PredictorNetwork, task: Task) -> dict[str, Any]:
     """Of each head that is compared with simple forecasts: its numbers at the last ticks of the first test sequence."""
     outputs = collect(predictor, task.test[:1])
     found = {}
@@ -64,7 +64,7 @@ def rolling(predictor: Predictor, task: Task) -> dict[str, Any]:
     return found
 
 
-def by_time(predictor: Predictor, output: Output, head: Head) -> dict[str, list[float]]:
+def by_time(predictor: PredictorNetwork, output: Output, head: HeadRecipe) -> dict[str, list[float]]:
     """Accuracy by time since the start of the sequence, in twelve intervals of growing length."""
     tick_s = predictor.recipe.tick_ns / 1e9
     at = output.place

@@ -26,7 +26,7 @@ from stream_mmrnn.training.checkpoints import load, part, read, save, write
 from stream_mmrnn.training.data import Batch, Task, Ticks, batches
 from stream_mmrnn.training.heads import loss
 from stream_mmrnn.training.metrics import best_threshold
-from stream_mmrnn.training.predictor import Predictor
+from stream_mmrnn.training.predictor import PredictorNetwork
 from stream_mmrnn.training.recipe import Recipe
 
 Progress = Callable[[dict[str, Any]], None]
@@ -78,7 +78,7 @@ def hide(batch: Tensors, share: float, generator: torch.Generator) -> None:
     # `Tokens` multiplies by `present`, so the features need no change
 
 
-def losses(predictor: Predictor, raw: dict[str, Tensor], batch: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
+def losses(predictor: PredictorNetwork, raw: dict[str, Tensor], batch: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of the losses, and the loss of each head."""
     heads = predictor.heads
     each = {
@@ -270,7 +270,7 @@ class Trainer:
         self.best = (facts["best"][0], facts["best"][1])
 
 
-def calibrate(predictor: Predictor, sequences: Iterable[Ticks], device: torch.device) -> None:
+def calibrate(predictor: PredictorNetwork, sequences: Iterable[Ticks], device: torch.device) -> None:
     """Fit the temperature of each head on held-out data (Guo et al. 2017): it minimises the log loss.
 
     For a binary head also choose the threshold with the best balanced accuracy.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from stream_mmrnn.training import recipe as recipes
-from stream_mmrnn.training.predictor import Predictor
+from stream_mmrnn.training.predictor import PredictorNetwork
 
 
 def recipe_of(cell: str = "gru", kind: str = "concat", rare: bool = False, **cell_options: object) -> recipes.Recipe:
@@ -27,9 +27,9 @@ def recipe_of(cell: str = "gru", kind: str = "concat", rare: bool = False, **cel
     )
 
 
-def network(recipe: recipes.Recipe, seed: int = 0) -> Predictor:
+def network(recipe: recipes.Recipe, seed: int = 0) -> PredictorNetwork:
     torch.manual_seed(seed)
-    p = Predictor(recipe).eval()
+    p = PredictorNetwork(recipe).eval()
     # a rectifier's state grows from tick to tick where its U is far from the identity, and rounding with it
     scale = 0.05 if recipe.cell.kind == "rnn_relu" else 0.2
     with torch.no_grad():

@@ -21,7 +21,7 @@ from stream_mmrnn.core.errors import FileError, UsageError
 from stream_mmrnn.core.types import ModalitySpec
 from stream_mmrnn.offline import replay
 from stream_mmrnn.offline.convert import table, unpack
-from stream_mmrnn.offline.convert.table_file import Options, read
+from stream_mmrnn.offline.convert.table_file import TableOptions, read
 from stream_mmrnn.offline.predictor import Predictor
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.recording.report import info, verify
@@ -48,7 +48,7 @@ def samples(path: Path, name: str = "signal") -> list[tuple[int, list[float]]]:
     return [(e.event_ns, e.payload.tolist()) for e in Recording(path).envelopes({f"feature/{name}"})]  # type: ignore[union-attr]
 
 
-def error_of(path: Path, out: Path, options: Options) -> str:
+def error_of(path: Path, out: Path, options: TableOptions) -> str:
     """What an import says that is refused with exit code 2; "" if it is not."""
     try:
         table.convert(path, out, options)
@@ -66,7 +66,7 @@ def command(*args: object) -> tuple[int, str]:
 
 def test_rows_are_samples_and_gaps_stay_gaps(tmp_path: Path) -> None:
     out = tmp_path / "days.mcap"
-    result = table.convert(write(tmp_path / "days.csv", DAYS), out, Options(time="day"))
+    result = table.convert(write(tmp_path / "days.csv", DAYS), out, TableOptions(time="day"))
     # the row of 2 January misses a value: it is no sample, and nothing takes its place
     assert samples(out) == [
         (at_ns(2024, 1, 1), [1.5, 4.0]),
@@ -86,7 +86,7 @@ def test_rows_are_samples_and_gaps_stay_gaps(tmp_path: Path) -> None:
 
 def test_streams_are_chosen_by_columns_or_by_a_column(tmp_path: Path) -> None:
     path, out = write(tmp_path / "days.csv", DAYS), tmp_path / "two.mcap"
-    table.convert(path, out, Options(time="day", streams={"warm": ("high",), "cold": ("low",)}))
+    table.convert(path, out, TableOptions(time="day", streams={"warm": ("high",), "cold": ("low",)}))
     assert len(samples(out, "warm")) == 4
     assert len(samples(out, "cold")) == 3
     assert {name for name, row in streams_of(Recording(out).metadata).items() if row.source != "none"} == {
@@ -94,7 +94,7 @@ def test_streams_are_chosen_by_columns_or_by_a_column(tmp_path: Path) -> None:
         "cold",
     }
     text = "who,day,price\nA,2024-01-01,1\nA,2024-01-02,2\nB-1,2024-01-01,7\n"
-    table.convert(write(tmp_path / "long.csv", text), tmp_path / "by.mcap", Options(time="day", by="who"))
+    table.convert(write(tmp_path / "long.csv", text), tmp_path / "by.mcap", TableOptions(time="day", by="who"))
     assert samples(tmp_path / "by.mcap", "B-1") == [(at_ns(2024, 1, 1), [7.0])]
 
 
@@ -115,7 +115,7 @@ def test_streams_are_chosen_by_columns_or_by_a_column(tmp_path: Path) -> None:
 )
 def test_times(tmp_path: Path, value: str, options: dict[str, Any], expected: int) -> None:
     path = write(tmp_path / "t.csv", f"at,x\n{value},1\n")
-    (stream,) = read(path, Options(time="at", **options)).streams
+    (stream,) = read(path, TableOptions(time="at", **options)).streams
     assert stream.times_ns.tolist() == [expected]
 
 
@@ -136,15 +136,15 @@ def test_parquet_keeps_its_own_types_of_time(tmp_path: Path) -> None:
     pq.write_table(pa.table(columns), path)
     half_past_six = at_ns(2024, 3, 1, 6, 30)
     for name, expected in (("zoned", half_past_six), ("naive", half_past_six), ("date", at_ns(2024, 3, 1))):
-        found = read(path, Options(time=name))
+        found = read(path, TableOptions(time=name))
         assert found.streams[0].times_ns.tolist() == [expected]
         assert found.streams[0].columns == ("number", "year", "x", "y")
-    assert read(path, Options(time="text", timezone="UTC")).streams[0].times_ns.tolist() == [half_past_six]
-    assert read(path, Options(time="number", unit="s")).streams[0].times_ns.tolist() == [half_past_six]
-    assert read(path, Options(time="year", time_format="%Y")).streams[0].times_ns.tolist() == [at_ns(2024, 1, 1)]
+    assert read(path, TableOptions(time="text", timezone="UTC")).streams[0].times_ns.tolist() == [half_past_six]
+    assert read(path, TableOptions(time="number", unit="s")).streams[0].times_ns.tolist() == [half_past_six]
+    assert read(path, TableOptions(time="year", time_format="%Y")).streams[0].times_ns.tolist() == [at_ns(2024, 1, 1)]
     for more in ({"unit": "s"}, {"time_format": "%Y"}):
         with pytest.raises(UsageError, match="holds times already; leave --unit and --time-format out"):
-            read(path, Options(time="naive", **more))
+            read(path, TableOptions(time="naive", **more))
 
 
 WRONG: list[tuple[str, dict[str, Any], str]] = [
@@ -198,7 +198,7 @@ def test_what_cannot_be_imported_is_one_sentence_and_writes_nothing(
 ) -> None:
     path, out = write(tmp_path / "t.csv", text), tmp_path / "t.mcap"
     with pytest.raises(UsageError) as caught:
-        table.convert(path, out, Options(time="at", **options))
+        table.convert(path, out, TableOptions(time="at", **options))
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
@@ -210,11 +210,11 @@ def test_a_huge_gap_is_named_and_must_be_allowed(tmp_path: Path) -> None:
     rows = [f"2024-01-01T00:00:{i:02d},{i}" for i in range(10)] + ["2104-01-01T00:00:00,1"]
     path, out = write(tmp_path / "t.csv", "at,x\n" + "\n".join(rows)), tmp_path / "t.mcap"
     with pytest.raises(FileError, match=r"a gap of 29219 d after 2024-01-01T00:00:09Z, more than 10,000 times"):
-        table.convert(path, out, Options(time="at"))
+        table.convert(path, out, TableOptions(time="at"))
     assert not out.exists()
     with pytest.raises(FileError, match="more than 1 d; if its times are right, allow it with --max-gap"):
-        table.convert(path, out, Options(time="at", max_gap_ns=DAY_NS))
-    table.convert(path, out, Options(time="at", max_gap_ns=100 * 366 * DAY_NS))
+        table.convert(path, out, TableOptions(time="at", max_gap_ns=DAY_NS))
+    table.convert(path, out, TableOptions(time="at", max_gap_ns=100 * 366 * DAY_NS))
     # the ticks of a gap that is too long for this tick are left out; the row after it is used
     model = toy_model.make(tmp_path / "toy.onnx", (ModalitySpec("signal", 1, SignalEncoder.origin),))
     result = replay.replay(out, model=str(model))
@@ -224,7 +224,7 @@ def test_a_huge_gap_is_named_and_must_be_allowed(tmp_path: Path) -> None:
 
 def test_times_before_1970_are_shifted_by_whole_weeks(tmp_path: Path) -> None:
     path, out = write(tmp_path / "t.csv", "year,x\n1900,1\n1901,2\n"), tmp_path / "t.mcap"
-    result = table.convert(path, out, Options(time="year", time_format="%Y"))
+    result = table.convert(path, out, TableOptions(time="year", time_format="%Y"))
     shift_ns = result["shift_s"] * 10**9
     assert shift_ns > 0
     assert shift_ns % (7 * DAY_NS) == 0
@@ -239,7 +239,7 @@ def test_each_row_is_one_tick_of_any_length(tmp_path: Path, tick_ns: int) -> Non
     ticks = [first + i for i in range(40) if not 10 <= i < 15]
     rows = "\n".join(f"{k * tick_ns},{i}" for i, k in enumerate(ticks))
     out = tmp_path / "t.mcap"
-    table.convert(write(tmp_path / "t.csv", f"at,x\n{rows}"), out, Options(time="at", unit="ns"))
+    table.convert(write(tmp_path / "t.csv", f"at,x\n{rows}"), out, TableOptions(time="at", unit="ns"))
     specs = (ModalitySpec("signal", 1, SignalEncoder.origin),)
     model = toy_model.make(tmp_path / "toy.onnx", specs, tick_ns=tick_ns)
     made: list[Any] = []
@@ -262,7 +262,7 @@ def test_each_row_is_one_tick_of_any_length(tmp_path: Path, tick_ns: int) -> Non
 def test_a_long_tick_takes_many_samples(tmp_path: Path) -> None:
     rows = "\n".join(f"{i},{i % 7}" for i in range(1, 86_401))
     out = tmp_path / "t.mcap"
-    table.convert(write(tmp_path / "t.csv", f"at,x\n{rows}"), out, Options(time="at", unit="s"))
+    table.convert(write(tmp_path / "t.csv", f"at,x\n{rows}"), out, TableOptions(time="at", unit="s"))
     specs = (ModalitySpec("signal", 1, SignalEncoder.origin),)
     model = toy_model.make(tmp_path / "toy.onnx", specs, tick_ns=DAY_NS)
     made: list[Any] = []
@@ -274,7 +274,7 @@ def test_a_long_tick_takes_many_samples(tmp_path: Path) -> None:
 
 def test_an_imported_table_unpacks(tmp_path: Path) -> None:
     out = tmp_path / "days.mcap"
-    table.convert(write(tmp_path / "days.csv", DAYS), out, Options(time="day"))
+    table.convert(write(tmp_path / "days.csv", DAYS), out, TableOptions(time="day"))
     unpack.unpack(out, tmp_path / "files", ["parquet"])
     rows = pq.read_table(tmp_path / "files" / "features_signal.parquet")
     assert rows.column("unix_ns").to_pylist() == [at for at, _ in samples(out)]
@@ -321,7 +321,7 @@ def test_options_that_do_not_fit_the_file(tmp_path: Path) -> None:
 def test_any_bytes_are_a_table_or_one_sentence(tmp_path: Path, data: bytes, suffix: str, unit: str) -> None:
     path, out = tmp_path / f"t{suffix}", tmp_path / "t.mcap"
     path.write_bytes(data)
-    refused = error_of(path, out, Options(time="at", unit=unit))
+    refused = error_of(path, out, TableOptions(time="at", unit=unit))
     assert "\n" not in refused
     assert out.exists() == (not refused)
     if not refused:
@@ -340,12 +340,12 @@ def test_a_damaged_parquet_file_is_a_table_or_one_sentence(tmp_path: Path, data:
     for _ in range(data.draw(st.integers(1, 8))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(bytes(damaged[: data.draw(st.integers(0, len(damaged)))]))
-    assert out.exists() == (not error_of(path, out, Options(time="at")))
+    assert out.exists() == (not error_of(path, out, TableOptions(time="at")))
     out.unlink(missing_ok=True)
 
 
 def test_real_weather(tmp_path: Path) -> None:
-    options = Options(time="date", time_format="%Y/%m/%d", covers_ns=DAY_NS)
+    options = TableOptions(time="date", time_format="%Y/%m/%d", covers_ns=DAY_NS)
     result = table.convert(vega_file("seattle-weather.csv"), tmp_path / "w.mcap", options)
     (stream,) = result["streams"]
     assert (stream["samples"], stream["gaps"], stream["step_s"]) == (1461, 0, 86_400)

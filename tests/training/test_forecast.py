@@ -17,7 +17,7 @@ from stream_mmrnn.core.errors import ConfigError, FileError, UsageError
 from stream_mmrnn.core.types import ModalitySpec
 from stream_mmrnn.offline import replay
 from stream_mmrnn.offline.convert import table
-from stream_mmrnn.offline.convert.table_file import Options
+from stream_mmrnn.offline.convert.table_file import TableOptions
 from stream_mmrnn.training import recipe as recipes
 from stream_mmrnn.training import tasks, verbs
 from stream_mmrnn.training.checkpoints import load
@@ -58,7 +58,7 @@ def imported(path: Path, rows: list[tuple[int, float, float]]) -> Path:
     lines = [f"{hour},{'' if np.isnan(a) else a},{'' if np.isnan(b) else b}" for hour, a, b in rows]
     source = path.with_suffix(".csv")
     source.write_text("\n".join(["at,warm,wet", *lines]), encoding="utf-8")
-    table.convert(source, path, Options(time="at", unit="h"))
+    table.convert(source, path, TableOptions(time="at", unit="h"))
     return path
 
 
@@ -261,7 +261,7 @@ def test_wrong_recipes_and_data_are_one_sentence(recording: Path, tmp_path: Path
         assert "\n" not in str(caught.value)
     source = tmp_path / "swapped.csv"
     source.write_text("at,wet,warm\n1,2,3\n2,3,4\n")
-    table.convert(source, tmp_path / "swapped.mcap", Options(time="at", unit="h"))
+    table.convert(source, tmp_path / "swapped.mcap", TableOptions(time="at", unit="h"))
     with pytest.raises(FileError, match=r"swapped.mcap has the columns wet, warm, that of made.mcap has warm, wet"):
         tasks.create(recipe_of(("warm",), 1), [recording, tmp_path / "swapped.mcap"])
     with pytest.raises(ConfigError, match="are the columns of this recording in another order"):
@@ -298,7 +298,7 @@ def test_options_of_train_that_do_not_fit(recording: Path, tmp_path: Path) -> No
 @pytest.mark.slow
 def test_real_weather_and_prices(tmp_path: Path) -> None:
     """A year of Seattle's weather is forecast better than by persistence; no such thing is expected of prices."""
-    day = Options(time="date", time_format="%Y/%m/%d", covers_ns=24 * HOUR_NS)
+    day = TableOptions(time="date", time_format="%Y/%m/%d", covers_ns=24 * HOUR_NS)
     table.convert(vega_file("seattle-weather.csv"), tmp_path / "weather.mcap", day)
     wanted = verbs.Forecast(("temp_max", "temp_min"), 3, season=365)
     found = verbs.train(None, [tmp_path / "weather.mcap"], tmp_path / "weather", quick=True, forecast=wanted)
@@ -307,7 +307,7 @@ def test_real_weather_and_prices(tmp_path: Path) -> None:
     assert head["r2"] > head["baselines"]["persistence"]["r2"] > head["baselines"]["seasonal_naive"]["r2"]
 
     # months have no fixed length: rows in the middle of a mean month are one in each tick
-    month = Options(time="date", time_format="%b %d %Y", by="symbol", covers_ns=15 * 24 * HOUR_NS)
+    month = TableOptions(time="date", time_format="%b %d %Y", by="symbol", covers_ns=15 * 24 * HOUR_NS)
     table.convert(vega_file("stocks.csv"), tmp_path / "stocks.mcap", month)
     wanted = verbs.Forecast(("MSFT.price", "GOOG.price"), 2, round(30.4375 * 24 * HOUR_NS), 12)
     found = verbs.train(None, [tmp_path / "stocks.mcap"], tmp_path / "stocks", quick=True, forecast=wanted)

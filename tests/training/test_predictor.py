@@ -18,7 +18,7 @@ from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.training import fusion, heads
 from stream_mmrnn.training import recipe as recipes
 from stream_mmrnn.training.export import TOLERANCE, export, gate
-from stream_mmrnn.training.predictor import Predictor
+from stream_mmrnn.training.predictor import PredictorNetwork
 
 CELLS = ("rnn_tanh", "rnn_relu", "lstm", "gru", "min_gru", "rg_lru")
 
@@ -169,13 +169,13 @@ def test_the_gate_catches_a_broken_step(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(ModelError, match=r"the export was refused: .* differs"):
         gate(other, path)
     # a step that loses half of its state
-    right = Predictor.step
+    right = PredictorNetwork.step
 
-    def wrong(self: Predictor, *args: object) -> object:
+    def wrong(self: PredictorNetwork, *args: object) -> object:
         raw, state = right(self, *args)
         return raw, {k: v * 0.5 for k, v in state.items()}
 
-    monkeypatch.setattr(Predictor, "step", wrong)
+    monkeypatch.setattr(PredictorNetwork, "step", wrong)
     with pytest.raises(ModelError, match="the export was refused"):
         export(p, path, {})
     assert path.read_bytes() == before, "a refused export must not change existing files"
@@ -194,7 +194,7 @@ def test_int8_is_close(tmp_path: Path) -> None:
         }
     )
     torch.manual_seed(0)
-    export(Predictor(table).eval(), tmp_path / "step.onnx", {}, int8=True)
+    export(PredictorNetwork(table).eval(), tmp_path / "step.onnx", {}, int8=True)
     full, small = StepEngine(tmp_path / "step.onnx"), StepEngine(tmp_path / "step.int8.onnx")
     for e in (full, small):
         e.open("a")
@@ -216,7 +216,7 @@ def test_int8_is_close(tmp_path: Path) -> None:
 
 
 def test_hazard_loss_is_the_likelihood() -> None:
-    head = recipes.Head(name="e", kind="hazard", size=3)
+    head = recipes.HeadRecipe(name="e", kind="hazard", size=3)
     raw = torch.tensor([[0.3, -0.2, 0.5]]).repeat(4, 1)
     h = torch.sigmoid(raw[0])
     expected = -torch.log(torch.stack([h[0], (1 - h[0]) * h[1], (1 - h[0]) * (1 - h[1]) * h[2], (1 - h).prod()]))

@@ -85,8 +85,13 @@ def test_the_models_recipes_are_recipes(name: str) -> None:
     assert of.data.kind in tasks.KINDS
     quick = recipes.quick(of)
     assert quick.train.epochs < of.train.epochs
-    options = {"digits": digits, "activity": activity, "mnist": mnist, "polarity": polarity}[of.data.kind].Options
-    msgspec.convert(of.data.options, options)
+    options = {
+        "digits": digits.DigitsOptions,
+        "activity": activity.ActivityOptions,
+        "mnist": mnist.MnistOptions,
+        "polarity": polarity.PolarityOptions,
+    }
+    msgspec.convert(of.data.options, options[of.data.kind])
 
 
 @pytest.mark.process
@@ -199,7 +204,7 @@ def test_digits_keep_test_and_validation_out_of_training(digits_task: Task) -> N
 @pytest.mark.parametrize("speakers", ["official", "independent"])
 def test_digits_split_the_recordings(digits_folder: Path, speakers: str) -> None:
     found = fsdd.load(digits_folder / "fsdd")
-    parts = digits._spoken(found, digits.Options(speakers=speakers))  # type: ignore[arg-type]
+    parts = digits._spoken(found, digits.DigitsOptions(speakers=speakers))  # type: ignore[arg-type]
     keys = [{(r.speaker, r.digit, r.index) for r in part} for part in parts]
     assert sum(map(len, keys)) == len(set().union(*keys)) == len(found)
     if speakers == "official":
@@ -277,7 +282,7 @@ def test_noise_has_the_given_level() -> None:
         return float((np.abs(np.fft.rfft(part / 32768))[: len(part) // 4] ** 2).sum() / len(part) ** 2 * 2)
 
     for noise in ("white", "babble"):
-        options = digits.Options(noise=(noise,))  # type: ignore[arg-type]
+        options = digits.DigitsOptions(noise=(noise,))  # type: ignore[arg-type]
         maker = digits.Maker(of, options, others)
         ratios = []
         for _ in range(100):
@@ -285,7 +290,7 @@ def test_noise_has_the_given_level() -> None:
             spoken, rest = sound[1000:4500], sound[digits.RATE :]
             ratios.append(level(spoken) / level(rest) - 1)
         assert abs(10 * np.log10(np.mean(ratios)) + 5) < 1.0
-    quiet = digits.Maker(of, digits.Options(snr_db=60.0, noise=("white",)), [])
+    quiet = digits.Maker(of, digits.DigitsOptions(snr_db=60.0, noise=("white",)), [])
     sound = quiet._sound([(4, 0.5, 0.6)], pool, "george", digits.RATE, rng)
     assert np.abs(sound[: digits.RATE // 2]).max() * 50 < np.abs(sound).max()
     assert np.abs(sound[digits.RATE * 6 // 10 :]).max() * 50 < np.abs(sound).max()  # truncated at the end of its item

@@ -233,10 +233,10 @@ def _step(run: Run, data: Sequence[Path], result: Result) -> None:
     from stream_mmrnn.graph.runtime import Graph
     from stream_mmrnn.predict.contract import read_contract
     from stream_mmrnn.training.export import export
-    from stream_mmrnn.training.predictor import Predictor
+    from stream_mmrnn.training.predictor import PredictorNetwork
 
     torch.manual_seed(run.seed)
-    predictor = Predictor(recipes.parse(run.table)).eval()
+    predictor = PredictorNetwork(recipes.parse(run.table)).eval()
     result.weights = sum(p.numel() for p in predictor.parameters())
     of_cell = sum(p.numel() for p in predictor.cells.parameters())
     with tempfile.TemporaryDirectory() as folder:

@@ -21,7 +21,7 @@ from stream_mmrnn.core.durations import NANOSECONDS
 from stream_mmrnn.core.errors import FileError
 from stream_mmrnn.core.types import Envelope, Sample
 from stream_mmrnn.offline.convert.imported import FIRST_NS, TAIL_NS, Messages, described, without_devices, write
-from stream_mmrnn.offline.convert.table_file import Options, TableStream, read
+from stream_mmrnn.offline.convert.table_file import TableOptions, TableStream, read
 
 _CLOCK_NS = 10_000_000
 _JUMP_NS = 600_000_000_000
@@ -35,7 +35,7 @@ Row = tuple[int, int, Sample]
 def convert(
     path: Path,
     out: Path,
-    options: Options,
+    options: TableOptions,
     session: str = "imported",
     progress: Callable[[float], None] = lambda _: None,
 ) -> dict[str, Any]:

@@ -30,7 +30,7 @@ _MAX_COLUMNS = 4096
 _MAX_BLOCK = 2**30
 
 
-class Options(TimeOptions, frozen=True, kw_only=True):
+class TableOptions(TimeOptions, frozen=True, kw_only=True):
     """How a table is read."""
 
     streams: dict[str, tuple[str, ...]] = msgspec.field(default_factory=dict)
@@ -69,7 +69,7 @@ class Table(msgspec.Struct, frozen=True):
     left_out: dict[str, str]
 
 
-def read(path: Path, options: Options) -> Table:
+def read(path: Path, options: TableOptions) -> Table:
     """The signals of a table.
 
     Raises:
@@ -116,7 +116,7 @@ def _load(path: Path, time: str) -> Any:
         raise FileError(f"{path} is no {kind} table that pyarrow can read: {first_line(e)}") from e
 
 
-def _check_columns(path: Path, table: Any, options: Options) -> None:
+def _check_columns(path: Path, table: Any, options: TableOptions) -> None:
     try:
         names = [str(name) for name in table.column_names]
     except UnicodeDecodeError as e:
@@ -144,7 +144,7 @@ def _check_name(name: str, what: str) -> None:
         raise UsageError(f"{what} is named {name[:64]!r}: expected 1 to 32 letters, digits, `_` or `-`")
 
 
-def _columns(table: Any, options: Options) -> tuple[list[str], dict[str, str]]:
+def _columns(table: Any, options: TableOptions) -> tuple[list[str], dict[str, str]]:
     """The columns that are used, and why the others are not."""
     rest = [name for name in table.column_names if name not in (options.time, options.by)]
     if options.streams:
@@ -174,7 +174,7 @@ def _numbers(path: Path, table: Any, name: str) -> npt.NDArray[np.float32]:
 
 
 def _split(
-    path: Path, table: Any, options: Options, columns: list[str]
+    path: Path, table: Any, options: TableOptions, columns: list[str]
 ) -> Iterator[tuple[str, npt.NDArray[np.intp], tuple[str, ...]]]:
     """Of each stream: its name, its rows and its columns."""
     everything = np.arange(table.num_rows)
@@ -196,7 +196,9 @@ def _when(at_ns: int) -> str:
     return str(np.datetime64(at_ns, "ns")).removesuffix("000000").removesuffix(".000") + "Z"
 
 
-def _check_order(path: Path, times_ns: Times, rows: Sequence[int] | npt.NDArray[np.intp], options: Options) -> None:
+def _check_order(
+    path: Path, times_ns: Times, rows: Sequence[int] | npt.NDArray[np.intp], options: TableOptions
+) -> None:
     steps = np.diff(times_ns)
     if not len(wrong := np.flatnonzero(steps <= 0)):
         return
@@ -213,7 +215,7 @@ def _check_order(path: Path, times_ns: Times, rows: Sequence[int] | npt.NDArray[
     )
 
 
-def _check_gaps(path: Path, stream: TableStream, options: Options) -> None:
+def _check_gaps(path: Path, stream: TableStream, options: TableOptions) -> None:
     steps = np.diff(stream.times_ns)
     if not len(steps):
         return

@@ -18,15 +18,15 @@ from stream_mmrnn.offline.diff.compare import Bools, Ints, decisions
 from stream_mmrnn.offline.diff.tracks import PredictionTrack
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.training import metrics
-from stream_mmrnn.training.recipe import Head
-from stream_mmrnn.training.tasks.recordings import NOTHING, Events, ahead_ns_of, classes_at
+from stream_mmrnn.training.recipe import HeadRecipe
+from stream_mmrnn.training.tasks.recordings import NOTHING, TypedEvents, ahead_ns_of, classes_at
 
 YES_NO = ("no", "yes")
 
 
-def labels_of(path: Path) -> Events:
+def labels_of(path: Path) -> TypedEvents:
     """The typed labels; raises FileError if there are none."""
-    events = Events(Recording(path))
+    events = TypedEvents(Recording(path))
     if not {name for _, name in events.labels} - set(NOTHING):
         raise FileError(f"{path} holds no labels; type `/label NAME` into the text source while recording")
     return events
@@ -39,7 +39,7 @@ def _names(spec: HeadSpec) -> tuple[str, ...]:
     return spec.labels if spec.size > 1 else (spec.labels[:1] or (spec.name,))
 
 
-def _targets(spec: HeadSpec, track: PredictionTrack, events: Events, ahead_ns: int) -> tuple[Ints, Bools]:
+def _targets(spec: HeadSpec, track: PredictionTrack, events: TypedEvents, ahead_ns: int) -> tuple[Ints, Bools]:
     """The true class [T] at each tick, and whether it is known."""
     times = track.event_ns.tolist()
     target, known = classes_at(_names(spec), ahead_ns, times, events)
@@ -50,7 +50,7 @@ def _targets(spec: HeadSpec, track: PredictionTrack, events: Events, ahead_ns: i
     return yes.astype(np.int64), np.array(started, np.bool_)
 
 
-def score(track: PredictionTrack, events: Events) -> dict[str, Any]:
+def score(track: PredictionTrack, events: TypedEvents) -> dict[str, Any]:
     """By head: accuracy, balanced accuracy, confusion matrix, and the delay after changes of label.
 
     Raises:
@@ -69,7 +69,7 @@ def score(track: PredictionTrack, events: Events) -> dict[str, Any]:
         assert decided is not None  # a classification has decisions
         decided = decided.reshape(len(outputs))
         counts = known & (decided >= 0)
-        head = Head(name=name, kind="classification", size=spec.size, labels=spec.labels)
+        head = HeadRecipe(name=name, kind="classification", size=spec.size, labels=spec.labels)
         figures = metrics.score(head, outputs[counts], target[counts], spec.threshold)
         figures.pop("reliability", None)
         names = spec.labels if spec.size > 1 else YES_NO
@@ -93,7 +93,7 @@ def score(track: PredictionTrack, events: Events) -> dict[str, Any]:
 
 
 def _changes(
-    track: PredictionTrack, decided: Ints, target: Ints, known: Bools, events: Events, ahead_ns: int
+    track: PredictionTrack, decided: Ints, target: Ints, known: Bools, events: TypedEvents, ahead_ns: int
 ) -> dict[str, Any]:
     """The delay between a change of label and the head's first right decision before the next change; ms of event time.
 

@@ -25,14 +25,14 @@ TEST_INDICES = range(5)
 _NAME = re.compile(r"(?:^|/)(\d)_([A-Za-z]+)_(\d+)\.wav$")
 
 
-class Recording(msgspec.Struct, frozen=True, gc=False, eq=False):
+class FsddRecording(msgspec.Struct, frozen=True, gc=False, eq=False):
     samples: Int16Array
     digit: int
     speaker: str
     index: int
 
 
-def load(path: Path) -> list[Recording]:
+def load(path: Path) -> list[FsddRecording]:
     """All recordings, by speaker, digit and index.
 
     Raises:
@@ -49,7 +49,7 @@ def load(path: Path) -> list[Recording]:
             raise FileError(
                 f"the file {where} has {samples.shape} samples at {rate} Hz, expected 8000 Hz mono; fetch it again"
             )
-        found.append(Recording(samples, int(match[1]), match[2], int(match[3])))
+        found.append(FsddRecording(samples, int(match[1]), match[2], int(match[3])))
     if not found:
         raise FileError(f"{path} holds no DIGIT_SPEAKER_INDEX.wav; give the folder or archive with `recordings/`")
     indices: dict[tuple[str, int], list[int]] = defaultdict(list)
@@ -60,15 +60,17 @@ def load(path: Path) -> list[Recording]:
     return sorted(found, key=lambda r: (r.speaker, r.digit, r.index))
 
 
-def official_split(recordings: Iterable[Recording]) -> tuple[list[Recording], list[Recording]]:
+def official_split(recordings: Iterable[FsddRecording]) -> tuple[list[FsddRecording], list[FsddRecording]]:
     """The split of the authors: every speaker is in train and test."""
-    both: tuple[list[Recording], list[Recording]] = [], []
+    both: tuple[list[FsddRecording], list[FsddRecording]] = [], []
     for recording in recordings:
         both[recording.index in TEST_INDICES].append(recording)
     return both
 
 
-def speaker_split(recordings: Iterable[Recording], test: Collection[str]) -> tuple[list[Recording], list[Recording]]:
+def speaker_split(
+    recordings: Iterable[FsddRecording], test: Collection[str]
+) -> tuple[list[FsddRecording], list[FsddRecording]]:
     """A split by speaker: the named speakers are in the test only, to measure unknown voices.
 
     Raises:

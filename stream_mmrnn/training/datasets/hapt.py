@@ -51,7 +51,7 @@ _SIGNAL = re.compile(r"(?:^|/)(acc|gyro)_exp(\d+)_user(\d+)\.txt$")
 _LABELS = re.compile(r"(?:^|/)labels\.txt$")
 
 
-class Recording(msgspec.Struct, frozen=True, gc=False, eq=False):
+class HaptRecording(msgspec.Struct, frozen=True, gc=False, eq=False):
     subject: int
     index: int
     """Index among the recordings of the subject, from 0."""
@@ -61,7 +61,7 @@ class Recording(msgspec.Struct, frozen=True, gc=False, eq=False):
     """[N]: 1 to 12, or NONE."""
 
 
-def load(path: Path) -> list[Recording]:
+def load(path: Path) -> list[HaptRecording]:
     """All recordings, by subject and index.
 
     Raises:
@@ -77,15 +77,15 @@ def load(path: Path) -> list[Recording]:
     return sorted(recordings, key=lambda r: (r.subject, r.index))
 
 
-def official_split(recordings: Iterable[Recording]) -> tuple[list[Recording], list[Recording]]:
+def official_split(recordings: Iterable[HaptRecording]) -> tuple[list[HaptRecording], list[HaptRecording]]:
     """Train and test; no subject is in both."""
-    both: tuple[list[Recording], list[Recording]] = [], []
+    both: tuple[list[HaptRecording], list[HaptRecording]] = [], []
     for recording in recordings:
         both[recording.subject in TEST_SUBJECTS].append(recording)
     return both
 
 
-def _packed(path: Path) -> list[Recording]:
+def _packed(path: Path) -> list[HaptRecording]:
     recordings = []
     for file, raw in files(path, lambda name: name.endswith(".npy")):
         name = file.removesuffix(".npy")
@@ -99,7 +99,7 @@ def _packed(path: Path) -> list[Recording]:
     return recordings
 
 
-def _unpacked(where: str, name: str, rows: npt.NDArray[np.float32]) -> Recording:
+def _unpacked(where: str, name: str, rows: npt.NDArray[np.float32]) -> HaptRecording:
     match = _ARRAY.fullmatch(name)
     if match is None or rows.ndim != 2 or rows.shape[1] != 8 or rows.dtype.kind != "f" or not np.isfinite(rows).all():
         raise FileError(
@@ -112,10 +112,10 @@ def _unpacked(where: str, name: str, rows: npt.NDArray[np.float32]) -> Recording
     labels = rows[:, 7].astype(np.int8)
     if (labels == NONE).all():
         raise FileError(f"the array {where} has no labels; fetch it again")
-    return Recording(int(match[1]), int(match[2]), np.ascontiguousarray(rows[:, :6], np.float32), labels)
+    return HaptRecording(int(match[1]), int(match[2]), np.ascontiguousarray(rows[:, :6], np.float32), labels)
 
 
-def _published(path: Path) -> list[Recording]:
+def _published(path: Path) -> list[HaptRecording]:
     signals: dict[tuple[int, int], dict[str, FloatArray]] = defaultdict(dict)
     rows: npt.NDArray[np.float64] | None = None
     for name, raw in files(path, lambda name: bool(_SIGNAL.search(name) or _LABELS.search(name))):
@@ -139,13 +139,13 @@ def _published(path: Path) -> list[Recording]:
             )
         joined = np.hstack((both["acc"], both["gyro"]))
         labels = np.full(len(joined), NONE, np.int8)
-        recordings[experiment, subject] = Recording(subject, counts[subject], joined, labels)
+        recordings[experiment, subject] = HaptRecording(subject, counts[subject], joined, labels)
         counts[subject] += 1
     _label(f"{path}: labels.txt", recordings, rows)
     return list(recordings.values())
 
 
-def _label(where: str, recordings: dict[tuple[int, int], Recording], rows: npt.NDArray[np.float64]) -> None:
+def _label(where: str, recordings: dict[tuple[int, int], HaptRecording], rows: npt.NDArray[np.float64]) -> None:
     """Rows of experiment, subject, activity, first sample, last sample (inclusive)."""
     for line, row in enumerate(rows, start=1):
         experiment, subject, activity, first, last = (int(v) for v in row)

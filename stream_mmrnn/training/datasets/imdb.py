@@ -21,7 +21,7 @@ _NAME = re.compile(r"(?:^|/)(train|test)/(pos|neg|unsup)/([^/]+)\.txt$")
 _REVIEW = re.compile(r"(\d+)_(\d+)")
 
 
-class Review(msgspec.Struct, frozen=True, gc=False):
+class ImdbReview(msgspec.Struct, frozen=True, gc=False):
     text: str
     positive: bool | None
     """None in `unsup`, which has no labels."""
@@ -31,7 +31,7 @@ class Review(msgspec.Struct, frozen=True, gc=False):
     """From 0 in each class of each split."""
 
 
-def load(path: Path, split: str) -> list[Review]:
+def load(path: Path, split: str) -> list[ImdbReview]:
     """The reviews of `train`, `test` or `unsup`: negative before positive, by id.
 
     Raises:
@@ -45,7 +45,7 @@ def load(path: Path, split: str) -> list[Review]:
         match = _NAME.search(name)
         return match is not None and match[1] == folder and match[2] in classes
 
-    found: dict[str, list[Review]] = {kind: [] for kind in classes}
+    found: dict[str, list[ImdbReview]] = {kind: [] for kind in classes}
     for name, raw in files(path, wanted):
         where, kind, stem = f"{path}/{name}", name.split("/")[-2], name.split("/")[-1].removesuffix(".txt")
         match = _REVIEW.fullmatch(stem)
@@ -56,7 +56,7 @@ def load(path: Path, split: str) -> list[Review]:
                 "fetch it again"
             )
         positive = None if kind == "unsup" else kind == "pos"
-        found[kind].append(Review(text(where, raw), positive, int(match[2]), int(match[1])))
+        found[kind].append(ImdbReview(text(where, raw), positive, int(match[2]), int(match[1])))
     for kind, reviews in found.items():
         if not reviews:
             raise FileError(f"{path} holds no {folder}/{kind}/ID_RATING.txt; give the unpacked aclImdb folder")

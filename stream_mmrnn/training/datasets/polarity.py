@@ -28,7 +28,7 @@ class Sentence(msgspec.Struct, frozen=True, gc=False):
     positive: bool
 
 
-class Review(msgspec.Struct, frozen=True, gc=False):
+class PolarityReview(msgspec.Struct, frozen=True, gc=False):
     text: str
     positive: bool
     index: int
@@ -64,20 +64,20 @@ def sentences(path: Path) -> list[Sentence]:
     return [Sentence(line, kind == "pos") for kind in ("neg", "pos") for line in found[kind]]
 
 
-def reviews(path: Path) -> list[Review]:
+def reviews(path: Path) -> list[PolarityReview]:
     """Negative before positive, by index.
 
     Raises:
         FileError: there are none, one is missing or empty, or the classes have different sizes.
 
     """
-    found: list[Review] = []
+    found: list[PolarityReview] = []
     for name, raw in files(path, lambda name: bool(_REVIEW.search(name))):
         match = _REVIEW.search(name)
         content = text(f"{path}/{name}", raw).strip()
         if match is None or not content:
             raise FileError(f"the file {path}/{name} is empty, expected a review; fetch it again")
-        found.append(Review(content, match[1] == "pos", int(match[2])))
+        found.append(PolarityReview(content, match[1] == "pos", int(match[2])))
     if not found:
         raise FileError(f"{path} holds no pos/cvNNN_ID.txt and neg/cvNNN_ID.txt; give movie_reviews.zip or its folder")
     for positive, kind in ((False, "neg"), (True, "pos")):

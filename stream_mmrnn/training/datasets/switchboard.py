@@ -33,7 +33,7 @@ _LAUGHED = re.compile(r"^\[laughter-(.*)\]-?$")
 _MISSAID = re.compile(r"\[(.+)/(.+)\](-?)")
 
 
-class Tokens(msgspec.Struct, frozen=True, gc=False, eq=False):
+class SwitchboardTokens(msgspec.Struct, frozen=True, gc=False, eq=False):
     """Tokens of one person in order of time, without overlaps."""
 
     start_s: Seconds
@@ -43,8 +43,8 @@ class Tokens(msgspec.Struct, frozen=True, gc=False, eq=False):
 
 
 class Channel(msgspec.Struct, frozen=True, gc=False, eq=False):
-    words: Tokens
-    marks: Tokens
+    words: SwitchboardTokens
+    marks: SwitchboardTokens
     """[silence], [noise], [vocalized-noise], [laughter] and asides: not words."""
 
 
@@ -169,8 +169,8 @@ def _channel(where: str, prefix: str, content: str) -> Channel:
     token = tokens[3::4]
     mark = np.fromiter(map(_is_mark, token), np.bool_, lines)
     return Channel(
-        Tokens(start[~mark], end[~mark], tuple(compress(token, ~mark))),
-        Tokens(start[mark], end[mark], tuple(compress(token, mark))),
+        SwitchboardTokens(start[~mark], end[~mark], tuple(compress(token, ~mark))),
+        SwitchboardTokens(start[mark], end[mark], tuple(compress(token, mark))),
     )
 
 

@@ -18,7 +18,7 @@ from stream_mmrnn.core.strict_toml import convert
 from stream_mmrnn.core.types import FloatArray
 from stream_mmrnn.training.data import Array, Task, Ticks
 from stream_mmrnn.training.datasets import hapt
-from stream_mmrnn.training.recipe import Head, Recipe
+from stream_mmrnn.training.recipe import HeadRecipe, Recipe
 from stream_mmrnn.training.tasks.common import find, pieces
 
 LABELS = tuple(name.replace(" ", "_") for name in hapt.ACTIVITIES.values())
@@ -29,7 +29,7 @@ WINDOW = 128
 """Samples of a published window, 2.56 s; windows overlap by half."""
 
 
-class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class ActivityOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`data.options`."""
 
     validation_subjects: tuple[int, ...] = (7, 14, 21, 28)
@@ -50,7 +50,7 @@ def window_ends(labels: hapt.LabelArray) -> list[int]:
     return ends
 
 
-def forecast(head: Head, signals: FloatArray, count: int) -> tuple[Array, FloatArray]:
+def forecast(head: HeadRecipe, signals: FloatArray, count: int) -> tuple[Array, FloatArray]:
     """For number j of the head: the mean of signal j % 6 over the head's interval j after the tick's end."""
     total = np.concatenate([np.zeros((1, SIGNALS)), np.cumsum(signals, 0, np.float64)])
     now = STACK * np.arange(1, count + 1)
@@ -64,7 +64,7 @@ def forecast(head: Head, signals: FloatArray, count: int) -> tuple[Array, FloatA
     return target, known
 
 
-def sequence(recording: hapt.Recording, recipe: Recipe, windows: bool) -> Ticks:
+def sequence(recording: hapt.HaptRecording, recipe: Recipe, windows: bool) -> Ticks:
     """A whole recording; with `windows` only the ends of published windows are scored for the activity."""
     count = len(recording.labels) // STACK
     signals = recording.signals[: STACK * count]
@@ -120,7 +120,7 @@ def _require(recipe: Recipe) -> None:
 
 def make(recipe: Recipe, places: list[Path]) -> Task:
     """Official split by subject; some training subjects are used for validation."""
-    options = convert(recipe.data.options, Options)
+    options = convert(recipe.data.options, ActivityOptions)
     _require(recipe)
     place = find(places, "hapt")
     learnt, tested = hapt.official_split(hapt.load(place))

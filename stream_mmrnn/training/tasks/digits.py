@@ -50,7 +50,7 @@ _Count = Annotated[int, msgspec.Meta(ge=1)]
 _Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
-class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class DigitsOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`data.options`."""
 
     train: _Count = 200
@@ -175,7 +175,7 @@ class Pool(msgspec.Struct, frozen=True):
     """By speaker and digit, at 16 kHz and a root mean square of 1."""
 
 
-def _pool(images: ByteArray, labels: ByteArray, recordings: Sequence[fsdd.Recording], where: str) -> Pool:
+def _pool(images: ByteArray, labels: ByteArray, recordings: Sequence[fsdd.FsddRecording], where: str) -> Pool:
     spoken: dict[str, list[list[FloatArray]]] = defaultdict(lambda: [[] for _ in WORDS])
     for r in recordings:
         spoken[r.speaker][r.digit].append(_upsampled(r.samples))
@@ -191,7 +191,7 @@ def _pool(images: ByteArray, labels: ByteArray, recordings: Sequence[fsdd.Record
 class Maker:
     """Makes sequences from the items of a pool."""
 
-    def __init__(self, recipe: Recipe, options: Options, babble: Sequence[FloatArray]) -> None:
+    def __init__(self, recipe: Recipe, options: DigitsOptions, babble: Sequence[FloatArray]) -> None:
         """`babble`: recordings of the training split, used as noise in all splits."""
         self._options, self._babble = options, babble
         self._order = list(recipe.modalities)
@@ -283,8 +283,8 @@ def _tick_of(times_s: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.int
 
 
 def _spoken(
-    recordings: list[fsdd.Recording], o: Options
-) -> tuple[list[fsdd.Recording], list[fsdd.Recording], list[fsdd.Recording]]:
+    recordings: list[fsdd.FsddRecording], o: DigitsOptions
+) -> tuple[list[fsdd.FsddRecording], list[fsdd.FsddRecording], list[fsdd.FsddRecording]]:
     """Recordings for training, validation and test."""
     if o.speakers == "independent":
         rest, test = fsdd.speaker_split(recordings, o.test_speakers)
@@ -300,7 +300,7 @@ def _spoken(
 
 def make(recipe: Recipe, places: list[Path]) -> Task:
     """`places` contain MNIST and FSDD, each as an archive or a folder."""
-    o = convert(recipe.data.options, Options)
+    o = convert(recipe.data.options, DigitsOptions)
     classes = tuple("0123456789")
     require(recipe, SIZES, {"digit": classes, "next_digit": classes})
     if recipe.tick_ms != 1000 * _TICK_S:

@@ -17,7 +17,7 @@ from stream_mmrnn.core.errors import ConfigError, FileError
 from stream_mmrnn.core.strict_toml import convert
 from stream_mmrnn.core.types import FloatArray
 from stream_mmrnn.training.data import Array, Ticks, baselines_of, cut
-from stream_mmrnn.training.recipe import Head, Recipe
+from stream_mmrnn.training.recipe import HeadRecipe, Recipe
 
 TRAIN, VALIDATION = 0.6, 0.15
 """Shares of a recording, from its beginning; the rest is the test part."""
@@ -65,7 +65,7 @@ def place_of(column: str, columns: Mapping[str, Sequence[str]], sizes: Mapping[s
 
 
 def targets(
-    head: Head,
+    head: HeadRecipe,
     index: npt.NDArray[np.int64],
     features: Mapping[str, FloatArray],
     present: FloatArray,

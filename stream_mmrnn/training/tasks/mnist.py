@@ -26,7 +26,7 @@ _CHUNK = 1000
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
-class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class MnistOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`data.options`."""
 
     by: Literal["rows", "pixels"] = "rows"
@@ -82,7 +82,7 @@ def warped(images: ByteArray, turn: float, stretch: float, rng: np.random.Genera
 
 def make(recipe: Recipe, places: list[Path]) -> Task:
     """Official split; the last images of the training set are used for validation."""
-    options = convert(recipe.data.options, Options)
+    options = convert(recipe.data.options, MnistOptions)
     length, size = (28, 28) if options.by == "rows" else (784, 1)
     require(recipe, {"vision": size}, {"digit": mnist.CLASSES})
     place = find(places, "mnist")

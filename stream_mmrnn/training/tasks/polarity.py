@@ -25,7 +25,7 @@ LABELS = ("negative", "positive")
 _Share = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 
 
-class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class PolarityOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`data.options`."""
 
     early: _Share = 0.1
@@ -44,7 +44,7 @@ def split(count: int, seed: int) -> tuple[list[int], list[int], list[int]]:
 
 def make(recipe: Recipe, places: list[Path]) -> Task:
     """A seeded split, because there is no official one; validation and test are scored at the last word only."""
-    options = convert(recipe.data.options, Options)
+    options = convert(recipe.data.options, PolarityOptions)
     require(recipe, {"text": TextEncoder.size}, {"polarity": LABELS})
     place = find(places, "sentence_polarity", "rt-polarity")
     found = polarity.sentences(place)

@@ -24,7 +24,7 @@ from stream_mmrnn.predict.pipeline import NoEngine, predict
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.recording.settings import settings_of
 from stream_mmrnn.training.data import Array, Task, Ticks, cut
-from stream_mmrnn.training.recipe import Head, Recipe
+from stream_mmrnn.training.recipe import HeadRecipe, Recipe
 from stream_mmrnn.training.tasks import forecast
 from stream_mmrnn.training.tasks.common import pieces
 
@@ -38,7 +38,7 @@ NOTHING = ("", "none")
 """Labels that mean: no label."""
 
 
-class Events:
+class TypedEvents:
     """Labels and words of a recording with their times, and the names of its signals' columns."""
 
     def __init__(self, recording: Recording) -> None:
@@ -86,7 +86,7 @@ def ticks_of(path: Path, specs: Sequence[ModalitySpec], tick_ns: int) -> tuple[l
 def sequence(path: Path, recipe: Recipe, specs: Sequence[ModalitySpec]) -> Ticks:
     """A recording as one training sequence."""
     ticks, recording = ticks_of(path, specs, recipe.tick_ns)
-    events = Events(recording)
+    events = TypedEvents(recording)
     names = [s.name for s in specs]
     features = {s.name: np.empty((len(ticks), s.size), np.float32) for s in specs}
     present, age_s = (np.empty((len(ticks), len(names)), np.float32) for _ in range(2))
@@ -109,7 +109,7 @@ def sequence(path: Path, recipe: Recipe, specs: Sequence[ModalitySpec]) -> Ticks
     return Ticks(features, present, age_s, targets, weights, path.name)
 
 
-def _label(head: Head, ticks: list[Tick], events: Events, recipe: Recipe) -> tuple[Array, FloatArray]:
+def _label(head: HeadRecipe, ticks: list[Tick], events: TypedEvents, recipe: Recipe) -> tuple[Array, FloatArray]:
     """The class at the tick's end, or later by the end of the head's first horizon."""
     return classes_at(head.labels, ahead_ns_of(head.horizons_s), [t.event_ns for t in ticks], events)
 
@@ -120,7 +120,7 @@ def ahead_ns_of(horizons_s: Sequence[tuple[float, float]]) -> int:
 
 
 def classes_at(
-    labels: Sequence[str], ahead_ns: int, event_ns: Sequence[int], events: Events
+    labels: Sequence[str], ahead_ns: int, event_ns: Sequence[int], events: TypedEvents
 ) -> tuple[Array, FloatArray]:
     """For the ends of T ticks: the class [T] at `ahead_ns` later, and whether it is known [T] (1 or 0)."""
     classes = {name: i for i, name in enumerate(labels)}
@@ -129,7 +129,7 @@ def classes_at(
     return np.array([classes.get(h, 0) for h in held], np.int64), np.array(known, np.float32)
 
 
-def _speech(head: Head, ticks: list[Tick], events: Events, recipe: Recipe) -> tuple[Array, FloatArray]:
+def _speech(head: HeadRecipe, ticks: list[Tick], events: TypedEvents, recipe: Recipe) -> tuple[Array, FloatArray]:
     """Speech in each of the head's intervals: 1 if at least half of its ticks are speech (0.5 and more)."""
     if "audio" not in ticks[0].features:
         raise ConfigError(f"the head {head.name!r} needs speech, and the recipe has no modality audio")
@@ -148,7 +148,7 @@ def _speech(head: Head, ticks: list[Tick], events: Events, recipe: Recipe) -> tu
     return target, known
 
 
-def _text(head: Head, ticks: list[Tick], events: Events, recipe: Recipe) -> tuple[Array, FloatArray]:
+def _text(head: HeadRecipe, ticks: list[Tick], events: TypedEvents, recipe: Recipe) -> tuple[Array, FloatArray]:
     """The interval of the next word; `head.size` if it is in none; unknown if the recording ends before."""
     horizons = _horizons(head)
     until_ns = round(horizons[-1][1] * 1e9)
@@ -167,7 +167,7 @@ def _text(head: Head, ticks: list[Tick], events: Events, recipe: Recipe) -> tupl
     return target, known
 
 
-def _motion(head: Head, ticks: list[Tick], events: Events, recipe: Recipe) -> tuple[Array, FloatArray]:
+def _motion(head: HeadRecipe, ticks: list[Tick], events: TypedEvents, recipe: Recipe) -> tuple[Array, FloatArray]:
     """Future change of the picture: the root mean square difference of its features between ticks."""
     if "vision" not in ticks[0].features:
         raise ConfigError(f"the head {head.name!r} needs motion, and the recipe has no modality vision")
@@ -190,7 +190,7 @@ def _motion(head: Head, ticks: list[Tick], events: Events, recipe: Recipe) -> tu
 _TARGETS = {"label": _label, "speech": _speech, "text": _text, "motion": _motion}
 
 
-def _horizons(head: Head) -> tuple[tuple[float, float], ...]:
+def _horizons(head: HeadRecipe) -> tuple[tuple[float, float], ...]:
     if not head.horizons_s:
         raise ConfigError(f"the head {head.name!r} predicts the future: give its horizons_s")
     return head.horizons_s
@@ -296,7 +296,7 @@ def _check_targets(recipe: Recipe, sequences: Sequence[Ticks]) -> None:
                 raise FileError(f"the head {head.name!r} has labels that never occur: {', '.join(absent)}")
 
 
-def _nothing_to_measure(recipe: Recipe, head: Head, held: str, forecasts: bool) -> str:
+def _nothing_to_measure(recipe: Recipe, head: HeadRecipe, held: str, forecasts: bool) -> str:
     if forecasts:
         season = forecast.options_of(recipe).season
         return (

@@ -22,7 +22,7 @@ from stream_mmrnn.core.types import FloatArray
 from stream_mmrnn.predict.columns import MAX_AGE_S
 from stream_mmrnn.training.data import Array, LazySequence, Task, Ticks
 from stream_mmrnn.training.datasets.switchboard import Dialogue, Seconds, Switchboard, spoken, voice
-from stream_mmrnn.training.recipe import Head, Recipe
+from stream_mmrnn.training.recipe import HeadRecipe, Recipe
 from stream_mmrnn.training.tasks.common import Words, find
 
 SILENCE_S = 0.25
@@ -44,7 +44,7 @@ _CLEAR = ", where exactly one person spoke for a second before and after it"
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
-class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class TurnTakingOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`data.options`."""
 
     train: _Count = 0
@@ -146,7 +146,7 @@ def decisions(one: Seconds, other: Seconds, clear: bool = False) -> Seconds:
 class Views:
     """Dialogues as sequences of ticks, from either side."""
 
-    def __init__(self, recipe: Recipe, options: Options) -> None:
+    def __init__(self, recipe: Recipe, options: TurnTakingOptions) -> None:
         self._recipe, self._options = recipe, options
         self._names = list(recipe.modalities)
         self._tick_s = recipe.tick_ns / 1e9
@@ -215,7 +215,7 @@ def _later(segments: Seconds, late_s: float, rng: np.random.Generator) -> Second
     return np.stack([segments[:, 0], ends], 1)
 
 
-def _projection(head: Head, sides: Sequence[Side], at_s: Seconds, end_s: float) -> tuple[Array, FloatArray]:
+def _projection(head: HeadRecipe, sides: Sequence[Side], at_s: Seconds, end_s: float) -> tuple[Array, FloatArray]:
     """For each number of the head: does this person speak in at least half of this interval?"""
     target = np.zeros((len(at_s), head.size), np.float32)
     for j, (begin, end) in enumerate(head.horizons_s):
@@ -254,7 +254,7 @@ def _require(recipe: Recipe) -> None:
 
 def make(recipe: Recipe, places: list[Path]) -> Task:
     """Switchboard with the splits of the VAP papers; in the test every second dialogue is from the other side."""
-    options = convert(recipe.data.options, Options)
+    options = convert(recipe.data.options, TurnTakingOptions)
     _require(recipe)
     corpus = Switchboard(find(places, "switchboard", "swb"))
     views = Views(recipe, options)
