@@ -63,7 +63,7 @@ def train(
         names = tuple(filter(None, forecast.split(",")))
         if not names:
             raise UsageError("--forecast needs the names of columns, such as temp_max,temp_min")
-        wanted = verbs.Forecast(names, steps, parse_ns(tick, "--tick") if tick else 0, season)
+        wanted = verbs.ForecastRequest(names, steps, parse_ns(tick, "--tick") if tick else 0, season)
     console = Console(stderr=as_json, highlight=False)
     alive = StopFlag.unwinding()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())

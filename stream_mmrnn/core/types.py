@@ -18,6 +18,10 @@ Nanoseconds: TypeAlias = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 """A time or duration from outside, limited to 64 bits."""
 
 
+MAX_TICK = 2**53 - 1
+"""Largest index of a served tick: the next one still is an integer in JSON and in JavaScript."""
+
+
 class Sample(msgspec.Struct, frozen=True, gc=False):
     """One reading of a device: a video frame, an audio block, a text event."""
 

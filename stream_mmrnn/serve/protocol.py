@@ -13,7 +13,7 @@ import msgspec
 
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.errors import WireError
-from stream_mmrnn.core.types import HeadSpec, ModalitySpec, ModelSpec, Nanoseconds
+from stream_mmrnn.core.types import MAX_TICK, HeadSpec, ModalitySpec, ModelSpec, Nanoseconds
 
 VERSION = 1
 MAX_BYTES = 2**20
@@ -22,8 +22,8 @@ _MAX_MODALITIES = 64
 
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=topics.SESSION_NAME)]
 _Token = Annotated[str, msgspec.Meta(max_length=128)]
-_Index = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-_Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+_Index = Annotated[int, msgspec.Meta(ge=0, le=MAX_TICK)]
+_Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_TICK + 1)]
 _Vectors = Annotated[tuple[bytes | None, ...], msgspec.Meta(max_length=_MAX_MODALITIES)]
 _Ages = Annotated[tuple[Nanoseconds, ...], msgspec.Meta(max_length=_MAX_MODALITIES)]
 

@@ -27,7 +27,7 @@ from stream_mmrnn.core.errors import (
     SnapshotError,
     UnknownSession,
 )
-from stream_mmrnn.core.types import Prediction, Tick
+from stream_mmrnn.core.types import MAX_TICK, Prediction, Tick
 from stream_mmrnn.predict.protocols import Engine
 from stream_mmrnn.predict.snapshots import NEVER, Snapshot
 from stream_mmrnn.serve.admission import Admission
@@ -309,9 +309,12 @@ class Sessions:
             return BadTick(
                 f"tick {tick.index} of session {tick.session!r}: expected float32 {list(shape)} as {name}, got {got}"
             )
-        if not 0 <= tick.index < 1 << 63:
+        if not 0 <= tick.index <= MAX_TICK:
             self.counts["bad_ticks"] += 1
-            return BadTick(f"tick {tick.index} of session {tick.session!r}: expected an index from 0 on")
+            return BadTick(
+                f"tick {tick.index} of session {tick.session!r}: expected an index from 0 to 2^53 - 1; number the "
+                "session's ticks from 0"
+            )
         return None
 
     def next_index(self, session: str) -> int:

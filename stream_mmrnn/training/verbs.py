@@ -36,7 +36,7 @@ def _versions() -> str:
     )
 
 
-class Forecast(NamedTuple):
+class ForecastRequest(NamedTuple):
     """What `train` forecasts without a recipe."""
 
     columns: tuple[str, ...]
@@ -47,7 +47,7 @@ class Forecast(NamedTuple):
     """Ticks of a season, for the seasonal naive forecast; 0: without."""
 
 
-def recipe_of(path: Path | None, data: Sequence[Path], name: str, forecast: Forecast | None = None) -> Recipe:
+def recipe_of(path: Path | None, data: Sequence[Path], name: str, forecast: ForecastRequest | None = None) -> Recipe:
     """The recipe of a file or model folder; if none is given, one made from the user's recordings."""
     if path is None:
         from stream_mmrnn.training.own_recipe import forecast_recipe_for, recipe_for
@@ -75,7 +75,7 @@ def train(
     resume: bool = False,
     int8: bool = False,
     seed: int | None = None,
-    forecast: Forecast | None = None,
+    forecast: ForecastRequest | None = None,
     progress: Progress = lambda _: None,
     alive: Callable[[], bool] = lambda: True,
 ) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from stream_mmrnn.core.errors import (
     UsageError,
     WireError,
 )
-from stream_mmrnn.core.types import Prediction, Tick
+from stream_mmrnn.core.types import MAX_TICK, Prediction, Tick
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.predict.snapshots import StateStore
 from stream_mmrnn.serve import protocol
@@ -189,6 +189,26 @@ def test_a_token_takes_a_session_over_and_the_first_client_is_told(make: Make, t
     say(host, step_of(tick("s", 1)), b"b")
     host.step(NOW)
     assert bits(replies_of(host)) == [("s", 1, (alone(toy, [tick("s", 0), tick("s", 1)])[1],))]
+
+
+def test_the_largest_tick_is_stepped_and_its_session_resumed(make: Make, toy: Path) -> None:
+    """One more is refused at once: its successor is no integer of every client."""
+    host = make()
+    say(host, protocol.Open(session="s"))
+    [(_, ready)] = replies_of(host)
+    assert isinstance(ready, protocol.Ready)
+    say(host, step_of(msgspec.structs.replace(tick("s", 0), index=MAX_TICK)))
+    host.step(NOW)
+    assert bits(replies_of(host))
+    host.gone(b"a", NOW)
+    say(host, protocol.Open(session="s", token=ready.token), b"b")
+    [(_, again)] = replies_of(host)
+    assert isinstance(again, protocol.Ready)
+    assert again.next == MAX_TICK + 1
+    host.receive(b"b", protocol.encode(step_of(msgspec.structs.replace(tick("s", 0), index=MAX_TICK + 1))), NOW)
+    [(_, refused)] = replies_of(host)
+    assert isinstance(refused, protocol.Refused)
+    assert refused.error == "bad_message"
 
 
 def test_duplicate_ticks_are_skipped_and_reported(make: Make, toy: Path) -> None:

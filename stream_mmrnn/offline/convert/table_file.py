@@ -62,14 +62,14 @@ class TableStream(msgspec.Struct, frozen=True, eq=False):
         return int(np.median(np.diff(self.times_ns))) if len(self.times_ns) > 1 else 0
 
 
-class Table(msgspec.Struct, frozen=True):
+class TableContent(msgspec.Struct, frozen=True):
     """The signals of a table, and the columns that are in none, with the reason."""
 
     streams: list[TableStream]
     left_out: dict[str, str]
 
 
-def read(path: Path, options: TableOptions) -> Table:
+def read(path: Path, options: TableOptions) -> TableContent:
     """The signals of a table.
 
     Raises:
@@ -91,7 +91,7 @@ def read(path: Path, options: TableOptions) -> Table:
         streams.append(TableStream(name, chosen, times_ns[rows], numbers[rows][:, [columns.index(c) for c in chosen]]))
     for stream in streams:
         _check_gaps(path, stream, options)
-    return Table(streams, left_out)
+    return TableContent(streams, left_out)
 
 
 def _load(path: Path, time: str) -> Any:
