@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 import stream_mmrnn
 from stream_mmrnn.cli import bench, config, keys
@@ -24,7 +23,7 @@ from stream_mmrnn.cli.predict import predict
 from stream_mmrnn.cli.recording import info, repair, verify
 from stream_mmrnn.cli.replay import replay
 from stream_mmrnn.cli.serve import serve
-from stream_mmrnn.cli.terminal import COMMAND
+from stream_mmrnn.cli.terminal import COMMAND, Console
 from stream_mmrnn.cli.top import predictions, top
 from stream_mmrnn.cli.train import evaluate, export, train
 from stream_mmrnn.core.errors import StreamError

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
-from rich.console import Console
 
 from stream_mmrnn.bench.peers import Peers
-from stream_mmrnn.cli.terminal import Json, ModelName, Provider, print_document
+from stream_mmrnn.cli.terminal import Console, Json, ModelName, Provider, print_document
 from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import FileError
 from stream_mmrnn.core.printable import escape

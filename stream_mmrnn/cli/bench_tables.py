@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from stream_mmrnn.bench.report import Document, Ratio
+from stream_mmrnn.cli.terminal import Console
 from stream_mmrnn.core.printable import escape
 from stream_mmrnn.viewers.terminal_view import stage_table
 

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from stream_mmrnn.cli.terminal import COMMAND, ConfigFile, Json, print_document
+from stream_mmrnn.cli.terminal import COMMAND, ConfigFile, Console, Json, print_document, print_json
 from stream_mmrnn.core.errors import UsageError
 from stream_mmrnn.core.printable import shown
 
@@ -29,7 +28,7 @@ def schema(as_json: Json = False) -> None:
     if as_json:
         print_document(made())
     else:
-        sys.stdout.write(json.dumps(made(), indent=2, ensure_ascii=False) + "\n")
+        print_json(json.dumps(made(), indent=2, ensure_ascii=False))
 
 
 @app.command()

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-from rich.console import Console
 
-from stream_mmrnn.cli.terminal import Json, print_document, say_on
+from stream_mmrnn.cli.terminal import Console, Json, print_document, say_on
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.durations import parse_ns, spoken
 from stream_mmrnn.core.errors import FileError, UsageError

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from stream_mmrnn.cli.probes import SILENCE_DBFS, THUMBNAIL
-from stream_mmrnn.cli.terminal import Json, print_document, say_on
+from stream_mmrnn.cli.terminal import Console, Json, print_document, say_on
 from stream_mmrnn.core.printable import shown
 
 _METER_COLUMNS = 40

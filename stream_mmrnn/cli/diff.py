@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from stream_mmrnn.cli.terminal import Json, Provider, print_document, say_on
+from stream_mmrnn.cli.terminal import Console, Json, Provider, print_document, say_on
 from stream_mmrnn.core.errors import UsageError
 from stream_mmrnn.core.printable import shown
 from stream_mmrnn.core.signals import StopFlag

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from stream_mmrnn.cli.terminal import ConfigFile, Json, ModelName, Provider, print_document
+from stream_mmrnn.cli.terminal import ConfigFile, Console, Json, ModelName, Provider, print_document
 from stream_mmrnn.core import config
 from stream_mmrnn.core.printable import shown
 

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from stream_mmrnn.cli.terminal import Json, print_document
+from stream_mmrnn.cli.terminal import Console, Json, print_document
 from stream_mmrnn.core import config
 from stream_mmrnn.core.printable import escape
 

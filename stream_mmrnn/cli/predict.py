@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from stream_mmrnn.cli.convert import Force, progress_bar
-from stream_mmrnn.cli.terminal import ConfigFile, Json, ModelName, Provider, print_document
+from stream_mmrnn.cli.terminal import ConfigFile, Console, Json, ModelName, Provider, print_document
 from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import FileError
 from stream_mmrnn.core.printable import escape

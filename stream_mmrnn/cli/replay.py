@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from stream_mmrnn.cli.terminal import Json, ModelName, Provider, print_document, say_on
+from stream_mmrnn.cli.terminal import Console, Json, ModelName, Provider, print_document, say_on
 from stream_mmrnn.core.durations import spoken
 from stream_mmrnn.core.printable import shown
 from stream_mmrnn.core.signals import StopFlag

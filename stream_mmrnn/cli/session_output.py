@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
-from stream_mmrnn.cli.terminal import print_document, say_on
+from stream_mmrnn.cli.terminal import Console, print_document, say_on
 from stream_mmrnn.core import config
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.printable import shown

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from stream_mmrnn.cli.terminal import Json, print_document, say_on
+from stream_mmrnn.cli.terminal import Console, Json, print_document, say_on
 from stream_mmrnn.core.errors import NotRunning
 from stream_mmrnn.core.signals import StopFlag
 

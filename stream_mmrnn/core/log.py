@@ -13,6 +13,7 @@ from typing import Any
 
 from stream_mmrnn.core import config
 from stream_mmrnn.core.clock import RateLimiter, now_ns
+from stream_mmrnn.core.printable import visible
 
 _LEVELS = ("debug", "info", "warning", "error")
 
@@ -81,7 +82,7 @@ class JsonLines:
 
 def _to_stderr(line: str) -> None:
     # one write call: other processes write to the same stream
-    sys.stderr.write(line + "\n")
+    sys.stderr.write(visible(line) + "\n")
     sys.stderr.flush()
 
 

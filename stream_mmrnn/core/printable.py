@@ -10,6 +10,13 @@ def escape(text: str) -> str:
     return markup.escape(text)
 
 
+def visible(text: str) -> str:
+    """The text without characters that control a terminal: each becomes a space; line breaks stay."""
+    if text.isprintable():
+        return text
+    return "".join(c if c == "\n" or c.isprintable() else " " for c in text)
+
+
 def one_line(text: str, most: int = 1000) -> str:
     """Text from outside as one line of printable characters; a longer one ends after a word, with `...`."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
