@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sys
 from pathlib import Path
+from typing import IO, Literal
 
 
 def part(path: Path, number: int) -> Path:
@@ -23,12 +25,40 @@ def later_parts(path: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def _lock(file: IO[bytes], kind: Literal["write", "read"]) -> bool:
+    """Lock a whole file for its writer, or for any number of readers; False where that is not possible now.
+
+    The lock is advisory (flock): it only says that somebody writes. Windows and some network disks have none.
+    """
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(file, (fcntl.LOCK_EX if kind == "write" else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def is_being_written(path: Path) -> bool:
+    """Whether a recorder of this machine has the file open."""
+    try:
+        with path.open("rb") as file:
+            return not _lock(file, "read")
+    except OSError:
+        return False
+
+
 class Disk:
     """A new file. Tests inject one that is slow or full."""
 
     def __init__(self, path: Path) -> None:
         """Raises OSError if it cannot be created or exists already."""
         self._file = path.open("xb", buffering=0)
+        _lock(self._file, "write")
         self._folder: Path | None = path.parent
 
     def write(self, at: int, data: bytes) -> None:

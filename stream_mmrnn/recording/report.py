@@ -15,7 +15,7 @@ import msgspec
 
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.errors import FileError
-from stream_mmrnn.recording.append_file import later_parts
+from stream_mmrnn.recording.append_file import is_being_written, later_parts
 from stream_mmrnn.recording.damaged_file import Chunk, DamagedFileReader, Hole, Message
 from stream_mmrnn.recording.mcap_file import Recording, decoder_of
 from stream_mmrnn.recording.mcap_format import METADATA_END, METADATA_SO_FAR, METADATA_WALL, UNREADABLE, number
@@ -170,17 +170,23 @@ def summarise_parts(path: Path) -> list[RecordingSummary]:
     return summaries
 
 
+RECORDING = "being recorded"
+"""The state of a file whose recorder still runs."""
+
+
 def state_of(first: RecordingSummary, later: Sequence[RecordingSummary] = ()) -> tuple[str, str]:
     """The state of a file, and the reason if it is not whole.
 
-    It is `whole`, `cut off` (it has no end), `damaged` (inside) or `partial` (one of several parts, or repaired with
-    messages missing).
+    It is `whole`, `cut off` (it has no end), `being recorded` (it has no end yet), `damaged` (inside) or `partial` (one
+    of several parts, or repaired with messages missing).
     """
     file, name = first.file, first.file.path.name
     if file.damaged:
         inside = [h for h in file.holes if h.end < file.bytes]
         where = f" at byte {inside[0].at} of {file.bytes}: {inside[0].why}" if inside else ": an index of it is wrong"
         return "damaged", f"{name} is damaged{where}"
+    if file.cut and is_being_written(file.path):
+        return RECORDING, f"{name} is being recorded; this is what is in it so far"
     if file.cut:
         at = file.tail.at if file.tail else file.bytes
         return "cut off", f"{name} was cut off at byte {at}" + ("" if file.chunks else ", before its first message")
@@ -239,7 +245,7 @@ def info(path: Path) -> dict[str, Any]:
             for topic, count in sorted(summary.messages.items())
         },
         "lost": summary.stated.by_reason(LOST) or lost,
-        "ended": end.get("ended", "not finished"),
+        "ended": RECORDING if state == RECORDING else end.get("ended", "not finished"),
         "whole": not damage,
         "damage": damage,
     }

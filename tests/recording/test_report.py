@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -126,3 +127,25 @@ def test_steps_of_the_wall_clock_are_listed(tmp_path: Path) -> None:
     recorder.note_wall_step(BEGIN, -7)
     recorder.close({"ended": "clean"})
     assert info(tmp_path / "a.mcap")["wall_steps"] == [{"at_ns": BEGIN, "step_ns": -7}]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no flock")
+def test_a_file_whose_recorder_still_runs_is_being_recorded(tmp_path: Path) -> None:
+    path = tmp_path / "a.mcap"
+    recorder = Recorder(path, "live", {"config": "{}", "raw": "true", "part": "1"})
+    for e in envelopes(0, 30):
+        recorder.write(e)
+        recorder.flush_due(e.publish_ns)
+    recorder.sync()
+    found = info(path)
+    assert (found["ended"], found["whole"], found["damage"]) == ("being recorded", True, "")
+    assert found["channels"]["raw/audio"]["messages"] > 0
+    checked = verify(path)
+    assert (checked["state"], checked["whole"]) == ("being recorded", False)
+    assert "a.mcap is being recorded" in checked["why"]
+    # a copy of it, and the file itself once its recorder is gone, are cut off
+    copy = tmp_path / "copy.mcap"
+    copy.write_bytes(path.read_bytes())
+    assert verify(copy)["state"] == "cut off"
+    recorder._disk.close()
+    assert verify(path)["state"] == "cut off"
