@@ -212,7 +212,7 @@ def test_recording_continues_after_a_full_disk(made: Made) -> None:
     recording = Recording(made.path)
     assert len(list(recording.envelopes())) == 50
     assert f"damaged at byte {size} of {size}" in recording.damage
-    assert verify(made.path)["state"] == "cut off"
+    assert verify(made.path)["state"] == "being recorded"
     made.disk.full = False
     made.disk.open.set()
     wait_for(lambda: "No space" not in made.write_queue.trouble)
