@@ -52,7 +52,9 @@ def log_mel(sound: FloatArray, bins: int = 80) -> FloatArray:
     padded = np.pad(sound, WINDOW // 2, mode="reflect")
     frames = np.lib.stride_tricks.sliding_window_view(padded, WINDOW)[::HOP][: len(sound) // HOP]
     power = np.square(np.abs(np.fft.rfft(frames * _hann(), axis=1))).astype(np.float32)
-    log = np.log10(np.maximum(power @ filters(bins), np.float32(1e-10)))
+    # not `@`: its last bits depend on the number of threads, and a replay must hear the same
+    energy = np.einsum("fk,kb->fb", power, filters(bins))
+    log = np.log10(np.maximum(energy, np.float32(1e-10)))
     log = np.maximum(log, log.max() - np.float32(8))
     scaled: FloatArray = ((log + np.float32(4)) / np.float32(4)).T
     return np.ascontiguousarray(scaled, np.float32)
