@@ -16,6 +16,7 @@ class Word(msgspec.Struct, frozen=True, gc=False):
 
     text: str
     """In lower case, without punctuation at its ends."""
+    start_s: float
     end_s: float
     """From the beginning of the sound."""
     tokens: tuple[int, ...] = ()

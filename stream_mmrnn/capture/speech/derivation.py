@@ -171,8 +171,8 @@ class Speech:
         """The words that a further hypothesis confirms."""
         self.info["hypotheses"] += 1
         self._fresh, self._undecoded = 0, False
-        words = self._whisper.transcribe(np.concatenate(self._sound), self._agreement.said)
-        return self._agreement.agree(words)
+        said = self._agreement
+        return said.agree(self._whisper.transcribe(np.concatenate(self._sound), said.said, said.end_s))
 
     def _end(self, sample: Sample) -> list[Sample]:
         """All words that have not gone out."""

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from tokenizers import Tokenizer
 
@@ -26,10 +27,10 @@ _FRAME_S = 2 * HOP / AUDIO_RATE_HZ
 """Of the encoder's output: half the rate of the spectrogram."""
 _SILENCE_S = 1.0
 """Appended to the sound: without it the small models repeat themselves."""
-_MAX_TOKENS_PER_S = 12
-_MORE_TOKENS = 8
-_REPEATED = 5
-"""A sequence of so many tokens comes at most once."""
+_TOKENS_PER_S, _MORE_TOKENS = 8, 6
+"""Limit of the tokens that are decoded; speech has 3 to 6 a second."""
+_SQUEEZED_S = 0.03
+"""Words that are shorter are not in the sound, if several follow each other."""
 _NO_SPEECH, _UNSURE = 0.6, -1.0
 """Above this probability of no speech, and below this mean log-probability of the tokens, it is no speech: the limits
 of openai/whisper."""
@@ -122,8 +123,8 @@ class Whisper:
             raise ModelError(f"the Whisper model's tokenizer has no token {token}; set another speech.language or model")
         return found
 
-    def transcribe(self, sound: FloatArray, said: tuple[int, ...] = ()) -> list[Word]:
-        """The words in a sound (16 kHz, float32 from -1 to 1) that come after the tokens `said`."""
+    def transcribe(self, sound: FloatArray, said: tuple[int, ...] = (), said_s: float = 0.0) -> list[Word]:
+        """The words in a sound (16 kHz, float32 from -1 to 1) that come after the tokens `said`, which end at `said_s`."""
         import ctranslate2
 
         seconds = len(sound) / AUDIO_RATE_HZ
@@ -135,8 +136,7 @@ class Whisper:
             encoded,
             [prompt],
             beam_size=1,
-            max_length=len(prompt) + round(seconds * _MAX_TOKENS_PER_S) + _MORE_TOKENS,
-            no_repeat_ngram_size=_REPEATED,
+            max_length=len(prompt) + round((seconds - said_s) * _TOKENS_PER_S) + _MORE_TOKENS,
             suppress_blank=not said,  # it also forbids an end at the first token
             suppress_tokens=self._suppressed,
             return_scores=True,
@@ -148,9 +148,10 @@ class Whisper:
         if not tokens or sure < _DOUBTFUL or (sure < _UNSURE and result.no_speech_prob > _NO_SPEECH):
             return []
         [aligned] = self._model.align(encoded, self._start, [[*said, *tokens]], spectrum.shape[2])
-        return self._words(tokens, _starts_s(aligned.alignments)[len(said) :], seconds)
+        words = _without_loop(self._words(tokens, _starts_s(aligned.alignments)[len(said) :]), seconds)
+        return [msgspec.structs.replace(word, end_s=min(word.end_s, seconds)) for word in words]
 
-    def _words(self, tokens: list[int], starts_s: list[float], seconds: float) -> list[Word]:
+    def _words(self, tokens: list[int], starts_s: list[float]) -> list[Word]:
         groups: list[list[int]] = []
         for i, token in enumerate(tokens):
             if token in self._first_pieces or not groups:
@@ -161,9 +162,28 @@ class Whisper:
             spoken = [i for i in group if _EDGES.sub("", self._tokenizer.decode([tokens[i]]))]
             text = _EDGES.sub("", self._tokenizer.decode([tokens[i] for i in group])).lower()
             if text and spoken:
-                end_s = min(starts_s[spoken[-1] + 1], seconds)
-                words.append(Word(text, end_s, tuple(tokens[group[0] : spoken[-1] + 1])))
+                end_s = starts_s[spoken[-1] + 1]
+                words.append(Word(text, starts_s[group[0]], end_s, tuple(tokens[group[0] : spoken[-1] + 1])))
         return words
+
+
+def _without_loop(words: list[Word], seconds: float) -> list[Word]:
+    """The words up to where the model begins to repeat itself: it then finds no place in the sound for them."""
+    squeezed = [word.end_s - word.start_s < _SQUEEZED_S or word.start_s >= seconds for word in words]
+    for i in range(len(words)):
+        if all(squeezed[i : i + 2]):
+            words = words[:i]
+            return _without_repetition(words)
+    return words
+
+
+def _without_repetition(words: list[Word]) -> list[Word]:
+    """Without a second copy of the same words at the end."""
+    texts = [word.text for word in words]
+    for count in range(1, len(texts) // 2 + 1):
+        if texts[-count:] == texts[-2 * count : -count]:
+            return _without_repetition(words[:-count])
+    return words
 
 
 def _starts_s(alignments: list[tuple[int, int]]) -> list[float]:
