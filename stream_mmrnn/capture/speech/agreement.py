@@ -1,7 +1,7 @@
 """LocalAgreement-2: which words of successive hypotheses are stable.
 
-D. Macháček, R. Dabre and O. Bojar, "Turning Whisper into Real-Time Transcription System", 2023: a word is committed when
-two hypotheses in a row agree on it and on all words before it. Knows nothing about sound.
+D. Macháček, R. Dabre and O. Bojar, "Turning Whisper into Real-Time Transcription System", 2023: a word is committed
+when two hypotheses in a row agree on it and on all words before it. Knows nothing about sound.
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ class LocalAgreement:
         """The words that are now committed, of a hypothesis of what follows the committed ones."""
         pairs = zip(self.pending, words, strict=False)
         same = sum(1 for _ in takewhile(lambda pair: pair[0].text == pair[1].text, pairs))
+        if same and same == len(words):  # the end of the last word is often put at the end of the sound
+            end_s = min(self.pending[same - 1].end_s, words[-1].end_s)
+            words = [*words[:-1], msgspec.structs.replace(words[-1], end_s=end_s)]
         self.pending = words
         return self.commit(same)
 

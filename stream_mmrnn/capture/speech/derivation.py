@@ -171,8 +171,9 @@ class Speech:
         """The words that a further hypothesis confirms."""
         self.info["hypotheses"] += 1
         self._fresh, self._undecoded = 0, False
-        said = self._agreement
-        return said.agree(self._whisper.transcribe(np.concatenate(self._sound), said.said, said.end_s))
+        voice_s = (len(self._sound) - self._silent) * _CHUNK_S
+        agreement, sound = self._agreement, np.concatenate(self._sound)
+        return agreement.agree(self._whisper.transcribe(sound, voice_s, agreement.said, agreement.end_s))
 
     def _end(self, sample: Sample) -> list[Sample]:
         """All words that have not gone out."""

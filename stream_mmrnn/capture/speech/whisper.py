@@ -29,6 +29,8 @@ _SILENCE_S = 1.0
 """Appended to the sound: without it the small models repeat themselves."""
 _TOKENS_PER_S, _MORE_TOKENS = 8, 6
 """Limit of the tokens that are decoded; speech has 3 to 6 a second."""
+_UNSAID_S = 0.4
+"""So much voice after the last word has further words in it."""
 _SQUEEZED_S = 0.03
 """Words that are shorter are not in the sound, if several follow each other."""
 _NO_SPEECH, _UNSURE = 0.6, -1.0
@@ -100,7 +102,11 @@ class Whisper:
 
         try:
             self._model: Any = ctranslate2.models.Whisper(
-                str(folder), device=settings.device, compute_type=settings.compute_type, intra_threads=1, inter_threads=1
+                str(folder),
+                device=settings.device,
+                compute_type=settings.compute_type,
+                intra_threads=1,
+                inter_threads=1,
             )
             self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as e:  # both libraries raise RuntimeError, ValueError and plain Exception
@@ -120,11 +126,18 @@ class Whisper:
     def _id(self, token: str) -> int:
         found: int | None = self._tokenizer.token_to_id(token)
         if found is None:
-            raise ModelError(f"the Whisper model's tokenizer has no token {token}; set another speech.language or model")
+            raise ModelError(
+                f"the Whisper model's tokenizer has no token {token}; set another speech.language or model"
+            )
         return found
 
-    def transcribe(self, sound: FloatArray, said: tuple[int, ...] = (), said_s: float = 0.0) -> list[Word]:
-        """The words in a sound (16 kHz, float32 from -1 to 1) that come after the tokens `said`, which end at `said_s`."""
+    def transcribe(
+        self, sound: FloatArray, voice_s: float, said: tuple[int, ...] = (), said_s: float = 0.0
+    ) -> list[Word]:
+        """The words in a sound (16 kHz, float32 from -1 to 1) that come after the tokens `said`, which end at `said_s`.
+
+        `voice_s`: where the last voice in it ends.
+        """
         import ctranslate2
 
         seconds = len(sound) / AUDIO_RATE_HZ
@@ -137,7 +150,7 @@ class Whisper:
             [prompt],
             beam_size=1,
             max_length=len(prompt) + round((seconds - said_s) * _TOKENS_PER_S) + _MORE_TOKENS,
-            suppress_blank=not said,  # it also forbids an end at the first token
+            suppress_blank=voice_s - said_s > _UNSAID_S,  # it also forbids an end at the first token
             suppress_tokens=self._suppressed,
             return_scores=True,
             return_no_speech_prob=True,
