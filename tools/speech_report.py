@@ -4,8 +4,8 @@
     python -m tools.speech_report ../shared/data --write     # into docs/speech.md
     python -m tools.speech_report ../shared/data --json --set step_s=0.3
 
-Sound goes through the derivation block by block, as in a live session, and its clock is simulated: a block comes when it
-ends, and is worked on for as long as the CPU took, one block after the other. So the delays are those of one free core.
+Sound goes through the derivation block by block, as in a live session, and its clock is simulated: a block comes when
+it ends, and is worked on for as long as the CPU took, one block after the other. So the delays are those of one free core.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ _EPOCH_NS = 1_000_000_000_000
 _VERBS = {"b": "bin", "l": "lay", "p": "place", "s": "set"}
 _COLOURS = {"b": "blue", "g": "green", "r": "red", "w": "white"}
 _PREPOSITIONS = {"a": "at", "b": "by", "i": "in", "w": "with"}
-_DIGITS = dict(zip("z123456789", "zero one two three four five six seven eight nine".split(), strict=True))
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+_DIGITS = dict(zip("z123456789", _NUMBERS, strict=True))
 _ADVERBS = {"a": "again", "n": "now", "p": "please", "s": "soon"}
 
 Sound = npt.NDArray[np.int16]
@@ -67,9 +68,8 @@ class Item(msgspec.Struct, frozen=True):
 
 def grid_sentence(stem: str) -> list[str]:
     """The six words that the name of a GRID clip stands for: `bbaf2n` is "bin blue at f two now"."""
-    verb, colour, preposition, letter, digit, adverb = stem
-    words = [_VERBS[verb], _COLOURS[colour], _PREPOSITIONS[preposition], letter, _DIGITS[digit], _ADVERBS[adverb]]
-    return words
+    verb, colour, preposition, letter, digit, adverb = list(stem)
+    return [_VERBS[verb], _COLOURS[colour], _PREPOSITIONS[preposition], letter, _DIGITS[digit], _ADVERBS[adverb]]
 
 
 def _aligned(path: Path) -> list[Said]:
@@ -104,9 +104,8 @@ def _calls(data: Path) -> Iterator[Item]:
         rows = [row for row in json.loads(path.with_suffix(".json").read_text()) if row["end"] < _CALL_S]
         channels = [Resampler(rate_hz).feed(np.ascontiguousarray(both[:, i])) for i in (0, 1)]
         words = [[row for row in rows if row["speaker"] == speaker] for speaker in "AB"]
-        if _loud(channels[1], words[0]) * _loud(channels[0], words[1]) > _loud(channels[0], words[0]) * _loud(
-            channels[1], words[1]
-        ):
+        loud = [[_loud(sound, said) for said in words] for sound in channels]
+        if loud[1][0] * loud[0][1] > loud[0][0] * loud[1][1]:
             words.reverse()
         for sound, said in zip(channels, words, strict=True):
             yield Item(sound, [Said(word) for row in said for word in _plain(row["word"])])

