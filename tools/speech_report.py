@@ -5,7 +5,7 @@
     python -m tools.speech_report ../shared/data --json --set step_s=0.3
 
 Sound goes through the derivation block by block, as in a live session, and its clock is simulated: a block comes when
-it ends, and is worked on for as long as the CPU took, one block after the other. So the delays are those of one free core.
+it ends, and is worked on for as long as the CPU took, one block after the other: the delays are those of one free core.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def spoken(clips: Path, name: str) -> np.ndarray:
 def test_each_mel_filter_has_the_same_area_and_a_tone_is_in_its_filter() -> None:
     bank = filters(80)
     assert bank.shape == (201, 80)
-    assert np.allclose(bank[:, 40:].sum(axis=0) * 40, 1, atol=0.05)  # bins of 40 Hz; low filters have few bins
+    assert np.allclose(bank[:, 40:].sum(axis=0) * 40, 1, atol=0.1)  # 40 Hz a bin; low filters have few
     tone = np.sin(2 * np.pi * 2000 * np.arange(RATE) / RATE).astype(np.float32)
     spectrum = log_mel(tone)
     assert spectrum.shape == (80, 100)

@@ -27,7 +27,7 @@ pytestmark = [
 @pytest.fixture
 def quiet(tmp_path: Path) -> Path:
     file = tmp_path / "quiet.toml"
-    file.write_text("[dashboard]\nenabled = false\n")
+    file.write_text("[dashboard]\nenabled = false\n[speech]\nstep_s = 0.8\n")
     return file
 
 
@@ -64,7 +64,9 @@ def test_words_of_a_clip_are_recorded_and_replay_derives_the_same(
     assert sum(tick.present["text"] for tick in ticks_of(path)) >= 5
     verify(path, summary["predictions"])
     code, again, err = run("replay", path, "--from", "raw")
-    assert (code, again["identical"], again["predictions"]) == (0, about["skipped"] == 0, summary["predictions"]), err
+    assert (code, again["predictions"]) == (0, summary["predictions"]), err
+    # on a machine that is too busy, hypotheses were left out, which a replay makes
+    assert again["identical"] or about["skipped"], again
 
 
 def test_the_session_goes_on_when_the_recogniser_is_killed(
