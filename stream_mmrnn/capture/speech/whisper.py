@@ -29,6 +29,8 @@ _SILENCE_S = 1.0
 """Appended to the sound: without it the small models repeat themselves."""
 _TOKENS_PER_S, _MORE_TOKENS = 8, 6
 """Limit of the tokens that are decoded; speech has 3 to 6 a second."""
+_MAX_TOKENS = 440
+"""Whisper has 448 positions."""
 _UNSAID_S = 0.4
 """So much voice after the last word has further words in it."""
 _SQUEEZED_S = 0.03
@@ -118,7 +120,8 @@ class Whisper:
         self._start = [self._id(token) for token in start]
         self._no_times = self._id("<|notimestamps|>")
         self._pieces = {i: self._tokenizer.id_to_token(i) or "" for i in range(self._id("<|endoftext|>"))}
-        self._first_pieces = {i for i, piece in self._pieces.items() if piece.startswith(("Ġ", "-"))}
+        self._begins_word = {i for i, piece in self._pieces.items() if piece.startswith("Ġ")}
+        self._hyphens = {i for i, piece in self._pieces.items() if piece.startswith("-")}
         # numbers are written as they are spoken: the words of conversations have no digits
         self._suppressed = [-1, *(i for i, piece in self._pieces.items() if _DIGITS.search(piece))]
 
@@ -139,16 +142,19 @@ class Whisper:
         """
         import ctranslate2
 
+        prompt = [*self._start, self._no_times, *said]
+        if len(prompt) >= _MAX_TOKENS:
+            return []
         seconds = len(sound) / AUDIO_RATE_HZ
         padded = np.pad(sound, (0, round(_SILENCE_S * AUDIO_RATE_HZ)))
         spectrum = log_mel(padded, self._model.n_mels)[None]
         encoded = self._model.encode(ctranslate2.StorageView.from_array(spectrum))
-        prompt = [*self._start, self._no_times, *said]
+        more = round((seconds - said_s) * _TOKENS_PER_S) + _MORE_TOKENS
         [result] = self._model.generate(
             encoded,
             [prompt],
             beam_size=1,
-            max_length=len(prompt) + round((seconds - said_s) * _TOKENS_PER_S) + _MORE_TOKENS,
+            max_length=min(len(prompt) + more, _MAX_TOKENS),
             suppress_blank=voice_s - said_s > _UNSAID_S,  # it also forbids an end at the first token
             suppress_tokens=self._suppressed,
             return_scores=True,
@@ -163,16 +169,22 @@ class Whisper:
         words = _without_loop(self._words(tokens, _starts_s(aligned.alignments)[len(said) :]), seconds)
         return [msgspec.structs.replace(word, end_s=min(word.end_s, seconds)) for word in words]
 
+    def _text(self, tokens: list[int]) -> str:
+        decoded: str = self._tokenizer.decode(tokens)
+        return _EDGES.sub("", decoded).lower()
+
     def _words(self, tokens: list[int], starts_s: list[float]) -> list[Word]:
         groups: list[list[int]] = []
         for i, token in enumerate(tokens):
-            if token in self._first_pieces or not groups:
+            # a letter is a word: "K-7" is two, "uh-huh" is one
+            letter = token in self._hyphens and groups and len(self._text([tokens[j] for j in groups[-1]])) == 1
+            if token in self._begins_word or letter or not groups:
                 groups.append([])
             groups[-1].append(i)
         words = []
         for group in groups:
-            spoken = [i for i in group if _EDGES.sub("", self._tokenizer.decode([tokens[i]]))]
-            text = _EDGES.sub("", self._tokenizer.decode([tokens[i] for i in group])).lower()
+            spoken = [i for i in group if self._text([tokens[i]])]
+            text = self._text([tokens[i] for i in group])
             if text and spoken:
                 end_s = starts_s[spoken[-1] + 1]
                 words.append(Word(text, starts_s[group[0]], end_s, tuple(tokens[group[0] : spoken[-1] + 1])))
