@@ -174,11 +174,16 @@ def measure(items: Iterator[Item], speech: Speech) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "words": count,
         "word_error_rate": round(wrong / count, 3),
-        "delay_p50_s": round(float(np.percentile(delays, 50)), 2),
-        "delay_p90_s": round(float(np.percentile(delays, 90)), 2),
-        "end_error_p50_ms": round(float(np.percentile(np.abs(shifts), 50)) * 1e3) if shifts else None,
+        "delay_p50_s": _percentile(delays, 50),
+        "delay_p90_s": _percentile(delays, 90),
+        "end_error_p50_s": _percentile(np.abs(shifts), 50),
         "cpu_per_second": round(cpu_s / seconds, 3),
     }
+
+
+def _percentile(values: npt.ArrayLike, q: float) -> float | None:
+    values = np.asarray(values)
+    return round(float(np.percentile(values, q)), 2) if len(values) else None
 
 
 _COLUMNS = {
@@ -187,7 +192,7 @@ _COLUMNS = {
     "word_error_rate": "word error rate",
     "delay_p50_s": "delay p50, s",
     "delay_p90_s": "delay p90, s",
-    "end_error_p50_ms": "error of a word's end p50, ms",
+    "end_error_p50_s": "error of a word's end p50, s",
     "cpu_per_second": "CPU s per s of sound",
 }
 

