@@ -184,11 +184,11 @@ class Speech:
 
     def _shorten(self, sample: Sample) -> list[Sample]:
         """Leave the part of a long utterance whose words went out; all of it, if that is not at least a half."""
-        chunks = int(self._agreement.end_s / _CHUNK_S)
+        last = len(self._sound) - 1  # one chunk stays: the utterance goes on
+        chunks = min(int(self._agreement.end_s / _CHUNK_S), last)
         words: list[Sample] = []
-        if chunks < len(self._sound) // 2:
-            words = self._end(sample)
-            chunks = len(self._sound) - 1
+        if chunks < last // 2:
+            words, chunks = self._end(sample), last
         self._sound = self._sound[chunks:]
         self._agreement.cut(chunks * _CHUNK_S)
         self._undecoded = True
