@@ -33,6 +33,7 @@ ORDER: dict[str, tuple[str, ...]] = {
         "reliability.md",
         "scale.md",
         "gpu.md",
+        "speech.md",
         "study.md",
     ),
 }

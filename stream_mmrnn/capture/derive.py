@@ -6,13 +6,14 @@ the samples of the stream at the beginning of the chain. Knows nothing about the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeAlias
 
 import numpy.typing as npt
 
 from stream_mmrnn.capture.encoders import Encoder, encoders_of
 from stream_mmrnn.core import plugins, topics
+from stream_mmrnn.core.config import Settings
 from stream_mmrnn.core.errors import PluginError, SnapshotError, SourceSpecError
 from stream_mmrnn.core.streams import Stream
 from stream_mmrnn.core.types import Sample
@@ -55,22 +56,30 @@ class Unchanged:
         """There is no state."""
 
 
-def derivation_of(stream: Stream) -> Derivation:
-    """The derivation of a derived stream.
+def derivation_of(stream: Stream, settings: Settings, clock_ns: Callable[[], int] | None = None) -> Derivation:
+    """The derivation of a derived stream. `clock_ns`: the clock of a live session.
 
     Raises:
-        SourceSpecError: there is no derivation of that name.
+        SourceSpecError: there is no derivation of that name, or it does not give streams of this kind.
         PluginError: it is a plug-in's and does not load, or is no derivation.
+        UsageError: the extra that it needs is not installed.
+        ModelError: it has no model.
 
     """
     if not stream.derivation:
         return Unchanged(stream.parent)
+    if stream.derivation == "speech":
+        from stream_mmrnn.capture.speech.derivation import Speech
+
+        if stream.kind != "text":
+            raise SourceSpecError(f"{stream.source!r} gives text, and the stream {stream.name!r} is {stream.kind}")
+        return Speech(stream.parent, settings.speech, clock_ns)
     plugin = plugins.find("sources", stream.derivation)
     if plugin is None:
         known = ", ".join(plugins.names("sources")) or "none is installed"
         raise SourceSpecError(
-            f"{stream.source!r} of the stream {stream.name!r} names no derivation; use from:{stream.parent}, or a "
-            f"plug-in's ({known})"
+            f"{stream.source!r} of the stream {stream.name!r} names no derivation; use from:{stream.parent}, "
+            f"from:{stream.parent}/speech, or a plug-in's ({known})"
         )
     made: Derivation = plugins.call(plugin, stream.parent, stream)
     if not hasattr(made, "derive"):
@@ -90,10 +99,16 @@ class DerivedEncoder:
 
     def encode(self, sample: Sample) -> list[Sample]:
         """As `Encoder.encode`."""
-        samples = [sample]
-        for derivation in self._chain:
+        return self._pass_on([sample], self._chain)
+
+    def _pass_on(self, samples: list[Sample], chain: list[Derivation]) -> list[Sample]:
+        for derivation in chain:
             samples = [made for of in samples for made in derivation.derive(of)]
         return [vector for of in samples for vector in self._encoder.encode(of)]
+
+    def finish(self) -> list[Sample]:
+        """The vectors of what the derivations still hold back, at the end of the stream."""
+        return [v for i, of in enumerate(self._chain, 1) for v in self._pass_on(of.finish(), self._chain[i:])]
 
     def prewarm(self) -> None:
         self._encoder.prewarm()
@@ -125,12 +140,12 @@ def root_of(stream: Stream, table: Mapping[str, Stream]) -> Stream:
     return stream
 
 
-def encoders_from_root(stream: Stream, table: Mapping[str, Stream]) -> dict[str, Encoder]:
+def encoders_from_root(stream: Stream, table: Mapping[str, Stream], settings: Settings) -> dict[str, Encoder]:
     """Encoders of the samples of `root_of(stream)`, by the name of the stream's feature vectors.
 
     Raises:
-        SourceSpecError, PluginError: those of `derivation_of`.
-        UsageError: an encoder is not known.
+        SourceSpecError, PluginError, ModelError: those of `derivation_of`.
+        UsageError: so, or an encoder is not known.
 
     """
     chain: list[Stream] = []
@@ -142,4 +157,7 @@ def encoders_from_root(stream: Stream, table: Mapping[str, Stream]) -> dict[str,
     if not chain:
         return encoders
     # a chain of its own for each encoder: derivations have a state
-    return {name: DerivedEncoder([derivation_of(of) for of in chain], encoder) for name, encoder in encoders.items()}
+    return {
+        name: DerivedEncoder([derivation_of(of, settings) for of in chain], encoder)
+        for name, encoder in encoders.items()
+    }

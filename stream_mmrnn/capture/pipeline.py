@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 import msgspec
 
+from stream_mmrnn.capture.derive import DerivedEncoder
 from stream_mmrnn.capture.encoders import Encoder
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.config import Policy
@@ -113,6 +114,9 @@ def reencode(
                         )
                         seq[name] += 1
         yield from _release(held, made, origins, envelope.publish_ns - _RAW_WITHIN_NS)
+    for name, encoder in encoders.items():
+        if isinstance(encoder, DerivedEncoder) and name not in featureless:
+            made[topics.FEATURE + name].extend(encoder.finish())
     yield from _release(held, made, origins, _FOREVER)
 
 

@@ -27,7 +27,7 @@ def faults(path: Path) -> list[dict[str, str]]:
         return found
     settings = config.parse(table)
     for key, check in (
-        ("sources", lambda: sources.check_all(captured(settings).values())),
+        ("sources", lambda: sources.check_all(captured(settings).values(), settings)),
         ("engine.model", lambda: config.find_model(settings.engine.model)),
     ):
         try:

@@ -162,7 +162,7 @@ def _settings(
     overrides = {**{f"sources.{k}": v for k, v in chosen.items()}, **overrides}
     settings = config.load(config_file, overrides, dict(map(_stream, streams or ())))
     captured = processes.captured(settings)
-    sources.check_all(captured.values())
+    sources.check_all(captured.values(), settings)
     encoders.check_all(captured.values())
     if settings.lsl.outlet or any(sources.split(s.source)[0] == "lsl" for s in captured.values()):
         lsl.require(settings.lsl)

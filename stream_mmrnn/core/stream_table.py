@@ -14,6 +14,7 @@ import msgspec
 from stream_mmrnn.core.config import Settings, StreamSettings
 from stream_mmrnn.core.errors import ConfigError
 from stream_mmrnn.core.streams import (
+    DERIVATIONS,
     KINDS,
     SHORT_FORMS,
     SOURCE_KINDS,
@@ -39,6 +40,7 @@ def stream_table(settings: Settings) -> dict[str, Stream]:
         for name, (kind, person) in SHORT_FORMS.items()
         if name not in settings.streams
     } | settings.streams
+    given = {name: _of_same_person(name, row, given) for name, row in given.items()}
     table: dict[str, Stream] = {}
     for name in _parents_first(given):
         if not re.match(STREAM_NAME, name):
@@ -47,6 +49,28 @@ def stream_table(settings: Settings) -> dict[str, Stream]:
     table = {name: table[name] for name in given}
     _check_feeds(table)
     return table
+
+
+def _of_same_person(name: str, row: StreamSettings, given: dict[str, StreamSettings]) -> StreamSettings:
+    """With `from:STREAM/speech` for the source `speech`. Raises ConfigError where the person has no sound."""
+    if row.source not in DERIVATIONS:
+        return row
+    kind = DERIVATIONS[row.source][0]
+    for parent, other in given.items():
+        is_sample = other.source != "none" and (not parent_of(other.source) or derivation_of(other.source))
+        if is_sample and other.person == row.person and _kind_said(parent, other) == kind:
+            return msgspec.structs.replace(row, source=f"from:{parent}/{row.source}")
+    raise ConfigError(
+        f"`streams.{name}` is made of the {kind} of `{row.person}`, and this session has none; give that person's "
+        f"{kind} a source, or name a stream: from:STREAM/{row.source}"
+    )
+
+
+def _kind_said(name: str, given: StreamSettings) -> str:
+    """The kind of a stream as far as its own settings tell."""
+    named: tuple[Kind, ...] = SHORT_FORMS[name][:1] if name in SHORT_FORMS else ()
+    possible = named or SOURCE_KINDS.get(given.source.partition(":")[0], ())
+    return given.kind or (possible[0] if len(possible) == 1 else "")
 
 
 def _parents_first(given: dict[str, StreamSettings]) -> Iterator[str]:
@@ -107,7 +131,14 @@ def _kind(name: str, given: StreamSettings, parent: Stream | None) -> Kind:
                 "its kind out"
             )
         return parent.kind
-    possible = SOURCE_KINDS.get(given.source.partition(":")[0], ("signal",))  # what most plug-ins give
+    own = DERIVATIONS.get(derivation_of(given.source)) if parent is not None else None
+    if parent is not None and own is not None and parent.kind != own[0]:
+        raise ConfigError(
+            f"`streams.{name}` is {given.source!r}, which is made of {own[0]}, and `{parent.name}` is {parent.kind}; "
+            f"name a stream of {own[0]}"
+        )
+    # a plug-in usually gives a signal
+    possible = own[1:] if own is not None else SOURCE_KINDS.get(given.source.partition(":")[0], ("signal",))
     named = SHORT_FORMS[name][0] if name in SHORT_FORMS else None
     clear = possible[0] if len(possible) == 1 or possible[0] == "signal" else None
     kind = given.kind or (named if named in possible else clear)

@@ -122,6 +122,7 @@ SOURCE_KINDS: dict[str, tuple[Kind, ...]] = {
     "tcp": ("text",),
     "zmq": ("text",),
     "page": ("text",),
+    "speech": ("text",),
     "lsl": ("signal", "audio", "text"),
     "synthetic": ("vision", "audio", "text"),
     "push": ("vision", "audio", "text", "signal"),
@@ -130,6 +131,10 @@ SOURCE_KINDS: dict[str, tuple[Kind, ...]] = {
 }
 """The package's own sources, and the kinds of stream that each can give. Where the settings do not say the kind, `lsl`
 is a signal, `from:STREAM` is of its parent's kind, and `file`, `push`, `synthetic` and `none` are an error."""
+
+
+DERIVATIONS: dict[str, tuple[Kind, Kind]] = {"speech": ("audio", "text")}
+"""The package's own derivations: the kind of stream that each is made of, and the kind that it gives."""
 
 
 def parent_of(source: str) -> str:

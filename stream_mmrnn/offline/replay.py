@@ -220,7 +220,7 @@ def replay(
             envelopes = player.play(envelopes)
         if source == "raw":
             # what has no raw messages has features that are the raw values, or come from other programs
-            again = {name: encoders_from_root(features[name], table)[name] for name in read}
+            again = {name: encoders_from_root(features[name], table, settings)[name] for name in read}
             envelopes = reencode(envelopes, again, read=read)
         if speed is not None and player is None:
             envelopes = pace(envelopes, speed, alive)

@@ -76,7 +76,7 @@ class SessionInput:
 
         """
         self.spec, self._session, self._clock_ns, self._must_save = spec, session, clock_ns, must_save
-        self._table = stream_table(settings)
+        self._settings, self._table = settings, stream_table(settings)
         self.zero_ns = spec.tick_ns * _ZERO_TICKS if zero_ns is None else zero_ns
         """When the session begins."""
         self.at_once_ns = max(_AT_ONCE_NS, _AT_ONCE_TICKS * spec.tick_ns)
@@ -188,7 +188,7 @@ class SessionInput:
 
     def _encoders_of(self, row: Stream) -> dict[str, Encoder]:
         if row.name not in self._encoders:
-            made = encoders_from_root(row, self._table)
+            made = encoders_from_root(row, self._table, self._settings)
             if self._must_save:
                 try:
                     for encoder in made.values():

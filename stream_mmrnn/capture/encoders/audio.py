@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from stream_mmrnn.capture.encoders.speech_detector import CHUNK, SpeechDetector
 from stream_mmrnn.core.config import models_folder
 from stream_mmrnn.core.errors import SnapshotError, WireError
 from stream_mmrnn.core.topics import AUDIO_RATE_HZ
@@ -28,19 +29,12 @@ SPEECH = MELS
 """Index of the speech probability in a vector."""
 
 _SAMPLE_NS = 62_500  # 1e9 / 16,000, exactly
-_CHUNK, _CONTEXT = 512, 64  # what silero's detector was trained on: 32 ms, and the 4 ms before
 _TOLERANCE_NS = 10_000_000
 _RESET_NS = 1_000_000_000
 
 
-def _bind(logmel: Graph, detector: Graph) -> tuple[Binding, Binding]:
-    detecting = detector.bind(
-        {"input": (1, _CONTEXT + _CHUNK), "sr": ()},
-        {"output": (1, 1)},
-        {"state": ("stateN", (2, 1, 128))},
-    )
-    detecting.inputs["sr"][...] = RATE
-    return logmel.bind({"samples": (1, WINDOW)}, {"features": (1, MELS)}, {}), detecting
+def _bind(logmel: Graph) -> Binding:
+    return logmel.bind({"samples": (1, WINDOW)}, {"features": (1, MELS)}, {})
 
 
 class AudioEncoder:
@@ -51,26 +45,25 @@ class AudioEncoder:
     def __init__(self, folder: Path | None = None) -> None:
         """Load both graphs, by default the package's; raises ModelError if a file is missing."""
         folder = folder or models_folder() / "encoders"
-        logmel, detector = shared(folder / "logmel80.onnx"), shared(folder / "silero_vad.onnx")
-        both = hashlib.sha256(logmel.path.read_bytes() + detector.path.read_bytes()).hexdigest()
+        logmel, self._detector = shared(folder / "logmel80.onnx"), SpeechDetector(folder)
+        both = hashlib.sha256(logmel.path.read_bytes() + self._detector.path.read_bytes()).hexdigest()
         self.origin = f"logmel80+silero_vad@{both}"
-        self._logmel, self._detector = _bind(logmel, detector)
-        self._spare = _bind(logmel, detector)
-        """Second bindings of the same graphs, for warm-up runs that must not change the state."""
+        self._logmel = _bind(logmel)
+        self._spare = _bind(logmel)
+        """A second binding of the same graph, for warm-up runs that must not change the state."""
         self._window: FloatArray = self._logmel.inputs["samples"][0]
-        self._chunk: FloatArray = self._detector.inputs["input"][0]
         self._hop = np.zeros(HOP, np.float32)
         self.reset()
 
     def prewarm(self) -> None:
         """Run both graphs on dummy sound: code and weights are then in the CPU caches, and no state changes."""
-        for binding in (*self._spare, *self._spare):  # twice: the second run finds the caches filled
-            binding.run()
+        for _ in range(2):  # the second run finds the caches filled
+            self._spare.run()
+            self._detector.prewarm()
 
     def reset(self) -> None:
         """Clear the state of window and detector."""
-        self._speech = np.float32(0)
-        self._detector.state["state"][...] = 0
+        self._detector.reset()
         self._due_ns: int | None = None
         self._clear_samples()
 
@@ -79,11 +72,11 @@ class AudioEncoder:
         due_ns = -1 if self._due_ns is None else self._due_ns
         return {
             "window": self._window.copy(),
-            "chunk": self._chunk.copy(),
+            "chunk": self._detector.chunk.copy(),
             "hop": self._hop.copy(),
-            "detector": self._detector.state["state"].copy(),
-            "speech": np.array([self._speech], np.float32),
-            "filled": np.array([self._in_hop, self._in_chunk, due_ns], np.int64),
+            "detector": self._detector.state.copy(),
+            "speech": np.array([self._detector.probability], np.float32),
+            "filled": np.array([self._in_hop, self._detector.filled, due_ns], np.int64),
         }
 
     def restore(self, state: dict[str, npt.NDArray[Any]]) -> None:
@@ -93,17 +86,18 @@ class AudioEncoder:
         if shapes != {name: values.shape for name, values in mine.items()}:
             raise SnapshotError(f"the snapshot holds {shapes}, which is no state of {self.origin}")
         in_hop, in_chunk, due_ns = map(int, state["filled"])
-        if not (0 <= in_hop < HOP and 0 <= in_chunk < _CHUNK):
+        if not (0 <= in_hop < HOP and 0 <= in_chunk < CHUNK):
             raise SnapshotError("the snapshot of an audio encoder says that more is filled than there is")
-        self._window[...], self._chunk[...], self._hop[...] = state["window"], state["chunk"], state["hop"]
-        self._detector.state["state"][...] = state["detector"]
-        self._speech = np.float32(state["speech"][0])
-        self._in_hop, self._in_chunk, self._due_ns = in_hop, in_chunk, None if due_ns < 0 else due_ns
+        detector = self._detector
+        self._window[...], detector.chunk[...], self._hop[...] = state["window"], state["chunk"], state["hop"]
+        detector.state[...] = state["detector"]
+        detector.probability, detector.filled = np.float32(state["speech"][0]), in_chunk
+        self._in_hop, self._due_ns = in_hop, None if due_ns < 0 else due_ns
 
     def _clear_samples(self) -> None:
         self._window[...] = 0
-        self._chunk[...] = 0
-        self._in_hop = self._in_chunk = 0
+        self._in_hop = 0
+        self._detector.clear_samples()
 
     def _check_gap(self, start_ns: int) -> None:
         """Clear samples or state if there is a gap before the block.
@@ -147,19 +141,8 @@ class AudioEncoder:
         self._window[: WINDOW - HOP] = self._window[HOP:].copy()
         self._window[WINDOW - HOP :] = self._hop
         self._logmel.run()
-        taken = 0
-        while taken < HOP:
-            count = min(_CHUNK - self._in_chunk, HOP - taken)
-            start = _CONTEXT + self._in_chunk
-            self._chunk[start : start + count] = self._hop[taken : taken + count]
-            taken += count
-            self._in_chunk += count
-            if self._in_chunk == _CHUNK:
-                self._in_chunk = 0
-                self._detector.run()
-                self._speech = self._detector.outputs["output"][0, 0]
-                self._chunk[:_CONTEXT] = self._chunk[_CHUNK:]
+        self._detector.feed(self._hop)
         vector = np.empty(self.size, np.float32)
         vector[:MELS] = self._logmel.outputs["features"][0]
-        vector[SPEECH] = self._speech
+        vector[SPEECH] = self._detector.probability
         return vector

@@ -51,12 +51,13 @@ def split(spec: str) -> tuple[str, str]:
     return kind, rest
 
 
-def check(spec: str, name: str, kind: Kind, person: str = SELF) -> None:
-    """Check a stream's source, before any process starts.
+def check(spec: str, name: str, kind: Kind, person: str = SELF, settings: Settings | None = None) -> None:
+    """Check a stream's source, before any process starts. `settings`: of a derivation, by default the defaults.
 
     Raises:
         SourceSpecError: this kind of stream has no such source, or its argument is missing or wrong.
         FileError: `file:PATH` names no readable media file.
+        UsageError: a derivation lacks its extra or its model.
 
     """
     what, rest = split(spec)
@@ -74,7 +75,7 @@ def check(spec: str, name: str, kind: Kind, person: str = SELF) -> None:
     if what == "from":
         from stream_mmrnn.capture.derive import derivation_of
 
-        derivation_of(Stream.of(name, kind, person, spec))
+        derivation_of(Stream.of(name, kind, person, spec), settings or Settings())
     if what == "push" and rest:
         raise SourceSpecError(f"{spec!r} of {name}: push takes no argument; programs name the stream when they push")
     if what == "lsl":
@@ -87,7 +88,7 @@ def check(spec: str, name: str, kind: Kind, person: str = SELF) -> None:
         streams_of(Path(rest))
 
 
-def check_all(streams: Iterable[Stream]) -> None:
+def check_all(streams: Iterable[Stream], settings: Settings | None = None) -> None:
     """`check` each of a session's sources, and that no two of them read the same lines.
 
     Raises:
@@ -97,7 +98,7 @@ def check_all(streams: Iterable[Stream]) -> None:
     """
     rows = list(streams)
     for row in rows:
-        check(row.source, row.name, row.kind, row.person)
+        check(row.source, row.name, row.kind, row.person, settings)
     lines = (row for row in rows if split(row.source)[0] in _LINES and split(row.source)[1] != "0")
     both = with_one_value(lines, lambda row: row.source)
     if both is not None:

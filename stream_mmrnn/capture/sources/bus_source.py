@@ -88,10 +88,10 @@ class DerivedSource(BusSource):
     def __init__(self, stream: Stream, parent: Stream, settings: Settings, address: Address) -> None:
         self._topic = heard_topic(parent)
         self._status = topics.STATUS + processes.worker(parent.name).name
-        self._derivation: Derivation = derivation_of(stream)
+        self._derivation: Derivation = derivation_of(stream, settings, now_ns)
         wanted = [self._topic, self._status]
         super().__init__(address, settings.session.name, self._derivation.origin, wanted, settings.bus.queue)
-        self.info = {"from": parent.name, "lost": 0}
+        self.info = {"from": parent.name, "lost": 0, **self._counts()}
         self._ended_ns = 0
 
     def open(self) -> None:
@@ -104,7 +104,9 @@ class DerivedSource(BusSource):
         if envelope.topic == self._topic:
             self.info["lost"] = self._subscriber.gaps.lost.get(self._topic, 0)
             sample = Sample(envelope.event_ns, envelope.capture_ns, envelope.payload, envelope.device_ns)
-            return self._derivation.derive(sample)
+            derived = self._derivation.derive(sample)
+            self.info |= self._counts()
+            return derived
         try:
             state = wire.unpack(envelope.payload, wire.StatusMessage).state
         except WireError:
@@ -112,11 +114,17 @@ class DerivedSource(BusSource):
         self._ended_ns = (self._ended_ns or now_ns()) if state == "ended" else 0
         return []
 
+    def _counts(self) -> dict[str, Any]:
+        counts: dict[str, Any] = getattr(self._derivation, "info", {})  # a plug-in's may have none
+        return counts
+
     def _over(self) -> bool:
         return self._ended_ns > 0 and now_ns() - self._ended_ns > _LAST_NS
 
     def _rest(self) -> list[Sample]:
-        return self._derivation.finish()
+        rest = self._derivation.finish()
+        self.info |= self._counts()
+        return rest
 
 
 class PushSource(BusSource):

@@ -1,0 +1,4 @@
+"""Words from sound, offline: `from:STREAM/speech` (extra `speech`).
+
+Knows nothing about the bus, files of recordings or the wall clock.
+"""
