@@ -244,7 +244,10 @@ def raw_in(path: Path, stream: str) -> list[Any]:
         (["--stream", "a=from:b", "--stream", "b=from:a"], "the derived streams `a`, `b` are made of each other"),
         (["--stream", "a=from:nix"], "`streams.a` is made of 'nix', which this session has not"),
         (["--stream", "a=from:signal"], "`streams.a` is made of 'signal', which this session has not"),
-        (["--stream", "a:text=from:audio/nix"], "names no derivation; use from:audio, or a plug-in's"),
+        (
+            ["--stream", "a:text=from:audio/nix"],
+            "names no derivation; use from:audio, from:audio/speech, or a plug-in's",
+        ),
         (["--stream", "a=push"], "`streams.a.kind` is missing"),
         (["--stream", "a:text=push:5555"], "push takes no argument"),
         (["--stream", "a:text=from:"], "`streams.a` is made of '', which this session has not"),
