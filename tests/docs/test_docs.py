@@ -103,7 +103,9 @@ class Terminal:
             **os.environ,
             "PATH": f"{bin_}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
+            # without a place of its own, a session is registered in the temporary folder, and there seen by all
             "XDG_RUNTIME_DIR": str(self._run),
+            "TMPDIR": str(self._run),
             "XDG_STATE_HOME": str(folder / "state"),
             "XDG_CONFIG_HOME": str(folder / "config"),
             "COLUMNS": "120",

@@ -76,7 +76,8 @@ def session(place: Path) -> Iterator[subprocess.Popen[bytes]]:
 def test_the_commands_of_the_page_run(place: Path, session: subprocess.Popen[bytes]) -> None:
     watching = [c for c in COMMANDS if " diff " not in c]
     started = {}
-    for snippet in blocks("python"):
+    # what is pushed needs a session with such a stream: tests/live/test_derived_and_pushed.py
+    for snippet in (of for of in blocks("python") if "push(" not in of):
         started[snippet] = subprocess.Popen([sys.executable, "-W", "error", "-u", "-c", snippet], **pipes(place))
     for line in watching:
         started[line] = subprocess.Popen(words(line), **pipes(place))

