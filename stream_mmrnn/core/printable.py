@@ -19,10 +19,10 @@ def visible(text: str) -> str:
 
 def one_line(text: str, most: int = 1000) -> str:
     """Text from outside as one line of printable characters; a longer one ends after a word, with `...`."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    line = " ".join(visible(text).split())
     return line if len(line) <= most else line[:most].rsplit(" ", 1)[0] + " ..."
 
 
 def shown(text: str, most: int = 500) -> str:
     """Text from outside for a terminal: printable characters only, at most `most` of them, markup escaped."""
-    return escape("".join(c if c.isprintable() else " " for c in text[:most]))
+    return escape(visible(text[:most]).replace("\n", " "))
