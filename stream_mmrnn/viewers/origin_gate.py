@@ -15,9 +15,11 @@ from collections import Counter
 from collections.abc import Collection
 
 from stream_mmrnn.core.config import LOOPBACK
+from stream_mmrnn.viewers.dashboard.access import LOOPBACK_NAMES
 
-_LOOPBACK = re.compile(r"https?://(127\.0\.0\.1|localhost|\[::1\])(:\d{1,5})?")
-_HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d{1,5})?", re.IGNORECASE)
+_NAMES = "|".join(map(re.escape, sorted(LOOPBACK_NAMES)))
+_LOOPBACK = re.compile(rf"https?://({_NAMES})(:\d{{1,5}})?")
+_HOST = re.compile(rf"({_NAMES})(:\d{{1,5}})?", re.IGNORECASE)
 _MAX_HEAD_BYTES = 16 * 1024
 _HEAD_S = 5.0
 """A handshake arrives within so long, or the connection is closed."""

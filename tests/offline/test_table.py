@@ -232,18 +232,24 @@ def test_times_before_1970_are_shifted_by_whole_weeks(tmp_path: Path) -> None:
     assert verify(out)["state"] == "whole"
 
 
+def replayed(folder: Path, rows: str, unit: str, tick_ns: int) -> tuple[Path, dict[str, Any], list[Any]]:
+    """A toy model of this tick, and what a replay of an imported table with it gives."""
+    out = folder / "t.mcap"
+    table.convert(write(folder / "t.csv", f"at,x\n{rows}"), out, TableOptions(time="at", unit=unit))
+    specs = (ModalitySpec("signal", 1, SignalEncoder.origin),)
+    model = toy_model.make(folder / "toy.onnx", specs, tick_ns=tick_ns)
+    made: list[Any] = []
+    result = replay.replay(out, model=str(model), on_prediction=made.append)
+    return model, result, made
+
+
 @pytest.mark.parametrize("tick_ns", [40_000_000, 60_000_000_000, 3600_000_000_000, DAY_NS, 30 * DAY_NS])
 def test_each_row_is_one_tick_of_any_length(tmp_path: Path, tick_ns: int) -> None:
     """Rows at the ends of ticks, with a gap: each is in a tick of its own, and a push of them gives the same bits."""
     first = 10**18 // tick_ns + 1
     ticks = [first + i for i in range(40) if not 10 <= i < 15]
     rows = "\n".join(f"{k * tick_ns},{i}" for i, k in enumerate(ticks))
-    out = tmp_path / "t.mcap"
-    table.convert(write(tmp_path / "t.csv", f"at,x\n{rows}"), out, TableOptions(time="at", unit="ns"))
-    specs = (ModalitySpec("signal", 1, SignalEncoder.origin),)
-    model = toy_model.make(tmp_path / "toy.onnx", specs, tick_ns=tick_ns)
-    made: list[Any] = []
-    result = replay.replay(out, model=str(model), on_prediction=made.append)
+    model, result, made = replayed(tmp_path, rows, "ns", tick_ns)
     assert result["streams"]["signal"]["delivered"] == 35
     made = made[:40]  # the clock runs half a second longer
     assert [p.tick.index for p in made] == [first + i for i in range(40)]
@@ -261,12 +267,7 @@ def test_each_row_is_one_tick_of_any_length(tmp_path: Path, tick_ns: int) -> Non
 @pytest.mark.slow
 def test_a_long_tick_takes_many_samples(tmp_path: Path) -> None:
     rows = "\n".join(f"{i},{i % 7}" for i in range(1, 86_401))
-    out = tmp_path / "t.mcap"
-    table.convert(write(tmp_path / "t.csv", f"at,x\n{rows}"), out, TableOptions(time="at", unit="s"))
-    specs = (ModalitySpec("signal", 1, SignalEncoder.origin),)
-    model = toy_model.make(tmp_path / "toy.onnx", specs, tick_ns=DAY_NS)
-    made: list[Any] = []
-    result = replay.replay(out, model=str(model), on_prediction=made.append)
+    _, result, made = replayed(tmp_path, rows, "s", DAY_NS)
     assert result["streams"]["signal"]["dropped"] == {}
     (prediction,) = made
     assert prediction.tick.features["signal"][0] == pytest.approx(np.mean([i % 7 for i in range(1, 86_401)]), rel=1e-3)

@@ -18,7 +18,7 @@ from urllib.parse import parse_qs
 from stream_mmrnn.core.config import LOOPBACK, is_loopback
 from stream_mmrnn.core.errors import ConfigError
 
-_LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "[::1]"})
+LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "[::1]"})
 _AUTHORITY = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d{1,5})?")
 
 Headers = Callable[[str], list[str]]
@@ -44,7 +44,7 @@ class Access:
                 f"or bind {LOOPBACK}"
             )
         self._open_to_others = not is_loopback(host)
-        self._names = _LOOPBACK_NAMES | {host.lower()} | ({n.lower() for n in names} if self._open_to_others else set())
+        self._names = LOOPBACK_NAMES | {host.lower()} | ({n.lower() for n in names} if self._open_to_others else set())
         self._token = token.encode()
         self.denied: dict[str, int] = {}
         """Refused requests by reason: `host`, `origin`, `token`."""
