@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from serving import alone, features_of, tick
 
@@ -467,7 +467,13 @@ def test_the_server_rejects_writes_of_a_former_owner(cluster: Cluster) -> None:
             await old.fence(5, Fence("old", 1))
         assert await (await new.send(5, "s", "c", "2", b"two", after)) is True
         assert await (await old.send(6, "s", "c", "3", b"elsewhere", await old.fence(6, Fence("old", 1)))) is True
-        assert [content async for _, content in new.answers_after("c", 0)] == [b"one", b"two", b"elsewhere"]
+        last = await new.newest()
+        found = [of async for of in new.answers_between("c", 0, last)]
+        assert [content for _, content in found] == [b"one", b"two", b"elsewhere"]
+        assert found[-1][0] == last
+        first = found[0][0]
+        assert [of async for of in new.answers_between("c", first, last - 1)] == found[1:2]
+        assert [of async for of in new.answers_between("c", last, last)] == []
         revision = await old.save(5, "s", b"state", 0)
         with pytest.raises(WriteRefused):
             await new.save(5, "s", b"older", 0)
@@ -573,7 +579,7 @@ class FakeLog:
     async def follow(self, partition: int, after: int, heard: Callable[[Logged | Heartbeat], None]) -> Followed:
         self.follows.append(heard)
         self.at, self.nth = after, 0
-        return Followed(None, "")  # type: ignore[arg-type]
+        return Followed(None, "", "")  # type: ignore[arg-type]
 
     async def leave(self, followed: Followed) -> None:
         pass
@@ -626,7 +632,10 @@ def test_a_log_reader_leaves_no_message_out(acts: list[str]) -> None:
 
 
 class FakeAnswers:
-    """A link that stores answers, until its connection is lost: then what was sent is gone, and receipts fail."""
+    """A link that stores answers, until its connection is lost: then what was sent is gone, and receipts fail.
+
+    It may refuse one of those that are under way.
+    """
 
     def __init__(self) -> None:
         self.connected, self.flight = True, list[tuple[str, str, asyncio.Future[bool]]]()
@@ -652,6 +661,11 @@ class FakeAnswers:
                 names.append(name)
         await asyncio.sleep(0)
 
+    async def refuse(self) -> None:
+        if self.flight:
+            self.flight.pop(0)[2].set_exception(OSError("not just now"))
+        await asyncio.sleep(0)
+
     async def lose(self) -> None:
         self.connected, flight, self.flight = False, self.flight, []
         for _, _, future in flight:
@@ -665,8 +679,8 @@ class FakeReplica:
     def __init__(self) -> None:
         self.made: list[OutgoingAnswer] = []
 
-    def put(self, session: str, number: int) -> None:
-        self.made.append(OutgoingAnswer(0, session, "c", str(number), b"", False))
+    def put(self, session: str, number: int, after_stored: bool = False) -> None:
+        self.made.append(OutgoingAnswer(0, session, "c", str(number), b"", False, after_stored))
 
     def pop(self) -> tuple[list[OutgoingAnswer], list[SavedState]]:
         made, self.made = self.made, []
@@ -707,6 +721,48 @@ def test_answers_are_stored_in_the_order_of_their_session_whatever_the_connectio
     asyncio.run(main())
 
 
+@example(["tick", "open", "refuse", "store"])
+@given(st.lists(st.sampled_from(["tick", "open", "store", "refuse", "lose", "return", "retry", "old"]), max_size=60))
+def test_the_last_word_on_older_ticks_is_stored_after_their_answers(acts: list[str]) -> None:
+    """Also where the server refuses one answer, and stores another that was sent after it."""
+
+    async def main() -> None:
+        log, replica, part, counts = FakeAnswers(), FakeReplica(), Partition(0, 1, 1), Counter[str]()
+        outbox = Outbox(replica, log, {0: part}, counts, asyncio.create_task, pytest.fail)  # type: ignore[arg-type]
+        last_words = set[str]()
+        count = 0
+        for act in acts:
+            if act in ("tick", "open"):
+                replica.put("a", count, act == "open")
+                last_words |= {str(count)} if act == "open" else set()
+                count += 1
+                await outbox.flush()
+            elif act == "store":
+                await log.store(1)
+                await asyncio.sleep(0)  # what has waited for it is sent
+            elif act == "refuse":
+                await log.refuse()
+            elif act == "lose":
+                await log.lose()
+            else:
+                log.connected |= act == "return"
+                await outbox.retry(part, 1.0 if act == "retry" else 0.0)
+        log.connected = True
+        for _ in range(2 * count + 2):
+            await log.store(len(log.flight))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            if part.held:
+                await outbox.retry(part, 1.0)
+        assert not part.unstored
+        assert sorted(log.stored["a"], key=int) == [str(n) for n in range(count)]
+        for name in last_words:
+            before = log.stored["a"][: log.stored["a"].index(name)]
+            assert set(before) >= {str(n) for n in range(int(name))}
+
+    asyncio.run(main())
+
+
 class FakeOut:
     """A link whose log has `newest` answers; they can be read while it is connected."""
 
@@ -719,12 +775,12 @@ class FakeOut:
             raise OSError("no connection")
         return self.length
 
-    async def answers_after(self, client: str, number: int) -> AsyncIterator[tuple[int, bytes]]:
-        while number < self.length:
+    async def answers_between(self, client: str, after: int, last: int) -> AsyncIterator[tuple[int, bytes]]:
+        assert last <= self.length
+        for number in range(after + 1, last + 1):
             await asyncio.sleep(0)
             if not self.connected:
                 raise OSError("no connection")
-            number += 1
             yield number, str(number).encode()
 
 

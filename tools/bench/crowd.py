@@ -39,6 +39,10 @@ class Crowd(Transport):
     def accepts(self, record: SessionRecord) -> bool:
         return self._sessions[record.who].waiting < KEPT_TICKS
 
+    def skipped(self, record: SessionRecord) -> int:
+        """Ticks of the newest run that the server had seen already, and whose answers were lost."""
+        return self._sessions[record.who].skipped
+
     def send(self, record: SessionRecord, tick: int, due_ns: int) -> None:
         self._sessions[record.who].send({models.MODALITY: vector(record.who, tick)}, tick=tick, event_ns=due_ns)
         self._sent[record.who].set()

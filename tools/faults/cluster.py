@@ -166,6 +166,10 @@ async def _all(cluster: Cluster, sessions: int, duration_s: float, say: Say) -> 
             await cluster.settled(ENGINES)
             load = await crowd.run(duration_s, lambda to=trouble: to(cluster, duration_s))  # type: ignore[misc]
             found[name] = load.records
+            for record in load.records:
+                if missing := [tick for tick in range(len(record.due_ns)) if tick not in record.answers]:
+                    known = f"{crowd.skipped(record)} skipped, errors: {dict(record.errors)}"
+                    say(f"{record.name}: no answer to {missing[:10]} of {len(record.due_ns)} ({known})")
     return found
 
 

@@ -36,6 +36,8 @@ class AnswerReader:
         self._name, self._newest, self._receive = name, newest, receive
         self._losses = self._caught_up = 0
         """How often the connection was lost, and how many of these losses left no answer to read any more."""
+        self._missed = (0, 0)
+        """A loss, and the newest answer that may have been missed by it: what is newer arrives by subscription."""
         self._held: dict[int, bytes] = {}
         """Answers that arrived before those that were missed had been read."""
         self._lock = asyncio.Lock()
@@ -63,11 +65,11 @@ class AnswerReader:
             if self._caught_up == losses:
                 return
             with contextlib.suppress(*FAILURES):
-                newest = await link.newest()  # what is newer arrives by subscription
-                async for number, content in link.answers_after(self._name, self._newest):
-                    if number > newest:
-                        break
-                    self._pass_on(number, content)
+                if self._missed[0] != losses:
+                    self._missed = losses, await link.newest()
+                if self._newest < self._missed[1]:
+                    async for number, content in link.answers_between(self._name, self._newest, self._missed[1]):
+                        self._pass_on(number, content)
                 self._caught_up = losses
             if self._caught_up == self._losses:
                 held, self._held = self._held, {}

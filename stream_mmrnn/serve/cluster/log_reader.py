@@ -42,8 +42,10 @@ class LogReader:
             await self._end()
             self._expected = 1
             self._alive_s = float("-inf")  # until the subscription stands
-            self._followed = await self._link.follow(self._partition, self.read, partial(self._handle, self._run))
-            self._alive_s = max(self._alive_s, asyncio.get_running_loop().time())
+            run = self._run
+            self._followed = await self._link.follow(self._partition, self.read, partial(self._handle, run))
+            if run == self._run:  # else a message was lost meanwhile
+                self._alive_s = asyncio.get_running_loop().time()
 
     def _handle(self, run: int, message: Logged | Heartbeat) -> None:
         if run != self._run:

@@ -96,9 +96,10 @@ class Heartbeat(NamedTuple):
 
 
 class Followed(NamedTuple):
-    """A subscription to a partition of the log, to be ended by `leave`."""
+    """A subscription to stored messages, to be ended by `leave`."""
 
     subscription: Subscription
+    stream: str
     consumer: str
 
 
@@ -252,17 +253,32 @@ class Link:
             client = headers.get(api.Header.MSG_ID.value, "").partition(" ")[0]
             handler(Logged(session, sequence.stream, sequence.consumer, client, message.data))
 
+        followed, _ = await self._subscribe(
+            self.names.stream_in, self.names.log(partition), after, inbox, receive, heartbeat_s=1.0
+        )
+        return followed
+
+    async def _subscribe(
+        self,
+        stream: str,
+        subject: str,
+        after: int,
+        inbox: str,
+        receive: Callable[[Msg], Awaitable[None]],
+        heartbeat_s: float | None = None,
+    ) -> tuple[Followed, int]:
+        """Let the server send the stored messages of a subject after a number to `inbox`; also how many there were."""
         subscription = await self.nats.subscribe(inbox, cb=receive, pending_msgs_limit=0, pending_bytes_limit=0)
         try:
             info = await self.js.add_consumer(
-                self.names.stream_in,
+                stream,
                 api.ConsumerConfig(
                     deliver_subject=inbox,
                     deliver_policy=api.DeliverPolicy.BY_START_SEQUENCE,
                     opt_start_seq=after + 1,
                     ack_policy=api.AckPolicy.NONE,
-                    filter_subject=self.names.log(partition),
-                    idle_heartbeat=1.0,
+                    filter_subject=subject,
+                    idle_heartbeat=heartbeat_s,
                     inactive_threshold=10.0,
                     mem_storage=True,
                     num_replicas=1,
@@ -272,14 +288,15 @@ class Link:
             with contextlib.suppress(*FAILURES):
                 await subscription.unsubscribe()
             raise
-        return Followed(subscription, info.name or "")
+        sent = info.delivered.consumer_seq if info.delivered is not None else 0
+        return Followed(subscription, stream, info.name or ""), sent + (info.num_pending or 0)
 
     async def leave(self, followed: Followed) -> None:
         """End a subscription; if the server is away, it removes the consumer by itself."""
         with contextlib.suppress(*FAILURES):
             await followed.subscription.unsubscribe()
         with contextlib.suppress(*FAILURES):
-            await self.js.delete_consumer(self.names.stream_in, followed.consumer)
+            await self.js.delete_consumer(followed.stream, followed.consumer)
 
     # ---- answers -------------------------------------------------------------------------------------------------
 
@@ -315,16 +332,30 @@ class Link:
         """The newest sequence number of the log of answers."""
         return (await self.js.stream_info(self.names.stream_out)).state.last_seq
 
-    async def answers_after(self, client: str, number: int) -> AsyncIterator[tuple[int, bytes]]:
-        """Answers to a client after this sequence number, in order, each with its own number."""
-        subject = self.names.out_to(client)
-        while True:
-            try:
-                found = await self.js.get_msg(self.names.stream_out, number + 1, subject, next=True)
-            except NotFoundError:
-                return
-            number = found.seq or 0
-            yield number, found.data or b""
+    async def answers_between(self, client: str, after: int, last: int) -> AsyncIterator[tuple[int, bytes]]:
+        """Stored answers to a client with the sequence numbers after + 1 to last, in order, each with its number.
+
+        Raises one of FAILURES where some did not arrive.
+        """
+        arrived: asyncio.Queue[Msg] = asyncio.Queue()
+        inbox = self.nats.new_inbox()
+        followed, left = await self._subscribe(
+            self.names.stream_out, self.names.out_to(client), after, inbox, arrived.put
+        )
+        expected = 1
+        try:
+            while left:
+                message = await asyncio.wait_for(arrived.get(), _REQUEST_S)
+                at = message.metadata
+                if at.sequence.consumer != expected:
+                    raise TimeoutError(f"answer {expected} of those missed did not arrive")
+                if at.sequence.stream > last:
+                    break
+                yield at.sequence.stream, message.data
+                expected += 1
+                left = at.num_pending
+        finally:
+            await self.leave(followed)
 
     async def log(self, session: str, name: str, content: bytes) -> None:
         """Write a client's message to the log, deduplicated by its name; returns when it is stored."""

@@ -212,7 +212,9 @@ class ClusterNode:
         try:
             fence = await self.link.fence(number, Fence(self.name, epoch))
             part = Partition(number, epoch, fence)
-            states, low = await asyncio.gather(self.link.states_of(number), self.link.low(number))
+            # in this order: a former owner that is still writing moves the low watermark after the states
+            low = await self.link.low(number)
+            states = await self.link.states_of(number)
             for raw, revision in states:
                 try:
                     part.revisions[self.replica.adopt(number, raw, now_ns())] = revision

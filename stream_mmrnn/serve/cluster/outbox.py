@@ -1,8 +1,9 @@
 """Outbox: writes answers and states of our partitions to NATS, in order, and again until they are stored.
 
-The log has the answers of a session in order, also where writes failed: a client takes what the answer to `open` says
-of older ticks for the last word on them. An answer is deduplicated by its name, so that a retry is stored once. A state
-is written after the answers to the messages that it contains. Knows nothing about leases or who is alive.
+The log has the answers of a session in order, also where writes failed. What is the last word on older ticks (the reply
+to `open`) is not even sent before all earlier answers of its session are stored: the server may refuse one of two that
+are under way. An answer is deduplicated by its name, so that a retry is stored once. A state is written after the
+answers to the messages that it contains. Knows nothing about leases or who is alive.
 """
 
 from __future__ import annotations
@@ -43,12 +44,19 @@ class Partition:
         self.unstored: dict[str, dict[str, _Unstored]] = {}
         """Answers without a receipt, by session and name, in order."""
         self.held: set[str] = set()
-        """Sessions with an answer whose write failed: later answers of theirs wait for `retry`."""
+        """Sessions whose answers are being sent, or with one whose write failed (it waits for `retry`): others wait."""
         self.revisions: dict[str, int] = {}
         self.saving: dict[str, asyncio.Task[None]] = {}
         """The task that writes the newest state of each session."""
         self.low = -1
         self.ours = True
+
+    def next_unsent(self, session: str) -> _Unstored | None:
+        """The oldest answer of a session that can be sent now."""
+        for nth, unstored in enumerate(self.unstored.get(session, {}).values()):
+            if unstored.receipt is None:
+                return None if nth and unstored.answer.after_stored else unstored
+        return None
 
 
 class Outbox:
@@ -91,9 +99,17 @@ class Outbox:
         part = self._parts.get(answer.partition)
         if part is None:
             return
-        unstored = part.unstored.setdefault(answer.session, {})[answer.name] = _Unstored(answer)
+        part.unstored.setdefault(answer.session, {})[answer.name] = _Unstored(answer)
         if answer.session not in part.held:
-            await self._write(part, unstored)
+            await self._send_unsent(part, answer.session)
+
+    async def _send_unsent(self, part: Partition, session: str) -> None:
+        """Send all answers that have not been sent, or whose write failed, in order."""
+        part.held.add(session)  # answers that come meanwhile are sent after these
+        while (unsent := part.next_unsent(session)) is not None:
+            if not await self._write(part, unsent):
+                return
+        part.held.discard(session)
 
     async def _write(self, part: Partition, unstored: _Unstored) -> bool:
         """Send an answer; returns whether that was possible."""
@@ -103,7 +119,6 @@ class Outbox:
                 answer.partition, answer.session, answer.client, answer.name, answer.content, part.fence
             )
         except FAILURES:
-            part.held.add(answer.session)
             return False
         unstored.receipt, unstored.sent_s = receipt, _now_s()
         receipt.add_done_callback(lambda done: self._stored(part, unstored, done))
@@ -121,32 +136,27 @@ class Outbox:
                 self._lose(part.number)
             return
         except FAILURES:
+            unstored.receipt = None
             part.held.add(session)
             return
         waiting = part.unstored.get(session, {})
         waiting.pop(name, None)
         if not waiting:
             part.unstored.pop(session, None)
+        elif session not in part.held and part.next_unsent(session) is not None:
+            self._start(self._send_unsent(part, session))  # it has waited for this one
 
     async def retry(self, part: Partition, after_s: float) -> None:
         """Send answers again whose write failed, or that have had no receipt for so long, with all later ones of their
         session, in order; the server deduplicates them by name.
         """
         at_s = _now_s()
-        for session, waiting in list(part.unstored.items()):
-            oldest = next(iter(waiting.values()))
-            if session in part.held or at_s - oldest.sent_s >= after_s:
-                await self._send_again(part, session)
-
-    async def _send_again(self, part: Partition, session: str) -> None:
-        part.held.add(session)  # answers that come meanwhile are sent after these
-        for unstored in part.unstored.get(session, {}).values():
-            unstored.receipt = None
-        while unsent := [of for of in part.unstored.get(session, {}).values() if of.receipt is None]:
-            for unstored in unsent:
-                if not await self._write(part, unstored):
-                    return
-        part.held.discard(session)
+        for session in list(part.unstored):
+            waiting = part.unstored.get(session)
+            if waiting and (session in part.held or at_s - next(iter(waiting.values())).sent_s >= after_s):
+                for unstored in waiting.values():
+                    unstored.receipt = None
+                await self._send_unsent(part, session)
 
     async def _save(
         self, part: Partition, state: SavedState, before: asyncio.Task[None] | None, promised: list[OutgoingAnswer]

@@ -40,6 +40,9 @@ class OutgoingAnswer(msgspec.Struct, frozen=True):
     content: bytes
     after_saved: bool
     """It confirms that the state is saved: send it after that."""
+    after_stored: bool = False
+    """It says which ticks have been seen, and a client waits for no answer to them any more: send it when all earlier
+    answers of its session are stored."""
 
 
 class SavedState(msgspec.Struct, frozen=True):
@@ -294,7 +297,9 @@ class Replica:
         name = f"{seq}.evicted" if isinstance(reply, protocol.EvictedNow) else str(seq)
         after_saved = isinstance(reply, protocol.Flushed | protocol.Done)
         session = getattr(reply, "session", "") or self._current[0]
-        self._answers.append(OutgoingAnswer(partition, session, client, name, protocol.encode(reply), after_saved))
+        after_stored = isinstance(reply, protocol.Ready | protocol.Skipped)
+        content = protocol.encode(reply)
+        self._answers.append(OutgoingAnswer(partition, session, client, name, content, after_saved, after_stored))
 
     def _make_states(self) -> None:
         """Turn new snapshots into states to save. No tick was stepped since, so `handled` is in them."""
