@@ -50,13 +50,21 @@ def serve(
     document = run(settings, console, duration, console.is_terminal and not as_json)
     if as_json:
         print_document(document)
-        return
-    counts = document["counts"]
+    else:
+        _print_summary(console, document, settings.state.ttl_s)
+    if document.get("unsaved_sessions"):
+        raise typer.Exit(3)
+
+
+def _print_summary(console: Console, document: dict[str, Any], ttl_s: float) -> None:
+    counts, unsaved = document["counts"], document.get("unsaved_sessions", 0)
     console.print(
         f"{counts['stepped']} ticks of {counts['opened'] + counts['resumed']} sessions in {document['seconds']:.1f} s; "
         f"{counts['busy']} were refused as busy; "
-        f"{counts['evicted']} were evicted and are kept for {settings.state.ttl_s:g} s"
+        f"{counts['evicted']} were evicted and are kept for {ttl_s:g} s"
     )
+    if unsaved:
+        console.print(f"the states of {unsaved} sessions are lost: {shown(document['last_problem'])}")
 
 
 class _Alive:

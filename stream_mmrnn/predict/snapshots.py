@@ -194,6 +194,7 @@ class StateStore:
         path = self.path(snapshot.session)
         beside = path.with_name(f"{path.stem}.{os.getpid()}.{next(_counter)}{_TEMPORARY}")
         try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # it may have been removed
             try:
                 # O_EXCL: never follow a link or overwrite a file
                 descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -268,15 +269,25 @@ class StateStore:
             self.path(session).unlink(missing_ok=True)
 
     def sweep(self, unix_ns: int) -> int:
-        """Remove expired snapshots and stale temporary files; returns how many files."""
+        """Remove expired snapshots and stale temporary files; returns how many files.
+
+        Raises:
+            SnapshotError: the folder cannot be read.
+
+        """
         removed = 0
-        with os.scandir(self.folder) as entries:
-            for entry in entries:
-                with contextlib.suppress(OSError):  # another process may have removed it already
-                    mtime_ns = entry.stat(follow_symlinks=False).st_mtime_ns
-                    expired = entry.name.endswith(_SUFFIX) and self._expired(mtime_ns, unix_ns)
-                    stale = entry.name.endswith(_TEMPORARY) and unix_ns - mtime_ns > _STALE_NS
-                    if expired or stale:
-                        Path(entry.path).unlink()
-                        removed += 1
+        try:
+            entries = list(os.scandir(self.folder))
+        except OSError as e:
+            raise SnapshotError(
+                f"expired states cannot be removed: the folder {self.folder} cannot be read: {e.strerror}"
+            ) from e
+        for entry in entries:
+            with contextlib.suppress(OSError):  # another process may have removed it already
+                mtime_ns = entry.stat(follow_symlinks=False).st_mtime_ns
+                expired = entry.name.endswith(_SUFFIX) and self._expired(mtime_ns, unix_ns)
+                stale = entry.name.endswith(_TEMPORARY) and unix_ns - mtime_ns > _STALE_NS
+                if expired or stale:
+                    Path(entry.path).unlink()
+                    removed += 1
         return removed

@@ -32,6 +32,9 @@ _IDLE_MS = 5
 _AT_ONCE = 512
 """Messages that are read at most before a step."""
 _REPORT_EVERY_NS = 1_000_000_000
+_OTHER_FILES = 64
+"""Open files that are no connections: the model, libraries, sockets, states that are being written."""
+_MOST_FILES = 65_536
 
 
 def _lock(folder: Path) -> IO[str]:
@@ -54,6 +57,37 @@ def _lock(folder: Path) -> IO[str]:
     return file
 
 
+def _raise_file_limit() -> int:
+    """Let this process open as many files as the system allows; how many. A connection is one."""
+    if os.name == "nt":
+        return _MOST_FILES
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    aim = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft == resource.RLIM_INFINITY or soft >= aim:
+        return _MOST_FILES if soft == resource.RLIM_INFINITY else soft
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (aim, hard))
+    except (ValueError, OSError):  # not allowed here
+        return soft
+    return aim
+
+
+def _slots(asked: int, say: Callable[[str], None]) -> int:
+    """How many sessions there are files for. Raises UsageError where there are none for any."""
+    files = _raise_file_limit()
+    slots = min(asked, files - _OTHER_FILES)
+    if slots < 1:
+        raise UsageError(
+            f"this process may open {files} files, and serve needs {_OTHER_FILES} and one for each client; raise the "
+            "limit (ulimit -n)"
+        )
+    if slots < asked:
+        say(f"at most {slots} sessions, not {asked}: this process may open {files} files (ulimit -n)")
+    return slots
+
+
 def _percentiles(histogram: Histogram) -> dict[str, float]:
     return {f"p{p}_ms": round(histogram.percentile(p) / 1e6, 3) for p in (50, 99)} if histogram.count else {}
 
@@ -65,13 +99,18 @@ class Server:
         """Raises ModelError, ProviderError, ConfigError, FileError, ProcessError, UsageError."""
         serve = settings.serve
         self._say, self._rate_limiter = say, RateLimiter()
-        self._slots = serve.slots
+        self._slots = slots = _slots(serve.slots, say)
+        self.unsaved = 0
+        """Sessions whose state could not be written when the server ended."""
+        self._failures = self._saved = 0
+        """Counts of states that could not be written, and of those that were, when that was last reported."""
+        self._failing = False
         with ExitStack() as stack:
             authenticator = KeyFolder(Path(serve.keys).expanduser()).authenticator() if serve.keys else None
             self.authenticator = authenticator
             store = StateStore(config.state_folder(settings.state) / "sessions", settings.state.ttl_s)
             stack.enter_context(_lock(store.folder))
-            self.engine = create(replace(settings.engine, slots=serve.slots))
+            self.engine = create(replace(settings.engine, slots=slots))
             stack.callback(self.engine.stop)
             writer = stack.enter_context(ThreadPoolExecutor(1, "states"))
             self.sessions = Sessions(
@@ -89,7 +128,7 @@ class Server:
                 make_input=lambda session: SessionInput(spec, settings, session, must_save=True),
             )
             # a client may have every slot: then it gets all answers of two batches
-            unread = serve.queue + 2 * serve.slots
+            unread = serve.queue + 2 * slots
             self._router = Router(serve.host, serve.port, serve.queue, protocol.MAX_BYTES, authenticator, unread=unread)
             stack.callback(self._router.close)
             self._stack = stack.pop_all()
@@ -118,13 +157,28 @@ class Server:
             if not host.ready:
                 host.housekeeping(at_ns)
                 self._send()
+            self._report_states()
             if at_ns - reported_ns > _REPORT_EVERY_NS:
                 reported_ns = at_ns
                 often()
         while (received := router.receive(0)) is not None:
             host.receive(*received, now_ns())
         host.leave(now_ns())
+        self.unsaved = len(self.sessions)
+        self._report_states()
         self._send()
+
+    def _report_states(self) -> None:
+        """Say at once when states cannot be written any more, and when they can again."""
+        counts = self.sessions.counts
+        failures, saved = counts["unsaved"] + counts["unswept"], counts["saved"]
+        if failures > self._failures and not self._failing:
+            self._failing = True
+            self._say(f"{self.sessions.last_problem}; sessions stay open, and it is tried again")
+        elif failures == self._failures and saved > self._saved and self._failing:
+            self._failing = False
+            self._say(f"states are written again; {failures} times that was not possible")
+        self._failures, self._saved = failures, saved
 
     def _receive(self, timeout_ms: int) -> None:
         """Read up to `_AT_ONCE` messages; waits for the first one."""
@@ -172,6 +226,7 @@ class Server:
             "provider": self.engine.provider,
             "seconds": round(seconds, 3),
             "sessions": len(self.sessions),
+            "unsaved_sessions": self.unsaved,
             "capacity": self.capacity,
             "waited": _percentiles(host.waited),
             "step": _percentiles(host.stepped),

@@ -8,9 +8,10 @@ about sockets or clients.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Literal, TypeAlias
 
@@ -95,15 +96,16 @@ class Sessions:
         self.counts = {
             **dict.fromkeys(("opened", "resumed", "closed", "evicted", "lost", "stepped", "duplicates", "stale"), 0),
             **dict.fromkeys(("skipped", "busy", "unknown", "duplicate", "evicted_asked", "bad_ticks"), 0),
-            **dict.fromkeys(("saved", "unsaved"), 0),
+            **dict.fromkeys(("saved", "unsaved", "unswept"), 0),
         }
         """`duplicates`: repeated newest ticks, `stale`: older ones; neither was stepped. `skipped`: indices that were
         left out. `busy`, `unknown`, `duplicate`, `evicted_asked`: refusals. `unsaved`: states that could not be
-        written; such a session is not evicted. `lost`: sessions of a shard that died."""
+        written; such a session is not evicted. `unswept`: times that expired states could not be removed. `lost`:
+        sessions of a shard that died."""
         self.extra_of: Callable[[str], dict[str, bytes | str]] = lambda session: {}
         """What the state of a session holds beside the engine's tensors; raises SnapshotError."""
         self.last_problem = ""
-        """Why the newest state could not be written."""
+        """Why the newest state could not be written, or expired ones not be removed."""
         self._idle_ns = round(settings.idle_s * 1e9)
         self._make_token = make_token
         self._live: dict[str, _Live] = {}
@@ -378,10 +380,8 @@ class Sessions:
     def _evict_all(self, sessions: Sequence[str], reason: Reason, now_ns: int) -> list[Notice]:
         notices = []
         for session in sessions:
-            try:
+            with contextlib.suppress(SnapshotError):  # counted
                 notices.append(self._evict(session, self._live[session], reason, now_ns))
-            except SnapshotError as e:
-                self.last_problem = str(e)
         return notices
 
     def _evict(self, session: str, live: _Live, reason: Reason, now_ns: int) -> Notice:
@@ -412,25 +412,33 @@ class Sessions:
         saved = []
         for _, session in due[:most]:
             live = self._live[session]
-            try:
+            with contextlib.suppress(SnapshotError):  # counted
                 if self._states.has_writer:
-                    self._states.submit(self._snapshot(session, live), live.token, now_ns)
+                    with self._counted():
+                        self._states.submit(self._snapshot(session, live), live.token, now_ns)
                     live.unsaved = 0
                 else:
                     self._save(session, live, now_ns)
                 saved.append(session)
-            except SnapshotError as e:
-                self.last_problem = str(e)
         return saved
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count a state that cannot be written, and keep the reason; the error goes on."""
+        try:
+            yield
+        except SnapshotError as e:
+            self.counts["unsaved"] += 1
+            self.last_problem = str(e)
+            raise
 
     def _settle(self, session: str) -> None:
         """Wait until the session's state in the writer is on disk; where that fails, the session is due again."""
         try:
-            if self._states.finish(session):
-                self.counts["saved"] += 1
-        except SnapshotError as e:
-            self.counts["unsaved"] += 1
-            self.last_problem = str(e)
+            with self._counted():
+                if self._states.finish(session):
+                    self.counts["saved"] += 1
+        except SnapshotError:
             if (live := self._live.get(session)) is not None:
                 live.unsaved = -1
 
@@ -449,8 +457,13 @@ class Sessions:
         return live.last + 1
 
     def sweep(self, now_ns: int) -> int:
-        """Delete expired states; returns how many files."""
-        return self._states.sweep(now_ns)
+        """Delete expired states; returns how many files. A failure is counted; the next call tries again."""
+        try:
+            return self._states.sweep(now_ns)
+        except SnapshotError as e:
+            self.counts["unswept"] += 1
+            self.last_problem = str(e)
+            return 0
 
     def _snapshot(self, session: str, live: _Live) -> Snapshot:
         state = self.engine.snapshot(session)
@@ -458,11 +471,8 @@ class Sessions:
 
     def _save(self, session: str, live: _Live, now_ns: int) -> None:
         self._settle(session)
-        try:
+        with self._counted():
             self._states.save(self._snapshot(session, live), live.token, now_ns)
-        except SnapshotError:
-            self.counts["unsaved"] += 1
-            raise
         live.unsaved = 0
         self.counts["saved"] += 1
 

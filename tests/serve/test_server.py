@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -37,6 +38,7 @@ from stream_mmrnn.core.errors import (
     ProcessError,
     SessionError,
     ShardDied,
+    StreamError,
     TimedOut,
     UnknownSession,
     UsageError,
@@ -731,6 +733,77 @@ def test_a_server_that_ends_in_order_keeps_every_session(toy: Path, tmp_path: Pa
         with client.open("s", token) as session:
             assert (session.resumed, session.next_tick) == (True, 5)
             assert first + drive(session, ticks[5:]) == alone(toy, ticks)
+
+
+def test_a_server_without_its_folder_of_states_says_so_and_serves_on(toy: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    asked = settings_for(toy, tmp_path)
+    with running(asked, said.append) as server, Client(server.address) as client:
+        folder = config.state_folder(asked.state) / "sessions"
+        with client.open("s") as session:
+            drive(session, [tick("s", 0)])
+            session.flush()
+            folder.rename(tmp_path / "kept")
+            folder.write_text("in its place")
+            assert server.sessions.sweep(NOW) == 0  # not an OSError that ends the server
+            assert server.sessions.counts["unswept"] == 1
+            drive(session, [tick("s", 1)])
+            with pytest.raises(StreamError, match="cannot be written to"):
+                session.flush()
+            drive(session, [tick("s", 2)])
+            with pytest.raises(StreamError, match="cannot be written to"):
+                session.flush()
+            folder.unlink()
+            drive(session, [tick("s", 3)])
+            assert session.flush() == 4, "the folder is made again"
+    failures, again = said
+    assert "expired states cannot be removed" in failures or "cannot be written to" in failures
+    assert failures.endswith("sessions stay open, and it is tried again")
+    assert re.fullmatch(r"states are written again; [3-9] times that was not possible", again)
+    assert server.unsaved == 0
+
+
+@pytest.mark.process
+def test_states_that_are_lost_at_the_end_are_counted_and_the_exit_code_is_3(toy: Path, tmp_path: Path) -> None:
+    process, address = start(toy, tmp_path, 0)
+    try:
+        with Client(address, timeout_s=20) as client:
+            session = client.open("s", timeout_s=20)
+            drive(session, [tick("s", 0)])
+            (folder,) = tmp_path.rglob("sessions")
+            folder.rename(tmp_path / "kept")
+            folder.write_text("in its place")
+            drive(session, [tick("s", 1)])
+            process.send_signal(signal.SIGTERM)
+            out, _ = process.communicate(timeout=20)
+        document = json.loads(out.splitlines()[-1])
+        assert process.returncode == 3
+        assert document["unsaved_sessions"] == 1
+        assert "cannot be written to" in document["last_problem"]
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.process
+@pytest.mark.skipif(os.name == "nt", reason="there is no limit of open files on Windows")
+@pytest.mark.parametrize(
+    ("files", "code", "sentence"),
+    [
+        (60, 2, "this process may open 60 files, and serve needs 64 and one for each client"),
+        (100, 0, "at most 36 sessions, not 50: this process may open 100 files"),
+    ],
+)
+def test_sessions_are_limited_by_open_files(toy: Path, tmp_path: Path, files: int, code: int, sentence: str) -> None:
+    """The soft limit is raised to the hard one; beyond that there are fewer sessions, and a sentence."""
+    command = ["-m", "stream_mmrnn", "serve", "--model", str(toy), "--port", "0", "--slots", "50", "--duration", "0.3"]
+    shell = f"ulimit -Sn 50; ulimit -Hn {files}; exec " + shlex.join([sys.executable, *command])
+    env = os.environ | {"XDG_STATE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["sh", "-c", shell], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert sentence in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
