@@ -1,8 +1,9 @@
 """DamagedFileReader: the intact records of a recording that was cut off or damaged.
 
-A chunk or metadata record is intact if its checksum matches. After damage the reader searches for the next intact chunk
-or metadata record of this program by its first bytes (signature). Channels are defined in the chunk that first used
-them, in the metadata that is written every few seconds, and in the index at the end.
+A chunk, metadata record or attachment is intact if its checksum matches. Records that other programs may have added are
+skipped as the specification of MCAP says, where an intact record comes after them. After damage the reader searches for
+the next intact chunk or metadata record of this program by its first bytes (signature). Channels are defined in the
+chunk that first used them, in the metadata that is written every few seconds, and in the index at the end.
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ _WINDOW_BYTES = 4 * 2**20
 _OVERLAP_BYTES = 128
 _MESSAGE_HEAD = struct.Struct("<HIQQ")
 _FOOTER_BYTES = RECORD.size + 20 + len(MAGIC)
+_ATTACHMENT_BYTES = 8 + 8 + 4 + 4 + 8 + 4
+"""Of the shortest one: two times, the lengths of name, media type and data, the checksum."""
+_MOST_FOREIGN = 10_000
+"""Records without a checksum in a row. A limit, so that a malicious file cannot take forever."""
 
 
 class Message(msgspec.Struct, frozen=True, gc=False):
@@ -83,6 +88,14 @@ class Index(NamedTuple):
     content: bytes
 
 
+class Foreign(NamedTuple):
+    """A record of another program: an attachment, a message outside of chunks, or one of an unknown type."""
+
+    at: int
+    messages: int
+    """1 for a message, which the statistics at the end count; else 0."""
+
+
 class Hole(NamedTuple):
     """A damaged or missing range of bytes."""
 
@@ -92,16 +105,17 @@ class Hole(NamedTuple):
 
 
 class Finish(NamedTuple):
-    """The end of a finished file, with an intact index."""
+    """The end of a finished file, with an intact index or, as in some files of other programs, without one."""
 
     at: int
-    messages: int
-    chunks: list[int]
-    """Offsets of the chunks."""
+    messages: int | None
+    """How many the index says; None where it does not."""
+    chunks: list[int] | None
+    """Offsets of the chunks, as the index says; None where it does not."""
     definitions: list[Schema | Channel]
 
 
-Piece = Chunk | MetadataRecord | Index | Hole | Finish
+Piece = Chunk | MetadataRecord | Index | Foreign | Hole | Finish
 
 
 def _written(record: McapRecord) -> bytes:
@@ -136,6 +150,8 @@ class _Walk:
         self._path, self._file = path, file
         self._size = file.seek(0, os.SEEK_END)
         self._tries = 0
+        self._trusted = 0
+        """Records without a checksum are intact up to here: an intact record comes after them."""
 
     def _bytes(self, at: int, end: int) -> bytes:
         """Fewer bytes at the end of the file, which may have been truncated since it was opened."""
@@ -178,11 +194,20 @@ class _Walk:
             raise RecordingError("the file was cut off there")
         opcode, length = RECORD.unpack(self._bytes(at, begin))
         end = begin + length
-        if opcode not in _CHECKS or length > MAX_RECORD_BYTES:
+        if not _is_in_data(opcode) or length > MAX_RECORD_BYTES:
             raise RecordingError("no record begins there")
         if end > self._size:
             raise RecordingError("the file was cut off there")
+        if opcode not in _CHECKS:
+            if not self._is_before_record(end):
+                raise RecordingError("no record begins there")
+            return Foreign(at, opcode == Opcode.MESSAGE), end
         content = self._bytes(begin, end)
+        if opcode == Opcode.ATTACHMENT:
+            stated = int.from_bytes(content[-4:], "little")
+            if len(content) < _ATTACHMENT_BYTES or stated not in (0, zlib.crc32(content[:-4])):
+                raise RecordingError("an attachment is damaged")
+            return Foreign(at, 0), end
         if opcode == Opcode.CHUNK:
             return _chunk(at, unpack_chunk(content)), end
         if opcode == Opcode.METADATA:
@@ -200,6 +225,28 @@ class _Walk:
             raise RecordingError("the beginning is damaged")
         return None, end
 
+    def _is_before_record(self, at: int) -> bool:
+        """Whether an intact record with a checksum or a fixed form comes at byte `at`, or after others without one."""
+        following = at
+        for _ in range(_MOST_FOREIGN):
+            if following <= self._trusted:
+                return True
+            head = self._bytes(following, following + RECORD.size)
+            if len(head) < RECORD.size:
+                return False
+            opcode, length = RECORD.unpack(head)
+            if opcode in _CHECKS:
+                try:
+                    self._piece(following)
+                except UNREADABLE:
+                    return False
+                self._trusted = following
+                return True
+            if not _is_in_data(opcode) or length > MAX_RECORD_BYTES:
+                return False
+            following += RECORD.size + length
+        return False
+
     def _finish(self, at: int) -> Finish:
         """Read the index at the file's end; raises RecordingError if it is damaged."""
         index = self._bytes(at, self._size)
@@ -207,10 +254,13 @@ class _Walk:
         if footer_at < 0 or not index.endswith(MAGIC):
             raise RecordingError("the file was cut off there")
         footer = Footer.read(_stream(index[footer_at + RECORD.size :]))
-        if zlib.crc32(index[: -len(MAGIC) - 4]) != footer.summary_crc:
+        if footer.summary_crc not in (0, zlib.crc32(index[: -len(MAGIC) - 4])):  # 0: not computed
             raise RecordingError("the index at the end is damaged")
         # if its offset is wrong (bytes before it were lost or added), it still defines the channels
-        finish = Finish(at, 0, [] if footer.summary_start == at else [-1], [])
+        chunks = [] if footer.summary_start == at else [-1]
+        finish = Finish(at, None, chunks, [])
+        if not footer.summary_start and not footer_at:
+            return finish._replace(chunks=None)
         begin = 0
         while begin < footer_at:
             opcode, length = RECORD.unpack_from(index, begin)
@@ -219,11 +269,11 @@ class _Walk:
             if opcode == Opcode.STATISTICS:
                 finish = finish._replace(messages=Statistics.read(record).message_count)
             elif opcode == Opcode.CHUNK_INDEX:
-                finish.chunks.append(ChunkIndex.read(record).chunk_start_offset)
+                chunks.append(ChunkIndex.read(record).chunk_start_offset)
             elif opcode in (Opcode.SCHEMA, Opcode.CHANNEL):
                 finish.definitions.append((Schema if opcode == Opcode.SCHEMA else Channel).read(record))
             begin += length
-        return finish
+        return finish if chunks else finish._replace(chunks=None)
 
     def _find_signature(self, after: int) -> int | None:
         """The offset of the next intact chunk or metadata record, found by its signature."""
@@ -246,8 +296,20 @@ class _Walk:
         return None
 
 
-_CHECKS = (Opcode.HEADER, Opcode.CHUNK, Opcode.METADATA, Opcode.MESSAGE_INDEX, Opcode.DATA_END)
-"""The record types that a recorder writes before the index at the end."""
+_CHECKS = (
+    *(Opcode.HEADER, Opcode.CHUNK, Opcode.METADATA, Opcode.MESSAGE_INDEX, Opcode.DATA_END),
+    Opcode.ATTACHMENT,
+)
+"""Types whose damage can be noticed: those that a recorder writes before the index at the end, and attachments."""
+_SUMMARY_ONLY = (
+    *(Opcode.FOOTER, Opcode.CHUNK_INDEX, Opcode.ATTACHMENT_INDEX, Opcode.STATISTICS, Opcode.METADATA_INDEX),
+    Opcode.SUMMARY_OFFSET,
+)
+
+
+def _is_in_data(opcode: int) -> bool:
+    """Whether such a record may stand before the index at the end; a reader skips types that it does not know."""
+    return opcode != 0 and opcode not in _SUMMARY_ONLY
 
 
 def _stream(data: bytes) -> ReadDataStream:
@@ -327,6 +389,9 @@ class DamagedFileReader:
             if isinstance(piece, Index):
                 found.append(piece.content)
                 continue
+            if isinstance(piece, Foreign):
+                count += piece.messages
+                continue
             # at a cut, missing indexes are not an error
             self.index_faults += expected != found and not isinstance(piece, Hole)
             expected, found = [], []
@@ -341,7 +406,7 @@ class DamagedFileReader:
                 self.holes.append(piece)
             else:
                 self.finished = True
-                self.index_faults += (piece.messages, piece.chunks) != (count, offsets)
+                self.index_faults += piece.messages not in (None, count) or piece.chunks not in (None, offsets)
                 self._define(piece.definitions)
             if not isinstance(piece, Finish):
                 yield piece
