@@ -200,6 +200,8 @@ class ClientState:
                 self.problem = ProcessError(f"the server has protocol version {reply.version}, not {protocol.VERSION}")
             self.welcome = reply
             return ""
+        if isinstance(reply, protocol.Alive):
+            return ""
         session = self.sessions.get(reply.session)
         if session is None:
             if isinstance(reply, protocol.Refused) and not reply.session:

@@ -211,6 +211,10 @@ class EvictedNow(_Message, frozen=True, tag="evicted"):
     next: int
 
 
+class Alive(_Message, frozen=True, tag="alive"):
+    """Sent without a request to a client that was sent nothing else for a while: whether it is there. It ignores it."""
+
+
 def welcome(spec: ModelSpec, queue: int) -> Welcome:
     """The `welcome` of a server of this model."""
     return Welcome(
@@ -224,7 +228,7 @@ def welcome(spec: ModelSpec, queue: int) -> Welcome:
     )
 
 
-Reply: TypeAlias = Welcome | Ready | BusyNow | Refused | Pred | Pushed | Skipped | Flushed | Done | EvictedNow
+Reply: TypeAlias = Welcome | Ready | BusyNow | Refused | Pred | Pushed | Skipped | Flushed | Done | EvictedNow | Alive
 
 encode = msgspec.msgpack.Encoder().encode
 _read_request = msgspec.msgpack.Decoder(Request).decode

@@ -32,6 +32,9 @@ _IDLE_MS = 5
 _AT_ONCE = 512
 """Messages that are read at most before a step."""
 _REPORT_EVERY_NS = 1_000_000_000
+_PROBE_EVERY_NS = 2_000_000_000
+"""A client that has sessions and was sent nothing for so long is sent `alive`: the socket tells only then that it has
+disconnected."""
 _OTHER_FILES = 64
 """Open files that are no connections: the model, libraries, sockets, states that are being written."""
 _MOST_FILES = 65_536
@@ -105,6 +108,9 @@ class Server:
         self._failures = self._saved = 0
         """Counts of states that could not be written, and of those that were, when that was last reported."""
         self._failing = False
+        self._answered: set[bytes] = set()
+        """Clients that were sent something since the last probe."""
+        self._probed_ns = 0
         with ExitStack() as stack:
             authenticator = KeyFolder(Path(serve.keys).expanduser()).authenticator() if serve.keys else None
             self.authenticator = authenticator
@@ -125,6 +131,7 @@ class Server:
             self.host = Host(
                 self.sessions,
                 serve.queue,
+                peer_sessions=serve.client_slots,
                 make_input=lambda session: SessionInput(spec, settings, session, must_save=True),
             )
             # a client may have every slot: then it gets all answers of two batches
@@ -158,6 +165,9 @@ class Server:
                 host.housekeeping(at_ns)
                 self._send()
             self._report_states()
+            if at_ns - self._probed_ns > _PROBE_EVERY_NS:
+                self._probed_ns = at_ns
+                self._probe()
             if at_ns - reported_ns > _REPORT_EVERY_NS:
                 reported_ns = at_ns
                 often()
@@ -166,6 +176,13 @@ class Server:
         host.leave(now_ns())
         self.unsaved = len(self.sessions)
         self._report_states()
+        self._send()
+
+    def _probe(self) -> None:
+        """Notice clients that have disconnected and were sent nothing."""
+        silent = [peer for peer in self.host.peers if peer not in self._answered]
+        self._answered.clear()
+        self.host.out += [(peer, protocol.Alive()) for peer in silent]
         self._send()
 
     def _report_states(self) -> None:
@@ -205,6 +222,7 @@ class Server:
                 if peer in gone:
                     continue
                 fate = router.send(peer, protocol.encode(reply))
+                self._answered.add(peer)
                 if fate == "slow":
                     # it notices the missing answer, since ticks are numbered
                     host.counts["unread"] += 1

@@ -8,7 +8,7 @@ the oldest of each: a client that floods its queue delays others by at most one 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -43,6 +43,8 @@ _ERRORS: tuple[tuple[type[StreamError], ErrorName], ...] = (
     (Evicted, "evicted"),
     (BadTick, "bad_tick"),
 )
+_PEER_RETRY_S = 1.0
+"""What a peer with too many sessions is told to wait."""
 _IDLE_CHECK_NS, _SWEEP_NS = 100_000_000, 60_000_000_000
 """How often idle sessions, and states on disk that are too old, are looked for."""
 _SAVE_PUSHES = 100
@@ -72,9 +74,11 @@ class Host:
         queue: int,
         announced_queue: int = 0,
         make_input: Callable[[str], SessionInput] | None = None,
+        peer_sessions: int = 0,
     ) -> None:
         """`queue`: ticks of one session that may wait; one more is refused as `overrun`. `announced_queue`: what
         clients are told instead, where it is not 0. `make_input`: for raw sessions, which are refused without it.
+        `peer_sessions`: the most that one peer may have, where it is not 0.
         """
         self.sessions = sessions
         self.out: list[tuple[Peer, protocol.Reply]] = []
@@ -83,7 +87,7 @@ class Host:
         """`messages`, `garbage`, `predictions`, `skipped`, `refused`, `overrun`, `taken`, `gone`."""
         self.waited, self.stepped = Histogram(), Histogram()
         """Time from receiving a tick until its step began; time of steps."""
-        self._queue = queue
+        self._queue, self._peer_sessions = queue, peer_sessions
         self._owner: dict[str, Peer] = {}
         self._of: dict[Peer, set[str]] = {}
         self._make_input = make_input
@@ -107,6 +111,11 @@ class Host:
             protocol.Reset: self._reset,
             protocol.Close: self._close,
         }
+
+    @property
+    def peers(self) -> Collection[Peer]:
+        """Peers that own sessions."""
+        return self._of.keys()
 
     @property
     def ready(self) -> bool:
@@ -161,6 +170,12 @@ class Host:
             )
         if session in self.sessions and request.raw != (session in self._raw):
             raise SessionError(_RAW_AND_NOT.format(session))
+        mine = self._of.get(peer, set())
+        if session not in mine and 0 < self._peer_sessions <= len(mine):
+            raise Busy(
+                f"this client has {len(mine)} sessions, as many as one may have (serve.client_slots); close one first",
+                _PEER_RETRY_S,
+            )
         opened = self.sessions.open(session, request.token, now_ns=now_ns)
         if session not in self._raw and (request.raw or RawSession.is_in(opened.extra)):
             self._begin_raw(request, opened, now_ns)

@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -761,6 +762,44 @@ def test_a_server_without_its_folder_of_states_says_so_and_serves_on(toy: Path, 
     assert failures.endswith("sessions stay open, and it is tried again")
     assert re.fullmatch(r"states are written again; [3-9] times that was not possible", again)
     assert server.unsaved == 0
+
+
+@pytest.mark.slow
+def test_the_sessions_of_a_client_that_died_silently_are_freed_and_kept(toy: Path, tmp_path: Path) -> None:
+    """It waits for no answer, so nothing is sent that could fail."""
+    with running(settings_for(toy, tmp_path)) as server:
+        dealer = Dealer(server.address, 16, protocol.MAX_BYTES)
+        dealer.send(protocol.encode(protocol.Open(session="s")))
+        content = dealer.receive(5000)
+        assert content is not None
+        ready = protocol.read_reply(content)
+        assert isinstance(ready, protocol.Ready)
+        dealer.send(protocol.encode(step_of(tick("s", 0))))
+        assert dealer.receive(5000) is not None
+        content = dealer.receive(10_000)
+        assert content is not None
+        assert protocol.read_reply(content) == protocol.Alive()
+        assert len(server.sessions) == 1, "while it is there, it has its session"
+        dealer.close()
+        end_ns = now_ns() + 20 * S
+        while len(server.sessions) and now_ns() < end_ns:
+            time.sleep(0.05)
+        assert server.host.counts["gone"] == 1
+        with Client(server.address) as client, client.open("s", ready.token) as session:
+            assert (session.resumed, session.next_tick) == (True, 1)
+            assert drive(session, [tick("s", 1)]) == alone(toy, [tick("s", 0), tick("s", 1)])[1:]
+
+
+def test_one_client_has_no_more_sessions_than_it_may_have(toy: Path, tmp_path: Path) -> None:
+    with running(settings_for(toy, tmp_path, client_slots=2)) as server, Client(server.address) as client:
+        one, two = client.open("one"), client.open("two")
+        with pytest.raises(Busy, match="this client has 2 sessions, as many as one may have"):
+            client.open("three")
+        with Client(server.address) as other, other.open("three"):
+            pass
+        one.close()
+        client.open("four").close()
+        two.close()
 
 
 @pytest.mark.process
