@@ -34,7 +34,7 @@ LOUDNESS = 2
 LOUDNESS_ABOVE = 3
 """Decibels above the running mean of the voice's loudness; 0 before the first voice."""
 TILT = 4
-"""Decibels of the energy from 50 to 1,000 Hz above that from 1,000 to 5,000 Hz; 0 in silence."""
+"""Decibels of the energy from 50 to 1,000 Hz above that from 1,000 to 5,000 Hz; -6 in silence and in white noise."""
 SPEAKING_RATE = 5
 """Syllable nuclei a second, as a sum over the past that falls with a time constant of a second."""
 SLOPED = (PITCH, VOICING, LOUDNESS, TILT, SPEAKING_RATE)
@@ -78,6 +78,10 @@ _HANN = np.hanning(_TILT_WINDOW + 1)[:-1]
 _LOW, _MIDDLE, _HIGH = (-(-hz * _TILT_WINDOW // RATE) for hz in _TILT_HZ)
 _TILT_NOISE = _QUANTISATION * _TILT_WINDOW * float(np.square(_HANN).mean())
 _TIMES_S = np.arange(1 - _LONG, 1) * _HOP_S
+_WINDOWS = np.arange(1 - _LONG, 1) > np.array([[-_SHORT], [-_LONG]])
+_SHAPES = np.concatenate([_WINDOWS, _WINDOWS * _TIMES_S, _WINDOWS * _TIMES_S**2])
+"""1, t and t squared in the short and the long window, 0 outside: what the sums of least squares are made with."""
+_ENOUGH_HOPS = np.array([_SHORT, _LONG]) * _ENOUGH
 
 Numbers = npt.NDArray[np.float64]
 
@@ -159,13 +163,16 @@ class ProsodyEncoder(HopEncoder):
         }
 
     def restore(self, state: dict[str, npt.NDArray[Any]]) -> None:
-        """Continue from a snapshot; raises SnapshotError if it is of another shape or not finite."""
+        """Continue from a snapshot; raises SnapshotError if it is of another shape or holds what cannot be."""
         self._check_state(state)
-        if not all(np.isfinite(values).all() for values in state.values()):
-            raise SnapshotError(f"the snapshot holds numbers that are not finite, which is no state of {self.origin}")
+        voice = _Voice(*map(float, state["voice"]))
+        if not (all(np.isfinite(values).all() for values in state.values()) and 0 <= voice.hops <= _MEAN_HOPS):
+            raise SnapshotError(
+                f"the snapshot holds numbers that cannot be in a state of {self.origin}; take a new one"
+            )
         self._hop[...], self._frame[...] = state["hop"], state["frame"]
         self._values[...], self._present[...] = state["values"], state["present"]
-        self._voice = _Voice(*map(float, state["voice"]))
+        self._voice = voice
         in_hop, due_ns = map(int, state["filled"])
         self._in_hop, self._due_ns = in_hop, None if due_ns < 0 else due_ns
 
@@ -191,8 +198,7 @@ class ProsodyEncoder(HopEncoder):
         vector[LOUDNESS_ABOVE] = loudness - voice.loudness if voice.hops else 0
         vector[TILT] = tilt
         vector[SPEAKING_RATE] = voice.speaking_rate
-        vector[SLOPES_200:SLOPES_600] = self._slopes(_SHORT)
-        vector[SLOPES_600:] = self._slopes(_LONG)
+        vector[SLOPES_200:] = self._slopes()
         return vector
 
     def _keep(self, values: tuple[float, ...], present: tuple[bool, ...]) -> None:
@@ -200,14 +206,14 @@ class ProsodyEncoder(HopEncoder):
             kept[:, :-1] = kept[:, 1:].copy()
             kept[:, -1] = new
 
-    def _slopes(self, hops: int) -> Numbers:
-        """The slopes over the last hops [len(SLOPED)], a second."""
-        x, y, w = _TIMES_S[-hops:], self._values[:, -hops:], self._present[:, -hops:]
-        wx = w * x
-        n, sx, sy = w.sum(1), wx.sum(1), (w * y).sum(1)
-        spread = n * (wx * x).sum(1) - sx * sx
-        enough = n >= hops * _ENOUGH
-        return np.where(enough, n * (wx * y).sum(1) - sx * sy, 0) / np.where(enough, spread, 1)
+    def _slopes(self) -> Numbers:
+        """Those over the short window, then those over the long one: [2 * len(SLOPED)], a second."""
+        sums = (self._present[:, None] * _SHAPES).sum(-1)
+        with_values = ((self._present * self._values)[:, None] * _SHAPES[:4]).sum(-1)
+        n, t, tt, y, ty = sums[:, :2], sums[:, 2:4], sums[:, 4:], with_values[:, :2], with_values[:, 2:]
+        enough = n >= _ENOUGH_HOPS
+        slopes = np.where(enough, n * ty - t * y, 0) / np.where(enough, n * tt - t * t, 1)
+        return slopes.T.ravel()
 
 
 def _pitch(frame: Numbers, energy: Numbers) -> tuple[float, float]:
