@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from stream_mmrnn.capture.encoders import create_encoder as create_encoder
     from stream_mmrnn.capture.encoders.audio import AudioEncoder as AudioEncoder
     from stream_mmrnn.capture.encoders.image import ImageEncoder as ImageEncoder
+    from stream_mmrnn.capture.encoders.prosody import ProsodyEncoder as ProsodyEncoder
     from stream_mmrnn.capture.encoders.signal import SignalEncoder as SignalEncoder
     from stream_mmrnn.capture.encoders.text import TextEncoder as TextEncoder
     from stream_mmrnn.capture.pipeline import Outgoing as Outgoing
@@ -106,6 +107,7 @@ _PUBLIC = {
     "capture.encoders": ("Encoder", "create_encoder"),
     "capture.encoders.audio": ("AudioEncoder",),
     "capture.encoders.image": ("ImageEncoder",),
+    "capture.encoders.prosody": ("ProsodyEncoder",),
     "capture.encoders.signal": ("SignalEncoder",),
     "capture.encoders.text": ("TextEncoder",),
     "capture.pipeline": ("Outgoing", "Pump", "capture", "reencode"),

@@ -23,6 +23,7 @@ import msgspec
 from stream_mmrnn.cli import probes
 from stream_mmrnn.core import config, distribution, plugins
 from stream_mmrnn.core.errors import SourceError, StreamError, UsageError
+from stream_mmrnn.core.streams import FURTHER_ENCODERS
 
 State = Literal["ok", "absent", "warning", "fault"]
 
@@ -142,11 +143,11 @@ def _providers(request: Request, facts: dict[str, Any]) -> Iterator[Finding]:
 
 
 def encoders(request: Request) -> Iterator[Finding]:
-    """Run the encoder of each kind on one synthetic sample."""
-    for kind in ("vision", "audio", "text"):
-        name = f"encoder {kind}"
+    """Run each of the package's encoders on synthetic samples."""
+    for encoder in ("vision", "audio", "text", *FURTHER_ENCODERS):
+        name = f"encoder {encoder}"
         try:
-            made = probes.ask("encoder", kind, request.timeout_s)
+            made = probes.ask("encoder", encoder, request.timeout_s)
         except StreamError as e:
             yield Finding(name, "fault", str(e), "reinstall the package: its models are part of it")
             continue

@@ -133,6 +133,10 @@ SOURCE_KINDS: dict[str, tuple[Kind, ...]] = {
 is a signal, `from:STREAM` is of its parent's kind, and `file`, `push`, `synthetic` and `none` are an error."""
 
 
+FURTHER_ENCODERS: dict[str, Kind] = {"prosody": "audio"}
+"""The package's own encoders beside the one of each kind, and the kind of stream that each is for."""
+
+
 DERIVATIONS: dict[str, tuple[Kind, Kind]] = {"speech": ("audio", "text")}
 """The package's own derivations: the kind of stream that each is made of, and the kind that it gives."""
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from places import SHARED
 
 from stream_mmrnn.capture import encoders
-from stream_mmrnn.capture.encoders.audio import HOP, SPEECH, AudioEncoder
+from stream_mmrnn.capture.encoders.audio import SPEECH, AudioEncoder
+from stream_mmrnn.capture.encoders.hops import HOP
 from stream_mmrnn.capture.encoders.image import ImageEncoder, jpeg_size, shrink
 from stream_mmrnn.capture.encoders.text import TextEncoder
 from stream_mmrnn.core.errors import ModelError, WireError

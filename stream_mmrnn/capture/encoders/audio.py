@@ -1,6 +1,6 @@
 """AudioEncoder: 16 kHz sound -> every 20 ms 80 log-mel values and the probability of speech.
 
-Works sample by sample: the vectors are the same, bit for bit, for any block length.
+Works hop by hop (see `HopEncoder`).
 """
 
 from __future__ import annotations
@@ -12,32 +12,25 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from stream_mmrnn.capture.encoders.hops import HOP, HopEncoder
 from stream_mmrnn.capture.encoders.speech_detector import CHUNK, SpeechDetector
 from stream_mmrnn.core.config import models_folder
-from stream_mmrnn.core.errors import SnapshotError, WireError
-from stream_mmrnn.core.topics import AUDIO_RATE_HZ
-from stream_mmrnn.core.types import FloatArray, Sample
+from stream_mmrnn.core.errors import SnapshotError
+from stream_mmrnn.core.types import FloatArray
 from stream_mmrnn.graph.runtime import Binding, Graph, shared
 
-RATE = AUDIO_RATE_HZ
-HOP = 320
-"""Samples per vector: 20 ms."""
 WINDOW = 400
 """The log-mel window, 25 ms: a hop and the end of the previous one."""
 MELS = 80
 SPEECH = MELS
 """Index of the speech probability in a vector."""
 
-_SAMPLE_NS = 62_500  # 1e9 / 16,000, exactly
-_TOLERANCE_NS = 10_000_000
-_RESET_NS = 1_000_000_000
-
 
 def _bind(logmel: Graph) -> Binding:
     return logmel.bind({"samples": (1, WINDOW)}, {"features": (1, MELS)}, {})
 
 
-class AudioEncoder:
+class AudioEncoder(HopEncoder):
     """One vector per hop; the speech probability is the detector's newest output (every 32 ms)."""
 
     size = MELS + 1
@@ -52,8 +45,7 @@ class AudioEncoder:
         self._spare = _bind(logmel)
         """A second binding of the same graph, for warm-up runs that must not change the state."""
         self._window: FloatArray = self._logmel.inputs["samples"][0]
-        self._hop = np.zeros(HOP, np.float32)
-        self.reset()
+        super().__init__()
 
     def prewarm(self) -> None:
         """Run both graphs on dummy sound: code and weights are then in the CPU caches, and no state changes."""
@@ -64,8 +56,7 @@ class AudioEncoder:
     def reset(self) -> None:
         """Clear the state of window and detector."""
         self._detector.reset()
-        self._due_ns: int | None = None
-        self._clear_samples()
+        super().reset()
 
     def snapshot(self) -> dict[str, npt.NDArray[Any]]:
         """Window, chunk and hop with their fill, the detector's state and last output, and when sound is due."""
@@ -81,12 +72,9 @@ class AudioEncoder:
 
     def restore(self, state: dict[str, npt.NDArray[Any]]) -> None:
         """Continue from a snapshot; raises SnapshotError if it is of another shape."""
-        mine = self.snapshot()
-        shapes = {name: values.shape for name, values in state.items()}
-        if shapes != {name: values.shape for name, values in mine.items()}:
-            raise SnapshotError(f"the snapshot holds {shapes}, which is no state of {self.origin}")
+        self._check_state(state)
         in_hop, in_chunk, due_ns = map(int, state["filled"])
-        if not (0 <= in_hop < HOP and 0 <= in_chunk < CHUNK):
+        if not 0 <= in_chunk < CHUNK:
             raise SnapshotError("the snapshot of an audio encoder says that more is filled than there is")
         detector = self._detector
         self._window[...], detector.chunk[...], self._hop[...] = state["window"], state["chunk"], state["hop"]
@@ -95,49 +83,13 @@ class AudioEncoder:
         self._in_hop, self._due_ns = in_hop, None if due_ns < 0 else due_ns
 
     def _clear_samples(self) -> None:
+        super()._clear_samples()
         self._window[...] = 0
-        self._in_hop = 0
         self._detector.clear_samples()
 
-    def _check_gap(self, start_ns: int) -> None:
-        """Clear samples or state if there is a gap before the block.
-
-        A hop must not span a gap, else its samples and its time would not fit. The tolerance is half a hop: a lost
-        block of 10 ms or more is noticed, the jitter of a device's stamps (about 1 ms) is not. After a gap the samples
-        so far are cleared; the detector's state and last output are kept, because a voice that spoke 20 ms ago
-        probably still speaks. They are cleared when time jumps by more than a second.
-        """
-        if self._due_ns is None:
-            return
-        gap_ns = start_ns - self._due_ns
-        if not -_RESET_NS <= gap_ns <= _RESET_NS:
-            self.reset()
-        elif abs(gap_ns) >= _TOLERANCE_NS:
-            self._clear_samples()
-
-    def encode(self, sample: Sample) -> list[Sample]:
-        """The vectors of the hops that the block completes; raises WireError where it is not 16-bit mono."""
-        block = sample.data
-        if isinstance(block, bytes) or block.dtype != np.int16 or block.ndim != 1:
-            raise WireError("a block of sound is not one row of 16-bit samples; send mono int16 at 16 kHz")
-        self._check_gap(sample.event_ns - len(block) * _SAMPLE_NS)
-        self._due_ns = sample.event_ns
-        done: list[Sample] = []
-        at = 0
-        while at < len(block):
-            count = min(HOP - self._in_hop, len(block) - at)
-            self._hop[self._in_hop : self._in_hop + count] = block[at : at + count]
-            at += count
-            self._in_hop += count
-            if self._in_hop == HOP:
-                self._in_hop = 0
-                self._hop /= np.float32(32768)
-                end_ns = sample.event_ns - (len(block) - at) * _SAMPLE_NS
-                done.append(Sample(end_ns, sample.capture_ns, self._complete(), sample.device_ns))
-        return done
-
     def _complete(self) -> FloatArray:
-        """The vector of the hop that is full."""
+        """Log-mel values and speech probability of the hop that is full."""
+        self._hop /= np.float32(32768)
         self._window[: WINDOW - HOP] = self._window[HOP:].copy()
         self._window[WINDOW - HOP :] = self._hop
         self._logmel.run()

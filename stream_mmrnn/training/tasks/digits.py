@@ -17,7 +17,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from stream_mmrnn.capture.encoders.audio import HOP, MELS, RATE, WINDOW
+from stream_mmrnn.capture.encoders.audio import MELS, WINDOW
+from stream_mmrnn.capture.encoders.hops import HOP, RATE
 from stream_mmrnn.capture.encoders.text import TextEncoder
 from stream_mmrnn.core.config import models_folder
 from stream_mmrnn.core.errors import ConfigError, FileError
