@@ -142,11 +142,11 @@ def _providers(request: Request, facts: dict[str, Any]) -> Iterator[Finding]:
 
 
 def encoders(request: Request) -> Iterator[Finding]:
-    """Run the encoder of each kind on one synthetic sample."""
-    for kind in ("vision", "audio", "text"):
-        name = f"encoder {kind}"
+    """Run the encoder of each kind, and the further ones, on one synthetic sample."""
+    for encoder in ("vision", "face", "audio", "text"):
+        name = f"encoder {encoder}"
         try:
-            made = probes.ask("encoder", kind, request.timeout_s)
+            made = probes.ask("encoder", encoder, request.timeout_s)
         except StreamError as e:
             yield Finding(name, "fault", str(e), "reinstall the package: its models are part of it")
             continue

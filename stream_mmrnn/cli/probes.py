@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from stream_mmrnn.core.errors import ProcessError, SourceError, StreamError
-from stream_mmrnn.core.streams import Kind, Stream
+from stream_mmrnn.core.streams import SHORT_FORMS, Stream
 
 THUMBNAIL = (32, 24)
 """Columns and rows of the thumbnail of `look`."""
@@ -222,12 +222,13 @@ def _model(argument: dict[str, str]) -> Iterator[Any]:
     yield {"provider": engine.provider, "step_ms": round(float(np.median(took)) / 1e6, 3), "model": spec.name}
 
 
-def _encoder(kind: Kind) -> Iterator[Any]:
+def _encoder(name: str) -> Iterator[Any]:
     """Encode one sample of the synthetic source: the features' origin and length."""
     from stream_mmrnn.capture import encoders, sources
     from stream_mmrnn.core.config import Settings
 
-    encoder = encoders.create_encoder(kind)
+    encoder = encoders.create_encoder(name)
+    kind = encoders.FURTHER.get(name) or SHORT_FORMS[name][0]
     source = sources.create_source(Stream.of(kind, source="synthetic"), Settings())
     source.open()
     try:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from stream_mmrnn.core import plugins
 from stream_mmrnn.core.errors import PluginError, UsageError
-from stream_mmrnn.core.streams import SHORT_FORMS, Stream
+from stream_mmrnn.core.streams import SHORT_FORMS, Kind, Stream
 from stream_mmrnn.core.types import Sample
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -46,15 +46,25 @@ class Encoder(Protocol):
         """Continue from a snapshot. Raises SnapshotError if it does not fit."""
 
 
+FURTHER: dict[str, Kind] = {"face": "vision"}
+"""The package's encoders beside the one of each kind, and the kind of stream that each reads."""
+
+
 def create_encoder(name: str) -> Encoder:
-    """The package's own encoder for a kind, or for a usual stream such as `other_text`; imports only what it needs.
+    """The package's own encoder for a kind, for a usual stream such as `other_text`, or of this name (`face`).
+
+    Imports only what it needs.
 
     Raises:
-        UsageError: there is no such kind or stream.
+        UsageError: there is no such kind, stream or encoder.
 
     """
+    if name == "face":
+        from stream_mmrnn.capture.encoders.face import FaceEncoder
+
+        return FaceEncoder()
     if name not in SHORT_FORMS:
-        raise UsageError(f"there is no encoder of {name!r}; use one of {', '.join(SHORT_FORMS)}")
+        raise UsageError(f"there is no encoder of {name!r}; use one of {', '.join((*SHORT_FORMS, *FURTHER))}")
     kind = SHORT_FORMS[name][0]
     if kind == "vision":
         from stream_mmrnn.capture.encoders.image import ImageEncoder
@@ -88,18 +98,23 @@ def check_all(streams: Iterable[Stream]) -> None:
     """Raise UsageError unless every encoder that a stream names is known; loads none of them."""
     for stream in streams:
         for name in stream.encoders:
-            if name != stream.kind and plugins.find("encoders", name) is None:
+            if name not in _own(stream) and plugins.find("encoders", name) is None:
                 raise _unknown(name, stream)
 
 
+def _own(stream: Stream) -> list[str]:
+    """The names of the package's own encoders that can read a stream."""
+    return [stream.kind, *(name for name, kind in FURTHER.items() if kind == stream.kind)]
+
+
 def _unknown(name: str, stream: Stream) -> UsageError:
-    known = ", ".join([stream.kind, *plugins.names("encoders")])
+    known = ", ".join([*_own(stream), *plugins.names("encoders")])
     return UsageError(f"the stream {stream.name!r} has an encoder {name!r}, which is not known; use one of {known}")
 
 
 def _named(name: str, stream: Stream) -> Encoder:
-    if name == stream.kind:
-        return create_encoder(stream.kind)
+    if name in _own(stream):
+        return create_encoder(name)
     plugin = plugins.find("encoders", name)
     if plugin is not None:
         encoder: Encoder = plugins.call(plugin)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from stream_mmrnn.capture.encoders import face_measures, face_networks
 from stream_mmrnn.capture.encoders.face_measures import Points
 from stream_mmrnn.capture.encoders.face_networks import MESH_SIDE, FaceDetector, FaceMesh, Picture, Region, region_of
-from stream_mmrnn.capture.encoders.image import checked_size, decode, reduction
+from stream_mmrnn.capture.encoders.image import MAX_SIDE, checked_size, decode, reduction
 from stream_mmrnn.core.config import models_folder
 from stream_mmrnn.core.errors import SnapshotError
 from stream_mmrnn.core.types import FloatArray, Sample
@@ -94,7 +94,7 @@ class FaceEncoder:
             raise SnapshotError(f"the snapshot is no state of {self.origin}; take one of this encoder")
         followed, event_ns, width, height = map(int, state["known"])
         region = Region(*map(float, state["region"]))
-        if not np.isfinite(state["mouth"]).all() or (followed and not region.fits(width, height)):
+        if not np.isfinite(state["mouth"]).all() or (followed and not region.fits(MAX_SIDE, MAX_SIDE)):
             raise SnapshotError("the snapshot of a face encoder has a face that cannot be; take another one")
         self._region = region if followed else None
         self._mouth, self._event_ns, self._picture = state["mouth"].copy(), event_ns, (width, height)
@@ -102,21 +102,19 @@ class FaceEncoder:
     def encode(self, sample: Sample) -> list[Sample]:
         """The picture's vector, with its times; raises WireError if it cannot be decoded."""
         size = checked_size(sample.data)
-        if size != self._picture or not 0 <= sample.event_ns - self._event_ns <= _RESET_NS:
-            followed = None
-        else:
-            followed = self._region
+        continues = size == self._picture and 0 <= sample.event_ns - self._event_ns <= _RESET_NS
+        followed = self._region if continues else None
         times = reduction(min(size), _SEARCHED_SIDE)
         if followed is not None:
             times = max(times, reduction(followed.side, MESH_SIDE))
         picture = decode(sample.data, times)
-        found = self._face(picture, followed.scaled(1 / times) if followed else None)
+        found = self._face(picture, None if followed is None else followed.scaled(1 / times))
         vector = np.zeros(SIZE, np.float32)
         if found is None:
             self.reset()
         else:
             points, confidence = found
-            self._measure(vector, points, confidence, sample.event_ns if followed else None)
+            self._measure(vector, points, confidence, None if followed is None else sample.event_ns)
             self._region = region_of(points).scaled(times)
         self._picture, self._event_ns = size, sample.event_ns
         return [Sample(sample.event_ns, sample.capture_ns, vector, sample.device_ns)]
