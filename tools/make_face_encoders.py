@@ -132,7 +132,9 @@ def finish(model: onnx.ModelProto, side: int, scale: float, shift: float, output
     begin = [
         helper.make_node("Cast", ["image"], ["image/float"], to=TensorProto.FLOAT),
         helper.make_node("Transpose", ["image/float"], ["image/planes"], perm=[0, 3, 1, 2]),
-        helper.make_node("Mul", ["image/planes", rewriter.constant("image/scale", np.float32(scale))], ["image/scaled"]),
+        helper.make_node(
+            "Mul", ["image/planes", rewriter.constant("image/scale", np.float32(scale))], ["image/scaled"]
+        ),
         helper.make_node("Add", ["image/scaled", rewriter.constant("image/shift", np.float32(shift))], [first]),
     ]
     end = []
@@ -192,7 +194,9 @@ def differences(model: onnx.ModelProto, path: Path, images: list[Any], scale: fl
     original.allocate_tensors()
     worst = [0.0] * len(session.get_outputs())
     for image in images:
-        original.set_tensor(original.get_input_details()[0]["index"], (image * np.float32(scale) + np.float32(shift))[None])
+        original.set_tensor(
+            original.get_input_details()[0]["index"], (image * np.float32(scale) + np.float32(shift))[None]
+        )
         original.invoke()
         theirs = [original.get_tensor(o["index"]).ravel() for o in original.get_output_details()]
         theirs.sort(key=len, reverse=True)

@@ -61,7 +61,16 @@ def test_this_machine_has_no_fault() -> None:
         assert "\n" not in finding["says"] + finding.get("do", "")
         assert finding["state"] in ("ok", "absent") or finding["do"]
     assert found["provider cpu"]["facts"]["provider"] == "cpu"
-    for name in ("model", "encoder vision", "encoder face", "encoder audio", "encoder text", "bus", "clock", "recordings"):
+    for name in (
+        "model",
+        "encoder vision",
+        "encoder face",
+        "encoder audio",
+        "encoder text",
+        "bus",
+        "clock",
+        "recordings",
+    ):
         assert found[name]["state"] in ("ok", "warning")
     if not runtime.gpu_in_sight():
         assert found["provider cuda"]["state"] == "absent"
