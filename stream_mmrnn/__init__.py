@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from stream_mmrnn.capture.encoders import Encoder as Encoder
     from stream_mmrnn.capture.encoders import create_encoder as create_encoder
     from stream_mmrnn.capture.encoders.audio import AudioEncoder as AudioEncoder
+    from stream_mmrnn.capture.encoders.face import FaceEncoder as FaceEncoder
     from stream_mmrnn.capture.encoders.image import ImageEncoder as ImageEncoder
     from stream_mmrnn.capture.encoders.prosody import ProsodyEncoder as ProsodyEncoder
     from stream_mmrnn.capture.encoders.signal import SignalEncoder as SignalEncoder
@@ -106,6 +107,7 @@ _PUBLIC = {
     "bus.subscription": ("Subscription", "subscribe"),
     "capture.encoders": ("Encoder", "create_encoder"),
     "capture.encoders.audio": ("AudioEncoder",),
+    "capture.encoders.face": ("FaceEncoder",),
     "capture.encoders.image": ("ImageEncoder",),
     "capture.encoders.prosody": ("ProsodyEncoder",),
     "capture.encoders.signal": ("SignalEncoder",),

@@ -65,7 +65,8 @@ class StreamSettings(_Section, frozen=True):
     kind: Literal["", "vision", "audio", "text", "signal"] = ""
     """What its samples are; "" is what the source gives (that of `lsl:` and of plug-ins is a signal)."""
     encoders: tuple[Annotated[str, msgspec.Meta(pattern=STREAM_NAME)], ...] = ()
-    """Names of encoders; () is the kind's own. The first gives the features `NAME`, a further one `NAME.ENCODER`."""
+    """Names of encoders; () is the kind's own, and `face` reads faces in pictures. The first gives the features `NAME`,
+    a further one `NAME.ENCODER`."""
     person: Annotated[str, msgspec.Meta(pattern=STREAM_NAME)] = SELF
     """Whom it is of: `self`, `other`, or any name."""
     feeds: str = ""

@@ -133,7 +133,7 @@ SOURCE_KINDS: dict[str, tuple[Kind, ...]] = {
 is a signal, `from:STREAM` is of its parent's kind, and `file`, `push`, `synthetic` and `none` are an error."""
 
 
-FURTHER_ENCODERS: dict[str, Kind] = {"prosody": "audio"}
+FURTHER_ENCODERS: dict[str, Kind] = {"face": "vision", "prosody": "audio"}
 """The package's own encoders beside the one of each kind, and the kind of stream that each is for."""
 
 

@@ -66,6 +66,7 @@ def test_this_machine_has_no_fault() -> None:
         "encoder vision",
         "encoder audio",
         "encoder text",
+        "encoder face",
         "encoder prosody",
         "bus",
         "clock",

@@ -55,6 +55,10 @@ def create_encoder(name: str) -> Encoder:
         UsageError: there is no such kind, stream or encoder.
 
     """
+    if name == "face":
+        from stream_mmrnn.capture.encoders.face import FaceEncoder
+
+        return FaceEncoder()
     if name == "prosody":
         from stream_mmrnn.capture.encoders.prosody import ProsodyEncoder
 

@@ -37,29 +37,42 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _reduction(width: int, height: int) -> int:
-    """The decoder's flag to decode at a reduced size, which is much faster and loses only what `resize` would drop."""
-    side = min(width, height)
-    if side >= 8 * PICTURE:
-        return cv2.IMREAD_REDUCED_COLOR_8
-    if side >= 4 * PICTURE:
-        return cv2.IMREAD_REDUCED_COLOR_4
-    if side >= 2 * PICTURE:
-        return cv2.IMREAD_REDUCED_COLOR_2
-    return cv2.IMREAD_COLOR
+_DECODE_AT = {
+    1: cv2.IMREAD_COLOR,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+}
+"""The decoder's flag to decode at a size divided by this, which is much faster."""
 
 
-def shrink(data: Payload) -> npt.NDArray[np.uint8]:
-    """A JPEG as 128 x 128 BGR pixels; raises WireError if it cannot be decoded."""
+def reduction(side: float, needed: float) -> int:
+    """By what to divide a side of so many pixels (1, 2, 4 or 8) so that as many as are needed remain."""
+    return next((times for times in (8, 4, 2) if side >= times * needed), 1)
+
+
+def checked_size(data: Payload) -> tuple[int, int]:
+    """Width and height of a JPEG; raises WireError if the bytes are none, or one of a size that is not taken."""
     size = jpeg_size(data) if isinstance(data, bytes) else None
     if size is None or not 0 < min(size) <= max(size) <= MAX_SIDE:
         raise WireError(f"a picture is not a JPEG of 1 to {MAX_SIDE} pixels a side; encode it as JPEG")
+    return size
+
+
+def decode(data: Payload, divided_by: int) -> npt.NDArray[np.uint8]:
+    """A JPEG as BGR pixels, at its size divided by 1, 2, 4 or 8; raises WireError if it is damaged."""
     try:
-        picture = cv2.imdecode(np.frombuffer(data, np.uint8), _reduction(*size))
+        picture = cv2.imdecode(np.frombuffer(data, np.uint8), _DECODE_AT[divided_by])
     except cv2.error as e:
         raise WireError("a JPEG picture is damaged and cannot be decoded; it is dropped") from e
     if picture is None:
         raise WireError("a JPEG picture is damaged and cannot be decoded; it is dropped")
+    return picture.astype(np.uint8, copy=False)
+
+
+def shrink(data: Payload) -> npt.NDArray[np.uint8]:
+    """A JPEG as 128 x 128 BGR pixels; raises WireError if it cannot be decoded."""
+    picture = decode(data, reduction(min(checked_size(data)), PICTURE))
     return cv2.resize(picture, (PICTURE, PICTURE), interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
 
 
