@@ -82,7 +82,7 @@ def _between_eyes(points: Points) -> float:
 
 
 def lips(points: Points) -> FloatArray:
-    """X and y of the 40 points of the lips, [80], in the face's own frame.
+    """The 40 points of the lips, x and y of each, [80], in the face's own frame.
 
     The origin is the middle between the corners of the mouth, x runs along the line of the eyes, to the person's left,
     y down the face, and 1 is the distance of the eyes' outer corners in space.
@@ -109,7 +109,8 @@ def eyes_closed(points: Points) -> FloatArray:
     outer, up, up_in, inner, low_in, low = (list(of_both) for of_both in zip(*_EYES, strict=True))
     apart = _distances(points, outer + up + up_in, inner + low + low_in).reshape(3, 2)
     shape = (apart[1] + apart[2]) / 2 / np.maximum(apart[0], 1e-6)
-    return np.clip(1 - shape / _OPEN_EYE, -1, 1).astype(np.float32)
+    closed: FloatArray = np.clip(1 - shape / _OPEN_EYE, -1, 1).astype(np.float32)
+    return closed
 
 
 def head_pose(points: Points) -> FloatArray:
