@@ -436,6 +436,7 @@ def test_who_dies_too_often_is_given_up(model: Path, tmp_path: Path, victim: str
     config.write_text("[supervisor]\nmax_restarts = 1\nbackoff_s = 0.05\n")
     with closing(session(model, path, "--config", config)) as live:
         live.wait_for(lambda: recording_grows(path, 60_000))
+        before = len(list(Recording(path).envelopes()))
         [first] = live.wait_for(lambda: live.children(victim))
         os.kill(first, signal.SIGKILL)
         [second] = live.wait_for(lambda: [p for p in live.children(victim) if p != first])
@@ -452,7 +453,7 @@ def test_who_dies_too_often_is_given_up(model: Path, tmp_path: Path, victim: str
     assert summary["given_up"].keys() == {victim}
     assert bool(summary["failed"]) is not goes_on
     recording = Recording(path)
-    assert len(list(recording.envelopes())) > 100
+    assert len(list(recording.envelopes())) >= before > 0
     assert recording.damage == ""
     assert recording.end["ended"] == ("the recorder was ended before the session" if victim == "broker" else "clean")
 

@@ -24,6 +24,8 @@ WINDOW = 400
 MELS = 80
 SPEECH = MELS
 """Index of the speech probability in a vector."""
+NAME = "logmel80+silero_vad"
+"""The encoder's name in `origin`."""
 
 
 def _bind(logmel: Graph) -> Binding:
@@ -40,7 +42,7 @@ class AudioEncoder(HopEncoder):
         folder = folder or models_folder() / "encoders"
         logmel, self._detector = shared(folder / "logmel80.onnx"), SpeechDetector(folder)
         both = hashlib.sha256(logmel.path.read_bytes() + self._detector.path.read_bytes()).hexdigest()
-        self.origin = f"logmel80+silero_vad@{both}"
+        self.origin = f"{NAME}@{both}"
         self._logmel = _bind(logmel)
         self._spare = _bind(logmel)
         """A second binding of the same graph, for warm-up runs that must not change the state."""

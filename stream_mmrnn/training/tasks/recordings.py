@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from stream_mmrnn.capture.encoders.audio import SPEECH
+from stream_mmrnn.capture.encoders.audio import NAME, SPEECH
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.durations import spoken
 from stream_mmrnn.core.errors import ConfigError, FileError
@@ -133,6 +133,12 @@ def _speech(head: HeadRecipe, ticks: list[Tick], events: TypedEvents, recipe: Re
     """Speech in each of the head's intervals: 1 if at least half of its ticks are speech (0.5 and more)."""
     if "audio" not in ticks[0].features:
         raise ConfigError(f"the head {head.name!r} needs speech, and the recipe has no modality audio")
+    encoder = recipe.modalities["audio"].encoder.partition("@")[0]
+    if len(ticks[0].features["audio"]) <= SPEECH or encoder not in ("", NAME):
+        raise ConfigError(
+            f"the head {head.name!r} needs the probability of speech, which the modality audio has from the encoder "
+            f"audio ({NAME}) alone; name that encoder first in the stream's encoders"
+        )
     loud = np.array([t.present["audio"] and t.features["audio"][SPEECH] >= 0.5 for t in ticks], np.float64)
     total = np.concatenate([[0.0], np.cumsum(loud)])
     count = len(ticks)
