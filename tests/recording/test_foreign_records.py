@@ -113,6 +113,7 @@ def read_by_mcap(path: Path) -> list[tuple[str, int, int, bytes]]:
         return [(c.topic, m.sequence, m.publish_time, m.data) for _, c, m in reader.iter_messages(log_time_order=False)]
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(st.data(), st.booleans())
 def test_records_of_other_programs_are_no_damage(whole: Path, data: st.DataObject, crc: bool) -> None:
@@ -152,6 +153,7 @@ def test_a_damaged_attachment_is_damage_and_costs_only_itself(whole: Path) -> No
     assert report["messages"] == verify(whole)["messages"]
 
 
+@pytest.mark.slow
 @given(st.integers(0, 0xFF), st.binary(max_size=40))
 def test_bytes_that_are_no_record_are_damage(whole: Path, opcode: int, content: bytes) -> None:
     """Whatever type they seem to be of: no intact record comes after as many bytes as they claim to have."""
