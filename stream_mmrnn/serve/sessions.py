@@ -442,8 +442,8 @@ class Sessions:
             if (live := self._live.get(session)) is not None:
                 live.unsaved = -1
 
-    def flush(self, session: str, *, now_ns: int) -> int:
-        """Save the session's state now; returns the index of the next tick.
+    def flush(self, session: str, *, now_ns: int, unchanged: bool = False) -> int:
+        """Save the session's state now, also where it is `unchanged`, if so asked; returns the index of the next tick.
 
         Raises:
             UnknownSession, Evicted: it is not open.
@@ -452,7 +452,7 @@ class Sessions:
         """
         live = self._find(session, now_ns)
         self._settle(session)
-        if live.unsaved:
+        if live.unsaved or unchanged:
             self._save(session, live, now_ns)
         return live.last + 1
 

@@ -222,6 +222,7 @@ _moves = st.lists(
 
 @pytest.mark.slow
 @settings(max_examples=150)
+@example([("a", "step")] * 8 + [("a", "open")] * 2, [("hear", 9), ("step", 1), ("hear", 1), ("give", 1)])
 @given(_acts, _moves)
 def test_engines_that_die_anywhere_give_the_answers_of_one_engine(
     toy: Path, acts: list[tuple[str, str]], moves: list[tuple[str, int]]

@@ -197,7 +197,9 @@ class Replica:
         """Save all sessions of a partition that have changed since their last snapshot."""
         for name in self._of(partition):
             if name in self.sessions:
-                self.sessions.flush(name, now_ns=now_ns)
+                # a refused message leaves the state unchanged, and is to be known as handled
+                place = self._places[name]
+                self.sessions.flush(name, now_ns=now_ns, unchanged=place.handled > place.made)
         self._make_states()
 
     def save_idle(self, idle_ns: int, now_ns: int) -> None:
