@@ -21,6 +21,10 @@ Nanoseconds: TypeAlias = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 MAX_TICK = 2**53 - 1
 """Largest index of a served tick: the next one still is an integer in JSON and in JavaScript."""
 
+FEATURE_BOUND = 1e12
+"""Only smaller feature values enter a model: a finite value near the limit of float32 turns a recurrent state into NaN
+for good."""
+
 
 class Sample(msgspec.Struct, frozen=True, gc=False):
     """One reading of a device: a video frame, an audio block, a text event."""

@@ -19,7 +19,7 @@ import numpy as np
 from stream_mmrnn.core import config, streams, topics
 from stream_mmrnn.core.errors import SessionError
 from stream_mmrnn.core.stream_table import stream_table
-from stream_mmrnn.core.types import Envelope, FloatArray, ModalitySpec, Stamps, Tick
+from stream_mmrnn.core.types import FEATURE_BOUND, Envelope, FloatArray, ModalitySpec, Stamps, Tick
 from stream_mmrnn.predict.align_session import AlignedSession, SessionState
 from stream_mmrnn.predict.align_stream import FLOAT32, MAX_PENDING, NEVER, AlignedStream, OpenSample, StreamCounts
 
@@ -29,8 +29,7 @@ _MAX_JUMP_NS, _MAX_JUMP_TICKS = 600_000_000_000, 15_000
 """Ten minutes, or so many ticks if these are longer: a longer clock jump needs a second message that confirms it, and
 the ticks in between are skipped."""
 _absolute, _less = np.absolute, np.less
-_LARGEST = np.array(1e12, np.float32)
-"""Larger values are quarantined: a finite value near the float32 limit turns a recurrent state into NaN for good."""
+_BOUND = np.array(FEATURE_BOUND, np.float32)
 
 
 def _event_order(sample: OpenSample) -> tuple[int, int]:
@@ -229,7 +228,7 @@ class Aligner:
             or payload.dtype != FLOAT32
             or payload.shape != stream.shape
             # comparing bytes takes a quarter of the time of all()
-            or _less(_absolute(payload, stream.magnitudes), _LARGEST, stream.in_range).tobytes() != stream.all_true
+            or _less(_absolute(payload, stream.magnitudes), _BOUND, stream.in_range).tobytes() != stream.all_true
             or (stream.encoder and envelope.origin != stream.encoder)
             or not -self._max_behind_ns <= event_ns - session.clock_ns <= self._max_ahead_ns
         ):
@@ -283,8 +282,8 @@ class Aligner:
             return f"its features have {len(payload)} numbers, the model takes {stream.shape[0]}"
         if not np.isfinite(payload).all():
             return "its features hold a number that is not finite"
-        if not (np.absolute(payload) < _LARGEST).all():
-            return f"its features hold a number beyond {float(_LARGEST):g}"
+        if not (np.absolute(payload) < _BOUND).all():
+            return f"its features hold a number beyond {FEATURE_BOUND:g}"
         if spec.encoder and envelope.origin != spec.encoder:
             return f"its encoder is {envelope.origin or 'not named'}, the model was trained with {spec.encoder}"
         return f"its stamp is {(envelope.event_ns - clock_ns) / 1e9:+.3f} s from the clock"

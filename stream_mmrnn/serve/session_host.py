@@ -28,7 +28,7 @@ from stream_mmrnn.core.errors import (
     WireError,
 )
 from stream_mmrnn.core.latency import Histogram
-from stream_mmrnn.core.types import FloatArray, Prediction, Stamps, Tick
+from stream_mmrnn.core.types import FEATURE_BOUND, FloatArray, Prediction, Stamps, Tick
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.raw_session import PendingPush, RawSession
 from stream_mmrnn.serve.session_input import SessionInput
@@ -289,8 +289,11 @@ class Host:
                 )
             here = content is not None
             vector = np.frombuffer(content, "<f4") if content is not None else self._zeros[name]
-            if here and not np.isfinite(vector).all():
-                raise BadTick(f"tick {request.tick} of session {request.session!r}: {name} is not finite")
+            if here and not (np.absolute(vector) < FEATURE_BOUND).all():
+                raise BadTick(
+                    f"tick {request.tick} of session {request.session!r}: {name} holds a number that is not finite or "
+                    f"not below {FEATURE_BOUND:g}; send it without this value, or without {name}"
+                )
             features[name], present[name] = vector, here
             age_ns[name] = request.age_ns[i] if request.age_ns else (0 if here else -1)
         closed = Stamps(request.event_ns, request.event_ns, request.event_ns, now_ns, "serve")

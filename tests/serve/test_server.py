@@ -45,7 +45,7 @@ from stream_mmrnn.core.errors import (
     UsageError,
     WireError,
 )
-from stream_mmrnn.core.types import MAX_TICK, Prediction, Tick
+from stream_mmrnn.core.types import FEATURE_BOUND, MAX_TICK, Prediction, Tick
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.predict.snapshots import StateStore
 from stream_mmrnn.serve import protocol
@@ -172,6 +172,23 @@ def test_refusals_have_names(make: Make, toy: Path) -> None:
     assert isinstance(busy, protocol.BusyNow)
     assert busy.retry_s > 0
     assert not host.ready
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38, -3e38, FEATURE_BOUND])
+def test_a_value_that_would_spoil_the_state_is_refused(make: Make, toy: Path, value: float) -> None:
+    host = make()
+    say(host, protocol.Open(session="s"))
+    replies_of(host)
+    good = step_of(tick("s", 0))
+    first = np.array([0, value, 0, 0, 0], "<f4").tobytes()
+    say(host, msgspec.structs.replace(good, features=(first, *good.features[1:])))
+    [(_, refused)] = replies_of(host)
+    assert isinstance(refused, protocol.Refused)
+    assert refused.error == "bad_tick"
+    assert "not below 1e+12" in refused.why
+    say(host, good)
+    host.step(NOW)
+    assert [heads[0] for _, _, heads in bits(replies_of(host))] == alone(toy, [tick("s", 0)])
 
 
 def test_a_token_takes_a_session_over_and_the_first_client_is_told(make: Make, toy: Path) -> None:

@@ -18,13 +18,12 @@ from stream_mmrnn.core.durations import NANOSECONDS, spoken
 from stream_mmrnn.core.errors import FileError, UsageError
 from stream_mmrnn.core.extras import need
 from stream_mmrnn.core.topics import STREAM_NAME
+from stream_mmrnn.core.types import FEATURE_BOUND
 from stream_mmrnn.offline.convert.table_times import TimeOptions, Times, first_line, no_number, times_ns_of
 
 SUFFIXES = (".csv", ".parquet")
 HUGE_STEPS = 10_000
 """A gap of more usual steps than this is probably a wrong time: it must be allowed."""
-_MAX_VALUE = 1e12
-"""The aligner refuses larger values."""
 _MAX_STREAMS = 256
 _MAX_COLUMNS = 4096
 _MAX_BLOCK = 2**30
@@ -164,11 +163,11 @@ def _numbers(path: Path, table: Any, name: str) -> npt.NDArray[np.float32]:
     import pyarrow as pa
 
     values = np.asarray(table.column(name).cast(pa.float64(), safe=False).to_numpy(), np.float64)
-    wrong = np.flatnonzero(np.abs(values) >= _MAX_VALUE)  # NaN is not larger: it is missing
+    wrong = np.flatnonzero(np.abs(values) >= FEATURE_BOUND)  # NaN is not larger: it is missing
     if len(wrong):
         raise FileError(
             f"{path} holds {values[wrong[0]]:g} in row {wrong[0] + 1}, column {name!r}; expected numbers below "
-            f"{_MAX_VALUE:g}"
+            f"{FEATURE_BOUND:g}"
         )
     return values.astype(np.float32)
 
