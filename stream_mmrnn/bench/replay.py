@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import msgspec
 from stream_mmrnn.bench.machine import Processes
 from stream_mmrnn.bench.plots import Pictures
 from stream_mmrnn.bench.report import Document, document, ratio
+from stream_mmrnn.bus.socket_dir import temporary_folder
 from stream_mmrnn.capture import sources
 from stream_mmrnn.core import config, topics
 from stream_mmrnn.core.clock import now_ns
@@ -38,8 +38,8 @@ _BOUNDS = {1: 1200.0, 16: 2000.0}
 @contextlib.contextmanager
 def _made(duration_s: float, model: str | None, alive: Callable[[], bool]) -> Iterator[Path]:
     """A live recording of the synthetic source, gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="stream-mmrnn-bench-") as folder:
-        path = Path(folder) / "bench.mcap"
+    with temporary_folder("stream-mmrnn-bench-") as folder:
+        path = folder / "bench.mcap"
         everything = {f"sources.{m}": "synthetic" for m in sources.SYNTHETIC}
         own = {"record.path": str(path), "engine.model": model, "dashboard.enabled": False, "session.name": "bench"}
         notes: list[str] = []

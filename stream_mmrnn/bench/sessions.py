@@ -8,7 +8,6 @@ single calls over the same graph. Without the bus: this is the capacity of an en
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from stream_mmrnn.bench.peers import Servers
 from stream_mmrnn.bench.plots import Curve, Pictures
 from stream_mmrnn.bench.report import Document, Ratio, document, ratio
 from stream_mmrnn.bench.step import bare, tick_of
+from stream_mmrnn.bus.socket_dir import temporary_folder
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.latency import Histogram
 from stream_mmrnn.core.types import Tick
@@ -119,8 +119,8 @@ def run(
     rows: list[dict[str, Any]] = []
     found: dict[str, Ratio] = {}
     pictures = Pictures()
-    with tempfile.TemporaryDirectory(prefix="stream-mmrnn-bench-") as folder:
-        made = {"model": model} if model else {k: models.write(Path(folder), hidden, v) for k, v in KINDS.items()}
+    with temporary_folder("stream-mmrnn-bench-") as folder:
+        made = {"model": model} if model else {k: models.write(folder, hidden, v) for k, v in KINDS.items()}
         for kind, path in made.items():
             assert path is not None
             if not alive():

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from stream_mmrnn.bench.peers import StepPeers
 from stream_mmrnn.bench.plots import Pictures
 from stream_mmrnn.bench.report import Document, Ratio, document, ratio
 from stream_mmrnn.bench.roofline import read_again_bytes_per_s, roofline
+from stream_mmrnn.bus.socket_dir import temporary_folder
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import ProcessError
 from stream_mmrnn.core.types import Stamps, Tick
@@ -154,8 +154,8 @@ def run(
     `duration_s` and `arrivals` belong to the paced part of each contender.
     """
     bench = Bench(rounds, calls, say, alive)
-    with tempfile.TemporaryDirectory(prefix="stream-mmrnn-bench-") as folder:
-        made = {(h, k): models.write(Path(folder), h, k) for h in sizes for k in KINDS}
+    with temporary_folder("stream-mmrnn-bench-") as folder:
+        made = {(h, k): models.write(folder, h, k) for h in sizes for k in KINDS}
         for hidden in sizes:
             if alive():
                 _hot(bench, hidden, made[hidden, "fp32"], peers)

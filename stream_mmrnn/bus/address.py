@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
 import zmq
 
-from stream_mmrnn.bus.socket_dir import private_folder
+from stream_mmrnn.bus.socket_dir import private_folder, remove_folder
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.config import LOOPBACK, Policy
 from stream_mmrnn.core.errors import ProcessError
@@ -131,7 +130,7 @@ class Address:
 
     def remove(self) -> None:
         if self.folder:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            remove_folder(self.folder)
 
 
 def _free_on_loopback() -> str:

@@ -1,22 +1,25 @@
-"""SIGINT and SIGTERM as a flag: the first signal requests a graceful shutdown, the second ends the process.
+"""SIGINT, SIGTERM and SIGHUP as a flag: the first signal requests a graceful shutdown, the second ends the process.
 
-It imports no slow modules, because it must be active before they are imported.
+SIGHUP means that the terminal was closed; a process that was started to outlive it (`nohup`) goes on. This module
+imports no slow modules, because it must be active before they are imported.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_NUMBERS = (signal.SIGINT, signal.SIGTERM)
+_HANGUP: int | None = getattr(signal, "SIGHUP", None)  # Windows has none
+_NUMBERS: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM, *(() if _HANGUP is None else (_HANGUP,)))
 
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Block both signals inside the `with` block; a process started in it inherits the blocked signals."""
+    """Block these signals inside the `with` block; a process started in it inherits the blocked signals."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows does not send signals to single processes
         yield
         return
@@ -28,7 +31,7 @@ def held() -> Iterator[None]:
 
 
 def ignore() -> None:
-    """Ignore both signals from now on, including pending blocked ones."""
+    """Ignore these signals from now on, including pending blocked ones."""
     for number in _NUMBERS:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
@@ -36,7 +39,7 @@ def ignore() -> None:
 
 
 class StopFlag:
-    """Whether this process may go on: the first SIGINT or SIGTERM requests a stop, the second ends the process.
+    """Whether this process may go on: the first signal requests a stop, the second ends the process.
 
     Call it, or `alive`: True until a signal arrived. With `unwinding()`, the second signal raises SystemExit(130), so
     that `finally` blocks run. Otherwise it calls `at_once` for cleanup, which must be safe at any moment, and exits
@@ -51,16 +54,17 @@ class StopFlag:
 
     @classmethod
     def unwinding(cls) -> StopFlag:
-        """A flag that handles both signals from now on; the second signal raises SystemExit(130)."""
+        """A flag that handles the signals from now on; the second signal raises SystemExit(130)."""
         flag = cls()
         flag._unwind, flag.in_order = True, lambda: True
         flag.watch()
         return flag
 
     def watch(self) -> None:
-        """Handle both signals; call it in the main thread."""
+        """Handle the signals; call it in the main thread."""
         for number in _NUMBERS:
-            signal.signal(number, self._on_signal)
+            if number != _HANGUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
 
     def alive(self) -> bool:
         """True until a signal arrived."""
@@ -68,7 +72,9 @@ class StopFlag:
 
     __call__ = alive
 
-    def _on_signal(self, *_: Any) -> None:
+    def _on_signal(self, number: int, _: Any) -> None:
+        if number == _HANGUP:
+            _let_go_of_terminal()
         first, self.asked = not self.asked, True
         if first and self.in_order():
             return
@@ -79,6 +85,17 @@ class StopFlag:
             self.at_once()
         finally:
             os._exit(0 if first else 130)
+
+
+def _let_go_of_terminal() -> None:
+    """Point the standard streams whose terminal is gone to nothing: writing to them would fail, and end the shutdown."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        poll = select.poll()
+        poll.register(descriptor, 0)
+        if any(events & (select.POLLHUP | select.POLLERR) for _, events in poll.poll(0)):
+            os.dup2(nothing, descriptor)
+    os.close(nothing)
 
 
 ENDING = StopFlag()

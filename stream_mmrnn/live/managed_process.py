@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 from collections import Counter, deque
@@ -14,7 +13,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from stream_mmrnn.bus import Address
-from stream_mmrnn.bus.socket_dir import private_folder
+from stream_mmrnn.bus.socket_dir import private_folder, remove_folder
 from stream_mmrnn.core import config, signals, wire
 from stream_mmrnn.core.processes import ProcessSpec
 from stream_mmrnn.core.stream_table import stream_table
@@ -33,8 +32,8 @@ _PRELOAD = [
 def process_context() -> BaseContext:
     """Processes are forked from a clean server that has done the slow imports, or started afresh (Windows).
 
-    The server and all its processes start with SIGINT and SIGTERM blocked: a terminal sends them to every process, and
-    the supervisor decides which ends when.
+    The server and all its processes start with the signals of `signals` blocked: a terminal sends them to every process,
+    and the supervisor decides which ends when.
     """
     if sys.platform == "win32":
         return multiprocessing.get_context("spawn")
@@ -43,14 +42,15 @@ def process_context() -> BaseContext:
     kept = vars(process.current_process())["_config"]
     if "tempdir" not in kept:  # else the server makes one wherever TMPDIR is, and fails where that is deep
         kept["tempdir"] = private_folder("pymp-")
-        util.Finalize(None, shutil.rmtree, (kept["tempdir"], True), exitpriority=-100)
+        util.Finalize(None, remove_folder, (kept["tempdir"],), exitpriority=-100)
     # a pool of BLAS threads in every process is of no use here, and forking one is not safe
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     sys.warnoptions.append(_QUIET)
-    resource_tracker.ensure_running()  # first: it lets go of signals that are held
+    with signals.held():  # for itself it knows SIGINT and SIGTERM, not SIGHUP
+        resource_tracker.ensure_running()  # first: it lets go of signals that are held
     sys.warnoptions.remove(_QUIET)
     with signals.held():
         forkserver.ensure_running()  # it imports beside this process: called early, it is ready sooner
@@ -67,7 +67,7 @@ def kill_forkserver() -> None:
     if pid is not None:
         with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
-    shutil.rmtree(util.get_temp_dir(), ignore_errors=True)
+    remove_folder(util.get_temp_dir())
 
 
 class ManagedProcess:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from stream_mmrnn.bus.socket_dir import private_folder
+from stream_mmrnn.bus.socket_dir import private_folder, remove_folder
 from stream_mmrnn.core.errors import ProcessError
 
 pytestmark = [
@@ -36,14 +36,60 @@ def test_socket_paths_fit_with_any_temporary_folder(
         assert (folder.parent == deep) == (length <= 60)
         assert folder.parent == deep or list(deep.iterdir()) == [], "nothing is left of what did not do"
     finally:
-        (folder / ("s" * 19)).unlink(missing_ok=True)
-        folder.rmdir()
+        remove_folder(str(folder))
+        assert not folder.exists()
 
 
 def test_no_usable_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nothing"))
     with pytest.raises(ProcessError, match=r"no folder for sockets can be made in .*nothing: set TMPDIR to one"):
         private_folder("a-", str(tmp_path / "nothing either"))
+
+
+MAKES_ONE = """
+import sys
+from stream_mmrnn.bus.socket_dir import private_folder, remove_folder
+print(private_folder(sys.argv[1]), flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_the_next_start_removes_what_killed_processes_left(short_path: Path) -> None:
+    environment = {**os.environ, "TMPDIR": str(short_path)}
+
+    def start(prefix: str) -> tuple[subprocess.Popen[str], Path]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", MAKES_ONE, prefix],
+            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert process.stdout
+        return process, Path(process.stdout.readline().strip())
+
+    running = [start(prefix) for prefix in ("stream-mmrnn-", "pymp-", "stream-mmrnn-", "pymp-")]
+    try:
+        for process, folder in running[:2]:
+            (folder / "socket").touch()
+            process.kill()
+            process.wait()
+        foreign = short_path / "pymp-of_another_program"
+        foreign.mkdir()
+        lives = {folder for _, folder in running[2:]}
+        assert {folder for _, folder in running} | {foreign} == set(short_path.iterdir())
+        running.append(start("stream-mmrnn-"))
+        assert lives | {foreign, running[-1][1]} == set(short_path.iterdir())
+    finally:
+        for process, _ in running:
+            process.kill()
+            process.communicate()
+
+
+def test_a_removed_folder_leaves_no_open_file(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(short_path))
+    before = sorted(os.listdir("/dev/fd"))
+    for _ in range(3):
+        remove_folder(private_folder("stream-mmrnn-"))
+    assert sorted(os.listdir("/dev/fd")) == before
+    assert list(short_path.iterdir()) == []
 
 
 def test_a_session_runs_with_a_deep_temporary_folder(model: Path, short_path: Path) -> None:

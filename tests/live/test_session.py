@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -276,7 +277,7 @@ def test_a_killed_recorder_loses_nothing_that_was_written(model: Path, tmp_path:
 
 
 @proc_only
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_it_in_two_seconds_with_the_file_finished(model: Path, tmp_path: Path, number: int) -> None:
     path = tmp_path / "a.mcap"
     with closing(session(model, path)) as live:
@@ -292,6 +293,27 @@ def test_a_signal_ends_it_in_two_seconds_with_the_file_finished(model: Path, tmp
 
 
 @proc_only
+def test_a_closed_terminal_ends_it_in_order(model: Path, tmp_path: Path, short_path: Path) -> None:
+    """The kernel sends SIGHUP to all its processes at once, and nobody can be written to any more."""
+    import pty
+
+    path = tmp_path / "a.mcap"
+    args = [*COMMAND, "live", "--source", "synthetic", "--model", str(model), "--record", str(path)]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execve(sys.executable, args, {**os.environ, "TMPDIR": str(short_path)})
+    while not recording_grows(path, 60_000):
+        if select.select([terminal], [], [], 0.05)[0]:
+            os.read(terminal, 65536)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    recording = Recording(path)
+    list(recording.envelopes())
+    assert (bool(recording.end), recording.damage) == (True, "")
+    assert [p.name for p in short_path.iterdir() if p.name != ".ses" and "-run-" not in p.name] == []
+
+
+@proc_only
 def test_no_process_outlives_a_killed_supervisor(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.mcap"
     with closing(session(model, path)) as live:
@@ -302,6 +324,24 @@ def test_no_process_outlives_a_killed_supervisor(model: Path, tmp_path: Path) ->
         live.wait_for(lambda: not [p for p in everyone if Path(f"/proc/{p}").exists()], 10)
     code, _, err = run("info", path)
     assert code in (0, 3), err
+
+
+@proc_only
+def test_what_a_killed_session_left_is_removed_by_the_next(model: Path, short_path: Path) -> None:
+    environment = {**os.environ, "TMPDIR": str(short_path)}
+
+    def left() -> list[str]:
+        return [p.name for p in short_path.iterdir() if p.name != ".ses" and "-run-" not in p.name]
+
+    with closing(Running("-s", "synthetic", "--model", model, "--no-dashboard", env=environment)) as live:
+        live.wait_for(lambda: live.children("engine"))
+        live.process.kill()
+        live.process.wait()
+    assert len(left()) >= 2
+    with closing(Running("-s", "synthetic", "--model", model, "-d", "0.5", "--no-dashboard", env=environment)) as live:
+        code, _ = live.finish()
+    assert code == 0
+    assert left() == []
 
 
 def test_typed_lines_are_text_events(model: Path, tmp_path: Path) -> None:
