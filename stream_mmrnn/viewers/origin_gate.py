@@ -24,6 +24,8 @@ _MAX_HEAD_BYTES = 16 * 1024
 _HEAD_S = 5.0
 """A handshake arrives within so long, or the connection is closed."""
 _MAX_CONNECTIONS = 64
+_MAX_WAITING = 64
+"""Connections whose handshake has not arrived. Beyond it, the one that has waited longest is closed."""
 _PIECE_BYTES = 64 * 1024
 
 
@@ -63,7 +65,10 @@ class OriginGate:
         self.port: int = self._socket.getsockname()[1]
         self.denied: Counter[str] = Counter()
         """Refused connections by reason."""
+        self._waiting: dict[asyncio.Task[None], None] = {}
+        """Connections whose handshake has not arrived, the oldest first."""
         self._connections: set[asyncio.Task[None]] = set()
+        """The others."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ended: asyncio.Event | None = None
         ready = threading.Event()
@@ -76,26 +81,34 @@ class OriginGate:
         async with await asyncio.start_server(self._connected, sock=self._socket, limit=_MAX_HEAD_BYTES):
             ready.set()
             await self._ended.wait()
-            for task in self._connections:
+            for task in (*self._waiting, *self._connections):
                 task.cancel()
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self._connections.add(task)
+        if len(self._waiting) >= _MAX_WAITING:
+            oldest = next(iter(self._waiting))
+            del self._waiting[oldest]
+            oldest.cancel()
+            self.denied["unfinished"] += 1
+        self._waiting[task] = None
         try:
-            await self._serve(reader, writer)
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), _HEAD_S)
+            self._waiting.pop(task, None)
+            self._connections.add(task)
+            await self._serve(head, reader, writer)
         except (OSError, EOFError, TimeoutError, asyncio.LimitOverrunError):
             pass  # one side is gone, or sent no handshake
         finally:
+            self._waiting.pop(task, None)
             self._connections.discard(task)
             writer.close()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve(self, head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self._connections) > _MAX_CONNECTIONS:
             self.denied["connections"] += 1
             return
-        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), _HEAD_S)
         why = refusal(head, self._allowed)
         if why:
             self.denied[why] += 1

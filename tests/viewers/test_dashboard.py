@@ -9,6 +9,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from typing import Any
 
 import msgspec
@@ -17,13 +18,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from trickle import Trickle
 
 from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.errors import ConfigError, ProcessError
 from stream_mmrnn.core.latency import STAGES
 from stream_mmrnn.core.types import Envelope, HeadSpec, ModalitySpec, Prediction, Stamps, Tick
+from stream_mmrnn.viewers.dashboard import app
 from stream_mmrnn.viewers.dashboard.access import Access
-from stream_mmrnn.viewers.dashboard.app import MAX_CLIENTS, MAX_CONNECTIONS, METRICS_TYPE
+from stream_mmrnn.viewers.dashboard.app import MAX_CLIENTS, MAX_CONNECTIONS, MAX_WAITING, METRICS_TYPE
 from stream_mmrnn.viewers.dashboard.heads import HISTORY_POINTS
 from stream_mmrnn.viewers.dashboard.server import Dashboard
 from stream_mmrnn.viewers.dashboard.sound import BANDS, COLUMN_NS, COLUMNS, Spectrogram
@@ -685,18 +688,38 @@ def test_a_connection_without_a_request_is_closed() -> None:
     board.close()
 
 
-@pytest.mark.slow
-def test_connections_beyond_the_limit_are_closed(board: Dashboard) -> None:
-    many = [socket.create_connection(("127.0.0.1", port(board)), timeout=5) for _ in range(MAX_CONNECTIONS)]
-    try:
-        assert wait_until(lambda: board.connections == MAX_CONNECTIONS)
+def test_connections_beyond_the_limit_are_closed(board: Dashboard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "MAX_CONNECTIONS", 3)
+    with ExitStack() as many:
+        for _ in range(3):
+            assert many.enter_context(Events(board)).head() == "HTTP/1.1 200 OK"
         with socket.create_connection(("127.0.0.1", port(board)), timeout=5) as one_more:
             assert one_more.recv(1) == b""
-    finally:
-        for s in many:
-            s.close()
     assert wait_until(lambda: board.connections == 0)
     assert ask(board, "/healthz")[0] == 200
+
+
+HEAD = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "begun",
+    [
+        b"",
+        HEAD,
+        HEAD + b"\r\n" + HEAD,
+        b"POST /text HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9000\r\n\r\n",
+    ],
+    ids=["nothing", "a header", "a second header", "a body"],
+)
+def test_slow_requests_keep_nobody_out(begun: bytes) -> None:
+    board = Dashboard(posts={"/text": lambda body: ""})
+    board.start()
+    with closing(board), Trickle(port(board), begun) as trickle:
+        assert wait_until(lambda: trickle.rounds >= 2, 10)
+        assert [ask(board, "/healthz")[0] for _ in range(20)] == [200] * 20
+        assert board.connections <= MAX_CONNECTIONS + MAX_WAITING
 
 
 # --- POST

@@ -6,8 +6,9 @@ import re
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -15,11 +16,12 @@ import pytest
 from harness import Running, recording_grows
 from hypothesis import given
 from hypothesis import strategies as st
+from trickle import Trickle
 
 from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import StreamError
 from stream_mmrnn.recording.mcap_file import Recording
-from stream_mmrnn.viewers.origin_gate import refusal
+from stream_mmrnn.viewers.origin_gate import OriginGate, refusal
 
 CHROMIUM = shutil.which("chromium")
 APP = config.FoxgloveSettings().origins
@@ -58,6 +60,32 @@ def test_handshakes_of_other_sites_are_refused(request_head: bytes, why: str) ->
 @given(st.binary(max_size=300))
 def test_no_bytes_are_let_in_or_raise(data: bytes) -> None:
     assert refusal(data + b"\r\n\r\n", APP)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("begun", [b"", b"GET / HTTP/1.1\r\nX: "])
+def test_slow_handshakes_keep_nobody_out(begun: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as behind:
+        threading.Thread(target=_greet, args=(behind,), daemon=True).start()
+        gate = OriginGate(0, behind.getsockname(), APP)
+        with closing(gate), Trickle(gate.port, begun) as trickle:
+            while trickle.rounds < 2:
+                time.sleep(0.01)
+            for _ in range(20):
+                with socket.create_connection(("127.0.0.1", gate.port), timeout=5) as client:
+                    client.sendall(head())
+                    assert client.recv(2) == b"hi"
+        assert gate.denied["unfinished"] > 0
+        assert gate.denied["connections"] == 0
+
+
+def _greet(server: socket.socket) -> None:
+    with suppress(OSError):
+        while True:
+            client, _ = server.accept()
+            with client:
+                client.recv(1024)
+                client.sendall(b"hi")
 
 
 class Blank(BaseHTTPRequestHandler):
