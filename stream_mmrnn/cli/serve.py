@@ -44,7 +44,7 @@ def serve(
         },
     )
     ENDING.watch()
-    ENDING.in_order = lambda: True
+    ENDING.in_order, ENDING.at_once = lambda: True, _kill_children
     console = Console(stderr=as_json, highlight=False, soft_wrap=True)
     run = _run_in_cluster if settings.cluster.url else _run_server
     document = run(settings, console, duration, console.is_terminal and not as_json)
@@ -54,6 +54,14 @@ def serve(
         _print_summary(console, document, settings.state.ttl_s)
     if document.get("unsaved_sessions"):
         raise typer.Exit(3)
+
+
+def _kill_children() -> None:
+    """Kill the engine's processes: one in an endless loop does not notice that this process is gone."""
+    import multiprocessing
+
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def _print_summary(console: Console, document: dict[str, Any], ttl_s: float) -> None:

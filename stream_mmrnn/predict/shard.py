@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from stream_mmrnn.core import signals
 from stream_mmrnn.core.errors import ProcessError
 from stream_mmrnn.graph.runtime import Array, Graph, Provider
 from stream_mmrnn.predict.arena import Arena
@@ -22,7 +23,7 @@ from stream_mmrnn.predict.contract import Contract
 from stream_mmrnn.predict.cpu_batches import Rows, Shapes
 from stream_mmrnn.predict.engine import make_rows
 
-_START_TIMEOUT_S = 30.0
+_START_TIMEOUT_S = _ANSWER_TIMEOUT_S = 30.0
 _STEP, _READ, _WRITE, _WARM, _STOP = b"s", b"r", b"w", b"p", b"q"
 
 
@@ -66,6 +67,7 @@ class SharedColumns:
 
 def _serve(path: Path, slots: int, provider: Provider, batch: int, memory: str, pipe: Connection) -> None:
     """Main function of a shard's process: it knows slots, not sessions."""
+    signals.ignore()  # the parent gets them, and tells this process
     contract, rows = make_rows(Graph(path, provider), slots, batch)
     block = SharedColumns(contract, slots, memory)
     columns, wiring = block.columns, contract.wiring
@@ -122,7 +124,8 @@ class Shard:
         self._process = context.Process(
             target=_serve, args=(*self._arguments, theirs), name="stream-mmrnn-shard", daemon=True
         )
-        self._process.start()
+        with signals.held():
+            self._process.start()
         theirs.close()
 
     def start_again(self) -> tuple[str, ...]:
@@ -153,6 +156,10 @@ class Shard:
 
     def _answer(self) -> bytes:
         try:
+            if not self._pipe.poll(_ANSWER_TIMEOUT_S):
+                raise ProcessError(
+                    f"a shard of the engine (process {self.pid}) did not answer within {_ANSWER_TIMEOUT_S:g} s"
+                )
             return self._pipe.recv_bytes()
         except (EOFError, OSError) as e:
             raise ProcessError(f"a shard of the engine (process {self.pid}) has died") from e

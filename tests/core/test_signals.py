@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from harness import in_terminal
 
 pytestmark = pytest.mark.process
 
@@ -82,18 +84,56 @@ def test_what_was_started_to_outlive_the_terminal_goes_on() -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGHUP")
 def test_a_closed_terminal_does_not_end_the_shutdown(tmp_path: Path) -> None:
     """It is written to after it is gone, and the shutdown still comes to its end."""
-    import pty
-
     done = tmp_path / "done"
     body = f"while ENDING.alive(): time.sleep(0.01)\nprint('a summary', flush=True)\nopen({str(done)!r}, 'w').close()"
-    program = PROGRAM.format(in_order=True, body=body)
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.execv(sys.executable, [sys.executable, "-c", program])
+    process, terminal = in_terminal([sys.executable, "-c", PROGRAM.format(in_order=True, body=body)])
     os.write(terminal, b"\n")
     said = b""
-    while b"held" not in said:
+    while b"held\r\n" not in said:
         said += os.read(terminal, 1024)
     os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert process.wait(30) == 0
     assert done.exists()
+
+
+# does not return to Python, as a model's step with an endless loop
+STUCK = "import hashlib\nprint('stuck', flush=True)\nhashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
+LONG = "stream_mmrnn.core.signals._STUCK_S = 1e9"
+SHORT = "stream_mmrnn.core.signals._STUCK_S = 0.2"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no signals to single processes")
+@pytest.mark.parametrize(
+    ("before", "signals", "code"),
+    [(SHORT, 1, 1), (LONG, 2, 130), (f"{SHORT}\nENDING.unwinding()", 2, 130)],
+    ids=["once, after a while", "twice, at once", "unwinding, twice"],
+)
+def test_a_signal_ends_what_never_comes_back_to_python(before: str, signals: int, code: int) -> None:
+    body = f"import stream_mmrnn.core.signals\n{before}\n{STUCK}"
+    program = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(in_order=True, body=body)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert program.stdin
+    assert program.stdout
+    program.stdin.write("\n")
+    program.stdin.flush()
+    assert [program.stdout.readline() for _ in range(3)] == ["ready\n", "held\n", "stuck\n"]
+    try:
+        for _ in range(signals):
+            time.sleep(0.5)
+            program.send_signal(signal.SIGINT)
+        out, err = program.communicate(timeout=30)
+    finally:
+        program.kill()
+    assert program.returncode == code
+    assert err == "error: a step of the model, or another operation, does not end; stopped without it\n"
+    assert out == ("" if "unwinding" in before else "left nothing\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no signals to single processes")
+def test_a_slow_shutdown_is_not_taken_for_a_stuck_one() -> None:
+    """It reacted to the signal: then it may take as long as it needs."""
+    body = f"import stream_mmrnn.core.signals\n{SHORT}\nwhile ENDING.alive(): time.sleep(0.01)\n"
+    body += "import hashlib\nprint('asked', flush=True)\nhashlib.pbkdf2_hmac('sha256', b'', b'', 10**6)\nprint('in order')"
+    assert run(True, body, signal.SIGTERM) == (0, ["ready", "held", "asked", "in order"])

@@ -16,7 +16,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from harness import COMMAND, Running, check_summary, descendants, recording_grows, run, ticks_of, verify
+from harness import COMMAND, Running, check_summary, descendants, in_terminal, recording_grows, run, ticks_of, verify
 from rich.console import Console
 
 from stream_mmrnn.capture import encoders
@@ -295,18 +295,14 @@ def test_a_signal_ends_it_in_two_seconds_with_the_file_finished(model: Path, tmp
 @proc_only
 def test_a_closed_terminal_ends_it_in_order(model: Path, tmp_path: Path, short_path: Path) -> None:
     """The kernel sends SIGHUP to all its processes at once, and nobody can be written to any more."""
-    import pty
-
     path = tmp_path / "a.mcap"
     args = [*COMMAND, "live", "--source", "synthetic", "--model", str(model), "--record", str(path)]
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.execve(sys.executable, args, {**os.environ, "TMPDIR": str(short_path)})
+    process, terminal = in_terminal(args, {**os.environ, "TMPDIR": str(short_path)})
     while not recording_grows(path, 60_000):
         if select.select([terminal], [], [], 0.05)[0]:
             os.read(terminal, 65536)
     os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert process.wait(60) == 0
     recording = Recording(path)
     list(recording.envelopes())
     assert (bool(recording.end), recording.damage) == (True, "")
