@@ -39,6 +39,14 @@ def held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def start_resource_tracker() -> None:
+    """Start multiprocessing's process that frees shared resources: of itself it outlives SIGINT and SIGTERM only."""
+    from multiprocessing import resource_tracker
+
+    with held():
+        resource_tracker.ensure_running()
+
+
 def ignore() -> None:
     """Ignore these signals from now on, including pending blocked ones."""
     for number in _NUMBERS:

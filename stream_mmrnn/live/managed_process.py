@@ -37,7 +37,7 @@ def process_context() -> BaseContext:
     """
     if sys.platform == "win32":
         return multiprocessing.get_context("spawn")
-    from multiprocessing import forkserver, process, resource_tracker, util
+    from multiprocessing import forkserver, process, util
 
     kept = vars(process.current_process())["_config"]
     if "tempdir" not in kept:  # else the server makes one wherever TMPDIR is, and fails where that is deep
@@ -49,8 +49,7 @@ def process_context() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     sys.warnoptions.append(_QUIET)
-    with signals.held():  # for itself it knows SIGINT and SIGTERM, not SIGHUP
-        resource_tracker.ensure_running()  # first: it lets go of signals that are held
+    signals.start_resource_tracker()  # first: it lets go of signals that are held
     sys.warnoptions.remove(_QUIET)
     with signals.held():
         forkserver.ensure_running()  # it imports beside this process: called early, it is ready sooner

@@ -112,6 +112,7 @@ class Shard:
     """The parent's proxy of one shard process; implements `States` for its arena through the pipe."""
 
     def __init__(self, path: Path, contract: Contract, slots: int, provider: Provider, batch: int) -> None:
+        signals.start_resource_tracker()
         self.block = SharedColumns(contract, slots)
         self._arguments = (path, slots, provider, batch, self.block.memory.name)
         self.arena = Arena(self, slots)

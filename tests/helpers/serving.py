@@ -63,10 +63,14 @@ def features_of(of: Tick) -> dict[str, object]:
     return {m: of.features[m] for m in of.features if of.present[m]}
 
 
-def start(model: Path, states: Path, port: int) -> tuple[subprocess.Popen[str], str]:
-    """A server as a process, and its address."""
+def start(model: Path, states: Path, port: int, processes: int = 1) -> tuple[subprocess.Popen[str], str]:
+    """A server as a process, in a process group of its own, and its address. `processes`: of its engine."""
+    settings = states / "serve.toml"
+    settings.write_text(f"[engine]\nprocesses = {processes}\n")
+    options = ["--model", str(model), "--port", str(port), "--config", str(settings), "--json"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "stream_mmrnn", "serve", "--model", str(model), "--port", str(port), "--json"],
+        [sys.executable, "-m", "stream_mmrnn", "serve", *options],
+        start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

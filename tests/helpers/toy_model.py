@@ -26,8 +26,11 @@ def make(
     metadata: str | None = None,
     tick_ns: int = TICK_NS,
     seed: int = 0,
+    endless_above: float = 0.0,
 ) -> Path:
-    """Write the model; `leave_out` names an output to forget, `metadata` replaces the contract."""
+    """Write the model; `leave_out` names an output to forget, `metadata` replaces the contract. With `endless_above` a
+    larger value of the first modality puts a step into a loop without end.
+    """
     rng = np.random.default_rng(seed)
     width = sum(m.size for m in modalities) + 2 * len(modalities) + HIDDEN
     weights = {
@@ -39,7 +42,12 @@ def make(
         "column": np.array([1], np.int64),
     }
     features = [f"input.{m.name}" for m in modalities]
+    endless = []
+    if endless_above:
+        weights["bound"] = np.array(endless_above, np.float32)
+        endless, features[0] = _endless_loop(features[0]), "looped"
     nodes = [
+        *endless,
         h.make_node("Unsqueeze", ["reset", "column"], ["r"]),
         h.make_node("Unsqueeze", ["active", "column"], ["a"]),
         h.make_node("Where", ["r", "zero", "state.h"], ["begun"]),
@@ -77,6 +85,25 @@ def make(
         h.set_model_props(model, {METADATA_KEY: metadata})
     onnx.save(model, str(path))
     return path
+
+
+def _endless_loop(name: str) -> list[onnx.NodeProto]:
+    """Nodes that make `looped` of an input, and never end where a number of it is above `bound`."""
+    body = h.make_graph(
+        [h.make_node("Identity", ["go"], ["go_on"]), h.make_node("Identity", ["x_in"], ["x_out"])],
+        "body",
+        [
+            h.make_tensor_value_info("number", T.INT64, []),
+            h.make_tensor_value_info("go", T.BOOL, []),
+            h.make_tensor_value_info("x_in", T.FLOAT, None),
+        ],
+        [h.make_tensor_value_info("go_on", T.BOOL, []), h.make_tensor_value_info("x_out", T.FLOAT, None)],
+    )
+    return [
+        h.make_node("ReduceMax", [name], ["largest"], keepdims=0),
+        h.make_node("Greater", ["largest", "bound"], ["above"]),
+        h.make_node("Loop", ["", "above", name], ["looped"], body=body),
+    ]
 
 
 def weights(seed: int = 0, modalities: tuple[ModalitySpec, ...] = MODALITIES) -> tuple[np.ndarray, ...]:

@@ -19,6 +19,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+import toy_model
+from harness import descendants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import ROOT
@@ -860,6 +862,74 @@ def test_sessions_are_limited_by_open_files(toy: Path, tmp_path: Path, files: in
     assert done.returncode == code, done.stderr
     assert sentence in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+def running_still(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(what: Callable[[], bool], seconds: float = 10) -> bool:
+    end_s = time.monotonic() + seconds
+    while not (done := what()) and time.monotonic() < end_s:
+        time.sleep(0.02)
+    return done
+
+
+@pytest.mark.process
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_model_that_loops_for_ever_does_not_make_it_deaf(tmp_path: Path, processes: int) -> None:
+    model = toy_model.make(tmp_path / "endless.onnx", endless_above=1e6)
+    process, address = start(model, tmp_path, 0, processes=processes)
+    try:
+        with Client(address, timeout_s=20) as client:
+            session = client.open("s", timeout_s=20)
+            drive(session, [tick("s", i) for i in range(3)])
+            session.flush()
+            token = session.token
+            children = descendants(process.pid)
+            session.send({"vision": np.full(5, 1e9, np.float32)})
+            time.sleep(1)
+            process.send_signal(signal.SIGINT)
+            if processes > 1:  # the first one is heard: the server waits for the answer of the process that steps
+                time.sleep(1)
+                process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=30)
+        assert process.returncode == (1 if processes == 1 else 130)
+        assert "Traceback" not in err
+        if processes == 1:
+            assert "error: a step of the model, or another operation, does not end" in err
+        assert wait_until(lambda: not any(running_still(pid) for pid in children))
+        process, address = start(model, tmp_path, 0, processes=processes)
+        with Client(address, timeout_s=20) as client:
+            assert client.open("s", token, timeout_s=20).next_tick == 3
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.process
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_closed_terminal_stops_it_with_its_summary(toy: Path, tmp_path: Path, processes: int) -> None:
+    """The signal reaches the processes of the engine, too: they go on until the sessions are saved."""
+    process, address = start(toy, tmp_path, 0, processes=processes)
+    try:
+        with Client(address, timeout_s=20) as client:
+            drive(client.open("s", timeout_s=20), [tick("s", 0)])
+            os.killpg(process.pid, signal.SIGHUP)
+            out, err = process.communicate(timeout=30)
+        assert process.returncode == 0, err
+        document = json.loads(out.splitlines()[-1])
+        assert (document["counts"]["evicted"], document["unsaved_sessions"]) == (1, 0)
+        assert "Traceback" not in err
+    finally:
+        process.kill()
+        process.communicate()
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
