@@ -42,8 +42,8 @@ def private_folder(prefix: str, short: str = "/tmp") -> str:  # noqa: S108 mkdte
 
     """
     if not _locks:
-        for place in {tempfile.gettempdir(), short}:
-            _remove_left(Path(place))
+        for parent in {tempfile.gettempdir(), short}:
+            _remove_left(Path(parent))
     for place in (None, short):
         try:
             folder = _locked(prefix, place)

@@ -26,8 +26,9 @@ from stream_mmrnn.cli.serve import serve
 from stream_mmrnn.cli.terminal import COMMAND, Console
 from stream_mmrnn.cli.top import predictions, top
 from stream_mmrnn.cli.train import evaluate, export, train
-from stream_mmrnn.core.errors import StreamError
+from stream_mmrnn.core.errors import StreamError, UsageError
 from stream_mmrnn.core.printable import shown
+from stream_mmrnn.core.resources import why_scarce
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -68,9 +69,16 @@ def main(
 
 
 def run() -> None:
-    """The console script: an error of this package becomes one sentence and an exit code."""
+    """The console script: an error of this package, or of what is used up, becomes one sentence and an exit code."""
     try:
         app(prog_name=COMMAND)
     except StreamError as e:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {shown(str(e), 2000)}")
-        raise SystemExit(e.exit_code) from None
+        why, code = str(e), e.exit_code
+    except OSError as e:
+        why, code = why_scarce(e), UsageError.exit_code
+        if not why:
+            raise
+    else:
+        return
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/red] {shown(why, 2000)}")
+    raise SystemExit(code)

@@ -62,8 +62,8 @@ class StopFlag:
     that `finally` blocks run. Otherwise it calls `at_once` for cleanup, which must be safe at any moment, and exits
     with 130. While `in_order()` is False (nothing to shut down yet), the first signal does the same with exit code 0.
 
-    If the main thread does not react, the second signal ends the process all the same; so does the first after some
-    seconds, with exit code 1, unless a flag is `unwinding()`: its work may wait for a long operation in order to be kept.
+    If the main thread does not react, the second signal ends the process all the same. So does the first after some
+    seconds, with exit code 1, unless the flag is `unwinding()`: a long operation may come before work is saved.
     """
 
     def __init__(self) -> None:
@@ -181,7 +181,7 @@ _monitor = _Monitor()
 
 
 def _let_go_of_terminal() -> None:
-    """Point the standard streams whose terminal is gone to nothing: writing to them would fail, and end the shutdown."""
+    """Point the standard streams whose terminal is gone to nothing: a failed write would end the shutdown."""
     with suppress(OSError):
         nothing = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1, 2):

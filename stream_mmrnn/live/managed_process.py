@@ -16,6 +16,7 @@ from stream_mmrnn.bus import Address
 from stream_mmrnn.bus.socket_dir import private_folder, remove_folder
 from stream_mmrnn.core import config, signals, wire
 from stream_mmrnn.core.processes import ProcessSpec
+from stream_mmrnn.core.resources import raise_file_limit
 from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.live import nodes
 
@@ -32,8 +33,8 @@ _PRELOAD = [
 def process_context() -> BaseContext:
     """Processes are forked from a clean server that has done the slow imports, or started afresh (Windows).
 
-    The server and all its processes start with the signals of `signals` blocked: a terminal sends them to every process,
-    and the supervisor decides which ends when.
+    The server and all its processes start with the signals of `signals` blocked: a terminal sends them to every
+    process, and the supervisor decides which ends when.
     """
     if sys.platform == "win32":
         return multiprocessing.get_context("spawn")
@@ -48,6 +49,7 @@ def process_context() -> BaseContext:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
+    raise_file_limit()  # the broker and the page have a file for each reader
     sys.warnoptions.append(_QUIET)
     signals.start_resource_tracker()  # first: it lets go of signals that are held
     sys.warnoptions.remove(_QUIET)

@@ -23,12 +23,15 @@ from stream_mmrnn.core import config, processes, topics, wire
 from stream_mmrnn.core.clock import RateLimiter, now_ns
 from stream_mmrnn.core.errors import FileError, ProcessError, WireError
 from stream_mmrnn.core.log import Note
+from stream_mmrnn.core.resources import need_files
 from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.live.managed_process import ManagedProcess, Spawner, how_it_ended, kill_forkserver
 
 _AT_ONCE_NS = 1_000_000_000
 """An engine that lived this long is restarted without back-off."""
+_FILES, _FILES_PER_PROCESS = 40, 2
+"""Open files that the supervisor needs, and the broker (measured: 50 with twelve processes)."""
 
 
 class Spawn(Protocol):
@@ -56,11 +59,17 @@ class Supervisor:
         """
         self.settings = settings
         self._say, self._watch, self._now_ns = say, watch, clock
+        self.nodes = [ManagedProcess(spec) for spec in processes.table(settings, with_engine)]
+        files = _FILES + _FILES_PER_PROCESS * len(self.nodes)
+        need_files(files, f"a session of {len(self.nodes)} processes needs {files}")
         bus = settings.bus
         own = keys.KeyFolder(Path(bus.keys)).keys() if bus.keys else None
         self.address = Address.create(bus.transport, bus.host, bus.port, own)
-        self._spawn = spawner(self.address)
-        self.nodes = [ManagedProcess(spec) for spec in processes.table(settings, with_engine)]
+        try:
+            self._spawn = spawner(self.address)
+        except BaseException:
+            self.address.remove()
+            raise
         self._by_name = {n.name: n for n in self.nodes}
         self._expected: tuple[str, ...] = tuple(n.stream for n in self.nodes if n.is_source)
         self.publisher: Publisher | None = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.shared_memory import SharedMemory
@@ -50,12 +51,28 @@ class SharedColumns:
     def __init__(self, contract: Contract, count: int, name: str | None = None) -> None:
         layout = _layout(contract, count)
         sizes = {k: -(-int(np.prod(shape)) * dtype.itemsize // 64) * 64 for k, (shape, dtype) in layout.items()}
-        self.memory = SharedMemory(name, create=name is None, size=max(sum(sizes.values()), 64))
+        size = max(sum(sizes.values()), 64)
         self.columns: dict[str, Array] = {}
+        self.memory = SharedMemory(name, create=name is None, size=size)
+        if name is None:
+            self._reserve(size)
         at = 0
         for key, (shape, dtype) in layout.items():
             self.columns[key] = np.ndarray(shape, dtype, self.memory.buf, at)
             at += sizes[key]
+
+    def _reserve(self, size: int) -> None:
+        """Take the memory now: a write to what is not there kills the process. Raises ProcessError."""
+        if not hasattr(os, "posix_fallocate"):
+            return
+        try:
+            os.posix_fallocate(self.memory._fd, 0, size)  # type: ignore[attr-defined]
+        except OSError as e:
+            self.close(unlink=True)
+            raise ProcessError(
+                f"{size / 1e6:.1f} MB of shared memory for an engine of several processes cannot be taken: "
+                f"{e.strerror}; free some space in /dev/shm, or set fewer slots"
+            ) from e
 
     def close(self, unlink: bool) -> None:
         self.columns.clear()

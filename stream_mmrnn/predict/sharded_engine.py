@@ -32,9 +32,11 @@ class ShardedEngine:
         self._columns = Columns([m.name for m in self.spec.modalities], slots)
         share = -(-slots // processes)
         self.slots = slots
-        self._shards = [Shard(path, contract, share, provider, batch) for _ in range(processes)]
+        self._shards: list[Shard] = []
         self._of: dict[str, Shard] = {}
         try:
+            for _ in range(processes):
+                self._shards.append(Shard(path, contract, share, provider, batch))
             for shard in self._shards:
                 shard.wait()
         except ProcessError:

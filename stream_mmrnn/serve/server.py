@@ -20,6 +20,7 @@ from stream_mmrnn.core import config
 from stream_mmrnn.core.clock import RateLimiter, now_ns, wall_offset_ns
 from stream_mmrnn.core.errors import UsageError
 from stream_mmrnn.core.latency import Histogram
+from stream_mmrnn.core.resources import need_files
 from stream_mmrnn.predict.sharded_engine import create
 from stream_mmrnn.predict.snapshots import StateStore
 from stream_mmrnn.serve import protocol
@@ -37,7 +38,6 @@ _PROBE_EVERY_NS = 2_000_000_000
 disconnected."""
 _OTHER_FILES = 64
 """Open files that are no connections: the model, libraries, sockets, states that are being written."""
-_MOST_FILES = 65_536
 
 
 def _lock(folder: Path) -> IO[str]:
@@ -60,32 +60,10 @@ def _lock(folder: Path) -> IO[str]:
     return file
 
 
-def _raise_file_limit() -> int:
-    """Let this process open as many files as the system allows; how many. A connection is one."""
-    if os.name == "nt":
-        return _MOST_FILES
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    aim = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
-    if soft == resource.RLIM_INFINITY or soft >= aim:
-        return _MOST_FILES if soft == resource.RLIM_INFINITY else soft
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (aim, hard))
-    except (ValueError, OSError):  # not allowed here
-        return soft
-    return aim
-
-
 def _slots(asked: int, say: Callable[[str], None]) -> int:
     """How many sessions there are files for. Raises UsageError where there are none for any."""
-    files = _raise_file_limit()
+    files = need_files(_OTHER_FILES + 1, f"serve needs {_OTHER_FILES} and one for each client")
     slots = min(asked, files - _OTHER_FILES)
-    if slots < 1:
-        raise UsageError(
-            f"this process may open {files} files, and serve needs {_OTHER_FILES} and one for each client; raise the "
-            "limit (ulimit -n)"
-        )
     if slots < asked:
         say(f"at most {slots} sessions, not {asked}: this process may open {files} files (ulimit -n)")
     return slots

@@ -85,10 +85,10 @@ def test_the_next_start_removes_what_killed_processes_left(short_path: Path) -> 
 
 def test_a_removed_folder_leaves_no_open_file(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(short_path))
-    before = sorted(os.listdir("/dev/fd"))
+    before = sorted(Path("/dev/fd").iterdir())
     for _ in range(3):
         remove_folder(private_folder("stream-mmrnn-"))
-    assert sorted(os.listdir("/dev/fd")) == before
+    assert sorted(Path("/dev/fd").iterdir()) == before
     assert list(short_path.iterdir()) == []
 
 

@@ -135,5 +135,7 @@ def test_a_signal_ends_what_never_comes_back_to_python(before: str, signals: int
 def test_a_slow_shutdown_is_not_taken_for_a_stuck_one() -> None:
     """It reacted to the signal: then it may take as long as it needs."""
     body = f"import stream_mmrnn.core.signals\n{SHORT}\nwhile ENDING.alive(): time.sleep(0.01)\n"
-    body += "import hashlib\nprint('asked', flush=True)\nhashlib.pbkdf2_hmac('sha256', b'', b'', 10**6)\nprint('in order')"
+    body += (
+        "import hashlib\nprint('asked', flush=True)\nhashlib.pbkdf2_hmac('sha256', b'', b'', 10**6)\nprint('in order')"
+    )
     assert run(True, body, signal.SIGTERM) == (0, ["ready", "held", "asked", "in order"])

@@ -13,7 +13,8 @@ The caps, each where it is held:
                 256 modalities or heads, ticks of a minute
     snapshot    64 MiB, a header of 1 MiB, sealed by a sha256, in a folder of this user's own
     settings    files of 1 MiB; every number has its range
-    page        64 connections, 64 more that wait for a request, 16 streams of events, 5 s between requests, 64 processes, 8 heads of 32 numbers
+    page        64 connections, 64 more that wait for a request, 16 streams of events, 5 s between requests,
+                64 processes, 8 heads of 32 numbers
     supervisor  a sentence a second of each process, 500 printable characters
 """
 

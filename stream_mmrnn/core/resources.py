@@ -1,0 +1,47 @@
+"""What a process can run out of: open files, and space in /dev/shm or on a disk. Knows nothing about what it is for."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from stream_mmrnn.core.errors import UsageError
+
+_MOST_FILES = 65_536
+_ADVICE = {
+    errno.EMFILE: "this process may open no more files; raise the limit (ulimit -n), or close other programs",
+    errno.ENFILE: "the system opens no more files; close other programs",
+    errno.ENOSPC: "no space is left on the disk, or in /dev/shm; free some",
+    errno.EDQUOT: "this user's share of the disk is used up; free some",
+}
+
+
+def raise_file_limit() -> int:
+    """Let this process, and those that it starts, open as many files as the system allows; how many."""
+    if os.name == "nt":
+        return _MOST_FILES
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    aim = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft == resource.RLIM_INFINITY or soft >= aim:
+        return _MOST_FILES if soft == resource.RLIM_INFINITY else soft
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (aim, hard))
+    except (ValueError, OSError):  # not allowed here
+        return soft
+    return aim
+
+
+def need_files(count: int, needed_by: str) -> int:
+    """Raise the limit of open files, and return it. Raises UsageError where it is below `count`."""
+    files = raise_file_limit()
+    if files < count:
+        raise UsageError(f"this process may open {files} files, and {needed_by}; raise the limit (ulimit -n)")
+    return files
+
+
+def why_scarce(error: OSError) -> str:
+    """One sentence for an error that means that something is used up; "" for any other."""
+    advice = _ADVICE.get(error.errno or 0, "")
+    return f"{error.filename}: {advice}" if advice and error.filename else advice
