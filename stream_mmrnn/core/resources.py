@@ -1,9 +1,14 @@
-"""What a process can run out of: open files, and space in /dev/shm or on a disk. Knows nothing about what it is for."""
+"""What a process can run out of: open files, memory, and space in /dev/shm or on a disk.
+
+Knows nothing about what it is needed for.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import sys
 
 from stream_mmrnn.core.errors import UsageError
 
@@ -45,3 +50,14 @@ def why_scarce(error: OSError) -> str:
     """One sentence for an error that means that something is used up; "" for any other."""
     advice = _ADVICE.get(error.errno or 0, "")
     return f"{error.filename}: {advice}" if advice and error.filename else advice
+
+
+def return_free_memory() -> None:
+    """Give memory that was freed back to the system: glibc keeps what lies between blocks that are still in use.
+
+    It takes some milliseconds. With another C library it does nothing.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

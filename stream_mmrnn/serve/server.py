@@ -20,7 +20,7 @@ from stream_mmrnn.core import config
 from stream_mmrnn.core.clock import RateLimiter, now_ns, wall_offset_ns
 from stream_mmrnn.core.errors import UsageError
 from stream_mmrnn.core.latency import Histogram
-from stream_mmrnn.core.resources import need_files
+from stream_mmrnn.core.resources import need_files, return_free_memory
 from stream_mmrnn.predict.sharded_engine import create
 from stream_mmrnn.predict.snapshots import StateStore
 from stream_mmrnn.serve import protocol
@@ -36,6 +36,8 @@ _REPORT_EVERY_NS = 1_000_000_000
 _PROBE_EVERY_NS = 2_000_000_000
 """A client that has sessions and was sent nothing for so long is sent `alive`: the socket tells only then that it has
 disconnected."""
+_TRIM_EVERY_NS = 60_000_000_000
+"""How often memory that clients have left behind is given back to the system, while no tick waits."""
 _OTHER_FILES = 64
 """Open files that are no connections: the model, libraries, sockets, states that are being written."""
 
@@ -132,7 +134,7 @@ class Server:
         `often` is called about once a second.
         """
         host, router = self.host, self._router
-        reported_ns = 0
+        reported_ns, trimmed_ns = 0, now_ns()
         while alive():
             self._receive(0 if host.ready else _IDLE_MS)
             at_ns = now_ns()
@@ -146,6 +148,9 @@ class Server:
             if at_ns - self._probed_ns > _PROBE_EVERY_NS:
                 self._probed_ns = at_ns
                 self._probe()
+            if at_ns - trimmed_ns > _TRIM_EVERY_NS and not host.ready:
+                trimmed_ns = at_ns
+                return_free_memory()
             if at_ns - reported_ns > _REPORT_EVERY_NS:
                 reported_ns = at_ns
                 often()

@@ -69,6 +69,33 @@ def test_a_full_or_small_dev_shm_is_one_sentence(
     assert left(short_path) == []
 
 
+FREES = """
+import os
+import numpy as np
+from pathlib import Path
+from stream_mmrnn.core.resources import return_free_memory
+
+def resident_mb():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+before = resident_mb()
+blocks = [np.ones(400) for _ in range(30_000)]
+kept = blocks[::200]
+del blocks
+freed = resident_mb()
+return_free_memory()
+print(round(freed - before), round(resident_mb() - before))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    done = subprocess.run([sys.executable, "-c", FREES], capture_output=True, text=True, check=True, cwd=ROOT)
+    held_mb, left_mb = map(int, done.stdout.split())
+    assert held_mb > 60, "freed blocks between blocks in use: this C library keeps them, and the test means something"
+    assert left_mb < 20
+
+
 def test_only_what_is_used_up_is_a_sentence() -> None:
     assert why_scarce(OSError(errno.ENOENT, "x")) == ""
     assert why_scarce(OSError(errno.ENOSPC, "x", "/a/file")).startswith("/a/file: no space is left")
