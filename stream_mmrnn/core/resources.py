@@ -55,7 +55,7 @@ def why_scarce(error: OSError) -> str:
 def return_free_memory() -> None:
     """Give memory that was freed back to the system: glibc keeps what lies between blocks that are still in use.
 
-    It takes some milliseconds. With another C library it does nothing.
+    It takes up to a millisecond for each megabyte that is given back. With another C library it does nothing.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -172,8 +172,9 @@ class _Monitor:
 
     @staticmethod
     def _end_stuck(flag: StopFlag, twice: bool) -> None:
+        why = "a step of the model, or another operation, does not end; stopped without it"
         with suppress(OSError):
-            os.write(2, b"error: a step of the model, or another operation, does not end; stopped without it\n")
+            os.write(2, f"error: {why}\n".encode())
         flag.end(130 if twice else 1)
 
 

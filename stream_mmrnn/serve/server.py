@@ -37,7 +37,9 @@ _PROBE_EVERY_NS = 2_000_000_000
 """A client that has sessions and was sent nothing for so long is sent `alive`: the socket tells only then that it has
 disconnected."""
 _TRIM_EVERY_NS = 60_000_000_000
-"""How often memory that clients have left behind is given back to the system, while no tick waits."""
+_TRIM_AFTER = 1000
+"""Memory that clients have left behind is given back to the system at most so often, while no tick waits, and only after
+so many sessions: it delays what comes in that moment."""
 _OTHER_FILES = 64
 """Open files that are no connections: the model, libraries, sockets, states that are being written."""
 
@@ -134,7 +136,7 @@ class Server:
         `often` is called about once a second.
         """
         host, router = self.host, self._router
-        reported_ns, trimmed_ns = 0, now_ns()
+        reported_ns, trimmed_ns, trimmed_at = 0, now_ns(), 0
         while alive():
             self._receive(0 if host.ready else _IDLE_MS)
             at_ns = now_ns()
@@ -149,8 +151,10 @@ class Server:
                 self._probed_ns = at_ns
                 self._probe()
             if at_ns - trimmed_ns > _TRIM_EVERY_NS and not host.ready:
-                trimmed_ns = at_ns
-                return_free_memory()
+                opened = self.sessions.counts["opened"] + self.sessions.counts["resumed"]
+                if opened - trimmed_at >= _TRIM_AFTER:
+                    trimmed_ns, trimmed_at = at_ns, opened
+                    return_free_memory()
             if at_ns - reported_ns > _REPORT_EVERY_NS:
                 reported_ns = at_ns
                 often()

@@ -17,6 +17,7 @@ import pytest
 from msgspec.structs import replace
 from serving import running, settings_for
 
+from stream_mmrnn import Client
 from stream_mmrnn.bus import Dealer
 from stream_mmrnn.core import config
 from stream_mmrnn.core.clock import now_ns
@@ -185,6 +186,10 @@ def test_the_server_gives_memory_back_to_the_system(
 ) -> None:
     done = threading.Event()
     monkeypatch.setattr(server_module, "_TRIM_EVERY_NS", 1)
+    monkeypatch.setattr(server_module, "_TRIM_AFTER", 1)
     monkeypatch.setattr(server_module, "return_free_memory", done.set)
-    with running(settings_for(model, tmp_path)):
-        assert done.wait(20)
+    with running(settings_for(model, tmp_path)) as server, Client(server.address) as client:
+        with client.open("s"):
+            assert done.wait(20)
+        done.clear()
+        assert not done.wait(0.5), "no session was opened since"
