@@ -38,8 +38,8 @@ _PROBE_EVERY_NS = 2_000_000_000
 disconnected."""
 _TRIM_EVERY_NS = 60_000_000_000
 _TRIM_AFTER = 1000
-"""Memory that clients have left behind is given back to the system at most so often, while no tick waits, and only after
-so many sessions: it delays what comes in that moment."""
+"""Memory that clients have left behind is given back to the system at most so often, while no tick waits, and only
+after so many sessions: it delays what comes in that moment."""
 _OTHER_FILES = 64
 """Open files that are no connections: the model, libraries, sockets, states that are being written."""
 

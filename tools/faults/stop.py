@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT at seeded moments of start-up, run and shutdown, to the process and to its whole group."""
+"""SIGTERM, SIGINT and SIGHUP at seeded moments of start-up, run and shutdown, to the process and to its whole group."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ NOT_PROMISED = (
     ),
     "A second signal ends at once: a file that was being written ends where it is, and `verify` says so.",
 )
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _BOUND_S = 2.0
 _HANGS_S = 15.0
 _VERBS = {
@@ -80,7 +81,7 @@ class _Draw:
     def __call__(self) -> tuple[str, signal.Signals, bool]:
         n = self._number
         self._number += 1
-        return ("live", "record")[n % 2], (signal.SIGTERM, signal.SIGINT)[n // 2 % 2], bool(n // 4 % 2)
+        return ("live", "record")[n % 2], _SIGNALS[n // 2 % len(_SIGNALS)], bool(n // 4 % 2)
 
 
 def _name(verb: str, number: signal.Signals, group: bool, when: str) -> str:
