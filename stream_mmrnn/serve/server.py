@@ -1,11 +1,13 @@
 """Server: a session host behind a socket, in one process and one thread; ticks are stepped as soon as they arrive.
 
-A second thread writes states to disk. Knows nothing about terminals or signals.
+A second thread writes states to disk; the first does not wait for it while the server runs. Knows nothing about
+terminals or signals.
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -29,8 +31,12 @@ from stream_mmrnn.serve.sessions import Sessions
 
 _IDLE_MS = 5
 """After so long without a message, due states are saved and idle sessions evicted."""
+_WRITING_MS = 1
+"""The same, while somebody waits for a state to be written."""
 _AT_ONCE = 512
 """Messages that are read at most before a step."""
+_LAST = 65_536
+"""Messages that are read at most when the server ends."""
 _REPORT_EVERY_NS = 1_000_000_000
 _PROBE_EVERY_NS = 2_000_000_000
 """A client that has sessions and was sent nothing for so long is sent `alive`: the socket tells only then that it has
@@ -132,6 +138,7 @@ class Server:
                 self.sessions,
                 serve.queue,
                 peer_sessions=serve.client_slots,
+                slots=slots,
                 make_input=lambda session: SessionInput(spec, settings, session, must_save=True),
             )
             # a client may have every slot: then it gets all answers of two batches
@@ -156,14 +163,13 @@ class Server:
         host, router = self.host, self._router
         reported_ns = 0
         while alive():
-            self._receive(0 if host.ready else _IDLE_MS)
+            self._receive(0 if host.ready else _WRITING_MS if self.sessions.writing else _IDLE_MS)
             at_ns = now_ns()
             if host.ready:
                 host.step(at_ns)
                 self._send()
-            if not host.ready:
-                host.housekeeping(at_ns)
-                self._send()
+            host.housekeeping(at_ns)
+            self._send()
             self._report_states()
             if at_ns - self._probed_ns > _PROBE_EVERY_NS:
                 self._probed_ns = at_ns
@@ -171,7 +177,9 @@ class Server:
             if at_ns - reported_ns > _REPORT_EVERY_NS:
                 reported_ns = at_ns
                 often()
-        while (received := router.receive(0)) is not None:
+        for _ in range(_LAST):
+            if (received := router.receive(0)) is None:
+                break
             host.receive(*received, now_ns())
         host.leave(now_ns())
         self.unsaved = len(self.sessions)
@@ -198,9 +206,13 @@ class Server:
         self._failures, self._saved = failures, saved
 
     def _receive(self, timeout_ms: int) -> None:
-        """Read up to `_AT_ONCE` messages; waits for the first one."""
+        """Read up to `_AT_ONCE` messages; waits for the first one.
+
+        The socket gives those of its peers in turns: when one has had its share, all others that sent as much have.
+        """
         host, router = self.host, self._router
         garbage = host.counts["garbage"]
+        read: Counter[bytes] = Counter()
         for _ in range(_AT_ONCE):
             received = router.receive(timeout_ms)
             if received is None:
@@ -211,6 +223,9 @@ class Server:
                 garbage = host.counts["garbage"]
                 if self._rate_limiter(received[0].hex(), now_ns()):
                     self._say(f"the client {received[0].hex()} sent an invalid message ({garbage} by all so far)")
+            read[received[0]] += 1
+            if read[received[0]] >= host.share(received[0]):
+                break
         self._send()
 
     def _send(self) -> None:

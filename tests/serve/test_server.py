@@ -22,7 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import ROOT
-from serving import alone, features_of, running, settings_for, start, tick
+from serving import alone, features_of, running, settings_for, start, step_of, tick
 
 from stream_mmrnn import AsyncClient, Client
 from stream_mmrnn.bus import Dealer
@@ -78,19 +78,14 @@ def say(host: Host, request: protocol.Request, peer: bytes = b"a", at_ns: int = 
     host.receive(peer, protocol.encode(request), at_ns)
 
 
+def finish(host: Host) -> None:
+    while host.ready:
+        host.step(NOW)
+
+
 def replies_of(host: Host) -> list[tuple[bytes, protocol.Reply]]:
     out, host.out = host.out, []
     return [(peer, protocol.read_reply(protocol.encode(reply))) for peer, reply in out]
-
-
-def step_of(of: Tick) -> protocol.Step:
-    return protocol.Step(
-        session=of.session,
-        tick=of.index,
-        event_ns=of.event_ns,
-        features=tuple(of.features[m].tobytes() if of.present[m] else None for m in of.features),
-        age_ns=tuple(of.age_ns.values()),
-    )
 
 
 def bits(replies: list[tuple[bytes, protocol.Reply]]) -> list[tuple[str, int, tuple[bytes, ...]]]:
@@ -181,11 +176,15 @@ def test_a_token_takes_a_session_over_and_the_first_client_is_told(make: Make, t
     assert isinstance(ready, protocol.Ready)
     say(host, step_of(tick("s", 0)), b"a")
     say(host, protocol.Open(session="s", token=ready.token), b"b")
-    first, evicted, again = replies_of(host)
+    say(host, step_of(tick("s", 1)), b"a")  # too late: it comes after the other one's request
+    finish(host)
+    first, evicted, again, late = replies_of(host)
     assert isinstance(first[1], protocol.Pred), "an earlier tick is answered first"
     assert evicted[0] == b"a"
     assert evicted[1] == protocol.EvictedNow(session="s", token="", reason="taken", next=1)
     assert again == (b"b", protocol.Ready(session="s", token=ready.token, next=1, resumed=True))
+    assert late[0] == b"a"
+    assert isinstance(late[1], protocol.Refused)
     say(host, step_of(tick("s", 1)), b"a")
     [(_, refused)] = replies_of(host)
     assert isinstance(refused, protocol.Refused)
@@ -261,6 +260,7 @@ def test_a_flushed_state_is_on_disk_and_a_reset_one_is_new(make: Make, toy: Path
     say(host, protocol.Open(session="s"))
     say(host, step_of(tick("s", 0)))
     say(host, protocol.Flush(session="s"))
+    finish(host)
     ready, pred, flushed = (r for _, r in replies_of(host))
     assert isinstance(ready, protocol.Ready)
     assert isinstance(pred, protocol.Pred)
@@ -270,6 +270,7 @@ def test_a_flushed_state_is_on_disk_and_a_reset_one_is_new(make: Make, toy: Path
     assert kept.tick_index == 0
     say(host, step_of(tick("s", 1)))
     say(host, protocol.Reset(session="s"))
+    finish(host)
     kept = host.sessions.store.load("s", NOW)
     assert kept is not None, "after a crash, ticks are stepped on the state after the reset"
     assert (kept.tick_index, kept.state) == (1, {})
@@ -747,6 +748,9 @@ def test_a_server_without_its_folder_of_states_says_so_and_serves_on(toy: Path, 
             folder.rename(tmp_path / "kept")
             folder.write_text("in its place")
             assert server.sessions.sweep(NOW) == 0  # not an OSError that ends the server
+            end_ns = now_ns() + 5 * S
+            while not server.sessions.counts["unswept"] and now_ns() < end_ns:
+                time.sleep(0.01)
             assert server.sessions.counts["unswept"] == 1
             drive(session, [tick("s", 1)])
             with pytest.raises(StreamError, match="cannot be written to"):

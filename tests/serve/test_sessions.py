@@ -26,7 +26,8 @@ from stream_mmrnn.predict import arena
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.predict.sharded_engine import ShardedEngine
 from stream_mmrnn.predict.snapshots import Snapshot, StateStore
-from stream_mmrnn.serve.sessions import Notice, Sessions
+from stream_mmrnn.serve.open_sessions import Notice
+from stream_mmrnn.serve.sessions import Sessions
 from tools.faults import session_machine
 
 S = 1_000_000_000
