@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from stream_mmrnn.core import config
-from stream_mmrnn.core.errors import Evicted, SessionError, SnapshotError, UnknownSession
+from stream_mmrnn.core.errors import Evicted, SessionError, ShardDied, SnapshotError, UnknownSession
 from stream_mmrnn.predict.protocols import Engine
 from stream_mmrnn.predict.snapshots import NEVER, Snapshot
 from stream_mmrnn.serve.save_queue import SaveQueue, Told
@@ -86,6 +86,8 @@ class OpenSessions:
         self._states = SavedStates(store, wall_offset_ns)
         self._queue = SaveQueue(self._states, writer) if writer is not None else None
         self._look_ns = self._retry_ns = 0
+        self._lost: list[str] = []
+        """Sessions of a shard that was found dead while nothing was stepped."""
 
     def __contains__(self, session: str) -> bool:
         return session in self._live
@@ -229,6 +231,9 @@ class OpenSessions:
             try:
                 with self._counted():
                     queue.write(self._snapshot(session, live), live.token, now_ns)
+            except ShardDied as e:
+                self._lost += e.sessions
+                continue
             except SnapshotError as e:
                 self._retry_ns = now_ns + _RETRY_NS
                 for told in queue.answered(session):
@@ -306,15 +311,18 @@ class OpenSessions:
     def evict_idle(self, now_ns: int) -> list[Notice]:
         """Save and evict sessions that were idle for too long. One that cannot be saved stays open, and is counted.
 
-        With a writer they leave when they are written: `write_states` returns them.
+        With a writer they leave when they are written: `write_states` returns them. Sessions whose state died with a
+        shard while nothing was stepped are returned, too.
         """
+        lost, self._lost = self._lost, []
+        notices = [self.lose(session) for session in lost if session in self._live]
         idle = self.idle_for(self._idle_ns, now_ns)
         if self._queue is None:
-            return self._evict_all(idle, "idle", now_ns)
+            return notices + self._evict_all(idle, "idle", now_ns)
         for session in idle:
             if self._live[session].leaving is None:
                 self._leave_soon(session, self._live[session], "idle")
-        return []
+        return notices
 
     def idle_for(self, duration_ns: int, now_ns: int) -> list[str]:
         """Open sessions without a tick for longer than `duration_ns`."""

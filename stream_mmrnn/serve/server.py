@@ -131,6 +131,7 @@ class Server:
                 settings.state,
                 admission=settings.admission,
                 wall_offset_ns=wall_offset_ns(),
+                now_ns=now_ns(),
                 writer=writer,
             )
             spec = self.engine.spec
@@ -152,7 +153,7 @@ class Server:
     @property
     def capacity(self) -> int:
         """The most sessions that are admitted, as measured so far."""
-        found = self.sessions.admission.capacity() if self.sessions.admission is not None else None
+        found = self.sessions.admission.capacity(now_ns()) if self.sessions.admission is not None else None
         return min(self._slots, max(found, 1)) if found is not None else self._slots
 
     def run(self, alive: Callable[[], bool], often: Callable[[], None] = lambda: None) -> None:

@@ -22,13 +22,14 @@ from stream_mmrnn.core.errors import (
     Busy,
     DuplicateSession,
     SessionError,
+    ShardDied,
     UnknownSession,
 )
 from stream_mmrnn.core.types import MAX_TICK, Prediction, Tick
 from stream_mmrnn.predict.protocols import Engine
 from stream_mmrnn.predict.snapshots import NEVER, Snapshot
 from stream_mmrnn.serve.admission import Admission
-from stream_mmrnn.serve.measure import measure
+from stream_mmrnn.serve.measure import measure, measure_again
 from stream_mmrnn.serve.open_sessions import OpenSession, OpenSessions
 from stream_mmrnn.serve.saved_states import Store, same_token
 
@@ -58,12 +59,14 @@ class Sessions(OpenSessions):
         *,
         admission: config.AdmissionSettings | None = None,
         wall_offset_ns: int = 0,
+        now_ns: int = 0,
         make_token: Callable[[], str] = secrets.token_urlsafe,
         writer: Executor | None = None,
     ) -> None:
-        """`admission`: the engine is measured at once, and never given more sessions than it can serve in time; without
-        it, slots are the only limit. `wall_offset_ns` (`clock.wall_offset_ns`) converts `now_ns` to Unix time. With a
-        `writer` of one thread `save_soon` and `write_states` do not wait for the disk; shut it down after `leave`.
+        """`admission`: the engine is measured at once (`now_ns`), and never given more sessions than it can serve in
+        time; without it, slots are the only limit. `wall_offset_ns` (`clock.wall_offset_ns`) converts `now_ns` to Unix
+        time. With a `writer` of one thread `save_soon` and `write_states` do not wait for the disk; shut it down after
+        `leave`.
         """
         super().__init__(engine, store, settings, wall_offset_ns, writer)
         self._make_token = make_token
@@ -72,7 +75,7 @@ class Sessions(OpenSessions):
         self.admission: Admission | None = None
         if admission is not None:
             self.admission = Admission(engine.spec.tick_ns, admission.share)
-            measure(engine, self.admission)
+            measure(engine, self.admission, now_ns)
 
     # ---- opening -------------------------------------------------------------------------------------------------
 
@@ -161,7 +164,7 @@ class Sessions(OpenSessions):
     def _admit(self, session: str, now_ns: int) -> None:
         """Take a slot of the engine, or raise Busy with a hint."""
         why = ""
-        if self.admission is not None and self._live and not self.admission.admits(len(self._live) + 1):
+        if self._live and not self._in_time(len(self._live) + 1, now_ns):
             why = f"{len(self._live)} sessions are open, and one more could not be served in time"
         else:
             try:
@@ -172,6 +175,20 @@ class Sessions(OpenSessions):
             self.counts["busy"] += 1
             after_s = self._retry_after_s(now_ns)
             raise Busy(f"{why}; ask again in {after_s:.3g} s", after_s)
+
+    def _in_time(self, sessions: int, now_ns: int) -> bool:
+        """Whether so many sessions can be served in time, by no old measurement."""
+        admission = self.admission
+        if admission is None or admission.admits(sessions, now_ns):
+            return True
+        if not admission.is_stale(now_ns):
+            return False
+        try:
+            measure_again(self.engine, admission, now_ns)
+        except ShardDied as e:
+            self._lost += e.sessions
+            return False
+        return admission.admits(sessions, now_ns)
 
     def _retry_after_s(self, now_ns: int) -> float:
         """Until the next session would be evicted as idle, within bounds: others may close at any time."""
@@ -219,7 +236,7 @@ class Sessions(OpenSessions):
         predictions = self.engine.step(fit)
         self.counts["stepped"] += len(fit)
         if self.admission is not None:
-            self.admission.add(len(fit), predictions[-1].step_end_ns - predictions[0].step_start_ns)
+            self.admission.add(len(fit), predictions[-1].step_end_ns - predictions[0].step_start_ns, now_ns)
         return list(predictions)
 
     def _is_new(self, tick: Tick, now_ns: int) -> bool:
