@@ -1,6 +1,6 @@
 """OpenSessions: the open sessions of an engine, and how their states are saved: while they run, and as they leave.
 
-Without a writer thread a state is written at once, by the call that asks for it. With one no call waits for the disk:
+Without writer threads a state is written at once, by the call that asks for it. With one no call waits for the disk:
 who asks is told later, and a session keeps its slot until its state is written. Knows nothing about how sessions are
 opened and stepped.
 """

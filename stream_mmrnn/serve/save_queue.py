@@ -1,4 +1,4 @@
-"""SaveQueue: which session's state a writer thread writes next, and who is told when it is on disk.
+"""SaveQueue: which session's state is written next by threads, and who is told when it is on disk.
 
 A session has one write at a time. Whoever asks while one waits is told by that one, so any number of requests is one
 write. Three kinds take turns: what peers asked for (the peers in turns, too), sessions that leave their slot, and those
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor, Future
-from typing import TypeAlias
+from concurrent.futures import Executor, Future, wait
+from functools import partial
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -20,8 +21,8 @@ from stream_mmrnn.serve.saved_states import SavedStates
 
 Told: TypeAlias = Callable[[SnapshotError | None], None]
 """Called once: the state is on disk, or why it is not."""
-_AT_ONCE = 2
-"""States in the writer: one is written and one is ready; what waits in line is in nobody's turn."""
+WRITERS = 4
+"""States that are written at once: a file system syncs several files in hardly more time than one."""
 
 
 class Written(msgspec.Struct, frozen=True):
@@ -36,8 +37,10 @@ class SaveQueue:
     """`ask` and `leave` put sessions in, `take` says whose turn it is, `write` writes, `done` says what was written."""
 
     def __init__(self, states: SavedStates, writer: Executor) -> None:
-        """`writer`: of one thread, so that a session's states are written and removed in order."""
+        """`writer`: of `WRITERS` threads, which begin what they are given in order."""
         self._states, self._writer = states, writer
+        self._last: dict[str, Future[Any]] = {}
+        """By session, what the writer was given last: the next begins after that."""
         self._asked: dict[bytes, dict[str, None]] = {}
         """By peer, its sessions; the peer and the session whose turn is next are first."""
         self._told: dict[str, list[Told]] = {}
@@ -47,8 +50,8 @@ class SaveQueue:
         self._asked_by: dict[str, bytes] = {}
         self._kinds = [("asked", self._take_asked), ("leaving", self._take_leaving), ("due", self._take_due)]
         """In turns: the first is next."""
-        self._writing: dict[str, tuple[Future[object], list[Told]]] = {}
-        self._removing: list[tuple[Future[object], str, Callable[[], None]]] = []
+        self._writing: dict[str, tuple[Future[None], list[Told]]] = {}
+        self._removing: list[tuple[Future[None], str, Callable[[], None]]] = []
         self._removed: Counter[str] = Counter()
         """Sessions whose state is being removed."""
         self._sweep: Future[int] | None = None
@@ -60,7 +63,7 @@ class SaveQueue:
 
     @property
     def has_room(self) -> bool:
-        return len(self._writing) < _AT_ONCE
+        return len(self._writing) < WRITERS
 
     def is_writing(self, session: str) -> bool:
         return session in self._writing
@@ -155,8 +158,20 @@ class SaveQueue:
 
     def write(self, snapshot: Snapshot, token: str, now_ns: int) -> None:
         """Give a state to the writer; those who asked for it are told when it is done."""
-        writing: Future[object] = self._writer.submit(self._states.save, snapshot, token, now_ns)
-        self._writing[snapshot.session] = writing, self._told.pop(snapshot.session, [])
+        session = snapshot.session
+        writing = self._submit(session, partial(self._states.save, snapshot, token, now_ns))
+        self._writing[session] = writing, self._told.pop(session, [])
+
+    def _submit(self, session: str, call: Callable[[], None]) -> Future[None]:
+        before = self._last.get(session)
+
+        def after() -> None:
+            if before is not None:
+                wait([before])  # it was begun before this
+            call()
+
+        self._last[session] = future = self._writer.submit(after)
+        return future
 
     def answered(self, session: str) -> list[Told]:
         """The writer is not needed for this session; returns those who wait for its state, to be told."""
@@ -165,6 +180,7 @@ class SaveQueue:
 
     def done(self) -> list[Written]:
         """What the writer has done since the last call. Removals are told here."""
+        self._last = {session: future for session, future in self._last.items() if not future.done()}
         found = [self._finish(name) for name, (writing, _) in list(self._writing.items()) if writing.done()]
         if self._removing:
             over = [of for of in self._removing if of[0].done()]
@@ -195,7 +211,7 @@ class SaveQueue:
     def remove(self, session: str, told: Callable[[], None]) -> None:
         """Remove the session's state, after what is being written of it."""
         self._removed[session] += 1
-        self._removing.append((self._writer.submit(self._states.forget, session), session, told))
+        self._removing.append((self._submit(session, partial(self._states.forget, session)), session, told))
 
     def drain(self) -> None:
         """Wait for all removals."""

@@ -1,6 +1,6 @@
 """Server: a session host behind a socket, in one process and one thread; ticks are stepped as soon as they arrive.
 
-A second thread writes states to disk; the first does not wait for it while the server runs. Knows nothing about
+More threads write states to disk; the first does not wait for them while the server runs. Knows nothing about
 terminals or signals.
 """
 
@@ -25,6 +25,7 @@ from stream_mmrnn.core.latency import Histogram
 from stream_mmrnn.predict.sharded_engine import create
 from stream_mmrnn.predict.snapshots import StateStore
 from stream_mmrnn.serve import protocol
+from stream_mmrnn.serve.save_queue import WRITERS
 from stream_mmrnn.serve.session_host import Host
 from stream_mmrnn.serve.session_input import SessionInput
 from stream_mmrnn.serve.sessions import Sessions
@@ -38,9 +39,11 @@ _AT_ONCE = 512
 _LAST = 65_536
 """Messages that are read at most when the server ends."""
 _REPORT_EVERY_NS = 1_000_000_000
-_PROBE_EVERY_NS = 2_000_000_000
-"""A client that has sessions and was sent nothing for so long is sent `alive`: the socket tells only then that it has
-disconnected."""
+_PROBE_EVERY_NS = 500_000_000
+"""How often it is looked whether a client has disconnected. The socket says of which one when something is sent to it:
+then all that have sessions and were sent nothing for so long are sent `alive`."""
+_PROBES = 2
+"""After a client has disconnected: one that was sent something just before that is silent only the second time."""
 _OTHER_FILES = 64
 """Open files that are no connections: the model, libraries, sockets, states that are being written."""
 _MOST_FILES = 65_536
@@ -116,7 +119,7 @@ class Server:
         self._failing = False
         self._answered: set[bytes] = set()
         """Clients that were sent something since the last probe."""
-        self._probed_ns = 0
+        self._probed_ns = self._probes = 0
         with ExitStack() as stack:
             authenticator = KeyFolder(Path(serve.keys).expanduser()).authenticator() if serve.keys else None
             self.authenticator = authenticator
@@ -124,7 +127,7 @@ class Server:
             stack.enter_context(_lock(store.folder))
             self.engine = create(replace(settings.engine, slots=slots))
             stack.callback(self.engine.stop)
-            writer = stack.enter_context(ThreadPoolExecutor(1, "states"))
+            writer = stack.enter_context(ThreadPoolExecutor(WRITERS, "states"))
             self.sessions = Sessions(
                 self.engine,
                 store,
@@ -188,7 +191,13 @@ class Server:
         self._send()
 
     def _probe(self) -> None:
-        """Notice clients that have disconnected and were sent nothing."""
+        """Notice which clients have disconnected, where some have."""
+        if self._router.any_gone():
+            self._probes = _PROBES
+        if not self._probes:
+            self._answered.clear()
+            return
+        self._probes -= 1
         silent = [peer for peer in self.host.peers if peer not in self._answered]
         self._answered.clear()
         self.host.out += [(peer, protocol.Alive()) for peer in silent]

@@ -90,7 +90,7 @@ class Host:
     ) -> None:
         """`queue`: ticks of one session that may wait; one more is refused as `overrun`. `announced_queue`: what
         clients are told instead, where it is not 0. `make_input`: for raw sessions, which are refused without it.
-        `peer_sessions`: the most that one peer may have, where it is not 0.
+        `peer_sessions`: the most that one peer may have; if 0, as many as are free of `slots`, where that is not 0.
         """
         self.sessions = sessions
         self.out: list[tuple[Peer, protocol.Reply]] = []
@@ -99,7 +99,7 @@ class Host:
         """`messages`, `garbage`, `predictions`, `skipped`, `refused`, `overrun`, `taken`, `gone`."""
         self.waited, self.stepped = Histogram(), Histogram()
         """Time from receiving a tick until its step began; time of steps."""
-        self._queue, self._peer_sessions = queue, peer_sessions
+        self._queue, self._peer_sessions, self._slots = queue, peer_sessions, slots
         self._owner: dict[str, Peer] = {}
         self._of: dict[Peer, set[str]] = {}
         self._make_input = make_input
@@ -215,12 +215,8 @@ class Host:
             )
         if session in self.sessions and request.raw != (session in self._raw):
             raise SessionError(_RAW_AND_NOT.format(session))
-        mine = self._of.get(peer, set())
-        if session not in mine and 0 < self._peer_sessions <= len(mine):
-            raise Busy(
-                f"this client has {len(mine)} sessions, as many as one may have (serve.client_slots); close one first",
-                _PEER_RETRY_S,
-            )
+        if session not in self._of.get(peer, ()):
+            self._check_share(peer)
         opened = self.sessions.open(session, request.token, now_ns=now_ns)
         if session not in self._raw and (request.raw or RawSession.is_in(opened.extra)):
             self._begin_raw(request, opened, now_ns)
@@ -239,6 +235,18 @@ class Host:
             peer,
             protocol.Ready(session=session, token=opened.token, next=following, resumed=opened.resumed, at_ns=at_ns),
         )
+
+    def _check_share(self, peer: Peer) -> None:
+        """Raises Busy where a peer has as many sessions as one may have."""
+        mine, free = len(self._of.get(peer, ())), self._slots - len(self.sessions)
+        if 0 < self._peer_sessions <= mine:
+            why = f"this client has {mine} sessions, as many as one may have (serve.client_slots)"
+        elif self._slots and not self._peer_sessions and mine and mine >= free:
+            why = f"this client has {mine} sessions, and {free} slots are left for others (serve.client_slots)"
+        else:
+            return
+        self.sessions.counts["busy"] += 1
+        raise Busy(f"{why}; close one first", _PEER_RETRY_S)
 
     def _begin_raw(self, request: protocol.Open, opened: Opened, now_ns: int) -> None:
         """Make or restore the input of a raw session that was opened; where that fails, it is closed or evicted."""

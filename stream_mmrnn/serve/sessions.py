@@ -65,8 +65,8 @@ class Sessions(OpenSessions):
     ) -> None:
         """`admission`: the engine is measured at once (`now_ns`), and never given more sessions than it can serve in
         time; without it, slots are the only limit. `wall_offset_ns` (`clock.wall_offset_ns`) converts `now_ns` to Unix
-        time. With a `writer` of one thread `save_soon` and `write_states` do not wait for the disk; shut it down after
-        `leave`.
+        time. With a `writer` of `save_queue.WRITERS` threads `save_soon` and `write_states` do not wait for the disk;
+        shut it down after `leave`.
         """
         super().__init__(engine, store, settings, wall_offset_ns, writer)
         self._make_token = make_token

@@ -50,7 +50,7 @@ def settings_for(model: Path, states: Path, **serve: object) -> config.Settings:
             "engine": {"model": str(model)},
             "state": {"folder": str(states), "snapshot_every": 5},
             "admission": {"share": 1.0},
-            "serve": {"port": 0, "slots": 8, **serve},
+            "serve": {"port": 0, "slots": 8, "client_slots": serve.get("slots", 8), **serve},
         }
     )
 

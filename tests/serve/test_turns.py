@@ -130,6 +130,9 @@ class FloodedRouter:
             assert reply.reason == "leaving"
         return "sent"
 
+    def any_gone(self) -> bool:
+        return False
+
     def close(self) -> None:
         pass
 
