@@ -176,9 +176,9 @@ class OpenSessions:
         return self._queue is not None
 
     @property
-    def writing(self) -> bool:
-        """Whether the writer is at work; `write_states` then soon has more to tell."""
-        return self._queue is not None and self._queue.busy
+    def is_awaited(self) -> bool:
+        """Whether somebody waits for the writer; `write_states` then soon has something to tell."""
+        return self._queue is not None and self._queue.is_awaited
 
     def save_soon(self, session: str, *, now_ns: int, told: Told, peer: bytes = b"") -> None:
         """As `flush`, and `told` is called when the state is on disk: by `write_states`, or now where it is unchanged

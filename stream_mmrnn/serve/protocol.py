@@ -83,7 +83,8 @@ class PushSample(_Message, frozen=True, tag="push"):
 
 class Flush(_Message, frozen=True, tag="flush"):
     """Answered by `flushed` when all earlier messages are answered and the session's state, or a newer one, is on disk.
-    Later ticks may be answered before that."""
+    Later ticks may be answered before that.
+    """
 
     session: _Name
 

@@ -47,6 +47,8 @@ class SaveQueue:
         """Who waits for the next write of a session."""
         self._leaving: dict[str, None] = {}
         self._due: dict[str, None] = {}
+        self._routine = ""
+        """The newest one that was written because it was due."""
         self._asked_by: dict[str, bytes] = {}
         self._kinds = [("asked", self._take_asked), ("leaving", self._take_leaving), ("due", self._take_due)]
         """In turns: the first is next."""
@@ -57,9 +59,9 @@ class SaveQueue:
         self._sweep: Future[int] | None = None
 
     @property
-    def busy(self) -> bool:
-        """Whether the writer has work."""
-        return bool(self._writing or self._removing)
+    def is_awaited(self) -> bool:
+        """Whether somebody waits to be told."""
+        return bool(self._told or self._removing or any(told for _, told in self._writing.values()))
 
     @property
     def has_room(self) -> bool:
@@ -136,10 +138,13 @@ class SaveQueue:
         return None
 
     def _take_due(self, may: Callable[[str, str], bool]) -> str | None:
+        if self._routine in self._writing:
+            return None  # one at a time: nobody waits for it, and every thread delays steps a little
         while self._due:
             session = next(iter(self._due))
             if session not in self._writing and may(session, "due"):
                 self._had_turn(session)
+                self._routine = session
                 return session
             del self._due[session]  # it will be due again
         return None

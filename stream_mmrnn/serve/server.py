@@ -167,7 +167,7 @@ class Server:
         host, router = self.host, self._router
         reported_ns = 0
         while alive():
-            self._receive(0 if host.ready else _WRITING_MS if self.sessions.writing else _IDLE_MS)
+            self._receive(0 if host.ready else _WRITING_MS if self.sessions.is_awaited else _IDLE_MS)
             at_ns = now_ns()
             if host.ready:
                 host.step(at_ns)
