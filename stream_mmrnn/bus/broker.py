@@ -39,7 +39,7 @@ class Authenticator:
         """`secret`: the server's secret key."""
         self._secret, self._allowed = secret, allowed
         self._monitors: list[zmq.Socket[bytes]] = []
-        self.admitted = 0
+        self.admitted = self.disconnected = 0
         self.refused: dict[str, int] = {}
         """Refused connections by reason: `key_not_allowed` (unknown or removed), `no_key` (a client without CURVE),
         `wrong_server_key`, `unfinished` (the handshake was aborted). Each retry of a client counts."""
@@ -49,7 +49,9 @@ class Authenticator:
         socket.curve_server = True
         socket.curve_secretkey = self._secret.encode()
         socket.zap_domain = right.encode()
-        monitor: Any = socket.get_monitor_socket(sum(_REFUSALS) | zmq.Event.HANDSHAKE_SUCCEEDED)
+        # a socket has one monitor
+        events = sum(_REFUSALS) | zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
+        monitor: Any = socket.get_monitor_socket(events)
         self._monitors.append(monitor)
 
     def open(self, context: zmq.Context[zmq.Socket[bytes]], stop: threading.Event) -> threading.Thread:
@@ -89,6 +91,9 @@ class Authenticator:
         event = zmq.Event(message["event"])
         if event == zmq.Event.HANDSHAKE_SUCCEEDED:
             self.admitted += 1
+            return
+        if event == zmq.Event.DISCONNECTED:
+            self.disconnected += 1
             return
         reason = "wrong_server_key" if message["value"] == _WRONG_SERVER_KEY else _REFUSALS[event]
         self.refused[reason] = self.refused.get(reason, 0) + 1

@@ -212,7 +212,8 @@ class ServeSettings(_Section, frozen=True):
     slots: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 1024
     """Maximum number of sessions; `admission` admits no more than can be served in time."""
     client_slots: Annotated[int, msgspec.Meta(ge=0, le=65536)] = 0
-    """Maximum number of sessions of one client (connection); 0: as many as there are slots."""
+    """Maximum number of sessions of one client (connection); 0: as many as are free for others, so that one alone has
+    at most half of `slots`."""
     queue: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 256
     """Maximum number of ticks of one session that wait for their step. A client may leave as many messages unread, plus
     two for each of `slots`."""

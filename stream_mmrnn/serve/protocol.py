@@ -82,13 +82,15 @@ class PushSample(_Message, frozen=True, tag="push"):
 
 
 class Flush(_Message, frozen=True, tag="flush"):
-    """Answered by `flushed` when all earlier messages are answered and the session's state is on disk."""
+    """Answered by `flushed` when all earlier messages are answered and the session's state, or a newer one, is on disk.
+    Later ticks may be answered before that.
+    """
 
     session: _Name
 
 
 class Reset(_Message, frozen=True, tag="reset"):
-    """Start the session's state anew; tick indices continue. Answered by `done`."""
+    """Start the session's state anew; tick indices continue. Answered by `done` when that is on disk."""
 
     session: _Name
 
@@ -212,7 +214,7 @@ class EvictedNow(_Message, frozen=True, tag="evicted"):
 
 
 class Alive(_Message, frozen=True, tag="alive"):
-    """Sent without a request to a client that was sent nothing else for a while: whether it is there. It ignores it."""
+    """Sent without a request to silent clients when some client has disconnected: which one was it? It is ignored."""
 
 
 def welcome(spec: ModelSpec, queue: int) -> Welcome:

@@ -1,13 +1,12 @@
-"""SavedStates: the states of sessions in a store, each bound to its session's token, written now or by a writer thread.
+"""SavedStates: the states of sessions in a store, each bound to its session's token.
 
-Knows nothing about engines or which sessions are open.
+Knows nothing about engines, or which sessions are open.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-from concurrent.futures import Executor, Future
 from typing import Protocol
 
 from msgspec.structs import replace
@@ -34,10 +33,8 @@ class Store(Protocol):
 class SavedStates:
     """Times are `now_ns` of the monotonic clock; the store is given Unix time."""
 
-    def __init__(self, store: Store, wall_offset_ns: int, writer: Executor | None) -> None:
-        """`writer`: of one thread, for `submit`."""
-        self._store, self._offset_ns, self._writer = store, wall_offset_ns, writer
-        self._writing: dict[str, Future[object]] = {}
+    def __init__(self, store: Store, wall_offset_ns: int) -> None:
+        self._store, self._offset_ns = store, wall_offset_ns
 
     def holds(self, session: str, now_ns: int) -> bool:
         return self._store.holds(session, now_ns + self._offset_ns)
@@ -59,38 +56,13 @@ class SavedStates:
         snapshot = self.load(session, now_ns)
         return snapshot is not None and self.is_token(snapshot, token)
 
-    # ---- writing -------------------------------------------------------------------------------------------------
-
-    @property
-    def has_writer(self) -> bool:
-        return self._writer is not None
-
-    @property
-    def writing(self) -> int:
-        """How many states are in the writer."""
-        return len(self._writing)
-
     def save(self, snapshot: Snapshot, token: str, now_ns: int) -> None:
-        """Write a state now. Raises SnapshotError."""
+        """Write a state. Raises SnapshotError."""
         self._store.save(_bound(snapshot, token), now_ns + self._offset_ns)
 
-    def submit(self, snapshot: Snapshot, token: str, now_ns: int) -> None:
-        """Give a state to the writer."""
-        assert self._writer is not None
-        writing = self._writer.submit(self._store.save, _bound(snapshot, token), now_ns + self._offset_ns)
-        self._writing[snapshot.session] = writing
-
-    def written(self) -> list[str]:
-        """Sessions whose state the writer is done with; `finish` each."""
-        return [session for session, writing in self._writing.items() if writing.done()]
-
-    def finish(self, session: str) -> bool:
-        """Wait for the session's state in the writer, if there is one; whether there was. Raises SnapshotError."""
-        writing = self._writing.pop(session, None)
-        if writing is None:
-            return False
-        writing.result()
-        return True
+    def forget(self, session: str) -> None:
+        """Remove a session's state."""
+        self._store.forget(session)
 
 
 def _bound(snapshot: Snapshot, token: str) -> Snapshot:

@@ -1,11 +1,13 @@
 """Server: a session host behind a socket, in one process and one thread; ticks are stepped as soon as they arrive.
 
-A second thread writes states to disk. Knows nothing about terminals or signals.
+More threads write states to disk; the first does not wait for them while the server runs. Knows nothing about
+terminals or signals.
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -24,18 +26,25 @@ from stream_mmrnn.core.resources import need_files, return_free_memory
 from stream_mmrnn.predict.sharded_engine import create
 from stream_mmrnn.predict.snapshots import StateStore
 from stream_mmrnn.serve import protocol
+from stream_mmrnn.serve.save_queue import WRITERS
 from stream_mmrnn.serve.session_host import Host
 from stream_mmrnn.serve.session_input import SessionInput
 from stream_mmrnn.serve.sessions import Sessions
 
 _IDLE_MS = 5
 """After so long without a message, due states are saved and idle sessions evicted."""
+_WRITING_MS = 1
+"""The same, while somebody waits for a state to be written."""
 _AT_ONCE = 512
 """Messages that are read at most before a step."""
+_LAST = 65_536
+"""Messages that are read at most when the server ends."""
 _REPORT_EVERY_NS = 1_000_000_000
-_PROBE_EVERY_NS = 2_000_000_000
-"""A client that has sessions and was sent nothing for so long is sent `alive`: the socket tells only then that it has
-disconnected."""
+_PROBE_EVERY_NS = 500_000_000
+"""How often it is looked whether a client has disconnected. The socket says of which one when something is sent to it:
+then all that have sessions and were sent nothing for so long are sent `alive`."""
+_PROBES = 2
+"""After a client has disconnected: one that was sent something just before that is silent only the second time."""
 _TRIM_EVERY_NS = 60_000_000_000
 _TRIM_AFTER = 1000
 """Memory that clients have left behind is given back to the system at most so often, while no tick waits, and only
@@ -92,7 +101,7 @@ class Server:
         self._failing = False
         self._answered: set[bytes] = set()
         """Clients that were sent something since the last probe."""
-        self._probed_ns = 0
+        self._probed_ns = self._probes = 0
         with ExitStack() as stack:
             authenticator = KeyFolder(Path(serve.keys).expanduser()).authenticator() if serve.keys else None
             self.authenticator = authenticator
@@ -100,13 +109,14 @@ class Server:
             stack.enter_context(_lock(store.folder))
             self.engine = create(replace(settings.engine, slots=slots))
             stack.callback(self.engine.stop)
-            writer = stack.enter_context(ThreadPoolExecutor(1, "states"))
+            writer = stack.enter_context(ThreadPoolExecutor(WRITERS, "states"))
             self.sessions = Sessions(
                 self.engine,
                 store,
                 settings.state,
                 admission=settings.admission,
                 wall_offset_ns=wall_offset_ns(),
+                now_ns=now_ns(),
                 writer=writer,
             )
             spec = self.engine.spec
@@ -114,6 +124,7 @@ class Server:
                 self.sessions,
                 serve.queue,
                 peer_sessions=serve.client_slots,
+                slots=slots,
                 make_input=lambda session: SessionInput(spec, settings, session, must_save=True),
             )
             # a client may have every slot: then it gets all answers of two batches
@@ -127,7 +138,7 @@ class Server:
     @property
     def capacity(self) -> int:
         """The most sessions that are admitted, as measured so far."""
-        found = self.sessions.admission.capacity() if self.sessions.admission is not None else None
+        found = self.sessions.admission.capacity(now_ns()) if self.sessions.admission is not None else None
         return min(self._slots, max(found, 1)) if found is not None else self._slots
 
     def run(self, alive: Callable[[], bool], often: Callable[[], None] = lambda: None) -> None:
@@ -138,14 +149,13 @@ class Server:
         host, router = self.host, self._router
         reported_ns, trimmed_ns, trimmed_at = 0, now_ns(), 0
         while alive():
-            self._receive(0 if host.ready else _IDLE_MS)
+            self._receive(0 if host.ready else _WRITING_MS if self.sessions.is_awaited else _IDLE_MS)
             at_ns = now_ns()
             if host.ready:
                 host.step(at_ns)
                 self._send()
-            if not host.ready:
-                host.housekeeping(at_ns)
-                self._send()
+            host.housekeeping(at_ns)
+            self._send()
             self._report_states()
             if at_ns - self._probed_ns > _PROBE_EVERY_NS:
                 self._probed_ns = at_ns
@@ -158,7 +168,9 @@ class Server:
             if at_ns - reported_ns > _REPORT_EVERY_NS:
                 reported_ns = at_ns
                 often()
-        while (received := router.receive(0)) is not None:
+        for _ in range(_LAST):
+            if (received := router.receive(0)) is None:
+                break
             host.receive(*received, now_ns())
         host.leave(now_ns())
         self.unsaved = len(self.sessions)
@@ -166,7 +178,13 @@ class Server:
         self._send()
 
     def _probe(self) -> None:
-        """Notice clients that have disconnected and were sent nothing."""
+        """Notice which clients have disconnected, where some have."""
+        if self._router.any_gone():
+            self._probes = _PROBES
+        if not self._probes:
+            self._answered.clear()
+            return
+        self._probes -= 1
         silent = [peer for peer in self.host.peers if peer not in self._answered]
         self._answered.clear()
         self.host.out += [(peer, protocol.Alive()) for peer in silent]
@@ -185,9 +203,13 @@ class Server:
         self._failures, self._saved = failures, saved
 
     def _receive(self, timeout_ms: int) -> None:
-        """Read up to `_AT_ONCE` messages; waits for the first one."""
+        """Read up to `_AT_ONCE` messages; waits for the first one.
+
+        The socket gives those of its peers in turns: when one has had its share, all others that sent as much have.
+        """
         host, router = self.host, self._router
         garbage = host.counts["garbage"]
+        read: Counter[bytes] = Counter()
         for _ in range(_AT_ONCE):
             received = router.receive(timeout_ms)
             if received is None:
@@ -198,6 +220,9 @@ class Server:
                 garbage = host.counts["garbage"]
                 if self._rate_limiter(received[0].hex(), now_ns()):
                     self._say(f"the client {received[0].hex()} sent an invalid message ({garbage} by all so far)")
+            read[received[0]] += 1
+            if read[received[0]] >= host.share(received[0]):
+                break
         self._send()
 
     def _send(self) -> None:

@@ -2,17 +2,17 @@
 
 A peer is the transport's name for a client, as bytes. A session belongs to the peer that opened it, until the peer
 closes it or disconnects, or another peer opens it with its token. Each session has a queue of ticks, and `step` takes
-the oldest of each: a client that floods its queue delays others by at most one step. Knows nothing about transports.
+the oldest of each. Every other request has a cost, and each peer a budget between two steps (`turns`): a client that
+floods, with whatever request, delays others by at most its budget. Knows nothing about transports.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Collection
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import msgspec
-import numpy as np
 
 from stream_mmrnn.core.errors import (
     BadTick,
@@ -28,13 +28,15 @@ from stream_mmrnn.core.errors import (
     WireError,
 )
 from stream_mmrnn.core.latency import Histogram
-from stream_mmrnn.core.types import FEATURE_BOUND, FloatArray, Prediction, Stamps, Tick
+from stream_mmrnn.core.types import Prediction, Tick
 from stream_mmrnn.serve import protocol
+from stream_mmrnn.serve.open_sessions import Notice
 from stream_mmrnn.serve.raw_session import PendingPush, RawSession
 from stream_mmrnn.serve.session_input import SessionInput
-from stream_mmrnn.serve.sessions import Notice, Opened, Sessions
+from stream_mmrnn.serve.sessions import Opened, Sessions
+from stream_mmrnn.serve.step_reader import StepReader
+from stream_mmrnn.serve.turns import Peer, Put, Turns, cost_of
 
-Peer: TypeAlias = bytes
 ErrorName = Literal["unknown", "duplicate", "evicted", "bad_tick", "bad_message", "failed", "overrun"]
 
 _ERRORS: tuple[tuple[type[StreamError], ErrorName], ...] = (
@@ -47,6 +49,10 @@ _PEER_RETRY_S = 1.0
 """What a peer with too many sessions is told to wait."""
 _IDLE_CHECK_NS, _SWEEP_NS = 100_000_000, 60_000_000_000
 """How often idle sessions, and states on disk that are too old, are looked for."""
+_READ = 32
+"""Messages of a peer that are read at most between two steps, and one more for each of its sessions."""
+_AFTER_TICKS = (protocol.Flush, protocol.Reset, protocol.Close, protocol.Open)
+"""Requests that are handled after the ticks before them."""
 _SAVE_PUSHES = 100
 """The state of a raw session is saved after so many pushes, also where no tick came of them."""
 _RAW_AND_NOT = "session {!r} is of the other kind: one is opened for ticks, or raw for samples, and stays that"
@@ -55,6 +61,11 @@ _NOT_OWNER = "the session belongs to another connection; open it with its token 
 
 def _error_name(error: StreamError) -> ErrorName:
     return next((name for kind, name in _ERRORS if isinstance(error, kind)), "failed")
+
+
+def _number(request: protocol.Request) -> int:
+    """Of the tick or push that a message is about; -1 for none."""
+    return int(getattr(request, "tick", getattr(request, "push", -1)))
 
 
 class _Waiting(msgspec.Struct, gc=False):
@@ -75,10 +86,11 @@ class Host:
         announced_queue: int = 0,
         make_input: Callable[[str], SessionInput] | None = None,
         peer_sessions: int = 0,
+        slots: int = 0,
     ) -> None:
         """`queue`: ticks of one session that may wait; one more is refused as `overrun`. `announced_queue`: what
         clients are told instead, where it is not 0. `make_input`: for raw sessions, which are refused without it.
-        `peer_sessions`: the most that one peer may have, where it is not 0.
+        `peer_sessions`: the most that one peer may have; if 0, as many as are free of `slots`, where that is not 0.
         """
         self.sessions = sessions
         self.out: list[tuple[Peer, protocol.Reply]] = []
@@ -87,7 +99,7 @@ class Host:
         """`messages`, `garbage`, `predictions`, `skipped`, `refused`, `overrun`, `taken`, `gone`."""
         self.waited, self.stepped = Histogram(), Histogram()
         """Time from receiving a tick until its step began; time of steps."""
-        self._queue, self._peer_sessions = queue, peer_sessions
+        self._queue, self._peer_sessions, self._slots = queue, peer_sessions, slots
         self._owner: dict[str, Peer] = {}
         self._of: dict[Peer, set[str]] = {}
         self._make_input = make_input
@@ -96,10 +108,14 @@ class Host:
             sessions.extra_of = lambda session: self._raw[session].snapshot() if session in self._raw else {}
         self._waiting: dict[str, deque[_Waiting]] = {}
         """Only sessions with a waiting tick; the one that has waited longest is first."""
+        self._turns = Turns(queue + 2 * slots)
+        self._taking: dict[str, Peer] = {}
+        """Sessions that a peer takes over with their token when the ticks that wait are stepped; others' messages about
+        them wait for that."""
+        sessions.may_save = lambda session: session not in self._raw or session not in self._waiting
         self._idle_checked_ns = self._swept_ns = 0
         spec = sessions.engine.spec
-        self._sizes = [(m.name, m.size) for m in spec.modalities]
-        self._zeros: dict[str, FloatArray] = {name: np.zeros(size, np.float32) for name, size in self._sizes}
+        self._reader = StepReader(spec)
         self._heads = [h.name for h in spec.heads]
         self.welcome = protocol.welcome(spec, announced_queue or queue)
         self._answers: dict[type, Callable[..., None]] = {
@@ -119,13 +135,17 @@ class Host:
 
     @property
     def ready(self) -> bool:
-        """Whether a tick waits to be stepped."""
-        return bool(self._waiting)
+        """Whether something waits for `step`."""
+        return bool(self._waiting or self._turns)
+
+    def share(self, peer: Peer) -> int:
+        """How many messages of a peer are read at most between two steps."""
+        return _READ + len(self._of.get(peer, ()))
 
     # ---- requests ------------------------------------------------------------------------------------------------
 
     def receive(self, peer: Peer, content: bytes, now_ns: int) -> None:
-        """Handle one message of a peer: answer it, or queue its tick."""
+        """Take one message of a peer: queue its tick, answer it, or let it wait for its turn."""
         self.counts["messages"] += 1
         try:
             request = protocol.read_request(content)
@@ -133,17 +153,41 @@ class Host:
             self.counts["garbage"] += 1
             self._send(peer, protocol.Refused(error="bad_message", why=str(e)[:500]))
             return
-        self.handle(peer, request, now_ns)
+        session = getattr(request, "session", "")
+        put = Put(peer, session, request, len(content), now_ns)
+        if not self._turns.has(peer, session) and self._can(put) and self._turns.pay(peer, cost_of(request)):
+            self._answer(put)
+        elif not self._turns.put_off(put):
+            self.counts["overrun"] += 1
+            why = "too many messages of this client wait already; read their answers first"
+            self._send(peer, protocol.Refused(error="overrun", why=why, session=session, tick=_number(request)))
 
     def handle(self, peer: Peer, request: protocol.Request, now_ns: int) -> None:
-        """Handle one decoded message."""
-        if isinstance(request, protocol.Flush | protocol.Reset | protocol.Close | protocol.Open):
-            self._finish(request.session, now_ns)
+        """Handle one decoded message at once, after the ticks before it."""
+        if isinstance(request, _AFTER_TICKS):
+            while request.session in self._waiting:
+                self.step(now_ns)
+        self._answer(Put(peer, getattr(request, "session", ""), request, 0, now_ns))
+
+    def _can(self, put: Put) -> bool:
+        """Whether a message can be handled now: some come after the session's ticks that wait."""
+        session = put.session
+        if self._taking and self._taking.get(session, put.peer) != put.peer:
+            return False
+        if session not in self._waiting or not isinstance(put.request, _AFTER_TICKS):
+            return True
+        if self._owner.get(session) == put.peer:
+            return False
+        if isinstance(put.request, protocol.Open) and self.sessions.has_token(session, put.request.token):
+            self._taking.setdefault(session, put.peer)
+            return False
+        return True  # it will be refused
+
+    def _answer(self, put: Put) -> None:
         try:
-            self._answers[type(request)](peer, request, now_ns)
+            self._answers[type(put.request)](put.peer, put.request, put.received_ns)
         except StreamError as e:
-            number = getattr(request, "tick", getattr(request, "push", -1))
-            self._refuse(peer, e, getattr(request, "session", ""), number)
+            self._refuse(put.peer, e, put.session, _number(put.request))
 
     def _send(self, peer: Peer, reply: protocol.Reply) -> None:
         self.out.append((peer, reply))
@@ -164,18 +208,15 @@ class Host:
 
     def _open(self, peer: Peer, request: protocol.Open, now_ns: int) -> None:
         session = request.session
+        self._taking.pop(session, None)
         if request.raw and self._make_input is None:
             raise SessionError(
                 "a cluster serves no raw sessions; make features with Predictor's encoders, or use serve"
             )
         if session in self.sessions and request.raw != (session in self._raw):
             raise SessionError(_RAW_AND_NOT.format(session))
-        mine = self._of.get(peer, set())
-        if session not in mine and 0 < self._peer_sessions <= len(mine):
-            raise Busy(
-                f"this client has {len(mine)} sessions, as many as one may have (serve.client_slots); close one first",
-                _PEER_RETRY_S,
-            )
+        if session not in self._of.get(peer, ()):
+            self._check_share(peer)
         opened = self.sessions.open(session, request.token, now_ns=now_ns)
         if session not in self._raw and (request.raw or RawSession.is_in(opened.extra)):
             self._begin_raw(request, opened, now_ns)
@@ -194,6 +235,18 @@ class Host:
             peer,
             protocol.Ready(session=session, token=opened.token, next=following, resumed=opened.resumed, at_ns=at_ns),
         )
+
+    def _check_share(self, peer: Peer) -> None:
+        """Raises Busy where a peer has as many sessions as one may have."""
+        mine, free = len(self._of.get(peer, ())), self._slots - len(self.sessions)
+        if 0 < self._peer_sessions <= mine:
+            why = f"this client has {mine} sessions, as many as one may have (serve.client_slots)"
+        elif self._slots and not self._peer_sessions and mine and mine >= free:
+            why = f"this client has {mine} sessions, and {free} slots are left for others (serve.client_slots)"
+        else:
+            return
+        self.sessions.counts["busy"] += 1
+        raise Busy(f"{why}; close one first", _PEER_RETRY_S)
 
     def _begin_raw(self, request: protocol.Open, opened: Opened, now_ns: int) -> None:
         """Make or restore the input of a raw session that was opened; where that fails, it is closed or evicted."""
@@ -221,7 +274,7 @@ class Host:
             why = f"{self._queue} ticks of session {session!r} wait already; send no faster than the model's tick"
             self._send(peer, protocol.Refused(error="overrun", why=why, session=session, tick=request.tick))
             return
-        tick = self._tick(request, now_ns)
+        tick = self._reader.read(request, now_ns)
         if waiting is None:
             waiting = self._waiting[session] = deque()
         waiting.append(_Waiting(peer, tick, now_ns))
@@ -271,39 +324,12 @@ class Host:
                 raise UnknownSession(_NOT_OWNER)
             raise self.sessions.missing(session, now_ns)
 
-    def _tick(self, request: protocol.Step, now_ns: int) -> Tick:
-        """The tick of a message; raises BadTick where it does not fit the model."""
-        expected = len(self._sizes)
-        if len(request.features) != expected or len(request.age_ns) not in (0, expected):
-            raise BadTick(
-                f"tick {request.tick} of session {request.session!r}: expected {expected} vectors and as many ages or "
-                f"none, got {len(request.features)} and {len(request.age_ns)}"
-            )
-        features, present, age_ns = {}, {}, {}
-        for i, (name, size) in enumerate(self._sizes):
-            content = request.features[i]
-            if content is not None and len(content) != 4 * size:
-                raise BadTick(
-                    f"tick {request.tick} of session {request.session!r}: expected {size} float32 ({4 * size} bytes) "
-                    f"as {name}, got {len(content)} bytes"
-                )
-            here = content is not None
-            vector = np.frombuffer(content, "<f4") if content is not None else self._zeros[name]
-            if here and not (np.absolute(vector) < FEATURE_BOUND).all():
-                raise BadTick(
-                    f"tick {request.tick} of session {request.session!r}: {name} holds a number that is not finite or "
-                    f"not below {FEATURE_BOUND:g}; send it without this value, or without {name}"
-                )
-            features[name], present[name] = vector, here
-            age_ns[name] = request.age_ns[i] if request.age_ns else (0 if here else -1)
-        closed = Stamps(request.event_ns, request.event_ns, request.event_ns, now_ns, "serve")
-        return Tick(request.session, request.tick, request.event_ns, features, present, age_ns, closed)
-
     def _flush(self, peer: Peer, request: protocol.Flush, now_ns: int) -> None:
-        self._check_owner(peer, request.session, now_ns)
-        following = self.sessions.flush(request.session, now_ns=now_ns)
-        raw = self._raw.get(request.session)
-        self._send(peer, protocol.Flushed(session=request.session, next=following if raw is None else raw.next))
+        session = request.session
+        self._check_owner(peer, session, now_ns)
+        raw = self._raw.get(session)
+        following = self.sessions.next_index(session) if raw is None else raw.next
+        self._save_then(peer, protocol.Flushed(session=session, next=following), now_ns)
 
     def _reset(self, peer: Peer, request: protocol.Reset, now_ns: int) -> None:
         self._check_owner(peer, request.session, now_ns)
@@ -311,16 +337,28 @@ class Host:
             raise SessionError(f"session {request.session!r} is raw and has no reset; close it and open another one")
         self.sessions.reset(request.session, now_ns=now_ns)
         # ticks that are sent again after a crash must not be stepped on the state before the reset
-        self.sessions.flush(request.session, now_ns=now_ns)
-        self._send(peer, protocol.Done(session=request.session))
+        self._save_then(peer, protocol.Done(session=request.session), now_ns)
+
+    def _save_then(self, peer: Peer, reply: protocol.Flushed | protocol.Done, now_ns: int) -> None:
+        """Answer when the session's present state, or a newer one, is on disk."""
+
+        def told(error: SnapshotError | None) -> None:
+            if error is None:
+                self._send(peer, reply)
+            else:
+                self._refuse(peer, error, reply.session, -1)
+
+        self.sessions.save_soon(reply.session, now_ns=now_ns, told=told, peer=peer)
 
     def _close(self, peer: Peer, request: protocol.Close, now_ns: int) -> None:
-        if request.session in self.sessions:
-            self._check_owner(peer, request.session, now_ns)
-        self.sessions.close(request.session, request.token, now_ns=now_ns)
-        self.disown(request.session)
-        self._raw.pop(request.session, None)
-        self._send(peer, protocol.Done(session=request.session))
+        session = request.session
+        if session in self.sessions:
+            self._check_owner(peer, session, now_ns)
+        self.sessions.close(
+            session, request.token, now_ns=now_ns, told=lambda: self._send(peer, protocol.Done(session=session))
+        )
+        self.disown(session)
+        self._raw.pop(session, None)
 
     def own(self, session: str, peer: Peer) -> None:
         """Make this peer the owner of a session."""
@@ -331,25 +369,26 @@ class Host:
         """The peer that owns a session; b"" for none."""
         return self._owner.get(session, b"")
 
-    def disown(self, session: str) -> None:
-        """Take a session from its owner, and drop its waiting ticks."""
+    def disown(self, session: str, drop: bool = True) -> None:
+        """Take a session from its owner, and drop its waiting ticks, if so asked."""
         peer = self._owner.pop(session, None)
         if peer is not None:
             of = self._of[peer]
             of.discard(session)
             if not of:
                 del self._of[peer]
-        self._waiting.pop(session, None)
+        if drop:
+            self._waiting.pop(session, None)
 
     # ---- stepping ------------------------------------------------------------------------------------------------
 
-    def _finish(self, session: str, now_ns: int) -> None:
-        """Step all waiting ticks of a session: a request comes after the ticks before it."""
-        while session in self._waiting:
-            self.step(now_ns)
-
     def step(self, now_ns: int) -> int:
-        """Step the oldest tick of each session that has one, as one batch; how many."""
+        """Handle the messages whose turn it is; step the oldest tick of each session that has one, as one batch; how
+        many ticks.
+        """
+        if self._turns:
+            for put in self._turns.due(self._can):
+                self._answer(put)
         taken: list[_Waiting] = []
         for session in list(self._waiting):
             waiting = self._waiting[session]
@@ -417,8 +456,8 @@ class Host:
             tick=index,
             event_ns=event_ns,
             heads=tuple(prediction.heads[name].astype("<f4", copy=False).tobytes() for name in self._heads),
-            present=tuple(tick.present[name] for name, _ in self._sizes),
-            age_ns=tuple(tick.age_ns[name] for name, _ in self._sizes),
+            present=tuple(tick.present[name] for name in self._reader.names),
+            age_ns=tuple(tick.age_ns[name] for name in self._reader.names),
             waited_ns=waited_ns,
             step_ns=prediction.step_end_ns - prediction.step_start_ns,
             model=prediction.model,
@@ -427,12 +466,24 @@ class Host:
     # ---- housekeeping --------------------------------------------------------------------------------------------
 
     def housekeeping(self, now_ns: int) -> None:
-        """While no tick waits: save a state that is due, evict idle sessions, delete states that are too old."""
-        self.sessions.save(now_ns)
+        """Save states that are due, evict idle sessions, delete states that are too old.
+
+        Where the sessions have no writer, call it while no tick waits: it waits for the disk.
+        """
+        if not self._turns:
+            self._turns.begin_batch()
+        self.write_states(now_ns)
         self.evict_idle(now_ns)
         if now_ns - self._swept_ns > _SWEEP_NS:
             self._swept_ns = now_ns
             self.sessions.sweep(now_ns)
+
+    def write_states(self, now_ns: int) -> None:
+        """Answer those whose state is written, and have the next ones written."""
+        if not self.sessions.has_writer:
+            self.sessions.save(now_ns)
+        for notice in self.sessions.write_states(now_ns):
+            self._notify(notice)
 
     def evict_idle(self, now_ns: int) -> None:
         """Evict sessions that have been idle for too long, and tell their peers. Call it often: it is rate-limited."""
@@ -443,16 +494,21 @@ class Host:
 
     def gone(self, peer: Peer, now_ns: int) -> int:
         """A peer has disconnected: save and evict its sessions; returns how many it had."""
+        self._turns.forget(peer)
+        for session in [session for session, by in self._taking.items() if by == peer]:
+            del self._taking[session]
         sessions = list(self._of.get(peer, ()))
         for session in sessions:
-            if session in self._raw:
-                self._finish(session, now_ns)  # its input is ahead of the engine by the ticks that wait
-            self.disown(session)
+            # the input of a raw session is ahead of the engine by the ticks that wait: they are stepped
+            self.disown(session, drop=session not in self._raw)
+            while session in self._waiting and not self.sessions.has_writer:
+                self.step(now_ns)
             try:
-                self.sessions.cancel(session, now_ns=now_ns)
+                notice = self.sessions.cancel_soon(session, now_ns=now_ns)
             except (SessionError, SnapshotError):
                 continue  # counted there; a session that cannot be saved stays open until it is idle
-            self._raw.pop(session, None)
+            if notice is not None:
+                self._notify(notice)
         self.counts["gone"] += bool(sessions)
         return len(sessions)
 

@@ -8,12 +8,10 @@ about sockets or clients.
 
 from __future__ import annotations
 
-import contextlib
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from typing import Literal, TypeAlias
 
 import msgspec
 import numpy as np
@@ -23,20 +21,17 @@ from stream_mmrnn.core.errors import (
     BadTick,
     Busy,
     DuplicateSession,
-    Evicted,
     SessionError,
-    SnapshotError,
+    ShardDied,
     UnknownSession,
 )
 from stream_mmrnn.core.types import MAX_TICK, Prediction, Tick
 from stream_mmrnn.predict.protocols import Engine
 from stream_mmrnn.predict.snapshots import NEVER, Snapshot
 from stream_mmrnn.serve.admission import Admission
-from stream_mmrnn.serve.measure import measure
-from stream_mmrnn.serve.saved_states import SavedStates, Store, same_token
-
-Reason: TypeAlias = Literal["idle", "cancelled", "leaving", "lost"]
-"""Why a session lost its slot: it was idle, its peer disconnected, the engine stops, or a shard died."""
+from stream_mmrnn.serve.measure import measure, measure_again
+from stream_mmrnn.serve.open_sessions import OpenSession, OpenSessions
+from stream_mmrnn.serve.saved_states import Store, same_token
 
 
 class Opened(msgspec.Struct, frozen=True):
@@ -53,28 +48,7 @@ class Opened(msgspec.Struct, frozen=True):
     """What its saved state holds beside the engine's tensors, where it was evicted."""
 
 
-class Notice(msgspec.Struct, frozen=True):
-    """A session has lost its slot. Its state is on disk, and its token opens it again until that expires."""
-
-    session: str
-    token: str
-    reason: Reason
-    next_index: int
-
-
-class _Live(msgspec.Struct):
-    """An open session."""
-
-    token: str
-    active_ns: int
-    """When it last had a tick, or was opened."""
-    last: int = NEVER
-    """Index of its newest tick."""
-    unsaved: int = -1
-    """Ticks since its newest snapshot; -1 where it has none."""
-
-
-class Sessions:
+class Sessions(OpenSessions):
     """Open sessions of one engine, and evicted ones in its store. One store belongs to one engine."""
 
     def __init__(
@@ -85,44 +59,23 @@ class Sessions:
         *,
         admission: config.AdmissionSettings | None = None,
         wall_offset_ns: int = 0,
+        now_ns: int = 0,
         make_token: Callable[[], str] = secrets.token_urlsafe,
         writer: Executor | None = None,
     ) -> None:
-        """`admission`: the engine is measured at once, and never given more sessions than it can serve in time; without
-        it, slots are the only limit. `wall_offset_ns` (`clock.wall_offset_ns`) converts `now_ns` to Unix time. With a
-        `writer` of one thread `save` does not wait for the disk; shut it down after `leave`.
+        """`admission`: the engine is measured at once (`now_ns`), and never given more sessions than it can serve in
+        time; without it, slots are the only limit. `wall_offset_ns` (`clock.wall_offset_ns`) converts `now_ns` to Unix
+        time. With a `writer` of `save_queue.WRITERS` threads `save_soon` and `write_states` do not wait for the disk;
+        shut it down after `leave`.
         """
-        self.engine, self.store, self.settings = engine, store, settings
-        self.counts = {
-            **dict.fromkeys(("opened", "resumed", "closed", "evicted", "lost", "stepped", "duplicates", "stale"), 0),
-            **dict.fromkeys(("skipped", "busy", "unknown", "duplicate", "evicted_asked", "bad_ticks"), 0),
-            **dict.fromkeys(("saved", "unsaved", "unswept"), 0),
-        }
-        """`duplicates`: repeated newest ticks, `stale`: older ones; neither was stepped. `skipped`: indices that were
-        left out. `busy`, `unknown`, `duplicate`, `evicted_asked`: refusals. `unsaved`: states that could not be
-        written; such a session is not evicted. `unswept`: times that expired states could not be removed. `lost`:
-        sessions of a shard that died."""
-        self.extra_of: Callable[[str], dict[str, bytes | str]] = lambda session: {}
-        """What the state of a session holds beside the engine's tensors; raises SnapshotError."""
-        self.last_problem = ""
-        """Why the newest state could not be written, or expired ones not be removed."""
-        self._idle_ns = round(settings.idle_s * 1e9)
+        super().__init__(engine, store, settings, wall_offset_ns, writer)
         self._make_token = make_token
-        self._live: dict[str, _Live] = {}
-        self._states = SavedStates(store, wall_offset_ns, writer)
         self._sizes = tuple((m.name, (m.size,)) for m in engine.spec.modalities)
         self._retry = admission or config.AdmissionSettings()
         self.admission: Admission | None = None
         if admission is not None:
             self.admission = Admission(engine.spec.tick_ns, admission.share)
-            measure(engine, self.admission)
-
-    def __contains__(self, session: str) -> bool:
-        return session in self._live
-
-    def __len__(self) -> int:
-        """How many sessions are open."""
-        return len(self._live)
+            measure(engine, self.admission, now_ns)
 
     # ---- opening -------------------------------------------------------------------------------------------------
 
@@ -142,24 +95,30 @@ class Sessions:
             raise SessionError(f"a session cannot be called {session[:80]!r}; expected {topics.SESSION_NAME}")
         live = self._live.get(session)
         if live is not None:
-            if token is None or not same_token(token, live.token):
+            if not self.has_token(session, token):
                 self.counts["duplicate"] += 1
                 raise DuplicateSession(f"session {session!r} is open already; give its token, or take another name")
             live.active_ns = now_ns
+            self._stay(session, live)
             return Opened(session, live.token, live.last + 1, live.last != NEVER)
         snapshot = None
         if token is not None:
             snapshot = self._load(session, token, now_ns)
-        elif self._states.holds(session, now_ns):
-            raise self._evicted(session)
+        elif self._is_kept(session, now_ns):
+            raise self._evicted_error(session)
         self._admit(session, now_ns)
         if snapshot is None:
-            self._live[session] = live = _Live(self._make_token(), now_ns)
+            self._live[session] = live = OpenSession(self._make_token(), now_ns)
             self.counts["opened"] += 1
             return Opened(session, live.token, 0, False)
         assert token is not None
         self._restore(snapshot, token, now_ns)
         return Opened(session, token, snapshot.tick_index + 1, True, snapshot.extra)
+
+    def has_token(self, session: str, token: str | None) -> bool:
+        """Whether a session is open, and this is its token."""
+        live = self._live.get(session)
+        return live is not None and token is not None and same_token(token, live.token)
 
     def adopt(self, snapshot: Snapshot, token: str, *, now_ns: int) -> None:
         """Continue a session that was open on another engine, without a request of its client.
@@ -181,16 +140,8 @@ class Sessions:
         except BaseException:
             self.engine.close(snapshot.session)
             raise
-        self._live[snapshot.session] = _Live(token, now_ns, snapshot.tick_index, 0)
+        self._live[snapshot.session] = OpenSession(token, now_ns, snapshot.tick_index, 0, stored=True)
         self.counts["resumed"] += 1
-
-    def drop(self, session: str) -> bool:
-        """Forget a session without saving it: another engine has it now. Returns whether it was open."""
-        if self._live.pop(session, None) is None:
-            return False
-        self._settle(session)
-        self.engine.close(session)
-        return True
 
     def _other_model(self, snapshot: Snapshot) -> SessionError:
         return SessionError(
@@ -200,12 +151,12 @@ class Sessions:
 
     def _load(self, session: str, token: str, now_ns: int) -> Snapshot:
         """Load the state of a session, if this is its token."""
-        snapshot = self._states.load(session, now_ns)
+        snapshot = self._kept(session, now_ns)
         if snapshot is None:
             self.counts["unknown"] += 1
             raise UnknownSession(f"no state of session {session!r} is kept (any more); open it without a token")
         if not self._states.is_token(snapshot, token):
-            raise self._evicted(session)
+            raise self._evicted_error(session)
         if snapshot.model_sha256 != self.engine.spec.sha256:
             raise self._other_model(snapshot)
         return snapshot
@@ -213,7 +164,7 @@ class Sessions:
     def _admit(self, session: str, now_ns: int) -> None:
         """Take a slot of the engine, or raise Busy with a hint."""
         why = ""
-        if self.admission is not None and self._live and not self.admission.admits(len(self._live) + 1):
+        if self._live and not self._in_time(len(self._live) + 1, now_ns):
             why = f"{len(self._live)} sessions are open, and one more could not be served in time"
         else:
             try:
@@ -224,6 +175,20 @@ class Sessions:
             self.counts["busy"] += 1
             after_s = self._retry_after_s(now_ns)
             raise Busy(f"{why}; ask again in {after_s:.3g} s", after_s)
+
+    def _in_time(self, sessions: int, now_ns: int) -> bool:
+        """Whether so many sessions can be served in time, by no old measurement."""
+        admission = self.admission
+        if admission is None or admission.admits(sessions, now_ns):
+            return True
+        if not admission.is_stale(now_ns):
+            return False
+        try:
+            measure_again(self.engine, admission, now_ns)
+        except ShardDied as e:
+            self._lost += e.sessions
+            return False
+        return admission.admits(sessions, now_ns)
 
     def _retry_after_s(self, now_ns: int) -> float:
         """Until the next session would be evicted as idle, within bounds: others may close at any time."""
@@ -271,13 +236,15 @@ class Sessions:
         predictions = self.engine.step(fit)
         self.counts["stepped"] += len(fit)
         if self.admission is not None:
-            self.admission.add(len(fit), predictions[-1].step_end_ns - predictions[0].step_start_ns)
+            self.admission.add(len(fit), predictions[-1].step_end_ns - predictions[0].step_start_ns, now_ns)
         return list(predictions)
 
     def _is_new(self, tick: Tick, now_ns: int) -> bool:
         """Whether the tick is newer than all of its session; marks it as seen."""
         live = self._live[tick.session]
         live.active_ns = now_ns
+        if live.leaving == "idle":
+            self._stay(tick.session, live)
         if tick.index <= live.last:
             self.counts["duplicates" if tick.index == live.last else "stale"] += 1
             return False
@@ -291,6 +258,8 @@ class Sessions:
         """A session is not idle, though no tick came of it; `due`: its state is to be saved soon."""
         live = self._live[session]
         live.active_ns = now_ns
+        if live.leaving == "idle":
+            self._stay(session, live)
         if due and self.settings.snapshot_every:
             live.unsaved = max(live.unsaved, self.settings.snapshot_every) if live.unsaved >= 0 else live.unsaved
 
@@ -327,170 +296,39 @@ class Sessions:
         """Start the session's state anew; tick indices continue. Raises UnknownSession or Evicted."""
         live = self._find(session, now_ns)
         live.active_ns, live.unsaved = now_ns, -1
+        self._stay(session, live)
         self.engine.reset(session)
 
-    # ---- closing and eviction ------------------------------------------------------------------------------------
+    # ---- closing -------------------------------------------------------------------------------------------------
 
-    def close(self, session: str, token: str | None = None, *, now_ns: int) -> None:
-        """End a session: free its slot and delete its state. For an evicted session its token is needed.
+    def close(
+        self, session: str, token: str | None = None, *, now_ns: int, told: Callable[[], None] = lambda: None
+    ) -> None:
+        """End a session: free its slot and delete its state, then call `told`: now, or with a writer when that is done
+        (by `write_states`). For an evicted session its token is needed.
 
         Raises:
             UnknownSession: it is not open, and no state of it is kept.
             Evicted: it is not open, and the token is not its token.
 
         """
-        self._settle(session)
-        if self._live.pop(session, None) is not None:
+        live = self._live.pop(session, None)
+        if live is not None:
             self.engine.close(session)
-        elif token is None or not self._states.owns(session, token, now_ns):
+        elif token is None or not self._owns(session, token, now_ns):
             raise self.missing(session, now_ns)
-        self.store.forget(session)
         self.counts["closed"] += 1
+        self._forget(session, live, told)
 
-    def cancel(self, session: str, *, now_ns: int) -> Notice:
-        """Save and evict a session now, because its peer disconnected.
+    def _owns(self, session: str, token: str, now_ns: int) -> bool:
+        """Whether a state of the session is kept, and this is its token."""
+        snapshot = self._kept(session, now_ns)
+        return snapshot is not None and self._states.is_token(snapshot, token)
 
-        Raises:
-            UnknownSession, Evicted: it is not open.
-            SnapshotError: its state cannot be written; it stays open.
-
-        """
-        return self._evict(session, self._find(session, now_ns), "cancelled", now_ns)
-
-    def lose(self, session: str) -> Notice:
-        """A shard died with the session's state: free the slot, and keep what is on disk."""
-        live = self._live.pop(session)
-        self._settle(session)
+    def drop(self, session: str) -> bool:
+        """Forget a session without saving it: another engine has it now. Returns whether it was open."""
+        if self._live.pop(session, None) is None:
+            return False
+        self._abandon(session, "another engine has it")
         self.engine.close(session)
-        self.counts["lost"] += 1
-        return Notice(session, live.token, "lost", 0)
-
-    def evict_idle(self, now_ns: int) -> list[Notice]:
-        """Save and evict sessions that were idle for too long. One that cannot be saved stays open, and is counted."""
-        return self._evict_all(self.idle_for(self._idle_ns, now_ns), "idle", now_ns)
-
-    def idle_for(self, duration_ns: int, now_ns: int) -> list[str]:
-        """Open sessions without a tick for longer than `duration_ns`."""
-        return [name for name, live in self._live.items() if now_ns - live.active_ns > duration_ns]
-
-    def leave(self, now_ns: int) -> list[Notice]:
-        """Save and evict all sessions, as the engine stops; another one may continue them."""
-        return self._evict_all(list(self._live), "leaving", now_ns)
-
-    def _evict_all(self, sessions: Sequence[str], reason: Reason, now_ns: int) -> list[Notice]:
-        notices = []
-        for session in sessions:
-            with contextlib.suppress(SnapshotError):  # counted
-                notices.append(self._evict(session, self._live[session], reason, now_ns))
-        return notices
-
-    def _evict(self, session: str, live: _Live, reason: Reason, now_ns: int) -> Notice:
-        self._save(session, live, now_ns)
-        self.engine.close(session)
-        del self._live[session]
-        self.counts["evicted"] += 1
-        return Notice(session, live.token, reason, live.last + 1)
-
-    # ---- saving --------------------------------------------------------------------------------------------------
-
-    def save(self, now_ns: int, most: int = 1) -> list[str]:
-        """Save at most `most` sessions that are due, those with the most unsaved ticks first; returns their names.
-
-        Call it while no tick waits: without a writer it blocks on the disk. After a crash a session continues from its
-        newest snapshot, and `Opened.next_index` says which ticks to send again. One that cannot be saved is counted,
-        and is due again.
-        """
-        for session in self._states.written():
-            self._settle(session)
-        every, most = self.settings.snapshot_every, most - self._states.writing
-        if most <= 0:
-            return []
-        due = [(live.unsaved, name) for name, live in self._live.items() if live.unsaved < 0 or live.unsaved >= every]
-        if not every or not due:
-            return []
-        due.sort(key=lambda of: (of[0] >= 0, -of[0]))
-        saved = []
-        for _, session in due[:most]:
-            live = self._live[session]
-            with contextlib.suppress(SnapshotError):  # counted
-                if self._states.has_writer:
-                    with self._counted():
-                        self._states.submit(self._snapshot(session, live), live.token, now_ns)
-                    live.unsaved = 0
-                else:
-                    self._save(session, live, now_ns)
-                saved.append(session)
-        return saved
-
-    @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
-        """Count a state that cannot be written, and keep the reason; the error goes on."""
-        try:
-            yield
-        except SnapshotError as e:
-            self.counts["unsaved"] += 1
-            self.last_problem = str(e)
-            raise
-
-    def _settle(self, session: str) -> None:
-        """Wait until the session's state in the writer is on disk; where that fails, the session is due again."""
-        try:
-            with self._counted():
-                if self._states.finish(session):
-                    self.counts["saved"] += 1
-        except SnapshotError:
-            if (live := self._live.get(session)) is not None:
-                live.unsaved = -1
-
-    def flush(self, session: str, *, now_ns: int, unchanged: bool = False) -> int:
-        """Save the session's state now, also where it is `unchanged`, if so asked; returns the index of the next tick.
-
-        Raises:
-            UnknownSession, Evicted: it is not open.
-            SnapshotError: it cannot be written; the session stays open.
-
-        """
-        live = self._find(session, now_ns)
-        self._settle(session)
-        if live.unsaved or unchanged:
-            self._save(session, live, now_ns)
-        return live.last + 1
-
-    def sweep(self, now_ns: int) -> int:
-        """Delete expired states; returns how many files. A failure is counted; the next call tries again."""
-        try:
-            return self._states.sweep(now_ns)
-        except SnapshotError as e:
-            self.counts["unswept"] += 1
-            self.last_problem = str(e)
-            return 0
-
-    def _snapshot(self, session: str, live: _Live) -> Snapshot:
-        state = self.engine.snapshot(session)
-        return Snapshot(session, self.engine.spec.sha256, live.last, state, self.extra_of(session))
-
-    def _save(self, session: str, live: _Live, now_ns: int) -> None:
-        self._settle(session)
-        with self._counted():
-            self._states.save(self._snapshot(session, live), live.token, now_ns)
-        live.unsaved = 0
-        self.counts["saved"] += 1
-
-    # ---- helpers -------------------------------------------------------------------------------------------------
-
-    def _find(self, session: str, now_ns: int) -> _Live:
-        live = self._live.get(session)
-        if live is None:
-            raise self.missing(session, now_ns)
-        return live
-
-    def missing(self, session: str, now_ns: int) -> SessionError:
-        """The error for a session that is not open: UnknownSession, or Evicted where its state is kept."""
-        if self._states.holds(session, now_ns):
-            return self._evicted(session)
-        self.counts["unknown"] += 1
-        return UnknownSession(f"session {session[:80]!r} is not open; open it first")
-
-    def _evicted(self, session: str) -> Evicted:
-        self.counts["evicted_asked"] += 1
-        return Evicted(f"session {session!r} is not open here, but its state is kept; open it with its resume token")
+        return True

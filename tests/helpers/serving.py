@@ -17,6 +17,7 @@ import toy_ticks
 from stream_mmrnn.core import config
 from stream_mmrnn.core.types import Tick
 from stream_mmrnn.predict.engine import StepEngine
+from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.server import Server
 
 
@@ -25,6 +26,16 @@ def tick(session: str, index: int, seed: int = 0) -> Tick:
     of = toy_ticks.tick(session, index, seed)
     features = {m: vector if of.present[m] else np.zeros_like(vector) for m, vector in of.features.items()}
     return msgspec.structs.replace(of, features=features)
+
+
+def step_of(of: Tick) -> protocol.Step:
+    return protocol.Step(
+        session=of.session,
+        tick=of.index,
+        event_ns=of.event_ns,
+        features=tuple(of.features[m].tobytes() if of.present[m] else None for m in of.features),
+        age_ns=tuple(of.age_ns.values()),
+    )
 
 
 def alone(model: Path, ticks: list[Tick]) -> list[bytes]:
@@ -39,7 +50,7 @@ def settings_for(model: Path, states: Path, **serve: object) -> config.Settings:
             "engine": {"model": str(model)},
             "state": {"folder": str(states), "snapshot_every": 5},
             "admission": {"share": 1.0},
-            "serve": {"port": 0, "slots": 8, **serve},
+            "serve": {"port": 0, "slots": 8, "client_slots": serve.get("slots", 8), **serve},
         }
     )
 

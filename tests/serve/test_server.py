@@ -24,10 +24,10 @@ from harness import descendants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import ROOT
-from serving import alone, features_of, running, settings_for, start, tick
+from serving import alone, features_of, running, settings_for, start, step_of, tick
 
 from stream_mmrnn import AsyncClient, Client
-from stream_mmrnn.bus import Dealer
+from stream_mmrnn.bus import Dealer, request_reply
 from stream_mmrnn.bus.keys import KeyFolder
 from stream_mmrnn.core import config
 from stream_mmrnn.core.clock import now_ns
@@ -51,6 +51,7 @@ from stream_mmrnn.core.types import FEATURE_BOUND, MAX_TICK, Prediction, Tick
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.predict.snapshots import StateStore
 from stream_mmrnn.serve import protocol
+from stream_mmrnn.serve import server as server_module
 from stream_mmrnn.serve.client import ServedSession
 from stream_mmrnn.serve.client_state import KEPT_TICKS, ClientSession, ClientState
 from stream_mmrnn.serve.server import Server
@@ -68,10 +69,12 @@ Make = Callable[..., Host]
 
 @pytest.fixture
 def make(toy: Path, tmp_path: Path) -> Make:
-    def make(slots: int = 4, queue: int = 8, engine: type[StepEngine] = StepEngine, **state: float) -> Host:
+    def make(
+        slots: int = 4, queue: int = 8, engine: type[StepEngine] = StepEngine, host_slots: int = 0, **state: float
+    ) -> Host:
         kept = config.StateSettings(**{"idle_s": 10, "ttl_s": 100, "snapshot_every": 4, **state})  # type: ignore[arg-type]
         store = StateStore(tmp_path / "states", kept.ttl_s)
-        return Host(Sessions(engine(toy, slots), store, kept), queue)
+        return Host(Sessions(engine(toy, slots), store, kept), queue, slots=host_slots)
 
     return make
 
@@ -80,19 +83,14 @@ def say(host: Host, request: protocol.Request, peer: bytes = b"a", at_ns: int = 
     host.receive(peer, protocol.encode(request), at_ns)
 
 
+def finish(host: Host) -> None:
+    while host.ready:
+        host.step(NOW)
+
+
 def replies_of(host: Host) -> list[tuple[bytes, protocol.Reply]]:
     out, host.out = host.out, []
     return [(peer, protocol.read_reply(protocol.encode(reply))) for peer, reply in out]
-
-
-def step_of(of: Tick) -> protocol.Step:
-    return protocol.Step(
-        session=of.session,
-        tick=of.index,
-        event_ns=of.event_ns,
-        features=tuple(of.features[m].tobytes() if of.present[m] else None for m in of.features),
-        age_ns=tuple(of.age_ns.values()),
-    )
 
 
 def bits(replies: list[tuple[bytes, protocol.Reply]]) -> list[tuple[str, int, tuple[bytes, ...]]]:
@@ -200,11 +198,15 @@ def test_a_token_takes_a_session_over_and_the_first_client_is_told(make: Make, t
     assert isinstance(ready, protocol.Ready)
     say(host, step_of(tick("s", 0)), b"a")
     say(host, protocol.Open(session="s", token=ready.token), b"b")
-    first, evicted, again = replies_of(host)
+    say(host, step_of(tick("s", 1)), b"a")  # too late: it comes after the other one's request
+    finish(host)
+    first, evicted, again, late = replies_of(host)
     assert isinstance(first[1], protocol.Pred), "an earlier tick is answered first"
     assert evicted[0] == b"a"
     assert evicted[1] == protocol.EvictedNow(session="s", token="", reason="taken", next=1)
     assert again == (b"b", protocol.Ready(session="s", token=ready.token, next=1, resumed=True))
+    assert late[0] == b"a"
+    assert isinstance(late[1], protocol.Refused)
     say(host, step_of(tick("s", 1)), b"a")
     [(_, refused)] = replies_of(host)
     assert isinstance(refused, protocol.Refused)
@@ -280,6 +282,7 @@ def test_a_flushed_state_is_on_disk_and_a_reset_one_is_new(make: Make, toy: Path
     say(host, protocol.Open(session="s"))
     say(host, step_of(tick("s", 0)))
     say(host, protocol.Flush(session="s"))
+    finish(host)
     ready, pred, flushed = (r for _, r in replies_of(host))
     assert isinstance(ready, protocol.Ready)
     assert isinstance(pred, protocol.Pred)
@@ -289,6 +292,7 @@ def test_a_flushed_state_is_on_disk_and_a_reset_one_is_new(make: Make, toy: Path
     assert kept.tick_index == 0
     say(host, step_of(tick("s", 1)))
     say(host, protocol.Reset(session="s"))
+    finish(host)
     kept = host.sessions.store.load("s", NOW)
     assert kept is not None, "after a crash, ticks are stepped on the state after the reset"
     assert (kept.tick_index, kept.state) == (1, {})
@@ -766,6 +770,9 @@ def test_a_server_without_its_folder_of_states_says_so_and_serves_on(toy: Path, 
             folder.rename(tmp_path / "kept")
             folder.write_text("in its place")
             assert server.sessions.sweep(NOW) == 0  # not an OSError that ends the server
+            end_ns = now_ns() + 5 * S
+            while not server.sessions.counts["unswept"] and now_ns() < end_ns:
+                time.sleep(0.01)
             assert server.sessions.counts["unswept"] == 1
             drive(session, [tick("s", 1)])
             with pytest.raises(StreamError, match="cannot be written to"):
@@ -784,29 +791,79 @@ def test_a_server_without_its_folder_of_states_says_so_and_serves_on(toy: Path, 
 
 
 @pytest.mark.slow
-def test_the_sessions_of_a_client_that_died_silently_are_freed_and_kept(toy: Path, tmp_path: Path) -> None:
-    """It waits for no answer, so nothing is sent that could fail."""
-    with running(settings_for(toy, tmp_path)) as server:
-        dealer = Dealer(server.address, 16, protocol.MAX_BYTES)
-        dealer.send(protocol.encode(protocol.Open(session="s")))
-        content = dealer.receive(5000)
-        assert content is not None
-        ready = protocol.read_reply(content)
-        assert isinstance(ready, protocol.Ready)
-        dealer.send(protocol.encode(step_of(tick("s", 0))))
-        assert dealer.receive(5000) is not None
-        content = dealer.receive(10_000)
-        assert content is not None
-        assert protocol.read_reply(content) == protocol.Alive()
-        assert len(server.sessions) == 1, "while it is there, it has its session"
-        dealer.close()
+@pytest.mark.parametrize("keys", [False, True])
+def test_the_sessions_of_a_client_that_died_silently_are_freed_and_kept(toy: Path, tmp_path: Path, keys: bool) -> None:
+    """It waits for no answer, so nothing is sent that could fail. Another idle one has its session on."""
+    folder = KeyFolder.new(tmp_path / "keys")
+    folder.allow("writer", folder.client, write=True)
+    secret = folder.keys(folder.server) if keys else None
+    with running(settings_for(toy, tmp_path, **({"keys": str(folder.path)} if keys else {}))) as server:
+        dealers = {name: Dealer(server.address, 16, protocol.MAX_BYTES, secret) for name in ("s", "other")}
+        tokens = {}
+        for name, dealer in dealers.items():
+            dealer.send(protocol.encode(protocol.Open(session=name)))
+            content = dealer.receive(5000)
+            assert content is not None
+            ready = protocol.read_reply(content)
+            assert isinstance(ready, protocol.Ready)
+            tokens[name] = ready.token
+            dealer.send(protocol.encode(step_of(tick(name, 0))))
+            assert dealer.receive(5000) is not None
+        dealers["s"].close()
         end_ns = now_ns() + 20 * S
-        while len(server.sessions) and now_ns() < end_ns:
+        while len(server.sessions) == 2 and now_ns() < end_ns:
             time.sleep(0.05)
         assert server.host.counts["gone"] == 1
-        with Client(server.address) as client, client.open("s", ready.token) as session:
+        assert "other" in server.sessions
+        content = dealers["other"].receive(10_000)
+        assert content is not None
+        assert protocol.read_reply(content) == protocol.Alive()
+        with Client(server.address, keys=secret) as client, client.open("s", tokens["s"]) as session:
             assert (session.resumed, session.next_tick) == (True, 1)
             assert drive(session, [tick("s", 1)]) == alone(toy, [tick("s", 0), tick("s", 1)])[1:]
+        dealers["other"].close()
+
+
+@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.skipif(os.name == "nt", reason="a process cannot be stopped there")
+def test_the_sessions_of_a_machine_that_is_off_are_freed_and_kept(toy: Path, tmp_path: Path) -> None:
+    """A stopped process answers no heartbeat, as a machine that is off."""
+    with running(settings_for(toy, tmp_path)) as server:
+        code = (
+            "import sys, time; from stream_mmrnn import Client; "
+            "print(Client(sys.argv[1]).open('s').token, flush=True); time.sleep(60)"
+        )
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        client = subprocess.Popen(
+            [sys.executable, "-c", code, server.address], stdout=subprocess.PIPE, text=True, env=env
+        )
+        try:
+            assert client.stdout is not None
+            token = client.stdout.readline().strip()
+            assert "s" in server.sessions
+            client.send_signal(signal.SIGSTOP)
+            end_ns = now_ns() + 30 * S
+            while len(server.sessions) and now_ns() < end_ns:
+                time.sleep(0.05)
+            assert not len(server.sessions)
+            with Client(server.address) as other, other.open("s", token) as session:
+                assert session.token == token
+        finally:
+            client.kill()
+            client.communicate()
+
+
+def test_the_page_says_how_soon_a_lost_client_is_noticed() -> None:
+    found = re.search(
+        r"saved and evicted within (\d+) s, within (\d+) s where its machine is off", PAGE.replace("\n  ", " ")
+    )
+    assert found is not None
+    program_s, machine_s = map(int, found.groups())
+    probes_s = server_module._PROBES * server_module._PROBE_EVERY_NS / 1e9
+    beats_s = (request_reply._HEARTBEAT_MS + request_reply._DEAD_AFTER_MS) / 1e3
+    assert probes_s + 1 <= program_s, "a second to write the states"
+    assert beats_s + probes_s + 1 <= machine_s <= 6
 
 
 def test_one_client_has_no_more_sessions_than_it_may_have(toy: Path, tmp_path: Path) -> None:
@@ -819,6 +876,30 @@ def test_one_client_has_no_more_sessions_than_it_may_have(toy: Path, tmp_path: P
         one.close()
         client.open("four").close()
         two.close()
+
+
+def test_one_client_has_no_more_sessions_than_are_left_for_others(make: Make, toy: Path) -> None:
+    """Without a setting: alone it has half of the slots, and whoever comes later always finds one."""
+    host = make(slots=16, host_slots=16)
+
+    def takes(peer: bytes) -> int:
+        for i in range(20):
+            say(host, protocol.Open(session=f"{peer.decode()}{i}"), peer)
+        finish(host)
+        replies = [reply for to, reply in replies_of(host) if to == peer]
+        assert len(replies) == 20
+        busy = [r for r in replies if isinstance(r, protocol.BusyNow)]
+        assert all("slots are left for others" in r.why and r.retry_s > 0 for r in busy)
+        return sum(isinstance(reply, protocol.Ready) for reply in replies)
+
+    assert [takes(peer) for peer in (b"a", b"b", b"c", b"d", b"e")] == [8, 4, 2, 1, 1]
+    say(host, protocol.Close(session="b0"), b"b")
+    say(host, protocol.Open(session="more"), b"b")
+    say(host, protocol.Open(session="more"), b"a")
+    say(host, protocol.Open(session="one"), b"f")
+    finish(host)
+    kinds = [(peer, type(reply).__name__) for peer, reply in replies_of(host)]
+    assert kinds == [(b"b", "Done"), (b"b", "BusyNow"), (b"a", "BusyNow"), (b"f", "Ready")]
 
 
 @pytest.mark.process

@@ -26,7 +26,8 @@ from stream_mmrnn.predict import arena
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.predict.sharded_engine import ShardedEngine
 from stream_mmrnn.predict.snapshots import Snapshot, StateStore
-from stream_mmrnn.serve.sessions import Notice, Sessions
+from stream_mmrnn.serve.open_sessions import Notice
+from stream_mmrnn.serve.sessions import Sessions
 from tools.faults import session_machine
 
 S = 1_000_000_000
@@ -338,15 +339,17 @@ def test_a_measured_engine_refuses_more_sessions_than_it_can_serve(make: Make) -
     sessions = make(64, admission=config.AdmissionSettings(retry_s=2.0, retry_max_s=5.0))
     admission = sessions.admission
     assert admission is not None
-    assert admission.cost() is not None
+    assert admission.settled is not None
     assert len(sessions.engine) == 0  # dummy sessions are closed
     for i in range(512):  # this model as if a tick took 4 ms
-        admission.add(1 + i % 4, (1 + i % 4) * 4_000_000)
+        admission.add(1 + i % 4, (1 + i % 4) * 4_000_000, NOW)
     for i in range(5):  # half of 40 ms
         sessions.open(f"s{i}", now_ns=NOW)
     with pytest.raises(Busy, match="could not be served in time") as busy:
         sessions.open("more", now_ns=NOW)
     assert busy.value.retry_after_s == 5.0
+    for i in range(32):
+        admission.add(1 + i % 4, (1 + i % 4) * 4_000_000, NOW + 9 * S)
     with pytest.raises(Busy) as busy:
         sessions.open("more", now_ns=NOW + 9 * S)
     assert busy.value.retry_after_s == 2.0
@@ -366,7 +369,7 @@ def test_an_engine_with_slow_steps_is_measured_enough(make: Make) -> None:
     """On a busy machine the time for measuring may be over after one round, which is too few steps."""
     sessions = make(64, admission=config.AdmissionSettings(), engine=SlowEngine)
     assert sessions.admission is not None
-    assert sessions.admission.cost() is not None
+    assert sessions.admission.settled is not None
     sessions.open("a", now_ns=NOW)
     with pytest.raises(Busy, match="could not be served in time"):
         sessions.open("b", now_ns=NOW)
@@ -376,7 +379,7 @@ def test_one_session_is_served_however_slow(make: Make) -> None:
     sessions = make(admission=config.AdmissionSettings())
     assert sessions.admission is not None
     for _ in range(512):
-        sessions.admission.add(1, 10**10)
+        sessions.admission.add(1, 10**10, NOW)
     sessions.open("a", now_ns=NOW)
     with pytest.raises(Busy):
         sessions.open("b", now_ns=NOW)

@@ -198,7 +198,7 @@ def _crowd(path: Path, store: StateStore, ramp_s: float, duration_s: float) -> t
     """An engine with a slot for everybody, so that time is what there is too little of."""
     measured = Sessions(StepEngine(path, 64), store, config.StateSettings(), admission=config.AdmissionSettings())
     assert measured.admission is not None
-    cost = measured.admission.cost()
+    cost = measured.admission.settled
     assert cost is not None
     capacity = max(int(TICK_NS / cost.tick_ns), 1)
     engine = StepEngine(path, 2 * capacity)

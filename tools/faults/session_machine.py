@@ -27,7 +27,8 @@ from stream_mmrnn.core.types import ModelSpec, Stamps, Tick
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.predict.sharded_engine import ShardedEngine
 from stream_mmrnn.predict.snapshots import StateStore
-from stream_mmrnn.serve.sessions import Notice, Sessions
+from stream_mmrnn.serve.open_sessions import Notice
+from stream_mmrnn.serve.sessions import Sessions
 
 SECOND_NS = 1_000_000_000
 SLOTS = 5
