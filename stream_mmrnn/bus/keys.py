@@ -1,4 +1,4 @@
-"""Keys as files: the broker's key pair, this user's own pair, the keys that are allowed, and the page's token.
+"""Keys as files: the broker's key pair, this user's own pair, the keys that are allowed, and tokens.
 
     FOLDER/             0700, created atomically
       server.key        the broker's pair: every client must know its public key
@@ -18,6 +18,7 @@ import secrets
 import shutil
 import sys
 import tempfile
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 _PUBLIC = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}", re.ASCII)
 _RIGHTS: tuple[Right, ...] = ("read", "write")
 _MIN_TOKEN = 16
+_WRITTEN_WITHIN_S = 1.0
 _MAX_BYTES = 4096
 """Longer files are refused."""
 
@@ -192,8 +194,8 @@ class KeyFolder:
         }
 
 
-def token(path: Path) -> tuple[str, bool]:
-    """The page's token, and whether it is new: if there is no file, one is created.
+def token(path: Path, setting: str = "dashboard.token_file") -> tuple[str, bool]:
+    """The token in a file, and whether it is new: if there is no file, one is created. `setting` names the file.
 
     Raises:
         FileError: others can read the file, or it holds no token of at least 16 characters.
@@ -207,8 +209,10 @@ def token(path: Path) -> tuple[str, bool]:
     except FileExistsError:
         pass
     except OSError as e:
-        raise FileError(f"the token {path} cannot be made: {e.strerror}; name another dashboard.token_file") from e
-    text = _read(path, "the token").strip()
+        raise FileError(f"the token {path} cannot be made: {e.strerror}; name another {setting}") from e
+    end_s = time.monotonic() + _WRITTEN_WITHIN_S
+    while not (text := _read(path, "the token").strip()) and time.monotonic() < end_s:
+        time.sleep(0.01)  # another process has just created it
     if not re.fullmatch(rf"[A-Za-z0-9._~-]{{{_MIN_TOKEN},}}", text):
         raise FileError(
             f"the token {path} is not {_MIN_TOKEN} characters or more of letters, digits, - . _ and ~; remove the file "

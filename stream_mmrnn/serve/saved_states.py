@@ -72,12 +72,12 @@ class SavedStates:
 
     def save(self, snapshot: Snapshot, token: str, now_ns: int) -> None:
         """Write a state now. Raises SnapshotError."""
-        self._store.save(_bound(snapshot, token), now_ns + self._offset_ns)
+        self._store.save(bound(snapshot, token), now_ns + self._offset_ns)
 
     def submit(self, snapshot: Snapshot, token: str, now_ns: int) -> None:
         """Give a state to the writer."""
         assert self._writer is not None
-        writing = self._writer.submit(self._store.save, _bound(snapshot, token), now_ns + self._offset_ns)
+        writing = self._writer.submit(self._store.save, bound(snapshot, token), now_ns + self._offset_ns)
         self._writing[snapshot.session] = writing
 
     def written(self) -> list[str]:
@@ -93,7 +93,7 @@ class SavedStates:
         return True
 
 
-def _bound(snapshot: Snapshot, token: str) -> Snapshot:
+def bound(snapshot: Snapshot, token: str) -> Snapshot:
     """With the token's hash only: a reader of the disk must not be able to resume the session."""
     return replace(snapshot, extra={**snapshot.extra, _TOKEN_SHA256: _sha256(token)})
 

