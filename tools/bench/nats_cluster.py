@@ -80,8 +80,13 @@ class Engine:
 class Cluster:
     """The server and its engines, in a folder of their own."""
 
-    def __init__(self, folder: Path, model: Path, prefix: str = "bench") -> None:
-        """Raises ProcessError where there is no nats-server, or it does not start."""
+    def __init__(
+        self, folder: Path, model: Path, prefix: str = "bench", login: str = "", options: tuple[str, ...] = ()
+    ) -> None:
+        """`login`: USER:PASSWORD of engines; `options`: more of nats-server.
+
+        Raises ProcessError where there is no nats-server, or it does not start.
+        """
         program = find_server()
         if not program:
             raise ProcessError(f"there is no nats-server; {INSTALL}")
@@ -89,10 +94,15 @@ class Cluster:
         with socket.socket() as free:
             free.bind((LOOPBACK, 0))
             self._port = free.getsockname()[1]
-        self.url = f"nats://{LOOPBACK}:{self._port}"
+        self.url = self.url_of(login)
+        self._options = options
         self.server: subprocess.Popen[bytes] | None = None
         self.engines: list[Engine] = []
         self.start_server()
+
+    def url_of(self, login: str) -> str:
+        """The server's address for a user, whose password is in `login`; "" for none."""
+        return f"nats://{login}{'@' * bool(login)}{LOOPBACK}:{self._port}"
 
     def version(self) -> str:
         """What the server says of itself."""
@@ -103,7 +113,7 @@ class Cluster:
         self.server = subprocess.Popen(
             [
                 *(self._program, "-js", "-sd", str(self._folder / "jetstream"), "-a", LOOPBACK),
-                *("-p", str(self._port), "-l", str(self._folder / "nats.log")),
+                *("-p", str(self._port), "-l", str(self._folder / "nats.log"), *self._options),
             ],
             stdin=subprocess.DEVNULL,
             start_new_session=True,

@@ -237,7 +237,7 @@ class ClusterNode:
                 revision = await self.link.replace_table(table, revision)
                 self.counts["tables"] += 1
                 if self._rate_limiter("table", now_ns()):
-                    self._say("the cluster's table of leases could not be read; it was written anew from the fences")
+                    self._say("the cluster's table of leases could not be read; it was written anew")
         return table, revision
 
     async def _share_by(self, table: Table, revision: int) -> None:
