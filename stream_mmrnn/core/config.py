@@ -227,7 +227,7 @@ class ClusterSettings(_Section, frozen=True):
     prefix: Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9_-]{1,32}\Z")] = "mmrnn"
     """Prefix of all names of this cluster on the NATS server; another prefix is another cluster."""
     credentials: str = ""
-    """A NATS credentials file, if the server needs one."""
+    """A NATS credentials file, or one with the seed of an nkey, if the server needs it."""
     key: str = ""
     """File of the key from which all engines make the sessions' tokens, made if it does not exist; each needs the same.
     "" is one in the state folder."""

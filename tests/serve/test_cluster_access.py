@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import nkeys
 import pytest
 from clusters import NOW, OWNER, Log, Reader, S, drive, needs_nats, running, step_of, timeless
 from hypothesis import example, given, settings
@@ -21,7 +22,7 @@ from serving import alone, features_of, tick
 
 from stream_mmrnn import ClusterClient
 from stream_mmrnn.core import config
-from stream_mmrnn.core.errors import ConfigError, NotRunning, ProcessError, SnapshotError, UsageError
+from stream_mmrnn.core.errors import ConfigError, FileError, NotRunning, ProcessError, SnapshotError, UsageError
 from stream_mmrnn.predict.snapshots import Snapshot, from_bytes, to_bytes
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.cluster.connection import connect, without_secrets
@@ -434,6 +435,32 @@ def test_the_packaged_configuration_lets_a_client_read_its_own_answers_only(
         with pytest.raises(NotRunning, match="answers 'bob'"):
             async with ClusterClient(alices, user="bob", timeout_s=1.0):
                 pass
+
+    try:
+        asyncio.run(main())
+    finally:
+        cluster.close()
+
+
+@needs_nats
+@pytest.mark.process
+def test_credentials_may_be_an_nkey(toy: Path, tmp_path: Path) -> None:
+    seed = nkeys.encode_seed(bytes(range(32)), nkeys.PREFIX_BYTE_USER)
+    public = nkeys.from_seed(bytearray(seed)).public_key.decode()
+    (conf := tmp_path / "nats.conf").write_text(f"authorization {{ users: [{{nkey: {public}}}] }}", encoding="ascii")
+    (key := tmp_path / "engine.nk").write_bytes(seed + b"\n")
+    cluster = Cluster(tmp_path, toy, options=("-c", str(conf)))
+
+    async def main() -> None:
+        connection = await connect(cluster.url, str(key))
+        assert (await Link(connection, Names("x")).js.account_info()).streams == 0
+        await connection.close()
+        with pytest.raises(FileError, match="cannot be read: No such file"):
+            await connect(cluster.url, str(tmp_path / "none"))
+        for content in (b"", b"S" * 58, b"\xff", seed[:-1]):
+            key.write_bytes(content)
+            with pytest.raises(FileError, match="holds no credentials of NATS"):
+                await connect(cluster.url, str(key))
 
     try:
         asyncio.run(main())

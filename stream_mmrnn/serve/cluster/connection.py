@@ -16,7 +16,7 @@ from nats.aio.client import Client as Nats
 from nats.errors import Error as NatsError
 
 from stream_mmrnn.core.config import LOOPBACK, is_loopback
-from stream_mmrnn.core.errors import NotRunning
+from stream_mmrnn.core.errors import FileError, NotRunning
 from stream_mmrnn.core.extras import need
 
 
@@ -33,6 +33,24 @@ def is_exposed(connection: Nats) -> str:
     return "" if asks or is_loopback(host) else host
 
 
+def _login(path: Path) -> dict[str, Any]:
+    """Options of the client for a file of credentials: a JWT with its seed, or the seed of an nkey alone."""
+    need("a credentials file", "cluster", "nkeys")
+    import nkeys
+
+    try:
+        text = path.read_text(encoding="ascii").strip()
+        seed = re.search(r"^S[A-Z2-7]{57}$", text, re.MULTILINE)
+        if seed is None:
+            raise ValueError
+        nkeys.from_seed(bytearray(seed[0].encode())).wipe()
+    except OSError as e:
+        raise FileError(f"the credentials {path} cannot be read: {e.strerror}; give the path of a file") from e
+    except (ValueError, nkeys.NkeysError):
+        raise FileError(f"{path} holds no credentials of NATS; give a file made by nsc, or one with an nkey") from None
+    return {"nkeys_seed_str": seed[0]} if text == seed[0] else {"user_credentials": str(path)}
+
+
 async def connect(
     url: str,
     credentials: str = "",
@@ -44,12 +62,11 @@ async def connect(
 
     Raises:
         NotRunning: no server answers there, or it does not accept these credentials.
+        FileError: the credentials cannot be read.
+        UsageError: the package that reads them is not installed.
 
     """
-    options: dict[str, Any] = {}
-    if credentials:
-        need("a credentials file", "cluster", "nkeys")
-        options["user_credentials"] = str(Path(credentials).expanduser())
+    options = _login(Path(credentials).expanduser()) if credentials else {}
     said: list[Exception] = []
 
     async def nothing() -> None:
