@@ -18,7 +18,6 @@ import secrets
 import shutil
 import sys
 import tempfile
-import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 _PUBLIC = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}", re.ASCII)
 _RIGHTS: tuple[Right, ...] = ("read", "write")
 _MIN_TOKEN = 16
-_WRITTEN_WITHIN_S = 1.0
 _MAX_BYTES = 4096
 """Longer files are refused."""
 
@@ -40,6 +38,20 @@ def _write_new(path: Path, text: str) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(fd, "w", encoding="ascii") as file:
         file.write(text)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """As `_write_new`, for a file that several processes create: none of them finds it without its text."""
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    _write_new(beside, text)
+    try:
+        os.link(beside, path)
+    except FileExistsError:
+        raise
+    except OSError:  # no hard links on this file system
+        _write_new(path, text)
+    finally:
+        beside.unlink()
 
 
 def _read(path: Path, what: str, private: bool = True) -> str:
@@ -204,15 +216,13 @@ def token(path: Path, setting: str = "dashboard.token_file") -> tuple[str, bool]
     fresh = secrets.token_urlsafe(32)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_new(path, fresh + "\n")
+        _write_whole(path, fresh + "\n")
         return fresh, True
     except FileExistsError:
         pass
     except OSError as e:
         raise FileError(f"the token {path} cannot be made: {e.strerror}; name another {setting}") from e
-    end_s = time.monotonic() + _WRITTEN_WITHIN_S
-    while not (text := _read(path, "the token").strip()) and time.monotonic() < end_s:
-        time.sleep(0.01)  # another process has just created it
+    text = _read(path, "the token").strip()
     if not re.fullmatch(rf"[A-Za-z0-9._~-]{{{_MIN_TOKEN},}}", text):
         raise FileError(
             f"the token {path} is not {_MIN_TOKEN} characters or more of letters, digits, - . _ and ~; remove the file "
