@@ -231,28 +231,27 @@ def test_a_strangers_tick_under_the_owners_name_is_not_stepped_and_the_owners_is
     async def main() -> None:
         async with running(cluster, toy) as node, ClusterClient(cluster.url, prefix=cluster.prefix) as client:
             stranger = Link(await connect(cluster.url), Names(cluster.prefix))
-            read: list[str] = []
+            read, mine = list[str](), set[str]()
 
             async def look(message: Any) -> None:
-                read.append(message.headers["Nats-Msg-Id"])
+                if (name := message.headers["Nats-Msg-Id"]) not in mine:
+                    read.append(name)
 
             await stranger.nats.subscribe(stranger.names.into("s"), cb=look)
             await stranger.nats.flush()
             ticks, got = [tick("s", i) for i in range(6)], list[bytes]()
             async with await client.open("s") as session:
                 for of in ticks:
-                    while len(read) < 1 + of.index:
+                    while len(read) <= of.index:
                         await asyncio.sleep(0.001)
                     owner, number, given = read[-1].split(" ")
                     foreseen = f"{owner} {int(number) + 1}"
                     content = protocol.encode(step_of(tick("s", of.index, seed=7)))
                     for name in (foreseen, f"{foreseen} {given}", f"{foreseen} {'0' * 32}", f"bob.x 1{of.index} 2"):
+                        mine.add(name)
                         await stranger.log("s", name, content)
-                    read = read[: 1 + of.index]
                     got += await drive(session, [of])
-                    del read[1 + of.index : -1]
             assert got == alone(toy, ticks)
-            assert session.skipped == 0
             assert node.replica.counts["unproven"] >= 2 * len(ticks)
             await stranger.nats.close()
 

@@ -22,7 +22,7 @@ from msgspec.structs import replace
 from stream_mmrnn.bus.keys import token
 from stream_mmrnn.core import config
 from stream_mmrnn.core.clock import RateLimiter, now_ns
-from stream_mmrnn.core.errors import ConfigError, ProcessError, SnapshotError, WireError
+from stream_mmrnn.core.errors import ConfigError, NotRunning, ProcessError, SnapshotError, WireError
 from stream_mmrnn.predict.sharded_engine import create
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.async_client import end_tasks
@@ -102,7 +102,11 @@ class ClusterNode:
                     "with `-a 127.0.0.1`, or with accounts as in packaging/nats.conf"
                 )
             self._link = Link(connection, Names(cluster.prefix))
-            await self._join()
+            try:
+                await self._join()
+            except FAILURES as e:
+                why = str(e) or type(e).__name__
+                raise NotRunning(f"the NATS server at {self._address} did not answer ({why}); try again") from e
             await connection.subscribe(self.link.names.beat, cb=self._on_beat)
             beating = asyncio.create_task(self._beat())
             serving = asyncio.create_task(self._serve())
