@@ -1,4 +1,4 @@
-"""Keys as files: the broker's key pair, this user's own pair, the keys that are allowed, and the page's token.
+"""Keys as files: the broker's key pair, this user's own pair, the keys that are allowed, and tokens.
 
     FOLDER/             0700, created atomically
       server.key        the broker's pair: every client must know its public key
@@ -38,6 +38,20 @@ def _write_new(path: Path, text: str) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(fd, "w", encoding="ascii") as file:
         file.write(text)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """As `_write_new`, for a file that several processes create: none of them finds it without its text."""
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    _write_new(beside, text)
+    try:
+        os.link(beside, path)
+    except FileExistsError:
+        raise
+    except OSError:  # no hard links on this file system
+        _write_new(path, text)
+    finally:
+        beside.unlink()
 
 
 def _read(path: Path, what: str, private: bool = True) -> str:
@@ -192,8 +206,8 @@ class KeyFolder:
         }
 
 
-def token(path: Path) -> tuple[str, bool]:
-    """The page's token, and whether it is new: if there is no file, one is created.
+def token(path: Path, setting: str = "dashboard.token_file") -> tuple[str, bool]:
+    """The token in a file, and whether it is new: if there is no file, one is created. `setting` names the file.
 
     Raises:
         FileError: others can read the file, or it holds no token of at least 16 characters.
@@ -202,12 +216,12 @@ def token(path: Path) -> tuple[str, bool]:
     fresh = secrets.token_urlsafe(32)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_new(path, fresh + "\n")
+        _write_whole(path, fresh + "\n")
         return fresh, True
     except FileExistsError:
         pass
     except OSError as e:
-        raise FileError(f"the token {path} cannot be made: {e.strerror}; name another dashboard.token_file") from e
+        raise FileError(f"the token {path} cannot be made: {e.strerror}; name another {setting}") from e
     text = _read(path, "the token").strip()
     if not re.fullmatch(rf"[A-Za-z0-9._~-]{{{_MIN_TOKEN},}}", text):
         raise FileError(

@@ -118,6 +118,7 @@ def _run_in_cluster(
     from stream_mmrnn.core.extras import need
 
     need("a cluster", "cluster", "nats")
+    from stream_mmrnn.serve.cluster.connection import without_secrets
     from stream_mmrnn.serve.cluster.node import ClusterNode
 
     node = ClusterNode(settings, say_on(console))
@@ -129,7 +130,7 @@ def _run_in_cluster(
         if not announced and node.parts:
             console.print(
                 f"engine {node.name} serves {shown(node.engine.spec.name)} in the cluster at "
-                f"{shown(settings.cluster.url)}"
+                f"{shown(without_secrets(settings.cluster.url))}"
             )
             announced = True
         if is_terminal and node.replica is not None:

@@ -223,11 +223,15 @@ class ClusterSettings(_Section, frozen=True):
     """Engines of many machines over NATS with JetStream: `stream-mmrnn serve --cluster URL` (extra `cluster`)."""
 
     url: str = ""
-    """nats://HOST:PORT, several separated by commas; "" serves alone."""
+    """nats://HOST:PORT or nats://USER:PASSWORD@HOST:PORT, several separated by commas; "" serves alone. A server that
+    others can reach needs credentials."""
     prefix: Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9_-]{1,32}\Z")] = "mmrnn"
     """Prefix of all names of this cluster on the NATS server; another prefix is another cluster."""
     credentials: str = ""
-    """A NATS credentials file, if the server needs one."""
+    """A NATS credentials file, or one with the seed of an nkey, if the server needs it."""
+    key: str = ""
+    """File of the key from which all engines make the sessions' tokens, made if it does not exist; each needs the same.
+    "" is one in the state folder."""
     replicas: Annotated[int, msgspec.Meta(ge=1, le=5)] = 1
     """Of logs and states, over the servers of NATS's own cluster."""
     disk_mb: Annotated[int, msgspec.Meta(ge=16, le=1_048_576)] = 1024
@@ -423,6 +427,14 @@ def _check_access(settings: Settings) -> None:
             f"`serve.host` {settings.serve.host} can be reached by others: make keys (stream-mmrnn keys new FOLDER) "
             f"and name the folder in serve.keys, or bind {LOOPBACK}"
         )
+    for url in settings.cluster.url.split(",") if not settings.cluster.credentials else ():
+        login, _, address = url.rpartition("//")[2].rpartition("@")
+        host = re.sub(r":[0-9]*\Z", "", address.partition("/")[0]).strip("[] ")
+        if host and not login and not is_loopback(host):
+            raise ConfigError(
+                f"`cluster.url` {host} can be reached by others: give a user and a password in it, or a credentials "
+                f"file in cluster.credentials, or use a NATS server on {LOOPBACK}"
+            )
     if not is_loopback(page.host) and not page.token_file:
         raise ConfigError(
             f"`dashboard.host` {page.host} can be reached by others: name a file for its token in "
@@ -512,6 +524,16 @@ def state_folder(settings: StateSettings) -> Path:
         return Path(settings.folder).expanduser()
     home = os.environ.get("XDG_STATE_HOME", "")
     return (Path(home) if Path(home).is_absolute() else Path.home() / ".local" / "state") / "stream-mmrnn"
+
+
+def cluster_key(settings: Settings) -> Path:
+    """The file of the cluster's key."""
+    cluster = settings.cluster
+    return (
+        Path(cluster.key).expanduser()
+        if cluster.key
+        else state_folder(settings.state) / f"cluster-{cluster.prefix}.key"
+    )
 
 
 def run_folders() -> list[Path]:

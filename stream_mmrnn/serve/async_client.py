@@ -180,8 +180,8 @@ Receive = Callable[[bytes], None]
 class Transport(Protocol):
     """Connects an `AsyncClient` to a server. It is made with a function, which it calls with each message."""
 
-    def post(self, session: str, content: bytes) -> None:
-        """Queue one message; order is kept. `session`: which session it belongs to, "" for none."""
+    def post(self, session: str, content: bytes, token: str | None = None) -> None:
+        """Queue one message; order is kept. `session`: which session it belongs to, "" for none; `token`: its token."""
 
     async def again(self, session: str) -> None:
         """An answer is late: check whether it was missed."""
@@ -198,7 +198,7 @@ class _ZmqTransport:
     def __init__(self, address: str, keys: Keys | None, receive: Receive) -> None:
         self._dealer = AsyncDealer(address, QUEUE, protocol.MAX_BYTES, receive, keys)
 
-    def post(self, session: str, content: bytes) -> None:
+    def post(self, session: str, content: bytes, token: str | None = None) -> None:
         self._dealer.send(content)
 
     async def again(self, session: str) -> None:
@@ -245,7 +245,9 @@ class AsyncClient:
         assert self._transport is not None
         out = self.client_state.out
         while out:
-            self._transport.post(*out.popleft())
+            session, content = out.popleft()
+            of = self.client_state.sessions.get(session)
+            self._transport.post(session, content, of.token if of is not None else None)
 
     async def end(self, session: str) -> None:
         """Forget a session."""

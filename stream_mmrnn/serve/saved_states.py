@@ -58,14 +58,14 @@ class SavedStates:
 
     def save(self, snapshot: Snapshot, token: str, now_ns: int) -> None:
         """Write a state. Raises SnapshotError."""
-        self._store.save(_bound(snapshot, token), now_ns + self._offset_ns)
+        self._store.save(bound(snapshot, token), now_ns + self._offset_ns)
 
     def forget(self, session: str) -> None:
         """Remove a session's state."""
         self._store.forget(session)
 
 
-def _bound(snapshot: Snapshot, token: str) -> Snapshot:
+def bound(snapshot: Snapshot, token: str) -> Snapshot:
     """With the token's hash only: a reader of the disk must not be able to resume the session."""
     return replace(snapshot, extra={**snapshot.extra, _TOKEN_SHA256: _sha256(token)})
 

@@ -136,6 +136,41 @@ def test_files_that_others_can_read_are_not_used(folder: KeyFolder, tmp_path: Pa
 
 
 @modes
+def test_a_token_is_the_same_for_all_who_create_it_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process asks whenever the file has just been opened, or is about to appear."""
+    path, others = tmp_path / "token", list[str]()
+    open_file, link = os.open, os.link
+
+    def opened(at: object, *args: int) -> int:
+        found = open_file(at, *args)  # type: ignore[call-overload]
+        if at == path:
+            others.append(token(path)[0])
+        return found
+
+    def linked(*args: Path) -> None:
+        monkeypatch.setattr(os, "link", link)
+        others.append(token(path)[0])
+        link(*args)
+
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "link", linked)
+    text, fresh = token(path)
+    assert not fresh
+    assert others == [text]
+    assert [of.name for of in tmp_path.iterdir()] == ["token"]
+
+
+def test_a_token_can_be_created_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("Operation not supported")
+
+    monkeypatch.setattr(os, "link", refuse)
+    made, fresh = token(tmp_path / "token")
+    assert fresh
+    assert token(tmp_path / "token") == (made, False)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_token_is_created_once(tmp_path: Path) -> None:
     path = tmp_path / "new" / "token"
     made, fresh = token(path)

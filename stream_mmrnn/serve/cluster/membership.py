@@ -49,6 +49,8 @@ class Plan(NamedTuple):
     """Leases to write into the table."""
     give: list[int]
     """Partitions to give back."""
+    release: list[int]
+    """Leases of ours to clear in the table: of partitions that we do not serve, and have no room for."""
 
 
 def is_lost(table: Table, number: int, me: str, epoch: int) -> bool:
@@ -58,11 +60,11 @@ def is_lost(table: Table, number: int, me: str, epoch: int) -> bool:
 
 def plan(table: Table, me: str, alive: dict[str, Beat], parts: set[int], taking: set[int], giving: set[int]) -> Plan:
     """`parts`: partitions that we serve; `taking`: being acquired; `giving`, a part of `parts`: being given back."""
-    nothing = Plan({}, [])
+    nothing = Plan({}, [], [])
     if me not in alive:
         return nothing
     if alive[me].leaving:
-        return Plan({}, sorted(parts - giving))
+        return Plan({}, sorted(parts - giving), [])
     takers = [name for name, beat in alive.items() if not beat.leaving]
     fair = -(-PARTITIONS // len(takers))
     # a lease of ours without a partition is left from an attempt that failed
@@ -70,11 +72,13 @@ def plan(table: Table, me: str, alive: dict[str, Beat], parts: set[int], taking:
     free = {n for n in range(PARTITIONS) if n not in mine and not _is_held(table, n, me, alive)}
     staying = mine - giving
     if len(staying) > fair:
-        return Plan({}, sorted(staying & parts)[fair - len(staying) :])
+        return Plan({}, sorted(staying & parts)[fair - len(staying) :], [])
     # each engine starts at another partition, to avoid conflicts
     first = takers.index(me) * PARTITIONS // len(takers)
     chosen = sorted(free, key=lambda n: (n - first) % PARTITIONS)[: fair - len(staying)]
-    return Plan({n: Lease(me, table.leases[n].epoch + 1 if n in table.leases else 1) for n in chosen}, [])
+    take = {n: Lease(me, table.leases[n].epoch + 1 if n in table.leases else 1) for n in chosen}
+    left = [n for n in sorted(free - take.keys()) if n in table.leases and table.leases[n].engine == me]
+    return Plan(take, [], left)
 
 
 def _is_held(table: Table, number: int, me: str, alive: dict[str, Beat]) -> bool:

@@ -9,11 +9,9 @@ import asyncio
 import contextlib
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
-import nats
 from nats.aio.client import Client as Nats
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
@@ -22,58 +20,31 @@ from nats.js import api
 from nats.js.errors import APIError, KeyNotFoundError, KeyWrongLastSequenceError, NotFoundError
 from nats.js.kv import KeyValue
 
-from stream_mmrnn.core.errors import NotRunning, ProcessError
+from stream_mmrnn.core.errors import ProcessError
 from stream_mmrnn.serve.cluster.receipts import WRONG_LAST_SEQUENCE, Receipts, WriteRefused
-from stream_mmrnn.serve.cluster.subjects import ANSWERS_S, LOG_S, Fence, Names, Table, session_of, token_of
+from stream_mmrnn.serve.cluster.subjects import (
+    ANSWERS_S,
+    LOG_S,
+    PARTITIONS,
+    Fence,
+    Lease,
+    Names,
+    Table,
+    read_low,
+    read_stored,
+    session_of,
+    token_of,
+)
 
 _EXPECTED = "Nats-Expected-Last-Subject-Sequence"
 _EXPECTED_OF = "Nats-Expected-Last-Subject-Sequence-Subject"
-_REQUEST_S = 1.0
+REQUEST_S = 1.0
 FAILURES = (NatsError, APIError, OSError, asyncio.TimeoutError)
 """What NATS's client raises where the server is away, slow or refuses."""
 
 
 def _refuses(error: BaseException) -> bool:
     return isinstance(error, APIError) and error.err_code == WRONG_LAST_SEQUENCE
-
-
-async def connect(
-    url: str,
-    credentials: str = "",
-    on_return: Callable[[], Awaitable[None]] | None = None,
-    timeout_s: float = 5.0,
-    on_loss: Callable[[], Awaitable[None]] | None = None,
-) -> Nats:
-    """A connection that reconnects by itself, without a limit.
-
-    Raises:
-        NotRunning: no server answers there, or it does not accept these credentials.
-
-    """
-    options: dict[str, Any] = {"user_credentials": str(Path(credentials).expanduser())} if credentials else {}
-
-    async def nothing(_: object = None) -> None:
-        pass
-
-    try:
-        return await asyncio.wait_for(
-            nats.connect(
-                url,
-                connect_timeout=2,
-                allow_reconnect=True,
-                max_reconnect_attempts=-1,
-                reconnect_time_wait=0.05,
-                ping_interval=1,
-                max_outstanding_pings=3,
-                error_cb=nothing,
-                reconnected_cb=on_return or nothing,
-                disconnected_cb=on_loss or nothing,
-                **options,
-            ),
-            timeout_s,
-        )
-    except (TimeoutError, NatsError, OSError, ValueError) as e:
-        raise NotRunning(f"no NATS server answers at {url} ({e or type(e).__name__}); start one with JetStream") from e
 
 
 class Logged(NamedTuple):
@@ -83,8 +54,8 @@ class Logged(NamedTuple):
     number: int
     nth: int
     """Its number since the subscription began, from 1; a gap means a lost message."""
-    client: str
-    """The client that sent it, by its own account; "" for none."""
+    name: str
+    """Its ID, which its sender made: `subjects` says what is in it."""
     content: bytes
 
 
@@ -108,7 +79,7 @@ class Link:
 
     def __init__(self, connection: Nats, names: Names) -> None:
         self.nats, self.names = connection, names
-        self.js = connection.jetstream(timeout=_REQUEST_S)
+        self.js = connection.jetstream(timeout=REQUEST_S)
         self._receipts = Receipts(connection)
         self._leases: KeyValue | None = None
         self._states: KeyValue | None = None
@@ -186,25 +157,20 @@ class Link:
             return entry.value or b""
         return mine
 
-    async def shared(self, key: str) -> bytes | None:
-        try:
-            return (await self.leases.get(key)).value
-        except KeyNotFoundError:
-            return None
-
-    async def secret(self) -> bytes:
-        """The cluster's secret, made by its first engine."""
-        return await self.set_shared("secret", secrets.token_bytes(32))
-
     # ---- leases --------------------------------------------------------------------------------------------------
 
-    async def table(self) -> tuple[Table, int]:
-        """The table of leases, and its revision; 0 while there is none."""
+    async def table(self) -> tuple[Table | None, int]:
+        """The table of leases, None where there is none or it cannot be read, and its revision."""
         try:
             entry = await self.leases.get("table")
-        except KeyNotFoundError:
-            return Table(), 0
-        return msgspec.json.decode(entry.value or b"{}", type=Table), entry.revision or 0
+        except KeyNotFoundError as e:
+            return None, _revision_of_deleted(e)
+        return read_stored(entry.value or b"", Table), entry.revision or 0
+
+    async def fenced_table(self) -> Table:
+        """The table of leases as the fences say: each owner has fenced off the one before it."""
+        fences = await asyncio.gather(*(self._last_fence(number) for number in range(PARTITIONS)))
+        return Table({n: Lease(of.engine, of.epoch) for n, (_, of) in enumerate(fences) if of is not None})
 
     async def replace_table(self, table: Table, revision: int) -> int:
         """Write the table; returns its new revision. Raises WriteRefused where it has changed since `revision`."""
@@ -212,6 +178,14 @@ class Link:
             return await self.leases.update("table", msgspec.json.encode(table), last=revision)
         except KeyWrongLastSequenceError as e:
             raise WriteRefused from e
+
+    async def _last_fence(self, partition: int) -> tuple[int, Fence | None]:
+        """The sequence number of a partition's fence, 0 for none, and the fence; None where it cannot be read."""
+        try:
+            found = await self.js.get_last_msg(self.names.stream_out, self.names.fence(partition))
+        except NotFoundError:
+            return 0, None
+        return found.seq or 0, read_stored(found.data or b"", Fence)
 
     async def fence(self, partition: int, fence: Fence) -> int:
         """Fence off all earlier owners of the partition; returns the sequence number that writes must name from now on.
@@ -222,13 +196,9 @@ class Link:
         """
         subject = self.names.fence(partition)
         while True:
-            try:
-                found = await self.js.get_last_msg(self.names.stream_out, subject)
-                last, was = found.seq or 0, msgspec.json.decode(found.data or b"{}", type=Fence)
-                if was.epoch > fence.epoch:
-                    raise WriteRefused
-            except NotFoundError:
-                last = 0
+            last, was = await self._last_fence(partition)
+            if was is not None and was.epoch > fence.epoch:
+                raise WriteRefused
             headers = {_EXPECTED: str(last), api.Header.ROLLUP.value: "sub"}
             try:
                 return (await self.js.publish(subject, msgspec.json.encode(fence), headers=headers)).seq
@@ -250,8 +220,8 @@ class Link:
                 return
             sequence = message.metadata.sequence
             session = session_of(message.subject.rpartition(".")[2])
-            client = headers.get(api.Header.MSG_ID.value, "").partition(" ")[0]
-            handler(Logged(session, sequence.stream, sequence.consumer, client, message.data))
+            name = headers.get(api.Header.MSG_ID.value, "")
+            handler(Logged(session, sequence.stream, sequence.consumer, name, message.data))
 
         followed, _ = await self._subscribe(
             self.names.stream_in, self.names.log(partition), after, inbox, receive, heartbeat_s=1.0
@@ -324,7 +294,9 @@ class Link:
         """Call `handler` with each answer to a client, when it is stored: its sequence number and content."""
 
         async def receive(message: Msg) -> None:
-            handler(int((message.headers or {})["Nats-Sequence"]), message.data)
+            number = (message.headers or {}).get("Nats-Sequence", "")
+            if number.isdigit():  # else it is not of the log
+                handler(int(number), message.data)
 
         await self.nats.subscribe(self.names.answers_to(client), cb=receive)
 
@@ -345,7 +317,7 @@ class Link:
         expected = 1
         try:
             while left:
-                message = await asyncio.wait_for(arrived.get(), _REQUEST_S)
+                message = await asyncio.wait_for(arrived.get(), REQUEST_S)
                 at = message.metadata
                 if at.sequence.consumer != expected:
                     raise TimeoutError(f"answer {expected} of those missed did not arrive")
@@ -360,26 +332,25 @@ class Link:
     async def log(self, session: str, name: str, content: bytes) -> None:
         """Write a client's message to the log, deduplicated by its name; returns when it is stored."""
         future = await self._receipts.publish(self.names.into(session), content, {api.Header.MSG_ID.value: name})
-        await self._receipts.wait(future, _REQUEST_S)
+        await self._receipts.wait(future, REQUEST_S)
 
     # ---- states --------------------------------------------------------------------------------------------------
 
-    async def states_of(self, partition: int) -> list[tuple[bytes, int]]:
-        """The newest snapshots of a partition's sessions, each with its revision."""
+    async def states_of(self, partition: int) -> list[tuple[str, bytes, int]]:
+        """The newest snapshots of a partition's sessions: session, bytes and revision."""
         prefix = f"$KV.{self.names.states}."
         info = await self.js.stream_info(f"KV_{self.names.states}", subjects_filter=f"{prefix}state.{partition}.*")
         keys = [subject.removeprefix(prefix) for subject in info.state.subjects or ()]
-        found: list[tuple[bytes, int]] = []
+        found: list[tuple[str, bytes, int]] = []
         for at in range(0, len(keys), 64):
-            entries = await asyncio.gather(
-                *(self.states.get(key) for key in keys[at : at + 64]), return_exceptions=True
-            )
-            for entry in entries:
+            some = keys[at : at + 64]
+            entries = await asyncio.gather(*(self.states.get(key) for key in some), return_exceptions=True)
+            for key, entry in zip(some, entries, strict=True):
                 if isinstance(entry, KeyNotFoundError):
                     continue
                 if isinstance(entry, BaseException):
                     raise entry
-                found.append((entry.value or b"", entry.revision or 0))
+                found.append((session_of(key.rpartition(".")[2]), entry.value or b"", entry.revision or 0))
         return found
 
     async def save(self, partition: int, session: str, raw: bytes | None, revision: int) -> int:
@@ -398,19 +369,23 @@ class Link:
         try:
             entry = await self.states.get(f"state.{partition}.{token_of(session)}")
         except KeyNotFoundError as e:
-            # a deleted key still has a revision
-            deleted = getattr(e, "entry", None)
-            return b"", (deleted.revision or 0) if deleted is not None else 0
+            return b"", _revision_of_deleted(e)
         return entry.value or b"", entry.revision or 0
 
     async def low(self, partition: int) -> int:
         try:
-            return int((await self.states.get(f"low.{partition}")).value or b"0")
+            return read_low((await self.states.get(f"low.{partition}")).value or b"")
         except KeyNotFoundError:
             return 0
 
     async def set_low(self, partition: int, low: int) -> None:
         await self.states.put(f"low.{partition}", str(low).encode())
+
+
+def _revision_of_deleted(error: KeyNotFoundError) -> int:
+    """A deleted key still has a revision; one that never was has 0."""
+    deleted = getattr(error, "entry", None)
+    return (deleted.revision or 0) if deleted is not None else 0
 
 
 def new_name() -> str:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import hmac
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -17,16 +19,19 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
+from stream_mmrnn.bus.keys import token
 from stream_mmrnn.core import config
-from stream_mmrnn.core.clock import now_ns
-from stream_mmrnn.core.errors import ProcessError, SnapshotError
+from stream_mmrnn.core.clock import RateLimiter, now_ns
+from stream_mmrnn.core.errors import ConfigError, NotRunning, ProcessError, SnapshotError, WireError
 from stream_mmrnn.predict.sharded_engine import create
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.async_client import end_tasks
+from stream_mmrnn.serve.cluster.connection import connect, is_exposed, without_secrets
 from stream_mmrnn.serve.cluster.log_reader import LogReader
 from stream_mmrnn.serve.cluster.membership import DEAD_AFTER_S, Members, is_lost, plan
-from stream_mmrnn.serve.cluster.nats import FAILURES, Link, connect, new_name
+from stream_mmrnn.serve.cluster.nats import FAILURES, Link, new_name
 from stream_mmrnn.serve.cluster.outbox import RETRY_S, Outbox, Partition
+from stream_mmrnn.serve.cluster.questions import Questions
 from stream_mmrnn.serve.cluster.receipts import WriteRefused
 from stream_mmrnn.serve.cluster.replica import Replica
 from stream_mmrnn.serve.cluster.subjects import STATE_EVERY_S, Beat, Fence, Lease, Names, Table
@@ -45,15 +50,18 @@ class ClusterNode:
     def __init__(self, settings: config.Settings, say: Callable[[str], None] = lambda _: None) -> None:
         """Raises ModelError, ProviderError, ConfigError."""
         self.settings, self._say = settings, say
+        self._rate_limiter = RateLimiter()
+        self._address = without_secrets(settings.cluster.url)
         self.name = new_name()
         """Unique."""
         self.engine = create(replace(settings.engine, slots=settings.serve.slots))
         self.counts: Counter[str] = Counter()
         """`taken`, `given_back`, `fenced` partitions; `stored`, `repeated` (stored before) and `refused` answers;
-        `kept` states."""
+        `kept` states; `damaged` ones; `tables` that were written anew, because nobody could read them; `garbage`."""
         self.parts: dict[int, Partition] = {}
         self.replica: Replica | None = None
         self._inbox: deque[tuple[Partition, str, int, str, bytes]] = deque()
+        """Messages of the log: partition, session, sequence number, ID, content."""
         self._wake = asyncio.Event()
         self._link: Link | None = None
         self._outbox: Outbox | None = None
@@ -80,14 +88,25 @@ class ClusterNode:
 
         Raises:
             NotRunning: no NATS server answers.
-            ProcessError: the server cannot keep the logs, or the cluster serves another model.
+            ConfigError: others can reach the server, and it asks nobody who they are.
+            ProcessError: the server cannot keep the logs, or the cluster has another model or key.
+            FileError: the key cannot be read.
 
         """
         cluster = self.settings.cluster
         connection = await connect(cluster.url, cluster.credentials, self._returned, on_loss=self._lost)
         try:
+            if host := is_exposed(connection):
+                raise ConfigError(
+                    f"the NATS server at {self._address} listens on {host} and asks nobody for credentials: start it "
+                    "with `-a 127.0.0.1`, or with accounts as in packaging/nats.conf"
+                )
             self._link = Link(connection, Names(cluster.prefix))
-            await self._join()
+            try:
+                await self._join()
+            except FAILURES as e:
+                why = str(e) or type(e).__name__
+                raise NotRunning(f"the NATS server at {self._address} did not answer ({why}); try again") from e
             await connection.subscribe(self.link.names.beat, cb=self._on_beat)
             beating = asyncio.create_task(self._beat())
             serving = asyncio.create_task(self._serve())
@@ -109,18 +128,38 @@ class ClusterNode:
     async def _join(self) -> None:
         settings = self.settings
         await self.link.settle(settings.state.ttl_s, settings.cluster.replicas, settings.cluster.disk_mb)
-        secret = await self.link.secret()
-        self.replica = Replica(self.engine, settings.state, settings.admission, secret, settings.serve.queue)
+        key = await self._read_key()
+        self.replica = Replica(self.engine, settings.state, settings.admission, key, settings.serve.queue)
         self._outbox = Outbox(self.replica, self.link, self.parts, self.counts, self._start, self.lose)
         mine = protocol.encode(self.replica.host.welcome)
         theirs = await self.link.set_shared("model", mine)
-        if (welcome := protocol.read_reply(theirs)) != self.replica.host.welcome:
-            assert isinstance(welcome, protocol.Welcome)
+        welcome = _read_welcome(theirs)
+        if welcome is None:
             raise ProcessError(
-                f"the cluster at {settings.cluster.url} serves {welcome.name} ({welcome.model[:12]}) with a queue of "
+                f"which model the cluster at {self._address} serves cannot be read; delete the key `model` of its "
+                f"bucket {self.link.names.leases}, and start the engines again"
+            )
+        if welcome != self.replica.host.welcome:
+            raise ProcessError(
+                f"the cluster at {self._address} serves {welcome.name} ({welcome.model[:12]}) with a queue of "
                 f"{welcome.queue}, not {self.engine.spec.name} ({self.engine.spec.sha256[:12]}) with "
                 f"{settings.serve.queue}; serve that, or give this one another cluster.prefix"
             )
+        await Questions(self.link, mine, self._start, self.counts).begin()
+
+    async def _read_key(self) -> bytes:
+        """The key of the cluster, from its file; raises ProcessError where other engines have another one."""
+        cluster = self.settings.cluster
+        path = config.cluster_key(self.settings)
+        key = token(path, "cluster.key")[0].encode()
+        mine = hmac.new(key, cluster.prefix.encode(), hashlib.sha256).hexdigest().encode()
+        if await self.link.set_shared("key", mine) != mine:
+            raise ProcessError(
+                f"the engines of the cluster at {self._address} have another key than {path}: copy theirs to this "
+                f"machine and name it in cluster.key, or, if it is lost, delete the key `key` of the bucket "
+                f"{self.link.names.leases}"
+            )
+        return key
 
     async def _leave(self) -> None:
         """Give all partitions back, so that other engines continue at once."""
@@ -187,18 +226,34 @@ class ClusterNode:
 
     async def _share(self) -> None:
         """Read the table; take and give back leases, and notice lost ones."""
+        try:
+            await self._share_by(*await self._read_table())
+        except WriteRefused:
+            return  # another engine was faster; the next beat tries again
+
+    async def _read_table(self) -> tuple[Table, int]:
+        """The table and its revision; where it cannot be read, it is written anew. Raises WriteRefused."""
         table, revision = await self.link.table()
+        if table is None:
+            # each owner's fence has the epoch of its lease, so that they lose nothing
+            table = await self.link.fenced_table()
+            if table.leases:
+                revision = await self.link.replace_table(table, revision)
+                self.counts["tables"] += 1
+                if self._rate_limiter("table", now_ns()):
+                    self._say("the cluster's table of leases could not be read; it was written anew")
+        return table, revision
+
+    async def _share_by(self, table: Table, revision: int) -> None:
         for part in list(self.parts.values()):
             # not one that is being given back: we may have just done that
             if part.number not in self._giving and is_lost(table, part.number, self.name, part.epoch):
                 self.lose(part.number)
         alive = self._members.alive(_now_s())
-        take, give = plan(table, self.name, alive, set(self.parts), self._taking, self._giving)
-        if take:
-            try:
-                await self.link.replace_table(Table({**table.leases, **take}), revision)
-            except WriteRefused:
-                return  # another engine was faster; the next beat tries again
+        take, give, release = plan(table, self.name, alive, set(self.parts), self._taking, self._giving)
+        if take or release:
+            cleared = {number: replace(table.leases[number], engine="") for number in release}
+            await self.link.replace_table(Table({**table.leases, **take, **cleared}), revision)
         for number, lease in take.items():
             self._taking.add(number)
             self._start(self._acquire(number, lease.epoch))
@@ -215,12 +270,14 @@ class ClusterNode:
             # in this order: a former owner that is still writing moves the low watermark after the states
             low = await self.link.low(number)
             states = await self.link.states_of(number)
-            for raw, revision in states:
+            for session, raw, revision in states:
+                part.revisions[session] = revision
                 try:
-                    part.revisions[self.replica.adopt(number, raw, now_ns())] = revision
+                    self.replica.adopt(number, session, raw, now_ns())
                 except SnapshotError as e:
                     self.counts["damaged"] += 1
-                    self._say(str(e))
+                    if self._rate_limiter("damaged", now_ns()):
+                        self._say(f"a state in the bucket counts as none: {e}")
             part.low = low
             part.reader = LogReader(self.link, number, low, lambda *message: self.receive(part, *message))
             self.parts[number] = part
@@ -279,10 +336,10 @@ class ClusterNode:
             return
         await self.link.set_low(number, self.replica.low(number, part.reader.read))
         while part.ours:
-            table, revision = await self.link.table()
-            if is_lost(table, number, self.name, part.epoch):
-                break
             try:
+                table, revision = await self._read_table()
+                if is_lost(table, number, self.name, part.epoch):
+                    break
                 await self.link.replace_table(Table({**table.leases, number: Lease("", part.epoch)}), revision)
                 break
             except WriteRefused:
@@ -294,11 +351,11 @@ class ClusterNode:
 
     # ---- serving -------------------------------------------------------------------------------------------------
 
-    def receive(self, part: Partition, session: str, seq: int, client: str, content: bytes) -> None:
+    def receive(self, part: Partition, session: str, seq: int, name: str, content: bytes) -> None:
         """Queue a message of the log."""
         # with the object, not its number: a message that was read before the partition was lost and taken again would
         # be stepped out of order
-        self._inbox.append((part, session, seq, client, content))
+        self._inbox.append((part, session, seq, name, content))
         self._wake.set()
 
     async def _serve(self) -> None:
@@ -314,9 +371,9 @@ class ClusterNode:
                 timer.cancel()
             at_ns = now_ns()
             for _ in range(min(len(self._inbox), _AT_ONCE)):
-                part, session, seq, client, content = self._inbox.popleft()
+                part, session, seq, name, content = self._inbox.popleft()
                 if self.parts.get(part.number) is part:
-                    replica.receive(part.number, session, seq, client, content, at_ns)
+                    replica.receive(part.number, session, seq, name, content, at_ns)
             if replica.ready:
                 replica.step(at_ns)
             replica.housekeeping(at_ns)
@@ -348,7 +405,7 @@ class ClusterNode:
         replica = self.replica
         return {
             "engine": self.name,
-            "cluster": self.settings.cluster.url,
+            "cluster": self._address,
             "model": self.engine.spec.name,
             "model_sha256": self.engine.spec.sha256,
             "provider": self.engine.provider,
@@ -361,6 +418,14 @@ class ClusterNode:
                 **{f"cluster_{k}": v for k, v in sorted(self.counts.items())},
             },
         }
+
+
+def _read_welcome(content: bytes) -> protocol.Welcome | None:
+    try:
+        reply = protocol.read_reply(content)
+    except WireError:
+        return None
+    return reply if isinstance(reply, protocol.Welcome) else None
 
 
 def _now_s() -> float:

@@ -11,19 +11,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Coroutine
-from typing import Any, TypeAlias
+from collections.abc import Callable
 
 import msgspec
 
 from stream_mmrnn.serve.cluster.log_reader import LogReader
 from stream_mmrnn.serve.cluster.nats import FAILURES, Link
+from stream_mmrnn.serve.cluster.questions import Start
 from stream_mmrnn.serve.cluster.receipts import WriteRefused
 from stream_mmrnn.serve.cluster.replica import OutgoingAnswer, Replica, SavedState
 
 RETRY_S = 1.0
 """After so long without a receipt an answer is written again."""
-Start: TypeAlias = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 
 class _Unstored(msgspec.Struct):
@@ -177,7 +176,7 @@ class Outbox:
                 # it: a newer one stays
                 with contextlib.suppress(*FAILURES):
                     raw, part.revisions[state.session] = await self._link.saved(part.number, state.session)
-                    if state.raw is not None and self._replica.seq_of(raw) >= state.seq:
+                    if state.raw is not None and self._replica.seq_of(state.session, raw) >= state.seq:
                         break
             except FAILURES:
                 await asyncio.sleep(0.05)

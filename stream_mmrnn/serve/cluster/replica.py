@@ -3,6 +3,11 @@
 Every message has a sequence number in the log. The answer to message n is named after n: an engine that reads the log
 again gives the same answer under the same name. A snapshot says which message is the newest in it, so that none is
 stepped twice. Knows nothing about leases or who is alive.
+
+A session's token is an HMAC of its name and of the number of the message that opened it, under a key that all engines
+have as a file. So every engine makes the same token, whoever began the session, and neither the token nor the key is in
+a bucket: a snapshot has the token's hash only. A message under the name of a session's owner counts only with a proof
+that its sender has the token (`subjects`).
 """
 
 from __future__ import annotations
@@ -19,7 +24,8 @@ from stream_mmrnn.core.errors import SessionError, SnapshotError, WireError
 from stream_mmrnn.predict.protocols import Engine
 from stream_mmrnn.predict.snapshots import Snapshot, from_bytes, to_bytes
 from stream_mmrnn.serve import protocol
-from stream_mmrnn.serve.cluster.subjects import CLIENT
+from stream_mmrnn.serve.cluster.subjects import CLIENT, proof
+from stream_mmrnn.serve.saved_states import bound, same_token
 from stream_mmrnn.serve.session_host import Host
 from stream_mmrnn.serve.sessions import Sessions
 
@@ -86,6 +92,7 @@ class _Place(msgspec.Struct):
     partition: int
     opened: int
     """The message that opened it; its token is derived from that."""
+    token: str
     owner: str
     """The client that owns it."""
     handled: int
@@ -106,14 +113,14 @@ class Replica:
         engine: Engine,
         state: config.StateSettings,
         admission: config.AdmissionSettings | None,
-        secret: bytes,
+        key: bytes,
         queue: int,
     ) -> None:
-        """`secret`: the cluster's; tokens are derived from it, so that an engine that reads the log again makes the
-        same ones. `queue`: ticks of a session that may wait for an answer.
+        """`key`: the same for all engines of the cluster, and known to them only. `queue`: ticks of a session that may
+        wait for an answer.
         """
         self._store = InMemoryStateStore()
-        self._secret = secret
+        self._key = key
         self._current = ("", 0)
         """Session and sequence number of the message that is being handled."""
         self.sessions = Sessions(
@@ -124,11 +131,12 @@ class Replica:
         self._answers: list[OutgoingAnswer] = []
         self._states: list[SavedState] = []
         self.counts: Counter[str] = Counter()
-        """`again`: messages that were in a snapshot already; `left`: sessions for which there was no free slot."""
+        """`again`: messages that were in a snapshot already; `left`: sessions for which there was no free slot;
+        `unproven`: messages under the name of a session's owner, of somebody who does not have its token."""
 
     def token(self, session: str, opened: int) -> str:
         """The token of a session that message `opened` began."""
-        return hmac.new(self._secret, f"{session} {opened}".encode(), hashlib.sha256).hexdigest()
+        return hmac.new(self._key, f"{session} {opened}".encode(), hashlib.sha256).hexdigest()
 
     @property
     def ready(self) -> bool:
@@ -137,36 +145,31 @@ class Replica:
 
     # ---- partitions ----------------------------------------------------------------------------------------------
 
-    def adopt(self, partition: int, raw: bytes, now_ns: int) -> str:
-        """Continue a session from its snapshot; returns its name. An evicted one waits for its token.
+    def adopt(self, partition: int, session: str, raw: bytes, now_ns: int) -> None:
+        """Continue a session from its snapshot. An evicted one waits for its token.
 
         Raises:
-            SnapshotError: this is not a snapshot of a cluster.
+            SnapshotError: this is not a snapshot of this session in a cluster.
 
         """
-        snapshot = from_bytes(raw)
-        name = snapshot.session
-        try:
-            seq, opened = (int(snapshot.extra[of]) for of in (_SEQ, _OPENED))
-            owner = str(snapshot.extra[_OWNER])
-        except (KeyError, ValueError) as e:
-            raise SnapshotError(f"the snapshot of session {name!r} has no position in the log") from e
-        self._places[name] = _Place(partition, opened, owner, seq, seq, seq)
-        self._store.found[name] = snapshot
+        snapshot = _snapshot_of(session, raw)
+        seq, opened, owner = _position(snapshot)
+        token = self.token(session, opened)
+        self._places[session] = _Place(partition, opened, token, owner, seq, seq, seq)
+        self._store.found[session] = bound(snapshot, token)
         if owner:
             try:
-                self.sessions.adopt(snapshot, self.token(name, opened), now_ns=now_ns)
-                self.host.own(name, owner.encode())
+                self.sessions.adopt(snapshot, token, now_ns=now_ns)
+                self.host.own(session, owner.encode())
             except SessionError:
                 self.counts["left"] += 1  # as if evicted: its client opens it again, and gets the reason
-        return name
 
     @staticmethod
-    def seq_of(raw: bytes) -> int:
-        """The newest message that is in a snapshot; -1 where it is not a snapshot of a cluster."""
+    def seq_of(session: str, raw: bytes) -> int:
+        """The newest message that is in a snapshot; -1 where it is not a snapshot of this session in a cluster."""
         try:
-            return int(from_bytes(raw).extra.get(_SEQ, -1))
-        except (SnapshotError, ValueError):
+            return _position(_snapshot_of(session, raw))[0]
+        except SnapshotError:
             return -1
 
     def drop(self, partition: int) -> int:
@@ -227,23 +230,31 @@ class Replica:
 
     # ---- messages ------------------------------------------------------------------------------------------------
 
-    def receive(self, partition: int, session: str, seq: int, client: str, content: bytes, now_ns: int) -> None:
-        """Handle one message of the log; `client` sent it."""
-        if not CLIENT.fullmatch(client) or not re.match(topics.SESSION_NAME, session):
+    def receive(self, partition: int, session: str, seq: int, name: str, content: bytes, now_ns: int) -> None:
+        """Handle one message of the log; `name`: its ID, by which its sender calls itself CLIENT."""
+        client, *rest = name.split(" ")
+        if not CLIENT.fullmatch(client) or len(rest) != 2 or not re.match(topics.SESSION_NAME, session):
             self.host.counts["garbage"] += 1  # there is no client to answer
             return
+        number, given = rest
         place = self._places.get(session)
         if place is not None and seq <= max(place.handled, place.waiting[-1][1] if place.waiting else 0):
             self.counts["again"] += 1
             return
         self._current = session, seq
-        try:
-            request = protocol.read_request(content)
-            if getattr(request, "session", session) != session:
-                raise WireError(f"it is of session {getattr(request, 'session', '')!r} and came as {session!r}")
-        except WireError as e:
+        request, why = self._read(session, content)
+        if (
+            place is not None
+            and place.owner == client
+            and not isinstance(request, protocol.Open)  # has the token in it, or needs none
+            and not same_token(given, proof(place.token, client, number, session, content))
+        ):
+            # no answer: the owner would take it for one to its own message
+            self.counts["unproven"] += 1
+            return
+        if request is None:
             self.host.counts["garbage"] += 1
-            refused = protocol.Refused(error="bad_message", why=str(e)[:500], session=session)
+            refused = protocol.Refused(error="bad_message", why=why, session=session)
             self._send(partition, seq, client, refused)
             if place is not None:
                 self._handled(place, seq)
@@ -253,14 +264,25 @@ class Replica:
             assert place is not None  # or it had been refused
             place.waiting.append((request.tick, seq))
             return
-        self._collect(partition)
+        self._collect(partition, stepped=not isinstance(request, protocol.Step))
         place = self._places.get(session)
         if place is None and session in self.sessions:
-            place = self._places[session] = _Place(partition, seq, client, seq)
+            place = self._places[session] = _Place(partition, seq, self.token(session, seq), client, seq)
         if place is not None:
             place.owner = self.host.owner(session).decode()
             self._handled(place, seq)
         self._make_states()
+
+    @staticmethod
+    def _read(session: str, content: bytes) -> tuple[protocol.Request | None, str]:
+        """The request in a message, or why it is none."""
+        try:
+            request = protocol.read_request(content)
+        except WireError as e:
+            return None, str(e)[:500]
+        if (of := getattr(request, "session", session)) != session:
+            return None, f"it is of session {of!r} and came as {session!r}"
+        return request, ""
 
     def _handled(self, place: _Place, seq: int) -> None:
         if not place.waiting:
@@ -278,15 +300,19 @@ class Replica:
         self._collect(-1)
         self._make_states()
 
-    def _collect(self, partition: int) -> None:
-        """Name the host's replies after the messages that they answer; `partition`: of the message being handled."""
+    def _collect(self, partition: int, stepped: bool = True) -> None:
+        """Name the host's replies after the messages that they answer; `partition`: of the message being handled.
+
+        `stepped`: ticks that waited may be among them. A tick that is refused at once is not the one that waits, though
+        it has the same number: it may be somebody else's.
+        """
         out, self.host.out = self.host.out, []
         for peer, reply in out:
             client = peer.decode()
             session = getattr(reply, "session", self._current[0])
             place = self._places.get(session)
             tick = getattr(reply, "tick", -1)
-            if place is not None and place.waiting and place.waiting[0][0] == tick:
+            if stepped and place is not None and place.waiting and place.waiting[0][0] == tick:
                 seq = place.waiting.popleft()[1]
                 place.handled = max(place.handled, seq)
                 self._send(place.partition, seq, client, reply)
@@ -324,3 +350,19 @@ class Replica:
         answers, self._answers = self._answers, []
         states, self._states = self._states, []
         return answers, states
+
+
+def _snapshot_of(session: str, raw: bytes) -> Snapshot:
+    """The snapshot in these bytes. Raises SnapshotError where it is none, or another session's."""
+    snapshot = from_bytes(raw)
+    if snapshot.session != session:
+        raise SnapshotError(f"the snapshot of session {session!r} is of {snapshot.session[:80]!r}")
+    return snapshot
+
+
+def _position(snapshot: Snapshot) -> tuple[int, int, str]:
+    """Of the session in the log: its newest message, the one that opened it, its owner. Raises SnapshotError."""
+    seq, opened, owner = (str(snapshot.extra.get(of, "-")) for of in (_SEQ, _OPENED, _OWNER))
+    if not all(re.fullmatch(r"[0-9]{1,18}", of) for of in (seq, opened)) or not (not owner or CLIENT.fullmatch(owner)):
+        raise SnapshotError(f"the snapshot of session {snapshot.session!r} has no position in the log")
+    return int(seq), int(opened), owner
