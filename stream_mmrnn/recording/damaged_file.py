@@ -103,10 +103,11 @@ class DamagedFileReader:
             self.head = {}
         self.head_damaged = not self.head
         self.head = self.head or copies
-        if not (self.head or self.end or self.so_far or self.channels or self._is_ours()):
+        channels = any("origin" in channel.metadata for channel in self.channels.values())
+        if not (self.head or self.end or self.so_far or channels or self._begins_like_ours()):
             raise FileError(f"{self.path} is no recording of this program; a file of another one is for other tools")
 
-    def _is_ours(self) -> bool:
+    def _begins_like_ours(self) -> bool:
         with self.path.open("rb") as file:
             begins = file.read(len(BEGINNING))
         return bool(begins) and BEGINNING.startswith(begins)

@@ -200,6 +200,19 @@ def test_a_size_that_its_writer_did_not_know_is_no_cut(tmp_path: Path, stated: i
     path = wav(tmp_path / "piped.wav", int16(tone(1.0)[:, None]), stated=stated)
     got, source = heard(path)
     assert len(got) == RATE_HZ
+    assert (source.info["ends_early"], source.info["warnings"], source.info["damaged"]) == (False, [], 0)
+
+
+def test_damage_in_the_middle_is_counted_and_told(tmp_path: Path) -> None:
+    path = MOVIES["avi"](tmp_path)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"00dc", len(data) // 2)
+    data[at + 8 : at + 300] = bytes(292)  # a picture without its head
+    path.write_bytes(data)
+    got, source = seen(path)
+    assert 30 < len(got) < 40
+    assert source.info["damaged"] > 0
+    assert "a.avi is damaged" in source.info["warnings"][0]
     assert source.info["ends_early"] is False
 
 

@@ -24,8 +24,10 @@ from mcap.records import (
     MetadataIndex,
     Statistics,
 )
+from mcap.writer import CompressionType, Writer
 from small_recordings import envelopes, write
 
+from stream_mmrnn.core.errors import FileError
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.recording.mcap_format import MAGIC, METADATA, METADATA_END, METADATA_SO_FAR, RECORD, stream_of
 from stream_mmrnn.recording.pieces import BEGINNING, Foreign, pieces
@@ -161,6 +163,20 @@ def test_a_head_of_another_program_is_no_damage(whole: Path, profile: str, libra
     out.unlink(missing_ok=True)
     assert repair(path, out)["result"]["state"] == "whole"
     assert verify(out)["messages"] == verify(whole)["messages"]
+
+
+@pytest.mark.parametrize("compression", [CompressionType.ZSTD, CompressionType.NONE])
+def test_a_file_of_another_program_is_refused(tmp_path: Path, compression: CompressionType) -> None:
+    path = tmp_path / "theirs.mcap"
+    with path.open("wb") as file:
+        writer = Writer(file, compression=compression)
+        writer.start("ros2", "theirs")
+        channel = writer.register_channel("/a", "json", writer.register_schema("x", "jsonschema", b"{}"))
+        for i in range(10):
+            writer.add_message(channel, i, b"{}", i, i)
+        writer.finish()
+    with pytest.raises(FileError, match="is no recording of this program"):
+        verify(path)
 
 
 def test_a_damaged_head_of_ours_is_none_of_another_program(whole: Path) -> None:

@@ -104,14 +104,15 @@ class _Media:
         if container is None:
             raise SourceError(f"{self.origin} is not open: call open() before samples()")
         start = Fraction(container.start_time or 0, av.time_base)
-        at_s = Fraction(0)
+        at_s, corrupt = Fraction(0), False
         for packet in self._packets(getattr(container.streams, kind)[0]):
             try:
                 decoded = packet.decode()
             except av.error.FFmpegError:
                 self.info["damaged"] += 1
                 continue
-            self.info["damaged"] += packet.is_corrupt
+            if packet.size:  # the last one may only be shorter than others
+                self.info["damaged"], corrupt = self.info["damaged"] + corrupt, packet.is_corrupt
             for frame in decoded:
                 if frame.pts is not None:
                     at_s = frame.pts * frame.time_base - start
