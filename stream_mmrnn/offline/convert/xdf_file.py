@@ -90,7 +90,7 @@ def _unpacked(file: BinaryIO, notes: list[str]) -> BinaryIO:
                 if inflate.eof:
                     inflate = zlib.decompressobj(_GZIP)
                 data.write(inflate.decompress(piece))
-                piece = inflate.unused_data
+                piece = inflate.unused_data.lstrip(b"\0")  # zeros may follow the end
         whole = inflate.eof
     except zlib.error as e:
         if not data.tell():
@@ -136,9 +136,9 @@ class _Times:
         if not numbers:
             return ""
         some = ", ".join(str(n + 1) for n in numbers[:3]) + (", ..." if len(numbers) > 3 else "")
-        which = f"sample {some} has" if len(numbers) == 1 else f"{len(numbers)} samples ({some}) have"
+        which = f"sample {some} was" if len(numbers) == 1 else f"{len(numbers)} samples ({some}) were"
         name, stream = str(row["info"]["name"][0] or ""), row["info"]["stream_id"]
-        return f"{which} a stamp that is no time, in the stream {name!r} (number {stream}), and was left out"
+        return f"{which} left out of the stream {name!r} (number {stream}), because the stamp is no time"
 
 
 class _ErrorLog(logging.Handler):
