@@ -6,6 +6,7 @@ is one JSON document and everything else goes to stderr.
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -69,7 +70,12 @@ def main(
 
 
 def run() -> None:
-    """The console script: an error of this package, or of what is used up, becomes one sentence and an exit code."""
+    """The console script: an error of this package, or of what is used up, becomes one sentence and an exit code.
+
+    What the output's encoding does not have becomes a question mark, whoever prints it.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         app(prog_name=COMMAND)
     except StreamError as e:

@@ -109,7 +109,9 @@ def import_(
     chosen: Annotated[
         list[str] | None,
         typer.Option(
-            "--as", help="XDF: NAME=audio, text, signal, label, none, or a stream's name and kind: NAME=wrist:signal."
+            "--as",
+            help="XDF: NAME=audio, text, signal, label, none, or a stream's name and kind: NAME=wrist:signal; NAME may "
+            "be the stream's number.",
         ),
     ] = None,
     session: Annotated[str, typer.Option(help="The session's name.")] = "imported",
@@ -197,10 +199,19 @@ def _import_xdf(
     from stream_mmrnn.offline.convert import xdf
 
     result = xdf.convert(path, out, session, chosen, progress)
+    names = [stream["name"] for stream in result["streams"]]
     for stream in result["streams"]:
+        number = f", number {stream['number']}" if names.count(stream["name"]) > 1 else ""
         console.print(
-            f"  {shown(stream['name'], 64)} ({shown(stream['type'], 64)}): {stream['samples']} samples, "
+            f"  {shown(stream['name'], 64)} ({shown(stream['type'], 64)}{number}): {stream['samples']} samples, "
             + ("left out" if stream["role"] == "none" else f"as {stream['role']}")
+        )
+    if gaps := result["gaps"]:
+        longest = max(gaps, key=lambda gap: gap["seconds"])
+        more = f"; there are {len(gaps)} such gaps" if len(gaps) > 1 else ""
+        say_on(Console(stderr=True))(
+            f"{path.name} has a gap of {spoken(longest['seconds'])} without a sample, {spoken(longest['after_s'])} "
+            f"after its beginning; the recording's clock jumps over it, so look whether its stamps are right{more}"
         )
     return result
 

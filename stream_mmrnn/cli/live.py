@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Collection, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -14,7 +15,7 @@ from msgspec.structs import replace
 from stream_mmrnn.cli.session_output import SessionOutput
 from stream_mmrnn.cli.terminal import ConfigFile, Json, ModelName, Provider
 from stream_mmrnn.core import config, processes
-from stream_mmrnn.core.errors import ConfigError, StreamError
+from stream_mmrnn.core.errors import ConfigError, FileError, StreamError
 from stream_mmrnn.core.signals import ENDING, held
 from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.streams import SELF, SHORT_FORMS
@@ -206,11 +207,18 @@ def _start_forkserver() -> None:
 
 
 def keep_old(path: Path, say: Callable[[str], None]) -> None:
-    """Rename a recording that has this name already, with its later parts, so that nothing is overwritten."""
+    """Rename a recording that has this name already, with its later parts, so that nothing is overwritten.
+
+    Raises:
+        FileError: what has this name is a device, a pipe, a folder or a link to nothing: it stays as it is.
+
+    """
     from stream_mmrnn.core.log import Note
 
-    if not path.exists():
+    if not os.path.lexists(path):
         return
+    if not path.is_file():
+        raise FileError(f"{path} is no regular file, so that no recording can take its place; choose another name")
     number = 1
     while (old := path.with_name(f"{path.stem}.old{number}{path.suffix}")).exists():
         number += 1
@@ -275,5 +283,5 @@ def _run(settings: config.Settings, duration: float | None, with_engine: bool, a
         terminal.lines(Note(str(e), "supervisor", "error", "error"))
         raise typer.Exit(e.exit_code) from None
     terminal.show_summary(summary)
-    if summary["failed"]:
-        raise typer.Exit(1)
+    if summary["failed"] or summary["partial"]:
+        raise typer.Exit(1 if summary["failed"] else 3)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from stream_mmrnn.cli.convert import Force, progress_bar
-from stream_mmrnn.cli.terminal import ConfigFile, Console, Json, ModelName, Provider, print_document
+from stream_mmrnn.cli.terminal import ConfigFile, Console, Json, ModelName, Provider, print_document, say_on
 from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import FileError
 from stream_mmrnn.core.printable import escape
@@ -46,9 +46,12 @@ def predict(
     targets = [out / f"{path.name}.predictions.{form.value}" for path in files]
     if there := next((t for t in targets if t.exists() and not force), None):
         raise FileError(f"{there} is there already; choose another folder, or use --force")
+    if there := next((t for t in targets if t.exists() and not t.is_file()), None):
+        raise FileError(f"{there} is no regular file, so that nothing can take its place; choose another folder")
     predictor = Predictor(model or settings.engine.model, settings=settings, provider=provider.value)
     alive = StopFlag.unwinding()
     rows: list[dict[str, Any]] = []
+    cut = False
     with progress_bar(console) as bar:
         for path, target in zip(files, targets, strict=True):
             task = bar.add_task(escape(path.name), total=_seconds(path))
@@ -59,12 +62,15 @@ def predict(
                 break
             took_s = time.perf_counter() - began
             times = round(done * predictor.spec.tick_ns / 1e9 / took_s, 1)
-            about = {"file": str(path), "out": str(target), "predictions": done}
+            about = {"file": str(path), "out": str(target), "predictions": done, "warnings": predictor.warnings}
             rows.append({**about, "seconds": round(took_s, 3), "times_real_time": times})
             console.print(f"{escape(str(target))}: {done} predictions, {times:g} times real time")
+            for warning in predictor.warnings:
+                say_on(Console(stderr=True))(warning)
+            cut |= predictor.ended_early
     if as_json:
         print_document({"model": predictor.spec.name, "files": rows, "stopped": len(rows) < len(files)})
-    if len(rows) < len(files):
+    if cut or len(rows) < len(files):
         raise typer.Exit(3)
 
 

@@ -90,7 +90,7 @@ class SessionOutput:
         elif self.lines is None:
             self._console.print(summary_table(summary))
         else:
-            level = "error" if summary["failed"] else "info"
+            level = "error" if summary["failed"] else "warning" if summary["partial"] else "info"
             text = f"the session {summary['session']!r} is over"
             self.lines(Note(text, "supervisor", "summary", level, **summary))
 

@@ -82,6 +82,8 @@ class StreamSettings(_Section, frozen=True):
     """Of the queue between device and encoder; "" is the kind's in `[queues]`."""
     raw: bool = True
     """false: its samples are encoded and not recorded."""
+    channel: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0
+    """Of a file's sound, the only channel that is heard, from 1 on; 0 is the mix of all."""
 
 
 class CameraSettings(_Section, frozen=True):

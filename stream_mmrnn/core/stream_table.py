@@ -89,7 +89,7 @@ def _parents_first(given: dict[str, StreamSettings]) -> Iterator[str]:
 def _row(name: str, given: StreamSettings, settings: Settings, table: dict[str, Stream]) -> Stream:
     parent = _parent(name, given, table)
     kind = _kind(name, given, parent)
-    about: dict[str, Any] = {"source": given.source, "encoders": given.encoders, "feeds": given.feeds}
+    about: dict[str, Any] = {name: getattr(given, name) for name in ("source", "encoders", "feeds", "channel")}
     if given.dense is not None:
         about["dense"] = given.dense
     if given.reduction:

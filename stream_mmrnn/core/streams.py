@@ -60,6 +60,8 @@ class Stream(msgspec.Struct, frozen=True):
     """The modality of a model that it feeds; "" is the one of its own name."""
     raw: bool = True
     """Whether its samples are published and recorded beside their features."""
+    channel: int = 0
+    """The only channel of a file's sound that is heard, from 1 on; 0: the mix of all."""
 
     @classmethod
     def of(cls, name: str, kind: Kind | None = None, person: str = "", source: str = "none") -> Stream:

@@ -18,6 +18,7 @@ import numpy as np
 
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.errors import WireError
+from stream_mmrnn.core.printable import encodable
 from stream_mmrnn.core.types import Envelope, Mark, Nanoseconds, Prediction, Stamps
 
 VERSION = 1
@@ -297,7 +298,10 @@ _json_decoders: dict[type, msgspec.json.Decoder[Any]] = {
 
 def pack(message: SessionMessage | TickMessage | PredictionMessage | StatusMessage) -> bytes:
     """Encode a message as a JSON payload."""
-    return _json_encode(message)
+    try:
+        return _json_encode(message)
+    except UnicodeEncodeError:  # a path that is no UTF-8
+        return _json_encode(encodable(msgspec.to_builtins(message)))
 
 
 def unpack(payload: Any, kind: type[_Message]) -> _Message:

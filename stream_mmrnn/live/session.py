@@ -131,9 +131,11 @@ class LiveSession:
                 "bytes": recorder.counts.get("bytes", 0),
                 "lost": recorder.counts.get("lost", 0),
                 "dropped": recorder.counts.get("dropped", 0),
+                "finished": recorder.detail.get("finished") is True,
             }
             if recorder
             else None,
+            "partial": [*_cut_short(streams), *_incomplete(recorder)],
             "repeated": self._deduplicator.count,
             "viewers": {
                 name: viewer_summary(status.counts) for name, status in said.items() if processes.is_viewer(name)
@@ -149,6 +151,29 @@ def _table(detail: dict[str, Any], key: str) -> dict[str, Any]:
     """A table in a status's detail; empty where it is none: who says he is the engine need not be."""
     value = detail.get(key)
     return value if isinstance(value, dict) else {}
+
+
+def _cut_short(streams: dict[str, dict[str, Any]]) -> list[str]:
+    """A sentence for each stream whose file ended before its end."""
+    return [
+        f"{name} was done in part: {stream['reason']}"
+        for name, stream in streams.items()
+        if stream["source"].get("ends_early") is True
+    ]
+
+
+def _incomplete(recorder: wire.StatusMessage | None) -> list[str]:
+    """A sentence if the disk did not take all of the recording."""
+    if recorder is None:
+        return []
+    path, finished = recorder.detail.get("path", "the recording"), recorder.detail.get("finished")
+    dropped, written = recorder.counts.get("dropped", 0), recorder.counts.get("messages", 0)
+    lacks = [f"lacks at least {dropped} of {dropped + written} messages"] if dropped else []
+    lacks += ["has no end"] if finished is False else []
+    if not lacks:
+        return []
+    why = recorder.detail.get("refusal") or "it was too slow"
+    return [f"{path} {' and '.join(lacks)}, because of the disk ({why}); make room, or record to another disk"]
 
 
 def _counts(value: Any) -> dict[str, int]:

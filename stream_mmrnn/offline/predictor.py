@@ -78,6 +78,10 @@ class Predictor:
             clock_ns=None if clock is None else lambda: self._at_ns(None),
             zero_ns=zero_ns,
         )
+        self.warnings: list[str] = []
+        """Of the last `file`: sentences about damage, an early end, or sound that is no sound."""
+        self.ended_early = False
+        """Whether the last `file` was cut off."""
         self._begin()
 
     def _begin(self) -> None:
@@ -203,13 +207,14 @@ class Predictor:
     def file(self, path: str | Path, progress: Callable[[float], None] = lambda _: None) -> Iterator[Prediction]:
         """The predictions of a media file, from its beginning to its end, as fast as they can be computed.
 
-        What was pushed before is forgotten. `progress` is called with the seconds that are done.
+        What was pushed before is forgotten. `progress` is called with the seconds that are done. Afterwards `warnings`
+        has what a person should know of the file, and `ended_early` says whether it was cut off.
 
         Raises:
             FileError: it is missing, or holds no picture and no sound.
 
         """
-        from stream_mmrnn.capture.sources import create_source
+        from stream_mmrnn.capture.sources import ENDS_EARLY, WARNINGS, create_source
         from stream_mmrnn.capture.sources.file import streams_of
 
         self.reset()
@@ -234,6 +239,8 @@ class Predictor:
         finally:
             for source in sources:
                 source.close()
+            self.warnings = list(dict.fromkeys(text for s in sources for text in s.info.get(WARNINGS, ())))
+            self.ended_early = any(s.info.get(ENDS_EARLY, False) for s in sources)
 
     def at_s(self, at: Prediction | int) -> float:
         """Session time in seconds of a prediction (the end of its tick), or of an `event_ns`."""

@@ -11,18 +11,34 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
+from mcap.opcode import Opcode
+from mcap.records import Attachment
 from mcap.writer import CompressionType, IndexType, Writer
 
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.errors import FileError, RecordingError, WireError
 from stream_mmrnn.recording.damaged_file import DamagedFileReader
-from stream_mmrnn.recording.mcap_format import FORMAT, LIBRARY, METADATA, METADATA_END, checked, scheme
+from stream_mmrnn.recording.mcap_format import (
+    FORMAT,
+    LIBRARY,
+    METADATA,
+    METADATA_END,
+    METADATA_SO_FAR,
+    RECORD,
+    checked,
+    scheme,
+    stream_of,
+)
 from stream_mmrnn.recording.message_counts import MISSING, MessageCounts
+from stream_mmrnn.recording.pieces import Foreign, MetadataRecord
 from stream_mmrnn.recording.report import RecordingSummary, state_of, summarise_parts, verify
 from stream_mmrnn.recording.settings import streams_of
 
 _UNKNOWN = {"format": FORMAT, "session": "unknown", "wall_offset_ns": "0", "started_ns": "0"}
 """The head used for a file that lost its head and every copy of it."""
+_WRITTEN_ANEW = (METADATA, METADATA_END, METADATA_SO_FAR)
+_NUMBERED = (Opcode.SCHEMA, Opcode.CHANNEL, Opcode.MESSAGE)
+"""Records outside of chunks that belong to channels by their numbers, which change."""
 
 
 def repair(path: Path, out: Path) -> dict[str, Any]:
@@ -45,14 +61,16 @@ def repair(path: Path, out: Path) -> dict[str, Any]:
         file = out.open("xb")
     except OSError as e:
         raise FileError(f"{out} cannot be made: {e.strerror}; choose another name") from e
-    saved = RecordingSummary()
+    saved, left_out = RecordingSummary(), 0
     try:
         with file:
             if state == "whole":
                 with path.open("rb") as source:
                     shutil.copyfileobj(source, file)
             else:
-                _Join(file, parts, saved).write()
+                join = _Join(file, parts, saved)
+                join.write()
+                left_out = join.left_out
             file.flush()
             os.fsync(file.fileno())
     except BaseException as e:
@@ -67,6 +85,7 @@ def repair(path: Path, out: Path) -> dict[str, Any]:
         "of": [str(part.path) for part in parts],
         "holes": saved.holes,
         "not_named": saved.unnamed,
+        "foreign_left_out": left_out,
         "result": verify(out),
     }
 
@@ -75,7 +94,9 @@ class _Join:
     """Writes the parts of a recording into one file."""
 
     def __init__(self, file: BinaryIO, parts: list[DamagedFileReader], saved: RecordingSummary) -> None:
-        self._parts, self._saved = parts, saved
+        self._file, self._parts, self._saved = file, parts, saved
+        self.left_out = 0
+        """Records of other programs that could not be written."""
         self._head = next((part.head for part in parts if part.head), _UNKNOWN)
         self._writer: Any = Writer(file, compression=CompressionType.ZSTD, index_types=IndexType.ALL)
         self._schemas: dict[tuple[str, str, bytes], int] = {}
@@ -90,19 +111,35 @@ class _Join:
         all_counts: list[MessageCounts] = []
         last_ns = 0
         for part in self._parts:
-            for chunk in saved.add(part):
-                for m in chunk.messages:
-                    channel_id = self._channel(part, m.channel_id)
-                    if channel_id:
-                        last_ns = max(last_ns, m.log_ns)
-                        writer.add_message(channel_id, last_ns, m.data, m.publish_ns, m.seq)
-                writer.flush()
+            for piece in saved.add(part):
+                if isinstance(piece, Foreign):
+                    self._keep(piece)
+                elif isinstance(piece, MetadataRecord):
+                    if piece.name not in _WRITTEN_ANEW:
+                        writer.add_metadata(piece.name, piece.metadata)
+                else:
+                    for m in piece.messages:
+                        channel_id = self._channel(part, m.channel_id)
+                        if channel_id:
+                            last_ns = max(last_ns, m.log_ns)
+                            writer.add_message(channel_id, last_ns, m.data, m.publish_ns, m.seq)
+                    writer.flush()
             all_counts.append(saved.stated)
         last = self._parts[-1]
         if last.tail and "produced" in last.end:
             del saved.holes[-1]  # only the index is missing: the end metadata follows the last message
         writer.add_metadata(METADATA_END, checked(self._end(all_counts)))
         writer.finish()
+
+    def _keep(self, piece: Foreign) -> None:
+        """Write a record of another program as it was; one that refers to channels by number cannot be."""
+        if piece.opcode == Opcode.ATTACHMENT:
+            a = Attachment.read(stream_of(piece.content))
+            self._writer.add_attachment(a.create_time, a.log_time, a.name, a.media_type, a.data)
+        elif piece.opcode not in _NUMBERED:
+            self._file.write(RECORD.pack(piece.opcode, len(piece.content)) + piece.content)
+        else:
+            self.left_out += 1
 
     def _channel(self, part: DamagedFileReader, channel_id: int) -> int:
         """The id of a channel in the new file; 0 if its topic is unknown."""

@@ -16,10 +16,11 @@ import msgspec
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.errors import FileError
 from stream_mmrnn.recording.append_file import is_being_written, later_parts
-from stream_mmrnn.recording.damaged_file import Chunk, DamagedFileReader, Hole, Message
+from stream_mmrnn.recording.damaged_file import DamagedFileReader
 from stream_mmrnn.recording.mcap_file import Recording, decoder_of
 from stream_mmrnn.recording.mcap_format import METADATA_END, METADATA_SO_FAR, METADATA_WALL, UNREADABLE, number
 from stream_mmrnn.recording.message_counts import LOST, MessageCounts
+from stream_mmrnn.recording.pieces import Chunk, Foreign, Hole, Message, MetadataRecord
 from stream_mmrnn.recording.schemas import Decode
 
 
@@ -52,8 +53,8 @@ class RecordingSummary:
         self._holes_before: dict[str, int] = {}
         """By topic, the number of holes before its last message."""
 
-    def add(self, file: DamagedFileReader) -> Iterator[Chunk]:
-        """Count the messages of a file, or of the recording's next part, and yield its chunks."""
+    def add(self, file: DamagedFileReader) -> Iterator[Chunk | MetadataRecord | Foreign]:
+        """Count the messages of a file, or of the recording's next part, and yield its intact pieces."""
         if self.files:
             self._between_parts(f"{file.path.name} goes on")
         self.files.append(file)
@@ -62,9 +63,11 @@ class RecordingSummary:
             if isinstance(piece, Hole):
                 self._open(piece)
                 broken = True
-            elif isinstance(piece, Chunk):
+                continue
+            if isinstance(piece, Chunk):
                 self._count(piece.messages)
-                yield piece
+            elif isinstance(piece, Foreign):
+                pass
             elif piece.name == METADATA_WALL:
                 self.wall_steps.append({name: number(piece.metadata, name) for name in ("at_ns", "step_ns")})
             elif piece.name in (METADATA_SO_FAR, METADATA_END) and piece.metadata.keys() >= {"produced", "checksum"}:
@@ -72,6 +75,7 @@ class RecordingSummary:
                 self.stated_at_ns = number(piece.metadata, "at_ns")
                 if self.stated.off or (not broken and self.stated.recorded != self.messages - before):
                     self.adds_up = False
+            yield piece
 
     def _open(self, hole: Hole) -> None:
         self.holes.append(
@@ -141,7 +145,7 @@ def _read(file: DamagedFileReader) -> RecordingSummary:
     summary = RecordingSummary()
     decoders: dict[int, Decode] = {}
     for chunk in summary.add(file):
-        if file.holes or summary.undecodable:
+        if not isinstance(chunk, Chunk) or file.holes or summary.undecodable:
             continue
         try:
             for m in chunk.messages:

@@ -173,8 +173,7 @@ def summary_table(summary: dict[str, Any]) -> RenderableType:
                 "yellow",
             )
         )
-    if summary["failed"]:
-        parts.append(Text(summary["failed"], "red"))
+    parts += [Text(text, "red") for text in (*summary["partial"], summary["failed"]) if text]
     return Group(*parts)
 
 

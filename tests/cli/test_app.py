@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
+import wave
 from pathlib import Path
 from typing import Any
 
 import pytest
+import small_recordings
 import typer
 
 import stream_mmrnn
@@ -75,6 +78,46 @@ def test_an_old_recording_keeps_its_parts(tmp_path: Path) -> None:
         "ab.part2.mcap": "ab.part2.mcap",
     }
     assert "and its parts likewise" in notes[0]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="makes a named pipe")
+@pytest.mark.parametrize("what", ["pipe", "folder", "link to a pipe", "link to nothing"])
+def test_only_a_regular_file_is_renamed_for_a_recording(tmp_path: Path, what: str) -> None:
+    """A device node, of which a named pipe stands for all, would be lost for every program of the machine."""
+    path, pipe = tmp_path / "a.mcap", tmp_path / "pipe"
+    os.mkfifo(pipe)
+    if what == "folder":
+        path.mkdir()
+    elif what == "pipe":
+        path = pipe
+    else:
+        path.symlink_to(pipe if what == "link to a pipe" else tmp_path / "nothing")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    done = run("live", "--source", "synthetic", "--duration", "1", "--record", path)
+    assert done.returncode == 2
+    assert "is no regular file" in " ".join(done.stderr.split())
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    assert pipe.is_fifo()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="makes a named pipe")
+def test_force_replaces_only_regular_files(tmp_path: Path) -> None:
+    clip, out = tmp_path / "a.wav", tmp_path / "a.wav.predictions.csv"
+    with wave.open(str(clip), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes(bytes(32_000))
+    os.mkfifo(out)
+    done = run("predict", clip, "--out", tmp_path, "--force")
+    assert (done.returncode, "is no regular file" in " ".join(done.stderr.split())) == (2, True)
+    recording = small_recordings.write(tmp_path / "a.mcap", small_recordings.envelopes(0, 20))
+    (tmp_path / "u").mkdir()
+    os.mkfifo(tmp_path / "u" / "manifest.json")
+    done = run("unpack", recording, tmp_path / "u", "--force", "--to", "csv")
+    assert (done.returncode, "is no regular file" in " ".join(done.stderr.split())) == (2, True)
+    assert out.is_fifo()
+    assert (tmp_path / "u" / "manifest.json").is_fifo()
 
 
 def test_devices_answers_everywhere() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import wave
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,27 @@ def test_no_verb_prints_what_controls_a_terminal(verb: str, recording: Path, dam
 def test_an_output_of_any_encoding_ends_no_verb(environment: dict[str, str], encoding: str, tmp_path: Path) -> None:
     path = small_recordings.write(tmp_path / "grüße-語-😀.mcap", small_recordings.envelopes(0, 20))
     missing = tmp_path / "語.mcap"
-    cases = ((("info", path), 0), (("verify", path), 0), (("info", path, "--json"), 0), (("info", missing), 2))
+    (tmp_path / "größe.csv").write_text(
+        "time,größe\n2020-01-01T00:00:00Z,1\n2020-01-01T00:00:01Z,2\n", encoding="utf-8"
+    )
+    (tmp_path / "ü.toml").write_text('[record]\npath = "grüße-語.mcap"\n', encoding="utf-8")
+    clip = tmp_path / "ä 🎤.wav"
+    with wave.open(str(clip), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes(bytes(16_000))
+    quiet = ("--vision", "none", "--text", "none", "--no-dashboard", "--duration", "1")
+    bad = os.fsdecode(os.fsencode(tmp_path) + b"/bad\xff.mcap")
+    cases: tuple[tuple[tuple[object, ...], int], ...] = (
+        *((("info", path), 0), (("verify", path), 0), (("info", path, "--json"), 0), (("info", missing), 2)),
+        *(((), 2), (("live", "--help"), 0), (("livé",), 2), (("config", "show", "--config", tmp_path / "ü.toml"), 0)),
+        (("import", tmp_path / "größe.csv", tmp_path / "größe.mcap", "--time", "time"), 0),
+        (("unpack", path, tmp_path / "語"), 0),
+        (("predict", clip, "--out", tmp_path, "--format", "parquet"), 0),
+        (("live", "--audio", f"file:{clip}", *quiet, "--record", bad, "--plain"), 0),
+        (("verify", bad), 0),
+    )
     for args, expected in cases:
         code, out = run(*args, **environment)
         assert code == expected, out

@@ -9,9 +9,9 @@ import numpy as np
 
 from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.types import Envelope
-from stream_mmrnn.recording.damaged_file import Chunk, pieces
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.recording.message_counts import MessageCounts
+from stream_mmrnn.recording.pieces import Chunk, pieces
 from stream_mmrnn.recording.recorder import Recorder
 
 BEGIN = 5_000_000_000_123_456

@@ -42,11 +42,12 @@ class XdfFile:
         self._formats[number] = form
         self._data += chunk(2, struct.pack("<I", number) + xml.encode())
 
-    def samples(self, number: int, stamps_s: Sequence[float], values: Sequence[Sequence[object]]) -> None:
+    def samples(self, number: int, stamps_s: Sequence[float | None], values: Sequence[Sequence[object]]) -> None:
+        """None: no stamp of its own, as most samples of regular streams."""
         form = self._formats[number]
         body = bytearray()
         for at_s, row in zip(stamps_s, values, strict=True):
-            body += struct.pack("<Bd", 8, at_s)
+            body += b"\0" if at_s is None else struct.pack("<Bd", 8, at_s)
             for value in row:
                 if form == "string":
                     text = str(value).encode()
@@ -58,8 +59,9 @@ class XdfFile:
     def clock_offset(self, number: int, at_s: float, offset_s: float) -> None:
         self._data += chunk(4, struct.pack("<Idd", number, at_s, offset_s))
 
-    def footer(self, number: int) -> None:
-        self._data += chunk(6, struct.pack("<I", number) + b'<?xml version="1.0"?><info></info>')
+    def footer(self, number: int, count: str = "") -> None:
+        xml = f'<?xml version="1.0"?><info>{f"<sample_count>{count}</sample_count>" if count else ""}</info>'
+        self._data += chunk(6, struct.pack("<I", number) + xml.encode())
 
     @property
     def data(self) -> bytes:

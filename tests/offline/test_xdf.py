@@ -249,6 +249,128 @@ def test_a_damaged_file_gives_what_is_there(source: Path, tmp_path: Path) -> Non
     assert verify(tmp_path / "a.mcap")["whole"]
 
 
+def small_stream(stamps_s: list[float | None]) -> XdfFile:
+    file = XdfFile()
+    file.stream(1, "EEG", "EEG", "float32", 2, EEG_HZ)
+    file.samples(1, stamps_s, [[i, -i] for i in range(len(stamps_s))])
+    return file
+
+
+def first_values(stream: xdf_file.XdfStream) -> list[int]:
+    return [int(row[0]) for row in stream.values]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1e300])
+@pytest.mark.parametrize("at", [0, 50, 199])
+@pytest.mark.parametrize("own", [True, False])
+def test_a_sample_without_a_time_is_left_out_and_named(tmp_path: Path, bad: float, at: int, own: bool) -> None:
+    """Also where the samples after it have no stamps of their own, and take theirs from the one before."""
+    stamps: list[float | None] = [BEGIN_S + i / EEG_HZ if own or i % 100 == 0 else None for i in range(200)]
+    stamps[at] = bad
+    (stream,), _, damage = xdf_file.read(small_stream(stamps).write(tmp_path / "a.xdf"))
+    kept = [i for i in range(200) if i != at]
+    assert first_values(stream) == kept
+    assert np.allclose(stream.times_s, BEGIN_S + np.array(kept) / EEG_HZ, atol=1e-6)
+    assert f"sample {at + 1} was left out of the stream 'EEG' (number 1)" in damage
+    code, document, err = run("import", tmp_path / "a.xdf", tmp_path / "a.mcap")
+    assert (code, document["streams"][0]["samples"]) == (3, 199), err
+
+
+def test_an_event_without_a_time_is_left_out(tmp_path: Path) -> None:
+    file = small_stream([BEGIN_S, BEGIN_S + 1])
+    file.stream(2, "Task", "Markers", "string", 1, 0)
+    file.samples(2, [BEGIN_S, float("nan"), float("nan"), BEGIN_S + 1], [["a"], ["b"], ["c"], ["d"]])
+    streams, _, damage = xdf_file.read(file.write(tmp_path / "a.xdf"))
+    assert streams[1].values == [["a"], ["d"]]
+    assert "2 samples (2, 3) were left out of the stream 'Task' (number 2)" in damage
+
+
+def test_sound_without_some_samples_keeps_its_segments(tmp_path: Path) -> None:
+    file = XdfFile()
+    file.stream(1, "Mic", "Audio", "int16", 1, SOUND_HZ)
+    for begin_s, bad in ((BEGIN_S, 10), (BEGIN_S + 20, 30)):
+        stamps: list[float | None] = [begin_s + i / SOUND_HZ for i in range(1000)]
+        stamps[bad] = float("nan")
+        file.samples(1, stamps, [[i] for i in range(1000)])
+    (stream,), _, _ = xdf_file.read(file.write(tmp_path / "a.xdf"))
+    assert stream.segments == [(0, 998), (999, 1997)]
+    assert len(stream.values) == 1998
+
+
+def test_a_clock_offset_that_is_no_number_is_left_out(tmp_path: Path) -> None:
+    file = small_stream([BEGIN_S + i / EEG_HZ for i in range(200)])
+    file.clock_offset(1, BEGIN_S, 2.0)
+    file.clock_offset(1, BEGIN_S + 1, float("nan"))
+    file.clock_offset(1, BEGIN_S + 2, 2.0)
+    (stream,), _, damage = xdf_file.read(file.write(tmp_path / "a.xdf"))
+    assert abs(stream.times_s[0] - BEGIN_S - 2.0) < 1e-6
+    assert "a clock offset of EEG is no number" in damage
+
+
+@pytest.mark.parametrize("count", ["200.0", "nan", "-1", "many", "1e400"])
+def test_the_count_in_a_footer_is_a_hint(tmp_path: Path, count: str) -> None:
+    file = small_stream([BEGIN_S + i / EEG_HZ for i in range(200)])
+    file.footer(1, count)
+    (stream,), _, damage = xdf_file.read(file.write(tmp_path / "a.xdf"))
+    assert first_values(stream) == list(range(200))
+    assert not damage
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_cut_anywhere_loses_only_what_was_cut_off(tmp_path: Path, packed: bool) -> None:
+    """Every whole sample of the last chunk is imported, and the place is named."""
+    import gzip
+
+    file = XdfFile()
+    file.stream(1, "EEG", "EEG", "float32", 2, EEG_HZ)
+    file.stream(2, "Words", "Text", "string", 1, 0)
+    begin = len(file.data)
+    file.samples(1, [BEGIN_S, *[None] * 19], [[i, -i] for i in range(20)])
+    middle = len(file.data)
+    file.samples(2, [BEGIN_S, BEGIN_S + 1], [["one"], ["two"]])
+    data = file.data
+    for end in range(begin + 12, len(data), 1 if not packed else 17):
+        path = tmp_path / ("cut.xdfz" if packed else "cut.xdf")
+        path.write_bytes(gzip.compress(data[:end], 1)[:-8] if packed else data[:end])
+        streams, _, damage = xdf_file.read(path)
+        # after the chunk's length (5), tag and stream (6), count (2); stamps: 9 bytes for the first, 1 for the others
+        whole = min(max((end - begin - (2 + 6 + 2) - 8) // 9, 0), 20)
+        assert first_values(streams[0]) == list(range(whole)), end
+        assert end == middle or f"cut off at byte {end}" in damage or packed
+        if packed:
+            assert "compressed data was cut off" in damage
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gap_s", [90.0, 3e7, 4e9])
+def test_a_gap_is_no_ticks(tmp_path: Path, gap_s: float) -> None:
+    """The clock jumps over it in a way that a replay follows, and no message is lost by that."""
+    stamps: list[float | None] = [BEGIN_S + i / EEG_HZ + (gap_s if i >= 100 else 0) for i in range(200)]
+    out = tmp_path / "gap.mcap"
+    code, document, err = run("import", small_stream(stamps).write(tmp_path / "gap.xdf"), out)
+    assert code == 0, err
+    assert "gap.xdf has a gap of" in err
+    assert [round(gap["seconds"], -1) for gap in document["gaps"]] == [gap_s]
+    assert len(of(out, topics.CLOCK)) < 1000
+    model = toy_model.make(tmp_path / "toy.onnx", [ModalitySpec("signal", 2, SignalEncoder.origin)])
+    replayed = replay.replay(out, model=str(model))
+    assert replayed["predictions"] < 16_000
+    assert (replayed["streams"]["signal"]["delivered"], replayed["streams"]["signal"]["dropped"]) == (200, {})
+
+
+def test_streams_of_one_name_are_told_apart_by_number(tmp_path: Path) -> None:
+    file = small_stream([BEGIN_S + i / EEG_HZ for i in range(200)])
+    file.stream(5, "EEG", "EEG", "float32", 1, EEG_HZ)
+    file.samples(5, [BEGIN_S + i / EEG_HZ for i in range(200)], [[i] for i in range(200)])
+    path = file.write(tmp_path / "a.xdf")
+    with pytest.raises(UsageError, match=r"'EEG' \(number 1\), 'EEG' \(number 5\).*--as 1=signal.*NUMBER=none"):
+        xdf.convert(path, tmp_path / "a.mcap", chosen={"EEG": "signal"})
+    code, document, err = run("import", path, tmp_path / "a.mcap", "--as", "5=signal", "--as", "1=none")
+    assert code == 0, err
+    assert {s["number"]: s["role"] for s in document["streams"]} == {1: "none", 5: "signal"}
+    assert "EEG (EEG, number 5)" in err
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
 def test_a_full_disk_leaves_no_partial_file(source: Path, tmp_path: Path) -> None:
     import resource

@@ -16,9 +16,9 @@ from small_recordings import Key, envelopes, extents, keys, write
 
 from stream_mmrnn.core.errors import FileError, RecordingError
 from stream_mmrnn.recording.append_file import later_parts, part
-from stream_mmrnn.recording.damaged_file import BEGINNING, MetadataRecord, pieces
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.recording.message_counts import MISSING, MessageCounts
+from stream_mmrnn.recording.pieces import BEGINNING, MetadataRecord, pieces
 from stream_mmrnn.recording.recorder import Recorder
 from stream_mmrnn.recording.repair import repair
 from stream_mmrnn.recording.report import summarise, verify

@@ -9,8 +9,8 @@ from small_recordings import BEGIN, envelopes, extents, write
 
 from stream_mmrnn.core import topics
 from stream_mmrnn.recording.append_file import part
-from stream_mmrnn.recording.damaged_file import MetadataRecord, pieces
 from stream_mmrnn.recording.mcap_file import Recording
+from stream_mmrnn.recording.pieces import MetadataRecord, pieces
 from stream_mmrnn.recording.recorder import Recorder
 from stream_mmrnn.recording.report import info, verify
 

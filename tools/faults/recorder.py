@@ -35,9 +35,9 @@ from stream_mmrnn.live import nodes
 from stream_mmrnn.live.managed_process import process_context
 from stream_mmrnn.live.session import LiveSession
 from stream_mmrnn.recording.append_file import Disk, part
-from stream_mmrnn.recording.damaged_file import Chunk, pieces
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.recording.message_counts import LOST, MessageCounts
+from stream_mmrnn.recording.pieces import Chunk, pieces
 from stream_mmrnn.recording.recorder import Recorder
 from stream_mmrnn.recording.repair import repair
 from stream_mmrnn.recording.report import verify

@@ -21,6 +21,9 @@ from stream_mmrnn.core.types import Sample
 
 RATE_HZ = AUDIO_RATE_HZ
 """Every source of sound gives mono int16 at this rate."""
+WARNINGS, ENDS_EARLY = "warnings", "ends_early"
+"""Keys of `Source.info` that a source may have: sentences that a person should know, in the order in which they came
+up; and whether what it reads ended before its end."""
 
 
 class Source(Protocol):
@@ -83,9 +86,9 @@ def check(spec: str, name: str, kind: Kind, person: str = SELF, settings: Settin
 
         query(rest)
     if what == "file":
-        from stream_mmrnn.capture.sources.file import streams_of
+        from stream_mmrnn.capture.sources.file import require
 
-        streams_of(Path(rest))
+        require(Path(rest), kind)
 
 
 def check_all(streams: Iterable[Stream], settings: Settings | None = None) -> None:
@@ -99,6 +102,8 @@ def check_all(streams: Iterable[Stream], settings: Settings | None = None) -> No
     rows = list(streams)
     for row in rows:
         check(row.source, row.name, row.kind, row.person, settings)
+        if row.channel and (split(row.source)[0], row.kind) != ("file", "audio"):
+            raise SourceSpecError(f"`streams.{row.name}.channel` is of sound from `file:`; leave it out of this stream")
     lines = (row for row in rows if split(row.source)[0] in _LINES and split(row.source)[1] != "0")
     both = with_one_value(lines, lambda row: row.source)
     if both is not None:
@@ -128,7 +133,8 @@ def everything_from(spec: str) -> dict[str, str]:
     if what == "file":
         from stream_mmrnn.capture.sources.file import streams_of
 
-        check(spec, "audio", "audio")
+        if not rest:
+            raise SourceSpecError(f"{spec!r} needs a path, such as file:PATH")
         return {**nothing, **dict.fromkeys(streams_of(Path(rest)), spec)}
     raise SourceSpecError(f"{spec!r} is no source; use synthetic, devices or file:PATH")
 
@@ -161,7 +167,7 @@ def create_source(
 
         if stream.kind == "vision":
             return file.FilePicture(Path(rest), settings.camera, paced=paced)
-        return file.FileSound(Path(rest), settings.microphone, paced=paced)
+        return file.FileSound(Path(rest), settings.microphone, channel=stream.channel, paced=paced)
     if what == "synthetic":
         from stream_mmrnn.capture.sources.synthetic import Synthetic
 

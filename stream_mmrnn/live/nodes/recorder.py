@@ -15,6 +15,7 @@ from stream_mmrnn.core import config, topics, wire
 from stream_mmrnn.core.clock import WallClock, now_ns
 from stream_mmrnn.core.dedup import TickDeduplicator
 from stream_mmrnn.core.errors import StreamError, WireError
+from stream_mmrnn.core.printable import encodable
 from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.live.nodes.process import Context, Node, wait_for_clock
@@ -43,6 +44,8 @@ class RecorderNode(Node):
         """An engine that was restarted publishes again what is in the file already."""
         self.wall = WallClock()
         self._trouble = ""
+        self._finished: bool | None = None
+        """Whether the disk took the file's end; None until then."""
 
     def _open(self) -> None:
         settings, restarts = self.settings, self.context.restarts
@@ -57,9 +60,9 @@ class RecorderNode(Node):
                 "part": str(restarts + 1),
                 "raw": str(settings.record.raw).lower(),
                 "slots": str(settings.engine.slots),
-                "model": settings.engine.model,
+                "model": encodable(settings.engine.model),
                 "model_sha256": _model_sha256(settings.engine.model),
-                "config": msgspec.json.encode(settings).decode(),
+                "config": msgspec.json.encode(encodable(msgspec.to_builtins(settings))).decode(),
                 "platform": sys.platform,
             },
             settings.record.chunk_ms,
@@ -79,7 +82,12 @@ class RecorderNode(Node):
             "repeated": self.deduplicator.count,
             "garbage": self.subscriber.garbage,
         }
-        self.reporter.detail = lambda: {"path": str(self.file.path), "messages": self.file.counts.copy()}
+        self.reporter.detail = lambda: {
+            "path": str(self.file.path),
+            "messages": self.file.counts.copy(),
+            "finished": self._finished,
+            "refusal": self.file.trouble,
+        }
 
     def run(self) -> None:
         if not self.context.alive():
@@ -146,7 +154,8 @@ class RecorderNode(Node):
             "repeated": msgspec.json.encode(repeated).decode(),
             "statuses": msgspec.json.encode(self.statuses).decode(),
         }
-        if not self.write_queue.close(end, _CLOSE_S):
+        self._finished = self.write_queue.close(end, _CLOSE_S)
+        if not self._finished:
             self.reporter.report("ready", f"{self.file.path.name} has no end, because the disk did not take it")
         self.reporter.report("closed")
         self.subscriber.close()

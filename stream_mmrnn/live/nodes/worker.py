@@ -75,7 +75,7 @@ class WorkerNode(Node):
         while self.context.alive():
             try:
                 self._run_source()
-                final, reason = "ended" if self.context.alive() else "closed", ""
+                final, reason = "ended" if self.context.alive() else "closed", self._warnings()
                 break
             except SourceError as e:
                 reason = str(e)
@@ -137,8 +137,8 @@ class WorkerNode(Node):
             if sample is None:
                 self._idle()
                 continue
-            if self.stall_detector.on_sample(sample.capture_ns):
-                self.reporter.report("open")
+            self.stall_detector.on_sample(sample.capture_ns)
+            self.reporter.report_if_new("open", self._warnings())
             self._expect_next(sample)
             yield sample
             self.reporter.report_due(between_messages=False)
@@ -154,6 +154,10 @@ class WorkerNode(Node):
         self.prewarmer.period_ns, self._newest_ns = sample.event_ns - self._newest_ns, sample.event_ns
         if self.settings.engine.prewarm and 0 < self.prewarmer.period_ns < _PREWARM_PERIOD_NS:
             self.prewarmer.stepped(sample.event_ns)
+
+    def _warnings(self) -> str:
+        """What the source found that a person should know."""
+        return "; ".join(self.source.info.get(sources.WARNINGS, ()))
 
     def _warm(self) -> None:
         for encoder in self.encoders.values():

@@ -24,7 +24,7 @@ Layout = dict[str, Any]
 
 def shipped() -> Layout:
     """The layout in the package."""
-    layout: Layout = json.loads(resources.files(__package__).joinpath(_FILE).read_text())
+    layout: Layout = json.loads(resources.files(__package__).joinpath(_FILE).read_text(encoding="utf-8"))
     return layout
 
 

@@ -18,6 +18,10 @@ from stream_mmrnn.recording.recorder import Recorder
 
 TAIL_NS = 500_000_000
 """How long the clock continues after the last sample, so that its tick closes."""
+JUMP_NS = 600_000_000_000
+"""After a longer pause the clock says twice what time it is: aligners of short ticks need that (`predict.align`)."""
+CONFIRM_NS = 1_000_000
+"""How long before a jump's end the clock says so for the first time."""
 FIRST_NS = 1_000_000_000
 """Event times must not be negative."""
 

@@ -19,14 +19,21 @@ from stream_mmrnn.core import topics
 from stream_mmrnn.core.config import StreamSettings
 from stream_mmrnn.core.durations import NANOSECONDS
 from stream_mmrnn.core.errors import FileError
+from stream_mmrnn.core.printable import encodable
 from stream_mmrnn.core.types import Envelope, Sample
-from stream_mmrnn.offline.convert.imported import FIRST_NS, TAIL_NS, Messages, described, without_devices, write
+from stream_mmrnn.offline.convert.imported import (
+    CONFIRM_NS,
+    FIRST_NS,
+    JUMP_NS,
+    TAIL_NS,
+    Messages,
+    described,
+    without_devices,
+    write,
+)
 from stream_mmrnn.offline.convert.table_file import TableOptions, TableStream, read
 
 _CLOCK_NS = 10_000_000
-_JUMP_NS = 600_000_000_000
-"""After a longer pause the clock says twice what time it is: aligners of short ticks need that (`predict.align`)."""
-_CONFIRM_NS = 1_000_000
 
 Row = tuple[int, int, Sample]
 """Event time, number of the stream, and the sample."""
@@ -56,7 +63,7 @@ def convert(
     # whole weeks, so that days and weeks stay on the grid of ticks
     shift_ns = max(-(-(FIRST_NS - begin_ns) // NANOSECONDS["w"]), 0) * NANOSECONDS["w"]
     span_ns = begin_ns + shift_ns, end_ns + shift_ns
-    source = f"table:{path.name}"
+    source = f"table:{encodable(path.name)}"
     settings = without_devices(session, {s.name: StreamSettings(source=source, kind="signal") for s in used})
     counts = write(
         out,
@@ -64,7 +71,7 @@ def convert(
         _messages(used, session, span_ns, shift_ns),
         span_ns,
         {
-            "imported_from": path.name,
+            "imported_from": encodable(path.name),
             "imported_shift_ns": str(shift_ns),
             "columns": msgspec.json.encode({s.name: s.columns for s in used}).decode(),
             "step_ns": str(min((s.step_ns for s in used if s.step_ns), default=0)),
@@ -108,10 +115,10 @@ def _messages(used: list[TableStream], session: str, span_ns: tuple[int, int], s
     yield made.session("open", begin_ns - 1, names)
     clock_ns = begin_ns - 1
     for at_ns, number, sample in heapq.merge(*(_rows(i, s, shift_ns) for i, s in enumerate(used))):
-        if at_ns - clock_ns > TAIL_NS + _CONFIRM_NS:
+        if at_ns - clock_ns > TAIL_NS + CONFIRM_NS:
             yield made.clock(clock_ns := clock_ns + TAIL_NS)  # what came before is complete
-            if at_ns - clock_ns > _JUMP_NS:
-                yield made.clock(at_ns - _CONFIRM_NS)
+            if at_ns - clock_ns > JUMP_NS:
+                yield made.clock(at_ns - CONFIRM_NS)
         if at_ns - clock_ns >= _CLOCK_NS or clock_ns < begin_ns:
             yield made.clock(clock_ns := at_ns)
         (vector,) = SignalEncoder().encode(sample)

@@ -99,15 +99,16 @@ def _load(path: Path, time: str) -> Any:
     import pyarrow.parquet
 
     try:
-        if path.suffix.lower() == ".parquet":
-            return pyarrow.parquet.read_table(path, use_threads=False)
-        # one block, because the types of the columns are inferred from the first one
-        block = min(max(path.stat().st_size + 1, 1 << 16), _MAX_BLOCK)
-        return pyarrow.csv.read_csv(
-            path,
-            read_options=pyarrow.csv.ReadOptions(block_size=block, use_threads=False),
-            convert_options=pyarrow.csv.ConvertOptions(column_types={time: pa.string()}),
-        )
+        with path.open("rb") as file:  # opened here, because pyarrow takes only paths in UTF-8
+            if path.suffix.lower() == ".parquet":
+                return pyarrow.parquet.read_table(file, use_threads=False)
+            # one block, because the types of the columns are inferred from the first one
+            block = min(max(path.stat().st_size + 1, 1 << 16), _MAX_BLOCK)
+            return pyarrow.csv.read_csv(
+                file,
+                read_options=pyarrow.csv.ReadOptions(block_size=block, use_threads=False),
+                convert_options=pyarrow.csv.ConvertOptions(column_types={time: pa.string()}),
+            )
     except OSError as e:
         raise FileError(f"{path} cannot be read: {e.strerror or first_line(e)}; expected a table") from e
     except (pa.ArrowException, ValueError, KeyError) as e:

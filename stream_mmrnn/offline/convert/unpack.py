@@ -21,6 +21,7 @@ from stream_mmrnn.core.dedup import TickDeduplicator
 from stream_mmrnn.core.errors import FileError, UsageError, WireError
 from stream_mmrnn.core.extras import need
 from stream_mmrnn.core.prediction_decoder import PredictionDecoder
+from stream_mmrnn.core.printable import encodable
 from stream_mmrnn.core.streams import Stream, text_topics
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.offline.convert.writers import Codec, Csv, Mp4, Parquet, Row, Wav, Writer
@@ -259,7 +260,7 @@ def unpack(
         }
         if about is None:
             return {**document, "folder": str(folder), "stopped": True}
-        (temporary / _MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(document)))
+        (temporary / _MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(encodable(document))))
         for name in [*about, _MANIFEST]:
             (temporary / name).replace(folder / name)
     except OSError as e:
@@ -273,6 +274,8 @@ def _refuse(files: Sequence[Path], force: bool) -> None:
     there = [f.name for f in files if f.exists()]
     if there and not force:
         raise FileError(f"{files[0].parent} has {', '.join(there)} already; choose another folder, or use --force")
+    if odd := next((f for f in files if f.exists() and not f.is_file()), None):
+        raise FileError(f"{odd} is no regular file, so that nothing can take its place; choose another folder")
 
 
 def _write(

@@ -154,7 +154,8 @@ class Parquet:
         import pyarrow.parquet as pq
 
         self._pa, self._schema, self._row = pa, schema, row
-        self._file = pq.ParquetWriter(path, schema, compression="zstd")
+        self._sink = path.open("xb")  # opened here, because pyarrow takes only paths in UTF-8
+        self._file = pq.ParquetWriter(self._sink, schema, compression="zstd")
         self._rows: list[Row] = []
         self._count = 0
 
@@ -173,9 +174,12 @@ class Parquet:
         self._rows = []
 
     def close(self) -> dict[str, Any]:
-        if self._rows:
-            self._flush()
-        self._file.close()
+        try:
+            if self._rows:
+                self._flush()
+            self._file.close()
+        finally:
+            self._sink.close()
         return {"rows": self._count}
 
 

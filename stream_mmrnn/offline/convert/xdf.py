@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
@@ -21,9 +21,19 @@ from stream_mmrnn.capture.pipeline import Outgoing, capture
 from stream_mmrnn.capture.sources.lsl import int16_of
 from stream_mmrnn.core import config, topics
 from stream_mmrnn.core.errors import FileError, UsageError, WireError
+from stream_mmrnn.core.printable import encodable
 from stream_mmrnn.core.streams import SHORT_FORMS, Kind, Stream
 from stream_mmrnn.core.types import Envelope, Sample
-from stream_mmrnn.offline.convert.imported import FIRST_NS, TAIL_NS, Messages, described, without_devices, write
+from stream_mmrnn.offline.convert.imported import (
+    CONFIRM_NS,
+    FIRST_NS,
+    JUMP_NS,
+    TAIL_NS,
+    Messages,
+    described,
+    without_devices,
+    write,
+)
 from stream_mmrnn.offline.convert.xdf_file import XdfStream, read
 
 ROLES = ("audio", "other_audio", "text", "other_text", "signal", topics.LABEL, "none")
@@ -34,10 +44,12 @@ _MERGED = ("text", topics.LABEL, "none")
 """Kinds of which several streams may have one role: they are merged."""
 _BLOCK_S = 0.02
 _CLOCK_NS = 10_000_000
+_GAP_NS = 60_000_000_000
+"""In a longer time without a sample the clock jumps, instead of counting on."""
 _MAX_CHANNELS = 4096
 
-Pieces = Iterator[tuple[int, int, Outgoing | None]]
-"""Arrival time, a number that orders messages of equal arrival time, and the message; None is a clock message."""
+Pieces = Iterator[tuple[int, int, Outgoing]]
+"""Arrival time, a number that orders messages of equal arrival time, and the message."""
 
 
 def roles(streams: Sequence[XdfStream], chosen: dict[str, str]) -> dict[int, str]:
@@ -70,9 +82,13 @@ def roles(streams: Sequence[XdfStream], chosen: dict[str, str]) -> dict[int, str
     for role in dict.fromkeys(found.values()):
         those = [names[n] for n, r in found.items() if r == role]
         if len(those) > 1 and _kind_of(role) not in _MERGED:
+            numbers = [n for n, r in found.items() if r == role]
+            same = len(set(those)) < len(those)
+            named = ", ".join(f"{names[n]!r} (number {n})" if same else repr(names[n]) for n in numbers)
             raise UsageError(
-                f"several streams could be the {role}: {', '.join(map(repr, those))}; choose one with "
-                f"--as {those[0]}={role}, and --as NAME=none for the others"
+                f"several streams could be the {role}: {named}; choose one with "
+                f"--as {numbers[0] if same else those[0]}={role}, and --as {'NUMBER' if same else 'NAME'}=none for the "
+                "others"
             )
     if all(role == "none" for role in found.values()):
         raise UsageError("the file has no stream that can be used; assign a role with --as NAME=signal")
@@ -202,7 +218,7 @@ def convert(
         source,
         span_ns,
         {
-            "imported_from": path.name,
+            "imported_from": encodable(path.name),
             "imported_shift_ns": str(shift_ns),
             "clock_offsets_s": msgspec.json.encode({f"{s.number}:{s.name}": s.offsets for s in streams}).decode(),
         },
@@ -213,6 +229,7 @@ def convert(
         **described(out, path, settings, span_ns),
         "messages": counts,
         "undecodable": source.undecodable,
+        "gaps": [{"after_s": after_ns / 1e9, "seconds": gap_ns / 1e9} for after_ns, gap_ns in source.gaps],
         "streams": [
             {
                 "number": s.number,
@@ -249,19 +266,33 @@ class _Messages:
         self._modalities = tuple(sorted((row.name for row in self._rows.values()), key=_in_order))
         self.undecodable = 0
         """Samples that an encoder refused: not finite, or no text."""
+        self.gaps: list[tuple[int, int]] = []
+        """Times without any sample over which the clock jumped: after how long, and how long, in nanoseconds."""
 
     def __iter__(self) -> Iterator[Envelope]:
         pieces = [self._pieces(0, self._labels())]
         ordered = sorted(self._rows, key=lambda role: _in_order(self._rows[role].name))
         pieces += [self._pieces(1 + i, self._captured(role)) for i, role in enumerate(ordered)]
-        clock = ((at_ns, len(pieces), None) for at_ns in range(self._begin_ns, self._end_ns, _CLOCK_NS))
         yield self._made.session("open", self._begin_ns - 1, self._modalities)
-        for arrival_ns, _, out in heapq.merge(*pieces, clock, key=lambda piece: piece[:2]):
-            if out is None:
-                yield self._made.clock(arrival_ns)
-            else:
-                yield self._made.of(out.topic, out.sample, arrival_ns, out.origin)
+        clock_ns = self._begin_ns
+        for arrival_ns, _, out in heapq.merge(*pieces, key=lambda piece: piece[:2]):
+            clock_ns = yield from self._clock(clock_ns, arrival_ns)
+            yield self._made.of(out.topic, out.sample, arrival_ns, out.origin)
+        yield from self._clock(clock_ns, self._end_ns)
         yield self._made.session("close", self._end_ns, self._modalities)
+
+    def _clock(self, from_ns: int, until_ns: int) -> Generator[Envelope, None, int]:
+        """The clock's messages before `until_ns`; returns when the next one is due."""
+        if until_ns - from_ns > _GAP_NS:
+            self.gaps.append((from_ns - self._begin_ns, until_ns - from_ns))
+            yield from self._clock(from_ns, from_ns + TAIL_NS)  # what came before is complete
+            jumped_ns = until_ns - 1 - (until_ns - 1 - from_ns) % _CLOCK_NS
+            if until_ns - from_ns > JUMP_NS - TAIL_NS:
+                yield self._made.clock(jumped_ns - CONFIRM_NS)
+            from_ns = jumped_ns
+        for at_ns in range(from_ns, until_ns, _CLOCK_NS):
+            yield self._made.clock(at_ns)
+        return max(from_ns, from_ns - (from_ns - until_ns) // _CLOCK_NS * _CLOCK_NS)
 
     @staticmethod
     def _pieces(order: int, outgoing: Iterable[Outgoing]) -> Pieces:
