@@ -6,7 +6,7 @@ the samples of the stream at the beginning of the chain. Knows nothing about the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TypeAlias
 
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from stream_mmrnn.capture.encoders import Encoder, encoders_of
 from stream_mmrnn.core import plugins, topics
 from stream_mmrnn.core.config import Settings
 from stream_mmrnn.core.errors import PluginError, SnapshotError, SourceSpecError
-from stream_mmrnn.core.streams import Stream
+from stream_mmrnn.core.streams import DERIVATIONS, Stream
 from stream_mmrnn.core.types import Sample
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -68,18 +68,25 @@ def derivation_of(stream: Stream, settings: Settings, clock_ns: Callable[[], int
     """
     if not stream.derivation:
         return Unchanged(stream.parent)
+    own = DERIVATIONS.get(stream.derivation)
+    if own is not None and stream.kind != own.gives:
+        gives = f"gives {own.gives}, and the stream {stream.name!r} is {stream.kind}"
+        raise SourceSpecError(f"{stream.source!r} {gives}; leave its kind out")
     if stream.derivation == "speech":
         from stream_mmrnn.capture.speech.derivation import Speech
 
-        if stream.kind != "text":
-            raise SourceSpecError(f"{stream.source!r} gives text, and the stream {stream.name!r} is {stream.kind}")
         return Speech(stream.parent, settings.speech, clock_ns)
+    if stream.derivation == "turn_end":
+        from stream_mmrnn.capture.speech.turn_end import TurnEnd
+
+        return TurnEnd(stream.parent, clock_ns)
     plugin = plugins.find("sources", stream.derivation)
     if plugin is None:
         known = ", ".join(plugins.names("sources")) or "none is installed"
+        mine = ", ".join(f"from:{stream.parent}/{name}" for name in DERIVATIONS)
         raise SourceSpecError(
-            f"{stream.source!r} of the stream {stream.name!r} names no derivation; use from:{stream.parent}, "
-            f"from:{stream.parent}/speech, or a plug-in's ({known})"
+            f"{stream.source!r} of the stream {stream.name!r} names no derivation; use from:{stream.parent}, {mine}, "
+            f"or a plug-in's ({known})"
         )
     made: Derivation = plugins.call(plugin, stream.parent, stream)
     if not hasattr(made, "derive"):
@@ -119,13 +126,28 @@ class DerivedEncoder:
         self._encoder.reset()
 
     def snapshot(self) -> dict[str, Array]:
-        """The state of the encoder. Raises SnapshotError where a derivation has a state."""
-        if any(not isinstance(derivation, Unchanged) for derivation in self._chain):
-            raise SnapshotError(f"the state of {self._chain[-1].origin} cannot be saved; leave that stream out")
-        return self._encoder.snapshot()
+        """The state of encoder and derivations. Raises SnapshotError where a derivation cannot save its state."""
+        state = dict(self._encoder.snapshot())
+        for prefix, derivation in self._savable():
+            state |= {prefix + name: array for name, array in derivation.snapshot().items()}
+        return state
 
     def restore(self, state: dict[str, Array]) -> None:
+        """Continue from a snapshot; raises SnapshotError if it does not fit."""
+        for prefix, derivation in self._savable():
+            mine = {name: array for name, array in state.items() if name.startswith(prefix)}
+            derivation.restore({name.removeprefix(prefix): array for name, array in mine.items()})
+            state = {name: array for name, array in state.items() if name not in mine}
         self._encoder.restore(state)
+
+    def _savable(self) -> Iterator[tuple[str, Any]]:
+        """The derivations that have a state, each with the beginning of its names in a snapshot."""
+        for i, derivation in enumerate(self._chain):
+            if isinstance(derivation, Unchanged):
+                continue
+            if not hasattr(derivation, "snapshot"):
+                raise SnapshotError(f"the state of {self._chain[-1].origin} cannot be saved; leave that stream out")
+            yield f"derivation{i}.", derivation
 
 
 def heard_topic(stream: Stream) -> str:
@@ -133,11 +155,15 @@ def heard_topic(stream: Stream) -> str:
     return topics.raw(stream.name) if stream.raw else topics.feature(stream.name)
 
 
+def chain_of(stream: Stream, table: Mapping[str, Stream]) -> list[Stream]:
+    """The derived streams from the one that is made of no derived stream to this one; [] if this is not derived."""
+    return [*chain_of(table[stream.parent], table), stream] if stream.parent else []
+
+
 def root_of(stream: Stream, table: Mapping[str, Stream]) -> Stream:
     """The stream at the beginning of a stream's chain: itself, if it is not derived."""
-    while stream.parent:
-        stream = table[stream.parent]
-    return stream
+    chain = chain_of(stream, table)
+    return table[chain[0].parent] if chain else stream
 
 
 def encoders_from_root(stream: Stream, table: Mapping[str, Stream], settings: Settings) -> dict[str, Encoder]:
@@ -148,11 +174,7 @@ def encoders_from_root(stream: Stream, table: Mapping[str, Stream], settings: Se
         UsageError: so, or an encoder is not known.
 
     """
-    chain: list[Stream] = []
-    at = stream
-    while at.parent:
-        chain.insert(0, at)
-        at = table[at.parent]
+    chain = chain_of(stream, table)
     encoders = encoders_of(stream)
     if not chain:
         return encoders

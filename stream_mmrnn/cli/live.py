@@ -16,7 +16,7 @@ from stream_mmrnn.cli.terminal import ConfigFile, Json, ModelName, Provider
 from stream_mmrnn.core import config, processes
 from stream_mmrnn.core.errors import ConfigError, StreamError
 from stream_mmrnn.core.signals import ENDING, held
-from stream_mmrnn.core.stream_table import stream_table
+from stream_mmrnn.core.stream_table import stream_table, with_derived
 from stream_mmrnn.core.streams import SELF, SHORT_FORMS
 from stream_mmrnn.recording.append_file import later_parts, part
 
@@ -100,7 +100,7 @@ def live(
     spec = check_model(config.find_model(settings.engine.model), settings.engine.provider)
     modalities = [m.name for m in spec.modalities]
     _check_feeds(settings, modalities)
-    settings = _without_unused(settings, source, named, modalities)
+    settings = with_derived(_without_unused(settings, source, named, modalities), modalities)
     _run(settings, duration, True, as_json, plain)
 
 

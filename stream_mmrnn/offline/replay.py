@@ -21,7 +21,7 @@ from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.dedup import WINDOW
 from stream_mmrnn.core.errors import FileError, UsageError
 from stream_mmrnn.core.latency import Histogram
-from stream_mmrnn.core.stream_table import stream_table
+from stream_mmrnn.core.stream_table import stream_table, with_derived
 from stream_mmrnn.core.types import Envelope, Prediction
 from stream_mmrnn.graph.runtime import Provider
 from stream_mmrnn.offline.pacing import pace
@@ -200,6 +200,9 @@ def replay(
             raise FileError(f"{path} holds no predictions to compare with; it was made by `record`, or cut off early")
         if engine.spec.sha256 != recording.metadata.get("model_sha256"):
             raise UsageError(f"{path} was predicted by another version of the model {name!r}; give that one by --model")
+    recorded = stream_table(settings)
+    if source == "raw":
+        settings = with_derived(settings, [m.name for m in engine.spec.modalities])
     table = stream_table(settings)
     aligner = Aligner.of(engine.spec.modalities, engine.spec.tick_ns, settings)
     features = dict(aligner.feeding.values())
@@ -221,7 +224,8 @@ def replay(
         if source == "raw":
             # what has no raw messages has features that are the raw values, or come from other programs
             again = {name: encoders_from_root(features[name], table, settings)[name] for name in read}
-            envelopes = reencode(envelopes, again, read=read)
+            new = [name for name, row in features.items() if name in read and row.name not in recorded]
+            envelopes = reencode(envelopes, again, new, read)
         if speed is not None and player is None:
             envelopes = pace(envelopes, speed, alive)
         steps = Histogram()

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from stream_mmrnn.core import plugins
 from stream_mmrnn.core.errors import PluginError, UsageError
-from stream_mmrnn.core.streams import FURTHER_ENCODERS, SHORT_FORMS, Stream
+from stream_mmrnn.core.streams import DERIVATIONS, FURTHER_ENCODERS, SHORT_FORMS, Stream
 from stream_mmrnn.core.types import Sample
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -47,7 +47,8 @@ class Encoder(Protocol):
 
 
 def create_encoder(name: str) -> Encoder:
-    """The package's own encoder: for a kind, for a usual stream such as `other_text`, or one of `FURTHER_ENCODERS`.
+    """The package's own encoder: for a kind, for a usual stream such as `other_text`, one of `FURTHER_ENCODERS`, or
+    what derived features (`turn_end`) pass through.
 
     Imports only what it needs.
 
@@ -63,6 +64,10 @@ def create_encoder(name: str) -> Encoder:
         from stream_mmrnn.capture.encoders.prosody import ProsodyEncoder
 
         return ProsodyEncoder()
+    if name == "turn_end":
+        from stream_mmrnn.capture.speech.turn_end import TurnEndEncoder
+
+        return TurnEndEncoder()
     if name not in SHORT_FORMS:
         raise UsageError(f"there is no encoder of {name!r}; use one of {', '.join([*SHORT_FORMS, *FURTHER_ENCODERS])}")
     kind = SHORT_FORMS[name][0]
@@ -90,7 +95,7 @@ def encoders_of(stream: Stream) -> dict[str, Encoder]:
         UsageError: one of them is not known.
 
     """
-    names = stream.encoders or (stream.kind,)
+    names = stream.encoders or (_derived(stream) or stream.kind,)
     return {features: _named(name, stream) for name, features in zip(names, stream.features(), strict=True)}
 
 
@@ -104,7 +109,14 @@ def check_all(streams: Iterable[Stream]) -> None:
 
 def _own(stream: Stream) -> list[str]:
     """The package's encoders for a stream of this kind."""
-    return [stream.kind, *(name for name, kind in FURTHER_ENCODERS.items() if kind == stream.kind)]
+    further = [name for name, kind in FURTHER_ENCODERS.items() if kind == stream.kind]
+    return [stream.kind, *further, *filter(None, [_derived(stream)])]
+
+
+def _derived(stream: Stream) -> str:
+    """The encoder of a stream whose samples are features; "" for any other."""
+    own = DERIVATIONS.get(stream.derivation)
+    return own.encoder if own else ""
 
 
 def _unknown(name: str, stream: Stream) -> UsageError:
