@@ -90,38 +90,75 @@ def derivation_of(stream: Stream, settings: Settings, clock_ns: Callable[[], int
     return made
 
 
+class _Chain:
+    """Derivations one after another, for all encoders of a stream: each sample is derived once, for the first of them.
+
+    Every encoder is given the same samples, one after the other.
+    """
+
+    def __init__(self, derivations: list[Derivation]) -> None:
+        self._derivations = derivations
+        self._sample: Sample | None = None
+        self._derived: list[Sample] = []
+        self._finished: list[Sample] | None = None
+
+    @property
+    def stateful(self) -> str:
+        """What cannot be saved; "" where no derivation has a state."""
+        kept = any(not isinstance(derivation, Unchanged) for derivation in self._derivations)
+        return self._derivations[-1].origin if kept else ""
+
+    def derive(self, sample: Sample) -> list[Sample]:
+        if sample is not self._sample:
+            self._sample, self._derived = sample, []  # nothing for the others where a derivation raises
+            self._derived = self._pass_on([sample], self._derivations)
+        return self._derived
+
+    @staticmethod
+    def _pass_on(samples: list[Sample], derivations: list[Derivation]) -> list[Sample]:
+        for derivation in derivations:
+            samples = [made for of in samples for made in derivation.derive(of)]
+        return samples
+
+    def finish(self) -> list[Sample]:
+        """What the derivations still hold back, at the end of the stream."""
+        if self._finished is None:
+            after = enumerate(self._derivations, 1)
+            self._finished = [s for i, of in after for s in self._pass_on(of.finish(), self._derivations[i:])]
+        return self._finished
+
+    def reset(self) -> None:
+        for derivation in self._derivations:
+            derivation.reset()
+        self._sample = self._finished = None
+
+
 class DerivedEncoder:
     """An encoder behind a chain of derivations, as an `Encoder` of the samples at the beginning of the chain."""
 
-    def __init__(self, chain: list[Derivation], encoder: Encoder) -> None:
+    def __init__(self, chain: _Chain, encoder: Encoder) -> None:
         self._chain, self._encoder = chain, encoder
         self.origin, self.size = encoder.origin, encoder.size
 
     def encode(self, sample: Sample) -> list[Sample]:
         """As `Encoder.encode`."""
-        return self._pass_on([sample], self._chain)
-
-    def _pass_on(self, samples: list[Sample], chain: list[Derivation]) -> list[Sample]:
-        for derivation in chain:
-            samples = [made for of in samples for made in derivation.derive(of)]
-        return [vector for of in samples for vector in self._encoder.encode(of)]
+        return [vector for of in self._chain.derive(sample) for vector in self._encoder.encode(of)]
 
     def finish(self) -> list[Sample]:
         """The vectors of what the derivations still hold back, at the end of the stream."""
-        return [v for i, of in enumerate(self._chain, 1) for v in self._pass_on(of.finish(), self._chain[i:])]
+        return [vector for of in self._chain.finish() for vector in self._encoder.encode(of)]
 
     def prewarm(self) -> None:
         self._encoder.prewarm()
 
     def reset(self) -> None:
-        for derivation in self._chain:
-            derivation.reset()
+        self._chain.reset()
         self._encoder.reset()
 
     def snapshot(self) -> dict[str, Array]:
         """The state of the encoder. Raises SnapshotError where a derivation has a state."""
-        if any(not isinstance(derivation, Unchanged) for derivation in self._chain):
-            raise SnapshotError(f"the state of {self._chain[-1].origin} cannot be saved; leave that stream out")
+        if self._chain.stateful:
+            raise SnapshotError(f"the state of {self._chain.stateful} cannot be saved; leave that stream out")
         return self._encoder.snapshot()
 
     def restore(self, state: dict[str, Array]) -> None:
@@ -156,8 +193,5 @@ def encoders_from_root(stream: Stream, table: Mapping[str, Stream], settings: Se
     encoders = encoders_of(stream)
     if not chain:
         return encoders
-    # a chain of its own for each encoder: derivations have a state
-    return {
-        name: DerivedEncoder([derivation_of(of, settings) for of in chain], encoder)
-        for name, encoder in encoders.items()
-    }
+    derivations = _Chain([derivation_of(of, settings) for of in chain])
+    return {name: DerivedEncoder(derivations, encoder) for name, encoder in encoders.items()}

@@ -85,6 +85,11 @@ class Stream(msgspec.Struct, frozen=True):
         """What makes a derived stream of its parent; "": its samples are the parent's."""
         return derivation_of(self.source)
 
+    @property
+    def own_encoders(self) -> tuple[str, ...]:
+        """The package's encoders for streams of this kind; the kind's own is the first."""
+        return (self.kind, *(name for name, kind in FURTHER_ENCODERS.items() if kind == self.kind))
+
     def features(self) -> tuple[str, ...]:
         """By encoder, the name of its feature vectors: the last part of their topic."""
         return (self.name, *(f"{self.name}.{encoder}" for encoder in self.encoders[1:]))
@@ -133,8 +138,10 @@ SOURCE_KINDS: dict[str, tuple[Kind, ...]] = {
 is a signal, `from:STREAM` is of its parent's kind, and `file`, `push`, `synthetic` and `none` are an error."""
 
 
-FURTHER_ENCODERS: dict[str, Kind] = {"face": "vision", "prosody": "audio"}
+FURTHER_ENCODERS: dict[str, Kind] = {"face": "vision", "prosody": "audio", "tokens": "text"}
 """The package's own encoders beside the one of each kind, and the kind of stream that each is for."""
+ORIGIN_NAMES = {"tokens": "tokens-l2-supercat"}
+"""By encoder, its name in the `origin` of its features, where that is not its own."""
 
 
 DERIVATIONS: dict[str, tuple[Kind, Kind]] = {"speech": ("audio", "text")}
@@ -176,18 +183,21 @@ def with_one_value(rows: Iterable[Stream], value: Callable[[Stream], str]) -> tu
     return None
 
 
+def made_by(origin: str, encoder: str) -> bool:
+    """Whether features of this origin, `name@sha256`, are those of the further or plugged-in encoder of a name."""
+    return origin.partition("@")[0] == ORIGIN_NAMES.get(encoder, encoder)
+
+
 def feeding(modality: str, encoder: str, table: Mapping[str, Stream]) -> tuple[str, Stream]:
     """What feeds a modality of a model: the name of the feature vectors, and their stream.
 
     `encoder` is the contract's `name@sha256`, or "": it chooses among the encoders of one stream. A modality that no
     stream feeds is masked; it gets the stream that its name stands for.
     """
-    wanted = encoder.partition("@")[0]
     for row in table.values():
         for name in row.features():
             if row.modality_of(name) == modality and row.source != "none":
-                if wanted in row.encoders[1:]:
-                    name = f"{row.name}.{wanted}"
-                return name, row
+                by = next((f".{further}" for further in row.encoders[1:] if made_by(encoder, further)), "")
+                return row.name + by if by else name, row
     base = modality.partition(".")[0]
     return modality, table.get(base) or Stream.of(base)

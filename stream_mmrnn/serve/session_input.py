@@ -20,7 +20,7 @@ from stream_mmrnn.capture.derive import encoders_from_root, root_of
 from stream_mmrnn.capture.encoders import Encoder
 from stream_mmrnn.core import config, topics
 from stream_mmrnn.core.errors import SnapshotError, UsageError, WireError
-from stream_mmrnn.core.stream_table import stream_table
+from stream_mmrnn.core.stream_table import for_model, stream_table
 from stream_mmrnn.core.streams import Stream, feeding
 from stream_mmrnn.core.types import Envelope, ModelSpec, Payload, Sample, Tick
 from stream_mmrnn.predict.align import Aligner, AlignerState
@@ -76,7 +76,8 @@ class SessionInput:
 
         """
         self.spec, self._session, self._clock_ns, self._must_save = spec, session, clock_ns, must_save
-        self._settings, self._table = settings, stream_table(settings)
+        self._settings = for_model(settings, spec.modalities)
+        self._table = stream_table(self._settings)
         self.zero_ns = spec.tick_ns * _ZERO_TICKS if zero_ns is None else zero_ns
         """When the session begins."""
         self.at_once_ns = max(_AT_ONCE_NS, _AT_ONCE_TICKS * spec.tick_ns)
@@ -164,6 +165,9 @@ class SessionInput:
 
         """
         row = self.stream(name)
+        if row.kind != "signal" and name not in self._features:
+            takes = ", ".join(self._features)
+            raise UsageError(f"the model {self.spec.name} takes no vectors {name!r}; it takes {takes}")
         vector = np.ascontiguousarray(values, np.float32)
         if row.kind == "signal" and (row.encoders or name not in self._features):
             yield from self.push(row, vector, at_ns)

@@ -68,11 +68,14 @@ def test_this_machine_has_no_fault() -> None:
         "encoder text",
         "encoder face",
         "encoder prosody",
+        "encoder tokens",
+        "stream encoders",
         "bus",
         "clock",
         "recordings",
     ):
         assert found[name]["state"] in ("ok", "warning")
+    assert "audio: audio" in found["stream encoders"]["says"]
     if not runtime.gpu_in_sight():
         assert found["provider cuda"]["state"] == "absent"
         assert "no NVIDIA GPU" in found["provider cuda"]["says"]
