@@ -20,7 +20,7 @@ from stream_mmrnn.capture.derive import encoders_from_root, root_of
 from stream_mmrnn.capture.encoders import Encoder
 from stream_mmrnn.core import config, topics
 from stream_mmrnn.core.errors import SnapshotError, UsageError, WireError
-from stream_mmrnn.core.stream_table import for_model, stream_table
+from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.streams import Stream, feeding
 from stream_mmrnn.core.types import Envelope, ModelSpec, Payload, Sample, Tick
 from stream_mmrnn.predict.align import Aligner, AlignerState
@@ -66,9 +66,10 @@ class SessionInput:
         zero_ns: int | None = None,
         must_save: bool = False,
     ) -> None:
-        """`inputs`: the streams that will be pushed; unless given, a stream counts from its first push on. `clock_ns`:
-        the present, on the session's time line. `zero_ns`: where the session begins on it and on the grid of ticks.
-        `must_save`: streams whose state cannot be saved are refused.
+        """`settings`: with the encoders that the model asks for (`for_model`). `inputs`: the streams that will be
+        pushed; unless given, a stream counts from its first push on. `clock_ns`: the present, on the session's time
+        line. `zero_ns`: where the session begins on it and on the grid of ticks. `must_save`: streams whose state
+        cannot be saved are refused.
 
         Raises:
             UsageError: there is no such stream, or an input feeds nothing in the model.
@@ -76,8 +77,7 @@ class SessionInput:
 
         """
         self.spec, self._session, self._clock_ns, self._must_save = spec, session, clock_ns, must_save
-        self._settings = for_model(settings, spec.modalities)
-        self._table = stream_table(self._settings)
+        self._settings, self._table = settings, stream_table(settings)
         self.zero_ns = spec.tick_ns * _ZERO_TICKS if zero_ns is None else zero_ns
         """When the session begins."""
         self.at_once_ns = max(_AT_ONCE_NS, _AT_ONCE_TICKS * spec.tick_ns)

@@ -57,9 +57,15 @@ WORDS = [(2, "hello"), (4, "one"), (4, "two"), (4, "three"), (7, "unbelievably")
 """The tick, from 1, and the word."""
 
 
-def record(path: Path, model: Path, specs: tuple[ModalitySpec, ...], labels: bool = False) -> None:
+def record(
+    path: Path,
+    model: Path,
+    specs: tuple[ModalitySpec, ...],
+    labels: bool = False,
+    streams: dict[str, dict[str, Any]] | None = None,
+) -> None:
     """What a session with a model records, of ten pictures and some words."""
-    settings = for_model(config.load(None, {"engine.model": str(model)}), specs)
+    settings = for_model(config.load(None, {"engine.model": str(model)}, streams), specs)
     about = {"config": msgspec.json.encode(settings).decode(), "raw": "true"}
     recorder = Recorder(path, "live", about)
     seq: dict[str, int] = {}
@@ -147,6 +153,17 @@ def test_a_recording_of_another_model_is_encoded_anew_from_raw(tmp_path: Path, b
     assert result["streams"]["vision"]["dropped"] == {}
     # and the other way round
     assert replayed(other, model=str(by_image), source="raw")[0] == replayed(path)[0]
+
+
+def test_an_encoder_that_a_recording_s_settings_do_not_name_is_masked(tmp_path: Path, by_image: Path) -> None:
+    path = tmp_path / "a.mcap"
+    rows = {"vision": {"source": "push", "kind": "vision", "encoders": ["vision"]}, "text": {"source": "page"}}
+    record(path, by_image, BY_IMAGE, streams=rows)
+    further = (*BY_IMAGE, ModalitySpec("vision.face", FACE.size, FACE.origin))
+    model = toy_model.make(tmp_path / "further.onnx", further)
+    for source in ("features", "raw"):
+        made, _ = replayed(path, model=str(model), source=source)
+        assert [present for _, _, present in made] == [(True, k in (2, 4, 7), False) for k in range(1, 11)]
 
 
 def test_encoders_that_settings_name_stay(by_face: Path) -> None:
