@@ -61,8 +61,8 @@ class StreamSettings(_Section, frozen=True):
     """Any number of named inputs, each a table `[streams.NAME]`: two cameras, a sensor on each wrist, three people."""
 
     source: str
-    """As in `[sources]`, the name of a plug-in's source, such as `thermometer:/dev/x`, or `from:STREAM` and
-    `from:STREAM/NAME`, which are made of another stream."""
+    """As in `[sources]`, the name of a plug-in's source, such as `thermometer:/dev/x`, `turn_end` (whether a turn ends,
+    by the same person's sound), or `from:STREAM` and `from:STREAM/NAME`, which are made of another stream."""
     kind: Literal["", "vision", "audio", "text", "signal"] = ""
     """What its samples are; "" is what the source gives (that of `lsl:` and of plug-ins is a signal)."""
     encoders: tuple[_Name, ...] = ()
@@ -73,7 +73,7 @@ class StreamSettings(_Section, frozen=True):
     feeds: str = ""
     """The model's modality that it feeds; "" is the one of its own name."""
     dense: bool | None = None
-    """Whether ticks wait for it; unless given, for every kind but text."""
+    """Whether ticks wait for it; unless given, for every kind but text, and not for what is derived of sound."""
     reduction: Literal["", "last", "mean", "sum"] = ""
     """How the samples of one tick become one vector; "" is the kind's: last picture, mean of sound and of signals, sum
     of texts."""

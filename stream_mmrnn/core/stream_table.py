@@ -6,7 +6,7 @@ The one place that knows how `[sources]`, `[streams]`, `[align]`, `[queues]` and
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -16,6 +16,7 @@ from stream_mmrnn.core.config import Settings, StreamSettings
 from stream_mmrnn.core.errors import ConfigError
 from stream_mmrnn.core.streams import (
     DERIVATIONS,
+    DERIVED_INPUTS,
     KINDS,
     SHORT_FORMS,
     SOURCE_KINDS,
@@ -23,6 +24,7 @@ from stream_mmrnn.core.streams import (
     Stream,
     derivation_of,
     made_by,
+    named_for,
     parent_of,
     with_one_value,
 )
@@ -54,14 +56,19 @@ def stream_table(settings: Settings) -> dict[str, Stream]:
     return table
 
 
-def for_model(settings: Settings, modalities: Iterable[ModalitySpec]) -> Settings:
-    """The settings of a session with a model: streams whose settings name no encoders have those that it asks for.
+def for_model(
+    settings: Settings, modalities: Iterable[ModalitySpec], *, derived: bool = True, pushed: bool = False
+) -> Settings:
+    """The settings of a session with a model: with the derived inputs that it takes (`with_derived`; with `derived`),
+    and streams whose settings name no encoders have those that it asks for.
 
     Whoever encodes calls this once, and makes the table of streams from what comes back.
     """
-    plain = _with_encoders(settings, {})
-    wanted = wanted_encoders(stream_table(plain), modalities, plugins.names("encoders"))
-    return _with_encoders(settings, wanted)
+    asked = list(modalities)
+    settings = _with_encoders(settings, {})
+    if derived:
+        settings = with_derived(settings, [m.name for m in asked], pushed)
+    return _with_encoders(settings, wanted_encoders(stream_table(settings), asked, plugins.names("encoders")))
 
 
 def _with_encoders(settings: Settings, encoders: dict[str, tuple[str, ...]]) -> Settings:
@@ -114,11 +121,41 @@ def chosen_encoders(settings: Settings) -> dict[str, ChosenEncoders]:
     return chosen
 
 
+def with_derived(settings: Settings, modalities: Collection[str], pushed: bool = False) -> Settings:
+    """The settings, and a stream for each derived input that a model takes and that they do not name.
+
+    It is made of the first sound of the same person; where there is none, or its samples are not published, the input
+    stays masked. `pushed`: samples come from the caller, so the usual sound is there without a source.
+
+    Raises:
+        ConfigError: those of `stream_table`.
+
+    """
+    for name, (derivation, person) in DERIVED_INPUTS.items():
+        if name not in modalities or name in settings.streams:
+            continue
+        sources = settings.sources
+        if pushed:
+            kind = DERIVATIONS[derivation].made_of
+            sounds = [row for row in stream_table(settings).values() if (row.kind, row.person) == (kind, person)]
+            if all(row.source == "none" for row in sounds):
+                usual = (row.name for row in sounds if row.name not in settings.streams)
+                sources = msgspec.structs.replace(sources, **dict.fromkeys(usual, "push"))
+        row = StreamSettings(source=derivation, person=person)
+        wanted = msgspec.structs.replace(settings, sources=sources, streams={**settings.streams, name: row})
+        try:
+            stream_table(wanted)
+        except ConfigError:
+            continue
+        settings = wanted
+    return settings
+
+
 def _of_same_person(name: str, row: StreamSettings, given: dict[str, StreamSettings]) -> StreamSettings:
     """With `from:STREAM/speech` for the source `speech`. Raises ConfigError where the person has no sound."""
     if row.source not in DERIVATIONS:
         return row
-    kind = DERIVATIONS[row.source][0]
+    kind = DERIVATIONS[row.source].made_of
     for parent, other in given.items():
         is_sample = other.source != "none" and (not parent_of(other.source) or derivation_of(other.source))
         if is_sample and other.person == row.person and _kind_said(parent, other) == kind:
@@ -131,8 +168,8 @@ def _of_same_person(name: str, row: StreamSettings, given: dict[str, StreamSetti
 
 def _kind_said(name: str, given: StreamSettings) -> str:
     """The kind of a stream as far as its own settings tell."""
-    named: tuple[Kind, ...] = SHORT_FORMS[name][:1] if name in SHORT_FORMS else ()
-    possible = named or SOURCE_KINDS.get(given.source.partition(":")[0], ())
+    usual = named_for(name)
+    possible = usual[:1] if usual else SOURCE_KINDS.get(given.source.partition(":")[0], ())
     return given.kind or (possible[0] if len(possible) == 1 else "")
 
 
@@ -154,6 +191,8 @@ def _row(name: str, given: StreamSettings, settings: Settings, table: dict[str, 
     kind = _kind(name, given, parent)
     encoders = given.encoders or settings.engine.encoders.get(name, ())
     about: dict[str, Any] = {"source": given.source, "encoders": encoders, "feeds": given.feeds}
+    if own := DERIVATIONS.get(derivation_of(given.source)):
+        about |= {"dense": own.dense, "reduction": own.reduction}
     if given.dense is not None:
         about["dense"] = given.dense
     if given.reduction:
@@ -196,14 +235,15 @@ def _kind(name: str, given: StreamSettings, parent: Stream | None) -> Kind:
             )
         return parent.kind
     own = DERIVATIONS.get(derivation_of(given.source)) if parent is not None else None
-    if parent is not None and own is not None and parent.kind != own[0]:
+    if parent is not None and own is not None and parent.kind != own.made_of:
         raise ConfigError(
-            f"`streams.{name}` is {given.source!r}, which is made of {own[0]}, and `{parent.name}` is {parent.kind}; "
-            f"name a stream of {own[0]}"
+            f"`streams.{name}` is {given.source!r}, which is made of {own.made_of}, and `{parent.name}` is "
+            f"{parent.kind}; name a stream of {own.made_of}"
         )
     # a plug-in usually gives a signal
-    possible = own[1:] if own is not None else SOURCE_KINDS.get(given.source.partition(":")[0], ("signal",))
-    named = SHORT_FORMS[name][0] if name in SHORT_FORMS else None
+    possible = (own.gives,) if own is not None else SOURCE_KINDS.get(given.source.partition(":")[0], ("signal",))
+    usual = named_for(name)
+    named = usual[0] if usual else None
     clear = possible[0] if len(possible) == 1 or possible[0] == "signal" else None
     kind = given.kind or (named if named in possible else clear)
     if kind is None:

@@ -64,9 +64,10 @@ class Stream(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, name: str, kind: Kind | None = None, person: str = "", source: str = "none") -> Stream:
         """A stream with the defaults of its kind; without one, of what the name stands for, or else a signal."""
-        usual, usual_person = SHORT_FORMS.get(name, ("signal", SELF))
+        usual, usual_person = named_for(name) or ("signal", SELF)
         kind = kind or usual
-        spec = KINDS[kind]
+        is_derived = name in DERIVED_INPUTS and kind == usual
+        spec = DERIVATIONS[DERIVED_INPUTS[name][0]] if is_derived else KINDS[kind]
         person = person or usual_person
         # the features of a signal are its samples: one copy is enough
         return cls(name, kind, spec.dense, spec.reduction, source, person=person, raw=kind != "signal")
@@ -87,8 +88,10 @@ class Stream(msgspec.Struct, frozen=True):
 
     @property
     def own_encoders(self) -> tuple[str, ...]:
-        """The package's encoders for streams of this kind; the kind's own is the first."""
-        return (self.kind, *(name for name, kind in FURTHER_ENCODERS.items() if kind == self.kind))
+        """The package's encoders for such a stream; the first is the one that it has unless others are named."""
+        derived = DERIVATIONS[self.derivation].encoder if self.derivation in DERIVATIONS else ""
+        further = (name for name, kind in FURTHER_ENCODERS.items() if kind == self.kind)
+        return (*filter(None, [derived]), self.kind, *further)
 
     def features(self) -> tuple[str, ...]:
         """By encoder, the name of its feature vectors: the last part of their topic."""
@@ -128,6 +131,7 @@ SOURCE_KINDS: dict[str, tuple[Kind, ...]] = {
     "zmq": ("text",),
     "page": ("text",),
     "speech": ("text",),
+    "turn_end": ("signal",),
     "lsl": ("signal", "audio", "text"),
     "synthetic": ("vision", "audio", "text"),
     "push": ("vision", "audio", "text", "signal"),
@@ -144,8 +148,35 @@ ORIGIN_NAMES = {"tokens": "tokens-l2-supercat"}
 """By encoder, its name in the `origin` of its features, where that is not its own."""
 
 
-DERIVATIONS: dict[str, tuple[Kind, Kind]] = {"speech": ("audio", "text")}
-"""The package's own derivations: the kind of stream that each is made of, and the kind that it gives."""
+class DerivationSpec(msgspec.Struct, frozen=True):
+    """What the streams of one of the package's own derivations have in common."""
+
+    made_of: Kind
+    gives: Kind
+    reduction: Reduction
+    encoder: str = ""
+    """Whose features its samples are; "": the kind's own encoder makes them."""
+    dense: bool = False
+    """Samples come when there is something to say, so ticks do not wait for them."""
+
+
+DERIVATIONS: dict[str, DerivationSpec] = {
+    "speech": DerivationSpec("audio", "text", "sum"),
+    "turn_end": DerivationSpec("audio", "signal", "last", encoder="turn_end"),
+}
+"""The package's own derivations."""
+
+
+DERIVED_INPUTS: dict[str, tuple[str, str]] = {"turn_end": ("turn_end", SELF), "other_turn_end": ("turn_end", OTHER)}
+"""Inputs of models that are derived without being asked for: by which derivation, and of whose stream."""
+
+
+def named_for(name: str) -> tuple[Kind, str] | None:
+    """Kind and person that the name of a stream stands for; None if it may be anything."""
+    if name in DERIVED_INPUTS:
+        derivation, person = DERIVED_INPUTS[name]
+        return DERIVATIONS[derivation].gives, person
+    return SHORT_FORMS.get(name)
 
 
 def parent_of(source: str) -> str:

@@ -69,7 +69,7 @@ class Predictor:
         """
         self._engine = StepEngine(config.find_model(str(model)), 1, provider)
         self.spec = self._engine.spec
-        self._settings = for_model(settings or config.Settings(), self.spec.modalities)
+        self._settings = for_model(settings or config.Settings(), self.spec.modalities, pushed=True)
         self._clock = clock
         self._input = SessionInput(
             self.spec,

@@ -129,7 +129,7 @@ class Server:
                 writer=writer,
             )
             spec = self.engine.spec
-            settings = for_model(settings, spec.modalities)
+            settings = for_model(settings, spec.modalities, derived=False)  # deriving would hold up others
             self.host = Host(
                 self.sessions,
                 serve.queue,

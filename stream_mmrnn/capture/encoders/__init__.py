@@ -47,7 +47,8 @@ class Encoder(Protocol):
 
 
 def create_encoder(name: str) -> Encoder:
-    """The package's own encoder: for a kind, for a usual stream such as `other_text`, or one of `FURTHER_ENCODERS`.
+    """The package's own encoder: for a kind, for a usual stream such as `other_text`, one of `FURTHER_ENCODERS`, or
+    what derived features (`turn_end`) pass through.
 
     Imports only what it needs.
 
@@ -67,6 +68,10 @@ def create_encoder(name: str) -> Encoder:
         from stream_mmrnn.capture.encoders.tokens import TokenEncoder
 
         return TokenEncoder()
+    if name == "turn_end":
+        from stream_mmrnn.capture.speech.turn_end import TurnEndEncoder
+
+        return TurnEndEncoder()
     if name not in SHORT_FORMS:
         raise UsageError(f"there is no encoder of {name!r}; use one of {', '.join([*SHORT_FORMS, *FURTHER_ENCODERS])}")
     kind = SHORT_FORMS[name][0]
