@@ -97,6 +97,10 @@ class Stream(msgspec.Struct, frozen=True):
         """By encoder, the name of its feature vectors: the last part of their topic."""
         return (self.name, *(f"{self.name}.{encoder}" for encoder in self.encoders[1:]))
 
+    def encoder_of(self, features: str) -> str:
+        """The name of the encoder that makes these feature vectors."""
+        return (self.encoders or self.own_encoders)[self.features().index(features)]
+
     def modality_of(self, features: str) -> str:
         """The modality that these feature vectors feed."""
         return self.modality + features.removeprefix(self.name)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -202,7 +202,7 @@ def replay(
             raise FileError(f"{path} holds no predictions to compare with; it was made by `record`, or cut off early")
         if engine.spec.sha256 != recording.metadata.get("model_sha256"):
             raise UsageError(f"{path} was predicted by another version of the model {name!r}; give that one by --model")
-    recorded = {name for row in stream_table(settings).values() for name in row.features()}
+    recorded = stream_table(settings)
     if source == "raw":
         settings = for_model(settings, engine.spec.modalities)
     table = stream_table(settings)
@@ -215,7 +215,7 @@ def replay(
             raise UsageError(f"{path} was recorded without raw streams (record.raw = false); replay it from features")
         again = _encoders(features, table, settings)
         read = {name: heard_topic(root_of(features[name], table)) for name in again}
-        anew = [name for name in again if name not in recorded] + _by_others(recording, again, recorded)
+        anew = [name for name in again if _has_other_times(name, features[name], recorded)]
         wanted = (wanted - {topics.FEATURE + name for name in anew}) | set(read.values())
     if player is not None:
         wanted |= player.load(path.name, engine.spec, table, *_span(recording), _statuses(recording))
@@ -288,15 +288,15 @@ def _encoders(
     return {name: made[row.name][name] for name, row in features.items() if name in made.get(row.name, {})}
 
 
-def _by_others(recording: Recording, encoders: Mapping[str, Encoder], recorded: Collection[str]) -> list[str]:
-    """The features of these encoders that a recording has from another encoder, which may have had its own times."""
-    origins: dict[str, str] = {}
-    names = [name for name in encoders if name in recorded]
-    for e in recording.envelopes({topics.FEATURE + name for name in names}):
-        origins.setdefault(e.topic.removeprefix(topics.FEATURE), e.origin)
-        if len(origins) == len(names):
-            break
-    return [n for n, origin in origins.items() if origin.partition("@")[0] != encoders[n].origin.partition("@")[0]]
+def _has_other_times(features: str, stream: Stream, recorded: Mapping[str, Stream]) -> bool:
+    """Whether vectors that are made again cannot have the places of recorded ones: these are not there, or of another
+    encoder. The package's own encoders of a kind have vectors at the same times.
+    """
+    before = recorded.get(stream.name)
+    if before is None or features not in before.features():
+        return True
+    then, now = before.encoder_of(features), stream.encoder_of(features)
+    return then != now and not {then, now} <= {*stream.own_encoders}
 
 
 def _statuses(recording: Recording) -> list[wire.StatusMessage]:

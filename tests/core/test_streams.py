@@ -195,6 +195,12 @@ def test_settings_for_a_model_make_the_table_with_its_encoders() -> None:
     }  # fmt: skip
 
 
+def test_which_encoder_makes_which_features() -> None:
+    rows = table({"webcam": {"source": "camera:0", "encoders": ["vision", "face"]}, "a": WRIST})
+    assert [rows["webcam"].encoder_of(name) for name in rows["webcam"].features()] == ["vision", "face"]
+    assert rows["a"].encoder_of("a") == "signal"
+
+
 def test_why_a_stream_has_its_encoders() -> None:
     rows = {"vision": {"source": "camera:0"}, "audio": {"source": "microphone", "encoders": ["audio"]}, "w": WRIST}
     chosen = chosen_encoders(for_model(config.parse({"streams": rows}), (FACE,)))

@@ -32,7 +32,7 @@ def model_of(path: Path, vision: str) -> Path:
 def test_live_and_replay_give_a_model_what_it_asks_for(tmp_path: Path, clips: Path) -> None:
     by_face, by_image = model_of(tmp_path / "face.onnx", "face"), model_of(tmp_path / "image.onnx", "vision")
     file, path, words = tmp_path / "s.toml", tmp_path / "a.mcap", tmp_path / "words"
-    file.write_text("[dashboard]\nenabled = false\n")
+    file.write_text("[dashboard]\nenabled = false\n[align]\nvision_lateness_ms = 3000\n")
     os.mkfifo(words)
     streams = ("--vision", f"file:{clips / 'speech.mp4'}", "--audio", "none", "--text", f"pipe:{words}")
     with closing(Running("--config", file, "--model", by_face, "--record", path, *streams)) as live:
@@ -49,7 +49,7 @@ def test_live_and_replay_give_a_model_what_it_asks_for(tmp_path: Path, clips: Pa
     assert set(summary["streams"]) == {"vision", "text", "text.tokens"}
     assert summary["streams"]["vision"]["source"]["encoders"] == [create_encoder("face").origin]
     ticks = ticks_of(path)
-    assert sum(tick.present["vision"] for tick in ticks) > 20
+    assert sum(tick.present["vision"] for tick in ticks) > 5
     assert sum(tick.present["text.tokens"] for tick in ticks) >= 8
     assert all(tick.present["text"] == tick.present["text.tokens"] for tick in ticks)
     assert summary["streams"]["text.tokens"]["dropped"].keys() <= {"superseded", "unclosed"}
@@ -66,7 +66,7 @@ def test_live_and_replay_give_a_model_what_it_asks_for(tmp_path: Path, clips: Pa
     assert set(masked["streams"]["vision"]["dropped"]) == {"quarantined"}
     code, anew, err = run("replay", path, "--model", by_image, "--from", "raw")
     assert code == 0, err
-    assert anew["streams"]["vision"]["delivered"] >= raw["streams"]["vision"]["delivered"] - 1
+    assert anew["streams"]["vision"] == raw["streams"]["vision"]
 
 
 @pytest.mark.parametrize("named", [True, False])

@@ -21,7 +21,7 @@ from stream_mmrnn.core.stream_table import for_model
 from stream_mmrnn.core.streams import Stream
 from stream_mmrnn.core.types import Envelope, ModalitySpec, Prediction, Sample
 from stream_mmrnn.offline.predictor import Predictor
-from stream_mmrnn.offline.replay import replay
+from stream_mmrnn.offline.replay import _has_other_times, replay
 from stream_mmrnn.recording.recorder import Recorder
 from stream_mmrnn.recording.report import info
 from stream_mmrnn.training.own_recipe import recipe_for
@@ -153,6 +153,24 @@ def test_a_recording_of_another_model_is_encoded_anew_from_raw(tmp_path: Path, b
     assert result["streams"]["vision"]["dropped"] == {}
     # and the other way round
     assert replayed(other, model=str(by_image), source="raw")[0] == replayed(path)[0]
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "other"),
+    [
+        ((), ("face",), False),
+        (("face",), ("vision",), False),
+        (("slope",), ("slope",), False),
+        ((), ("slope",), True),
+        (("slope",), ("face",), True),
+    ],
+)
+def test_vectors_of_a_plug_in_have_times_of_their_own(then: tuple[str, ...], now: tuple[str, ...], other: bool) -> None:
+    """Those of another encoder take the places of the recorded ones only where both are the package's own."""
+    cam = Stream.of("vision", source="push")
+    before, after = (msgspec.structs.replace(cam, encoders=names) for names in (then, now))
+    assert _has_other_times("vision", after, {"vision": before}) == other
+    assert _has_other_times("vision", after, {})
 
 
 def test_an_encoder_that_a_recording_s_settings_do_not_name_is_masked(tmp_path: Path, by_image: Path) -> None:
