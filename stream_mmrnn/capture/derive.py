@@ -83,9 +83,10 @@ def derivation_of(stream: Stream, settings: Settings, clock_ns: Callable[[], int
     plugin = plugins.find("sources", stream.derivation)
     if plugin is None:
         known = ", ".join(plugins.names("sources")) or "none is installed"
+        mine = ", ".join(f"from:{stream.parent}/{name}" for name in DERIVATIONS)
         raise SourceSpecError(
-            f"{stream.source!r} of the stream {stream.name!r} names no derivation; use from:{stream.parent}, "
-            f"from:{stream.parent}/NAME with {' or '.join(DERIVATIONS)}, or a plug-in's ({known})"
+            f"{stream.source!r} of the stream {stream.name!r} names no derivation; use from:{stream.parent}, {mine}, "
+            f"or a plug-in's ({known})"
         )
     made: Derivation = plugins.call(plugin, stream.parent, stream)
     if not hasattr(made, "derive"):

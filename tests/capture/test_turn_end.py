@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import toy_model
@@ -19,6 +20,7 @@ from stream_mmrnn.capture.derive import DerivationChain, DerivedEncoder, derivat
 from stream_mmrnn.capture.encoders.speech_detector import CHUNK, MIN_CHUNKS, SILENCE, VOICE, SpeechDetector
 from stream_mmrnn.capture.sources.bus_source import DerivedSource
 from stream_mmrnn.capture.sources.file import FileSound
+from stream_mmrnn.capture.speech import turn_end as turn_end_module
 from stream_mmrnn.capture.speech.turn_end import NAME, PAUSE_CHUNKS, PauseDetector, SmartTurn, TurnEnd
 from stream_mmrnn.core import config, topics
 from stream_mmrnn.core.config import MicrophoneSettings, Settings
@@ -171,7 +173,8 @@ _runs = st.lists(st.tuples(st.booleans(), st.integers(1, 12)), min_size=1, max_s
 _blocks = st.lists(st.integers(1, 4000), min_size=1, max_size=5)
 
 
-@settings(max_examples=60)
+@pytest.mark.slow
+@settings(max_examples=40)
 @given(_runs, _blocks, st.integers(0, CHUNK - 1))
 @example([(True, 9), (False, 9)], [100_000], 0)
 @example([(True, 9), (False, 9)] * 20, [511, 513], 17)
@@ -240,6 +243,18 @@ def test_a_snapshot_that_does_not_fit_is_refused(part: str) -> None:
     with pytest.raises(SnapshotError, match="disagree"):
         turn_end.restore(good | {"sound": np.zeros(5 * CHUNK, np.int16)})
     turn_end.restore(good)
+
+
+def test_a_restored_one_goes_on_with_the_same_state() -> None:
+    one, other = TurnEnd("audio", judge=judge), TurnEnd("audio", judge=judge)
+    sound = loud([(True, 40)])
+    feed(one, sound, [700])
+    other.restore(one.snapshot())
+    for turn_end in (one, other):
+        feed(turn_end, sound, [320], len(sound))
+    expected = one.snapshot()
+    assert np.any(expected["detector"])
+    assert all(np.array_equal(array, expected[name]) for name, array in other.snapshot().items())
 
 
 @cache
@@ -399,6 +414,22 @@ def test_predictor_derives_it_in_any_chunks_and_goes_on_from_a_snapshot(taker: P
     assert not any(p.tick.present["other_turn_end"] for p in whole)
     assert other.push_audio(sound, stream="other_audio") == []
     assert other.counts["other_turn_end"].received == 2
+
+
+def test_what_is_known_later_than_its_time_is_in_no_earlier_tick(taker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = TurnEnd.derive
+
+    def a_second_old(self: TurnEnd, sample: Sample) -> list[Sample]:
+        return [msgspec.structs.replace(made, event_ns=made.event_ns - 10**9) for made in real(self, sample)]
+
+    monkeypatch.setattr(turn_end_module, "SpeechDetector", Loudness)
+    monkeypatch.setattr(turn_end_module, "SmartTurn", lambda: SimpleNamespace(logit=judge))
+    monkeypatch.setattr(TurnEnd, "derive", a_second_old)
+    sound = loud([(False, 50), (True, 10), (False, 50)])
+    known_s = (60 + PAUSE_CHUNKS) * CHUNK / RATE
+    predictor = Predictor(str(taker))
+    [(at_s, _)] = said(predictor, predictor.push_audio(sound))
+    assert known_s <= at_s <= known_s + 0.1
 
 
 def test_predictor_takes_the_number_itself(taker: Path) -> None:

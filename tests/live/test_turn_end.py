@@ -121,7 +121,7 @@ def test_a_recording_without_it_gets_it_in_a_replay_from_raw(
 
 
 @pytest.mark.parametrize("options", [("--stream", "turn_end=none"), ("--audio", "none", "--stream", "mic:audio=push")])
-def test_it_is_masked_where_it_is_not_wanted_or_another_stream_feeds_it(
+def test_it_is_masked_where_it_is_not_wanted_or_no_sound_comes(
     tmp_path: Path, quiet: Path, taker: Path, talk: Path, options: tuple[str, ...]
 ) -> None:
     path = tmp_path / "a.mcap"
