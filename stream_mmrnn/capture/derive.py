@@ -97,57 +97,103 @@ def derivation_of(stream: Stream, settings: Settings, clock_ns: Callable[[], int
     return made
 
 
+class DerivationChain:
+    """Derivations one after another, for all encoders of a stream: each sample is derived once, for the first of them.
+
+    Every encoder is given the same samples, one after the other.
+    """
+
+    def __init__(self, derivations: list[Derivation]) -> None:
+        self._derivations = derivations
+        self._sample: Sample | None = None
+        self._derived: list[Sample] = []
+        self._finished: list[Sample] | None = None
+
+    def derive(self, sample: Sample) -> list[Sample]:
+        if sample is not self._sample:
+            self._sample, self._derived = sample, []  # nothing for the others where a derivation raises
+            self._derived = self._pass_on([sample], self._derivations)
+        return self._derived
+
+    @staticmethod
+    def _pass_on(samples: list[Sample], derivations: list[Derivation]) -> list[Sample]:
+        for derivation in derivations:
+            samples = [made for of in samples for made in derivation.derive(of)]
+        return samples
+
+    def finish(self) -> list[Sample]:
+        """What the derivations still hold back, at the end of the stream."""
+        if self._finished is None:
+            after = enumerate(self._derivations, 1)
+            self._finished = [s for i, of in after for s in self._pass_on(of.finish(), self._derivations[i:])]
+        return self._finished
+
+    def reset(self) -> None:
+        for derivation in self._derivations:
+            derivation.reset()
+        self._sample = self._finished = None
+
+    def snapshot(self) -> dict[str, Array]:
+        """The state of the derivations. Raises SnapshotError where one cannot save its state."""
+        return {
+            f"{_DERIVATION}{i}.{name}": array
+            for i, derivation in self._savable()
+            for name, array in derivation.snapshot().items()
+        }
+
+    def restore(self, state: dict[str, Array]) -> None:
+        """Continue from a snapshot; raises SnapshotError if it does not fit."""
+        for i, derivation in self._savable():
+            prefix = f"{_DERIVATION}{i}."
+            derivation.restore({name.removeprefix(prefix): a for name, a in state.items() if name.startswith(prefix)})
+        self._sample = self._finished = None
+
+    def _savable(self) -> Iterator[tuple[int, Any]]:
+        """The derivations that have a state, each with its place in the chain."""
+        for i, derivation in enumerate(self._derivations):
+            if isinstance(derivation, Unchanged):
+                continue
+            if not hasattr(derivation, "snapshot"):
+                raise SnapshotError(
+                    f"the state of {self._derivations[-1].origin} cannot be saved; leave that stream out"
+                )
+            yield i, derivation
+
+
+_DERIVATION = "derivation"
+"""How the names of a derivation's arrays begin in a snapshot."""
+
+
 class DerivedEncoder:
     """An encoder behind a chain of derivations, as an `Encoder` of the samples at the beginning of the chain."""
 
-    def __init__(self, chain: list[Derivation], encoder: Encoder) -> None:
+    def __init__(self, chain: DerivationChain, encoder: Encoder) -> None:
         self._chain, self._encoder = chain, encoder
         self.origin, self.size = encoder.origin, encoder.size
 
     def encode(self, sample: Sample) -> list[Sample]:
         """As `Encoder.encode`."""
-        return self._pass_on([sample], self._chain)
-
-    def _pass_on(self, samples: list[Sample], chain: list[Derivation]) -> list[Sample]:
-        for derivation in chain:
-            samples = [made for of in samples for made in derivation.derive(of)]
-        return [vector for of in samples for vector in self._encoder.encode(of)]
+        return [vector for of in self._chain.derive(sample) for vector in self._encoder.encode(of)]
 
     def finish(self) -> list[Sample]:
         """The vectors of what the derivations still hold back, at the end of the stream."""
-        return [v for i, of in enumerate(self._chain, 1) for v in self._pass_on(of.finish(), self._chain[i:])]
+        return [vector for of in self._chain.finish() for vector in self._encoder.encode(of)]
 
     def prewarm(self) -> None:
         self._encoder.prewarm()
 
     def reset(self) -> None:
-        for derivation in self._chain:
-            derivation.reset()
+        self._chain.reset()
         self._encoder.reset()
 
     def snapshot(self) -> dict[str, Array]:
         """The state of encoder and derivations. Raises SnapshotError where a derivation cannot save its state."""
-        state = dict(self._encoder.snapshot())
-        for prefix, derivation in self._savable():
-            state |= {prefix + name: array for name, array in derivation.snapshot().items()}
-        return state
+        return {**self._encoder.snapshot(), **self._chain.snapshot()}
 
     def restore(self, state: dict[str, Array]) -> None:
         """Continue from a snapshot; raises SnapshotError if it does not fit."""
-        for prefix, derivation in self._savable():
-            mine = {name: array for name, array in state.items() if name.startswith(prefix)}
-            derivation.restore({name.removeprefix(prefix): array for name, array in mine.items()})
-            state = {name: array for name, array in state.items() if name not in mine}
-        self._encoder.restore(state)
-
-    def _savable(self) -> Iterator[tuple[str, Any]]:
-        """The derivations that have a state, each with the beginning of its names in a snapshot."""
-        for i, derivation in enumerate(self._chain):
-            if isinstance(derivation, Unchanged):
-                continue
-            if not hasattr(derivation, "snapshot"):
-                raise SnapshotError(f"the state of {self._chain[-1].origin} cannot be saved; leave that stream out")
-            yield f"derivation{i}.", derivation
+        self._chain.restore(state)
+        self._encoder.restore({name: array for name, array in state.items() if not name.startswith(_DERIVATION)})
 
 
 def heard_topic(stream: Stream) -> str:
@@ -178,8 +224,5 @@ def encoders_from_root(stream: Stream, table: Mapping[str, Stream], settings: Se
     encoders = encoders_of(stream)
     if not chain:
         return encoders
-    # a chain of its own for each encoder: derivations have a state
-    return {
-        name: DerivedEncoder([derivation_of(of, settings) for of in chain], encoder)
-        for name, encoder in encoders.items()
-    }
+    derivations = DerivationChain([derivation_of(of, settings) for of in chain])
+    return {name: DerivedEncoder(derivations, encoder) for name, encoder in encoders.items()}

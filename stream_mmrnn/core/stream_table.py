@@ -1,16 +1,17 @@
 """The table of a session's streams, from its settings: live, in replay and in training the same.
 
-The one place that knows how `[sources]`, `[streams]`, `[align]` and `[queues]` make a stream.
+The one place that knows how `[sources]`, `[streams]`, `[align]`, `[queues]` and the model's contract make a stream.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
 
+from stream_mmrnn.core import plugins
 from stream_mmrnn.core.config import Settings, StreamSettings
 from stream_mmrnn.core.errors import ConfigError
 from stream_mmrnn.core.streams import (
@@ -22,11 +23,13 @@ from stream_mmrnn.core.streams import (
     Kind,
     Stream,
     derivation_of,
+    made_by,
     named_for,
     parent_of,
     with_one_value,
 )
 from stream_mmrnn.core.topics import STREAM_NAME
+from stream_mmrnn.core.types import ModalitySpec
 
 
 def stream_table(settings: Settings) -> dict[str, Stream]:
@@ -51,6 +54,71 @@ def stream_table(settings: Settings) -> dict[str, Stream]:
     table = {name: table[name] for name in given}
     _check_feeds(table)
     return table
+
+
+def for_model(
+    settings: Settings, modalities: Iterable[ModalitySpec], *, derived: bool = True, pushed: bool = False
+) -> Settings:
+    """The settings of a session with a model: with the derived inputs that it takes (`with_derived`; with `derived`),
+    and streams whose settings name no encoders have those that it asks for.
+
+    Whoever encodes calls this once, and makes the table of streams from what comes back.
+    """
+    asked = list(modalities)
+    settings = _with_encoders(settings, {})
+    if derived:
+        settings = with_derived(settings, [m.name for m in asked], pushed)
+    return _with_encoders(settings, wanted_encoders(stream_table(settings), asked, plugins.names("encoders")))
+
+
+def _with_encoders(settings: Settings, encoders: dict[str, tuple[str, ...]]) -> Settings:
+    replace = msgspec.structs.replace
+    return replace(settings, engine=replace(settings.engine, encoders=encoders))
+
+
+def wanted_encoders(
+    table: Mapping[str, Stream], modalities: Iterable[ModalitySpec], plugged: Iterable[str] = ()
+) -> dict[str, tuple[str, ...]]:
+    """By stream, the encoders that a model asks for, where they are not its kind's own one alone.
+
+    A modality `S` made by a further encoder, or by one of `plugged` (names of plug-ins), makes that the first encoder
+    of the stream that feeds `S`. A modality `S.E` adds the encoder `E` after its first. Streams whose settings name
+    encoders are left out: those stay.
+    """
+    asked, wanted = list(modalities), {}
+    for row in table.values():
+        if row.encoders:
+            continue
+        known = [*row.own_encoders, *plugged]
+        own, *others = known
+        first, further = own, []
+        for modality in asked:
+            of, _, name = modality.name.partition(".")
+            if of == row.modality and name in known:
+                further.append(name)
+            elif of == row.modality and not name:
+                first = next((e for e in others if made_by(modality.encoder, e)), first)
+        if first != own or further:
+            wanted[row.name] = (first, *further)
+    return wanted
+
+
+class ChosenEncoders(msgspec.Struct, frozen=True):
+    """The encoders of a stream, and why it has these."""
+
+    encoders: tuple[str, ...]
+    why: str
+
+
+def chosen_encoders(settings: Settings) -> dict[str, ChosenEncoders]:
+    """By stream that has a source, its encoders; `settings` are those of a session (`for_model`) or a recording."""
+    chosen = {}
+    for name, row in stream_table(settings).items():
+        if row.source != "none":
+            by_model = name in settings.engine.encoders
+            why = "the model's choice" if by_model else "named in the settings" if row.encoders else "its kind's own"
+            chosen[name] = ChosenEncoders(row.encoders or row.own_encoders[:1], why)
+    return chosen
 
 
 def with_derived(settings: Settings, modalities: Collection[str], pushed: bool = False) -> Settings:
@@ -121,7 +189,8 @@ def _parents_first(given: dict[str, StreamSettings]) -> Iterator[str]:
 def _row(name: str, given: StreamSettings, settings: Settings, table: dict[str, Stream]) -> Stream:
     parent = _parent(name, given, table)
     kind = _kind(name, given, parent)
-    about: dict[str, Any] = {"source": given.source, "encoders": given.encoders, "feeds": given.feeds}
+    encoders = given.encoders or settings.engine.encoders.get(name, ())
+    about: dict[str, Any] = {"source": given.source, "encoders": encoders, "feeds": given.feeds}
     if own := DERIVATIONS.get(derivation_of(given.source)):
         about |= {"dense": own.dense, "reduction": own.reduction}
     if given.dense is not None:
@@ -134,7 +203,7 @@ def _row(name: str, given: StreamSettings, settings: Settings, table: dict[str, 
         about["lateness_ns"] = round(given.lateness_ms * 1e6)
     if parent is not None and not derivation_of(given.source):
         about["raw"] = False  # its samples are its parent's
-    elif kind != "signal" or given.encoders:
+    elif kind != "signal" or encoders:
         about["raw"] = given.raw
     defaults = {"lateness_ns": settings.align.lateness_ns(kind), "policy": settings.queues.policy(kind)}
     return msgspec.structs.replace(Stream.of(name, kind, given.person), **{**defaults, **about})

@@ -86,9 +86,20 @@ class Stream(msgspec.Struct, frozen=True):
         """What makes a derived stream of its parent; "": its samples are the parent's."""
         return derivation_of(self.source)
 
+    @property
+    def own_encoders(self) -> tuple[str, ...]:
+        """The package's encoders for such a stream; the first is the one that it has unless others are named."""
+        derived = DERIVATIONS[self.derivation].encoder if self.derivation in DERIVATIONS else ""
+        further = (name for name, kind in FURTHER_ENCODERS.items() if kind == self.kind)
+        return (*filter(None, [derived]), self.kind, *further)
+
     def features(self) -> tuple[str, ...]:
         """By encoder, the name of its feature vectors: the last part of their topic."""
         return (self.name, *(f"{self.name}.{encoder}" for encoder in self.encoders[1:]))
+
+    def encoder_of(self, features: str) -> str:
+        """The name of the encoder that makes these feature vectors."""
+        return (self.encoders or self.own_encoders)[self.features().index(features)]
 
     def modality_of(self, features: str) -> str:
         """The modality that these feature vectors feed."""
@@ -135,8 +146,10 @@ SOURCE_KINDS: dict[str, tuple[Kind, ...]] = {
 is a signal, `from:STREAM` is of its parent's kind, and `file`, `push`, `synthetic` and `none` are an error."""
 
 
-FURTHER_ENCODERS: dict[str, Kind] = {"face": "vision", "prosody": "audio"}
+FURTHER_ENCODERS: dict[str, Kind] = {"face": "vision", "prosody": "audio", "tokens": "text"}
 """The package's own encoders beside the one of each kind, and the kind of stream that each is for."""
+ORIGIN_NAMES = {"tokens": "tokens-l2-supercat"}
+"""By encoder, its name in the `origin` of its features, where that is not its own."""
 
 
 class DerivationSpec(msgspec.Struct, frozen=True):
@@ -205,18 +218,21 @@ def with_one_value(rows: Iterable[Stream], value: Callable[[Stream], str]) -> tu
     return None
 
 
+def made_by(origin: str, encoder: str) -> bool:
+    """Whether features of this origin, `name@sha256`, are those of the further or plugged-in encoder of a name."""
+    return origin.partition("@")[0] == ORIGIN_NAMES.get(encoder, encoder)
+
+
 def feeding(modality: str, encoder: str, table: Mapping[str, Stream]) -> tuple[str, Stream]:
     """What feeds a modality of a model: the name of the feature vectors, and their stream.
 
     `encoder` is the contract's `name@sha256`, or "": it chooses among the encoders of one stream. A modality that no
     stream feeds is masked; it gets the stream that its name stands for.
     """
-    wanted = encoder.partition("@")[0]
     for row in table.values():
         for name in row.features():
             if row.modality_of(name) == modality and row.source != "none":
-                if wanted in row.encoders[1:]:
-                    name = f"{row.name}.{wanted}"
-                return name, row
+                by = next((f".{further}" for further in row.encoders[1:] if made_by(encoder, further)), "")
+                return row.name + by if by else name, row
     base = modality.partition(".")[0]
     return modality, table.get(base) or Stream.of(base)

@@ -20,7 +20,7 @@ from stream_mmrnn.capture.derive import chain_of, encoders_from_root, root_of
 from stream_mmrnn.capture.encoders import Encoder
 from stream_mmrnn.core import config, topics
 from stream_mmrnn.core.errors import SnapshotError, UsageError, WireError
-from stream_mmrnn.core.stream_table import stream_table, with_derived
+from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.streams import DERIVATIONS, Stream, feeding
 from stream_mmrnn.core.types import Envelope, ModelSpec, Payload, Sample, Tick
 from stream_mmrnn.predict.align import Aligner, AlignerState
@@ -68,10 +68,10 @@ class SessionInput:
         zero_ns: int | None = None,
         must_save: bool = False,
     ) -> None:
-        """`inputs`: the streams that will be pushed; unless given, a stream counts from its first push on. `clock_ns`:
-        the present, on the session's time line. `zero_ns`: where the session begins on it and on the grid of ticks.
-        `must_save`: of a server, where streams are refused whose state cannot be saved or that take long to derive,
-        and none is derived without being asked for.
+        """`settings`: with what the model asks for (`for_model`). `inputs`: the streams that will be pushed; unless
+        given, a stream counts from its first push on. `clock_ns`: the present, on the session's time line. `zero_ns`:
+        where the session begins on it and on the grid of ticks. `must_save`: of a server, where streams are refused
+        whose state cannot be saved or that take long to derive.
 
         Raises:
             UsageError: there is no such stream, or an input feeds nothing in the model.
@@ -79,8 +79,6 @@ class SessionInput:
 
         """
         self.spec, self._session, self._clock_ns, self._must_save = spec, session, clock_ns, must_save
-        if not must_save:
-            settings = with_derived(settings, [m.name for m in spec.modalities], pushed=True)
         self._settings, self._table = settings, stream_table(settings)
         self.zero_ns = spec.tick_ns * _ZERO_TICKS if zero_ns is None else zero_ns
         """When the session begins."""
@@ -171,6 +169,9 @@ class SessionInput:
 
         """
         row = self.stream(name)
+        if row.kind != "signal" and name not in self._features:
+            takes = ", ".join(self._features)
+            raise UsageError(f"the model {self.spec.name} takes no vectors {name!r}; it takes {takes}")
         vector = np.ascontiguousarray(values, np.float32)
         if row.kind == "signal" and (row.encoders or name not in self._features):
             yield from self.push(row, vector, at_ns)

@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from stream_mmrnn.capture import encoders
-from stream_mmrnn.capture.derive import DerivedEncoder, derivation_of
+from stream_mmrnn.capture.derive import DerivationChain, DerivedEncoder, derivation_of
 from stream_mmrnn.capture.encoders.speech_detector import CHUNK, MIN_CHUNKS, SILENCE, VOICE, SpeechDetector
 from stream_mmrnn.capture.sources.bus_source import DerivedSource
 from stream_mmrnn.capture.sources.file import FileSound
@@ -461,6 +461,6 @@ def test_a_server_derives_nothing_unasked_and_refuses_what_takes_long(taker: Pat
 
 
 def test_a_chain_saves_each_part_under_a_name_of_its_own() -> None:
-    encoder = DerivedEncoder([simple(), simple()], encoders.create_encoder("turn_end"))
+    encoder = DerivedEncoder(DerivationChain([simple(), simple()]), encoders.create_encoder("turn_end"))
     assert {name.partition(".")[0] for name in encoder.snapshot()} == {"derivation0", "derivation1"}
     encoder.restore(encoder.snapshot())

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from stream_mmrnn.core import plugins
 from stream_mmrnn.core.errors import PluginError, UsageError
-from stream_mmrnn.core.streams import DERIVATIONS, FURTHER_ENCODERS, SHORT_FORMS, Stream
+from stream_mmrnn.core.streams import FURTHER_ENCODERS, SHORT_FORMS, Stream
 from stream_mmrnn.core.types import Sample
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -64,6 +64,10 @@ def create_encoder(name: str) -> Encoder:
         from stream_mmrnn.capture.encoders.prosody import ProsodyEncoder
 
         return ProsodyEncoder()
+    if name == "tokens":
+        from stream_mmrnn.capture.encoders.tokens import TokenEncoder
+
+        return TokenEncoder()
     if name == "turn_end":
         from stream_mmrnn.capture.speech.turn_end import TurnEndEncoder
 
@@ -95,7 +99,7 @@ def encoders_of(stream: Stream) -> dict[str, Encoder]:
         UsageError: one of them is not known.
 
     """
-    names = stream.encoders or (_derived(stream) or stream.kind,)
+    names = stream.encoders or stream.own_encoders[:1]
     return {features: _named(name, stream) for name, features in zip(names, stream.features(), strict=True)}
 
 
@@ -103,29 +107,17 @@ def check_all(streams: Iterable[Stream]) -> None:
     """Raise UsageError unless every encoder that a stream names is known; loads none of them."""
     for stream in streams:
         for name in stream.encoders:
-            if name not in _own(stream) and plugins.find("encoders", name) is None:
+            if name not in stream.own_encoders and plugins.find("encoders", name) is None:
                 raise _unknown(name, stream)
 
 
-def _own(stream: Stream) -> list[str]:
-    """The package's encoders for a stream of this kind."""
-    further = [name for name, kind in FURTHER_ENCODERS.items() if kind == stream.kind]
-    return [stream.kind, *further, *filter(None, [_derived(stream)])]
-
-
-def _derived(stream: Stream) -> str:
-    """The encoder of a stream whose samples are features; "" for any other."""
-    own = DERIVATIONS.get(stream.derivation)
-    return own.encoder if own else ""
-
-
 def _unknown(name: str, stream: Stream) -> UsageError:
-    known = ", ".join([*_own(stream), *plugins.names("encoders")])
+    known = ", ".join([*stream.own_encoders, *plugins.names("encoders")])
     return UsageError(f"the stream {stream.name!r} has an encoder {name!r}, which is not known; use one of {known}")
 
 
 def _named(name: str, stream: Stream) -> Encoder:
-    if name in _own(stream):
+    if name in stream.own_encoders:
         return create_encoder(name)
     plugin = plugins.find("encoders", name)
     if plugin is not None:
