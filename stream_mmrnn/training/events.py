@@ -49,7 +49,8 @@ class TokenTable(nn.Module):
 
     def rows(self, ids: Tensor) -> Tensor:
         """The rows of ids, as floats as an encoder gives them; what is no id has row 0."""
-        whole = torch.where((ids > 0) & (ids <= _IDS), ids, torch.zeros_like(ids)).long()
+        ids = ids.clamp(min=0)
+        whole = torch.where(ids <= _IDS, ids, torch.zeros_like(ids)).long()  # not a number is no id
         return self.row[whole]
 
     def typical(self, noise: Tensor) -> Tensor:
@@ -62,8 +63,7 @@ class TokenTable(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """`ids` [..., K] -> [..., width]."""
-        rows = self.rows(ids)
-        vectors = self.vectors[rows] * (rows > 0).to(self.vectors.dtype).unsqueeze(-1)
+        vectors = F.embedding(self.rows(ids), self.vectors, padding_idx=0)  # row 0 stays zero
         # a matrix product, not a sum: see `fusion.total`
         ones = vectors.new_ones((1, vectors.shape[-2]))
         return (ones @ vectors).squeeze(-2)

@@ -26,30 +26,31 @@ class Evidence(nn.Module):
         self.weight = recipe.weight
 
     def _now(self, features: dict[str, Tensor], present: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of features [..., size] and `present` [..., M]: the sum of the inputs [...], whether there is one, and
-        whether the evidence before it ends.
+        """Of features [..., size] and `present` [..., M], all [..., 1]: the sum of the inputs, whether there is one,
+        and whether the evidence before it ends.
         """
-        value = torch.zeros_like(present[..., 0])
-        here, ends = value > 0, value > 0
+        none = present[..., :1] * 0
+        value, count, speech = none, none, none
         for name, place in self.inputs:
             if name in features:
-                value = value + features[name][..., 0] * present[..., place]
-                here = here | (present[..., place] > 0)
+                here = present[..., place : place + 1]
+                value, count = value + features[name] * here, count + here
         for name, index, place in self.voices:
             if name in features:
-                ends = ends | ((features[name][..., index] > SPEAKS) & (present[..., place] > 0))
-        return value, here, ends
+                spoken = features[name][..., index : index + 1] * present[..., place : place + 1]
+                speech = torch.maximum(speech, spoken)
+        return value, count > 0, speech > SPEAKS
 
     def step(self, features: dict[str, Tensor], present: Tensor, before: Tensor) -> Tensor:
         """One tick: `before` [B, 1] -> [B, 1]."""
-        value, here, ends = (x.unsqueeze(-1) for x in self._now(features, present))
+        value, here, ends = self._now(features, present)
         return torch.where(here, value, torch.where(ends, torch.zeros_like(before), before))
 
     def forward(
         self, features: dict[str, Tensor], present: Tensor, before: Tensor, reset: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """A sequence: `present` [B, T, M], `before` [B, 1], `reset` [B, T] -> [B, T, 1], and the last one [B, 1]."""
-        value, here, ends = self._now(features, present)
+        value, here, ends = (x.squeeze(-1) for x in self._now(features, present))
         batch, length = value.shape
         ticks = torch.arange(1, length + 1, device=value.device).expand(batch, length)
         if reset is not None:

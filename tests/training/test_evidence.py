@@ -88,7 +88,9 @@ def test_a_sequence_in_any_two_parts_equals_its_steps(
     parts, following = [], torch.tensor([[before]])
     for part in (slice(0, cut), slice(cut, None)):
         if present[:, part].shape[1]:
-            out, following = evidence({n: x[:, part] for n, x in features.items()}, present[:, part], following, reset[:, part])
+            out, following = evidence(
+                {n: x[:, part] for n, x in features.items()}, present[:, part], following, reset[:, part]
+            )
             parts += out[0, :, 0].tolist()
     assert parts == steps
     assert following.item() == steps[-1]

@@ -14,12 +14,14 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from stream_mmrnn.capture.encoders import create_encoder
 from stream_mmrnn.capture.encoders.audio import MELS, SPEECH, AudioEncoder
 from stream_mmrnn.capture.encoders.text import TextEncoder
 from stream_mmrnn.capture.encoders.tokens import TokenEncoder
 from stream_mmrnn.core.errors import ConfigError
 from stream_mmrnn.core.strict_toml import convert
 from stream_mmrnn.core.types import FloatArray
+from stream_mmrnn.predict.align_stream import stacked
 from stream_mmrnn.predict.columns import MAX_AGE_S
 from stream_mmrnn.training.data import Array, LazySequence, Task, Ticks
 from stream_mmrnn.training.datasets.switchboard import Dialogue, Seconds, Switchboard, spoken, voice
@@ -238,7 +240,7 @@ class Views:
         """Per tick: the tokens of the newest words that end in it, the newest last."""
         found = np.zeros((count, STACK * TokenEncoder.size), np.float32)
         for place, word in self._places(side, count):
-            found[place] = np.concatenate([found[place, TokenEncoder.size :], self.tokens[word]])
+            found[place] = stacked([found[place, TokenEncoder.size :], self.tokens[word]], found.shape[1])
         return found
 
     def _when(self, side: Side, count: int) -> tuple[FloatArray, FloatArray]:
@@ -354,7 +356,8 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
         held_out(wanted["test"], options.silences == "clear"),
         dict.fromkeys(_TEXTS, views.words.origin)
         | dict.fromkeys(_TOKENS, views.tokens.origin)
-        | dict.fromkeys(_VOICES, AudioEncoder().origin),
+        | dict.fromkeys(_VOICES, AudioEncoder().origin)
+        | dict.fromkeys(_ENDS, create_encoder("turn_end").origin),
         epoch_ticks=round(share * hours["train"] * 3600e9 / recipe.tick_ns),
         common_tokens=common_tokens(
             (word for i in wanted["train"] for side in found[i][:2] for word in side.word), views.tokens
