@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import wave
 from pathlib import Path
@@ -90,7 +91,7 @@ def test_a_higher_threshold_never_cuts_in_more_often() -> None:
     found = [Silence(0.0, 0.3 + k / 5, k % 2 == 0, trace(at_s, rng.random(100).tolist()), None) for k in range(12)]
     points = conversations.curve(found, lambda t: t.turn_over)
     assert points[0]["cut_in"] == 1.0
-    for lower, higher in zip(points, points[1:], strict=False):
+    for lower, higher in itertools.pairwise(points):
         assert higher["cut_in"] <= lower["cut_in"]
         assert higher["delay_p50_s"] >= lower["delay_p50_s"]
 
