@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from msgspec import NODEFAULT
 from msgspec import inspect as kinds
 
 from stream_mmrnn.core import config
@@ -98,6 +99,8 @@ def _kind(kind: kinds.Type, hint: Any) -> str:
         return _kind(inner[0], hint)
     if isinstance(kind, kinds.VarTupleType):
         return f"a list of {_kind(kind.item_type, hint)}"
+    if isinstance(kind, kinds.DictType):
+        return f"a table, each value {_kind(kind.value_type, hint)}"
     if isinstance(kind, kinds.StrType):
         return f"text like `{kind.pattern}`" if kind.pattern else "text"
     raise TypeError(f"no words for {kind}; add them to {__name__}")
@@ -106,7 +109,8 @@ def _kind(kind: kinds.Type, hint: Any) -> str:
 def _default(field: kinds.Field) -> str:
     if field.required:
         return "must be given"
-    return "" if field.default is None else f"`{json.dumps(field.default)}`"
+    default = field.default if field.default_factory is NODEFAULT else field.default_factory()
+    return "" if default is None else f"`{json.dumps(default)}`"
 
 
 def render() -> str:

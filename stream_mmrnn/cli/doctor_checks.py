@@ -23,7 +23,9 @@ import msgspec
 from stream_mmrnn.cli import probes
 from stream_mmrnn.core import config, distribution, plugins
 from stream_mmrnn.core.errors import SourceError, StreamError, UsageError
+from stream_mmrnn.core.stream_table import chosen_encoders, for_model
 from stream_mmrnn.core.streams import FURTHER_ENCODERS
+from stream_mmrnn.core.types import ModalitySpec
 
 State = Literal["ok", "absent", "warning", "fault"]
 
@@ -119,9 +121,11 @@ def _providers(request: Request, facts: dict[str, Any]) -> Iterator[Finding]:
         return
     try:
         ran = probes.ask("model", {"path": str(path), "provider": "cpu"}, request.timeout_s)
+        asked = ran.pop("modalities")
         yield Finding("model", "ok", f"the model {ran['model']} runs", facts={"path": str(path)})
         says = f"active: a step of {ran['model']} takes {ran['step_ms']:g} ms"
         yield Finding("provider cpu", "ok", says, facts=ran)
+        yield _stream_encoders(request.settings, msgspec.convert(asked, list[ModalitySpec]))
     except StreamError as e:
         yield Finding("model", "fault", f"the model does not run: {e}", "export it again, or name another with --model")
         return
@@ -134,12 +138,24 @@ def _providers(request: Request, facts: dict[str, Any]) -> Iterator[Finding]:
     do = "pip install onnxruntime-gpu 'onnxruntime-gpu[cuda,cudnn]', or check the NVIDIA driver"
     try:
         ran = probes.ask("model", {"path": str(path), "provider": "cuda"}, request.timeout_s * _CUDA_TIMES)
+        del ran["modalities"]
         says = f"active: a step of {ran['model']} takes {ran['step_ms']:g} ms"
         yield Finding("provider cuda", "ok", says, facts=ran)
     except StreamError as e:
         yield Finding(
             "provider cuda", "fault" if wanted else "warning", f"there is a GPU, but it cannot be used: {e}", do
         )
+
+
+def _stream_encoders(settings: config.Settings, modalities: list[ModalitySpec]) -> Finding:
+    """Which encoders the session's streams have, and why."""
+    name = "stream encoders"
+    try:
+        chosen = chosen_encoders(for_model(settings, modalities))
+    except StreamError as e:
+        return Finding(name, "fault", str(e), "correct the configuration: stream-mmrnn config check FILE")
+    says = "; ".join(f"{stream}: {', '.join(c.encoders)} ({c.why})" for stream, c in chosen.items())
+    return Finding(name, "ok", says or "no stream has a source", facts=msgspec.to_builtins(chosen))
 
 
 def encoders(request: Request) -> Iterator[Finding]:

@@ -17,7 +17,7 @@ from stream_mmrnn.cli.terminal import ConfigFile, Json, ModelName, Provider
 from stream_mmrnn.core import config, processes
 from stream_mmrnn.core.errors import ConfigError, FileError, StreamError
 from stream_mmrnn.core.signals import ENDING, held
-from stream_mmrnn.core.stream_table import stream_table
+from stream_mmrnn.core.stream_table import for_model, stream_table
 from stream_mmrnn.core.streams import SELF, SHORT_FORMS
 from stream_mmrnn.recording.append_file import later_parts, part
 
@@ -96,12 +96,7 @@ def live(
         },
     )
     _start_forkserver()
-    from stream_mmrnn.predict.engine import check_model
-
-    spec = check_model(config.find_model(settings.engine.model), settings.engine.provider)
-    modalities = [m.name for m in spec.modalities]
-    _check_feeds(settings, modalities)
-    settings = _without_unused(settings, source, named, modalities)
+    settings = _for_model(settings, source, named)
     _run(settings, duration, True, as_json, plain)
 
 
@@ -116,6 +111,9 @@ def record(
     other_text: OtherText = None,
     signal: Signal = None,
     stream: Streams = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Record the features that this model asks for.")
+    ] = None,
     duration: Duration = None,
     session: SessionName = None,
     log: Log = None,
@@ -124,8 +122,26 @@ def record(
 ) -> None:
     """Capture and record, without an engine."""
     named = _named(vision, audio, text, other_audio, other_text, signal)
-    overrides = {"record.path": str(path), "session.name": session, "log.format": log.value if log else None}
-    _run(_settings(config_file, source, named, stream, overrides), duration, False, as_json, plain)
+    overrides = {
+        "engine.model": model,
+        "record.path": str(path),
+        "session.name": session,
+        "log.format": log.value if log else None,
+    }
+    settings = _settings(config_file, source, named, stream, overrides)
+    if model or (config_file is not None and "model" in config.read(config_file).get("engine", {})):
+        settings = _for_model(settings, source, named)
+    _run(settings, duration, False, as_json, plain)
+
+
+def _for_model(settings: config.Settings, source: str | None, named: dict[str, str | None]) -> config.Settings:
+    """The settings with the streams and the encoders that their model takes; refuses a model that does not load."""
+    from stream_mmrnn.predict.engine import check_model
+
+    spec = check_model(config.find_model(settings.engine.model), settings.engine.provider)
+    modalities = {of: None for m in spec.modalities for of in (m.name, m.name.partition(".")[0])}
+    _check_feeds(settings, modalities)
+    return for_model(_without_unused(settings, source, named, modalities), spec.modalities)
 
 
 def _named(

@@ -189,7 +189,8 @@ def _onnxruntime(_: Any) -> Iterator[Any]:
 
 
 def _model(argument: dict[str, str]) -> Iterator[Any]:
-    """Steps of a model on dummy data: the provider that ran them, and the median step time in ms."""
+    """Steps of a model on dummy data: the provider that ran them, the median step time in ms, and what it takes."""
+    import msgspec
     import numpy as np
 
     from stream_mmrnn.core.clock import now_ns
@@ -219,7 +220,9 @@ def _model(argument: dict[str, str]) -> Iterator[Any]:
         took.append(now_ns() - before_ns)
         if not all(np.isfinite(values).all() for values in prediction.heads.values()):
             raise ModelError(f"the model {argument['path']} gives NaN or infinity for zeros; export it again")
-    yield {"provider": engine.provider, "step_ms": round(float(np.median(took)) / 1e6, 3), "model": spec.name}
+    modalities = msgspec.to_builtins(spec.modalities)
+    step_ms = round(float(np.median(took)) / 1e6, 3)
+    yield {"provider": engine.provider, "step_ms": step_ms, "model": spec.name, "modalities": modalities}
 
 
 def _encoder(name: str) -> Iterator[Any]:

@@ -31,6 +31,8 @@ def info(path: Annotated[Path, typer.Argument(help="A recording.")], as_json: Js
         console.print(f"[bold]{path}[/bold]  session {result['session']!r}, {spoken(result['seconds'])}, begun {when}")
         model = result["model"]
         console.print(f"model {shown(model['name'], 64)} {shown(model['sha256'], 12)}, ended: {shown(result['ended'])}")
+        for name, chosen in result["encoders"].items():
+            console.print(f"{shown(name, 64)}: {shown(', '.join(chosen['encoders']), 128)}, {chosen['why']}")
         if not result["raw"]:
             console.print("features only (record.raw = false): no pictures, no sound, no words")
         table = Table(header_style="dim")

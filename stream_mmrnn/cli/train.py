@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from stream_mmrnn.cli.terminal import Console, Json, print_document, say_on
-from stream_mmrnn.core.durations import parse_ns
+from stream_mmrnn.core.durations import parse_ns, spoken
 from stream_mmrnn.core.errors import UsageError
 from stream_mmrnn.core.extras import need
 from stream_mmrnn.core.printable import shown
@@ -145,9 +146,21 @@ def evaluate(
     model: Annotated[Path, typer.Argument(help="A model's folder, with step.onnx and recipe.toml.")],
     data: Data = None,
     present: Annotated[str | None, typer.Option(help="Only these modalities, such as audio,text.")] = None,
+    media: Annotated[
+        list[Path] | None,
+        typer.Option(help="Instead: WAV files of conversations, one person a channel, or folders of them."),
+    ] = None,
+    microphones: Annotated[
+        int, typer.Option(min=1, max=2, help="With --media: 1 if each session hears its own person only.")
+    ] = 2,
+    words: Annotated[bool, typer.Option(help="With --media: recognise words (extra `speech`).")] = True,
+    plot: Annotated[Path | None, typer.Option(help="With --media: draw cut-ins against delay into this file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a model file on its test data, with the engine that serves it."""
+    """Measure a model file on its test data, or on conversations as served, with the engine that serves it."""
+    if media:
+        _evaluate_media(model, media, words, microphones, plot, as_json)
+        return
     result = _training(()).evaluate(model, data or [], present.split(",") if present else None)
     if as_json:
         print_document(result)
@@ -155,6 +168,53 @@ def evaluate(
     console = Console(highlight=False)
     console.print(f"[bold]{result['name']}[/bold] with {', '.join(result['present'])}")
     _print_heads(console, result["test"])
+
+
+def _evaluate_media(
+    model: Path, media: list[Path], words: bool, microphones: int, plot: Path | None, as_json: bool
+) -> None:
+    from stream_mmrnn.offline import conversations
+
+    step = model / "step.onnx" if model.is_dir() else model
+    console = Console(stderr=True, highlight=False)
+    with console.status("starting") if not as_json else nullcontext() as status:
+        result = conversations.evaluate(
+            step,
+            media,
+            words=words,
+            microphones=microphones,
+            progress=lambda name: None if status is None else status.update(shown(name, 64)),
+        )
+    if plot is not None:
+        conversations.plot(result, plot)
+    if as_json:
+        print_document(result)
+        return
+    _print_media(Console(highlight=False), result)
+
+
+def _print_media(console: Console, result: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    heard = "two microphones" if result["microphones"] > 1 else "one microphone"
+    console.print(
+        f"[bold]{result['name']}[/bold] as served: {spoken(result['sound_s'])} of sound, {heard}, "
+        f"{'recognised words' if result['words'] else 'no words'}; {result['silences']} silences of 250 ms and more, "
+        f"{result['shifts']} of them end with the other voice"
+    )
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    table = Table(header_style="dim")
+    for column in ("", "AUC", "best balanced accuracy", "holds cut into at 0.7 s"):
+        table.add_column(column, justify="left" if not column else "right")
+    for key, label in (("turn_over", "model"), ("turn_end", "turn_end alone")):
+        scores = result[key]
+        cut = result["cut_in_at_700_ms"][key]
+        table.add_row(label, number(scores["auc"]), number(scores["best_balanced_accuracy"]), number(cut))
+    table.add_row("silence of 0.7 s", "", "", number(result["cut_in_at_700_ms"]["silence"]))
+    console.print(table)
 
 
 def export(

@@ -23,6 +23,7 @@ from stream_mmrnn.core.topics import SESSION_NAME, STREAM_NAME
 _Positive = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
 _Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 _WEEK_MS = 604_800_000
+_Name = Annotated[str, msgspec.Meta(pattern=STREAM_NAME)]
 _Lateness = Annotated[float, msgspec.Meta(ge=0, le=_WEEK_MS)]
 
 Policy = Literal["latest", "drop_oldest", "block"]
@@ -60,19 +61,19 @@ class StreamSettings(_Section, frozen=True):
     """Any number of named inputs, each a table `[streams.NAME]`: two cameras, a sensor on each wrist, three people."""
 
     source: str
-    """As in `[sources]`, the name of a plug-in's source, such as `thermometer:/dev/x`, or `from:STREAM` and
-    `from:STREAM/NAME`, which are made of another stream."""
+    """As in `[sources]`, the name of a plug-in's source, such as `thermometer:/dev/x`, `turn_end` (whether a turn ends,
+    by the same person's sound), or `from:STREAM` and `from:STREAM/NAME`, which are made of another stream."""
     kind: Literal["", "vision", "audio", "text", "signal"] = ""
     """What its samples are; "" is what the source gives (that of `lsl:` and of plug-ins is a signal)."""
-    encoders: tuple[Annotated[str, msgspec.Meta(pattern=STREAM_NAME)], ...] = ()
-    """Names of encoders; () is the kind's own, and `face` reads faces in pictures. The first gives the features `NAME`,
-    a further one `NAME.ENCODER`."""
-    person: Annotated[str, msgspec.Meta(pattern=STREAM_NAME)] = SELF
+    encoders: tuple[_Name, ...] = ()
+    """Names of encoders; () is what the model asks for, or else the kind's own. The first gives the features `NAME`, a
+    further one `NAME.ENCODER`."""
+    person: _Name = SELF
     """Whom it is of: `self`, `other`, or any name."""
     feeds: str = ""
     """The model's modality that it feeds; "" is the one of its own name."""
     dense: bool | None = None
-    """Whether ticks wait for it; unless given, for every kind but text."""
+    """Whether ticks wait for it; unless given, for every kind but text, and not for what is derived of sound."""
     reduction: Literal["", "last", "mean", "sum"] = ""
     """How the samples of one tick become one vector; "" is the kind's: last picture, mean of sound and of signals, sum
     of texts."""
@@ -172,6 +173,9 @@ class EngineSettings(_Section, frozen=True):
     """Number of processes for the slots, if one core is not enough."""
     prewarm: bool = True
     """Run the graph (and the audio encoder) on dummy data just before the next step, so that caches are warm."""
+    encoders: dict[str, tuple[_Name, ...]] = {}
+    """By stream, the encoders that the model asks for. A session fills it in for its recording; a file leaves it out,
+    and names encoders in `streams.NAME.encoders`."""
 
 
 class StateSettings(_Section, frozen=True):
@@ -455,6 +459,10 @@ def parse(table: dict[str, Any]) -> Settings:
             )
         table = {**table, "sources": {**dict.fromkeys(SHORT_FORMS, "none"), **sources}}
     settings = convert(table, Settings)
+    if settings.engine.encoders:
+        raise ConfigError(
+            "`engine.encoders` is filled in from the model's contract; name encoders in streams.NAME.encoders instead"
+        )
     _check_access(settings)
     return settings
 

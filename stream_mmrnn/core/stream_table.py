@@ -1,30 +1,35 @@
 """The table of a session's streams, from its settings: live, in replay and in training the same.
 
-The one place that knows how `[sources]`, `[streams]`, `[align]` and `[queues]` make a stream.
+The one place that knows how `[sources]`, `[streams]`, `[align]`, `[queues]` and the model's contract make a stream.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
 
+from stream_mmrnn.core import plugins
 from stream_mmrnn.core.config import Settings, StreamSettings
 from stream_mmrnn.core.errors import ConfigError
 from stream_mmrnn.core.streams import (
     DERIVATIONS,
+    DERIVED_INPUTS,
     KINDS,
     SHORT_FORMS,
     SOURCE_KINDS,
     Kind,
     Stream,
     derivation_of,
+    made_by,
+    named_for,
     parent_of,
     with_one_value,
 )
 from stream_mmrnn.core.topics import STREAM_NAME
+from stream_mmrnn.core.types import ModalitySpec
 
 
 def stream_table(settings: Settings) -> dict[str, Stream]:
@@ -51,11 +56,106 @@ def stream_table(settings: Settings) -> dict[str, Stream]:
     return table
 
 
+def for_model(
+    settings: Settings, modalities: Iterable[ModalitySpec], *, derived: bool = True, pushed: bool = False
+) -> Settings:
+    """The settings of a session with a model: with the derived inputs that it takes (`with_derived`; with `derived`),
+    and streams whose settings name no encoders have those that it asks for.
+
+    Whoever encodes calls this once, and makes the table of streams from what comes back.
+    """
+    asked = list(modalities)
+    settings = _with_encoders(settings, {})
+    if derived:
+        settings = with_derived(settings, [m.name for m in asked], pushed)
+    return _with_encoders(settings, wanted_encoders(stream_table(settings), asked, plugins.names("encoders")))
+
+
+def _with_encoders(settings: Settings, encoders: dict[str, tuple[str, ...]]) -> Settings:
+    replace = msgspec.structs.replace
+    return replace(settings, engine=replace(settings.engine, encoders=encoders))
+
+
+def wanted_encoders(
+    table: Mapping[str, Stream], modalities: Iterable[ModalitySpec], plugged: Iterable[str] = ()
+) -> dict[str, tuple[str, ...]]:
+    """By stream, the encoders that a model asks for, where they are not its kind's own one alone.
+
+    A modality `S` made by a further encoder, or by one of `plugged` (names of plug-ins), makes that the first encoder
+    of the stream that feeds `S`. A modality `S.E` adds the encoder `E` after its first. Streams whose settings name
+    encoders are left out: those stay.
+    """
+    asked, wanted = list(modalities), {}
+    for row in table.values():
+        if row.encoders:
+            continue
+        known = [*row.own_encoders, *plugged]
+        own, *others = known
+        first, further = own, []
+        for modality in asked:
+            of, _, name = modality.name.partition(".")
+            if of == row.modality and name in known:
+                further.append(name)
+            elif of == row.modality and not name:
+                first = next((e for e in others if made_by(modality.encoder, e)), first)
+        if first != own or further:
+            wanted[row.name] = (first, *further)
+    return wanted
+
+
+class ChosenEncoders(msgspec.Struct, frozen=True):
+    """The encoders of a stream, and why it has these."""
+
+    encoders: tuple[str, ...]
+    why: str
+
+
+def chosen_encoders(settings: Settings) -> dict[str, ChosenEncoders]:
+    """By stream that has a source, its encoders; `settings` are those of a session (`for_model`) or a recording."""
+    chosen = {}
+    for name, row in stream_table(settings).items():
+        if row.source != "none":
+            by_model = name in settings.engine.encoders
+            why = "the model's choice" if by_model else "named in the settings" if row.encoders else "its kind's own"
+            chosen[name] = ChosenEncoders(row.encoders or row.own_encoders[:1], why)
+    return chosen
+
+
+def with_derived(settings: Settings, modalities: Collection[str], pushed: bool = False) -> Settings:
+    """The settings, and a stream for each derived input that a model takes and that they do not name.
+
+    It is made of the first sound of the same person; where there is none, or its samples are not published, the input
+    stays masked. `pushed`: samples come from the caller, so the usual sound is there without a source.
+
+    Raises:
+        ConfigError: those of `stream_table`.
+
+    """
+    for name, (derivation, person) in DERIVED_INPUTS.items():
+        if name not in modalities or name in settings.streams:
+            continue
+        sources = settings.sources
+        if pushed:
+            kind = DERIVATIONS[derivation].made_of
+            sounds = [row for row in stream_table(settings).values() if (row.kind, row.person) == (kind, person)]
+            if all(row.source == "none" for row in sounds):
+                usual = (row.name for row in sounds if row.name not in settings.streams)
+                sources = msgspec.structs.replace(sources, **dict.fromkeys(usual, "push"))
+        row = StreamSettings(source=derivation, person=person)
+        wanted = msgspec.structs.replace(settings, sources=sources, streams={**settings.streams, name: row})
+        try:
+            stream_table(wanted)
+        except ConfigError:
+            continue
+        settings = wanted
+    return settings
+
+
 def _of_same_person(name: str, row: StreamSettings, given: dict[str, StreamSettings]) -> StreamSettings:
     """With `from:STREAM/speech` for the source `speech`. Raises ConfigError where the person has no sound."""
     if row.source not in DERIVATIONS:
         return row
-    kind = DERIVATIONS[row.source][0]
+    kind = DERIVATIONS[row.source].made_of
     for parent, other in given.items():
         is_sample = other.source != "none" and (not parent_of(other.source) or derivation_of(other.source))
         if is_sample and other.person == row.person and _kind_said(parent, other) == kind:
@@ -68,8 +168,8 @@ def _of_same_person(name: str, row: StreamSettings, given: dict[str, StreamSetti
 
 def _kind_said(name: str, given: StreamSettings) -> str:
     """The kind of a stream as far as its own settings tell."""
-    named: tuple[Kind, ...] = SHORT_FORMS[name][:1] if name in SHORT_FORMS else ()
-    possible = named or SOURCE_KINDS.get(given.source.partition(":")[0], ())
+    usual = named_for(name)
+    possible = usual[:1] if usual else SOURCE_KINDS.get(given.source.partition(":")[0], ())
     return given.kind or (possible[0] if len(possible) == 1 else "")
 
 
@@ -89,7 +189,11 @@ def _parents_first(given: dict[str, StreamSettings]) -> Iterator[str]:
 def _row(name: str, given: StreamSettings, settings: Settings, table: dict[str, Stream]) -> Stream:
     parent = _parent(name, given, table)
     kind = _kind(name, given, parent)
-    about: dict[str, Any] = {name: getattr(given, name) for name in ("source", "encoders", "feeds", "channel")}
+    encoders = given.encoders or settings.engine.encoders.get(name, ())
+    about: dict[str, Any] = {name: getattr(given, name) for name in ("source", "feeds", "channel")}
+    about["encoders"] = encoders
+    if own := DERIVATIONS.get(derivation_of(given.source)):
+        about |= {"dense": own.dense, "reduction": own.reduction}
     if given.dense is not None:
         about["dense"] = given.dense
     if given.reduction:
@@ -100,7 +204,7 @@ def _row(name: str, given: StreamSettings, settings: Settings, table: dict[str, 
         about["lateness_ns"] = round(given.lateness_ms * 1e6)
     if parent is not None and not derivation_of(given.source):
         about["raw"] = False  # its samples are its parent's
-    elif kind != "signal" or given.encoders:
+    elif kind != "signal" or encoders:
         about["raw"] = given.raw
     defaults = {"lateness_ns": settings.align.lateness_ns(kind), "policy": settings.queues.policy(kind)}
     return msgspec.structs.replace(Stream.of(name, kind, given.person), **{**defaults, **about})
@@ -132,14 +236,15 @@ def _kind(name: str, given: StreamSettings, parent: Stream | None) -> Kind:
             )
         return parent.kind
     own = DERIVATIONS.get(derivation_of(given.source)) if parent is not None else None
-    if parent is not None and own is not None and parent.kind != own[0]:
+    if parent is not None and own is not None and parent.kind != own.made_of:
         raise ConfigError(
-            f"`streams.{name}` is {given.source!r}, which is made of {own[0]}, and `{parent.name}` is {parent.kind}; "
-            f"name a stream of {own[0]}"
+            f"`streams.{name}` is {given.source!r}, which is made of {own.made_of}, and `{parent.name}` is "
+            f"{parent.kind}; name a stream of {own.made_of}"
         )
     # a plug-in usually gives a signal
-    possible = own[1:] if own is not None else SOURCE_KINDS.get(given.source.partition(":")[0], ("signal",))
-    named = SHORT_FORMS[name][0] if name in SHORT_FORMS else None
+    possible = (own.gives,) if own is not None else SOURCE_KINDS.get(given.source.partition(":")[0], ("signal",))
+    usual = named_for(name)
+    named = usual[0] if usual else None
     clear = possible[0] if len(possible) == 1 or possible[0] == "signal" else None
     kind = given.kind or (named if named in possible else clear)
     if kind is None:

@@ -66,9 +66,10 @@ class Stream(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, name: str, kind: Kind | None = None, person: str = "", source: str = "none") -> Stream:
         """A stream with the defaults of its kind; without one, of what the name stands for, or else a signal."""
-        usual, usual_person = SHORT_FORMS.get(name, ("signal", SELF))
+        usual, usual_person = named_for(name) or ("signal", SELF)
         kind = kind or usual
-        spec = KINDS[kind]
+        is_derived = name in DERIVED_INPUTS and kind == usual
+        spec = DERIVATIONS[DERIVED_INPUTS[name][0]] if is_derived else KINDS[kind]
         person = person or usual_person
         # the features of a signal are its samples: one copy is enough
         return cls(name, kind, spec.dense, spec.reduction, source, person=person, raw=kind != "signal")
@@ -87,9 +88,20 @@ class Stream(msgspec.Struct, frozen=True):
         """What makes a derived stream of its parent; "": its samples are the parent's."""
         return derivation_of(self.source)
 
+    @property
+    def own_encoders(self) -> tuple[str, ...]:
+        """The package's encoders for such a stream; the first is the one that it has unless others are named."""
+        derived = DERIVATIONS[self.derivation].encoder if self.derivation in DERIVATIONS else ""
+        further = (name for name, kind in FURTHER_ENCODERS.items() if kind == self.kind)
+        return (*filter(None, [derived]), self.kind, *further)
+
     def features(self) -> tuple[str, ...]:
         """By encoder, the name of its feature vectors: the last part of their topic."""
         return (self.name, *(f"{self.name}.{encoder}" for encoder in self.encoders[1:]))
+
+    def encoder_of(self, features: str) -> str:
+        """The name of the encoder that makes these feature vectors."""
+        return (self.encoders or self.own_encoders)[self.features().index(features)]
 
     def modality_of(self, features: str) -> str:
         """The modality that these feature vectors feed."""
@@ -125,6 +137,7 @@ SOURCE_KINDS: dict[str, tuple[Kind, ...]] = {
     "zmq": ("text",),
     "page": ("text",),
     "speech": ("text",),
+    "turn_end": ("signal",),
     "lsl": ("signal", "audio", "text"),
     "synthetic": ("vision", "audio", "text"),
     "push": ("vision", "audio", "text", "signal"),
@@ -135,12 +148,41 @@ SOURCE_KINDS: dict[str, tuple[Kind, ...]] = {
 is a signal, `from:STREAM` is of its parent's kind, and `file`, `push`, `synthetic` and `none` are an error."""
 
 
-FURTHER_ENCODERS: dict[str, Kind] = {"face": "vision", "prosody": "audio"}
+FURTHER_ENCODERS: dict[str, Kind] = {"face": "vision", "prosody": "audio", "tokens": "text"}
 """The package's own encoders beside the one of each kind, and the kind of stream that each is for."""
+ORIGIN_NAMES = {"tokens": "tokens-l2-supercat"}
+"""By encoder, its name in the `origin` of its features, where that is not its own."""
 
 
-DERIVATIONS: dict[str, tuple[Kind, Kind]] = {"speech": ("audio", "text")}
-"""The package's own derivations: the kind of stream that each is made of, and the kind that it gives."""
+class DerivationSpec(msgspec.Struct, frozen=True):
+    """What the streams of one of the package's own derivations have in common."""
+
+    made_of: Kind
+    gives: Kind
+    reduction: Reduction
+    encoder: str = ""
+    """Whose features its samples are; "": the kind's own encoder makes them."""
+    dense: bool = False
+    """Samples come when there is something to say, so ticks do not wait for them."""
+
+
+DERIVATIONS: dict[str, DerivationSpec] = {
+    "speech": DerivationSpec("audio", "text", "sum"),
+    "turn_end": DerivationSpec("audio", "signal", "last", encoder="turn_end"),
+}
+"""The package's own derivations."""
+
+
+DERIVED_INPUTS: dict[str, tuple[str, str]] = {"turn_end": ("turn_end", SELF), "other_turn_end": ("turn_end", OTHER)}
+"""Inputs of models that are derived without being asked for: by which derivation, and of whose stream."""
+
+
+def named_for(name: str) -> tuple[Kind, str] | None:
+    """Kind and person that the name of a stream stands for; None if it may be anything."""
+    if name in DERIVED_INPUTS:
+        derivation, person = DERIVED_INPUTS[name]
+        return DERIVATIONS[derivation].gives, person
+    return SHORT_FORMS.get(name)
 
 
 def parent_of(source: str) -> str:
@@ -178,18 +220,21 @@ def with_one_value(rows: Iterable[Stream], value: Callable[[Stream], str]) -> tu
     return None
 
 
+def made_by(origin: str, encoder: str) -> bool:
+    """Whether features of this origin, `name@sha256`, are those of the further or plugged-in encoder of a name."""
+    return origin.partition("@")[0] == ORIGIN_NAMES.get(encoder, encoder)
+
+
 def feeding(modality: str, encoder: str, table: Mapping[str, Stream]) -> tuple[str, Stream]:
     """What feeds a modality of a model: the name of the feature vectors, and their stream.
 
     `encoder` is the contract's `name@sha256`, or "": it chooses among the encoders of one stream. A modality that no
     stream feeds is masked; it gets the stream that its name stands for.
     """
-    wanted = encoder.partition("@")[0]
     for row in table.values():
         for name in row.features():
             if row.modality_of(name) == modality and row.source != "none":
-                if wanted in row.encoders[1:]:
-                    name = f"{row.name}.{wanted}"
-                return name, row
+                by = next((f".{further}" for further in row.encoders[1:] if made_by(encoder, further)), "")
+                return row.name + by if by else name, row
     base = modality.partition(".")[0]
     return modality, table.get(base) or Stream.of(base)

@@ -11,13 +11,21 @@ from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.dedup import TickDeduplicator
 from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.core.latency import StageTable, stages
-from stream_mmrnn.core.stream_table import stream_table
+from stream_mmrnn.core.stream_table import for_model, stream_table
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.live.managed_process import ManagedProcess
 from stream_mmrnn.live.supervisor import Supervisor
 
 _CHECK_NS = 50_000_000
 _LOOK_S = 0.05
+
+
+def for_its_model(settings: config.Settings) -> config.Settings:
+    """The settings with the encoders that their own model asks for; raises ModelError if it does not load."""
+    from stream_mmrnn.predict.engine import check_model
+
+    spec = check_model(config.find_model(settings.engine.model), settings.engine.provider)
+    return for_model(settings, spec.modalities)
 
 
 class LiveSession:
@@ -33,8 +41,9 @@ class LiveSession:
         often: Callable[[], None] = lambda: None,
         watch: Collection[str] = (),
     ) -> None:
-        """`observe` gets every message that the supervisor receives: status, predictions and the topics of
-        `watch`. `often` is called about twenty times a second.
+        """`settings` name the encoders that the model takes, as after `for_its_model`. `observe` gets every message
+        that the supervisor receives: status, predictions and the topics of `watch`. `often` is called about twenty
+        times a second.
         """
         self.settings = settings
         self.supervisor = Supervisor(settings, with_engine, say, watch)

@@ -20,6 +20,7 @@ from stream_mmrnn.core import config
 from stream_mmrnn.core.durations import spoken
 from stream_mmrnn.core.errors import SessionError, SnapshotError, UsageError
 from stream_mmrnn.core.sound import mono
+from stream_mmrnn.core.stream_table import for_model
 from stream_mmrnn.core.types import Prediction, Tick
 from stream_mmrnn.graph.runtime import Provider
 from stream_mmrnn.predict.engine import StepEngine
@@ -66,9 +67,9 @@ class Predictor:
             UsageError: there is no such model or stream, or an input feeds nothing in the model.
 
         """
-        self._settings = settings or config.Settings()
         self._engine = StepEngine(config.find_model(str(model)), 1, provider)
         self.spec = self._engine.spec
+        self._settings = for_model(settings or config.Settings(), self.spec.modalities, pushed=True)
         self._clock = clock
         self._input = SessionInput(
             self.spec,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from stream_mmrnn.capture.derive import encoders_from_root, heard_topic, root_of
+from stream_mmrnn.capture.encoders import Encoder
 from stream_mmrnn.capture.pipeline import reencode
 from stream_mmrnn.core import config, topics, wire
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.dedup import WINDOW
 from stream_mmrnn.core.errors import FileError, UsageError
 from stream_mmrnn.core.latency import Histogram
-from stream_mmrnn.core.stream_table import stream_table
+from stream_mmrnn.core.stream_table import for_model, stream_table
+from stream_mmrnn.core.streams import Stream
 from stream_mmrnn.core.types import Envelope, Prediction
 from stream_mmrnn.graph.runtime import Provider
 from stream_mmrnn.offline.pacing import pace
@@ -200,6 +202,9 @@ def replay(
             raise FileError(f"{path} holds no predictions to compare with; it was made by `record`, or cut off early")
         if engine.spec.sha256 != recording.metadata.get("model_sha256"):
             raise UsageError(f"{path} was predicted by another version of the model {name!r}; give that one by --model")
+    recorded = stream_table(settings)
+    if source == "raw":
+        settings = for_model(settings, engine.spec.modalities)
     table = stream_table(settings)
     aligner = Aligner.of(engine.spec.modalities, engine.spec.tick_ns, settings)
     features = dict(aligner.feeding.values())
@@ -208,8 +213,10 @@ def replay(
     if source == "raw":
         if recording.metadata.get("raw") == "false":
             raise UsageError(f"{path} was recorded without raw streams (record.raw = false); replay it from features")
-        read = {name: heard_topic(root_of(row, table)) for name, row in features.items() if row.raw or row.parent}
-        wanted |= set(read.values())
+        again = _encoders(features, table, settings)
+        read = {name: heard_topic(root_of(features[name], table)) for name in again}
+        anew = [name for name in again if _has_other_times(name, features[name], recorded)]
+        wanted = (wanted - {topics.FEATURE + name for name in anew}) | set(read.values())
     if player is not None:
         wanted |= player.load(path.name, engine.spec, table, *_span(recording), _statuses(recording))
     while True:
@@ -219,9 +226,9 @@ def replay(
         if player is not None:
             envelopes = player.play(envelopes)
         if source == "raw":
-            # what has no raw messages has features that are the raw values, or come from other programs
-            again = {name: encoders_from_root(features[name], table, settings)[name] for name in read}
-            envelopes = reencode(envelopes, again, read=read)
+            for encoder in again.values():
+                encoder.reset()
+            envelopes = reencode(envelopes, again, anew, read)
         if speed is not None and player is None:
             envelopes = pace(envelopes, speed, alive)
         steps = Histogram()
@@ -265,6 +272,31 @@ def replay(
         "latency_ms": {"step": steps.row()} if count else {},
         "damage": recording.damage,
     }
+
+
+def _encoders(
+    features: Mapping[str, Stream], table: Mapping[str, Stream], settings: config.Settings
+) -> dict[str, Encoder]:
+    """What makes these features again from raw samples. `features`: their names, and whose they are.
+
+    What has no raw messages has features that are the raw values, or come from other programs.
+    """
+    made: dict[str, dict[str, Encoder]] = {}
+    for name, row in features.items():
+        if (row.raw or row.parent) and name in row.features() and row.name not in made:
+            made[row.name] = encoders_from_root(row, table, settings)
+    return {name: made[row.name][name] for name, row in features.items() if name in made.get(row.name, {})}
+
+
+def _has_other_times(features: str, stream: Stream, recorded: Mapping[str, Stream]) -> bool:
+    """Whether vectors that are made again cannot have the places of recorded ones: these are not there, or of another
+    encoder. The package's own encoders of a kind have vectors at the same times.
+    """
+    before = recorded.get(stream.name)
+    if before is None or features not in before.features():
+        return True
+    then, now = before.encoder_of(features), stream.encoder_of(features)
+    return then != now and not {then, now} <= {*stream.own_encoders}
 
 
 def _statuses(recording: Recording) -> list[wire.StatusMessage]:

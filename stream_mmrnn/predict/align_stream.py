@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
@@ -20,6 +21,16 @@ NEVER = -(2**62)
 FLOAT32 = np.dtype(np.float32)
 _COUNTS = tuple(np.array(n, np.float32) for n in range(64))
 """Divisors as 0-d arrays: numpy handles them twice as fast as its own scalars."""
+
+
+def stacked(newest: Sequence[FloatArray], size: int) -> FloatArray:
+    """The samples of a tick one after another, oldest first, as `size` numbers; zeros stand before too few."""
+    out = np.zeros(size, np.float32)
+    both = np.concatenate(newest)
+    out[size - len(both) :] = both
+    return out
+
+
 OpenSample = tuple[int, int, FloatArray]
 """A sample in an open tick: event time, sequence number, features."""
 
@@ -208,9 +219,7 @@ class AlignedStream:
             kept = samples[-self.spec.stack :]
             counts.used += len(kept)
             counts.superseded += count - len(kept)
-            out = np.zeros(self.spec.size, np.float32)
-            out[self.spec.size - len(kept) * self.shape[0] :] = np.concatenate([s[2] for s in kept])
-            return out
+            return stacked([s[2] for s in kept], self.spec.size)
         counts.used += count
         if count == 1:
             return newest

@@ -22,6 +22,7 @@ from stream_mmrnn.recording.mcap_format import METADATA_END, METADATA_SO_FAR, ME
 from stream_mmrnn.recording.message_counts import LOST, MessageCounts
 from stream_mmrnn.recording.pieces import Chunk, Foreign, Hole, Message, MetadataRecord
 from stream_mmrnn.recording.schemas import Decode
+from stream_mmrnn.recording.settings import encoders_of
 
 
 class RecordingSummary:
@@ -234,10 +235,12 @@ def info(path: Path) -> dict[str, Any]:
         lost = {}
         damage = damage or f"{path.name} has a damaged end: what it lost cannot be read"
     seconds = (summary.last_ns - summary.first_ns) / 1e9
+    recorded = {topics.stream_of(topic) for topic in summary.messages}
     return {
         **_about(summary),
         "model": {"name": head.get("model", ""), "sha256": head.get("model_sha256", "")},
         "raw": head.get("raw") == "true",
+        "encoders": {name: msgspec.to_builtins(c) for name, c in encoders_of(head).items() if name in recorded},
         "wall_steps": summary.wall_steps,
         "channels": {
             topic: {

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from stream_mmrnn.core import config, streams
 from stream_mmrnn.core.errors import ConfigError, FileError
-from stream_mmrnn.core.stream_table import stream_table
+from stream_mmrnn.core.stream_table import ChosenEncoders, chosen_encoders, stream_table
 from stream_mmrnn.recording.mcap_file import Recording
 
 
@@ -29,3 +29,11 @@ def streams_of(metadata: Mapping[str, str]) -> dict[str, streams.Stream]:
         return stream_table(_settings(metadata))
     except (KeyError, ValueError, AttributeError, RecursionError, ConfigError):
         return streams.usual()
+
+
+def encoders_of(metadata: Mapping[str, str]) -> dict[str, ChosenEncoders]:
+    """By stream of a recording, its encoders and why it had these; {} where it has no readable configuration."""
+    try:
+        return chosen_encoders(_settings(metadata))
+    except (KeyError, ValueError, AttributeError, RecursionError, ConfigError):
+        return {}

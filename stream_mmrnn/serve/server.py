@@ -23,6 +23,7 @@ from stream_mmrnn.core.clock import RateLimiter, now_ns, wall_offset_ns
 from stream_mmrnn.core.errors import UsageError
 from stream_mmrnn.core.latency import Histogram
 from stream_mmrnn.core.resources import need_files, return_free_memory
+from stream_mmrnn.core.stream_table import for_model
 from stream_mmrnn.predict.sharded_engine import create
 from stream_mmrnn.predict.snapshots import StateStore
 from stream_mmrnn.serve import protocol
@@ -120,6 +121,7 @@ class Server:
                 writer=writer,
             )
             spec = self.engine.spec
+            settings = for_model(settings, spec.modalities, derived=False)  # deriving would hold up others
             self.host = Host(
                 self.sessions,
                 serve.queue,

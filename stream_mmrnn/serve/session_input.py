@@ -16,12 +16,12 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as from_safetensors
 from safetensors.numpy import save as to_safetensors
 
-from stream_mmrnn.capture.derive import encoders_from_root, root_of
+from stream_mmrnn.capture.derive import chain_of, encoders_from_root, root_of
 from stream_mmrnn.capture.encoders import Encoder
 from stream_mmrnn.core import config, topics
 from stream_mmrnn.core.errors import SnapshotError, UsageError, WireError
 from stream_mmrnn.core.stream_table import stream_table
-from stream_mmrnn.core.streams import Stream, feeding
+from stream_mmrnn.core.streams import DERIVATIONS, Stream, feeding
 from stream_mmrnn.core.types import Envelope, ModelSpec, Payload, Sample, Tick
 from stream_mmrnn.predict.align import Aligner, AlignerState
 
@@ -34,6 +34,8 @@ _AT_ONCE_NS, _AT_ONCE_TICKS = 300 * _S, 7500
 _WAITS_NS = 2**60
 """Lateness of a dense stream when the caller gives the time: its ticks wait until it has come, or for `advance`."""
 _ZERO_TICKS = 1000
+_PIECE = 320
+"""Samples of a block of sound in a live session: 20 ms."""
 
 
 class _State(msgspec.Struct, frozen=True):
@@ -66,9 +68,10 @@ class SessionInput:
         zero_ns: int | None = None,
         must_save: bool = False,
     ) -> None:
-        """`inputs`: the streams that will be pushed; unless given, a stream counts from its first push on. `clock_ns`:
-        the present, on the session's time line. `zero_ns`: where the session begins on it and on the grid of ticks.
-        `must_save`: streams whose state cannot be saved are refused.
+        """`settings`: with what the model asks for (`for_model`). `inputs`: the streams that will be pushed; unless
+        given, a stream counts from its first push on. `clock_ns`: the present, on the session's time line. `zero_ns`:
+        where the session begins on it and on the grid of ticks. `must_save`: of a server, where streams are refused
+        whose state cannot be saved or that take long to derive.
 
         Raises:
             UsageError: there is no such stream, or an input feeds nothing in the model.
@@ -152,9 +155,11 @@ class SessionInput:
             UsageError: it cannot be decoded, or does not fit the model; ticks that were complete come before.
 
         """
-        sample = Sample(at_ns, at_ns, data)
-        vectors = [v for of in (row, *self._derived.get(row.name, ())) for v in self._encode(of, sample)]
-        yield from self._send(vectors, row, at_ns)
+        derived = self._derived.get(row.name, ())
+        for piece in _pieces(row, Sample(at_ns, at_ns, data)) if derived else (Sample(at_ns, at_ns, data),):
+            # what was derived belongs to ticks that the sample itself may complete
+            vectors = [v for of in (*derived, row) for v in self._encode(of, piece)]
+            yield from self._send(vectors, row, piece.event_ns)
 
     def push_vector(self, name: str, values: npt.ArrayLike, at_ns: int) -> Iterator[Tick]:
         """Numbers, float32 [size]: a sample of the signal `name`, or a feature vector of that stream.
@@ -164,6 +169,9 @@ class SessionInput:
 
         """
         row = self.stream(name)
+        if row.kind != "signal" and name not in self._features:
+            takes = ", ".join(self._features)
+            raise UsageError(f"the model {self.spec.name} takes no vectors {name!r}; it takes {takes}")
         vector = np.ascontiguousarray(values, np.float32)
         if row.kind == "signal" and (row.encoders or name not in self._features):
             yield from self.push(row, vector, at_ns)
@@ -190,6 +198,11 @@ class SessionInput:
         if row.name not in self._encoders:
             made = encoders_from_root(row, self._table, self._settings)
             if self._must_save:
+                for slow in {of.derivation for of in chain_of(row, self._table)} & DERIVATIONS.keys():
+                    raise UsageError(
+                        f"{row.name} cannot be served: {slow} would hold up other sessions; derive it in the client, "
+                        "and push what it gives"
+                    )
                 try:
                     for encoder in made.values():
                         _state_of(encoder)
@@ -291,6 +304,17 @@ class SessionInput:
         self._aligner = aligner
         self._inputs, self._seq = state.inputs, state.seq
         self.newest_ns, self.zero_ns = state.newest_ns, state.zero_ns
+
+
+def _pieces(row: Stream, sample: Sample) -> Iterator[Sample]:
+    """A sound in pieces as short as those of a live session: what is derived of it is known as early as there."""
+    sound = sample.data
+    if row.kind != "audio" or isinstance(sound, bytes) or sound.ndim != 1:
+        yield sample
+        return
+    for end in range(len(sound) % _PIECE or _PIECE, len(sound) + 1, _PIECE):
+        at_ns = sample.event_ns - (len(sound) - end) * 1_000_000_000 // topics.AUDIO_RATE_HZ
+        yield Sample(at_ns, at_ns, sound[max(end - _PIECE, 0) : end])
 
 
 def _state_of(encoder: Encoder) -> dict[str, npt.NDArray[Any]]:

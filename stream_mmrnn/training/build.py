@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stream_mmrnn.core.errors import FileError
+from stream_mmrnn.core.errors import ConfigError, FileError
 from stream_mmrnn.training.data import Task, Ticks, check
 from stream_mmrnn.training.last_value import LastValue
 from stream_mmrnn.training.predictor import PredictorNetwork
@@ -36,9 +36,9 @@ def build(recipe: Recipe, task: Task, rng: np.random.Generator) -> PredictorNetw
     for i, name in enumerate(names):
         shown = [t.features[name][t.present[:, i] > 0] for t in sample if name in t.features]
         rows = np.concatenate(shown) if shown else np.zeros((0, 1), np.float32)
-        if not len(rows):
+        if not len(rows) and name not in recipe.evidence.modalities:
             unknown.append(i)
-        if len(rows) < 2:
+        if len(rows) < 2 or name in recipe.events.tokens or name in recipe.evidence.modalities:
             continue
         mean, std = rows.mean(0), rows.std(0)
         scales[name] = (mean, std)
@@ -51,6 +51,10 @@ def build(recipe: Recipe, task: Task, rng: np.random.Generator) -> PredictorNetw
     for name, basis in bases.items():
         predictor.tokens.set_reduction(name, torch.from_numpy(basis))
     predictor.known[unknown] = 0
+    if predictor.events_table is not None:
+        if not task.common_tokens:
+            raise ConfigError(f"data.kind `{recipe.data.kind}` does not count tokens; leave events.tokens out")
+        predictor.events_table.choose(torch.tensor(task.common_tokens[: recipe.events.vocabulary]))
     for head in recipe.heads:
         if head.standardise:
             rows = np.concatenate([_to_learn(head, recipe, t)[t.weights[head.name] > 0] for t in sample])

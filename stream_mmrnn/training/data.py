@@ -87,6 +87,8 @@ class Task:
     """One paragraph for the model card: the data, its licence and source, the split."""
     epoch_ticks: int = 0
     """Approximate ticks per epoch, for the schedule and the progress of the first epoch; 0 if unknown."""
+    common_tokens: tuple[int, ...] = ()
+    """The ids (as features, so id + 1) of the training data's tokens, the most common first."""
     sets: tuple[tuple[str, ...], ...] = ()
     """Sets of modalities that a report evaluates; empty means all non-empty sets."""
 

@@ -81,7 +81,7 @@ def example(predictor: PredictorNetwork, batch: int, generator: torch.Generator)
     count = len(predictor.recipe.modalities)
     present = (torch.rand((batch, count), generator=generator) < 0.7).float()
     features = [
-        predictor.tokens.typical(name, noise(batch, m.size)) * present[:, i : i + 1]
+        predictor.typical(name, noise(batch, m.size)) * present[:, i : i + 1]
         for i, (name, m) in enumerate(predictor.recipe.modalities.items())
     ]
     age = torch.rand((batch, count), generator=generator) * 10

@@ -8,6 +8,7 @@ from typing import Any
 
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.errors import FileError
+from stream_mmrnn.core.streams import made_by
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.recording.mcap_format import number
 from stream_mmrnn.recording.settings import streams_of
@@ -30,7 +31,9 @@ def _modalities(recordings: Sequence[Recording]) -> dict[str, dict[str, Any]]:
         order |= dict.fromkeys(names.values())
         for e in recording.envelopes(names):
             modality = names[e.topic]
-            if modality not in modalities and not isinstance(e.payload, bytes):
+            if made_by(e.origin, "tokens"):  # numbers of words: they mean nothing as amounts
+                order.pop(modality, None)
+            elif modality not in modalities and not isinstance(e.payload, bytes):
                 modalities[modality] = {"size": len(e.payload), "encoder": e.origin}
             if len(modalities) == len(order):
                 break

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from stream_mmrnn.training import fusion
-from stream_mmrnn.training.events import EventsCell
+from stream_mmrnn.training.events import EventsCell, NextToken, TokenTable
+from stream_mmrnn.training.evidence import Evidence
 from stream_mmrnn.training.heads import Heads
 from stream_mmrnn.training.last_value import LastValue
 from stream_mmrnn.training.recipe import Recipe
 from stream_mmrnn.training.stack import Stack
 
 State = dict[str, Tensor]
-_CONTEXT, _LAST = "context", "last"
+_CONTEXT, _LAST, _EVIDENCE = "context", "last", "evidence"
+HEARD = "events.h"
+"""In training: the event cell's output beside the heads' raw outputs, for the helper loss."""
 
 
 def _under(prefix: str, state: State) -> State:
@@ -30,7 +33,9 @@ def _named(prefix: str, state: State) -> State:
 
 
 class PredictorNetwork(nn.Module):
-    """The network from tick to heads. `states` are named `cell.*`, `fusion.*`, `events.*`, `context`, `last`."""
+    """The network from tick to heads. `states` are named `cell.*`, `fusion.*`, `events.*`, `context`, `last`,
+    `evidence`.
+    """
 
     known: Tensor
 
@@ -41,19 +46,25 @@ class PredictorNetwork(nn.Module):
         f, c = recipe.fusion, recipe.cell
         sizes = {name: m.size for name, m in recipe.modalities.items()}
         selected = {name: m.select for name, m in recipe.modalities.items()}
-        self.rare = [name for name in sizes if name in recipe.events.modalities]
+        e = recipe.events
+        self.rare = [name for name in sizes if name in e.modalities]
         places = {name: i for i, name in enumerate(sizes)}
+        apart = [*self.rare, *e.tokens, *recipe.evidence.modalities]
         # columns of `present` for the modalities of the fusion, and for those of the event cell
-        self.common_at = [i for name, i in places.items() if name not in self.rare]
+        self.common_at = [i for name, i in places.items() if name not in apart]
         self.rare_at = [places[name] for name in self.rare]
-        self.tokens = fusion.TokenLayer(sizes, f.width, reduced, selected, self.rare)
+        self.token_at = [(name, places[name]) for name in e.tokens]
+        self.tokens = fusion.TokenLayer(sizes, f.width, reduced, selected, apart)
         # 0 for a modality that was absent in training: its random weights must not influence served predictions
         self.register_buffer("known", torch.ones(len(sizes)))
         self.fusion = fusion.create(f.kind, len(self.common_at), f.width, c.hidden, heads=f.heads, memory=f.memory)
         if self.rare:
             count = sum(self.tokens.sizes[name] + 1 for name in self.rare)
-            self.events = EventsCell(count, recipe.events.width, recipe.events.hidden, recipe.tick_ns / 1e9)
-            self.recall = nn.Sequential(nn.Dropout(recipe.events.dropout), nn.Linear(recipe.events.hidden, f.width))
+            self.events = EventsCell(count, e.width, e.hidden, recipe.tick_ns / 1e9, e.vocabulary if e.tokens else 0)
+            self.recall = nn.Sequential(nn.Dropout(e.dropout), nn.Linear(e.hidden, f.width))
+            # the heads read the words directly, too: what was said need not pass through the cell's gates
+            self.direct = nn.Sequential(nn.Dropout(e.dropout), nn.Linear(e.hidden, c.hidden))
+        self.next_token = NextToken(e.hidden, e.vocabulary) if e.tokens and e.next_token else None
         self.cells = Stack(
             c.kind,
             f.width,
@@ -82,6 +93,14 @@ class PredictorNetwork(nn.Module):
         if starts:
             self.last = LastValue(starts, list(sizes))
             self.states[_LAST] = (len(starts),)
+        self.evidence = Evidence(recipe.evidence, list(sizes)) if recipe.evidence.modalities else None
+        if self.evidence is not None:
+            self.states[_EVIDENCE] = (1,)
+
+    @property
+    def events_table(self) -> TokenTable | None:
+        """The vectors of tokens, if the network reads tokens."""
+        return self.events.table if self.rare else None
 
     def initial(self, batch: int) -> State:
         """The state before the first tick, [batch, ...]."""
@@ -100,28 +119,38 @@ class PredictorNetwork(nn.Module):
         here, tokens = self._common(features, present, age)
         x, fused = self.fusion.step(tokens, here, state.get(_CONTEXT), _under("fusion.", state))
         following = _named("fusion.", fused)
+        h: Tensor | None = None
         if self.rare:
-            h, after = self.events.step(*self._rare(features, present), _under("events.", state))
+            x_rare, there, ids = self._rare(features, present)
+            h, after = self.events.step(x_rare, there, _under("events.", state), ids)
             x = x + self.recall(h)
             following |= _named("events.", after)
         y, cells = self.cells.step(x, _under("cell.", state))
         following |= _named("cell.", cells)
         if self.fusion.conditioned:
             following[_CONTEXT] = y
-        raw = self.heads(y)
+        raw = self.heads(y if h is None else y + self.direct(h))
         if self.changes:
             following[_LAST] = self.last.step(features, present, state[_LAST])
             raw = self.heads.from_last(raw, following[_LAST], self.changes)
+        if self.evidence is not None:
+            following[_EVIDENCE] = self.evidence.step(features, present, state[_EVIDENCE])
+            raw = self._with_evidence(raw, following[_EVIDENCE], self.evidence)
         return raw, following
+
+    def _with_evidence(self, raw: dict[str, Tensor], held: Tensor, evidence: Evidence) -> dict[str, Tensor]:
+        """Raw outputs with the evidence added to one head; the head's temperature does not apply to it."""
+        name = self.recipe.evidence.head
+        return raw | {name: raw[name] + held * (evidence.weight * self.heads.temperature(name))}
 
     def _common(self, features: dict[str, Tensor], present: Tensor, age: Tensor) -> tuple[Tensor, Tensor]:
         """The columns of `present` that the fusion uses, and its tokens."""
-        if self.rare:
+        if len(self.common_at) < present.shape[-1]:
             present, age = present[..., self.common_at], age[..., self.common_at]
         return present, self.tokens(features, present, age)
 
-    def _rare(self, features: dict[str, Tensor], present: Tensor) -> tuple[Tensor, Tensor]:
-        """The input of the event cell, and in which ticks there is an event."""
+    def _rare(self, features: dict[str, Tensor], present: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The input of the event cell, in which ticks there is an event, and the ids of its tokens."""
         here = present[..., self.rare_at]
         parts = [here]
         for i, name in enumerate(self.rare):
@@ -129,7 +158,31 @@ class PredictorNetwork(nn.Module):
                 parts.append(self.tokens.normal(name, features[name]) * here[..., i : i + 1])
             else:
                 parts.append(here.new_zeros((*here.shape[:-1], self.tokens.sizes[name])))
-        return torch.cat(parts, -1), here.amax(-1) > 0
+        some = here.amax(-1) > 0
+        ids = []
+        for name, place in self.token_at:
+            if name in features:
+                there = present[..., place : place + 1]
+                ids.append(features[name] * there)
+                some = some | (there[..., 0] > 0)
+        return torch.cat(parts, -1), some, torch.cat(ids, -1) if ids else None
+
+    def typical(self, modality: str, noise: Tensor) -> Tensor:
+        """Random features [..., size] like those of the training data, from standard normal noise of that shape."""
+        if self.events_table is not None and modality in self.recipe.events.tokens:
+            return self.events_table.typical(noise)
+        return self.tokens.typical(modality, noise)
+
+    def said(self, features: dict[str, Tensor], present: Tensor) -> Tensor:
+        """Per tick of features [B, T, ...] the row in the table of the first known token, whoever said it; 0: none."""
+        assert self.events_table is not None
+        found = torch.zeros(present.shape[:2], dtype=torch.long, device=present.device)
+        for name, place in self.token_at:
+            if name in features:
+                rows = self.events_table.rows(features[name] * present[..., place : place + 1])
+                first = rows.gather(-1, (rows > 0).to(torch.uint8).argmax(-1, keepdim=True)).squeeze(-1)
+                found = torch.where(found > 0, found, first)
+        return found
 
     def forward(
         self,
@@ -148,6 +201,9 @@ class PredictorNetwork(nn.Module):
         if self.changes:
             last, following[_LAST] = self.last(features, present, state[_LAST], reset)
             raw = self.heads.from_last(raw, last, self.changes)
+        if self.evidence is not None:
+            held, following[_EVIDENCE] = self.evidence(features, present, state[_EVIDENCE], reset)
+            raw = self._with_evidence(raw, held, self.evidence)
         return raw, following
 
     def _scan(
@@ -156,12 +212,24 @@ class PredictorNetwork(nn.Module):
         here, tokens = self._common(features, present, age)
         x, fused = self.fusion(tokens, here, _under("fusion.", state), reset)
         following = _named("fusion.", fused)
+        h: Tensor | None = None
         if self.rare:
-            h, after = self.events(*self._rare(features, present), _under("events.", state), reset)
+            h, after = self._hear(features, present, state, reset)
             x = x + self.recall(h)
             following |= _named("events.", after)
         y, cells = self.cells(x, _under("cell.", state), reset)
-        return self.heads(y), following | _named("cell.", cells)
+        raw = self.heads(y if h is None else y + self.direct(h))
+        if self.training and self.next_token is not None and h is not None:
+            raw[HEARD] = h
+        return raw, following | _named("cell.", cells)
+
+    def _hear(
+        self, features: dict[str, Tensor], present: Tensor, state: State, reset: Tensor | None
+    ) -> tuple[Tensor, State]:
+        """The event cell over a sequence."""
+        x, there, ids = self._rare(features, present)
+        heard: tuple[Tensor, State] = self.events(x, there, _under("events.", state), reset, ids)
+        return heard
 
     def _loop(
         self, features: dict[str, Tensor], present: Tensor, age: Tensor, state: State, reset: Tensor | None
@@ -169,10 +237,12 @@ class PredictorNetwork(nn.Module):
         """A fusion that reads the cell's last output needs a loop over the ticks."""
         here, tokens = self._common(features, present, age)
         initial = self.initial(present.shape[0])
-        recalled, last = None, {}
+        h: Tensor | None = None
+        last: State = {}
         if self.rare:
-            h, after = self.events(*self._rare(features, present), _under("events.", state), reset)
-            recalled, last = self.recall(h), _named("events.", after)
+            h, after = self._hear(features, present, state, reset)
+            last = _named("events.", after)
+        recalled = None if h is None else self.recall(h)
         outputs = []
         for t in range(present.shape[1]):
             if reset is not None:
@@ -183,7 +253,8 @@ class PredictorNetwork(nn.Module):
             y, cells = self.cells.step(x, _under("cell.", state))
             state = {**_named("cell.", cells), **_named("fusion.", fused), **last, _CONTEXT: y}
             outputs.append(y)
-        return self.heads(torch.stack(outputs, 1)), state
+        y = torch.stack(outputs, 1)
+        return self.heads(y if h is None else y + self.direct(h)), state
 
 
 def choose(rows: Tensor, one: State, other: State) -> State:

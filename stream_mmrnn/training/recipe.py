@@ -63,6 +63,27 @@ class EventsRecipe(_Section, frozen=True):
     """Width of the projected input."""
     hidden: _Count = 128
     dropout: _Share = 0.0
+    tokens: tuple[str, ...] = ()
+    """Modalities that hold token ids (`capture.encoders.tokens`): each id adds a trained vector to the input."""
+    vocabulary: _Count = 8000
+    """How many tokens have a vector of their own: the most common ones of the training data."""
+    next_token: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    """Weight of a helper loss in training: which token comes next, whoever says it. 0: without."""
+
+
+class EvidenceRecipe(_Section, frozen=True):
+    """Log-odds that come ready made, for example of `turn_end`, added to those of one binary head.
+
+    For what no training data have together with the other inputs. It holds from its event until somebody speaks.
+    """
+
+    head: str = ""
+    """A classification of size 1."""
+    modalities: tuple[str, ...] = ()
+    """Inputs of one number each; empty: no evidence."""
+    voices: tuple[tuple[str, Annotated[int, msgspec.Meta(ge=0)]], ...] = ()
+    """Where it is said that somebody speaks: (modality, index), a probability."""
+    weight: _Positive = 1.0
 
 
 class CellRecipe(_Section, frozen=True):
@@ -130,6 +151,7 @@ class Recipe(_Section, frozen=True):
     tick_ms: _Positive = 40.0
     fusion: FusionRecipe = FusionRecipe()
     events: EventsRecipe = EventsRecipe()
+    evidence: EvidenceRecipe = EvidenceRecipe()
     cell: CellRecipe = CellRecipe()
     train: Train = Train()
     quick: dict[str, Any] = {}
@@ -158,12 +180,7 @@ def parse(table: dict[str, Any]) -> Recipe:
                     f"head {head.name!r} has {len(what)} {name} for {head.size} numbers; give one for each"
                 )
         _check_from_last(head, recipe)
-    if unknown := set(recipe.events.modalities) - set(recipe.modalities):
-        raise ConfigError(f"events.modalities names {min(unknown)!r}, which is not a modality of the recipe")
-    if len(set(recipe.events.modalities)) == len(recipe.modalities):
-        raise ConfigError(
-            "events.modalities names every modality of the recipe; leave out one that is present in every tick"
-        )
+    _check_apart(recipe)
     for name, m in recipe.modalities.items():
         if m.size % m.stack:
             raise ConfigError(f"modality {name!r} has a size of {m.size}, which is not a multiple of stack = {m.stack}")
@@ -174,6 +191,42 @@ def parse(table: dict[str, Any]) -> Recipe:
         if m.select and m.energy:
             raise ConfigError(f"modality {name!r} has both `select` and `energy`; use one of them")
     return recipe
+
+
+def _check_apart(recipe: Recipe) -> None:
+    """Check the modalities that the fusion does not see, and where evidence goes."""
+    evidence, events = recipe.evidence, recipe.events
+    voices = tuple(name for name, _ in evidence.voices)
+    named = {
+        "events.modalities": events.modalities,
+        "events.tokens": events.tokens,
+        "evidence.modalities": evidence.modalities,
+        "evidence.voices": voices,
+    }
+    for key, names in named.items():
+        if unknown := set(names) - set(recipe.modalities):
+            raise ConfigError(f"{key} names {min(unknown)!r}, which is not a modality of the recipe")
+    apart = [*events.modalities, *events.tokens, *evidence.modalities]
+    if len(set(apart)) < len(apart):
+        twice = next(name for name in apart if apart.count(name) > 1)
+        raise ConfigError(f"{twice!r} is named twice in events and evidence; name it once")
+    if len(apart) == len(recipe.modalities):
+        raise ConfigError(
+            "events and evidence name every modality of the recipe; leave out one that is present in every tick"
+        )
+    if events.tokens and not events.modalities:
+        raise ConfigError("events.tokens needs events.modalities, the words that the tokens are of; name them")
+    for name in evidence.modalities:
+        if recipe.modalities[name].size != 1:
+            raise ConfigError(f"evidence.modalities names {name!r}, which must have a size of 1")
+    for name, index in evidence.voices:
+        if index >= recipe.modalities[name].size:
+            raise ConfigError(f"evidence.voices names number {index} of {name!r}, which has none such")
+    head = next((h for h in recipe.heads if h.name == evidence.head), None)
+    if evidence.modalities and (head is None or head.kind != "classification" or head.size != 1):
+        raise ConfigError(
+            f"evidence.head is {evidence.head!r}; expected the name of a head of kind classification and size 1"
+        )
 
 
 def _check_from_last(head: HeadRecipe, recipe: Recipe) -> None:

@@ -26,7 +26,7 @@ from stream_mmrnn.training.checkpoints import load, part, read, save, write
 from stream_mmrnn.training.data import Batch, Task, Ticks, batches
 from stream_mmrnn.training.heads import loss
 from stream_mmrnn.training.metrics import best_threshold
-from stream_mmrnn.training.predictor import PredictorNetwork
+from stream_mmrnn.training.predictor import HEARD, PredictorNetwork
 from stream_mmrnn.training.recipe import Recipe
 
 Progress = Callable[[dict[str, Any]], None]
@@ -81,11 +81,15 @@ def hide(batch: Tensors, share: float, generator: torch.Generator) -> None:
 def losses(predictor: PredictorNetwork, raw: dict[str, Tensor], batch: Tensors) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of the losses, and the loss of each head."""
     heads = predictor.heads
+    heard = raw.pop(HEARD, None)
     each = {
         h.name: loss(h, raw[h.name], heads.standardised(h, batch.targets[h.name]), batch.weights[h.name])
         for h in predictor.recipe.heads
     }
     total = torch.stack([h.weight * each[h.name] for h in predictor.recipe.heads]).sum()
+    if heard is not None and predictor.next_token is not None:
+        said = predictor.said(batch.features, batch.present)
+        total = total + predictor.recipe.events.next_token * predictor.next_token.loss(heard, said, batch.reset)
     return total, each
 
 

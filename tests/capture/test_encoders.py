@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import importlib.util
 import io
 import itertools
+import json
 import logging
 import wave
 from pathlib import Path
@@ -12,12 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import SHARED
+from tokenizers import Tokenizer
 
 from stream_mmrnn.capture import encoders
+from stream_mmrnn.capture.encoders import tokens
 from stream_mmrnn.capture.encoders.audio import SPEECH, AudioEncoder
 from stream_mmrnn.capture.encoders.hops import HOP
 from stream_mmrnn.capture.encoders.image import ImageEncoder, jpeg_size, shrink
 from stream_mmrnn.capture.encoders.text import TextEncoder
+from stream_mmrnn.capture.encoders.tokens import TokenEncoder
 from stream_mmrnn.core.errors import ModelError, WireError
 from stream_mmrnn.core.types import Sample
 
@@ -255,9 +260,57 @@ def test_damaged_word_vectors_are_one_sentence() -> None:
             TextEncoder(read=lambda _, data=damaged: data)
 
 
+# --- tokens
+
+
+@pytest.fixture(scope="module")
+def token_encoder() -> TokenEncoder:
+    return TokenEncoder()
+
+
+def test_tokens_are_the_numbers_of_wordllamas_tokenizer(token_encoder: TokenEncoder) -> None:
+    spec = importlib.util.find_spec("wordllama")
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    table = Tokenizer.from_file(str(Path(spec.submodule_search_locations[0]) / tokens.TABLE))
+    for line in ("hello", "Hello there", "unbelievably good", "日本 😀", "", "we saw a fox"):
+        (out,) = token_encoder.encode(Sample(3, 4, line.encode()))
+        assert (out.event_ns, out.capture_ns, out.data.dtype) == (3, 4, np.float32)
+        ids = [i + 1 for i in table.encode(line, add_special_tokens=False).ids]
+        assert out.data.tolist() == [*ids, *[0] * (8 - len(ids))]
+
+
+def test_of_a_long_text_the_last_tokens_are_kept(token_encoder: TokenEncoder) -> None:
+    words = "one two three four five six seven eight nine ten"
+    (whole,) = token_encoder.encode(Sample(0, 0, words.encode()))
+    (end,) = token_encoder.encode(Sample(0, 0, b"three four five six seven eight nine ten"))
+    assert whole.data.tolist() == end.data.tolist()
+    assert end.data.all()
+
+
+def test_tokens_need_the_table_and_not_the_vectors(token_encoder: TokenEncoder) -> None:
+    read: list[Path] = []
+
+    def reading(file: Path) -> bytes:
+        read.append(file)
+        return tokens.read(file)
+
+    assert TokenEncoder(reading).origin == token_encoder.origin
+    assert read == [tokens.TABLE]
+    name, _, digest = token_encoder.origin.partition("@")
+    assert (name, len(digest), token_encoder.size) == ("tokens-l2-supercat", 64, 8)
+    pretty = json.dumps(json.loads(tokens.read(tokens.TABLE)), indent=3).encode()
+    assert TokenEncoder(lambda _: pretty).origin == token_encoder.origin, "the layout of the table does not matter"
+    with pytest.raises(ModelError, match="install it again"):
+        TokenEncoder(lambda _: b"{}")
+    with pytest.raises(WireError):
+        token_encoder.encode(Sample(0, 0, np.zeros(3)))
+
+
 def test_a_missing_package_or_file_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModelError, match="install wordllama"):
-        TextEncoder()
+    for encoder in (TextEncoder, TokenEncoder):
+        with pytest.raises(ModelError, match="install wordllama"):
+            encoder()
     with pytest.raises(ModelError):
         AudioEncoder(tmp_path)

@@ -77,7 +77,8 @@ def test_each_mel_filter_has_the_same_area_and_a_tone_is_in_its_filter() -> None
 
 
 def test_silence_has_the_lowest_value_everywhere() -> None:
-    assert np.all(log_mel(np.zeros(1600, np.float32)) == np.float32(-1.5))
+    # the last bit of a logarithm depends on the processor
+    assert log_mel(np.zeros(1600, np.float32)) == pytest.approx(-1.5, abs=1e-6)
 
 
 # ---- LocalAgreement --------------------------------------------------------------------------------------------------

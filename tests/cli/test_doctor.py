@@ -68,11 +68,14 @@ def test_this_machine_has_no_fault() -> None:
         "encoder text",
         "encoder face",
         "encoder prosody",
+        "encoder tokens",
+        "stream encoders",
         "bus",
         "clock",
         "recordings",
     ):
         assert found[name]["state"] in ("ok", "warning")
+    assert "audio: audio" in found["stream encoders"]["says"]
     if not runtime.gpu_in_sight():
         assert found["provider cuda"]["state"] == "absent"
         assert "no NVIDIA GPU" in found["provider cuda"]["says"]
@@ -154,7 +157,8 @@ def test_a_fault_ends_with_exit_code_1(shadow: Shadow) -> None:
     done = subprocess.run([*COMMAND, *options, "--json"], capture_output=True, text=True, timeout=200)
     found = {f["name"]: f for f in json.loads(done.stdout)["findings"]}
     assert done.returncode == 1
-    assert {name for name, f in found.items() if f["state"] == "fault"} == {"model", "recordings", "encoder text"}
+    faults = {name for name, f in found.items() if f["state"] == "fault"}
+    assert faults == {"model", "recordings", "encoder text", "encoder tokens"}
     assert "there is no model 'nix'" in found["model"]["says"]
     assert "cannot be written" in found["recordings"]["says"]
     assert "gone" in found["encoder text"]["says"]

@@ -7,10 +7,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from stream_mmrnn.capture.encoders import create_encoder
 from stream_mmrnn.core import config, processes, streams, topics
 from stream_mmrnn.core.errors import ConfigError
-from stream_mmrnn.core.stream_table import stream_table
+from stream_mmrnn.core.stream_table import chosen_encoders, for_model, stream_table, wanted_encoders
 from stream_mmrnn.core.streams import Stream
+from stream_mmrnn.core.types import ModalitySpec
 
 WRIST = {"source": "lsl:IMU-L"}
 
@@ -129,3 +131,95 @@ def test_what_feeds_a_modality() -> None:
     assert features("text") == ("text", "text")
     assert not streams.feeding("text", "", rows)[1].dense
     assert features("gaze") == ("gaze", "gaze")
+
+
+# ---- encoders that a model asks for ----------------------------------------------------------------------------------
+
+FACE = ModalitySpec("vision", 95, "face@1")
+
+
+def wanted(
+    *modalities: ModalitySpec, rows: dict[str, dict[str, Any]] | None = None, plugged: tuple[str, ...] = ()
+) -> dict[str, tuple[str, ...]]:
+    return wanted_encoders(table(rows or {}), modalities, plugged)
+
+
+def test_a_model_asks_for_the_first_encoder_of_a_stream_and_for_further_ones() -> None:
+    assert wanted(FACE) == {"vision": ("face",)}
+    assert wanted(ModalitySpec("audio", 81, "logmel80+silero_vad@1"), ModalitySpec("audio.prosody", 21)) == {
+        "audio": ("audio", "prosody")
+    }
+    both = [ModalitySpec(f"{text}{of}", 16) for text in ("text", "other_text") for of in ("", ".tokens")]
+    assert wanted(*both) == {"text": ("text", "tokens"), "other_text": ("text", "tokens")}
+    assert wanted(ModalitySpec("text", 16, "tokens-l2-supercat@1")) == {"text": ("tokens",)}
+    assert wanted(ModalitySpec("vision.vision", 1280), FACE) == {"vision": ("face", "vision")}
+
+
+def test_a_model_changes_nothing_where_it_asks_for_the_kind_s_own_or_for_what_is_unknown() -> None:
+    assert wanted(ModalitySpec("vision", 1280, "efficientnet-lite0-128@1"), ModalitySpec("text", 256)) == {}
+    # an encoder of another kind, one that is not installed, a stream that is not there
+    assert wanted(ModalitySpec("audio", 95, "face@1"), ModalitySpec("vision.prosody", 21)) == {}
+    assert wanted(ModalitySpec("audio.loudness", 1), ModalitySpec("gaze", 2, "face@1")) == {}
+
+
+def test_a_model_may_ask_for_a_plug_in_s_encoder() -> None:
+    asked = (ModalitySpec("wrist", 2, "slope@1"), ModalitySpec("wrist.mean", 1))
+    rows = {"wrist": dict(WRIST)}
+    assert wanted(*asked, rows=rows) == {}
+    assert wanted(*asked, rows=rows, plugged=("mean", "slope")) == {"wrist": ("slope", "mean")}
+
+
+def test_the_stream_that_feeds_a_modality_gets_the_encoder_and_what_settings_name_stays() -> None:
+    cam = {"source": "camera:0", "feeds": "vision"}
+    assert wanted(FACE, rows={"webcam": cam})["webcam"] == ("face",)
+    assert "webcam" not in wanted(FACE, rows={"webcam": {**cam, "encoders": ["vision"]}})
+
+
+def test_settings_for_a_model_make_the_table_with_its_encoders() -> None:
+    settings = config.Settings()
+    tokens = ModalitySpec("text.tokens", 16, "tokens-l2-supercat@1", "stack", 2)
+    asked = for_model(settings, (FACE, tokens))
+    rows = stream_table(asked)
+    assert rows["vision"].features() == ("vision",)
+    assert rows["text"].features() == ("text", "text.tokens")
+    assert streams.feeding("text.tokens", tokens.encoder, rows) == ("text.tokens", rows["text"])
+    assert {n: row for n, row in rows.items() if n not in ("vision", "text")} == {
+        n: row for n, row in stream_table(settings).items() if n not in ("vision", "text")
+    }
+    # a recording keeps them, and another model's take their place
+    again = config.recorded(msgspec.json.decode(msgspec.json.encode(asked)))
+    assert stream_table(again) == rows
+    assert for_model(again, ()) == settings
+    assert {name: c.encoders for name, c in chosen_encoders(asked).items()} == {
+        "vision": ("face",), "audio": ("audio",), "text": ("text", "tokens"),
+    }  # fmt: skip
+
+
+def test_which_encoder_makes_which_features() -> None:
+    rows = table({"webcam": {"source": "camera:0", "encoders": ["vision", "face"]}, "a": WRIST})
+    assert [rows["webcam"].encoder_of(name) for name in rows["webcam"].features()] == ["vision", "face"]
+    assert rows["a"].encoder_of("a") == "signal"
+
+
+def test_why_a_stream_has_its_encoders() -> None:
+    rows = {"vision": {"source": "camera:0"}, "audio": {"source": "microphone", "encoders": ["audio"]}, "w": WRIST}
+    chosen = chosen_encoders(for_model(config.parse({"streams": rows}), (FACE,)))
+    assert {name: c.why for name, c in chosen.items()} == {
+        "vision": "the model's choice", "audio": "named in the settings", "w": "its kind's own",
+    }  # fmt: skip
+
+
+def test_a_file_names_encoders_of_streams_and_not_of_the_model() -> None:
+    with pytest.raises(ConfigError, match=r"`engine\.encoders` is filled in from the model's contract; name"):
+        config.parse({"engine": {"encoders": {"vision": ["face"]}}})
+    assert config.parse({"engine": {"encoders": {}}}) == config.parse({})
+    with pytest.raises(ConfigError):
+        config.recorded({"engine": {"encoders": {"vision": ["../x"]}}})
+
+
+def test_features_are_told_by_the_name_in_their_origin() -> None:
+    rows = table({"words": {"source": "page", "feeds": "text", "encoders": ["text", "tokens"]}})
+    assert streams.feeding("text", "tokens-l2-supercat@1", rows)[0] == "words.tokens"
+    assert streams.feeding("text", "wordllama-l2-supercat-256@1", rows)[0] == "words"
+    for name in streams.FURTHER_ENCODERS:
+        assert streams.made_by(create_encoder(name).origin, name)

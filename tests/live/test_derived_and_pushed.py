@@ -246,7 +246,7 @@ def raw_in(path: Path, stream: str) -> list[Any]:
         (["--stream", "a=from:signal"], "`streams.a` is made of 'signal', which this session has not"),
         (
             ["--stream", "a:text=from:audio/nix"],
-            "names no derivation; use from:audio, from:audio/speech, or a plug-in's",
+            "names no derivation; use from:audio, from:audio/speech, from:audio/turn_end, or a plug-in's",
         ),
         (["--stream", "a=push"], "`streams.a.kind` is missing"),
         (["--stream", "a:text=push:5555"], "push takes no argument"),

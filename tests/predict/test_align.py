@@ -162,6 +162,31 @@ def test_stack_keeps_the_newest_in_order() -> None:
     assert a.counts["audio"].superseded == 1
 
 
+def test_stack_of_a_sparse_stream_keeps_the_newest_events_of_a_tick() -> None:
+    """Words as ids: two events of two ids each; what a tick has not is zeros, before what it has."""
+    a = aligner(specs=(ModalitySpec("text.tokens", 4, reduction="stack", stack=2), ModalitySpec("audio", 1)))
+    a.open("s", 0)
+
+    def word(seq: int, event: int, *ids: int) -> Envelope:
+        return Envelope("feature/text.tokens", "s", seq, event, event, event, np.array(ids, np.float32))
+
+    words = [word(0, 10, 1, 2), word(1, 20, 3, 0), word(2, 30, 4, 0), word(3, 50, 5, 6)]
+    ticks = run(a, [clock(1), *words, word(5, 130, 8, 0), word(4, 125, 7, 0), *(clock(t) for t in range(40, 240, 20))])
+    assert [t.features["text.tokens"].tolist() for t in ticks] == [
+        [3, 0, 4, 0],
+        [0, 0, 5, 6],
+        [0, 0, 0, 0],
+        [7, 0, 8, 0],
+    ]
+    assert [t.present["text.tokens"] for t in ticks] == [True, True, False, True]
+    assert [t.age_ns["text.tokens"] for t in ticks] == [10, 30, 70, 30]
+    # one that comes late joins the next open tick, before the newer one
+    ticks = run(a, [word(6, 185, 9, 9), word(7, 150, 1, 1), clock(260), clock(280)])
+    assert ticks[0].features["text.tokens"].tolist() == [1, 1, 9, 9]
+    counts = a.counts["text.tokens"]
+    assert (counts.used, counts.superseded, counts.late, counts.late_joined) == (7, 1, 0, 1)
+
+
 def test_a_restarted_publisher_is_accepted() -> None:
     a = aligner()
     a.open("s", 0, ["audio"])

@@ -40,6 +40,7 @@ def test_the_contents_of_a_whole_file(whole: Path) -> None:
         "started_unix_ns": Recording(whole).started_unix_ns,
         "model": {"name": "", "sha256": ""},
         "raw": True,
+        "encoders": {"audio": {"encoders": ("audio",), "why": "its kind's own"}},
         "wall_steps": [],
         "channels": {
             "clock": {"messages": 40, "origin": "", "gaps": 0, "rate_hz": 20.51},

@@ -14,16 +14,19 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import toy_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import running, settings_for, start
 
 from stream_mmrnn import AsyncClient, Client, Predictor
+from stream_mmrnn.capture.encoders import create_encoder
 from stream_mmrnn.capture.sources.synthetic import Synthetic
 from stream_mmrnn.core import config
 from stream_mmrnn.core.config import SyntheticSettings
 from stream_mmrnn.core.errors import BadTick, SessionError, StreamError, UsageError
 from stream_mmrnn.core.streams import Stream
+from stream_mmrnn.core.types import ModalitySpec
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.client_state import Answer
 from stream_mmrnn.serve.server import Server
@@ -105,6 +108,25 @@ def test_a_raw_session_has_the_bits_of_predictor(
         ]
         assert session.flush() == len(pushes)
     assert server.host.counts["refused"] == 0
+
+
+def test_a_raw_session_has_the_encoders_that_the_model_asks_for(pushes: list[Push], tmp_path: Path) -> None:
+    face, tokens = create_encoder("face"), create_encoder("tokens")
+    asked = (
+        ModalitySpec("vision", face.size, face.origin),
+        ModalitySpec("text.tokens", 2 * tokens.size, tokens.origin, "stack", 2),
+    )
+    model = toy_model.make(tmp_path / "toy.onnx", asked)
+    some = [push for push in pushes if push[0] != "push_audio"]
+    predictor = Predictor(model)
+    alone = [p for name, args, more in some for p in getattr(predictor, name)(*args, **more)]
+    assert any(p.tick.present["text.tokens"] for p in alone)
+    assert any(p.tick.present["vision"] for p in alone)
+    with running(settings_for(model, tmp_path / "states")) as server, Client(server.address) as client:
+        with client.open_raw("a") as session:
+            served = play(session, some)
+        assert server.host.counts["refused"] == 0
+    assert [b[2] for b in served] == [b"".join(v.tobytes() for v in p.heads.values()) for p in alone]
 
 
 def test_what_does_not_fit_is_said_and_the_session_goes_on(

@@ -21,7 +21,7 @@ from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.config import Policy
 from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.core.types import Envelope
-from stream_mmrnn.live.session import LiveSession
+from stream_mmrnn.live.session import LiveSession, for_its_model
 from tools.faults.listener import Listener
 from tools.faults.promise import Figure, Say
 
@@ -57,7 +57,9 @@ class _Run:
         )
         self.notes: list[str] = []
         self._stopped_s, self._quiet_s = stopped_s, quiet_s
-        self.session = LiveSession(self.settings, True, lambda: True, self.notes.append, self._see, self._often)
+        self.session = LiveSession(
+            for_its_model(self.settings), True, lambda: True, self.notes.append, self._see, self._often
+        )
         self._stage = 0
         self._next_ns = 0
         self.latency_ns: dict[bool, list[int]] = {False: [], True: []}

@@ -33,7 +33,7 @@ from stream_mmrnn.core.errors import FileError, StreamError, WireError
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.live import nodes
 from stream_mmrnn.live.managed_process import process_context
-from stream_mmrnn.live.session import LiveSession
+from stream_mmrnn.live.session import LiveSession, for_its_model
 from stream_mmrnn.recording.append_file import Disk, part
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.recording.message_counts import LOST, MessageCounts
@@ -467,7 +467,7 @@ def _engine_beside(folder: Path, kills: int, seed: int) -> tuple[int, int, int, 
             recorder.process.kill()
             next_kill_s = 0.0
 
-    session = LiveSession(settings, True, lambda: True, lambda _: None, see, often)
+    session = LiveSession(for_its_model(settings), True, lambda: True, lambda _: None, see, often)
     session.run(2.0 + 2.5 * kills)
     missing = max(ticks) - min(ticks) + 1 - len(set(ticks)) if ticks else 1
     result = verify(path)

@@ -20,7 +20,7 @@ from stream_mmrnn.core import config, topics, wire
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.core.types import Envelope, Stamps, Tick
-from stream_mmrnn.live.session import LiveSession
+from stream_mmrnn.live.session import LiveSession, for_its_model
 from stream_mmrnn.offline.replay import replay
 from stream_mmrnn.predict.engine import Engine, StepEngine, move
 from stream_mmrnn.predict.sharded_engine import ShardedEngine
@@ -95,7 +95,7 @@ def _run(folder: Path, count: int, seed: int, every: int, say: Say) -> tuple[_Ki
     )
     kills: list[_Kills] = []
     session = LiveSession(
-        settings,
+        for_its_model(settings),
         True,
         lambda: not kills or kills[0].alive(),
         say,

@@ -47,7 +47,8 @@ class Encoder(Protocol):
 
 
 def create_encoder(name: str) -> Encoder:
-    """The package's own encoder: for a kind, for a usual stream such as `other_text`, or one of `FURTHER_ENCODERS`.
+    """The package's own encoder: for a kind, for a usual stream such as `other_text`, one of `FURTHER_ENCODERS`, or
+    what derived features (`turn_end`) pass through.
 
     Imports only what it needs.
 
@@ -63,6 +64,14 @@ def create_encoder(name: str) -> Encoder:
         from stream_mmrnn.capture.encoders.prosody import ProsodyEncoder
 
         return ProsodyEncoder()
+    if name == "tokens":
+        from stream_mmrnn.capture.encoders.tokens import TokenEncoder
+
+        return TokenEncoder()
+    if name == "turn_end":
+        from stream_mmrnn.capture.speech.turn_end import TurnEndEncoder
+
+        return TurnEndEncoder()
     if name not in SHORT_FORMS:
         raise UsageError(f"there is no encoder of {name!r}; use one of {', '.join([*SHORT_FORMS, *FURTHER_ENCODERS])}")
     kind = SHORT_FORMS[name][0]
@@ -90,7 +99,7 @@ def encoders_of(stream: Stream) -> dict[str, Encoder]:
         UsageError: one of them is not known.
 
     """
-    names = stream.encoders or (stream.kind,)
+    names = stream.encoders or stream.own_encoders[:1]
     return {features: _named(name, stream) for name, features in zip(names, stream.features(), strict=True)}
 
 
@@ -98,22 +107,17 @@ def check_all(streams: Iterable[Stream]) -> None:
     """Raise UsageError unless every encoder that a stream names is known; loads none of them."""
     for stream in streams:
         for name in stream.encoders:
-            if name not in _own(stream) and plugins.find("encoders", name) is None:
+            if name not in stream.own_encoders and plugins.find("encoders", name) is None:
                 raise _unknown(name, stream)
 
 
-def _own(stream: Stream) -> list[str]:
-    """The package's encoders for a stream of this kind."""
-    return [stream.kind, *(name for name, kind in FURTHER_ENCODERS.items() if kind == stream.kind)]
-
-
 def _unknown(name: str, stream: Stream) -> UsageError:
-    known = ", ".join([*_own(stream), *plugins.names("encoders")])
+    known = ", ".join([*stream.own_encoders, *plugins.names("encoders")])
     return UsageError(f"the stream {stream.name!r} has an encoder {name!r}, which is not known; use one of {known}")
 
 
 def _named(name: str, stream: Stream) -> Encoder:
-    if name in _own(stream):
+    if name in stream.own_encoders:
         return create_encoder(name)
     plugin = plugins.find("encoders", name)
     if plugin is not None:

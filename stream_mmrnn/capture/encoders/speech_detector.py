@@ -18,6 +18,10 @@ from stream_mmrnn.graph.runtime import Binding, Graph, shared
 CHUNK = 512
 """Samples per probability: the 32 ms that silero was trained on."""
 _CONTEXT = 64  # as is the 4 ms before
+VOICE, SILENCE = 0.5, 0.35
+"""Of the probability: an utterance begins above the one and pauses below the other, as in silero's own code."""
+MIN_CHUNKS = 4
+"""With less voice it is a noise, no word."""
 
 
 def _bind(graph: Graph) -> Binding:

@@ -91,7 +91,7 @@ class DerivedSource(BusSource):
         self._derivation: Derivation = derivation_of(stream, settings, now_ns)
         wanted = [self._topic, self._status]
         super().__init__(address, settings.session.name, self._derivation.origin, wanted, settings.bus.queue)
-        self.info = {"from": parent.name, "lost": 0, **self._counts()}
+        self.info = {"from": parent.name, "lost": 0, "garbage": 0, **self._counts()}
         self._ended_ns = 0
 
     def open(self) -> None:
@@ -104,7 +104,11 @@ class DerivedSource(BusSource):
         if envelope.topic == self._topic:
             self.info["lost"] = self._subscriber.gaps.lost.get(self._topic, 0)
             sample = Sample(envelope.event_ns, envelope.capture_ns, envelope.payload, envelope.device_ns)
-            derived = self._derivation.derive(sample)
+            try:
+                derived = self._derivation.derive(sample)
+            except WireError:
+                self.info["garbage"] += 1
+                derived = []
             self.info |= self._counts()
             return derived
         try:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from stream_mmrnn.capture.encoders import Encoder
 from stream_mmrnn.capture.encoders.text import TextEncoder
 from stream_mmrnn.core.errors import ConfigError
 from stream_mmrnn.core.types import FloatArray, Sample
@@ -53,12 +55,12 @@ def require(recipe: Recipe, modalities: Mapping[str, int], heads: Mapping[str, t
 
 
 class Words:
-    """The vectors of words; each word is encoded once."""
+    """The features of words, by default WordLlama's vectors; each word is encoded once."""
 
-    def __init__(self) -> None:
-        self._encoder = TextEncoder()
+    def __init__(self, encoder: Encoder | None = None) -> None:
+        self._encoder = encoder or TextEncoder()
         self._known: dict[str, FloatArray] = {}
-        self.origin = self._encoder.origin
+        self.origin, self.size = self._encoder.origin, self._encoder.size
 
     def __getitem__(self, word: str) -> FloatArray:
         vector = self._known.get(word)
@@ -67,6 +69,16 @@ class Words:
             assert isinstance(data, np.ndarray)
             vector = self._known[word] = data.astype(np.float32, copy=False)
         return vector
+
+
+def common_tokens(words: Iterable[str], tokens: Words) -> tuple[int, ...]:
+    """The tokens (id + 1) of the words, the most common first."""
+    counts: Counter[int] = Counter()
+    for word, count in Counter(words).items():
+        for token in tokens[word].astype(int).tolist():
+            counts[token] += count
+    del counts[0]
+    return tuple(token for token, _ in counts.most_common())
 
 
 def pieces(s: Ticks, length: int, rng: np.random.Generator) -> list[Ticks]:

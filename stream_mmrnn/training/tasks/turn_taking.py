@@ -14,31 +14,43 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from stream_mmrnn.capture.encoders import create_encoder
 from stream_mmrnn.capture.encoders.audio import MELS, SPEECH, AudioEncoder
 from stream_mmrnn.capture.encoders.text import TextEncoder
+from stream_mmrnn.capture.encoders.tokens import TokenEncoder
 from stream_mmrnn.core.errors import ConfigError
 from stream_mmrnn.core.strict_toml import convert
 from stream_mmrnn.core.types import FloatArray
+from stream_mmrnn.predict.align_stream import stacked
 from stream_mmrnn.predict.columns import MAX_AGE_S
 from stream_mmrnn.training.data import Array, LazySequence, Task, Ticks
 from stream_mmrnn.training.datasets.switchboard import Dialogue, Seconds, Switchboard, spoken, voice
 from stream_mmrnn.training.recipe import HeadRecipe, Recipe
-from stream_mmrnn.training.tasks.common import Words, find
+from stream_mmrnn.training.tasks.common import Words, common_tokens, find
 
 SILENCE_S = 0.25
 """Shift or hold is scored this long after the start of a mutual silence."""
 SINGLE_S = 1.0
 """With `silences = "clear"`: how long exactly one person speaks before, and exactly one after the silence."""
 
+STACK = 2
+"""Words of one tick whose tokens are kept, the newest ones."""
+
 _SIZES = {
     "vision": 1280,
     "audio": MELS + 1,
     "text": TextEncoder.size,
+    "text.tokens": STACK * TokenEncoder.size,
+    "turn_end": 1,
     "other_audio": MELS + 1,
     "other_text": TextEncoder.size,
+    "other_text.tokens": STACK * TokenEncoder.size,
+    "other_turn_end": 1,
 }
-_VOICES, _TEXTS = ("audio", "other_audio"), ("text", "other_text")
+_VOICES, _TEXTS, _TOKENS = ("audio", "other_audio"), ("text", "other_text"), ("text.tokens", "other_text.tokens")
+_ENDS = ("turn_end", "other_turn_end")
 _NEVER_S = 1e9
+_LATE_SHARE = 1 / 3
 _CLEAR = ", where exactly one person spoke for a second before and after it"
 
 _Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -55,7 +67,16 @@ class TurnTakingOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     speaking: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.25
     """Training weight of ticks in which the turn's owner still speaks; ticks of silence have weight 1."""
     late_s: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
-    """In training the end of speech is delayed by up to this time, at random, because voice detectors are slow."""
+    """In training the end of speech is delayed by up to this time, at random, and its start by up to half of it,
+    because voice detectors are slow.
+    """
+    late_words_s: Annotated[float, msgspec.Meta(ge=0, le=5)] = 0.0
+    """In a third of the training dialogues each word comes 0.3 to 1 of this time after its end, as a recogniser gives
+    it."""
+    wrong_words: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    """In training: the share of words that are missing or another word of the dialogue."""
+    alone: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    """The share of training dialogues that have no input of the second person, as with one microphone."""
     silences: Literal["all", "clear"] = "all"
     """The mutual silences that the test scores: all that end in speech, or, as in the VAP papers, those with exactly
     one speaker for a second before and after.
@@ -151,6 +172,7 @@ class Views:
         self._names = list(recipe.modalities)
         self._tick_s = recipe.tick_ns / 1e9
         self.words = Words()
+        self.tokens = Words(TokenEncoder())
 
     def ticks(
         self, name: str, sides: tuple[Side, Side], end_s: float, rng: np.random.Generator | None, clear: bool = False
@@ -169,10 +191,20 @@ class Views:
                 vectors[:, SPEECH] = np.diff(activity(segments, edges)) / self._tick_s
                 features[modality] = vectors
                 present[:, i], age_s[:, i] = 1, 0
-        for side, modality in zip(sides, _TEXTS, strict=True):
-            if modality in self._names:
+        late_words_s = self._options.late_words_s if rng is not None and rng.random() < _LATE_SHARE else 0.0
+        for side, text, tokens in zip(sides, _TEXTS, _TOKENS, strict=True):
+            said = side if rng is None else _recognised(side, late_words_s, self._options.wrong_words, rng)
+            for modality in {text, tokens} & set(self._names):
                 i = self._names.index(modality)
-                features[modality], present[:, i], age_s[:, i] = self._text(side, count)
+                make = self._text if modality == text else self._ids
+                features[modality] = make(said, count)
+                present[:, i], age_s[:, i] = self._when(said, count)
+        if rng is not None and rng.random() < self._options.alone:
+            for modality in self._names:
+                if modality.startswith("other_"):
+                    i = self._names.index(modality)
+                    features.pop(modality, None)
+                    present[:, i], age_s[:, i] = 0, MAX_AGE_S
         targets: dict[str, Array] = {}
         weights: dict[str, FloatArray] = {}
         for head in self._recipe.heads:
@@ -192,27 +224,57 @@ class Views:
                     weights[head.name] = (counts * now.known).astype(np.float32)
         return Ticks(features, present, age_s, targets, weights, name)
 
-    def _text(self, side: Side, count: int) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """Per tick: the sum of the words that end in it, whether there is one, and the age of the last."""
-        vectors = np.zeros((count, TextEncoder.size), np.float32)
-        there = np.zeros(count, np.float32)
+    def _places(self, side: Side, count: int) -> Iterator[tuple[int, str]]:
+        """The tick in which each word ends, and the word."""
         at = np.ceil(side.word_end_s / self._tick_s - 1e-6).astype(int) - 1
-        for place, word in zip(at.tolist(), side.word, strict=True):
-            if 0 <= place < count:
-                vectors[place] += self.words[word]
-                there[place] = 1
+        return ((place, word) for place, word in zip(at.tolist(), side.word, strict=True) if 0 <= place < count)
+
+    def _text(self, side: Side, count: int) -> FloatArray:
+        """Per tick: the sum of the words that end in it."""
+        vectors = np.zeros((count, TextEncoder.size), np.float32)
+        for place, word in self._places(side, count):
+            vectors[place] += self.words[word]
+        return vectors
+
+    def _ids(self, side: Side, count: int) -> FloatArray:
+        """Per tick: the tokens of the newest words that end in it, the newest last."""
+        found = np.zeros((count, STACK * TokenEncoder.size), np.float32)
+        for place, word in self._places(side, count):
+            found[place] = stacked([found[place, TokenEncoder.size :], self.tokens[word]], found.shape[1])
+        return found
+
+    def _when(self, side: Side, count: int) -> tuple[FloatArray, FloatArray]:
+        """Per tick: whether a word ends in it, and the age of the last."""
+        there = np.zeros(count, np.float32)
+        there[[place for place, _ in self._places(side, count)]] = 1
         ends = np.arange(1, count + 1) * self._tick_s
         last = np.concatenate([[-_NEVER_S], side.word_end_s])[np.searchsorted(side.word_end_s, ends + 1e-9, "right")]
-        return vectors, there, np.clip(ends - last, 0, MAX_AGE_S).astype(np.float32)
+        return there, np.clip(ends - last, 0, MAX_AGE_S).astype(np.float32)
+
+
+def _recognised(side: Side, late_s: float, wrong: float, rng: np.random.Generator) -> Side:
+    """The words as a recogniser gives them: each up to `late_s` late, and a share of them missing or wrong."""
+    count = len(side.word)
+    if not count or not (late_s or wrong):
+        return side
+    end_s = (
+        np.maximum.accumulate(side.word_end_s + rng.uniform(0.3 * late_s, late_s, count)) if late_s else side.word_end_s
+    )
+    chance, others = rng.random(count), rng.integers(count, size=count)
+    word = tuple(side.word[o] if c < wrong / 2 else w for w, c, o in zip(side.word, chance, others, strict=True))
+    keep = (chance < wrong / 2) | (chance >= wrong)
+    return Side(side.voice, end_s[keep], tuple(w for w, k in zip(word, keep, strict=True) if k))
 
 
 def _later(segments: Seconds, late_s: float, rng: np.random.Generator) -> Seconds:
-    """Delay each end by up to `late_s`, but not into the next segment."""
+    """Delay each end by up to `late_s`, but not into the next segment, and each start by up to half of it."""
     if not late_s or not len(segments):
         return segments
-    ends = segments[:, 1] + rng.uniform(0, late_s, len(segments))
+    starts = segments[:, 0] + rng.uniform(0, late_s / 2, len(segments))
+    ends = np.maximum(segments[:, 1] + rng.uniform(0, late_s, len(segments)), starts)
     ends[:-1] = np.minimum(ends[:-1], segments[1:, 0])
-    return np.stack([segments[:, 0], ends], 1)
+    starts = np.minimum(starts, ends)
+    return np.stack([starts, ends], 1)
 
 
 def _projection(head: HeadRecipe, sides: Sequence[Side], at_s: Seconds, end_s: float) -> tuple[Array, FloatArray]:
@@ -280,10 +342,11 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
     def held_out(ids: list[str], clear: bool) -> LazySequence:
         return LazySequence(len(ids), lambda k: seen(ids[k], bool(k % 2), None, clear))
 
-    given = [m for m in recipe.modalities if m in (*_VOICES, *_TEXTS)]
+    words = (*_TEXTS, *_TOKENS)
+    given = [m for m in recipe.modalities if m in (*_VOICES, *words)]
     sets = [
         tuple(m for m in given if m in chosen)
-        for chosen in ((*_VOICES, *_TEXTS), _VOICES, (_VOICES[0], _TEXTS[0]), _VOICES[:1])
+        for chosen in ((*_VOICES, *words), _VOICES, (_VOICES[0], *words[::2]), _VOICES[:1])
     ]
     hours = {k: sum(found[i][2] for i in ids) / 3600 for k, ids in wanted.items()}
     share = min(1.0, (options.train or len(wanted["train"])) / max(len(wanted["train"]), 1))
@@ -291,8 +354,14 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
         epoch,
         held_out(wanted["val"], False),
         held_out(wanted["test"], options.silences == "clear"),
-        dict.fromkeys(_TEXTS, views.words.origin) | dict.fromkeys(_VOICES, AudioEncoder().origin),
+        dict.fromkeys(_TEXTS, views.words.origin)
+        | dict.fromkeys(_TOKENS, views.tokens.origin)
+        | dict.fromkeys(_VOICES, AudioEncoder().origin)
+        | dict.fromkeys(_ENDS, create_encoder("turn_end").origin),
         epoch_ticks=round(share * hours["train"] * 3600e9 / recipe.tick_ns),
+        common_tokens=common_tokens(
+            (word for i in wanted["train"] for side in found[i][:2] for word in side.word), views.tokens
+        ),
         sets=tuple(dict.fromkeys(s for s in sets if s)),
         about="Switchboard telephone dialogues as words with start and end (Godfrey, Holliman and McDaniel 1992; ISIP "
         "alignments of 1998, which come without a licence text: nothing of them is here but what the weights learnt). "
