@@ -301,7 +301,7 @@ def evaluate(
 
     curves = {HEAD: curve(found, turn_over), "turn_end": curve(found, turn_end)}
     rules = {f"silence_{round(s * 1000)}_ms": outcome(found, [s] * len(found)) for s in RULES_S}
-    return metrics.clean(
+    document: dict[str, Any] = metrics.clean(
         {
             "name": spec.name,
             "model": str(model),
@@ -321,6 +321,7 @@ def evaluate(
             "curves": curves,
         }
     )
+    return document
 
 
 def plot(document: dict[str, Any], path: Path) -> None:

@@ -77,7 +77,7 @@ class NextToken(nn.Module):
     def __init__(self, hidden: int, vocabulary: int) -> None:
         super().__init__()
         self.project = nn.Linear(hidden, 256)
-        cuts = [n for n in (200, 1000, 4000) if n < vocabulary]
+        cuts = [n for n in (200, 1000, 4000) if n < vocabulary] or [max(1, vocabulary // 2)]
         self.softmax = nn.AdaptiveLogSoftmaxWithLoss(256, vocabulary + 1, cuts)
 
     def loss(self, heard: Tensor, rows: Tensor, reset: Tensor) -> Tensor:
