@@ -130,8 +130,10 @@ def serve(model: Path, sound: tuple[Array, Array | None], words: bool) -> Trace:
     """Run a session over the sound of `self` and of the other person (None: one microphone), in blocks of 20 ms."""
     settings = config.Settings()
     if words:
-        other = "speech" if sound[1] is not None else "none"
-        sources = msgspec.structs.replace(settings.sources, text="speech", other_text=other)
+        made_of = {"audio": "push", "text": "speech"}
+        if sound[1] is not None:
+            made_of |= {f"other_{name}": source for name, source in made_of.items()}
+        sources = msgspec.structs.replace(settings.sources, **made_of)
         settings = msgspec.structs.replace(settings, sources=sources)
     names = ("audio", "other_audio")[: 2 if sound[1] is not None else 1]
     predictor = Predictor(str(model), inputs=names, settings=settings)
@@ -230,18 +232,14 @@ def _least(points: Sequence[dict[str, float]], delay_s: float) -> float:
     return min((p["cut_in"] for p in points if p["delay_p50_s"] <= delay_s + 1e-9), default=float("nan"))
 
 
-def _scores(shift: Array, values: Array, threshold: float | None) -> dict[str, Any]:
+def _scores(shift: Array, values: Array, threshold: float) -> dict[str, Any]:
     known = np.isfinite(values)
-    found: dict[str, Any] = {
-        "silences": int(known.sum()),
-        "auc": metrics.auc(values[known], shift[known]),
-        "best_balanced_accuracy": float("nan"),
-    }
-    if known.any():
-        best = metrics.best_threshold(values[known], shift[known])
-        found["best_balanced_accuracy"] = metrics.balanced_accuracy(values[known] > best, shift[known])
-        if threshold is not None:
-            found["balanced_accuracy"] = metrics.balanced_accuracy(values[known] > threshold, shift[known])
+    values = np.where(known, values, 0.0)  # nothing said is no evidence
+    found: dict[str, Any] = {"known": int(known.sum()), "auc": metrics.auc(values, shift)}
+    if len(values):
+        best = metrics.best_threshold(values, shift)
+        found["best_balanced_accuracy"] = metrics.balanced_accuracy(values > best, shift)
+        found["balanced_accuracy"] = metrics.balanced_accuracy(values > threshold, shift)
     return found
 
 
@@ -312,7 +310,7 @@ def evaluate(
             "silences": len(found),
             "shifts": int(shift.sum()),
             HEAD: _scores(shift, values(turn_over), head.threshold),
-            "turn_end": _scores(shift, values(turn_end), None),
+            "turn_end": _scores(shift, values(turn_end), 0.0),
             "rules": rules,
             "cut_in_at_700_ms": {
                 "silence": rules["silence_700_ms"]["cut_in"],

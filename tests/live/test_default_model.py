@@ -100,7 +100,7 @@ def test_it_does_not_look() -> None:
 
 @pytest.mark.parametrize("whose", ["turn_end", "other_turn_end"])
 def test_the_end_of_a_turn_is_evidence_until_somebody_speaks(whose: str) -> None:
-    """It moves the log-odds of `turn_over` by half of its own, and nothing else."""
+    """It moves the log-odds of `turn_over` by its own, and nothing else."""
     plain, told = StepEngine(PATH), StepEngine(PATH)
     for engine in (plain, told):
         engine.open("a")
@@ -117,7 +117,7 @@ def test_the_end_of_a_turn_is_evidence_until_somebody_speaks(whose: str) -> None
         (without,), (with_it,) = plain.step([one]), told.step([other])
         p, q = (float(x.heads["turn_over"][0]) for x in (without, with_it))
         moved = np.log(q / (1 - q)) - np.log(p / (1 - p))
-        assert moved == pytest.approx(1.5 if 8 <= k < 15 else 0.0, abs=1e-4)
+        assert moved == pytest.approx(3.0 if 8 <= k < 15 else 0.0, abs=1e-4)
         assert without.heads["activity"].tobytes() == with_it.heads["activity"].tobytes()
 
 

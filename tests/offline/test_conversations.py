@@ -122,9 +122,9 @@ def test_from_a_file_to_figures_and_a_plot(tmp_path: Path, microphones: int) -> 
     assert found["sound_s"] == pytest.approx(20, abs=0.2)
     assert found["silences"] >= 3
     assert 0 < found["shifts"] < found["silences"]
-    assert found["turn_over"]["silences"] == found["silences"]  # it is known in every silence
+    assert found["turn_over"]["known"] == found["silences"]  # it is known in every silence
     assert 0 <= found["turn_over"]["auc"] <= 1
-    assert found["turn_end"]["silences"] > 0  # smart-turn was asked
+    assert found["turn_end"]["known"] > 0  # smart-turn was asked
     assert set(found["rules"]) == {"silence_400_ms", "silence_700_ms", "silence_1000_ms"}
     conversations.plot(found, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
