@@ -1,10 +1,8 @@
-"""Text from outside (names, notes, labels) made safe to print and to encode: no control characters, no markup, a
-bounded length.
+"""Text from outside (names, notes, labels) made safe to print: no control characters, no markup, a bounded
+length.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 
 def escape(text: str) -> str:
@@ -30,18 +28,3 @@ def one_line(text: str, most: int = 1000) -> str:
 def shown(text: str, most: int = 500) -> str:
     """Text from outside for a terminal: printable characters only, at most `most` of them, markup escaped."""
     return escape(visible(text[:most]).replace("\n", " "))
-
-
-def encodable(value: Any) -> Any:
-    """Text, or what JSON is made of, with text that UTF-8 can carry.
-
-    Of a path whose bytes are no letters of the system's encoding Python keeps the bytes; they are read as UTF-8 here.
-    """
-    if isinstance(value, str):
-        try:
-            return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        except UnicodeEncodeError:
-            return value.encode("utf-8", "replace").decode()
-    if isinstance(value, dict):
-        return {encodable(key): encodable(entry) for key, entry in value.items()}
-    return [encodable(entry) for entry in value] if isinstance(value, list | tuple) else value

@@ -18,7 +18,6 @@ import numpy as np
 
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.errors import WireError
-from stream_mmrnn.core.printable import encodable
 from stream_mmrnn.core.types import Envelope, Mark, Nanoseconds, Prediction, Stamps
 
 VERSION = 1
@@ -343,3 +342,18 @@ def prediction_message(prediction: Prediction) -> PredictionMessage:
         prediction.step_end_ns,
         prediction.model,
     )
+
+
+def encodable(value: Any) -> Any:
+    """Text, or what JSON is made of, with text that UTF-8 can carry.
+
+    Of a path whose bytes are no letters of the system's encoding Python keeps the bytes; they are read as UTF-8 here.
+    """
+    if isinstance(value, str):
+        try:
+            return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        except UnicodeEncodeError:
+            return value.encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {encodable(key): encodable(entry) for key, entry in value.items()}
+    return [encodable(entry) for entry in value] if isinstance(value, list | tuple) else value

@@ -24,8 +24,8 @@ from stream_mmrnn.capture.sources.pacing import ScheduledSample, pace
 from stream_mmrnn.core.config import CameraSettings
 from stream_mmrnn.core.config import MicrophoneSettings as MicrophoneSettings
 from stream_mmrnn.core.errors import FileError, SourceError
-from stream_mmrnn.core.printable import encodable
 from stream_mmrnn.core.types import Sample
+from stream_mmrnn.core.wire import encodable
 
 _GAP_S = Fraction(1, 20)
 """A gap between time stamps that is longer than this is filled with silence, to keep the rest in time."""

@@ -15,9 +15,9 @@ from stream_mmrnn.core import config, topics, wire
 from stream_mmrnn.core.clock import WallClock, now_ns
 from stream_mmrnn.core.dedup import TickDeduplicator
 from stream_mmrnn.core.errors import StreamError, WireError
-from stream_mmrnn.core.printable import encodable
 from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.types import Envelope
+from stream_mmrnn.core.wire import encodable
 from stream_mmrnn.live.nodes.process import Context, Node, wait_for_clock
 from stream_mmrnn.recording.append_file import part
 from stream_mmrnn.recording.mcap_file import Recording

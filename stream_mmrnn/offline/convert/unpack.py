@@ -21,9 +21,9 @@ from stream_mmrnn.core.dedup import TickDeduplicator
 from stream_mmrnn.core.errors import FileError, UsageError, WireError
 from stream_mmrnn.core.extras import need
 from stream_mmrnn.core.prediction_decoder import PredictionDecoder
-from stream_mmrnn.core.printable import encodable
 from stream_mmrnn.core.streams import Stream, text_topics
 from stream_mmrnn.core.types import Envelope
+from stream_mmrnn.core.wire import encodable
 from stream_mmrnn.offline.convert.writers import Codec, Csv, Mp4, Parquet, Row, Wav, Writer
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.recording.settings import streams_of

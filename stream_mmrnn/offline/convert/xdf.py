@@ -21,9 +21,9 @@ from stream_mmrnn.capture.pipeline import Outgoing, capture
 from stream_mmrnn.capture.sources.lsl import int16_of
 from stream_mmrnn.core import config, topics
 from stream_mmrnn.core.errors import FileError, UsageError, WireError
-from stream_mmrnn.core.printable import encodable
 from stream_mmrnn.core.streams import SHORT_FORMS, Kind, Stream
 from stream_mmrnn.core.types import Envelope, Sample
+from stream_mmrnn.core.wire import encodable
 from stream_mmrnn.offline.convert.imported import (
     CONFIRM_NS,
     FIRST_NS,
