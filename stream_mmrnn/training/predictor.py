@@ -62,8 +62,6 @@ class PredictorNetwork(nn.Module):
             count = sum(self.tokens.sizes[name] + 1 for name in self.rare)
             self.events = EventsCell(count, e.width, e.hidden, recipe.tick_ns / 1e9, e.vocabulary if e.tokens else 0)
             self.recall = nn.Sequential(nn.Dropout(e.dropout), nn.Linear(e.hidden, f.width))
-            # the heads read the words directly, too: what was said need not pass through the cell's gates
-            self.direct = nn.Sequential(nn.Dropout(e.dropout), nn.Linear(e.hidden, c.hidden))
         self.next_token = NextToken(e.hidden, e.vocabulary) if e.tokens and e.next_token else None
         self.cells = Stack(
             c.kind,
@@ -119,7 +117,6 @@ class PredictorNetwork(nn.Module):
         here, tokens = self._common(features, present, age)
         x, fused = self.fusion.step(tokens, here, state.get(_CONTEXT), _under("fusion.", state))
         following = _named("fusion.", fused)
-        h: Tensor | None = None
         if self.rare:
             x_rare, there, ids = self._rare(features, present)
             h, after = self.events.step(x_rare, there, _under("events.", state), ids)
@@ -129,7 +126,7 @@ class PredictorNetwork(nn.Module):
         following |= _named("cell.", cells)
         if self.fusion.conditioned:
             following[_CONTEXT] = y
-        raw = self.heads(y if h is None else y + self.direct(h))
+        raw = self.heads(y)
         if self.changes:
             following[_LAST] = self.last.step(features, present, state[_LAST])
             raw = self.heads.from_last(raw, following[_LAST], self.changes)
@@ -212,14 +209,13 @@ class PredictorNetwork(nn.Module):
         here, tokens = self._common(features, present, age)
         x, fused = self.fusion(tokens, here, _under("fusion.", state), reset)
         following = _named("fusion.", fused)
-        h: Tensor | None = None
         if self.rare:
             h, after = self._hear(features, present, state, reset)
             x = x + self.recall(h)
             following |= _named("events.", after)
         y, cells = self.cells(x, _under("cell.", state), reset)
-        raw = self.heads(y if h is None else y + self.direct(h))
-        if self.training and self.next_token is not None and h is not None:
+        raw = self.heads(y)
+        if self.training and self.next_token is not None:
             raw[HEARD] = h
         return raw, following | _named("cell.", cells)
 
@@ -237,12 +233,10 @@ class PredictorNetwork(nn.Module):
         """A fusion that reads the cell's last output needs a loop over the ticks."""
         here, tokens = self._common(features, present, age)
         initial = self.initial(present.shape[0])
-        h: Tensor | None = None
-        last: State = {}
+        recalled, last = None, {}
         if self.rare:
             h, after = self._hear(features, present, state, reset)
-            last = _named("events.", after)
-        recalled = None if h is None else self.recall(h)
+            recalled, last = self.recall(h), _named("events.", after)
         outputs = []
         for t in range(present.shape[1]):
             if reset is not None:
@@ -253,8 +247,7 @@ class PredictorNetwork(nn.Module):
             y, cells = self.cells.step(x, _under("cell.", state))
             state = {**_named("cell.", cells), **_named("fusion.", fused), **last, _CONTEXT: y}
             outputs.append(y)
-        y = torch.stack(outputs, 1)
-        return self.heads(y if h is None else y + self.direct(h)), state
+        return self.heads(torch.stack(outputs, 1)), state
 
 
 def choose(rows: Tensor, one: State, other: State) -> State:

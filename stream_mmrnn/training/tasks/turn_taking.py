@@ -50,7 +50,7 @@ _SIZES = {
 _VOICES, _TEXTS, _TOKENS = ("audio", "other_audio"), ("text", "other_text"), ("text.tokens", "other_text.tokens")
 _ENDS = ("turn_end", "other_turn_end")
 _NEVER_S = 1e9
-_LATE_SHARE = 1 / 3
+_LATE_SHARE = 0.5
 _CLEAR = ", where exactly one person spoke for a second before and after it"
 
 _Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -71,7 +71,7 @@ class TurnTakingOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     because voice detectors are slow.
     """
     late_words_s: Annotated[float, msgspec.Meta(ge=0, le=5)] = 0.0
-    """In a third of the training dialogues each word comes 0.3 to 1 of this time after its end, as a recogniser gives
+    """In half of the training dialogues each word comes 0.3 to 1 of this time after its end, as a recogniser gives
     it."""
     wrong_words: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
     """In training: the share of words that are missing or another word of the dialogue."""
