@@ -23,6 +23,7 @@ from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve import server as server_module
 from stream_mmrnn.serve.server import Server
 from stream_mmrnn.serve.turns import BUDGET, Put, Turns, cost_of
+from tools.faults.floods import FLOODS, OTHER
 
 S = 1_000_000_000
 VICTIM, FLOOD = b"victim", b"flood"
@@ -41,51 +42,6 @@ def tick_of(spec: ModelSpec, session: str, index: int) -> Tick:
     return Tick(session, index, index, features, present, age_ns, Stamps(0, 0, 0, 0, ""))
 
 
-def _steps(session: str) -> Iterator[protocol.Request]:
-    yield protocol.Open(session=session)
-    for i in itertools.count():
-        yield step_of(tick(session, i))
-
-
-def _and(ask: Callable[[str], protocol.Request], ticks: bool) -> Iterator[protocol.Request]:
-    yield protocol.Open(session="f")
-    for i in itertools.count():
-        if ticks:
-            yield step_of(tick("f", i))
-        yield ask("f")
-
-
-def _pushes(data: bytes, stream: str) -> Iterator[protocol.Request]:
-    yield protocol.Open(session="f", raw=True)
-    for i in itertools.count():
-        yield protocol.PushSample(session="f", push=i, stream=stream, data=data)
-
-
-def _reopened() -> Iterator[protocol.Request]:
-    while True:
-        yield protocol.Open(session="f")
-        yield step_of(tick("f", 0))
-        yield protocol.Close(session="f")
-
-
-FLOODS: dict[str, Callable[[], Iterator[protocol.Request]]] = {
-    "hello": lambda: itertools.repeat(protocol.Hello()),
-    "open": lambda: (protocol.Open(session=f"f{i}") for i in itertools.count()),
-    "open of another": lambda: itertools.repeat(protocol.Open(session="v", token="x")),
-    "open and close": _reopened,
-    "step": lambda: _steps("f"),
-    "flush": lambda: _and(lambda name: protocol.Flush(session=name), False),
-    "step and flush": lambda: _and(lambda name: protocol.Flush(session=name), True),
-    "reset": lambda: _and(lambda name: protocol.Reset(session=name), False),
-    "step and reset": lambda: _and(lambda name: protocol.Reset(session=name), True),
-    "flush of another": lambda: itertools.repeat(protocol.Flush(session="v")),
-    "close of another": lambda: itertools.repeat(protocol.Close(session="v", token="x")),
-    "close of none": lambda: itertools.repeat(protocol.Close(session="none", token="x")),
-    "push of sound": lambda: _pushes(bytes(640), "audio"),
-    "push of pictures": lambda: _pushes(b"\xff\xd8" + bytes(50), "vision"),
-}
-
-
 class FloodedRouter:
     """Two peers: the flood always has a message, the victim one tick when its last one is answered. As a ROUTER socket
     it gives the messages of its peers in turns."""
@@ -93,7 +49,7 @@ class FloodedRouter:
     def __init__(self, flood: Iterator[protocol.Request], spec: ModelSpec, most: int) -> None:
         self.flood, self._spec, self._most = flood, spec, most
         self._turns = itertools.cycle((FLOOD, VICTIM))
-        self._sent: deque[bytes] = deque([protocol.encode(protocol.Open(session="v"))])
+        self._sent: deque[bytes] = deque([protocol.encode(protocol.Open(session=OTHER))])
         self._next = 0
         self.heads: list[bytes] = []
         self.foreign = 0
@@ -123,7 +79,7 @@ class FloodedRouter:
                 self.heads.append(reply.heads[0])
             self.between.append(self.foreign)
             self.foreign = 0
-            self._sent.append(protocol.encode(step_of(tick_of(self._spec, "v", self._next))))
+            self._sent.append(protocol.encode(step_of(tick_of(self._spec, OTHER, self._next))))
             self._next += 1
         else:
             assert isinstance(reply, protocol.EvictedNow)
@@ -171,13 +127,18 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[HeldStore]]:
     HeldStore.going.set()
 
 
+def own_step(session: str, index: int) -> protocol.Step:
+    return step_of(tick(session, index))
+
+
 def test_a_flood_of_every_request_is_here() -> None:
-    found = {type(request) for flood in FLOODS.values() for request in itertools.islice(flood(), 3)}
+    found = {type(request) for flood in FLOODS.values() for request in itertools.islice(flood("f", own_step), 3)}
     assert found == set(typing.get_args(protocol.Request))
 
 
 def flooded(server: Server, name: str, most: int) -> FloodedRouter:
-    router = FloodedRouter(FLOODS[name](), server.engine.spec, most)
+    spec = server.engine.spec
+    router = FloodedRouter(FLOODS[name]("f", lambda session, i: step_of(tick_of(spec, session, i))), spec, most)
     server._router.close(0)
     server._router = router  # type: ignore[assignment]
     return router
@@ -194,7 +155,7 @@ def test_a_flood_of_any_request_delays_others_by_its_share(
         router = flooded(server, name, 1000)
         server.run(lambda: len(router.heads) < ROUNDS or held.going.set())
         assert max(router.between) <= 2 * (32 + OWN)
-        assert router.heads == alone(model, [tick_of(server.engine.spec, "v", i) for i in range(ROUNDS)])
+        assert router.heads == alone(model, [tick_of(server.engine.spec, OTHER, i) for i in range(ROUNDS)])
         assert router.replies.keys() - {"Refused", "BusyNow"} or "of another" in name or "of none" in name
     finally:
         held.going.set()

@@ -2,7 +2,8 @@
 
     python -m tools.faults [--only recorder,state] [--quick] [--json] [--write]
 
-What a subject measured last is kept under trained/faults, so that one can be run again and the page holds them all.
+What a subject measured last is kept under trained/faults, so that one can be run again and the page holds them all; of
+what was measured elsewhere the page keeps what it says.
 Knows nothing about single promises: the modules of `SUBJECTS` do.
 """
 
@@ -27,9 +28,11 @@ SUBJECTS = (
     "resume",
     "consumers",
     "overload",
+    "floods",
     "workers",
     "clocks",
     "hostile",
+    "inputs",
     "access",
     "soak",
     "stop",
@@ -60,8 +63,9 @@ def keep(name: str, about: dict[str, Any], found: dict[str, Any], folder: Path =
 
 
 def write() -> None:
-    """The page, of all that is kept."""
-    PAGE.write_text(page(kept(KEPT), {n: subject(n) for n in SUBJECTS}), encoding="utf-8")
+    """The page, of all that is kept; the sections of other subjects stay as they are."""
+    before = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+    PAGE.write_text(page(kept(KEPT), {n: subject(n) for n in SUBJECTS}, before), encoding="utf-8")
 
 
 def kept(folder: Path) -> dict[str, dict[str, Any]]:
@@ -100,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(line(figure), flush=True)
         seconds, others = round(time.monotonic() - start_s, 1), processes.used().other_cpu
         document["subjects"][name] = {"figures": figures, "seconds": seconds, "other_cpu": others}
-        if given.write:
+        if given.write and figures:
             keep(name, document, document["subjects"][name])
     document["held"] = held
     if given.write:

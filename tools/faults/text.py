@@ -27,14 +27,18 @@ def _where(found: dict[str, Any]) -> str:
     return f"{found['when']}, {found['seconds']:.0f} s on {m['cores']} cores of {cpu}, Python {m['python']}{beside}."
 
 
-def page(told: Mapping[str, dict[str, Any]], subjects: Mapping[str, Subject]) -> str:
-    """`told` is by subject what it measured and where; a subject that is not in it has not been run."""
+def page(told: Mapping[str, dict[str, Any]], subjects: Mapping[str, Subject], before: str = "") -> str:
+    """`told` is by subject what it measured and where; one that is not in it keeps its section of the page `before`."""
     parts = [_HEAD]
+    sections = {s.partition("\n")[0]: s.rstrip("\n") for s in before.split("\n## ")[1:]}
     not_promised: list[str] = []
     for name, module in subjects.items():
         command = told.get(name, {}).get("command", f"python -m tools.faults --only {name}")
-        parts.append(f"## {module.TITLE}\n\n    {command}\n")
         not_promised += module.NOT_PROMISED
+        if name not in told and module.TITLE in sections:
+            parts.append(f"## {sections[module.TITLE]}\n")
+            continue
+        parts.append(f"## {module.TITLE}\n\n    {command}\n")
         if name not in told:
             parts.append("Not run.\n")
             continue
