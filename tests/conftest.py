@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import multiprocessing.process
+import signal
 import sys
 import tempfile
 from collections.abc import Generator, Iterator
@@ -18,6 +19,9 @@ from stream_mmrnn.core.types import ModalitySpec
 # how long an example takes says nothing on a machine that others use too
 settings.register_profile("shared_machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared_machine")
+
+if hasattr(signal, "SIGHUP"):  # programs that tests start must react to it, also where the tests run under nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 _STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn")

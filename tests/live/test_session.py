@@ -302,7 +302,10 @@ def test_a_closed_terminal_ends_it_in_order(model: Path, tmp_path: Path, short_p
         if select.select([terminal], [], [], 0.05)[0]:
             os.read(terminal, 65536)
     os.close(terminal)
-    assert process.wait(60) == 0
+    try:
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
     recording = Recording(path)
     list(recording.envelopes())
     assert (bool(recording.end), recording.damage) == (True, "")
