@@ -74,7 +74,7 @@ class Reader:
     def __init__(self, settings: config.Settings, address: Address) -> None:
         new: Any = process_context()
         self._channel, theirs = new.Pipe(duplex=False)
-        self._context = nodes.Context("reader", settings, address, new.Event(), new.Event(), new.Value("q", 0))
+        self._context = nodes.Context("reader", settings, address, nodes.Flag(new), nodes.Flag(new), new.Value("q", 0))
         self._process = new.Process(target=nodes.run, args=(_read, self._context, theirs), daemon=True)
         self._process.start()
         theirs.close()

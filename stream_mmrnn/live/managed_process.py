@@ -124,7 +124,7 @@ class Spawner:
         """The time of the session's start, in ns; 0 before it: workers wait for it."""
 
     def __call__(self, row: ManagedProcess, settings: config.Settings) -> None:
-        row.ready, row.stop = self._context.Event(), self._context.Event()
+        row.ready, row.stop = nodes.Flag(self._context), nodes.Flag(self._context)
         context = nodes.Context(
             row.name, settings, self.address, row.ready, row.stop, self.epoch, row.restarts, row.stream
         )

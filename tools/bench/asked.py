@@ -138,7 +138,7 @@ class OverBus(Transport):
         epoch = new.Value("q", 0)
         self._subscriber: Subscriber | None = None
         for name in ("broker", "clock", "engine"):
-            context = nodes.Context(name, settings, address, new.Event(), new.Event(), epoch)
+            context = nodes.Context(name, settings, address, nodes.Flag(new), nodes.Flag(new), epoch)
             process = new.Process(target=nodes.run, args=(processes.by_name(name).target, context), daemon=True)
             process.start()
             self._stack.callback(_end, process, context)

@@ -180,7 +180,9 @@ class Running:
         )
         self.path = path
         # kept: what a context holds lives as long as it does in the process that made it
-        self.context = nodes.Context("recorder", settings, bus.address, mp.Event(), mp.Event(), mp.Value("q", 0))
+        self.context = nodes.Context(
+            "recorder", settings, bus.address, nodes.Flag(mp), nodes.Flag(mp), mp.Value("q", 0)
+        )
         self.process = mp.Process(target=_run_recorder, args=(self.context, limit_bytes, write_s), daemon=True)
         self.process.start()
         self.killed_ns = 0

@@ -97,7 +97,7 @@ class _Processes:
         self._ready: dict[str, Any] = {}
 
     def start(self, name: str, target: str | Callable[..., None]) -> None:
-        ready, stop = self._context.Event(), self._context.Event()
+        ready, stop = nodes.Flag(self._context), nodes.Flag(self._context)
         context = nodes.Context(name, self._settings, self.address, ready, stop, self._epoch)
         process = self._context.Process(target=nodes.run, args=(target, context), daemon=True)
         process.start()

@@ -9,8 +9,8 @@ import os
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from multiprocessing.context import BaseContext
 from multiprocessing.sharedctypes import Synchronized
-from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,31 @@ _QUIET_MS = 4
 """This long after a message its prediction is out, and the next message has not come yet."""
 
 
+class Flag:
+    """Is set by one process and seen by another, once and for all.
+
+    Unlike `multiprocessing.Event`: its `set` waits until each process that waits has woken up, so where one was killed
+    while it waited, the other would stand still for ever, and outlive its session.
+    """
+
+    def __init__(self, context: BaseContext) -> None:
+        self._set = context.Semaphore(0)
+
+    def set(self) -> None:
+        """Set it; never waits."""
+        self._set.release()
+
+    def is_set(self) -> bool:
+        return self.wait(0)
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until it is set, at most so long; whether it is."""
+        if not self._set.acquire(True, timeout_s):
+            return False
+        self._set.release()
+        return True
+
+
 class Context:
     """What a process is started with. Picklable: it crosses to a fresh interpreter."""
 
@@ -33,8 +58,8 @@ class Context:
         name: str,
         settings: config.Settings,
         address: Address,
-        ready: Event,
-        stop: Event,
+        ready: Flag,
+        stop: Flag,
         epoch: Synchronized[int],
         restarts: int = 0,
         stream: str = "",
