@@ -179,7 +179,8 @@ class SessionInput:
         spec = next(m for m in self.spec.modalities if m.name == self._features[name])
         sample = Sample(at_ns, at_ns, vector)
         vectors = [_Vector(topics.FEATURE + name, sample, spec.encoder or name)]
-        for derived in self._derived.get(name, ()):
+        # of other kinds a vector is no sample: nothing can be derived of it
+        for derived in self._derived.get(name, ()) if row.kind == "signal" else ():
             vectors += self._encode(derived, sample)
         yield from self._send(vectors, row, at_ns)
 

@@ -207,7 +207,8 @@ def test_damage_in_the_middle_is_counted_and_told(tmp_path: Path) -> None:
     path = MOVIES["avi"](tmp_path)
     data = bytearray(path.read_bytes())
     at = data.index(b"00dc", len(data) // 2)
-    data[at + 8 : at + 300] = bytes(292)  # a picture without its head
+    size = int.from_bytes(data[at + 4 : at + 8], "little")
+    data[at + 8 : at + 8 + size] = bytes(size)  # a picture that is none
     path.write_bytes(data)
     got, source = seen(path)
     assert 30 < len(got) < 40
