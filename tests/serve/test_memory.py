@@ -101,10 +101,15 @@ class Clients:
             self._rest()
 
     def settle(self) -> None:
-        """Until every state is written."""
-        for _ in range(100):
+        """Until every state is written, and no session is left."""
+        end_s = time.monotonic() + 15
+        while time.monotonic() < end_s:
+            self._at_ns += _S  # what could not be evicted while others were written is looked at again
             self._rest()
+            if not len(self._server.sessions) and not self._server.sessions.is_awaited:
+                break
             time.sleep(0.001)
+        self._rest()
 
     def _rest(self) -> None:
         self._host.out.clear()
