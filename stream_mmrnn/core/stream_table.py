@@ -194,6 +194,8 @@ def _row(name: str, given: StreamSettings, settings: Settings, table: dict[str, 
     about["encoders"] = encoders
     if own := DERIVATIONS.get(derivation_of(given.source)):
         about |= {"dense": own.dense, "reduction": own.reduction}
+        if not own.dense:
+            about["lateness_ns"] = 0  # no tick waits for what comes when there is something to say
     if given.dense is not None:
         about["dense"] = given.dense
     if given.reduction:

@@ -91,7 +91,8 @@ class Aligner:
         for m in modalities:
             stream = streams.feeding(m.name, m.encoder, table)[1]
             known = stream.name in table
-            lateness_ns[m.name] = stream.lateness_ns if known else settings.align.lateness_ns(stream.kind)
+            usual_ns = settings.align.lateness_ns(stream.kind) if stream.dense else 0
+            lateness_ns[m.name] = stream.lateness_ns if known else usual_ns
         return cls(
             modalities,
             tick_ns,

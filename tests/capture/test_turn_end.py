@@ -464,3 +464,19 @@ def test_a_chain_saves_each_part_under_a_name_of_its_own() -> None:
     encoder = DerivedEncoder(DerivationChain([simple(), simple()]), encoders.create_encoder("turn_end"))
     assert {name.partition(".")[0] for name in encoder.snapshot()} == {"derivation0", "derivation1"}
     encoder.restore(encoder.snapshot())
+
+
+def test_no_tick_waits_for_it() -> None:
+    """A stream that holds ticks back for its lateness would delay every prediction."""
+    from stream_mmrnn.core.config import parse
+    from stream_mmrnn.core.stream_table import stream_table, with_derived
+    from stream_mmrnn.core.types import ModalitySpec
+    from stream_mmrnn.predict.align import Aligner
+
+    spec = (ModalitySpec("audio", 81), ModalitySpec("turn_end", 1), ModalitySpec("other_turn_end", 1))
+    settings = with_derived(parse({"sources": {"audio": "synthetic"}}), [m.name for m in spec])
+    row = stream_table(settings)["turn_end"]
+    assert (row.dense, row.lateness_ns) == (False, 0)
+    lateness_ns = Aligner.of(spec, 40_000_000, settings)._lateness_ns
+    assert lateness_ns["audio"] > 0
+    assert (lateness_ns["turn_end"], lateness_ns["other_turn_end"]) == (0, 0)
