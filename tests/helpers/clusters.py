@@ -102,16 +102,6 @@ def timeless(content: bytes) -> protocol.Reply:
     return reply
 
 
-def step_of(of: Tick) -> protocol.Step:
-    return protocol.Step(
-        session=of.session,
-        tick=of.index,
-        event_ns=of.event_ns,
-        features=tuple(of.features[m].tobytes() if of.present[m] else None for m in of.features),
-        age_ns=tuple(of.age_ns.values()),
-    )
-
-
 @contextlib.asynccontextmanager
 async def running(cluster: Cluster, toy: Path, notes: list[str] | None = None, share: int = PARTITIONS, **serve: int):  # type: ignore[no-untyped-def]
     asked = msgspec.structs.replace(cluster.settings(), serve=config.ServeSettings(**serve))

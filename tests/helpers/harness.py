@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stream_mmrnn.core import wire
+from stream_mmrnn.core.errors import StreamError
 from stream_mmrnn.recording.mcap_file import Recording
 
 COMMAND = [sys.executable, "-m", "stream_mmrnn"]
@@ -149,3 +150,11 @@ def descendants(pid: int) -> list[int]:
 
 def recording_grows(path: Path, beyond: int) -> bool:
     return path.exists() and path.stat().st_size > beyond
+
+
+def recorded(path: Path, topic: str) -> list[Any]:
+    """The messages of a topic in a recording that may have just begun."""
+    try:
+        return list(Recording(path).envelopes({topic}))
+    except StreamError:
+        return []

@@ -6,14 +6,10 @@ import os
 import signal
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
-from harness import Running, check_summary, run, ticks_of, verify
+from harness import Running, check_summary, recorded, run, ticks_of, verify
 from recogniser import needs_recogniser
-
-import stream_mmrnn
-from stream_mmrnn.recording.mcap_file import Recording
 
 pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.shared_data, needs_recogniser]
 
@@ -23,13 +19,6 @@ def quiet(tmp_path: Path) -> Path:
     file = tmp_path / "quiet.toml"
     file.write_text("[dashboard]\nenabled = false\n[speech]\nstep_s = 0.8\n")
     return file
-
-
-def of(path: Path, topic: str) -> list[Any]:
-    try:
-        return list(Recording(path).envelopes({topic}))
-    except stream_mmrnn.StreamError:
-        return []  # it has just begun
 
 
 def test_words_of_a_clip_are_recorded_and_replay_derives_the_same(
@@ -46,7 +35,7 @@ def test_words_of_a_clip_are_recorded_and_replay_derives_the_same(
     about = summary["streams"]["text"]["source"]
     assert (about["source"], about["from"], about["lost"]) == ("from:audio/speech (whisper tiny.en)", "audio", 0)
     assert about["hypotheses"] > 3
-    words, sound = of(path, "raw/text"), of(path, "raw/audio")
+    words, sound = recorded(path, "raw/text"), recorded(path, "raw/audio")
     began_ns = sound[0].event_ns - 20_000_000
     ends_s = {bytes(e.payload).decode(): (e.event_ns - began_ns) / 1e9 for e in words}
     # the clip's words end there, by the alignment of the whole clip
@@ -70,11 +59,11 @@ def test_the_session_goes_on_when_the_recogniser_is_killed(
     clip = f"file:{clips / 'dialogue.wav'}"
     options = ("--vision", "none", "--audio", clip, "--text", "speech")
     with closing(Running("--config", quiet, "--model", model, "--record", path, *options)) as live:
-        live.wait_for(lambda: len(of(path, "raw/text")) > 2, 60)
+        live.wait_for(lambda: len(recorded(path, "raw/text")) > 2, 60)
         [pid] = live.children("text")
         os.kill(pid, signal.SIGKILL)
-        before = len(of(path, "raw/text"))
-        live.wait_for(lambda: len(of(path, "raw/text")) > before + 3, 60)
+        before = len(recorded(path, "raw/text"))
+        live.wait_for(lambda: len(recorded(path, "raw/text")) > before + 3, 60)
         code, summary, _ = live.end()
     assert code == 0
     check_summary(summary)

@@ -12,16 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import toy_model
-from harness import Running, check_summary, run, ticks_of, verify
+from harness import Running, check_summary, recorded, run, ticks_of, verify
 
-import stream_mmrnn
 from stream_mmrnn.capture import encoders
 from stream_mmrnn.capture.sources.file import FileSound
 from stream_mmrnn.capture.speech.turn_end import TurnEnd
 from stream_mmrnn.core.config import MicrophoneSettings
 from stream_mmrnn.core.types import ModalitySpec, Sample
 from stream_mmrnn.offline.replay import replay
-from stream_mmrnn.recording.mcap_file import Recording
 
 pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.shared_data]
 
@@ -65,13 +63,6 @@ def quiet(tmp_path: Path) -> Path:
     return file
 
 
-def of(path: Path, topic: str) -> list[Any]:
-    try:
-        return list(Recording(path).envelopes({topic}))
-    except stream_mmrnn.StreamError:
-        return []  # it has just begun
-
-
 def test_a_model_gets_it_unasked_and_replay_from_raw_derives_the_same(
     tmp_path: Path, quiet: Path, taker: Path, talk: Path
 ) -> None:
@@ -87,7 +78,7 @@ def test_a_model_gets_it_unasked_and_replay_from_raw_derives_the_same(
     assert (about["source"], about["from"]) == ("from:audio/turn_end (smart-turn-v3.2)", "audio")
     # on a machine that is too busy, pauses are left out
     assert (about["lost"], about["garbage"], about["pauses"] + about["skipped"]) == (0, 0, 2)
-    made, sound = of(path, FEATURE), of(path, "raw/audio")
+    made, sound = recorded(path, FEATURE), recorded(path, "raw/audio")
     assert {e.origin for e in made} <= {encoders.create_encoder("turn_end").origin}
     # what was heard, derived again by itself, has the same times and numbers
     alone = TurnEnd("audio")
@@ -150,11 +141,11 @@ def test_the_session_goes_on_when_it_is_killed(tmp_path: Path, quiet: Path, take
         long = written(tmp_path / "long.wav", np.tile(np.frombuffer(once.readframes(once.getnframes()), "<i2"), 8))
     options = ("--vision", "none", "--audio", f"file:{long}", "--text", "none")
     with closing(Running("--config", quiet, "--model", taker, "--record", path, *options)) as live:
-        live.wait_for(lambda: len(of(path, FEATURE)) > 0, 60)
+        live.wait_for(lambda: len(recorded(path, FEATURE)) > 0, 60)
         [pid] = live.children("turn_end")
         os.kill(pid, signal.SIGKILL)
-        before = len(of(path, FEATURE))
-        live.wait_for(lambda: len(of(path, FEATURE)) > before, 60)
+        before = len(recorded(path, FEATURE))
+        live.wait_for(lambda: len(recorded(path, FEATURE)) > before, 60)
         code, summary, _ = live.end()
     assert code == 0
     check_summary(summary)

@@ -11,10 +11,10 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from clusters import NOW, Log, Reader, S, drive, needs_nats, running, step_of, timeless
+from clusters import NOW, Log, Reader, S, drive, needs_nats, running, timeless
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from serving import alone, tick
+from serving import alone, step_of, tick
 
 from stream_mmrnn import AsyncClient, ClusterClient
 from stream_mmrnn.core import config

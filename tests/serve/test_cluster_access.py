@@ -15,10 +15,10 @@ from typing import Any
 import msgspec
 import nkeys
 import pytest
-from clusters import NOW, OWNER, Log, Reader, S, drive, needs_nats, running, step_of, timeless
+from clusters import NOW, OWNER, Log, Reader, S, drive, needs_nats, running, timeless
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from serving import alone, features_of, tick
+from serving import alone, features_of, step_of, tick
 
 from stream_mmrnn import ClusterClient
 from stream_mmrnn.core import config

@@ -46,6 +46,23 @@ class Encoder(Protocol):
         """Continue from a snapshot. Raises SnapshotError if it does not fit."""
 
 
+class Stateless:
+    """What an encoder without a state has of the protocol; nothing is warmed up, either."""
+
+    def prewarm(self) -> None:
+        """Does nothing."""
+
+    def reset(self) -> None:
+        """Does nothing: there is no state."""
+
+    def snapshot(self) -> dict[str, Array]:
+        """Empty: there is no state."""
+        return {}
+
+    def restore(self, state: dict[str, Array]) -> None:
+        """Does nothing: there is no state."""
+
+
 def create_encoder(name: str) -> Encoder:
     """The package's own encoder: for a kind, for a usual stream such as `other_text`, one of `FURTHER_ENCODERS`, or
     what derived features (`turn_end`) pass through.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import cv2
 import numpy as np
 import numpy.typing as npt
 
+from stream_mmrnn.capture.encoders import Stateless
 from stream_mmrnn.core.config import models_folder
 from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.core.types import Payload, Sample
@@ -76,7 +75,7 @@ def shrink(data: Payload) -> npt.NDArray[np.uint8]:
     return cv2.resize(picture, (PICTURE, PICTURE), interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
 
 
-class ImageEncoder:
+class ImageEncoder(Stateless):
     """One feature vector per picture."""
 
     size = 1280
@@ -87,19 +86,6 @@ class ImageEncoder:
         graph = shared(models_folder() / "encoders" / "efficientnet-lite0-128.onnx")
         self.origin = f"efficientnet-lite0-128@{graph.sha256}"
         self._binding = graph.bind({"image": (1, PICTURE, PICTURE, 3)}, {"features": (1, self.size)}, {})
-
-    def prewarm(self) -> None:
-        """Does nothing: a run takes milliseconds, more than warm caches save."""
-
-    def reset(self) -> None:
-        """Does nothing: there is no state."""
-
-    def snapshot(self) -> dict[str, npt.NDArray[Any]]:
-        """Empty: there is no state."""
-        return {}
-
-    def restore(self, state: dict[str, npt.NDArray[Any]]) -> None:
-        """Does nothing: there is no state."""
 
     def encode(self, sample: Sample) -> list[Sample]:
         """The picture's features, with its times; raises WireError if it cannot be decoded."""

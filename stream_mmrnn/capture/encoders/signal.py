@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from stream_mmrnn.capture.encoders import Stateless
 from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.core.types import Sample
 
 _RULE = b"float32, one number a channel, as the stream gives them"
 
 
-class SignalEncoder:
+class SignalEncoder(Stateless):
     """One vector per sample; `size` is 0 because a vector is as long as the stream has channels."""
 
     size = 0
     origin = f"channels@{hashlib.sha256(_RULE).hexdigest()}"
-
-    def prewarm(self) -> None:
-        """Does nothing: there is nothing to warm up."""
-
-    def reset(self) -> None:
-        """Does nothing: there is no state."""
-
-    def snapshot(self) -> dict[str, npt.NDArray[Any]]:
-        """Empty: there is no state."""
-        return {}
-
-    def restore(self, state: dict[str, npt.NDArray[Any]]) -> None:
-        """Does nothing: there is no state."""
 
     def encode(self, sample: Sample) -> list[Sample]:
         """The sample itself; raises WireError if it is not a vector of finite numbers."""

@@ -8,20 +8,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from safetensors.numpy import load
 
-from stream_mmrnn.capture.encoders import tokens
+from stream_mmrnn.capture.encoders import Stateless, tokens
 from stream_mmrnn.core.errors import ModelError
 from stream_mmrnn.core.types import Sample
 
 _WEIGHTS = Path("weights") / "l2_supercat_256.safetensors"
 
 
-class TextEncoder:
+class TextEncoder(Stateless):
     """One vector per text event; zeros for an empty text."""
 
     size = 256
@@ -37,19 +35,6 @@ class TextEncoder:
         if self._vectors.ndim != 2 or self._vectors.shape[1] != self.size:
             raise ModelError(f"the word vectors of `wordllama` are not {self.size} wide; install another version")
         self.origin = f"wordllama-l2-supercat-256@{hashlib.sha256(weights + self._tokenizer.table).hexdigest()}"
-
-    def prewarm(self) -> None:
-        """Does nothing: it is not known when the next text comes."""
-
-    def reset(self) -> None:
-        """Does nothing: there is no state."""
-
-    def snapshot(self) -> dict[str, npt.NDArray[Any]]:
-        """Empty: there is no state."""
-        return {}
-
-    def restore(self, state: dict[str, npt.NDArray[Any]]) -> None:
-        """Does nothing: there is no state."""
 
     def encode(self, sample: Sample) -> list[Sample]:
         """The text's vector, with its times; invalid UTF-8 becomes the replacement character."""

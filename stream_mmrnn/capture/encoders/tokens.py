@@ -12,12 +12,11 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from tokenizers import Tokenizer as _Tokenizer
 
+from stream_mmrnn.capture.encoders import Stateless
 from stream_mmrnn.core.errors import ModelError, WireError
 from stream_mmrnn.core.streams import ORIGIN_NAMES
 from stream_mmrnn.core.types import Sample
@@ -63,7 +62,7 @@ class Tokenizer:
         return ids
 
 
-class TokenEncoder:
+class TokenEncoder(Stateless):
     """For each text event, id + 1 of its tokens in order, then zeros; of more than `TOKENS` the last ones."""
 
     size = TOKENS
@@ -73,19 +72,6 @@ class TokenEncoder:
         self._tokenizer = Tokenizer(reading)
         digest = hashlib.sha256(self._tokenizer.table + repr(_CONSTANTS).encode()).hexdigest()
         self.origin = f"{ORIGIN_NAMES['tokens']}@{digest}"
-
-    def prewarm(self) -> None:
-        """Does nothing: it is not known when the next text comes."""
-
-    def reset(self) -> None:
-        """Does nothing: there is no state."""
-
-    def snapshot(self) -> dict[str, npt.NDArray[Any]]:
-        """Empty: there is no state."""
-        return {}
-
-    def restore(self, state: dict[str, npt.NDArray[Any]]) -> None:
-        """Does nothing: there is no state."""
 
     def encode(self, sample: Sample) -> list[Sample]:
         """The text's tokens, with its times."""
