@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stream_mmrnn.capture.encoders.audio import SPEECH
-from stream_mmrnn.capture.encoders.speech_detector import CHUNK, SpeechDetector
+from stream_mmrnn.capture.encoders.speech_detector import CHUNK, MIN_CHUNKS, SILENCE, VOICE, SpeechDetector
 from stream_mmrnn.capture.resampler import SoundInput
 from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import FileError, UsageError
@@ -36,9 +36,8 @@ RULES_S = (0.4, 0.7, 1.0)
 LONGEST_S = 3.0
 """After this silence every agent takes the turn."""
 _BLOCK = 320
-_BEGINS, _ENDS = 0.5, 0.35
-_JOIN_S, _SHORTEST_S = 0.06, 0.1
-_SPEAKS = 0.5
+_JOIN_CHUNKS = 1
+"""A gap as short is none."""
 
 
 class Conversation(NamedTuple):
@@ -87,25 +86,19 @@ def _at_16_khz(samples: Array, rate_hz: int) -> Array:
 
 
 def heard(sound: Array) -> Seconds:
-    """When somebody speaks, by the package's speech detector: [K, 2] seconds. It sees the whole file, so gaps of
-    60 ms are closed, and what is shorter than 100 ms is left out.
+    """When somebody speaks, by the package's speech detector: [K, 2] seconds. It sees the whole file, so a gap of
+    one chunk (32 ms) is closed, and what has less voice than a word is left out.
     """
-    p = np.array(SpeechDetector().feed(sound.astype(np.float32) / np.float32(32768)))
-    speaks, spans = False, []
-    for i, probability in enumerate(p):
-        now = probability > (_ENDS if speaks else _BEGINS)
-        if now and not speaks:
-            spans.append([i, i + 1])
-        elif now:
+    speaks, spans = False, list[list[int]]()
+    for i, probability in enumerate(SpeechDetector().feed(sound.astype(np.float32) / np.float32(32768))):
+        now = bool(probability > (SILENCE if speaks else VOICE))
+        if now and spans and i - spans[-1][1] <= _JOIN_CHUNKS:
             spans[-1][1] = i + 1
-        speaks = bool(now)
-    joined: list[list[float]] = []
-    for begin, end in (np.array(spans, np.float64).reshape(-1, 2) * CHUNK / AUDIO_RATE_HZ).tolist():
-        if joined and begin - joined[-1][1] < _JOIN_S:
-            joined[-1][1] = end
-        else:
-            joined.append([begin, end])
-    return np.array([s for s in joined if s[1] - s[0] >= _SHORTEST_S]).reshape(-1, 2)
+        elif now:
+            spans.append([i, i + 1])
+        speaks = now
+    long = [span for span in spans if span[1] - span[0] >= MIN_CHUNKS]
+    return np.array(long, np.float64).reshape(-1, 2) * CHUNK / AUDIO_RATE_HZ
 
 
 def _rttm(path: Path) -> tuple[Seconds, Seconds]:
@@ -154,7 +147,7 @@ def _trace(spec: ModelSpec, made: Sequence[Prediction], at_s: Sequence[float]) -
     held = np.nan
     for i, p in enumerate(made):
         tick = p.tick
-        quiet[i] = not any(tick.present[v] and tick.features[v][SPEECH] > _SPEAKS for v in voices)
+        quiet[i] = not any(tick.present[v] and tick.features[v][SPEECH] > VOICE for v in voices)
         said = [float(tick.features[e][0]) for e in ends if tick.present[e]]
         held = said[-1] if said else held if quiet[i] else np.nan
         turn_end[i] = held

@@ -9,10 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from stream_mmrnn.capture.encoders.speech_detector import VOICE
 from stream_mmrnn.training.recipe import EvidenceRecipe
-
-SPEAKS = 0.5
-"""From which probability on somebody speaks."""
 
 
 class Evidence(nn.Module):
@@ -39,7 +37,7 @@ class Evidence(nn.Module):
             if name in features:
                 spoken = features[name][..., index : index + 1] * present[..., place : place + 1]
                 speech = torch.maximum(speech, spoken)
-        return value, count > 0, speech > SPEAKS
+        return value, count > 0, speech > VOICE
 
     def step(self, features: dict[str, Tensor], present: Tensor, before: Tensor) -> Tensor:
         """One tick: `before` [B, 1] -> [B, 1]."""
