@@ -1,0 +1,186 @@
+"""The column aligner equals the incremental one, message by message: ticks, counts and the whole state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_ticks import columns_of
+
+from stream_mmrnn.core import topics, wire
+from stream_mmrnn.core.streams import Stream
+from stream_mmrnn.core.types import Envelope, ModalitySpec, Tick
+from stream_mmrnn.predict.align import Aligner
+from stream_mmrnn.predict.align_columns import ColumnAligner
+from stream_mmrnn.predict.align_stream import MAX_PENDING
+from stream_mmrnn.predict.pipeline import NoEngine, predict
+from stream_mmrnn.predict.tick_columns import TickColumns
+
+MS = 1_000_000
+T = 40 * MS
+SPECS = (
+    ModalitySpec("vision", 2),
+    ModalitySpec("audio", 1, "mel@1"),
+    ModalitySpec("text", 1),
+    ModalitySpec("imu", 4, "", "stack", 2),
+    ModalitySpec("pulse", 1, "", "sum"),
+)
+SIZES = {"vision": 2, "audio": 1, "text": 1, "imu": 2, "pulse": 1}
+TABLE = {name: Stream.of(name, None, "", "push") for name in SIZES}
+LATE = {"vision": 80 * MS, "audio": 60 * MS, "text": 0, "imu": 40 * MS, "pulse": 70 * MS}
+
+
+def aligner() -> Aligner:
+    return Aligner(SPECS, T, LATE, max_ahead_ns=500 * MS, max_behind_ns=5000 * MS, table=TABLE)
+
+
+def facts(ticks: Sequence[Tick]) -> list[tuple[object, ...]]:
+    names = [m.name for m in SPECS]
+    return [
+        (
+            t.session,
+            t.index,
+            t.event_ns,
+            [t.present[n] for n in names],
+            [t.age_ns[n] for n in names],
+            [t.features[n].tobytes() for n in names if t.present[n]],
+        )
+        for t in ticks
+    ]
+
+
+def facts_of(parts: Sequence[TickColumns]) -> list[tuple[object, ...]]:
+    out: list[tuple[object, ...]] = []
+    for part in parts:
+        vectors = [iter(v) for v in part.features]
+        for i in range(len(part)):
+            present = part.present[i].tolist()
+            numbers = [next(v).tobytes() for v, here in zip(vectors, present, strict=True) if here]
+            out.append(
+                (part.session, int(part.indices[i]), int(part.event_ns[i]), present, part.age_ns[i].tolist(), numbers)
+            )
+        assert all(next(v, None) is None for v in vectors)
+        for v, m in zip(part.features, SPECS, strict=True):
+            assert v.shape[1:] == (m.size,)
+            assert v.dtype == np.float32
+    return out
+
+
+def state(a: Aligner) -> object:
+    """All that a snapshot holds, but when the watermark is looked at next, and numbers that are refused anyway."""
+    snapshot = a.snapshot()
+    for session in snapshot.sessions.values():
+        for name, stream in session.streams.items():
+            seen = [seq for seq in stream.seen if seq >= stream.next_seq - MAX_PENDING]
+            session.streams[name] = msgspec.structs.replace(stream, seen=seen)
+    sessions = {k: msgspec.structs.replace(s, due_ns=0) for k, s in snapshot.sessions.items()}
+    return msgspec.to_builtins(msgspec.structs.replace(snapshot, sessions=sessions))
+
+
+class Orders:
+    """Draws the messages of a conversation with everything that can go wrong."""
+
+    def __init__(self, seed: int, count: int, trouble: float, sessions: Sequence[str]) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.trouble, self.sessions = trouble, sessions
+        self.now = 1000 * MS
+        self.seq: dict[tuple[str, str], int] = {}
+        self.event: dict[tuple[str, str], int] = {}
+        self.messages: list[Envelope] = [self.session(s, "open") for s in sessions]
+        for _ in range(count):
+            self.messages += self.some()
+
+    def chance(self, share: float) -> bool:
+        return bool(self.rng.random() < share)
+
+    def session(self, name: str, op: str) -> Envelope:
+        expected = tuple(n for n in SIZES if self.chance(0.8))
+        return Envelope(
+            topics.SESSION,
+            name,
+            0,
+            self.now,
+            self.now,
+            self.now,
+            wire.pack(wire.SessionMessage(op, self.now, expected)),  # type: ignore[arg-type]
+        )
+
+    def some(self) -> list[Envelope]:
+        rng, session = self.rng, str(self.rng.choice(self.sessions))
+        if self.chance(0.3):
+            step = int(rng.integers(0, 30 * MS))
+            if self.chance(self.trouble * 0.2):
+                step = int(rng.choice([-50 * MS, 700 * MS, 2**62] + [700_000 * MS] * self.chance(0.05)))
+            at = self.now + step
+            self.now = max(self.now, at) if step < 1000 * MS else self.now
+            return [Envelope(topics.CLOCK, topics.EVERYONE, 0, at, at, at, b"")]
+        if self.chance(self.trouble * 0.1):
+            return [self.session(session, str(rng.choice(["open", "close", "streams", "streams"])))]
+        if self.chance(self.trouble * 0.05):
+            return [Envelope(topics.SESSION, session, 0, 0, 0, 0, b"{")]
+        name = str(rng.choice(list(SIZES)))
+        key = (session, name)
+        seq = self.seq.get(key, 0)
+        event = max(self.event.get(key, self.now - 30 * MS) + int(rng.integers(1, 25 * MS)), self.now - 60 * MS)
+        self.seq[key], self.event[key] = seq + 1, event
+        size, origin = SIZES[name], "mel@1"
+        bad = self.trouble * 0.3
+        if self.chance(bad):
+            kind = int(rng.integers(0, 10))
+            if kind == 0:
+                seq += int(rng.integers(1, 4))
+                self.seq[key] = seq + 1
+            elif kind == 1:
+                seq = max(0, seq - int(rng.integers(0, 4)))
+            elif kind == 2:
+                event -= int(rng.integers(0, 200 * MS))
+            elif kind == 3:
+                event = int(rng.choice([event + 600 * MS, 10**15, -(10**15), 2**62, -(2**62), 2**63 - 1, -(2**63)]))
+            elif kind == 4:
+                size += 1
+            elif kind == 5:
+                origin = "mel@2"
+            elif kind == 6:
+                self.seq[key] = 1
+                seq = 0  # the publisher restarted
+            elif kind == 7:
+                session = "nobody"
+        payload = rng.standard_normal(size).astype(np.float32)
+        if self.chance(bad * 0.1):
+            payload[0] = rng.choice([np.nan, np.inf, -np.inf, 1e13, -1e13])
+        out = [Envelope(topics.feature(name), session, seq, event, event, event, payload, origin)]
+        if self.chance(bad * 0.2):
+            out.append(Envelope(topics.feature(name), session, seq, event, event, event, b"bytes", origin))
+        return out
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(0, 2**32),
+    st.integers(1, 400),
+    st.sampled_from([0.0, 0.02, 0.2, 1.0]),
+    st.sampled_from([("s",), ("s", "t"), ("s", "t", "u")]),
+    st.lists(st.integers(0, 400), max_size=12),
+    st.booleans(),
+)
+def test_it_equals_the_incremental_aligner(
+    seed: int, count: int, trouble: float, sessions: tuple[str, ...], cuts: list[int], alone: bool
+) -> None:
+    """At every cut both have made the same ticks, and have the same state."""
+    messages = Orders(seed, count, trouble, sessions).messages
+    one, many = aligner(), ColumnAligner(aligner())
+    engine = NoEngine()
+    begin = 0
+    for end in sorted({*cuts, len(messages)}):
+        some = messages[begin:end]
+        expected = list(predict(some, one, engine))
+        got = many.push(columns_of(some, 0.1 if alone else 0.0, seed))
+        for session in (*sessions, "nobody"):
+            assert facts_of([p for p in got if p.session == session]) == [f for f in facts(expected) if f[0] == session]
+        assert state(many.aligner) == state(one)
+        begin = max(begin, end)
