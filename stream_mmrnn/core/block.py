@@ -77,8 +77,8 @@ class Block(msgspec.Struct, frozen=True, gc=False, eq=False):
             return f"expected `present` as bool of shape {(count, width)}, got {kind} of {shape}"
         if len(self.features) != width:
             return f"expected the features of {width} modalities, got {len(self.features)}"
-        for i, (vectors, size) in enumerate(zip(self.features, sizes, strict=True)):
-            rows = np.count_nonzero(self.present[:, i])
+        counts = self.present.sum(0).tolist()
+        for i, (vectors, size, rows) in enumerate(zip(self.features, sizes, counts, strict=True)):
             if vectors.shape != (rows, size) or vectors.dtype not in _FLOATS:
                 return (
                     f"expected {rows} vectors of {size} numbers of modality {i} as float32 or float16, got "
