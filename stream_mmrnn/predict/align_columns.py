@@ -20,7 +20,7 @@ from stream_mmrnn.predict.align_run import Checked, SessionRun
 from stream_mmrnn.predict.pipeline import NoEngine, on_session_message
 from stream_mmrnn.predict.tick_columns import TickColumns
 
-_LEAST = 64
+_LEAST = 8
 """So many messages are pushed one by one before a run is tried again; twice as many after each run that was shorter."""
 
 

@@ -110,14 +110,14 @@ class ColumnReader:
         offsets, heads, fault = _records(self._data, self._ends)
         self._ends = []
         begin, good = 0, len(offsets)
-        channels: list[ChannelColumns] = []
-        single: list[tuple[int, _Channel]] = []
+        places: dict[_Channel, list[Integers]] = {}
         # a channel is defined before its messages, and may be defined anew
         for at in (*np.flatnonzero(heads["opcode"] != _MESSAGE).tolist(), good):
-            unknown = self._decode(heads, offsets, begin, min(at, good), channels, single)
+            unknown = self._assign(heads["channel"], begin, at, places)
             if unknown is not None:
                 good, fault = unknown
-            if at >= good:
+                break
+            if at == good:
                 break
             try:
                 self._define(heads["opcode"][at], offsets[at], heads["length"][at])
@@ -125,9 +125,17 @@ class ColumnReader:
                 good, fault = at, e
                 break
             begin = at + 1
+        channels: list[ChannelColumns] = []
+        single: list[tuple[int, _Channel]] = []
+        for channel, parts in places.items():
+            left = np.sort(np.concatenate(parts))
+            if channel.decode in (decode_features, decode_clock):
+                left = self._columns(channel, heads, offsets, left, channels)
+            single += [(at, channel) for at in left.tolist()]
         others: list[tuple[int, Envelope]] = []
-        single.sort(key=lambda one: one[0])
-        for place, channel in single:
+        for place, channel in sorted(single, key=lambda one: one[0]):
+            if place >= good:
+                break
             try:
                 others.append((place, self._single(channel, heads[place], int(offsets[place]))))
             except UNREADABLE as e:
@@ -149,33 +157,23 @@ class ColumnReader:
             channel = _Channel(topic, session, record.metadata.get("origin", ""), decode)
             self._channels[record.id] = channel if self._wanted is None or topic in self._wanted else None
 
-    def _decode(
-        self,
-        heads: np.ndarray[Any, Any],
-        offsets: Integers,
-        begin: int,
-        end: int,
-        channels: list[ChannelColumns],
-        single: list[tuple[int, _Channel]],
+    def _assign(
+        self, numbers: np.ndarray[Any, Any], begin: int, end: int, places: dict[_Channel, list[Integers]]
     ) -> tuple[int, Exception] | None:
-        """Decode messages `begin` to `end`: those in the usual layout into `channels`, the places of others into
-        `single`. Returns place and fault of the first one whose channel is not known.
+        """Add the places `begin` to `end` of messages to those of their channels, if these are wanted; `numbers`: of
+        the channels. Returns place and fault of the first one whose channel is not known.
         """
-        numbers = heads["channel"][begin:end]
+        numbers = numbers[begin:end]
         fault: tuple[int, Exception] | None = None
         for number in np.unique(numbers).tolist() if begin < end else ():
-            place = begin + np.flatnonzero(numbers == number)
+            mine = begin + np.flatnonzero(numbers == number)
             if number not in self._channels:
-                if fault is None or place[0] < fault[0]:
-                    fault = int(place[0]), KeyError(number)
+                if fault is None or mine[0] < fault[0]:
+                    fault = int(mine[0]), KeyError(number)
                 continue
             channel = self._channels[number]
-            if channel is None:
-                continue
-            left = place
-            if channel.decode in (decode_features, decode_clock):
-                left = self._columns(channel, heads, offsets, place, channels)
-            single += [(at, channel) for at in left.tolist()]
+            if channel is not None:
+                places.setdefault(channel, []).append(mine)
         return fault
 
     def _columns(
