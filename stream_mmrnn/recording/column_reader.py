@@ -37,6 +37,8 @@ _HEAD = np.dtype(
 )
 """Head of a message record; of other records the first two fields are valid."""
 _MESSAGE, _SCHEMA, _CHANNEL = int(Opcode.MESSAGE), int(Opcode.SCHEMA), int(Opcode.CHANNEL)
+_CALLS = 16
+"""Steps of the walk between two looks at whether it has ended."""
 _BEYOND = 2**62
 """Times and lengths from here on are handled as Python's integers: sums of them would not fit into 64 bits."""
 
@@ -78,8 +80,31 @@ def decoder_of(topic: str, schema: Schema, offset_ns: int) -> Decode:
     return decode
 
 
+class Records:
+    """The records of some chunks, one after another."""
+
+    def __init__(self) -> None:
+        self.data: Bytes = np.zeros(BLOCK_BYTES, np.uint8)
+        self.ends: list[int] = []
+        """The end of each chunk's records in `data`."""
+
+    @property
+    def full(self) -> bool:
+        """Whether enough was added to be decoded."""
+        return bool(self.ends) and self.ends[-1] >= BLOCK_BYTES
+
+    def add(self, records: bytes) -> None:
+        """Add the records of one chunk."""
+        begin = self.ends[-1] if self.ends else 0
+        end = begin + len(records)
+        if end + _HEAD.itemsize > len(self.data):  # a head is read past the end of a short record
+            self.data = np.concatenate([self.data[:begin], np.zeros(len(records) + BLOCK_BYTES // 8, np.uint8)])
+        self.data[begin:end] = np.frombuffer(records, np.uint8)
+        self.ends.append(end)
+
+
 class ColumnReader:
-    """Collects the records of chunks, and decodes those of the topics in `wanted` (None: all)."""
+    """Decodes the messages of the topics in `wanted` (None: all) of successive records."""
 
     def __init__(self, session: str, offset_ns: int, wanted: Collection[str] | None) -> None:
         """`session`: the recording's; `offset_ns`: what times in the file are ahead of the bus's."""
@@ -87,28 +112,12 @@ class ColumnReader:
         self._channels: dict[int, _Channel | None] = {}
         """None for channels that are not wanted: their messages are skipped without decoding."""
         self._schemas: dict[int, Schema] = {}
-        self._data: Bytes = np.zeros(BLOCK_BYTES, np.uint8)
-        self._ends: list[int] = []
-        """The end of each chunk's records in `_data`."""
+        self._data: Bytes = np.zeros(0, np.uint8)
 
-    @property
-    def full(self) -> bool:
-        """Whether enough was added to be decoded."""
-        return bool(self._ends) and self._ends[-1] >= BLOCK_BYTES
-
-    def add(self, records: bytes) -> None:
-        """Add the records of one chunk."""
-        begin = self._ends[-1] if self._ends else 0
-        end = begin + len(records)
-        if end + _HEAD.itemsize > len(self._data):  # a head is read past the end of a short record
-            self._data = np.concatenate([self._data[:begin], np.zeros(len(records) + BLOCK_BYTES // 8, np.uint8)])
-        self._data[begin:end] = np.frombuffer(records, np.uint8)
-        self._ends.append(end)
-
-    def pop(self) -> tuple[MessageColumns, Exception | None]:
-        """The messages of what was added, up to the first fault, and the fault."""
-        offsets, heads, fault = _records(self._data, self._ends)
-        self._ends = []
+    def decode(self, records: Records) -> tuple[MessageColumns, Exception | None]:
+        """The messages up to the first fault, and the fault. Nothing in them refers to the bytes of `records`."""
+        self._data = records.data
+        offsets, heads, fault = _walk(records)
         begin, good = 0, len(offsets)
         places: dict[_Channel, list[Integers]] = {}
         # a channel is defined before its messages, and may be defined anew
@@ -228,27 +237,27 @@ class ColumnReader:
         )
 
 
-def _records(data: Bytes, ends: list[int]) -> tuple[Integers, np.ndarray[Any, Any], Exception | None]:
-    """The offsets and heads of all records up to the first that is invalid, and its fault. `ends`: of the chunks.
+def _walk(records: Records) -> tuple[Integers, np.ndarray[Any, Any], Exception | None]:
+    """The offsets and heads of all records up to the first that is invalid, and its fault.
 
     The chunks are walked side by side: record i of all of them at once.
     """
+    data, ends = records.data, records.ends
     at = np.array([0, *ends[:-1]] if ends else [], np.int64)
-    end = last = np.array(ends, np.int64)
+    end = np.array(ends, np.int64)
     # the lower half of a length: no step is endless or goes back, and a wrong one is found below
     sizes = np.ndarray((len(data) - RECORD.size,), "<u4", data, 1, (1,))
-    found: list[Integers] = []
-    inside = at < end
-    while inside.any():
-        at, end = at[inside], end[inside]
-        found.append(at)
+    found = [at]
+    while len(found) % _CALLS or (at < end).any():
         at = at + sizes[at]
         at += RECORD.size
-        inside = at < end
-    offsets = np.sort(np.concatenate(found)) if found else np.zeros(0, np.int64)
+        np.minimum(at, end, out=at)
+        found.append(at)
+    every = np.array(found).T
+    offsets = every[every < end[:, None]]
     heads = gathered(data, offsets, _HEAD.itemsize).view(_HEAD)
     lengths = heads["length"]
-    most = (last[np.searchsorted(last, offsets, "right")] - offsets - RECORD.size).astype(np.uint64)
+    most = (end[np.searchsorted(end, offsets, "right")] - offsets - RECORD.size).astype(np.uint64)
     too_long = lengths > most
     too_short = (heads["opcode"] == _MESSAGE) & (lengths < _HEAD.itemsize - RECORD.size)
     bad = np.flatnonzero(too_long | too_short)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 from mcap.opcode import Opcode
 from mcap.records import Metadata
@@ -19,7 +21,7 @@ from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.errors import FileError, RecordingError
 from stream_mmrnn.core.message_columns import MessageColumns
 from stream_mmrnn.core.types import Envelope
-from stream_mmrnn.recording.column_reader import ColumnReader
+from stream_mmrnn.recording.column_reader import ColumnReader, Records
 from stream_mmrnn.recording.mcap_format import (
     FORMAT,
     MAGIC,
@@ -52,6 +54,32 @@ def _sound(record: Metadata) -> Metadata:
     if not is_sound(record.metadata):
         raise RecordingError("the checksum of its metadata is wrong")
     return record
+
+
+class _Filled(NamedTuple):
+    """A part of a file, up to its first damaged record."""
+
+    records: Records
+    notes: list[Metadata]
+    fault: Exception | None
+    ended: bool
+
+
+def _fill(found: Iterator[tuple[int, bytes]], records: Records) -> _Filled:
+    """Unpack records until there are enough to be decoded; what `records` held is overwritten."""
+    notes: list[Metadata] = []
+    records.ends = []
+    try:
+        for opcode, content in found:
+            if opcode == Opcode.CHUNK:
+                records.add(unpack_chunk(content))
+            else:
+                notes.append(_sound(Metadata.read(stream_of(content))))
+            if records.full:
+                return _Filled(records, notes, None, False)
+    except UNREADABLE as e:
+        return _Filled(records, notes, e, True)
+    return _Filled(records, notes, None, True)
 
 
 class Recording:
@@ -146,34 +174,30 @@ class Recording:
         return (columns.envelopes() for columns in self.columns(wanted))
 
     def columns(self, wanted: Collection[str] | None = None) -> Iterator[MessageColumns]:
-        """The same as columns: about 10 s of a session at once."""
-        reader = ColumnReader(self.session, self._offset_ns, wanted)
-        records = self._records()
+        """The same as columns: some seconds of a session at once.
+
+        The next part is read and decompressed by a thread meanwhile.
+        """
         self.wall_steps = []
-        ended = False
-        while not ended:
-            ended = True
-            fault: Exception | None = None
-            notes: list[Metadata] = []
-            for opcode, content in records:
-                try:
-                    if opcode == Opcode.CHUNK:
-                        reader.add(unpack_chunk(content))
-                    else:
-                        notes.append(_sound(Metadata.read(stream_of(content))))
-                except UNREADABLE as e:
-                    fault = e
-                    break
-                if reader.full:
-                    ended = False
-                    break
-            columns, earlier = reader.pop()
-            if earlier is None:
-                self._note(notes)
-            fault = earlier or fault
-            if fault is not None:
-                self.damage, ended = f"{self.path.name} has a damaged record ({fault})", True
-            yield columns
+        reader = ColumnReader(self.session, self._offset_ns, wanted)
+        found = self._records()
+        ended, spare = False, Records()
+        with ThreadPoolExecutor(1, "recording") as thread:
+            filling = thread.submit(_fill, found, Records())
+            while not ended:
+                records, notes, broken, ended = filling.result()
+                if not ended:
+                    filling = thread.submit(_fill, found, spare)
+                columns, fault = reader.decode(records)
+                spare = records
+                if fault is None:
+                    self._note(notes)
+                fault = fault or broken
+                if fault is not None:
+                    ended = True
+                    filling.result()  # it may note a cut further on
+                    self.damage = f"{self.path.name} has a damaged record ({fault})"
+                yield columns
 
     def _note(self, notes: Iterable[Metadata]) -> None:
         for record in notes:
