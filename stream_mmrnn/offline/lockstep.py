@@ -6,7 +6,8 @@ recording is read or aligned, and not how predictions are compared.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -60,10 +61,17 @@ class _Track:
         return head
 
 
-def lockstep(tracks: dict[str, Iterable[TickColumns]], engine: Engine) -> Iterator[tuple[list[str], BlockPredictions]]:
-    """Step the ticks of all tracks together, by name; each becomes a session of that name while it lasts.
+class Step(NamedTuple):
+    """One block, and what came of it."""
 
-    Yields for each step the names of its sessions, in the order of the block, and the block's predictions.
+    names: list[str]
+    """Of its sessions, in the order of the block."""
+    block: Block
+    predictions: BlockPredictions
+
+
+def lockstep(tracks: Mapping[str, Iterable[TickColumns]], engine: Engine) -> Iterator[Step]:
+    """Step the ticks of all tracks together, by name; each becomes a session of that name while it lasts.
 
     Raises:
         Busy: the engine has fewer free slots than there are tracks.
@@ -79,7 +87,7 @@ def lockstep(tracks: dict[str, Iterable[TickColumns]], engine: Engine) -> Iterat
         names = [track.name for track in running]
         handles = np.array([engine.handle(name) for name in names], np.int64)
         for block in interleaved([track.pop(count) for track in running], handles):
-            yield names, engine.step_block(block)
+            yield Step(names, block, engine.step_block(block))
 
 
 def interleaved(parts: Sequence[TickColumns], handles: npt.NDArray[np.int64]) -> Iterator[Block]:
