@@ -18,7 +18,7 @@ from stream_mmrnn.predict.align import Aligner
 from stream_mmrnn.predict.align_columns import ColumnAligner
 from stream_mmrnn.predict.align_stream import MAX_PENDING
 from stream_mmrnn.predict.pipeline import NoEngine, predict
-from stream_mmrnn.predict.tick_columns import TickColumns
+from stream_mmrnn.predict.tick_columns import TickColumns, joined
 
 MS = 1_000_000
 T = 40 * MS
@@ -125,7 +125,10 @@ class Orders:
         name = str(rng.choice(list(SIZES)))
         key = (session, name)
         seq = self.seq.get(key, 0)
-        event = max(self.event.get(key, self.now - 30 * MS) + int(rng.integers(1, 25 * MS)), self.now - 60 * MS)
+        event = max(
+            self.event.get(key, self.now - 30 * MS) + int(rng.integers(1, 25 * MS)),
+            self.now - (150 if self.chance(0.1) else 60) * MS,
+        )
         self.seq[key], self.event[key] = seq + 1, event
         size, origin = SIZES[name], "mel@1"
         bad = self.trouble * 0.3
@@ -184,3 +187,102 @@ def test_it_equals_the_incremental_aligner(
             assert facts_of([p for p in got if p.session == session]) == [f for f in facts(expected) if f[0] == session]
         assert state(many.aligner) == state(one)
         begin = max(begin, end)
+
+
+def steady(count: int, sessions: Sequence[str] = ("s",)) -> list[Envelope]:
+    """Messages without trouble: all that may happen to a session on a good day, late ones too."""
+    return Orders(3, count, 0.0, sessions).messages
+
+
+def test_messages_without_trouble_are_not_pushed_one_by_one() -> None:
+    messages = steady(3000, ("s", "t"))
+    many = ColumnAligner(aligner())
+    ticks = sum(map(len, many.push(columns_of(messages))))
+    assert ticks > 100
+    assert many.pushed < 50  # until the sessions, which have just opened, have settled
+    late = [c.late + c.late_joined for c in many.aligner.counts.values()]
+    assert sum(late) > 100
+
+
+@pytest.mark.parametrize(
+    ("changed", "counted"),
+    [
+        ({"seq": 10**6}, None),
+        ({"seq": 0}, None),  # the publisher restarted
+        ({"event_ns": 0}, "quarantined"),
+        ({"event_ns": 2**62}, "quarantined"),
+        ({"payload": np.array([np.nan, 1], np.float32)}, "quarantined"),
+        ({"payload": np.array([1e13, 1], np.float32)}, "quarantined"),
+        ({"payload": b"bytes"}, "quarantined"),
+    ],
+)
+def test_only_messages_near_trouble_are_pushed_one_by_one(changed: dict[str, object], counted: str | None) -> None:
+    messages = steady(6000)
+    at = next(i for i, e in enumerate(messages) if i > 3000 and e.topic == "feature/vision")
+    messages[at] = msgspec.structs.replace(messages[at], **changed)
+    one, many = aligner(), ColumnAligner(aligner())
+    expected = list(predict(messages, one, NoEngine()))
+    assert facts_of(many.push(columns_of(messages))) == facts(expected)
+    assert state(many.aligner) == state(one)
+    assert counted is None or getattr(one.counts["vision"], counted) == 1
+    assert 0 < many.pushed < 1500
+
+
+def test_a_stream_of_another_encoder_or_size_costs_the_others_nothing() -> None:
+    messages = [
+        msgspec.structs.replace(e, origin="mel@2")
+        if e.topic == "feature/audio"
+        else msgspec.structs.replace(e, payload=np.zeros(7, np.float32))
+        if e.topic == "feature/pulse"
+        else e
+        for e in steady(3000)
+    ]
+    one, many = aligner(), ColumnAligner(aligner())
+    assert facts_of(many.push(columns_of(messages))) == facts(list(predict(messages, one, NoEngine())))
+    assert state(many.aligner) == state(one)
+    assert many.aligner.misfits.keys() == {"audio", "pulse"}
+    assert "mel@2" in many.aligner.misfits["audio"]
+    assert many.pushed < 50
+
+
+def test_two_producers_of_one_stream_are_pushed_one_by_one() -> None:
+    """By columns alone it could not be told which of their numbers follow each other."""
+    messages = [
+        msgspec.structs.replace(e, origin=f"net@{i % 2}") if e.topic == "feature/vision" else e
+        for i, e in enumerate(steady(800))
+    ]
+    one, many = aligner(), ColumnAligner(aligner())
+    assert facts_of(many.push(columns_of(messages))) == facts(list(predict(messages, one, NoEngine())))
+    assert state(many.aligner) == state(one)
+    assert many.pushed > 700
+
+
+def test_too_many_samples_of_a_tick_are_refused_as_by_the_incremental_aligner() -> None:
+    opened = wire.pack(wire.SessionMessage("open", T, ("vision",)))
+    messages = [Envelope(topics.SESSION, "s", 0, T, T, T, opened), Envelope(topics.CLOCK, "", 0, T, T, T, b"")]
+    for name, step in (("pulse", 5000), ("text", 1)):
+        for i in range(5000):
+            at = T + 1 + i * step
+            messages.append(Envelope(topics.feature(name), "s", i, at, at, at, np.ones(1, np.float32)))
+    messages += [Envelope(topics.CLOCK, "", 0, T + at, T, T, b"") for at in (T, 3 * T, 6 * T)]
+    one, many = aligner(), ColumnAligner(aligner())
+    assert facts_of(many.push(columns_of(messages))) == facts(list(predict(messages, one, NoEngine())))
+    assert state(many.aligner) == state(one)
+    assert one.counts["pulse"].quarantined == one.counts["text"].quarantined == 5000 - 4096
+
+
+def test_a_session_that_is_opened_again_has_fresh_ticks() -> None:
+    messages = steady(400) + Orders(4, 400, 0.0, ("s",)).messages
+    parts = ColumnAligner(aligner()).push(columns_of(messages))
+    assert [part.fresh for part in parts].count(True) == 2
+    assert parts[0].fresh
+
+
+def test_ticks_are_split_and_joined() -> None:
+    parts = ColumnAligner(aligner()).push(columns_of(steady(1500)))
+    whole = joined(parts)
+    assert facts_of([whole]) == facts_of(parts)
+    for count in (0, 1, len(whole) // 2, len(whole)):
+        head, rest = whole.split(count)
+        assert (len(head), len(rest), head.fresh, rest.fresh) == (count, len(whole) - count, True, False)
+        assert facts_of([head, rest]) == facts_of([whole])
