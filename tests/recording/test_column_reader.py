@@ -96,7 +96,7 @@ def check(columns: MessageColumns, expected: list[Envelope]) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.lists(contents(), max_size=8), max_size=6), st.booleans())
 def test_columns_are_what_decoding_one_by_one_gives(chunks: list[list[tuple[int, bytes]]], unknown: bool) -> None:
     if unknown and chunks:
