@@ -47,9 +47,7 @@ def replay(
 
     if len(paths) > 1:
         if speed is not None or page or source is not From.features:
-            raise typer.BadParameter(
-                "--speed, --page and --from raw take one recording; give one, or leave them out"
-            )
+            raise typer.BadParameter("--speed, --page and --from raw take one recording; give one, or leave them out")
         _many(paths, model, provider, verify, as_json)
         return
     path = paths[0]

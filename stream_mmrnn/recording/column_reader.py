@@ -194,13 +194,13 @@ class ColumnReader:
         channels: list[ChannelColumns],
     ) -> Integers:
         """Add the messages at `place` to `channels`; returns the places of those in an unusual layout."""
-        left = []
         lengths = heads["length"][place]
-        publish_ns = heads["publish"][place]
+        beyond = heads["publish"][place] >= _BEYOND
+        left = [place[beyond]]
         for length in np.unique(lengths).tolist():
-            same = (lengths == length) & (publish_ns < _BEYOND)
-            here, at = place[same], offsets[place[same]] + _HEAD.itemsize
-            published = publish_ns[same].astype(np.int64) - self._offset_ns
+            here = place[(lengths == length) & ~beyond]
+            at = offsets[here] + _HEAD.itemsize
+            published = heads["publish"][here].astype(np.int64) - self._offset_ns
             size = length - (_HEAD.itemsize - RECORD.size)
             if channel.decode is decode_clock:
                 usual, event_ns = clock_columns(self._data, at, size)
@@ -209,9 +209,11 @@ class ColumnReader:
                 usual, event_ns, captured, device_ns, values = feature_columns(self._data, at, size)
             seq = heads["seq"][here].astype(np.int64)
             found = ChannelColumns(*channel[:3], here, seq, event_ns, captured, published, device_ns, values)
-            channels.append(found if usual.all() else found.take(np.flatnonzero(usual)))
-            left.append(here[~usual])
-            left.append(place[(lengths == length) & ~same])
+            if usual.all():
+                channels.append(found)
+            else:
+                channels.append(found.take(np.flatnonzero(usual)))
+                left.append(here[~usual])
         return np.concatenate(left)
 
     def _single(self, channel: _Channel, head: np.void, at: int) -> Envelope:

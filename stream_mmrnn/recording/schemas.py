@@ -104,10 +104,15 @@ def gathered(data: Bytes, at: Integers, size: int) -> np.ndarray[Any, Any]:
     return np.ndarray((max(len(data) - size + 1, 0),), f"V{size}", data, 0, (1,))[at]
 
 
+@cache
+def _stamps_dtype(count: int, after: int) -> np.dtype[Any]:
+    fields: list[Any] = [field for i in range(count) for field in ((f"tag_{i}", "u1"), (f"ns_{i}", "<i8"))]
+    return np.dtype([*fields, ("after", "u1", (after,))])
+
+
 def _stamps_in(data: Bytes, at: Integers, tags: tuple[int, ...], after: bytes) -> tuple[npt.NDArray[np.bool_], Any]:
     """Whether the messages begin with fixed-width fields of these tags and then `after`, and those fields."""
-    fields: list[Any] = [field for i in range(len(tags)) for field in ((f"tag_{i}", "u1"), (f"ns_{i}", "<i8"))]
-    dtype = np.dtype([*fields, ("after", "u1", (len(after),))])
+    dtype = _stamps_dtype(len(tags), len(after))
     heads = gathered(data, at, dtype.itemsize).view(dtype)
     usual = (heads["after"] == np.frombuffer(after, np.uint8)).all(axis=1)
     for i, tag in enumerate(tags):

@@ -284,3 +284,26 @@ def test_ticks_are_split_and_joined() -> None:
         head, rest = whole.split(count)
         assert (len(head), len(rest), head.fresh, rest.fresh) == (count, len(whole) - count, True, False)
         assert facts_of([head, rest]) == facts_of([whole])
+
+
+def test_stamps_that_go_back_within_a_tick_are_put_in_order() -> None:
+    """The numbers follow each other, so they go together with the others; the newest stamp is the last sample."""
+    messages = steady(200)
+    now, seqs = max(e.event_ns for e in messages), {}
+    for e in messages:
+        seqs[e.topic] = max(seqs.get(e.topic, -1), e.seq)
+    begin = -(-now // T) * T
+    clock = Envelope(topics.CLOCK, topics.EVERYONE, 0, begin, begin, begin, b"")
+    messages.append(clock)
+    for name in SIZES:
+        for i, step in enumerate((10, 30, 20, 30)):
+            at, seq = begin + step * MS, seqs[topics.feature(name)] + 1 + i
+            payload = np.full(SIZES[name], 1 + i / 3, np.float32)
+            messages.append(Envelope(topics.feature(name), "s", seq, at, at, at, payload, "mel@1"))
+    messages += [msgspec.structs.replace(clock, event_ns=begin + ms * MS) for ms in (50, 100, 150, 200)]
+    one, many = aligner(), ColumnAligner(aligner())
+    expected = facts(list(predict(messages, one, NoEngine())))
+    assert facts_of(many.push(columns_of(messages))) == expected
+    assert state(many.aligner) == state(one)
+    assert all(counts.non_monotonic == 2 for counts in one.counts.values())
+    assert many.pushed < 50
