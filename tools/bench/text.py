@@ -50,6 +50,9 @@ MEANING = {
     r"sessions_per_core_(\w+)": "sessions a core at 25 Hz with p99 below the tick, {0}, 2 layers of 256",
     r"sessions_of_the_graph_alone_(\w+)": "sessions a core if nothing but the graph took time, in its largest"
     " batch, {0}",
+    r"sessions_block_(\w+)": "the same with columns in and out (`step_block`) in place of an object for each tick, {0}",
+    r"step_over_step_block": "one call of the engine for 256 sessions with Tick objects over one with a block",
+    r"step_block_us": "one block of 256 sessions, us",
     r"loop_over_batched": "256 single runs of the bound graph over one call of the engine for 256 sessions",
     r"triton_p50_over_ours_(\d+)": "Triton's Python backend over the engine in the caller's process, {0} sessions",
     r"triton_p50_over_ours_bus_(\d+)": "Triton's Python backend over ours across processes, {0} sessions",
