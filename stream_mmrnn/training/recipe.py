@@ -6,6 +6,7 @@ Typed and strict like the configuration, by the same code. Does not import torch
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -301,6 +302,25 @@ def quick(recipe: Recipe) -> Recipe:
 def with_seed(recipe: Recipe, seed: int) -> Recipe:
     """The same recipe with another seed."""
     return msgspec.structs.replace(recipe, train=msgspec.structs.replace(recipe.train, seed=seed))
+
+
+def with_data_options(recipe: Recipe, given: Sequence[str]) -> Recipe:
+    """The same recipe with options of its data as in `silences=clear`: KEY=VALUE, the value as in TOML or a bare word.
+
+    Raises:
+        ConfigError: no `=`; an unknown key is found by the task.
+
+    """
+    options = dict(recipe.data.options)
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not (key and equals):
+            raise ConfigError(f"the option {text!r} of the data is not KEY=VALUE; give one such as silences=clear")
+        try:
+            options[key] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            options[key] = value
+    return msgspec.structs.replace(recipe, data=msgspec.structs.replace(recipe.data, options=options))
 
 
 def save(recipe: Recipe, path: Path) -> None:
