@@ -197,6 +197,9 @@ class StepEngine:
             return predictions_of(ticks, self._run(self._columns.block(ticks, slots)))
         out: dict[int, Prediction] = {}
         for places in rounds(slots, self.batch):
+            if len(places) == 1:
+                out[places[0]] = self._run_one(ticks[places[0]], slots[places[0]])
+                continue
             some = [ticks[i] for i in places]
             done = self._run(self._columns.block(some, [slots[i] for i in places]))
             out |= zip(places, predictions_of(some, done), strict=True)
