@@ -404,7 +404,9 @@ Measured on one NVIDIA H100 on 2026-11-26: `docs/gpu.md` has the tables. All twe
 CPU computes (2e-7 in outputs, 8e-7 in states, over 1,000 steps), with CUDA graphs and without; making the graphs moves
 no state (onnxruntime issue 32243: they are captured on unused rows); host buffers are page-locked; a step by another
 thread than the engine's is refused (it went wrong before it was). By rows the GPU holds 131,072 sessions at 25 Hz
-(2 layers of 256); `StepEngine.step`, with Python objects for each tick, holds 14,336.
+(2 layers of 256); `StepEngine.step`, with Python objects for each tick, holds 14,336. `StepEngine.step_block`
+writes its columns into the page-locked inputs, which cross in one copy, as the heads do back; it, a live session and a
+server on the GPU are in the tool since 2026-11-29, when no GPU was there: **not run**.
 
 It does **not** beat a hand-written implementation for a GPU: torch's CUDA graph of the same step, with its fused GRU
 cell, takes 0.71 to 0.86 times ours from 1 to 1,024 rows of 256, and 0.63 at 16,384. The rest is the graph: it is made
