@@ -38,6 +38,7 @@ from stream_mmrnn.recording.mcap_format import (
     unpack_chunk,
 )
 
+_BATCH = 256
 _OURS = (Opcode.CHUNK, Opcode.METADATA)
 
 
@@ -171,7 +172,10 @@ class Recording:
 
     def batches(self, wanted: Collection[str] | None = None) -> Iterator[list[Envelope]]:
         """The same in batches, which is faster than one generator step per message."""
-        return (columns.envelopes() for columns in self.columns(wanted))
+        for columns in self.columns(wanted):
+            batch = columns.envelopes()
+            # small ones: a caller may be asked to stop between two
+            yield from (batch[at : at + _BATCH] for at in range(0, len(batch), _BATCH))
 
     def columns(self, wanted: Collection[str] | None = None) -> Iterator[MessageColumns]:
         """The same as columns: some seconds of a session at once.
