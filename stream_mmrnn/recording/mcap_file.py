@@ -38,7 +38,7 @@ from stream_mmrnn.recording.mcap_format import (
     unpack_chunk,
 )
 
-_BATCH = 256
+_BATCH = 64
 _OURS = (Opcode.CHUNK, Opcode.METADATA)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -172,3 +175,26 @@ def test_blocks_hold_the_kth_ticks_of_all() -> None:
         assert block.event_ns.tolist() == [40 * k, 40 * k + 40, 40 * k + 80]
         assert block.age_ns.tolist() == [[k + s, k + s + 1] for s in range(3)]
         assert [v.tolist() for v in block.features] == [list(expected(k, m)) for m in range(2)]
+
+
+@pytest.mark.process
+def test_the_verb_says_how_each_went(toy: Path, tmp_path: Path) -> None:
+    def run(*args: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "stream_mmrnn", "replay", *map(str, args)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+    paths = [tmp_path / "a.mcap", tmp_path / "b.mcap"]
+    for path in paths:
+        write(path, toy, 1.0)
+    done = run(*paths, "--verify", "--json")
+    assert done.returncode == 0, done.stderr
+    assert [row["identical"] for row in json.loads(done.stdout)["recordings"]] == [True, True]
+    write(tmp_path / "other.mcap", toy, 1.0, head="other")
+    done = run(*paths, tmp_path / "other.mcap", "--verify")
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.count("identical, bit for bit") == 2
+    assert "3 recordings: 75 predictions of 3.0 s" in done.stdout
+    paths[1].write_bytes(paths[1].read_bytes()[:-2000])
+    done = run(*paths)
+    assert done.returncode == 3
+    assert "b.mcap was cut off or damaged" in done.stderr

@@ -138,6 +138,17 @@ def test_what_comes_before_an_invalid_record_is_read(record: bytes, says: str) -
     assert says in str(fault)
 
 
+def test_the_first_of_several_faults_counts() -> None:
+    good = message(3, 0, OFFSET, encode_clock(Envelope("clock", "", 0, 0, 0, 0, b"")))
+    unknown, invalid = message(99, 1, OFFSET, b""), message(1, 2, OFFSET, b"\xff\xff")
+    for record, following, says in ((unknown, invalid, "99"), (invalid, unknown, "is no Features")):
+        records = Records()
+        records.add(DEFINITIONS + good + record + good + following + b"\x05")
+        columns, fault = ColumnReader("s", OFFSET, None).decode(records)
+        assert len(columns.envelopes()) == 1
+        assert says in str(fault)
+
+
 def test_an_unknown_record_is_skipped() -> None:
     records = Records()
     for i in range(2):
