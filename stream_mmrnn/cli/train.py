@@ -215,7 +215,7 @@ def _evaluate_utterances(model: Path, media: list[Path], words: bool, as_json: b
             for when, scores in figures[key].items():
                 numbers = _number(scores["auc"]), _number(scores["best_balanced_accuracy"])
                 read = when.replace("_", " ")
-                table.add_row(f"{shown(place, 32)}: {label}", read, str(figures["utterances"]), *numbers)
+                table.add_row(f"{shown(Path(place).name, 32)}: {label}", read, str(figures["utterances"]), *numbers)
     console.print(table)
 
 

@@ -12,6 +12,7 @@ from recogniser import needs_recogniser
 from stream_mmrnn.core.config import find_model
 from stream_mmrnn.core.errors import FileError, UsageError
 from stream_mmrnn.offline.media import sound, utterances
+from stream_mmrnn.offline.media.served import Served
 from stream_mmrnn.offline.media.utterances import Utterance
 
 NOBODY = np.zeros((0, 2))
@@ -118,18 +119,30 @@ def test_one_channel_and_clips_are_read(clips: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.shared_data
-@pytest.mark.parametrize("words", [False, pytest.param(True, marks=needs_recogniser)])
-def test_from_files_to_figures(clips: Path, words: bool) -> None:
+def test_from_files_to_figures(clips: Path) -> None:
     media = [clips / "dialogue.wav", clips / "sbwe5n.mpg"]
-    found = utterances.evaluate(find_model("turn_taking"), media, words=words, most=2)
+    found = utterances.evaluate(find_model("turn_taking"), media, words=False, most=2)
     assert found["files"] == ["dialogue.wav", "sbwe5n.mpg"]
-    assert {name: place["utterances"] for name, place in found["places"].items()} == {
-        "dialogue.wav": 2,
-        "sbwe5n.mpg": 1,
-    }
-    assert (found["utterances"], found["microphones"], found["words"]) == (3, 1, words)
+    assert [place["utterances"] for place in found["places"].values()] == [2, 1]
+    assert (found["utterances"], found["microphones"], found["words"]) == (3, 1, False)
     for name in ("turn_over", "turn_end"):
         for scores in found[name].values():
             assert 0 <= scores["auc"] <= 1
         assert found[name]["after_500_ms"]["known"] == 6
-    assert found == utterances.evaluate(find_model("turn_taking"), media, words=words, most=2)
+    assert (
+        found["places"]["sbwe5n.mpg"]
+        == utterances.evaluate(find_model("turn_taking"), media[1:], words=False, most=2)["places"]["sbwe5n.mpg"]
+    )  # a session leaves nothing to the next one
+
+
+@pytest.mark.slow
+@pytest.mark.shared_data
+@needs_recogniser
+def test_words_are_recognised_and_change_the_figures(clips: Path) -> None:
+    media, model = [clips / "sbwe5n.mpg"], find_model("turn_taking")
+    served = [Served(model, microphones=1, words=words) for words in (True, False)]
+    heard = sound.channels(media[0])[0]
+    with_words, without = (each.trace(heard) for each in served)
+    assert with_words.at_s.tolist() == without.at_s.tolist()
+    assert not np.array_equal(with_words.turn_over, without.turn_over)
+    assert utterances.evaluate(model, media, words=True)["words"]
