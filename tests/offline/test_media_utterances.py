@@ -115,6 +115,8 @@ def test_one_channel_and_clips_are_read(clips: Path) -> None:
     assert len(heard) == pytest.approx(30 * 16_000, abs=3200)
     assert [(round(u.begin_s, 2), round(u.end_s, 2)) for u in said] == [(8.32, 14.49), (14.49, 17.92), (18.05, 21.49)]
     assert len(sound.channels(clips / "sbwe5n.mpg")) == 1
+    assert heard.std() > 300
+    assert utterances.quiet(heard, 8000).std() < 30  # where nobody speaks
 
 
 @pytest.mark.slow
