@@ -276,7 +276,9 @@ def test_a_wrong_option_of_the_data_is_a_sentence(corpus: Path, option: str, say
     ],
 )
 def test_recipes_that_do_not_fit_are_refused(corpus: Path, change: dict[str, Any], says: str) -> None:
-    table = tomllib.loads(RECIPE.read_text(encoding="utf-8")) | {"events": {}, "evidence": {}} | change
+    table = (
+        tomllib.loads(RECIPE.read_text(encoding="utf-8")) | {"events": {}, "evidence": {}, "late_fusion": {}} | change
+    )
     with pytest.raises(ConfigError, match=says):
         tasks.create(recipes.parse(table), [corpus])
 
