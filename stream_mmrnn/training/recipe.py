@@ -54,7 +54,7 @@ class FusionRecipe(_Section, frozen=True):
 
 class EventsRecipe(_Section, frozen=True):
     """A separate GRU for sparse modalities (words): it steps only in ticks where one of them is present. The fusion
-    does not see these modalities.
+    does not see these modalities; if they are all there are, nothing is fused.
     """
 
     modalities: tuple[str, ...] = ()
@@ -210,10 +210,8 @@ def _check_apart(recipe: Recipe) -> None:
     if len(set(apart)) < len(apart):
         twice = next(name for name in apart if apart.count(name) > 1)
         raise ConfigError(f"{twice!r} is named twice in events and evidence; name it once")
-    if len(apart) == len(recipe.modalities):
-        raise ConfigError(
-            "events and evidence name every modality of the recipe; leave out one that is present in every tick"
-        )
+    if len(apart) == len(recipe.modalities) and not events.modalities:
+        raise ConfigError("evidence names every modality of the recipe; leave out one for the cell to read")
     if events.tokens and not events.modalities:
         raise ConfigError("events.tokens needs events.modalities, the words that the tokens are of; name them")
     for name in evidence.modalities:
