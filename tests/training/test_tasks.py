@@ -15,6 +15,7 @@ from dataset_files import idx, riff, tar, write, zipped
 from places import ROOT, SHARED
 
 from stream_mmrnn.capture.encoders.text import TextEncoder
+from stream_mmrnn.capture.encoders.tokens import TokenEncoder
 from stream_mmrnn.core.config import models_folder
 from stream_mmrnn.core.errors import ConfigError, FileError, UsageError
 from stream_mmrnn.graph.runtime import Graph
@@ -554,7 +555,7 @@ def test_polarity_has_one_word_per_tick(polarity_zip: Path) -> None:
     task = tasks.create(of, [polarity_zip.parent])
     fits(task, of)
     assert [len(epoch(task)), len(task.validation), len(task.test)] == [160, 20, 20]
-    words = polarity.Words()
+    words, tokens = polarity.Words(), polarity.Words(TokenEncoder())
     texts = {np.stack([words[w] for w in line.split()]).tobytes(): i for i, line in enumerate(LINES)}
     parts = [[texts[t.features["text"].tobytes()] for t in part] for part in (epoch(task), task.validation, task.test)]
     assert sorted(i for part in parts for i in part) == list(range(200))  # every sentence exactly once, in one part
@@ -567,7 +568,15 @@ def test_polarity_has_one_word_per_tick(polarity_zip: Path) -> None:
         assert weight[-1] == 1
         assert (np.diff(weight) > 0).all()
         assert weight[-2] < 0.2
-    assert task.origins == {"text": TextEncoder().origin}
+    for ticks in task.test:
+        said = LINES[texts[ticks.features["text"].tobytes()]].split()
+        assert np.array_equal(ticks.features["text.tokens"], np.stack([tokens[w] for w in said]))
+    assert task.origins == {"text": TextEncoder().origin, "text.tokens": TokenEncoder().origin}
+    learnt = {t for s in epoch(task) for t in s.features["text.tokens"].ravel().astype(int).tolist()}
+    assert set(task.common_tokens) == learnt - {0}
+
+    alone = recipe("polarity", modalities={"text": {"size": TextEncoder.size}}, events={})
+    fits(tasks.create(alone, [polarity_zip]), alone)
 
 
 @pytest.mark.slow
