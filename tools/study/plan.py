@@ -157,6 +157,7 @@ SIZES: dict[str, Table] = {
         "cell.hidden": 96,
         "train.epochs": 5,
         "train.batch": 32,
+        "train.length": 64,
         "train.learning_rate": 1e-3,
         "train.weight_decay": 0.05,
         "train.patience": 0,
