@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from recogniser import needs_recogniser
+from typer.testing import CliRunner
 
+from stream_mmrnn.cli.app import app
 from stream_mmrnn.core.config import find_model
 from stream_mmrnn.core.errors import FileError, UsageError
 from stream_mmrnn.offline.media import sound, utterances
@@ -131,10 +133,26 @@ def test_from_files_to_figures(clips: Path) -> None:
         for scores in found[name].values():
             assert 0 <= scores["auc"] <= 1
         assert found[name]["after_500_ms"]["known"] == 6
-    assert (
-        found["places"]["sbwe5n.mpg"]
-        == utterances.evaluate(find_model("turn_taking"), media[1:], words=False, most=2)["places"]["sbwe5n.mpg"]
-    )  # a session leaves nothing to the next one
+    alone = utterances.evaluate(find_model("turn_taking"), media[1:], words=False, most=2)
+    assert alone["places"][str(media[1])] == found["places"][str(media[1])]  # a session leaves nothing to the next one
+
+
+def test_it_is_asked_for_with_media_and_without_a_plot(tmp_path: Path) -> None:
+    for more in ([], ["--media", str(tmp_path), "--plot", "x.png"]):
+        done = CliRunner().invoke(app, ["evaluate", "models/turn_taking", "--measure", "utterances", *more])
+        assert isinstance(done.exception, UsageError)
+        assert "--measure utterances is for --media FILES, and draws no --plot" in str(done.exception)
+
+
+@pytest.mark.slow
+@pytest.mark.shared_data
+def test_the_command_prints_a_table(clips: Path) -> None:
+    folder = find_model("turn_taking").parent
+    args = ["--media", str(clips / "sbwe5n.mpg"), "--measure", "utterances", "--no-words"]
+    done = CliRunner().invoke(app, ["evaluate", str(folder), *args])
+    assert done.exit_code == 0, done.output
+    assert "1 ends of utterances and as many cuts inside them" in " ".join(done.output.split())
+    assert "sbwe5n.mpg" in done.output
 
 
 @pytest.mark.slow
