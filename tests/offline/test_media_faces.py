@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import toy_model
+from places import ROOT, SHARED
 from typer.testing import CliRunner
 
 from stream_mmrnn.cli.app import app
 from stream_mmrnn.core.errors import UsageError
 from stream_mmrnn.offline.media import faces
-import toy_model
-from places import ROOT, SHARED
 
 MODEL = ROOT / "models" / "turn_taking"
 CLIPS = SHARED / "data" / "clips"
