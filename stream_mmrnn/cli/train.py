@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,12 @@ from stream_mmrnn.core.printable import shown
 from stream_mmrnn.core.signals import StopFlag
 
 _EXTRA = ("torch", "onnx", "onnxscript", "matplotlib", "tomli_w")
+
+
+class Measure(StrEnum):
+    """What `evaluate --media` measures."""
+
+    silences, utterances = "silences", "utterances"
 
 
 def _training(needs: tuple[str, ...]) -> Any:
@@ -156,18 +163,17 @@ def evaluate(
     microphones: Annotated[
         int, typer.Option(min=1, max=2, help="With --media: 1 if each session hears its own person only.")
     ] = 2,
-    utterances: Annotated[
-        bool,
-        typer.Option("--utterances", help="With --media: ends of utterances against cuts inside them, one microphone."),
-    ] = False,
+    measure: Annotated[
+        Measure, typer.Option(help="With --media: silences of conversations, or ends of utterances against cuts.")
+    ] = Measure.silences,
     words: Annotated[bool, typer.Option(help="With --media: recognise words (extra `speech`).")] = True,
     plot: Annotated[Path | None, typer.Option(help="With --media: draw cut-ins against delay into this file.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure a model file on its test data, or on conversations as served, with the engine that serves it."""
-    if utterances and (plot is not None or not media):
-        raise UsageError("--utterances is for --media FILES, and draws no --plot")
-    if utterances and media:
+    if measure is not Measure.silences and (plot is not None or not media):
+        raise UsageError(f"--measure {measure.value} is for --media FILES, and draws no --plot")
+    if media and measure is Measure.utterances:
         _evaluate_utterances(model, media, words, as_json)
         return
     if media:
@@ -215,7 +221,7 @@ def _evaluate_utterances(model: Path, media: list[Path], words: bool, as_json: b
             for when, scores in figures[key].items():
                 numbers = _number(scores["auc"]), _number(scores["best_balanced_accuracy"])
                 read = when.replace("_", " ")
-                table.add_row(f"{shown(place, 32)}: {label}", read, str(figures["utterances"]), *numbers)
+                table.add_row(f"{shown(Path(place).name, 32)}: {label}", read, str(figures["utterances"]), *numbers)
     console.print(table)
 
 
