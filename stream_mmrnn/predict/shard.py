@@ -69,6 +69,8 @@ class SharedColumns:
         self.heads = {h.name: self.columns[f"head {i}"] for i, h in enumerate(contract.spec.heads)}
         self._features = [self.columns[f"features {i}"] for i in range(len(contract.spec.modalities))]
         self._columns = Columns(contract.spec.modalities, 0, self._features)
+        self._one = (1).to_bytes(4, "little") + bytes(v.dtype.itemsize for v in self._features)
+        """What `get` needs to know of one tick with vectors of float32."""
 
     def put(self, block: Block, fresh: Flags) -> bytes:
         """Write a block whose handles are slots; returns what `get` needs to know."""
@@ -78,7 +80,17 @@ class SharedColumns:
 
     def put_ticks(self, ticks: Sequence[Tick], slots: Sequence[int], fresh: Flags) -> bytes:
         """The same for a tick of each of `slots`: their vectors are copied once."""
-        return self._put_table(self._columns.block(ticks, slots), fresh)
+        if len(ticks) > 1:
+            return self._put_table(self._columns.block(ticks, slots), fresh)
+        tick, columns = ticks[0], self.columns
+        columns["slots"][0], columns["fresh"][0] = slots[0], fresh[0]
+        present, age_ns = columns["present"][0], columns["age_ns"][0]
+        for i, (name, place) in enumerate(zip(self._columns.names, self._features, strict=True)):
+            age_ns[i] = tick.age_ns[name]
+            here = present[i] = tick.present[name]
+            if here:
+                place[0] = tick.features[name]
+        return self._one
 
     def _put_table(self, block: Block, fresh: Flags) -> bytes:
         columns, count = self.columns, len(block)

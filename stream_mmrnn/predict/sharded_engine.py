@@ -28,7 +28,7 @@ from stream_mmrnn.predict.contract import contract_of
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.predict.shard import Shard
 
-_Rows: TypeAlias = Flags | list[int] | slice
+_Rows: TypeAlias = Flags | Integers | slice
 _Part: TypeAlias = tuple[Shard, _Rows, Callable[[], None]]
 """A process, its rows of a step, and what begins its part of the step."""
 
@@ -216,7 +216,7 @@ class ShardedEngine:
             for shard, rows in rows_of.items():
                 mine, theirs = [some[row] for row in rows], [slots[row] for row in rows]
                 begin = partial(self._shards[shard].begin_ticks, mine, theirs)
-                parts.append((self._shards[shard], rows if len(rows_of) > 1 else slice(None), begin))
+                parts.append((self._shards[shard], np.array(rows) if len(rows_of) > 1 else slice(None), begin))
             start_ns = now_ns()
             heads, stepped, dead = self._run(len(some), parts)
             made = predictions_of(some, heads, self.spec.sha256, start_ns, now_ns())
