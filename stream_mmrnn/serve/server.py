@@ -25,12 +25,12 @@ from stream_mmrnn.core.latency import Histogram
 from stream_mmrnn.core.resources import need_files, return_free_memory
 from stream_mmrnn.core.stream_table import for_model
 from stream_mmrnn.predict.sharded_engine import create
-from stream_mmrnn.predict.snapshots import StateStore
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.save_queue import WRITERS
-from stream_mmrnn.serve.session_host import Host
+from stream_mmrnn.serve.session_host import SHARE, Host
 from stream_mmrnn.serve.session_input import SessionInput
 from stream_mmrnn.serve.sessions import Sessions
+from stream_mmrnn.serve.state_store import StateBlockStore
 
 _IDLE_MS = 5
 """After so long without a message, due states are saved and idle sessions evicted."""
@@ -106,8 +106,10 @@ class Server:
         with ExitStack() as stack:
             authenticator = KeyFolder(Path(serve.keys).expanduser()).authenticator() if serve.keys else None
             self.authenticator = authenticator
-            store = StateStore(config.state_folder(settings.state) / "sessions", settings.state.ttl_s)
+            store = StateBlockStore(config.state_folder(settings.state) / "sessions", settings.state.ttl_s)
             stack.enter_context(_lock(store.folder))
+            for problem in store.damaged:
+                say(problem)
             self.engine = create(replace(settings.engine, slots=slots))
             stack.callback(self.engine.stop)
             writer = stack.enter_context(ThreadPoolExecutor(WRITERS, "states"))
@@ -128,7 +130,9 @@ class Server:
                 peer_sessions=serve.client_slots,
                 slots=slots,
                 make_input=lambda session: SessionInput(spec, settings, session, must_save=True),
+                groups=True,
             )
+            self.host.send_now = self._send
             # a client may have every slot: then it gets all answers of two batches
             unread = serve.queue + 2 * slots
             self._router = Router(serve.host, serve.port, serve.queue, protocol.MAX_BYTES, authenticator, unread=unread)
@@ -217,18 +221,17 @@ class Server:
             if received is None:
                 break
             timeout_ms = 0
-            host.receive(*received, now_ns())
+            read[received[0]] += host.receive(*received, now_ns())
             if host.counts["garbage"] != garbage:
                 garbage = host.counts["garbage"]
                 if self._rate_limiter(received[0].hex(), now_ns()):
                     self._say(f"the client {received[0].hex()} sent an invalid message ({garbage} by all so far)")
-            read[received[0]] += 1
-            if read[received[0]] >= host.share(received[0]):
+            if read[received[0]] >= SHARE and read[received[0]] >= host.share(received[0]):
                 break
         self._send()
 
     def _send(self) -> None:
-        host, router = self.host, self._router
+        host, router, answered = self.host, self._router, self._answered
         while host.out:
             out, host.out = host.out, []
             gone = set()
@@ -236,7 +239,9 @@ class Server:
                 if peer in gone:
                     continue
                 fate = router.send(peer, protocol.encode(reply))
-                self._answered.add(peer)
+                answered.add(peer)
+                if fate == "sent":
+                    continue
                 if fate == "slow":
                     # it notices the missing answer, since ticks are numbered
                     host.counts["unread"] += 1
@@ -244,7 +249,7 @@ class Server:
                         self._say(
                             f"the client {peer.hex()} does not read fast enough; some of its messages are dropped"
                         )
-                elif fate == "gone":
+                else:
                     gone.add(peer)
                     host.gone(peer, now_ns())
 
