@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from stream_mmrnn import AsyncClient, Client
 from stream_mmrnn.bus import Dealer, request_reply
 from stream_mmrnn.bus.keys import KeyFolder
 from stream_mmrnn.core import config
+from stream_mmrnn.core.block import Block, BlockPredictions
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import (
     BadTick,
@@ -47,7 +48,7 @@ from stream_mmrnn.core.errors import (
     UsageError,
     WireError,
 )
-from stream_mmrnn.core.types import FEATURE_BOUND, MAX_TICK, Prediction, Tick
+from stream_mmrnn.core.types import FEATURE_BOUND, MAX_TICK, Tick
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.predict.snapshots import StateStore
 from stream_mmrnn.serve import protocol
@@ -70,11 +71,16 @@ Make = Callable[..., Host]
 @pytest.fixture
 def make(toy: Path, tmp_path: Path) -> Make:
     def make(
-        slots: int = 4, queue: int = 8, engine: type[StepEngine] = StepEngine, host_slots: int = 0, **state: float
+        slots: int = 4,
+        queue: int = 8,
+        engine: type[StepEngine] = StepEngine,
+        host_slots: int = 0,
+        groups: bool = False,
+        **state: float,
     ) -> Host:
         kept = config.StateSettings(**{"idle_s": 10, "ttl_s": 100, "snapshot_every": 4, **state})  # type: ignore[arg-type]
         store = StateStore(tmp_path / "states", kept.ttl_s)
-        return Host(Sessions(engine(toy, slots), store, kept), queue, slots=host_slots)
+        return Host(Sessions(engine(toy, slots), store, kept), queue, slots=host_slots, groups=groups)
 
     return make
 
@@ -107,10 +113,20 @@ def test_welcome_describes_the_model(make: Make) -> None:
     assert [(m.name, m.size) for m in welcome.modalities] == [(m.name, m.size) for m in spec.modalities]
     assert [h.name for h in welcome.heads] == [h.name for h in spec.heads]
     assert (welcome.model, welcome.tick_ns) == (spec.sha256, spec.tick_ns)
-    say(host, protocol.Hello(version=2))
+    assert welcome.version == 1, "without groups"
+    say(host, protocol.Hello(version=0))
     [(_, refused)] = replies_of(host)
     assert isinstance(refused, protocol.Refused)
-    assert "version 2 is not 1" in refused.why
+    assert "version 0 is older than 1" in refused.why
+
+
+def test_the_newest_version_that_both_sides_speak_is_spoken(make: Make) -> None:
+    host = make(groups=True)
+    for version, spoken in ((1, 1), (2, 2), (3, 2)):
+        say(host, protocol.Hello(version=version))
+        [(_, welcome)] = replies_of(host)
+        assert isinstance(welcome, protocol.Welcome)
+        assert welcome.version == spoken
 
 
 def test_each_session_is_as_if_alone(make: Make, toy: Path) -> None:
@@ -162,6 +178,7 @@ def test_refusals_have_names(make: Make, toy: Path) -> None:
     say(host, msgspec.structs.replace(good, features=good.features[:1]))
     say(host, msgspec.structs.replace(good, features=(b"123", *good.features[1:])))
     say(host, msgspec.structs.replace(good, features=(np.full(4, np.nan, "<f4").tobytes(), *good.features[1:])))
+    finish(host)
     say(host, good, b"another client")
     say(host, protocol.Close(session="s"), b"another client")
     replies = [r for _, r in replies_of(host)]
@@ -182,6 +199,7 @@ def test_a_value_that_would_spoil_the_state_is_refused(make: Make, toy: Path, va
     good = step_of(tick("s", 0))
     first = np.array([0, value, 0, 0, 0], "<f4").tobytes()
     say(host, msgspec.structs.replace(good, features=(first, *good.features[1:])))
+    host.step(NOW)
     [(_, refused)] = replies_of(host)
     assert isinstance(refused, protocol.Refused)
     assert refused.error == "bad_tick"
@@ -309,12 +327,12 @@ class HalfDeadEngine(StepEngine):
 
     is_dead = False
 
-    def step(self, ticks: Sequence[Tick]) -> list[Prediction]:
+    def step_block(self, block: Block) -> BlockPredictions:
         if not self.is_dead:
-            return super().step(ticks)
+            return super().step_block(block)
         error = ShardDied("one of two died")
         error.sessions = ("dead",)
-        error.predictions = tuple(super().step([t for t in ticks if t.session != "dead"]))
+        error.block = super().step_block(block.take(block.handles != self.handle("dead")))
         raise error
 
 
@@ -362,14 +380,17 @@ def test_no_bytes_harm_a_host(toy: Path, messages: list[bytes]) -> None:
 _text = st.text(max_size=70)
 _number = st.integers(-(2**64), 2**64 - 1).filter(lambda n: n >= -(2**63))
 _shapes = st.fixed_dictionaries(
-    {"op": st.sampled_from(["hello", "open", "step", "push", "flush", "reset", "close", "pred", "pushed", "ready"])},
+    {
+        "op": st.sampled_from(["hello", "open", "step", "push", "flush", "reset", "close", "pred", "pushed", "ready"])
+        | st.sampled_from(["group", "steps", "grouped", "preds"])
+    },
     optional={
         "session": st.sampled_from(["s", "", "../x", "a b"]) | _text,
         "token": st.none() | _text,
         "tick": _number | st.floats() | _text,
-        "event_ns": _number,
+        "event_ns": _number | st.binary(max_size=16),
         "features": st.lists(st.none() | st.binary(max_size=40) | _number, max_size=5),
-        "age_ns": st.lists(_number, max_size=5),
+        "age_ns": st.lists(_number, max_size=5) | st.binary(max_size=32),
         "raw": st.booleans() | _number,
         "push": st.integers(0, 3) | _number,
         "stream": st.sampled_from(["", "audio", "text", "a.b"]) | _text,
@@ -377,6 +398,15 @@ _shapes = st.fixed_dictionaries(
         "at_ns": st.none() | st.integers(0, 10**9) | _number,
         "vector": st.booleans(),
         "version": _number,
+        "group": st.integers(0, 1) | _number,
+        "block": st.integers(0, 3) | _number,
+        "sessions": st.lists(st.sampled_from(["s", "t", "u", "a b"]) | _text, max_size=4),
+        "tokens": st.lists(st.none() | _text, max_size=4),
+        "first": st.integers(0, 2) | _number,
+        "rows": st.binary(max_size=16) | st.sampled_from([b"", bytes(4), bytes(8), b"\1\0\0\0"]),
+        "ticks": st.binary(max_size=40) | st.sampled_from([bytes(8), bytes(16)]) | _number,
+        "present": st.lists(st.none() | st.binary(max_size=3), max_size=5),
+        "half": st.booleans(),
         "more": _text,
     },
 )
@@ -1033,7 +1063,7 @@ def test_the_page_runs_as_written(tmp_path: Path) -> None:
         assert server.stdout is not None
         assert "serving turn_taking at tcp://127.0.0.1:7701" in server.stdout.readline()
         snippets = [b for b in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "ClusterClient" not in b]
-        assert len(snippets) == 3
+        assert len(snippets) == 4
         for snippet in snippets:
             said = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, env=env, timeout=60)
             assert said.returncode == 0, said.stderr
@@ -1041,7 +1071,7 @@ def test_the_page_runs_as_written(tmp_path: Path) -> None:
         server.send_signal(signal.SIGINT)
         said, _ = server.communicate(timeout=10)
         assert server.returncode == 0
-        assert "87 ticks of 3 sessions" in said
+        assert "1687 ticks of 67 sessions" in said
     finally:
         if server.poll() is None:
             server.kill()
