@@ -3,9 +3,9 @@
     async with ClusterClient("nats://127.0.0.1:4222") as client, await client.open("alice") as session:
         answer = await session.step({"audio": vector})
 
-Each message of a session is stored in the cluster's log before the next one is sent. Answers that were missed while the
-connection was lost are read from the log of answers, by an engine that is asked: a client reads no stream itself. The
-ID of each message proves that its sender has the session's token. Knows nothing about leases and partitions.
+What all its sessions send within a few milliseconds goes into the cluster's log as one message (for each lane), and the
+next message follows when that is stored: the busier the cluster, the larger the blocks. Answers come as blocks, too;
+what was missed while the connection was lost is asked for. Knows nothing about leases.
 """
 
 from __future__ import annotations
@@ -14,168 +14,306 @@ import asyncio
 import contextlib
 import re
 import secrets
-from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any
+from collections.abc import Callable
 
-from stream_mmrnn.core.errors import NotRunning, UsageError
+from stream_mmrnn.core.errors import NotRunning, UsageError, WireError
+from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.async_client import AsyncClient, Receive, Transport, end_tasks
+from stream_mmrnn.serve.cluster.batch import Batch, Chunk, one_tick
 from stream_mmrnn.serve.cluster.connection import connect, without_secrets
+from stream_mmrnn.serve.cluster.frames import Control, PredColumns, Said, read_answers
 from stream_mmrnn.serve.cluster.nats import FAILURES, Link, new_name
-from stream_mmrnn.serve.cluster.questions import ask_missed, ask_model
-from stream_mmrnn.serve.cluster.subjects import PREFIX, USER, Names, proof
+from stream_mmrnn.serve.cluster.questions import ask
+from stream_mmrnn.serve.cluster.subjects import PREFIX, USER, Names, lanes_for
 
-Missed = Callable[[int], AsyncIterator[tuple[int, bytes]]]
-"""Stored answers after a number, in order, each with its number; raises one of FAILURES where some are missing."""
-
-
-class _SendQueue:
-    """The messages of one session, in order."""
-
-    def __init__(self, sender: Callable[[_SendQueue], Coroutine[Any, Any, None]]) -> None:
-        self.messages: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue()
-        """Each with its ID."""
-        self.sender = asyncio.create_task(sender(self))
+GATHER_S = 0.004
+"""Between two messages to the log; what comes meanwhile goes into one."""
+_ASK_AGAIN_S = 1.0
+"""A control message without a reply for so long is sent again."""
 
 
-class AnswerReader:
-    """Passes each answer to a client on once, in the order of the log, also where the connection was lost meanwhile."""
+class Gateway:
+    """Puts messages of many sessions into the log as frames, each until it is stored, and takes frames of answers."""
 
-    def __init__(self, newest: int, receive: Receive) -> None:
-        """`newest`: sequence number in the log of answers after which the client reads."""
-        self._newest, self._receive = newest, receive
-        self._losses = self._caught_up = 0
-        """How often the connection was lost, and how many of these losses left no answer to read any more."""
-        self._held: dict[int, bytes] = {}
-        """Answers that arrived before those that were missed had been read."""
-        self._lock = asyncio.Lock()
-
-    def receive(self, number: int, content: bytes) -> None:
-        """An answer arrived by subscription."""
-        if self._caught_up < self._losses:
-            self._held[number] = content
-        else:
-            self._pass_on(number, content)
-
-    def _pass_on(self, number: int, content: bytes) -> None:
-        if number > self._newest:
-            self._newest = number
-            self._receive(content)
-
-    def lost(self) -> None:
-        """The connection was lost, and answers with it."""
-        self._losses += 1
-
-    async def catch_up(self, missed: Missed) -> bool:
-        """Read what was missed, once the subscription stands again; whether nothing is missing any more.
-
-        What is stored after the question arrives by subscription.
-        """
-        async with self._lock:
-            losses = self._losses
-            if self._caught_up == losses:
-                return True
-            try:
-                async for number, content in missed(self._newest):
-                    self._pass_on(number, content)
-            except FAILURES:
-                return False
-            self._caught_up = losses
-            if self._caught_up != self._losses:
-                return False
-            held, self._held = self._held, {}
-            for number in sorted(held):
-                self._pass_on(number, held[number])
-            return True
-
-
-class _NatsTransport:
-    """Sends the messages of each session in order, and each until it is in the log; the log deduplicates them."""
-
-    def __init__(self, receive: Receive, user: str) -> None:
-        self._deliver = receive
+    def __init__(self, user: str, on_answers: Callable[[PredColumns], None], on_said: Callable[[Said], None]) -> None:
+        self.name = f"{user}.{new_name()}"
+        """CLIENT of the subjects."""
+        self._on_answers, self._on_said = on_answers, on_said
+        self.on_return: Callable[[], None] = lambda: None
+        """Called when a lost connection is back."""
         self._link: Link | None = None
-        self._name = f"{user}.{new_name()}"
-        self._queues: dict[str, _SendQueue] = {}
-        self._welcome = b""
-        self._sent = 0
-        self._answers: AnswerReader | None = None
+        self._batch: Batch | None = None
+        self._due = asyncio.Event()
+        self._writing: asyncio.Task[None] | None = None
+        self._written_s = float("-inf")
+        self.welcome = b""
 
     @property
     def link(self) -> Link:
         assert self._link is not None
         return self._link
 
+    @property
+    def batch(self) -> Batch:
+        assert self._batch is not None
+        return self._batch
+
     async def begin(self, url: str, prefix: str, credentials: str, timeout_s: float) -> None:
-        """Connect, and read the cluster's model; raises NotRunning where no server or engine is there in time."""
-        end_s = asyncio.get_running_loop().time() + timeout_s
+        """Connect, and ask for the cluster's model; raises NotRunning where no server or engine is there in time."""
+        end_s = _now_s() + timeout_s
         connection = await connect(url, credentials, self._returned, timeout_s, self._lost)
         self._link = Link(connection, Names(prefix))
         while True:
             with contextlib.suppress(*FAILURES):
-                self._welcome, newest = await ask_model(self.link, self._name)
-                self._answers = AnswerReader(newest, self._deliver)
-                await self.link.receive_answers(self._name, self._answers.receive)
+                reply = await ask(self.link, self.name)
+                self._batch = Batch(self.name, reply.partitions)
+                self._batch.lanes, self.welcome = lanes_for(reply.engines), reply.welcome
+                await self.link.receive_answers(self.name, self._receive)
                 await connection.flush()
-                return
-            if asyncio.get_running_loop().time() > end_s:
+                break
+            if _now_s() > end_s:
                 await connection.close()
                 raise NotRunning(
-                    f"no engine of a cluster answers {self._name.partition('.')[0]!r} at {without_secrets(url)}: "
+                    f"no engine of a cluster answers {self.name.partition('.')[0]!r} at {without_secrets(url)}: "
                     f"{ClusterClient.starting}"
                 )
             await asyncio.sleep(0.1)
+        self._writing = asyncio.create_task(self._write())
+
+    def control(self, control: Control, token: bytes) -> None:
+        self.batch.control(control, token)
+        self._due.set()
+
+    def ticks(self, chunk: Chunk) -> None:
+        self.batch.ticks(chunk)
+        self._due.set()
+
+    async def _write(self) -> None:
+        while True:
+            await self._due.wait()
+            if (early_s := self._written_s + GATHER_S - _now_s()) > 0:
+                await asyncio.sleep(early_s)
+            self._due.clear()
+            self._written_s = _now_s()
+            lanes = self.batch.lanes
+            into = self.link.names.into
+            await self._store(
+                [
+                    (into(lanes, lane, self.name), f"{self.name} {secrets.token_hex(12)}", content)
+                    for lane, content in self.batch.take()
+                ]
+            )
+            if self.batch:
+                self._due.set()
+
+    async def _store(self, frames: list[tuple[str, str, bytes]]) -> None:
+        """Write frames of different lanes; each again, under the same name, until it is stored."""
+        while frames:
+            sent: list[tuple[tuple[str, str, bytes], asyncio.Future[bool] | None]] = []
+            for frame in frames:
+                try:
+                    sent.append((frame, await self.link.log(*frame)))
+                except FAILURES:
+                    sent.append((frame, None))
+            frames = []
+            for frame, future in sent:
+                try:
+                    if future is None:
+                        raise TimeoutError
+                    await self.link.stored(future)
+                except FAILURES:
+                    frames.append(frame)
+            if frames:
+                await asyncio.sleep(0.02)
+
+    async def _receive(self, content: bytes) -> None:
+        try:
+            answers = read_answers(content)
+        except WireError:
+            return
+        self.batch.lanes = lanes_for(answers.engines)
+        for preds in answers.preds:
+            self._on_answers(preds)
+        for said in answers.said:
+            self._on_said(said)
 
     async def _lost(self) -> None:
         if self._link is not None:
             self._link.connection_lost()
-        if self._answers is not None:
-            self._answers.lost()
 
     async def _returned(self) -> None:
-        if self._answers is not None:
-            while self.link.nats.is_connected and not await self._answers.catch_up(self._missed):
-                await asyncio.sleep(0.05)  # no engine is there yet
+        self.on_return()
 
-    def _missed(self, after: int) -> AsyncIterator[tuple[int, bytes]]:
-        return ask_missed(self.link, self._name, after)
+    async def close(self) -> None:
+        if self._writing is not None:
+            await end_tasks(self._writing)
+        if self._link is not None:
+            with contextlib.suppress(*FAILURES):
+                await self._link.nats.close()
+
+
+class _Sent:
+    """What one session has sent, as far as it has no answer."""
+
+    def __init__(self) -> None:
+        self.token = b""
+        self.ticks: dict[int, None] = {}
+        self.newest = -1
+        self.controls: dict[int, _Asked] = {}
+
+    @property
+    def answered(self) -> int:
+        """All ticks up to this one have their answers."""
+        return next(iter(self.ticks)) - 1 if self.ticks else self.newest
+
+
+class _Asked:
+    def __init__(self, content: bytes, at_s: float) -> None:
+        self.content, self.at_s = content, at_s
+        self.again = False
+        """It was sent more than once."""
+
+
+class _NatsTransport:
+    """The messages of an `AsyncClient`, by a gateway."""
+
+    def __init__(self, receive: Receive, user: str) -> None:
+        self._deliver = receive
+        self.gateway = Gateway(user, self._answers, self._said)
+        self.gateway.on_return = self._returned
+        self._sessions: dict[str, _Sent] = {}
+        self._count = 0
+        self._heads: list[int] = []
+        self._width = 0
+        self._model = ""
+        self._asking: asyncio.Task[None] | None = None
+
+    async def begin(self, url: str, prefix: str, credentials: str, timeout_s: float) -> None:
+        await self.gateway.begin(url, prefix, credentials, timeout_s)
+        welcome = protocol.read_reply(self.gateway.welcome)
+        assert isinstance(welcome, protocol.Welcome)
+        self._heads = [4 * head.size for head in welcome.heads]
+        self._width, self._model = len(welcome.modalities), welcome.model
+        self._asking = asyncio.create_task(self._ask_again())
+
+    # ---- sending -------------------------------------------------------------------------------------------------
 
     def post(self, session: str, content: bytes, token: str | None = None) -> None:
         if not session:  # `hello`
-            self._deliver(self._welcome)
+            self._deliver(self.gateway.welcome)
             return
-        queue = self._queues.get(session)
-        if queue is None:
-            queue = self._queues[session] = _SendQueue(lambda queue: self._run_sender(session, queue))
-        self._sent += 1
-        number = str(self._sent)
-        # without a token: what nobody can foresee, so that no stranger's message has this ID before ours
-        proven = proof(token, self._name, number, session, content) if token else secrets.token_hex(16)
-        queue.messages.put_nowait((f"{self._name} {number} {proven}", content))
+        sent = self._sessions.get(session)
+        if sent is None:
+            sent = self._sessions[session] = _Sent()
+        if token:
+            sent.token = token.encode()
+        request = protocol.read_request(content)
+        if isinstance(request, protocol.Step):
+            answered = sent.answered
+            sent.ticks[request.tick] = None
+            sent.newest = max(sent.newest, request.tick)
+            self.gateway.ticks(
+                one_tick(
+                    session, token or "", request.tick, request.event_ns, answered, request.features, request.age_ns
+                )
+            )
+            return
+        self._count += 1
+        sent.controls[self._count] = _Asked(content, _now_s())
+        self._control(session, sent, self._count)
 
-    async def _run_sender(self, session: str, queue: _SendQueue) -> None:
+    def _control(self, session: str, sent: _Sent, number: int) -> None:
+        asked = sent.controls[number]
+        self.gateway.control(Control(session, number, asked.content, sent.answered), sent.token)
+
+    async def _ask_again(self) -> None:
         while True:
-            name, content = await queue.messages.get()
-            while True:
-                try:
-                    await self.link.log(session, name, content)
-                    break
-                except FAILURES:
-                    await asyncio.sleep(0.05)
+            await asyncio.sleep(_ASK_AGAIN_S / 4)
+            self._repeat(_now_s() - _ASK_AGAIN_S)
+
+    def _repeat(self, before_s: float) -> None:
+        for session, sent in self._sessions.items():
+            for number, asked in sent.controls.items():
+                if asked.at_s < before_s:
+                    asked.at_s, asked.again = _now_s(), True
+                    self._control(session, sent, number)
+
+    def _returned(self) -> None:
+        """What was on its way to us is lost: ask for it."""
+        self._repeat(float("inf"))
+        for session, sent in self._sessions.items():
+            if sent.ticks:
+                self.gateway.control(Control(session, 0, b"", sent.answered), sent.token)
 
     async def again(self, session: str) -> None:
-        if self._answers is not None:
-            await self._answers.catch_up(self._missed)
+        pass  # `open`, which follows, brings the answers that were missed
+
+    # ---- receiving -----------------------------------------------------------------------------------------------
+
+    def _answers(self, preds: PredColumns) -> None:
+        width, count = self._width, len(preds.sessions)
+        indices = memoryview(preds.indices).cast("q")
+        event_ns = memoryview(preds.event_ns).cast("q")
+        age_ns = memoryview(preds.age_ns).cast("q")
+        if len(indices) != count or len(preds.heads) != len(self._heads):
+            return
+        for i, name in enumerate(preds.sessions):
+            sent, index = self._sessions.get(name), indices[i]
+            if sent is None or sent.ticks.pop(index, 0) == 0:
+                continue  # it was answered before
+            at = i * width
+            pred = protocol.Pred(
+                session=name,
+                tick=index,
+                event_ns=event_ns[i],
+                heads=tuple(
+                    [raw[size * i : size * (i + 1)] for raw, size in zip(preds.heads, self._heads, strict=True)]
+                ),
+                present=tuple(map(bool, preds.present[at : at + width])),
+                age_ns=tuple(age_ns[at : at + width]),
+                waited_ns=preds.waited_ns,
+                step_ns=preds.step_ns,
+                model=self._model,
+            )
+            self._deliver(protocol.encode(pred))
+
+    def _said(self, said: Said) -> None:
+        sent = self._sessions.get(said.session)
+        if sent is None:
+            return
+        content = said.content
+        if said.number >= 0:
+            asked = sent.controls.pop(said.number, None)
+            if asked is None:
+                return  # it was answered before
+            reply = protocol.read_reply(content)
+            if isinstance(reply, protocol.Ready):
+                sent.ticks = {tick: None for tick in sent.ticks if tick >= reply.next}
+            elif asked.again and _is_gone(asked.content, reply):
+                content = protocol.encode(protocol.Done(session=said.session))
+        if said.tick >= 0:
+            sent.ticks.pop(said.tick, None)
+        self._deliver(content)
 
     async def end(self, session: str) -> None:
-        queue = self._queues.pop(session, None)
-        if queue is not None:
-            await end_tasks(queue.sender)
+        self._sessions.pop(session, None)
+        if self.gateway._batch is not None:
+            self.gateway.batch.forget(session)
 
     async def close(self) -> None:
-        for session in list(self._queues):
-            await self.end(session)
-        with contextlib.suppress(*FAILURES):
-            await self.link.nats.close()
+        if self._asking is not None:
+            await end_tasks(self._asking)
+        await self.gateway.close()
+
+
+def _is_gone(request: bytes, reply: protocol.Reply) -> bool:
+    """Whether a `close` that was sent twice found nothing at the second time."""
+    gone = isinstance(reply, protocol.Refused) and reply.error == "unknown"
+    return gone and isinstance(protocol.read_request(request), protocol.Close)
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()
 
 
 class ClusterClient(AsyncClient):
@@ -188,7 +326,7 @@ class ClusterClient(AsyncClient):
     ) -> None:
         """`url`: nats://HOST:PORT or nats://USER:PASSWORD@HOST:PORT, several separated by commas; `prefix`: the
         cluster's name on that server; `credentials`: a NATS credentials file; `user`: the name under which the server
-        lets this client read answers, by default the URL's.
+        lets this client write and read, by default the URL's.
 
         Raises:
             UsageError: `user` is not a name.
