@@ -120,8 +120,21 @@ class Reader:
         self.replica.released(promised)
 
     def finish(self) -> None:
+        """Handle the rest; and what got no reply is asked again, as clients do."""
         self.receive(len(self.log.frames))
         self.step()
+        self.save()
+        self.said()
+        for seq, items in enumerate(self.log.frames, 1):
+            number = 10 * seq
+            for session, request in items:
+                if isinstance(request, protocol.Step):
+                    continue
+                if (session, number) not in self.log.replies:
+                    self.read += 1
+                    content = frame(OWNER, (session, request, self.token(session, self.read)), number=number)
+                    self.replica.receive(self.read, OWNER, content, NOW)
+                number += 1
         self.save()
         self.said()
 

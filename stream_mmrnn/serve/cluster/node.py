@@ -169,7 +169,15 @@ class ClusterNode:
             )
         self._reader = LogReader(link, self.receive)
         self._holdings = Holdings(
-            link, replica, self._reader, self.name, self.counts, self._start, self._say, self._wake.set, self._send_answers
+            link,
+            replica,
+            self._reader,
+            self.name,
+            self.counts,
+            self._start,
+            self._say,
+            self._wake.set,
+            self._send_answers,
         )
         await link.nats.subscribe(link.names.beat, cb=self._on_beat)
         await link.watch_table(self._on_table)

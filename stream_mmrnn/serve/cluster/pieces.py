@@ -47,8 +47,8 @@ class SessionRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The client that has it; "": it was evicted."""
     number: int
     """Of its newest control message."""
-    reply: bytes
-    """To that; b"" for none."""
+    replies: dict[int, bytes]
+    """To the newest ones, by number."""
     last: Annotated[int, msgspec.Meta(ge=-1, le=MAX_TICK)]
     """Index of its newest tick; -1 before the first."""
     left_ns: int

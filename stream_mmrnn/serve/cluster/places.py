@@ -22,6 +22,8 @@ from stream_mmrnn.serve.cluster.subjects import partition_of
 from stream_mmrnn.serve.measure import measure_again
 
 _I8 = np.dtype("<i8")
+_REPLIES = 8
+"""To control messages of a session, that are kept."""
 Promised = tuple[str, Said, "Place | None"]
 """A reply to a client that may be said when states are saved, and the session whose newest reply it is."""
 
@@ -120,7 +122,7 @@ class Place:
 
     __slots__ = (
         "active_ns", "handle", "kept", "last", "left_ns", "name", "number", "open", "opened", "owner", "partition",
-        "piece", "promised", "reply", "secret", "state", "token", "unsaved",
+        "piece", "promised", "replies", "secret", "state", "token", "unsaved",
     )  # fmt: skip
 
     def __init__(self, name: str, partition: int, piece: Piece, opened: int, token: str) -> None:
@@ -132,10 +134,12 @@ class Place:
         self.state: StateBlock | None = None
         """Of one session; while it is not open."""
         self.last = -1
-        self.number, self.reply = -1, b""
-        """Of its owner's newest control message, and the reply to it."""
-        self.promised = False
-        """That reply waits until the states are saved."""
+        self.number = -1
+        """Of its owner's newest control message."""
+        self.replies: dict[int, bytes] = {}
+        """To the newest ones, by number: the client may ask again."""
+        self.promised: set[tuple[str, int]] = set()
+        """Client and number of those that wait until the states are saved."""
         self.kept: dict[int, tuple[Stepped, int]] = {}
         """Answers that the owner has not confirmed, by index: a step's, and the row in them."""
         self.unsaved = self.active_ns = self.left_ns = 0
@@ -144,6 +148,15 @@ class Place:
         self.kept[index] = stepped, row
         if len(self.kept) > most:
             del self.kept[next(iter(self.kept))]
+
+    def reply(self, number: int, content: bytes, promised: bool) -> None:
+        """The reply to a control message of the owner."""
+        self.number = max(self.number, number)
+        self.replies[number] = content
+        if promised:
+            self.promised.add((self.owner, number))
+        if len(self.replies) > _REPLIES:
+            del self.replies[next(iter(self.replies))]
 
     def confirm(self, answered: int) -> None:
         """The owner has all answers up to this one."""
@@ -227,7 +240,7 @@ class Places:
             if number not in piece.epochs or row.session in self.by_name:
                 continue
             place = Place(row.session, number, piece, row.opened, token(row.session, row.opened))
-            place.owner, place.number, place.reply = row.owner, row.number, row.reply
+            place.owner, place.number, place.replies = row.owner, row.number, dict(row.replies)
             place.last, place.left_ns, place.active_ns = row.last, row.left_ns, now_ns
             place.kept = {kept.index: (Stepped.of_kept(kept), 0) for kept in row.kept}
             self.by_name[row.session] = piece.sessions[row.session] = place
@@ -287,7 +300,7 @@ class Places:
             kept = tuple(of.row(index, i) for index, (of, i) in place.kept.items())
             rows.append(
                 SessionRow(
-                    place.name, place.opened, place.owner, place.number, place.reply, place.last, place.left_ns, kept
+                    place.name, place.opened, place.owner, place.number, place.replies, place.last, place.left_ns, kept
                 )
             )
         sha256 = self._engine.spec.sha256

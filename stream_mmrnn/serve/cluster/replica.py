@@ -328,10 +328,9 @@ class Replica:
             return
         if mine and place is not None and item.number <= place.number:
             self.counts["again"] += 1
-            if item.number == place.number and place.reply and not place.promised:
-                self._send(
-                    client, _Entry(self._kept(place, item.answered), (Said(name, item.number, -1, place.reply),))
-                )
+            if (reply := place.replies.get(item.number)) is not None and (client, item.number) not in place.promised:
+                kept = self._kept(place, item.answered)
+                self._send(client, _Entry(kept, (Said(name, item.number, -1, reply),)))
             return
         if request is None:
             self.counts["garbage"] += 1
@@ -385,14 +384,16 @@ class Replica:
             self.counts["taken"] += 1
             notice = protocol.EvictedNow(session=name, token="", reason="taken", next=place.last + 1)
             self._say(place.owner, name, -1, -1, notice)
-        place.owner, place.number, place.active_ns = client, item.number, now_ns
         place.piece.changed = True
         place.confirm(item.answered)
         ready = protocol.Ready(session=name, token=place.token, next=place.last + 1, resumed=resumed)
-        place.reply, place.promised = protocol.encode(ready), False
+        if place.owner != client:
+            place.number, place.replies = -1, {}  # numbers are each client's own
+        place.owner, place.active_ns = client, now_ns
+        place.reply(item.number, protocol.encode(ready), promised=False)
         # in one message: after `ready` the client waits for no answer to an earlier tick any more
         kept = self._kept(place, item.answered)
-        self._send(client, _Entry(kept, (Said(name, item.number, -1, place.reply),)))
+        self._send(client, _Entry(kept, (Said(name, item.number, -1, place.replies[item.number]),)))
 
     def _owned(self, client: str, place: Place | None, session: str) -> Place:
         if place is None:
@@ -409,7 +410,7 @@ class Replica:
     def _promise(self, client: str, place: Place, number: int, reply: protocol.Reply) -> None:
         """Say it when the states as they are now are saved."""
         content = protocol.encode(reply)
-        place.number, place.reply, place.promised = number, content, True
+        place.reply(number, content, promised=True)
         place.piece.promise(client, Said(place.name, number, -1, content), place)
 
     def _say(self, client: str, session: str, number: int, tick: int, reply: protocol.Reply) -> None:
@@ -440,8 +441,8 @@ class Replica:
     def released(self, promised: Iterable[tuple[str, Said, Place | None]]) -> None:
         """These replies may be said: the states are saved."""
         for client, said, place in promised:
-            if place is not None and place.number == said.number:
-                place.promised = False
+            if place is not None:
+                place.promised.discard((client, said.number))
             self._send(client, _Entry(None, (said,)))
 
     def pop(self) -> list[tuple[str, bytes]]:
