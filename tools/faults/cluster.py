@@ -137,7 +137,7 @@ def run(quick: bool, say: Say) -> Iterator[Figure]:
             yield from _figures(name, what, members, engine)
         yield from _slow_client(quick, say, path, engine, Path(folder) / "slow")
     counts = [summary.get("counts", {}) for summary in _SUMMARIES]
-    repeated = sum(c.get("cluster_repeated", 0) for c in counts)
+    repeated = sum(c.get("kept", 0) for c in counts)
     every = config.StateSettings().snapshot_every
     troubles = 4  # kill, freeze, split, restart: whoever leaves in order says nothing twice
     yield Figure(

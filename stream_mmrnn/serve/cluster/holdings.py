@@ -88,18 +88,23 @@ class Holdings:
 
     def saw_table(self, raw: bytes, revision: int) -> None:
         """The table was stored."""
-        if self._table is None or revision > self._table[1]:
-            self._table = read_table(raw, self._partitions), revision
+        self._know(read_table(raw, self._partitions), revision)
+
+    def _know(self, table: Table | None, revision: int) -> tuple[Table | None, int]:
+        """The newest table that is known: what is watched may come before the reply to an earlier request."""
+        if self._table is None or revision >= self._table[1]:
+            self._table = table, revision
+        return self._table
 
     async def read_table(self) -> tuple[Table, int]:
         """The table as it is stored; where it cannot be read, it is written anew. Raises WriteRefused."""
-        table, revision = self._table = await self._link.table(self._partitions)
+        table, revision = self._know(*await self._link.table(self._partitions))
         if table is None:
             # every owner has a piece with the epochs of its leases, so that it loses nothing
             table = await self._table_of_pieces()
             if table.leases:
                 revision = await self._link.replace_table(table, revision)
-                self._table = table, revision
+                self._know(table, revision)
                 self._counts["tables"] += 1
                 if self._rate_limiter("table", now_ns()):
                     self._say("the cluster's table of leases could not be read; it was written anew")
@@ -151,7 +156,7 @@ class Holdings:
         if take or release:
             cleared = {number: replace(table.leases[number], engine="") for number in release}
             table = Table({**table.leases, **take, **cleared})
-            self._table = table, await self._link.replace_table(table, revision)
+            self._know(table, await self._link.replace_table(table, revision))
         if take:
             self._taking |= take.keys()
             self._start(self._acquire(take))
@@ -170,7 +175,7 @@ class Holdings:
                 if not changed:
                     return table
                 table = Table({**table.leases, **changed})
-                self._table = table, await self._link.replace_table(table, revision)
+                self._know(table, await self._link.replace_table(table, revision))
                 return table
             except WriteRefused:
                 continue
