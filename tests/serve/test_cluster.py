@@ -10,10 +10,10 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from clusters import KEY, NOW, OWNER, PARTITIONS, Log, Reader, S, drive, frame, needs_nats, running
-from hypothesis import example, given, settings
+from clusters import NOW, OWNER, PARTITIONS, Log, Reader, S, drive, frame, needs_nats, running
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from serving import alone, features_of, step_of, tick
+from serving import alone, step_of, tick
 
 from stream_mmrnn import AsyncClient, ClusterClient
 from stream_mmrnn.core import config
@@ -176,7 +176,12 @@ def _put(log: Log, acts: list[list[tuple[str, str]]]) -> None:
                 of.append((session, msgspec.structs.replace(step, features=vectors)))
                 ticks[session] = ticks.get(session, 0) + 1
             else:
-                kinds = {"open": protocol.Open, "flush": protocol.Flush, "reset": protocol.Reset, "close": protocol.Close}
+                kinds = {
+                    "open": protocol.Open,
+                    "flush": protocol.Flush,
+                    "reset": protocol.Reset,
+                    "close": protocol.Close,
+                }
                 of.append((session, kinds[act](session=session)))
         log.put(*of)
 
@@ -590,5 +595,3 @@ def test_a_log_reader_leaves_no_message_out(acts: list[str]) -> None:
         assert heard[10:] == list(range(5, 11))
 
     asyncio.run(main())
-
-

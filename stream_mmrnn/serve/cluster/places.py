@@ -137,7 +137,7 @@ class Place:
         self.number = -1
         """Of its owner's newest control message."""
         self.replies: dict[int, bytes] = {}
-        """To the newest ones, by number: the client may ask again."""
+        """To the newest ones, by number: the client may ask again. b"": the one to `open`."""
         self.promised: set[tuple[str, int]] = set()
         """Client and number of those that wait until the states are saved."""
         self.kept: dict[int, tuple[Stepped, int]] = {}

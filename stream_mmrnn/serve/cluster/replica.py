@@ -329,6 +329,7 @@ class Replica:
         if mine and place is not None and item.number <= place.number:
             self.counts["again"] += 1
             if (reply := place.replies.get(item.number)) is not None and (client, item.number) not in place.promised:
+                reply = reply or self._ready(place, place.last >= 0)
                 kept = self._kept(place, item.answered)
                 self._send(client, _Entry(kept, (Said(name, item.number, -1, reply),)))
             return
@@ -386,14 +387,19 @@ class Replica:
             self._say(place.owner, name, -1, -1, notice)
         place.piece.changed = True
         place.confirm(item.answered)
-        ready = protocol.Ready(session=name, token=place.token, next=place.last + 1, resumed=resumed)
         if place.owner != client:
             place.number, place.replies = -1, {}  # numbers are each client's own
         place.owner, place.active_ns = client, now_ns
-        place.reply(item.number, protocol.encode(ready), promised=False)
+        place.reply(item.number, b"", promised=False)
         # in one message: after `ready` the client waits for no answer to an earlier tick any more
         kept = self._kept(place, item.answered)
-        self._send(client, _Entry(kept, (Said(name, item.number, -1, place.replies[item.number]),)))
+        self._send(client, _Entry(kept, (Said(name, item.number, -1, self._ready(place, resumed)),)))
+
+    @staticmethod
+    def _ready(place: Place, resumed: bool) -> bytes:
+        """The reply to `open`. It is not kept: the token is not to be in a bucket."""
+        ready = protocol.Ready(session=place.name, token=place.token, next=place.last + 1, resumed=resumed)
+        return protocol.encode(ready)
 
     def _owned(self, client: str, place: Place | None, session: str) -> Place:
         if place is None:
