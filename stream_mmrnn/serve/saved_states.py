@@ -5,15 +5,15 @@ Knows nothing about engines, or which sessions are open.
 
 from __future__ import annotations
 
-import hashlib
 import hmac
+from collections.abc import Sequence
 from typing import Protocol
 
 from msgspec.structs import replace
 
 from stream_mmrnn.predict.snapshots import Snapshot
-
-_TOKEN_SHA256 = "token_sha256"  # noqa: S105 a name, not a secret
+from stream_mmrnn.serve.session_table import hash_of
+from stream_mmrnn.serve.state_rows import TOKEN_SHA256, StateRows
 
 
 class Store(Protocol):
@@ -28,6 +28,14 @@ class Store(Protocol):
     def forget(self, session: str) -> object: ...
 
     def sweep(self, unix_ns: int) -> int: ...
+
+
+class BlockStore(Store, Protocol):
+    """One that has states of many sessions in one file; StateBlockStore is one. `save` is for one session alone."""
+
+    def save_rows(self, rows: StateRows, unix_ns: int) -> object: ...
+
+    def forget_all(self, sessions: Sequence[str]) -> object: ...
 
 
 class SavedStates:
@@ -48,8 +56,8 @@ class SavedStates:
     @staticmethod
     def is_token(snapshot: Snapshot, token: str) -> bool:
         """Whether this is the token of the snapshot's session."""
-        expected = snapshot.extra.get(_TOKEN_SHA256)
-        return isinstance(expected, str) and same_token(_sha256(token), expected)
+        expected = snapshot.extra.get(TOKEN_SHA256)
+        return isinstance(expected, str) and same_token(hash_of(token), expected)
 
     def owns(self, session: str, token: str, now_ns: int) -> bool:
         """Whether a state of the session is saved, and this is its token."""
@@ -64,14 +72,13 @@ class SavedStates:
         """Remove a session's state."""
         self._store.forget(session)
 
+    def unix_ns(self, now_ns: int) -> int:
+        return now_ns + self._offset_ns
+
 
 def bound(snapshot: Snapshot, token: str) -> Snapshot:
     """With the token's hash only: a reader of the disk must not be able to resume the session."""
-    return replace(snapshot, extra={**snapshot.extra, _TOKEN_SHA256: _sha256(token)})
-
-
-def _sha256(token: str) -> str:
-    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
+    return replace(snapshot, extra={**snapshot.extra, TOKEN_SHA256: hash_of(token)})
 
 
 def same_token(one: str, other: str) -> bool:
