@@ -1,6 +1,7 @@
 """Block: N ticks of N sessions as columns, from the socket to the graph. BlockPredictions: their predictions.
 
-Absent rows are left out of the feature matrices. Knows nothing about models, engines or messages.
+StateBlock: the recurrent states of N sessions. Absent rows are left out of the feature matrices. Knows nothing about
+models, engines or messages.
 """
 
 from __future__ import annotations
@@ -18,6 +19,16 @@ Integers = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 Features = npt.NDArray[Any]
 """float32 or float16."""
+
+_FLOATS = (np.dtype(np.float32), np.dtype(np.float16))
+
+
+def _within_bound(vectors: Features) -> Flags:
+    """By number: finite and below `FEATURE_BOUND`, which no float16 reaches."""
+    if vectors.dtype == np.float16:
+        return np.isfinite(vectors)
+    with np.errstate(invalid="ignore"):  # a NaN compares false
+        return np.absolute(vectors) < FEATURE_BOUND
 
 
 class Block(msgspec.Struct, frozen=True, gc=False, eq=False):
@@ -52,26 +63,36 @@ class Block(msgspec.Struct, frozen=True, gc=False, eq=False):
 
     def fits(self, sizes: Sequence[int]) -> str:
         """Why the columns do not belong to one block of a model with modalities of these sizes; "" where they do."""
-        count, width = len(self.handles), len(sizes)
-        columns = (self.indices, self.event_ns)
-        if any(c.shape != (count,) for c in columns):
-            return f"expected {count} indices and times, got {len(self.indices)} and {len(self.event_ns)}"
-        if self.present.shape != (count, width) or self.age_ns.shape != (count, width):
-            return f"expected `present` and `age_ns` of {count} ticks and {width} modalities"
+        count, width = self.handles.size, len(sizes)
+        for name, column, shape in (
+            ("handles", self.handles, (count,)),
+            ("indices", self.indices, (count,)),
+            ("event_ns", self.event_ns, (count,)),
+            ("age_ns", self.age_ns, (count, width)),
+        ):
+            if column.shape != shape or column.dtype != np.int64:
+                return f"expected `{name}` as int64 of shape {shape}, got {column.dtype} of {column.shape}"
+        if self.present.shape != (count, width) or self.present.dtype != np.bool_:
+            shape, kind = self.present.shape, self.present.dtype
+            return f"expected `present` as bool of shape {(count, width)}, got {kind} of {shape}"
         if len(self.features) != width:
             return f"expected the features of {width} modalities, got {len(self.features)}"
-        for i, (vectors, size, rows) in enumerate(zip(self.features, sizes, self.present.sum(0), strict=True)):
-            if vectors.shape != (rows, size):
-                return f"expected {rows} vectors of {size} numbers of modality {i}, got {vectors.shape}"
+        for i, (vectors, size) in enumerate(zip(self.features, sizes, strict=True)):
+            rows = np.count_nonzero(self.present[:, i])
+            if vectors.shape != (rows, size) or vectors.dtype not in _FLOATS:
+                return (
+                    f"expected {rows} vectors of {size} numbers of modality {i} as float32 or float16, got "
+                    f"{vectors.dtype} of {vectors.shape}"
+                )
         return ""
 
     def finite(self) -> Flags:
         """[N] whether all numbers of a tick are finite and below `FEATURE_BOUND`."""
         good = np.ones(len(self), np.bool_)
         for vectors, here in zip(self.features, self.present.T, strict=True):
-            if not vectors.size or (np.absolute(vectors) < FEATURE_BOUND).all():  # NaN compares false
-                continue
-            good[np.flatnonzero(here)[~(np.absolute(vectors) < FEATURE_BOUND).all(axis=1)]] = False
+            within = _within_bound(vectors)
+            if not within.all():
+                good[np.flatnonzero(here)[~within.all(axis=1)]] = False
         return good
 
     def first_of_each(self) -> Flags:
@@ -96,3 +117,29 @@ class BlockPredictions(msgspec.Struct, frozen=True, gc=False, eq=False):
 
     def __len__(self) -> int:
         return len(self.handles)
+
+    def take(self, rows: Flags) -> BlockPredictions:
+        """The predictions where `rows` [N] is true."""
+        return msgspec.structs.replace(
+            self,
+            handles=self.handles[rows],
+            indices=self.indices[rows],
+            event_ns=self.event_ns[rows],
+            heads={name: values[rows] for name, values in self.heads.items()},
+        )
+
+
+class StateBlock(msgspec.Struct, frozen=True, gc=False, eq=False):
+    """The recurrent states of N sessions."""
+
+    fresh: Flags
+    """[N] sessions before their first step: they have no state, and their rows hold zeros."""
+    states: dict[str, npt.NDArray[Any]]
+    """By state [N, *shape], in the model's own types."""
+
+    def __len__(self) -> int:
+        return len(self.fresh)
+
+    def row(self, i: int) -> dict[str, npt.NDArray[Any]]:
+        """One session's snapshot, as views: empty before its first step."""
+        return {} if self.fresh[i] else {name: rows[i, ...] for name, rows in self.states.items()}

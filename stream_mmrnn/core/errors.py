@@ -90,6 +90,8 @@ class ShardDied(ProcessError):  # noqa: N818
     """Sessions that lost their state: still open, at the model's initial state. Restore their snapshots if needed."""
     predictions: tuple[Any, ...] = ()
     """The predictions of the ticks that were stepped, in order; all other ticks were not stepped."""
+    block: Any = None
+    """The same of `step_block`: a `BlockPredictions` of the ticks that were stepped, in order; else None."""
 
 
 class NotRunning(StreamError):  # noqa: N818

@@ -7,20 +7,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stream_mmrnn.core.errors import Busy, DuplicateSession, SessionError, UnknownSession
-from stream_mmrnn.predict.cpu_batches import States
+from stream_mmrnn.core.block import Flags, Integers, StateBlock
+from stream_mmrnn.core.errors import BadTick, Busy, DuplicateSession, SessionError, UnknownSession
+from stream_mmrnn.predict.cpu_batches import Shapes, States
 
 
-class Arena:
-    """A fixed number of slots over rows of state tensors."""
+class SlotTable:
+    """A fixed number of slots and the sessions that have one."""
 
-    def __init__(self, rows: States, slots: int) -> None:
-        self._rows = rows
+    def __init__(self, slots: int) -> None:
         self.slots = slots
         self._slot_of: dict[str, int] = {}
         self._free = list(range(slots - 1, -1, -1))
-        self.fresh = np.zeros(slots, np.bool_)
-        """Slots that start from the initial state at their next step."""
+        self._taken = np.zeros(slots, np.bool_)
+        self._place = np.zeros(slots, np.int64)
+        """Scratch of `check`."""
 
     def __len__(self) -> int:
         return len(self._slot_of)
@@ -34,7 +35,7 @@ class Arena:
         return list(self._slot_of)
 
     def acquire(self, session: str) -> int:
-        """Give a new session a slot; it starts from the model's initial state.
+        """Give a new session a slot.
 
         Raises:
             DuplicateSession: the session is open already.
@@ -47,7 +48,7 @@ class Arena:
             raise Busy(f"all {self.slots} slots are taken; close a session, or raise engine.slots")
         slot = self._free.pop()
         self._slot_of[session] = slot
-        self.fresh[slot] = True
+        self._taken[slot] = True
         return slot
 
     def slot(self, session: str) -> int:
@@ -58,8 +59,39 @@ class Arena:
             raise UnknownSession(f"session {session!r} is not open; open it first") from None
 
     def release(self, session: str) -> None:
-        self._free.append(self.slot(session))
+        slot = self.slot(session)
+        self._free.append(slot)
+        self._taken[slot] = False
         del self._slot_of[session]
+
+    def check(self, slots: Integers) -> None:
+        """Raises UnknownSession if one of `slots` [N] belongs to no open session, BadTick if one occurs twice."""
+        if not len(slots):
+            return
+        if slots.min() < 0 or slots.max() >= self.slots or not self._taken[slots].all():
+            unknown = next(int(s) for s in slots if not 0 <= s < self.slots or not self._taken[s])
+            raise UnknownSession(f"handle {unknown} belongs to no open session; open one and ask for its handle")
+        place = np.arange(len(slots))
+        self._place[slots] = place
+        if not np.array_equal(self._place[slots], place):
+            twice = int(slots[self._place[slots] != place][0])
+            raise BadTick(f"handle {twice} occurs twice in a block; a block has one tick of each session")
+
+
+class Arena(SlotTable):
+    """A fixed number of slots over rows of state tensors."""
+
+    def __init__(self, rows: States, slots: int) -> None:
+        super().__init__(slots)
+        self._rows = rows
+        self.fresh: Flags = np.zeros(slots, np.bool_)
+        """Slots that start from the initial state at their next step."""
+
+    def acquire(self, session: str) -> int:
+        """Give a new session a slot; it starts from the model's initial state. Raises as `SlotTable.acquire`."""
+        slot = super().acquire(session)
+        self.fresh[slot] = True
+        return slot
 
     def reset(self, session: str) -> None:
         """Start from the initial state at the next step."""
@@ -68,7 +100,9 @@ class Arena:
     def snapshot(self, session: str) -> dict[str, npt.NDArray[Any]]:
         """A copy of the session's state tensors, by name, without the slot axis; empty before its first step."""
         slot = self.slot(session)
-        return {} if self.fresh[slot] else self._rows.read(slot)
+        if self.fresh[slot]:
+            return {}
+        return {name: rows[0, ...] for name, rows in self._rows.read(np.array([slot])).items()}
 
     def restore(self, session: str, state: dict[str, npt.NDArray[Any]]) -> None:
         """Put a snapshot back; an empty one means a session before its first step.
@@ -82,5 +116,41 @@ class Arena:
             for name, (shape, dtype) in self._rows.shapes.items():
                 if name not in state or state[name].shape != shape or state[name].dtype != dtype:
                     raise SessionError(f"the snapshot of {session!r} does not fit state {name!r}; is it this model's?")
-            self._rows.write(slot, state)
+            self._rows.write(np.array([slot]), {name: array[None] for name, array in state.items()})
         self.fresh[slot] = not state
+
+    def snapshot_block(self, slots: Integers) -> StateBlock:
+        """The states of N slots as [N, ...], in their order."""
+        self.check(slots)
+        fresh = self.fresh[slots]
+        states = self._rows.read(slots)
+        if fresh.any():
+            for rows in states.values():
+                rows[fresh] = 0
+        return StateBlock(fresh, states)
+
+    def restore_block(self, slots: Integers, block: StateBlock) -> None:
+        """Put the states of N slots back.
+
+        Raises:
+            SessionError: they are not N states of this model; nothing was changed.
+
+        """
+        self.check(slots)
+        check_states(block, len(slots), self._rows.shapes)
+        held = ~block.fresh
+        if held.all():
+            self._rows.write(slots, block.states)
+        elif held.any():
+            self._rows.write(slots[held], {name: rows[held] for name, rows in block.states.items()})
+        self.fresh[slots] = block.fresh
+
+
+def check_states(block: StateBlock, count: int, shapes: Shapes) -> None:
+    """Raises SessionError if these are not the states of `count` sessions of the model with `shapes`."""
+    if block.fresh.shape != (count,) or block.fresh.dtype != np.bool_:
+        raise SessionError(f"expected the states of {count} sessions, got those of {len(block.fresh)}")
+    for name, (shape, dtype) in shapes.items():
+        rows = block.states.get(name)
+        if rows is None or rows.shape != (count, *shape) or rows.dtype != dtype:
+            raise SessionError(f"the snapshots of {count} sessions do not fit state {name!r}; are they this model's?")

@@ -44,12 +44,13 @@ class Bucket(Protocol):
 
 
 class States(Protocol):
-    """Access to the states of a slot: the part of `Rows` that an arena uses."""
+    """Access to the states of slots: the part of `Rows` that an arena uses."""
 
-    def read(self, slot: int) -> dict[str, Array]:
-        """A copy of a slot's states, by name."""
+    def read(self, slots: Array) -> dict[str, Array]:
+        """Copies of the states of N slots, by name [N, ...]."""
 
-    def write(self, slot: int, state: dict[str, Array]) -> None: ...
+    def write(self, slots: Array, states: Mapping[str, Array]) -> None:
+        """Put the states of N slots back."""
 
     @property
     def shapes(self) -> Shapes:
@@ -181,12 +182,12 @@ class HostRows:
     def prewarm(self) -> None:
         self.buckets[0].binding.run()  # works on copies outside the arena: no session's state changes
 
-    def read(self, slot: int) -> dict[str, Array]:
-        return {name: array[slot, ...].copy() for name, array in self.arena.items()}
+    def read(self, slots: Array) -> dict[str, Array]:
+        return {name: np.take(array, slots, 0) for name, array in self.arena.items()}
 
-    def write(self, slot: int, state: dict[str, Array]) -> None:
+    def write(self, slots: Array, states: Mapping[str, Array]) -> None:
         for name, array in self.arena.items():
-            array[slot] = state[name]
+            array[slots] = states[name]
 
     @property
     def shapes(self) -> Shapes:

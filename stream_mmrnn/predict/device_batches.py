@@ -8,6 +8,7 @@ Buckets have fixed shapes and addresses, which CUDA graphs need. It also runs on
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -82,13 +83,13 @@ class DeviceRows:
     def prewarm(self) -> None:
         self._of_size(self._sizes[0]).run_dummy()
 
-    def read(self, slot: int) -> dict[str, Array]:
-        return {name: tensor.read()[slot, ...].copy() for name, tensor in self.arena.items()}
+    def read(self, slots: Array) -> dict[str, Array]:
+        return {name: np.take(tensor.read(), slots, 0) for name, tensor in self.arena.items()}
 
-    def write(self, slot: int, state: dict[str, Array]) -> None:
+    def write(self, slots: Array, states: Mapping[str, Array]) -> None:
         for name, tensor in self.arena.items():
             array = tensor.read()
-            array[slot] = state[name]
+            array[slots] = states[name]
             tensor.write(array)
 
     @property
@@ -142,9 +143,9 @@ class DeviceBucket:
         if self._reset is not None:
             self._reset[:count] = fresh[:count]
         elif fresh[:count].any():
-            for slot in slots[:count][fresh[:count]]:
-                zeros = {name: np.zeros(shape, dtype) for name, (shape, dtype) in self._rows.shapes.items()}
-                self._rows.write(int(slot), zeros)
+            new = slots[:count][fresh[:count]]
+            shapes = self._rows.shapes.items()
+            self._rows.write(new, {name: np.zeros((len(new), *shape), dtype) for name, (shape, dtype) in shapes})
         self._binding.run()
 
     def run_one(self, slot: int, fresh: bool) -> None:

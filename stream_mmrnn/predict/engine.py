@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
+from stream_mmrnn.core.block import Block, BlockPredictions, Integers, StateBlock
 from stream_mmrnn.core.clock import now_ns
-from stream_mmrnn.core.errors import ModelError, SessionError, StreamError
+from stream_mmrnn.core.errors import BadTick, ModelError, SessionError, StreamError
 from stream_mmrnn.core.types import ModelSpec, Prediction, Tick
 from stream_mmrnn.graph.runtime import Array, Graph, Provider, reason
 from stream_mmrnn.predict.arena import Arena
-from stream_mmrnn.predict.columns import Columns, rounds
+from stream_mmrnn.predict.block_runner import BlockRunner, predictions_of
+from stream_mmrnn.predict.columns import rounds
 from stream_mmrnn.predict.contract import Contract, contract_of
 from stream_mmrnn.predict.cpu_batches import HostRows, Rows
 from stream_mmrnn.predict.device_batches import DeviceRows
@@ -94,10 +96,8 @@ class StepEngine:
         self.batch = self._rows.batch
         self.arena = Arena(self._rows, slots)
         wiring = contract.wiring
-        self._columns = Columns([m.name for m in self.spec.modalities], self.batch)
-        self._inputs = tuple(wiring.inputs[m.name] for m in self.spec.modalities)
-        self._heads = tuple((h.name, wiring.heads[h.name]) for h in self.spec.heads)
-        self._present, self._age = wiring.present, wiring.age
+        self._runner = BlockRunner(self._rows, contract)
+        self._columns = self._runner.columns
         one = self._single = self._rows.bucket(1)
         # views of its first row: features by modality, present, age; then the heads
         self._row = (
@@ -105,11 +105,9 @@ class StepEngine:
             one.inputs[wiring.present][0] if wiring.present else None,
             one.inputs[wiring.age][0] if wiring.age else None,
         )
-        self._row_heads = [(name, one.outputs[output][0]) for name, output in self._heads]
+        self._row_heads = [(h.name, one.outputs[wiring.heads[h.name]][0]) for h in self.spec.heads]
         self._last: Tick | None = None
         """The last single tick: `prewarm` writes it into the first row again."""
-        self._slots = np.zeros(self.batch, np.int64)
-        self._fresh = np.zeros(self.batch, np.bool_)
 
     def open(self, session: str) -> None:
         """Give a session a slot; raises Busy or DuplicateSession at once."""
@@ -137,6 +135,24 @@ class StepEngine:
         """Continue from a snapshot; raises SessionError if it is not one of this model."""
         self.arena.restore(session, state)
 
+    def handle(self, session: str) -> int:
+        """The number by which blocks name an open session, the same until it is closed; raises UnknownSession."""
+        return self.arena.slot(session)
+
+    def snapshot_block(self, handles: Integers) -> StateBlock:
+        """Copies of the states of these sessions, in their order; raises UnknownSession."""
+        return self.arena.snapshot_block(handles)
+
+    def restore_block(self, handles: Integers, states: StateBlock) -> None:
+        """Put snapshots back, in the order of `handles`.
+
+        Raises:
+            UnknownSession: a handle belongs to no open session.
+            SessionError: they are not snapshots of this model. After either error nothing was changed.
+
+        """
+        self.arena.restore_block(handles, states)
+
     def stop(self) -> None:
         """Nothing to do: the graph runs in this process."""
 
@@ -151,6 +167,22 @@ class StepEngine:
             self._columns.fill_one(self._last, *self._row)
         self._rows.prewarm()
 
+    def step_block(self, block: Block) -> BlockPredictions:
+        """Step one tick of each of the block's sessions, in as few runs as possible.
+
+        Absent features are zeros in the graph's inputs. The results are those of the same ticks in any other blocks or
+        alone, bit for bit on the CPU. Whether the features are finite is for the caller to check.
+
+        Raises:
+            BadTick: the columns do not fit the model or each other, or a session occurs twice.
+            UnknownSession: a handle belongs to no open session. After either error no tick was stepped.
+
+        """
+        if problem := block.fits(self._columns.sizes):
+            raise BadTick(f"a block of {len(block)} ticks was refused: {problem}")
+        self.arena.check(block.handles)
+        return self._run(block)
+
     def step(self, ticks: Sequence[Tick]) -> list[Prediction]:
         """Predictions for the ticks, in their order, in as few runs as possible.
 
@@ -161,10 +193,12 @@ class StepEngine:
         if len(ticks) == 1:
             return [self._run_one(ticks[0], self.arena.slot(ticks[0].session))]
         slots = [self.arena.slot(tick.session) for tick in ticks]
-        out: list[Prediction] = []
-        for start, end in rounds(slots, self.batch):
-            out += self._run(ticks[start:end], slots[start:end])
-        return out
+        out: dict[int, Prediction] = {}
+        for places in rounds(slots, self.batch):
+            some = [ticks[i] for i in places]
+            done = self._run(self._columns.block(some, [slots[i] for i in places]))
+            out |= zip(places, predictions_of(some, done), strict=True)
+        return [out[i] for i in range(len(ticks))]
 
     def _run_one(self, tick: Tick, slot: int) -> Prediction:
         """Fast path for one tick, the usual case of a live session: no slices, no arrays of length 1."""
@@ -177,23 +211,12 @@ class StepEngine:
         heads = {name: values.copy() for name, values in self._row_heads}
         return Prediction(tick, heads, self.spec.sha256, start_ns, now_ns())
 
-    def _run(self, ticks: Sequence[Tick], slots: list[int]) -> list[Prediction]:
+    def _run(self, block: Block) -> BlockPredictions:
+        """Step a block that was checked."""
         start_ns = now_ns()
-        count = len(ticks)
-        bucket = self._rows.bucket(count)
-        self._slots[:count] = slots
-        np.take(self.arena.fresh, self._slots[:count], out=self._fresh[:count])
-        inputs = bucket.inputs
-        present = inputs[self._present] if self._present else None
-        age = inputs[self._age] if self._age else None
-        self._columns.fill(ticks, [inputs[name] for name in self._inputs], present, age)
-        bucket.run(self._slots, self._fresh, count)
-        self.arena.fresh[slots] = False
-        end_ns = now_ns()
-        sha256 = self.spec.sha256
-        heads = [list(bucket.outputs[output][:count].copy()) for _, output in self._heads]
-        names = [name for name, _ in self._heads]
-        return [
-            Prediction(tick, dict(zip(names, rows, strict=True)), sha256, start_ns, end_ns)
-            for tick, *rows in zip(ticks, *heads, strict=True)
-        ]
+        heads = {h.name: np.empty((len(block), h.size), np.float32) for h in self.spec.heads}
+        self._runner.run(block, self.arena.fresh[block.handles], heads)
+        self.arena.fresh[block.handles] = False
+        return BlockPredictions(
+            block.handles, block.indices, block.event_ns, heads, self.spec.sha256, start_ns, now_ns()
+        )

@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from stream_mmrnn.core.block import Block, BlockPredictions, Integers, StateBlock
 from stream_mmrnn.core.types import ModelSpec, Prediction, Tick
 
 Out = TypeVar("Out", covariant=True)
@@ -40,3 +41,21 @@ class Engine(Stepper[Prediction], Protocol):
     def snapshot(self, session: str) -> dict[str, npt.NDArray[np.generic]]: ...
 
     def restore(self, session: str, state: dict[str, npt.NDArray[np.generic]]) -> None: ...
+
+    def handle(self, session: str) -> int:
+        """The number by which blocks name an open session, the same until it is closed; raises UnknownSession."""
+
+    def step_block(self, block: Block) -> BlockPredictions:
+        """Step one tick of each of the block's sessions.
+
+        Raises:
+            BadTick: the columns do not fit the model or each other, or a session occurs twice.
+            UnknownSession: a handle belongs to no open session. After either error no tick was stepped.
+
+        """
+
+    def snapshot_block(self, handles: Integers) -> StateBlock:
+        """Copies of the states of these sessions, in their order; raises UnknownSession."""
+
+    def restore_block(self, handles: Integers, states: StateBlock) -> None:
+        """Put snapshots back, in the order of `handles`; raises UnknownSession, or SessionError if they do not fit."""

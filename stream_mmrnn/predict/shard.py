@@ -1,27 +1,31 @@
 """One process of a sharded engine, and its proxy in the parent.
 
-Features and heads are in shared memory; a pipe carries the commands. The process knows slots, not sessions.
+Blocks of ticks and heads are in shared memory; a pipe carries the commands. The process knows slots, not sessions.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from stream_mmrnn.core import signals
+from stream_mmrnn.core.block import Block, Flags
 from stream_mmrnn.core.errors import ProcessError
 from stream_mmrnn.graph.runtime import Array, Graph, Provider
 from stream_mmrnn.predict.arena import Arena
+from stream_mmrnn.predict.block_runner import BlockRunner
 from stream_mmrnn.predict.contract import Contract
-from stream_mmrnn.predict.cpu_batches import Rows, Shapes
+from stream_mmrnn.predict.cpu_batches import Shapes
 from stream_mmrnn.predict.engine import make_rows
 
 _START_TIMEOUT_S = _ANSWER_TIMEOUT_S = 30.0
@@ -29,30 +33,30 @@ _STEP, _READ, _WRITE, _WARM, _STOP = b"s", b"r", b"w", b"p", b"q"
 
 
 def _layout(contract: Contract, count: int) -> Shapes:
-    """The columns of `count` ticks in shared memory, by the graph's names (and `slots`, `fresh`)."""
-    spec, wiring = contract.spec, contract.wiring
+    """The columns of a block of `count` ticks in shared memory, and its heads; features and heads by position."""
+    spec = contract.spec
     modalities = len(spec.modalities)
     f4 = np.dtype(np.float32)
-    columns: Shapes = {
+    return {
         "slots": ((count,), np.dtype(np.int64)),
+        "age_ns": ((count, modalities), np.dtype(np.int64)),
         "fresh": ((count,), np.dtype(np.bool_)),
-        **{wiring.inputs[m.name]: ((count, m.size), f4) for m in spec.modalities},
-        **{wiring.heads[h.name]: ((count, h.size), f4) for h in spec.heads},
+        "present": ((count, modalities), np.dtype(np.bool_)),
+        **{f"features {i}": ((count, m.size), f4) for i, m in enumerate(spec.modalities)},
+        **{f"head {i}": ((count, h.size), f4) for i, h in enumerate(spec.heads)},
     }
-    for name in (wiring.present, wiring.age):
-        if name:
-            columns[name] = ((count, modalities), f4)
-    return columns
 
 
 class SharedColumns:
-    """Columns of ticks in shared memory."""
+    """A block of ticks in shared memory: raw columns, without absent rows."""
 
     def __init__(self, contract: Contract, count: int, name: str | None = None) -> None:
         layout = _layout(contract, count)
         sizes = {k: -(-int(np.prod(shape)) * dtype.itemsize // 64) * 64 for k, (shape, dtype) in layout.items()}
         size = max(sum(sizes.values()), 64)
         self.columns: dict[str, Array] = {}
+        self.heads: dict[str, Array] = {}
+        self._features: list[Array] = []
         self.memory = SharedMemory(name, create=name is None, size=size)
         if name is None:
             self._reserve(size)
@@ -60,6 +64,30 @@ class SharedColumns:
         for key, (shape, dtype) in layout.items():
             self.columns[key] = np.ndarray(shape, dtype, self.memory.buf, at)
             at += sizes[key]
+        self.heads = {h.name: self.columns[f"head {i}"] for i, h in enumerate(contract.spec.heads)}
+        self._features = [self.columns[f"features {i}"] for i in range(len(contract.spec.modalities))]
+
+    def put(self, block: Block, fresh: Flags) -> bytes:
+        """Write a block whose handles are slots; returns what `get` needs to know."""
+        columns, count = self.columns, len(block)
+        columns["slots"][:count] = block.handles
+        columns["age_ns"][:count] = block.age_ns
+        columns["fresh"][:count] = fresh
+        columns["present"][:count] = block.present
+        for place, vectors in zip(self._features, block.features, strict=True):
+            _as(place, vectors.dtype)[: len(vectors)] = vectors
+        return count.to_bytes(4, "little") + bytes(v.dtype.itemsize for v in block.features)
+
+    def get(self, raw: bytes) -> tuple[Block, Flags]:
+        """The block that `put` has written, as views; it has no times."""
+        columns, count = self.columns, int.from_bytes(raw[:4], "little")
+        present = columns["present"][:count]
+        features = tuple(
+            _as(place, np.dtype(f"f{size}"))[: np.count_nonzero(here)]
+            for place, size, here in zip(self._features, raw[4:], present.T, strict=True)
+        )
+        slots = columns["slots"][:count]
+        return Block(slots, slots, slots, present, columns["age_ns"][:count], features), columns["fresh"][:count]
 
     def _reserve(self, size: int) -> None:
         """Take the memory now: a write to what is not there kills the process. Raises ProcessError."""
@@ -76,19 +104,25 @@ class SharedColumns:
 
     def close(self, unlink: bool) -> None:
         self.columns.clear()
+        self.heads.clear()
+        self._features.clear()
         with contextlib.suppress(BufferError):
             self.memory.close()
         if unlink:
             self.memory.unlink()
 
 
+def _as(place: Array, dtype: np.dtype[Any]) -> Array:
+    """The memory of float32 rows as rows of float32 or float16."""
+    return place.reshape(-1).view(dtype)[: place.size].reshape(place.shape)
+
+
 def _serve(path: Path, slots: int, provider: Provider, batch: int, memory: str, pipe: Connection) -> None:
     """Main function of a shard's process: it knows slots, not sessions."""
     signals.ignore()  # the parent gets them, and tells this process
     contract, rows = make_rows(Graph(path, provider), slots, batch)
-    block = SharedColumns(contract, slots, memory)
-    columns, wiring = block.columns, contract.wiring
-    inputs = [*wiring.inputs.values(), *(n for n in (wiring.present, wiring.age) if n)]
+    runner = BlockRunner(rows, contract)
+    shared = SharedColumns(contract, slots, memory)
     pipe.send_bytes(msgspec.msgpack.encode({n: (s, d.str) for n, (s, d) in rows.shapes.items()}))
     while True:
         try:
@@ -97,32 +131,29 @@ def _serve(path: Path, slots: int, provider: Provider, batch: int, memory: str, 
             break
         command, rest = message[:1], message[1:]
         if command == _STEP:
-            _step(rows, columns, inputs, list(wiring.heads.values()), int.from_bytes(rest, "little"))
+            runner.run(*shared.get(rest), shared.heads)
             pipe.send_bytes(b"")
         elif command == _WARM:
             rows.prewarm()
         elif command == _READ:
-            state = rows.read(int.from_bytes(rest, "little"))
-            pipe.send_bytes(msgspec.msgpack.encode({n: a.tobytes() for n, a in state.items()}))
+            pipe.send_bytes(b"".join(a.tobytes() for a in rows.read(np.frombuffer(rest, np.int64)).values()))
         elif command == _WRITE:
-            slot, raw = msgspec.msgpack.decode(rest, type=tuple[int, dict[str, bytes]])
-            rows.write(slot, {n: np.frombuffer(raw[n], d).reshape(s) for n, (s, d) in rows.shapes.items()})
+            count = int.from_bytes(rest[:4], "little")
+            places = np.frombuffer(rest, np.int64, count, 4)
+            rows.write(places, _states(rest, 4 + places.nbytes, rows.shapes, count))
             pipe.send_bytes(b"")
         else:
             break
-    block.close(unlink=False)
+    shared.close(unlink=False)
 
 
-def _step(rows: Rows, columns: dict[str, Array], inputs: Sequence[str], heads: Sequence[str], count: int) -> None:
-    for start in range(0, count, rows.batch):
-        part = slice(start, min(start + rows.batch, count))
-        size = part.stop - start
-        bucket = rows.bucket(size)
-        for name in inputs:
-            bucket.inputs[name][:size] = columns[name][part]
-        bucket.run(columns["slots"][part], columns["fresh"][part], size)
-        for name in heads:
-            columns[name][part] = bucket.outputs[name][:size]
+def _states(raw: bytes, at: int, shapes: Shapes, count: int) -> dict[str, Array]:
+    """The states of `count` slots, one after another in `raw` from `at` on, as views."""
+    states = {}
+    for name, (shape, dtype) in shapes.items():
+        states[name] = np.frombuffer(raw, dtype, count * math.prod(shape), at).reshape(count, *shape)
+        at += states[name].nbytes
+    return states
 
 
 class Shard:
@@ -130,8 +161,8 @@ class Shard:
 
     def __init__(self, path: Path, contract: Contract, slots: int, provider: Provider, batch: int) -> None:
         signals.start_resource_tracker()
-        self.block = SharedColumns(contract, slots)
-        self._arguments = (path, slots, provider, batch, self.block.memory.name)
+        self.shared = SharedColumns(contract, slots)
+        self._arguments = (path, slots, provider, batch, self.shared.memory.name)
         self.arena = Arena(self, slots)
         self._shapes: Shapes = {}
         self._start()
@@ -188,22 +219,28 @@ class Shard:
         except OSError as e:
             raise ProcessError(f"a shard of the engine (process {self.pid}) has died") from e
 
-    def begin(self, count: int) -> None:
-        self._tell(_STEP + count.to_bytes(4, "little"))
+    def begin(self, block: Block) -> None:
+        """Start a step of a block whose handles are slots of this shard."""
+        message = self.shared.put(block, self.arena.fresh[block.handles])
+        self.arena.fresh[block.handles] = False
+        self._tell(_STEP + message)
 
-    def end(self) -> None:
+    def end(self) -> dict[str, Array]:
+        """Wait for the step; the heads, as views that hold until the next one."""
         self._answer()
+        return self.shared.heads
 
     def prewarm(self) -> None:
         self._tell(_WARM)
 
-    def read(self, slot: int) -> dict[str, Array]:
-        self._tell(_READ + slot.to_bytes(4, "little"))
-        raw = msgspec.msgpack.decode(self._answer(), type=dict[str, bytes])
-        return {n: np.frombuffer(raw[n], dtype).reshape(shape).copy() for n, (shape, dtype) in self._shapes.items()}
+    def read(self, slots: Array) -> dict[str, Array]:
+        self._tell(_READ + slots.astype(np.int64).tobytes())
+        raw = self._answer()
+        return {name: rows.copy() for name, rows in _states(raw, 0, self._shapes, len(slots)).items()}
 
-    def write(self, slot: int, state: dict[str, Array]) -> None:
-        self._tell(_WRITE + msgspec.msgpack.encode((slot, {n: state[n].tobytes() for n in self._shapes})))
+    def write(self, slots: Array, states: Mapping[str, Array]) -> None:
+        columns = (slots.astype(np.int64), *(states[name] for name in self._shapes))
+        self._tell(_WRITE + len(slots).to_bytes(4, "little") + b"".join(a.tobytes() for a in columns))
         self._answer()
 
     @property
@@ -218,4 +255,4 @@ class Shard:
             self._process.kill()
             self._process.join()
         self._pipe.close()
-        self.block.close(unlink=True)
+        self.shared.close(unlink=True)

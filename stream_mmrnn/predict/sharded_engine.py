@@ -1,6 +1,6 @@
 """ShardedEngine: one engine over several processes, for when one core is not enough. Same methods as StepEngine.
 
-Each process (shard) has a part of the slots and runs the graph. Features and heads are in shared memory; a pipe carries
+Each process (shard) has a part of the slots and runs the graph. Blocks and heads are in shared memory; a pipe carries
 the commands. Threads do not help: two processes with one thread step twice as much, one process with two does not.
 """
 
@@ -10,11 +10,17 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import msgspec
+import numpy as np
+
 from stream_mmrnn.core import config
+from stream_mmrnn.core.block import Block, BlockPredictions, Flags, Integers, StateBlock
 from stream_mmrnn.core.clock import now_ns
-from stream_mmrnn.core.errors import Busy, DuplicateSession, ProcessError, ShardDied, UnknownSession, UsageError
+from stream_mmrnn.core.errors import BadTick, ProcessError, ShardDied, UsageError
 from stream_mmrnn.core.types import Prediction, Tick
 from stream_mmrnn.graph.runtime import Array, Graph, Provider
+from stream_mmrnn.predict.arena import SlotTable, check_states
+from stream_mmrnn.predict.block_runner import predictions_of
 from stream_mmrnn.predict.columns import Columns, rounds
 from stream_mmrnn.predict.contract import contract_of
 from stream_mmrnn.predict.engine import StepEngine
@@ -28,12 +34,15 @@ class ShardedEngine:
         """Raises ModelError or ProviderError if the model cannot be served, ProcessError if a shard dies."""
         contract = contract_of(Graph(path))
         self.spec, self.provider = contract.spec, provider
-        self._wiring = contract.wiring
-        self._columns = Columns([m.name for m in self.spec.modalities], slots)
+        self._columns = Columns(self.spec.modalities, 0)
         share = -(-slots // processes)
         self.slots = slots
         self._shards: list[Shard] = []
-        self._of: dict[str, Shard] = {}
+        self._handles = SlotTable(slots)
+        self._shard_of = np.zeros(slots, np.int64)
+        """By handle: the index of the process that has the session."""
+        self._slot_of = np.zeros(slots, np.int64)
+        """By handle: the session's slot there."""
         try:
             for _ in range(processes):
                 self._shards.append(Shard(path, contract, share, provider, batch))
@@ -44,10 +53,10 @@ class ShardedEngine:
             raise
 
     def __contains__(self, session: str) -> bool:
-        return session in self._of
+        return session in self._handles
 
     def __len__(self) -> int:
-        return len(self._of)
+        return len(self._handles)
 
     @property
     def pids(self) -> list[int]:
@@ -55,26 +64,23 @@ class ShardedEngine:
 
     def open(self, session: str) -> None:
         """Give a session a slot in the process with the fewest sessions; raises Busy or DuplicateSession at once."""
-        if session in self._of:
-            raise DuplicateSession(f"session {session!r} is open already; close it, or take another name")
-        if len(self._of) >= self.slots:
-            raise Busy(f"all {self.slots} slots are taken; close a session, or raise engine.slots")
-        shard = min(self._shards, key=lambda s: len(s.arena))
-        shard.arena.acquire(session)
-        self._of[session] = shard
+        handle = self._handles.acquire(session)
+        index = min(range(len(self._shards)), key=lambda i: len(self._shards[i].arena))
+        self._shard_of[handle], self._slot_of[handle] = index, self._shards[index].arena.acquire(session)
 
-    def _shard(self, session: str) -> Shard:
-        try:
-            return self._of[session]
-        except KeyError:
-            raise UnknownSession(f"session {session!r} is not open; open it first") from None
+    def handle(self, session: str) -> int:
+        """The number by which blocks name an open session, the same until it is closed; raises UnknownSession."""
+        return self._handles.slot(session)
 
     def shard(self, session: str) -> int:
         """The index of the process that has a session."""
-        return self._shards.index(self._shard(session))
+        return int(self._shard_of[self.handle(session)])
+
+    def _shard(self, session: str) -> Shard:
+        return self._shards[self.shard(session)]
 
     def move(self, session: str, shard: int) -> None:
-        """Move a session to another process; its results stay bit-identical.
+        """Move a session to another process; its handle stays, and its results stay bit-identical.
 
         Raises:
             UnknownSession: it is not open.
@@ -90,14 +96,15 @@ class ShardedEngine:
             return
         with self._mended(here):
             state = here.arena.snapshot(session)
-        there.arena.acquire(session)
+        slot = there.arena.acquire(session)
         try:
             there.arena.restore(session, state)
         except ProcessError as e:
             there.arena.release(session)
             raise self._mend([there], e) from e
         here.arena.release(session)
-        self._of[session] = there
+        handle = self.handle(session)
+        self._shard_of[handle], self._slot_of[handle] = shard, slot
 
     @contextlib.contextmanager
     def _mended(self, shard: Shard) -> Iterator[None]:
@@ -124,7 +131,7 @@ class ShardedEngine:
 
     def close(self, session: str) -> None:
         self._shard(session).arena.release(session)
-        del self._of[session]
+        self._handles.release(session)
 
     def snapshot(self, session: str) -> dict[str, Array]:
         """A copy of the session's state tensors, by name; empty before its first step. Raises ShardDied."""
@@ -137,6 +144,45 @@ class ShardedEngine:
         shard = self._shard(session)
         with self._mended(shard):
             shard.arena.restore(session, state)
+
+    def snapshot_block(self, handles: Integers) -> StateBlock:
+        """Copies of the states of these sessions, in their order; raises UnknownSession or ShardDied."""
+        self._handles.check(handles)
+        count = len(handles)
+        shapes = self._shards[0].shapes
+        states = {name: np.empty((count, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+        block = StateBlock(np.zeros(count, np.bool_), states)
+        for shard, rows in self._rows_of(handles):
+            with self._mended(shard):
+                part = shard.arena.snapshot_block(self._slot_of[handles[rows]])
+            block.fresh[rows] = part.fresh
+            for name, values in part.states.items():
+                states[name][rows] = values
+        return block
+
+    def restore_block(self, handles: Integers, states: StateBlock) -> None:
+        """Put snapshots back, in the order of `handles`.
+
+        Raises:
+            UnknownSession: a handle belongs to no open session.
+            SessionError: they are not snapshots of this model. After either error nothing was changed.
+            ShardDied: a process has died; the error names the sessions that lost their state.
+
+        """
+        self._handles.check(handles)
+        check_states(states, len(handles), self._shards[0].shapes)
+        for shard, rows in self._rows_of(handles):
+            part = StateBlock(states.fresh[rows], {name: values[rows] for name, values in states.states.items()})
+            with self._mended(shard):
+                shard.arena.restore_block(self._slot_of[handles[rows]], part)
+
+    def _rows_of(self, handles: Integers) -> Iterator[tuple[Shard, Flags]]:
+        """The processes that have some of these sessions, and which ones [N]."""
+        places = self._shard_of[handles]
+        for i, shard in enumerate(self._shards):
+            rows = places == i
+            if rows.any():
+                yield shard, rows
 
     def prewarm(self) -> None:
         for shard in self._shards:
@@ -152,74 +198,73 @@ class ShardedEngine:
                 the sessions that lost their state.
 
         """
-        shards = [self._shard(tick.session) for tick in ticks]
-        out: list[Prediction] = []
-        for start, end in rounds([tick.session for tick in ticks], len(ticks)):
+        handles = [self.handle(tick.session) for tick in ticks]
+        out: dict[int, Prediction] = {}
+        for places in rounds(handles, max(len(ticks), 1)):
+            mine = {handles[i]: i for i in places}
+            block = self._columns.block([ticks[i] for i in places], list(mine))
             try:
-                out += self._round(ticks[start:end], shards[start:end])
+                done = self._run(block)
             except ShardDied as e:
-                e.predictions = (*out, *e.predictions)
+                places = [mine[handle] for handle in e.block.handles.tolist()]
+                out |= zip(places, predictions_of([ticks[i] for i in places], e.block), strict=True)
+                e.predictions, e.block = tuple(out[i] for i in sorted(out)), None
                 raise
-        return out
+            out |= zip(places, predictions_of([ticks[i] for i in places], done), strict=True)
+        return [out[i] for i in range(len(ticks))]
 
-    def _round(self, ticks: Sequence[Tick], shards: Sequence[Shard]) -> list[Prediction]:
+    def step_block(self, block: Block) -> BlockPredictions:
+        """Step one tick of each of the block's sessions; the processes work in parallel.
+
+        Raises:
+            BadTick: the columns do not fit the model or each other, or a session occurs twice.
+            UnknownSession: a handle belongs to no open session. After either error no tick was stepped.
+            ShardDied: a process has died and was replaced. The error holds the block of the other processes'
+                predictions, and the sessions that lost their state.
+
+        """
+        if problem := block.fits(self._columns.sizes):
+            raise BadTick(f"a block of {len(block)} ticks was refused: {problem}")
+        self._handles.check(block.handles)
+        return self._run(block)
+
+    def _run(self, block: Block) -> BlockPredictions:
+        """Step a block that was checked: each process gets its rows as columns, and all step at once."""
         start_ns = now_ns()
-        places: dict[int, list[int]] = {}
-        for i, shard in enumerate(shards):
-            places.setdefault(id(shard), []).append(i)
-        busy = [(shard, places[id(shard)]) for shard in self._shards if id(shard) in places]
-        dead: dict[int, tuple[Shard, ProcessError]] = {}
-        for shard, mine in busy:
-            self._fill(shard, [ticks[i] for i in mine])
+        dead: list[tuple[Shard, ProcessError]] = []
+        stepping: list[tuple[Shard, Flags]] = []
+        for shard, rows in self._rows_of(block.handles):
+            part = block.take(rows)
             try:
-                shard.begin(len(mine))
+                shard.begin(msgspec.structs.replace(part, handles=self._slot_of[part.handles]))
             except ProcessError as e:
-                dead[id(shard)] = shard, e
-        heads: list[dict[str, Array] | None] = [None] * len(ticks)
-        for shard, mine in busy:
+                dead.append((shard, e))
+            else:
+                stepping.append((shard, rows))
+        heads = {h.name: np.empty((len(block), h.size), np.float32) for h in self.spec.heads}
+        stepped = np.zeros(len(block), np.bool_)
+        for shard, rows in stepping:
             try:
-                if id(shard) not in dead:
-                    shard.end()
+                for name, values in shard.end().items():
+                    heads[name][rows] = values[: np.count_nonzero(rows)]
+                stepped |= rows
             except ProcessError as e:
-                dead[id(shard)] = shard, e
-            if id(shard) in dead:
-                continue
-            outputs = {n: shard.block.columns[output][: len(mine)].copy() for n, output in self._wiring.heads.items()}
-            for row, i in enumerate(mine):
-                heads[i] = {name: rows[row] for name, rows in outputs.items()}
-        end_ns = now_ns()
-        sha256 = self.spec.sha256
-        made = [
-            Prediction(tick, outputs, sha256, start_ns, end_ns)
-            for tick, outputs in zip(ticks, heads, strict=True)
-            if outputs is not None
-        ]
-        if dead:
-            found = list(dead.values())
-            error = self._mend([shard for shard, _ in found], found[0][1])
-            error.predictions = tuple(made)
-            raise error from found[0][1]
-        return made
-
-    def _fill(self, shard: Shard, ticks: Sequence[Tick]) -> None:
-        columns, wiring, count = shard.block.columns, self._wiring, len(ticks)
-        slots = [shard.arena.slot(tick.session) for tick in ticks]
-        columns["slots"][:count] = slots
-        columns["fresh"][:count] = shard.arena.fresh[slots]
-        shard.arena.fresh[slots] = False
-        self._columns.fill(
-            ticks,
-            [columns[wiring.inputs[m.name]] for m in self.spec.modalities],
-            columns[wiring.present] if wiring.present else None,
-            columns[wiring.age] if wiring.age else None,
+                dead.append((shard, e))
+        done = BlockPredictions(
+            block.handles, block.indices, block.event_ns, heads, self.spec.sha256, start_ns, now_ns()
         )
+        if dead:
+            error = self._mend([shard for shard, _ in dead], dead[0][1])
+            error.block = done.take(stepped)
+            raise error from dead[0][1]
+        return done
 
     def stop(self) -> None:
         """Stop the processes and free their shared memory."""
         for shard in self._shards:
             shard.stop()
         self._shards = []
-        self._of.clear()
+        self._handles = SlotTable(self.slots)
 
 
 def create(settings: config.EngineSettings) -> StepEngine | ShardedEngine:

@@ -15,8 +15,9 @@ NOWHERE = Stamps(0, 0, 0, 0, "")
 
 def tick(session: str, index: int, seed: int = 0) -> Tick:
     rng = np.random.default_rng([seed, index])
-    features = {m.name: rng.standard_normal(m.size).astype(np.float32) for m in toy_model.MODALITIES}
+    vectors = {m.name: rng.standard_normal(m.size).astype(np.float32) for m in toy_model.MODALITIES}
     present = {m.name: bool(rng.integers(2)) for m in toy_model.MODALITIES}
+    features = {name: v if present[name] else np.zeros_like(v) for name, v in vectors.items()}
     age = {m.name: int(rng.integers(-1, 20)) * 1_000_000_000 for m in toy_model.MODALITIES}
     return Tick(session, index, index * toy_model.TICK_NS, features, present, age, NOWHERE)
 

@@ -90,7 +90,9 @@ def sequence(path: Path, recipe: Recipe, specs: Sequence[ModalitySpec]) -> Ticks
     names = [s.name for s in specs]
     features = {s.name: np.empty((len(ticks), s.size), np.float32) for s in specs}
     present, age_s = (np.empty((len(ticks), len(names)), np.float32) for _ in range(2))
-    Columns(names, len(ticks)).fill(ticks, list(features.values()), present, age_s)
+    columns = Columns(specs, len(ticks))
+    block = columns.block(ticks, range(len(ticks)))
+    columns.fill(block, slice(None), [0] * len(specs), list(features.values()), present, age_s)
     chosen: dict[str, Any] = recipe.data.options.get("targets", {})
     targets: dict[str, Array] = {}
     weights: dict[str, FloatArray] = {}
