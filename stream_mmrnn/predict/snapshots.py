@@ -195,7 +195,7 @@ class StateStore:
         return path
 
     def write(self, path: Path, raw: bytes, unix_ns: int, what: str) -> None:
-        """Write a file of the folder; it is on the disk when this returns. Raises SnapshotError, where `what` names it."""
+        """Write a file of the folder; it is on the disk when this returns. Raises SnapshotError, which names `what`."""
         beside = path.with_name(f"{path.stem}.{os.getpid()}.{next(_counter)}{_TEMPORARY}")
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # it may have been removed

@@ -95,8 +95,8 @@ class StepsReader:
 
 def to_steps(group: int, number: int, block: Block, whole: bool = False) -> protocol.Steps:
     """A block as a message; its handles are rows of the group. `whole`: they are all rows in order."""
-    absent = ~block.present.any(axis=0)
-    full = block.present.all(axis=0)
+    count = len(block)
+    here = [len(vectors) for vectors in block.features]
     half = all(vectors.dtype == np.float16 for vectors in block.features if vectors.size)
     kind = _F2 if half and any(vectors.size for vectors in block.features) else _F4
     plain_ages = np.array_equal(block.age_ns, block.present.astype(np.int64) - 1)
@@ -106,23 +106,20 @@ def to_steps(group: int, number: int, block: Block, whole: bool = False) -> prot
         rows=b"" if whole else row_bytes(block.handles),
         ticks=column(block.indices),
         event_ns=column(block.event_ns) if block.event_ns.any() else b"",
-        features=tuple(
-            None if gone else vectors.astype(kind, copy=False).tobytes()
-            for gone, vectors in zip(absent, block.features, strict=True)
-        ),
+        features=tuple(v.astype(kind, copy=False).tobytes() if len(v) else None for v in block.features),
         present=()
-        if (absent | full).all()
+        if all(some in (0, count) for some in here)
         else tuple(
-            None if every or gone else mask.astype(np.uint8).tobytes()
-            for gone, every, mask in zip(absent, full, block.present.T, strict=True)
+            None if some in (0, count) else mask.astype(np.uint8).tobytes()
+            for some, mask in zip(here, block.present.T, strict=True)
         ),
         age_ns=b"" if plain_ages else column(block.age_ns),
         half=kind is _F2,
     )
 
 
-def column(values: npt.NDArray[np.int64]) -> bytes:
-    return values.astype(_I8, copy=False).tobytes()
+def column(values: npt.NDArray[np.int64] | Sequence[int]) -> bytes:
+    return np.asarray(values, _I8).tobytes()
 
 
 def read_heads(content: Sequence[bytes], sizes: Sequence[int], count: int) -> list[npt.NDArray[np.float32]]:
@@ -149,5 +146,3 @@ def joined(blocks: Sequence[Block]) -> Block:
 def with_handles(block: Block, handles: Integers) -> Block:
     """The same ticks under other numbers."""
     return Block(handles, block.indices, block.event_ns, block.present, block.age_ns, block.features)
-
-

@@ -202,6 +202,16 @@ class ClientState:
             return ""
         if isinstance(reply, protocol.Alive):
             return ""
+        if isinstance(reply, protocol.Grouped | protocol.Preds):
+            group = self.groups.get(reply.group)
+            if group is not None:
+                group.receive(reply, now_ns)
+                self._send_group(group)
+            return group_key(reply.group)
+        if (group := self._group_of.get(reply.session)) is not None:
+            group.receive_of_session(reply, now_ns)
+            self._send_group(group)
+            return group_key(group.number)
         session = self.sessions.get(reply.session)
         if session is None:
             if isinstance(reply, protocol.Refused) and not reply.session:

@@ -33,9 +33,7 @@ _Vectors = Annotated[tuple[bytes | None, ...], msgspec.Meta(max_length=_MAX_MODA
 _Ages = Annotated[tuple[Nanoseconds, ...], msgspec.Meta(max_length=_MAX_MODALITIES)]
 _Number = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 _Row = Annotated[int, msgspec.Meta(ge=0, lt=MAX_ROWS)]
-ErrorName: TypeAlias = Literal[
-    "unknown", "duplicate", "evicted", "bad_tick", "bad_message", "failed", "overrun"
-]
+ErrorName: TypeAlias = Literal["unknown", "duplicate", "evicted", "bad_tick", "bad_message", "failed", "overrun"]
 RowError: TypeAlias = ErrorName | Literal["busy"]
 
 
@@ -262,7 +260,7 @@ class Preds(_Message, frozen=True, tag="preds"):
     group: int
     block: int
     heads: tuple[bytes, ...]
-    """By head: float32 [N, size]."""
+    """By head: float32 [N, size]; none where no row was stepped."""
     waited_ns: int
     """From receiving the block until its step began."""
     step_ns: int
@@ -334,7 +332,19 @@ def welcome(spec: ModelSpec, queue: int, version: int = VERSION) -> Welcome:
 
 
 Reply: TypeAlias = (
-    Welcome | Ready | Grouped | BusyNow | Refused | Pred | Preds | Pushed | Skipped | Flushed | Done | EvictedNow | Alive
+    Welcome
+    | Ready
+    | Grouped
+    | BusyNow
+    | Refused
+    | Pred
+    | Preds
+    | Pushed
+    | Skipped
+    | Flushed
+    | Done
+    | EvictedNow
+    | Alive
 )
 
 encode = msgspec.msgpack.Encoder().encode

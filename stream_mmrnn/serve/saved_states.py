@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
+import numpy as np
 from msgspec.structs import replace
 
+from stream_mmrnn.core.errors import SnapshotError
 from stream_mmrnn.predict.snapshots import Snapshot
 from stream_mmrnn.serve.session_table import hash_of
 from stream_mmrnn.serve.state_rows import TOKEN_SHA256, StateRows
@@ -68,12 +70,41 @@ class SavedStates:
         """Write a state. Raises SnapshotError."""
         self._store.save(bound(snapshot, token), now_ns + self._offset_ns)
 
+    def save_rows(self, rows: StateRows, now_ns: int) -> None:
+        """Write the states of many sessions as one file; the store is a BlockStore. Raises SnapshotError."""
+        unix_ns = now_ns + self._offset_ns
+        self._blocks.save_rows(replace(rows, saved_ns=np.full(len(rows), unix_ns)), unix_ns)
+
+    def save_all(
+        self, rows: StateRows | None, alone: Sequence[tuple[Snapshot, str]], now_ns: int
+    ) -> dict[str, SnapshotError]:
+        """Write what becomes one file, and snapshots that have one each, with their tokens; returns the sessions whose
+        state could not be written, and why.
+        """
+        failed: dict[str, SnapshotError] = {}
+        if rows is not None:
+            try:
+                self.save_rows(rows, now_ns)
+            except SnapshotError as e:
+                failed |= dict.fromkeys(rows.sessions, e)
+        for snapshot, token in alone:
+            try:
+                self.save(snapshot, token, now_ns)
+            except SnapshotError as e:
+                failed[snapshot.session] = e
+        return failed
+
     def forget(self, session: str) -> None:
         """Remove a session's state."""
         self._store.forget(session)
 
-    def unix_ns(self, now_ns: int) -> int:
-        return now_ns + self._offset_ns
+    def forget_all(self, sessions: Sequence[str]) -> None:
+        """Remove the states of many sessions; the store is a BlockStore. Raises SnapshotError."""
+        self._blocks.forget_all(sessions)
+
+    @property
+    def _blocks(self) -> BlockStore:
+        return cast("BlockStore", self._store)
 
 
 def bound(snapshot: Snapshot, token: str) -> Snapshot:

@@ -46,9 +46,7 @@ class StateRows(msgspec.Struct, frozen=True, eq=False):
     def snapshot(self, row: int) -> Snapshot:
         """One of them."""
         extra: dict[str, bytes | str] = {TOKEN_SHA256: self.token_sha256[row]}
-        return Snapshot(
-            self.sessions[row], self.model_sha256, int(self.tick_index[row]), self.states.row(row), extra
-        )
+        return Snapshot(self.sessions[row], self.model_sha256, int(self.tick_index[row]), self.states.row(row), extra)
 
     def take(self, rows: Sequence[int]) -> StateRows:
         at = np.array(rows, np.int64)

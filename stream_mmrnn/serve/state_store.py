@@ -121,7 +121,9 @@ class StateBlockStore(StateStore):
         raw = self.read(file.path, "states of sessions", _FOREVER_NS)
         if raw is None:
             if self._files.get(file.number) is file:
-                raise SnapshotError(f"{file.path} with the states of {file.live} sessions was removed by another program")
+                raise SnapshotError(
+                    f"{file.path} with the states of {file.live} sessions was removed by another program"
+                )
             return None
         try:
             rows, _ = from_bytes(raw)
@@ -221,7 +223,7 @@ class StateBlockStore(StateStore):
         for number in sorted(self._files):
             file = self._files[number]
             earlier = [of for n, of in self._files.items() if n < number and of not in old]
-            # what was closed must not come back from an earlier file; of a session that goes on, a newer one has the state
+            # what was closed must not come back from an earlier file; of one that goes on, a newer file has the state
             needed = any(name not in self._where and any(name in of.row for of in earlier) for name in file.gone)
             if not file.live and not needed:
                 old.append(file)
@@ -247,5 +249,3 @@ class StateBlockStore(StateStore):
 def _none() -> StateRows:
     nothing = np.zeros(0, np.int64)
     return StateRows("", [], [], nothing, nothing, StateBlock(np.zeros(0, np.bool_), {}))
-
-
