@@ -254,12 +254,11 @@ class Host:
             self._check_share(peer)
         opened = self.sessions.open(session, token, now_ns=now_ns)
         self._pushes.begin(session, raw, opened, now_ns)
-        if before is not None and before.peer not in (peer, NO_ONE):
+        first = before.peer if before is not None else NO_ONE
+        if first not in (peer, NO_ONE):
             self.disown(session)
             self.counts["taken"] += 1
-            self._send(
-                before.peer, protocol.EvictedNow(session=session, token="", reason="taken", next=opened.next_index)
-            )
+            self._send(first, protocol.EvictedNow(session=session, token="", reason="taken", next=opened.next_index))
         served = self.own(session, peer)
         pushes = self._pushes.raw.get(session)
         following = opened.next_index if pushes is None else pushes.next

@@ -1,7 +1,8 @@
 """StateRows: the states of many sessions of one model as columns, and as the bytes of one file.
 
-The file is safetensors: `state.NAME` [N, *shape], `fresh`, `tick_index`, `saved_ns` and `token_sha256`, and as JSON in
-its metadata the names, what is gone, and a sha256 over everything: a damaged file is refused. Knows nothing about
+The file is safetensors: `state.NAME` [N, *shape], `fresh`, `tick_index`, `saved_ns`, `token_sha256`, and `gone` with the
+keys of sessions that were closed; as JSON in its metadata the names and a sha256 over everything: a damaged file is
+refused. Knows nothing about
 folders.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
 import numpy as np
@@ -25,6 +26,7 @@ from stream_mmrnn.predict.snapshots import Snapshot
 _KEY, _VERSION = "stream_mmrnn_rows", 1
 _STATE = "state."
 TOKEN_SHA256 = "token_sha256"  # noqa: S105 a name, not a secret
+Keys: TypeAlias = npt.NDArray[np.uint64]
 
 
 class StateRows(msgspec.Struct, frozen=True, eq=False):
@@ -87,12 +89,11 @@ class _About(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: int
     model_sha256: Annotated[str, msgspec.Meta(max_length=128)]
     sessions: list[Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]]
-    gone: list[str]
     sha256: str = ""
 
 
-def to_bytes(rows: StateRows, gone: Sequence[str]) -> bytes:
-    """The bytes of a file; `gone`: sessions of which older files hold states that do not count any more.
+def to_bytes(rows: StateRows, gone: Keys) -> bytes:
+    """The bytes of a file; `gone`: keys of sessions of which older files hold states that do not count any more.
 
     Raises:
         SnapshotError: a type or size that the format cannot hold.
@@ -105,7 +106,8 @@ def to_bytes(rows: StateRows, gone: Sequence[str]) -> bytes:
     tensors["tick_index"], tensors["saved_ns"] = rows.tick_index.astype("<i8"), rows.saved_ns.astype("<i8")
     digests = np.frombuffer(bytes.fromhex("".join(rows.token_sha256)), np.uint8)
     tensors[TOKEN_SHA256] = digests.reshape(len(rows), 32)
-    about = _About(_VERSION, rows.model_sha256, rows.sessions, list(gone))
+    about = _About(_VERSION, rows.model_sha256, rows.sessions)
+    tensors["gone"] = gone.astype("<u8")
     try:
         about = msgspec.structs.replace(about, sha256=_digest(about, tensors))
         return to_safetensors(tensors, {_KEY: msgspec.json.encode(about).decode()})
@@ -113,8 +115,8 @@ def to_bytes(rows: StateRows, gone: Sequence[str]) -> bytes:
         raise SnapshotError(f"the states of {len(rows)} sessions cannot be saved: {e}") from e
 
 
-def from_bytes(raw: bytes) -> tuple[StateRows, list[str]]:
-    """The rows in the bytes of a file, and the sessions that are gone; arrays are read-only.
+def from_bytes(raw: bytes) -> tuple[StateRows, Keys]:
+    """The rows in the bytes of a file, and the keys of sessions that are gone; arrays are read-only.
 
     Raises:
         SnapshotError: they are damaged, or no such file.
@@ -126,7 +128,7 @@ def from_bytes(raw: bytes) -> tuple[StateRows, list[str]]:
         raise SnapshotError(f"these {len(raw)} bytes are no states of sessions, or damaged ones: {e}") from e
 
 
-def _unpack(raw: bytes) -> tuple[StateRows, list[str]]:
+def _unpack(raw: bytes) -> tuple[StateRows, Keys]:
     header = int.from_bytes(raw[:8], "little")
     if not 8 + header <= len(raw):
         raise ValueError("it is cut off")
@@ -152,7 +154,7 @@ def _unpack(raw: bytes) -> tuple[StateRows, list[str]]:
             tensors["saved_ns"],
             StateBlock(fresh != 0, states),
         ),
-        about.gone,
+        tensors["gone"],
     )
 
 

@@ -3,49 +3,67 @@
 A file has the states that were due together (`state_rows`), and a number that grows: of two files with a session the
 higher one counts. A file without a session that counts is removed; small ones are rewritten as one where there are too
 many. Sessions whose state is more than the engine's tensors have a file each, as in `StateStore`, which older releases
-wrote for all. One thread writes, another one may read.
+wrote for all. One thread writes, another one may read. In memory a session that is kept takes some 30 bytes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import threading
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from stream_mmrnn.core.block import StateBlock
 from stream_mmrnn.core.errors import SnapshotError
 from stream_mmrnn.predict.snapshots import MAX_BYTES, Snapshot, StateStore
-from stream_mmrnn.serve.state_rows import StateRows, from_bytes, joined_rows, to_bytes
+from stream_mmrnn.serve.state_rows import Keys, StateRows, from_bytes, joined_rows, to_bytes
 
 _SUFFIX, _ALONE = ".states", ".safetensors"
 _MOST_FILES = 16
 """With more the smallest ones are rewritten as one."""
 _MERGED_BYTES = MAX_BYTES // 4
 """No larger file is made by rewriting."""
-_CACHED = 2
-"""Files whose content is kept: the sessions of a client that comes back are in the same one."""
 _FOREVER_NS = -(2**62)
 """As the present time: nothing has expired."""
+
+
+def _key(session: str) -> int:
+    return int.from_bytes(hashlib.sha256(session.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+
+
+def _keys(sessions: Sequence[str]) -> Keys:
+    return np.array([_key(session) for session in sessions], np.uint64)
 
 
 class _File:
     """A file, and which of its sessions count."""
 
-    def __init__(self, number: int, path: Path, size: int, rows: StateRows, gone: Iterable[str]) -> None:
+    def __init__(self, number: int, path: Path, size: int, rows: StateRows, gone: Keys) -> None:
         self.number, self.path, self.size, self.model = number, path, size, rows.model_sha256
-        self.row = {name: i for i, name in enumerate(rows.sessions)}
-        """All of its sessions, also those of which a newer file has the state."""
-        self.saved_ns = rows.saved_ns
-        self.live = 0
-        self.gone = frozenset(gone)
+        self.keys = _keys(rows.sessions)
+        """By row."""
+        self.order = np.argsort(self.keys)
+        self.sorted = self.keys[self.order]
+        self.saved_ns = np.array(rows.saved_ns)
+        self.live = np.ones(len(rows), np.bool_)
+        """By row: no newer file has the session."""
+        self.gone = gone
 
     @property
     def live_bytes(self) -> int:
-        return self.size * self.live // max(len(self.row), 1)
+        return self.size * int(np.count_nonzero(self.live)) // max(len(self.keys), 1)
+
+    def find(self, key: int) -> int:
+        """The row of a session that counts; -1 where there is none."""
+        at = int(np.searchsorted(self.sorted, np.uint64(key)))
+        if at == len(self.sorted) or int(self.sorted[at]) != key:
+            return -1
+        row = int(self.order[at])
+        return row if self.live[row] else -1
 
 
 class StateBlockStore(StateStore):
@@ -58,100 +76,94 @@ class StateBlockStore(StateStore):
         """Why files in the folder do not count; they are left there."""
         self._lock = threading.Lock()
         """Of what is below; never held while the disk is used."""
-        self._files: dict[int, _File] = {}
-        self._where: dict[str, _File] = {}
-        self._cache: OrderedDict[int, StateRows] = OrderedDict()
+        self._files: tuple[_File, ...] = ()
+        """The newest one is last. The tuple is replaced, not changed: who reads it needs no lock."""
+        self._cached: tuple[_File, StateRows] | None = None
+        """What was read last: the sessions of a client that comes back are in the same file."""
         self._next, self._unix_ns = 1, 0
-        found: list[tuple[int, Path]] = []
-        for path in folder.glob(f"*{_SUFFIX}"):
-            if path.stem.isdigit():
-                found.append((int(path.stem), path))
-        for number, path in sorted(found):
-            self._next = number + 1
+        for path in sorted(folder.glob(f"*{_SUFFIX}")):
+            if not path.stem.isdigit():
+                continue
+            self._next = int(path.stem) + 1
             try:
-                raw = self.read(path, "states of sessions", _FOREVER_NS)
-                rows, gone = from_bytes(raw or b"")
+                raw = self.read(path, "states of sessions", _FOREVER_NS) or b""
+                rows, gone = from_bytes(raw)
             except SnapshotError as e:
                 self.damaged.append(f"{path} is damaged, and its states do not count; remove it: {e}")
                 continue
-            self._add(_File(number, path, len(raw or b""), rows, gone))
-        self._alone = {path.name: path for path in folder.glob(f"*{_ALONE}")}
-        """Files of one session each, by name."""
-        for name, file in list(self._where.items()) if self._alone else ():
-            alone = self._alone.get(self.path(name).name)
-            if alone is not None and alone.stat().st_mtime_ns > int(file.saved_ns[file.row[name]]):
-                self._forget_row(name)  # it was written later, and the server died before it said so
-
-    def _file_of(self, number: int) -> Path:
-        return self.folder / f"{number:016d}{_SUFFIX}"
-
-    def _forget_row(self, name: str) -> None:
-        before = self._where.pop(name, None)
-        if before is not None:
-            before.live -= 1
+            self._add(_File(int(path.stem), path, len(raw), rows, gone))
+        self._any_alone = False
+        """Whether there may be files of one session each."""
+        for path in folder.glob(f"*{_ALONE}"):
+            self._any_alone = True
+            with contextlib.suppress(ValueError, OSError):
+                found = self._find(int(path.stem[:16], 16))
+                if found is not None and path.stat().st_mtime_ns > int(found[0].saved_ns[found[1]]):
+                    found[0].live[found[1]] = False  # it was written later, and the server died before it said so
 
     def _add(self, file: _File) -> None:
         """A file is on the disk: it counts, and not what older ones have of its sessions."""
+        keys = np.concatenate([file.keys, file.gone])
         with self._lock:
-            for name in (*file.row, *file.gone):
-                self._forget_row(name)
-            self._where.update(dict.fromkeys(file.row, file))
-            file.live = len(file.row)
-            self._files[file.number] = file
+            for older in self._files:
+                older.live &= ~np.isin(older.keys, keys)
+            self._files = (*self._files, file)
+            self._cached = None
+
+    def _find(self, key: int) -> tuple[_File, int] | None:
+        """The file of a session, and its row there."""
+        for file in reversed(self._files):
+            row = file.find(key)
+            if row >= 0:
+                return file, row
+        return None
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
     def load(self, session: str, unix_ns: int) -> Snapshot | None:
         """The session's newest snapshot; None if there is none, or if it has expired. Raises SnapshotError."""
-        while (file := self._where.get(session)) is not None:
-            row = file.row[session]
+        while (found := self._find(_key(session))) is not None:
+            file, row = found
             if self._expired(int(file.saved_ns[row]), unix_ns):
                 return None
             rows = self._rows(file)
             if rows is not None:
-                return rows.snapshot(row)
+                return rows.snapshot(row) if rows.sessions[row] == session else None
         return super().load(session, unix_ns)
 
     def _rows(self, file: _File) -> StateRows | None:
         """What is in a file; None where it was rewritten meanwhile. Raises SnapshotError."""
-        with self._lock:
-            if (rows := self._cache.get(file.number)) is not None:
-                self._cache.move_to_end(file.number)
-                return rows
+        cached = self._cached
+        if cached is not None and cached[0] is file:
+            return cached[1]
         raw = self.read(file.path, "states of sessions", _FOREVER_NS)
         if raw is None:
-            if self._files.get(file.number) is file:
-                raise SnapshotError(
-                    f"{file.path} with the states of {file.live} sessions was removed by another program"
-                )
+            if file in self._files:
+                raise SnapshotError(f"{file.path} with the states of sessions was removed by another program")
             return None
         try:
             rows, _ = from_bytes(raw)
         except SnapshotError as e:
             raise SnapshotError(f"{file.path} is damaged, remove it to begin its sessions anew: {e}") from e
-        with self._lock:
-            if file.number in self._files:
-                self._cache[file.number] = rows
-                while len(self._cache) > _CACHED:
-                    self._cache.popitem(last=False)
+        self._cached = file, rows
         return rows
 
     def holds(self, session: str, unix_ns: int) -> bool:
         """Whether the session has a snapshot that has not expired, without reading it."""
-        file = self._where.get(session)
-        if file is not None:
-            return not self._expired(int(file.saved_ns[file.row[session]]), unix_ns)
+        found = self._find(_key(session))
+        if found is not None:
+            return not self._expired(int(found[0].saved_ns[found[1]]), unix_ns)
         return super().holds(session, unix_ns)
 
     # ---- writing -------------------------------------------------------------------------------------------------
 
     def save(self, snapshot: Snapshot, unix_ns: int) -> Path:
         """Write the state of one session to a file of its own."""
-        self._unix_ns = unix_ns
+        self._unix_ns, self._any_alone = unix_ns, True
         path = super().save(snapshot, unix_ns)
-        self._alone[path.name] = path
-        if snapshot.session in self._where:
-            self._write_rows(_none(), [snapshot.session])
+        key = _key(snapshot.session)
+        if self._find(key) is not None:
+            self._write_rows(_none(), np.array([key], np.uint64))
         return path
 
     def save_rows(self, rows: StateRows, unix_ns: int) -> None:
@@ -162,7 +174,7 @@ class StateBlockStore(StateStore):
 
         """
         self._unix_ns = unix_ns
-        self._write_rows(rows, ())
+        self._write_rows(rows, np.zeros(0, np.uint64))
         self._forget_alone(rows.sessions)
         self._tidy()
 
@@ -173,21 +185,23 @@ class StateBlockStore(StateStore):
     def forget_all(self, sessions: Sequence[str]) -> None:
         """Remove the snapshots of these sessions, where there are any. Raises SnapshotError."""
         self._forget_alone(sessions)
-        gone = [name for name in sessions if name in self._where]
-        if gone:
+        self._forget_keys(_keys(sessions))
+
+    def _forget_keys(self, keys: Keys) -> None:
+        gone = np.array([key for key in keys.tolist() if self._find(key) is not None], np.uint64)
+        if len(gone):
             self._write_rows(_none(), gone)
             self._tidy()
 
     def _forget_alone(self, sessions: Sequence[str]) -> None:
         """Remove the files of these sessions that have one of their own: of an older release, or raw ones."""
-        for name in sessions if self._alone else ():
-            if self._alone.pop(self.path(name).name, None) is not None:
-                super().forget(name)
+        for name in sessions if self._any_alone else ():
+            super().forget(name)
 
-    def _write_rows(self, rows: StateRows, gone: Sequence[str]) -> None:
+    def _write_rows(self, rows: StateRows, gone: Keys) -> None:
         number, self._next = self._next, self._next + 1
         raw = to_bytes(rows, gone)
-        path = self._file_of(number)
+        path = self.folder / f"{number:016d}{_SUFFIX}"
         self.write(path, raw, self._unix_ns, f"the states of {len(rows) or len(gone)} sessions")
         self._add(_File(number, path, len(raw), rows, gone))
 
@@ -197,7 +211,7 @@ class StateBlockStore(StateStore):
         if len(self._files) <= _MOST_FILES:
             return
         by_model: dict[str, list[_File]] = {}
-        for file in sorted(self._files.values(), key=lambda of: of.live_bytes):
+        for file in sorted(self._files, key=lambda of: of.live_bytes):
             some = by_model.setdefault(file.model, [])
             if sum(of.live_bytes for of in some) + file.live_bytes <= _MERGED_BYTES:
                 some.append(file)
@@ -206,46 +220,48 @@ class StateBlockStore(StateStore):
             return
         parts = []
         for file in some:
-            rows = self._rows(file)
-            names = [name for name in file.row if self._where.get(name) is file]
-            if rows is not None and names:
-                parts.append(rows.take([file.row[name] for name in names]))
-        gone = frozenset().union(*(file.gone for file in some))
-        older = [of for of in self._files.values() if of not in some]
-        left = [name for name in gone if name not in self._where and any(name in of.row for of in older)]
-        self._write_rows(joined_rows(parts) if parts else _none(), left)
+            rows = self._rows(file) if file.live.any() else None
+            if rows is not None:
+                parts.append(rows.take(np.flatnonzero(file.live).tolist()))
+        others = [of for of in self._files if of not in some]
+        gone = np.unique(np.concatenate([of.gone for of in some]))
+        older = [
+            key for key in gone.tolist() if self._find(key) is None and _are_in(np.array([key], np.uint64), others)
+        ]
+        self._write_rows(joined_rows(parts) if parts else _none(), np.array(older, np.uint64))
         self._drop(some)
         self._remove_old()
 
     def _remove_old(self) -> None:
         """Remove files of which nothing counts, the oldest first: what a newer one replaces must not come back."""
-        old = []
-        for number in sorted(self._files):
-            file = self._files[number]
-            earlier = [of for n, of in self._files.items() if n < number and of not in old]
-            # what was closed must not come back from an earlier file; of one that goes on, a newer file has the state
-            needed = any(name not in self._where and any(name in of.row for of in earlier) for name in file.gone)
-            if not file.live and not needed:
+        old: list[_File] = []
+        for i, file in enumerate(self._files):
+            earlier = [of for of in self._files[:i] if of not in old]
+            if not file.live.any() and not _are_in(file.gone, earlier):
                 old.append(file)
         self._drop(old)
 
     def _drop(self, files: Sequence[_File]) -> None:
+        with self._lock:
+            self._files = tuple(of for of in self._files if of not in files)
+            self._cached = None
         for file in sorted(files, key=lambda of: of.number):
-            with self._lock:
-                del self._files[file.number]
-                self._cache.pop(file.number, None)
             with contextlib.suppress(OSError):
                 file.path.unlink(missing_ok=True)
 
     def sweep(self, unix_ns: int) -> int:
         """Remove expired states and stale temporary files; returns how many. Raises SnapshotError."""
         self._unix_ns = unix_ns
-        with self._lock:
-            expired = [n for n, f in self._where.items() if self._expired(int(f.saved_ns[f.row[n]]), unix_ns)]
-        self.forget_all(expired)
-        return len(expired) + super().sweep(unix_ns)
+        expired = [of.keys[of.live & (unix_ns - of.saved_ns > self.ttl_ns)] for of in self._files]
+        keys = np.concatenate([np.zeros(0, np.uint64), *expired])
+        self._forget_keys(keys)
+        return len(keys) + super().sweep(unix_ns)
+
+
+def _are_in(keys: Keys, files: Sequence[_File]) -> bool:
+    return len(keys) > 0 and any(np.isin(of.keys, keys).any() for of in files)
 
 
 def _none() -> StateRows:
-    nothing = np.zeros(0, np.int64)
+    nothing: npt.NDArray[np.int64] = np.zeros(0, np.int64)
     return StateRows("", [], [], nothing, nothing, StateBlock(np.zeros(0, np.bool_), {}))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from serving import alone, running, settings_for, tick
 
-from stream_mmrnn import AsyncClient, Client
+from stream_mmrnn import Client
 from stream_mmrnn.core.types import Tick
 from stream_mmrnn.serve.server import Server
 
