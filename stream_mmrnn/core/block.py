@@ -92,10 +92,10 @@ class Block(msgspec.Struct, frozen=True, gc=False, eq=False):
     def finite(self) -> Flags:
         """[N] whether all numbers of a tick are finite and below `FEATURE_BOUND`."""
         good = np.ones(len(self), np.bool_)
-        for vectors, here in zip(self.features, self.present.T, strict=True):
-            within = _within_bound(vectors)
-            if not within.all():
-                good[np.flatnonzero(here)[~within.all(axis=1)]] = False
+        for i, vectors in enumerate(self.features):
+            # of one that has a NaN the maximum is NaN, which compares false
+            if vectors.size and not float(np.absolute(vectors).max()) < FEATURE_BOUND:
+                good[np.flatnonzero(self.present[:, i])[~_within_bound(vectors).all(axis=1)]] = False
         return good
 
     def first_of_each(self) -> Flags:

@@ -205,6 +205,8 @@ class OpenSessions:
             if now_ns >= self._routine_ns:
                 self._routine_ns = now_ns + _ROUTINE_NS
                 queue.add_due(self._due())
+            if not queue.any_waits:
+                return notices
             sessions = queue.take(self._may, asked_only=now_ns < self._retry_ns)
             if sessions:
                 states = self._states_of(sessions, now_ns)

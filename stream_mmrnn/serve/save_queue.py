@@ -82,6 +82,11 @@ class SaveQueue:
         """Whether no block is being written."""
         return self._block is None
 
+    @property
+    def any_waits(self) -> bool:
+        """Whether `take` may find a session."""
+        return bool(self._asked or self._leaving or self._due)
+
     def is_removing(self, session: str) -> bool:
         """Whether the session's state is as good as removed, whatever is still on the disk."""
         return session in self._removed

@@ -38,6 +38,10 @@ from stream_mmrnn.serve.saved_states import BlockStore, Store, same_token
 from stream_mmrnn.serve.session_table import OpenSession
 
 
+_YES, _NO = np.ones(1, np.bool_), np.zeros(1, np.bool_)
+"""Masks of one tick."""
+
+
 class Opened(msgspec.Struct, frozen=True):
     """The result of `open`."""
 
@@ -238,6 +242,8 @@ class Sessions(OpenSessions):
 
         """
         table, handles, indices = self._table, block.handles, block.indices
+        if len(block) == 1:
+            return self._step_one(block, int(handles[0]), int(indices[0]), now_ns)
         good = block.finite() & (indices >= 0) & (indices <= MAX_TICK)
         table.active_ns[handles if good.all() else handles[good]] = now_ns
         if (leaves := table.leaves[handles] & good).any():
@@ -255,11 +261,36 @@ class Sessions(OpenSessions):
         if not len(block):
             return Stepped(None, new, late)
         self.counts["skipped"] += table.stepped(block.handles, block.indices)
+        return self._run(block, new, late, now_ns)
+
+    def _step_one(self, block: Block, handle: int, index: int, now_ns: int) -> Stepped:
+        """The same for one tick, without masks: the usual case where there are few sessions."""
+        table = self._table
+        if not (0 <= index <= MAX_TICK and block.finite()[0]):
+            self.counts["bad_ticks"] += 1
+            return Stepped(None, _NO, _NO)
+        table.active_ns[handle] = now_ns
+        if table.leaves[handle]:
+            self._stay(name := table.names[handle], self._live[name])
+        last = int(table.last[handle])
+        if index <= last:
+            self.counts["duplicates" if index == last else "stale"] += 1
+            return Stepped(None, _NO, _YES)
+        table.last[handle] = index
+        unsaved = table.unsaved[handle]
+        if unsaved >= 0:
+            table.unsaved[handle] = unsaved + 1
+        if last != NEVER:
+            self.counts["skipped"] += index - last - 1
+        return self._run(block, _YES, _NO, now_ns)
+
+    def _run(self, block: Block, new: Flags, late: Flags, now_ns: int) -> Stepped:
         lost: tuple[str, ...] = ()
         try:
             done = self.engine.step_block(block)
         except ShardDied as e:
             done, lost = e.block, e.sessions
+            new = new.copy()
             new[new] = np.isin(block.handles, done.handles)
         self.counts["stepped"] += len(done)
         if self.admission is not None and len(done):

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from stream_mmrnn.core.block import Block, Integers
+from stream_mmrnn.core.block import Block, Features, Integers
 from stream_mmrnn.core.errors import BadTick
 from stream_mmrnn.core.types import FEATURE_BOUND, MAX_TICK, ModelSpec, Tick
 from stream_mmrnn.serve import protocol
+
+_F4 = np.dtype("<f4")
 
 
 class StepReader:
@@ -22,6 +24,7 @@ class StepReader:
         self.sizes = [m.size for m in spec.modalities]
         self._bytes = [4 * size for size in self.sizes]
         self._width = len(self.sizes)
+        self._nothing = [np.zeros((0, size), np.float32) for size in self.sizes]
 
     def check(self, request: protocol.Step) -> None:
         """Raises BadTick where a tick does not fit the model. Whether its numbers are finite is seen in its block."""
@@ -42,17 +45,17 @@ class StepReader:
     def block(self, steps: Sequence[protocol.Step], handles: Integers) -> Block:
         """Messages that were checked, each of another session, as a block."""
         count, width = len(steps), self._width
-        present = np.empty((count, width), np.bool_)
-        features = []
-        for i, (size, column) in enumerate(
-            zip(self.sizes, zip(*[s.features for s in steps], strict=True), strict=True)
-        ):
+        present = np.zeros((count, width), np.bool_)
+        features: list[Features] = []
+        for i, column in enumerate(zip(*[s.features for s in steps], strict=True)):
             contents = [content for content in column if content is not None]
-            if len(contents) == count:
-                present[:, i] = True
-            else:
-                present[:, i] = [content is not None for content in column]
-            features.append(np.frombuffer(b"".join(contents), "<f4").reshape(len(contents), size))
+            some = len(contents)
+            if not some:
+                features.append(self._nothing[i])
+                continue
+            present[:, i] = True if some == count else [content is not None for content in column]
+            raw = contents[0] if some == 1 else b"".join(contents)
+            features.append(np.frombuffer(raw, _F4).reshape(some, self.sizes[i]))
         ages = [s.age_ns for s in steps]
         if all(ages):
             age_ns = np.array(ages, np.int64)
