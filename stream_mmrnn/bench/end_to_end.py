@@ -33,7 +33,7 @@ _AUDIO_HZ, _FEATURES_BYTES = 50.0, 324
 _RESIDUAL_AT_MOST = 0.01
 
 
-class _Run:
+class Run:
     """One live session and what was seen of it."""
 
     def __init__(
@@ -92,7 +92,7 @@ def _settings(
     )
 
 
-def _row(name: str, run: _Run, busy: int, tick_ns: int) -> tuple[dict[str, Any], Histogram]:
+def row_of(name: str, run: Run, busy: int, tick_ns: int) -> tuple[dict[str, Any], Histogram]:
     """What a document says of one run, and the latencies from event to reader."""
     table = {stage: Histogram() for stage in ("wait", *STAGES)}
     total, owed = Histogram(), Histogram()
@@ -200,10 +200,10 @@ def run(
         with beside(busy):
             hops, why = _bare_hops(bare_hop, duration_s / 4) if name == "audio" else (Histogram(), "")
             chosen = _settings(SETS[name], model, provider, transport, priority, seed, page)
-            done = _Run(for_model(chosen, spec.modalities), duration_s, alive, say)
+            done = Run(for_model(chosen, spec.modalities), duration_s, alive, say)
         if not alive():
             raise ProcessError("the bench was stopped before it had measured; nothing is reported")
-        rows[name], latency = _row(name, done, busy, spec.tick_ns)
+        rows[name], latency = row_of(name, done, busy, spec.tick_ns)
         if name == "audio":
             rows[name]["bare_hops_ms"] = {**hops.row(), "why": why}
         notes += [f"{name}: {note}" for note in done.notes]

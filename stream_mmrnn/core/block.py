@@ -20,13 +20,16 @@ Flags = npt.NDArray[np.bool_]
 Features = npt.NDArray[Any]
 """float32 or float16."""
 
+_HALF_EXPONENT = np.uint16(0x7C00)
+"""The exponent bits of a float16: all of them are set where it is infinite or no number."""
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float16))
 
 
 def _within_bound(vectors: Features) -> Flags:
     """By number: finite and below `FEATURE_BOUND`, which no float16 reaches."""
     if vectors.dtype == np.float16:
-        return np.isfinite(vectors)
+        within: Flags = (vectors.view(np.uint16) & _HALF_EXPONENT) != _HALF_EXPONENT  # isfinite takes 9 times as long
+        return within
     with np.errstate(invalid="ignore"):  # a NaN compares false
         return np.absolute(vectors) < FEATURE_BOUND
 
@@ -77,8 +80,8 @@ class Block(msgspec.Struct, frozen=True, gc=False, eq=False):
             return f"expected `present` as bool of shape {(count, width)}, got {kind} of {shape}"
         if len(self.features) != width:
             return f"expected the features of {width} modalities, got {len(self.features)}"
-        for i, (vectors, size) in enumerate(zip(self.features, sizes, strict=True)):
-            rows = np.count_nonzero(self.present[:, i])
+        counts = self.present.sum(0).tolist()
+        for i, (vectors, size, rows) in enumerate(zip(self.features, sizes, counts, strict=True)):
             if vectors.shape != (rows, size) or vectors.dtype not in _FLOATS:
                 return (
                     f"expected {rows} vectors of {size} numbers of modality {i} as float32 or float16, got "
@@ -89,10 +92,10 @@ class Block(msgspec.Struct, frozen=True, gc=False, eq=False):
     def finite(self) -> Flags:
         """[N] whether all numbers of a tick are finite and below `FEATURE_BOUND`."""
         good = np.ones(len(self), np.bool_)
-        for vectors, here in zip(self.features, self.present.T, strict=True):
-            within = _within_bound(vectors)
-            if not within.all():
-                good[np.flatnonzero(here)[~within.all(axis=1)]] = False
+        for i, vectors in enumerate(self.features):
+            # of one that has a NaN the maximum is NaN, which compares false
+            if vectors.size and not float(np.absolute(vectors).max()) < FEATURE_BOUND:
+                good[np.flatnonzero(self.present[:, i])[~_within_bound(vectors).all(axis=1)]] = False
         return good
 
     def first_of_each(self) -> Flags:

@@ -52,5 +52,5 @@ def predictions_of(ticks: Sequence[Tick], done: BlockPredictions) -> list[Predic
     names = list(done.heads)
     return [
         Prediction(tick, dict(zip(names, rows, strict=True)), done.model, done.step_start_ns, done.step_end_ns)
-        for tick, *rows in zip(ticks, *(list(done.heads[name]) for name in names), strict=True)
+        for tick, rows in zip(ticks, zip(*done.heads.values(), strict=True), strict=True)
     ]

@@ -5,9 +5,11 @@ The one place that turns ticks and blocks of ticks into the arrays that a step g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from itertools import chain
 from operator import itemgetter
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +19,9 @@ from stream_mmrnn.core.types import ModalitySpec, Tick
 
 MAX_AGE_S = 10.0
 """Ages are clipped to this; a stream without any sample yet has this age too."""
+
+Row: TypeAlias = tuple[Sequence[tuple[str, npt.NDArray[Any]]], npt.NDArray[Any] | None, npt.NDArray[Any] | None]
+"""Views of one row of a graph's inputs: features by modality, present, age; None where it has no such input."""
 
 
 def rounds(keys: Sequence[Hashable], most: int) -> Iterator[Sequence[int]]:
@@ -48,14 +53,26 @@ class Columns:
         self.sizes = tuple(m.size for m in modalities)
         self._values: Callable[[Mapping[str, Any]], Sequence[Any]] = _in_order(self.names)
         self._age_s = np.zeros((most, len(self.names)), np.float64)
+        self._vectors = [np.empty((0, size), np.float32) for size in self.sizes]
+        """The features of the newest `block`: memory that is new each time costs more than the copy."""
 
     def block(self, ticks: Sequence[Tick], handles: Sequence[int]) -> Block:
-        """One tick of each of N sessions as a block; `handles` are theirs."""
-        count, width = len(ticks), len(self.names)
+        """One tick of each of N sessions as a block; `handles` are theirs. Its features hold until the next call."""
+        shape = count, _ = len(ticks), len(self.names)
+        cells = math.prod(shape)
+        flags = chain.from_iterable([self._values(tick.present) for tick in ticks])
+        present = np.fromiter(flags, np.bool_, cells).reshape(shape)
+        ages_ns = chain.from_iterable([self._values(tick.age_ns) for tick in ticks])
         features = []
-        for name, size in zip(self.names, self.sizes, strict=True):
-            vectors = [tick.features[name] for tick in ticks if tick.present[name]]
-            matrix = np.empty((len(vectors), size), np.float32)
+        for i, name in enumerate(self.names):
+            here = present[:, i]
+            if here.all():
+                vectors = [tick.features[name] for tick in ticks]
+            else:
+                vectors = [tick.features[name] for tick, there in zip(ticks, here.tolist(), strict=True) if there]
+            if len(vectors) > len(self._vectors[i]):
+                self._vectors[i] = np.empty((count, self.sizes[i]), np.float32)
+            matrix = self._vectors[i][: len(vectors)]
             if vectors:
                 np.concatenate(vectors, out=matrix.reshape(-1))
             features.append(matrix)
@@ -63,8 +80,8 @@ class Columns:
             np.array(handles, np.int64),
             np.array([tick.index for tick in ticks], np.int64),
             np.array([tick.event_ns for tick in ticks], np.int64),
-            np.array([self._values(tick.present) for tick in ticks], np.bool_).reshape(count, width),
-            np.array([self._values(tick.age_ns) for tick in ticks], np.int64).reshape(count, width),
+            present,
+            np.fromiter(ages_ns, np.int64, cells).reshape(shape),
             tuple(features),
         )
 
@@ -85,16 +102,15 @@ class Columns:
         """
         here = block.present[rows]
         count = len(here)
-        for i, (vectors, into) in enumerate(zip(block.features, features, strict=True)):
-            there = here[:, i]
+        for i, (vectors, into, there) in enumerate(zip(block.features, features, here.sum(0).tolist(), strict=True)):
             begin = taken[i]
-            end = taken[i] = begin + int(np.count_nonzero(there))
-            if end - begin == count:
+            end = taken[i] = begin + there
+            if there == count:
                 into[:count] = vectors[begin:end]
                 continue
             into[:count] = 0
-            if end > begin:
-                into[:count][there] = vectors[begin:end]
+            if there:
+                into[:count][here[:, i]] = vectors[begin:end]
         if present is not None:
             present[:count] = here
         if age is not None:
@@ -102,6 +118,17 @@ class Columns:
             np.divide(block.age_ns[rows], 1e9, out=ages)
             ages[ages < 0] = MAX_AGE_S
             np.minimum(ages, MAX_AGE_S, out=age[:count], casting="same_kind")
+
+    def fill_only(self, block: Block, row: Row) -> None:
+        """Write a block of one tick into the given row, without arrays of length 1."""
+        features, present, age = row
+        for (_, into), vectors, here in zip(features, block.features, block.present[0].tolist(), strict=True):
+            into[...] = vectors[0] if here else 0
+        if present is not None:
+            present[...] = block.present[0]
+        if age is not None:
+            ages_s = [age_ns / 1e9 for age_ns in block.age_ns[0].tolist()]
+            age[...] = [age_s if 0 <= age_s < MAX_AGE_S else MAX_AGE_S for age_s in ages_s]
 
     def fill_one(
         self,

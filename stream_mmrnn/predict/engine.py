@@ -99,7 +99,7 @@ class StepEngine:
         self._runner = BlockRunner(self._rows, contract)
         self._columns = self._runner.columns
         one = self._single = self._rows.bucket(1)
-        # views of its first row: features by modality, present, age; then the heads
+        # its first row, and the heads of it
         self._row = (
             [(m.name, one.inputs[wiring.inputs[m.name]][0]) for m in self.spec.modalities],
             one.inputs[wiring.present][0] if wiring.present else None,
@@ -181,7 +181,7 @@ class StepEngine:
         if problem := block.fits(self._columns.sizes):
             raise BadTick(f"a block of {len(block)} ticks was refused: {problem}")
         self.arena.check(block.handles)
-        return self._run(block)
+        return self._run_only(block) if len(block) == 1 else self._run(block)
 
     def step(self, ticks: Sequence[Tick]) -> list[Prediction]:
         """Predictions for the ticks, in their order, in as few runs as possible.
@@ -193,6 +193,8 @@ class StepEngine:
         if len(ticks) == 1:
             return [self._run_one(ticks[0], self.arena.slot(ticks[0].session))]
         slots = [self.arena.slot(tick.session) for tick in ticks]
+        if len(ticks) <= self.batch and len(set(slots)) == len(slots):
+            return predictions_of(ticks, self._run(self._columns.block(ticks, slots)))
         out: dict[int, Prediction] = {}
         for places in rounds(slots, self.batch):
             some = [ticks[i] for i in places]
@@ -210,6 +212,18 @@ class StepEngine:
         fresh[slot] = False
         heads = {name: values.copy() for name, values in self._row_heads}
         return Prediction(tick, heads, self.spec.sha256, start_ns, now_ns())
+
+    def _run_only(self, block: Block) -> BlockPredictions:
+        """The same for a block of one tick that was checked."""
+        start_ns = now_ns()
+        self._columns.fill_only(block, self._row)
+        slot, fresh = block.handles.item(), self.arena.fresh
+        self._single.run_one(slot, fresh.item(slot))
+        fresh[slot] = False
+        heads = {name: values[None].copy() for name, values in self._row_heads}
+        return BlockPredictions(
+            block.handles, block.indices, block.event_ns, heads, self.spec.sha256, start_ns, now_ns()
+        )
 
     def _run(self, block: Block) -> BlockPredictions:
         """Step a block that was checked."""

@@ -190,8 +190,12 @@ class StateStore:
             SnapshotError: it cannot be written; the older one, if any, is still there.
 
         """
-        raw = to_bytes(snapshot)
         path = self.path(snapshot.session)
+        self.write(path, to_bytes(snapshot), unix_ns, f"the state of session {snapshot.session!r}")
+        return path
+
+    def write(self, path: Path, raw: bytes, unix_ns: int, what: str) -> None:
+        """Write a file of the folder; it is on the disk when this returns. Raises SnapshotError, which names `what`."""
         beside = path.with_name(f"{path.stem}.{os.getpid()}.{next(_counter)}{_TEMPORARY}")
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # it may have been removed
@@ -209,10 +213,7 @@ class StateStore:
                 raise
             self._sync_folder()
         except OSError as e:
-            raise SnapshotError(
-                f"the state of session {snapshot.session!r} cannot be written to {self.folder}: {e.strerror}"
-            ) from e
-        return path
+            raise SnapshotError(f"{what} cannot be written to {self.folder}: {e.strerror}") from e
 
     def _sync_folder(self) -> None:
         """Fsync the folder, so that the renamed entry is on the disk."""
@@ -232,19 +233,9 @@ class StateStore:
 
         """
         path = self.path(session)
-        flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-        try:
-            with os.fdopen(os.open(path, os.O_RDONLY | flags), "rb") as file:
-                about = os.fstat(file.fileno())
-                if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_BYTES:
-                    raise SnapshotError(f"{path} is no file of at most {MAX_BYTES} bytes; remove it")
-                if self._expired(about.st_mtime_ns, unix_ns):
-                    return None
-                raw = file.read(MAX_BYTES + 1)
-        except FileNotFoundError:
+        raw = self.read(path, f"the state of session {session!r}", unix_ns)
+        if raw is None:
             return None
-        except OSError as e:
-            raise SnapshotError(f"the state of session {session!r} cannot be read from {path}: {e.strerror}") from e
         try:
             snapshot = from_bytes(raw)
         except SnapshotError as e:
@@ -252,6 +243,20 @@ class StateStore:
         if snapshot.session != session:
             raise SnapshotError(f"{path} is not of session {session!r} but of {snapshot.session!r}; remove it")
         return snapshot
+
+    def read(self, path: Path, what: str, unix_ns: int) -> bytes | None:
+        """The bytes of a file of the folder; None where there is none, or it has expired. Raises SnapshotError."""
+        flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        try:
+            with os.fdopen(os.open(path, os.O_RDONLY | flags), "rb") as file:
+                about = os.fstat(file.fileno())
+                if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_BYTES:
+                    raise SnapshotError(f"{path} is no file of at most {MAX_BYTES} bytes; remove it")
+                return None if self._expired(about.st_mtime_ns, unix_ns) else file.read(MAX_BYTES + 1)
+        except FileNotFoundError:
+            return None
+        except OSError as e:
+            raise SnapshotError(f"{what} cannot be read from {path}: {e.strerror}") from e
 
     def holds(self, session: str, unix_ns: int) -> bool:
         """Whether the session has a snapshot that has not expired, without reading it."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -20,7 +20,6 @@ from stream_mmrnn.serve.client import (
     POLL_MS,
     QUEUE,
     STARTING,
-    TIMEOUT_S,
     SessionProperties,
     TickSender,
     done,
@@ -29,7 +28,8 @@ from stream_mmrnn.serve.client import (
     ready,
     taken,
 )
-from stream_mmrnn.serve.client_state import Answer, ClientSession, ClientState
+from stream_mmrnn.serve.client_group import TIMEOUT_S, AsyncGroup, opened
+from stream_mmrnn.serve.client_state import Answer, ClientSession, ClientState, group_key
 from stream_mmrnn.serve.raw_pushes import RawPushes
 
 
@@ -306,6 +306,24 @@ class AsyncClient:
     ) -> AsyncRawServedSession:
         """As `Client.open_raw`."""
         return AsyncRawServedSession(self, await self._open(session, token, timeout_s, raw=True), timeout_s)
+
+    async def group(
+        self, names: Sequence[str], tokens: Sequence[str | None] | None = None, timeout_s: float = TIMEOUT_S
+    ) -> AsyncGroup:
+        """As `Client.group`."""
+        group = self.client_state.new_group(names, tokens)
+        self.post()
+        late = "the sessions of a group got no reply"
+        try:
+            await self.wait(group_key(group.number), lambda: group.is_open, timeout_s, late)
+        except BaseException:
+            self.client_state.leave_group(group)
+            raise
+        try:
+            opened(self.client_state, group)
+        finally:
+            self.post()
+        return AsyncGroup(self, group)
 
     async def _open(self, session: str, token: str | None, timeout_s: float, raw: bool) -> ClientSession:
         state = self.client_state.new_session(session, raw)

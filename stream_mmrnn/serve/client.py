@@ -14,7 +14,7 @@ seen are sent again. Not thread-safe: use a client in one thread, or in one even
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,13 +24,13 @@ from stream_mmrnn.bus.keys import KeyFolder
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import NotRunning, SessionError, TimedOut, WireError
 from stream_mmrnn.serve import protocol
+from stream_mmrnn.serve.client_group import TIMEOUT_S, Group, opened
 from stream_mmrnn.serve.client_state import Answer, ClientSession, ClientState
 from stream_mmrnn.serve.raw_pushes import RawPushes
 
 QUEUE = 4096
 """Messages that may wait in each direction."""
 POLL_MS = 100
-TIMEOUT_S = 5.0
 STARTING = "start one by stream-mmrnn serve, and check that its keys let you in"
 """What to do where no server answers."""
 
@@ -324,6 +324,30 @@ class Client:
         `timeout_s` also of its pushes.
         """
         return RawServedSession(self, self._open(session, token, timeout_s, raw=True), timeout_s)
+
+    def group(
+        self, names: Sequence[str], tokens: Sequence[str | None] | None = None, timeout_s: float = TIMEOUT_S
+    ) -> Group:
+        """Begin many sessions that are stepped by blocks, or continue them with their tokens. All are opened, or none
+        that is new.
+
+        Raises:
+            UsageError: the lists do not fit, or the server knows no groups.
+            Busy, DuplicateSession, Evicted, UnknownSession, SessionError: the server refused one of them.
+            TimedOut: the server did not reply.
+
+        """
+        group = self.client_state.new_group(names, tokens)
+        try:
+            self.wait(lambda: group.is_open, now_ns() + round(timeout_s * 1e9), "the sessions of a group got no reply")
+        except BaseException:
+            self.client_state.leave_group(group)
+            raise
+        try:
+            opened(self.client_state, group)
+        finally:
+            self.post()
+        return Group(self, group)
 
     def _open(self, session: str, token: str | None, timeout_s: float, raw: bool) -> ClientSession:
         state = self.client_state.new_session(session, raw)

@@ -6,9 +6,10 @@ state. Every tick gets one answer; duplicates are dropped. Knows nothing about t
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -22,22 +23,12 @@ from stream_mmrnn.core.errors import (
     Evicted,
     ProcessError,
     SessionError,
-    UnknownSession,
     UsageError,
 )
 from stream_mmrnn.core.types import FloatArray, Vectors
 from stream_mmrnn.serve import protocol
-
-KEPT_TICKS = 256
-"""Of each session: more than a server steps between two snapshots."""
-ASK_AGAIN_NS = 1_000_000_000
-"""After so long without an answer the session is opened again: a server that was restarted never had the tick."""
-_ERRORS: dict[str, type[SessionError]] = {
-    "unknown": UnknownSession,
-    "duplicate": DuplicateSession,
-    "evicted": Evicted,
-    "bad_tick": BadTick,
-}
+from stream_mmrnn.serve.client_errors import ERRORS
+from stream_mmrnn.serve.client_groups import ASK_AGAIN_NS, KEPT_TICKS, ClientGroup
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -106,18 +97,57 @@ class ClientState:
         self.problem: ProcessError | None = None
         """Why this client cannot talk to the server."""
         self.sessions: dict[str, ClientSession] = {}
+        self._groups: dict[int, ClientGroup] = {}
+        self._group_of: dict[str, ClientGroup] = {}
+        self._numbers = itertools.count()
+        """Of groups."""
+        self._older = False
+        """Whether a server of an older version was asked for."""
 
     def send(self, request: protocol.Request) -> None:
         self.out.append((getattr(request, "session", ""), protocol.encode(request)))
 
     def new_session(self, name: str, raw: bool = False) -> ClientSession:
         """Add a session. Raises SessionError where its name is not valid, DuplicateSession where it is here already."""
-        if not re.match(topics.SESSION_NAME, name):
-            raise SessionError(f"a session cannot be called {name[:80]!r}; expected {topics.SESSION_NAME}")
-        if name in self.sessions:
-            raise DuplicateSession(f"session {name!r} is open over this connection already")
+        self._check_name(name)
         session = self.sessions[name] = ClientSession(name, raw=raw)
         return session
+
+    def new_group(self, names: Sequence[str], tokens: Sequence[str | None] | None) -> ClientGroup:
+        """Add a group, and ask to open it. Raises as `new_session`, and UsageError where the lists do not fit, or the
+        server knows no groups.
+        """
+        assert self.welcome is not None
+        if self.welcome.version < 2:
+            raise UsageError("this server knows no groups; open sessions one by one, or use a newer release there")
+        if not 0 < len(names) <= protocol.MAX_ROWS or (tokens is not None and len(tokens) != len(names)):
+            raise UsageError(f"a group has 1 to {protocol.MAX_ROWS} sessions, and a token or None for each")
+        if len(set(names)) != len(names):
+            raise UsageError("the names of a group's sessions must differ")
+        for name in names:
+            self._check_name(name)
+        group = ClientGroup(
+            next(self._numbers), names, tokens or [None] * len(names), self.welcome, self._send_of_group
+        )
+        self._groups[group.number] = group
+        self._group_of |= dict.fromkeys(names, group)
+        group.open()
+        return group
+
+    def leave_group(self, group: ClientGroup) -> None:
+        """Forget a group and its sessions."""
+        if self._groups.pop(group.number, None) is not None:
+            for name in group.names:
+                del self._group_of[name]
+
+    def _send_of_group(self, content: protocol.Request | bytes) -> None:
+        self.out.append(("", content if isinstance(content, bytes) else protocol.encode(content)))
+
+    def _check_name(self, name: str) -> None:
+        if not re.match(topics.SESSION_NAME, name):
+            raise SessionError(f"a session cannot be called {name[:80]!r}; expected {topics.SESSION_NAME}")
+        if name in self.sessions or name in self._group_of:
+            raise DuplicateSession(f"session {name!r} is open over this connection already")
 
     def put(
         self,
@@ -196,16 +226,29 @@ class ClientState:
         """Handle one message of the server; returns its session, or "". Raises WireError where it is not valid."""
         reply = protocol.read_reply(content)
         if isinstance(reply, protocol.Welcome):
-            if reply.version != protocol.VERSION:
-                self.problem = ProcessError(f"the server has protocol version {reply.version}, not {protocol.VERSION}")
+            if not protocol.OLDEST <= reply.version <= protocol.VERSION:
+                newest = protocol.VERSION
+                self.problem = ProcessError(f"the server has protocol version {reply.version}, not up to {newest}")
             self.welcome = reply
             return ""
         if isinstance(reply, protocol.Alive):
             return ""
+        if isinstance(reply, protocol.Grouped | protocol.Preds):
+            group = self._groups.get(reply.group)
+            if group is not None:
+                group.receive(reply, now_ns)
+            return group_key(reply.group)
+        if (group := self._group_of.get(reply.session)) is not None:
+            group.receive_of_session(reply)
+            return group_key(group.number)
         session = self.sessions.get(reply.session)
         if session is None:
             if isinstance(reply, protocol.Refused) and not reply.session:
-                self.problem = ProcessError(f"the server did not take a message: {reply.why}")
+                if self.welcome is None and not self._older:  # it may know version 1 only
+                    self._older = True
+                    self.send(protocol.Hello(version=protocol.OLDEST))
+                else:
+                    self.problem = ProcessError(f"the server did not take a message: {reply.why}")
             return ""
         match reply:
             case protocol.Pred():
@@ -307,7 +350,7 @@ class ClientState:
         # else: the next tick is refused, and opens it again
 
     def _refused(self, session: ClientSession, reply: protocol.Refused) -> None:
-        error = _ERRORS.get(reply.error, SessionError)(reply.why)
+        error = ERRORS.get(reply.error, SessionError)(reply.why)
         if reply.tick < 0:  # the reply to an open, flush, reset or close
             session.reopening = False
             session.error = error
@@ -336,6 +379,13 @@ class ClientState:
             session = self.sessions[name]
             session.unanswered[next(iter(session.unanswered))] = now_ns
             self._reopen(session)
+        for group in self._groups.values():
+            group.poll(now_ns)
+
+
+def group_key(number: int) -> str:
+    """By which a group is named where messages are of one session: no session is called so."""
+    return f"group {number}"
 
 
 def _vectors(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from stream_mmrnn.core.block import Block
 from stream_mmrnn.core.errors import SessionError
-from stream_mmrnn.core.types import Stamps, Tick
 from stream_mmrnn.serve.admission import LEAST, Admission, Cost, fit
 
 if TYPE_CHECKING:
@@ -32,18 +32,18 @@ def measure(engine: Engine, admission: Admission, now_ns: int) -> None:
 
     What runs beside it only makes steps slower: of results that never agree, the fastest counts. Leaves all slots free.
     """
-    with _dummies(engine) as ticks:
-        _steps(engine, ticks, 1, 0)  # the first steps also allocate memory
+    with _dummies(engine) as block:
+        _steps(engine, block, 1, 0)  # the first steps also allocate memory
         found: list[Cost] = []
         spent_ns = 0
         while len(found) < _TIMES and spent_ns <= _ALL_NS:
-            counts, took_ns = _steps(engine, ticks, _ROUNDS, _LIMIT_NS)
+            counts, took_ns = _steps(engine, block, _ROUNDS, _LIMIT_NS)
             spent_ns += int(took_ns.sum())
             found.append(fit(counts, took_ns))
-            if len(found) > 1 and _agree(found[-2], found[-1], len(ticks)):
+            if len(found) > 1 and _agree(found[-2], found[-1], len(block)):
                 break
-        best = found[-2:] if len(found) > 1 and _agree(found[-2], found[-1], len(ticks)) else found
-        admission.settle(min(best, key=lambda cost: cost.p99_ns(len(ticks))), now_ns)
+        best = found[-2:] if len(found) > 1 and _agree(found[-2], found[-1], len(block)) else found
+        admission.settle(min(best, key=lambda cost: cost.p99_ns(len(block))), now_ns)
 
 
 def _agree(one: Cost, other: Cost, most: int) -> bool:
@@ -54,10 +54,10 @@ def _agree(one: Cost, other: Cost, most: int) -> bool:
 
 def measure_again(engine: Engine, admission: Admission, now_ns: int) -> None:
     """Settle the cost anew in the slots that are free, in little time, as sessions wait meanwhile."""
-    with _dummies(engine) as ticks:
-        if not ticks:
+    with _dummies(engine) as block:
+        if not len(block):
             return
-        counts, took_ns = _steps(engine, ticks, _AGAIN_ROUNDS, round(_AGAIN_SHARE * admission.bound_ns), least=1)
+        counts, took_ns = _steps(engine, block, _AGAIN_ROUNDS, round(_AGAIN_SHARE * admission.bound_ns), least=1)
         before = admission.settled
         most = float(counts.max())
         if before is None or (most >= max(_COUNTS) / 2 and len(counts) >= LEAST):
@@ -71,18 +71,18 @@ def measure_again(engine: Engine, admission: Admission, now_ns: int) -> None:
 
 
 def _steps(
-    engine: Engine, ticks: list[Tick], rounds: int, limit_ns: int, least: int = LEAST
+    engine: Engine, block: Block, rounds: int, limit_ns: int, least: int = LEAST
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sizes of steps, and how long each took: all sizes in every round, until time is over and there are enough."""
-    sizes = sorted({min(n, len(ticks)) for n in _COUNTS} - {0})
+    sizes = sorted({min(n, len(block)) for n in _COUNTS} - {0})
     counts: list[int] = []
     took_ns: list[int] = []
     spent_ns = 0
     for _ in range(rounds):
         for size in sizes:
-            predictions = engine.step(ticks[:size])
+            done = engine.step_block(block if size == len(block) else block.take(np.arange(len(block)) < size))
             counts.append(size)
-            took_ns.append(spent := predictions[-1].step_end_ns - predictions[0].step_start_ns)
+            took_ns.append(spent := done.step_end_ns - done.step_start_ns)
             spent_ns += spent
             if len(counts) >= least and spent_ns > limit_ns:
                 return np.array(counts, np.float64), np.array(took_ns, np.float64)
@@ -90,7 +90,7 @@ def _steps(
 
 
 @contextlib.contextmanager
-def _dummies(engine: Engine) -> Iterator[list[Tick]]:
+def _dummies(engine: Engine) -> Iterator[Block]:
     """A tick of each of as many dummy sessions as there are free slots, up to the largest count; they are closed."""
     names: list[str] = []
     try:
@@ -98,10 +98,16 @@ def _dummies(engine: Engine) -> Iterator[list[Tick]]:
             for i in range(max(_COUNTS)):
                 engine.open(name := f"\0measured {i}")
                 names.append(name)
-        features = {m.name: np.zeros(m.size, np.float32) for m in engine.spec.modalities}
-        present, age_ns = dict.fromkeys(features, True), dict.fromkeys(features, 0)
-        stamps = Stamps(0, 0, 0, 0, "")
-        yield [Tick(name, 0, 0, features, present, age_ns, stamps) for name in names]
+        count, modalities = len(names), engine.spec.modalities
+        nothing = np.zeros(count, np.int64)
+        yield Block(
+            np.array([engine.handle(name) for name in names], np.int64),
+            nothing,
+            nothing,
+            np.ones((count, len(modalities)), np.bool_),
+            np.zeros((count, len(modalities)), np.int64),
+            tuple(np.zeros((count, m.size), np.float32) for m in modalities),
+        )
     finally:
         for name in names:
             engine.close(name)

@@ -10,21 +10,21 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from typing import Literal, TypeAlias
 
 import msgspec
+import numpy as np
 
 from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import Evicted, SessionError, ShardDied, SnapshotError, UnknownSession
 from stream_mmrnn.predict.protocols import Engine
-from stream_mmrnn.predict.snapshots import NEVER, Snapshot
-from stream_mmrnn.serve.save_queue import SaveQueue, Told
-from stream_mmrnn.serve.saved_states import SavedStates, Store
+from stream_mmrnn.predict.snapshots import Snapshot
+from stream_mmrnn.serve.save_queue import MOST, SaveQueue, StatesToWrite, Told
+from stream_mmrnn.serve.saved_states import BlockStore, SavedStates, Store
+from stream_mmrnn.serve.session_table import OpenSession, Reason, SessionTable
+from stream_mmrnn.serve.state_rows import StateRows
 
-Reason: TypeAlias = Literal["idle", "cancelled", "leaving", "lost"]
-"""Why a session lost its slot: it was idle, its peer disconnected, the engine stops, or a shard died."""
-_LOOK_NS = 5_000_000
-"""Where no session was due, it is looked for one after so long."""
+_ROUTINE_NS = 50_000_000
+"""So often it is looked which sessions are due; all of them are one block."""
 _RETRY_NS = 1_000_000_000
 """Where a state could not be written, only those that peers ask for are tried before so long."""
 
@@ -38,33 +38,18 @@ class Notice(msgspec.Struct, frozen=True):
     next_index: int
 
 
-class OpenSession(msgspec.Struct):
-    """A session that has a slot."""
-
-    token: str
-    active_ns: int
-    """When it last had a tick, or was opened."""
-    last: int = NEVER
-    """Index of its newest tick."""
-    unsaved: int = -1
-    """Ticks since its newest snapshot; -1 where it has none."""
-    leaving: Reason | None = None
-    """It leaves its slot when its state is written, unless it is used before that."""
-    stored: bool = False
-    """A state of it may be on disk."""
-
-
 class OpenSessions:
     """One store belongs to one engine."""
 
     def __init__(
         self,
         engine: Engine,
-        store: Store,
+        store: Store | BlockStore,
         settings: config.StateSettings,
         wall_offset_ns: int = 0,
         writer: Executor | None = None,
     ) -> None:
+        """With a `writer` the store has to be a BlockStore."""
         self.engine, self.store, self.settings = engine, store, settings
         self.counts = {
             **dict.fromkeys(("opened", "resumed", "closed", "evicted", "lost", "stepped", "duplicates", "stale"), 0),
@@ -82,10 +67,11 @@ class OpenSessions:
         self.last_problem = ""
         """Why the newest state could not be written, or expired ones not be removed."""
         self._idle_ns = round(settings.idle_s * 1e9)
+        self._table = SessionTable()
         self._live: dict[str, OpenSession] = {}
         self._states = SavedStates(store, wall_offset_ns)
         self._queue = SaveQueue(self._states, writer) if writer is not None else None
-        self._look_ns = self._retry_ns = 0
+        self._routine_ns = self._retry_ns = 0
         self._lost: list[str] = []
         """Sessions of a shard that was found dead while nothing was stepped."""
 
@@ -114,11 +100,7 @@ class OpenSessions:
 
     def _due(self) -> list[str]:
         every = self.settings.snapshot_every
-        if not every:
-            return []
-        due = [(live.unsaved, name) for name, live in self._live.items() if live.unsaved < 0 or live.unsaved >= every]
-        due.sort(key=lambda of: (of[0] >= 0, -of[0]))
-        return [name for _, name in due]
+        return self._table.due(every) if every else []
 
     def flush(self, session: str, *, now_ns: int, unchanged: bool = False) -> int:
         """Save the session's state now, also where it is `unchanged`, if so asked; returns the index of the next tick.
@@ -219,30 +201,67 @@ class OpenSessions:
                 queue.leave(written.session)
         if (error := queue.swept()) is not None:
             self._unswept(error)
-        while queue.has_room:
-            if not queue.any_due and now_ns >= self._look_ns:
+        if queue.has_room:
+            if now_ns >= self._routine_ns:
+                self._routine_ns = now_ns + _ROUTINE_NS
                 queue.add_due(self._due())
-                if not queue.any_due:
-                    self._look_ns = now_ns + _LOOK_NS
-            session = queue.take(self._may, asked_only=now_ns < self._retry_ns)
-            if session is None:
-                break
+            if not queue.any_waits:
+                return notices
+            sessions = queue.take(self._may, asked_only=now_ns < self._retry_ns)
+            if sessions:
+                states = self._states_of(sessions, now_ns)
+                if states.sessions:
+                    queue.write(states, now_ns)
+        return notices
+
+    def _states_of(self, sessions: Sequence[str], now_ns: int) -> StatesToWrite:
+        """The present states of these sessions, as they are to be written; without those that have none."""
+        plain: list[str] = []
+        alone: list[tuple[Snapshot, str]] = []
+        for session in sessions:
             live = self._live[session]
             try:
                 with self._counted():
-                    queue.write(self._snapshot(session, live), live.token, now_ns)
+                    extra = self.extra_of(session)
+                    if extra:
+                        alone.append((self._snapshot(session, live), live.token))
+                    else:
+                        plain.append(session)
             except ShardDied as e:
                 self._lost += e.sessions
-                continue
             except SnapshotError as e:
-                self._retry_ns = now_ns + _RETRY_NS
-                for told in queue.answered(session):
-                    told(e)
-                if live.leaving is not None:
-                    queue.leave(session)
-                continue
+                self._not_saved(session, live, e, now_ns)
+        for snapshot, _ in alone:
+            live = self._live[snapshot.session]
             live.unsaved, live.stored = 0, True
-        return notices
+        return StatesToWrite(self._rows_of(plain), alone)
+
+    def _not_saved(self, session: str, live: OpenSession, error: SnapshotError, now_ns: int) -> None:
+        assert self._queue is not None
+        self._retry_ns = now_ns + _RETRY_NS
+        for told in self._queue.answered(session):
+            told(error)
+        if live.leaving is not None:
+            self._queue.leave(session)
+
+    def _rows_of(self, sessions: list[str]) -> StateRows | None:
+        """The states of sessions as columns, without those of a shard that is dead; None where nothing is left."""
+        while sessions:
+            of = [self._live[session] for session in sessions]
+            handles = np.array([live.handle for live in of])
+            try:
+                states = self.engine.snapshot_block(handles)
+            except ShardDied as e:
+                self._lost += e.sessions
+                sessions = [session for session in sessions if session not in e.sessions]
+                continue
+            self._table.unsaved[handles] = 0
+            for live in of:
+                live.stored = True
+            tokens = [live.token_sha256 for live in of]
+            last, unknown_ns = self._table.last[handles], np.zeros(len(of), np.int64)
+            return StateRows(self.engine.spec.sha256, sessions, tokens, last, unknown_ns, states)
+        return None
 
     def _may(self, session: str, kind: str) -> bool:
         live = self._live[session]
@@ -285,20 +304,20 @@ class OpenSessions:
 
     def _leave_soon(self, session: str, live: OpenSession, reason: Reason) -> None:
         assert self._queue is not None
-        live.leaving = reason
+        live.leave(reason)
         self._queue.leave(session)
 
     def _stay(self, session: str, live: OpenSession) -> None:
         """It is used: it does not leave."""
         if self._queue is not None and live.leaving is not None:
-            live.leaving = None
+            live.leave(None)
             self._queue.stay(session)
 
     def lose(self, session: str) -> Notice:
         """A shard died with the session's state: free the slot, and keep what is on disk."""
-        live = self._live.pop(session)
+        live = self._live[session]
         self._abandon(session, "its engine's process died")
-        self.engine.close(session)
+        self._close(session)
         self.counts["lost"] += 1
         return Notice(session, live.token, "lost", 0)
 
@@ -326,13 +345,31 @@ class OpenSessions:
 
     def idle_for(self, duration_ns: int, now_ns: int) -> list[str]:
         """Open sessions without a tick for longer than `duration_ns`."""
-        return [name for name, live in self._live.items() if now_ns - live.active_ns > duration_ns]
+        return self._table.idle_for(duration_ns, now_ns)
 
     def leave(self, now_ns: int) -> list[Notice]:
         """Save and evict all sessions, as the engine stops; another one may continue them. It waits for the disk."""
-        notices = self._evict_all(list(self._live), "leaving", now_ns)
-        if self._queue is not None:
-            self._queue.drain()
+        if self._queue is None:
+            return self._evict_all(list(self._live), "leaving", now_ns)
+        notices: list[Notice] = []
+        sessions = list(self._live)
+        for i in range(0, len(sessions), MOST):
+            notices += self._leave_together(sessions[i : i + MOST], now_ns)
+        self._queue.drain()
+        return notices
+
+    def _leave_together(self, sessions: Sequence[str], now_ns: int) -> list[Notice]:
+        """Save and evict many sessions as one block."""
+        for session in sessions:
+            self._settle(session)
+        states = self._states_of(sessions, now_ns)
+        failed = self._states.save_all(states.rows, states.alone, now_ns)
+        notices = []
+        assert self._queue is not None
+        for session in states.sessions:
+            self._tell(session, failed.get(session), self._queue.answered(session))
+            if session not in failed:
+                notices.append(self._evicted(session, self._live[session], "leaving"))
         return notices
 
     def _evict_all(self, sessions: Sequence[str], reason: Reason, now_ns: int) -> list[Notice]:
@@ -350,10 +387,17 @@ class OpenSessions:
         """Free the slot of a session whose state is on disk."""
         self._stay(session, live)
         self._abandon(session, "it has left")
-        self.engine.close(session)
-        del self._live[session]
+        following = live.last + 1
+        self._close(session)
         self.counts["evicted"] += 1
-        return Notice(session, live.token, reason, live.last + 1)
+        return Notice(session, live.token, reason, following)
+
+    def _close(self, session: str) -> OpenSession:
+        """Free the slot of an open session."""
+        live = self._live.pop(session)
+        live.close()
+        self.engine.close(session)
+        return live
 
     # ---- what is kept --------------------------------------------------------------------------------------------
 
@@ -367,7 +411,7 @@ class OpenSessions:
             self._states.forget(session)
         told()
 
-    def _is_kept(self, session: str, now_ns: int) -> bool:
+    def is_kept(self, session: str, now_ns: int) -> bool:
         """Whether a state of a session is kept."""
         if self._queue is not None and self._queue.is_removing(session):
             return False
@@ -406,7 +450,7 @@ class OpenSessions:
 
     def missing(self, session: str, now_ns: int) -> SessionError:
         """The error for a session that is not open: UnknownSession, or Evicted where its state is kept."""
-        if self._is_kept(session, now_ns):
+        if self.is_kept(session, now_ns):
             return self._evicted_error(session)
         self.counts["unknown"] += 1
         return UnknownSession(f"session {session[:80]!r} is not open; open it first")

@@ -1,8 +1,9 @@
 """The protocol between a client and a server of sessions: each message is one msgpack map.
 
 No sockets, no clocks. The key `op` is the type of the message; unknown keys are ignored, so that either side may be
-newer. Vectors are raw little-endian float32, in the order of the modalities or heads of `welcome`. docs/serve.md lists
-all messages, for clients in other languages.
+newer. Vectors are raw little-endian float32, in the order of the modalities or heads of `welcome`; columns are the raw
+little-endian bytes of all ticks of a block (`block_codec` makes and reads them). docs/serve.md lists all messages, for
+clients in other languages.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ from stream_mmrnn.core import topics
 from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.core.types import MAX_TICK, HeadSpec, ModalitySpec, ModelSpec, Nanoseconds
 
-VERSION = 1
-MAX_BYTES = 2**20
-"""Limit of a message: a tick of 100,000 numbers is shorter."""
+VERSION = 2
+OLDEST = 1
+"""The oldest version that is spoken: it has no `group`, `steps`, `grouped` and `preds`."""
+MAX_BYTES = 2**22
+"""Limit of a message: 256 ticks of 4,000 numbers are shorter."""
+MAX_ROWS = 4096
+"""Sessions of a group."""
 _MAX_MODALITIES = 64
 
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=topics.SESSION_NAME)]
@@ -26,6 +31,10 @@ _Index = Annotated[int, msgspec.Meta(ge=0, le=MAX_TICK)]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_TICK + 1)]
 _Vectors = Annotated[tuple[bytes | None, ...], msgspec.Meta(max_length=_MAX_MODALITIES)]
 _Ages = Annotated[tuple[Nanoseconds, ...], msgspec.Meta(max_length=_MAX_MODALITIES)]
+_Number = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+_Row = Annotated[int, msgspec.Meta(ge=0, lt=MAX_ROWS)]
+ErrorName: TypeAlias = Literal["unknown", "duplicate", "evicted", "bad_tick", "bad_message", "failed", "overrun"]
+RowError: TypeAlias = ErrorName | Literal["busy"]
 
 
 class _Message(msgspec.Struct, frozen=True, gc=False, tag_field="op", kw_only=True):
@@ -39,6 +48,7 @@ class Hello(_Message, frozen=True, tag="hello"):
     """Begin a connection. Answered by `welcome`."""
 
     version: int = VERSION
+    """The newest one that the client speaks."""
 
 
 class Open(_Message, frozen=True, tag="open"):
@@ -63,6 +73,43 @@ class Step(_Message, frozen=True, tag="step"):
     age_ns: _Ages = ()
     """By modality: the tick's end minus the time of the newest sample, -1 where there is none. If left out: 0, and -1
     where absent."""
+
+
+class OpenGroup(_Message, frozen=True, tag="group"):
+    """Open sessions, as `open` does, as rows of a group that `steps` names. Answered by `grouped`, in one message or
+    several. A session is in one group at most; a row is given to another session by a `group` that names that.
+    """
+
+    group: _Number
+    """Chosen by the client; each connection has its own numbers."""
+    sessions: Annotated[tuple[_Name, ...], msgspec.Meta(min_length=1, max_length=MAX_ROWS)]
+    tokens: Annotated[tuple[_Token | None, ...], msgspec.Meta(max_length=MAX_ROWS)] = ()
+    """One for each session, nil for a new one; if left out, all are new."""
+    first: _Row = 0
+    """The row of the first session; the others follow."""
+
+
+class Steps(_Message, frozen=True, tag="steps"):
+    """A block: one tick of each of N sessions of a group, as columns. Answered by one `preds`."""
+
+    group: _Number
+    block: _Index
+    """Chosen by the client, and returned."""
+    ticks: bytes
+    """int64 [N], each as `tick` of `step`."""
+    features: _Vectors
+    """By modality: the vectors of the ticks that have it, in their order; nil where none has it."""
+    rows: bytes = b""
+    """uint32 [N]: rows of the group, none twice; "": all of them in order."""
+    event_ns: bytes = b""
+    """int64 [N]; "": 0."""
+    present: _Vectors = ()
+    """By modality: a byte (0 or 1) for each tick; nil, and if left out: all ticks have it, or none where `features` is
+    nil."""
+    age_ns: bytes = b""
+    """int64 [N, modalities]; "": 0, and -1 where absent."""
+    half: bool = False
+    """Features are float16."""
 
 
 class PushSample(_Message, frozen=True, tag="push"):
@@ -102,7 +149,7 @@ class Close(_Message, frozen=True, tag="close"):
     token: _Token | None = None
 
 
-Request: TypeAlias = Hello | Open | Step | PushSample | Flush | Reset | Close
+Request: TypeAlias = Hello | Open | OpenGroup | Step | Steps | PushSample | Flush | Reset | Close
 
 
 # ---- replies ---------------------------------------------------------------------------------------------------------
@@ -118,6 +165,7 @@ class Head(HeadSpec, frozen=True, forbid_unknown_fields=False):
 
 class Welcome(_Message, frozen=True, tag="welcome"):
     version: int
+    """The newest one that both sides speak."""
     name: str
     """Of the model."""
     model: str
@@ -151,7 +199,7 @@ class BusyNow(_Message, frozen=True, tag="busy"):
 class Refused(_Message, frozen=True, tag="refused"):
     """A request was refused."""
 
-    error: Literal["unknown", "duplicate", "evicted", "bad_tick", "bad_message", "failed", "overrun"]
+    error: ErrorName
     why: str
     session: str = ""
     tick: int = -1
@@ -171,6 +219,59 @@ class Pred(_Message, frozen=True, tag="pred"):
     """Duration of that step."""
     model: str
     """sha256."""
+
+
+class RowRefused(msgspec.Struct, frozen=True, gc=False):
+    """A session of a `group` that was not opened."""
+
+    row: int
+    error: RowError
+    why: str
+    retry_s: float = 0.0
+    """With `busy`."""
+
+
+class Grouped(_Message, frozen=True, tag="grouped"):
+    """Rows of a group are open, from `first` on; others follow in further messages."""
+
+    group: int
+    first: int
+    tokens: tuple[str, ...]
+    """Of each session; "" where it was refused."""
+    next: bytes
+    """int64: index of each session's next tick."""
+    resumed: bytes
+    """A byte for each session: 1 where it continues from a saved state."""
+    refused: tuple[RowRefused, ...] = ()
+
+
+class RowsRefused(msgspec.Struct, frozen=True, gc=False):
+    """Ticks of a `steps` that were refused for the same reason."""
+
+    error: ErrorName
+    why: str
+    rows: bytes = b""
+    """uint32: rows of the group; "": all of the block."""
+
+
+class Preds(_Message, frozen=True, tag="preds"):
+    """The answer to a block."""
+
+    group: int
+    block: int
+    heads: tuple[bytes, ...]
+    """By head: float32 [N, size]; none where no row was stepped."""
+    waited_ns: int
+    """From receiving the block until its step began."""
+    step_ns: int
+    model: str
+    rows: bytes = b""
+    """uint32 [N]: rows of the group that were stepped; "": all of the block, in its order."""
+    skipped: bytes = b""
+    """uint32: rows that had the tick already."""
+    next: bytes = b""
+    """int64: the next index of each of these."""
+    refused: tuple[RowsRefused, ...] = ()
 
 
 class Pushed(_Message, frozen=True, tag="pushed"):
@@ -217,10 +318,10 @@ class Alive(_Message, frozen=True, tag="alive"):
     """Sent without a request to silent clients when some client has disconnected: which one was it? It is ignored."""
 
 
-def welcome(spec: ModelSpec, queue: int) -> Welcome:
+def welcome(spec: ModelSpec, queue: int, version: int = VERSION) -> Welcome:
     """The `welcome` of a server of this model."""
     return Welcome(
-        version=VERSION,
+        version=version,
         name=spec.name,
         model=spec.sha256,
         tick_ns=spec.tick_ns,
@@ -230,7 +331,21 @@ def welcome(spec: ModelSpec, queue: int) -> Welcome:
     )
 
 
-Reply: TypeAlias = Welcome | Ready | BusyNow | Refused | Pred | Pushed | Skipped | Flushed | Done | EvictedNow | Alive
+Reply: TypeAlias = (
+    Welcome
+    | Ready
+    | Grouped
+    | BusyNow
+    | Refused
+    | Pred
+    | Preds
+    | Pushed
+    | Skipped
+    | Flushed
+    | Done
+    | EvictedNow
+    | Alive
+)
 
 encode = msgspec.msgpack.Encoder().encode
 _read_request = msgspec.msgpack.Decoder(Request).decode

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from stream_mmrnn.core.errors import BadTick, SnapshotError, UsageError
 from stream_mmrnn.core.types import Payload, Tick
@@ -82,10 +83,10 @@ class RawSession:
         while self.pending and not self.pending[0].left:
             yield self.pending.popleft()
 
-    def since_begin(self, tick: Tick) -> tuple[int, int]:
-        """Number and end of a tick, in the session's own time: from 1, and in nanoseconds from 0."""
+    def since_begin(self, pred: protocol.Pred) -> protocol.Pred:
+        """A prediction with its number and end in the session's own time: from 1, and in nanoseconds from 0."""
         period_ns, zero_ns = self.input.spec.tick_ns, self.input.zero_ns
-        return tick.index - zero_ns // period_ns, tick.event_ns - zero_ns
+        return replace(pred, tick=pred.tick - zero_ns // period_ns, event_ns=pred.event_ns - zero_ns)
 
     def snapshot(self) -> dict[str, bytes | str]:
         """What continues it on another server, while none of its ticks waits. Raises SnapshotError."""

@@ -25,12 +25,12 @@ from stream_mmrnn.core.latency import Histogram
 from stream_mmrnn.core.resources import need_files, return_free_memory
 from stream_mmrnn.core.stream_table import for_model
 from stream_mmrnn.predict.sharded_engine import create
-from stream_mmrnn.predict.snapshots import StateStore
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.save_queue import WRITERS
 from stream_mmrnn.serve.session_host import Host
 from stream_mmrnn.serve.session_input import SessionInput
 from stream_mmrnn.serve.sessions import Sessions
+from stream_mmrnn.serve.state_store import StateBlockStore
 
 _IDLE_MS = 5
 """After so long without a message, due states are saved and idle sessions evicted."""
@@ -106,8 +106,10 @@ class Server:
         with ExitStack() as stack:
             authenticator = KeyFolder(Path(serve.keys).expanduser()).authenticator() if serve.keys else None
             self.authenticator = authenticator
-            store = StateStore(config.state_folder(settings.state) / "sessions", settings.state.ttl_s)
+            store = StateBlockStore(config.state_folder(settings.state) / "sessions", settings.state.ttl_s)
             stack.enter_context(_lock(store.folder))
+            for problem in store.damaged:
+                say(problem)
             self.engine = create(replace(settings.engine, slots=slots))
             stack.callback(self.engine.stop)
             writer = stack.enter_context(ThreadPoolExecutor(WRITERS, "states"))
@@ -128,7 +130,9 @@ class Server:
                 peer_sessions=serve.client_slots,
                 slots=slots,
                 make_input=lambda session: SessionInput(spec, settings, session, must_save=True),
+                groups=True,
             )
+            self.host.send_now = self._send
             # a client may have every slot: then it gets all answers of two batches
             unread = serve.queue + 2 * slots
             self._router = Router(serve.host, serve.port, serve.queue, protocol.MAX_BYTES, authenticator, unread=unread)
@@ -217,12 +221,11 @@ class Server:
             if received is None:
                 break
             timeout_ms = 0
-            host.receive(*received, now_ns())
+            read[received[0]] += host.receive(*received, now_ns())
             if host.counts["garbage"] != garbage:
                 garbage = host.counts["garbage"]
                 if self._rate_limiter(received[0].hex(), now_ns()):
                     self._say(f"the client {received[0].hex()} sent an invalid message ({garbage} by all so far)")
-            read[received[0]] += 1
             if read[received[0]] >= host.share(received[0]):
                 break
         self._send()

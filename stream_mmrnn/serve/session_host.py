@@ -1,79 +1,49 @@
 """Host: handles each message of a client of sessions, without sockets and clocks.
 
 A peer is the transport's name for a client, as bytes. A session belongs to the peer that opened it, until the peer
-closes it or disconnects, or another peer opens it with its token. Each session has a queue of ticks, and `step` takes
-the oldest of each. Every other request has a cost, and each peer a budget between two steps (`turns`): a client that
+closes it or disconnects, or another peer opens it with its token. Ticks wait in queues (`groups`), and `step` takes the
+oldest of each. Every other request has a cost, and each peer a budget between two steps (`turns`): a client that
 floods, with whatever request, delays others by at most its budget. Knows nothing about transports.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Collection
-from typing import Literal
 
-import msgspec
+from msgspec.structs import replace
 
-from stream_mmrnn.core.errors import (
-    BadTick,
-    Busy,
-    DuplicateSession,
-    Evicted,
-    SessionError,
-    ShardDied,
-    SnapshotError,
-    StreamError,
-    UnknownSession,
-    UsageError,
-    WireError,
-)
+from stream_mmrnn.core.errors import Busy, SessionError, SnapshotError, StreamError, UnknownSession, WireError
 from stream_mmrnn.core.latency import Histogram
-from stream_mmrnn.core.types import Prediction, Tick
 from stream_mmrnn.serve import protocol
+from stream_mmrnn.serve.batch import Batch
+from stream_mmrnn.serve.block_codec import StepsReader, column, row_bytes
+from stream_mmrnn.serve.groups import NO_ONE, Group, Key, Served, TickQueues, WaitingBlock, WaitingTick
 from stream_mmrnn.serve.open_sessions import Notice
-from stream_mmrnn.serve.raw_session import PendingPush, RawSession
+from stream_mmrnn.serve.push_handler import PushHandler
+from stream_mmrnn.serve.replies import error_name, refusal
 from stream_mmrnn.serve.session_input import SessionInput
-from stream_mmrnn.serve.sessions import Opened, Sessions
+from stream_mmrnn.serve.sessions import Sessions
 from stream_mmrnn.serve.step_reader import StepReader
-from stream_mmrnn.serve.turns import Peer, Put, Turns, cost_of
+from stream_mmrnn.serve.turns import OPENED_AT_ONCE, Peer, Put, Turns, cost_of
 
-ErrorName = Literal["unknown", "duplicate", "evicted", "bad_tick", "bad_message", "failed", "overrun"]
-
-_ERRORS: tuple[tuple[type[StreamError], ErrorName], ...] = (
-    (UnknownSession, "unknown"),
-    (DuplicateSession, "duplicate"),
-    (Evicted, "evicted"),
-    (BadTick, "bad_tick"),
-)
 _PEER_RETRY_S = 1.0
 """What a peer with too many sessions is told to wait."""
 _IDLE_CHECK_NS, _SWEEP_NS = 100_000_000, 60_000_000_000
 """How often idle sessions, and states on disk that are too old, are looked for."""
 _READ = 32
 """Messages of a peer that are read at most between two steps, and one more for each of its sessions."""
+_READ_BYTES = 8192
+"""A message counts as one more for each so many bytes; a block as its ticks."""
 _AFTER_TICKS = (protocol.Flush, protocol.Reset, protocol.Close, protocol.Open)
-"""Requests that are handled after the ticks before them."""
-_SAVE_PUSHES = 100
-"""The state of a raw session is saved after so many pushes, also where no tick came of them."""
-_RAW_AND_NOT = "session {!r} is of the other kind: one is opened for ticks, or raw for samples, and stays that"
+"""Requests that are handled after the ticks before them; and `group`."""
 _NOT_OWNER = "the session belongs to another connection; open it with its token to take it over"
-
-
-def _error_name(error: StreamError) -> ErrorName:
-    return next((name for kind, name in _ERRORS if isinstance(error, kind)), "failed")
+_TOO_MANY = "too many messages of this client wait already; read their answers first"
 
 
 def _number(request: protocol.Request) -> int:
     """Of the tick or push that a message is about; -1 for none."""
     return int(getattr(request, "tick", getattr(request, "push", -1)))
-
-
-class _Waiting(msgspec.Struct, gc=False):
-    peer: Peer
-    tick: Tick
-    received_ns: int
-    push: PendingPush | None = None
-    """Of a raw session: the push that completed the tick."""
 
 
 class Host:
@@ -87,41 +57,41 @@ class Host:
         make_input: Callable[[str], SessionInput] | None = None,
         peer_sessions: int = 0,
         slots: int = 0,
+        groups: bool = False,
     ) -> None:
         """`queue`: ticks of one session that may wait; one more is refused as `overrun`. `announced_queue`: what
         clients are told instead, where it is not 0. `make_input`: for raw sessions, which are refused without it.
         `peer_sessions`: the most that one peer may have; if 0, as many as are free of `slots`, where that is not 0.
+        `groups`: clients are told that they may send blocks.
         """
         self.sessions = sessions
         self.out: list[tuple[Peer, protocol.Reply]] = []
         """Replies to send, in order; the caller removes them."""
+        self.send_now: Callable[[], None] = lambda: None
+        """Called during a step when some of its replies are in `out`."""
         self.counts: Counter[str] = Counter()
         """`messages`, `garbage`, `predictions`, `skipped`, `refused`, `overrun`, `taken`, `gone`."""
         self.waited, self.stepped = Histogram(), Histogram()
-        """Time from receiving a tick until its step began; time of steps."""
+        """Time from receiving a tick, or a block of them, until its step began; time of steps."""
         self._queue, self._peer_sessions, self._slots = queue, peer_sessions, slots
-        self._owner: dict[str, Peer] = {}
         self._of: dict[Peer, set[str]] = {}
-        self._make_input = make_input
-        self._raw: dict[str, RawSession] = {}
-        if make_input is not None:
-            sessions.extra_of = lambda session: self._raw[session].snapshot() if session in self._raw else {}
-        self._waiting: dict[str, deque[_Waiting]] = {}
-        """Only sessions with a waiting tick; the one that has waited longest is first."""
+        self._queues = TickQueues()
         self._turns = Turns(queue + 2 * slots)
-        self._taking: dict[str, Peer] = {}
-        """Sessions that a peer takes over with their token when the ticks that wait are stepped; others' messages about
-        them wait for that."""
-        sessions.may_save = lambda session: session not in self._raw or session not in self._waiting
+        self._taking: dict[Key, Peer] = {}
+        """Sessions or groups that a peer takes over with a token when the ticks that wait are stepped; others' messages
+        about them wait for that."""
         self._idle_checked_ns = self._swept_ns = 0
         spec = sessions.engine.spec
         self._reader = StepReader(spec)
-        self._heads = [h.name for h in spec.heads]
-        self.welcome = protocol.welcome(spec, announced_queue or queue)
+        self._steps_reader = StepsReader(self._reader.names, self._reader.sizes)
+        self._pushes = PushHandler(make_input, sessions, self._queues, self._reader, queue, self.counts, self._send)
+        self.welcome = protocol.welcome(spec, announced_queue or queue, protocol.VERSION if groups else protocol.OLDEST)
         self._answers: dict[type, Callable[..., None]] = {
             protocol.Hello: self._hello,
             protocol.Open: self._open,
+            protocol.OpenGroup: self._open_group,
             protocol.Step: self._put,
+            protocol.Steps: self._put_block,
             protocol.PushSample: self._push,
             protocol.Flush: self._flush,
             protocol.Reset: self._reset,
@@ -136,58 +106,120 @@ class Host:
     @property
     def ready(self) -> bool:
         """Whether something waits for `step`."""
-        return bool(self._waiting or self._turns)
+        return bool(self._queues or self._turns)
 
     def share(self, peer: Peer) -> int:
-        """How many messages of a peer are read at most between two steps."""
+        """How many messages of a peer are read at most between two steps, as `receive` counts them."""
         return _READ + len(self._of.get(peer, ()))
 
     # ---- requests ------------------------------------------------------------------------------------------------
 
-    def receive(self, peer: Peer, content: bytes, now_ns: int) -> None:
-        """Take one message of a peer: queue its tick, answer it, or let it wait for its turn."""
-        self.counts["messages"] += 1
+    def receive(self, peer: Peer, content: bytes, now_ns: int) -> int:
+        """Take one message of a peer: queue its ticks, answer it, or let it wait for its turn; returns as how many
+        messages it counts.
+        """
+        counts = self.counts
+        counts["messages"] += 1
         try:
             request = protocol.read_request(content)
         except WireError as e:
-            self.counts["garbage"] += 1
+            counts["garbage"] += 1
             self._send(peer, protocol.Refused(error="bad_message", why=str(e)[:500]))
-            return
-        session = getattr(request, "session", "")
-        put = Put(peer, session, request, len(content), now_ns)
-        if not self._turns.has(peer, session) and self._can(put) and self._turns.pay(peer, cost_of(request)):
+            return 1 + len(content) // _READ_BYTES
+        if type(request) is protocol.Step and not self._turns and not self._taking:
+            self._answer(Put(peer, request.session, request, 0, now_ns))  # as below, for most messages
+            return 1
+        if isinstance(request, protocol.OpenGroup):
+            self._receive_group(peer, request, len(content), now_ns)
+            return len(request.sessions)
+        self._receive(Put(peer, self._key(peer, request), request, len(content), now_ns))
+        if isinstance(request, protocol.Steps):
+            return max(len(request.ticks) // 8, 1 + len(content) // _READ_BYTES)
+        return 1 + len(content) // _READ_BYTES
+
+    def _receive(self, put: Put) -> None:
+        request, peer = put.request, put.peer
+        if not self._turns.has(peer, put.key) and self._can(put) and self._turns.pay(peer, cost_of(request)):
             self._answer(put)
         elif not self._turns.put_off(put):
             self.counts["overrun"] += 1
-            why = "too many messages of this client wait already; read their answers first"
-            self._send(peer, protocol.Refused(error="overrun", why=why, session=session, tick=_number(request)))
+            if isinstance(request, protocol.Steps):
+                self._send(peer, refusal(request, "overrun", _TOO_MANY))
+            elif isinstance(request, protocol.OpenGroup):
+                self._send_grouped(peer, request, [SessionError(_TOO_MANY)] * len(request.sessions))
+            else:
+                session = getattr(request, "session", "")
+                number = _number(request)
+                self._send(peer, protocol.Refused(error="overrun", why=_TOO_MANY, session=session, tick=number))
+
+    def _receive_group(self, peer: Peer, request: protocol.OpenGroup, size: int, now_ns: int) -> None:
+        """In parts that a budget is enough for."""
+        sessions, tokens = request.sessions, request.tokens or (None,) * len(request.sessions)
+        if len(tokens) != len(sessions) or request.first + len(sessions) > protocol.MAX_ROWS:
+            why = f"a group has at most {protocol.MAX_ROWS} sessions, and a token or nil for each"
+            self._send(peer, protocol.Refused(error="bad_message", why=why))
+            return
+        for at in range(0, len(sessions), OPENED_AT_ONCE):
+            to = at + OPENED_AT_ONCE
+            part = replace(request, sessions=sessions[at:to], tokens=tokens[at:to], first=request.first + at)
+            share = size * len(part.sessions) // len(sessions)
+            self._receive(Put(peer, (peer, request.group), part, share, now_ns))
+
+    def _key(self, peer: Peer, request: protocol.Request) -> Key:
+        """The queue that a message belongs to."""
+        if isinstance(request, protocol.Steps | protocol.OpenGroup):
+            return peer, request.group
+        served = self._queues.served.get(session := getattr(request, "session", ""))
+        return served.key if served is not None else session
 
     def handle(self, peer: Peer, request: protocol.Request, now_ns: int) -> None:
         """Handle one decoded message at once, after the ticks before it."""
         if isinstance(request, _AFTER_TICKS):
-            while request.session in self._waiting:
+            while self._queues.waits(request.session):
                 self.step(now_ns)
-        self._answer(Put(peer, getattr(request, "session", ""), request, 0, now_ns))
+        self._answer(Put(peer, self._key(peer, request), request, 0, now_ns))
 
     def _can(self, put: Put) -> bool:
         """Whether a message can be handled now: some come after the session's ticks that wait."""
-        session = put.session
-        if self._taking and self._taking.get(session, put.peer) != put.peer:
+        request = put.request
+        if isinstance(request, protocol.OpenGroup):
+            return self._can_group(put, request)
+        if self._taking and self._taking.get(self._key(put.peer, request), put.peer) != put.peer:
             return False
-        if session not in self._waiting or not isinstance(put.request, _AFTER_TICKS):
+        return not isinstance(request, _AFTER_TICKS) or self._can_now(
+            put.peer, request.session, getattr(request, "token", None) if isinstance(request, protocol.Open) else None
+        )
+
+    def _can_now(self, peer: Peer, session: str, token: str | None) -> bool:
+        served = self._queues.served.get(session)
+        if served is None or not self._queues.queue_of(served):
             return True
-        if self._owner.get(session) == put.peer:
+        if served.peer == peer:
             return False
-        if isinstance(put.request, protocol.Open) and self.sessions.has_token(session, put.request.token):
-            self._taking.setdefault(session, put.peer)
+        if token is not None and self.sessions.has_token(session, token):
+            self._taking.setdefault(served.key, peer)
             return False
         return True  # it will be refused
 
+    def _can_group(self, put: Put, request: protocol.OpenGroup) -> bool:
+        group = self._queues.groups.get((put.peer, request.group))
+        if group is not None and group.waiting:
+            return False
+        for session, token in zip(request.sessions, request.tokens, strict=True):
+            served = self._queues.served.get(session)
+            key = served.key if served is not None else session
+            if self._taking.get(key, put.peer) != put.peer or (key != put.key and self._turns.has(put.peer, key)):
+                return False
+            if not self._can_now(put.peer, session, token):
+                return False
+        return True
+
     def _answer(self, put: Put) -> None:
+        request = put.request
         try:
-            self._answers[type(put.request)](put.peer, put.request, put.received_ns)
+            self._answers[type(request)](put.peer, request, put.received_ns)
         except StreamError as e:
-            self._refuse(put.peer, e, put.session, _number(put.request))
+            self._refuse(put.peer, e, getattr(request, "session", ""), _number(request))
 
     def _send(self, peer: Peer, reply: protocol.Reply) -> None:
         self.out.append((peer, reply))
@@ -197,43 +229,91 @@ class Host:
         if isinstance(error, Busy):
             self._send(peer, protocol.BusyNow(session=session, why=str(error), retry_s=error.retry_after_s))
         else:
-            self._send(peer, protocol.Refused(error=_error_name(error), why=str(error), session=session, tick=tick))
+            self._send(peer, protocol.Refused(error=error_name(error), why=str(error), session=session, tick=tick))
 
     def _hello(self, peer: Peer, request: protocol.Hello, now_ns: int) -> None:
-        if request.version != protocol.VERSION:
-            why = f"protocol version {request.version} is not {protocol.VERSION}; use the same release on both sides"
+        if request.version < protocol.OLDEST:
+            why = f"protocol version {request.version} is older than {protocol.OLDEST}; use a newer client"
             self._send(peer, protocol.Refused(error="bad_message", why=why))
             return
-        self._send(peer, self.welcome)
+        self._send(peer, replace(self.welcome, version=min(self.welcome.version, request.version)))
+
+    # ---- opening and closing -------------------------------------------------------------------------------------
 
     def _open(self, peer: Peer, request: protocol.Open, now_ns: int) -> None:
-        session = request.session
-        self._taking.pop(session, None)
-        if request.raw and self._make_input is None:
-            raise SessionError(
-                "a cluster serves no raw sessions; make features with Predictor's encoders, or use serve"
-            )
-        if session in self.sessions and request.raw != (session in self._raw):
-            raise SessionError(_RAW_AND_NOT.format(session))
+        self._send(peer, self._opened(peer, request.session, request.token, request.raw, now_ns)[0])
+
+    def _opened(
+        self, peer: Peer, session: str, token: str | None, raw: bool, now_ns: int
+    ) -> tuple[protocol.Ready, Served]:
+        """Open a session for a peer, and tell the one that had it."""
+        before = self._queues.served.get(session)
+        self._taking.pop(before.key if before is not None else session, None)
+        self._pushes.check_kind(session, raw)
         if session not in self._of.get(peer, ()):
             self._check_share(peer)
-        opened = self.sessions.open(session, request.token, now_ns=now_ns)
-        if session not in self._raw and (request.raw or RawSession.is_in(opened.extra)):
-            self._begin_raw(request, opened, now_ns)
-        before = self._owner.get(session)
-        if before is not None and before != peer:
+        opened = self.sessions.open(session, token, now_ns=now_ns)
+        self._pushes.begin(session, raw, opened, now_ns)
+        first = before.peer if before is not None else NO_ONE
+        if first not in (peer, NO_ONE):
             self.disown(session)
             self.counts["taken"] += 1
-            self._send(
-                before, protocol.EvictedNow(session=session, token="", reason="taken", next=opened.next_index)
-            )  # fmt: skip
-        self.own(session, peer)
-        raw = self._raw.get(session)
-        following = opened.next_index if raw is None else raw.next
-        at_ns = 0 if raw is None else raw.input.newest_ns - raw.input.zero_ns
+            self._send(first, protocol.EvictedNow(session=session, token="", reason="taken", next=opened.next_index))
+        served = self.own(session, peer)
+        pushes = self._pushes.raw.get(session)
+        following = opened.next_index if pushes is None else pushes.next
+        at_ns = 0 if pushes is None else pushes.input.newest_ns - pushes.input.zero_ns
+        ready = protocol.Ready(session=session, token=opened.token, next=following, resumed=opened.resumed, at_ns=at_ns)
+        return ready, served
+
+    def _open_group(self, peer: Peer, request: protocol.OpenGroup, now_ns: int) -> None:
+        key = peer, request.group
+        group = self._queues.groups.get(key) or Group(*key)
+        found: list[protocol.Ready | StreamError] = []
+        rows = range(request.first, request.first + len(request.sessions))
+        for row, session, token in zip(rows, request.sessions, request.tokens, strict=True):
+            try:
+                ready, served = self._opened(peer, session, token, False, now_ns)
+            except StreamError as e:
+                self.counts["refused"] += 1
+                found.append(e)
+                continue
+            group.grow(row + 1)
+            if served.group is not group or served.row != row:
+                left = served.group
+                group.put(row, served)
+                if left is not None:
+                    self._queues.forget_empty(left)
+            group.handles[row] = served.handle
+            found.append(ready)
+        if group.count:
+            self._queues.groups[key] = group
+        self._send_grouped(peer, request, found)
+
+    def _send_grouped(
+        self, peer: Peer, request: protocol.OpenGroup, found: Collection[protocol.Ready | StreamError]
+    ) -> None:
+        refused = [
+            protocol.RowRefused(
+                row,
+                "busy" if isinstance(of, Busy) else error_name(of),
+                str(of),
+                of.retry_after_s if isinstance(of, Busy) else 0.0,
+            )
+            for row, of in enumerate(found, request.first)
+            if isinstance(of, StreamError)
+        ]
+        ready = [of if isinstance(of, protocol.Ready) else None for of in found]
         self._send(
             peer,
-            protocol.Ready(session=session, token=opened.token, next=following, resumed=opened.resumed, at_ns=at_ns),
+            protocol.Grouped(
+                group=request.group,
+                first=request.first,
+                tokens=tuple(of.token if of is not None else "" for of in ready),
+                next=column([of.next if of is not None else 0 for of in ready]),
+                resumed=bytes(of is not None and of.resumed for of in ready),
+                refused=tuple(refused),
+            ),
         )
 
     def _check_share(self, peer: Peer) -> None:
@@ -248,92 +328,25 @@ class Host:
         self.sessions.counts["busy"] += 1
         raise Busy(f"{why}; close one first", _PEER_RETRY_S)
 
-    def _begin_raw(self, request: protocol.Open, opened: Opened, now_ns: int) -> None:
-        """Make or restore the input of a raw session that was opened; where that fails, it is closed or evicted."""
-        session = request.session
-        try:
-            if self._make_input is None or (opened.resumed and not (request.raw and RawSession.is_in(opened.extra))):
-                raise SessionError(_RAW_AND_NOT.format(session))
-            raw = RawSession(self._make_input(session))
-            if opened.resumed:
-                raw.restore(opened.extra)
-        except StreamError:
-            if opened.resumed:
-                self.sessions.drop(session)  # its state is on disk
-            else:
-                self.sessions.close(session, opened.token, now_ns=now_ns)
-            raise
-        self._raw[session] = raw
-
-    def _put(self, peer: Peer, request: protocol.Step, now_ns: int) -> None:
-        session = request.session
-        self._check_owner(peer, session, now_ns)
-        waiting = self._waiting.get(session)
-        if waiting is not None and len(waiting) >= self._queue:
-            self.counts["overrun"] += 1
-            why = f"{self._queue} ticks of session {session!r} wait already; send no faster than the model's tick"
-            self._send(peer, protocol.Refused(error="overrun", why=why, session=session, tick=request.tick))
-            return
-        tick = self._reader.read(request, now_ns)
-        if waiting is None:
-            waiting = self._waiting[session] = deque()
-        waiting.append(_Waiting(peer, tick, now_ns))
-
-    def _push(self, peer: Peer, request: protocol.PushSample, now_ns: int) -> None:
-        session = request.session
-        self._check_owner(peer, session, now_ns)
-        raw = self._raw.get(session)
-        if raw is None:
-            raise BadTick(f"session {session!r} was opened for ticks and takes no samples; open it with raw = true")
-        if request.push < raw.next:
-            self.counts["skipped"] += 1
-            self._send(peer, protocol.Skipped(session=session, tick=request.push, next=raw.next))
-            return
-        waiting = self._waiting.get(session, deque())
-        if len(raw.pending) >= self._queue or len(waiting) >= self._queue:
-            self.counts["overrun"] += 1
-            why = f"{self._queue} ticks or pushes of session {session!r} wait already; read their answers first"
-            self._send(peer, protocol.Refused(error="overrun", why=why, session=session, tick=request.push))
-            return
-        push = raw.begin(request, peer)
-        try:
-            for tick in raw.ticks(request):
-                waiting.append(_Waiting(peer, tick, now_ns, push))
-                push.left += 1
-        except UsageError as e:
-            self.counts["refused"] += 1
-            push.error = str(e)
-        if waiting:
-            self._waiting[session] = waiting
-        self.sessions.observe_input(session, now_ns, due=request.push % _SAVE_PUSHES == 0)
-        self._send_pushed(session, raw)
-
-    def _send_pushed(self, session: str, raw: RawSession) -> None:
-        """Answer the pushes that have all their predictions."""
-        for push in raw.done():
-            self._send(
-                push.peer,
-                protocol.Pushed(
-                    session=session, push=push.number, predictions=tuple(push.predictions), error=push.error
-                ),
-            )
-
-    def _check_owner(self, peer: Peer, session: str, now_ns: int) -> None:
-        if self._owner.get(session) != peer:
-            if session in self.sessions:
-                raise UnknownSession(_NOT_OWNER)
-            raise self.sessions.missing(session, now_ns)
+    def _owned(self, peer: Peer, session: str, now_ns: int) -> Served:
+        """The session, if it belongs to the peer. Raises UnknownSession or Evicted."""
+        served = self._queues.served.get(session)
+        if served is not None and served.peer == peer:
+            return served
+        if session in self.sessions:
+            raise UnknownSession(_NOT_OWNER)
+        raise self.sessions.missing(session, now_ns)
 
     def _flush(self, peer: Peer, request: protocol.Flush, now_ns: int) -> None:
         session = request.session
-        self._check_owner(peer, session, now_ns)
-        raw = self._raw.get(session)
+        self._owned(peer, session, now_ns)
+        raw = self._pushes.raw.get(session)
         following = self.sessions.next_index(session) if raw is None else raw.next
         self._save_then(peer, protocol.Flushed(session=session, next=following), now_ns)
 
     def _reset(self, peer: Peer, request: protocol.Reset, now_ns: int) -> None:
-        self._check_owner(peer, request.session, now_ns)
-        if request.session in self._raw:
+        self._owned(peer, request.session, now_ns)
+        if request.session in self._pushes.raw:
             raise SessionError(f"session {request.session!r} is raw and has no reset; close it and open another one")
         self.sessions.reset(request.session, now_ns=now_ns)
         # ticks that are sent again after a crash must not be stepped on the state before the reset
@@ -353,115 +366,101 @@ class Host:
     def _close(self, peer: Peer, request: protocol.Close, now_ns: int) -> None:
         session = request.session
         if session in self.sessions:
-            self._check_owner(peer, session, now_ns)
+            self._owned(peer, session, now_ns)
         self.sessions.close(
             session, request.token, now_ns=now_ns, told=lambda: self._send(peer, protocol.Done(session=session))
         )
         self.disown(session)
-        self._raw.pop(session, None)
+        self._pushes.raw.pop(session, None)
 
-    def own(self, session: str, peer: Peer) -> None:
-        """Make this peer the owner of a session."""
-        self._owner[session] = peer
+    def own(self, session: str, peer: Peer) -> Served:
+        """Make this peer the owner of an open session."""
+        served, handle = self._queues.served.get(session), self.sessions.handle(session)
+        if served is None or served.handle != handle:
+            served = self._queues.served[session] = Served(session, peer, handle)
+        served.peer = peer
         self._of.setdefault(peer, set()).add(session)
+        return served
 
     def owner(self, session: str) -> Peer:
         """The peer that owns a session; b"" for none."""
-        return self._owner.get(session, b"")
+        served = self._queues.served.get(session)
+        return served.peer if served is not None else NO_ONE
 
     def disown(self, session: str, drop: bool = True) -> None:
         """Take a session from its owner, and drop its waiting ticks, if so asked."""
-        peer = self._owner.pop(session, None)
-        if peer is not None:
-            of = self._of[peer]
+        served = self._queues.served.get(session)
+        if served is None:
+            return
+        if (of := self._of.get(served.peer)) is not None:
             of.discard(session)
             if not of:
-                del self._of[peer]
+                del self._of[served.peer]
+        served.peer = NO_ONE
         if drop:
-            self._waiting.pop(session, None)
+            self._queues.drop(served)
 
-    # ---- stepping ------------------------------------------------------------------------------------------------
+    # ---- ticks ---------------------------------------------------------------------------------------------------
+
+    def _put(self, peer: Peer, request: protocol.Step, now_ns: int) -> None:
+        session = request.session
+        served = self._queues.served.get(session)
+        if served is None or served.peer != peer:
+            served = self._owned(peer, session, now_ns)  # raises
+        if len(self._queues.queue_of(served)) >= self._queue:
+            self.counts["overrun"] += 1
+            why = f"{self._queue} ticks of session {session!r} wait already; send no faster than the model's tick"
+            self._send(peer, protocol.Refused(error="overrun", why=why, session=session, tick=request.tick))
+            return
+        self._reader.check(request)
+        self._queues.put(WaitingTick(served, peer, request, now_ns))
+
+    def _put_block(self, peer: Peer, request: protocol.Steps, now_ns: int) -> None:
+        group = self._queues.groups.get((peer, request.group))
+        if group is None:
+            self.counts["refused"] += 1
+            why = f"group {request.group} has no open session here; open it first"
+            self._send(peer, refusal(request, "unknown", why))
+            return
+        if len(group.waiting) >= self._queue:
+            self.counts["overrun"] += 1
+            why = f"{self._queue} blocks of this group wait already; send no faster than the model's tick"
+            self._send(peer, refusal(request, "overrun", why))
+            return
+        try:
+            block = self._steps_reader.read(request, len(group.members))
+        except StreamError as e:
+            self.counts["refused"] += 1
+            self._send(peer, refusal(request, "bad_tick", str(e)))
+            return
+        refused: list[protocol.RowsRefused] = []
+        first = block.first_of_each() if request.rows else None
+        if first is not None and not first.all():
+            self.counts["refused"] += int((~first).sum())
+            why = "a block has one tick of each row; this is another one"
+            refused.append(protocol.RowsRefused("bad_tick", why, row_bytes(block.handles[~first])))
+            block = block.take(first)
+        self._queues.put_block(WaitingBlock(group, request.block, block, now_ns, refused, not refused))
+
+    def _push(self, peer: Peer, request: protocol.PushSample, now_ns: int) -> None:
+        self._pushes.push(peer, self._owned(peer, request.session, now_ns), request, now_ns)
 
     def step(self, now_ns: int) -> int:
-        """Handle the messages whose turn it is; step the oldest tick of each session that has one, as one batch; how
-        many ticks.
-        """
+        """Handle the messages whose turn it is; step the oldest tick of each session that has one; how many ticks."""
         if self._turns:
             for put in self._turns.due(self._can):
                 self._answer(put)
-        taken: list[_Waiting] = []
-        for session in list(self._waiting):
-            waiting = self._waiting[session]
-            taken.append(waiting.popleft())
-            if not waiting:
-                del self._waiting[session]
-        asked = {(of.tick.session, of.tick.index): of for of in taken}
-
-        def refused(tick: Tick, error: SessionError) -> None:
-            of = asked[tick.session, tick.index]
-            if of.push is not None:
-                self._pushed(of.push, tick.session, error=str(error))
-            else:
-                self._refuse(of.peer, error, tick.session, tick.index)
-
-        def skipped(tick: Tick) -> None:
-            self.counts["skipped"] += 1
-            push = asked[tick.session, tick.index].push
-            if push is not None:
-                self._pushed(push, tick.session)
-                return
-            following = self.sessions.next_index(tick.session)
-            self._send(
-                asked[tick.session, tick.index].peer,
-                protocol.Skipped(session=tick.session, tick=tick.index, next=following),
-            )
-
-        dead: tuple[str, ...] = ()
-        try:
-            predictions = self.sessions.step([of.tick for of in taken], now_ns=now_ns, refused=refused, skipped=skipped)
-        except ShardDied as e:
-            predictions, dead = list(e.predictions), e.sessions
-        if predictions:
-            self.stepped.add(predictions[-1].step_end_ns - predictions[0].step_start_ns)
-        for prediction in predictions:
-            of = asked[prediction.tick.session, prediction.tick.index]
-            pred = self._pred(prediction, of.received_ns)
-            if of.push is not None:
-                self._pushed(of.push, prediction.tick.session, pred)
-            else:
-                self._send(of.peer, pred)
-        self.counts["predictions"] += len(predictions)
-        for session in dead:
+        batch = Batch(self.sessions, self._reader, self._pushes, self._queues, self._send, self.counts)
+        for done in batch.step(now_ns):
+            self.stepped.add(done.step_ns)
+            for waited_ns in done.waited_ns:
+                self.waited.add(waited_ns)
+            self.send_now()
+        for session in batch.lost:
             if session in self.sessions:
                 self._notify(self.sessions.lose(session))
-        return len(predictions)
-
-    def _pushed(self, push: PendingPush, session: str, pred: protocol.Pred | None = None, error: str = "") -> None:
-        """One tick of a push is done."""
-        push.left -= 1
-        push.error = push.error or error
-        if pred is not None:
-            push.predictions.append(pred)
-        if (raw := self._raw.get(session)) is not None:
-            self._send_pushed(session, raw)
-
-    def _pred(self, prediction: Prediction, received_ns: int) -> protocol.Pred:
-        tick = prediction.tick
-        waited_ns = max(prediction.step_start_ns - received_ns, 0)
-        self.waited.add(waited_ns)
-        raw = self._raw.get(tick.session)
-        index, event_ns = (tick.index, tick.event_ns) if raw is None else raw.since_begin(tick)
-        return protocol.Pred(
-            session=tick.session,
-            tick=index,
-            event_ns=event_ns,
-            heads=tuple(prediction.heads[name].astype("<f4", copy=False).tobytes() for name in self._heads),
-            present=tuple(tick.present[name] for name in self._reader.names),
-            age_ns=tuple(tick.age_ns[name] for name in self._reader.names),
-            waited_ns=waited_ns,
-            step_ns=prediction.step_end_ns - prediction.step_start_ns,
-            model=prediction.model,
-        )
+        self.counts["predictions"] += batch.count
+        return batch.count
 
     # ---- housekeeping --------------------------------------------------------------------------------------------
 
@@ -495,13 +494,14 @@ class Host:
     def gone(self, peer: Peer, now_ns: int) -> int:
         """A peer has disconnected: save and evict its sessions; returns how many it had."""
         self._turns.forget(peer)
-        for session in [session for session, by in self._taking.items() if by == peer]:
-            del self._taking[session]
+        for key in [key for key, by in self._taking.items() if by == peer]:
+            del self._taking[key]
+        self._queues.drop_groups(peer)
         sessions = list(self._of.get(peer, ()))
         for session in sessions:
             # the input of a raw session is ahead of the engine by the ticks that wait: they are stepped
-            self.disown(session, drop=session not in self._raw)
-            while session in self._waiting and not self.sessions.has_writer:
+            self.disown(session, drop=session not in self._pushes.raw)
+            while self._queues.waits(session) and not self.sessions.has_writer:
                 self.step(now_ns)
             try:
                 notice = self.sessions.cancel_soon(session, now_ns=now_ns)
@@ -522,11 +522,11 @@ class Host:
         return len(notices)
 
     def _notify(self, notice: Notice) -> None:
-        owner = self._owner.get(notice.session)
+        owner = self.owner(notice.session)
         self.disown(notice.session)
-        raw = self._raw.pop(notice.session, None)
+        raw = self._pushes.raw.pop(notice.session, None)
         following = notice.next_index if raw is None else raw.next
-        if owner is not None:
+        if owner != NO_ONE:
             self._send(
                 owner,
                 protocol.EvictedNow(session=notice.session, token=notice.token, reason=notice.reason, next=following),

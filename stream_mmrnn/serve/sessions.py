@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 
 from stream_mmrnn.core import config, topics
+from stream_mmrnn.core.block import Block, BlockPredictions, Flags, Integers
 from stream_mmrnn.core.errors import (
     BadTick,
     Busy,
@@ -26,12 +27,19 @@ from stream_mmrnn.core.errors import (
     UnknownSession,
 )
 from stream_mmrnn.core.types import MAX_TICK, Prediction, Tick
+from stream_mmrnn.predict.block_runner import predictions_of
+from stream_mmrnn.predict.columns import Columns, rounds
 from stream_mmrnn.predict.protocols import Engine
 from stream_mmrnn.predict.snapshots import NEVER, Snapshot
 from stream_mmrnn.serve.admission import Admission
 from stream_mmrnn.serve.measure import measure, measure_again
-from stream_mmrnn.serve.open_sessions import OpenSession, OpenSessions
-from stream_mmrnn.serve.saved_states import Store, same_token
+from stream_mmrnn.serve.open_sessions import OpenSessions
+from stream_mmrnn.serve.saved_states import BlockStore, Store, same_token
+from stream_mmrnn.serve.session_table import OpenSession
+
+
+_YES, _NO = np.ones(1, np.bool_), np.zeros(1, np.bool_)
+"""Masks of one tick."""
 
 
 class Opened(msgspec.Struct, frozen=True):
@@ -48,13 +56,26 @@ class Opened(msgspec.Struct, frozen=True):
     """What its saved state holds beside the engine's tensors, where it was evicted."""
 
 
+class Stepped(msgspec.Struct, frozen=True, eq=False):
+    """What came of a block of N ticks. A tick that is in neither mask was refused, or its session is lost."""
+
+    predictions: BlockPredictions | None
+    """Of the ticks that were stepped, in their order; None where none was."""
+    stepped: Flags
+    """[N]"""
+    late: Flags
+    """[N] Their session had them already."""
+    lost: tuple[str, ...] = ()
+    """Sessions whose state died with a shard."""
+
+
 class Sessions(OpenSessions):
     """Open sessions of one engine, and evicted ones in its store. One store belongs to one engine."""
 
     def __init__(
         self,
         engine: Engine,
-        store: Store,
+        store: Store | BlockStore,
         settings: config.StateSettings,
         *,
         admission: config.AdmissionSettings | None = None,
@@ -71,6 +92,7 @@ class Sessions(OpenSessions):
         super().__init__(engine, store, settings, wall_offset_ns, writer)
         self._make_token = make_token
         self._sizes = tuple((m.name, (m.size,)) for m in engine.spec.modalities)
+        self._columns = Columns(engine.spec.modalities, 0)
         self._retry = admission or config.AdmissionSettings()
         self.admission: Admission | None = None
         if admission is not None:
@@ -104,16 +126,26 @@ class Sessions(OpenSessions):
         snapshot = None
         if token is not None:
             snapshot = self._load(session, token, now_ns)
-        elif self._is_kept(session, now_ns):
+        elif self.is_kept(session, now_ns):
             raise self._evicted_error(session)
         self._admit(session, now_ns)
         if snapshot is None:
-            self._live[session] = live = OpenSession(self._make_token(), now_ns)
+            self._live[session] = live = self._add(session, self._make_token(), now_ns)
             self.counts["opened"] += 1
             return Opened(session, live.token, 0, False)
         assert token is not None
         self._restore(snapshot, token, now_ns)
         return Opened(session, token, snapshot.tick_index + 1, True, snapshot.extra)
+
+    def _add(
+        self, session: str, token: str, now_ns: int, last: int = NEVER, unsaved: int = -1, stored: bool = False
+    ) -> OpenSession:
+        handle = self.engine.handle(session)
+        return OpenSession(self._table, session, handle, token, now_ns, last, unsaved, stored)
+
+    def handle(self, session: str) -> int:
+        """The number by which blocks name an open session, until it is closed. Raises KeyError."""
+        return self._live[session].handle
 
     def has_token(self, session: str, token: str | None) -> bool:
         """Whether a session is open, and this is its token."""
@@ -140,7 +172,7 @@ class Sessions(OpenSessions):
         except BaseException:
             self.engine.close(snapshot.session)
             raise
-        self._live[snapshot.session] = OpenSession(token, now_ns, snapshot.tick_index, 0, stored=True)
+        self._live[snapshot.session] = self._add(snapshot.session, token, now_ns, snapshot.tick_index, 0, True)
         self.counts["resumed"] += 1
 
     def _other_model(self, snapshot: Snapshot) -> SessionError:
@@ -192,11 +224,78 @@ class Sessions(OpenSessions):
 
     def _retry_after_s(self, now_ns: int) -> float:
         """Until the next session would be evicted as idle, within bounds: others may close at any time."""
-        oldest_ns = min((live.active_ns for live in self._live.values()), default=now_ns)
+        oldest_ns = self._table.oldest_ns(now_ns)
         left_s = (oldest_ns + self._idle_ns - now_ns) / 1e9
         return min(max(left_s, self._retry.retry_s), self._retry.retry_max_s)
 
     # ---- stepping ------------------------------------------------------------------------------------------------
+
+    def step_block(self, block: Block, *, now_ns: int) -> Stepped:
+        """Step one tick of each of many open sessions. A tick that its session had already is not stepped and counted;
+        one that is not finite or has an index out of bounds is refused.
+
+        The handles are those of open sessions, none twice, and the columns fit the model.
+
+        Raises:
+            ProcessError: the engine has failed; a new one continues its sessions from their snapshots. A dead shard is
+                no error: `Stepped.lost` has its sessions.
+
+        """
+        table, handles, indices = self._table, block.handles, block.indices
+        if len(block) == 1:
+            return self._step_one(block, int(handles[0]), int(indices[0]), now_ns)
+        good = block.finite() & (indices >= 0) & (indices <= MAX_TICK)
+        table.active_ns[handles if good.all() else handles[good]] = now_ns
+        if (leaves := table.leaves[handles] & good).any():
+            for handle in handles[leaves].tolist():
+                self._stay(name := table.names[handle], self._live[name])
+        late = good & (indices <= table.last[handles])
+        new = good & ~late
+        if late.any():
+            again = int(np.count_nonzero(indices[late] == table.last[handles[late]]))
+            self.counts["duplicates"] += again
+            self.counts["stale"] += int(np.count_nonzero(late)) - again
+        if not new.all():
+            self.counts["bad_ticks"] += len(block) - int(np.count_nonzero(good))
+            block = block.take(new)
+        if not len(block):
+            return Stepped(None, new, late)
+        self.counts["skipped"] += table.stepped(block.handles, block.indices)
+        return self._run(block, new, late, now_ns)
+
+    def _step_one(self, block: Block, handle: int, index: int, now_ns: int) -> Stepped:
+        """The same for one tick, without masks: the usual case where there are few sessions."""
+        table = self._table
+        if not (0 <= index <= MAX_TICK and block.finite()[0]):
+            self.counts["bad_ticks"] += 1
+            return Stepped(None, _NO, _NO)
+        table.active_ns[handle] = now_ns
+        if table.leaves[handle]:
+            self._stay(name := table.names[handle], self._live[name])
+        last = int(table.last[handle])
+        if index <= last:
+            self.counts["duplicates" if index == last else "stale"] += 1
+            return Stepped(None, _NO, _YES)
+        table.last[handle] = index
+        unsaved = table.unsaved[handle]
+        if unsaved >= 0:
+            table.unsaved[handle] = unsaved + 1
+        if last != NEVER:
+            self.counts["skipped"] += index - last - 1
+        return self._run(block, _YES, _NO, now_ns)
+
+    def _run(self, block: Block, new: Flags, late: Flags, now_ns: int) -> Stepped:
+        lost: tuple[str, ...] = ()
+        try:
+            done = self.engine.step_block(block)
+        except ShardDied as e:
+            done, lost = e.block, e.sessions
+            new = new.copy()
+            new[new] = np.isin(block.handles, done.handles)
+        self.counts["stepped"] += len(done)
+        if self.admission is not None and len(done):
+            self.admission.add(len(done), done.step_end_ns - done.step_start_ns, now_ns)
+        return Stepped(done if len(done) else None, new, late, lost)
 
     def step(
         self,
@@ -213,6 +312,7 @@ class Sessions(OpenSessions):
 
         Raises:
             UnknownSession, Evicted, BadTick: see above.
+            ShardDied: a process of the engine has died; see the error.
             ProcessError: the engine has failed; a new one continues its sessions from their snapshots.
 
         """
@@ -225,34 +325,23 @@ class Sessions(OpenSessions):
                 raise error
             else:
                 refused(tick, error)
-        fit: list[Tick] = []
-        for tick in checked:
-            if self._is_new(tick, now_ns):
-                fit.append(tick)
-            elif skipped is not None:
-                skipped(tick)
-        if not fit:
-            return []
-        predictions = self.engine.step(fit)
-        self.counts["stepped"] += len(fit)
-        if self.admission is not None:
-            self.admission.add(len(fit), predictions[-1].step_end_ns - predictions[0].step_start_ns, now_ns)
-        return list(predictions)
-
-    def _is_new(self, tick: Tick, now_ns: int) -> bool:
-        """Whether the tick is newer than all of its session; marks it as seen."""
-        live = self._live[tick.session]
-        live.active_ns = now_ns
-        if live.leaving == "idle":
-            self._stay(tick.session, live)
-        if tick.index <= live.last:
-            self.counts["duplicates" if tick.index == live.last else "stale"] += 1
-            return False
-        if live.last != NEVER:
-            self.counts["skipped"] += tick.index - live.last - 1
-        live.last = tick.index
-        live.unsaved += live.unsaved >= 0
-        return True
+        out: dict[int, Prediction] = {}
+        handles = [self.handle(tick.session) for tick in checked]
+        for places in rounds(handles, max(len(handles), 1)):
+            some = [checked[i] for i in places]
+            found = self.step_block(self._columns.block(some, [handles[i] for i in places]), now_ns=now_ns)
+            if skipped is not None:
+                for i in np.flatnonzero(found.late).tolist():
+                    skipped(some[i])
+            stepped = np.flatnonzero(found.stepped).tolist()
+            if found.predictions is not None:
+                made = predictions_of([some[i] for i in stepped], found.predictions)
+                out |= zip((places[i] for i in stepped), made, strict=True)
+            if found.lost:
+                died = ShardDied(f"a process of the engine died, and {len(found.lost)} sessions lost their state")
+                died.sessions, died.predictions = found.lost, tuple(out[i] for i in sorted(out))
+                raise died
+        return [out[i] for i in sorted(out)]
 
     def observe_input(self, session: str, now_ns: int, due: bool) -> None:
         """A session is not idle, though no tick came of it; `due`: its state is to be saved soon."""
@@ -292,6 +381,11 @@ class Sessions(OpenSessions):
         """Index of the next tick of an open session."""
         return self._live[session].last + 1
 
+    def next_indices(self, handles: Integers) -> Integers:
+        """The same of many, by their handles."""
+        following: Integers = self._table.last[handles] + 1
+        return following
+
     def reset(self, session: str, *, now_ns: int) -> None:
         """Start the session's state anew; tick indices continue. Raises UnknownSession or Evicted."""
         live = self._find(session, now_ns)
@@ -312,10 +406,8 @@ class Sessions(OpenSessions):
             Evicted: it is not open, and the token is not its token.
 
         """
-        live = self._live.pop(session, None)
-        if live is not None:
-            self.engine.close(session)
-        elif token is None or not self._owns(session, token, now_ns):
+        live = self._close(session) if session in self._live else None
+        if live is None and (token is None or not self._owns(session, token, now_ns)):
             raise self.missing(session, now_ns)
         self.counts["closed"] += 1
         self._forget(session, live, told)
@@ -327,8 +419,8 @@ class Sessions(OpenSessions):
 
     def drop(self, session: str) -> bool:
         """Forget a session without saving it: another engine has it now. Returns whether it was open."""
-        if self._live.pop(session, None) is None:
+        if session not in self._live:
             return False
         self._abandon(session, "another engine has it")
-        self.engine.close(session)
+        self._close(session)
         return True

@@ -1,14 +1,14 @@
 """Turns: how much of each peer's messages is handled between two batches, and what waits until its peer may have more.
 
 Ticks cost nothing here, for a batch takes one of each session. Other messages are limited by a budget per peer and
-batch. What is over it waits, and what follows it of the same session waits behind it: a session's messages keep their
-order. Knows nothing about sessions, and nothing of what messages do.
+batch. What is over it waits, and what follows it of the same session or group waits behind it: a session's messages
+keep their order. Knows nothing about sessions, and nothing of what messages do.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import NamedTuple, TypeAlias
 
 from stream_mmrnn.serve import protocol
@@ -19,7 +19,9 @@ BUDGET = 32
 _COST = {
     protocol.Hello: 4,
     protocol.Open: 4,
+    protocol.OpenGroup: 4,  # each session
     protocol.Step: 0,
+    protocol.Steps: 0,
     protocol.PushSample: 1,
     protocol.Flush: 4,
     protocol.Reset: 4,
@@ -32,7 +34,13 @@ _MOST_BYTES = 16 << 20
 """Of one peer, that wait."""
 
 
+OPENED_AT_ONCE = BUDGET // _COST[protocol.OpenGroup]
+"""Sessions of a `group` that a budget is enough for."""
+
+
 def cost_of(request: protocol.Request) -> int:
+    if isinstance(request, protocol.OpenGroup):
+        return _COST[protocol.OpenGroup] * len(request.sessions)
     if isinstance(request, protocol.PushSample) and request.data.startswith(_JPEG) and not request.vector:
         return _PICTURE_COST  # it is decoded
     return _COST[type(request)]
@@ -42,7 +50,8 @@ class Put(NamedTuple):
     """A message that waits."""
 
     peer: Peer
-    session: str
+    key: Hashable
+    """Messages with the same one keep their order: of a session, or of a group."""
     request: protocol.Request
     size: int
     received_ns: int
@@ -55,7 +64,7 @@ class Turns:
         """`most`: messages of one peer that may wait."""
         self._most = most
         self._spent: Counter[Peer] = Counter()
-        self._put_off: dict[Peer, dict[str, deque[Put]]] = {}
+        self._put_off: dict[Peer, dict[Hashable, deque[Put]]] = {}
         self._count: Counter[Peer] = Counter()
         self._bytes: Counter[Peer] = Counter()
 
@@ -63,9 +72,9 @@ class Turns:
         """Whether a message waits."""
         return bool(self._put_off)
 
-    def has(self, peer: Peer, session: str) -> bool:
-        """Whether a message of this peer about this session waits."""
-        return peer in self._put_off and session in self._put_off[peer]
+    def has(self, peer: Peer, key: Hashable) -> bool:
+        """Whether a message of this peer with this key waits."""
+        return peer in self._put_off and key in self._put_off[peer]
 
     def pay(self, peer: Peer, cost: int) -> bool:
         """Take a cost from the peer's budget; False where it has too little."""
@@ -81,7 +90,7 @@ class Turns:
         peer = put.peer
         if self._count[peer] >= self._most or self._bytes[peer] + put.size > _MOST_BYTES:
             return False
-        self._put_off.setdefault(peer, {}).setdefault(put.session, deque()).append(put)
+        self._put_off.setdefault(peer, {}).setdefault(put.key, deque()).append(put)
         self._count[peer] += 1
         self._bytes[peer] += put.size
         return True
@@ -91,14 +100,14 @@ class Turns:
         self._spent.clear()
 
     def due(self, can: Callable[[Put], bool]) -> Iterator[Put]:
-        """Begin the next batch's budgets: the messages that are to be handled now, each session's in order.
+        """Begin the next batch's budgets: the messages that are to be handled now, those of a key in order.
 
         `can`: whether a message can be handled now; if not, it goes on waiting.
         """
         self.begin_batch()
-        for peer, sessions in list(self._put_off.items()):
-            for session in list(sessions):
-                waiting = sessions[session]
+        for peer, by_key in list(self._put_off.items()):
+            for key in list(by_key):
+                waiting = by_key[key]
                 before = len(waiting)
                 while waiting and can(waiting[0]) and self.pay(peer, cost_of(waiting[0].request)):
                     put = waiting.popleft()
@@ -106,12 +115,12 @@ class Turns:
                     self._bytes[peer] -= put.size
                     yield put
                 if len(waiting) < before:
-                    del sessions[session]
+                    del by_key[key]
                     if waiting:
-                        sessions[session] = waiting  # the last in turn
+                        by_key[key] = waiting  # the last in turn
                 if self._spent[peer] >= BUDGET:
                     break
-            if not sessions:
+            if not by_key:
                 self.forget(peer)
 
     def forget(self, peer: Peer) -> None:

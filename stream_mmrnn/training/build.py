@@ -36,9 +36,10 @@ def build(recipe: Recipe, task: Task, rng: np.random.Generator) -> PredictorNetw
     for i, name in enumerate(names):
         shown = [t.features[name][t.present[:, i] > 0] for t in sample if name in t.features]
         rows = np.concatenate(shown) if shown else np.zeros((0, 1), np.float32)
-        if not len(rows) and name not in recipe.evidence.modalities:
+        if not len(rows) and name not in recipe.evidence.modalities:  # of the late fusion: until it is fitted
             unknown.append(i)
-        if len(rows) < 2 or name in recipe.events.tokens or name in recipe.evidence.modalities:
+        unscaled = (*recipe.events.tokens, *recipe.evidence.modalities, recipe.late_fusion.modality)
+        if len(rows) < 2 or name in unscaled:
             continue
         mean, std = rows.mean(0), rows.std(0)
         scales[name] = (mean, std)

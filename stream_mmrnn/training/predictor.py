@@ -14,6 +14,7 @@ from stream_mmrnn.training.events import EventsCell, NextToken, TokenTable
 from stream_mmrnn.training.evidence import Evidence
 from stream_mmrnn.training.heads import Heads
 from stream_mmrnn.training.last_value import LastValue
+from stream_mmrnn.training.late_fusion import LateFusion
 from stream_mmrnn.training.recipe import Recipe
 from stream_mmrnn.training.stack import Stack
 
@@ -49,7 +50,7 @@ class PredictorNetwork(nn.Module):
         e = recipe.events
         self.rare = [name for name in sizes if name in e.modalities]
         places = {name: i for i, name in enumerate(sizes)}
-        apart = [*self.rare, *e.tokens, *recipe.evidence.modalities]
+        apart = [*self.rare, *e.tokens, *recipe.evidence.modalities, recipe.late_fusion.modality]
         # columns of `present` for the modalities of the fusion, and for those of the event cell
         self.common_at = [i for name, i in places.items() if name not in apart]
         self.rare_at = [places[name] for name in self.rare]
@@ -94,6 +95,8 @@ class PredictorNetwork(nn.Module):
         self.evidence = Evidence(recipe.evidence, list(sizes)) if recipe.evidence.modalities else None
         if self.evidence is not None:
             self.states[_EVIDENCE] = (1,)
+        late = recipe.late_fusion.modality
+        self.late_fusion = LateFusion(recipe, self.tokens.sizes[late]) if late else None
 
     @property
     def events_table(self) -> TokenTable | None:
@@ -133,7 +136,16 @@ class PredictorNetwork(nn.Module):
         if self.evidence is not None:
             following[_EVIDENCE] = self.evidence.step(features, present, state[_EVIDENCE])
             raw = self._with_evidence(raw, following[_EVIDENCE], self.evidence)
-        return raw, following
+        return self._with_late(raw, features, present), following
+
+    def _with_late(self, raw: dict[str, Tensor], features: dict[str, Tensor], present: Tensor) -> dict[str, Tensor]:
+        """Raw outputs with the late fusion added to one head; the head's temperature does not apply to it."""
+        late = self.late_fusion
+        if late is None or late.modality not in features:
+            return raw
+        name = self.recipe.late_fusion.head
+        added = late(self.tokens.normal(late.modality, features[late.modality]), features, present)
+        return raw | {name: raw[name] + added * self.heads.temperature(name)}
 
     def _with_evidence(self, raw: dict[str, Tensor], held: Tensor, evidence: Evidence) -> dict[str, Tensor]:
         """Raw outputs with the evidence added to one head; the head's temperature does not apply to it."""
@@ -201,7 +213,7 @@ class PredictorNetwork(nn.Module):
         if self.evidence is not None:
             held, following[_EVIDENCE] = self.evidence(features, present, state[_EVIDENCE], reset)
             raw = self._with_evidence(raw, held, self.evidence)
-        return raw, following
+        return self._with_late(raw, features, present), following
 
     def _scan(
         self, features: dict[str, Tensor], present: Tensor, age: Tensor, state: State, reset: Tensor | None

@@ -6,6 +6,7 @@ Typed and strict like the configuration, by the same code. Does not import torch
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -86,6 +87,25 @@ class EvidenceRecipe(_Section, frozen=True):
     weight: _Positive = 1.0
 
 
+class LateFusionRecipe(_Section, frozen=True):
+    """A small network on one modality that few training data have: its log-odds are added to some numbers of one head.
+
+    It is fitted after the rest, on data of its own, and nothing else changes. The fusion does not see the modality.
+    """
+
+    modality: str = ""
+    """"": no late fusion. `select` says which of its numbers are used."""
+    present: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    """Index of a number that is 0 where the vector says nothing (no face)."""
+    head: str = ""
+    """One with labels whose numbers are probabilities, each by itself."""
+    labels: tuple[str, ...] = ()
+    """The head's numbers that it adds to."""
+    silent: tuple[tuple[str, Annotated[int, msgspec.Meta(ge=0)]], ...] = ()
+    """It counts while none of these speak: (modality, index), a probability."""
+    hidden: _Count = 16
+
+
 class CellRecipe(_Section, frozen=True):
     kind: str = "gru"
     """One of CELLS, or the name of a plug-in's cell."""
@@ -152,6 +172,7 @@ class Recipe(_Section, frozen=True):
     fusion: FusionRecipe = FusionRecipe()
     events: EventsRecipe = EventsRecipe()
     evidence: EvidenceRecipe = EvidenceRecipe()
+    late_fusion: LateFusionRecipe = LateFusionRecipe()
     cell: CellRecipe = CellRecipe()
     train: Train = Train()
     quick: dict[str, Any] = {}
@@ -195,38 +216,56 @@ def parse(table: dict[str, Any]) -> Recipe:
 
 def _check_apart(recipe: Recipe) -> None:
     """Check the modalities that the fusion does not see, and where evidence goes."""
-    evidence, events = recipe.evidence, recipe.events
+    evidence, events, late = recipe.evidence, recipe.events, recipe.late_fusion
+    late_modality = (late.modality,) if late.modality else ()
     voices = tuple(name for name, _ in evidence.voices)
     named = {
         "events.modalities": events.modalities,
         "events.tokens": events.tokens,
         "evidence.modalities": evidence.modalities,
         "evidence.voices": voices,
+        "late_fusion.modality": late_modality,
+        "late_fusion.silent": tuple(name for name, _ in late.silent),
     }
     for key, names in named.items():
         if unknown := set(names) - set(recipe.modalities):
             raise ConfigError(f"{key} names {min(unknown)!r}, which is not a modality of the recipe")
-    apart = [*events.modalities, *events.tokens, *evidence.modalities]
+    apart = [*events.modalities, *events.tokens, *evidence.modalities, *late_modality]
     if len(set(apart)) < len(apart):
         twice = next(name for name in apart if apart.count(name) > 1)
-        raise ConfigError(f"{twice!r} is named twice in events and evidence; name it once")
+        raise ConfigError(f"{twice!r} is named twice in events, evidence and late_fusion; name it once")
     if len(apart) == len(recipe.modalities):
         raise ConfigError(
-            "events and evidence name every modality of the recipe; leave out one that is present in every tick"
+            "events, evidence and late_fusion name every modality of the recipe; leave out one that is in every tick"
         )
     if events.tokens and not events.modalities:
         raise ConfigError("events.tokens needs events.modalities, the words that the tokens are of; name them")
     for name in evidence.modalities:
         if recipe.modalities[name].size != 1:
             raise ConfigError(f"evidence.modalities names {name!r}, which must have a size of 1")
-    for name, index in evidence.voices:
-        if index >= recipe.modalities[name].size:
-            raise ConfigError(f"evidence.voices names number {index} of {name!r}, which has none such")
+    for key, pairs in (("evidence.voices", evidence.voices), ("late_fusion.silent", late.silent)):
+        for name, index in pairs:
+            if index >= recipe.modalities[name].size:
+                raise ConfigError(f"{key} names number {index} of {name!r}, which has none such")
     head = next((h for h in recipe.heads if h.name == evidence.head), None)
     if evidence.modalities and (head is None or head.kind != "classification" or head.size != 1):
         raise ConfigError(
             f"evidence.head is {evidence.head!r}; expected the name of a head of kind classification and size 1"
         )
+    if late.modality:
+        _check_late_fusion(late, recipe)
+
+
+def _check_late_fusion(late: LateFusionRecipe, recipe: Recipe) -> None:
+    head = next((h for h in recipe.heads if h.name == late.head), None)
+    if head is None or head.kind != "activity_projection" or not head.labels:
+        raise ConfigError(
+            f"late_fusion.head is {late.head!r}; expected the name of a head of kind activity_projection with labels"
+        )
+    if not late.labels or not set(late.labels) <= set(head.labels):
+        raise ConfigError(f"late_fusion.labels has to name some of {', '.join(head.labels)}")
+    if late.present is not None and late.present >= recipe.modalities[late.modality].size:
+        raise ConfigError(f"late_fusion.present is {late.present}, and {late.modality!r} has no such number")
 
 
 def _check_from_last(head: HeadRecipe, recipe: Recipe) -> None:
@@ -263,6 +302,25 @@ def quick(recipe: Recipe) -> Recipe:
 def with_seed(recipe: Recipe, seed: int) -> Recipe:
     """The same recipe with another seed."""
     return msgspec.structs.replace(recipe, train=msgspec.structs.replace(recipe.train, seed=seed))
+
+
+def with_data_options(recipe: Recipe, given: Sequence[str]) -> Recipe:
+    """The same recipe with options of its data as in `silences=clear`: KEY=VALUE, the value as in TOML or a bare word.
+
+    Raises:
+        ConfigError: no `=`; an unknown key is found by the task.
+
+    """
+    options = dict(recipe.data.options)
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not (key and equals):
+            raise ConfigError(f"the option {text!r} of the data is not KEY=VALUE; give one such as silences=clear")
+        try:
+            options[key] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            options[key] = value
+    return msgspec.structs.replace(recipe, data=msgspec.structs.replace(recipe.data, options=options))
 
 
 def save(recipe: Recipe, path: Path) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from stream_mmrnn.core.errors import StreamError, UsageError
+from stream_mmrnn.training import late_fusion
 from stream_mmrnn.training.build import build
 from stream_mmrnn.training.checkpoints import load, part, read, save, write
 from stream_mmrnn.training.data import Batch, Task, Ticks, batches
@@ -232,6 +233,13 @@ class Trainer:
             self.predictor.load_state_dict(best.state_dict())
         if self.task.validation:
             calibrate(self.predictor, self.task.validation, self.device)
+        if self.predictor.late_fusion is not None and self.task.late_training:
+            ratio = late_fusion.fit(
+                self.predictor.cpu(), self.task.late_training, self.task.late_validation, self.recipe.train.seed
+            )
+            progress({"event": "late_fusion", "loss_ratio": ratio})
+            self.predictor.to(self.device)
+        if self.task.validation or self.task.late_training:
             save(self.predictor, self.folder / "best.safetensors", self.task.origins)
 
     def _save(self) -> None:

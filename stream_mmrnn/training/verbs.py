@@ -142,10 +142,15 @@ def _tensorboard(folder: Path, stack: ExitStack) -> Progress:
     return log
 
 
-def evaluate(model: Path, data: Sequence[Path], present: Sequence[str] | None) -> dict[str, Any]:
+def evaluate(
+    model: Path, data: Sequence[Path], present: Sequence[str] | None, options: Sequence[str] = ()
+) -> dict[str, Any]:
     """The scores of a model folder (step.onnx and recipe.toml) on its test data, run as it is served.
 
+    `options`: other options of the data than the recipe's, as KEY=VALUE.
+
     Raises:
+        ConfigError: an option is unknown, or its value is wrong.
         UsageError: the folder, its data, or a modality of `present` is missing.
 
     """
@@ -153,7 +158,7 @@ def evaluate(model: Path, data: Sequence[Path], present: Sequence[str] | None) -
     step = folder / "step.onnx" if model.is_dir() else model
     if not (folder / "recipe.toml").is_file():
         raise FileError(f"{folder} has no recipe.toml, which names the test data")
-    recipe = recipes.load(folder / "recipe.toml")
+    recipe = recipes.with_data_options(recipes.load(folder / "recipe.toml"), options)
     unknown = set(present or ()) - set(recipe.modalities)
     if unknown:
         known = ", ".join(recipe.modalities)

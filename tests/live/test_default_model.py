@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from stream_mmrnn.capture import encoders
 from stream_mmrnn.capture.encoders.audio import SPEECH
+from stream_mmrnn.capture.encoders.face import MOVEMENT, PRESENT
+from stream_mmrnn.capture.encoders.speech_detector import VOICE
 from stream_mmrnn.capture.sources.synthetic import Synthetic
 from stream_mmrnn.core import config
 from stream_mmrnn.core.config import SyntheticSettings, find_model
@@ -19,7 +21,7 @@ from stream_mmrnn.training import metrics
 
 STAMPS = Stamps(0, 0, 0, 0, "clock")
 SIZES = {
-    "vision": 1280,
+    "vision": 99,
     "audio": 81,
     "text": 256,
     "text.tokens": 16,
@@ -79,23 +81,35 @@ def test_its_contract_is_the_runtimes() -> None:
 @pytest.mark.slow
 def test_it_was_trained_with_the_encoders_that_serve_it() -> None:
     for modality in StepEngine(PATH).spec.modalities:
-        if modality.name == "vision":
-            assert not modality.encoder  # it does not look
-        else:
-            name = modality.name.partition(".")[2] or modality.name.replace("other_turn_end", "turn_end")
-            assert encoders.create_encoder(name).origin == modality.encoder
+        name = modality.name.partition(".")[2] or modality.name.replace("other_turn_end", "turn_end")
+        assert encoders.create_encoder("face" if name == "vision" else name).origin == modality.encoder
 
 
-def test_it_does_not_look() -> None:
-    """No dialogue that it was trained on has a picture: what a camera sees must change nothing."""
-    blind, seeing = StepEngine(PATH), StepEngine(PATH)
-    for engine in (blind, seeing):
+def test_a_moving_mouth_tells_that_speech_begins_soon() -> None:
+    """While `self` is silent, and a face is there; it changes nothing else, and nothing afterwards."""
+    blind, still, moving = (StepEngine(PATH) for _ in range(3))
+    for engine in (blind, still, moving):
         engine.open("a")
-    for k in range(20):
-        one, other = tick("a", k, 4), tick("a", k, 4)
-        one.present["vision"], other.present["vision"] = False, True
-        other.features["vision"][:] = 3.0
-        assert same(blind.step([one]), seeing.step([other]))
+    for k in range(30):
+        voice = 0.9 if 10 <= k < 20 else 0.1
+        face = 0.0 if k >= 25 else 1.0
+        made: dict[str, Prediction] = {}
+        for name, engine, movement in (("blind", blind, 0.0), ("still", still, -5.5), ("moving", moving, -3.0)):
+            t = tick("a", k, 4)
+            t.present["vision"], t.present["audio"] = name != "blind", True
+            t.features["audio"][SPEECH] = voice
+            t.features["vision"][:] = 0
+            t.features["vision"][MOVEMENT], t.features["vision"][PRESENT] = movement, face
+            (made[name],) = engine.step([t])
+        soon = {name: p.heads["activity"][:2] for name, p in made.items()}
+        if voice > VOICE or not face:
+            assert all(same([made["blind"]], [p]) for p in made.values())
+        else:
+            assert (soon["moving"] > soon["still"] + 0.02).all()
+            assert (soon["moving"] > soon["blind"]).all()
+            for p in made.values():
+                assert p.heads["turn_over"].tobytes() == made["blind"].heads["turn_over"].tobytes()
+                assert p.heads["activity"][2:].tobytes() == made["blind"].heads["activity"][2:].tobytes()
 
 
 @pytest.mark.parametrize("whose", ["turn_end", "other_turn_end"])

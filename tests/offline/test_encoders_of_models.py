@@ -187,7 +187,7 @@ def test_an_encoder_that_a_recording_s_settings_do_not_name_is_masked(tmp_path: 
 def test_encoders_that_settings_name_stay(by_face: Path) -> None:
     rows = {"vision": {"source": "push", "kind": "vision", "encoders": ["vision"]}}
     predictor = Predictor(by_face, settings=config.parse({"streams": rows}))
-    with pytest.raises(UsageError, match="its features have 1280 numbers, the model takes 95"):
+    with pytest.raises(UsageError, match="its features have 1280 numbers, the model takes 99"):
         predictor.push_frame(PICTURES[0], 0.04)
 
 

@@ -10,10 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import toy_model
-from toy_ticks import tick
+from block_machine import Blocks
+from hypothesis import settings
+from hypothesis.stateful import run_state_machine_as_test
+from toy_ticks import block_of, tick
 
+from stream_mmrnn.core.block import Block, BlockPredictions, StateBlock
 from stream_mmrnn.core.config import EngineSettings
 from stream_mmrnn.core.errors import (
+    BadTick,
     Busy,
     DuplicateSession,
     ModelError,
@@ -23,6 +28,7 @@ from stream_mmrnn.core.errors import (
     UsageError,
 )
 from stream_mmrnn.predict.engine import StepEngine, move
+from stream_mmrnn.predict.protocols import Engine
 from stream_mmrnn.predict.sharded_engine import ShardedEngine, create
 
 pytestmark = pytest.mark.process
@@ -167,6 +173,76 @@ def test_a_dead_shard_is_replaced_and_lost_sessions_are_named(toy: Path, sharded
     fresh.open(lost)
     [a], [b] = fresh.step([tick(lost, 9)]), sharded.step([tick(lost, 9)])
     assert a.heads["next"].tobytes() == b.heads["next"].tobytes()
+
+
+@pytest.mark.slow
+def test_any_mixture_of_blocks_and_ticks_equals_each_session_alone(toy: Path, sharded: ShardedEngine) -> None:
+    class OfShards(Blocks):
+        path = toy
+
+        def make(self) -> list[Engine]:
+            for name in self.names:
+                if name in sharded:
+                    sharded.close(name)
+            return [StepEngine(toy, 6, batch=64), sharded]
+
+    run_state_machine_as_test(OfShards, settings=settings(max_examples=15, stateful_step_count=40, deadline=None))
+
+
+def test_a_handle_stays_when_a_session_moves_between_processes(toy: Path, sharded: ShardedEngine) -> None:
+    alone = StepEngine(toy, 5)
+    names = [f"s{i}" for i in range(5)]
+    for engine in (alone, sharded):
+        for name in names:
+            engine.open(name)
+    handles = [sharded.handle(name) for name in names]
+    for k in range(8):
+        ticks = [tick(name, k, i) for i, name in enumerate(names)]
+        a = alone.step_block(block_of(ticks, [alone.handle(name) for name in names]))
+        b = sharded.step_block(block_of(ticks, handles))
+        assert a.heads["next"].tobytes() == b.heads["next"].tobytes()
+        sharded.move("s1", 1 - sharded.shard("s1"))
+        sharded.move("s4", k % 2)
+        assert [sharded.handle(name) for name in names] == handles
+    sharded.close("s1")
+    with pytest.raises(UnknownSession, match=f"handle {handles[1]} belongs"):
+        sharded.step_block(block_of(ticks, handles))
+    with pytest.raises(BadTick, match="occurs twice"):
+        sharded.step_block(block_of(ticks[:1] * 2, handles[:1] * 2))
+    with pytest.raises(BadTick, match="was refused"):
+        sharded.step_block(block_of(ticks[:1], handles[:2]))
+    with pytest.raises(SessionError, match="do not fit state 'h'"):
+        sharded.restore_block(np.array(handles[:1]), StateBlock(np.zeros(1, np.bool_), {}))
+
+
+def test_the_block_of_a_dead_shard_names_what_was_stepped(toy: Path, sharded: ShardedEngine) -> None:
+    alone = StepEngine(toy, 4)
+    names = [f"s{i}" for i in range(4)]
+    for engine in (alone, sharded):
+        for name in names:
+            engine.open(name)
+    handles = [sharded.handle(name) for name in names]
+
+    def blocks(k: int) -> list[Block]:
+        ticks = [tick(name, k, i) for i, name in enumerate(names)]
+        return [block_of(ticks, [engine.handle(name) for name in names]) for engine in (alone, sharded)]
+
+    for engine, block in zip((alone, sharded), blocks(0), strict=True):
+        engine.step_block(block)
+    kept = sharded.snapshot_block(np.array(handles))
+    os.kill(sharded.pids[0], signal.SIGKILL)
+    mine, theirs = blocks(1)
+    expected = alone.step_block(mine).heads["next"]
+    with pytest.raises(ShardDied) as caught:
+        sharded.step_block(theirs)
+    lost = np.array([name in caught.value.sessions for name in names])
+    assert lost.sum() == 2
+    stepped: BlockPredictions = caught.value.block
+    assert stepped.handles.tolist() == np.array(handles)[~lost].tolist()
+    assert stepped.heads["next"].tobytes() == expected[~lost].tobytes()
+    again = StateBlock(kept.fresh[lost], {name: rows[lost] for name, rows in kept.states.items()})
+    sharded.restore_block(np.array(handles)[lost], again)
+    assert sharded.step_block(theirs.take(lost)).heads["next"].tobytes() == expected[lost].tobytes()
 
 
 def test_a_bad_model_is_reported_before_a_process_starts(tmp_path: Path) -> None:

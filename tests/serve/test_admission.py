@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +12,8 @@ from hypothesis import strategies as st
 from toy_ticks import tick
 
 from stream_mmrnn.core import config
+from stream_mmrnn.core.block import Block, BlockPredictions
 from stream_mmrnn.core.errors import Busy
-from stream_mmrnn.core.types import Prediction, Tick
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.predict.snapshots import StateStore
 from stream_mmrnn.serve.admission import FORGET_NS, LEAST, WINDOW, Admission, Cost, fit
@@ -181,12 +180,13 @@ def clock() -> Clock:
 class TimedEngine(StepEngine):
     clock: Clock
 
-    def step(self, ticks: Sequence[Tick]) -> list[Prediction]:
+    def step_block(self, block: Block) -> BlockPredictions:
         """As if it took what the clock says."""
         start_ns = self.clock.now_ns
-        self.clock.now_ns += self.clock.cost_ns(len(ticks))
-        spec = SimpleNamespace(step_start_ns=start_ns, step_end_ns=self.clock.now_ns, tick=ticks[0])
-        return [spec] * len(ticks)  # type: ignore[list-item]
+        self.clock.now_ns += self.clock.cost_ns(len(block))
+        heads = {h.name: np.zeros((len(block), h.size), np.float32) for h in self.spec.heads}
+        ids = block.handles, block.indices, block.event_ns
+        return BlockPredictions(*ids, heads, self.spec.sha256, start_ns, self.clock.now_ns)
 
 
 def sessions_of(toy: Path, folder: Path, clock: Clock, slots: int = 1024) -> Sessions:

@@ -145,8 +145,8 @@ def test_what_does_not_fit_is_said_and_the_session_goes_on(
                 bad()
         with pytest.raises(UsageError, match="at_s is -1"):
             session.advance(-1)
-        with pytest.raises(UsageError, match="at most 1048576 bytes"):
-            session.push_frame(b"x" * (2 << 20))
+        with pytest.raises(UsageError, match="at most 4194304 bytes"):
+            session.push_frame(b"x" * (5 << 20))
         assert made + play(session, pushes[20:]) == expected
         # a session is for samples or for ticks
         with pytest.raises(SessionError, match="of the other kind"), Client(server.address) as second:

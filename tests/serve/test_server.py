@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from stream_mmrnn import AsyncClient, Client
 from stream_mmrnn.bus import Dealer, request_reply
 from stream_mmrnn.bus.keys import KeyFolder
 from stream_mmrnn.core import config
+from stream_mmrnn.core.block import Block, BlockPredictions
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import (
     BadTick,
@@ -47,7 +48,7 @@ from stream_mmrnn.core.errors import (
     UsageError,
     WireError,
 )
-from stream_mmrnn.core.types import FEATURE_BOUND, MAX_TICK, Prediction, Tick
+from stream_mmrnn.core.types import FEATURE_BOUND, MAX_TICK, Tick
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.predict.snapshots import StateStore
 from stream_mmrnn.serve import protocol
@@ -70,11 +71,16 @@ Make = Callable[..., Host]
 @pytest.fixture
 def make(toy: Path, tmp_path: Path) -> Make:
     def make(
-        slots: int = 4, queue: int = 8, engine: type[StepEngine] = StepEngine, host_slots: int = 0, **state: float
+        slots: int = 4,
+        queue: int = 8,
+        engine: type[StepEngine] = StepEngine,
+        host_slots: int = 0,
+        groups: bool = False,
+        **state: float,
     ) -> Host:
         kept = config.StateSettings(**{"idle_s": 10, "ttl_s": 100, "snapshot_every": 4, **state})  # type: ignore[arg-type]
         store = StateStore(tmp_path / "states", kept.ttl_s)
-        return Host(Sessions(engine(toy, slots), store, kept), queue, slots=host_slots)
+        return Host(Sessions(engine(toy, slots), store, kept), queue, slots=host_slots, groups=groups)
 
     return make
 
@@ -107,10 +113,20 @@ def test_welcome_describes_the_model(make: Make) -> None:
     assert [(m.name, m.size) for m in welcome.modalities] == [(m.name, m.size) for m in spec.modalities]
     assert [h.name for h in welcome.heads] == [h.name for h in spec.heads]
     assert (welcome.model, welcome.tick_ns) == (spec.sha256, spec.tick_ns)
-    say(host, protocol.Hello(version=2))
+    assert welcome.version == 1, "without groups"
+    say(host, protocol.Hello(version=0))
     [(_, refused)] = replies_of(host)
     assert isinstance(refused, protocol.Refused)
-    assert "version 2 is not 1" in refused.why
+    assert "version 0 is older than 1" in refused.why
+
+
+def test_the_newest_version_that_both_sides_speak_is_spoken(make: Make) -> None:
+    host = make(groups=True)
+    for version, spoken in ((1, 1), (2, 2), (3, 2)):
+        say(host, protocol.Hello(version=version))
+        [(_, welcome)] = replies_of(host)
+        assert isinstance(welcome, protocol.Welcome)
+        assert welcome.version == spoken
 
 
 def test_each_session_is_as_if_alone(make: Make, toy: Path) -> None:
@@ -162,6 +178,7 @@ def test_refusals_have_names(make: Make, toy: Path) -> None:
     say(host, msgspec.structs.replace(good, features=good.features[:1]))
     say(host, msgspec.structs.replace(good, features=(b"123", *good.features[1:])))
     say(host, msgspec.structs.replace(good, features=(np.full(4, np.nan, "<f4").tobytes(), *good.features[1:])))
+    finish(host)
     say(host, good, b"another client")
     say(host, protocol.Close(session="s"), b"another client")
     replies = [r for _, r in replies_of(host)]
@@ -182,6 +199,7 @@ def test_a_value_that_would_spoil_the_state_is_refused(make: Make, toy: Path, va
     good = step_of(tick("s", 0))
     first = np.array([0, value, 0, 0, 0], "<f4").tobytes()
     say(host, msgspec.structs.replace(good, features=(first, *good.features[1:])))
+    host.step(NOW)
     [(_, refused)] = replies_of(host)
     assert isinstance(refused, protocol.Refused)
     assert refused.error == "bad_tick"
@@ -309,12 +327,12 @@ class HalfDeadEngine(StepEngine):
 
     is_dead = False
 
-    def step(self, ticks: Sequence[Tick]) -> list[Prediction]:
+    def step_block(self, block: Block) -> BlockPredictions:
         if not self.is_dead:
-            return super().step(ticks)
+            return super().step_block(block)
         error = ShardDied("one of two died")
         error.sessions = ("dead",)
-        error.predictions = tuple(super().step([t for t in ticks if t.session != "dead"]))
+        error.block = super().step_block(block.take(block.handles != self.handle("dead")))
         raise error
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -11,6 +11,7 @@ import pytest
 from toy_ticks import alone, tick
 
 from stream_mmrnn.core import config, errors
+from stream_mmrnn.core.block import Block, BlockPredictions
 from stream_mmrnn.core.errors import (
     BadTick,
     Busy,
@@ -21,7 +22,7 @@ from stream_mmrnn.core.errors import (
     StreamError,
     UnknownSession,
 )
-from stream_mmrnn.core.types import Prediction, Tick
+from stream_mmrnn.core.types import Tick
 from stream_mmrnn.predict import arena
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.predict.sharded_engine import ShardedEngine
@@ -361,8 +362,9 @@ def test_a_measured_engine_refuses_more_sessions_than_it_can_serve(make: Make) -
 class SlowEngine(StepEngine):
     """Steps of a second, by their stamps."""
 
-    def step(self, ticks: Sequence[Tick]) -> list[Prediction]:
-        return [msgspec.structs.replace(p, step_end_ns=p.step_start_ns + S) for p in super().step(ticks)]
+    def step_block(self, block: Block) -> BlockPredictions:
+        done = super().step_block(block)
+        return msgspec.structs.replace(done, step_end_ns=done.step_start_ns + S)
 
 
 def test_an_engine_with_slow_steps_is_measured_enough(make: Make) -> None:

@@ -6,7 +6,7 @@ import itertools
 import threading
 import typing
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,10 +18,12 @@ from stream_mmrnn import Client
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import SnapshotError, StreamError
 from stream_mmrnn.core.types import ModelSpec, Stamps, Tick
-from stream_mmrnn.predict.snapshots import Snapshot, StateStore
+from stream_mmrnn.predict.snapshots import Snapshot
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve import server as server_module
 from stream_mmrnn.serve.server import Server
+from stream_mmrnn.serve.state_rows import StateRows
+from stream_mmrnn.serve.state_store import StateBlockStore
 from stream_mmrnn.serve.turns import BUDGET, Put, Turns, cost_of
 from tools.faults.floods import FLOODS, OTHER
 
@@ -93,7 +95,7 @@ class FloodedRouter:
         pass
 
 
-class HeldStore(StateStore):
+class HeldStore(StateBlockStore):
     """A disk that stands still while `held` is set."""
 
     going = threading.Event()
@@ -109,9 +111,13 @@ class HeldStore(StateStore):
         self._wait()
         return super().save(snapshot, unix_ns)
 
-    def forget(self, session: str) -> None:
+    def save_rows(self, rows: StateRows, unix_ns: int) -> None:
         self._wait()
-        super().forget(session)
+        super().save_rows(rows, unix_ns)
+
+    def forget_all(self, sessions: Sequence[str]) -> None:
+        self._wait()
+        super().forget_all(sessions)
 
     def sweep(self, unix_ns: int) -> int:
         self._wait()
@@ -120,7 +126,7 @@ class HeldStore(StateStore):
 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[HeldStore]]:
-    monkeypatch.setattr(server_module, "StateStore", HeldStore)
+    monkeypatch.setattr(server_module, "StateBlockStore", HeldStore)
     HeldStore.going.clear()
     HeldStore.waits.clear()
     yield HeldStore
@@ -170,9 +176,12 @@ def test_a_flood_takes_one_row_of_each_batch_and_no_batch_is_its_own(
     try:
         router = flooded(server, name, 1000)
         batches: list[Counter[str]] = []
-        step = server.engine.step
+        step = server.engine.step_block
+        names = server.sessions._table.names
         monkeypatch.setattr(
-            server.engine, "step", lambda ticks: batches.append(Counter(t.session for t in ticks)) or step(ticks)
+            server.engine,
+            "step_block",
+            lambda block: batches.append(Counter(names[i] for i in block.handles)) or step(block),
         )
         before_end = [0]
 
@@ -263,15 +272,15 @@ def test_many_requests_are_one_write(toy: Path, tmp_path: Path, held: type[HeldS
             held.going.set()
 
 
-class ReadOnlyStore(StateStore):
-    def save(self, snapshot: Snapshot, unix_ns: int) -> Path:
+class ReadOnlyStore(StateBlockStore):
+    def save_rows(self, rows: StateRows, unix_ns: int) -> None:
         raise SnapshotError("no space")
 
 
 def test_who_waits_for_a_state_that_cannot_be_written_is_told(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_module, "StateStore", ReadOnlyStore)
+    monkeypatch.setattr(server_module, "StateBlockStore", ReadOnlyStore)
     with running(settings_for(toy, tmp_path)) as server, Client(server.address) as client:
         session = client.open("s")
         session.step({})
@@ -330,7 +339,8 @@ def test_each_peer_has_its_budget_and_each_session_its_order() -> None:
         for of in turns.due(lambda _: True):
             spent[of.peer] += cost_of(of.request)
             if isinstance(of.request, protocol.Step):
-                seen.setdefault((of.peer, of.session), []).append(of.request.tick)
+                assert isinstance(of.key, str)
+                seen.setdefault((of.peer, of.key), []).append(of.request.tick)
         assert set(spent) <= {b"a", b"b"}
         assert max(spent.values()) <= BUDGET
     assert all(ticks == sorted(ticks) for ticks in seen.values())

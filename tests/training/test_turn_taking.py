@@ -245,9 +245,22 @@ def test_a_modality_that_is_never_present_is_in_no_batch(task: Task) -> None:
 
 
 def test_the_test_can_score_only_clear_silences(corpus: Path) -> None:
-    clear: Ticks = tasks.create(recipe(silences="clear"), [corpus]).test[0]
+    given = recipes.with_data_options(recipe(), ["silences=clear", "test=1"])
+    assert given.data.options == {"silences": "clear", "test": 1}
+    task = tasks.create(given, [corpus])
+    assert len(task.test) == 1
+    clear: Ticks = task.test[0]
     # in the second before 3.00 both spoke
     assert np.flatnonzero(clear.weights["turn_over"]).tolist() == [55, 105]
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [("silences", "'silences' of the data is not KEY=VALUE"), ("silence=clear", "silences"), ("test=few", "test")],
+)
+def test_a_wrong_option_of_the_data_is_a_sentence(corpus: Path, option: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        tasks.create(recipes.with_data_options(recipe(), [option]), [corpus])
 
 
 @pytest.mark.parametrize(
@@ -263,7 +276,9 @@ def test_the_test_can_score_only_clear_silences(corpus: Path) -> None:
     ],
 )
 def test_recipes_that_do_not_fit_are_refused(corpus: Path, change: dict[str, Any], says: str) -> None:
-    table = tomllib.loads(RECIPE.read_text(encoding="utf-8")) | {"events": {}, "evidence": {}} | change
+    table = (
+        tomllib.loads(RECIPE.read_text(encoding="utf-8")) | {"events": {}, "evidence": {}, "late_fusion": {}} | change
+    )
     with pytest.raises(ConfigError, match=says):
         tasks.create(recipes.parse(table), [corpus])
 

@@ -3,7 +3,7 @@
     python -m tools.bench                     # about 15 minutes on an idle machine
     python -m tools.bench --only step,replay  # run these again; the others from their kept documents
     python -m tools.bench --only ""           # write the text again from the documents that are kept
-    python -m tools.bench VERB --help         # run one benchmark: step, sessions, end-to-end, transport, serve, train
+    python -m tools.bench VERB --help         # run one: step, sessions, end-to-end, transport, serve, train, devices
 
 Each benchmark is a command with `--json` in a process of its own; its document is kept as a file, from which the text
 is written. A peer whose package is missing (dora-rs, pylsl, Triton) is skipped with a reason.

@@ -1,4 +1,5 @@
-"""The verbs of `python -m tools.bench`: those of `stream-mmrnn bench` with peers, and `transport`, `serve` and `train`.
+"""The verbs of `python -m tools.bench`: those of `stream-mmrnn bench` with peers, and `transport`, `serve`, `train`,
+`devices`.
 
 `step`, `sessions` and `end-to-end` are the program's own verbs, which find `Peers` in the context; with it they also
 measure torch and silero VAD, Triton, and ZeroMQ's own proxy.
@@ -24,7 +25,7 @@ from stream_mmrnn.core.latency import Histogram
 from stream_mmrnn.core.printable import shown
 
 app = typer.Typer(help="Measure this machine, and peers in the same run.", no_args_is_help=True)
-VERBS = ("step", "sessions", "end-to-end", "transport", "serve", "train")
+VERBS = ("step", "sessions", "end-to-end", "transport", "serve", "train", "devices")
 
 
 def _servers(
@@ -124,3 +125,25 @@ def serve(
         peers=peers,
     )
     run_bench("serve", as_json, compare, plots, run)
+
+
+@app.command()
+def devices(
+    data: Annotated[Path, typer.Argument(help="The folder that holds clips/dialogue.wav and clips/lbbc2a.mpg.")],
+    model: ModelName = None,
+    duration: Annotated[float, typer.Option("--duration", "-d", min=1.0, help="Seconds of each session.")] = 30.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which sessions take turns.")] = 2,
+    compare: Compare = None,
+    plots: Plots = None,
+    as_json: Json = False,
+) -> None:
+    """A live session on a virtual microphone and camera: cores of all its processes, and the delay of predictions."""
+    from tools.bench import devices as bench
+
+    run_bench(
+        "devices",
+        as_json,
+        compare,
+        plots,
+        partial(bench.run, data=data, model=model, duration_s=duration, rounds=rounds),
+    )

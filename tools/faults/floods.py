@@ -87,12 +87,37 @@ def _reopened(name: str, step: Steps) -> Iterator[protocol.Request]:
         yield protocol.Close(session=name)
 
 
+def _blocks(name: str, step: Steps) -> Iterator[protocol.Request]:
+    """Of a group of four, each as if it were sent for the first time."""
+    sessions = tuple(f"{name}g{i}" for i in range(4))
+    yield protocol.OpenGroup(group=0, sessions=sessions)
+    for i in itertools.count():
+        features = tuple(None if vector is None else vector * 4 for vector in step(name, i).features)
+        yield protocol.Steps(group=0, block=i, ticks=np.full(4, i, "<i8").tobytes(), features=features)
+
+
+def _bad_blocks(name: str, step: Steps) -> Iterator[protocol.Request]:
+    """Columns that do not fit, of a group that is open."""
+    yield protocol.OpenGroup(group=0, sessions=(f"{name}g",))
+    for i in itertools.count():
+        yield protocol.Steps(group=0, block=i, ticks=bytes(8 * (i % 3)), features=(bytes(7),) * (i % 5))
+
+
 FLOODS: dict[str, Callable[[str, Steps], Iterator[protocol.Request]]] = {
     "hello": lambda name, step: itertools.repeat(protocol.Hello()),
     "open": lambda name, step: (protocol.Open(session=f"{name}{i}") for i in itertools.count()),
     "open of another": lambda name, step: itertools.repeat(protocol.Open(session=OTHER, token=WRONG)),
     "open and close": _reopened,
     "step": _steps,
+    "group": lambda name, step: (
+        protocol.OpenGroup(group=i % 100, sessions=tuple(f"{name}{i}_{k}" for k in range(64)))
+        for i in itertools.count()
+    ),
+    "group of another": lambda name, step: itertools.repeat(
+        protocol.OpenGroup(group=0, sessions=(OTHER,), tokens=(WRONG,))
+    ),
+    "steps": _blocks,
+    "steps that do not fit": _bad_blocks,
     "flush": lambda name, step: _and(name, protocol.Flush(session=name)),
     "step and flush": lambda name, step: _and(name, protocol.Flush(session=name), step),
     "reset": lambda name, step: _and(name, protocol.Reset(session=name)),

@@ -1,4 +1,4 @@
-"""FaceEncoder: a JPEG picture -> the lips, mouth, eyes and head pose of its largest face, 95 numbers.
+"""FaceEncoder: a JPEG picture -> the lips, mouth, eyes and head pose of its largest face, 99 numbers.
 
 A face that was found is followed: the next picture is cut out where it was, so the detector runs only where there is no
 face to follow. That region and the last measures of the mouth are the state.
@@ -16,10 +16,11 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from stream_mmrnn.capture.encoders import face_measures, face_networks
+from stream_mmrnn.capture.encoders import face_measures, face_networks, mouth_movement
 from stream_mmrnn.capture.encoders.face_measures import Points
 from stream_mmrnn.capture.encoders.face_networks import FaceDetector, FaceMesh, Picture, Region, region_of
 from stream_mmrnn.capture.encoders.image import MAX_SIDE, checked_size, decode, reduction
+from stream_mmrnn.capture.encoders.mouth_movement import MouthMovement
 from stream_mmrnn.core.config import models_folder
 from stream_mmrnn.core.errors import SnapshotError
 from stream_mmrnn.core.types import FloatArray, Sample
@@ -38,7 +39,9 @@ CONFIDENCE = 93
 """How sure the mesh is that it sees a face, 0 to 1."""
 PRESENT = 94
 """1 if there is a face. Without one, the whole vector is 0."""
-SIZE = 95
+MOVEMENT = slice(95, 99)
+"""How much the mouth moves: logarithms, see `MouthMovement.feed`."""
+SIZE = 99
 
 _LOWEST_CONFIDENCE = 0.5
 """The mesh's confidence below which the face is lost; as in MediaPipe."""
@@ -49,7 +52,7 @@ _FOLLOWED_SIDE = 128
 _LARGEST_CHANGE = 20.0
 """Per second: two pictures with almost the same time must not give a huge number."""
 _RESET_NS = 1_000_000_000
-_VERSION = "1"
+_VERSION = "2"
 """Of what these modules compute; raise it with each change that gives other numbers."""
 
 
@@ -64,9 +67,10 @@ class FaceEncoder:
         folder = folder or models_folder() / "encoders"
         self._detector, self._mesh = FaceDetector(folder), FaceMesh(folder)
         own = (_VERSION, _LOWEST_CONFIDENCE, _SEARCHED_SIDE, _FOLLOWED_SIDE, _LARGEST_CHANGE, _RESET_NS)
-        used = (face_measures.CONSTANTS, face_networks.CONSTANTS, *own)
+        used = (face_measures.CONSTANTS, face_networks.CONSTANTS, mouth_movement.CONSTANTS, *own)
         parts = repr((self._detector.sha256, self._mesh.sha256, *used))
         self.origin = f"face@{hashlib.sha256(parts.encode()).hexdigest()}"
+        self._movement = MouthMovement()
         self.detections = 0
         """How often the detector has run."""
         self.reset()
@@ -80,6 +84,7 @@ class FaceEncoder:
         self._picture = (0, 0)
         self._mouth = np.zeros(4, np.float32)
         self._event_ns = 0
+        self._movement.reset()
 
     def snapshot(self) -> dict[str, npt.NDArray[Any]]:
         """The region of the face, its last measures and time, and the picture's size."""
@@ -88,6 +93,7 @@ class FaceEncoder:
             "region": np.array(self._region or (0, 0, 0, 0), np.float64),
             "mouth": self._mouth.copy(),
             "known": np.array([followed, self._event_ns, *self._picture], np.int64),
+            **self._movement.snapshot(),
         }
 
     def restore(self, state: dict[str, npt.NDArray[Any]]) -> None:
@@ -97,10 +103,12 @@ class FaceEncoder:
             raise SnapshotError(f"the snapshot is no state of {self.origin}; take one of this encoder")
         followed, event_ns, width, height = map(int, state["known"])
         region = Region(*map(float, state["region"]))
-        if not np.isfinite(state["mouth"]).all() or (followed and not region.fits(MAX_SIDE, MAX_SIDE)):
+        finite = all(np.isfinite(state[name]).all() for name in ("mouth", "mean", "lips"))
+        if not finite or (followed and not region.fits(MAX_SIDE, MAX_SIDE)):
             raise SnapshotError("the snapshot of a face encoder has a face that cannot be; take another one")
         self._region = region if followed else None
         self._mouth, self._event_ns, self._picture = state["mouth"].copy(), event_ns, (width, height)
+        self._movement.restore(state)
 
     def encode(self, sample: Sample) -> list[Sample]:
         """The picture's vector, with its times; raises WireError if it cannot be decoded."""
@@ -117,7 +125,10 @@ class FaceEncoder:
             self.reset()
         else:
             points, confidence = found
+            if followed is None:
+                self._movement.reset()
             self._measure(vector, points, confidence, None if followed is None else sample.event_ns)
+            vector[MOVEMENT] = self._movement.feed(vector[LIPS], vector[MOUTH], sample.event_ns)
             self._region = region_of(points).scaled(times)
         self._picture, self._event_ns = size, sample.event_ns
         return [Sample(sample.event_ns, sample.capture_ns, vector, sample.device_ns)]

@@ -28,6 +28,15 @@ def find(places: list[Path], *words: str) -> Path:
     return next((p for p in places if p.is_dir()), places[0])
 
 
+def find_folder(places: list[Path], word: str) -> Path | None:
+    """The folder whose name contains the word, in or among the places; None if there is none."""
+    for place in places:
+        for path in [place, *sorted(place.iterdir())] if place.is_dir() else []:
+            if path.is_dir() and word in path.name.lower():
+                return path
+    return None
+
+
 def require(recipe: Recipe, modalities: Mapping[str, int], heads: Mapping[str, tuple[str, ...]]) -> None:
     """Check that the data have what the recipe needs: modalities with their sizes, classes with their labels.
 

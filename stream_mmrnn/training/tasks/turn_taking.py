@@ -1,7 +1,8 @@
 """Turn-taking: who will speak in the next two seconds, and is the turn over?
 
 Telephone dialogues from the view of one side: `self` is the person of the session, `other` the second person. A tick
-has the voice activity of both, and the vector of each word that ends in it. All inputs are causal.
+has the voice activity of both, and the vector of each word that ends in it. All inputs are causal. What a camera sees
+is in no dialogue; `turn_taking_faces` has the clips for it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy.typing as npt
 
 from stream_mmrnn.capture.encoders import create_encoder
 from stream_mmrnn.capture.encoders.audio import MELS, SPEECH, AudioEncoder
+from stream_mmrnn.capture.encoders.face import FaceEncoder
 from stream_mmrnn.capture.encoders.text import TextEncoder
 from stream_mmrnn.capture.encoders.tokens import TokenEncoder
 from stream_mmrnn.core.errors import ConfigError
@@ -26,7 +28,8 @@ from stream_mmrnn.predict.columns import MAX_AGE_S
 from stream_mmrnn.training.data import Array, LazySequence, Task, Ticks
 from stream_mmrnn.training.datasets.switchboard import Dialogue, Seconds, Switchboard, spoken, voice
 from stream_mmrnn.training.recipe import HeadRecipe, Recipe
-from stream_mmrnn.training.tasks.common import Words, common_tokens, find
+from stream_mmrnn.training.tasks import turn_taking_faces
+from stream_mmrnn.training.tasks.common import Words, common_tokens, find, find_folder
 
 SILENCE_S = 0.25
 """Shift or hold is scored this long after the start of a mutual silence."""
@@ -37,7 +40,7 @@ STACK = 2
 """Words of one tick whose tokens are kept, the newest ones."""
 
 _SIZES = {
-    "vision": 1280,
+    "vision": FaceEncoder.size,
     "audio": MELS + 1,
     "text": TextEncoder.size,
     "text.tokens": STACK * TokenEncoder.size,
@@ -342,6 +345,8 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
     def held_out(ids: list[str], clear: bool) -> LazySequence:
         return LazySequence(len(ids), lambda k: seen(ids[k], bool(k % 2), None, clear))
 
+    faces = find_folder(places, "grid") if recipe.late_fusion.modality == "vision" else None
+    fitted, held_out_faces = ([], []) if faces is None else turn_taking_faces.sequences(recipe, faces)
     words = (*_TEXTS, *_TOKENS)
     given = [m for m in recipe.modalities if m in (*_VOICES, *words)]
     sets = [
@@ -357,11 +362,14 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
         dict.fromkeys(_TEXTS, views.words.origin)
         | dict.fromkeys(_TOKENS, views.tokens.origin)
         | dict.fromkeys(_VOICES, AudioEncoder().origin)
-        | dict.fromkeys(_ENDS, create_encoder("turn_end").origin),
+        | dict.fromkeys(_ENDS, create_encoder("turn_end").origin)
+        | {"vision": FaceEncoder().origin},
         epoch_ticks=round(share * hours["train"] * 3600e9 / recipe.tick_ns),
         common_tokens=common_tokens(
             (word for i in wanted["train"] for side in found[i][:2] for word in side.word), views.tokens
         ),
+        late_training=fitted,
+        late_validation=held_out_faces,
         sets=tuple(dict.fromkeys(s for s in sets if s)),
         about="Switchboard telephone dialogues as words with start and end (Godfrey, Holliman and McDaniel 1992; ISIP "
         "alignments of 1998, which come without a licence text: nothing of them is here but what the weights learnt). "
@@ -370,5 +378,6 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
         f"{len(wanted['test'])} for the test ({hours['test']:.0f} h), every other one seen from the other side. Voice "
         "activity is that of the word alignments, words closer than 50 ms joined; each word's WordLlama vector comes "
         "in the tick in which the word ends. `turn_over` is scored 250 ms into each mutual silence of that length and "
-        f"more that ends in speech{_CLEAR if options.silences == 'clear' else ''}.",
+        f"more that ends in speech{_CLEAR if options.silences == 'clear' else ''}."
+        + (f" `vision`: {len(fitted)} of {len(fitted) + len(held_out_faces)} clips of GRID." if fitted else ""),
     )

@@ -14,8 +14,10 @@ from stream_mmrnn.capture.sources.synthetic import Synthetic
 from stream_mmrnn.core.config import SyntheticSettings, find_model
 from stream_mmrnn.core.errors import FileError, UsageError
 from stream_mmrnn.core.streams import Stream
-from stream_mmrnn.offline import conversations
-from stream_mmrnn.offline.conversations import Conversation, Silence, Trace
+from stream_mmrnn.offline.media import conversations, sound
+from stream_mmrnn.offline.media.conversations import Silence
+from stream_mmrnn.offline.media.served import Trace
+from stream_mmrnn.offline.media.sound import Conversation
 
 
 def wav(path: Path, *channels: np.ndarray, rate_hz: int = 16_000) -> Path:
@@ -35,8 +37,8 @@ def trace(at_s: list[float], turn_over: list[float], quiet: list[bool] | None = 
 
 def test_a_file_with_one_channel_is_refused(tmp_path: Path) -> None:
     mono = wav(tmp_path / "mono.wav", np.zeros(1600))
-    with pytest.raises(FileError, match=r"mono\.wav has one channel, expected two"):
-        conversations.read(mono)
+    with pytest.raises(FileError, match=r"mono\.wav has 1 channel, expected two: .* `--utterances`"):
+        sound.read(mono)
 
 
 def test_who_speaks_when_is_read_beside_the_file(tmp_path: Path) -> None:
@@ -46,17 +48,17 @@ def test_who_speaks_when_is_read_beside_the_file(tmp_path: Path) -> None:
         "SPEAKER call 1 0.100 0.400 <NA> <NA> A <NA> <NA>\n"
         "; a remark\n"
     )
-    found = conversations.read(path)
+    found = sound.read(path)
     assert found.voice[0].tolist() == [[0.1, 0.5]]
     np.testing.assert_allclose(found.voice[1], [[0.7, 0.9]])
     assert len(found.sound[0]) >= 16_000  # 8 kHz became 16
     path.with_suffix(".rttm").write_text("SPEAKER call 3 0.1 0.4\n")
     with pytest.raises(FileError, match=r"call\.rttm, line 1: expected `SPEAKER file channel start duration`"):
-        conversations.read(path)
+        sound.read(path)
 
 
 def test_the_detector_hears_no_voice_in_silence() -> None:
-    assert conversations.heard(np.zeros(16_000, np.int16)).shape == (0, 2)
+    assert sound.heard(np.zeros(16_000, np.int16)).shape == (0, 2)
 
 
 def test_silences_are_those_of_the_person_who_spoke_last() -> None:
@@ -107,7 +109,7 @@ def test_what_is_no_conversation_is_a_sentence(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("microphones", [1, 2])
 def test_from_a_file_to_figures_and_a_plot(tmp_path: Path, microphones: int) -> None:
-    sound = []
+    channels = []
     for name in ("audio", "other_audio"):
         blocks: list[np.ndarray] = []
         for sample in Synthetic(Stream.of(name), SyntheticSettings(seed=0), paced=False).samples(lambda: True, 0):
@@ -115,8 +117,8 @@ def test_from_a_file_to_figures_and_a_plot(tmp_path: Path, microphones: int) -> 
             blocks.append(sample.data)
             if sum(map(len, blocks)) >= 20 * 16_000:
                 break
-        sound.append(np.concatenate(blocks)[: 20 * 16_000])
-    wav(tmp_path / "talk.wav", *sound)
+        channels.append(np.concatenate(blocks)[: 20 * 16_000])
+    wav(tmp_path / "talk.wav", *channels)
     found = conversations.evaluate(find_model("turn_taking"), [tmp_path], words=False, microphones=microphones)
     assert found["files"] == ["talk.wav"]
     assert found["sound_s"] == pytest.approx(20, abs=0.2)

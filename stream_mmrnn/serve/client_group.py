@@ -1,0 +1,292 @@
+"""Group and AsyncGroup: many sessions of a client that are stepped by blocks, in one call and as arrays.
+
+Knows nothing about connections: it is given one of `client` or `async_client`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy.typing as npt
+
+from stream_mmrnn.core.block import Flags, Integers
+from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.errors import SessionError, StreamError
+from stream_mmrnn.serve import protocol
+from stream_mmrnn.serve.client_groups import ClientGroup, GroupAnswer
+from stream_mmrnn.serve.client_state import ClientState, group_key
+
+if TYPE_CHECKING:
+    from stream_mmrnn.serve.async_client import AsyncClient
+    from stream_mmrnn.serve.client import Client
+
+TIMEOUT_S = 5.0
+_NOT_OPENED = "{} of {} sessions were not opened; the first one: {}"
+
+
+class GroupProperties:
+    """What both kinds of group know without a request. Arrays have a row for each session, in the order of `names`."""
+
+    def __init__(self, client_state: ClientState, group: ClientGroup) -> None:
+        self._client_state, self._group = client_state, group
+
+    def __len__(self) -> int:
+        return len(self._group.names)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._group.names)
+
+    @property
+    def tokens(self) -> list[str]:
+        """Secret: with them the sessions can be opened from another client, or later."""
+        return [token or "" for token in self._group.tokens]
+
+    @property
+    def resumed(self) -> Flags:
+        """[N] whether a session continues from a saved state."""
+        return self._group.resumed.copy()
+
+    @property
+    def next_ticks(self) -> Integers:
+        """[N] index of the next tick, where none is given."""
+        return self._group.next_ticks.copy()
+
+    @property
+    def errors(self) -> dict[int, SessionError]:
+        """By row, sessions that are over here, and why. The others go on."""
+        return dict(self._group.errors)
+
+    @property
+    def skipped(self) -> int:
+        """Ticks that the server had seen already: duplicates, and those whose answers were lost when it died."""
+        return self._group.skipped
+
+    @property
+    def waiting(self) -> int:
+        """Blocks without an answer yet."""
+        return len(self._group.unanswered)
+
+    @property
+    def unread(self) -> int:
+        """Answers that have arrived and were not read yet."""
+        return len(self._group.answers)
+
+    def _post(self) -> None:
+        """Hand waiting messages to the transport."""
+
+    def send(
+        self,
+        features: Mapping[str, Any],
+        *,
+        rows: npt.ArrayLike | None = None,
+        ticks: npt.ArrayLike | None = None,
+        event_ns: npt.ArrayLike | None = None,
+        present: Mapping[str, npt.ArrayLike] | None = None,
+        age_ns: npt.ArrayLike | None = None,
+    ) -> int:
+        """Send one tick of each of N sessions and do not wait; returns the number of the block.
+
+        `features`: float32 or float16 [N, size] by modality; one that is missing is absent. `rows` [N]: which sessions,
+        none twice; all if not given. `ticks` [N]: their indices, the next ones if not given. `event_ns`: the ends of
+        the ticks by your clock, [N] or one for all. `present` [N] by modality: which ticks have it; `features` then has
+        the vectors of those only. `age_ns` [N, modalities], in the model's order: how old the newest samples are.
+
+        Raises:
+            BadTick: it does not fit the model; nothing was sent.
+            Evicted: one of the sessions was taken over by another client, or cannot continue.
+
+        """
+        number = self._group.put(features, rows, ticks, event_ns, present, age_ns, now_ns())
+        self._post()
+        return number
+
+    def _ask(self, make: Callable[[int], protocol.Request]) -> Callable[[], bool]:
+        """Ask for every session that is not over here; returns whether all have replied."""
+        group = self._group
+        names = [name for row, name in enumerate(group.names) if row not in group.errors]
+        group.replies.clear()
+        for name in names:
+            self._client_state.send(make(group.row[name]))
+        self._post()
+        return lambda: len(group.replies) >= len(names)
+
+    def _replied(self) -> dict[str, protocol.Done | protocol.Flushed]:
+        """The replies; raises the first error."""
+        found: dict[str, protocol.Done | protocol.Flushed] = {}
+        for name, reply in self._group.replies.items():
+            if isinstance(reply, SessionError):
+                raise reply
+            found[name] = reply
+        return found
+
+    def _flushed(self) -> Integers:
+        following = self._group.next_ticks.copy()
+        for name, reply in self._replied().items():
+            if isinstance(reply, protocol.Flushed):
+                following[self._group.row[name]] = reply.next
+        return following
+
+    def _requests(self) -> dict[str, Callable[[int], protocol.Request]]:
+        names, tokens = self._group.names, self._group.tokens
+        return {
+            "flush": lambda row: protocol.Flush(session=names[row]),
+            "reset": lambda row: protocol.Reset(session=names[row]),
+            "close": lambda row: protocol.Close(session=names[row], token=tokens[row]),
+        }
+
+    def _late(self, what: str) -> str:
+        return f"the {len(self)} sessions of a group got no {what}"
+
+    def leave(self) -> None:
+        """Stop using the sessions without ending them: their tokens open them again."""
+        self._client_state.leave_group(self._group)
+
+
+def opened(client_state: ClientState, group: ClientGroup) -> None:
+    """Check the replies to a `group`; where one is a refusal, closes what is new and raises it."""
+    if not group.errors:
+        return
+    row, error = next(iter(sorted(group.errors.items())))
+    for i, name in enumerate(group.names):
+        if i not in group.errors and not group.resumed[i]:
+            client_state.send(protocol.Close(session=name))
+    client_state.leave_group(group)
+    why = _NOT_OPENED.format(len(group.errors), len(group.names), f"{group.names[row]!r}, {error}")
+    raise error if len(group.names) == 1 else _like(error, why)
+
+
+def _like(error: SessionError, why: str) -> SessionError:
+    again: SessionError = type(error)(why)
+    if hasattr(error, "retry_after_s"):
+        again.retry_after_s = error.retry_after_s  # type: ignore[attr-defined]
+    return again
+
+
+class Group(GroupProperties):
+    """Sessions of a `Client`; as a context manager they are closed at the end."""
+
+    def __init__(self, client: Client, group: ClientGroup) -> None:
+        super().__init__(client.client_state, group)
+        self._client = client
+
+    def _post(self) -> None:
+        self._client.post()
+
+    def _wait(self, over: Callable[[], bool], timeout_s: float, late: str) -> None:
+        self._client.wait(over, now_ns() + round(timeout_s * 1e9), late)
+
+    def step(self, features: Mapping[str, Any], *, timeout_s: float = TIMEOUT_S, **more: Any) -> GroupAnswer:
+        """Send one tick of each of N sessions and wait for the answer, as `send` and `receive`; takes what `send`
+        takes. Answers to earlier blocks are skipped.
+        """
+        number = self.send(features, **more)
+        group = self._group
+        self._wait(lambda: number not in group.unanswered, timeout_s, self._late("answer"))
+        return group.answer_of(number)
+
+    def receive(self, timeout_s: float = TIMEOUT_S) -> GroupAnswer | None:
+        """The next answer; None where every block has one. Raises TimedOut."""
+        group = self._group
+        self._wait(lambda: bool(group.answers) or not group.unanswered, timeout_s, self._late("answer"))
+        return group.answers.popleft() if group.answers else None
+
+    def answers(self, timeout_s: float = TIMEOUT_S) -> Iterator[GroupAnswer]:
+        """Answers as they arrive, until every block has one."""
+        while (answer := self.receive(timeout_s)) is not None:
+            yield answer
+
+    def flush(self, timeout_s: float = TIMEOUT_S) -> Integers:
+        """Wait until all that was sent is answered and the states are on disk; [N] indices of the next ticks."""
+        self._wait(self._ask(self._requests()["flush"]), timeout_s, self._late("reply"))
+        return self._flushed()
+
+    def reset(self, timeout_s: float = TIMEOUT_S) -> None:
+        """Start the states anew; tick indices continue."""
+        self._wait(self._ask(self._requests()["reset"]), timeout_s, self._late("reply"))
+        self._replied()
+        self._group.sent.clear()
+
+    def close(self, timeout_s: float = TIMEOUT_S) -> None:
+        """End the sessions; the server deletes their states."""
+        try:
+            self._wait(self._ask(self._requests()["close"]), timeout_s, self._late("reply"))
+            self._replied()
+        finally:
+            self.leave()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            with contextlib.suppress(StreamError):  # do not hide the first error
+                self.close(1.0)
+
+
+class AsyncGroup(GroupProperties):
+    """Sessions of an `AsyncClient`; as an async context manager they are closed at the end."""
+
+    def __init__(self, client: AsyncClient, group: ClientGroup) -> None:
+        super().__init__(client.client_state, group)
+        self._client = client
+
+    def _post(self) -> None:
+        self._client.post()
+
+    async def _wait(self, over: Callable[[], bool], timeout_s: float, late: str) -> None:
+        await self._client.wait(group_key(self._group.number), over, timeout_s, late)
+
+    async def step(self, features: Mapping[str, Any], *, timeout_s: float = TIMEOUT_S, **more: Any) -> GroupAnswer:
+        """As `Group.step`."""
+        number = self.send(features, **more)
+        group = self._group
+        await self._wait(lambda: number not in group.unanswered, timeout_s, self._late("answer"))
+        return group.answer_of(number)
+
+    async def receive(self, timeout_s: float = TIMEOUT_S) -> GroupAnswer | None:
+        """As `Group.receive`."""
+        group = self._group
+        await self._wait(lambda: bool(group.answers) or not group.unanswered, timeout_s, self._late("answer"))
+        return group.answers.popleft() if group.answers else None
+
+    async def answers(self, timeout_s: float = TIMEOUT_S) -> AsyncIterator[GroupAnswer]:
+        """As `Group.answers`."""
+        while (answer := await self.receive(timeout_s)) is not None:
+            yield answer
+
+    async def flush(self, timeout_s: float = TIMEOUT_S) -> Integers:
+        """As `Group.flush`."""
+        await self._wait(self._ask(self._requests()["flush"]), timeout_s, self._late("reply"))
+        return self._flushed()
+
+    async def reset(self, timeout_s: float = TIMEOUT_S) -> None:
+        """As `Group.reset`."""
+        await self._wait(self._ask(self._requests()["reset"]), timeout_s, self._late("reply"))
+        self._replied()
+        self._group.sent.clear()
+
+    async def close(self, timeout_s: float = TIMEOUT_S) -> None:
+        """As `Group.close`."""
+        try:
+            await self._wait(self._ask(self._requests()["close"]), timeout_s, self._late("reply"))
+            self._replied()
+        finally:
+            self.leave()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        if kind is None:
+            await self.close()
+        else:
+            with contextlib.suppress(StreamError):
+                await self.close(1.0)

@@ -1,0 +1,446 @@
+"""State of a client's group: many sessions that are stepped by blocks, without sockets and clocks.
+
+As `client_state` for one session: the newest blocks are kept, and what a server has not seen is sent again. Knows
+nothing about transports or waiting calls.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from stream_mmrnn.core.block import Block, Flags, Integers
+from stream_mmrnn.core.errors import BadTick, Busy, Evicted, SessionError, WireError
+from stream_mmrnn.core.types import MAX_TICK
+from stream_mmrnn.serve import protocol
+from stream_mmrnn.serve.block_codec import StepsReader, integers, read_heads, rows_of, to_steps
+from stream_mmrnn.serve.client_errors import ERRORS
+
+KEPT_TICKS = 256
+"""Of each session: more than a server steps between two snapshots."""
+ASK_AGAIN_NS = 1_000_000_000
+"""After so long without an answer sessions are opened again: a server that was restarted never had the tick."""
+
+
+class GroupAnswer(msgspec.Struct, frozen=True, eq=False):
+    """The answer to one block of N ticks, in its order."""
+
+    block: int
+    """The number that `send` returned."""
+    rows: Integers
+    """[N] rows of the group: positions in its names."""
+    ticks: Integers
+    """[N]"""
+    event_ns: Integers
+    """[N] as they were given."""
+    heads: dict[str, npt.NDArray[np.float32]]
+    """By head [N, size]; NaN where a tick was not stepped."""
+    stepped: Flags
+    """[N] The others were refused, or the server had them already."""
+    errors: dict[int, SessionError]
+    """By position, why a tick was refused."""
+    waited_ns: int
+    """In the server's queue."""
+    step_ns: int
+    round_trip_ns: int
+    """From the first `send` until it was received."""
+    model: str
+    """sha256 of the model file."""
+
+
+class _Sent(msgspec.Struct, eq=False):
+    content: bytes
+    rows: Integers
+    ticks: Integers
+    event_ns: Integers
+    at_ns: int
+    open: Flags
+    """Ticks without an answer."""
+    stepped: Flags
+    at_server: Integers | None = None
+    """The positions that were sent the last time; None for all."""
+    heads: dict[str, npt.NDArray[np.float32]] | None = None
+    errors: dict[int, SessionError] = msgspec.field(default_factory=dict)
+    waited_ns: int = 0
+    step_ns: int = 0
+    model: str = ""
+
+
+class ClientGroup:
+    """A group as the client sees it; N sessions."""
+
+    def __init__(
+        self,
+        number: int,
+        names: Sequence[str],
+        tokens: Sequence[str | None],
+        welcome: protocol.Welcome,
+        send: Callable[[protocol.Request | bytes], None],
+    ) -> None:
+        """`send`: a request, or one that is encoded."""
+        self.number, self.names, self.tokens = number, list(names), list(tokens)
+        self._welcome, self._send = welcome, send
+        self._sizes = [m.size for m in welcome.modalities]
+        self._modalities = [m.name for m in welcome.modalities]
+        self._heads = [h.name for h in welcome.heads]
+        self._head_sizes = [h.size for h in welcome.heads]
+        self.row = {name: i for i, name in enumerate(names)}
+        count = len(names)
+        self.next_ticks: Integers = np.zeros(count, np.int64)
+        self.resumed: Flags = np.zeros(count, np.bool_)
+        self._begun: Flags = np.zeros(count, np.bool_)
+        """Rows that have been opened once."""
+        self._following: Integers = np.zeros(count, np.int64)
+        self._asked_to_open: Flags = np.zeros(count, np.bool_)
+        """Rows without a reply to the newest request to open them."""
+        self.errors: dict[int, SessionError] = {}
+        """Rows whose session is over here, or was not opened, and why."""
+        self.sent: OrderedDict[int, _Sent] = OrderedDict()
+        """The newest blocks, answered or not: they may have to be sent again."""
+        self.unanswered: OrderedDict[int, int] = OrderedDict()
+        """By block: when it was sent, or the group last opened again because of it."""
+        self.answers: deque[GroupAnswer] = deque()
+        self.replies: dict[str, protocol.Done | protocol.Flushed | SessionError] = {}
+        """By session, the reply to a `flush`, `reset` or `close`."""
+        self.skipped = 0
+        """Ticks that the server had seen already, and whose answers were lost when it died."""
+        self._to_send: deque[int] = deque()
+        self._on_the_way: set[int] = set()
+        self._reopening = False
+        self._blocks = 0
+
+    # ---- opening -------------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Ask for all sessions that are not over here."""
+        rows = [i for i in range(len(self.names)) if i not in self.errors]
+        self._asked_to_open[:] = False
+        self._asked_to_open[rows] = True
+        begin = 0
+        for end in range(1, len(rows) + 1):  # runs of rows that follow each other
+            if end == len(rows) or rows[end] != rows[end - 1] + 1:
+                some = rows[begin:end]
+                self._send(
+                    protocol.OpenGroup(
+                        group=self.number,
+                        first=some[0],
+                        sessions=tuple(self.names[i] for i in some),
+                        tokens=tuple(self.tokens[i] for i in some),
+                    )
+                )
+                begin = end
+
+    @property
+    def is_open(self) -> bool:
+        """Whether each session has been opened or refused."""
+        return not self._asked_to_open.any()
+
+    def reopen(self) -> None:
+        if not self._reopening:
+            self._reopening = True
+            self.open()
+
+    def _grouped(self, reply: protocol.Grouped, now_ns: int) -> None:
+        count = len(reply.tokens)
+        following = integers(reply.next, count, "next")
+        if len(reply.resumed) != count or reply.first + count > len(self.names):
+            raise WireError(f"a `grouped` of {count} sessions from {reply.first} on does not fit this group")
+        refused = {of.row: of for of in reply.refused}
+        for i in range(count):
+            row = reply.first + i
+            self._asked_to_open[row] = False
+            if row in refused:
+                of = refused[row]
+                if of.error != "busy":
+                    self._end(row, ERRORS.get(of.error, SessionError)(of.why))
+                elif not self._begun[row]:  # else a later `poll` asks again
+                    self.errors[row] = Busy(of.why, of.retry_s)
+                else:
+                    self._following[row] = -1
+                continue
+            self.tokens[row] = reply.tokens[i]
+            self._following[row] = following[i]
+            if not self._begun[row]:
+                self._begun[row] = True
+                self.next_ticks[row], self.resumed[row] = following[i], reply.resumed[i] != 0
+        if self._reopening and self.is_open:
+            self._reopening = False
+            self._send_again(now_ns)
+
+    def _end(self, row: int, error: SessionError) -> None:
+        """A session is over here: its ticks get this error."""
+        self.errors[row] = error
+        for number, of in list(self.sent.items()):
+            for i in np.flatnonzero(of.open & (of.rows == row)).tolist():
+                of.errors[i] = error
+                of.open[i] = False
+            self._finish(number, of, 0)
+
+    def _send_again(self, now_ns: int) -> None:
+        """Send again what the server has not seen, in order. What it has, without an answer, is counted as skipped."""
+        self._to_send.clear()
+        self._on_the_way.clear()
+        busy = self._following < 0
+        oldest = self._oldest()
+        for row in np.flatnonzero((oldest > self._following) & (self._following < self.next_ticks) & ~busy).tolist():
+            if row not in self.errors:
+                self._end(
+                    row,
+                    Evicted(
+                        f"the server has session {self.names[row]!r} as it was at tick {self._following[row]}, and the "
+                        f"ticks from there to {oldest[row]} are not kept here; close it, or open it again and send them"
+                    ),
+                )
+        over = np.zeros(len(self.names), np.bool_)
+        over[list(self.errors)] = True
+        for number, of in list(self.sent.items()):
+            seen = of.ticks < self._following[of.rows]
+            lost = of.open & seen & ~busy[of.rows]
+            self.skipped += int(np.count_nonzero(lost))
+            of.open &= ~lost
+            again = np.flatnonzero(~seen & ~over[of.rows])
+            if number in self.unanswered:
+                self.unanswered[number] = now_ns
+            if len(again):
+                of.at_server = None if len(again) == len(of.rows) else again
+                self._to_send.append(number)
+            self._finish(number, of, now_ns)
+        self._pump()
+
+    def _oldest(self) -> Integers:
+        """By row, the oldest tick that is kept; a large number where none is."""
+        oldest = np.full(len(self.names), MAX_TICK + 2)
+        for of in reversed(self.sent.values()):
+            oldest[of.rows] = of.ticks
+        return oldest
+
+    # ---- sending -------------------------------------------------------------------------------------------------
+
+    def put(
+        self,
+        features: Mapping[str, Any],
+        rows: npt.ArrayLike | None,
+        ticks: npt.ArrayLike | None,
+        event_ns: npt.ArrayLike | None,
+        present: Mapping[str, npt.ArrayLike] | None,
+        age_ns: npt.ArrayLike | None,
+        now_ns: int,
+    ) -> int:
+        """Queue one block; returns its number. Raises BadTick where it does not fit the model."""
+        if len(self.unanswered) >= KEPT_TICKS:
+            raise SessionError(
+                f"{KEPT_TICKS} blocks of this group wait for an answer; read answers, and send no faster than the "
+                "model's tick"
+            )
+        whole = rows is None and not self.errors
+        block = self._block(features, rows, ticks, event_ns, present, age_ns)
+        number, self._blocks = self._blocks, self._blocks + 1
+        content = protocol.encode(to_steps(self.number, number, block, whole))
+        if len(content) > protocol.MAX_BYTES:
+            raise BadTick(f"a block has at most {protocol.MAX_BYTES} bytes, this one has {len(content)}; make groups")
+        everything = np.ones(len(block), np.bool_)
+        self.sent[number] = _Sent(
+            content, block.handles, block.indices, block.event_ns, now_ns, everything, np.zeros(len(block), np.bool_)
+        )
+        self.unanswered[number] = now_ns
+        self.next_ticks[block.handles] = np.maximum(self.next_ticks[block.handles], block.indices + 1)
+        self._to_send.append(number)
+        while len(self.sent) > KEPT_TICKS and next(iter(self.sent)) < self._to_send[0]:
+            self.sent.popitem(last=False)
+        self._pump()
+        return number
+
+    def _block(
+        self,
+        features: Mapping[str, Any],
+        rows: npt.ArrayLike | None,
+        ticks: npt.ArrayLike | None,
+        event_ns: npt.ArrayLike | None,
+        present: Mapping[str, npt.ArrayLike] | None,
+        age_ns: npt.ArrayLike | None,
+    ) -> Block:
+        if unknown := (set(features) | set(present or ())) - set(self._modalities):
+            known = ", ".join(self._modalities)
+            raise BadTick(f"the model of this group has no {sorted(unknown)[0]!r}; it takes {known}")
+        if rows is None:
+            at = np.array([i for i in range(len(self.names)) if i not in self.errors], np.int64)
+        else:
+            at = np.array(rows, np.int64)
+            if at.ndim != 1 or (len(at) and not 0 <= at.min() <= at.max() < len(self.names)):
+                raise BadTick(f"expected rows from 0 to {len(self.names) - 1}, the sessions of this group")
+            if len(np.unique(at)) != len(at):
+                raise BadTick("a block has one tick of each session; send the second one in another block")
+            for row in at.tolist() if self.errors else ():
+                if row in self.errors:
+                    raise self.errors[row]
+        if not len(at):
+            raise next(iter(self.errors.values()), BadTick("a block has at least one row"))
+        count, width = len(at), len(self._modalities)
+        masks = np.zeros((count, width), np.bool_)
+        vectors = []
+        for i, (name, size) in enumerate(zip(self._modalities, self._sizes, strict=True)):
+            value = features.get(name)
+            if value is not None:
+                masks[:, i] = True if present is None or name not in present else np.asarray(present[name], np.bool_)
+            some = int(np.count_nonzero(masks[:, i]))
+            matrix = np.zeros((0, size), np.float32) if value is None else np.asarray(value)
+            if matrix.dtype not in (np.float16, np.float32):
+                matrix = matrix.astype(np.float32)
+            if matrix.shape != (some, size):
+                raise BadTick(f"expected {some} vectors of {size} numbers as {name}, got {list(matrix.shape)}")
+            vectors.append(matrix)
+        return Block(
+            at,
+            self.next_ticks[at] if ticks is None else _column(ticks, count, "ticks"),
+            np.zeros(count, np.int64) if event_ns is None else _column(event_ns, count, "event_ns"),
+            masks,
+            masks.astype(np.int64) - 1
+            if age_ns is None
+            else np.ascontiguousarray(np.broadcast_to(np.asarray(age_ns, np.int64), (count, width))),
+            tuple(vectors),
+        )
+
+    def _pump(self) -> None:
+        """Send as many blocks as the server's queue takes."""
+        while self._to_send and not self._reopening and len(self._on_the_way) < self._welcome.queue:
+            number = self._to_send.popleft()
+            of = self.sent[number]
+            self._on_the_way.add(number)
+            if of.at_server is None:
+                self._send(of.content)
+                continue
+            request = protocol.read_request(of.content)
+            assert isinstance(request, protocol.Steps)
+            block = StepsReader(self._modalities, self._sizes).read(request, len(self.names))
+            mask = np.zeros(len(block), np.bool_)
+            mask[of.at_server] = True
+            self._send(to_steps(self.number, number, block.take(mask)))
+
+    # ---- receiving -----------------------------------------------------------------------------------------------
+
+    def receive(self, reply: protocol.Grouped | protocol.Preds, now_ns: int) -> None:
+        """Handle a reply to this group. Raises WireError where it is not valid."""
+        if isinstance(reply, protocol.Grouped):
+            self._grouped(reply, now_ns)
+        elif (of := self.sent.get(reply.block)) is not None:
+            self._preds(of, reply, now_ns)
+
+    def _preds(self, of: _Sent, reply: protocol.Preds, now_ns: int) -> None:
+        self._on_the_way.discard(reply.block)
+        at_server = np.arange(len(of.rows)) if of.at_server is None else of.at_server
+        place = np.full(len(self.names), -1)
+        place[of.rows[at_server]] = at_server
+
+        def places(column: bytes) -> Integers:
+            rows = rows_of(column)
+            if len(rows) and int(rows.max()) >= len(place):
+                raise WireError("a reply names rows that this group does not have")
+            found: Integers = place[rows]
+            return found[found >= 0]
+
+        if reply.heads:
+            at = places(reply.rows) if reply.rows else at_server
+            heads = read_heads(reply.heads, self._head_sizes, len(at))
+            if len(at) == len(of.rows) and of.heads is None:
+                of.heads = dict(zip(self._heads, heads, strict=True))
+                of.stepped = of.open.copy()
+            else:
+                if of.heads is None or not next(iter(of.heads.values())).flags.writeable:
+                    old = of.heads or {}
+                    of.heads = {
+                        name: old[name].copy() if name in old else np.full((len(of.rows), size), np.nan, np.float32)
+                        for name, size in zip(self._heads, self._head_sizes, strict=True)
+                    }
+                new = of.open[at]
+                for name, values in zip(self._heads, heads, strict=True):
+                    of.heads[name][at[new]] = values[new]
+                of.stepped[at[new]] = True
+            of.open[at] = False
+            of.waited_ns, of.step_ns, of.model = reply.waited_ns, reply.step_ns, reply.model
+        if reply.skipped:
+            at = places(reply.skipped)
+            self.skipped += int(np.count_nonzero(of.open[at]))
+            of.open[at] = False
+        gone = False
+        for refused in reply.refused:
+            at = places(refused.rows) if refused.rows else at_server
+            if refused.error in ("evicted", "unknown"):
+                gone |= bool(of.open[at].any())
+                continue
+            error = ERRORS.get(refused.error, SessionError)(refused.why)
+            for i in at[of.open[at]].tolist():
+                of.errors[i] = error
+            of.open[at] = False
+        self._finish(reply.block, of, now_ns)
+        if gone:
+            self.reopen()
+        self._pump()
+
+    def _finish(self, number: int, of: _Sent, now_ns: int) -> None:
+        """Hand an answer on when every tick of its block has one."""
+        if of.open.any() or self.unanswered.pop(number, None) is None:
+            return
+        heads = of.heads or {
+            name: np.full((len(of.rows), size), np.nan, np.float32)
+            for name, size in zip(self._heads, self._head_sizes, strict=True)
+        }
+        of.heads = None
+        took_ns = max(now_ns - of.at_ns, 0)
+        self.answers.append(
+            GroupAnswer(
+                number,
+                of.rows,
+                of.ticks,
+                of.event_ns,
+                heads,
+                of.stepped,
+                of.errors,
+                of.waited_ns,
+                of.step_ns,
+                took_ns,
+                of.model,
+            )
+        )
+
+    def answer_of(self, number: int) -> GroupAnswer:
+        """The answer to a block that has one; those of earlier blocks are skipped."""
+        found = next(answer for answer in self.answers if answer.block == number)
+        self.answers = deque(answer for answer in self.answers if answer.block > number)
+        return found
+
+    def receive_of_session(self, reply: Any) -> None:
+        """Handle a reply that names one of the sessions."""
+        row = self.row[reply.session]
+        match reply:
+            case protocol.Done() | protocol.Flushed():
+                self.replies[reply.session] = reply
+            case protocol.Refused():
+                self.replies[reply.session] = ERRORS.get(reply.error, SessionError)(reply.why)
+            case protocol.EvictedNow(reason="taken"):
+                why = f"session {reply.session!r} has been taken over by another client that has its token"
+                self._end(row, Evicted(why))
+            case protocol.EvictedNow():
+                if self.unanswered:
+                    self.reopen()
+                # else the next block is refused, and opens it again
+
+    def poll(self, now_ns: int) -> bool:
+        """Open the group again where a block has had no answer for `ASK_AGAIN_NS`; whether it did."""
+        if not self.unanswered or now_ns - self.unanswered[first := next(iter(self.unanswered))] <= ASK_AGAIN_NS:
+            return False
+        self.unanswered[first] = now_ns
+        self._reopening = True
+        self.open()
+        return True
+
+
+def _column(values: npt.ArrayLike, count: int, what: str) -> Integers:
+    found = np.ascontiguousarray(np.broadcast_to(np.asarray(values, np.int64), (count,)))
+    if what == "ticks" and count and not 0 <= found.min() <= found.max() <= MAX_TICK:
+        raise BadTick("expected indices of ticks from 0 to 2^53 - 1")
+    return found
