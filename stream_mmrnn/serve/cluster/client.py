@@ -20,6 +20,7 @@ from stream_mmrnn.core.errors import NotRunning, UsageError, WireError
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.async_client import AsyncClient, Receive, Transport, end_tasks
 from stream_mmrnn.serve.cluster.batch import Batch, Chunk, one_tick
+from stream_mmrnn.serve.cluster.client_groups import Group, Groups
 from stream_mmrnn.serve.cluster.connection import connect, without_secrets
 from stream_mmrnn.serve.cluster.frames import Control, PredColumns, Said, read_answers
 from stream_mmrnn.serve.cluster.nats import FAILURES, Link, new_name
@@ -187,6 +188,12 @@ class _NatsTransport:
         self._width = 0
         self._model = ""
         self._asking: asyncio.Task[None] | None = None
+        self._of_groups: Groups | None = None
+
+    @property
+    def groups(self) -> Groups:
+        assert self._of_groups is not None
+        return self._of_groups
 
     async def begin(self, url: str, prefix: str, credentials: str, timeout_s: float) -> None:
         await self.gateway.begin(url, prefix, credentials, timeout_s)
@@ -194,21 +201,22 @@ class _NatsTransport:
         assert isinstance(welcome, protocol.Welcome)
         self._heads = [4 * head.size for head in welcome.heads]
         self._width, self._model = len(welcome.modalities), welcome.model
+        batch = self.gateway.batch
+        self._of_groups = Groups(welcome, batch.lane, self.gateway.ticks, self._ask_of_group, self._deliver)
         self._asking = asyncio.create_task(self._ask_again())
 
     # ---- sending -------------------------------------------------------------------------------------------------
 
     def post(self, session: str, content: bytes, token: str | None = None) -> None:
-        if not session:  # `hello`
-            self._deliver(self.gateway.welcome)
-            return
-        sent = self._sessions.get(session)
-        if sent is None:
-            sent = self._sessions[session] = _Sent()
-        if token:
-            sent.token = token.encode()
         request = protocol.read_request(content)
-        if isinstance(request, protocol.Step):
+        if isinstance(request, protocol.Hello):
+            self._deliver(self.gateway.welcome)
+        elif isinstance(request, protocol.OpenGroup):
+            self.groups.open(request)
+        elif isinstance(request, protocol.Steps):
+            self.groups.step(request)
+        elif isinstance(request, protocol.Step):
+            sent = self._sent(session, token)
             answered = sent.answered
             sent.ticks[request.tick] = None
             sent.newest = max(sent.newest, request.tick)
@@ -217,10 +225,35 @@ class _NatsTransport:
                     session, token or "", request.tick, request.event_ns, answered, request.features, request.age_ns
                 )
             )
-            return
+        else:
+            if isinstance(request, protocol.Open):
+                self.groups.forget(session)  # it was in a group that was left
+            elif (group := self.groups.of.get(session)) is not None:
+                token = group.tokens[group.row[session]].decode()
+            self._ask(session, content, token)
+
+    def _sent(self, session: str, token: str | None) -> _Sent:
+        sent = self._sessions.get(session)
+        if sent is None:
+            sent = self._sessions[session] = _Sent()
+        if token:
+            sent.token = token.encode()
+        return sent
+
+    def _ask(self, session: str, content: bytes, token: str | None) -> int:
+        """Send a control message, until it has a reply; returns its number."""
+        sent = self._sent(session, token)
         self._count += 1
         sent.controls[self._count] = _Asked(content, _now_s())
         self._control(session, sent, self._count)
+        return self._count
+
+    def _ask_of_group(self, session: str, content: bytes, row: int) -> int:
+        group = self.groups.of[session]
+        sent = self._sent(session, group.tokens[row].decode())
+        # as for a session of its own: what it waits for is in the group
+        sent.newest = int(group.answered()[row])
+        return self._ask(session, content, None)
 
     def _control(self, session: str, sent: _Sent, number: int) -> None:
         asked = sent.controls[number]
@@ -244,6 +277,8 @@ class _NatsTransport:
         for session, sent in self._sessions.items():
             if sent.ticks:
                 self.gateway.control(Control(session, 0, b"", sent.answered), sent.token)
+        for _, control, token in self.groups.missed():
+            self.gateway.control(control, token)
 
     async def again(self, session: str) -> None:
         pass  # `open`, which follows, brings the answers that were missed
@@ -257,7 +292,14 @@ class _NatsTransport:
         age_ns = memoryview(preds.age_ns).cast("q")
         if len(indices) != count or len(preds.heads) != len(self._heads):
             return
+        of_groups = self.groups.of
+        found: dict[int, tuple[Group, list[str], list[int]]] = {}
         for i, name in enumerate(preds.sessions):
+            if (group := of_groups.get(name)) is not None:
+                _, names, at_rows = found.setdefault(group.number, (group, [], []))
+                names.append(name)
+                at_rows.append(i)
+                continue
             sent, index = self._sessions.get(name), indices[i]
             if sent is None or sent.ticks.pop(index, 0) == 0:
                 continue  # it was answered before
@@ -276,29 +318,43 @@ class _NatsTransport:
                 model=self._model,
             )
             self._deliver(protocol.encode(pred))
+        for group, names, at_rows in found.values():
+            self.groups.preds(group, names, preds, at_rows)
 
     def _said(self, said: Said) -> None:
         sent = self._sessions.get(said.session)
         if sent is None:
             return
         content = said.content
+        group = self.groups.of.get(said.session)
+        if group is not None and said.tick >= 0:
+            self.groups.said(group, said)
+            return
         if said.number >= 0:
             asked = sent.controls.pop(said.number, None)
             if asked is None:
                 return  # it was answered before
             reply = protocol.read_reply(content)
+            if group is not None and (row := group.asked.pop(said.number, None)) is not None:
+                self.groups.ready(group, row, reply)
+                return
             if isinstance(reply, protocol.Ready):
                 sent.ticks = {tick: None for tick in sent.ticks if tick >= reply.next}
             elif asked.again and _is_gone(asked.content, reply):
                 content = protocol.encode(protocol.Done(session=said.session))
+            if group is not None and isinstance(protocol.read_request(asked.content), protocol.Close):
+                self._forget(said.session)
         if said.tick >= 0:
             sent.ticks.pop(said.tick, None)
         self._deliver(content)
 
     async def end(self, session: str) -> None:
+        self._forget(session)
+
+    def _forget(self, session: str) -> None:
         self._sessions.pop(session, None)
-        if self.gateway._batch is not None:
-            self.gateway.batch.forget(session)
+        self.groups.forget(session)
+        self.gateway.batch.forget(session)
 
     async def close(self) -> None:
         if self._asking is not None:

@@ -1,5 +1,5 @@
-"""Holdings: the pieces that an engine serves: it takes partitions over, gives them back, saves their states, and notices
-when another engine has them.
+"""Holdings: the pieces that an engine serves: it takes partitions over, gives them back, saves their states, and
+notices when another engine has them.
 
 The table of leases says whose a partition is, and which piece of the bucket has its states. Whoever takes partitions
 over seals that piece first, so that the server refuses every later write of the former owner; then it writes a piece of

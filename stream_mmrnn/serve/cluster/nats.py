@@ -28,7 +28,7 @@ REQUEST_S = 1.0
 FAILURES = (NatsError, APIError, OSError, asyncio.TimeoutError)
 """What NATS's client raises where the server is away, slow or refuses."""
 _PART_BYTES = 512 << 10
-"""A value of a piece that is longer is stored in parts: a server takes messages of 1 MiB unless it is told otherwise."""
+"""Longer values of pieces are stored in parts: a server takes messages of 1 MiB unless it is told otherwise."""
 _WHOLE, _IN_PARTS = b"\0", b"\1"
 
 

@@ -2,8 +2,8 @@
 log, and gives them back when it ends.
 
 Heartbeats say which engines are alive; an engine that was suspended does not notice that others have its partitions
-before the server refuses its next write, and until then it makes the same answers as they. Knows nothing about terminals
-or signals.
+before the server refuses its next write, and until then it makes the same answers as they. Knows nothing about
+terminals or signals.
 """
 
 from __future__ import annotations
@@ -164,8 +164,8 @@ class ClusterNode:
         asked = await link.set_shared("partitions", str(partitions).encode())
         if asked != str(partitions).encode():
             raise ProcessError(
-                f"the cluster at {self._address} has {asked.decode(errors='replace')[:20]} partitions, not {partitions}: "
-                "set cluster.partitions as its engines have it, or give this one another cluster.prefix"
+                f"the cluster at {self._address} has {asked.decode(errors='replace')[:20]} partitions, not "
+                f"{partitions}: set cluster.partitions as its engines have it, or give this one another cluster.prefix"
             )
         self._reader = LogReader(link, self.receive)
         self._holdings = Holdings(
