@@ -37,14 +37,33 @@ def replica_of(model: Path, slots: int = 8, **state: float) -> Replica:
     return Replica(StepEngine(model, slots), kept, None, KEY, 256, PARTITIONS, "me")
 
 
-def frame(client: str, *items: tuple[str, protocol.Request, bytes], number: int = 0, answered: int = -1) -> bytes:
-    """A frame of requests, each with its session and token; control messages are numbered from `number` on."""
+def frame(
+    client: str,
+    *items: tuple[str, protocol.Request, bytes],
+    number: int = 0,
+    answered: int = -1,
+    before: dict[str, int] | None = None,
+) -> bytes:
+    """A frame of requests, each with its session and token; control messages are numbered from `number` on.
+
+    `before`: by session its newest tick, where that is not the one before.
+    """
     batch = Batch(client, PARTITIONS)
+    newest = dict(before or {})
     for session, request, token in items:
         if isinstance(request, protocol.Step):
+            last = newest.get(session, request.tick - 1)
+            newest[session] = max(last, request.tick)
             batch.ticks(
                 one_tick(
-                    session, token.decode(), request.tick, request.event_ns, answered, request.features, request.age_ns
+                    session,
+                    token.decode(),
+                    request.tick,
+                    request.event_ns,
+                    last,
+                    answered,
+                    request.features,
+                    request.age_ns,
                 )
             )
         else:
@@ -95,7 +114,9 @@ class Reader:
     def receive(self, count: int) -> None:
         for seq in range(self.read + 1, min(self.read + count, len(self.log.frames)) + 1):
             items = self.log.frames[seq - 1]
-            content = frame(OWNER, *((s, r, self.token(s, seq)) for s, r in items), number=10 * seq)
+            known = self.replica.places.by_name
+            before = {s: known[s].last for s, _ in items if s in known}
+            content = frame(OWNER, *((s, r, self.token(s, seq)) for s, r in items), number=10 * seq, before=before)
             self.replica.receive(seq, OWNER, content, NOW)
             self.read = seq
 

@@ -282,6 +282,26 @@ def test_answers_are_kept_until_the_client_confirms_them(toy: Path) -> None:
     assert log.replies[("s", -1)] == {protocol.Skipped(session="s", tick=4, next=6)}
 
 
+def test_a_tick_is_stepped_after_the_one_before_it_only(toy: Path) -> None:
+    """A client that was told of a newer state than the engine has, as by a former owner, sends again what is missing."""
+    log = Log()
+    reader = Reader(toy, log)
+    log.put(("s", protocol.Open(session="s")))
+    log.put(("s", step_of(tick("s", 0))))
+    reader.finish()
+    secret = reader.replica.places.by_name["s"].secret
+    steps = [frame(OWNER, ("s", step_of(tick("s", i)), secret), before={"s": before}) for i, before in ((2, 1), (5, 0))]
+    for seq, content in enumerate(steps, 3):
+        reader.replica.receive(seq, OWNER, content, NOW)
+    reader.step()
+    [refused] = reader.said()
+    reply = protocol.read_reply(refused.content)
+    assert isinstance(reply, protocol.Refused)
+    assert (reply.error, reply.tick) == ("evicted", 2)
+    assert "follows tick 1, and its newest one is 0" in reply.why
+    assert log.preds.keys() == {("s", 0), ("s", 5)}, "a client may leave out indices"
+
+
 def test_a_reply_is_said_again_to_who_asks_again_and_not_before_the_states_are_saved(toy: Path) -> None:
     log = Log()
     reader = Reader(toy, log)

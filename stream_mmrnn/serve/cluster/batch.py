@@ -22,6 +22,7 @@ class Chunk(NamedTuple):
     tokens: list[bytes]
     indices: bytes
     event_ns: bytes
+    before: bytes
     answered: bytes
     present: bytes
     age_ns: bytes
@@ -38,6 +39,7 @@ def one_tick(
     token: str,
     index: int,
     event_ns: int,
+    before: int,
     answered: int,
     features: tuple[bytes | None, ...],
     age_ns: tuple[int, ...],
@@ -50,6 +52,7 @@ def one_tick(
         [token.encode()],
         index.to_bytes(8, "little"),
         event_ns.to_bytes(8, "little", signed=True),
+        before.to_bytes(8, "little", signed=True),
         answered.to_bytes(8, "little", signed=True),
         present,
         struct.pack(f"<{len(ages)}q", *ages),
@@ -79,6 +82,7 @@ class _Round:
                 sessions,
                 b"".join([of.indices for of in chunks]),
                 b"".join([of.event_ns for of in chunks]),
+                b"".join([of.before for of in chunks]),
                 b"".join([of.answered for of in chunks]),
                 b"".join([of.present for of in chunks]),
                 b"".join([of.age_ns for of in chunks]),

@@ -160,6 +160,7 @@ class _Sent:
         self.token = b""
         self.ticks: dict[int, None] = {}
         self.newest = -1
+        """The newest tick that was sent, or that the engine has had."""
         self.controls: dict[int, _Asked] = {}
 
     @property
@@ -217,13 +218,11 @@ class _NatsTransport:
             self.groups.step(request)
         elif isinstance(request, protocol.Step):
             sent = self._sent(session, token)
-            answered = sent.answered
+            order = sent.newest, sent.answered
             sent.ticks[request.tick] = None
             sent.newest = max(sent.newest, request.tick)
             self.gateway.ticks(
-                one_tick(
-                    session, token or "", request.tick, request.event_ns, answered, request.features, request.age_ns
-                )
+                one_tick(session, token or "", request.tick, request.event_ns, *order, request.features, request.age_ns)
             )
         else:
             if isinstance(request, protocol.Open):
@@ -340,6 +339,7 @@ class _NatsTransport:
                 return
             if isinstance(reply, protocol.Ready):
                 sent.ticks = {tick: None for tick in sent.ticks if tick >= reply.next}
+                sent.newest = reply.next - 1
             elif asked.again and _is_gone(asked.content, reply):
                 content = protocol.encode(protocol.Done(session=said.session))
             if group is not None and isinstance(protocol.read_request(asked.content), protocol.Close):

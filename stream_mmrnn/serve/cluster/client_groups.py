@@ -27,7 +27,7 @@ class Group:
         self.tokens: list[bytes] = []
         self.row: dict[str, int] = {}
         self.newest: Integers = np.zeros(0, np.int64)
-        """The newest tick that was sent, of each session."""
+        """Of each session, the newest tick that was sent, or that the engine has had."""
         self.open: dict[int, tuple[Integers, Integers]] = {}
         """By block that has ticks without an answer: the tick of each row, -1 where there is none; and how many."""
         self.asked: dict[int, int] = {}
@@ -90,7 +90,7 @@ class Groups:
         block = self._reader.read(request, len(group.names))
         ticks = np.full(len(group.names), -1)
         ticks[block.handles] = block.indices
-        answered = group.answered()[block.handles]
+        order = group.newest[block.handles], group.answered()[block.handles]
         group.newest[block.handles] = np.maximum(group.newest[block.handles], block.indices)
         group.open[request.block] = ticks, np.array([len(block)])
         names = [group.names[row] for row in block.handles.tolist()]
@@ -100,7 +100,8 @@ class Groups:
             for at in range(0, len(mine), MOST_ROWS):
                 some = np.zeros(len(block), np.bool_)
                 some[mine[at : at + MOST_ROWS]] = True
-                self._ticks(_chunk(group, block if some.all() else block.take(some), answered[some], request.half))
+                mine_order = order[0][some], order[1][some]
+                self._ticks(_chunk(group, block if some.all() else block.take(some), mine_order, request.half))
 
     # ---- receiving -----------------------------------------------------------------------------------------------
 
@@ -109,6 +110,7 @@ class Groups:
         match reply:
             case protocol.Ready():
                 group.tokens[row] = reply.token.encode()
+                group.newest[row] = reply.next - 1
                 for ticks, left in group.open.values():
                     if 0 <= ticks[row] < reply.next:  # the client waits for it no more
                         ticks[row] = -1
@@ -215,14 +217,15 @@ def _not_opened(group: Group, row: int, refused: protocol.RowRefused) -> protoco
     )
 
 
-def _chunk(group: Group, block: Block, answered: Integers, half: bool) -> Chunk:
+def _chunk(group: Group, block: Block, order: tuple[Integers, Integers], half: bool) -> Chunk:
     rows = block.handles.tolist()
     return Chunk(
         [group.names[row] for row in rows],
         [group.tokens[row] for row in rows],
         column(block.indices),
         column(block.event_ns),
-        column(answered),
+        column(order[0]),
+        column(order[1]),
         block.present.astype(np.uint8).tobytes(),
         column(block.age_ns),
         half,

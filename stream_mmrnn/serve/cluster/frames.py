@@ -51,6 +51,8 @@ class Columns(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """int64 [N]"""
     event_ns: bytes
     """int64 [N]"""
+    before: bytes
+    """int64 [N]: the session's tick before this one; -1 for none. A tick is stepped after that one only."""
     answered: bytes
     """int64 [N]: all answers of the session up to this tick have been received; -1 for none."""
     present: bytes
@@ -65,9 +67,8 @@ class Columns(msgspec.Struct, frozen=True, array_like=True, gc=False):
     def to_block(self, sizes: Sequence[int]) -> Block:
         """As a block whose handles are row numbers. Raises WireError where the columns are of other lengths."""
         count, width = len(self.sessions), len(sizes)
-        indices, event_ns, answered = (np.frombuffer(c, np.uint8) for c in (self.indices, self.event_ns, self.answered))
-        if any(c.size != 8 * count for c in (indices, event_ns, answered)):
-            raise WireError(f"expected {count} indices, times and answered ticks as int64")
+        if any(len(of) != 8 * count for of in (self.indices, self.event_ns, self.before, self.answered)):
+            raise WireError(f"expected {count} indices, times, ticks before and answered ones as int64")
         if len(self.present) != count * width or len(self.age_ns) != 8 * count * width or len(self.features) != width:
             raise WireError(f"expected masks, ages and vectors of {count} ticks and {width} modalities")
         present = np.frombuffer(self.present, _U8).reshape(count, width) != 0
@@ -89,8 +90,9 @@ class Columns(msgspec.Struct, frozen=True, array_like=True, gc=False):
             tuple(features),
         )
 
-    def answered_ticks(self) -> list[int]:
-        return np.frombuffer(self.answered, _I8).tolist()  # type: ignore[no-any-return]
+    def order(self) -> tuple[list[int], list[int]]:
+        """`before` and `answered`, by tick."""
+        return np.frombuffer(self.before, _I8).tolist(), np.frombuffer(self.answered, _I8).tolist()
 
 
 class Round(msgspec.Struct, frozen=True, array_like=True, gc=False):

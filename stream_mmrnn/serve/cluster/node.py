@@ -36,8 +36,8 @@ from stream_mmrnn.serve.cluster.replica import Replica
 from stream_mmrnn.serve.cluster.subjects import Beat, Names
 
 BEAT_S = 0.05
-_AT_ONCE = 64
-"""Frames that are read at most before answers are sent."""
+_AT_ONCE_NS = 8_000_000
+"""For so long frames are read and stepped before answers are sent, and heartbeats."""
 _WAIT_S = 0.02
 _CHECK_S = 1.0
 _LOOK_S = 2.0
@@ -296,7 +296,7 @@ class ClusterNode:
                 timer.cancel()
             self._wake.clear()
             at_ns = now_ns()
-            for _ in range(min(len(self._inbox), _AT_ONCE)):
+            while self._inbox and now_ns() - at_ns < _AT_ONCE_NS:
                 changes, subject, seq, content = self._inbox.popleft()
                 if changes == self.reader.changes:  # else it is read again, for other partitions
                     replica.receive(seq, names.writer(subject), content, at_ns)

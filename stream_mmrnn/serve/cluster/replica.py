@@ -170,7 +170,7 @@ class Replica:
     def _columns(self, seq: int, client: str, columns: Columns, frame: Frame, at: int, now_ns: int) -> None:
         """Let the ticks wait that are to be stepped, and answer the others."""
         block = columns.to_block(self._sizes)
-        indices, answered = block.indices.tolist(), columns.answered_ticks()
+        indices, (before, answered) = block.indices.tolist(), columns.order()
         good = None if (finite := block.finite()).all() else finite.tolist()
         proofs, digest = frame.proofs, frame.digest
         known = self.places.by_name
@@ -198,6 +198,11 @@ class Replica:
             index = indices[i]
             if index <= place.last:
                 self._again(client, place, index)
+                continue
+            if before[i] != place.last:
+                # a tick is missing: the client opens the session again, and sends it
+                why = f"tick {index} of session {name!r} follows tick {before[i]}, and its newest one is {place.last}"
+                self._refuse(client, Evicted(f"{why}; open it with its token"), name, index)
                 continue
             if good is not None and not good[i]:
                 self._refuse(
