@@ -185,6 +185,7 @@ class _NatsTransport:
         self.gateway.on_return = self._returned
         self._sessions: dict[str, _Sent] = {}
         self._count = 0
+        self._repeated = 0
         self._heads: list[int] = []
         self._width = 0
         self._model = ""
@@ -195,6 +196,11 @@ class _NatsTransport:
     def groups(self) -> Groups:
         assert self._of_groups is not None
         return self._of_groups
+
+    @property
+    def repeated(self) -> int:
+        """Answers that came a second time, and were dropped."""
+        return self._repeated + self.groups.repeated
 
     async def begin(self, url: str, prefix: str, credentials: str, timeout_s: float) -> None:
         await self.gateway.begin(url, prefix, credentials, timeout_s)

@@ -69,6 +69,8 @@ class Groups:
         self._heads = [head.size for head in welcome.heads]
         self._model = welcome.model
         self._reader = StepsReader([m.name for m in welcome.modalities], [m.size for m in welcome.modalities])
+        self.repeated = 0
+        """Answers that came a second time, and were dropped."""
         self._groups: dict[int, Group] = {}
         self.of: dict[str, Group] = {}
         """By session."""
@@ -143,11 +145,13 @@ class Groups:
         heads = [
             np.frombuffer(raw, _F4).reshape(-1, size)[at] for raw, size in zip(preds.heads, self._heads, strict=True)
         ]
+        unmatched = len(rows)
         for block, (sent, left) in list(group.open.items()):
             mine = sent[rows] == ticks
             count = int(np.count_nonzero(mine))
             if not count:
                 continue
+            unmatched -= count
             sent[rows[mine]] = -1
             left -= count
             if left[0] <= 0:
@@ -162,8 +166,9 @@ class Groups:
                 rows=row_bytes(rows[mine]),
             )
             self._deliver(protocol.encode(reply))
-            if count == len(rows):
+            if not unmatched:
                 return
+        self.repeated += unmatched
 
     def said(self, group: Group, said: Said) -> None:
         """A reply to a tick of a group."""
