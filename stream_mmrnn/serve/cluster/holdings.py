@@ -67,8 +67,9 @@ class Holdings:
         """Partitions that we serve."""
         self._taking: set[int] = set()
         self._giving: set[int] = set()
-        self._held: set[str] = set()
-        """Pieces of which a part is being given away: the table still names them for that part."""
+        self._held: Counter[str] = Counter()
+        """Pieces of which parts are being given away: the table still names them for those, so that they must not be
+        written without them."""
         self._table: tuple[Table | None, int] | None = None
         self._decided: object = None
         """By what nothing was left to do."""
@@ -148,11 +149,12 @@ class Holdings:
         if decided == self._decided:
             return
         for piece in list(self.pieces.values()):
-            if piece.name in self._held:
+            if self._held[piece.name]:
                 continue  # we are about to write the table
             if any(is_lost(table, number, self._me, epoch) for number, epoch in piece.epochs.items()):
                 self.lose(piece)
-        take, give, release = plan(table, self._me, alive, self.parts, self._taking, self._giving, self._partitions)
+        ours = self.parts | self._giving  # what is being given back is ours until the table says otherwise
+        take, give, release = plan(table, self._me, alive, ours, self._taking, self._giving, self._partitions)
         if take or release:
             cleared = {number: replace(table.leases[number], engine="") for number in release}
             table = Table({**table.leases, **take, **cleared})
@@ -292,7 +294,8 @@ class Holdings:
         """Stop to serve partitions, save their states as pieces of their own, and name those in the table."""
         replica = self._replica
         given: list[tuple[Piece, bytes, list[Promised]]] = []
-        old: set[str] = set()
+        old: dict[int, Piece] = {}
+        """By partition, the piece that it was in."""
         try:
             replica.step(now_ns())
             for piece in list(self.pieces.values()):
@@ -308,10 +311,9 @@ class Holdings:
                 given.append((part, replica.places.to_bytes(part, part.after), part.promised))
                 replica.places.drop(part)
                 self.parts -= some
-                old.add(piece.name)
-                if piece.epochs:
-                    self._held.add(piece.name)
-                else:
+                old |= dict.fromkeys(some, piece)
+                self._held[piece.name] += 1
+                if not piece.epochs:
                     del self.pieces[piece.name]
             await self._send_answers()
             for part, raw, _ in given:
@@ -323,14 +325,18 @@ class Holdings:
                 return {n: Lease("", at_of[n].epochs[n], at_of[n].name) for n in ours}
 
             table = await self._until_done(lambda: self._change_table(back))
+            for number, piece in old.items():
+                if number in table.leases and table.leases[number].at == piece.name:
+                    self.lose(piece)  # another engine has taken that over, and seals it: it must not change
+            for piece in set(old.values()):
+                self._held[piece.name] -= 1
             self._counts["given_back"] += len(at_of)
             for _, _, promised in given:
                 replica.released(promised)
             self._wake()
-            self._start(self._remove_unnamed(table, old))
+            self._start(self._remove_unnamed(table, {piece.name for piece in old.values()}))
         finally:
             self._giving -= numbers
-            self._held -= old
             self._decided = None
 
     @staticmethod
@@ -350,7 +356,7 @@ class Holdings:
         if at_s - self._save_s < _APART_S:
             return
         for piece in sorted(self.pieces.values(), key=lambda of: of.saved_s):
-            if piece.saving or piece.name in self._held:
+            if piece.saving or self._held[piece.name]:
                 continue
             since_s = at_s - piece.saved_s
             moved = piece.changed or self._replica.position_of(piece) > piece.position
