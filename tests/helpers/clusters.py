@@ -130,7 +130,7 @@ class Reader:
         self.replica.housekeeping(NOW, NOW)
 
     def said(self) -> list[Said]:
-        return [said for _, content in self.replica.pop() for said in self.log.hear(content)]
+        return [said for _, content in self.replica.out.pop() for said in self.log.hear(content)]
 
     def save(self) -> None:
         """Write the piece after what was said, as the connection keeps it in order; and say what waits for that."""
@@ -138,7 +138,7 @@ class Reader:
         self.said()
         self.log.piece = self.replica.places.to_bytes(self.piece, self.replica.position_of(self.piece))
         promised, self.piece.promised = self.piece.promised, []
-        self.replica.released(promised)
+        self.replica.out.released(promised)
 
     def finish(self) -> None:
         """Handle the rest; and what got no reply is asked again, as clients do."""

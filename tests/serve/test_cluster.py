@@ -283,7 +283,7 @@ def test_answers_are_kept_until_the_client_confirms_them(toy: Path) -> None:
 
 
 def test_a_tick_is_stepped_after_the_one_before_it_only(toy: Path) -> None:
-    """A client that was told of a newer state than the engine has, as by a former owner, sends again what is missing."""
+    """A client that was told of a newer state than the engine has, by a former owner, sends again what is missing."""
     log = Log()
     reader = Reader(toy, log)
     log.put(("s", protocol.Open(session="s")))

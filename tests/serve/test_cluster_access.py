@@ -94,7 +94,9 @@ def test_a_damaged_piece_and_one_of_another_model_are_errors(toy: Path) -> None:
 
 
 def replies_of(replica: Any) -> list[protocol.Reply]:
-    return [protocol.read_reply(said.content) for _, content in replica.pop() for said in read_answers(content).said]
+    return [
+        protocol.read_reply(said.content) for _, content in replica.out.pop() for said in read_answers(content).said
+    ]
 
 
 # ---- who may speak for a session -------------------------------------------------------------------------------------
@@ -155,7 +157,7 @@ def test_no_item_without_the_token_takes_the_place_of_the_owners(
             replica.step(NOW)
     replica.step(NOW)
     found: dict[int, set[bytes]] = {}
-    for client, content in replica.pop():
+    for client, content in replica.out.pop():
         if client == OWNER:
             for of in read_answers(content).preds:
                 indices, size = memoryview(of.indices).cast("q"), len(of.heads[0]) // len(of.sessions)
@@ -171,11 +173,11 @@ def test_an_item_under_the_owners_name_without_a_proof_is_counted_and_not_answer
     replica = replica_of(toy)
     replica.adopt(whole_piece(), None, NOW)
     replica.receive(1, OWNER, frame(OWNER, ("s", protocol.Open(session="s"), b"")), NOW)
-    replica.pop()
+    replica.out.pop()
     for seq, token in enumerate((b"", b"wrong", b"0" * 64), 2):
         replica.receive(seq, OWNER, frame(OWNER, ("s", request_, token), number=5), NOW)
     assert replica.counts["unproven"] == 3
-    assert replica.pop() == []
+    assert replica.out.pop() == []
     for client, content in (
         ("", b""),
         (OWNER, b""),
@@ -183,7 +185,7 @@ def test_an_item_under_the_owners_name_without_a_proof_is_counted_and_not_answer
         (OWNER, frame("other.c", ("s", request_, b"x"))[:-1]),
     ):
         replica.receive(9, client, content, NOW)
-    assert replica.pop() == []
+    assert replica.out.pop() == []
     assert replica.counts["garbage"] == 4
 
 

@@ -134,7 +134,7 @@ class Engine:
         return task
 
     async def send(self) -> None:
-        for _, content in self.replica.pop():
+        for _, content in self.replica.out.pop():
             for of in read_answers(content).preds:
                 indices, size = memoryview(of.indices).cast("q"), len(of.heads[0]) // len(of.sessions)
                 for i, name in enumerate(of.sessions):
@@ -211,7 +211,9 @@ def test_no_session_is_lost_whatever_engines_believe_of_each_other(
                 engine.holdings.save_due(saves)
             await asyncio.sleep(0)
             served = sorted(number for engine in engines.values() for number in engine.holdings.parts)
-            behind = any(engine.reader.read < len(server.frames) for engine in engines.values() if engine.holdings.parts)
+            behind = any(
+                engine.reader.read < len(server.frames) for engine in engines.values() if engine.holdings.parts
+            )
             if served == list(range(PARTITIONS)) and not behind and not any(of.tasks for of in engines.values()):
                 break
         assert served == list(range(PARTITIONS)), "each partition has one owner"

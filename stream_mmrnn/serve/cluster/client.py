@@ -3,162 +3,27 @@
     async with ClusterClient("nats://127.0.0.1:4222") as client, await client.open("alice") as session:
         answer = await session.step({"audio": vector})
 
-What all its sessions send within a few milliseconds goes into the cluster's log as one message (for each lane), and the
-next message follows when that is stored: the busier the cluster, the larger the blocks. Answers come as blocks, too;
-what was missed while the connection was lost is asked for. Knows nothing about leases.
+All its sessions share one gateway. What was missed while the connection was lost is asked for. Knows nothing about
+leases.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
-import secrets
-from collections.abc import Callable
 
-from stream_mmrnn.core.errors import NotRunning, UsageError, WireError
+from stream_mmrnn.core.errors import UsageError
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.async_client import AsyncClient, Receive, Transport, end_tasks
-from stream_mmrnn.serve.cluster.batch import Batch, Chunk, one_tick
+from stream_mmrnn.serve.cluster.batch import one_tick
 from stream_mmrnn.serve.cluster.client_groups import Group, Groups
-from stream_mmrnn.serve.cluster.connection import connect, without_secrets
-from stream_mmrnn.serve.cluster.frames import Control, PredColumns, Said, read_answers
-from stream_mmrnn.serve.cluster.nats import FAILURES, Link, new_name
-from stream_mmrnn.serve.cluster.questions import ask
-from stream_mmrnn.serve.cluster.subjects import PREFIX, USER, Names, lanes_for
+from stream_mmrnn.serve.cluster.connection import without_secrets
+from stream_mmrnn.serve.cluster.frames import Control, PredColumns, Said
+from stream_mmrnn.serve.cluster.gateway import STARTING, Gateway
+from stream_mmrnn.serve.cluster.subjects import PREFIX, USER
 
-GATHER_S = 0.004
-"""Between two messages to the log; what comes meanwhile goes into one."""
 _ASK_AGAIN_S, _MOST_S = 1.0, 8.0
 """A control message without a reply for so long is sent again; each time after twice as long, up to so long."""
-
-
-class Gateway:
-    """Puts messages of many sessions into the log as frames, each until it is stored, and takes frames of answers."""
-
-    def __init__(self, user: str, on_answers: Callable[[PredColumns], None], on_said: Callable[[Said], None]) -> None:
-        self.name = f"{user}.{new_name()}"
-        """CLIENT of the subjects."""
-        self._on_answers, self._on_said = on_answers, on_said
-        self.on_return: Callable[[], None] = lambda: None
-        """Called when a lost connection is back."""
-        self._link: Link | None = None
-        self._batch: Batch | None = None
-        self._due = asyncio.Event()
-        self._writing: asyncio.Task[None] | None = None
-        self._written_s = float("-inf")
-        self._storing = False
-        self.welcome = b""
-
-    @property
-    def link(self) -> Link:
-        assert self._link is not None
-        return self._link
-
-    @property
-    def batch(self) -> Batch:
-        assert self._batch is not None
-        return self._batch
-
-    async def begin(self, url: str, prefix: str, credentials: str, timeout_s: float) -> None:
-        """Connect, and ask for the cluster's model; raises NotRunning where no server or engine is there in time."""
-        end_s = _now_s() + timeout_s
-        connection = await connect(url, credentials, self._returned, timeout_s, self._lost)
-        self._link = Link(connection, Names(prefix))
-        while True:
-            with contextlib.suppress(*FAILURES):
-                reply = await ask(self.link, self.name)
-                self._batch = Batch(self.name, reply.partitions)
-                self._batch.divide(lanes_for(reply.engines))
-                self.welcome = reply.welcome
-                await self.link.receive_answers(self.name, self._receive)
-                await connection.flush()
-                break
-            if _now_s() > end_s:
-                await connection.close()
-                raise NotRunning(
-                    f"no engine of a cluster answers {self.name.partition('.')[0]!r} at {without_secrets(url)}: "
-                    f"{ClusterClient.starting}"
-                )
-            await asyncio.sleep(0.1)
-        self._writing = asyncio.create_task(self._write())
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether the log has everything."""
-        return not self.batch and not self._storing
-
-    def control(self, control: Control, token: bytes) -> None:
-        self.batch.control(control, token)
-        self._due.set()
-
-    def ticks(self, chunk: Chunk) -> None:
-        self.batch.ticks(chunk)
-        self._due.set()
-
-    async def _write(self) -> None:
-        while True:
-            await self._due.wait()
-            if (early_s := self._written_s + GATHER_S - _now_s()) > 0:
-                await asyncio.sleep(early_s)
-            self._due.clear()
-            self._written_s = _now_s()
-            lanes, self._storing = self.batch.lanes, True
-            into = self.link.names.into
-            await self._store(
-                [
-                    (into(lanes, lane, self.name), f"{self.name} {secrets.token_hex(12)}", content)
-                    for lane, content in self.batch.take()
-                ]
-            )
-            self._storing = False
-            if self.batch:
-                self._due.set()
-
-    async def _store(self, frames: list[tuple[str, str, bytes]]) -> None:
-        """Write frames of different lanes; each again, under the same name, until it is stored."""
-        while frames:
-            sent: list[tuple[tuple[str, str, bytes], asyncio.Future[bool] | None]] = []
-            for frame in frames:
-                try:
-                    sent.append((frame, await self.link.log(*frame)))
-                except FAILURES:
-                    sent.append((frame, None))
-            frames = []
-            for frame, future in sent:
-                try:
-                    if future is None:
-                        raise TimeoutError
-                    await self.link.stored(future)
-                except FAILURES:
-                    frames.append(frame)
-            if frames:
-                await asyncio.sleep(0.02)
-
-    async def _receive(self, content: bytes) -> None:
-        try:
-            answers = read_answers(content)
-        except WireError:
-            return
-        self.batch.divide(lanes_for(answers.engines))
-        for preds in answers.preds:
-            self._on_answers(preds)
-        for said in answers.said:
-            self._on_said(said)
-
-    async def _lost(self) -> None:
-        if self._link is not None:
-            self._link.connection_lost()
-
-    async def _returned(self) -> None:
-        self.on_return()
-
-    async def close(self) -> None:
-        if self._writing is not None:
-            await end_tasks(self._writing)
-        if self._link is not None:
-            with contextlib.suppress(*FAILURES):
-                await self._link.nats.close()
 
 
 class _Sent:
@@ -407,7 +272,7 @@ def _now_s() -> float:
 class ClusterClient(AsyncClient):
     """A client of a cluster: `async with ClusterClient(url) as client`."""
 
-    starting = "start some by stream-mmrnn serve --cluster URL"
+    starting = STARTING
 
     def __init__(
         self, url: str, *, prefix: str = PREFIX, credentials: str = "", user: str = "", timeout_s: float = 5.0

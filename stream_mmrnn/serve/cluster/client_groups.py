@@ -13,7 +13,7 @@ from stream_mmrnn.core.block import Block, Integers
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.block_codec import StepsReader, column, row_bytes
 from stream_mmrnn.serve.cluster.batch import Chunk
-from stream_mmrnn.serve.cluster.frames import MOST_ROWS, Control, PredColumns, Said
+from stream_mmrnn.serve.cluster.frames import MOST_BYTES, MOST_ROWS, Control, PredColumns, Said
 
 _F4 = np.dtype("<f4")
 
@@ -97,11 +97,13 @@ class Groups:
         group.open[request.block] = ticks, np.array([len(block)])
         names = [group.names[row] for row in block.handles.tolist()]
         lanes = np.array([self._lane(name) for name in names])
+        row_size = sum(vectors.nbytes for vectors in block.features) // len(block) + 1
+        most = max(min(MOST_ROWS, MOST_BYTES // 4 // row_size), 1)
         for lane in np.unique(lanes).tolist():
             mine = np.flatnonzero(lanes == lane)
-            for at in range(0, len(mine), MOST_ROWS):
+            for at in range(0, len(mine), most):
                 some = np.zeros(len(block), np.bool_)
-                some[mine[at : at + MOST_ROWS]] = True
+                some[mine[at : at + most]] = True
                 mine_order = order[0][some], order[1][some]
                 self._ticks(_chunk(group, block if some.all() else block.take(some), mine_order, request.half))
 

@@ -332,7 +332,7 @@ class Holdings:
                 self._held[piece.name] -= 1
             self._counts["given_back"] += len(at_of)
             for _, _, promised in given:
-                replica.released(promised)
+                replica.out.released(promised)
             self._wake()
             self._start(self._remove_unnamed(table, {piece.name for piece in old.values()}))
         finally:
@@ -393,7 +393,7 @@ class Holdings:
                     continue
                 piece.position = position
                 self._counts["kept"] += 1
-                self._replica.released(promised)
+                self._replica.out.released(promised)
                 self._wake()
                 return
         finally:

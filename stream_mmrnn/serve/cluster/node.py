@@ -181,7 +181,7 @@ class ClusterNode:
         )
         await link.nats.subscribe(link.names.beat, cb=self._on_beat)
         await link.watch_table(self._on_table)
-        await Questions(link, lambda: Reply(mine, partitions, replica.engines), self.counts).begin()
+        await Questions(link, lambda: Reply(mine, partitions, replica.out.engines), self.counts).begin()
 
     async def _read_key(self) -> bytes:
         """The key of the cluster, from its file; raises ProcessError where other engines have another one."""
@@ -274,7 +274,7 @@ class ClusterNode:
         """Take and give back partitions, and notice lost ones."""
         assert self.replica is not None
         alive = self._members.alive(_now_s())
-        self.replica.engines = max(sum(not beat.leaving for beat in alive.values()), 1)
+        self.replica.out.engines = max(sum(not beat.leaving for beat in alive.values()), 1)
         await self.holdings.share(alive)
 
     # ---- serving -------------------------------------------------------------------------------------------------
@@ -314,7 +314,7 @@ class ClusterNode:
 
     async def _send_answers(self) -> None:
         assert self.replica is not None
-        for client, content in self.replica.pop():
+        for client, content in self.replica.out.pop():
             with contextlib.suppress(*FAILURES):  # it is kept, and the client asks for it
                 await self.link.answer(client, content)
 

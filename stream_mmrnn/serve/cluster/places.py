@@ -12,83 +12,20 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from stream_mmrnn.core import config
-from stream_mmrnn.core.block import Block, Integers, StateBlock
+from stream_mmrnn.core.block import Block, StateBlock
 from stream_mmrnn.core.errors import Busy, DuplicateSession, Evicted, SessionError
 from stream_mmrnn.predict.protocols import Engine
 from stream_mmrnn.serve.admission import Admission
-from stream_mmrnn.serve.cluster.frames import PredColumns, Said
-from stream_mmrnn.serve.cluster.pieces import Content, KeptRow, SessionRow, content_of, write
+from stream_mmrnn.serve.cluster.frames import Said
+from stream_mmrnn.serve.cluster.pieces import Content, SessionRow, content_of, write
+from stream_mmrnn.serve.cluster.stepped import Stepped
 from stream_mmrnn.serve.cluster.subjects import partition_of
 from stream_mmrnn.serve.measure import measure_again
 
-_I8 = np.dtype("<i8")
 _REPLIES = 8
 """To control messages of a session, that are kept."""
 Promised = tuple[str, Said, "Place | None"]
 """A reply to a client that may be said when states are saved, and the session whose newest reply it is."""
-
-
-class Stepped:
-    """Answers of one step to ticks of one client, as columns, from which single ones are taken while they are kept."""
-
-    __slots__ = ("age_ns", "event_ns", "heads", "present", "step_ns", "waited_ns")
-
-    def __init__(
-        self,
-        event_ns: Integers,
-        present: np.ndarray,
-        age_ns: Integers,
-        heads: list[np.ndarray],
-        waited_ns: int = 0,
-        step_ns: int = 0,
-    ) -> None:
-        self.event_ns, self.present, self.age_ns, self.heads = event_ns, present, age_ns, heads
-        self.waited_ns, self.step_ns = waited_ns, step_ns
-
-    def columns(self, sessions: list[str], indices: Integers) -> PredColumns:
-        return PredColumns(
-            sessions,
-            indices.astype(_I8, copy=False).tobytes(),
-            self.event_ns.astype(_I8, copy=False).tobytes(),
-            self.present.astype(np.uint8, copy=False).tobytes(),
-            self.age_ns.astype(_I8, copy=False).tobytes(),
-            tuple(values.astype("<f4", copy=False).tobytes() for values in self.heads),
-            self.waited_ns,
-            self.step_ns,
-        )
-
-    def row(self, index: int, i: int) -> KeptRow:
-        return KeptRow(
-            index,
-            int(self.event_ns[i]),
-            self.present[i].astype(np.uint8).tobytes(),
-            self.age_ns[i].astype(_I8).tobytes(),
-            tuple(values[i].astype("<f4").tobytes() for values in self.heads),
-        )
-
-    @staticmethod
-    def of_kept(kept: KeptRow) -> Stepped:
-        return Stepped(
-            np.array([kept.event_ns], np.int64),
-            np.frombuffer(kept.present, np.uint8)[None],
-            np.frombuffer(kept.age_ns, _I8)[None],
-            [np.frombuffer(head, "<f4")[None] for head in kept.heads],
-        )
-
-    @staticmethod
-    def of_rows(sessions: list[str], rows: Sequence[tuple[int, tuple[Stepped, int]]]) -> PredColumns:
-        """Kept answers: by index, each with its row."""
-        found = [of.row(index, i) for index, (of, i) in rows]
-        return PredColumns(
-            sessions,
-            np.array([row.index for row in found], _I8).tobytes(),
-            np.array([row.event_ns for row in found], _I8).tobytes(),
-            b"".join([row.present for row in found]),
-            b"".join([row.age_ns for row in found]),
-            tuple(b"".join(heads) for heads in zip(*(row.heads for row in found), strict=True)),
-            0,
-            0,
-        )
 
 
 class Piece:

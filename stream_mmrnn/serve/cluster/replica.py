@@ -15,8 +15,6 @@ import hashlib
 import hmac
 import re
 from collections import Counter
-from collections.abc import Iterable
-from typing import NamedTuple
 
 import numpy as np
 
@@ -24,8 +22,6 @@ from stream_mmrnn.core import config, topics
 from stream_mmrnn.core.block import Block
 from stream_mmrnn.core.errors import (
     BadTick,
-    Busy,
-    DuplicateSession,
     Evicted,
     SessionError,
     UnknownSession,
@@ -39,24 +35,21 @@ from stream_mmrnn.serve.cluster.frames import (
     MOST_ROWS,
     NO_PROOF,
     PROOF,
-    Answers,
     Columns,
     Control,
     Frame,
-    PredColumns,
     Said,
     proof,
     read_frame,
-    write_answers,
 )
+from stream_mmrnn.serve.cluster.outgoing import Entry, Outgoing
 from stream_mmrnn.serve.cluster.pieces import Content
-from stream_mmrnn.serve.cluster.places import Piece, Place, Places, Stepped, joined
+from stream_mmrnn.serve.cluster.places import Piece, Place, Places, joined
+from stream_mmrnn.serve.cluster.stepped import Stepped
 from stream_mmrnn.serve.measure import measure
 
 _NOT_OWNER = "the session belongs to another connection; open it with its token to take it over"
 _IDLE_CHECK_NS = 100_000_000
-_MOST_BYTES = 384 << 10
-"""Of a message to a client, unless one session alone has more to say."""
 
 
 class _Part:
@@ -64,18 +57,6 @@ class _Part:
 
     def __init__(self, client: str, block: Block, places: list[Place], received_ns: int) -> None:
         self.client, self.block, self.places, self.received_ns = client, block, places, received_ns
-
-
-class _Entry(NamedTuple):
-    """Answers of one message: predictions, and what is said after them."""
-
-    preds: PredColumns | None
-    said: tuple[Said, ...]
-
-    @property
-    def size(self) -> int:
-        rows = 0 if self.preds is None else sum(map(len, self.preds.heads)) + 64 * len(self.preds.sessions)
-        return rows + sum(len(said.content) + 64 for said in self.said)
 
 
 class Replica:
@@ -104,10 +85,8 @@ class Replica:
         self.counts: Counter[str] = Counter(dict.fromkeys(("stepped", "opened", "resumed", "busy", "evicted"), 0))
         """`messages`, `stepped` ticks, `refused`; `again`: items that were in a piece already; `kept`: answers that
         were sent again; `left`: sessions for which there was no free slot; `unproven`: items under the name of a
-        session's owner, of somebody who does not have its token; `garbage`; `opened`, `resumed`, `closed`, `evicted`, `busy`,
-        `taken`; `duplicates`: ticks that a client has sent twice; `skipped`: indices that were left out."""
-        self.engines = 1
-        """How many engines there are, which clients are told."""
+        session's owner, of somebody who does not have its token; `garbage`; `opened`, `resumed`, `closed`, `evicted`,
+        `busy`, `taken`; `duplicates`: ticks that a client has sent twice; `skipped`: indices that were left out."""
         admit = None
         if admission is not None:
             admit = Admission(spec.tick_ns, admission.share)
@@ -119,8 +98,7 @@ class Replica:
         self._pending_rows = 0
         self._busy: set[int] = set()
         """Handles that have a pending tick."""
-        self._out: dict[str, list[_Entry]] = {}
-        """By client, what is to be said to it, in order."""
+        self.out = Outgoing(spec, self.places, self.counts)
         self._idle_checked_ns = 0
 
     def token(self, session: str, opened: int) -> str:
@@ -139,12 +117,12 @@ class Replica:
         Raises SessionError where the states are of another model.
         """
         for place in self.places.adopt(piece, content, self.token, now_ns):
-            self._send_kept(place, -1)
+            self.out.send_kept(place, -1)
 
     def kept_again(self) -> None:
         """Send all answers again that clients have not confirmed: the connection was lost meanwhile."""
         for place in self.places.open():
-            self._send_kept(place, -1)
+            self.out.send_kept(place, -1)
 
     # ---- frames --------------------------------------------------------------------------------------------------
 
@@ -180,7 +158,7 @@ class Replica:
             place = known.get(name)
             if place is None:
                 if self.places.serves(name, seq):
-                    self._refuse(
+                    self.out.refuse(
                         client, UnknownSession(f"session {name[:80]!r} is not open; open it first"), name, indices[i]
                     )
                 continue
@@ -188,7 +166,7 @@ class Replica:
             if seq <= piece.after:
                 continue
             if place.owner != client:
-                self._refuse(client, self._missing(place), name, indices[i])
+                self.out.refuse(client, self._missing(place), name, indices[i])
                 continue
             if not hmac.compare_digest(proof(place.secret, digest), proofs[at + PROOF * i : at + PROOF * (i + 1)]):
                 # no answer: the owner would take it for one to its own tick
@@ -202,10 +180,10 @@ class Replica:
             if before[i] != place.last:
                 # a tick is missing: the client opens the session again, and sends it
                 why = f"tick {index} of session {name!r} follows tick {before[i]}, and its newest one is {place.last}"
-                self._refuse(client, Evicted(f"{why}; open it with its token"), name, index)
+                self.out.refuse(client, Evicted(f"{why}; open it with its token"), name, index)
                 continue
             if good is not None and not good[i]:
-                self._refuse(
+                self.out.refuse(
                     client,
                     BadTick(
                         f"tick {index} of session {name!r} holds a number that is not finite or not below "
@@ -281,7 +259,8 @@ class Replica:
             for i, (place, index) in enumerate(zip(part.places, mine.indices.tolist(), strict=True)):
                 place.keep(index, stepped, i, self._queue)
             names = [place.name for place in part.places]
-            self._send(part.client, _Entry(stepped.columns(names, mine.indices), ()))
+            for at in range(0, len(names), self.out.most_rows):
+                self.out.send(part.client, Entry(stepped.columns(names, mine.indices, at, at + self.out.most_rows), ()))
 
     def _again(self, client: str, place: Place, index: int) -> None:
         """A tick came that the session has had: its answer is sent again, or it has been confirmed."""
@@ -289,24 +268,11 @@ class Replica:
         if place.handle in self._busy:
             return  # its answer is about to be made
         if (kept := place.kept.get(index)) is not None:
-            self._send(client, _Entry(Stepped.of_rows([place.name], [(index, kept)]), ()))
+            self.out.send(client, Entry(Stepped.of_rows([place.name], [(index, kept)]), ()))
             self.counts["kept"] += 1
             return
         reply = protocol.Skipped(session=place.name, tick=index, next=place.last + 1)
-        self._say(client, place.name, -1, index, reply)
-
-    def _kept(self, place: Place, after: int) -> PredColumns | None:
-        """Answers to ticks after this one that the session's owner has not confirmed."""
-        rows = [(index, kept) for index, kept in place.kept.items() if index > after]
-        self.counts["kept"] += len(rows)
-        return Stepped.of_rows([place.name] * len(rows), rows) if rows else None
-
-    def _send_kept(self, place: Place, after: int) -> None:
-        if place.owner and (kept := self._kept(place, after)) is not None:
-            self._send(place.owner, _Entry(kept, ()))
-
-    def _send(self, client: str, entry: _Entry) -> None:
-        self._out.setdefault(client, []).append(entry)
+        self.out.say(client, place.name, -1, index, reply)
 
     # ---- control messages ----------------------------------------------------------------------------------------
 
@@ -329,24 +295,24 @@ class Replica:
         if not item.content:
             if mine and place is not None:
                 place.confirm(item.answered)
-                self._send_kept(place, item.answered)
+                self.out.send_kept(place, item.answered)
             return
         if mine and place is not None and item.number <= place.number:
             self.counts["again"] += 1
             if (reply := place.replies.get(item.number)) is not None and (client, item.number) not in place.promised:
                 reply = reply or self._ready(place, place.last >= 0)
-                kept = self._kept(place, item.answered)
-                self._send(client, _Entry(kept, (Said(name, item.number, -1, reply),)))
+                kept = self.out.kept(client, place, item.answered)
+                self.out.send(client, Entry(kept, (Said(name, item.number, -1, reply),)))
             return
         if request is None:
             self.counts["garbage"] += 1
             refused = protocol.Refused(error="bad_message", why=why, session=name)
-            self._say(client, name, item.number, -1, refused)
+            self.out.say(client, name, item.number, -1, refused)
             return
         try:
             self._request(seq, client, place, request, item, now_ns)
         except SessionError as e:
-            self._refuse(client, e, name, -1, item.number)
+            self.out.refuse(client, e, name, -1, item.number)
 
     def _request(
         self, seq: int, client: str, place: Place | None, request: protocol.Request, item: Control, now_ns: int
@@ -389,7 +355,7 @@ class Replica:
         if place.owner and place.owner != client:
             self.counts["taken"] += 1
             notice = protocol.EvictedNow(session=name, token="", reason="taken", next=place.last + 1)
-            self._say(place.owner, name, -1, -1, notice)
+            self.out.say(place.owner, name, -1, -1, notice)
         place.piece.changed = True
         place.confirm(item.answered)
         if place.owner != client:
@@ -397,8 +363,8 @@ class Replica:
         place.owner, place.active_ns = client, now_ns
         place.reply(item.number, b"", promised=False)
         # in one message: after `ready` the client waits for no answer to an earlier tick any more
-        kept = self._kept(place, item.answered)
-        self._send(client, _Entry(kept, (Said(name, item.number, -1, self._ready(place, resumed)),)))
+        kept = self.out.kept(client, place, item.answered)
+        self.out.send(client, Entry(kept, (Said(name, item.number, -1, self._ready(place, resumed)),)))
 
     @staticmethod
     def _ready(place: Place, resumed: bool) -> bytes:
@@ -424,20 +390,6 @@ class Replica:
         place.reply(number, content, promised=True)
         place.piece.promise(client, Said(place.name, number, -1, content), place)
 
-    def _say(self, client: str, session: str, number: int, tick: int, reply: protocol.Reply) -> None:
-        self._send(client, _Entry(None, (Said(session, number, tick, protocol.encode(reply)),)))
-
-    def _refuse(self, client: str, error: SessionError, session: str, tick: int, number: int = -1) -> None:
-        self.counts["refused"] += 1
-        reply = _refusal(error, session, tick)
-        if isinstance(reply, protocol.BusyNow):
-            # an engine that is no owner any more, and does not know it, must not say that it has no room
-            piece = self.places.piece_of(session)
-            if piece is not None:
-                piece.promise(client, Said(session, number, tick, protocol.encode(reply)), None)
-            return
-        self._say(client, session, number, tick, reply)
-
     # ---- housekeeping --------------------------------------------------------------------------------------------
 
     def housekeeping(self, now_ns: int, unix_ns: int) -> None:
@@ -448,38 +400,6 @@ class Replica:
         for place, client in self.places.evict_idle(now_ns, unix_ns):
             notice = protocol.EvictedNow(session=place.name, token=place.token, reason="idle", next=place.last + 1)
             place.piece.promise(client, Said(place.name, -1, -1, protocol.encode(notice)), None)
-
-    def released(self, promised: Iterable[tuple[str, Said, Place | None]]) -> None:
-        """These replies may be said: the states are saved."""
-        for client, said, place in promised:
-            if place is not None:
-                place.promised.discard((client, said.number))
-            self._send(client, _Entry(None, (said,)))
-
-    def pop(self) -> list[tuple[str, bytes]]:
-        """New answers since the last call: client and content."""
-        out, self._out = self._out, {}
-        found = []
-        for client, entries in out.items():
-            preds, said, size = list[PredColumns](), list[Said](), 0
-            for entry in entries:
-                if size + entry.size > _MOST_BYTES and size:
-                    found.append((client, write_answers(Answers(self.engines, tuple(preds), tuple(said)))))
-                    preds, said, size = [], [], 0
-                if entry.preds is not None:
-                    preds.append(entry.preds)
-                said += entry.said
-                size += entry.size
-            found.append((client, write_answers(Answers(self.engines, tuple(preds), tuple(said)))))
-        return found
-
-
-def _refusal(error: SessionError, session: str, tick: int) -> protocol.BusyNow | protocol.Refused:
-    if isinstance(error, Busy):
-        return protocol.BusyNow(session=session, why=str(error), retry_s=error.retry_after_s)
-    kinds = {UnknownSession: "unknown", DuplicateSession: "duplicate", Evicted: "evicted", BadTick: "bad_tick"}
-    name = kinds.get(type(error), "failed")
-    return protocol.Refused(error=name, why=str(error), session=session, tick=tick)  # type: ignore[arg-type]
 
 
 def _read(item: Control) -> tuple[protocol.Request | None, str]:
