@@ -78,7 +78,7 @@ def kinds(sessions: int, day: dict[str, Any], bytes_of: dict[str, int]) -> list[
         ("H100, by rows, the step alone", GIVEN["gpu_rows"].value, gpu_h),
         ("H100, `StepEngine.step`", GIVEN["gpu_engine"].value, gpu_h),
         ("cores of engines in a cluster over NATS, as built", GIVEN["cluster_core_ticks"].value / HZ, core_h),
-        ("cores of NATS beside them, one copy of the logs", GIVEN["nats_core_ticks"].value / HZ, core_h),
+        ("cores of NATS beside them, one copy of the log", GIVEN["nats_core_ticks"].value / HZ, core_h),
     ):
         count = int(np.ceil(sessions / (0.7 * each)))
         rows.append(
@@ -105,7 +105,7 @@ def kinds(sessions: int, day: dict[str, Any], bytes_of: dict[str, int]) -> list[
 def log(sessions: int, bytes_of: dict[str, int]) -> dict[str, float]:
     """Gigabytes and messages a second."""
     ticks = sessions * HZ
-    written = ticks * (bytes_of["step"] + bytes_of["pred"]) * REPLICAS
+    written = ticks * bytes_of["step"] * REPLICAS
     return {
         "ticks_per_s": ticks,
         "in_gb_per_s": ticks * bytes_of["step"] / 1e9,
