@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from stream_mmrnn.cli.evaluate_media import Measure, evaluate_media
 from stream_mmrnn.cli.terminal import Console, Json, print_document, say_on
-from stream_mmrnn.core.durations import parse_ns, spoken
+from stream_mmrnn.core.durations import parse_ns
 from stream_mmrnn.core.errors import UsageError
 from stream_mmrnn.core.extras import need
 from stream_mmrnn.core.printable import shown
@@ -156,22 +156,21 @@ def evaluate(
     microphones: Annotated[
         int, typer.Option(min=1, max=2, help="With --media: 1 if each session hears its own person only.")
     ] = 2,
-    utterances: Annotated[
-        bool,
-        typer.Option("--utterances", help="With --media: ends of utterances against cuts inside them, one microphone."),
-    ] = False,
+    measure: Annotated[
+        Measure,
+        typer.Option(
+            help="With --media: silences of conversations, ends of utterances against cuts, or what a face adds."
+        ),
+    ] = Measure.silences,
     words: Annotated[bool, typer.Option(help="With --media: recognise words (extra `speech`).")] = True,
     plot: Annotated[Path | None, typer.Option(help="With --media: draw cut-ins against delay into this file.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure a model file on its test data, or on conversations as served, with the engine that serves it."""
-    if utterances and (plot is not None or not media):
-        raise UsageError("--utterances is for --media FILES, and draws no --plot")
-    if utterances and media:
-        _evaluate_utterances(model, media, words, as_json)
-        return
+    if measure is not Measure.silences and (plot is not None or not media):
+        raise UsageError(f"--measure {measure.value} is for --media FILES, and draws no --plot")
     if media:
-        _evaluate_media(model, media, words, microphones, plot, as_json)
+        evaluate_media(model, media, measure, words=words, microphones=microphones, plot=plot, as_json=as_json)
         return
     result = _training(()).evaluate(model, data or [], present.split(",") if present else None, changed or ())
     if as_json:
@@ -180,89 +179,6 @@ def evaluate(
     console = Console(highlight=False)
     console.print(f"[bold]{result['name']}[/bold] with {', '.join(result['present'])}")
     _print_heads(console, result["test"])
-
-
-def _step(model: Path) -> Path:
-    return model / "step.onnx" if model.is_dir() else model
-
-
-def _evaluate_utterances(model: Path, media: list[Path], words: bool, as_json: bool) -> None:
-    from rich.table import Table
-
-    from stream_mmrnn.offline.media import utterances
-
-    console = Console(stderr=True, highlight=False)
-    with console.status("starting") if not as_json else nullcontext() as status:
-        result = utterances.evaluate(
-            _step(model),
-            media,
-            words=words,
-            progress=lambda name: None if status is None else status.update(shown(name, 64)),
-        )
-    if as_json:
-        print_document(result)
-        return
-    console = Console(highlight=False)
-    console.print(
-        f"[bold]{result['name']}[/bold] as served: {result['utterances']} ends of utterances and as many cuts inside "
-        f"them, one microphone, {'recognised words' if words else 'no words'}"
-    )
-    table = Table(header_style="dim")
-    for column in ("", "read", "utterances", "AUC", "best balanced accuracy"):
-        table.add_column(column, justify="left" if column in ("", "read") else "right")
-    for place, figures in [("all", result), *result["places"].items()]:
-        for key, label in (("turn_over", "model"), ("turn_end", "turn_end alone")):
-            for when, scores in figures[key].items():
-                numbers = _number(scores["auc"]), _number(scores["best_balanced_accuracy"])
-                read = when.replace("_", " ")
-                table.add_row(f"{shown(place, 32)}: {label}", read, str(figures["utterances"]), *numbers)
-    console.print(table)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _evaluate_media(
-    model: Path, media: list[Path], words: bool, microphones: int, plot: Path | None, as_json: bool
-) -> None:
-    from stream_mmrnn.offline.media import conversations
-
-    console = Console(stderr=True, highlight=False)
-    with console.status("starting") if not as_json else nullcontext() as status:
-        result = conversations.evaluate(
-            _step(model),
-            media,
-            words=words,
-            microphones=microphones,
-            progress=lambda name: None if status is None else status.update(shown(name, 64)),
-        )
-    if plot is not None:
-        conversations.plot(result, plot)
-    if as_json:
-        print_document(result)
-        return
-    _print_media(Console(highlight=False), result)
-
-
-def _print_media(console: Console, result: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    heard = "two microphones" if result["microphones"] > 1 else "one microphone"
-    console.print(
-        f"[bold]{result['name']}[/bold] as served: {spoken(result['sound_s'])} of sound, {heard}, "
-        f"{'recognised words' if result['words'] else 'no words'}; {result['silences']} silences of 250 ms and more, "
-        f"{result['shifts']} of them end with the other voice"
-    )
-    table = Table(header_style="dim")
-    for column in ("", "AUC", "best balanced accuracy", "holds cut into at 0.7 s"):
-        table.add_column(column, justify="left" if not column else "right")
-    for key, label in (("turn_over", "model"), ("turn_end", "turn_end alone")):
-        scores = result[key]
-        cut = result["cut_in_at_700_ms"][key]
-        table.add_row(label, _number(scores["auc"]), _number(scores["best_balanced_accuracy"]), _number(cut))
-    table.add_row("silence of 0.7 s", "", "", _number(result["cut_in_at_700_ms"]["silence"]))
-    console.print(table)
 
 
 def export(

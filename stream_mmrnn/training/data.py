@@ -89,9 +89,8 @@ class Task:
     """Approximate ticks per epoch, for the schedule and the progress of the first epoch; 0 if unknown."""
     common_tokens: tuple[int, ...] = ()
     """The ids (as features, so id + 1) of the training data's tokens, the most common first."""
-    late_training: Sequence[Ticks] = ()
-    """What the late fusion of the recipe is fitted on; empty: it says nothing."""
-    late_validation: Sequence[Ticks] = ()
+    late: Callable[[], tuple[Sequence[Ticks], Sequence[Ticks]]] | None = None
+    """Reads what the late fusion of the recipe is fitted on, and what stops the fit in time; None: it says nothing."""
     sets: tuple[tuple[str, ...], ...] = ()
     """Sets of modalities that a report evaluates; empty means all non-empty sets."""
 

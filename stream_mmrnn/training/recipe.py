@@ -55,7 +55,7 @@ class FusionRecipe(_Section, frozen=True):
 
 class EventsRecipe(_Section, frozen=True):
     """A separate GRU for sparse modalities (words): it steps only in ticks where one of them is present. The fusion
-    does not see these modalities.
+    does not see these modalities; if they are all there are, nothing is fused.
     """
 
     modalities: tuple[str, ...] = ()
@@ -95,8 +95,8 @@ class LateFusionRecipe(_Section, frozen=True):
 
     modality: str = ""
     """"": no late fusion. `select` says which of its numbers are used."""
-    present: Annotated[int, msgspec.Meta(ge=0)] | None = None
-    """Index of a number that is 0 where the vector says nothing (no face)."""
+    present: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] = ()
+    """Indices of numbers that are 0 where the vector says nothing (no face)."""
     head: str = ""
     """One with labels whose numbers are probabilities, each by itself."""
     labels: tuple[str, ...] = ()
@@ -234,9 +234,9 @@ def _check_apart(recipe: Recipe) -> None:
     if len(set(apart)) < len(apart):
         twice = next(name for name in apart if apart.count(name) > 1)
         raise ConfigError(f"{twice!r} is named twice in events, evidence and late_fusion; name it once")
-    if len(apart) == len(recipe.modalities):
+    if len(apart) == len(recipe.modalities) and not events.modalities:
         raise ConfigError(
-            "events, evidence and late_fusion name every modality of the recipe; leave out one that is in every tick"
+            "evidence and late_fusion name every modality of the recipe; leave out one for the cell to read"
         )
     if events.tokens and not events.modalities:
         raise ConfigError("events.tokens needs events.modalities, the words that the tokens are of; name them")
@@ -264,8 +264,9 @@ def _check_late_fusion(late: LateFusionRecipe, recipe: Recipe) -> None:
         )
     if not late.labels or not set(late.labels) <= set(head.labels):
         raise ConfigError(f"late_fusion.labels has to name some of {', '.join(head.labels)}")
-    if late.present is not None and late.present >= recipe.modalities[late.modality].size:
-        raise ConfigError(f"late_fusion.present is {late.present}, and {late.modality!r} has no such number")
+    for index in late.present:
+        if index >= recipe.modalities[late.modality].size:
+            raise ConfigError(f"late_fusion.present names number {index} of {late.modality!r}, which has none such")
 
 
 def _check_from_last(head: HeadRecipe, recipe: Recipe) -> None:

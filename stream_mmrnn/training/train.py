@@ -233,13 +233,11 @@ class Trainer:
             self.predictor.load_state_dict(best.state_dict())
         if self.task.validation:
             calibrate(self.predictor, self.task.validation, self.device)
-        if self.predictor.late_fusion is not None and self.task.late_training:
-            ratio = late_fusion.fit(
-                self.predictor.cpu(), self.task.late_training, self.task.late_validation, self.recipe.train.seed
-            )
+        if self.predictor.late_fusion is not None and self.task.late is not None:
+            ratio = late_fusion.fit(self.predictor.cpu(), *self.task.late(), self.recipe.train.seed)
             progress({"event": "late_fusion", "loss_ratio": ratio})
             self.predictor.to(self.device)
-        if self.task.validation or self.task.late_training:
+        if self.task.validation or self.task.late is not None:
             save(self.predictor, self.folder / "best.safetensors", self.task.origins)
 
     def _save(self) -> None:

@@ -37,7 +37,7 @@ def trace(at_s: list[float], turn_over: list[float], quiet: list[bool] | None = 
 
 def test_a_file_with_one_channel_is_refused(tmp_path: Path) -> None:
     mono = wav(tmp_path / "mono.wav", np.zeros(1600))
-    with pytest.raises(FileError, match=r"mono\.wav has 1 channel, expected two: .* `--utterances`"):
+    with pytest.raises(FileError, match=r"mono\.wav has 1 channel, expected two: .* `--measure utterances`"):
         sound.read(mono)
 
 

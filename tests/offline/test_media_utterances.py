@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from recogniser import needs_recogniser
+from typer.testing import CliRunner
 
+from stream_mmrnn.cli.app import app
 from stream_mmrnn.core.config import find_model
 from stream_mmrnn.core.errors import FileError, UsageError
 from stream_mmrnn.offline.media import sound, utterances
+from stream_mmrnn.offline.media.served import Served
 from stream_mmrnn.offline.media.utterances import Utterance
 
 NOBODY = np.zeros((0, 2))
@@ -114,22 +117,52 @@ def test_one_channel_and_clips_are_read(clips: Path) -> None:
     assert len(heard) == pytest.approx(30 * 16_000, abs=3200)
     assert [(round(u.begin_s, 2), round(u.end_s, 2)) for u in said] == [(8.32, 14.49), (14.49, 17.92), (18.05, 21.49)]
     assert len(sound.channels(clips / "sbwe5n.mpg")) == 1
+    assert heard.std() > 300
+    assert utterances.quiet(heard, 8000).std() < 30  # where nobody speaks
 
 
 @pytest.mark.slow
 @pytest.mark.shared_data
-@pytest.mark.parametrize("words", [False, pytest.param(True, marks=needs_recogniser)])
-def test_from_files_to_figures(clips: Path, words: bool) -> None:
+def test_from_files_to_figures(clips: Path) -> None:
     media = [clips / "dialogue.wav", clips / "sbwe5n.mpg"]
-    found = utterances.evaluate(find_model("turn_taking"), media, words=words, most=2)
+    found = utterances.evaluate(find_model("turn_taking"), media, words=False, most=2)
     assert found["files"] == ["dialogue.wav", "sbwe5n.mpg"]
-    assert {name: place["utterances"] for name, place in found["places"].items()} == {
-        "dialogue.wav": 2,
-        "sbwe5n.mpg": 1,
-    }
-    assert (found["utterances"], found["microphones"], found["words"]) == (3, 1, words)
+    assert [place["utterances"] for place in found["places"].values()] == [2, 1]
+    assert (found["utterances"], found["microphones"], found["words"]) == (3, 1, False)
     for name in ("turn_over", "turn_end"):
         for scores in found[name].values():
             assert 0 <= scores["auc"] <= 1
         assert found[name]["after_500_ms"]["known"] == 6
-    assert found == utterances.evaluate(find_model("turn_taking"), media, words=words, most=2)
+    alone = utterances.evaluate(find_model("turn_taking"), media[1:], words=False, most=2)
+    assert alone["places"][str(media[1])] == found["places"][str(media[1])]  # a session leaves nothing to the next one
+
+
+def test_it_is_asked_for_with_media_and_without_a_plot(tmp_path: Path) -> None:
+    for more in ([], ["--media", str(tmp_path), "--plot", "x.png"]):
+        done = CliRunner().invoke(app, ["evaluate", "models/turn_taking", "--measure", "utterances", *more])
+        assert isinstance(done.exception, UsageError)
+        assert "--measure utterances is for --media FILES, and draws no --plot" in str(done.exception)
+
+
+@pytest.mark.slow
+@pytest.mark.shared_data
+def test_the_command_prints_a_table(clips: Path) -> None:
+    folder = find_model("turn_taking").parent
+    args = ["--media", str(clips / "sbwe5n.mpg"), "--measure", "utterances", "--no-words"]
+    done = CliRunner().invoke(app, ["evaluate", str(folder), *args])
+    assert done.exit_code == 0, done.output
+    assert "1 ends of utterances and as many cuts inside them" in " ".join(done.output.split())
+    assert "sbwe5n.mpg" in done.output
+
+
+@pytest.mark.slow
+@pytest.mark.shared_data
+@needs_recogniser
+def test_words_are_recognised_and_change_the_figures(clips: Path) -> None:
+    media, model = [clips / "sbwe5n.mpg"], find_model("turn_taking")
+    served = [Served(model, microphones=1, words=words) for words in (True, False)]
+    heard = sound.channels(media[0])[0]
+    with_words, without = (each.trace(heard) for each in served)
+    assert with_words.at_s.tolist() == without.at_s.tolist()
+    assert not np.array_equal(with_words.turn_over, without.turn_over)
+    assert utterances.evaluate(model, media, words=True)["words"]

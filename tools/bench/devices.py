@@ -9,6 +9,7 @@ count from when the program had the sample: until then it is the virtual device 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import statistics
 import subprocess
@@ -21,7 +22,7 @@ from stream_mmrnn.bench import end_to_end
 from stream_mmrnn.bench.plots import Pictures
 from stream_mmrnn.bench.report import Document, Ratio, document, ratio
 from stream_mmrnn.capture import sources
-from stream_mmrnn.core import config, processes
+from stream_mmrnn.core import config, processes, topics
 from stream_mmrnn.core.errors import ProcessError, UsageError
 from stream_mmrnn.core.latency import Histogram
 from stream_mmrnn.core.stream_table import for_model
@@ -40,6 +41,8 @@ SESSIONS: dict[str, dict[str, str]] = {
     "with_camera": {**_MICROPHONE, "text": "speech", "vision": "camera"},
 }
 """The streams of each session; `camera` stands for the virtual one. The first has nothing that is derived."""
+DELAYS = {"to_prediction": "", "audio_to_prediction": topics.feature("audio")}
+"""Of all ticks, and of those that a block of sound closed, and no picture that came later."""
 _NAME = 9
 """Letters of a process's name that the system keeps, without its prefix."""
 
@@ -118,12 +121,14 @@ def run(
                 if not alive():
                     raise ProcessError("the bench was stopped before it had measured; nothing is reported")
                 row, _ = end_to_end.row_of(name, done, 0, spec.tick_ns)
-                latency = Histogram()
+                delays = {how: Histogram() for how in DELAYS}
                 for seen in done.seen:
-                    latency.add(seen.owed_ns - seen.took["capture"])
-                more = {"cores": cores_of(settings, row["cpu"]), "to_prediction_ms": latency.row()}
+                    for how, topic in DELAYS.items():
+                        if seen.by.startswith(topic):
+                            delays[how].add(seen.owed_ns - seen.took["capture"])
+                more = {"cores": cores_of(settings, row["cpu"]), **{f"{how}_ms": h.row() for how, h in delays.items()}}
                 rows.append({"round": number + 1, **more, **row})
-                pictures.histograms.setdefault(name, {})[f"round {number + 1}"] = latency
+                pictures.histograms.setdefault(name, {})[f"round {number + 1}"] = delays["to_prediction"]
     about = {"model": spec.name, "sha256": spec.sha256, "duration_s": duration_s, "rounds": rounds}
     return document("devices", about, rows, _ratios(rows)), pictures
 
@@ -140,11 +145,12 @@ def _ratios(rows: list[dict[str, Any]]) -> dict[str, Ratio]:
         bound = CPU_AT_MOST if name == "with_camera" else None
         why = "this system does not tell what processes use"
         found[f"{name}_cores"] = ratio(statistics.median(cores) if cores else None, bound, other_cpu=other_cpu, why=why)
-        for p in ("p50", "p99"):
-            times = [r["to_prediction_ms"].get(p) for r in those if r["to_prediction_ms"]["count"]]
+        for how, p in itertools.product(DELAYS, ("p50", "p99")):
+            delay = f"{how}_ms"
+            times = [r[delay][p] for r in those if r[delay]["count"]]
             why = "no prediction was read"
-            found[f"{name}_to_prediction_{p}_ms"] = ratio(statistics.median(times) if times else None, why=why)
+            found[f"{name}_{how}_{p}_ms"] = ratio(statistics.median(times) if times else None, why=why)
             if name != first and len(times) == len(by_name[first]) == len(those):
-                pairs = zip(times, (r["to_prediction_ms"][p] for r in by_name[first]), strict=True)
-                found[f"{name}_to_prediction_{p}_over_{first}"] = ratio(statistics.median(a / b for a, b in pairs))
+                pairs = zip(times, (r[delay][p] for r in by_name[first]), strict=True)
+                found[f"{name}_{how}_{p}_over_{first}"] = ratio(statistics.median(a / b for a, b in pairs))
     return found

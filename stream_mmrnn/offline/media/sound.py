@@ -46,7 +46,7 @@ def read(path: Path) -> Conversation:
     if len(sound) != 2:
         raise FileError(
             f"{path} has {len(sound)} channel{'s' * (len(sound) > 1)}, expected two: one person a channel; of people "
-            "one at a time, `--utterances` measures the ends of what they say"
+            "one at a time, `--measure utterances` measures the ends of what they say"
         )
     rttm = path.with_suffix(".rttm")
     spoken = _conversation_rttm(rttm) if rttm.is_file() else (heard(sound[0]), heard(sound[1]))

@@ -272,7 +272,7 @@ def evaluate(
             "words": words,
             "microphones": 1,
             **figures(np.ones(len(true), bool)),
-            "places": {place.name: figures(where == i) for i, place in enumerate(media)},
+            "places": {str(place): figures(where == i) for i, place in enumerate(media)},
         }
     )
     return document

@@ -346,7 +346,6 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
         return LazySequence(len(ids), lambda k: seen(ids[k], bool(k % 2), None, clear))
 
     faces = find_folder(places, "grid") if recipe.late_fusion.modality == "vision" else None
-    fitted, held_out_faces = ([], []) if faces is None else turn_taking_faces.sequences(recipe, faces)
     words = (*_TEXTS, *_TOKENS)
     given = [m for m in recipe.modalities if m in (*_VOICES, *words)]
     sets = [
@@ -368,8 +367,7 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
         common_tokens=common_tokens(
             (word for i in wanted["train"] for side in found[i][:2] for word in side.word), views.tokens
         ),
-        late_training=fitted,
-        late_validation=held_out_faces,
+        late=None if faces is None else lambda: turn_taking_faces.sequences(recipe, faces),
         sets=tuple(dict.fromkeys(s for s in sets if s)),
         about="Switchboard telephone dialogues as words with start and end (Godfrey, Holliman and McDaniel 1992; ISIP "
         "alignments of 1998, which come without a licence text: nothing of them is here but what the weights learnt). "
@@ -379,5 +377,5 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
         "activity is that of the word alignments, words closer than 50 ms joined; each word's WordLlama vector comes "
         "in the tick in which the word ends. `turn_over` is scored 250 ms into each mutual silence of that length and "
         f"more that ends in speech{_CLEAR if options.silences == 'clear' else ''}."
-        + (f" `vision`: {len(fitted)} of {len(fitted) + len(held_out_faces)} clips of GRID." if fitted else ""),
+        + ("" if faces is None else f" `vision` was fitted afterwards on clips of faces (GRID): {faces.name}."),
     )
