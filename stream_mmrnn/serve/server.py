@@ -27,7 +27,7 @@ from stream_mmrnn.core.stream_table import for_model
 from stream_mmrnn.predict.sharded_engine import create
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.save_queue import WRITERS
-from stream_mmrnn.serve.session_host import Host
+from stream_mmrnn.serve.session_host import SHARE, Host
 from stream_mmrnn.serve.session_input import SessionInput
 from stream_mmrnn.serve.sessions import Sessions
 from stream_mmrnn.serve.state_store import StateBlockStore
@@ -226,7 +226,7 @@ class Server:
                 garbage = host.counts["garbage"]
                 if self._rate_limiter(received[0].hex(), now_ns()):
                     self._say(f"the client {received[0].hex()} sent an invalid message ({garbage} by all so far)")
-            if read[received[0]] >= host.share(received[0]):
+            if read[received[0]] >= SHARE and read[received[0]] >= host.share(received[0]):
                 break
         self._send()
 

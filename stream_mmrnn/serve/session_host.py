@@ -31,7 +31,7 @@ _PEER_RETRY_S = 1.0
 """What a peer with too many sessions is told to wait."""
 _IDLE_CHECK_NS, _SWEEP_NS = 100_000_000, 60_000_000_000
 """How often idle sessions, and states on disk that are too old, are looked for."""
-_READ = 32
+SHARE = 32
 """Messages of a peer that are read at most between two steps, and one more for each of its sessions."""
 _READ_BYTES = 8192
 """A message counts as one more for each so many bytes; a block as its ticks."""
@@ -110,7 +110,7 @@ class Host:
 
     def share(self, peer: Peer) -> int:
         """How many messages of a peer are read at most between two steps, as `receive` counts them."""
-        return _READ + len(self._of.get(peer, ()))
+        return SHARE + len(self._of.get(peer, ()))
 
     # ---- requests ------------------------------------------------------------------------------------------------
 
