@@ -26,11 +26,12 @@ from stream_mmrnn.core.errors import (
     DuplicateSession,
     Evicted,
     UsageError,
+    WireError,
 )
 from stream_mmrnn.core.types import Tick
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.serve import protocol
-from stream_mmrnn.serve.block_codec import row_bytes, rows_of, to_steps
+from stream_mmrnn.serve.block_codec import StepsReader, row_bytes, rows_of, to_steps
 from stream_mmrnn.serve.client_groups import GroupAnswer
 from stream_mmrnn.serve.client_state import ClientState
 from stream_mmrnn.serve.save_queue import WRITERS
@@ -335,7 +336,7 @@ class Machine:
 
     def begin(self) -> None:
         """A new server, on what the last one has left on the disk."""
-        state = config.StateSettings(idle_s=10, ttl_s=10_000, snapshot_every=3)
+        state = config.StateSettings(idle_s=1000, ttl_s=1e6, snapshot_every=3)
         store = StateBlockStore(self.folder, state.ttl_s)
         self.sessions = Sessions(StepEngine(self.toy, 8), store, state, writer=self.writer)
         self.host = Host(self.sessions, 16, slots=8, peer_sessions=8, groups=True)
@@ -366,6 +367,7 @@ class Machine:
         while not all(self.sessions.store.holds(name, self.at_ns) for name in NAMES):
             self.settle()  # a server that dies before that has never had the session
             self.at_ns += S // 10
+            time.sleep(0.001)
 
     def begin_at(self, name: str, token: str, following: int) -> None:
         """A server has the session as it was at this tick: later ones are stepped again."""
@@ -451,7 +453,7 @@ class Machine:
             if what == "evict" or self.unconfirmed:
                 self.settle()
             if what == "evict":
-                self.at_ns += 11 * S
+                self.at_ns += 1001 * S
                 self.settle()
                 self.settle()
             elif what == "vanish":
@@ -515,3 +517,84 @@ def test_any_interleaving_leaves_each_session_as_if_alone(toy: Path, writer: boo
 
     each()
     assert compared > 200
+
+
+# ---- columns ---------------------------------------------------------------------------------------------------------
+
+SIZES = {"a": 2, "b": 3}
+READER = StepsReader(list(SIZES), list(SIZES.values()))
+
+
+@st.composite
+def blocks(draw: st.DrawFn) -> Block:
+    rows = draw(st.lists(st.integers(0, 9), min_size=1, max_size=6, unique=True))
+    count = len(rows)
+    present = np.array(draw(st.lists(st.lists(st.booleans(), min_size=2, max_size=2), min_size=count, max_size=count)))
+    kind = draw(st.sampled_from([np.float32, np.float16]))
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    ages = draw(st.sampled_from([present.astype(np.int64) - 1, rng.integers(-1, 9, (count, 2))]))
+    features = tuple(
+        rng.standard_normal((int(present[:, i].sum()), n)).astype(kind) for i, n in enumerate(SIZES.values())
+    )
+    indices, event_ns = rng.integers(0, 2**53, count), rng.integers(-(2**62), 2**62, count)
+    return Block(np.array(rows), indices, event_ns, present, ages, features)
+
+
+@given(blocks())
+def test_a_block_comes_back_as_it_was_sent(block: Block) -> None:
+    request = protocol.read_request(protocol.encode(to_steps(3, 4, block)))
+    assert isinstance(request, protocol.Steps)
+    found = READER.read(request, 10)
+    assert not found.fits(list(SIZES.values()))
+    for name in ("handles", "indices", "event_ns", "present", "age_ns"):
+        assert np.array_equal(getattr(found, name), getattr(block, name)), name
+    assert [v.tobytes() for v in found.features] == [v.tobytes() for v in block.features]
+    absent = ~block.present.any(axis=0)
+    assert [of is None for of in request.features] == absent.tolist(), "what is absent everywhere is not sent"
+
+
+@given(
+    blocks(),
+    st.sampled_from(["ticks", "rows", "event_ns", "age_ns", "features", "present"]),
+    st.binary(max_size=40) | st.none(),
+    st.integers(0, 1),
+)
+def test_columns_of_any_bytes_fit_or_are_refused(block: Block, name: str, content: bytes | None, at: int) -> None:
+    request = to_steps(0, 0, block)
+    value: Any = content or b""
+    if name in ("features", "present"):
+        value = [*(getattr(request, name) or (None, None))]
+        value[at] = content
+        value = tuple(value)
+    try:
+        found = READER.read(msgspec.structs.replace(request, **{name: value}), 10)
+    except BadTick:
+        return
+    assert not found.fits(list(SIZES.values()))
+    assert ((found.handles >= 0) & (found.handles < 10)).all()
+
+
+@given(st.binary(max_size=60), st.binary(max_size=60), st.integers(0, 3), st.integers(0, 3))
+def test_no_answer_harms_a_client(heads: bytes, rows: bytes, block: int, first: int) -> None:
+    client = ClientState()
+    client.welcome = protocol.Welcome(
+        2, "m", "0" * 64, 1, 4, (protocol.Modality("a", 2),), (protocol.Head("h", "regression", 1),)
+    )
+    group = client.new_group(["x", "y"], None)
+    following = np.zeros(2, "<i8").tobytes()
+    grouped = protocol.Grouped(group=0, first=0, tokens=("t", "u"), next=following, resumed=bytes(2))
+    client.receive(protocol.encode(grouped), NOW)
+    group.put({"a": np.zeros((2, 2))}, None, None, None, None, None, NOW)
+    for reply in (
+        protocol.Preds(group=0, block=block, heads=(heads,), waited_ns=0, step_ns=0, model="", rows=rows),
+        protocol.Preds(group=0, block=block, heads=(), waited_ns=0, step_ns=0, model="", skipped=rows, next=heads),
+        protocol.Grouped(group=0, first=first, tokens=("t",), next=rows, resumed=heads),
+    ):
+        try:
+            client.receive(protocol.encode(reply), NOW)
+        except WireError:
+            continue
+    good = np.array([[1.0], [2.0]], "<f4").tobytes()
+    reply = protocol.Preds(group=0, block=0, heads=(good,), waited_ns=0, step_ns=0, model="m")
+    client.receive(protocol.encode(reply), NOW)
+    assert len(group.answers) == 1
