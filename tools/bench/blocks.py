@@ -68,7 +68,7 @@ class Load(NamedTuple):
 
 @contextlib.contextmanager
 def pinned(core: int) -> Iterator[None]:
-    """This process on one core, where the system can do that."""
+    """Keep this process on one core, where the system can do that."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -86,7 +86,8 @@ class Server:
     def __init__(self, path: Path | str, folder: Path, slots: int = 16_384) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "serve.toml").write_text(
-            f"[serve]\nslots = {slots}\nclient_slots = {slots}\n[admission]\nshare = 1.0\n[state]\nfolder = '{folder}'\n"
+            f"[serve]\nslots = {slots}\nclient_slots = {slots}\n"
+            f"[admission]\nshare = 1.0\n[state]\nfolder = '{folder}'\n"
         )
         options = ["--model", str(path), "--port", "0", "--config", str(folder / "serve.toml"), "--json"]
         with pinned(_SERVER_CORE):
@@ -303,7 +304,7 @@ def measure(
     found: dict[str, Ratio] = {}
     with pinned(_SERVER_CORE):
         alone, _ = engine_bench.run(model=Path(path), duration_s=duration_s, say=say, alive=alive)
-    engine = alone.ratios["sessions_per_core_model"].value
+    engine = alone["ratios"]["sessions_per_core_model"]["value"]
     held: dict[str, int] = {}
     for kind in KINDS:
         server = Server(path, folder / kind)
