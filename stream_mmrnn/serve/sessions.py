@@ -37,7 +37,6 @@ from stream_mmrnn.serve.open_sessions import OpenSessions
 from stream_mmrnn.serve.saved_states import BlockStore, Store, same_token
 from stream_mmrnn.serve.session_table import OpenSession
 
-
 _YES, _NO = np.ones(1, np.bool_), np.zeros(1, np.bool_)
 """Masks of one tick."""
 

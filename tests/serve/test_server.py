@@ -1063,7 +1063,7 @@ def test_the_page_runs_as_written(tmp_path: Path) -> None:
         assert server.stdout is not None
         assert "serving turn_taking at tcp://127.0.0.1:7701" in server.stdout.readline()
         snippets = [b for b in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "ClusterClient" not in b]
-        assert len(snippets) == 3
+        assert len(snippets) == 4
         for snippet in snippets:
             said = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, env=env, timeout=60)
             assert said.returncode == 0, said.stderr
@@ -1071,7 +1071,7 @@ def test_the_page_runs_as_written(tmp_path: Path) -> None:
         server.send_signal(signal.SIGINT)
         said, _ = server.communicate(timeout=10)
         assert server.returncode == 0
-        assert "87 ticks of 3 sessions" in said
+        assert "1687 ticks of 67 sessions" in said
     finally:
         if server.poll() is None:
             server.kill()

@@ -206,7 +206,7 @@ def run(
     say: Callable[[str], None] = lambda _: None,
     alive: Callable[[], bool] = lambda: True,
 ) -> tuple[Document, Pictures]:
-    """`duration_s` is of each turn; `peers`: Triton, too, where it is; `capacity`: how many sessions one core carries."""
+    """`duration_s` is of each turn; `peers`: Triton, too, where it is; `capacity`: how many a core carries."""
     rows: list[dict[str, Any]] = []
     why: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
