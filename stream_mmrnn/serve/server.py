@@ -231,7 +231,7 @@ class Server:
         self._send()
 
     def _send(self) -> None:
-        host, router = self.host, self._router
+        host, router, answered = self.host, self._router, self._answered
         while host.out:
             out, host.out = host.out, []
             gone = set()
@@ -239,7 +239,9 @@ class Server:
                 if peer in gone:
                     continue
                 fate = router.send(peer, protocol.encode(reply))
-                self._answered.add(peer)
+                answered.add(peer)
+                if fate == "sent":
+                    continue
                 if fate == "slow":
                     # it notices the missing answer, since ticks are numbered
                     host.counts["unread"] += 1
@@ -247,7 +249,7 @@ class Server:
                         self._say(
                             f"the client {peer.hex()} does not read fast enough; some of its messages are dropped"
                         )
-                elif fate == "gone":
+                else:
                     gone.add(peer)
                     host.gone(peer, now_ns())
 

@@ -122,7 +122,10 @@ class Host:
             self._send(peer, protocol.Refused(error="bad_message", why=str(e)[:500]))
             return 1 + len(content) // _READ_BYTES
         if type(request) is protocol.Step and not self._turns and not self._owners.taking:
-            self._answer(Put(peer, request.session, request, 0, now_ns))  # as below, for most messages
+            try:  # as below, for most messages
+                self._put(peer, request, now_ns)
+            except StreamError as e:
+                self._refuse(peer, e, request.session, request.tick)
             return 1
         if isinstance(request, protocol.OpenGroup):
             self._receive_group(peer, request, len(content), now_ns)

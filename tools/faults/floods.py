@@ -110,7 +110,7 @@ FLOODS: dict[str, Callable[[str, Steps], Iterator[protocol.Request]]] = {
     "open and close": _reopened,
     "step": _steps,
     "group": lambda name, step: (
-        protocol.OpenGroup(group=i % 100, sessions=tuple(f"{name}{i}_{k}" for k in range(64)))
+        protocol.OpenGroup(group=i % 100, sessions=tuple(f"{name}{i}_{k}" for k in range(6)))
         for i in itertools.count()
     ),
     "group of another": lambda name, step: itertools.repeat(
