@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from stream_mmrnn.capture.sources.lsl import LslSource as LslSource
     from stream_mmrnn.capture.sources.microphone import Microphone as Microphone
     from stream_mmrnn.capture.sources.synthetic import Synthetic as Synthetic
+    from stream_mmrnn.core.block import Block as Block
+    from stream_mmrnn.core.block import BlockPredictions as BlockPredictions
+    from stream_mmrnn.core.block import StateBlock as StateBlock
     from stream_mmrnn.core.clock import now_ns as now_ns
     from stream_mmrnn.core.config import Settings as Settings
     from stream_mmrnn.core.config import find_model as find_model
@@ -123,6 +126,7 @@ _PUBLIC = {
     "capture.sources.lsl": ("LslSource",),
     "capture.sources.microphone": ("Microphone",),
     "capture.sources.synthetic": ("Synthetic",),
+    "core.block": ("Block", "BlockPredictions", "StateBlock"),
     "core.clock": ("now_ns",),
     "core.config": ("Settings", "find_model"),
     "core.errors": (

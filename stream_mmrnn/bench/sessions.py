@@ -1,15 +1,16 @@
 """Sessions: how many an engine can step 25 times a second each before the p99 latency exceeds a tick.
 
 Open loop: every session has its own phase, a tick's intended time is fixed beforehand, and all ticks that are due are
-stepped in one call of the engine; latency counts from the intended time. Also, hot: one batched call against a loop of
-single calls over the same graph. Without the bus: this is the capacity of an engine's process alone.
+stepped in one call of the engine, as ticks and as a block; latency counts from the intended time. Also, hot: one
+batched call against a loop of single calls over the same graph. Without the bus: this is the capacity of an engine's
+process alone.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -23,6 +24,7 @@ from stream_mmrnn.bench.plots import Curve, Pictures
 from stream_mmrnn.bench.report import Document, Ratio, document, ratio
 from stream_mmrnn.bench.step import bare, tick_of
 from stream_mmrnn.bus.socket_dir import temporary_folder
+from stream_mmrnn.core.block import Block
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.latency import Histogram
 from stream_mmrnn.core.types import Tick
@@ -43,6 +45,11 @@ Engine = StepEngine | ShardedEngine
 Arrivals: TypeAlias = Literal["spread", "together"]
 """`spread`: each session has its own phase; `together`: all are due at the same moment."""
 
+Way: TypeAlias = Literal["step", "step_block"]
+"""The engine's call: with a Tick object of each session, or with columns."""
+WAYS: dict[Way, str] = {"step": "sessions_per_core", "step_block": "sessions_block"}
+"""Call -> beginning of the name of the capacity with it."""
+
 
 def phases(sessions: int, arrivals: Arrivals, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """When in its tick each session is due, in nanoseconds, sorted."""
@@ -51,10 +58,23 @@ def phases(sessions: int, arrivals: Arrivals, seed: int) -> np.ndarray[Any, np.d
     return np.sort(np.random.default_rng(seed).integers(0, TICK_NS, sessions))
 
 
+def block_of(engine: Engine, ticks: Sequence[Tick]) -> Block:
+    """The ticks, which have something in every modality, as one block; of different sessions that are open."""
+    names = [m.name for m in engine.spec.modalities]
+    return Block(
+        np.array([engine.handle(tick.session) for tick in ticks], np.int64),
+        np.array([tick.index for tick in ticks], np.int64),
+        np.array([tick.event_ns for tick in ticks], np.int64),
+        np.ones((len(ticks), len(names)), np.bool_),
+        np.array([[tick.age_ns[name] for name in names] for tick in ticks], np.int64),
+        tuple(np.stack([tick.features[name] for tick in ticks]) for name in names),
+    )
+
+
 class Load:
     """Open sessions of one engine: all that are due are one call of it, and the latencies are measured."""
 
-    def __init__(self, engine: Engine, sessions: int, arrivals: Arrivals, seed: int = 0) -> None:
+    def __init__(self, engine: Engine, sessions: int, arrivals: Arrivals, seed: int = 0, way: Way = "step") -> None:
         self.engine, self.sessions = engine, sessions
         rng = np.random.default_rng(seed)
         kinds = [tick_of(engine, "", rng) for _ in range(64)]  # type: ignore[arg-type]
@@ -64,14 +84,33 @@ class Load:
             engine.open(name)
             of = kinds[i % 64]
             self.ticks.append(Tick(name, 1, 0, of.features, of.present, of.age_ns, of.closed))
+        self._step = self._step_block if way == "step_block" else self._step_ticks
+        self._block = block_of(engine, self.ticks) if way == "step_block" else None
         self.due_ns = phases(sessions, arrivals, seed)
         self.latency = Histogram()
         self.batches = Histogram()
         self.late = 0
 
+    def _step_ticks(self, first: int, last: int) -> None:
+        self.engine.step(self.ticks[first:last])
+
+    def _step_block(self, first: int, last: int) -> None:
+        whole, part = self._block, slice(first, last)
+        assert whole is not None
+        self.engine.step_block(
+            Block(
+                whole.handles[part],
+                whole.indices[part],
+                whole.event_ns[part],
+                whole.present[part],
+                whole.age_ns[part],
+                tuple(vectors[part] for vectors in whole.features),
+            )
+        )
+
     def run(self, duration_s: float, alive: Callable[[], bool], hopeless_ns: int = 25 * TICK_NS) -> bool:
         """Step for `duration_s`; False if it gave up because a step ended more than `hopeless_ns` late."""
-        due, ticks, engine = self.due_ns, self.ticks, self.engine
+        due = self.due_ns
         start_ns = now_ns() + 5_000_000
         end_ns = start_ns + int(duration_s * 1e9)
         settled_ns = start_ns + int(SETTLE_S * 1e9)
@@ -82,7 +121,7 @@ class Load:
                 return True
             sleep_until(next_ns, now_ns)
             upto = int(np.searchsorted(due, now_ns() - base_ns, "right"))
-            engine.step(ticks[at:upto])
+            self._step(at, upto)
             done_ns = now_ns()
             if next_ns >= settled_ns:
                 took = (done_ns - base_ns) - due[at:upto]
@@ -125,16 +164,19 @@ def run(
             assert path is not None
             if not alive():
                 break
-            sessions, points, other_cpu = _capacity(
-                kind, path, rows, duration_s, arrivals, processes, provider, most, seed, say, alive
-            )
             bound = BOUNDS.get(kind) if hidden == 256 and processes == 1 else None
-            found[f"sessions_per_core_{kind}"] = ratio(sessions / processes, bound, "more", other_cpu)
+            for way, name in WAYS.items():
+                sessions, points, other_cpu = _capacity(
+                    kind, way, path, rows, duration_s, arrivals, processes, provider, most, seed, say, alive
+                )
+                found[f"{name}_{kind}"] = ratio(
+                    sessions / processes, bound if way == "step" else None, "more", other_cpu
+                )
             if processes == 1 and provider == "cpu":
                 alone_ns = _graph_alone(path)
                 rows.append({"what": kind, "contender": "the graph alone", "us_a_row": round(alone_ns / 1e3, 2)})
                 found[f"sessions_of_the_graph_alone_{kind}"] = ratio(TICK_NS / alone_ns, None, "more", other_cpu)
-            points.sort()
+            points.sort()  # of blocks, which come last
             pictures.curves[kind] = Curve("sessions", "p99 from the intended time, ms", points, TICK_NS / 1e6)
         first = next(iter(made.values()))
         assert first is not None
@@ -160,6 +202,7 @@ def run(
 
 def _capacity(
     kind: str,
+    way: Way,
     path: Path,
     rows: list[dict[str, Any]],
     duration_s: float,
@@ -177,8 +220,8 @@ def _capacity(
     others: list[float | None] = []
     sessions = min(256, most)
     while alive() and sessions <= most and (not holds or fails - holds > max(holds // 12, 1)):
-        row, good = _one(kind, path, sessions, duration_s, arrivals, processes, provider, seed, alive)
-        say(f"{kind}, {sessions} sessions: p99 {row['latency_ms']['p99']:.1f} ms{'' if good else ', too late'}")
+        row, good = _one(kind, way, path, sessions, duration_s, arrivals, processes, provider, seed, alive)
+        say(f"{kind}, {way}, {sessions} sessions: p99 {row['latency_ms']['p99']:.1f} ms{'' if good else ', too late'}")
         rows.append(row)
         others.append(row["other_cpu"])
         points.append((float(sessions), row["latency_ms"]["p99"]))
@@ -191,6 +234,7 @@ def _capacity(
 
 def _one(
     kind: str,
+    way: Way,
     path: Path,
     sessions: int,
     duration_s: float,
@@ -206,7 +250,7 @@ def _one(
     else:
         engine = StepEngine(path, sessions, provider)
     try:
-        load = Load(engine, sessions, arrivals, seed)
+        load = Load(engine, sessions, arrivals, seed, way)
         engine.prewarm()
         watch = Processes()
         began = time.monotonic()
@@ -218,6 +262,7 @@ def _one(
     good = kept_up and load.latency.percentile(99) <= TICK_NS
     row = {
         "what": kind,
+        "contender": way,
         "sessions": sessions,
         "latency_ms": load.latency.row(),
         "holds": good,
@@ -253,11 +298,20 @@ def _batched(path: Path, rows: list[dict[str, Any]], found: dict[str, Ratio]) ->
         for call in each:
             call()
 
+    block = block_of(engine, ticks)
     watch = Processes()
-    timings = turns({"loop over sessions": sampled(loop), "one call": sampled(lambda: engine.step(ticks))}, 9, 6)
+    calls = {
+        "loop over sessions": sampled(loop),
+        "one call": sampled(lambda: engine.step(ticks)),
+        "one block": sampled(lambda: engine.step_block(block)),
+    }
+    timings = turns(calls, 9, 6)
     usage = watch.used()
     for name, timing in timings.items():
         row = {"what": "batching", "sessions": BATCH, "contender": name, **timing.row()}
         rows.append({**row, "other_cpu": usage.other_cpu, "busiest": usage.busiest_other})
     value = ratios(timings, "one call")["loop over sessions"]
     found["loop_over_batched"] = ratio(value, 4.5, "more", usage.other_cpu)
+    found["step_over_step_block"] = ratio(ratios(timings, "one block")["one call"], None, "more", usage.other_cpu)
+    us = statistics.median(timings["one block"].rounds) / 1e3
+    found["step_block_us"] = ratio(us, None, "less", usage.other_cpu)

@@ -48,13 +48,16 @@ def rounds(keys: Sequence[Hashable], most: int) -> Iterator[Sequence[int]]:
 class Columns:
     """Fills the input arrays of a graph with these modalities, up to `most` rows at once."""
 
-    def __init__(self, modalities: Sequence[ModalitySpec], most: int) -> None:
+    def __init__(
+        self, modalities: Sequence[ModalitySpec], most: int, vectors: list[npt.NDArray[Any]] | None = None
+    ) -> None:
+        """`vectors`: matrices [N, size] by modality, into which `block` writes its features; else it has its own."""
         self.names = tuple(m.name for m in modalities)
         self.sizes = tuple(m.size for m in modalities)
         self._values: Callable[[Mapping[str, Any]], Sequence[Any]] = _in_order(self.names)
         self._age_s = np.zeros((most, len(self.names)), np.float64)
-        self._vectors = [np.empty((0, size), np.float32) for size in self.sizes]
-        """The features of the newest `block`: memory that is new each time costs more than the copy."""
+        # of the newest `block`: memory that is new each time costs more than the copy
+        self._vectors = [np.empty((0, size), np.float32) for size in self.sizes] if vectors is None else vectors
 
     def block(self, ticks: Sequence[Tick], handles: Sequence[int]) -> Block:
         """One tick of each of N sessions as a block; `handles` are theirs. Its features hold until the next call."""
@@ -64,12 +67,11 @@ class Columns:
         present = np.fromiter(flags, np.bool_, cells).reshape(shape)
         ages_ns = chain.from_iterable([self._values(tick.age_ns) for tick in ticks])
         features = []
-        for i, name in enumerate(self.names):
-            here = present[:, i]
-            if here.all():
+        for i, (name, there) in enumerate(zip(self.names, present.sum(0).tolist(), strict=True)):
+            if there == count:
                 vectors = [tick.features[name] for tick in ticks]
             else:
-                vectors = [tick.features[name] for tick, there in zip(ticks, here.tolist(), strict=True) if there]
+                vectors = [tick.features[name] for tick in ticks if tick.present[name]]
             if len(vectors) > len(self._vectors[i]):
                 self._vectors[i] = np.empty((count, self.sizes[i]), np.float32)
             matrix = self._vectors[i][: len(vectors)]

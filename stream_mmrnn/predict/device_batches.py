@@ -1,8 +1,9 @@
 """DeviceRows: runs over rows of an arena in the device's memory; the graph itself gathers and scatters the rows.
 
-Buckets have fixed shapes and addresses, which CUDA graphs need. It also runs on the CPU, where tests compare it with
-`HostRows`. Use it only from the thread that made it: with CUDA graphs, steps from another thread were seen to go wrong
-(H100, onnxruntime 1.31).
+Buckets have fixed shapes and addresses, which CUDA graphs need. A bucket's inputs lie beside each other in page-locked
+memory of the host: what is filled in crosses in one copy, and the outputs in one back (`runtime.DeviceBinding`). It
+also runs on the CPU, where tests compare it with `HostRows`. Use it only from the thread that made it: with CUDA
+graphs, steps from another thread were seen to go wrong (H100, onnxruntime 1.31).
 """
 
 from __future__ import annotations

@@ -95,17 +95,9 @@ class StepEngine:
         self.provider = graph.provider
         self.batch = self._rows.batch
         self.arena = Arena(self._rows, slots)
-        wiring = contract.wiring
-        self._runner = BlockRunner(self._rows, contract)
-        self._columns = self._runner.columns
-        one = self._single = self._rows.bucket(1)
-        # its first row, and the heads of it
-        self._row = (
-            [(m.name, one.inputs[wiring.inputs[m.name]][0]) for m in self.spec.modalities],
-            one.inputs[wiring.present][0] if wiring.present else None,
-            one.inputs[wiring.age][0] if wiring.age else None,
-        )
-        self._row_heads = [(h.name, one.outputs[wiring.heads[h.name]][0]) for h in self.spec.heads]
+        self._runner = runner = BlockRunner(self._rows, contract)
+        self._columns, self._single = runner.columns, runner.single
+        self._row, self._row_heads = runner.row, runner.row_heads
         self._last: Tick | None = None
         """The last single tick: `prewarm` writes it into the first row again."""
 
@@ -181,7 +173,7 @@ class StepEngine:
         if problem := block.fits(self._columns.sizes):
             raise BadTick(f"a block of {len(block)} ticks was refused: {problem}")
         self.arena.check(block.handles)
-        return self._run_only(block) if len(block) == 1 else self._run(block)
+        return self._run(block)
 
     def step(self, ticks: Sequence[Tick]) -> list[Prediction]:
         """Predictions for the ticks, in their order, in as few runs as possible.
@@ -194,12 +186,14 @@ class StepEngine:
             return [self._run_one(ticks[0], self.arena.slot(ticks[0].session))]
         slots = [self.arena.slot(tick.session) for tick in ticks]
         if len(ticks) <= self.batch and len(set(slots)) == len(slots):
-            return predictions_of(ticks, self._run(self._columns.block(ticks, slots)))
+            return self._run_all(ticks, slots)
         out: dict[int, Prediction] = {}
         for places in rounds(slots, self.batch):
-            some = [ticks[i] for i in places]
-            done = self._run(self._columns.block(some, [slots[i] for i in places]))
-            out |= zip(places, predictions_of(some, done), strict=True)
+            if len(places) == 1:
+                out[places[0]] = self._run_one(ticks[places[0]], slots[places[0]])
+                continue
+            some = self._run_all([ticks[i] for i in places], [slots[i] for i in places])
+            out |= zip(places, some, strict=True)
         return [out[i] for i in range(len(ticks))]
 
     def _run_one(self, tick: Tick, slot: int) -> Prediction:
@@ -213,17 +207,10 @@ class StepEngine:
         heads = {name: values.copy() for name, values in self._row_heads}
         return Prediction(tick, heads, self.spec.sha256, start_ns, now_ns())
 
-    def _run_only(self, block: Block) -> BlockPredictions:
-        """The same for a block of one tick that was checked."""
-        start_ns = now_ns()
-        self._columns.fill_only(block, self._row)
-        slot, fresh = block.handles.item(), self.arena.fresh
-        self._single.run_one(slot, fresh.item(slot))
-        fresh[slot] = False
-        heads = {name: values[None].copy() for name, values in self._row_heads}
-        return BlockPredictions(
-            block.handles, block.indices, block.event_ns, heads, self.spec.sha256, start_ns, now_ns()
-        )
+    def _run_all(self, ticks: Sequence[Tick], slots: Sequence[int]) -> list[Prediction]:
+        """Step up to `batch` ticks of different sessions."""
+        done = self._run(self._columns.block(ticks, slots))
+        return predictions_of(ticks, done.heads, done.model, done.step_start_ns, done.step_end_ns)
 
     def _run(self, block: Block) -> BlockPredictions:
         """Step a block that was checked."""

@@ -9,7 +9,7 @@ import contextlib
 import math
 import multiprocessing
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
@@ -19,11 +19,13 @@ import msgspec
 import numpy as np
 
 from stream_mmrnn.core import signals
-from stream_mmrnn.core.block import Block, Flags
+from stream_mmrnn.core.block import Block, Flags, Integers
 from stream_mmrnn.core.errors import ProcessError
+from stream_mmrnn.core.types import Tick
 from stream_mmrnn.graph.runtime import Array, Graph, Provider
 from stream_mmrnn.predict.arena import Arena
 from stream_mmrnn.predict.block_runner import BlockRunner
+from stream_mmrnn.predict.columns import Columns
 from stream_mmrnn.predict.contract import Contract
 from stream_mmrnn.predict.cpu_batches import Shapes
 from stream_mmrnn.predict.engine import make_rows
@@ -66,16 +68,24 @@ class SharedColumns:
             at += sizes[key]
         self.heads = {h.name: self.columns[f"head {i}"] for i, h in enumerate(contract.spec.heads)}
         self._features = [self.columns[f"features {i}"] for i in range(len(contract.spec.modalities))]
+        self._columns = Columns(contract.spec.modalities, 0, self._features)
 
     def put(self, block: Block, fresh: Flags) -> bytes:
         """Write a block whose handles are slots; returns what `get` needs to know."""
+        for place, vectors in zip(self._features, block.features, strict=True):
+            _as(place, vectors.dtype)[: len(vectors)] = vectors
+        return self._put_table(block, fresh)
+
+    def put_ticks(self, ticks: Sequence[Tick], slots: Sequence[int], fresh: Flags) -> bytes:
+        """The same for a tick of each of `slots`: their vectors are copied once."""
+        return self._put_table(self._columns.block(ticks, slots), fresh)
+
+    def _put_table(self, block: Block, fresh: Flags) -> bytes:
         columns, count = self.columns, len(block)
         columns["slots"][:count] = block.handles
         columns["age_ns"][:count] = block.age_ns
         columns["fresh"][:count] = fresh
         columns["present"][:count] = block.present
-        for place, vectors in zip(self._features, block.features, strict=True):
-            _as(place, vectors.dtype)[: len(vectors)] = vectors
         return count.to_bytes(4, "little") + bytes(v.dtype.itemsize for v in block.features)
 
     def get(self, raw: bytes) -> tuple[Block, Flags]:
@@ -165,6 +175,8 @@ class Shard:
         self._arguments = (path, slots, provider, batch, self.shared.memory.name)
         self.arena = Arena(self, slots)
         self._shapes: Shapes = {}
+        self._stepping = 0
+        """How many ticks the step has that was begun."""
         self._start()
 
     def _start(self) -> None:
@@ -221,14 +233,21 @@ class Shard:
 
     def begin(self, block: Block) -> None:
         """Start a step of a block whose handles are slots of this shard."""
-        message = self.shared.put(block, self.arena.fresh[block.handles])
-        self.arena.fresh[block.handles] = False
+        self._begin(self.shared.put(block, self.arena.fresh[block.handles]), block.handles)
+
+    def begin_ticks(self, ticks: Sequence[Tick], slots: list[int]) -> None:
+        """Start a step of one tick of each of these slots."""
+        self._begin(self.shared.put_ticks(ticks, slots, self.arena.fresh[slots]), slots)
+
+    def _begin(self, message: bytes, slots: Integers | list[int]) -> None:
+        self.arena.fresh[slots] = False
+        self._stepping = len(slots)
         self._tell(_STEP + message)
 
     def end(self) -> dict[str, Array]:
         """Wait for the step; the heads, as views that hold until the next one."""
         self._answer()
-        return self.shared.heads
+        return {name: values[: self._stepping] for name, values in self.shared.heads.items()}
 
     def prewarm(self) -> None:
         self._tell(_WARM)

@@ -7,8 +7,10 @@ the commands. Threads do not help: two processes with one thread step twice as m
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import msgspec
 import numpy as np
@@ -21,10 +23,14 @@ from stream_mmrnn.core.types import Prediction, Tick
 from stream_mmrnn.graph.runtime import Array, Graph, Provider
 from stream_mmrnn.predict.arena import SlotTable, check_states
 from stream_mmrnn.predict.block_runner import predictions_of
-from stream_mmrnn.predict.columns import Columns, rounds
+from stream_mmrnn.predict.columns import rounds
 from stream_mmrnn.predict.contract import contract_of
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.predict.shard import Shard
+
+_Rows: TypeAlias = Flags | list[int] | slice
+_Part: TypeAlias = tuple[Shard, _Rows, Callable[[], None]]
+"""A process, its rows of a step, and what begins its part of the step."""
 
 
 class ShardedEngine:
@@ -34,7 +40,7 @@ class ShardedEngine:
         """Raises ModelError or ProviderError if the model cannot be served, ProcessError if a shard dies."""
         contract = contract_of(Graph(path))
         self.spec, self.provider = contract.spec, provider
-        self._columns = Columns(self.spec.modalities, 0)
+        self._sizes = tuple(m.size for m in self.spec.modalities)
         share = -(-slots // processes)
         self.slots = slots
         self._shards: list[Shard] = []
@@ -101,7 +107,7 @@ class ShardedEngine:
             there.arena.restore(session, state)
         except ProcessError as e:
             there.arena.release(session)
-            raise self._mend([there], e) from e
+            raise self._mend([(there, e)]) from e
         here.arena.release(session)
         handle = self.handle(session)
         self._shard_of[handle], self._slot_of[handle] = shard, slot
@@ -112,15 +118,15 @@ class ShardedEngine:
         try:
             yield
         except ProcessError as e:
-            raise self._mend([shard], e) from e
+            raise self._mend([(shard, e)]) from e
 
     @staticmethod
-    def _mend(dead: Sequence[Shard], cause: ProcessError) -> ShardDied:
+    def _mend(dead: Sequence[tuple[Shard, ProcessError]]) -> ShardDied:
         """Restart dead processes; returns the error to raise. Raises ProcessError if a restart fails."""
-        lost = tuple(session for shard in dead for session in shard.start_again())
+        lost = tuple(session for shard, _ in dead for session in shard.start_again())
         names = ", ".join(map(repr, lost[:5])) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
         error = ShardDied(
-            f"{cause}; it was started again, and the state of {len(lost)} sessions is lost ({names or 'none'}): "
+            f"{dead[0][1]}; it was started again, and the state of {len(lost)} sessions is lost ({names or 'none'}): "
             "restore their snapshots, or let them begin anew"
         )
         error.sessions = lost
@@ -201,16 +207,26 @@ class ShardedEngine:
         handles = [self.handle(tick.session) for tick in ticks]
         out: dict[int, Prediction] = {}
         for places in rounds(handles, max(len(ticks), 1)):
-            mine = {handles[i]: i for i in places}
-            block = self._columns.block([ticks[i] for i in places], list(mine))
-            try:
-                done = self._run(block)
-            except ShardDied as e:
-                places = [mine[handle] for handle in e.block.handles.tolist()]
-                out |= zip(places, predictions_of([ticks[i] for i in places], e.block), strict=True)
-                e.predictions, e.block = tuple(out[i] for i in sorted(out)), None
-                raise
-            out |= zip(places, predictions_of([ticks[i] for i in places], done), strict=True)
+            some, here = [ticks[i] for i in places], np.array([handles[i] for i in places])
+            shards, slots = self._shard_of[here].tolist(), self._slot_of[here].tolist()
+            rows_of: dict[int, list[int]] = {}
+            for row, shard in enumerate(shards):
+                rows_of.setdefault(shard, []).append(row)
+            parts: list[_Part] = []
+            for shard, rows in rows_of.items():
+                mine, theirs = [some[row] for row in rows], [slots[row] for row in rows]
+                begin = partial(self._shards[shard].begin_ticks, mine, theirs)
+                parts.append((self._shards[shard], rows if len(rows_of) > 1 else slice(None), begin))
+            start_ns = now_ns()
+            heads, stepped, dead = self._run(len(some), parts)
+            made = predictions_of(some, heads, self.spec.sha256, start_ns, now_ns())
+            if not dead and len(made) == len(ticks):
+                return made
+            out |= {i: p for i, p, good in zip(places, made, stepped.tolist(), strict=True) if good}
+            if dead:
+                error = self._mend(dead)
+                error.predictions = tuple(out[i] for i in sorted(out))
+                raise error from dead[0][1]
         return [out[i] for i in range(len(ticks))]
 
     def step_block(self, block: Block) -> BlockPredictions:
@@ -223,41 +239,52 @@ class ShardedEngine:
                 predictions, and the sessions that lost their state.
 
         """
-        if problem := block.fits(self._columns.sizes):
+        if problem := block.fits(self._sizes):
             raise BadTick(f"a block of {len(block)} ticks was refused: {problem}")
         self._handles.check(block.handles)
-        return self._run(block)
-
-    def _run(self, block: Block) -> BlockPredictions:
-        """Step a block that was checked: each process gets its rows as columns, and all step at once."""
         start_ns = now_ns()
-        dead: list[tuple[Shard, ProcessError]] = []
-        stepping: list[tuple[Shard, Flags]] = []
+        parts: list[_Part] = []
         for shard, rows in self._rows_of(block.handles):
             part = block.take(rows)
-            try:
-                shard.begin(msgspec.structs.replace(part, handles=self._slot_of[part.handles]))
-            except ProcessError as e:
-                dead.append((shard, e))
-            else:
-                stepping.append((shard, rows))
-        heads = {h.name: np.empty((len(block), h.size), np.float32) for h in self.spec.heads}
-        stepped = np.zeros(len(block), np.bool_)
-        for shard, rows in stepping:
-            try:
-                for name, values in shard.end().items():
-                    heads[name][rows] = values[: np.count_nonzero(rows)]
-                stepped |= rows
-            except ProcessError as e:
-                dead.append((shard, e))
+            part = msgspec.structs.replace(part, handles=self._slot_of[part.handles])
+            parts.append((shard, rows, partial(shard.begin, part)))
+        heads, stepped, dead = self._run(len(block), parts)
         done = BlockPredictions(
             block.handles, block.indices, block.event_ns, heads, self.spec.sha256, start_ns, now_ns()
         )
         if dead:
-            error = self._mend([shard for shard, _ in dead], dead[0][1])
+            error = self._mend(dead)
             error.block = done.take(stepped)
             raise error from dead[0][1]
         return done
+
+    def _run(
+        self, count: int, parts: Sequence[_Part]
+    ) -> tuple[dict[str, Array], Flags, list[tuple[Shard, ProcessError]]]:
+        """Begin all parts, then wait for all.
+
+        Returns the heads by name [count, size], which rows were stepped, and the processes that have died.
+        """
+        dead: list[tuple[Shard, ProcessError]] = []
+        stepping: list[tuple[Shard, _Rows]] = []
+        for shard, rows, begin in parts:
+            try:
+                begin()
+            except ProcessError as e:
+                dead.append((shard, e))
+            else:
+                stepping.append((shard, rows))
+        heads = {h.name: np.empty((count, h.size), np.float32) for h in self.spec.heads}
+        stepped = np.zeros(count, np.bool_)
+        for shard, rows in stepping:
+            try:
+                for name, values in shard.end().items():
+                    heads[name][rows] = values
+            except ProcessError as e:
+                dead.append((shard, e))
+            else:
+                stepped[rows] = True
+        return heads, stepped, dead
 
     def stop(self) -> None:
         """Stop the processes and free their shared memory."""

@@ -52,8 +52,8 @@ class LateFusion(nn.Module):
     def counts(self, features: dict[str, Tensor], present: Tensor) -> Tensor:
         """[..., 1] of bool: the ticks in which it says something."""
         here = present[..., self.at : self.at + 1] > 0
-        if self.present is not None:
-            here = here & (features[self.modality][..., self.present : self.present + 1] > 0)
+        for index in self.present:
+            here = here & (features[self.modality][..., index : index + 1] > 0)
         for name, index, place in self.silent:
             if name in features:
                 speech = features[name][..., index : index + 1] * present[..., place : place + 1]

@@ -95,8 +95,8 @@ class LateFusionRecipe(_Section, frozen=True):
 
     modality: str = ""
     """"": no late fusion. `select` says which of its numbers are used."""
-    present: Annotated[int, msgspec.Meta(ge=0)] | None = None
-    """Index of a number that is 0 where the vector says nothing (no face)."""
+    present: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] = ()
+    """Indices of numbers that are 0 where the vector says nothing (no face)."""
     head: str = ""
     """One with labels whose numbers are probabilities, each by itself."""
     labels: tuple[str, ...] = ()
@@ -264,8 +264,9 @@ def _check_late_fusion(late: LateFusionRecipe, recipe: Recipe) -> None:
         )
     if not late.labels or not set(late.labels) <= set(head.labels):
         raise ConfigError(f"late_fusion.labels has to name some of {', '.join(head.labels)}")
-    if late.present is not None and late.present >= recipe.modalities[late.modality].size:
-        raise ConfigError(f"late_fusion.present is {late.present}, and {late.modality!r} has no such number")
+    for index in late.present:
+        if index >= recipe.modalities[late.modality].size:
+            raise ConfigError(f"late_fusion.present names number {index} of {late.modality!r}, which has none such")
 
 
 def _check_from_last(head: HeadRecipe, recipe: Recipe) -> None:

@@ -356,10 +356,11 @@ def test_the_same_weights_do_not_drift(tmp_path: Path) -> None:
     assert step.drift_of(one, other, 50) == (0.0, 0.0)
 
 
+@pytest.mark.parametrize("way", ["step", "step_block"])
 @pytest.mark.parametrize("arrivals", ["spread", "together"])
-def test_a_load_steps_every_session_at_its_time(tmp_path: Path, arrivals: sessions.Arrivals) -> None:
+def test_a_load_steps_every_session_at_its_time(tmp_path: Path, arrivals: sessions.Arrivals, way: sessions.Way) -> None:
     engine = StepEngine(models.write(tmp_path, 16), 30)
-    load = sessions.Load(engine, 30, arrivals)
+    load = sessions.Load(engine, 30, arrivals, way=way)
     assert load.run(0.8, lambda: True)
     # what came after the settling: one latency a session and tick, none of them before its time
     assert load.latency.count % 30 == 0 or arrivals == "spread"
@@ -389,7 +390,9 @@ def test_sessions_finds_a_capacity(tmp_path: Path) -> None:
     assert set(document["ratios"]) >= {"sessions_per_core_fp32", "sessions_per_core_int8", "loop_over_batched"}
     assert {r["what"] for r in document["rows"]} == {"fp32", "int8", "batching"}
     assert pictures.curves["fp32"].limit == 40.0
-    assert document["ratios"]["loop_over_batched"]["value"] > 0
+    assert set(document["ratios"]) >= {"sessions_block_fp32", "sessions_block_int8"}
+    for name in ("loop_over_batched", "step_over_step_block", "step_block_us"):
+        assert document["ratios"][name]["value"] > 0
 
 
 def test_the_package_does_not_reach_into_tools() -> None:

@@ -40,18 +40,22 @@ def test_all_of_it_runs_on_the_cpu(capsys: pytest.CaptureFixture[str], tmp_path:
     code, said = document(capsys, "--out", str(page))
     assert code == 0
     assert said["passed"]
-    assert [c["ok"] for c in said["checks"]] == [True] * 4
+    assert [c["ok"] for c in said["checks"]] == [True] * 6
     assert said["checks"][0]["steps"] == 60
     assert [row["batch"] for row in said["steps"]] == [1, 8]
     assert all(row["ms"]["no CUDA graph"]["p99"] >= row["ms"]["no CUDA graph"]["p50"] > 0 for row in said["steps"])
-    assert [row["by"] for row in said["sessions"]] == ["rows", "StepEngine.step"]
+    assert [row["by"] for row in said["sessions"]] == ["rows", "StepEngine.step_block", "StepEngine.step"]
+    assert [(row["program"], row["ms"]["p99"] > 0) for row in said["programs"]] == [
+        ("live session", True),
+        ("serve", True),
+    ]
     assert set(said["cold_start"][0]) == {"model", "slots", "libraries_s", "import_s", "engine_s", "first_step_s"}
     assert not said["pinned"]
     assert any("torch" in note and "skipped" in note for note in said["notes"])
     text = page.read_text(encoding="utf-8")
     assert said["machine"]["date"] in text
     assert "| 2 x GRU 16 | 8 |" in text
-    for part in ("Checks", "One step", "Sessions", "Cold start"):
+    for part in ("Checks", "One step", "Sessions", "Programs", "Cold start"):
         assert f"## {part}" in text
 
 
@@ -78,7 +82,7 @@ def test_wrong_numbers_are_found(capsys: pytest.CaptureFixture[str], monkeypatch
     code, said = document(capsys)
     assert code == 1
     assert not said["passed"]
-    assert [c["ok"] for c in said["checks"]] == [False, True, True, True]
+    assert [c["ok"] for c in said["checks"]] == [False, *[True] * 5]
     assert said["checks"][0]["worst_output"] == pytest.approx(2e-4, rel=0.01)
     assert said["checks"][0]["worst_state"] == 0
     assert "Wrong on cpu: 2 x GRU 16, no CUDA graph" in report.verdict(said)
@@ -105,9 +109,10 @@ def test_a_step_that_moves_others_is_found(gru: Path, monkeypatch: pytest.Monkey
 
     def wrong(self: DeviceBucket, slots: Any, fresh: Any, count: int) -> None:
         right(self, slots, fresh, count)
-        states = rows.read(7)
-        states["cell.0.h"][0] += 1e-6  # far below the bound, and yet another session's
-        rows.write(7, states)
+        seventh = np.array([7])
+        states = rows.read(seventh)
+        states["cell.0.h"][0, 0] += 1e-6  # far below the bound, and yet another session's
+        rows.write(seventh, states)
 
     monkeypatch.setattr(DeviceBucket, "run", wrong)
     said = checks.against_the_cpu("", gru, rows, 8, 4, 30)

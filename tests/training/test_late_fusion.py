@@ -36,7 +36,7 @@ def table(**late: object) -> dict[str, object]:
         "cell": {"hidden": 8},
         "late_fusion": {
             "modality": "sight",
-            "present": 2,
+            "present": [2],
             "head": "activity",
             "labels": ["soon"],
             "silent": [["voice", 0]],
@@ -73,6 +73,12 @@ def outputs(p: PredictorNetwork, ticks: Ticks, sees: bool = True) -> torch.Tenso
     with torch.no_grad():
         raw, _ = p(features, present, torch.from_numpy(ticks.age_s)[None])
     return raw["activity"][0] / p.heads.temperature("activity")
+
+
+def test_the_recipe_is_written_and_read_again(tmp_path: Path) -> None:
+    recipe = recipes.parse(table())
+    recipes.save(recipe, tmp_path / "recipe.toml")
+    assert recipes.load(tmp_path / "recipe.toml") == recipe
 
 
 def test_until_it_is_fitted_it_says_nothing() -> None:
@@ -141,7 +147,7 @@ def test_data_without_a_silent_face_are_refused() -> None:
         ({"head": "none"}, "late_fusion.head is 'none'"),
         ({"labels": ["never"]}, "has to name some of soon, later"),
         ({"labels": []}, "has to name some of soon, later"),
-        ({"present": 3}, "has no such number"),
+        ({"present": [3]}, "late_fusion.present names number 3"),
         ({"modality": "smell"}, "late_fusion.modality names 'smell'"),
         ({"silent": [["voice", 1]]}, "late_fusion.silent names number 1 of 'voice'"),
         ({"silent": [["noise", 0]]}, "late_fusion.silent names 'noise'"),

@@ -50,6 +50,9 @@ MEANING = {
     r"sessions_per_core_(\w+)": "sessions a core at 25 Hz with p99 below the tick, {0}, 2 layers of 256",
     r"sessions_of_the_graph_alone_(\w+)": "sessions a core if nothing but the graph took time, in its largest"
     " batch, {0}",
+    r"sessions_block_(\w+)": "the same with columns in and out (`step_block`) in place of an object for each tick, {0}",
+    r"step_over_step_block": "one call of the engine for 256 sessions with Tick objects over one with a block",
+    r"step_block_us": "one block of 256 sessions, us",
     r"loop_over_batched": "256 single runs of the bound graph over one call of the engine for 256 sessions",
     r"triton_p50_over_ours_(\d+)": "Triton's Python backend over the engine in the caller's process, {0} sessions",
     r"triton_p50_over_ours_bus_(\d+)": "Triton's Python backend over ours across processes, {0} sessions",
@@ -277,6 +280,7 @@ def write(told: Mapping[str, Document], commands: Mapping[str, str], plots: Sequ
             commands,
             of("sessions", ratios),
             _SESSIONS,
+            _BLOCKS,
             of("sessions", latencies, ("what", "contender", "sessions", "steps_per_s", "late")),
             shown("sessions_"),
         ),
@@ -365,7 +369,24 @@ later. `late` counts answers after more than the tick. `groups` and `singles` ar
 of one core: in groups of 64 over one connection by the public client, and with a connection each by a minimal loop;
 the clients are one process on the other core, and the CPU of both is said."""
 
-_SHARDS = """Figures are sessions a core: twice as many in all. Features and heads cross in shared memory, a pipe
+_BLOCKS = """**Blocks.** `step_block` takes columns and gives matrices, `step` an object for each tick. Measured on
+2026-11-29 on two cores of an Intel Xeon that six other programs kept busy, so as CPU time of the engine's thread, the
+code before blocks beside this one in turns (31 rounds), sessions of `turn_taking`; 2 layers of 256; the same with 8-bit
+weights:
+
+| call | over the old `step`, 64 sessions | 256 sessions |
+| --- | --- | --- |
+| `step` of one tick | 1.01; 0.99; 1.03 | 0.98; 0.99; 1.00 |
+| `step` of all | 0.84; 1.01; 1.01 | 1.00; 1.02; 1.03 |
+| `step_block` | 0.61; 0.83; 0.81 | 0.71; 0.84; 0.80 |
+| `step_block`, features as float16 | 0.64; 0.85; 0.82 | 0.76; 0.86; 0.82 |
+
+Beside the graph's run and the copies of states a block of 64 sessions of `turn_taking` takes 0.04 ms, 64 ticks 0.25 ms;
+a block of one takes 14 us, a tick 5. Over two processes (64 sessions, CPU time of the parent alone) `step_block` takes
+0.74 of the old `step`, `step` of all 1.10 and of one tick 1.16. How many sessions a core holds by blocks was not
+measured: with others on both cores there is no such figure."""
+
+_SHARDS = """Figures are sessions a core: twice as many in all. Blocks and heads cross in shared memory, a pipe
 says when."""
 
 _PRIORITY = """`supervisor.priority` lifts workers, broker, clock and engine (and here the reader) above other programs;
@@ -391,7 +412,9 @@ Measured on one NVIDIA H100 on 2026-11-26: `docs/gpu.md` has the tables. All twe
 CPU computes (2e-7 in outputs, 8e-7 in states, over 1,000 steps), with CUDA graphs and without; making the graphs moves
 no state (onnxruntime issue 32243: they are captured on unused rows); host buffers are page-locked; a step by another
 thread than the engine's is refused (it went wrong before it was). By rows the GPU holds 131,072 sessions at 25 Hz
-(2 layers of 256); `StepEngine.step`, with Python objects for each tick, holds 14,336.
+(2 layers of 256); `StepEngine.step`, with Python objects for each tick, holds 14,336. `StepEngine.step_block`
+writes its columns into the page-locked inputs, which cross in one copy, as the heads do back; it, a live session and a
+server on the GPU are in the tool since 2026-11-29, when no GPU was there: **not run**.
 
 It does **not** beat a hand-written implementation for a GPU: torch's CUDA graph of the same step, with its fused GRU
 cell, takes 0.71 to 0.86 times ours from 1 to 1,024 rows of 256, and 0.63 at 16,384. The rest is the graph: it is made

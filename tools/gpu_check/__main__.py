@@ -5,8 +5,9 @@
 
 Is the engine on CUDA; does it compute what the CPU computes (1e-4, 1,000 steps); does capturing CUDA graphs leave the
 states alone; are host buffers page-locked; how long is a step with and without CUDA graphs and in torch with a CUDA
-graph; how many sessions does the GPU hold at 25 Hz; how long does the engine take to start. Needs onnxruntime, numpy
-and msgspec; rich for tables, torch for the baseline. Exit codes: 0 all checks hold, 1 one does not, 2 usage or no CUDA.
+graph; how many sessions does the GPU hold at 25 Hz, by rows, as ticks and as blocks; how long does the engine take to
+start; a live session and a server as processes. Needs onnxruntime, numpy and msgspec; rich for tables, torch for the
+baseline, the whole program for the processes. Exit codes: 0 all checks hold, 1 one does not, 2 usage or no CUDA.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from stream_mmrnn.bench import models
 from stream_mmrnn.core.errors import ProviderError, StreamError
 from stream_mmrnn.predict.engine import BATCH, StepEngine
-from tools.gpu_check import checks, device, report, speed, torch_step
+from tools.gpu_check import checks, device, programs, report, speed, torch_step
 
 Where: TypeAlias = Literal["cuda", "cpu"]
 
@@ -41,11 +42,13 @@ class Plan(NamedTuple):
     seconds: float
     """Of measuring, for each contender and batch."""
     cold_slots: tuple[int, ...]
+    clients: int
+    """Sessions of the server."""
 
 
 PLANS: dict[Where, Plan] = {
-    "cuda": Plan((256, 512), (1, 8, 64, 256, 1024, 4096, 16384), 1000, 2048, 262_144, 100, 1.5, (64, 4096)),
-    "cpu": Plan((32,), (1, 8, 64), 200, 128, 4096, 20, 0.2, (64,)),
+    "cuda": Plan((256, 512), (1, 8, 64, 256, 1024, 4096, 16384), 1000, 2048, 262_144, 100, 1.5, (64, 4096), 64),
+    "cpu": Plan((32,), (1, 8, 64), 200, 128, 4096, 20, 0.2, (64,), 8),
 }
 
 
@@ -57,7 +60,7 @@ class Check:
         self._no_torch = torch_step.missing() if where == "cuda" else "the baseline is for CUDA"
         self._modes = {"CUDA graph": True, "no CUDA graph": False} if where == "cuda" else {"no CUDA graph": False}
         self.document: dict[str, Any] = {"bench": "gpu", "provider": where, "plan": plan._asdict(), "notes": []}
-        for part in ("checks", "steps", "sessions", "cold_start"):
+        for part in ("checks", "steps", "sessions", "cold_start", "programs"):
             self.document[part] = []
         if self._no_torch:
             self.document["notes"].append(f"torch with CUDA-graph replay was skipped: {self._no_torch}")
@@ -75,10 +78,23 @@ class Check:
             for slots in self._plan.cold_slots:
                 self._say(f"{name}: cold start with {slots} slots")
                 self.document["cold_start"].append({"model": name, **speed.cold_start(path, self._where, slots)})
+        self._programs(self._folder / f"gru_{self._plan.hidden[0]}.onnx")
         self.document["pinned"] = all(c["pinned"] for c in self.document["checks"] if "pinned" in c)
         if self._where == "cuda" and not self.document["pinned"]:
             self.document["notes"].append("host buffers are not page-locked: this onnxruntime gave none")
         self.document["passed"] = all(c["ok"] for c in self.document["checks"])
+
+    def _programs(self, path: Path) -> None:
+        if packages := programs.missing_packages():
+            self.document["notes"].append(f"the live session and the server were skipped: {packages} is not installed")
+            return
+        seconds = max(4 * self._plan.seconds, 1.0)
+        self._say("a live session")
+        self.document["programs"].append(programs.live_session(self._where, seconds, self._folder))
+        self._say("a server and its clients")
+        row, check = programs.served(path, self._where, self._plan.clients, seconds, self._folder)
+        self.document["programs"].append(row)
+        self.document["checks"].append(check)
 
     def _engine_is_there(self, path: Path) -> None:
         engine = StepEngine(path, 8, self._where)
@@ -96,6 +112,9 @@ class Check:
         self._say(f"{name}: the engine against the CPU's")
         title, steps = f"{name}: StepEngine as on the CPU", max(plan.steps // 10, 1)
         yield checks.engine_against_the_cpu(title, path, where, max(plan.slots // 8, 1), steps)
+        self._say(f"{name}: blocks against the CPU")
+        title = f"{name}: step_block as on the CPU"
+        yield checks.blocks_against_the_cpu(title, path, where, max(plan.slots // 8, 1), steps)
         self._say(f"{name}: making runs (on CUDA: their graphs) moves no state")
         yield checks.capture_moves_nothing(f"{name}: making runs moves no state", path, where, plan.slots, most)
         yield checks.another_thread_is_refused(f"{name}: a step by another thread", path, where, plan.slots // 8 or 1)
@@ -122,6 +141,9 @@ class Check:
         self._say(f"{name}: sessions at 25 Hz, rows")
         rows = checks.device_rows(path, self._where, most, batch)
         yield {"model": name, "by": "rows", **speed.sessions_of_rows(rows, first, most, plan.rounds)}
+        self._say(f"{name}: sessions at 25 Hz, blocks")
+        found = speed.sessions_of_blocks(path, self._where, first, most, plan.rounds)
+        yield {"model": name, "by": "StepEngine.step_block", **found}
         self._say(f"{name}: sessions at 25 Hz, StepEngine")
         most = min(most, 65_536)  # beyond it, Tick objects alone take longer than a tick
         found = speed.sessions_of_engine(path, self._where, min(first, most), most, plan.rounds)

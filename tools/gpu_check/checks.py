@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from stream_mmrnn.bench import models
+from stream_mmrnn.core.block import Block
 from stream_mmrnn.core.errors import UsageError
 from stream_mmrnn.core.types import Stamps, Tick
 from stream_mmrnn.graph.runtime import Array, Graph, Provider
@@ -185,6 +186,45 @@ def ticks_of(sessions: Sequence[str], index: int, features: Array) -> list[Tick]
         )
         for i, session in enumerate(sessions)
     ]
+
+
+def block_of(handles: Array, index: int, feed: Feed) -> Block:
+    """A tick of each session with the rows of `feed`; absent where its `present` is 0."""
+    here = feed["present"] > 0
+    return Block(
+        handles.astype(np.int64),
+        np.full(len(handles), index, np.int64),
+        np.full(len(handles), index * models.TICK_NS, np.int64),
+        here,
+        (feed["age"] * 1e9).astype(np.int64),
+        (feed[f"input.{models.MODALITY}"][here[:, 0]],),
+    )
+
+
+def blocks_against_the_cpu(name: str, path: Path, provider: Provider, slots: int, steps: int) -> Result:
+    """The same blocks through two engines, of some sessions each time; outputs and, at the end, states."""
+    engines = [StepEngine(path, slots, p) for p in (provider, "cpu")]
+    rng, outputs, states = np.random.default_rng(9), _Worst(), _Worst()
+    for i in range(slots):
+        for engine in engines:
+            engine.open(f"session {i}")
+    for k in range(steps):
+        chosen = rng.permutation(slots)[: _count(rng, slots)]
+        block = block_of(chosen, k, noise(rng, len(chosen)))
+        said, right = (engine.step_block(block) for engine in engines)
+        outputs.note(said.heads[models.HEAD], right.heads[models.HEAD])
+    held, expected = (engine.snapshot_block(np.arange(slots)) for engine in engines)
+    for state, rows in held.states.items():
+        states.note(rows, expected.states[state])
+    ok = outputs.value <= BOUND and states.value <= BOUND
+    return {
+        "check": name,
+        "steps": steps,
+        "worst_output": outputs.said,
+        "worst_state": states.said,
+        "bound": BOUND,
+        "ok": ok,
+    }
 
 
 def engine_against_the_cpu(name: str, path: Path, provider: Provider, slots: int, steps: int) -> Result:

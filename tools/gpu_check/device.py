@@ -27,11 +27,15 @@ def load_libraries() -> None:
     if importlib.util.find_spec("torch") is not None:
         with contextlib.suppress(Exception):  # a broken torch is no reason not to try what follows
             import torch  # noqa: F401
+    for folder in library_folders():
+        ort.preload_dlls(directory=str(folder))
+
+
+def library_folders() -> list[Path]:
+    """Where packages have put the libraries of onnxruntime's CUDA."""
     major = str(getattr(ort, "cuda_version", "")).split(".")[0]
-    for entry in sys.path:
-        folder = Path(entry or ".").resolve() / "nvidia" / f"cu{major}" / "lib"
-        if major and folder.is_dir():
-            ort.preload_dlls(directory=str(folder))
+    folders = (Path(entry or ".").resolve() / "nvidia" / f"cu{major}" / "lib" for entry in sys.path)
+    return [folder for folder in folders if major and folder.is_dir()]
 
 
 def gpu() -> dict[str, str]:

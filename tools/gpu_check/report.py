@@ -59,7 +59,15 @@ def tables(document: dict[str, Any]) -> Iterator[Table]:
     yield _steps(document["steps"])
     columns = ("model", "by", "sessions at 25 Hz", "p99 of a round, ms", "runs of at most")
     yield Table("Sessions", columns, [_sessions(row) for row in document["sessions"]])
+    if document["programs"]:
+        columns = ("program", "sessions", "ticks", "p50 / p99, ms")
+        yield Table("Programs", columns, [_program(row) for row in document["programs"]])
     yield Table("Cold start, a fresh process", list(_COLD.values()), [_cold(row) for row in document["cold_start"]])
+
+
+def _program(row: dict[str, Any]) -> Sequence[str]:
+    took = f"{row['ms']['p50']:.3f} / {row['ms']['p99']:.3f}"
+    return row["program"], _text(row["sessions"]), _text(row["ticks"]), took
 
 
 def _cold(row: dict[str, Any]) -> Sequence[str]:

@@ -24,7 +24,7 @@ from stream_mmrnn.core.errors import ProcessError
 from stream_mmrnn.core.latency import Histogram
 from stream_mmrnn.graph.runtime import Provider
 from stream_mmrnn.predict.engine import StepEngine
-from tools.gpu_check.checks import Candidate, noise, step, ticks_of
+from tools.gpu_check.checks import Candidate, block_of, noise, step, ticks_of
 
 TICK_NS = models.TICK_NS
 _ROUNDS = 5
@@ -143,6 +143,20 @@ def sessions_of_engine(path: Path, provider: Provider, first: int, most: int, ro
     def round_of(count: int) -> Callable[[], object]:
         part = ticks[:count]
         return lambda: engine.step(part)
+
+    return {"batch": engine.batch, **most_sessions(round_of, first, most, rounds)}
+
+
+def sessions_of_blocks(path: Path, provider: Provider, first: int, most: int, rounds: int) -> dict[str, Any]:
+    """Through `StepEngine.step_block`: columns of all sessions in, matrices of heads out."""
+    engine = StepEngine(path, most, provider)
+    for i in range(most):
+        engine.open(f"session {i}")
+    whole = block_of(np.random.default_rng(6).permutation(most), 1, noise(np.random.default_rng(6), most))
+
+    def round_of(count: int) -> Callable[[], object]:
+        part = whole.take(np.arange(most) < count)
+        return lambda: engine.step_block(part)
 
     return {"batch": engine.batch, **most_sessions(round_of, first, most, rounds)}
 
