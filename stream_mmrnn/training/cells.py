@@ -88,6 +88,10 @@ class Cell(nn.Module, ABC):
         return torch.stack(outputs, 1), state
 
 
+_FEW_CUTS = 16
+"""With more resets than this in a chunk, the rows' parts are run side by side, not one range of steps after another."""
+
+
 def _cuts(reset: Tensor) -> list[tuple[int, int]]:
     """Split at the resets [B, T]: ranges of steps in which rows restart at the first step only.
 
@@ -107,6 +111,30 @@ class TorchCell(Cell):
         """W x + b and U h + d of all gates, concatenated."""
         w, u, b, d = self.core.all_weights[0]
         return F.linear(x, w, b), F.linear(h, u, d)
+
+    def forward(self, x: Tensor, state: State | None = None, reset: Tensor | None = None) -> tuple[Tensor, State]:
+        if reset is None or set(self.states) != {"h"} or len(_cuts(reset)) <= _FEW_CUTS:
+            return super().forward(x, state, reset)
+        return self._by_parts(x, self.initial(x.shape[0]) if state is None else state, reset)
+
+    def _by_parts(self, x: Tensor, state: State, reset: Tensor) -> tuple[Tensor, State]:
+        """The parts of the rows between resets, side by side and padded: one call where a loop would be short calls.
+
+        Only for cells whose output is their whole state: that after a part is the output at its last step.
+        """
+        batch, length = reset.shape
+        begins = reset.clone()
+        begins[:, 0] = True
+        row, first = begins.nonzero(as_tuple=True)
+        after = torch.cat([first[1:], first.new_tensor([length])])
+        count = torch.where(after > first, after, torch.full_like(after, length)) - first
+        step = torch.arange(int(count.max()), device=x.device)
+        at = (first.unsqueeze(1) + step).clamp(max=length - 1)
+        before = self.restart({"h": state["h"][row]}, reset[row, first])
+        padded, _ = self.run(x[row.unsqueeze(1), at], before)
+        inside = step < count.unsqueeze(1)
+        y = padded[inside].reshape(batch, length, -1)  # the parts are in the order of rows and steps
+        return y, {"h": y[:, -1]}
 
     def run(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         y, h = self.core(x, state["h"].unsqueeze(0).contiguous())

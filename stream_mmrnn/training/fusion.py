@@ -127,6 +127,13 @@ class Fusion(nn.Module):
         return self.fuse(tokens, present, None), {}
 
 
+class Nothing(Fusion):
+    """Zeros: every modality is in `apart`."""
+
+    def fuse(self, tokens: Tensor, present: Tensor, context: Tensor | None) -> Tensor:
+        return present.new_zeros((*present.shape[:-1], self.width))
+
+
 class Add(Fusion):
     """The sum of the present tokens, divided by the square root of their number, plus a bias for the set of them.
 
@@ -282,6 +289,8 @@ class Memory(Fusion):
 
 def create(kind: str, count: int, width: int, context: int, *, heads: int = 4, memory: int = 16) -> Fusion:
     """Create a fusion by its name in a recipe; `context` is the width of the cell's output."""
+    if not count:
+        return Nothing(0, width)
     if kind == "attention":
         return Attention(count, width)
     if kind == "attention_state":

@@ -154,6 +154,8 @@ class PredictorNetwork(nn.Module):
 
     def _common(self, features: dict[str, Tensor], present: Tensor, age: Tensor) -> tuple[Tensor, Tensor]:
         """The columns of `present` that the fusion uses, and its tokens."""
+        if not self.common_at:
+            return present[..., :0], present.new_zeros((*present.shape[:-1], 0, self.tokens.width))
         if len(self.common_at) < present.shape[-1]:
             present, age = present[..., self.common_at], age[..., self.common_at]
         return present, self.tokens(features, present, age)

@@ -55,7 +55,7 @@ class FusionRecipe(_Section, frozen=True):
 
 class EventsRecipe(_Section, frozen=True):
     """A separate GRU for sparse modalities (words): it steps only in ticks where one of them is present. The fusion
-    does not see these modalities.
+    does not see these modalities; if they are all there are, nothing is fused.
     """
 
     modalities: tuple[str, ...] = ()
@@ -234,9 +234,9 @@ def _check_apart(recipe: Recipe) -> None:
     if len(set(apart)) < len(apart):
         twice = next(name for name in apart if apart.count(name) > 1)
         raise ConfigError(f"{twice!r} is named twice in events, evidence and late_fusion; name it once")
-    if len(apart) == len(recipe.modalities):
+    if len(apart) == len(recipe.modalities) and not events.modalities:
         raise ConfigError(
-            "events, evidence and late_fusion name every modality of the recipe; leave out one that is in every tick"
+            "evidence and late_fusion name every modality of the recipe; leave out one for the cell to read"
         )
     if events.tokens and not events.modalities:
         raise ConfigError("events.tokens needs events.modalities, the words that the tokens are of; name them")

@@ -31,7 +31,7 @@ def report(predictor: PredictorNetwork, task: Task, history: list[dict[str, Any]
         "name": predictor.recipe.name,
         "parameters": sum(p.numel() for p in predictor.parameters()),
         "cell": predictor.recipe.cell.kind,
-        "fusion": predictor.recipe.fusion.kind,
+        "fusion": predictor.recipe.fusion.kind if predictor.fusion.count else "no",
         "epochs": len(history),
         "history": history,
         "test": figures(predictor, outputs),

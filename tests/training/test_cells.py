@@ -72,19 +72,20 @@ def test_forward_is_a_loop_of_steps(name: str, dtype: torch.dtype, tolerance: fl
     if name == "rnn_relu":
         shake(cell, 0.2)  # otherwise values explode, and rounding errors with them
     x = noise(3, 40, I, dtype=dtype)
-    reset = torch.rand(3, 40) < 0.1
-    assert reset[:, 1:].any()
     state = {k: noise(3, *shape, dtype=dtype) for k, shape in cell.states.items()}
     same(cell(x), stepped(cell, x), tolerance)
-    same(cell(x, state, reset), stepped(cell, x, state, reset), tolerance)
+    for share in (0.1, 0.5):  # few resets, and many
+        reset = torch.rand(3, 40) < share
+        assert reset[:, 1:].any()
+        same(cell(x, state, reset), stepped(cell, x, state, reset), tolerance)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("restarts", [False, True])
+@pytest.mark.parametrize("above", [None, 1.5, 0.0], ids=["no resets", "few", "many"])
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_are_those_of_the_loop(name: str, restarts: bool) -> None:
-    cell = make(name)
-    reset = noise(2, 45) > 1.5
+def test_gradients_are_those_of_the_loop(name: str, above: float | None) -> None:
+    cell, restarts = make(name), above is not None
+    reset = noise(2, 45) > (above or 0.0)
     reset[0, 0] = True
     found = []
     for run in (cell, lambda *a: stepped(cell, *a)):

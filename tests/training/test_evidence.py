@@ -120,6 +120,7 @@ def test_its_weight_is_not_changed_by_the_temperature() -> None:
         ({"voices": [["voice", 2]]}, "number 2 of 'voice'"),
         ({"voices": [["noise", 0]]}, "evidence.voices names 'noise'"),
         ({"modalities": ["end", "end"]}, "named twice"),
+        ({"modalities": ["end", "voice", "other_end"]}, "name every modality"),
     ],
 )
 def test_what_does_not_fit_the_recipe_is_refused(evidence: dict[str, object], says: str) -> None:

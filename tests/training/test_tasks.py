@@ -15,6 +15,7 @@ from dataset_files import idx, riff, tar, write, zipped
 from places import ROOT, SHARED
 
 from stream_mmrnn.capture.encoders.text import TextEncoder
+from stream_mmrnn.capture.encoders.tokens import TokenEncoder
 from stream_mmrnn.core.config import models_folder
 from stream_mmrnn.core.errors import ConfigError, FileError, UsageError
 from stream_mmrnn.graph.runtime import Graph
@@ -27,7 +28,7 @@ from stream_mmrnn.training.recipe import Recipe
 from stream_mmrnn.training.tasks import activity, digits, mnist, polarity
 
 MODELS = ROOT / "models"
-NAMES = ("digits", "activity", "mnist_rows", "mnist_pixels", "polarity")
+NAMES = ("digits", "activity", "mnist_rows", "polarity")
 
 
 def recipe(name: str, options: Mapping[str, Any] | None = None, **changes: Any) -> Recipe:
@@ -487,20 +488,18 @@ def test_activity_refuses(hapt_folder: Path) -> None:
 # ---- mnist ---------------------------------------------------------------------------------------------------------
 
 
-def mnist_recipe(by: str, **options: Any) -> Recipe:
-    return recipe(f"mnist_{by}", {"validation": 20, "sequences": 0, "turn": 0, "stretch": 0, "shift": 0, **options})
+def mnist_recipe(**options: Any) -> Recipe:
+    return recipe("mnist_rows", {"validation": 20, "sequences": 0, "turn": 0, "stretch": 0, "shift": 0, **options})
 
 
-@pytest.mark.parametrize("by", ["rows", "pixels"])
-def test_mnist_by_rows_and_by_pixels(digits_folder: Path, by: str) -> None:
-    of = mnist_recipe(by)
+def test_mnist_by_rows(digits_folder: Path) -> None:
+    of = mnist_recipe()
     task = tasks.create(of, [digits_folder])
     fits(task, of)
-    length = 28 if by == "rows" else 784
     assert [len(epoch(task)), len(task.validation), len(task.test)] == [40, 20, 20]
     for i, ticks in enumerate(task.test):
-        assert len(ticks) == length
-        assert np.flatnonzero(ticks.weights["digit"]).tolist() == [length - 1]
+        assert len(ticks) == 28
+        assert np.flatnonzero(ticks.weights["digit"]).tolist() == [27]
         assert ticks.targets["digit"][-1] == i % 10
         picture = image(i % 10, 200 + i)
         assert np.array_equal(np.rint(ticks.features["vision"].reshape(28, 28) * 255), picture)
@@ -508,12 +507,12 @@ def test_mnist_by_rows_and_by_pixels(digits_folder: Path, by: str) -> None:
     assert numbers == [set(range(40)), set(range(200, 220))]
     assert same(epoch(task), epoch(task))
     assert not same(epoch(task, 0), epoch(task, 1))
-    some = tasks.create(mnist_recipe(by, sequences=7, test=5), [digits_folder / "mnist.tgz"])
+    some = tasks.create(mnist_recipe(sequences=7, test=5), [digits_folder / "mnist.tgz"])
     assert [len(epoch(some)), len(some.test)] == [7, 5]
 
 
 def test_mnist_shifts_only_training_images(digits_folder: Path) -> None:
-    moved, still = (tasks.create(mnist_recipe("rows", shift=s), [digits_folder]) for s in (2, 0))
+    moved, still = (tasks.create(mnist_recipe(shift=s), [digits_folder]) for s in (2, 0))
     assert same(moved.test, still.test)
     assert same(moved.validation, still.validation)
     pictures = [t.features["vision"] for s in range(9) for t in epoch(moved, s)]
@@ -530,7 +529,7 @@ def test_mnist_shifts_only_training_images(digits_folder: Path) -> None:
 def test_mnist_refuses(digits_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FileError, match="60 training images, 5000 are held out"):
         tasks.create(recipe("mnist_rows"), [digits_folder])
-    with pytest.raises(ConfigError, match="28 numbers"):
+    with pytest.raises(ConfigError, match="unknown key `by`"):
         tasks.create(recipe("mnist_rows", {"by": "pixels"}), [digits_folder])
     with pytest.raises(FileError, match="train-images"):
         tasks.create(recipe("mnist_rows"), [tmp_path])
@@ -556,7 +555,7 @@ def test_polarity_has_one_word_per_tick(polarity_zip: Path) -> None:
     task = tasks.create(of, [polarity_zip.parent])
     fits(task, of)
     assert [len(epoch(task)), len(task.validation), len(task.test)] == [160, 20, 20]
-    words = polarity.Words()
+    words, tokens = polarity.Words(), polarity.Words(TokenEncoder())
     texts = {np.stack([words[w] for w in line.split()]).tobytes(): i for i, line in enumerate(LINES)}
     parts = [[texts[t.features["text"].tobytes()] for t in part] for part in (epoch(task), task.validation, task.test)]
     assert sorted(i for part in parts for i in part) == list(range(200))  # every sentence exactly once, in one part
@@ -569,7 +568,15 @@ def test_polarity_has_one_word_per_tick(polarity_zip: Path) -> None:
         assert weight[-1] == 1
         assert (np.diff(weight) > 0).all()
         assert weight[-2] < 0.2
-    assert task.origins == {"text": TextEncoder().origin}
+    for ticks in task.test:
+        said = LINES[texts[ticks.features["text"].tobytes()]].split()
+        assert np.array_equal(ticks.features["text.tokens"], np.stack([tokens[w] for w in said]))
+    assert task.origins == {"text": TextEncoder().origin, "text.tokens": TokenEncoder().origin}
+    learnt = {t for s in epoch(task) for t in s.features["text.tokens"].ravel().astype(int).tolist()}
+    assert set(task.common_tokens) == learnt - {0}
+
+    alone = recipe("polarity", modalities={"text": {"size": TextEncoder.size}}, events={})
+    fits(tasks.create(alone, [polarity_zip]), alone)
 
 
 @pytest.mark.slow
@@ -629,9 +636,9 @@ def test_activity_of_the_real_data(data: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.shared_data
 def test_mnist_and_polarity_of_the_real_data(data: Path) -> None:
-    task = tasks.create(recipe("mnist_pixels", {"sequences": 2}), [data])
-    assert [len(epoch(task)), len(task.validation), len(task.test)] == [2, 1000, 10_000]
-    check(task.test[0], recipe("mnist_pixels"))
+    task = tasks.create(recipe("mnist_rows", {"sequences": 2}), [data])
+    assert [len(epoch(task)), len(task.validation), len(task.test)] == [2, 5000, 10_000]
+    check(task.test[0], recipe("mnist_rows"))
     assert task.test[0].targets["digit"][-1] == 7
     words = tasks.create(recipe("polarity"), [data])
     assert [len(words.validation), len(words.test)] == [1066, 1067]

@@ -1,13 +1,10 @@
-"""MNIST as a sequence: one row per tick (28 ticks of 28 numbers) or one pixel per tick (784 ticks of 1).
-
-The digit is scored at the end. This is the usual test of long-term memory.
-"""
+"""MNIST as a sequence: one row per tick, 28 ticks of 28 numbers. The digit is scored at the end."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -22,6 +19,7 @@ from stream_mmrnn.training.recipe import Recipe
 from stream_mmrnn.training.tasks.common import find, require
 
 _CHUNK = 1000
+_ROWS, _COLUMNS = 28, 28
 
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -29,7 +27,6 @@ _Count = Annotated[int, msgspec.Meta(ge=0)]
 class MnistOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """`data.options`."""
 
-    by: Literal["rows", "pixels"] = "rows"
     sequences: _Count = 0
     """Images per training epoch, drawn again for each epoch; 0 means all."""
     validation: Annotated[int, msgspec.Meta(ge=1)] = 5000
@@ -83,20 +80,19 @@ def warped(images: ByteArray, turn: float, stretch: float, rng: np.random.Genera
 def make(recipe: Recipe, places: list[Path]) -> Task:
     """Official split; the last images of the training set are used for validation."""
     options = convert(recipe.data.options, MnistOptions)
-    length, size = (28, 28) if options.by == "rows" else (784, 1)
-    require(recipe, {"vision": size}, {"digit": mnist.CLASSES})
+    require(recipe, {"vision": _COLUMNS}, {"digit": mnist.CLASSES})
     place = find(places, "mnist")
     images, labels = mnist.load(place, "train")
     if options.validation >= len(images):
         raise FileError(f"{place} has {len(images)} training images, {options.validation} are held out; give all of it")
     # the same for all images, so they share one copy
-    present, age_s = np.ones((length, 1), np.float32), np.zeros((length, 1), np.float32)
-    last = np.zeros(length, np.float32)
+    present, age_s = np.ones((_ROWS, 1), np.float32), np.zeros((_ROWS, 1), np.float32)
+    last = np.zeros(_ROWS, np.float32)
     last[-1] = 1
 
     def sequences(pictures: ByteArray, digits: ByteArray, name: str) -> Iterator[Ticks]:
-        vectors: FloatArray = (pictures.reshape(-1, length, size) / np.float32(255)).astype(np.float32)
-        targets = np.repeat(digits.astype(np.int64)[:, None], length, 1)
+        vectors: FloatArray = (pictures.reshape(-1, _ROWS, _COLUMNS) / np.float32(255)).astype(np.float32)
+        targets = np.repeat(digits.astype(np.int64)[:, None], _ROWS, 1)
         for i, (x, y) in enumerate(zip(vectors, targets, strict=True)):
             yield Ticks({"vision": x}, present, age_s, {"digit": y}, {"digit": last}, f"{name} {i}")
 
@@ -121,7 +117,7 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
         epoch,
         list(sequences(images[held], labels[held], "validation")),
         list(sequences(test_images, test_labels, "test")),
-        about=f"MNIST (LeCun, Bottou, Bengio and Haffner 1998; CC BY-SA 3.0), a {options.by[:-1]} a tick in reading "
+        about=f"MNIST (LeCun, Bottou, Bengio and Haffner 1998; CC BY-SA 3.0), a row a tick in reading "
         f"order, pixels in [0, 1], scored at the last tick alone. Official split: {len(test_images)} test images; of "
         f"the training images {train} are trained on and the last {options.validation} are the validation"
         + (f"; training images are {' and '.join(changes)}, anew in every epoch." if changes else "."),
