@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from serving import alone, running, settings_for, start, step_of, tick
 
 from stream_mmrnn import AsyncClient, Client
 from stream_mmrnn.core import config
-from stream_mmrnn.core.block import Block
+from stream_mmrnn.core.block import Block, BlockPredictions
 from stream_mmrnn.core.errors import (
     BadTick,
     Busy,
     DuplicateSession,
     Evicted,
+    ShardDied,
     UsageError,
     WireError,
 )
@@ -598,3 +599,137 @@ def test_no_answer_harms_a_client(heads: bytes, rows: bytes, block: int, first: 
     reply = protocol.Preds(group=0, block=0, heads=(good,), waited_ns=0, step_ns=0, model="m")
     client.receive(protocol.encode(reply), NOW)
     assert len(group.answers) == 1
+
+
+# ---- the host, without sockets ---------------------------------------------------------------------------------------
+
+
+class HalfDeadEngine(StepEngine):
+    """As if the shard with session s1 had died."""
+
+    is_dead = False
+
+    def step_block(self, block: Block) -> BlockPredictions:
+        if not self.is_dead:
+            return super().step_block(block)
+        self.is_dead = False
+        error = ShardDied("one of two died")
+        error.sessions = ("s1",)
+        error.block = super().step_block(block.take(block.handles != self.handle("s1")))
+        raise error
+
+
+Make = Callable[..., Host]
+
+
+@pytest.fixture
+def make(toy: Path, tmp_path: Path) -> Make:
+    def make(groups: bool = True, engine: type[StepEngine] = StepEngine) -> Host:
+        state = config.StateSettings(idle_s=10, ttl_s=100, snapshot_every=4)
+        sessions = Sessions(engine(toy, 16), StateBlockStore(tmp_path / "states", 100), state)
+        return Host(sessions, 8, slots=16, peer_sessions=16, groups=groups)
+
+    return make
+
+
+def ask(host: Host, request: protocol.Request, peer: bytes = b"a") -> list[Any]:
+    """Whatever comes of a request for this peer, when all is stepped."""
+    host.receive(peer, protocol.encode(request), NOW)
+    while host.ready:
+        host.step(NOW)
+    out, host.out = host.out, []
+    return [reply for to, reply in out if to == peer]
+
+
+def group_of(host: Host, names: list[str], peer: bytes = b"a", number: int = 1) -> list[str]:
+    """Opens a group; the tokens of its sessions."""
+    replies = ask(host, protocol.OpenGroup(group=number, sessions=tuple(names)), peer)
+    assert all(isinstance(reply, protocol.Grouped) and not reply.refused for reply in replies)
+    return [token for reply in replies for token in reply.tokens]
+
+
+def block(names: list[str], index: int, number: int = 0, rows: list[int] | None = None) -> protocol.Steps:
+    some = [tick(name, index, n) for n, name in enumerate(names)]
+    return to_steps(1, number, block_of(some, rows or list(range(len(names)))), whole=rows is None)
+
+
+def test_a_host_without_groups_refuses_them(make: Make) -> None:
+    host = make(groups=False)
+    for request in (protocol.OpenGroup(group=0, sessions=("a",)), protocol.Steps(0, 0, b"", ())):
+        [reply] = ask(host, request)
+        assert isinstance(reply, protocol.Refused)
+        assert (reply.error, "no groups" in reply.why) == ("bad_message", True)
+        host.handle(b"a", request, NOW)
+        assert isinstance(host.out.pop()[1], protocol.Refused)
+    assert len(host.sessions) == 0
+
+
+def test_a_dead_shard_costs_a_group_its_own_rows_only(make: Make, toy: Path) -> None:
+    host = make(engine=HalfDeadEngine)
+    names = NAMES[:3]
+    tokens = group_of(host, names)
+    ask(host, block(names, 0))
+    for _ in names:
+        host.housekeeping(NOW)
+    assert isinstance(host.sessions.engine, HalfDeadEngine)
+    host.sessions.engine.is_dead = True
+    preds, evicted = ask(host, block(names, 1))
+    assert rows_of(preds.rows).tolist() == [0, 2]
+    assert [(of.error, rows_of(of.rows).tolist()) for of in preds.refused] == [("evicted", [1])]
+    assert (evicted.session, evicted.reason, evicted.token) == ("s1", "lost", tokens[1])
+    [again] = ask(host, protocol.OpenGroup(group=1, first=1, sessions=("s1",), tokens=(tokens[1],)))
+    assert np.frombuffer(again.next, "<i8").tolist() == [1]
+    [last] = ask(host, to_steps(1, 5, block_of([tick("s1", 1, 1)], [1])))
+    assert last.heads[0] == alone(toy, [tick("s1", k, 1) for k in range(2)])[1]
+
+
+def test_a_session_of_a_group_that_is_taken_over_is_refused_alone(make: Make, toy: Path) -> None:
+    host = make()
+    names = NAMES[:3]
+    tokens = group_of(host, names)
+    host.receive(b"a", protocol.encode(block(names, 0, 0)), NOW)
+    host.receive(b"b", protocol.encode(protocol.Open(session="s1", token=tokens[1])), NOW)
+    host.receive(b"a", protocol.encode(block(names, 1, 1)), NOW)
+    while host.ready:
+        host.step(NOW)
+    out, host.out = host.out, []
+    first, taken, ready, second = out
+    assert first == (b"a", first[1])
+    assert (first[1].block, first[1].rows, first[1].refused) == (0, b"", ()), "earlier ticks come first"
+    assert taken == (b"a", protocol.EvictedNow(session="s1", token="", reason="taken", next=1))
+    assert ready == (b"b", protocol.Ready(session="s1", token=tokens[1], next=1, resumed=True))
+    assert rows_of(second[1].rows).tolist() == [0, 2]
+    assert [(of.error, rows_of(of.rows).tolist()) for of in second[1].refused] == [("unknown", [1])]
+    [pred] = ask(host, step_of(tick("s1", 1, 1)), b"b")
+    assert pred.heads[0] == alone(toy, [tick("s1", k, 1) for k in range(2)])[1]
+
+
+def test_a_block_with_a_row_twice_is_stepped_without_it(make: Make, toy: Path) -> None:
+    host = make()
+    group_of(host, NAMES[:2])
+    some = block_of([tick("s0", 0), tick("s1", 0, 1), tick("s0", 1)], [0, 1, 0])
+    [preds] = ask(host, to_steps(1, 3, some))
+    assert rows_of(preds.rows).tolist() == [0, 1]
+    assert [(of.error, rows_of(of.rows).tolist()) for of in preds.refused] == [("bad_tick", [0])]
+    assert preds.heads[0][:8] == alone(toy, [tick("s0", 0)])[0]
+
+
+def test_a_group_of_many_is_opened_in_parts_and_others_go_on(make: Make) -> None:
+    host = make()
+    host.receive(b"a", protocol.encode(protocol.OpenGroup(group=1, sessions=tuple(f"m{i}" for i in range(14)))), NOW)
+    assert [type(reply).__name__ for _, reply in host.out] == ["Grouped"], "a budget is enough for eight"
+    assert isinstance(ask(host, protocol.Open(session="b"), b"b")[0], protocol.Ready)
+    [preds] = ask(host, block([f"m{i}" for i in range(14)], 0))
+    assert len(preds.heads[0]) == 14 * 8
+
+
+def test_more_blocks_than_may_wait_are_refused(make: Make) -> None:
+    host = make()
+    group_of(host, NAMES[:2])
+    for i in range(10):
+        host.receive(b"a", protocol.encode(block(NAMES[:2], i, i)), NOW)
+    refused = [reply for _, reply in host.out]
+    assert [(r.block, r.refused[0].error, r.refused[0].rows) for r in refused] == [
+        (8, "overrun", b""),
+        (9, "overrun", b""),
+    ]
