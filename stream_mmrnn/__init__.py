@@ -98,6 +98,9 @@ if TYPE_CHECKING:
     from stream_mmrnn.serve.client import Client as Client
     from stream_mmrnn.serve.client import RawServedSession as RawServedSession
     from stream_mmrnn.serve.client import ServedSession as ServedSession
+    from stream_mmrnn.serve.client_group import AsyncGroup as AsyncGroup
+    from stream_mmrnn.serve.client_group import Group as Group
+    from stream_mmrnn.serve.client_groups import GroupAnswer as GroupAnswer
     from stream_mmrnn.serve.client_state import Answer as Answer
     from stream_mmrnn.serve.cluster.client import ClusterClient as ClusterClient
     from stream_mmrnn.serve.protocol import Welcome as Welcome
@@ -148,6 +151,8 @@ _PUBLIC = {
     "recording.recorder": ("Recorder",),
     "serve.async_client": ("AsyncClient", "AsyncRawServedSession", "AsyncServedSession"),
     "serve.client": ("Client", "RawServedSession", "ServedSession"),
+    "serve.client_group": ("AsyncGroup", "Group"),
+    "serve.client_groups": ("GroupAnswer",),
     "serve.client_state": ("Answer",),
     "serve.cluster.client": ("ClusterClient",),
     "serve.protocol": ("Welcome",),

@@ -41,6 +41,7 @@ class StepsReader:
 
     def __init__(self, names: Sequence[str], sizes: Sequence[int]) -> None:
         self._names, self._sizes = tuple(names), tuple(sizes)
+        self._nothing = [np.zeros((0, size), np.float32) for size in sizes]
 
     def read(self, request: protocol.Steps, most: int) -> Block:
         """The block, whose handles are rows below `most`. Raises BadTick where its columns do not fit.
@@ -65,15 +66,18 @@ class StepsReader:
                 f"expected the vectors of {width} modalities and as many `present` or none, got "
                 f"{len(request.features)} and {len(request.present)}"
             )
-        present = np.empty((count, width), np.bool_)
+        present = np.zeros((count, width), np.bool_)
         features: list[Features] = []
         kind = _F2 if request.half else _F4
         for i, (name, size) in enumerate(zip(self._names, self._sizes, strict=True)):
             content = request.features[i]
             mask = request.present[i] if request.present else None
             if mask is None:
-                present[:, i] = content is not None
-                here = count if content is not None else 0
+                if content is None:
+                    features.append(self._nothing[i])
+                    continue
+                present[:, i] = True
+                here = count
             else:
                 if len(mask) != count:
                     raise WireError(f"expected {count} bytes as `present` of {name}, got {len(mask)}")

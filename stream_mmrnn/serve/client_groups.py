@@ -14,12 +14,13 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from stream_mmrnn.core.block import Block, Flags, Integers
+from stream_mmrnn.core.block import Flags, Integers
 from stream_mmrnn.core.errors import BadTick, Busy, Evicted, SessionError, WireError
 from stream_mmrnn.core.types import MAX_TICK
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.block_codec import StepsReader, integers, read_heads, rows_of, to_steps
 from stream_mmrnn.serve.client_errors import ERRORS
+from stream_mmrnn.serve.group_columns import GroupColumns
 
 KEPT_TICKS = 256
 """Of each session: more than a server steps between two snapshots."""
@@ -85,8 +86,7 @@ class ClientGroup:
         """`send`: a request, or one that is encoded."""
         self.number, self.names, self.tokens = number, list(names), list(tokens)
         self._welcome, self._send = welcome, send
-        self._sizes = [m.size for m in welcome.modalities]
-        self._modalities = [m.name for m in welcome.modalities]
+        self._columns = GroupColumns([m.name for m in welcome.modalities], [m.size for m in welcome.modalities])
         self._heads = [h.name for h in welcome.heads]
         self._head_sizes = [h.size for h in welcome.heads]
         self.row = {name: i for i, name in enumerate(names)}
@@ -238,7 +238,7 @@ class ClientGroup:
                 "model's tick"
             )
         whole = rows is None and not self.errors
-        block = self._block(features, rows, ticks, event_ns, present, age_ns)
+        block = self._columns.block(rows, features, ticks, event_ns, present, age_ns, self.next_ticks, self.errors)
         number, self._blocks = self._blocks, self._blocks + 1
         content = protocol.encode(to_steps(self.number, number, block, whole))
         if len(content) > protocol.MAX_BYTES:
@@ -255,56 +255,6 @@ class ClientGroup:
         self._pump()
         return number
 
-    def _block(
-        self,
-        features: Mapping[str, Any],
-        rows: npt.ArrayLike | None,
-        ticks: npt.ArrayLike | None,
-        event_ns: npt.ArrayLike | None,
-        present: Mapping[str, npt.ArrayLike] | None,
-        age_ns: npt.ArrayLike | None,
-    ) -> Block:
-        if unknown := (set(features) | set(present or ())) - set(self._modalities):
-            known = ", ".join(self._modalities)
-            raise BadTick(f"the model of this group has no {sorted(unknown)[0]!r}; it takes {known}")
-        if rows is None:
-            at = np.array([i for i in range(len(self.names)) if i not in self.errors], np.int64)
-        else:
-            at = np.array(rows, np.int64)
-            if at.ndim != 1 or (len(at) and not 0 <= at.min() <= at.max() < len(self.names)):
-                raise BadTick(f"expected rows from 0 to {len(self.names) - 1}, the sessions of this group")
-            if len(np.unique(at)) != len(at):
-                raise BadTick("a block has one tick of each session; send the second one in another block")
-            for row in at.tolist() if self.errors else ():
-                if row in self.errors:
-                    raise self.errors[row]
-        if not len(at):
-            raise next(iter(self.errors.values()), BadTick("a block has at least one row"))
-        count, width = len(at), len(self._modalities)
-        masks = np.zeros((count, width), np.bool_)
-        vectors = []
-        for i, (name, size) in enumerate(zip(self._modalities, self._sizes, strict=True)):
-            value = features.get(name)
-            if value is not None:
-                masks[:, i] = True if present is None or name not in present else np.asarray(present[name], np.bool_)
-            some = int(np.count_nonzero(masks[:, i]))
-            matrix = np.zeros((0, size), np.float32) if value is None else np.asarray(value)
-            if matrix.dtype not in (np.float16, np.float32):
-                matrix = matrix.astype(np.float32)
-            if matrix.shape != (some, size):
-                raise BadTick(f"expected {some} vectors of {size} numbers as {name}, got {list(matrix.shape)}")
-            vectors.append(matrix)
-        return Block(
-            at,
-            self.next_ticks[at] if ticks is None else _column(ticks, count, "ticks"),
-            np.zeros(count, np.int64) if event_ns is None else _column(event_ns, count, "event_ns"),
-            masks,
-            masks.astype(np.int64) - 1
-            if age_ns is None
-            else np.ascontiguousarray(np.broadcast_to(np.asarray(age_ns, np.int64), (count, width))),
-            tuple(vectors),
-        )
-
     def _pump(self) -> None:
         """Send as many blocks as the server's queue takes."""
         while self._to_send and not self._reopening and len(self._on_the_way) < self._welcome.queue:
@@ -316,7 +266,7 @@ class ClientGroup:
                 continue
             request = protocol.read_request(of.content)
             assert isinstance(request, protocol.Steps)
-            block = StepsReader(self._modalities, self._sizes).read(request, len(self.names))
+            block = StepsReader(self._columns.names, self._columns.sizes).read(request, len(self.names))
             mask = np.zeros(len(block), np.bool_)
             mask[of.at_server] = True
             self._send(to_steps(self.number, number, block.take(mask)))
@@ -437,10 +387,3 @@ class ClientGroup:
         self._reopening = True
         self.open()
         return True
-
-
-def _column(values: npt.ArrayLike, count: int, what: str) -> Integers:
-    found = np.ascontiguousarray(np.broadcast_to(np.asarray(values, np.int64), (count,)))
-    if what == "ticks" and count and not 0 <= found.min() <= found.max() <= MAX_TICK:
-        raise BadTick("expected indices of ticks from 0 to 2^53 - 1")
-    return found

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from stream_mmrnn.core.block import Block, BlockPredictions, Flags, Integers
-from stream_mmrnn.core.errors import BadTick, DuplicateSession, Evicted, StreamError, UnknownSession
+from stream_mmrnn.core.errors import BadTick, Busy, DuplicateSession, Evicted, StreamError, UnknownSession
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.block_codec import column, row_bytes
 from stream_mmrnn.serve.groups import WaitingBlock, WaitingTick
@@ -95,4 +95,27 @@ def refusal(steps: protocol.Steps, error: protocol.ErrorName, why: str) -> proto
         step_ns=0,
         model="",
         refused=(protocol.RowsRefused(error, why),),
+    )
+
+
+def grouped(request: protocol.OpenGroup, found: Sequence[protocol.Ready | StreamError]) -> protocol.Grouped:
+    """The answer to a `group`, of which `found` came."""
+    refused = [
+        protocol.RowRefused(
+            row,
+            "busy" if isinstance(of, Busy) else error_name(of),
+            str(of),
+            of.retry_after_s if isinstance(of, Busy) else 0.0,
+        )
+        for row, of in enumerate(found, request.first)
+        if isinstance(of, StreamError)
+    ]
+    ready = [of if isinstance(of, protocol.Ready) else None for of in found]
+    return protocol.Grouped(
+        group=request.group,
+        first=request.first,
+        tokens=tuple(of.token if of is not None else "" for of in ready),
+        next=column([of.next if of is not None else 0 for of in ready]),
+        resumed=bytes(of is not None and of.resumed for of in ready),
+        refused=tuple(refused),
     )

@@ -27,7 +27,7 @@ from stream_mmrnn.core.stream_table import for_model
 from stream_mmrnn.predict.sharded_engine import create
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.save_queue import WRITERS
-from stream_mmrnn.serve.session_host import Host
+from stream_mmrnn.serve.session_host import SHARE, Host
 from stream_mmrnn.serve.session_input import SessionInput
 from stream_mmrnn.serve.sessions import Sessions
 from stream_mmrnn.serve.state_store import StateBlockStore
@@ -226,12 +226,12 @@ class Server:
                 garbage = host.counts["garbage"]
                 if self._rate_limiter(received[0].hex(), now_ns()):
                     self._say(f"the client {received[0].hex()} sent an invalid message ({garbage} by all so far)")
-            if read[received[0]] >= host.share(received[0]):
+            if read[received[0]] >= SHARE and read[received[0]] >= host.share(received[0]):
                 break
         self._send()
 
     def _send(self) -> None:
-        host, router = self.host, self._router
+        host, router, answered = self.host, self._router, self._answered
         while host.out:
             out, host.out = host.out, []
             gone = set()
@@ -239,7 +239,9 @@ class Server:
                 if peer in gone:
                     continue
                 fate = router.send(peer, protocol.encode(reply))
-                self._answered.add(peer)
+                answered.add(peer)
+                if fate == "sent":
+                    continue
                 if fate == "slow":
                     # it notices the missing answer, since ticks are numbered
                     host.counts["unread"] += 1
@@ -247,7 +249,7 @@ class Server:
                         self._say(
                             f"the client {peer.hex()} does not read fast enough; some of its messages are dropped"
                         )
-                elif fate == "gone":
+                else:
                     gone.add(peer)
                     host.gone(peer, now_ns())
 

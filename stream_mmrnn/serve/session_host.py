@@ -13,31 +13,29 @@ from collections.abc import Callable, Collection
 
 from msgspec.structs import replace
 
-from stream_mmrnn.core.errors import Busy, SessionError, SnapshotError, StreamError, UnknownSession, WireError
+from stream_mmrnn.core.errors import Busy, SessionError, SnapshotError, StreamError, WireError
 from stream_mmrnn.core.latency import Histogram
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.batch import Batch
-from stream_mmrnn.serve.block_codec import StepsReader, column, row_bytes
-from stream_mmrnn.serve.groups import NO_ONE, Group, Key, Served, TickQueues, WaitingBlock, WaitingTick
+from stream_mmrnn.serve.block_codec import StepsReader, row_bytes
+from stream_mmrnn.serve.groups import NO_ONE, TickQueues, WaitingBlock, WaitingTick
 from stream_mmrnn.serve.open_sessions import Notice
+from stream_mmrnn.serve.owners import Owners, tokens_of
 from stream_mmrnn.serve.push_handler import PushHandler
-from stream_mmrnn.serve.replies import error_name, refusal
+from stream_mmrnn.serve.replies import error_name, grouped, refusal
 from stream_mmrnn.serve.session_input import SessionInput
 from stream_mmrnn.serve.sessions import Sessions
 from stream_mmrnn.serve.step_reader import StepReader
 from stream_mmrnn.serve.turns import OPENED_AT_ONCE, Peer, Put, Turns, cost_of
 
-_PEER_RETRY_S = 1.0
-"""What a peer with too many sessions is told to wait."""
 _IDLE_CHECK_NS, _SWEEP_NS = 100_000_000, 60_000_000_000
 """How often idle sessions, and states on disk that are too old, are looked for."""
-_READ = 32
+SHARE = 32
 """Messages of a peer that are read at most between two steps, and one more for each of its sessions."""
 _READ_BYTES = 8192
 """A message counts as one more for each so many bytes; a block as its ticks."""
 _AFTER_TICKS = (protocol.Flush, protocol.Reset, protocol.Close, protocol.Open)
 """Requests that are handled after the ticks before them; and `group`."""
-_NOT_OWNER = "the session belongs to another connection; open it with its token to take it over"
 _TOO_MANY = "too many messages of this client wait already; read their answers first"
 
 
@@ -73,25 +71,22 @@ class Host:
         """`messages`, `garbage`, `predictions`, `skipped`, `refused`, `overrun`, `taken`, `gone`."""
         self.waited, self.stepped = Histogram(), Histogram()
         """Time from receiving a tick, or a block of them, until its step began; time of steps."""
-        self._queue, self._peer_sessions, self._slots = queue, peer_sessions, slots
-        self._of: dict[Peer, set[str]] = {}
+        self._queue = queue
         self._queues = TickQueues()
         self._turns = Turns(queue + 2 * slots)
-        self._taking: dict[Key, Peer] = {}
-        """Sessions or groups that a peer takes over with a token when the ticks that wait are stepped; others' messages
-        about them wait for that."""
         self._idle_checked_ns = self._swept_ns = 0
         spec = sessions.engine.spec
         self._reader = StepReader(spec)
         self._steps_reader = StepsReader(self._reader.names, self._reader.sizes)
         self._pushes = PushHandler(make_input, sessions, self._queues, self._reader, queue, self.counts, self._send)
+        self._owners = Owners(sessions, self._queues, self._pushes, self.counts, self._send, peer_sessions, slots)
         self.welcome = protocol.welcome(spec, announced_queue or queue, protocol.VERSION if groups else protocol.OLDEST)
         self._answers: dict[type, Callable[..., None]] = {
             protocol.Hello: self._hello,
             protocol.Open: self._open,
-            protocol.OpenGroup: self._open_group,
+            protocol.OpenGroup: self._open_group if groups else self._no_groups,
             protocol.Step: self._put,
-            protocol.Steps: self._put_block,
+            protocol.Steps: self._put_block if groups else self._no_groups,
             protocol.PushSample: self._push,
             protocol.Flush: self._flush,
             protocol.Reset: self._reset,
@@ -101,7 +96,7 @@ class Host:
     @property
     def peers(self) -> Collection[Peer]:
         """Peers that own sessions."""
-        return self._of.keys()
+        return self._owners.of.keys()
 
     @property
     def ready(self) -> bool:
@@ -110,7 +105,7 @@ class Host:
 
     def share(self, peer: Peer) -> int:
         """How many messages of a peer are read at most between two steps, as `receive` counts them."""
-        return _READ + len(self._of.get(peer, ()))
+        return SHARE + len(self._owners.of.get(peer, ()))
 
     # ---- requests ------------------------------------------------------------------------------------------------
 
@@ -126,13 +121,16 @@ class Host:
             counts["garbage"] += 1
             self._send(peer, protocol.Refused(error="bad_message", why=str(e)[:500]))
             return 1 + len(content) // _READ_BYTES
-        if type(request) is protocol.Step and not self._turns and not self._taking:
-            self._answer(Put(peer, request.session, request, 0, now_ns))  # as below, for most messages
+        if type(request) is protocol.Step and not self._turns and not self._owners.taking:
+            try:  # as below, for most messages
+                self._put(peer, request, now_ns)
+            except StreamError as e:
+                self._refuse(peer, e, request.session, request.tick)
             return 1
         if isinstance(request, protocol.OpenGroup):
             self._receive_group(peer, request, len(content), now_ns)
             return len(request.sessions)
-        self._receive(Put(peer, self._key(peer, request), request, len(content), now_ns))
+        self._receive(Put(peer, self._owners.key(peer, request), request, len(content), now_ns))
         if isinstance(request, protocol.Steps):
             return max(len(request.ticks) // 8, 1 + len(content) // _READ_BYTES)
         return 1 + len(content) // _READ_BYTES
@@ -146,7 +144,7 @@ class Host:
             if isinstance(request, protocol.Steps):
                 self._send(peer, refusal(request, "overrun", _TOO_MANY))
             elif isinstance(request, protocol.OpenGroup):
-                self._send_grouped(peer, request, [SessionError(_TOO_MANY)] * len(request.sessions))
+                self._send(peer, grouped(request, [SessionError(_TOO_MANY)] * len(request.sessions)))
             else:
                 session = getattr(request, "session", "")
                 number = _number(request)
@@ -154,7 +152,7 @@ class Host:
 
     def _receive_group(self, peer: Peer, request: protocol.OpenGroup, size: int, now_ns: int) -> None:
         """In parts that a budget is enough for."""
-        sessions, tokens = request.sessions, request.tokens or (None,) * len(request.sessions)
+        sessions, tokens = request.sessions, tokens_of(request)
         if len(tokens) != len(sessions) or request.first + len(sessions) > protocol.MAX_ROWS:
             why = f"a group has at most {protocol.MAX_ROWS} sessions, and a token or nil for each"
             self._send(peer, protocol.Refused(error="bad_message", why=why))
@@ -165,54 +163,23 @@ class Host:
             share = size * len(part.sessions) // len(sessions)
             self._receive(Put(peer, (peer, request.group), part, share, now_ns))
 
-    def _key(self, peer: Peer, request: protocol.Request) -> Key:
-        """The queue that a message belongs to."""
-        if isinstance(request, protocol.Steps | protocol.OpenGroup):
-            return peer, request.group
-        served = self._queues.served.get(session := getattr(request, "session", ""))
-        return served.key if served is not None else session
-
     def handle(self, peer: Peer, request: protocol.Request, now_ns: int) -> None:
         """Handle one decoded message at once, after the ticks before it."""
         if isinstance(request, _AFTER_TICKS):
             while self._queues.waits(request.session):
                 self.step(now_ns)
-        self._answer(Put(peer, self._key(peer, request), request, 0, now_ns))
+        self._answer(Put(peer, self._owners.key(peer, request), request, 0, now_ns))
 
     def _can(self, put: Put) -> bool:
         """Whether a message can be handled now: some come after the session's ticks that wait."""
         request = put.request
         if isinstance(request, protocol.OpenGroup):
-            return self._can_group(put, request)
-        if self._taking and self._taking.get(self._key(put.peer, request), put.peer) != put.peer:
+            return self._owners.can_group(put, request, self._turns)
+        if self._owners.taking and self._owners.taking.get(self._owners.key(put.peer, request), put.peer) != put.peer:
             return False
-        return not isinstance(request, _AFTER_TICKS) or self._can_now(
+        return not isinstance(request, _AFTER_TICKS) or self._owners.can_now(
             put.peer, request.session, getattr(request, "token", None) if isinstance(request, protocol.Open) else None
         )
-
-    def _can_now(self, peer: Peer, session: str, token: str | None) -> bool:
-        served = self._queues.served.get(session)
-        if served is None or not self._queues.queue_of(served):
-            return True
-        if served.peer == peer:
-            return False
-        if token is not None and self.sessions.has_token(session, token):
-            self._taking.setdefault(served.key, peer)
-            return False
-        return True  # it will be refused
-
-    def _can_group(self, put: Put, request: protocol.OpenGroup) -> bool:
-        group = self._queues.groups.get((put.peer, request.group))
-        if group is not None and group.waiting:
-            return False
-        for session, token in zip(request.sessions, request.tokens, strict=True):
-            served = self._queues.served.get(session)
-            key = served.key if served is not None else session
-            if self._taking.get(key, put.peer) != put.peer or (key != put.key and self._turns.has(put.peer, key)):
-                return False
-            if not self._can_now(put.peer, session, token):
-                return False
-        return True
 
     def _answer(self, put: Put) -> None:
         request = put.request
@@ -241,111 +208,36 @@ class Host:
     # ---- opening and closing -------------------------------------------------------------------------------------
 
     def _open(self, peer: Peer, request: protocol.Open, now_ns: int) -> None:
-        self._send(peer, self._opened(peer, request.session, request.token, request.raw, now_ns)[0])
-
-    def _opened(
-        self, peer: Peer, session: str, token: str | None, raw: bool, now_ns: int
-    ) -> tuple[protocol.Ready, Served]:
-        """Open a session for a peer, and tell the one that had it."""
-        before = self._queues.served.get(session)
-        self._taking.pop(before.key if before is not None else session, None)
-        self._pushes.check_kind(session, raw)
-        if session not in self._of.get(peer, ()):
-            self._check_share(peer)
-        opened = self.sessions.open(session, token, now_ns=now_ns)
-        self._pushes.begin(session, raw, opened, now_ns)
-        first = before.peer if before is not None else NO_ONE
-        if first not in (peer, NO_ONE):
-            self.disown(session)
-            self.counts["taken"] += 1
-            self._send(first, protocol.EvictedNow(session=session, token="", reason="taken", next=opened.next_index))
-        served = self.own(session, peer)
-        pushes = self._pushes.raw.get(session)
-        following = opened.next_index if pushes is None else pushes.next
-        at_ns = 0 if pushes is None else pushes.input.newest_ns - pushes.input.zero_ns
-        ready = protocol.Ready(session=session, token=opened.token, next=following, resumed=opened.resumed, at_ns=at_ns)
-        return ready, served
+        self._send(peer, self._owners.opened(peer, request.session, request.token, request.raw, now_ns)[0])
 
     def _open_group(self, peer: Peer, request: protocol.OpenGroup, now_ns: int) -> None:
-        key = peer, request.group
-        group = self._queues.groups.get(key) or Group(*key)
-        found: list[protocol.Ready | StreamError] = []
-        rows = range(request.first, request.first + len(request.sessions))
-        for row, session, token in zip(rows, request.sessions, request.tokens, strict=True):
-            try:
-                ready, served = self._opened(peer, session, token, False, now_ns)
-            except StreamError as e:
-                self.counts["refused"] += 1
-                found.append(e)
-                continue
-            group.grow(row + 1)
-            if served.group is not group or served.row != row:
-                left = served.group
-                group.put(row, served)
-                if left is not None:
-                    self._queues.forget_empty(left)
-            group.handles[row] = served.handle
-            found.append(ready)
-        if group.count:
-            self._queues.groups[key] = group
-        self._send_grouped(peer, request, found)
+        self._send(peer, grouped(request, self._owners.open_group(peer, request, now_ns)))
 
-    def _send_grouped(
-        self, peer: Peer, request: protocol.OpenGroup, found: Collection[protocol.Ready | StreamError]
-    ) -> None:
-        refused = [
-            protocol.RowRefused(
-                row,
-                "busy" if isinstance(of, Busy) else error_name(of),
-                str(of),
-                of.retry_after_s if isinstance(of, Busy) else 0.0,
-            )
-            for row, of in enumerate(found, request.first)
-            if isinstance(of, StreamError)
-        ]
-        ready = [of if isinstance(of, protocol.Ready) else None for of in found]
-        self._send(
-            peer,
-            protocol.Grouped(
-                group=request.group,
-                first=request.first,
-                tokens=tuple(of.token if of is not None else "" for of in ready),
-                next=column([of.next if of is not None else 0 for of in ready]),
-                resumed=bytes(of is not None and of.resumed for of in ready),
-                refused=tuple(refused),
-            ),
-        )
+    def _no_groups(self, peer: Peer, request: protocol.OpenGroup | protocol.Steps, now_ns: int) -> None:
+        why = "no groups are served here; open sessions one by one"
+        self._send(peer, protocol.Refused(error="bad_message", why=why))
 
-    def _check_share(self, peer: Peer) -> None:
-        """Raises Busy where a peer has as many sessions as one may have."""
-        mine, free = len(self._of.get(peer, ())), self._slots - len(self.sessions)
-        if 0 < self._peer_sessions <= mine:
-            why = f"this client has {mine} sessions, as many as one may have (serve.client_slots)"
-        elif self._slots and not self._peer_sessions and mine and mine >= free:
-            why = f"this client has {mine} sessions, and {free} slots are left for others (serve.client_slots)"
-        else:
-            return
-        self.sessions.counts["busy"] += 1
-        raise Busy(f"{why}; close one first", _PEER_RETRY_S)
+    def own(self, session: str, peer: Peer) -> None:
+        """Make this peer the owner of an open session."""
+        self._owners.own(session, peer)
 
-    def _owned(self, peer: Peer, session: str, now_ns: int) -> Served:
-        """The session, if it belongs to the peer. Raises UnknownSession or Evicted."""
-        served = self._queues.served.get(session)
-        if served is not None and served.peer == peer:
-            return served
-        if session in self.sessions:
-            raise UnknownSession(_NOT_OWNER)
-        raise self.sessions.missing(session, now_ns)
+    def owner(self, session: str) -> Peer:
+        """The peer that owns a session; b"" for none."""
+        return self._owners.owner(session)
+
+    def disown(self, session: str) -> None:
+        """Take a session from its owner, and drop its waiting ticks."""
+        self._owners.disown(session)
 
     def _flush(self, peer: Peer, request: protocol.Flush, now_ns: int) -> None:
         session = request.session
-        self._owned(peer, session, now_ns)
+        self._owners.owned(peer, session, now_ns)
         raw = self._pushes.raw.get(session)
         following = self.sessions.next_index(session) if raw is None else raw.next
         self._save_then(peer, protocol.Flushed(session=session, next=following), now_ns)
 
     def _reset(self, peer: Peer, request: protocol.Reset, now_ns: int) -> None:
-        self._owned(peer, request.session, now_ns)
+        self._owners.owned(peer, request.session, now_ns)
         if request.session in self._pushes.raw:
             raise SessionError(f"session {request.session!r} is raw and has no reset; close it and open another one")
         self.sessions.reset(request.session, now_ns=now_ns)
@@ -366,39 +258,12 @@ class Host:
     def _close(self, peer: Peer, request: protocol.Close, now_ns: int) -> None:
         session = request.session
         if session in self.sessions:
-            self._owned(peer, session, now_ns)
+            self._owners.owned(peer, session, now_ns)
         self.sessions.close(
             session, request.token, now_ns=now_ns, told=lambda: self._send(peer, protocol.Done(session=session))
         )
-        self.disown(session)
+        self._owners.disown(session)
         self._pushes.raw.pop(session, None)
-
-    def own(self, session: str, peer: Peer) -> Served:
-        """Make this peer the owner of an open session."""
-        served, handle = self._queues.served.get(session), self.sessions.handle(session)
-        if served is None or served.handle != handle:
-            served = self._queues.served[session] = Served(session, peer, handle)
-        served.peer = peer
-        self._of.setdefault(peer, set()).add(session)
-        return served
-
-    def owner(self, session: str) -> Peer:
-        """The peer that owns a session; b"" for none."""
-        served = self._queues.served.get(session)
-        return served.peer if served is not None else NO_ONE
-
-    def disown(self, session: str, drop: bool = True) -> None:
-        """Take a session from its owner, and drop its waiting ticks, if so asked."""
-        served = self._queues.served.get(session)
-        if served is None:
-            return
-        if (of := self._of.get(served.peer)) is not None:
-            of.discard(session)
-            if not of:
-                del self._of[served.peer]
-        served.peer = NO_ONE
-        if drop:
-            self._queues.drop(served)
 
     # ---- ticks ---------------------------------------------------------------------------------------------------
 
@@ -406,7 +271,7 @@ class Host:
         session = request.session
         served = self._queues.served.get(session)
         if served is None or served.peer != peer:
-            served = self._owned(peer, session, now_ns)  # raises
+            served = self._owners.owned(peer, session, now_ns)  # raises
         if len(self._queues.queue_of(served)) >= self._queue:
             self.counts["overrun"] += 1
             why = f"{self._queue} ticks of session {session!r} wait already; send no faster than the model's tick"
@@ -443,7 +308,7 @@ class Host:
         self._queues.put_block(WaitingBlock(group, request.block, block, now_ns, refused, not refused))
 
     def _push(self, peer: Peer, request: protocol.PushSample, now_ns: int) -> None:
-        self._pushes.push(peer, self._owned(peer, request.session, now_ns), request, now_ns)
+        self._pushes.push(peer, self._owners.owned(peer, request.session, now_ns), request, now_ns)
 
     def step(self, now_ns: int) -> int:
         """Handle the messages whose turn it is; step the oldest tick of each session that has one; how many ticks."""
@@ -494,13 +359,13 @@ class Host:
     def gone(self, peer: Peer, now_ns: int) -> int:
         """A peer has disconnected: save and evict its sessions; returns how many it had."""
         self._turns.forget(peer)
-        for key in [key for key, by in self._taking.items() if by == peer]:
-            del self._taking[key]
+        for key in [key for key, by in self._owners.taking.items() if by == peer]:
+            del self._owners.taking[key]
         self._queues.drop_groups(peer)
-        sessions = list(self._of.get(peer, ()))
+        sessions = list(self._owners.of.get(peer, ()))
         for session in sessions:
             # the input of a raw session is ahead of the engine by the ticks that wait: they are stepped
-            self.disown(session, drop=session not in self._pushes.raw)
+            self._owners.disown(session, drop=session not in self._pushes.raw)
             while self._queues.waits(session) and not self.sessions.has_writer:
                 self.step(now_ns)
             try:
@@ -523,7 +388,7 @@ class Host:
 
     def _notify(self, notice: Notice) -> None:
         owner = self.owner(notice.session)
-        self.disown(notice.session)
+        self._owners.disown(notice.session)
         raw = self._pushes.raw.pop(notice.session, None)
         following = notice.next_index if raw is None else raw.next
         if owner != NO_ONE:

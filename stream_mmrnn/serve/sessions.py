@@ -37,7 +37,6 @@ from stream_mmrnn.serve.open_sessions import OpenSessions
 from stream_mmrnn.serve.saved_states import BlockStore, Store, same_token
 from stream_mmrnn.serve.session_table import OpenSession
 
-
 _YES, _NO = np.ones(1, np.bool_), np.zeros(1, np.bool_)
 """Masks of one tick."""
 
@@ -335,7 +334,9 @@ class Sessions(OpenSessions):
                     skipped(some[i])
             stepped = np.flatnonzero(found.stepped).tolist()
             if found.predictions is not None:
-                made = predictions_of([some[i] for i in stepped], found.predictions)
+                of = found.predictions
+                ids = of.model, of.step_start_ns, of.step_end_ns
+                made = predictions_of([some[i] for i in stepped], of.heads, *ids)
                 out |= zip((places[i] for i in stepped), made, strict=True)
             if found.lost:
                 died = ShardDied(f"a process of the engine died, and {len(found.lost)} sessions lost their state")

@@ -1,9 +1,8 @@
 """StateRows: the states of many sessions of one model as columns, and as the bytes of one file.
 
-The file is safetensors: `state.NAME` [N, *shape], `fresh`, `tick_index`, `saved_ns`, `token_sha256`, and `gone` with the
-keys of sessions that were closed; as JSON in its metadata the names and a sha256 over everything: a damaged file is
-refused. Knows nothing about
-folders.
+The file is safetensors: `state.NAME` [N, *shape], `fresh`, `tick_index`, `saved_ns`, `token_sha256`, and `gone`: keys
+of sessions that were closed; as JSON in its metadata the names and a sha256 over everything: a damaged file is refused.
+Knows nothing about folders.
 """
 
 from __future__ import annotations

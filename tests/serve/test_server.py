@@ -380,14 +380,17 @@ def test_no_bytes_harm_a_host(toy: Path, messages: list[bytes]) -> None:
 _text = st.text(max_size=70)
 _number = st.integers(-(2**64), 2**64 - 1).filter(lambda n: n >= -(2**63))
 _shapes = st.fixed_dictionaries(
-    {"op": st.sampled_from(["hello", "open", "step", "push", "flush", "reset", "close", "pred", "pushed", "ready"])},
+    {
+        "op": st.sampled_from(["hello", "open", "step", "push", "flush", "reset", "close", "pred", "pushed", "ready"])
+        | st.sampled_from(["group", "steps", "grouped", "preds"])
+    },
     optional={
         "session": st.sampled_from(["s", "", "../x", "a b"]) | _text,
         "token": st.none() | _text,
         "tick": _number | st.floats() | _text,
-        "event_ns": _number,
+        "event_ns": _number | st.binary(max_size=16),
         "features": st.lists(st.none() | st.binary(max_size=40) | _number, max_size=5),
-        "age_ns": st.lists(_number, max_size=5),
+        "age_ns": st.lists(_number, max_size=5) | st.binary(max_size=32),
         "raw": st.booleans() | _number,
         "push": st.integers(0, 3) | _number,
         "stream": st.sampled_from(["", "audio", "text", "a.b"]) | _text,
@@ -395,6 +398,15 @@ _shapes = st.fixed_dictionaries(
         "at_ns": st.none() | st.integers(0, 10**9) | _number,
         "vector": st.booleans(),
         "version": _number,
+        "group": st.integers(0, 1) | _number,
+        "block": st.integers(0, 3) | _number,
+        "sessions": st.lists(st.sampled_from(["s", "t", "u", "a b"]) | _text, max_size=4),
+        "tokens": st.lists(st.none() | _text, max_size=4),
+        "first": st.integers(0, 2) | _number,
+        "rows": st.binary(max_size=16) | st.sampled_from([b"", bytes(4), bytes(8), b"\1\0\0\0"]),
+        "ticks": st.binary(max_size=40) | st.sampled_from([bytes(8), bytes(16)]) | _number,
+        "present": st.lists(st.none() | st.binary(max_size=3), max_size=5),
+        "half": st.booleans(),
         "more": _text,
     },
 )
@@ -1051,7 +1063,7 @@ def test_the_page_runs_as_written(tmp_path: Path) -> None:
         assert server.stdout is not None
         assert "serving turn_taking at tcp://127.0.0.1:7701" in server.stdout.readline()
         snippets = [b for b in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "ClusterClient" not in b]
-        assert len(snippets) == 3
+        assert len(snippets) == 4
         for snippet in snippets:
             said = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, env=env, timeout=60)
             assert said.returncode == 0, said.stderr
@@ -1059,7 +1071,7 @@ def test_the_page_runs_as_written(tmp_path: Path) -> None:
         server.send_signal(signal.SIGINT)
         said, _ = server.communicate(timeout=10)
         assert server.returncode == 0
-        assert "87 ticks of 3 sessions" in said
+        assert "1687 ticks of 67 sessions" in said
     finally:
         if server.poll() is None:
             server.kill()

@@ -2,7 +2,8 @@
 
 Open loop and in turns: `serve` is ours over ZeroMQ, `cluster` the same over NATS with JetStream, where every tick
 and answer is kept in a log, and `triton` and `pytriton` are NVIDIA's server; each with its engine in processes of its
-own and all its clients in one. The optional ones are skipped with a reason.
+own and all its clients in one. The optional ones are skipped with a reason. How many sessions one core carries, in
+groups and alone, is measured by `blocks`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from stream_mmrnn.bench.plots import Pictures
 from stream_mmrnn.bench.report import Document, Ratio, document, ratio
 from stream_mmrnn.bench.sessions import SETTLE_S, TICK_NS
 from stream_mmrnn.bus import Dealers
+from stream_mmrnn.core import config
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import Busy, ProcessError, StreamError
 from stream_mmrnn.core.extras import missing
@@ -32,6 +34,7 @@ from stream_mmrnn.core.latency import Histogram
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.async_client import AsyncClient
 from stream_mmrnn.serve.client import QUEUE
+from tools.bench import blocks
 from tools.bench.asked import Contender, Peer, interpreter
 from tools.bench.crowd import Crowd
 from tools.bench.load import DRAIN_S, Figures, OpenLoop, SessionRecord, Transport, Turn, times, vector
@@ -41,6 +44,8 @@ CLIENTS = 200
 FEWER = 64
 """A second, smaller number of clients: with a log of everything, two cores may not be enough for 200."""
 HIDDEN = 256
+MODEL = "turn_taking"
+"""Of the capacity."""
 WAKE_S = 2.0
 BEYOND = 100
 """Number of `busy` answers to measure."""
@@ -197,10 +202,11 @@ def run(
     hidden: int = HIDDEN,
     seed: int = 0,
     peers: bool = True,
+    capacity: bool = True,
     say: Callable[[str], None] = lambda _: None,
     alive: Callable[[], bool] = lambda: True,
 ) -> tuple[Document, Pictures]:
-    """`duration_s` is of each turn; `peers`: Triton, too, where it is."""
+    """`duration_s` is of each turn; `peers`: Triton, too, where it is; `capacity`: how many a core carries."""
     rows: list[dict[str, Any]] = []
     why: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
@@ -235,9 +241,17 @@ def run(
                 except StreamError as e:  # it has measured itself slow just now, and lets in fewer than were there
                     beyond = {"what": "busy", "contender": contender.name, "skipped": str(e)}
                 rows.append(beyond)
+        if capacity and alive():
+            say(f"how many sessions of {MODEL} one core carries")
+            more, found = blocks.measure(
+                config.find_model(MODEL), folder / "capacity", min(duration_s, 4.0), other_cpu, say, alive
+            )
+            rows += more
+            ratios |= found
     busy_ms = beyond["busy_ms"]["p99"] if beyond.get("busy") else None
     ratios["busy_p99_ms"] = ratio(busy_ms, 10.0, "less", other_cpu, "no client was refused as busy")
     settings = {"clients": clients, "duration_s": duration_s, "rounds": rounds, "hidden": hidden, "seed": seed}
+    settings |= {"capacity_model": MODEL if capacity else ""}
     return document("serve", settings, rows, ratios), Pictures()
 
 

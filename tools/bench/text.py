@@ -69,6 +69,10 @@ MEANING = {
     r"triton_p50_over_cluster_(\d+)": "Triton's Python backend over ours over NATS, {0} clients",
     r"pytriton_p50_over_serve_(\d+)": "pytriton over `serve`, {0} clients",
     r"pytriton_p50_over_cluster_(\d+)": "pytriton over ours over NATS, {0} clients",
+    r"serve_groups_sessions_per_core": "sessions of `turn_taking` that `serve` carries on one core in groups of 64, p99"
+    " below the tick",
+    r"serve_singles_sessions_per_core": "the same with a connection for each session",
+    r"serve_groups_over_engine": "sessions in groups over those that the engine alone steps on that core",
     r"busy_p99_ms": "until a client beyond the capacity gets `busy`, with 200 active clients, ms",
     r"audio_to_prediction_(p\d+)_ms": "from an audio block's end to a readable prediction, {0}, ms: worker, broker,"
     " engine",
@@ -290,6 +294,7 @@ def write(told: Mapping[str, Document], commands: Mapping[str, str], plots: Sequ
             of("serve", ratios),
             _SERVE,
             of("serve", latencies, ("what", "contender", "sessions", "late", "lost", "admitted", "busy")),
+            of("serve", latencies, ("what", "sessions", "holds", "server_cpu", "client_cpu")),
         ),
         _section(
             "From an event to its prediction",
@@ -360,7 +365,9 @@ _SERVE = """All on the same two cores: server, engine, and all clients in one pr
 loop, the others by their own clients in an event loop (ours over NATS) or threads (Triton's). `cluster`
 writes every tick and answer to a log before it is sent, which takes most of its time; beyond some hundred
 clients these two cores are not enough for NATS, engine and clients together, and answers come later and
-later. `late` counts answers after more than the tick."""
+later. `late` counts answers after more than the tick. `groups` and `singles` are sessions of `turn_taking` on a server
+of one core: in groups of 64 over one connection by the public client, and with a connection each by a minimal loop;
+the clients are one process on the other core, and the CPU of both is said."""
 
 _BLOCKS = """**Blocks.** `step_block` takes columns and gives matrices, `step` an object for each tick. Measured on
 2026-11-29 on two cores of an Intel Xeon that six other programs kept busy, so as CPU time of the engine's thread, the

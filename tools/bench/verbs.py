@@ -108,6 +108,9 @@ def serve(
     hidden: Annotated[int, typer.Option(min=8, help="Units of the two layers.")] = 256,
     seed: Seed = 0,
     peers: Annotated[bool, typer.Option(help="Also measure Triton, if it is installed.")] = True,
+    capacity: Annotated[
+        bool, typer.Option(help="Also how many sessions one core carries, in groups and alone.")
+    ] = True,
     compare: Compare = None,
     plots: Plots = None,
     as_json: Json = False,
@@ -123,6 +126,7 @@ def serve(
         hidden=hidden,
         seed=seed,
         peers=peers,
+        capacity=capacity,
     )
     run_bench("serve", as_json, compare, plots, run)
 

@@ -110,8 +110,7 @@ FLOODS: dict[str, Callable[[str, Steps], Iterator[protocol.Request]]] = {
     "open and close": _reopened,
     "step": _steps,
     "group": lambda name, step: (
-        protocol.OpenGroup(group=i % 100, sessions=tuple(f"{name}{i}_{k}" for k in range(64)))
-        for i in itertools.count()
+        protocol.OpenGroup(group=i % 100, sessions=tuple(f"{name}{i}_{k}" for k in range(6))) for i in itertools.count()
     ),
     "group of another": lambda name, step: itertools.repeat(
         protocol.OpenGroup(group=0, sessions=(OTHER,), tokens=(WRONG,))

@@ -20,6 +20,8 @@ from stream_mmrnn.core.errors import StreamError
 from stream_mmrnn.graph import model_file
 from stream_mmrnn.predict.snapshots import from_bytes
 from stream_mmrnn.recording.mcap_file import Recording
+from stream_mmrnn.serve import protocol, state_rows
+from stream_mmrnn.serve.block_codec import StepsReader
 from tools.hostile.target import Target
 from tools.hostile.targets import TARGETS
 
@@ -63,9 +65,34 @@ def _settings(data: bytes) -> None:
     config.load(path)
 
 
+def _steps(data: bytes) -> None:
+    """The columns of a block, cut by the first bytes."""
+    cuts, rest = data[:6].ljust(6, b"\0"), data[6:]
+    columns = []
+    for cut in cuts:
+        columns.append(rest[: cut % 33])
+        rest = rest[cut % 33 :]
+    ticks, rows, event_ns, age_ns, present, vectors = columns
+    request = protocol.Steps(
+        group=0, block=0, ticks=ticks, rows=rows, event_ns=event_ns, age_ns=age_ns,
+        features=(vectors, rest or None), present=(present or None, None) if cuts[0] % 2 else (), half=cuts[1] % 2 > 0,
+    )  # fmt: skip
+    block = StepsReader(("a", "b"), (2, 3)).read(request, 4)
+    if why := block.fits((2, 3)):
+        raise AssertionError(why)
+
+
+def _request(data: bytes) -> None:
+    protocol.read_request(data)
+    protocol.read_reply(data)
+
+
 READERS: dict[str, Callable[[bytes], object]] = {
     "bytes-recording": _recording,
     "bytes-snapshot": from_bytes,
+    "bytes-states": state_rows.from_bytes,
+    "bytes-steps": _steps,
+    "bytes-request": _request,
     "bytes-onnx": model_file.check,
     "bytes-settings": _settings,
     "bytes-push": wire.read_push,
