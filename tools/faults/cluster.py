@@ -95,18 +95,24 @@ class _Deaf(ClusterNode):
 
 async def _split(cluster: Cluster, duration_s: float) -> None:
     """Two engines serve the same sessions at once: one that others take for dead goes on."""
-    node = _Deaf(cluster.settings())
+    nodes: list[_Deaf] = []
     going = True
-    serving = asyncio.create_task(node.run(lambda: going))
+
+    def serve() -> None:
+        nodes.append(_Deaf(cluster.settings()))
+        asyncio.run(nodes[0].run(lambda: going))
+
+    # in a thread: it loads its model and measures itself, and the clients go on meanwhile
+    serving = asyncio.create_task(asyncio.to_thread(serve))
     await cluster.settled(ENGINES + 1)
     await asyncio.sleep(duration_s * 0.2)
-    node.deaf = True
+    nodes[0].deaf = True
     await cluster.settled(ENGINES)
     await asyncio.sleep(max(0.5, duration_s * 0.2))
-    node.deaf = False
+    nodes[0].deaf = False
     going = False
     await serving
-    _SUMMARIES.append(node.summary())
+    _SUMMARIES.append(nodes[0].summary())
 
 
 _SUMMARIES: list[dict[str, Any]] = []
