@@ -548,12 +548,25 @@ def test_frames_read_before_a_piece_was_lost_are_not_stepped_after(cluster: Clus
 
 @needs_nats
 @pytest.mark.process
-def test_an_engine_of_another_model_does_not_join(cluster: Cluster, toy: Path, model: Path) -> None:
+def test_an_engine_of_another_model_or_number_of_partitions_does_not_join(
+    cluster: Cluster, toy: Path, model: Path
+) -> None:
     async def main() -> None:
         async with running(cluster, toy):
             asked = msgspec.structs.replace(cluster.settings(), engine=config.EngineSettings(model=str(model)))
             with pytest.raises(ProcessError, match=r"serves toy .* not toy"):
                 await ClusterNode(asked).run(lambda: True)
+            few = msgspec.structs.replace(cluster.settings().cluster, partitions=64)
+            with pytest.raises(ProcessError, match=r"has 1024 partitions, not 64: set cluster\.partitions"):
+                await ClusterNode(msgspec.structs.replace(cluster.settings(), cluster=few)).run(lambda: True)
+            other = msgspec.structs.replace(few, prefix="few", partitions=3)
+            node, going = ClusterNode(msgspec.structs.replace(cluster.settings(), cluster=other)), True
+            serving = asyncio.create_task(node.run(lambda: going))
+            async with ClusterClient(cluster.url, prefix="few") as client, await client.open("s") as session:
+                assert await drive(session, [tick("s", 0)]) == alone(toy, [tick("s", 0)])
+            going = False
+            await serving
+            assert node.counts["given_back"] == 3
 
     asyncio.run(main())
 
