@@ -1,18 +1,20 @@
 """Replay: how many times faster than real time a recording's features go through aligner and engine again.
 
-One session as the verb `replay` does it, and many in lock step: one merged sequence of the same envelopes, the session
-renamed. Predictions are compared with the recorded ones, bit for bit. Knows nothing about how a replay works.
+One session as the verb `replay` does it, and many in lock step: the file is read for each of them. Predictions are
+compared with the recorded ones, bit for bit. The same file as training data. Knows nothing about how a replay works.
 """
 
 from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from stream_mmrnn.bench.machine import Processes
 from stream_mmrnn.bench.plots import Pictures
@@ -22,15 +24,20 @@ from stream_mmrnn.capture import sources
 from stream_mmrnn.core import config, topics
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import FileError, ProcessError
-from stream_mmrnn.core.types import Envelope, Prediction, Tick
+from stream_mmrnn.core.types import Tick
 from stream_mmrnn.graph.runtime import Provider
 from stream_mmrnn.live.session import LiveSession, for_its_model
 from stream_mmrnn.offline import replay as verb
+from stream_mmrnn.offline.lockstep import interleaved, lockstep
+from stream_mmrnn.offline.replay_many import Track, outcomes
 from stream_mmrnn.predict.align import Aligner
-from stream_mmrnn.predict.engine import StepEngine
+from stream_mmrnn.predict.align_columns import align_columns
+from stream_mmrnn.predict.engine import StepEngine, check_model
 from stream_mmrnn.predict.pipeline import NoEngine, predict
+from stream_mmrnn.predict.tick_columns import TickColumns
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.recording.settings import settings_of
+from stream_mmrnn.training.tasks.recordings import ticks_of
 
 _BOUNDS = {1: 1200.0, 16: 2000.0}
 
@@ -50,95 +57,125 @@ def _made(duration_s: float, model: str | None, alive: Callable[[], bool]) -> It
         yield path
 
 
-def _merged(envelopes: Sequence[Envelope], session: str, count: int) -> list[Envelope]:
-    """`count` sessions in lock step; what belongs to no session, such as the clock, stays one."""
-    names = [f"{session}-{i}" for i in range(count)]
-    return [
-        again
-        for e in envelopes
-        for again in ([msgspec.structs.replace(e, session=n) for n in names] if e.session == session else [e])
-    ]
-
-
 class _Lockstep:
     """Many times the same recording at once."""
 
     def __init__(self, path: Path, count: int, provider: Provider) -> None:
-        self.recording = Recording(path)
-        settings = settings_of(self.recording)
-        self._count, self._provider, self.settings = count, provider, settings
-        self.model = config.find_model(settings.engine.model)
-        self._recorded = [e.payload for e in self.recording.envelopes({topics.PREDICTION})]
+        self.path, self._count = path, count
+        recording = Recording(path)
+        self.settings = settings_of(recording)
+        self.engine = StepEngine(config.find_model(self.settings.engine.model), count, provider)
+        self.spec = self.engine.spec
+        self._recorded = [e.payload for e in recording.envelopes({topics.PREDICTION})]
         self.compared: list[dict[str, Any]] = []
 
-    def read(self, modalities: Sequence[str]) -> list[Envelope]:
-        wanted = {topics.CLOCK, topics.SESSION, *map(topics.feature, modalities)}
-        return list(self.recording.envelopes(wanted))
-
     def round(self) -> dict[str, float]:
-        """Seconds of one round: the file read once for each session, then all of them predicted."""
-        engine = StepEngine(self.model, self._count, self._provider)
-        spec = engine.spec
-        aligner = Aligner.of(spec.modalities, spec.tick_ns, self.settings)
-        began_ns = now_ns()
-        envelopes = self.read([m.name for m in spec.modalities])
-        read_s = (now_ns() - began_ns) / 1e9
-        merged = _merged(envelopes, self.recording.session, self._count)
-        began_ns = now_ns()
-        # all messages are there already: the sessions' ticks are stepped together
-        predictions = list(predict(merged, aligner, engine, more=lambda: True, batch=self._count))
-        predict_s = (now_ns() - began_ns) / 1e9
-        self._compare(predictions)
-        covered_s = len(predictions) * spec.tick_ns / 1e9
-        took_s = predict_s + self._count * read_s
-        return {"read_s": read_s, "predict_s": predict_s, "covered_s": covered_s, "times": covered_s / took_s}
+        """Seconds of one round: the file read, aligned and stepped once for each session."""
+        names = [m.name for m in self.spec.modalities]
+        began_ns, cpu_s = now_ns(), process_time()
+        tracks = {str(i): Track(self.path, self.spec).columns(compare=False) for i in range(self._count)}
+        found: list[tuple[str, verb.Outcome]] = []
+        steps = []
+        for step in lockstep(tracks, self.engine):
+            # the features of all steps would not fit in memory
+            steps.append(step._replace(block=msgspec.structs.replace(step.block, features=())))
+        took_s, cpu_s = (now_ns() - began_ns) / 1e9, process_time() - cpu_s
+        for step in steps:
+            found += outcomes(step, names)
+        self._compare(found)
+        covered_s = len(found) * self.spec.tick_ns / 1e9
+        return {"took_s": took_s, "cpu_s": cpu_s, "covered_s": covered_s, "times": covered_s / took_s}
 
-    def _compare(self, predictions: Sequence[Prediction]) -> None:
+    def _compare(self, found: Sequence[tuple[str, verb.Outcome]]) -> None:
         comparisons: dict[str, verb.Comparison] = {}
-        for p in predictions:
-            if p.tick.session not in comparisons:
-                comparison = comparisons[p.tick.session] = verb.Comparison()
+        for name, outcome in found:
+            if name not in comparisons:
+                comparison = comparisons[name] = verb.Comparison()
                 for payload in self._recorded:
                     comparison.see_recorded(payload)
-            comparisons[p.tick.session].observe(p)
+            comparisons[name].observe_outcome(outcome)
         self.compared = [c.summary() for c in comparisons.values()]
 
 
-def _parts(path: Path, count: int, rounds: int, provider: Provider) -> dict[str, float]:
-    """Microseconds a tick and session of what a replay of `count` sessions is made of, each alone and in turn."""
-    lockstep = _Lockstep(path, count, provider)
-    engine = StepEngine(lockstep.model, count, provider)
-    spec = engine.spec
-    envelopes = lockstep.read([m.name for m in spec.modalities])
-    merged = _merged(envelopes, lockstep.recording.session, count) if count > 1 else envelopes
-
-    def align() -> list[Tick]:
-        aligner = Aligner.of(spec.modalities, spec.tick_ns, lockstep.settings)
-        return list(predict(merged, aligner, NoEngine(), more=lambda: True, batch=count))
-
-    ticks = align()
-    for session in {t.session for t in ticks}:
-        engine.open(session)
-    together = [ticks[i : i + count] for i in range(0, len(ticks), count)]
-
-    def step() -> None:
-        for some in together:
-            engine.step(some)
-
-    did: dict[str, Callable[[], object]] = {
-        "read": lambda: lockstep.read([m.name for m in spec.modalities]),
-        "align": align,
-        "step": step,
-    }
+def _alternated(did: Mapping[str, Callable[[], object]], rounds: int, ticks: Mapping[str, int]) -> dict[str, float]:
+    """Median microseconds a tick of each call, in turn; `ticks`: how many each call is about."""
     took: dict[str, list[float]] = {name: [] for name in did}
     for _ in range(rounds):
         for name, call in did.items():
             began_ns = now_ns()
             call()
-            # a file holds one session
-            ticks_of_it = len(ticks) / count if name == "read" else len(ticks)
-            took[name].append((now_ns() - began_ns) / 1e3 / ticks_of_it)
+            took[name].append((now_ns() - began_ns) / 1e3 / ticks[name])
     return {name: round(statistics.median(us), 2) for name, us in took.items()}
+
+
+def _parts_of_one(path: Path, rounds: int, provider: Provider) -> dict[str, float]:
+    """Microseconds a tick of what a replay of one session is made of, each alone."""
+    many = _Lockstep(path, 1, provider)
+    engine, spec = many.engine, many.spec
+    recording = Recording(path)
+    wanted = {topics.CLOCK, topics.SESSION, *(topics.feature(m.name) for m in spec.modalities)}
+    envelopes = list(recording.envelopes(wanted))
+
+    def align() -> list[Tick]:
+        return list(predict(envelopes, Aligner.of(spec.modalities, spec.tick_ns, many.settings), NoEngine()))
+
+    ticks = align()
+    engine.open(ticks[0].session)
+
+    def step() -> None:
+        for tick in ticks:
+            engine.step([tick])
+
+    did = {"read": lambda: list(recording.envelopes(wanted)), "align": align, "step": step}
+    return _alternated(did, rounds, dict.fromkeys(did, len(ticks)))
+
+
+def _parts_of_many(path: Path, count: int, rounds: int, provider: Provider) -> dict[str, float]:
+    """The same a tick and session, of `count` sessions in lock step."""
+    many = _Lockstep(path, count, provider)
+    engine, spec = many.engine, many.spec
+    recording = Recording(path)
+    wanted = {topics.CLOCK, topics.SESSION, *(topics.feature(m.name) for m in spec.modalities)}
+    messages = list(recording.columns(wanted))
+
+    def align() -> list[TickColumns]:
+        return list(align_columns(messages, Aligner.of(spec.modalities, spec.tick_ns, many.settings)))
+
+    parts = align()
+    ticks = sum(map(len, parts))
+    for i in range(count):
+        engine.open(str(i))
+    handles = np.array([engine.handle(str(i)) for i in range(count)], np.int64)
+    blocks = [block for part in parts for block in interleaved([part] * count, handles)]
+
+    def interleave() -> None:
+        for part in parts:
+            for _ in interleaved([part] * count, handles):
+                pass
+
+    def step() -> None:
+        for block in blocks:
+            engine.step_block(block)
+
+    did = {"read": lambda: list(recording.columns(wanted)), "align": align, "interleave": interleave, "step": step}
+    return _alternated(did, rounds, {name: ticks * (count if name in ("interleave", "step") else 1) for name in did})
+
+
+def _training(path: Path, rounds: int) -> dict[str, Any]:
+    """Reading a recording as training data of its own model."""
+    spec = check_model(config.find_model(settings_of(Recording(path)).engine.model), "cpu")
+    specs, took, cpu = spec.modalities, list[float](), list[float]()
+    for _ in range(rounds + 1):
+        began_ns, cpu_s = now_ns(), process_time()
+        ticks = ticks_of(path, specs, spec.tick_ns)
+        took.append((now_ns() - began_ns) / 1e9)
+        cpu.append(process_time() - cpu_s)
+    covered_s = len(ticks.indices) * spec.tick_ns / 1e9
+    return {
+        "times_real_time": round(covered_s / statistics.median(took[1:]), 1),
+        "best": round(covered_s / min(took), 1),
+        "cpu_us_a_tick": round(statistics.median(cpu[1:]) * 1e6 / len(ticks.indices), 2),
+    }
 
 
 def _one(path: Path, rounds: int, provider: Provider) -> dict[str, Any]:
@@ -161,10 +198,10 @@ def _one(path: Path, rounds: int, provider: Provider) -> dict[str, Any]:
 
 
 def _many(path: Path, count: int, rounds: int, provider: Provider) -> dict[str, Any]:
-    lockstep = _Lockstep(path, count, provider)
+    many = _Lockstep(path, count, provider)
     processes = Processes()
-    done = [lockstep.round() for _ in range(rounds + 1)][1:]
-    compared = lockstep.compared
+    done = [many.round() for _ in range(rounds + 1)][1:]
+    compared = many.compared
     return {
         "sessions": count,
         "rounds": rounds,
@@ -172,8 +209,8 @@ def _many(path: Path, count: int, rounds: int, provider: Provider) -> dict[str, 
         "predictions": sum(c["recorded_predictions"] - c["missing"] + c["extra"] for c in compared),
         "times_real_time": round(statistics.median(d["times"] for d in done), 1),
         "best": round(max(d["times"] for d in done), 1),
-        "read_s": round(statistics.median(d["read_s"] for d in done), 4),
-        "predict_s": round(statistics.median(d["predict_s"] for d in done), 4),
+        "took_s": round(statistics.median(d["took_s"] for d in done), 4),
+        "cpu_s": round(statistics.median(d["cpu_s"] for d in done), 4),
         "identical": len(compared) == count and all(c["identical"] for c in compared),
         "max_abs_difference": max((c["max_abs_difference"] for c in compared), default=0.0),
         "first_difference": next((c["first_difference"] for c in compared if c["first_difference"]), ""),
@@ -205,9 +242,13 @@ def run(
         say(f"replaying {sessions} sessions in lock step, {rounds} times")
         rows.append(_many(path, sessions, rounds, provider))
         say("what a replay is made of, each part alone")
+        rows[0]["us_a_tick"] = _parts_of_one(path, rounds, provider)
+        rows[1]["us_a_tick"] = _parts_of_many(path, sessions, rounds, provider)
         for row in rows:
-            row["us_a_tick"] = _parts(path, row["sessions"], rounds, provider)
             row["tick_us"] = row["covered_s"] * 1e6 / row["predictions"]
+        say("reading it as training data")
+        training = _training(path, rounds)
+        rows[1]["training_data"] = training
     ratios = {}
     for row in rows:
         name = "replay_times_real_time" + (f"_{row['sessions']}" if row["sessions"] > 1 else "")
@@ -215,6 +256,7 @@ def run(
         ratios[name] = ratio(row["times_real_time"], bound, "more", row["other_cpu"])
         ratios[f"{name}_step_alone"] = ratio(row["tick_us"] / row["us_a_tick"]["step"], None, "more", row["other_cpu"])
         ratios[f"{name}_identical"] = ratio(float(row["identical"]), 1.0, "more")
+    ratios["training_data_times_real_time"] = ratio(training["times_real_time"], None, "more", rows[1]["other_cpu"])
     settings = {
         "recording": "given" if recording else "made",
         "duration_s": None if recording else duration_s,

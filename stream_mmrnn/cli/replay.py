@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,7 +19,7 @@ class From(StrEnum):
 
 
 def replay(
-    path: Annotated[Path, typer.Argument(help="A recording.")],
+    paths: Annotated[list[Path], typer.Argument(help="A recording; several are replayed in lock step.")],
     speed: Annotated[
         float | None, typer.Option(min=0.01, help="1 is real time; without it as fast as possible.")
     ] = None,
@@ -45,6 +45,12 @@ def replay(
 
     from stream_mmrnn.offline import replay as module
 
+    if len(paths) > 1:
+        if speed is not None or page or source is not From.features:
+            raise typer.BadParameter("--speed, --page and --from raw take one recording; give one, or leave them out")
+        _many(paths, model, provider, verify, as_json)
+        return
+    path = paths[0]
     console = Console(stderr=as_json, highlight=False)
     alive = StopFlag.unwinding()
     with ExitStack() as stack:
@@ -72,15 +78,56 @@ def replay(
     if as_json:
         print_document(result)
     else:
-        console.print(
-            f"{result['predictions']} predictions of {spoken(result['covered_s'])} in {result['seconds']:.2f} s: "
-            f"{result['times_real_time']:.0f} times real time"
-        )
+        console.print(_speed(result))
         if result["recorded_predictions"]:
-            verdict = "identical, bit for bit" if result["identical"] else f"different: {result['first_difference']}"
-            console.print(f"compared with {result['recorded_predictions']} recorded ones: {shown(verdict)}")
+            console.print(_verdict(result))
     if result["damage"]:
         say_on(Console(stderr=True))(f"{result['damage']}; everything before the damage was replayed")
         raise typer.Exit(3)
     if verify and not result["identical"]:
         raise typer.Exit(1)
+
+
+def _many(paths: list[Path], model: str | None, provider: Provider, verify: bool, as_json: bool) -> None:
+    """Replay several recordings together; the worst of them is the exit code."""
+    from rich.progress import Progress
+
+    from stream_mmrnn.offline.replay_many import replay_many
+
+    console = Console(stderr=as_json, highlight=False)
+    with Progress(console=console, transient=True, disable=as_json or not console.is_terminal) as progress:
+        task = progress.add_task("replaying", total=None)
+        result = replay_many(
+            paths,
+            model=model,
+            provider=provider.value,
+            verify=verify,
+            on_predictions=lambda count: progress.advance(task, count),
+            alive=StopFlag.unwinding(),
+        )
+    if as_json:
+        print_document(result)
+    else:
+        for row in result["recordings"]:
+            if row["recorded_predictions"]:
+                console.print(f"{shown(row['recording'])}: {_verdict(row)}", soft_wrap=True)
+        console.print(f"{len(result['recordings'])} recordings: {_speed(result)}")
+    damaged = [row["damage"] for row in result["recordings"] if row["damage"]]
+    for damage in damaged:
+        say_on(Console(stderr=True))(f"{damage}; everything before the damage was replayed")
+    if damaged:
+        raise typer.Exit(3)
+    if verify and not result["identical"]:
+        raise typer.Exit(1)
+
+
+def _speed(result: dict[str, Any]) -> str:
+    return (
+        f"{result['predictions']} predictions of {spoken(result['covered_s'])} in {result['seconds']:.2f} s: "
+        f"{result['times_real_time']:.0f} times real time"
+    )
+
+
+def _verdict(result: dict[str, Any]) -> str:
+    verdict = "identical, bit for bit" if result["identical"] else f"different: {result['first_difference']}"
+    return f"compared with {result['recorded_predictions']} recorded ones: {shown(verdict)}"

@@ -22,6 +22,8 @@ Features = npt.NDArray[Any]
 
 _HALF_EXPONENT = np.uint16(0x7C00)
 """The exponent bits of a float16: all of them are set where it is infinite or no number."""
+LARGEST = float(np.float32(FEATURE_BOUND))
+"""The bound as float32, in which it is a little smaller: numbers of vectors are compared with this."""
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float16))
 
 
@@ -93,9 +95,10 @@ class Block(msgspec.Struct, frozen=True, gc=False, eq=False):
         """[N] whether all numbers of a tick are finite and below `FEATURE_BOUND`."""
         good = np.ones(len(self), np.bool_)
         for i, vectors in enumerate(self.features):
-            # of one that has a NaN the maximum is NaN, which compares false
-            if vectors.size and not float(np.absolute(vectors).max()) < FEATURE_BOUND:
-                good[np.flatnonzero(self.present[:, i])[~_within_bound(vectors).all(axis=1)]] = False
+            # of a matrix with a NaN the maximum is NaN, which compares false
+            whole = vectors.dtype != np.float16 and vectors.size and float(np.absolute(vectors).max()) < LARGEST
+            if vectors.size and not whole and not (within := _within_bound(vectors).all(axis=1)).all():
+                good[np.flatnonzero(self.present[:, i])[~within]] = False
         return good
 
     def first_of_each(self) -> Flags:

@@ -24,7 +24,7 @@ from stream_mmrnn.core.errors import FileError, UsageError
 from stream_mmrnn.core.latency import Histogram
 from stream_mmrnn.core.stream_table import for_model, stream_table
 from stream_mmrnn.core.streams import Stream
-from stream_mmrnn.core.types import Envelope, Prediction
+from stream_mmrnn.core.types import Envelope, ModelSpec, Prediction
 from stream_mmrnn.graph.runtime import Provider
 from stream_mmrnn.offline.pacing import pace
 from stream_mmrnn.predict.align import Aligner
@@ -116,13 +116,15 @@ class Comparison:
 
     def observe(self, prediction: Prediction) -> None:
         tick = prediction.tick
-        self._first_tick = min(self._first_tick, tick.index)
         heads = {name: values.tolist() for name, values in prediction.heads.items()}
-        now = Outcome(tick.index, heads, tick.present, tick.age_ns)
-        then = self._then.pop(tick.index, None)
+        self.observe_outcome(Outcome(tick.index, heads, tick.present, tick.age_ns))
+
+    def observe_outcome(self, now: Outcome) -> None:
+        self._first_tick = min(self._first_tick, now.tick)
+        then = self._then.pop(now.tick, None)
         if then is not None:
             self._compare(then, now)
-        elif self._now.setdefault(tick.index, now) is not now:
+        elif self._now.setdefault(now.tick, now) is not now:
             self.extra += 1
 
     def _compare(self, then: Outcome, now: Outcome) -> None:
@@ -170,6 +172,34 @@ class Comparison:
         }
 
 
+def check_comparable(recording: Recording, model: str, spec: ModelSpec) -> None:
+    """Whether predictions of `model` must equal the recorded ones.
+
+    Raises:
+        FileError: the recording has none.
+        UsageError: they are another version's.
+
+    """
+    path = recording.path
+    if next(recording.predictions(), None) is None:
+        raise FileError(f"{path} holds no predictions to compare with; it was made by `record`, or cut off early")
+    if spec.sha256 != recording.metadata.get("model_sha256"):
+        raise UsageError(f"{path} was predicted by another version of the model {model!r}; give that one by --model")
+
+
+def stream_counts(aligner: Aligner) -> dict[str, Any]:
+    """By modality, what became of its feature vectors."""
+    return {
+        name: {
+            "received": c.received,
+            "delivered": c.used,
+            "dropped": c.dropped(),
+            "late_joined": c.late_joined,
+        }
+        for name, c in aligner.counts.items()
+    }
+
+
 def replay(
     path: Path,
     *,
@@ -198,10 +228,7 @@ def replay(
     name = model or settings.engine.model
     engine = StepEngine(config.find_model(name), settings.engine.slots, provider)
     if verify:
-        if next(recording.predictions(), None) is None:
-            raise FileError(f"{path} holds no predictions to compare with; it was made by `record`, or cut off early")
-        if engine.spec.sha256 != recording.metadata.get("model_sha256"):
-            raise UsageError(f"{path} was predicted by another version of the model {name!r}; give that one by --model")
+        check_comparable(recording, name, engine.spec)
     recorded = stream_table(settings)
     if source == "raw":
         settings = for_model(settings, engine.spec.modalities)
@@ -257,15 +284,7 @@ def replay(
         "ticks": count,
         "predictions": count,
         **comparison.summary(),
-        "streams": {
-            name: {
-                "received": c.received,
-                "delivered": c.used,
-                "dropped": c.dropped(),
-                "late_joined": c.late_joined,
-            }
-            for name, c in aligner.counts.items()
-        },
+        "streams": stream_counts(aligner),
         "covered_s": round(covered_s, 3),
         "seconds": round(seconds, 4),
         "times_real_time": round(covered_s / seconds, 1) if seconds else 0.0,

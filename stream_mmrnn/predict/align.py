@@ -68,16 +68,17 @@ class Aligner:
         """Session messages that could not be decoded, and unconfirmed clock jumps."""
         self.misfits: dict[str, str] = {}
         """By modality, the reason of its first quarantined message."""
+        self.modalities = tuple(modalities)
         self._specs = {m.name: m for m in modalities}
         self._lateness_ns = dict(lateness_ns)
-        self._max_ahead_ns, self._max_behind_ns = max_ahead_ns, max_behind_ns
-        self._max_jump_ns = max(_MAX_JUMP_NS, _MAX_JUMP_TICKS * tick_ns)
-        self._max_per_tick = max(_MAX_PER_TICK, min(_MOST_PER_TICK, _MAX_PER_TICK * tick_ns // _USUAL_TICK_NS))
-        self._sessions: dict[str, AlignedSession] = {}
+        self.max_ahead_ns, self.max_behind_ns = max_ahead_ns, max_behind_ns
+        self.max_jump_ns = max(_MAX_JUMP_NS, _MAX_JUMP_TICKS * tick_ns)
+        self.max_per_tick = max(_MAX_PER_TICK, min(_MOST_PER_TICK, _MAX_PER_TICK * tick_ns // _USUAL_TICK_NS))
+        self.sessions: dict[str, AlignedSession] = {}
         table = table or {}
         self.feeding = {m.name: streams.feeding(m.name, m.encoder, table) for m in modalities}
         """By modality, the name of the feature vectors that feed it, and their stream."""
-        self._feature_topics = {topics.FEATURE + name: m for m, (name, _) in self.feeding.items()}
+        self.feature_topics = {topics.FEATURE + name: m for m, (name, _) in self.feeding.items()}
         self._zeros: dict[str, FloatArray] = {}
         for m in modalities:
             self._zeros[m.name] = np.zeros(m.size, np.float32)
@@ -103,13 +104,13 @@ class Aligner:
         )
 
     def __contains__(self, session: str) -> bool:
-        return session in self._sessions
+        return session in self.sessions
 
     def open(self, session: str, event_ns: int, expected: Sequence[str] | None = None) -> None:
         """Begin a session; its first tick contains `event_ns`. A session that is open already starts over."""
-        if session in self._sessions:
+        if session in self.sessions:
             self._discard(session)
-        self._sessions[session] = self._new(session, event_ns)
+        self.sessions[session] = self._new(session, event_ns)
         if expected is not None:
             self.expect(session, expected)
 
@@ -125,7 +126,7 @@ class Aligner:
     def snapshot(self) -> AlignerState:
         """The full state between two messages: after `restore`, the same messages give the same ticks and counts."""
         return AlignerState(
-            {name: session.state() for name, session in self._sessions.items()},
+            {name: session.state() for name, session in self.sessions.items()},
             {name: msgspec.structs.replace(counts) for name, counts in self.counts.items()},
             self.malformed,
             dict(self.misfits),
@@ -151,26 +152,26 @@ class Aligner:
         except SessionError:
             self.counts = before
             raise
-        self._sessions = sessions
+        self.sessions = sessions
         self.malformed, self.misfits = state.malformed, dict(state.misfits)
 
     def expect(self, session: str, expected: Sequence[str]) -> None:
         """Set the streams that the session has now; the watermark does not wait for others."""
-        if session in self._sessions:
-            self._sessions[session].expect(expected)
+        if session in self.sessions:
+            self.sessions[session].expect(expected)
 
     def close(self, session: str, event_ns: int, closed: Stamps) -> list[Tick]:
         """End a session: the ticks up to `event_ns` close with the data that they have."""
-        if session not in self._sessions:
+        if session not in self.sessions:
             return []
-        open_session = self._sessions[session]
-        until_ns = min(event_ns, open_session.clock_ns + self._max_jump_ns)
+        open_session = self.sessions[session]
+        until_ns = min(event_ns, open_session.clock_ns + self.max_jump_ns)
         ticks = self._close_until(open_session, until_ns // self.tick_ns, closed)
         self._discard(session)
         return ticks
 
     def _discard(self, session: str) -> None:
-        for stream in self._sessions.pop(session).streams:
+        for stream in self.sessions.pop(session).streams:
             stream.counts.unclosed += sum(len(s) for s in stream.open.values())
 
     def push(self, envelope: Envelope) -> list[Tick]:
@@ -178,18 +179,18 @@ class Aligner:
         topic, event_ns = envelope.topic, envelope.event_ns
         if topic == topics.CLOCK:
             ticks: list[Tick] = []
-            for session in self._sessions.values():
+            for session in self.sessions.values():
                 if event_ns > session.clock_ns:
-                    if event_ns - session.clock_ns > self._max_jump_ns and not self._leap(session, event_ns):
+                    if event_ns - session.clock_ns > self.max_jump_ns and not self._leap(session, event_ns):
                         continue
                     session.clock_ns = event_ns
                 if session.clock_ns >= session.due_ns:
                     ticks += self._advance(session, envelope)
             return ticks
-        open_session = self._sessions.get(envelope.session)
+        open_session = self.sessions.get(envelope.session)
         if open_session is None:
-            if topic in self._feature_topics:
-                counts = self.counts[self._feature_topics[topic]]
+            if topic in self.feature_topics:
+                counts = self.counts[self.feature_topics[topic]]
                 counts.received += 1
                 counts.outside += 1
             return []
@@ -211,10 +212,10 @@ class Aligner:
 
         A machine may have been suspended for an hour, but a single wrong value must not create a million ticks.
         """
-        confirmed = 0 <= event_ns - session.leapt_ns <= self._max_ahead_ns
+        confirmed = 0 <= event_ns - session.leapt_ns <= self.max_ahead_ns
         session.leapt_ns = event_ns
         if confirmed:
-            session.skip_to((event_ns - self._max_jump_ns) // self.tick_ns, self.tick_ns)
+            session.skip_to((event_ns - self.max_jump_ns) // self.tick_ns, self.tick_ns)
         else:
             self.malformed += 1
         return confirmed
@@ -231,11 +232,11 @@ class Aligner:
             # comparing bytes takes a quarter of the time of all()
             or _less(_absolute(payload, stream.magnitudes), _BOUND, stream.in_range).tobytes() != stream.all_true
             or (stream.encoder and envelope.origin != stream.encoder)
-            or not -self._max_behind_ns <= event_ns - session.clock_ns <= self._max_ahead_ns
+            or not -self.max_behind_ns <= event_ns - session.clock_ns <= self.max_ahead_ns
         ):
             counts.quarantined += 1
             if stream.name not in self.misfits:
-                self.misfits[stream.name] = self._misfit(stream, envelope, session.clock_ns)
+                self.misfits[stream.name] = self.misfit(stream, envelope, session.clock_ns)
             return False
         if seq == stream.next_seq and event_ns > stream.head_ns and not stream.pending:
             # in order: the usual case
@@ -263,9 +264,9 @@ class Aligner:
         samples = stream.open.get(index)
         if samples is None:
             stream.open[index] = [(event_ns, seq, payload)]
-        elif len(samples) >= self._max_per_tick:
+        elif len(samples) >= self.max_per_tick:
             counts.quarantined += 1
-            self.misfits.setdefault(stream.name, f"more than {self._max_per_tick} samples came for one tick")
+            self.misfits.setdefault(stream.name, f"more than {self.max_per_tick} samples came for one tick")
             return False
         else:
             samples.append((event_ns, seq, payload))
@@ -274,8 +275,8 @@ class Aligner:
         return True
 
     @staticmethod
-    def _misfit(stream: AlignedStream, envelope: Envelope, clock_ns: int) -> str:
-        """The reason why a message is quarantined."""
+    def misfit(stream: AlignedStream, envelope: Envelope, clock_ns: int) -> str:
+        """The reason why a message is quarantined; `clock_ns`: the session's clock."""
         payload, spec = envelope.payload, stream.spec
         if isinstance(payload, bytes) or payload.dtype != FLOAT32 or payload.ndim != 1:
             return f"its features are no vector of float32, the model takes {stream.shape[0]} numbers"

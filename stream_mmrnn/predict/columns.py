@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from stream_mmrnn.core.block import Block
+from stream_mmrnn.core.block import Block, Integers
 from stream_mmrnn.core.types import ModalitySpec, Tick
 
 MAX_AGE_S = 10.0
@@ -43,6 +43,13 @@ def rounds(keys: Sequence[Hashable], most: int) -> Iterator[Sequence[int]]:
         places[k].append(i)
     for mine in places:
         yield from (mine[at : at + most] for at in range(0, len(mine), most))
+
+
+def seconds(age_ns: Integers, out: npt.NDArray[np.float64] | None = None) -> npt.NDArray[np.float64]:
+    """Ages as a graph reads them; `out` is filled and returned if it is given."""
+    age_s: npt.NDArray[np.float64] = np.divide(age_ns, 1e9, out=out)
+    age_s[age_s < 0] = MAX_AGE_S
+    return np.minimum(age_s, MAX_AGE_S, out=age_s)
 
 
 class Columns:
@@ -116,10 +123,7 @@ class Columns:
         if present is not None:
             present[:count] = here
         if age is not None:
-            ages = self._age_s[:count]
-            np.divide(block.age_ns[rows], 1e9, out=ages)
-            ages[ages < 0] = MAX_AGE_S
-            np.minimum(ages, MAX_AGE_S, out=age[:count], casting="same_kind")
+            age[:count] = seconds(block.age_ns[rows], self._age_s[:count])
 
     def fill_only(self, block: Block, row: Row) -> None:
         """Write a block of one tick into the given row, without arrays of length 1."""

@@ -70,7 +70,7 @@ def predict(
             yield from engine.step(held)
             held = []
         try:
-            ticks = _session(envelope, aligner, engine, refused)
+            ticks = on_session_message(envelope, aligner, engine, refused)
         except WireError:
             aligner.malformed += 1
             continue
@@ -82,12 +82,13 @@ def predict(
         yield from engine.step(held)
 
 
-def _session(
+def on_session_message(
     envelope: Envelope,
     aligner: Aligner,
     engine: Stepper[Out],
     refused: Callable[[str, SessionError], None] | None,
 ) -> list[Tick]:
+    """Open, change or close a session; returns the ticks that this closes. Raises WireError if it cannot be decoded."""
     message = wire.unpack(envelope.payload, wire.SessionMessage)
     session = envelope.session
     if message.op == "close":

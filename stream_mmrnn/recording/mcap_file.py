@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import os
 import re
-import struct
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 from mcap.opcode import Opcode
-from mcap.records import Channel, Metadata, Schema
+from mcap.records import Metadata
 
 from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.errors import FileError, RecordingError
+from stream_mmrnn.core.message_columns import MessageColumns
 from stream_mmrnn.core.types import Envelope
+from stream_mmrnn.recording.column_reader import ColumnReader, Records
 from stream_mmrnn.recording.mcap_format import (
-    FEATURES,
     FORMAT,
     MAGIC,
     MAX_RECORD_BYTES,
@@ -37,26 +37,9 @@ from stream_mmrnn.recording.mcap_format import (
     stream_of,
     unpack_chunk,
 )
-from stream_mmrnn.recording.schemas import (
-    JSON_KINDS,
-    Decode,
-    decode_clock,
-    decode_features,
-    decode_json,
-)
 
+_BATCH = 64
 _OURS = (Opcode.CHUNK, Opcode.METADATA)
-_MESSAGE = struct.Struct("<BQHI8xQ")
-"""Head of a message record: opcode, length, channel, seq, log time (not read), publish time."""
-
-
-class _Channel(NamedTuple):
-    """A channel of a file, and its decoder."""
-
-    topic: str
-    session: str
-    origin: str
-    decode: Decode
 
 
 def _stamp(text: str) -> int:
@@ -67,32 +50,37 @@ def _stamp(text: str) -> int:
     return value
 
 
-def decoder_of(topic: str, schema: Schema, offset_ns: int) -> Decode:
-    """The decoder of a channel's messages; it raises RecordingError if one is invalid."""
-    if topic.startswith(topics.FEATURE) or schema.name == FEATURES:  # samples of a signal have the same form
-        return decode_features
-    if topic == topics.CLOCK:
-        return decode_clock
-    if topic in JSON_KINDS:
-        return decode_json
-    parse: Any = None
+def _sound(record: Metadata) -> Metadata:
+    """The record; raises RecordingError if it is damaged."""
+    if not is_sound(record.metadata):
+        raise RecordingError("the checksum of its metadata is wrong")
+    return record
 
-    def decode(data: bytes, at: int, end: int) -> tuple[int, None, Any, int]:
-        nonlocal parse
-        try:
-            if parse is None:
-                from mcap_protobuf.decoder import DecoderFactory
 
-                parse = DecoderFactory().decoder_for("protobuf", schema)
-            message = parse(data[at:end])
-            payload = message.message.encode() if hasattr(message, "message") else bytes(message.data)
-            event_ns = int(message.timestamp.seconds * 1_000_000_000 + message.timestamp.nanos)
-        except Exception as e:  # schema and message come from outside; protobuf's errors share no base
-            raise RecordingError(f"a message on {topic} is no {schema.name[:64]}") from e
-        audio = schema.name == "foxglove.RawAudio"
-        return event_ns - offset_ns, None, np.frombuffer(payload, "<i2") if audio else payload, 0
+class _Filled(NamedTuple):
+    """A part of a file, up to its first damaged record."""
 
-    return decode
+    records: Records
+    notes: list[Metadata]
+    fault: Exception | None
+    ended: bool
+
+
+def _fill(found: Iterator[tuple[int, bytes]], records: Records) -> _Filled:
+    """Unpack records until there are enough to be decoded; what `records` held is overwritten."""
+    notes: list[Metadata] = []
+    records.ends = []
+    try:
+        for opcode, content in found:
+            if opcode == Opcode.CHUNK:
+                records.add(unpack_chunk(content))
+            else:
+                notes.append(_sound(Metadata.read(stream_of(content))))
+            if records.full:
+                return _Filled(records, notes, None, False)
+    except UNREADABLE as e:
+        return _Filled(records, notes, e, True)
+    return _Filled(records, notes, None, True)
 
 
 class Recording:
@@ -184,80 +172,45 @@ class Recording:
 
     def batches(self, wanted: Collection[str] | None = None) -> Iterator[list[Envelope]]:
         """The same in batches, which is faster than one generator step per message."""
-        channels: dict[int, _Channel | None] = {}
-        schemas: dict[int, Schema] = {}
-        steps = self.wall_steps = []
-        for opcode, content in self._records():
-            batch: list[Envelope] = []
-            try:
-                if opcode == Opcode.CHUNK:
-                    self._read(unpack_chunk(content), channels, schemas, wanted, batch)
-                elif opcode == Opcode.METADATA:
-                    record = Metadata.read(stream_of(content))
-                    if not is_sound(record.metadata):
-                        raise RecordingError("the checksum of its metadata is wrong")
-                    if record.name == METADATA_END:
-                        self.end = record.metadata
-                    elif record.name == METADATA_SO_FAR:
-                        self.so_far = record.metadata
-                    elif record.name == METADATA_WALL:
-                        steps.append((number(record.metadata, "at_ns"), number(record.metadata, "step_ns")))
-            except UNREADABLE as e:
-                self.damage = f"{self.path.name} has a damaged record ({e})"
-                yield batch
-                return
-            yield batch
+        for columns in self.columns(wanted):
+            batch = columns.envelopes()
+            # small ones: a caller may be asked to stop between two
+            yield from (batch[at : at + _BATCH] for at in range(0, len(batch), _BATCH))
 
-    def _read(
-        self,
-        data: bytes,
-        channels: dict[int, _Channel | None],
-        schemas: dict[int, Schema],
-        wanted: Collection[str] | None,
-        batch: list[Envelope],
-    ) -> None:
-        """Append the messages of one chunk to `batch`. The hot loop of every replay.
+    def columns(self, wanted: Collection[str] | None = None) -> Iterator[MessageColumns]:
+        """The same as columns: some seconds of a session at once.
 
-        `channels` holds None for channels that are not wanted: their messages are skipped without decoding.
+        The next part is read and decompressed by a thread meanwhile.
         """
-        at, end, offset_ns = 0, len(data), self._offset_ns
-        message, message_size, head_size = _MESSAGE.unpack_from, _MESSAGE.size, RECORD.size
-        add = batch.append
-        last = end - message_size  # no message begins later than here
-        while at < end:
-            if at <= last:
-                # parse every record as a message: nearly all are, and one unpack is cheaper than two
-                opcode, length, channel_id, seq, publish_ns = message(data, at)
-            else:
-                opcode, length = RECORD.unpack_from(data, at)
-            following = at + head_size + length
-            if following > end:
-                raise RecordingError("a record is longer than its chunk")
-            if opcode == 0x05:
-                if following < at + message_size:
-                    raise RecordingError("a message is shorter than its head")
-                channel = channels[channel_id]
-                if channel is not None:
-                    topic, session, origin, decode = channel
-                    event_ns, capture_ns, payload, device_ns = decode(data, at + message_size, following)
-                    publish_ns -= offset_ns
-                    if capture_ns is None:
-                        capture_ns = publish_ns
-                    add(Envelope(topic, session, seq, event_ns, capture_ns, publish_ns, payload, origin, 0, device_ns))
-            elif opcode == 0x03:
-                schema = Schema.read(stream_of(data[at + head_size : following]))
-                schemas[schema.id] = schema
-            elif opcode == 0x04:
-                record = Channel.read(stream_of(data[at + head_size : following]))
-                topic = record.topic
-                channel = _Channel(
-                    topic,
-                    topics.EVERYONE if topic == topics.CLOCK else self.session,
-                    record.metadata.get("origin", ""),
-                    decoder_of(topic, schemas[record.schema_id], offset_ns),
-                )
-                channels[record.id] = channel if wanted is None or topic in wanted else None
-            at = following
+        self.wall_steps = []
+        reader = ColumnReader(self.session, self._offset_ns, wanted)
+        found = self._records()
+        ended, spare = False, Records()
+        with ThreadPoolExecutor(1, "recording") as thread:
+            filling = thread.submit(_fill, found, Records())
+            while not ended:
+                records, notes, broken, ended = filling.result()
+                if not ended:
+                    filling = thread.submit(_fill, found, spare)
+                columns, fault = reader.decode(records)
+                spare = records
+                if fault is None:
+                    self._note(notes)
+                fault = fault or broken
+                if fault is not None:
+                    ended = True
+                    filling.result()  # it may note a cut further on
+                    self.damage = f"{self.path.name} has a damaged record ({fault})"
+                yield columns
+
+    def _note(self, notes: Iterable[Metadata]) -> None:
+        for record in notes:
+            if record.name == METADATA_END:
+                self.end = record.metadata
+            elif record.name == METADATA_SO_FAR:
+                self.so_far = record.metadata
+            elif record.name == METADATA_WALL:
+                self.wall_steps.append((number(record.metadata, "at_ns"), number(record.metadata, "step_ns")))
 
     def predictions(self) -> Iterator[wire.PredictionMessage]:
         for envelope in self.envelopes({topics.PREDICTION}):

@@ -7,6 +7,7 @@ The recorder and the readers use it. Camera, microphone and text are Foxglove me
 from __future__ import annotations
 
 import struct
+import threading
 import zlib
 from collections.abc import Mapping
 from io import BytesIO
@@ -181,7 +182,14 @@ def stream_of(data: bytes) -> ReadDataStream:
     return ReadDataStream(BytesIO(data))
 
 
-_zstd = zstandard.ZstdDecompressor()
+class _OfThread(threading.local):
+    """A decompressor of each thread's own: two threads in one of them crash the program."""
+
+    def __init__(self) -> None:
+        self.zstd = zstandard.ZstdDecompressor()
+
+
+_of_thread = _OfThread()
 
 
 def unpack_chunk(chunk: bytes) -> bytes:
@@ -200,7 +208,7 @@ def unpack_chunk(chunk: bytes) -> bytes:
         # the library allocates what the frame header says, whatever `max_output_size` is
         if zstandard.frame_content_size(records) not in (size, -1):
             raise RecordingError("its size is not what it says")
-        data = _zstd.decompress(records, max_output_size=size)
+        data = _of_thread.zstd.decompress(records, max_output_size=size)
     elif compression:
         raise RecordingError(f"compression {compression[:16]!r} is not one that this program writes")
     else:

@@ -16,8 +16,9 @@ import msgspec
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.errors import FileError
 from stream_mmrnn.recording.append_file import is_being_written, later_parts
+from stream_mmrnn.recording.column_reader import decoder_of
 from stream_mmrnn.recording.damaged_file import DamagedFileReader
-from stream_mmrnn.recording.mcap_file import Recording, decoder_of
+from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.recording.mcap_format import METADATA_END, METADATA_SO_FAR, METADATA_WALL, UNREADABLE, number
 from stream_mmrnn.recording.message_counts import LOST, MessageCounts
 from stream_mmrnn.recording.pieces import Chunk, Foreign, Hole, Message, MetadataRecord

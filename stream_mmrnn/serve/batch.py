@@ -17,7 +17,7 @@ from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.block_codec import joined, row_bytes, with_handles
 from stream_mmrnn.serve.groups import TickQueues, WaitingBlock, WaitingTick
 from stream_mmrnn.serve.push_handler import PushHandler
-from stream_mmrnn.serve.replies import preds_of, preds_to
+from stream_mmrnn.serve.replies import pred_of, preds_of, preds_to
 from stream_mmrnn.serve.sessions import Sessions, Stepped
 from stream_mmrnn.serve.step_reader import StepReader
 from stream_mmrnn.serve.turns import Peer
@@ -69,6 +69,9 @@ class Batch:
     def step(self, now_ns: int) -> Iterator[StepDone]:
         """Step what is first in each queue, in several runs; each is over, and its replies sent, when it is yielded."""
         ticks, blocks = self._queues.take()
+        if len(ticks) == 1 and not blocks:
+            yield self._step_alone(ticks[0], now_ns)
+            return
         parts: list[_Part] = []
         for waiting in blocks:
             part = self._part_of(waiting)
@@ -85,6 +88,28 @@ class Batch:
                 parts = []
         if parts:
             yield self._run(parts, now_ns)
+
+    def _step_alone(self, of: WaitingTick, now_ns: int) -> StepDone:
+        """One tick, without columns."""
+        tick = self._reader.tick(of.step, of.received_ns)
+        if tick is None:
+            self._sessions.counts["bad_ticks"] += 1
+            one = np.zeros(1, np.int64)
+            self._refuse_tick(of, self._reader.why(self._reader.block([of.step], one), 0))
+            return StepDone(0, [])
+        prediction, late, lost = self._sessions.step_one(tick, of.served.handle, now_ns=now_ns)
+        self.lost += lost
+        if prediction is None:
+            if late:
+                self._skip_tick(of)
+            return StepDone(0, [])
+        self.count += 1
+        pred = pred_of(of, prediction)
+        if of.push is None:
+            self._send(of.peer, pred)
+        else:
+            self._pushes.stepped(of.push, of.served.name, pred)
+        return StepDone(pred.step_ns, [pred.waited_ns])
 
     def _part_of(self, waiting: WaitingBlock) -> _Part:
         """The ticks of a block whose sessions are still open; the others are refused with it."""
@@ -181,18 +206,26 @@ class Batch:
         lost = set(stepped.lost)
         for row in np.flatnonzero(~was).tolist():
             of = part.ticks[row]
-            session, tick = of.step.session, of.step.tick
             if late[row]:
-                self._counts["skipped"] += 1
-                if of.push is not None:
-                    self._pushes.stepped(of.push, session)
-                else:
-                    following = self._sessions.next_index(session)
-                    self._send(of.peer, protocol.Skipped(session=session, tick=tick, next=following))
-            elif session not in lost:
-                why = f"tick {tick} of session {session!r}: {self._reader.why(part.block, row)}"
-                if of.push is not None:
-                    self._pushes.stepped(of.push, session, error=why)
-                else:
-                    self._counts["refused"] += 1
-                    self._send(of.peer, protocol.Refused(error="bad_tick", why=why, session=session, tick=tick))
+                self._skip_tick(of)
+            elif of.step.session not in lost:
+                self._refuse_tick(of, self._reader.why(part.block, row))
+
+    def _skip_tick(self, of: WaitingTick) -> None:
+        """The session had the tick already."""
+        self._counts["skipped"] += 1
+        session = of.step.session
+        if of.push is not None:
+            self._pushes.stepped(of.push, session)
+        else:
+            following = self._sessions.next_index(session)
+            self._send(of.peer, protocol.Skipped(session=session, tick=of.step.tick, next=following))
+
+    def _refuse_tick(self, of: WaitingTick, reason: str) -> None:
+        session, tick = of.step.session, of.step.tick
+        why = f"tick {tick} of session {session!r}: {reason}"
+        if of.push is not None:
+            self._pushes.stepped(of.push, session, error=why)
+        else:
+            self._counts["refused"] += 1
+            self._send(of.peer, protocol.Refused(error="bad_tick", why=why, session=session, tick=tick))

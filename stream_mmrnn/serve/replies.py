@@ -11,6 +11,7 @@ import numpy as np
 
 from stream_mmrnn.core.block import Block, BlockPredictions, Flags, Integers
 from stream_mmrnn.core.errors import BadTick, Busy, DuplicateSession, Evicted, StreamError, UnknownSession
+from stream_mmrnn.core.types import Prediction
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.block_codec import column, row_bytes
 from stream_mmrnn.serve.groups import WaitingBlock, WaitingTick
@@ -50,6 +51,22 @@ def preds_of(waiting: Sequence[WaitingTick], block: Block, done: BlockPrediction
         )
         for of, raws, here, ages in zip(waiting, zip(*heads, strict=True), present, age_ns, strict=True)
     ]
+
+
+def pred_of(of: WaitingTick, prediction: Prediction) -> protocol.Pred:
+    """The prediction of a single tick."""
+    tick, start_ns = prediction.tick, prediction.step_start_ns
+    return protocol.Pred(
+        session=tick.session,
+        tick=tick.index,
+        event_ns=tick.event_ns,
+        heads=tuple([values.astype("<f4", copy=False).tobytes() for values in prediction.heads.values()]),
+        present=tuple(tick.present.values()),
+        age_ns=tuple(tick.age_ns.values()),
+        waited_ns=start_ns - of.received_ns if start_ns > of.received_ns else 0,
+        step_ns=prediction.step_end_ns - start_ns,
+        model=prediction.model,
+    )
 
 
 def preds_to(

@@ -12,6 +12,7 @@ import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -37,9 +38,6 @@ from stream_mmrnn.serve.open_sessions import OpenSessions
 from stream_mmrnn.serve.saved_states import BlockStore, Store, same_token
 from stream_mmrnn.serve.session_table import OpenSession
 
-_YES, _NO = np.ones(1, np.bool_), np.zeros(1, np.bool_)
-"""Masks of one tick."""
-
 
 class Opened(msgspec.Struct, frozen=True):
     """The result of `open`."""
@@ -64,6 +62,16 @@ class Stepped(msgspec.Struct, frozen=True, eq=False):
     """[N]"""
     late: Flags
     """[N] Their session had them already."""
+    lost: tuple[str, ...] = ()
+    """Sessions whose state died with a shard."""
+
+
+class SteppedOne(NamedTuple):
+    """What came of one tick."""
+
+    prediction: Prediction | None
+    late: bool
+    """The session had it already."""
     lost: tuple[str, ...] = ()
     """Sessions whose state died with a shard."""
 
@@ -241,8 +249,6 @@ class Sessions(OpenSessions):
 
         """
         table, handles, indices = self._table, block.handles, block.indices
-        if len(block) == 1:
-            return self._step_one(block, int(handles[0]), int(indices[0]), now_ns)
         good = block.finite() & (indices >= 0) & (indices <= MAX_TICK)
         table.active_ns[handles if good.all() else handles[good]] = now_ns
         if (leaves := table.leaves[handles] & good).any():
@@ -262,26 +268,33 @@ class Sessions(OpenSessions):
         self.counts["skipped"] += table.stepped(block.handles, block.indices)
         return self._run(block, new, late, now_ns)
 
-    def _step_one(self, block: Block, handle: int, index: int, now_ns: int) -> Stepped:
-        """The same for one tick, without masks: the usual case where there are few sessions."""
-        table = self._table
-        if not (0 <= index <= MAX_TICK and block.finite()[0]):
-            self.counts["bad_ticks"] += 1
-            return Stepped(None, _NO, _NO)
+    def step_one(self, tick: Tick, handle: int, *, now_ns: int) -> SteppedOne:
+        """The same for one tick of an open session, without columns and masks: the usual case where there are few.
+
+        The tick fits the model, and is finite. Raises ProcessError, as `step_block`.
+        """
+        table, index = self._table, tick.index
         table.active_ns[handle] = now_ns
         if table.leaves[handle]:
-            self._stay(name := table.names[handle], self._live[name])
-        last = int(table.last[handle])
+            self._stay(tick.session, self._live[tick.session])
+        last = table.last.item(handle)
         if index <= last:
             self.counts["duplicates" if index == last else "stale"] += 1
-            return Stepped(None, _NO, _YES)
+            return SteppedOne(None, True)
         table.last[handle] = index
-        unsaved = table.unsaved[handle]
+        unsaved = table.unsaved.item(handle)
         if unsaved >= 0:
             table.unsaved[handle] = unsaved + 1
         if last != NEVER:
             self.counts["skipped"] += index - last - 1
-        return self._run(block, _YES, _NO, now_ns)
+        try:
+            (prediction,) = self.engine.step((tick,))
+        except ShardDied as e:
+            return SteppedOne(None, False, e.sessions)
+        self.counts["stepped"] += 1
+        if self.admission is not None:
+            self.admission.add(1, prediction.step_end_ns - prediction.step_start_ns, now_ns)
+        return SteppedOne(prediction, False)
 
     def _run(self, block: Block, new: Flags, late: Flags, now_ns: int) -> Stepped:
         lost: tuple[str, ...] = ()
@@ -289,7 +302,6 @@ class Sessions(OpenSessions):
             done = self.engine.step_block(block)
         except ShardDied as e:
             done, lost = e.block, e.sessions
-            new = new.copy()
             new[new] = np.isin(block.handles, done.handles)
         self.counts["stepped"] += len(done)
         if self.admission is not None and len(done):

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from stream_mmrnn.core.block import Block, Features, Integers
+from stream_mmrnn.core.block import LARGEST, Block, Features, Integers
 from stream_mmrnn.core.errors import BadTick
-from stream_mmrnn.core.types import FEATURE_BOUND, MAX_TICK, ModelSpec, Tick
+from stream_mmrnn.core.types import FEATURE_BOUND, MAX_TICK, ModelSpec, Stamps, Tick
 from stream_mmrnn.serve import protocol
 
 _F4 = np.dtype("<f4")
@@ -24,6 +24,7 @@ class StepReader:
         self.sizes = [m.size for m in spec.modalities]
         self._bytes = [4 * size for size in self.sizes]
         self._width = len(self.sizes)
+        self._zeros = [np.zeros(size, np.float32) for size in self.sizes]
         self._nothing = [np.zeros((0, size), np.float32) for size in self.sizes]
 
     def check(self, request: protocol.Step) -> None:
@@ -73,6 +74,23 @@ class StepReader:
             age_ns,
             tuple(features),
         )
+
+    def tick(self, step: protocol.Step, received_ns: int) -> Tick | None:
+        """A message that was checked, as a tick; None where it is not finite."""
+        features, present, age_ns = {}, {}, {}
+        ages = step.age_ns
+        for i, (name, content) in enumerate(zip(self.names, step.features, strict=True)):
+            if content is None:
+                features[name], present[name] = self._zeros[i], False
+                age_ns[name] = ages[i] if ages else -1
+                continue
+            vector = np.frombuffer(content, _F4)
+            if not float(np.absolute(vector).max()) < LARGEST:
+                return None
+            features[name], present[name] = vector, True
+            age_ns[name] = ages[i] if ages else 0
+        closed = Stamps(step.event_ns, step.event_ns, step.event_ns, received_ns, "serve")
+        return Tick(step.session, step.tick, step.event_ns, features, present, age_ns, closed)
 
     def to_step(self, tick: Tick) -> protocol.Step:
         """A tick that was made here, as a message."""

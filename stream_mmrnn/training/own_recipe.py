@@ -48,7 +48,7 @@ def recipe_for(paths: Sequence[Path], name: str) -> Recipe:
 
     """
     recordings = [Recording(path) for path in paths]
-    labels = {label for recording in recordings for _, label in TypedEvents(recording).labels} - set(NOTHING)
+    labels = {label for recording in recordings for _, label in TypedEvents.of(recording).labels} - set(NOTHING)
     if len(labels) < 2:
         found = ", ".join(sorted(labels)) or "none"
         raise FileError(

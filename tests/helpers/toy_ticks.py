@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import toy_model
 
+from stream_mmrnn.core import topics
 from stream_mmrnn.core.block import Block
-from stream_mmrnn.core.types import Stamps, Tick
+from stream_mmrnn.core.message_columns import ChannelColumns, MessageColumns
+from stream_mmrnn.core.types import Envelope, Stamps, Tick
 from stream_mmrnn.predict.engine import StepEngine
 
 NOWHERE = Stamps(0, 0, 0, 0, "")
@@ -47,3 +49,30 @@ def alone(path: Path, slots: int, seed: int, count: int) -> list[bytes]:
     engine = StepEngine(path, slots)
     engine.open("x")
     return [engine.step([tick("x", k, seed)])[0].heads["next"].tobytes() for k in range(count)]
+
+
+def columns_of(messages: Sequence[Envelope], alone: float = 0.0, seed: int = 0) -> MessageColumns:
+    """The messages as a recording's reader gives them; a share `alone` of them one by one."""
+    rng = np.random.default_rng(seed)
+    channels: dict[tuple[object, ...], list[int]] = {}
+    others = []
+    for place, e in enumerate(messages):
+        if (
+            e.topic == topics.SESSION
+            or (e.topic != topics.CLOCK and isinstance(e.payload, bytes))
+            or rng.random() < alone
+        ):
+            others.append((place, e))
+        else:
+            size = 0 if isinstance(e.payload, bytes) else len(e.payload)
+            channels.setdefault((e.topic, e.session, e.origin, size), []).append(place)
+    columns = []
+    for (topic, session, origin, _), places in channels.items():
+        mine = [messages[place] for place in places]
+        numbers = [
+            np.array([getattr(e, name) for e in mine], np.int64)
+            for name in ("seq", "event_ns", "capture_ns", "publish_ns", "device_ns")
+        ]
+        values = None if topic == topics.CLOCK else np.stack([np.asarray(e.payload) for e in mine])
+        columns.append(ChannelColumns(topic, session, origin, np.array(places, np.int64), *numbers, values))
+    return MessageColumns(0, len(messages), columns, others)

@@ -418,9 +418,18 @@ def test_a_snapshot_covers_every_attribute() -> None:
     assert set(AlignedStream.__slots__) == made | set(StreamState.__struct_fields__)
     derived = {"bounds", "by_topic", "name", "soonest_ns"}
     assert set(AlignedSession.__slots__) == derived | set(SessionState.__struct_fields__)
-    settings_ = {"tick_ns", "_specs", "_lateness_ns", "_max_ahead_ns", "_max_behind_ns", "_feature_topics", "_zeros"}
-    settings_ |= {"feeding", "_max_jump_ns", "_max_per_tick"}
-    assert set(vars(aligner())) == settings_ | {"counts", "malformed", "misfits", "_sessions"}
+    settings_ = {
+        "tick_ns",
+        "modalities",
+        "_specs",
+        "_lateness_ns",
+        "max_ahead_ns",
+        "max_behind_ns",
+        "feature_topics",
+        "_zeros",
+    }
+    settings_ |= {"feeding", "max_jump_ns", "max_per_tick"}
+    assert set(vars(aligner())) == settings_ | {"counts", "malformed", "misfits", "sessions"}
 
 
 def test_a_snapshot_detects_duplicates_as_far_back_as_the_aligner() -> None:

@@ -309,7 +309,7 @@ def test_unwanted_topics_are_not_decoded(whole: Path, monkeypatch: pytest.Monkey
     wanted = {"feature/audio", "feature/vision", "clock", "session"}
     read = list(Recording(whole).envelopes(wanted))
     assert len(read) == 3 * 40 + 1
-    monkeypatch.setattr("stream_mmrnn.recording.mcap_file.decode_features", refuse)
+    monkeypatch.setattr("stream_mmrnn.recording.column_reader.feature_columns", refuse)
     assert len(list(Recording(whole).envelopes({"clock"}))) == 40
 
 

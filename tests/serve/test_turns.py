@@ -176,12 +176,15 @@ def test_a_flood_takes_one_row_of_each_batch_and_no_batch_is_its_own(
     try:
         router = flooded(server, name, 1000)
         batches: list[Counter[str]] = []
-        step = server.engine.step_block
+        step, step_block = server.engine.step, server.engine.step_block
+        monkeypatch.setattr(
+            server.engine, "step", lambda ticks: batches.append(Counter(t.session for t in ticks)) or step(ticks)
+        )
         names = server.sessions._table.names
         monkeypatch.setattr(
             server.engine,
             "step_block",
-            lambda block: batches.append(Counter(names[i] for i in block.handles)) or step(block),
+            lambda block: batches.append(Counter(names[i] for i in block.handles)) or step_block(block),
         )
         before_end = [0]
 

@@ -26,7 +26,7 @@ YES_NO = ("no", "yes")
 
 def labels_of(path: Path) -> TypedEvents:
     """The typed labels; raises FileError if there are none."""
-    events = TypedEvents(Recording(path))
+    events = TypedEvents.of(Recording(path))
     if not {name for _, name in events.labels} - set(NOTHING):
         raise FileError(f"{path} holds no labels; type `/label NAME` into the text source while recording")
     return events
@@ -41,13 +41,13 @@ def _names(spec: HeadSpec) -> tuple[str, ...]:
 
 def _targets(spec: HeadSpec, track: PredictionTrack, events: TypedEvents, ahead_ns: int) -> tuple[Ints, Bools]:
     """The true class [T] at each tick, and whether it is known."""
-    times = track.event_ns.tolist()
+    times = track.event_ns
     target, known = classes_at(_names(spec), ahead_ns, times, events)
     if spec.size > 1:
         return target.astype(np.int64), known > 0
     yes = known > 0
-    started = [events.labels[0][0] <= at_ns + ahead_ns <= times[-1] for at_ns in times]
-    return yes.astype(np.int64), np.array(started, np.bool_)
+    started = (events.labels[0][0] <= times + ahead_ns) & (times + ahead_ns <= times[-1])
+    return yes.astype(np.int64), started
 
 
 def score(track: PredictionTrack, events: TypedEvents) -> dict[str, Any]:

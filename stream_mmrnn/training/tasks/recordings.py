@@ -8,19 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from stream_mmrnn.capture.encoders.audio import NAME, SPEECH
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.durations import spoken
 from stream_mmrnn.core.errors import ConfigError, FileError
-from stream_mmrnn.core.types import FloatArray, ModalitySpec, Tick
+from stream_mmrnn.core.message_columns import Integers, MessageColumns
+from stream_mmrnn.core.types import FloatArray, ModalitySpec
 from stream_mmrnn.predict.align import Aligner
-from stream_mmrnn.predict.columns import Columns
-from stream_mmrnn.predict.pipeline import NoEngine, predict
+from stream_mmrnn.predict.align_columns import ColumnAligner
+from stream_mmrnn.predict.columns import seconds
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.recording.settings import settings_of
 from stream_mmrnn.training.data import Array, Task, Ticks, cut
@@ -41,79 +43,125 @@ NOTHING = ("", "none")
 class TypedEvents:
     """Labels and words of a recording with their times, and the names of its signals' columns."""
 
+    topics = frozenset({topics.LABEL, topics.feature("text")})
+    """What must be read to collect them."""
+
     def __init__(self, recording: Recording) -> None:
-        self.labels: list[tuple[int, str]] = []
-        self.texts: list[int] = []
         self.columns = columns_of(recording)
-        for e in recording.envelopes({topics.LABEL, topics.feature("text")}):
+        self.labels: list[tuple[int, str]] = []
+        """By time."""
+        self._texts: list[Integers] = []
+
+    @classmethod
+    def of(cls, recording: Recording) -> TypedEvents:
+        """Those of a whole recording, which is read for it."""
+        events = cls(recording)
+        for messages in recording.columns(cls.topics):
+            events.collect(messages)
+        return events
+
+    def collect(self, messages: MessageColumns) -> None:
+        """Add those among the messages."""
+        for channel in messages.channels:
+            if channel.topic == topics.feature("text"):
+                self._texts.append(channel.event_ns)
+        for _, e in messages.others:
             if e.topic == topics.LABEL:
                 self.labels.append((e.event_ns, bytes(e.payload).decode("utf-8", "replace")))
-            else:
-                self.texts.append(e.event_ns)
-        self.labels.sort()
-        self.texts.sort()
+                self.labels.sort()
+            elif e.topic == topics.feature("text"):
+                self._texts.append(np.array([e.event_ns], np.int64))
 
-    def label_at(self, event_ns: int) -> str:
-        """The label at a time: the last one typed before it."""
-        held = ""
-        for at_ns, name in self.labels:
-            if at_ns > event_ns:
-                break
-            held = name
-        return "" if held in NOTHING else held
+    @property
+    def texts_ns(self) -> Integers:
+        """The words' times, ascending."""
+        return np.sort(np.concatenate([np.zeros(0, np.int64), *self._texts]))
+
+    def labels_at(self, event_ns: Integers) -> list[str]:
+        """The label at each time: the last one typed before it."""
+        held = ["", *("" if name in NOTHING else name for _, name in self.labels)]
+        times = np.array([at_ns for at_ns, _ in self.labels], np.int64)
+        return [held[i] for i in np.searchsorted(times, event_ns, "right").tolist()]
 
 
-def ticks_of(path: Path, specs: Sequence[ModalitySpec], tick_ns: int) -> tuple[list[Tick], Recording]:
-    """The ticks of a recording as the engine would have seen them.
+class RecordedTicks(NamedTuple):
+    """T ticks of a recording for M modalities, and what was typed meanwhile."""
+
+    indices: Integers
+    """[T] places on the grid of ticks."""
+    event_ns: Integers
+    """[T] the ends of the ticks."""
+    features: dict[str, FloatArray]
+    """By modality [T, size]; zeros where absent."""
+    present: npt.NDArray[np.bool_]
+    """[T, M]"""
+    age_s: FloatArray
+    """[T, M], as the engine gives them to the model."""
+    events: TypedEvents
+
+    def has(self, modality: str) -> npt.NDArray[np.bool_]:
+        """[T] where a modality is present."""
+        return self.present[:, list(self.features).index(modality)]
+
+
+def ticks_of(path: Path, specs: Sequence[ModalitySpec], tick_ns: int) -> RecordedTicks:
+    """The ticks of a recording as the engine would have seen them. The file is read once.
 
     Raises:
         FileError: not a recording, or it has no features of these modalities.
 
     """
     recording = Recording(path)
-    settings = settings_of(recording)
-    aligner = Aligner.of(specs, tick_ns, settings)
+    aligner = Aligner.of(specs, tick_ns, settings_of(recording))
     wanted = {topics.CLOCK, topics.SESSION, *(topics.FEATURE + name for name, _ in aligner.feeding.values())}
-    ticks = list(predict(recording.envelopes(wanted), aligner, NoEngine()))
-    if not ticks:
+    events, columns = TypedEvents(recording), ColumnAligner(aligner)
+    parts = []
+    for messages in recording.columns(wanted | events.topics):
+        events.collect(messages)
+        parts += columns.push(messages)
+    if not parts:
         raise FileError(f"{path} has no ticks; was anything recorded?")
     quarantined = {n: c.quarantined for n, c in aligner.counts.items() if c.quarantined and not c.used}
     if quarantined:
         raise FileError(f"{path}: the features of {', '.join(quarantined)} are another encoder's; encode them again")
-    return ticks, recording
+    features = {}
+    for i, s in enumerate(specs):
+        features[s.name] = np.zeros((sum(map(len, parts)), s.size), np.float32)
+        begin = 0
+        for part in parts:
+            features[s.name][begin : begin + len(part)][part.present[:, i]] = part.features[i]
+            begin += len(part)
+    indices, event_ns, present, age_ns = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("indices", "event_ns", "present", "age_ns")
+    )
+    return RecordedTicks(indices, event_ns, features, present, seconds(age_ns).astype(np.float32), events)
 
 
 def sequence(path: Path, recipe: Recipe, specs: Sequence[ModalitySpec]) -> Ticks:
     """A recording as one training sequence."""
-    ticks, recording = ticks_of(path, specs, recipe.tick_ns)
-    events = TypedEvents(recording)
-    names = [s.name for s in specs]
-    features = {s.name: np.empty((len(ticks), s.size), np.float32) for s in specs}
-    present, age_s = (np.empty((len(ticks), len(names)), np.float32) for _ in range(2))
-    columns = Columns(specs, len(ticks))
-    block = columns.block(ticks, range(len(ticks)))
-    columns.fill(block, slice(None), [0] * len(specs), list(features.values()), present, age_s)
+    ticks = ticks_of(path, specs, recipe.tick_ns)
+    present = ticks.present.astype(np.float32)
     chosen: dict[str, Any] = recipe.data.options.get("targets", {})
     targets: dict[str, Array] = {}
     weights: dict[str, FloatArray] = {}
     for head in recipe.heads:
         source = chosen.get(head.name, SOURCES[head.kind])
         if source == FORECAST:
-            index = np.array([tick.index for tick in ticks], np.int64)
-            made, weights[head.name] = forecast.targets(head, index, features, present, events.columns, recipe)
+            columns = ticks.events.columns
+            made, weights[head.name] = forecast.targets(head, ticks.indices, ticks.features, present, columns, recipe)
             targets |= made
             continue
         if source not in _TARGETS:
             raise ConfigError(
                 f"data.options.targets.{head.name} is {source!r}; use one of {', '.join([*_TARGETS, FORECAST])}"
             )
-        targets[head.name], weights[head.name] = _TARGETS[source](head, ticks, events, recipe)
-    return Ticks(features, present, age_s, targets, weights, path.name)
+        targets[head.name], weights[head.name] = _TARGETS[source](head, ticks, recipe)
+    return Ticks(ticks.features, present, ticks.age_s, targets, weights, path.name)
 
 
-def _label(head: HeadRecipe, ticks: list[Tick], events: TypedEvents, recipe: Recipe) -> tuple[Array, FloatArray]:
+def _label(head: HeadRecipe, ticks: RecordedTicks, recipe: Recipe) -> tuple[Array, FloatArray]:
     """The class at the tick's end, or later by the end of the head's first horizon."""
-    return classes_at(head.labels, ahead_ns_of(head.horizons_s), [t.event_ns for t in ticks], events)
+    return classes_at(head.labels, ahead_ns_of(head.horizons_s), ticks.event_ns, ticks.events)
 
 
 def ahead_ns_of(horizons_s: Sequence[tuple[float, float]]) -> int:
@@ -122,28 +170,30 @@ def ahead_ns_of(horizons_s: Sequence[tuple[float, float]]) -> int:
 
 
 def classes_at(
-    labels: Sequence[str], ahead_ns: int, event_ns: Sequence[int], events: TypedEvents
+    labels: Sequence[str], ahead_ns: int, event_ns: Integers, events: TypedEvents
 ) -> tuple[Array, FloatArray]:
     """For the ends of T ticks: the class [T] at `ahead_ns` later, and whether it is known [T] (1 or 0)."""
     classes = {name: i for i, name in enumerate(labels)}
-    held = [events.label_at(at_ns + ahead_ns) for at_ns in event_ns]
-    known = [h in classes and at_ns + ahead_ns <= event_ns[-1] for h, at_ns in zip(held, event_ns, strict=True)]
-    return np.array([classes.get(h, 0) for h in held], np.int64), np.array(known, np.float32)
+    at_ns = event_ns + ahead_ns
+    held = [classes.get(name, -1) for name in events.labels_at(at_ns)]
+    found = np.array(held, np.int64)
+    known = (found >= 0) & (at_ns <= event_ns[-1])
+    return np.maximum(found, 0), known.astype(np.float32)
 
 
-def _speech(head: HeadRecipe, ticks: list[Tick], events: TypedEvents, recipe: Recipe) -> tuple[Array, FloatArray]:
+def _speech(head: HeadRecipe, ticks: RecordedTicks, recipe: Recipe) -> tuple[Array, FloatArray]:
     """Speech in each of the head's intervals: 1 if at least half of its ticks are speech (0.5 and more)."""
-    if "audio" not in ticks[0].features:
+    if "audio" not in ticks.features:
         raise ConfigError(f"the head {head.name!r} needs speech, and the recipe has no modality audio")
     encoder = recipe.modalities["audio"].encoder.partition("@")[0]
-    if len(ticks[0].features["audio"]) <= SPEECH or encoder not in ("", NAME):
+    if ticks.features["audio"].shape[1] <= SPEECH or encoder not in ("", NAME):
         raise ConfigError(
             f"the head {head.name!r} needs the probability of speech, which the modality audio has from the encoder "
             f"audio ({NAME}) alone; name that encoder first in the stream's encoders"
         )
-    loud = np.array([t.present["audio"] and t.features["audio"][SPEECH] >= 0.5 for t in ticks], np.float64)
+    count = len(ticks.indices)
+    loud = (ticks.has("audio") & (ticks.features["audio"][:, SPEECH] >= 0.5)).astype(np.float64)
     total = np.concatenate([[0.0], np.cumsum(loud)])
-    count = len(ticks)
     target = np.zeros((count, head.size), np.float32)
     known = np.ones(count, np.float32)
     for j, (begin_s, end_s) in enumerate(_horizons(head)):
@@ -156,42 +206,37 @@ def _speech(head: HeadRecipe, ticks: list[Tick], events: TypedEvents, recipe: Re
     return target, known
 
 
-def _text(head: HeadRecipe, ticks: list[Tick], events: TypedEvents, recipe: Recipe) -> tuple[Array, FloatArray]:
+def _text(head: HeadRecipe, ticks: RecordedTicks, recipe: Recipe) -> tuple[Array, FloatArray]:
     """The interval of the next word; `head.size` if it is in none; unknown if the recording ends before."""
     horizons = _horizons(head)
     until_ns = round(horizons[-1][1] * 1e9)
-    last_ns = ticks[-1].event_ns
-    times = np.array(events.texts, np.int64)
-    target = np.full(len(ticks), head.size, np.int64)
-    known = np.ones(len(ticks), np.float32)
-    for k, tick in enumerate(ticks):
-        i = int(np.searchsorted(times, tick.event_ns, "right"))
-        wait_s = (times[i] - tick.event_ns) / 1e9 if i < len(times) else np.inf
-        for j, (begin_s, end_s) in enumerate(horizons):
-            if begin_s < wait_s <= end_s:
-                target[k] = j
-                break
-        known[k] = wait_s <= horizons[-1][1] or tick.event_ns + until_ns <= last_ns
-    return target, known
+    times = np.append(ticks.events.texts_ns, 0)
+    next_word = np.searchsorted(times[:-1], ticks.event_ns, "right")
+    wait_s = (times[next_word] - ticks.event_ns) / 1e9
+    wait_s[next_word == len(times) - 1] = np.inf
+    target = np.full(len(wait_s), head.size, np.int64)
+    for j, (begin_s, end_s) in reversed(list(enumerate(horizons))):  # the first interval that has it counts
+        target[(begin_s < wait_s) & (wait_s <= end_s)] = j
+    known = (wait_s <= horizons[-1][1]) | (ticks.event_ns + until_ns <= ticks.event_ns[-1])
+    return target, known.astype(np.float32)
 
 
-def _motion(head: HeadRecipe, ticks: list[Tick], events: TypedEvents, recipe: Recipe) -> tuple[Array, FloatArray]:
+def _motion(head: HeadRecipe, ticks: RecordedTicks, recipe: Recipe) -> tuple[Array, FloatArray]:
     """Future change of the picture: the root mean square difference of its features between ticks."""
-    if "vision" not in ticks[0].features:
+    if "vision" not in ticks.features:
         raise ConfigError(f"the head {head.name!r} needs motion, and the recipe has no modality vision")
-    seen = np.array([t.present["vision"] for t in ticks])
-    vectors = np.stack([t.features["vision"] for t in ticks])
-    change = np.zeros(len(ticks), np.float32)
+    seen, vectors, count = ticks.has("vision"), ticks.features["vision"], len(ticks.indices)
+    change = np.zeros(count, np.float32)
     both = seen[1:] & seen[:-1]
     change[1:][both] = np.sqrt(np.mean((vectors[1:] - vectors[:-1])[both] ** 2, axis=1))
     valid = np.concatenate([[False], both])
-    target = np.zeros((len(ticks), head.size), np.float32)
-    known = np.ones(len(ticks), np.float32)
+    target = np.zeros((count, head.size), np.float32)
+    known = np.ones(count, np.float32)
     for j, (_, end_s) in enumerate(_horizons(head)):
         ahead = round(end_s * 1e9 / recipe.tick_ns)
-        target[: len(ticks) - ahead, j] = change[ahead:]
-        known[: len(ticks) - ahead] *= valid[ahead:]
-        known[len(ticks) - ahead :] = 0
+        target[: count - ahead, j] = change[ahead:]
+        known[: count - ahead] *= valid[ahead:]
+        known[count - ahead :] = 0
     return target, known
 
 
