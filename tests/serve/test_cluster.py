@@ -13,6 +13,7 @@ import pytest
 from clusters import NOW, OWNER, PARTITIONS, Log, Reader, S, drive, frame, needs_nats, running
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nats.errors import Error as NatsError
 from serving import alone, step_of, tick
 
 from stream_mmrnn import AsyncClient, ClusterClient
@@ -518,6 +519,9 @@ def test_the_server_rejects_writes_of_a_former_owner(cluster: Cluster) -> None:
         assert len(await new._parts_of("p-1", [])) == 4, "no part of an older or refused value is left"
         await new.remove_piece("p-1")
         assert (await new.piece_names(), await new._parts_of("p-1", [])) == (["p-0"], [])
+        await new.js.delete_stream(f"KV_{new.names.states}")
+        with pytest.raises(NatsError, match="does not have the bucket"):
+            await new.piece("p-0")  # not the same as a piece that was never written
         for connection in connections:
             await connection.close()
 

@@ -382,6 +382,7 @@ class Holdings:
                 except WriteRefused:
                     stored = await self._stored(piece)
                     if stored is None:
+                        await asyncio.sleep(_RETRY_S)
                         continue
                     if stored != raw:
                         self._counts["refused"] += 1
@@ -404,6 +405,5 @@ class Holdings:
         try:
             stored, piece.revision = await self._link.piece(piece.name)
         except FAILURES:
-            await asyncio.sleep(_RETRY_S)
             return None
-        return stored
+        return stored or None  # one that is gone was removed by who has its partitions: the table will say so

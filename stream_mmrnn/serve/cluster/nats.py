@@ -29,6 +29,8 @@ FAILURES = (NatsError, APIError, OSError, asyncio.TimeoutError)
 """What NATS's client raises where the server is away, slow or refuses."""
 _PART_BYTES = 512 << 10
 """Longer values of pieces are stored in parts: a server takes messages of 1 MiB unless it is told otherwise."""
+_NO_STREAM = 10059
+"""JetStream's error code where a stream does not exist."""
 _WHOLE, _IN_PARTS = b"\0", b"\1"
 
 
@@ -141,6 +143,7 @@ class Link:
         try:
             entry = await self.leases.get("table")
         except KeyNotFoundError as e:
+            _check_absent(e)
             return None, _revision_of_deleted(e)
         return read_table(entry.value or b"", partitions), entry.revision or 0
 
@@ -231,6 +234,7 @@ class Link:
             try:
                 entry = await self.states.get(f"piece.{name}")
             except KeyNotFoundError as e:
+                _check_absent(e)
                 return b"", _revision_of_deleted(e)
             head = entry.value or b""
             if head[:1] != _IN_PARTS:
@@ -291,6 +295,13 @@ class Link:
         await self.nats.subscribe(
             self.names.answers_to(client), cb=receive, pending_msgs_limit=0, pending_bytes_limit=0
         )
+
+
+def _check_absent(error: KeyNotFoundError) -> None:
+    """Raise NatsError where not the key is absent but its whole bucket: a server that begins may not have it yet."""
+    cause = error.__context__
+    if isinstance(cause, APIError) and cause.err_code == _NO_STREAM:
+        raise NatsError("the server does not have the bucket (yet)") from error
 
 
 def _revision_of_deleted(error: KeyNotFoundError) -> int:
