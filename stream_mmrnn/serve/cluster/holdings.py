@@ -406,4 +406,4 @@ class Holdings:
             stored, piece.revision = await self._link.piece(piece.name)
         except FAILURES:
             return None
-        return stored or None  # one that is gone was removed by who has its partitions: the table will say so
+        return stored  # b"": whoever has its partitions has removed it
