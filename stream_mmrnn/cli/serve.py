@@ -133,13 +133,10 @@ def _run_in_cluster(
                 f"{shown(without_secrets(settings.cluster.url))}"
             )
             announced = True
-        if is_terminal and node.replica is not None:
+        if is_terminal:
             line()
 
-    line = _line(
-        console,
-        lambda: (len(node.replica.sessions), node.replica.host.counts["predictions"]) if node.replica else (0, 0),
-    )
+    line = _line(console, lambda: node.figures)
     asyncio.run(node.run(alive, often))
     return {**node.summary(), "seconds": alive.seconds}
 

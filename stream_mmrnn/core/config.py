@@ -239,9 +239,12 @@ class ClusterSettings(_Section, frozen=True):
     """File of the key from which all engines make the sessions' tokens, made if it does not exist; each needs the same.
     "" is one in the state folder."""
     replicas: Annotated[int, msgspec.Meta(ge=1, le=5)] = 1
-    """Of logs and states, over the servers of NATS's own cluster."""
+    """Of log and states, over the servers of NATS's own cluster."""
     disk_mb: Annotated[int, msgspec.Meta(ge=16, le=1_048_576)] = 1024
-    """Of each of the two logs, at most; the oldest goes first."""
+    """Of the log, at most; the oldest goes first."""
+    partitions: Annotated[int, msgspec.Meta(ge=1, le=65_536)] = 1024
+    """Into so many partitions sessions are divided, the same for all engines and for the life of a cluster; there are
+    never more engines with work than partitions."""
 
 
 class RecordSettings(_Section, frozen=True):

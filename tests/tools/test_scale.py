@@ -67,7 +67,7 @@ def test_more_to_spare_and_newer_states_never_make_a_gap_longer() -> None:
 
 def test_sizes_are_those_of_the_wire() -> None:
     sizes = figures.of_model("turn_taking")
-    assert sizes["step"] > 4 * (1280 + 81 + 81)
+    assert sizes["step"] > 2 * (99 + 81 + 81)
     assert sizes["pred"] < 500
     assert sizes["state"] > 4 * (96 + 256)
 

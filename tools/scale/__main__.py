@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from stream_mmrnn.serve.cluster.subjects import LOG_S, PARTITIONS
+from stream_mmrnn.core import config
+from stream_mmrnn.serve.cluster.subjects import LOG_S
 from tools.scale import figures, simulate, text
 from tools.scale.figures import GIVEN
 from tools.scale.simulate import TICK_S, Engine
@@ -77,7 +78,7 @@ def kinds(sessions: int, day: dict[str, Any], bytes_of: dict[str, int]) -> list[
         ("H100, by rows, the step alone", GIVEN["gpu_rows"].value, gpu_h),
         ("H100, `StepEngine.step`", GIVEN["gpu_engine"].value, gpu_h),
         ("cores of engines in a cluster over NATS, as built", GIVEN["cluster_core_ticks"].value / HZ, core_h),
-        ("cores of NATS beside them, one copy of the logs", GIVEN["nats_core_ticks"].value / HZ, core_h),
+        ("cores of NATS beside them, one copy of the log", GIVEN["nats_core_ticks"].value / HZ, core_h),
     ):
         count = int(np.ceil(sessions / (0.7 * each)))
         rows.append(
@@ -104,7 +105,7 @@ def kinds(sessions: int, day: dict[str, Any], bytes_of: dict[str, int]) -> list[
 def log(sessions: int, bytes_of: dict[str, int]) -> dict[str, float]:
     """Gigabytes and messages a second."""
     ticks = sessions * HZ
-    written = ticks * (bytes_of["step"] + bytes_of["pred"]) * REPLICAS
+    written = ticks * bytes_of["step"] * REPLICAS
     return {
         "ticks_per_s": ticks,
         "in_gb_per_s": ticks * bytes_of["step"] / 1e9,
@@ -118,7 +119,7 @@ def log(sessions: int, bytes_of: dict[str, int]) -> dict[str, float]:
 def partitions(sessions: int, seed: int) -> list[dict[str, Any]]:
     """How uneven whole partitions are over a thousand engines, or as many as there are partitions."""
     rows = []
-    for count in (PARTITIONS, 1024, 8192, 65_536):
+    for count in (config.ClusterSettings().partitions, 8192, 65_536):
         engines = min(1000, count)
         rows.append(
             {

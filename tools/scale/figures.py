@@ -13,9 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stream_mmrnn.core import config
+from stream_mmrnn.core.block import StateBlock
 from stream_mmrnn.core.types import ModelSpec
-from stream_mmrnn.predict.snapshots import Snapshot, to_bytes
-from stream_mmrnn.serve import protocol
+from stream_mmrnn.serve.cluster import pieces
+from stream_mmrnn.serve.cluster.frames import Answers, Columns, Round, write_answers, write_frame
+from stream_mmrnn.serve.cluster.pieces import SessionRow
+from stream_mmrnn.serve.cluster.stepped import Stepped
 
 MEASURED = Path(__file__).parent / "measured.json"
 """One engine's steps and queue, by `python -m tools.scale --measure`."""
@@ -33,20 +36,20 @@ GIVEN: dict[str, Given] = {
     "gpu_rows": Given(131_072, "sessions one H100 holds, by rows", "docs/gpu.md"),
     "gpu_engine": Given(14_336, "the same by `StepEngine.step`, with objects for each tick", "docs/gpu.md"),
     "found_s": Given(
-        0.45, "an engine that is not heard for so long is taken for dead, s", "stream_mmrnn/cluster/node.py"
+        0.45, "an engine that is not heard for so long is taken for dead, s", "stream_mmrnn/serve/cluster/membership.py"
     ),
     "fetch_s": Given(
         0.0004, "to fetch one state from the store, s", "one request of JetStream, measured by hand, 0.36 ms"
     ),
     "cluster_core_ticks": Given(
-        4400,
-        "ticks a second a core of an engine takes from NATS and answers there",
-        "by hand: 2,500 a second took 0.57 of one",
+        26_000,
+        "ticks a second a core of an engine takes from NATS, steps (`turn_taking`) and answers there",
+        "python -m tools.bench.cluster_groups: 38 us of CPU a tick",
     ),
     "nats_core_ticks": Given(
-        4600,
-        "ticks a second a core of the NATS server logs, with their answers",
-        "by hand: 2,500 a second took 0.54 of one",
+        135_000,
+        "ticks a second a core of the NATS server logs and delivers, with their answers",
+        "python -m tools.bench.cluster_groups --model 64: 7.4 us of CPU a tick",
     ),
     "price_vcpu_h": Given(0.04, "US$ a vCPU-hour", "assumed: the order of large clouds' list prices"),
     "price_gpu_h": Given(4.0, "US$ an H100-hour", "assumed: the order of large clouds' list prices"),
@@ -54,32 +57,37 @@ GIVEN: dict[str, Given] = {
 }
 
 
+_ROWS = 64
+"""Ticks of a frame."""
+
+
 def sizes(spec: ModelSpec, states: dict[str, tuple[int, ...]]) -> dict[str, int]:
-    """Bytes of a session's messages and state, by our own encoders; words are rare, and absent here."""
-    said = [m for m in spec.modalities if "text" not in m.name]
-    features = tuple(np.ones(m.size, "<f4").tobytes() if m in said else None for m in spec.modalities)
-    ages = tuple(0 for _ in spec.modalities)
-    now_ns = 1_800_000_000_000_000_000
-    step = protocol.Step(session="s" * 16, tick=10_000, event_ns=now_ns, features=features, age_ns=ages)
-    pred = protocol.Pred(
-        session="s" * 16,
-        tick=10_000,
-        event_ns=now_ns,
-        heads=tuple(np.ones(h.size, "<f4").tobytes() for h in spec.heads),
-        present=tuple(m in said for m in spec.modalities),
-        age_ns=ages,
-        waited_ns=10_000,
-        step_ns=100_000,
-        model=spec.sha256,
+    """Bytes of a tick, answer and state in a cluster, by our own encoders; words are rare, and absent here."""
+    names = [f"{'s' * 12}{i:04d}" for i in range(_ROWS)]
+    numbers = np.full(_ROWS, 10_000).tobytes()
+    present = np.tile([m.name in _said(spec) for m in spec.modalities], (_ROWS, 1)).astype(np.uint8)
+    ages = np.zeros(present.shape, np.int64)
+    features = tuple(
+        np.ones((_ROWS if m.name in _said(spec) else 0, m.size), np.float16).tobytes() for m in spec.modalities
     )
-    kept = Snapshot(
-        "s" * 16,
-        spec.sha256,
-        10_000,
-        {name: np.ones(shape, np.float32) for name, shape in states.items()},
-        {"token_sha256": "0" * 64, "seq": "1000000000", "opened": "1000000000", "owner": "0" * 12},
+    columns = Columns(
+        names, numbers, numbers, numbers, numbers, present.tobytes(), ages.tobytes(), half=True, features=features
     )
-    return {"step": len(protocol.encode(step)), "pred": len(protocol.encode(pred)), "state": len(to_bytes(kept))}
+    step = write_frame("u" * 25, [Round((), columns)], [b"token"] * _ROWS)
+    heads = [np.ones((_ROWS, h.size), np.float32) for h in spec.heads]
+    stepped = Stepped(np.full(_ROWS, 10_000), present, ages, heads, 10_000, 100_000)
+    preds = stepped.columns(names, np.full(_ROWS, 10_000), 0, _ROWS)
+    rows = tuple(SessionRow(name, 10**9, "u" * 25, 1, {}, 10_000, 0, (stepped.row(10_000, 0),)) for name in names)
+    block = StateBlock(
+        np.zeros(_ROWS, np.bool_), {name: np.ones((_ROWS, *shape), np.float32) for name, shape in states.items()}
+    )
+    piece = pieces.write(pieces.content_of(spec.sha256, "e" * 12, {0: 1}, 10**9, rows, block))
+    found = {"step": step, "pred": write_answers(Answers(2, (preds,), ())), "state": piece}
+    return {name: round(len(content) / _ROWS) for name, content in found.items()}
+
+
+def _said(spec: ModelSpec) -> set[str]:
+    return {m.name for m in spec.modalities if "text" not in m.name}
 
 
 def of_model(name: str) -> dict[str, int]:

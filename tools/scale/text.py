@@ -54,15 +54,15 @@ the mean. For a peak of {day["peak"]:,} that is {_n(day["mean"])} in the mean, {
 
 {_table(["what carries it", "sessions each", "needed", "US$ a session-hour"], [[r["kind"], r["each"], r["count"] if r["count"] else "", f"{r['us_dollar_a_session_hour']:.2g}"] for r in d["kinds"]])}
 
-The step is not what costs: a message a tick is. As built, {as_built["count"]:,} cores read ticks from NATS and write answers, where
-the steps of the same sessions take {d["kinds"][0]["count"]:,}.
+As built, {as_built["count"]:,} cores read frames of some sixty ticks from NATS, step them and answer, where the steps alone take
+{d["kinds"][0]["count"]:,} (of another model: [what it stands on](#what-it-stands-on)).
 
 ## Network and log
 
-A tick is {d["bytes"]["step"]:,} bytes with picture and two voices and no words, an answer {d["bytes"]["pred"]:,}, a state
+In blocks of 64 a tick is {d["bytes"]["step"]:,} bytes with picture and two voices in float16 and no words, an answer {d["bytes"]["pred"]:,}, a state
 {d["bytes"]["state"]:,}.
 
-{_table(["", "a second"], [["ticks", log["ticks_per_s"]], ["into the log, GB", log["in_gb_per_s"]], ["answers, GB", log["out_gb_per_s"]], ["written, three copies, GB", log["written_gb_per_s"]], ["kept for two minutes, TB", log["kept_tb"]], ["cores of NATS for three copies", log["nats_cores"]]])}
+{_table(["", "a second"], [["ticks", log["ticks_per_s"]], ["into the log, GB", log["in_gb_per_s"]], ["answers, which are not logged, GB", log["out_gb_per_s"]], ["written, three copies, GB", log["written_gb_per_s"]], ["kept for two minutes, TB", log["kept_tb"]], ["cores of NATS for three copies", log["nats_cores"]]])}
 
 ## Partitions
 
@@ -86,7 +86,7 @@ an answer?
 {_table(["load before", "sessions an engine", "moved", "p50, s", "p99, s", "worst, s"], [[r["load"], r["sessions_each"], r["moved"], r["gap_p50_s"], r["gap_p99_s"], r["gap_worst_s"]] for r in d["racks"]])}
 
 Engines at half their load or less keep the worst gap at {worst:g} s. The model is of twenty racks of ten engines; what counts is
-the share that dies and the load, not how many there are. Measured with three engines and 64 sessions: [Cluster](reliability.md#cluster).
+the share that dies and the load, not how many there are. Measured with three engines and 256 sessions: [Cluster](reliability.md#cluster).
 
 ![Gap after a rack has died, and what snapshots cost](scale.png)
 
@@ -94,12 +94,12 @@ the share that dies and the load, not how many there are. Measured with three en
 
 | what | bends at | what would replace it |
 | --- | --- | --- |
-| {bent["partitions"]} partitions, fixed | {bent["engines"]} engines of {bent["sessions_each"]:,} sessions; a core as built holds {as_built["each"]} | more of them: 8,192 keep a thousand engines even; the number is one constant, and a new cluster |
-| a message for each tick, in Python at both ends | {as_built["each"]} sessions a core, {d["kinds"][0]["each"]:,} without | gateways that put all ticks of a partition that are due together into one message, and a reader in C |
+| {bent["partitions"]:,} partitions | {bent["engines"]:,} engines, the fullest {bent["fullest_over_mean"]:g} of the mean | more of them: `cluster.partitions = 8192` keeps a thousand engines even, in a new cluster |
+| frames in Python at both ends | {as_built["each"]:,} sessions a core, {d["kinds"][0]["each"]:,} without | a reader in C; ticks of several gateways are stepped together already |
+| 64 lanes | more engines than lanes: each reads ticks of others, too | as many lanes as engines; a gateway may use any number |
 | one log for all | {_n(log["nats_cores"])} cores of NATS; {_n(log["written_gb_per_s"])} GB/s written | a stream for each partition, so that servers share them; features as float16, or encoded at the engine's side |
-| answers in a log | half of the log's messages | answers from memory with the last few kept for who was away: after a death they are made again, bit for bit |
-| a state as a value of its own | {_n(d["snapshots"][2]["states_per_s"])} a second at every 25th tick | states of a partition in one object, or every 100th tick: {d["snapshots"][3]["stepped_again_s"]:g} s to step again |
-| one table of leases | every engine reads it 20 times a second: {_n(1000 / 0.05)} reads a second at a thousand | watch it instead; a table for each group of partitions |
+| states at every 25th tick | {_n(d["snapshots"][2]["states_per_s"])} a second, in pieces of up to 64 partitions | every 100th tick: {d["snapshots"][3]["stepped_again_s"]:g} s to step again |
+| one table of leases | every engine gets every change: a thousand copies of some 100 kB when one engine dies | a table for each group of partitions |
 | one site | a rack is survived, a site is not | a cluster a region, sessions opened in the nearest; states mirrored if they must outlive it |
 | `StepEngine.step` on a GPU | {GIVEN["gpu_engine"].value:,.0f} of {GIVEN["gpu_rows"].value:,.0f} sessions | columns instead of objects for each tick: the rows are there already |
 

@@ -1,4 +1,4 @@
-"""LogReader: reads one partition of the log, and survives restarts of the server and lost connections.
+"""LogReader: reads subjects of the log, and survives restarts of the server and lost connections.
 
 Knows nothing about what is in messages.
 """
@@ -13,19 +13,22 @@ from stream_mmrnn.serve.cluster.nats import Followed, Heartbeat, Link, Logged
 
 _TIMEOUT_S = 3.5
 """The server sends a heartbeat every second."""
-Handler = Callable[[str, int, str, bytes], None]
-"""Called with session, sequence number, ID and content."""
+Handler = Callable[[str, int, bytes], None]
+"""Called with subject, sequence number and content."""
 
 
 class LogReader:
     """Passes each message to a handler, in the order of sequence numbers, without gaps."""
 
-    def __init__(self, link: Link, partition: int, after: int, handler: Handler) -> None:
-        self.read = after
+    def __init__(self, link: Link, handler: Handler) -> None:
+        self.read = 0
         """The newest sequence number that was passed on."""
-        self._link, self._partition, self._handler = link, partition, handler
+        self.subjects: list[str] = []
+        self._link, self._handler = link, handler
         self._followed: Followed | None = None
         self._lock = asyncio.Lock()
+        self.changes = 0
+        """How often `change` was called: what was passed on before counts no more."""
         self._run = 0
         """Counts subscriptions: messages of an earlier one are ignored."""
         self._expected = 1
@@ -34,16 +37,25 @@ class LogReader:
     @property
     def silent(self) -> bool:
         """Whether heartbeats stopped or a message is missing: then `begin` again."""
-        return asyncio.get_running_loop().time() - self._alive_s > _TIMEOUT_S
+        return bool(self.subjects) and asyncio.get_running_loop().time() - self._alive_s > _TIMEOUT_S
+
+    def change(self, subjects: list[str], after: int) -> None:
+        """Read other subjects, from after this number on: nothing more is passed on before `begin`."""
+        self.subjects, self.read = subjects, after
+        self.changes += 1
+        self._run += 1
+        self._alive_s = float("-inf")
 
     async def begin(self) -> None:
         """Subscribe (again), after the newest message that was read. Raises one of FAILURES."""
         async with self._lock:
             await self._end()
+            if not self.subjects:
+                return
             self._expected = 1
             self._alive_s = float("-inf")  # until the subscription stands
             run = self._run
-            self._followed = await self._link.follow(self._partition, self.read, partial(self._handle, run))
+            self._followed = await self._link.follow(self.subjects, self.read, partial(self._handle, run))
             if run == self._run:  # else a message was lost meanwhile
                 self._alive_s = asyncio.get_running_loop().time()
 
@@ -59,7 +71,7 @@ class LogReader:
         if not isinstance(message, Heartbeat):
             self._expected += 1
             self.read = message.number
-            self._handler(message.session, message.number, message.name, message.content)
+            self._handler(message.subject, message.number, message.content)
 
     async def end(self) -> None:
         """Stop reading."""

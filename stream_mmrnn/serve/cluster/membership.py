@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from stream_mmrnn.serve.cluster.subjects import PARTITIONS, Beat, Lease, Table
+from msgspec.structs import replace
+
+from stream_mmrnn.serve.cluster.subjects import Beat, Lease, Table
 
 DEAD_AFTER_S = 0.45
 """Without a heartbeat for so long an engine counts as dead. If it is not, its writes are refused."""
@@ -55,10 +57,13 @@ class Plan(NamedTuple):
 
 def is_lost(table: Table, number: int, me: str, epoch: int) -> bool:
     """Whether a lease that we had is no longer in the table."""
-    return table.leases.get(number) != Lease(me, epoch)
+    lease = table.leases.get(number)
+    return lease is None or (lease.engine, lease.epoch) != (me, epoch)
 
 
-def plan(table: Table, me: str, alive: dict[str, Beat], parts: set[int], taking: set[int], giving: set[int]) -> Plan:
+def plan(
+    table: Table, me: str, alive: dict[str, Beat], parts: set[int], taking: set[int], giving: set[int], partitions: int
+) -> Plan:
     """`parts`: partitions that we serve; `taking`: being acquired; `giving`, a part of `parts`: being given back."""
     nothing = Plan({}, [], [])
     if me not in alive:
@@ -66,19 +71,23 @@ def plan(table: Table, me: str, alive: dict[str, Beat], parts: set[int], taking:
     if alive[me].leaving:
         return Plan({}, sorted(parts - giving), [])
     takers = [name for name, beat in alive.items() if not beat.leaving]
-    fair = -(-PARTITIONS // len(takers))
+    fair = -(-partitions // len(takers))
     # a lease of ours without a partition is left from an attempt that failed
     mine = {n for n, lease in table.leases.items() if lease.engine == me and (n in parts or n in taking)}
-    free = {n for n in range(PARTITIONS) if n not in mine and not _is_held(table, n, me, alive)}
+    free = {n for n in range(partitions) if n not in mine and not _is_held(table, n, me, alive)}
     staying = mine - giving
     if len(staying) > fair:
         return Plan({}, sorted(staying & parts)[fair - len(staying) :], [])
     # each engine starts at another partition, to avoid conflicts
-    first = takers.index(me) * PARTITIONS // len(takers)
-    chosen = sorted(free, key=lambda n: (n - first) % PARTITIONS)[: fair - len(staying)]
-    take = {n: Lease(me, table.leases[n].epoch + 1 if n in table.leases else 1) for n in chosen}
+    first = takers.index(me) * partitions // len(takers)
+    chosen = sorted(free, key=lambda n: (n - first) % partitions)[: fair - len(staying)]
+    take = {n: _taken(table.leases.get(n), me) for n in chosen}
     left = [n for n in sorted(free - take.keys()) if n in table.leases and table.leases[n].engine == me]
     return Plan(take, [], left)
+
+
+def _taken(lease: Lease | None, me: str) -> Lease:
+    return Lease(me, 1) if lease is None else replace(lease, engine=me, epoch=lease.epoch + 1)
 
 
 def _is_held(table: Table, number: int, me: str, alive: dict[str, Beat]) -> bool:

@@ -1,6 +1,6 @@
 """Link: all requests of engines and clients to NATS, with the names of `subjects`.
 
-Knows nothing about the content of messages and snapshots.
+Knows nothing about what is in frames and pieces.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
 import msgspec
@@ -17,45 +17,30 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 from nats.js import api
-from nats.js.errors import APIError, KeyNotFoundError, KeyWrongLastSequenceError, NotFoundError
+from nats.js.errors import APIError, KeyNotFoundError, KeyWrongLastSequenceError
 from nats.js.kv import KeyValue
 
 from stream_mmrnn.core.errors import ProcessError
-from stream_mmrnn.serve.cluster.receipts import WRONG_LAST_SEQUENCE, Receipts, WriteRefused
-from stream_mmrnn.serve.cluster.subjects import (
-    ANSWERS_S,
-    LOG_S,
-    PARTITIONS,
-    Fence,
-    Lease,
-    Names,
-    Table,
-    read_low,
-    read_stored,
-    session_of,
-    token_of,
-)
+from stream_mmrnn.serve.cluster.receipts import Receipts, WriteRefused
+from stream_mmrnn.serve.cluster.subjects import LOG_S, Names, Table, read_table
 
-_EXPECTED = "Nats-Expected-Last-Subject-Sequence"
-_EXPECTED_OF = "Nats-Expected-Last-Subject-Sequence-Subject"
 REQUEST_S = 1.0
 FAILURES = (NatsError, APIError, OSError, asyncio.TimeoutError)
 """What NATS's client raises where the server is away, slow or refuses."""
-
-
-def _refuses(error: BaseException) -> bool:
-    return isinstance(error, APIError) and error.err_code == WRONG_LAST_SEQUENCE
+_PART_BYTES = 512 << 10
+"""Longer values of pieces are stored in parts: a server takes messages of 1 MiB unless it is told otherwise."""
+_NO_STREAM = 10059
+"""JetStream's error code where a stream does not exist."""
+_WHOLE, _IN_PARTS = b"\0", b"\1"
 
 
 class Logged(NamedTuple):
-    """A message of the log of requests."""
+    """A message of the log."""
 
-    session: str
+    subject: str
     number: int
     nth: int
     """Its number since the subscription began, from 1; a gap means a lost message."""
-    name: str
-    """Its ID, which its sender made: `subjects` says what is in it."""
     content: bytes
 
 
@@ -95,53 +80,43 @@ class Link:
         return self._states
 
     async def settle(self, ttl_s: float, replicas: int, disk_mb: int) -> None:
-        """Create streams and buckets that do not exist. `ttl_s`: of states; `disk_mb`: limit of each log.
+        """Create the stream and the buckets, where they do not exist. `ttl_s`: of states; `disk_mb`: limit of the log.
 
         Raises:
             ProcessError: the server has no JetStream, or a stream of that name has another configuration.
 
         """
         names = self.names
-        common: dict[str, Any] = {"num_replicas": replicas, "storage": api.StorageType.FILE}
-        streams = [
-            api.StreamConfig(
-                name=names.stream_in,
-                subjects=[names.all_in],
-                subject_transform=api.SubjectTransform(src=names.all_in, dest=names.log_of_all),
-                max_age=LOG_S,
-                max_bytes=disk_mb << 20,
-                duplicate_window=LOG_S,
-                **common,
-            ),
-            api.StreamConfig(
-                name=names.stream_out,
-                subjects=[names.all_out],
-                republish=api.RePublish(src=names.all_out, dest=names.all_answers),
-                # answers have a TTL each; a fence has none
-                allow_msg_ttl=True,
-                allow_rollup_hdrs=True,
-                max_bytes=disk_mb << 20,
-                duplicate_window=ANSWERS_S,
-                **common,
-            ),
-        ]
+        stream = api.StreamConfig(
+            name=names.stream_in,
+            subjects=[names.all_in],
+            max_age=LOG_S,
+            max_bytes=disk_mb << 20,
+            duplicate_window=LOG_S,
+            num_replicas=replicas,
+            storage=api.StorageType.FILE,
+        )
         buckets = [
             # not `direct`: a lagging replica could answer
-            api.KeyValueConfig(bucket=names.leases, history=1, replicas=replicas),
-            api.KeyValueConfig(bucket=names.states, history=1, replicas=replicas, ttl=ttl_s),
+            api.KeyValueConfig(
+                bucket=names.leases,
+                history=1,
+                replicas=replicas,
+                republish=api.RePublish(src=f"$KV.{names.leases}.table", dest=names.table),
+            ),
+            api.KeyValueConfig(bucket=names.states, history=1, replicas=replicas, ttl=max(ttl_s, LOG_S)),
         ]
         try:
-            for stream in streams:
-                await self.js.add_stream(stream)
+            await self.js.add_stream(stream)
             self._leases, self._states = [await self.js.create_key_value(bucket) for bucket in buckets]
         except FAILURES as e:
             raise ProcessError(
-                f"the NATS server cannot keep the logs {names.stream_in} and {names.stream_out} ({e}); it needs "
-                "JetStream (nats-server -js, 2.11 or newer), and existing streams of these names must be of a cluster"
+                f"the NATS server cannot keep the log {names.stream_in} ({e}); it needs JetStream (nats-server -js, "
+                "2.11 or newer), and existing streams of these names must be of a cluster"
             ) from e
 
     async def find(self) -> bool:
-        """Whether the cluster's buckets exist."""
+        """Whether the cluster's table exists."""
         try:
             self._leases = await self.js.key_value(self.names.leases)
         except FAILURES:
@@ -157,59 +132,43 @@ class Link:
             return entry.value or b""
         return mine
 
+    def connection_lost(self) -> None:
+        """The connection was lost: receipts that were under way do not arrive any more."""
+        self._receipts.fail_all()
+
     # ---- leases --------------------------------------------------------------------------------------------------
 
-    async def table(self) -> tuple[Table | None, int]:
+    async def table(self, partitions: int) -> tuple[Table | None, int]:
         """The table of leases, None where there is none or it cannot be read, and its revision."""
         try:
             entry = await self.leases.get("table")
         except KeyNotFoundError as e:
+            _check_absent(e)
             return None, _revision_of_deleted(e)
-        return read_stored(entry.value or b"", Table), entry.revision or 0
+        return read_table(entry.value or b"", partitions), entry.revision or 0
 
-    async def fenced_table(self) -> Table:
-        """The table of leases as the fences say: each owner has fenced off the one before it."""
-        fences = await asyncio.gather(*(self._last_fence(number) for number in range(PARTITIONS)))
-        return Table({n: Lease(of.engine, of.epoch) for n, (_, of) in enumerate(fences) if of is not None})
+    async def watch_table(self, handler: Callable[[bytes, int], None]) -> None:
+        """Call `handler` with the table and its revision whenever one has been stored; b"": it was deleted."""
+
+        async def receive(message: Msg) -> None:
+            headers = message.headers or {}
+            number = headers.get("Nats-Sequence", "")
+            if number.isdigit():  # else it is not of the bucket
+                handler(b"" if "KV-Operation" in headers else message.data, int(number))
+
+        await self.nats.subscribe(self.names.table, cb=receive)
 
     async def replace_table(self, table: Table, revision: int) -> int:
         """Write the table; returns its new revision. Raises WriteRefused where it has changed since `revision`."""
         try:
-            return await self.leases.update("table", msgspec.json.encode(table), last=revision)
+            return await self.leases.update("table", table.to_bytes(), last=revision)
         except KeyWrongLastSequenceError as e:
             raise WriteRefused from e
 
-    async def _last_fence(self, partition: int) -> tuple[int, Fence | None]:
-        """The sequence number of a partition's fence, 0 for none, and the fence; None where it cannot be read."""
-        try:
-            found = await self.js.get_last_msg(self.names.stream_out, self.names.fence(partition))
-        except NotFoundError:
-            return 0, None
-        return found.seq or 0, read_stored(found.data or b"", Fence)
-
-    async def fence(self, partition: int, fence: Fence) -> int:
-        """Fence off all earlier owners of the partition; returns the sequence number that writes must name from now on.
-
-        Raises:
-            WriteRefused: there is a newer owner.
-
-        """
-        subject = self.names.fence(partition)
-        while True:
-            last, was = await self._last_fence(partition)
-            if was is not None and was.epoch > fence.epoch:
-                raise WriteRefused
-            headers = {_EXPECTED: str(last), api.Header.ROLLUP.value: "sub"}
-            try:
-                return (await self.js.publish(subject, msgspec.json.encode(fence), headers=headers)).seq
-            except APIError as e:
-                if not _refuses(e):
-                    raise
-
     # ---- the log -------------------------------------------------------------------------------------------------
 
-    async def follow(self, partition: int, after: int, handler: Callable[[Logged | Heartbeat], None]) -> Followed:
-        """Call `handler` with each message of a partition after a number, and each heartbeat, until `leave`."""
+    async def follow(self, subjects: list[str], after: int, handler: Callable[[Logged | Heartbeat], None]) -> Followed:
+        """Call `handler` with each message of these subjects after a number, and each heartbeat, until `leave`."""
         inbox = self.nats.new_inbox()
 
         async def receive(message: Msg) -> None:
@@ -219,36 +178,19 @@ class Link:
                 handler(Heartbeat(int(delivered) if delivered.isdigit() else 0))
                 return
             sequence = message.metadata.sequence
-            session = session_of(message.subject.rpartition(".")[2])
-            name = headers.get(api.Header.MSG_ID.value, "")
-            handler(Logged(session, sequence.stream, sequence.consumer, name, message.data))
+            handler(Logged(message.subject, sequence.stream, sequence.consumer, message.data))
 
-        followed, _ = await self._subscribe(
-            self.names.stream_in, self.names.log(partition), after, inbox, receive, heartbeat_s=1.0
-        )
-        return followed
-
-    async def _subscribe(
-        self,
-        stream: str,
-        subject: str,
-        after: int,
-        inbox: str,
-        receive: Callable[[Msg], Awaitable[None]],
-        heartbeat_s: float | None = None,
-    ) -> tuple[Followed, int]:
-        """Let the server send the stored messages of a subject after a number to `inbox`; also how many there were."""
         subscription = await self.nats.subscribe(inbox, cb=receive, pending_msgs_limit=0, pending_bytes_limit=0)
         try:
             info = await self.js.add_consumer(
-                stream,
+                self.names.stream_in,
                 api.ConsumerConfig(
                     deliver_subject=inbox,
                     deliver_policy=api.DeliverPolicy.BY_START_SEQUENCE,
                     opt_start_seq=after + 1,
                     ack_policy=api.AckPolicy.NONE,
-                    filter_subject=subject,
-                    idle_heartbeat=heartbeat_s,
+                    filter_subjects=subjects,
+                    idle_heartbeat=1.0,
                     inactive_threshold=10.0,
                     mem_storage=True,
                     num_replicas=1,
@@ -258,8 +200,7 @@ class Link:
             with contextlib.suppress(*FAILURES):
                 await subscription.unsubscribe()
             raise
-        sent = info.delivered.consumer_seq if info.delivered is not None else 0
-        return Followed(subscription, stream, info.name or ""), sent + (info.num_pending or 0)
+        return Followed(subscription, self.names.stream_in, info.name or "")
 
     async def leave(self, followed: Followed) -> None:
         """End a subscription; if the server is away, it removes the consumer by itself."""
@@ -268,118 +209,99 @@ class Link:
         with contextlib.suppress(*FAILURES):
             await self.js.delete_consumer(followed.stream, followed.consumer)
 
-    # ---- answers -------------------------------------------------------------------------------------------------
+    async def log(self, subject: str, name: str, content: bytes) -> asyncio.Future[bool]:
+        """Send a message to the log, which keeps the first one of a name. The future is done when it is stored.
 
-    async def send(
-        self, partition: int, session: str, client: str, name: str, content: bytes, fence: int
-    ) -> asyncio.Future[bool]:
-        """Write an answer to a client; the future is true where it was not stored before.
-
-        The future fails with `WriteRefused` or one of FAILURES: then send the answer again under the same name. One
-        that is lost on a connection that stands stays pending. Raises one of FAILURES.
+        It fails with one of FAILURES: then send it again under the same name.
         """
-        headers = {
-            _EXPECTED: str(fence),
-            _EXPECTED_OF: self.names.fence(partition),
-            api.Header.MSG_ID.value: f"{session} {name}",
-            api.Header.MSG_TTL.value: f"{ANSWERS_S:.0f}s",
-        }
-        return await self._receipts.publish(self.names.out(partition, session, client), content, headers)
+        return await self._receipts.publish(subject, content, {api.Header.MSG_ID.value: name})
 
-    def connection_lost(self) -> None:
-        """The connection was lost: receipts that were under way do not arrive any more."""
-        self._receipts.fail_all()
-
-    async def receive_answers(self, client: str, handler: Callable[[int, bytes], None]) -> None:
-        """Call `handler` with each answer to a client, when it is stored: its sequence number and content."""
-
-        async def receive(message: Msg) -> None:
-            number = (message.headers or {}).get("Nats-Sequence", "")
-            if number.isdigit():  # else it is not of the log
-                handler(int(number), message.data)
-
-        await self.nats.subscribe(self.names.answers_to(client), cb=receive)
-
-    async def newest(self) -> int:
-        """The newest sequence number of the log of answers."""
-        return (await self.js.stream_info(self.names.stream_out)).state.last_seq
-
-    async def answers_between(self, client: str, after: int, last: int) -> AsyncIterator[tuple[int, bytes]]:
-        """Stored answers to a client with the sequence numbers after + 1 to last, in order, each with its number.
-
-        Raises one of FAILURES where some did not arrive.
-        """
-        arrived: asyncio.Queue[Msg] = asyncio.Queue()
-        inbox = self.nats.new_inbox()
-        followed, left = await self._subscribe(
-            self.names.stream_out, self.names.out_to(client), after, inbox, arrived.put
-        )
-        expected = 1
-        try:
-            while left:
-                message = await asyncio.wait_for(arrived.get(), REQUEST_S)
-                at = message.metadata
-                if at.sequence.consumer != expected:
-                    raise TimeoutError(f"answer {expected} of those missed did not arrive")
-                if at.sequence.stream > last:
-                    break
-                yield at.sequence.stream, message.data
-                expected += 1
-                left = at.num_pending
-        finally:
-            await self.leave(followed)
-
-    async def log(self, session: str, name: str, content: bytes) -> None:
-        """Write a client's message to the log, deduplicated by its name; returns when it is stored."""
-        future = await self._receipts.publish(self.names.into(session), content, {api.Header.MSG_ID.value: name})
+    async def stored(self, future: asyncio.Future[bool]) -> None:
+        """Wait for a message that was sent to the log. Raises one of FAILURES."""
         await self._receipts.wait(future, REQUEST_S)
 
     # ---- states --------------------------------------------------------------------------------------------------
 
-    async def states_of(self, partition: int) -> list[tuple[str, bytes, int]]:
-        """The newest snapshots of a partition's sessions: session, bytes and revision."""
-        prefix = f"$KV.{self.names.states}."
-        info = await self.js.stream_info(f"KV_{self.names.states}", subjects_filter=f"{prefix}state.{partition}.*")
-        keys = [subject.removeprefix(prefix) for subject in info.state.subjects or ()]
-        found: list[tuple[str, bytes, int]] = []
-        for at in range(0, len(keys), 64):
-            some = keys[at : at + 64]
-            entries = await asyncio.gather(*(self.states.get(key) for key in some), return_exceptions=True)
-            for key, entry in zip(some, entries, strict=True):
-                if isinstance(entry, KeyNotFoundError):
-                    continue
-                if isinstance(entry, BaseException):
-                    raise entry
-                found.append((session_of(key.rpartition(".")[2]), entry.value or b"", entry.revision or 0))
-        return found
+    async def piece_names(self) -> list[str]:
+        """The names of all pieces in the bucket."""
+        prefix = f"$KV.{self.names.states}.piece."
+        info = await self.js.stream_info(f"KV_{self.names.states}", subjects_filter=f"{prefix}>")
+        return [subject.removeprefix(prefix) for subject in info.state.subjects or ()]
 
-    async def save(self, partition: int, session: str, raw: bytes | None, revision: int) -> int:
-        """Replace the snapshot of `revision` (0: none); returns the new one. Raises WriteRefused if it has changed."""
-        key = f"state.{partition}.{token_of(session)}"
+    async def piece(self, name: str) -> tuple[bytes, int]:
+        """The value of a piece, b"" for none, and its revision."""
+        while True:
+            try:
+                entry = await self.states.get(f"piece.{name}")
+            except KeyNotFoundError as e:
+                _check_absent(e)
+                return b"", _revision_of_deleted(e)
+            head = entry.value or b""
+            if head[:1] != _IN_PARTS:
+                return head[1:], entry.revision or 0
+            first, keys = msgspec.msgpack.decode(head[1:], type=tuple[bytes, list[str]])
+            try:
+                parts = [(await self.states.get(key)).value or b"" for key in keys]
+            except KeyNotFoundError:
+                continue  # a newer value has taken its place
+            return first + b"".join(parts), entry.revision or 0
+
+    async def save_piece(self, name: str, raw: bytes, revision: int) -> int:
+        """Replace the value of `revision` (0: none); returns the new one. Raises WriteRefused if it has changed."""
+        value, keys = _WHOLE + raw, list[str]()
+        if len(raw) > _PART_BYTES:
+            serial = secrets.token_hex(4)
+            for at in range(1, len(raw), _PART_BYTES):
+                keys.append(f"part.{name}.{serial}.{at}")
+                await self.states.put(keys[-1], raw[at : at + _PART_BYTES])
+            value = _IN_PARTS + msgspec.msgpack.encode((raw[:1], keys))
         try:
-            if raw is None:
-                await self.states.delete(key, last=revision)
-                return 0
-            return await self.states.update(key, raw, last=revision)
+            written = await self.states.update(f"piece.{name}", value, last=revision)
         except KeyWrongLastSequenceError as e:
+            await self._remove(keys)
             raise WriteRefused from e
+        if keys:
+            await self._remove(await self._parts_of(name, keys))
+        return written
 
-    async def saved(self, partition: int, session: str) -> tuple[bytes, int]:
-        """The snapshot of a session, b"" for none, and its revision."""
-        try:
-            entry = await self.states.get(f"state.{partition}.{token_of(session)}")
-        except KeyNotFoundError as e:
-            return b"", _revision_of_deleted(e)
-        return entry.value or b"", entry.revision or 0
+    async def _parts_of(self, name: str, but: list[str]) -> list[str]:
+        prefix = f"$KV.{self.names.states}."
+        info = await self.js.stream_info(f"KV_{self.names.states}", subjects_filter=f"{prefix}part.{name}.>")
+        found = [subject.removeprefix(prefix) for subject in info.state.subjects or ()]
+        return [key for key in found if key not in but]
 
-    async def low(self, partition: int) -> int:
-        try:
-            return read_low((await self.states.get(f"low.{partition}")).value or b"")
-        except KeyNotFoundError:
-            return 0
+    async def _remove(self, keys: list[str]) -> None:
+        for key in keys:
+            with contextlib.suppress(*FAILURES):
+                # not by the bucket's own `purge`, which leaves a marker for each
+                await self.js.purge_stream(f"KV_{self.names.states}", subject=f"$KV.{self.names.states}.{key}")
 
-    async def set_low(self, partition: int, low: int) -> None:
-        await self.states.put(f"low.{partition}", str(low).encode())
+    async def remove_piece(self, name: str) -> None:
+        """Remove a piece that no lease names. Raises one of FAILURES."""
+        await self._remove([f"piece.{name}", *await self._parts_of(name, [])])
+
+    # ---- answers -------------------------------------------------------------------------------------------------
+
+    async def answer(self, client: str, content: bytes) -> None:
+        """Send answers to a client. Raises one of FAILURES."""
+        await self.nats.publish(self.names.answers_to(client), content)
+
+    async def receive_answers(self, client: str, handler: Callable[[bytes], Awaitable[None]]) -> None:
+        """Call `handler` with each answer to a client."""
+
+        async def receive(message: Any) -> None:
+            await handler(message.data)
+
+        await self.nats.subscribe(
+            self.names.answers_to(client), cb=receive, pending_msgs_limit=0, pending_bytes_limit=0
+        )
+
+
+def _check_absent(error: KeyNotFoundError) -> None:
+    """Raise NatsError where not the key is absent but its whole bucket: a server that begins may not have it yet."""
+    cause = error.__context__
+    if isinstance(cause, APIError) and cause.err_code == _NO_STREAM:
+        raise NatsError("the server does not have the bucket (yet)") from error
 
 
 def _revision_of_deleted(error: KeyNotFoundError) -> int:

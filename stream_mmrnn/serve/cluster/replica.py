@@ -1,13 +1,12 @@
-"""Replica: the sessions of an engine's partitions as a function of their log, without NATS, sockets and clocks.
+"""Replica: the sessions of an engine's partitions as a function of the log, without NATS, sockets and clocks.
 
-Every message has a sequence number in the log. The answer to message n is named after n: an engine that reads the log
-again gives the same answer under the same name. A snapshot says which message is the newest in it, so that none is
-stepped twice. Knows nothing about leases or who is alive.
+Every frame has a sequence number. An engine that reads the log again from a piece's position makes the same answers,
+bit for bit. An answer is kept until its client says that it has it, and is in the piece: so an engine that dies takes
+no answer with it. Knows nothing about leases or who is alive.
 
-A session's token is an HMAC of its name and of the number of the message that opened it, under a key that all engines
+A session's token is an HMAC of its name and of the number of the frame that opened it, under a key that all engines
 have as a file. So every engine makes the same token, whoever began the session, and neither the token nor the key is in
-a bucket: a snapshot has the token's hash only. A message under the name of a session's owner counts only with a proof
-that its sender has the token (`subjects`).
+a bucket. An item under the name of a session's owner counts only with a proof that its sender has the token (`frames`).
 """
 
 from __future__ import annotations
@@ -15,98 +14,53 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
-from collections import Counter, deque
+from collections import Counter
 
-import msgspec
+import numpy as np
 
 from stream_mmrnn.core import config, topics
-from stream_mmrnn.core.errors import SessionError, SnapshotError, WireError
+from stream_mmrnn.core.block import Block
+from stream_mmrnn.core.errors import (
+    BadTick,
+    Evicted,
+    SessionError,
+    UnknownSession,
+    WireError,
+)
+from stream_mmrnn.core.types import FEATURE_BOUND
 from stream_mmrnn.predict.protocols import Engine
-from stream_mmrnn.predict.snapshots import Snapshot, from_bytes, to_bytes
 from stream_mmrnn.serve import protocol
-from stream_mmrnn.serve.cluster.subjects import CLIENT, proof
-from stream_mmrnn.serve.saved_states import bound, same_token
-from stream_mmrnn.serve.session_host import Host
-from stream_mmrnn.serve.sessions import Sessions
+from stream_mmrnn.serve.admission import Admission
+from stream_mmrnn.serve.cluster.frames import (
+    MOST_ROWS,
+    NO_PROOF,
+    PROOF,
+    Columns,
+    Control,
+    Frame,
+    Said,
+    proof,
+    read_frame,
+)
+from stream_mmrnn.serve.cluster.outgoing import Entry, Outgoing
+from stream_mmrnn.serve.cluster.pieces import Content
+from stream_mmrnn.serve.cluster.places import Piece, Place, Places, joined
+from stream_mmrnn.serve.cluster.stepped import Stepped
+from stream_mmrnn.serve.measure import measure
 
-_SEQ, _OPENED, _OWNER = "seq", "opened", "owner"
-_LATE_TICKS = 65_536
-"""Ticks of one session that may wait: a log that is read again holds more than a client sends ahead."""
-_SAVED_AT_ONCE = 64
-
-
-class OutgoingAnswer(msgspec.Struct, frozen=True):
-    """An answer to a client."""
-
-    partition: int
-    session: str
-    client: str
-    name: str
-    """The same for the same answer, whichever engine gives it."""
-    content: bytes
-    after_saved: bool
-    """It confirms that the state is saved: send it after that."""
-    after_stored: bool = False
-    """It says which ticks have been seen, and a client waits for no answer to them any more: send it when all earlier
-    answers of its session are stored."""
+_NOT_OWNER = "the session belongs to another connection; open it with its token to take it over"
+_IDLE_CHECK_NS = 100_000_000
 
 
-class SavedState(msgspec.Struct, frozen=True):
-    """A state to save, after all earlier answers are stored."""
+class _Part:
+    """Ticks of one client that wait to be stepped together with others."""
 
-    partition: int
-    session: str
-    raw: bytes | None
-    """Bytes of `snapshots`; None: the session is closed, delete its state."""
-    seq: int
-    """The newest sequence number that is in it."""
-
-
-class InMemoryStateStore:
-    """A `Store` in memory: the cluster's bucket has the states, and gets those in `made`."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, Snapshot] = {}
-        self.made: dict[str, Snapshot | None] = {}
-
-    def save(self, snapshot: Snapshot, unix_ns: int) -> None:
-        self.found[snapshot.session] = self.made[snapshot.session] = snapshot
-
-    def load(self, session: str, unix_ns: int) -> Snapshot | None:
-        return self.found.get(session)
-
-    def holds(self, session: str, unix_ns: int) -> bool:
-        return session in self.found
-
-    def forget(self, session: str) -> None:
-        self.found.pop(session, None)
-        self.made[session] = None
-
-    def sweep(self, unix_ns: int) -> int:
-        return 0  # the bucket has a TTL
-
-
-class _Place(msgspec.Struct):
-    """A session's position in the log."""
-
-    partition: int
-    opened: int
-    """The message that opened it; its token is derived from that."""
-    token: str
-    owner: str
-    """The client that owns it."""
-    handled: int
-    """The newest message that is in its state."""
-    made: int = 0
-    """The newest message that is in a snapshot; 0 for none."""
-    saved: int = 0
-    """The newest message that is in a saved snapshot."""
-    waiting: deque[tuple[int, int]] = msgspec.field(default_factory=deque)
-    """Ticks that wait to be stepped, each with its sequence number."""
+    def __init__(self, client: str, block: Block, places: list[Place], received_ns: int) -> None:
+        self.client, self.block, self.places, self.received_ns = client, block, places, received_ns
 
 
 class Replica:
-    """`receive` messages of the log, `step`, and `pop` answers and states."""
+    """`receive` frames of the log, `step`, and `pop` answers; `places` has the sessions and their pieces."""
 
     def __init__(
         self,
@@ -115,254 +69,345 @@ class Replica:
         admission: config.AdmissionSettings | None,
         key: bytes,
         queue: int,
+        partitions: int,
+        me: str = "",
+        now_ns: int = 0,
     ) -> None:
         """`key`: the same for all engines of the cluster, and known to them only. `queue`: ticks of a session that may
-        wait for an answer.
+        wait for an answer, so that as many answers are kept. `me`: the engine's name.
         """
-        self._store = InMemoryStateStore()
-        self._key = key
-        self._current = ("", 0)
-        """Session and sequence number of the message that is being handled."""
-        self.sessions = Sessions(
-            engine, self._store, state, admission=admission, make_token=lambda: self.token(*self._current)
-        )
-        self.host = Host(self.sessions, _LATE_TICKS, queue)
-        self._places: dict[str, _Place] = {}
-        self._answers: list[OutgoingAnswer] = []
-        self._states: list[SavedState] = []
-        self.counts: Counter[str] = Counter()
-        """`again`: messages that were in a snapshot already; `left`: sessions for which there was no free slot;
-        `unproven`: messages under the name of a session's owner, of somebody who does not have its token."""
+        spec = engine.spec
+        self.engine, self.settings = engine, state
+        self._key, self._queue = key, queue
+        self._sizes = [m.size for m in spec.modalities]
+        self._heads = [h.name for h in spec.heads]
+        self.welcome = protocol.welcome(spec, queue)
+        self.counts: Counter[str] = Counter(dict.fromkeys(("stepped", "opened", "resumed", "busy", "evicted"), 0))
+        """`messages`, `stepped` ticks, `refused`; `again`: items that were in a piece already; `kept`: answers that
+        were sent again; `left`: sessions for which there was no free slot; `unproven`: items under the name of a
+        session's owner, of somebody who does not have its token; `garbage`; `opened`, `resumed`, `closed`, `evicted`,
+        `busy`, `taken`; `duplicates`: ticks that a client has sent twice; `skipped`: indices that were left out."""
+        admit = None
+        if admission is not None:
+            admit = Admission(spec.tick_ns, admission.share)
+            measure(engine, admit, now_ns)
+        self.places = Places(engine, state, admit, admission, partitions, me, self.counts)
+        self.position = 0
+        """The newest frame that was handled; of pieces that have begun behind it see `position_of`."""
+        self._pending: list[_Part] = []
+        self._pending_rows = 0
+        self._busy: set[int] = set()
+        """Handles that have a pending tick."""
+        self.out = Outgoing(spec, self.places, self.counts)
+        self._idle_checked_ns = 0
 
     def token(self, session: str, opened: int) -> str:
-        """The token of a session that message `opened` began."""
+        """The token of a session that frame `opened` began."""
         return hmac.new(self._key, f"{session} {opened}".encode(), hashlib.sha256).hexdigest()
+
+    # ---- pieces --------------------------------------------------------------------------------------------------
+
+    def position_of(self, piece: Piece) -> int:
+        """Every frame up to this one is in the sessions of the piece."""
+        return max(piece.after, self.position)
+
+    def adopt(self, piece: Piece, content: Content | None, now_ns: int) -> None:
+        """Serve a piece from now on, from the states in `content`. Clients are told again what they have not confirmed.
+
+        Raises SessionError where the states are of another model.
+        """
+        for place in self.places.adopt(piece, content, self.token, now_ns):
+            self.out.send_kept(place, -1)
+
+    def kept_again(self) -> None:
+        """Send all answers again that clients have not confirmed: the connection was lost meanwhile."""
+        for place in self.places.open():
+            self.out.send_kept(place, -1)
+
+    # ---- frames --------------------------------------------------------------------------------------------------
+
+    def receive(self, seq: int, client: str, content: bytes, now_ns: int) -> None:
+        """Handle one frame of the log, by whoever wrote it."""
+        self.counts["messages"] += 1
+        try:
+            if not client:
+                raise WireError("this is not a client's")
+            frame = read_frame(client, content)
+            for of, at in frame.with_proofs():
+                if of.controls:
+                    self.step(now_ns)
+                for control in of.controls:
+                    self._control(seq, client, control, frame, at, now_ns)
+                    at += PROOF
+                if of.columns is not None:
+                    self._columns(seq, client, of.columns, frame, at, now_ns)
+        except WireError:
+            self.counts["garbage"] += 1
+        self.position = seq
+
+    def _columns(self, seq: int, client: str, columns: Columns, frame: Frame, at: int, now_ns: int) -> None:
+        """Let the ticks wait that are to be stepped, and answer the others."""
+        block = columns.to_block(self._sizes)
+        indices, (before, answered) = block.indices.tolist(), columns.order()
+        good = None if (finite := block.finite()).all() else finite.tolist()
+        proofs, digest = frame.proofs, frame.digest
+        known = self.places.by_name
+        rows: list[int] = []
+        places: list[Place] = []
+        for i, name in enumerate(columns.sessions):
+            place = known.get(name)
+            if place is None:
+                if self.places.serves(name, seq):
+                    self.out.refuse(
+                        client, UnknownSession(f"session {name[:80]!r} is not open; open it first"), name, indices[i]
+                    )
+                continue
+            piece = place.piece
+            if seq <= piece.after:
+                continue
+            if place.owner != client:
+                self.out.refuse(client, self._missing(place), name, indices[i])
+                continue
+            if not hmac.compare_digest(proof(place.secret, digest), proofs[at + PROOF * i : at + PROOF * (i + 1)]):
+                # no answer: the owner would take it for one to its own tick
+                self.counts["unproven"] += 1
+                continue
+            place.confirm(answered[i])
+            index = indices[i]
+            if index <= place.last:
+                self._again(client, place, index)
+                continue
+            if before[i] != place.last:
+                # a tick is missing: the client opens the session again, and sends it
+                why = f"tick {index} of session {name!r} follows tick {before[i]}, and its newest one is {place.last}"
+                self.out.refuse(client, Evicted(f"{why}; open it with its token"), name, index)
+                continue
+            if good is not None and not good[i]:
+                self.out.refuse(
+                    client,
+                    BadTick(
+                        f"tick {index} of session {name!r} holds a number that is not finite or not below "
+                        f"{FEATURE_BOUND:g}; send it without this value"
+                    ),
+                    name,
+                    index,
+                )
+                continue
+            if place.handle in self._busy:
+                # its earlier tick, of another frame or (against the rules) of this one, is stepped first
+                self._wait(client, block, rows, places, now_ns)
+                rows, places = [], []
+                self.step(now_ns)
+            if place.last >= 0:
+                self.counts["skipped"] += index - place.last - 1
+            self._busy.add(place.handle)
+            place.last, place.active_ns = index, now_ns
+            place.unsaved += 1
+            if place.unsaved >= self.places.every:
+                piece.due = True
+            piece.changed = True
+            rows.append(i)
+            places.append(place)
+        self._wait(client, block, rows, places, now_ns)
+        if self._pending_rows >= MOST_ROWS:
+            self.step(now_ns)
+
+    def _wait(self, client: str, block: Block, rows: list[int], places: list[Place], now_ns: int) -> None:
+        if not rows:
+            return
+        handles = [place.handle for place in places]
+        if len(rows) < len(block):
+            chosen = np.zeros(len(block), np.bool_)
+            chosen[rows] = True
+            block = block.take(chosen)
+        block = Block(
+            np.array(handles, np.int64), block.indices, block.event_ns, block.present, block.age_ns, block.features
+        )
+        self._pending.append(_Part(client, block, places, now_ns))
+        self._pending_rows += len(rows)
 
     @property
     def ready(self) -> bool:
         """Whether a tick waits to be stepped."""
-        return self.host.ready
-
-    # ---- partitions ----------------------------------------------------------------------------------------------
-
-    def adopt(self, partition: int, session: str, raw: bytes, now_ns: int) -> None:
-        """Continue a session from its snapshot. An evicted one waits for its token.
-
-        Raises:
-            SnapshotError: this is not a snapshot of this session in a cluster.
-
-        """
-        snapshot = _snapshot_of(session, raw)
-        seq, opened, owner = _position(snapshot)
-        token = self.token(session, opened)
-        self._places[session] = _Place(partition, opened, token, owner, seq, seq, seq)
-        self._store.found[session] = bound(snapshot, token)
-        if owner:
-            try:
-                self.sessions.adopt(snapshot, token, now_ns=now_ns)
-                self.host.own(session, owner.encode())
-            except SessionError:
-                self.counts["left"] += 1  # as if evicted: its client opens it again, and gets the reason
-
-    @staticmethod
-    def seq_of(session: str, raw: bytes) -> int:
-        """The newest message that is in a snapshot; -1 where it is not a snapshot of this session in a cluster."""
-        try:
-            return _position(_snapshot_of(session, raw))[0]
-        except SnapshotError:
-            return -1
-
-    def drop(self, partition: int) -> int:
-        """Forget a partition, which another engine has now; returns how many sessions were open."""
-        dropped = 0
-        for name in self._of(partition):
-            del self._places[name]
-            self._store.found.pop(name, None)
-            self._store.made.pop(name, None)
-            self.host.disown(name)
-            dropped += self.sessions.drop(name)
-        self._answers = [answer for answer in self._answers if answer.partition != partition]
-        self._states = [state for state in self._states if state.partition != partition]
-        return dropped
-
-    def _of(self, partition: int) -> list[str]:
-        return [name for name, place in self._places.items() if place.partition == partition]
-
-    def partition_of(self, session: str) -> int:
-        """The partition of a session that is here. Raises KeyError where it is not."""
-        return self._places[session].partition
-
-    def waits(self, partition: int) -> bool:
-        """Whether a tick of the partition waits to be stepped."""
-        return any(self._places[name].waiting for name in self._of(partition))
-
-    def save_all(self, partition: int, now_ns: int) -> None:
-        """Save all sessions of a partition that have changed since their last snapshot."""
-        for name in self._of(partition):
-            if name in self.sessions:
-                # a refused message leaves the state unchanged, and is to be known as handled
-                place = self._places[name]
-                self.sessions.flush(name, now_ns=now_ns, unchanged=place.handled > place.made)
-        self._make_states()
-
-    def save_idle(self, idle_ns: int, now_ns: int) -> None:
-        """Save sessions without a tick for so long: the log is kept for a limited time."""
-        for name in self.sessions.idle_for(idle_ns, now_ns):
-            if not self._places[name].waiting:
-                self.sessions.flush(name, now_ns=now_ns)
-        self._make_states()
-
-    def low(self, partition: int, read: int) -> int:
-        """The low watermark: every message up to it is in a saved state. `read`: the newest that was read."""
-        low = read
-        for name in self._of(partition):
-            place = self._places[name]
-            # an evicted session does not change any more
-            if place.saved < (place.handled if name in self.sessions else place.made) or place.waiting:
-                low = min(low, place.saved or place.opened - 1)
-        return low
-
-    def on_saved(self, done: SavedState) -> None:
-        """A state has been saved."""
-        place = self._places.get(done.session)
-        if place is not None and done.raw is not None:
-            place.saved = max(place.saved, done.seq)
-
-    # ---- messages ------------------------------------------------------------------------------------------------
-
-    def receive(self, partition: int, session: str, seq: int, name: str, content: bytes, now_ns: int) -> None:
-        """Handle one message of the log; `name`: its ID, by which its sender calls itself CLIENT."""
-        client, *rest = name.split(" ")
-        if not CLIENT.fullmatch(client) or len(rest) != 2 or not re.match(topics.SESSION_NAME, session):
-            self.host.counts["garbage"] += 1  # there is no client to answer
-            return
-        number, given = rest
-        place = self._places.get(session)
-        if place is not None and seq <= max(place.handled, place.waiting[-1][1] if place.waiting else 0):
-            self.counts["again"] += 1
-            return
-        self._current = session, seq
-        request, why = self._read(session, content)
-        if (
-            place is not None
-            and place.owner == client
-            and not isinstance(request, protocol.Open)  # has the token in it, or needs none
-            and not same_token(given, proof(place.token, client, number, session, content))
-        ):
-            # no answer: the owner would take it for one to its own message
-            self.counts["unproven"] += 1
-            return
-        if request is None:
-            self.host.counts["garbage"] += 1
-            refused = protocol.Refused(error="bad_message", why=why, session=session)
-            self._send(partition, seq, client, refused)
-            if place is not None:
-                self._handled(place, seq)
-            return
-        self.host.handle(client.encode(), request, now_ns)
-        if isinstance(request, protocol.Step) and not self.host.out:
-            assert place is not None  # or it had been refused
-            place.waiting.append((request.tick, seq))
-            return
-        self._collect(partition, stepped=not isinstance(request, protocol.Step))
-        place = self._places.get(session)
-        if place is None and session in self.sessions:
-            place = self._places[session] = _Place(partition, seq, self.token(session, seq), client, seq)
-        if place is not None:
-            place.owner = self.host.owner(session).decode()
-            self._handled(place, seq)
-        self._make_states()
-
-    @staticmethod
-    def _read(session: str, content: bytes) -> tuple[protocol.Request | None, str]:
-        """The request in a message, or why it is none."""
-        try:
-            request = protocol.read_request(content)
-        except WireError as e:
-            return None, str(e)[:500]
-        if (of := getattr(request, "session", session)) != session:
-            return None, f"it is of session {of!r} and came as {session!r}"
-        return request, ""
-
-    def _handled(self, place: _Place, seq: int) -> None:
-        if not place.waiting:
-            place.handled = max(place.handled, seq)
+        return bool(self._pending)
 
     def step(self, now_ns: int) -> None:
-        """Step the oldest tick of each session that has one."""
-        self.host.step(now_ns)
-        self._collect(-1)
+        """Step all ticks that wait, as one block."""
+        if not self._pending:
+            return
+        parts, self._pending, self._pending_rows = self._pending, [], 0
+        self._busy.clear()
+        block = joined([part.block for part in parts])
+        done = self.engine.step_block(block)
+        took_ns = done.step_end_ns - done.step_start_ns
+        self.places.stepped(len(block), took_ns, now_ns)
+        self.counts["stepped"] += len(block)
+        heads = [done.heads[name] for name in self._heads]
+        begin = 0
+        for part in parts:
+            end = begin + len(part.block)
+            mine = part.block
+            stepped = Stepped(
+                mine.event_ns,
+                mine.present,
+                mine.age_ns,
+                [values[begin:end] for values in heads],
+                max(done.step_start_ns - part.received_ns, 0),
+                took_ns,
+            )
+            begin = end
+            for i, (place, index) in enumerate(zip(part.places, mine.indices.tolist(), strict=True)):
+                place.keep(index, stepped, i, self._queue)
+            names = [place.name for place in part.places]
+            for at in range(0, len(names), self.out.most_rows):
+                self.out.send(part.client, Entry(stepped.columns(names, mine.indices, at, at + self.out.most_rows), ()))
 
-    def housekeeping(self, now_ns: int) -> None:
-        """Save states that are due, and evict idle sessions."""
-        self.sessions.save(now_ns, _SAVED_AT_ONCE)
-        self.host.evict_idle(now_ns)
-        self._collect(-1)
-        self._make_states()
+    def _again(self, client: str, place: Place, index: int) -> None:
+        """A tick came that the session has had: its answer is sent again, or it has been confirmed."""
+        self.counts["duplicates"] += 1
+        if place.handle in self._busy:
+            return  # its answer is about to be made
+        if (kept := place.kept.get(index)) is not None:
+            self.out.send(client, Entry(Stepped.of_rows([place.name], [(index, kept)]), ()))
+            self.counts["kept"] += 1
+            return
+        reply = protocol.Skipped(session=place.name, tick=index, next=place.last + 1)
+        self.out.say(client, place.name, -1, index, reply)
 
-    def _collect(self, partition: int, stepped: bool = True) -> None:
-        """Name the host's replies after the messages that they answer; `partition`: of the message being handled.
+    # ---- control messages ----------------------------------------------------------------------------------------
 
-        `stepped`: ticks that waited may be among them. A tick that is refused at once is not the one that waits, though
-        it has the same number: it may be somebody else's.
-        """
-        out, self.host.out = self.host.out, []
-        for peer, reply in out:
-            client = peer.decode()
-            session = getattr(reply, "session", self._current[0])
-            place = self._places.get(session)
-            tick = getattr(reply, "tick", -1)
-            if stepped and place is not None and place.waiting and place.waiting[0][0] == tick:
-                seq = place.waiting.popleft()[1]
-                place.handled = max(place.handled, seq)
-                self._send(place.partition, seq, client, reply)
-            elif isinstance(reply, protocol.EvictedNow) and reply.reason != "taken" and place is not None:
-                self._send(place.partition, place.handled, client, reply)
-            else:
-                self._send(place.partition if place is not None else partition, self._current[1], client, reply)
+    def _control(self, seq: int, client: str, item: Control, frame: Frame, at: int, now_ns: int) -> None:
+        name = item.session
+        if not re.match(topics.SESSION_NAME, name):
+            self.counts["garbage"] += 1
+            return
+        if not self.places.serves(name, seq):
+            return
+        place = self.places.by_name.get(name)
+        request, why = _read(item) if item.content else (None, "")
+        mine = place is not None and place.owner == client
+        opens = isinstance(request, protocol.Open)  # it has the token in it, or needs none
+        if mine and place is not None and not opens:
+            given = frame.proofs[at : at + PROOF]
+            if given == NO_PROOF or not hmac.compare_digest(proof(place.secret, frame.digest), given):
+                self.counts["unproven"] += 1
+                return
+        if not item.content:
+            if mine and place is not None:
+                place.confirm(item.answered)
+                self.out.send_kept(place, item.answered)
+            return
+        if mine and place is not None and item.number <= place.number:
+            self.counts["again"] += 1
+            if (reply := place.replies.get(item.number)) is not None and (client, item.number) not in place.promised:
+                reply = reply or self._ready(place, place.last >= 0)
+                kept = self.out.kept(client, place, item.answered)
+                self.out.send(client, Entry(kept, (Said(name, item.number, -1, reply),)))
+            return
+        if request is None:
+            self.counts["garbage"] += 1
+            refused = protocol.Refused(error="bad_message", why=why, session=name)
+            self.out.say(client, name, item.number, -1, refused)
+            return
+        try:
+            self._request(seq, client, place, request, item, now_ns)
+        except SessionError as e:
+            self.out.refuse(client, e, name, -1, item.number)
 
-    def _send(self, partition: int, seq: int, client: str, reply: protocol.Reply) -> None:
-        name = f"{seq}.evicted" if isinstance(reply, protocol.EvictedNow) else str(seq)
-        after_saved = isinstance(reply, protocol.Flushed | protocol.Done)
-        session = getattr(reply, "session", "") or self._current[0]
-        after_stored = isinstance(reply, protocol.Ready | protocol.Skipped)
+    def _request(
+        self, seq: int, client: str, place: Place | None, request: protocol.Request, item: Control, now_ns: int
+    ) -> None:
+        match request:
+            case protocol.Open():
+                self._open(seq, client, place, request, item, now_ns)
+            case protocol.Flush():
+                place = self._owned(client, place, item.session)
+                self._promise(client, place, item.number, protocol.Flushed(session=place.name, next=place.last + 1))
+            case protocol.Reset():
+                place = self._owned(client, place, item.session)
+                self.engine.reset(place.name)
+                place.active_ns = now_ns
+                self._promise(client, place, item.number, protocol.Done(session=place.name))
+            case protocol.Close():
+                if place is None or place.open or not place.has_token(request.token):
+                    place = self._owned(client, place, item.session)
+                self.places.close(place)
+                self.counts["closed"] += 1
+                self._promise(client, place, item.number, protocol.Done(session=place.name))
+            case _:
+                self.counts["garbage"] += 1
+
+    def _open(
+        self, seq: int, client: str, place: Place | None, request: protocol.Open, item: Control, now_ns: int
+    ) -> None:
+        name = request.session
+        if request.raw:
+            raise SessionError(
+                f"session {name!r}: a cluster does not serve raw sessions; use `serve` without --cluster"
+            )
+        if place is None and request.token is not None:
+            raise UnknownSession(f"no state of session {name!r} is kept (any more); open it without a token")
+        resumed = place is not None and (not place.open or place.last >= 0)
+        if place is None:
+            place = self.places.begin(name, seq, self.token(name, seq), now_ns)
+        else:
+            self.places.reopen(place, request.token, now_ns)
+        if place.owner and place.owner != client:
+            self.counts["taken"] += 1
+            notice = protocol.EvictedNow(session=name, token="", reason="taken", next=place.last + 1)
+            self.out.say(place.owner, name, -1, -1, notice)
+        place.piece.changed = True
+        place.confirm(item.answered)
+        if place.owner != client:
+            place.number, place.replies = -1, {}  # numbers are each client's own
+        place.owner, place.active_ns = client, now_ns
+        place.reply(item.number, b"", promised=False)
+        # in one message: after `ready` the client waits for no answer to an earlier tick any more
+        kept = self.out.kept(client, place, item.answered)
+        self.out.send(client, Entry(kept, (Said(name, item.number, -1, self._ready(place, resumed)),)))
+
+    @staticmethod
+    def _ready(place: Place, resumed: bool) -> bytes:
+        """The reply to `open`. It is not kept: the token is not to be in a bucket."""
+        ready = protocol.Ready(session=place.name, token=place.token, next=place.last + 1, resumed=resumed)
+        return protocol.encode(ready)
+
+    def _owned(self, client: str, place: Place | None, session: str) -> Place:
+        if place is None:
+            raise UnknownSession(f"session {session!r} is not open; open it first")
+        if place.owner != client:
+            raise self._missing(place)
+        return place
+
+    @staticmethod
+    def _missing(place: Place) -> SessionError:
+        """Why a client may not use a session that is not its own."""
+        return UnknownSession(_NOT_OWNER) if place.open else place.evicted_error()
+
+    def _promise(self, client: str, place: Place, number: int, reply: protocol.Reply) -> None:
+        """Say it when the states as they are now are saved."""
         content = protocol.encode(reply)
-        self._answers.append(OutgoingAnswer(partition, session, client, name, content, after_saved, after_stored))
+        place.reply(number, content, promised=True)
+        place.piece.promise(client, Said(place.name, number, -1, content), place)
 
-    def _make_states(self) -> None:
-        """Turn new snapshots into states to save. No tick was stepped since, so `handled` is in them."""
-        made, self._store.made = self._store.made, {}
-        for name, snapshot in made.items():
-            place = self._places[name]
-            if snapshot is None:
-                del self._places[name]
-                self._states.append(SavedState(place.partition, name, None, place.handled))
-                continue
-            owner = place.owner if name in self.sessions else ""  # it is evicted
-            extra = {**snapshot.extra, _SEQ: str(place.handled), _OPENED: str(place.opened), _OWNER: owner}
-            snapshot = msgspec.structs.replace(snapshot, extra=extra)
-            self._store.found[name] = snapshot
-            place.made = place.handled
-            self._states.append(SavedState(place.partition, name, to_bytes(snapshot), place.handled))
+    # ---- housekeeping --------------------------------------------------------------------------------------------
 
-    def pop(self) -> tuple[list[OutgoingAnswer], list[SavedState]]:
-        """New answers and states since the last call, each in order."""
-        answers, self._answers = self._answers, []
-        states, self._states = self._states, []
-        return answers, states
+    def housekeeping(self, now_ns: int, unix_ns: int) -> None:
+        """Evict idle sessions, and forget those that were evicted too long ago. Call it often: it is rate-limited."""
+        if now_ns - self._idle_checked_ns < _IDLE_CHECK_NS:
+            return
+        self._idle_checked_ns = now_ns
+        for place, client in self.places.evict_idle(now_ns, unix_ns):
+            notice = protocol.EvictedNow(session=place.name, token=place.token, reason="idle", next=place.last + 1)
+            place.piece.promise(client, Said(place.name, -1, -1, protocol.encode(notice)), None)
 
 
-def _snapshot_of(session: str, raw: bytes) -> Snapshot:
-    """The snapshot in these bytes. Raises SnapshotError where it is none, or another session's."""
-    snapshot = from_bytes(raw)
-    if snapshot.session != session:
-        raise SnapshotError(f"the snapshot of session {session!r} is of {snapshot.session[:80]!r}")
-    return snapshot
-
-
-def _position(snapshot: Snapshot) -> tuple[int, int, str]:
-    """Of the session in the log: its newest message, the one that opened it, its owner. Raises SnapshotError."""
-    seq, opened, owner = (str(snapshot.extra.get(of, "-")) for of in (_SEQ, _OPENED, _OWNER))
-    if not all(re.fullmatch(r"[0-9]{1,18}", of) for of in (seq, opened)) or not (not owner or CLIENT.fullmatch(owner)):
-        raise SnapshotError(f"the snapshot of session {snapshot.session!r} has no position in the log")
-    return int(seq), int(opened), owner
+def _read(item: Control) -> tuple[protocol.Request | None, str]:
+    """The request in a control message, or why it is none."""
+    try:
+        request = protocol.read_request(item.content)
+    except WireError as e:
+        return None, str(e)[:500]
+    if (of := getattr(request, "session", item.session)) != item.session:
+        return None, f"it is of session {of!r} and came as {item.session!r}"
+    return request, ""

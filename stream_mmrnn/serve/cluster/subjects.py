@@ -1,62 +1,57 @@
-"""Names of a cluster's subjects, streams and buckets in NATS, and the messages in them. Does no I/O.
+"""Names of a cluster's subjects, streams and buckets in NATS, and the small values in them. Does no I/O.
 
-    PREFIX.in.SESSION              a client's messages (`serve.protocol`), which the stream PREFIX_in stores as
-    PREFIX.log.PARTITION.SESSION   partitioned by the server's hash of the name
-    PREFIX.out.PARTITION.SESSION.CLIENT  an engine's answers, which the stream PREFIX_out stores and republishes as
-    PREFIX.said.PARTITION.SESSION.CLIENT to which that client subscribes
-    PREFIX.out.PARTITION.=fence    the newest owner of a partition: each write names the sequence number of this
-                                   message, and the server rejects a write that names an older one
-    PREFIX.ask.CLIENT              a client's questions (`questions`), which any engine answers; not stored
-    PREFIX.beat                    heartbeats of engines; not stored
-    bucket PREFIX_leases           `table`: the leases; `model`, `key`: the model and a hash of the key of all engines
-    bucket PREFIX_states           `state.PARTITION.SESSION`: its newest snapshot; `low.PARTITION`: where to start
+    PREFIX.in.LANES.LANE.CLIENT  a client's messages (`frames`), which the stream PREFIX_in stores
+    PREFIX.said.CLIENT           the engines' answers (`frames`), to which that client subscribes; not stored
+    PREFIX.ask.CLIENT            a client's question which model is served, which any engine answers; not stored
+    PREFIX.beat                  heartbeats of engines; not stored
+    PREFIX.table                 the table of leases, whenever it has changed
+    bucket PREFIX_leases         `table`: the leases; `model`, `partitions`, `key`: the same for all engines (of the
+                                 key a hash)
+    bucket PREFIX_states         `piece.NAME`: the states of some partitions (`pieces`)
 
-CLIENT is USER.CONNECTION, so that the server can let a user read its own answers only. A client needs PREFIX.in.*, and
-PREFIX.ask.USER.* and PREFIX.said.*.*.USER.* with its own name. In a subject, `.` in a session's name is written `=`,
-because `.` separates tokens.
+CLIENT is USER.CONNECTION, so that the server can let a user write and read under its own name only. A client needs
+PREFIX.in.*.*.USER.*, PREFIX.ask.USER.* and PREFIX.said.USER.*.
 
-A message's ID is "CLIENT NUMBER PROOF". The log keeps the first of the messages with one ID, and an engine takes it for
-its owner's only with the proof, which needs the session's token: so a stranger's message neither takes the place of
-the owner's in the log nor is stepped.
+A session's partition is a hash of its name. A lane is a range of partitions: a client that has sessions of many engines
+writes to as many lanes as there are engines, roughly, and each engine reads the lanes that overlap its partitions. How
+many lanes a client uses is its own choice in each message: the log has one order over all of them.
+
+A message's ID cannot be foreseen, so that no other message has it before. The log keeps the first one with an ID.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import re
-from typing import Annotated, TypeVar
+import zlib
+from collections.abc import Iterable
+from typing import Annotated
 
 import msgspec
 
-PARTITIONS = 64
-"""Fixed for the life of a cluster: the server computes a session's partition."""
 PREFIX = "mmrnn"
 USER = re.compile(r"[A-Za-z0-9_-]{1,32}", re.ASCII)
 CLIENT = re.compile(USER.pattern + r"\.[a-z0-9]{1,32}", re.ASCII)
-FENCE = "=fence"
-"""Not the name of a session: none begins with a dot."""
+LANES = (1, 4, 16, 64)
+"""Into how many lanes the partitions may be divided."""
 LOG_S = 120.0
-"""How long the log of requests is kept. Snapshots are much younger."""
-ANSWERS_S = 120.0
-"""How long answers are kept, for a client that was disconnected."""
+"""How long the log is kept. States are much younger."""
 STATE_EVERY_S = 5.0
-"""A session without ticks for so long is saved, however few ticks are unsaved."""
+"""The states of partitions are saved at least so often while the log grows, however few ticks are unsaved."""
 
 
-def token_of(session: str) -> str:
-    """A session's name as one token of a subject or key."""
-    return session.replace(".", "=")
+def partition_of(session: str, partitions: int) -> int:
+    """The partition of a session, of so many."""
+    return zlib.crc32(session.encode()) % partitions
 
 
-def session_of(token: str) -> str:
-    return token.replace("=", ".")
+def lane_of(partition: int, lanes: int, partitions: int) -> int:
+    """The lane of a partition, where there are so many lanes."""
+    return partition * lanes // partitions
 
 
-def proof(token: str, client: str, number: str, session: str, content: bytes) -> str:
-    """Of a message's ID: whoever made it has the session's token."""
-    said = f"{client} {number} {session} ".encode() + content
-    return hmac.new(token.encode(), said, hashlib.sha256).hexdigest()[:32]
+def lanes_for(engines: int) -> int:
+    """Into how many lanes a client should divide its messages for so many engines."""
+    return max(lanes for lanes in LANES if lanes <= max(engines, 1))
 
 
 class Names:
@@ -66,29 +61,32 @@ class Names:
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,32}", prefix):
             raise ValueError(prefix)
         self.prefix = prefix
-        self.stream_in, self.stream_out = f"{prefix}_in", f"{prefix}_out"
+        self.stream_in = f"{prefix}_in"
         self.leases, self.states = f"{prefix}_leases", f"{prefix}_states"
-        self.all_in, self.all_out, self.all_answers = f"{prefix}.in.*", f"{prefix}.out.>", f"{prefix}.said.>"
-        self.log_of_all = f"{prefix}.log.{{{{partition({PARTITIONS},1)}}}}.{{{{wildcard(1)}}}}"
+        self.all_in, self.table = f"{prefix}.in.>", f"{prefix}.table"
         self.beat, self.all_questions = f"{prefix}.beat", f"{prefix}.ask.*.*"
 
-    def into(self, session: str) -> str:
-        return f"{self.prefix}.in.{token_of(session)}"
+    def into(self, lanes: int, lane: int, client: str) -> str:
+        return f"{self.prefix}.in.{lanes}.{lane}.{client}"
 
-    def log(self, partition: int) -> str:
-        return f"{self.prefix}.log.{partition}.*"
+    def log_of(self, mine: Iterable[int], partitions: int) -> list[str]:
+        """The subjects that a reader of these partitions needs: few, however many partitions there are."""
+        numbers = sorted(mine)
+        found = []
+        for lanes in LANES:
+            needed = sorted({lane_of(number, lanes, partitions) for number in numbers})
+            whole = len(needed) == min(lanes, partitions)
+            found += [f"{self.prefix}.in.{lanes}.{lane}.*.*" for lane in (["*"] if whole else needed)]
+        return found
 
-    def out(self, partition: int, session: str, client: str) -> str:
-        return f"{self.prefix}.out.{partition}.{token_of(session)}.{client}"
-
-    def fence(self, partition: int) -> str:
-        return f"{self.prefix}.out.{partition}.{FENCE}"
-
-    def out_to(self, client: str) -> str:
-        return f"{self.prefix}.out.*.*.{client}"
+    def writer(self, subject: str) -> str:
+        """The client that has written a message of the log, "" where the subject is not of one."""
+        parts = subject.removeprefix(f"{self.prefix}.in.").split(".")
+        client = ".".join(parts[2:])
+        return client if CLIENT.fullmatch(client) else ""
 
     def answers_to(self, client: str) -> str:
-        return f"{self.prefix}.said.*.*.{client}"
+        return f"{self.prefix}.said.{client}"
 
     def questions_of(self, client: str) -> str:
         return f"{self.prefix}.ask.{client}"
@@ -98,45 +96,55 @@ class Names:
         return subject.removeprefix(f"{self.prefix}.ask.")
 
 
-_Engine = Annotated[str, msgspec.Meta(max_length=64)]
-_Epoch = Annotated[int, msgspec.Meta(ge=0, lt=1 << 53)]
+PieceName = Annotated[str, msgspec.Meta(max_length=64, pattern=r"\A[a-z0-9-]*\Z")]
 
 
-class Lease(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Lease(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
     """The owner of a partition."""
 
-    engine: _Engine
-    epoch: _Epoch
-    """Grows with each owner. A lease with an empty `engine` was given back."""
+    engine: Annotated[str, msgspec.Meta(max_length=64)]
+    """"": it was given back."""
+    epoch: Annotated[int, msgspec.Meta(ge=0, lt=1 << 53)]
+    """Grows with each owner."""
+    at: PieceName = ""
+    """Which piece of the bucket has its states; "": none, it begins with nothing."""
 
 
-class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The value of `table`."""
+class Table(msgspec.Struct, frozen=True):
+    """Who owns which partition."""
 
-    leases: dict[Annotated[int, msgspec.Meta(ge=0, lt=PARTITIONS)], Lease]
+    leases: dict[int, Lease]
+
+    def to_bytes(self) -> bytes:
+        """As JSON; consecutive partitions with equal leases are one entry."""
+        runs: list[list[object]] = []
+        before, last = None, -2
+        for number in sorted(self.leases):
+            lease = self.leases[number]
+            if lease == before and number == last + 1:
+                runs[-1][1] += 1  # type: ignore[operator]
+            else:
+                runs.append([number, 1, lease])
+            before, last = lease, number
+        return msgspec.json.encode({"leases": runs})
 
 
-class Fence(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The message of a partition's fence."""
-
-    engine: _Engine
-    epoch: _Epoch
+class _Stored(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    leases: list[tuple[Annotated[int, msgspec.Meta(ge=0)], Annotated[int, msgspec.Meta(ge=1)], Lease]]
 
 
-_Stored = TypeVar("_Stored", Table, Fence)
-
-
-def read_stored(raw: bytes, kind: type[_Stored]) -> _Stored | None:
-    """A stored table or fence; None where these bytes are none."""
+def read_table(raw: bytes, partitions: int) -> Table | None:
+    """A stored table; None where these bytes are none of so many partitions."""
     try:
-        return msgspec.json.decode(raw, type=kind)
+        stored = msgspec.json.decode(raw, type=_Stored)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
-
-
-def read_low(raw: bytes) -> int:
-    """A stored low watermark; 0, where the log begins, if these bytes are none."""
-    return int(raw) if re.fullmatch(rb"[0-9]{1,18}", raw) else 0
+    leases: dict[int, Lease] = {}
+    for first, count, lease in stored.leases:
+        if first + count > partitions:
+            return None
+        leases.update(dict.fromkeys(range(first, first + count), lease))
+    return Table(leases)
 
 
 class Beat(msgspec.Struct, frozen=True):
