@@ -341,8 +341,8 @@ def test_a_damaged_parquet_file_is_a_table_or_one_sentence(tmp_path: Path, data:
     for _ in range(data.draw(st.integers(1, 8))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(bytes(damaged[: data.draw(st.integers(0, len(damaged)))]))
-    out.unlink(missing_ok=True)  # of the example before
-    assert out.exists() == (not error_of(path, out, TableOptions(time="at")))
+    refused = error_of(path, out, TableOptions(time="at"))
+    assert out.exists() == (not refused)  # some damage is in bytes that nothing reads
     out.unlink(missing_ok=True)
 
 
