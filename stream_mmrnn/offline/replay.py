@@ -153,15 +153,17 @@ class Comparison:
     def _note(self, sentence: str) -> None:
         self.first = self.first or sentence
 
-    def summary(self) -> dict[str, Any]:
-        """The counts, after both have ended."""
+    def summary(self, whole: bool = True) -> dict[str, Any]:
+        """The counts, after both have ended. `whole`: they were not stopped before; else nothing is identical."""
         extra, missing = self.extra + len(self._now), self.missing + len(self._then)
         if extra and self._now:
             self._note(f"{self._name(next(iter(self._now)))} has no recorded prediction")
         if missing:
             self._note(f"{missing} recorded predictions were not made again")
+        if not whole:
+            self._note("the replay was stopped before the recording's end")
         return {
-            "identical": not (self.different or extra or missing) and self.recorded > 0,
+            "identical": whole and not (self.different or extra or missing) and self.recorded > 0,
             "recorded_predictions": self.recorded,
             "different": self.different,
             "missing": missing,
@@ -283,7 +285,7 @@ def replay(
         "model": {"name": engine.spec.name, "sha256": engine.spec.sha256, "provider": engine.provider},
         "ticks": count,
         "predictions": count,
-        **comparison.summary(),
+        **comparison.summary(whole=alive()),
         "streams": stream_counts(aligner),
         "covered_s": round(covered_s, 3),
         "seconds": round(seconds, 4),

@@ -97,13 +97,13 @@ def replay_many(
         on_predictions(len(step.block))
         if not alive():
             break
-    seconds = (now_ns() - began_ns) / 1e9
+    seconds, whole = (now_ns() - began_ns) / 1e9, alive()
     rows = [
         {
             "recording": path,
             "session": track.recording.session,
             "predictions": track.ticks,
-            **track.comparison.summary(),
+            **track.comparison.summary(whole),
             "streams": stream_counts(track.aligner),
             "covered_s": round(track.ticks * engine.spec.tick_ns / 1e9, 3),
             "damage": track.recording.damage,

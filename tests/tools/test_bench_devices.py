@@ -75,7 +75,10 @@ def test_sessions_hear_and_see_the_virtual_devices(clips: Path) -> None:
     assert [row["modalities"] for row in document["rows"]] == list(devices.SESSIONS)
     for row in document["rows"]:
         assert row["predictions"] > 25
-        assert row["to_prediction_ms"]["count"] >= row["audio_to_prediction_ms"]["count"] > 0
+        assert row["to_prediction_ms"]["count"] > 0
+        # where a picture comes after each block of sound, it closes every tick
+        closed_by_sound = row["audio_to_prediction_ms"]["count"]
+        assert row["to_prediction_ms"]["count"] >= closed_by_sound >= (row["modalities"] != "with_camera")
         assert row["streams"]["audio"]["delivered"] > 0
         assert row["cores"] is None or row["cores"] > 0
     last = document["rows"][-1]["streams"]

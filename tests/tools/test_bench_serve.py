@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from tools.bench import serve
+from stream_mmrnn.bench import models
+from tools.bench import blocks, serve
 from tools.bench.nats_cluster import find_server
 
 pytestmark = pytest.mark.process
@@ -18,7 +20,7 @@ pytestmark = pytest.mark.process
 def test_rows_and_ratios_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "FEWER", 3)
     monkeypatch.setattr(serve, "BEYOND", 5)
-    document, _ = serve.run(clients=6, duration_s=0.5, rounds=2, hidden=32, peers=False)
+    document, _ = serve.run(clients=6, duration_s=0.5, rounds=2, hidden=32, peers=False, capacity=False)
     rows = {(r["what"], r["contender"], r.get("sessions")): r for r in document["rows"]}
     for contender in ("serve", "cluster"):
         for sessions in (6, 3):
@@ -40,7 +42,7 @@ def test_rows_and_ratios_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_verb_ends_with_one_document_where_there_is_no_nats() -> None:
-    words = "serve --clients 2 --duration 0.5 --rounds 1 --no-peers --hidden 32 --json"
+    words = "serve --clients 2 --duration 0.5 --rounds 1 --no-peers --no-capacity --hidden 32 --json"
     code = (
         "import sys; from tools.bench import serve; serve.missing = lambda names: list(names); serve.BEYOND = 2;"
         f"from tools.bench.verbs import run; run({words.split()})"
@@ -51,3 +53,20 @@ def test_the_verb_ends_with_one_document_where_there_is_no_nats() -> None:
     [row] = [r for r in document["rows"] if r["contender"] == "cluster"]
     assert "stream-mmrnn[cluster]" in row["skipped"]
     assert document["ratios"]["cluster_p50_over_serve_2"]["value"] is None
+
+
+def test_the_loads_of_a_core_add_up(tmp_path: Path) -> None:
+    server = blocks.Server(models.write(tmp_path, 32), tmp_path / "server", slots=256)
+    try:
+        loads = {kind: measure(server, 2 * blocks.GROUP, 0.4, 1) for kind, measure in blocks.KINDS.items()}
+    finally:
+        said = server.close()
+    assert loads["groups"].sent >= 2 * 9
+    assert loads["singles"].sent >= 2 * blocks.GROUP * 9
+    for load in loads.values():
+        row = load.row()
+        assert row["lost"] == 0
+        assert row["latency_ms"]["p50"] > 0
+        assert row["server_cpu"] > 0
+        assert row["client_cpu"] > 0
+    assert said["counts"]["stepped"] >= blocks.GROUP * loads["groups"].sent + loads["singles"].sent

@@ -299,8 +299,8 @@ class Link:
 
 def _check_absent(error: KeyNotFoundError) -> None:
     """Raise NatsError where not the key is absent but its whole bucket: a server that begins may not have it yet."""
-    cause = error.__context__
-    if isinstance(cause, APIError) and cause.err_code == _NO_STREAM:
+    # errors of the client's own, such as that of a deleted key, have no code
+    if getattr(error.__context__, "err_code", None) == _NO_STREAM:
         raise NatsError("the server does not have the bucket (yet)") from error
 
 
