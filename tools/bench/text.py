@@ -367,14 +367,15 @@ _SESSIONS = """Each session has its own phase and is due 25 times a second; what
 `late` counts steps that ended more than a tick after their intended time."""
 
 _SERVE = """All on the same two cores: server, engine, and all clients in one process. `serve` is loaded by a minimal
-loop, the others by their own clients in an event loop (ours over NATS) or threads (Triton's). `cluster`
-writes every tick to a log before it is stepped; beyond some hundred single clients these two cores are not enough for
-NATS, engine and clients together, and answers come later and later. Groups are carried by far more: `python -m
-tools.bench.cluster_groups --sessions 1024 --engines 2 --seconds 8` (a gateway, NATS and two engines on these two cores,
-2026-11-29, Intel Xeon, twice): p50 11.1 and 11.2 ms, p99 24.5 and 25.7 ms, 0 of 230,400 ticks lost; of CPU a tick takes
-18 us in the client, 7 in NATS and 20 in its engine. `late` counts answers after more than the tick. `groups` and `singles` are sessions of `turn_taking` on a server
-of one core: in groups of 64 over one connection by the public client, and with a connection each by a minimal loop;
-the clients are one process on the other core, and the CPU of both is said."""
+loop, the others by their own clients in an event loop (ours over NATS) or threads (Triton's). `cluster` writes every
+tick to a log before it is stepped; beyond some hundred single clients these two cores are not enough for NATS, engine
+and clients together, and answers come later and later. Groups are carried by far more: `python -m
+tools.bench.cluster_groups --sessions 1024 --engines 2 --seconds 8` (a gateway, NATS and two engines on these two
+cores, 2026-11-29, Intel Xeon, twice): p50 11.1 and 11.2 ms, p99 24.5 and 25.7 ms, 0 of 230,400 ticks lost; of CPU a
+tick takes 18 us in the client, 7 in NATS and 20 in its engine. `late` counts answers after more than the tick.
+`groups` and `singles` are sessions of `turn_taking` on a server of one core: in groups of 64 over one connection by
+the public client, and with a connection each by a minimal loop; the clients are one process on the other core, and
+the CPU of both is said."""
 
 _BLOCKS = """**Blocks.** `step_block` takes columns and gives matrices, `step` an object for each tick. Measured on
 2026-11-29 on two cores of an Intel Xeon that six other programs kept busy, so as CPU time of the engine's thread, the
