@@ -13,7 +13,7 @@ from stream_mmrnn.bench import models
 from stream_mmrnn.core.errors import StreamError, TimedOut
 from stream_mmrnn.serve.async_client import AsyncClient, AsyncServedSession, end_tasks
 from stream_mmrnn.serve.client_group import AsyncGroup
-from stream_mmrnn.serve.client_state import KEPT_TICKS
+from stream_mmrnn.serve.client_groups import KEPT_TICKS
 from tools.bench.load import DRAIN_S, OpenLoop, SessionRecord, Transport, vector
 
 _GATHER_S = 0.01

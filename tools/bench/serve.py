@@ -250,8 +250,8 @@ def run(
             ratios |= found
     busy_ms = beyond["busy_ms"]["p99"] if beyond.get("busy") else None
     ratios["busy_p99_ms"] = ratio(busy_ms, 10.0, "less", other_cpu, "no client was refused as busy")
-    settings = {"clients": clients, "duration_s": duration_s, "rounds": rounds, "hidden": hidden, "seed": seed}
-    settings |= {"capacity_model": MODEL if capacity else ""}
+    settings: dict[str, Any] = {"clients": clients, "duration_s": duration_s, "rounds": rounds, "hidden": hidden}
+    settings |= {"seed": seed, "capacity_model": MODEL if capacity else ""}
     return document("serve", settings, rows, ratios), Pictures()
 
 
