@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections import deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -67,13 +68,13 @@ async def connect(
 
     """
     options = _login(Path(credentials).expanduser()) if credentials else {}
-    said: list[Exception] = []
+    said: deque[str] = deque(maxlen=64)  # it goes on for as long as the connection lives
 
     async def nothing() -> None:
         pass
 
     async def on_error(error: Exception) -> None:
-        said[:] = [error]
+        said.append(str(error) or type(error).__name__)
 
     try:
         return await asyncio.wait_for(
@@ -93,8 +94,9 @@ async def connect(
             timeout_s,
         )
     except (TimeoutError, NatsError, OSError, ValueError) as e:
-        why, at = str(e) or (str(said[0]) if said else type(e).__name__), without_secrets(url)
-        if "authorization" in why.lower():
+        why, at = str(e) or (said[-1] if said else type(e).__name__), without_secrets(url)
+        # it tries again and again, and a server may reset a connection before it has said why
+        if any("authorization" in one.lower() for one in (why, *said)):
             raise NotRunning(
                 f"the NATS server at {at} does not accept these credentials; give a user and a password in the URL, or "
                 "a credentials file"
