@@ -171,7 +171,7 @@ def test_memory_does_not_grow_with_the_clients_that_came(server: Server) -> None
     tracemalloc.start()
     try:
         taken = []
-        for _ in range(3):  # the first ones also fill caches
+        for _ in range(6):  # the first ones also fill caches, and each is some 30 kB more or less than the one before
             for _ in range(400):
                 clients.come_and_leave()
             clients.settle()
@@ -180,7 +180,7 @@ def test_memory_does_not_grow_with_the_clients_that_came(server: Server) -> None
     finally:
         tracemalloc.stop()
     # an entry of a table with its key has 150 bytes and more; durations that occur for the first time have some
-    assert taken[2] - taken[1] < 64 * 400
+    assert taken[5] - taken[1] < 64 * 4 * 400
 
 
 @pytest.mark.slow
