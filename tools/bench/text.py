@@ -391,8 +391,7 @@ weights:
 
 Beside the graph's run and the copies of states a block of 64 sessions of `turn_taking` takes 0.04 ms, 64 ticks 0.25 ms;
 a block of one takes 14 us, a tick 5. Over two processes (64 sessions, CPU time of the parent alone) `step_block` takes
-0.62 of the old `step`, `step` of all 1.03 and of one tick 0.87. How many sessions a core holds by blocks was not
-measured: with others on both cores there is no such figure."""
+0.62 of the old `step`, `step` of all 1.03 and of one tick 0.87."""
 
 _SHARDS = """Figures are sessions a core: twice as many in all. Blocks and heads cross in shared memory, a pipe
 says when."""
