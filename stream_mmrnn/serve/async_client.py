@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, Self
 
 from stream_mmrnn.bus import AsyncDealer, Keys
@@ -28,12 +27,13 @@ from stream_mmrnn.serve.client import (
     ready,
     taken,
 )
+from stream_mmrnn.serve.client_base import AsyncClosing
 from stream_mmrnn.serve.client_group import TIMEOUT_S, AsyncGroup, opened
 from stream_mmrnn.serve.client_state import Answer, ClientSession, ClientState, group_key
 from stream_mmrnn.serve.raw_pushes import RawPushes
 
 
-class _AsyncServed(SessionProperties):
+class _AsyncServed(SessionProperties, AsyncClosing):
     """What both kinds of session of an `AsyncClient` have."""
 
     def __init__(self, client: AsyncClient, session: ClientSession) -> None:
@@ -74,18 +74,6 @@ class _AsyncServed(SessionProperties):
     async def leave(self) -> None:
         """As `ServedSession.leave`."""
         await self._client.end(self.name)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
-        if kind is None:
-            await self.close()
-        else:
-            with contextlib.suppress(Exception):
-                await self.close(1.0)
 
 
 class AsyncServedSession(_AsyncServed, TickSender):

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from stream_mmrnn.bus import Dealer, Keys
@@ -24,6 +23,7 @@ from stream_mmrnn.bus.keys import KeyFolder
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import NotRunning, SessionError, TimedOut, WireError
 from stream_mmrnn.serve import protocol
+from stream_mmrnn.serve.client_base import Closing, Figures
 from stream_mmrnn.serve.client_group import TIMEOUT_S, Group, opened
 from stream_mmrnn.serve.client_state import Answer, ClientSession, ClientState
 from stream_mmrnn.serve.raw_pushes import RawPushes
@@ -42,10 +42,11 @@ def keys_of(keys: str | Path | Keys | None, server: str) -> Keys | None:
     return KeyFolder(Path(keys)).keys(server)
 
 
-class SessionProperties:
+class SessionProperties(Figures):
     """What both kinds of session know without a request."""
 
     def __init__(self, client_state: ClientState, session: ClientSession) -> None:
+        super().__init__(session)
         self._client_state, self._session = client_state, session
 
     @property
@@ -61,24 +62,6 @@ class SessionProperties:
     def resumed(self) -> bool:
         """Whether it continues from a saved state."""
         return self._session.opened is not None and self._session.opened.resumed
-
-    @property
-    def skipped(self) -> int:
-        """Ticks that the server had seen already: duplicates, and those whose answers were lost when it died."""
-        return self._session.skipped
-
-    @property
-    def waiting(self) -> int:
-        """Ticks without an answer yet."""
-        return len(self._session.unanswered)
-
-    @property
-    def unread(self) -> int:
-        """Answers that have arrived and were not read yet."""
-        return len(self._session.answers)
-
-    def _post(self) -> None:
-        """Hand waiting messages to the transport."""
 
 
 class TickSender(SessionProperties):
@@ -125,7 +108,7 @@ def taken(session: ClientSession) -> Answer | None:
     return None
 
 
-class _Served(SessionProperties):
+class _Served(SessionProperties, Closing):
     """What both kinds of session of a `Client` have; as a context manager a session is closed at the end."""
 
     def __init__(self, client: Client, session: ClientSession) -> None:
@@ -164,16 +147,6 @@ class _Served(SessionProperties):
     def leave(self) -> None:
         """Stop using the session without ending it: its token opens it again, from here or another client."""
         self._client.client_state.sessions.pop(self.name, None)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is None:
-            self.close()
-        else:
-            with contextlib.suppress(Exception):  # do not hide the first error
-                self.close(1.0)
 
 
 class ServedSession(_Served, TickSender):

@@ -5,17 +5,16 @@ Knows nothing about connections: it is given one of `client` or `async_client`.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
 from stream_mmrnn.core.block import Flags, Integers
 from stream_mmrnn.core.clock import now_ns
-from stream_mmrnn.core.errors import SessionError, StreamError
+from stream_mmrnn.core.errors import SessionError
 from stream_mmrnn.serve import protocol
+from stream_mmrnn.serve.client_base import AsyncClosing, Closing, Figures
 from stream_mmrnn.serve.client_groups import ClientGroup, GroupAnswer
 from stream_mmrnn.serve.client_state import ClientState, group_key
 
@@ -27,10 +26,11 @@ TIMEOUT_S = 5.0
 _NOT_OPENED = "{} of {} sessions were not opened; the first one: {}"
 
 
-class GroupProperties:
+class GroupProperties(Figures):
     """What both kinds of group know without a request. Arrays have a row for each session, in the order of `names`."""
 
     def __init__(self, client_state: ClientState, group: ClientGroup) -> None:
+        super().__init__(group)
         self._client_state, self._group = client_state, group
 
     def __len__(self) -> int:
@@ -59,24 +59,6 @@ class GroupProperties:
     def errors(self) -> dict[int, SessionError]:
         """By row, sessions that are over here, and why. The others go on."""
         return dict(self._group.errors)
-
-    @property
-    def skipped(self) -> int:
-        """Ticks that the server had seen already: duplicates, and those whose answers were lost when it died."""
-        return self._group.skipped
-
-    @property
-    def waiting(self) -> int:
-        """Blocks without an answer yet."""
-        return len(self._group.unanswered)
-
-    @property
-    def unread(self) -> int:
-        """Answers that have arrived and were not read yet."""
-        return len(self._group.answers)
-
-    def _post(self) -> None:
-        """Hand waiting messages to the transport."""
 
     def send(
         self,
@@ -166,7 +148,7 @@ def _like(error: SessionError, why: str) -> SessionError:
     return again
 
 
-class Group(GroupProperties):
+class Group(GroupProperties, Closing):
     """Sessions of a `Client`; as a context manager they are closed at the end."""
 
     def __init__(self, client: Client, group: ClientGroup) -> None:
@@ -218,18 +200,8 @@ class Group(GroupProperties):
         finally:
             self.leave()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is None:
-            self.close()
-        else:
-            with contextlib.suppress(StreamError):  # do not hide the first error
-                self.close(1.0)
-
-
-class AsyncGroup(GroupProperties):
+class AsyncGroup(GroupProperties, AsyncClosing):
     """Sessions of an `AsyncClient`; as an async context manager they are closed at the end."""
 
     def __init__(self, client: AsyncClient, group: ClientGroup) -> None:
@@ -278,15 +250,3 @@ class AsyncGroup(GroupProperties):
             self._replied()
         finally:
             self.leave()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
-        if kind is None:
-            await self.close()
-        else:
-            with contextlib.suppress(StreamError):
-                await self.close(1.0)
