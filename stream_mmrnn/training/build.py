@@ -13,6 +13,8 @@ from stream_mmrnn.training.last_value import LastValue
 from stream_mmrnn.training.predictor import PredictorNetwork
 from stream_mmrnn.training.recipe import HeadRecipe, Recipe
 
+_LEAST_MOVEMENT = 0.05
+
 
 def build(recipe: Recipe, task: Task, rng: np.random.Generator) -> PredictorNetwork:
     """A new network; its normalisation and reductions are computed from the task's training data."""
@@ -31,6 +33,7 @@ def build(recipe: Recipe, task: Task, rng: np.random.Generator) -> PredictorNetw
             raise FileError(f"no tick has a label for the head {head.name!r}; are there any labels?")
     names = list(recipe.modalities)
     scales: dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = {}
+    moving: dict[str, np.ndarray[Any, Any]] = {}
     bases: dict[str, np.ndarray[Any, Any]] = {}
     unknown: list[int] = []
     for i, name in enumerate(names):
@@ -40,6 +43,9 @@ def build(recipe: Recipe, task: Task, rng: np.random.Generator) -> PredictorNetw
             unknown.append(i)
         unscaled = (*recipe.events.tokens, *recipe.evidence.modalities, recipe.late_fusion.modality)
         if len(rows) < 2 or name in unscaled:
+            continue
+        if recipe.modalities[name].window_s:
+            moving[name] = rows
             continue
         mean, std = rows.mean(0), rows.std(0)
         scales[name] = (mean, std)
@@ -51,6 +57,9 @@ def build(recipe: Recipe, task: Task, rng: np.random.Generator) -> PredictorNetw
         predictor.tokens.set_scale(name, torch.from_numpy(mean), torch.from_numpy(std))
     for name, basis in bases.items():
         predictor.tokens.set_reduction(name, torch.from_numpy(basis))
+    for name, rows in moving.items():
+        predictor.movement(name).set_scale(torch.from_numpy(rows))
+        predictor.tokens.set_scale(name, *_of_movement(predictor, name, sample))
     predictor.known[unknown] = 0
     if predictor.events_table is not None:
         if not task.common_tokens:
@@ -62,6 +71,20 @@ def build(recipe: Recipe, task: Task, rng: np.random.Generator) -> PredictorNetw
             mean, std = _moments(rows.astype(np.float64))
             predictor.heads.set_scale(head.name, torch.from_numpy(mean), torch.from_numpy(std))
     return predictor
+
+
+def _of_movement(predictor: PredictorNetwork, name: str, sample: list[Ticks]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation of how a modality moves. They lie between -1 and 1, so a small deviation is no scale."""
+    place, movement = list(predictor.recipe.modalities).index(name), predictor.movement(name)
+    found = []
+    for ticks in sample:
+        here = torch.from_numpy(ticks.present[:, place]).unsqueeze(0)
+        if name in ticks.features and here.any():
+            state = torch.zeros(1, *movement.state)
+            out, _ = movement(torch.from_numpy(ticks.features[name]).unsqueeze(0), here, state, None)
+            found.append(out[here > 0])
+    rows = torch.cat(found)
+    return rows.mean(0), rows.std(0).clamp(min=_LEAST_MOVEMENT)
 
 
 def _to_learn(head: HeadRecipe, recipe: Recipe, ticks: Ticks) -> np.ndarray[Any, Any]:

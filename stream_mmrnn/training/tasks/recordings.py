@@ -302,8 +302,11 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
         validation = test = [_part(s, 0.75, 1.0) for s in sequences]
         held = "the last quarter of each recording"
 
+    # few recordings fill as many lanes as there are, down to two chunks of each
+    lane = max(2 * recipe.train.length, sum(map(len, train)) // recipe.train.batch)
+
     def epoch(rng: np.random.Generator) -> list[Ticks]:
-        found = [p for s in train for p in pieces(s, 10 * recipe.train.length, rng)]
+        found = [p for s in train for p in pieces(s, min(10 * recipe.train.length, lane), rng)]
         return [found[i] for i in rng.permutation(len(found))]
 
     for head in recipe.heads:
