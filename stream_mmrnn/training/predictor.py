@@ -6,6 +6,9 @@ becomes the ONNX graph, with `active` and `reset` inside.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Collection, Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -114,6 +117,21 @@ class PredictorNetwork(nn.Module):
         found = self.moved[fusion.key("", modality)]
         assert isinstance(found, Movement)
         return found
+
+    def ignore(self, modalities: Collection[str], ignored: bool = True) -> None:
+        """Do not use these modalities, present or not; with `ignored` false, use them again."""
+        for i, name in enumerate(self.recipe.modalities):
+            if name in modalities:
+                self.known[i] = float(not ignored)
+
+    @contextlib.contextmanager
+    def using(self, modalities: Collection[str]) -> Iterator[None]:
+        """Meanwhile use these modalities, which are ignored otherwise."""
+        self.ignore(modalities, ignored=False)
+        try:
+            yield
+        finally:
+            self.ignore(modalities)
 
     @property
     def events_table(self) -> TokenTable | None:

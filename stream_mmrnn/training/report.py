@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,18 @@ _UNITS = (("days", 86_400), ("hours", 3600), ("minutes", 60))
 _INK, _SECOND, _GRID = "#4c3fb5", "#1f77b4", "#d9dbe0"
 
 
-def report(predictor: PredictorNetwork, task: Task, history: list[dict[str, Any]]) -> dict[str, Any]:
-    """All results of a trained network, for the card, the study and scripts."""
+def report(
+    predictor: PredictorNetwork, task: Task, history: list[dict[str, Any]], ignored: Sequence[str] = ()
+) -> dict[str, Any]:
+    """All results of a trained network, for the card, the study and scripts.
+
+    `ignored`: modalities that the network does not use; sets of modalities are compared with them.
+    """
     test = task.test
     outputs = collect(predictor, test)
+    several = len(predictor.recipe.modalities) > 1
+    with predictor.using(ignored):
+        compared = by_modalities(predictor, test, task.sets) if several else {}
     return {
         "name": predictor.recipe.name,
         "parameters": sum(p.numel() for p in predictor.parameters()),
@@ -35,7 +44,9 @@ def report(predictor: PredictorNetwork, task: Task, history: list[dict[str, Any]
         "epochs": len(history),
         "history": history,
         "test": figures(predictor, outputs),
-        "by_modalities": by_modalities(predictor, test, task.sets) if len(predictor.recipe.modalities) > 1 else {},
+        "by_modalities": compared,
+        "ignored": list(ignored),
+        "warnings": list(task.warnings),
         "by_time": {
             h.name: by_time(predictor, outputs[h.name], h) for h in predictor.recipe.heads if h.kind == "classification"
         },

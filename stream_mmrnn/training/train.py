@@ -29,8 +29,11 @@ from stream_mmrnn.training.heads import loss
 from stream_mmrnn.training.metrics import best_threshold
 from stream_mmrnn.training.predictor import HEARD, PredictorNetwork
 from stream_mmrnn.training.recipe import Recipe
+from stream_mmrnn.training.served import hidden, subsets
 
 Progress = Callable[[dict[str, Any]], None]
+_ALL_ARE_BETTER = 0.98
+"""A smaller set of modalities has to have a smaller loss by this factor: chance favours one of many."""
 
 
 class TrainingStopped(StreamError):  # noqa: N818 not an error: the user stopped it
@@ -113,6 +116,8 @@ class Trainer:
         self.best = (math.inf, -1)
         self.stopped = False
         """It was stopped before its last epoch."""
+        self.ignored: list[str] = []
+        """Modalities without which the validation loss was smaller; the network does not use them."""
         self.history: list[dict[str, Any]] = []
         folder.mkdir(parents=True, exist_ok=True)
         if resume:
@@ -171,6 +176,16 @@ class Trainer:
             progress({"event": "step", "epoch": self.epoch, "step": count, "of": expected or None})
         return total / max(count, 1), count
 
+    def _choose(self) -> tuple[float, tuple[str, ...]]:
+        """The validation loss, and the modalities with the smallest one: all, unless others are clearly better."""
+        names = tuple(self.recipe.modalities)
+        if not self.recipe.fusion.choose or len(names) < 2:
+            return self.validate(self.task.validation), names
+        sets = subsets(names, 2)
+        found = [self.validate([hidden(t, list(names), s) for t in self.task.validation]) for s in sets]
+        best = min(range(len(sets)), key=lambda i: (found[i] * (1.0 if i else _ALL_ARE_BETTER)))
+        return found[best], sets[best]
+
     def validate(self, sequences: Iterable[Ticks]) -> float:
         """The mean loss per tick over sequences."""
         predictor = self.predictor.eval()
@@ -205,7 +220,7 @@ class Trainer:
                 break
             learned, count = done
             steps += count
-            held_out = self.validate(self.task.validation) if self.task.validation else learned
+            held_out, chosen = self._choose() if self.task.validation else (learned, tuple(self.recipe.modalities))
             if not math.isfinite(held_out):
                 raise Diverged(f"the validation loss of {self.recipe.name} is {held_out} in epoch {self.epoch + 1}")
             self.epoch += 1
@@ -215,6 +230,7 @@ class Trainer:
                 "validation_loss": held_out,
                 "steps": count,
                 "learning_rate": self._optimizer.param_groups[0]["lr"],
+                "used": list(chosen),
                 "seconds": time.monotonic() - began,
             }
             self.history.append(row)
@@ -231,6 +247,9 @@ class Trainer:
         if self.best[1] > 0:
             best, _ = load(self.folder / "best.safetensors")
             self.predictor.load_state_dict(best.state_dict())
+            used = self.history[self.best[1] - 1].get("used", self.recipe.modalities)
+            self.ignored = [name for name in self.recipe.modalities if name not in used]
+            self.predictor.ignore(self.ignored)
         if self.task.validation:
             calibrate(self.predictor, self.task.validation, self.device)
         if self.predictor.late_fusion is not None and self.task.late is not None:

@@ -45,7 +45,7 @@ class Experiment:
     movements: dict[str, Movement] = field(default_factory=lambda: {"shake": SHAKE, "still": STILL})
     rate_hz: float = 50.0
     seconds: float = 15.0
-    bout_s: float = 2.5
+    bout_s: float = 3.75
     """How long a label is true."""
     noise_g: float = 0.05
     label_late_s: float = 0.0

@@ -36,6 +36,10 @@ FORECAST = "forecast"
 """Source of a head that forecasts columns: see `forecast`."""
 WARM_UP = 10
 """How much of the ticks before a held-out forecast the model sees first, in lengths of its training chunks."""
+LEAST_STEPS = 30
+"""Steps of an epoch: short recordings are read so often, cut at other places."""
+ENOUGH = 2
+"""A label that began less often in the training data gets a warning."""
 NOTHING = ("", "none")
 """Labels that mean: no label."""
 
@@ -303,10 +307,13 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
         held = "the last quarter of each recording"
 
     # few recordings fill as many lanes as there are, down to two chunks of each
-    lane = max(2 * recipe.train.length, sum(map(len, train)) // recipe.train.batch)
+    t, total = recipe.train, sum(map(len, train))
+    longest = min(10 * t.length, max(2 * t.length, total // t.batch))
+    # and fill the steps of an epoch, because a schedule and a patience of some epochs need steps to learn in
+    times = 1 if steps else -(-LEAST_STEPS * t.batch * t.length // max(total, 1)) or 1
 
     def epoch(rng: np.random.Generator) -> list[Ticks]:
-        found = [p for s in train for p in pieces(s, min(10 * recipe.train.length, lane), rng)]
+        found = [p for _ in range(times) for s in train for p in pieces(s, longest, rng)]
         return [found[i] for i in rng.permutation(len(found))]
 
     for head in recipe.heads:
@@ -323,7 +330,33 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
         test,
         {s.name: s.encoder for s in specs},
         f"{len(sequences)} own recordings, {covered} in ticks of {spoken(recipe.tick_ns / 1e9)}; held out: {held}.",
+        times * total,
+        warnings=_few_examples(recipe, train, validation, test),
     )
+
+
+def _few_examples(recipe: Recipe, *parts: Sequence[Ticks]) -> tuple[str, ...]:
+    """A sentence for each label that has too few examples: times that it began to be true."""
+    found = []
+    names = ("for training", "for validation", "for the test")
+    distinct = parts if parts[1] is not parts[2] else parts[:2]
+    for head in recipe.heads:
+        if head.kind != "classification" or not head.labels:
+            continue
+        for c, label in enumerate(head.labels):
+            is_it = [[(s.targets[head.name] == c) & (s.weights[head.name] > 0) for s in part] for part in distinct]
+            counts = [sum(int((np.diff(x.astype(np.int8), prepend=0) > 0).sum()) for x in part) for part in is_it]
+            if counts[0] >= ENOUGH and all(counts):
+                continue
+            held = ", ".join(
+                f"{n} {name} ({spoken(sum(map(np.count_nonzero, part)) * recipe.tick_ns / 1e9)})"
+                for n, name, part in zip(counts, names, is_it, strict=False)
+            )
+            found.append(
+                f"the label {label!r} has {held}; {ENOUGH} examples for training and one in every other part are the "
+                "least that says something: record it more often, and in every recording"
+            )
+    return tuple(found)
 
 
 def _check_columns(paths: Sequence[Path]) -> None:
