@@ -13,9 +13,6 @@ from stream_mmrnn.training.last_value import LastValue
 from stream_mmrnn.training.predictor import PredictorNetwork
 from stream_mmrnn.training.recipe import HeadRecipe, Recipe
 
-_LEAST_MOVEMENT = 0.05
-
-
 def build(recipe: Recipe, task: Task, rng: np.random.Generator) -> PredictorNetwork:
     """A new network; its normalisation and reductions are computed from the task's training data."""
     sample: list[Ticks] = []
@@ -33,7 +30,7 @@ def build(recipe: Recipe, task: Task, rng: np.random.Generator) -> PredictorNetw
             raise FileError(f"no tick has a label for the head {head.name!r}; are there any labels?")
     names = list(recipe.modalities)
     scales: dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = {}
-    moving: dict[str, np.ndarray[Any, Any]] = {}
+    moving: list[str] = []
     bases: dict[str, np.ndarray[Any, Any]] = {}
     unknown: list[int] = []
     for i, name in enumerate(names):
@@ -45,7 +42,7 @@ def build(recipe: Recipe, task: Task, rng: np.random.Generator) -> PredictorNetw
         if len(rows) < 2 or name in unscaled:
             continue
         if recipe.modalities[name].window_s:
-            moving[name] = rows
+            moving.append(name)
             continue
         mean, std = rows.mean(0), rows.std(0)
         scales[name] = (mean, std)
@@ -57,9 +54,8 @@ def build(recipe: Recipe, task: Task, rng: np.random.Generator) -> PredictorNetw
         predictor.tokens.set_scale(name, torch.from_numpy(mean), torch.from_numpy(std))
     for name, basis in bases.items():
         predictor.tokens.set_reduction(name, torch.from_numpy(basis))
-    for name, rows in moving.items():
-        predictor.movement(name).set_scale(torch.from_numpy(rows))
-        predictor.tokens.set_scale(name, *_of_movement(predictor, name, sample))
+    for name in moving:
+        _fit_movement(predictor, name, sample)
     predictor.known[unknown] = 0
     if predictor.events_table is not None:
         if not task.common_tokens:
@@ -73,18 +69,17 @@ def build(recipe: Recipe, task: Task, rng: np.random.Generator) -> PredictorNetw
     return predictor
 
 
-def _of_movement(predictor: PredictorNetwork, name: str, sample: list[Ticks]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation of how a modality moves. They lie between -1 and 1, so a small deviation is no scale."""
-    place, movement = list(predictor.recipe.modalities).index(name), predictor.movement(name)
+def _fit_movement(predictor: PredictorNetwork, name: str, sample: list[Ticks]) -> None:
+    """Fit the scales of how a modality moves."""
+    place, movement = list(predictor.recipe.modalities).index(name), predictor.movement(name).eval()
+    shown = [t for t in sample if name in t.features and t.present[:, place].any()]
+    movement.set_scale(torch.from_numpy(np.concatenate([t.features[name][t.present[:, place] > 0] for t in shown])))
     found = []
-    for ticks in sample:
+    for ticks in shown:
         here = torch.from_numpy(ticks.present[:, place]).unsqueeze(0)
-        if name in ticks.features and here.any():
-            state = torch.zeros(1, *movement.state)
-            out, _ = movement(torch.from_numpy(ticks.features[name]).unsqueeze(0), here, state, None)
-            found.append(out[here > 0])
-    rows = torch.cat(found)
-    return rows.mean(0), rows.std(0).clamp(min=_LEAST_MOVEMENT)
+        out, _ = movement(torch.from_numpy(ticks.features[name]).unsqueeze(0), here, torch.zeros(1, *movement.state), None)
+        found.append(out[here > 0])
+    movement.set_output_scale(torch.cat(found))
 
 
 def _to_learn(head: HeadRecipe, recipe: Recipe, ticks: Ticks) -> np.ndarray[Any, Any]:

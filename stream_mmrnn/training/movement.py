@@ -16,6 +16,7 @@ from stream_mmrnn.training.scan import linear_scan
 _SHARES = (0.1, 0.35, 1.0)
 """The lengths of the windows, as shares of the longest."""
 _TINY = 1e-3
+_LEAST_SPREAD = 0.05
 
 
 def _squashed(x: Tensor) -> Tensor:
@@ -24,11 +25,14 @@ def _squashed(x: Tensor) -> Tensor:
 
 
 class Movement(nn.Module):
-    """From the samples of a tick, `stack` times C numbers, to `size` numbers between -1 and 1."""
+    """From the samples of a tick, `stack` times C numbers, to `size` numbers on one scale."""
 
     mean: Tensor
     std: Tensor
     share: Tensor
+    centre: Tensor
+    spread: Tensor
+    used: Tensor
 
     def __init__(self, size: int, stack: int, window_s: float, tick_s: float) -> None:
         super().__init__()
@@ -42,6 +46,10 @@ class Movement(nn.Module):
         self.register_buffer("mean", torch.zeros(c))
         self.register_buffer("std", torch.ones(c))
         self.register_buffer("share", torch.full((c,), 1 / c))
+        # of the output; `used` is 0 where each channel by itself misled on the validation data
+        self.register_buffer("centre", torch.zeros(self.size))
+        self.register_buffer("spread", torch.ones(self.size))
+        self.register_buffer("used", torch.ones(self.size))
 
     def set_scale(self, samples: Tensor) -> None:
         """Fit mean and deviation of each channel on rows [N, stack * C] of the training data."""
@@ -53,6 +61,18 @@ class Movement(nn.Module):
         power = torch.where(std > 1e-6, std, torch.zeros_like(std)) ** 2
         if float(power.sum()) > 0:
             self.share.copy_(power / power.sum())
+
+    def set_output_scale(self, outputs: Tensor) -> None:
+        """Fit the scale of the output on rows [N, size]. They lie between -1 and 1: a small deviation is no scale."""
+        self.centre.copy_(outputs.mean(0))
+        self.spread.copy_(outputs.std(0, correction=0).clamp(min=_LEAST_SPREAD))
+
+    def use_channels(self, use: bool) -> None:
+        """Whether the output says something of each channel by itself, or only of all together.
+
+        A sensor that is held another way has its movement in other channels, and the same in all together.
+        """
+        self.used[: -3 * len(self.rates)] = float(use)
 
     def typical(self, noise: Tensor) -> Tensor:
         """Random samples [..., stack * C] on the scale of the training data, from standard normal noise."""
@@ -95,7 +115,8 @@ class Movement(nn.Module):
             ratios.append(speed / (size + speed + _TINY))
             size, speed = (torch.sqrt((x * self.share).sum(-1, keepdim=True)) for x in (e, d))
             pooled += [size / (1 + size), speed / (1 + speed), speed / (size + speed + _TINY)]
-        return torch.cat([*(_squashed(p) for p in parts), *ratios, *pooled], -1)
+        out = torch.cat([*(_squashed(p) for p in parts), *ratios, *pooled], -1)
+        return (out - self.centre) / self.spread * self.used
 
     def step(self, x: Tensor, present: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One tick: x [B, stack * C], `present` [B] of 0 and 1, `state` [B, ...]."""
@@ -141,4 +162,7 @@ class Movement(nn.Module):
         values = torch.cat([weight * about.repeat(1, 1, k), weight * moved.repeat(1, 1, k)], -1)
         powers = linear_scan((1 - weight).repeat(1, 1, 2) * kept, values, initial[2])
         out = self._shown(level, level - slow, newest - last, *powers.split(k * c, -1))
+        if self.training:  # it learns to do without each channel by itself
+            some = (torch.rand(out.shape[0], 1, 1, device=out.device) < 0.5).to(out.dtype)
+            out = torch.cat([out[..., : -3 * k] * some, out[..., -3 * k :]], -1)
         return out, torch.cat([seen_after[:, -1], held_after[:, -1], powers[:, -1]], 1)

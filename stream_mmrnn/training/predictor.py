@@ -124,6 +124,11 @@ class PredictorNetwork(nn.Module):
             if name in modalities:
                 self.known[i] = float(not ignored)
 
+    def use_channels(self, use: bool) -> None:
+        """Whether movements are used of each channel by itself, too."""
+        for name, _ in self.moved_at:
+            self.movement(name).use_channels(use)
+
     @contextlib.contextmanager
     def using(self, modalities: Collection[str]) -> Iterator[None]:
         """Meanwhile use these modalities, which are ignored otherwise."""

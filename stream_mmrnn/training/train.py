@@ -176,15 +176,18 @@ class Trainer:
             progress({"event": "step", "epoch": self.epoch, "step": count, "of": expected or None})
         return total / max(count, 1), count
 
-    def _choose(self) -> tuple[float, tuple[str, ...]]:
-        """The validation loss, and the modalities with the smallest one: all, unless others are clearly better."""
-        names = tuple(self.recipe.modalities)
-        if not self.recipe.fusion.choose or len(names) < 2:
-            return self.validate(self.task.validation), names
-        sets = subsets(names, 2)
-        found = [self.validate([hidden(t, list(names), s) for t in self.task.validation]) for s in sets]
-        best = min(range(len(sets)), key=lambda i: (found[i] * (1.0 if i else _ALL_ARE_BETTER)))
-        return found[best], sets[best]
+    def _choose(self) -> tuple[float, dict[str, Any]]:
+        """The validation loss, and what it was used for that: all, unless less is clearly better."""
+        names, found = list(self.recipe.modalities), []
+        chooses = self.recipe.fusion.choose
+        for channels in (True, False) if chooses and self.predictor.moved_at else (True,):
+            self.predictor.use_channels(channels)
+            for used in subsets(names, 2) if chooses else (tuple(names),):
+                shown = [hidden(t, names, used) for t in self.task.validation]
+                found.append((self.validate(shown), {"used": list(used), "channels": channels}))
+        best = min(range(len(found)), key=lambda i: found[i][0] * (1.0 if i else _ALL_ARE_BETTER))
+        self.predictor.use_channels(True)
+        return found[best]
 
     def validate(self, sequences: Iterable[Ticks]) -> float:
         """The mean loss per tick over sequences."""
@@ -220,7 +223,7 @@ class Trainer:
                 break
             learned, count = done
             steps += count
-            held_out, chosen = self._choose() if self.task.validation else (learned, tuple(self.recipe.modalities))
+            held_out, chosen = self._choose() if self.task.validation else (learned, {})
             if not math.isfinite(held_out):
                 raise Diverged(f"the validation loss of {self.recipe.name} is {held_out} in epoch {self.epoch + 1}")
             self.epoch += 1
@@ -230,7 +233,7 @@ class Trainer:
                 "validation_loss": held_out,
                 "steps": count,
                 "learning_rate": self._optimizer.param_groups[0]["lr"],
-                "used": list(chosen),
+                **chosen,
                 "seconds": time.monotonic() - began,
             }
             self.history.append(row)
@@ -247,7 +250,9 @@ class Trainer:
         if self.best[1] > 0:
             best, _ = load(self.folder / "best.safetensors")
             self.predictor.load_state_dict(best.state_dict())
-            used = self.history[self.best[1] - 1].get("used", self.recipe.modalities)
+            chosen = self.history[self.best[1] - 1]
+            used = chosen.get("used", self.recipe.modalities)
+            self.predictor.use_channels(chosen.get("channels", True))
             self.ignored = [name for name in self.recipe.modalities if name not in used]
             self.predictor.ignore(self.ignored)
         if self.task.validation:
