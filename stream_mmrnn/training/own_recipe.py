@@ -96,10 +96,10 @@ def recipe_for(paths: Sequence[Path], name: str) -> Recipe:
             "modalities": _with_windows(_modalities(recordings), recordings, _TICK_NS),
             "heads": [{"name": "label", "kind": "classification", "size": len(classes), "labels": classes}],
             "data": {"kind": "recordings"},
-            "fusion": {"kind": "attention", "width": 48, "modality_dropout": 0.4, "choose": True},
+            "fusion": {"kind": "attention", "width": 48, "modality_dropout": 0.5, "choose": True},
             "cell": {"kind": "gru", "hidden": 64},
             "train": {"epochs": 40, "batch": 16, "length": 25, "learning_rate": 3e-3, "patience": 10},
-            "quick": {"epochs": 8},
+            "quick": {"epochs": 12},
         }
     )
 

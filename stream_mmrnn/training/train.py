@@ -147,10 +147,13 @@ class Trainer:
             if self.device.type == "cuda" and t.mixed_precision
             else nullcontext()
         )
+        only = self._only()
         for batch in batches(self.task.train(self._rng), self.recipe, t.batch, t.length):
             if not alive():
                 return None
             tensors = Tensors(batch, self.device)
+            if only is not None:
+                tensors.present = tensors.present * only
             hide(tensors, self.recipe.fusion.modality_dropout, self._hiding)
             share = (self.epoch + (min(count / expected, 1.0) if expected else 0.0)) / t.epochs
             for group in self._optimizer.param_groups:
@@ -173,8 +176,27 @@ class Trainer:
             state = {k: v.detach() for k, v in following.items()}
             total += value.item()
             count += 1
-            progress({"event": "step", "epoch": self.epoch, "step": count, "of": expected or None})
+            progress(
+                {
+                    "event": "step",
+                    "epoch": self.epoch,
+                    "epochs": t.epochs,
+                    "step": count,
+                    "of": expected or None,
+                    "loss": total / count,
+                    "share": share,
+                }
+            )
         return total / max(count, 1), count
+
+    def _only(self) -> Tensor | None:
+        """[M] of 0 and 1: after a third of the epochs only the modalities that were best by then go on to learn."""
+        if not self.recipe.fusion.choose or self.best[1] < 1 or self.epoch < self.recipe.train.epochs / 3:
+            return None
+        used = next((h["used"] for h in self.history if h["epoch"] == self.best[1] and "used" in h), None)
+        if used is None:
+            return None
+        return torch.tensor([float(name in used) for name in self.recipe.modalities], device=self.device)
 
     def _choose(self) -> tuple[float, dict[str, Any]]:
         """The validation loss, and what it was used for that: all, unless less is clearly better."""
