@@ -13,6 +13,7 @@ from stream_mmrnn.training.last_value import LastValue
 from stream_mmrnn.training.predictor import PredictorNetwork
 from stream_mmrnn.training.recipe import HeadRecipe, Recipe
 
+
 def build(recipe: Recipe, task: Task, rng: np.random.Generator) -> PredictorNetwork:
     """A new network; its normalisation and reductions are computed from the task's training data."""
     sample: list[Ticks] = []
@@ -77,7 +78,8 @@ def _fit_movement(predictor: PredictorNetwork, name: str, sample: list[Ticks]) -
     found = []
     for ticks in shown:
         here = torch.from_numpy(ticks.present[:, place]).unsqueeze(0)
-        out, _ = movement(torch.from_numpy(ticks.features[name]).unsqueeze(0), here, torch.zeros(1, *movement.state), None)
+        state = torch.zeros(1, *movement.state)
+        out, _ = movement(torch.from_numpy(ticks.features[name]).unsqueeze(0), here, state, None)
         found.append(out[here > 0])
     movement.set_output_scale(torch.cat(found))
 

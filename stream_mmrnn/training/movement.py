@@ -1,9 +1,9 @@
 """How the numbers of a signal move: running statistics as a state of the network, from one tick to the next.
 
-The mean of a swing says nothing; its size and speed do. For windows of several lengths the layer keeps the energy about
-a slow mean and the energy of the change from sample to sample. Their ratio rises with the frequency. It has nothing to
-learn but a scale, is causal, and is part of the exported graph, so that live, replay and training have the same numbers.
-Knows nothing about fusion and cells.
+The mean of a swing says nothing; its size and speed do. For windows of several lengths the layer keeps the energy
+about a slow mean and the energy of the change from sample to sample. Their ratio rises with the frequency. Only its
+scales are fitted; it is causal, and part of the exported graph, so that live, replay and training have the same
+numbers. Knows nothing about fusion and cells.
 """
 
 from __future__ import annotations

@@ -239,7 +239,10 @@ def card(document: dict[str, Any], differences: dict[str, float], made_by: str, 
         for present, scores in document["by_modalities"].items():
             lines.append(f"| {present} | " + " | ".join(_figure(scores[h]) for h in heads) + " |")
     if document["ignored"]:
-        lines += ["", f"Not used, because it was better without on the validation data: {', '.join(document['ignored'])}."]
+        lines += [
+            "",
+            f"Not used, because it was better without on the validation data: {', '.join(document['ignored'])}.",
+        ]
     lines += [f"\nWarning: {text}." for text in document["warnings"]]
     lines += ["", "## To make it again", "", f"    {made_by}", "", versions, ""]
     return "\n".join(lines)

@@ -138,8 +138,9 @@ def render(
 ) -> RenderableType:
     """The whole view for a terminal of `width` columns.
 
-    `height`: so many lines are there. What does not fit goes in this order: stages of the latency, losses, the table of
-    streams (one line is left), older notes, frames of the heads, small numbers of the heads. Predictions and words stay.
+    `height`: so many lines are there. What does not fit goes in this order: stages of the latency, losses, the table
+    of streams (one line is left), older notes, frames of the heads, small numbers of the heads. Predictions and words
+    stay.
     """
     ticks = "" if state["ticks"] is None else f"   {state['ticks']} ticks"
     top = Text.assemble(
