@@ -110,6 +110,7 @@ def _plots(document: dict[str, Any], folder: Path) -> list[Path]:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     mpl.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": _GRID})
     made = []
@@ -127,7 +128,7 @@ def _plots(document: dict[str, Any], folder: Path) -> list[Path]:
         axes.plot(epochs, [h["train_loss"] for h in history], color=_SECOND, label="training data")
         axes.plot(epochs, [h["validation_loss"] for h in history], color=_INK, label="validation data")
         axes.set(xlabel="epoch", ylabel="loss (lower is better)", title=f"How {document['name']} learned")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(frameon=False)
         keep(figure, "learning")
     for name, head in document["test"].items():

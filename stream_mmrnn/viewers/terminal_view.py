@@ -130,7 +130,7 @@ def _words(state: dict[str, Any], width: int) -> list[Text]:
 def lines(parts: Iterable[RenderableType], width: int) -> int:
     """How many lines these take."""
     console = Console(width=width, file=io.StringIO(), color_system=None)
-    return len(console.render_lines(Group(*parts), pad=False))
+    return sum(len(console.render_lines(part, pad=False)) for part in parts)
 
 
 def render(
@@ -160,12 +160,6 @@ def render(
         "notes": [Text(f"! {note}", "yellow") for note in notes[-3:]],
     }
 
-    def all_parts() -> list[RenderableType]:
-        return [part for some in parts.values() for part in some]
-
-    def too_tall() -> bool:
-        return height is not None and lines(all_parts(), width) > height
-
     smaller: list[tuple[str, list[RenderableType]]] = [
         ("stages", []),
         ("losses", []),
@@ -177,11 +171,13 @@ def render(
     smaller += [
         ("heads", [_head_lines(name, head, n) for name, head in state["heads"].items()]) for n in range(most, 0, -1)
     ]
-    for name, less in [*smaller, ("notes", []), ("streams", [])]:
-        if not too_tall():
-            break
-        parts[name] = less
-    return Group(*all_parts())
+    if height is not None:
+        taken = {name: lines(some, width) for name, some in parts.items()}
+        for name, less in [*smaller, ("notes", []), ("streams", [])]:
+            if sum(taken.values()) <= height:
+                break
+            parts[name], taken[name] = less, lines(less, width)
+    return Group(*(part for some in parts.values() for part in some))
 
 
 def summary_table(summary: dict[str, Any]) -> RenderableType:

@@ -142,7 +142,7 @@ def read(fd: int) -> str:
 
 def test_a_session_that_was_killed_is_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither as a session, nor as a note that it cannot be watched."""
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr(running.config, "run_folders", lambda: [tmp_path / "run"])
     address = Address.at("127.0.0.1", 5599)
     sleepers = [subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) for _ in range(3)]
     try:
