@@ -162,8 +162,8 @@ _acts = st.lists(
     ),
     max_size=60,
 )
-"""What, which engine, whom it takes for alive beside itself, and whether it is leaving; of which sessions a frame is, and
-0 where it resets them: else it has a tick of each."""
+"""What, which engine, whom it takes for alive beside itself, and whether it is leaving. Of a frame, its sessions, and 0
+where it resets them: else it has a tick of each."""
 
 
 def as_if_alone(toy: Path, name: str, history: list[int]) -> list[bytes]:
