@@ -397,9 +397,9 @@ a block of one takes 14 us, a tick 5. Over two processes (64 sessions, CPU time 
 _SHARDS = """Figures are sessions a core: twice as many in all. Blocks and heads cross in shared memory, a pipe
 says when."""
 
-_BLOCKS_END_TO_END = """One session as it was before columns and blocks (2026-11-28) and as it is now, in turn, six rounds of 12 s, the same
-default model file in both; medians of the rounds' ratios, now over before, on 2026-11-29 (Intel Xeon, 2 cores, nothing
-beside it). The goal was at most 1.02:
+_BLOCKS_END_TO_END = """One session as it was before columns and blocks (2026-11-28) and as it is now: six rounds of
+12 s, in turn, with the same file of the default model; medians of the rounds' ratios, now over before, on 2026-11-29
+(Intel Xeon, 2 cores, nothing beside it). The goal was at most 1.02:
 
 | streams | p50 of event to reader | p99 | CPU time of all processes |
 | --- | --- | --- | --- |
