@@ -195,9 +195,7 @@ class SessionTurns:
 
         """
         self._push = Push(stream, session, address=address, keys=keys, server_key=server_key, wait=wait)
-        self._subscription = Subscription(
-            self._push.session, address=address, keys=keys, server_key=server_key
-        )
+        self._subscription = Subscription(self._push.session, address=address, keys=keys, server_key=server_key)
         self._wants = (threshold, after_s)
         self._same_clock = not address
         self._reader: TurnReader | None = None
