@@ -38,8 +38,8 @@ class PipecatTurnAnalyzer(BaseTurnAnalyzer):
     """For `TurnAnalyzerUserTurnStopStrategy(turn_analyzer=PipecatTurnAnalyzer(turns))`.
 
     The answer is read with each piece of sound, from a quarter of a second into the silence on. When pipecat asks at
-    the beginning of a silence (`analyze_end_of_turn`), it usually is too early, and the turn goes on until the model says
-    that it is over, or `stop_s` have passed.
+    the beginning of a silence (`analyze_end_of_turn`), it usually is too early; then the turn goes on until the model
+    says that it is over, or `stop_s` have passed.
     """
 
     def __init__(self, turns: Turns, *, stop_s: float = STOP_S, sample_rate: int | None = None) -> None:
