@@ -104,7 +104,9 @@ def view(
 
 
 def import_(
-    path: Annotated[Path, typer.Argument(help="An XDF file, as LabRecorder makes it, a table (.csv, .parquet) or a ROS 2 bag.")],
+    path: Annotated[
+        Path, typer.Argument(help="An XDF file, as LabRecorder makes it, a table (.csv, .parquet) or a ROS 2 bag.")
+    ],
     out: Annotated[Path, typer.Argument(help="The MCAP file to make.")],
     chosen: Annotated[
         list[str] | None,
@@ -146,7 +148,9 @@ def import_(
     if given and not is_table:
         raise UsageError(f"{given[0]} is for tables ({', '.join(table_file.SUFFIXES)}), and {path.name} is none")
     if chosen and is_table:
-        raise UsageError("--as is for XDF files and bags; choose the columns of a table with --stream NAME=COLUMN,COLUMN")
+        raise UsageError(
+            "--as is for XDF files and bags; choose the columns of a table with --stream NAME=COLUMN,COLUMN"
+        )
     if is_table and not time:
         raise UsageError(f"name the column with the times of {path.name} by --time COLUMN")
     console = Console(stderr=as_json, highlight=False, soft_wrap=True)

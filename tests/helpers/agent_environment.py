@@ -1,4 +1,4 @@
-"""A Python that has pipecat-ai and livekit-agents, which do not go into the environment of the tests, and speech for it."""
+"""A Python with pipecat-ai and livekit-agents, which do not go into the environment of the tests, and speech for it."""
 
 from __future__ import annotations
 

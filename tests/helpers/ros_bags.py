@@ -90,3 +90,12 @@ class BagWriter:
     def close(self) -> Path:
         self._writer.close()
         return self.path
+
+
+def write_walk(path: Path) -> Path:
+    """Three seconds of an Imu at 50 Hz, two steps a second."""
+    bag = BagWriter(path)
+    for k in range(150):
+        step = float(np.sin(2 * np.pi * 2 * k / 50))
+        bag.imu(ZERO_NS + k * 20_000_000, (9.8 + 3 * step, step, 0.0), (0.0, 0.2 * step, 0.0))
+    return bag.close()

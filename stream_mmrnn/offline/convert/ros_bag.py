@@ -15,6 +15,7 @@ import msgspec
 from stream_mmrnn.core.errors import FileError
 from stream_mmrnn.core.extras import need
 
+_MAGIC = b"\x89MCAP0\r\n"
 _STAMP_NS = 10_000_000_000
 """A stamp in a header that is further from the time of the recording is of another clock, or was never set."""
 
@@ -87,7 +88,6 @@ class Bag:
             yield from self._messages(file, only)
 
     def _messages(self, path: Path, only: Collection[str] | None) -> Iterator[Message]:
-        from mcap.exceptions import InvalidMagic
         from mcap_ros2.decoder import DecoderFactory
 
         decoders = DecoderFactory()
@@ -114,8 +114,8 @@ class Bag:
                 yield Message(channel.topic, topic.kind, raw.log_time, at_ns, stamp_ns is not None and not fits, data)
         except OSError as e:
             raise FileError(f"{path} cannot be read: {e.strerror}") from e
-        except InvalidMagic as e:
-            raise FileError(f"{path} is no MCAP file; import takes bags of ROS 2 with MCAP storage") from e
+        except FileError:
+            raise
         except Exception as e:  # lengths and chunks are of others: libraries raise whatever they meet
             self.damage = f"{path.name} is damaged: {_said(e)}"
 
@@ -125,6 +125,9 @@ def _records(path: Path, only: Collection[str] | None) -> Iterator[Any]:
     from mcap.reader import NonSeekingReader, SeekingReader
 
     with path.open("rb") as file:
+        if file.read(len(_MAGIC)) != _MAGIC:
+            raise FileError(f"{path} is no MCAP file; import takes bags of ROS 2 with MCAP storage")
+        file.seek(0)
         try:
             seeking = SeekingReader(file)
             whole = seeking.get_summary() is not None
