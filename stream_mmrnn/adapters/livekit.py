@@ -12,6 +12,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from stream_mmrnn.adapters.turns import Turns, samples_of
+from stream_mmrnn.core.distribution import CLIENT, FULL, installed
 from stream_mmrnn.core.errors import UsageError
 from stream_mmrnn.core.extras import need
 
@@ -40,7 +41,8 @@ class LiveKitTurnDetector:
             UsageError: livekit-agents is not installed, or `timeout_s` is not positive.
 
         """
-        need("LiveKitTurnDetector", "livekit", "livekit.agents")
+        of = CLIENT if CLIENT in installed() else FULL
+        need("LiveKitTurnDetector", "livekit", "livekit.agents", of=of)
         if not timeout_s > 0:
             raise UsageError(f"timeout_s is {timeout_s!r}: expected seconds, more than 0")
         self._turns, self._languages, self._timeout_s = turns, frozenset(languages), timeout_s

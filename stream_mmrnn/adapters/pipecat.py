@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from stream_mmrnn.adapters.turns import Turns, samples_of
+from stream_mmrnn.core import extras
+from stream_mmrnn.core.distribution import CLIENT, FULL
 from stream_mmrnn.core.errors import UsageError
-from stream_mmrnn.core.extras import need
 
 if TYPE_CHECKING:
     from pipecat.audio.turn.base_turn_analyzer import BaseTurnAnalyzer, BaseTurnParams, EndOfTurnState
@@ -26,6 +27,15 @@ else:
 
 STOP_S = 3.0
 """Unless the model says so before, a silence of this length ends the turn: as in pipecat's own analyser."""
+
+
+def _need(what: str) -> None:
+    """Raises UsageError if pipecat-ai is missing. It brings its own ONNX Runtime, so it is an extra of the client."""
+    if extras.missing(["pipecat"]):
+        raise UsageError(
+            f"{what} needs pipecat-ai: in the agent's environment pip install '{CLIENT}[pipecat]' in place of {FULL}, "
+            "or have both there as docs/install.md says"
+        )
 
 
 class StopParams(BaseTurnParams):
@@ -49,12 +59,14 @@ class PipecatTurnAnalyzer(BaseTurnAnalyzer):
             UsageError: pipecat-ai is not installed, or `stop_s` is not positive.
 
         """
-        need("PipecatTurnAnalyzer", "pipecat", "pipecat")
+        _need("PipecatTurnAnalyzer")
         if not stop_s > 0:
             raise UsageError(f"stop_s is {stop_s!r}: expected seconds of silence, more than 0")
         super().__init__(sample_rate=sample_rate)
         self._turns = turns
         self._params = StopParams(stop_secs=stop_s)
+        self._said: TurnMetricsData | None = None
+        """Of the end that was found and not asked for yet."""
         self.clear()
 
     @property
@@ -83,8 +95,7 @@ class PipecatTurnAnalyzer(BaseTurnAnalyzer):
 
     def clear(self) -> None:
         self._spoke, self._silence_s = False, 0.0
-        self._said: TurnMetricsData | None = None
-        """Of the end that was found and not asked for yet."""
+        self._said = None
 
     def _judge(self) -> EndOfTurnState:
         if not self._spoke:
@@ -119,7 +130,7 @@ class PipecatTurnStopStrategy(BaseUserTurnStopStrategy):
             UsageError: pipecat-ai is not installed.
 
         """
-        need("PipecatTurnStopStrategy", "pipecat", "pipecat")
+        _need("PipecatTurnStopStrategy")
         super().__init__(**others)
         self._turns = turns
         self.wait_for_transcript = wait_for_transcript

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,10 +165,10 @@ def _samples(
     if form is not None:
         yield from _sound(path, topic, form, shift_ns, refused)
         return
-    read = partial(ros_messages.READ[ros_messages.KINDS[topic.kind]], kind=topic.kind)
+    read = ros_messages.READ[ros_messages.KINDS[topic.kind]]
     for message in Bag(path).messages([topic.name]):
         try:
-            data = read(message.data)
+            data = read(message.data, topic.kind)
         except (WireError, ArithmeticError, AttributeError, TypeError, ValueError) as e:
             # another package may have a message of the same name with other fields
             refused[f"{topic.name}: {e}"] += 1
