@@ -103,6 +103,25 @@ def test_the_predictor_in_the_agent_s_process_decides(
     assert sooner[1] < later[-1]
 
 
+@pytest.mark.shared_data
+def test_the_stop_strategy_needs_no_speech_detector_to_end_a_turn(
+    python: str, spoken: tuple[Path, list[float]], whole: Path, tmp_path: Path
+) -> None:
+    code = in_process(program("pipecat"))
+    own = "PipecatTurnStopStrategy(analyzer, wait_for_transcript=False)"
+    for before, after in (
+        ("TurnAnalyzerUserTurnStopStrategy(turn_analyzer=analyzer, wait_for_transcript=False)", own),
+        ("PipecatTurnAnalyzer(PredictorTurns", "(PredictorTurns"),
+        ("import PipecatTurnAnalyzer", "import PipecatTurnStopStrategy"),
+    ):
+        assert code.count(before) == 1
+        code = code.replace(before, after)
+    assert len(turns(python, code, spoken[0], whole, apart(tmp_path))) == 2
+    waits = code.replace("wait_for_transcript=False", "wait_for_transcript=True")
+    waits = waits.replace("UserTurnProcessor(user", "UserTurnProcessor(user_turn_stop_timeout=60, user")
+    assert turns(python, waits, spoken[0], whole, apart(tmp_path)) == []  # no words ever come
+
+
 def test_the_full_distribution_runs_with_their_onnxruntime(python: str, whole: Path, tmp_path: Path) -> None:
     env = os.environ | apart(tmp_path) | {"PYTHONPATH": str(whole)}
 
