@@ -75,8 +75,8 @@ class _Predicts(Protocol):
 class PredictorTurns:
     """By a `Predictor` in this process: `PredictorTurns(Predictor("turn_taking"))`.
 
-    Its thread runs the encoders and the network; smart-turn alone takes 50 ms once a pause. Sound that finds the queue
-    full is dropped and counted: the model sees a gap there.
+    Its thread runs the encoders and the network; smart-turn alone takes 50 ms once a pause, and some .5 s more in the
+    first one, where it is loaded. Sound that finds the queue full is dropped and counted: the model sees a gap there.
     """
 
     def __init__(self, predictor: _Predicts, *, threshold: float | None = None, after_s: float = AFTER_S) -> None:
@@ -195,7 +195,11 @@ class SessionTurns:
 
         """
         self._push = Push(stream, session, address=address, keys=keys, server_key=server_key, wait=wait)
-        self._subscription = Subscription(self._push.session, address=address, keys=keys, server_key=server_key)
+        try:
+            self._subscription = Subscription(self._push.session, address=address, keys=keys, server_key=server_key)
+        except BaseException:
+            self._push.close()
+            raise
         self._wants = (threshold, after_s)
         self._same_clock = not address
         self._reader: TurnReader | None = None

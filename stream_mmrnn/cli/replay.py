@@ -51,7 +51,7 @@ def replay(
     if len(paths) > 1:
         if speed is not None or page or source is not From.features or ros_out is not None:
             raise typer.BadParameter(
-                "--speed, --page, --from raw and --ros-out take one recording; give one, or leave them out"
+                "--ros-out, --speed, --page and --from raw take one recording; give one, or leave them out"
             )
         _many(paths, model, provider, verify, as_json)
         return
