@@ -164,6 +164,7 @@ def test_further_topics_of_a_kind_have_their_own_names(bag: BagWriter, out: Path
     assert len(payloads(out, "raw/cam_right")) == 1
 
 
+@pytest.mark.slow
 def test_strings_become_words_or_labels_when_asked(bag: BagWriter, out: Path) -> None:
     for k, word in enumerate(("hello", "there", " ")):
         bag.add("/said", "std_msgs/msg/String", ZERO_NS + k * _20MS, data=word)
@@ -194,6 +195,7 @@ def test_roles_that_do_not_fit_are_refused(bag: BagWriter, out: Path, chosen: di
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_bag_that_was_cut_off_is_read_up_to_the_cut(bag: BagWriter, out: Path) -> None:
     noise = np.random.default_rng(0)
     for k in range(60):  # several chunks: rosbags compresses none of the pictures away
@@ -206,6 +208,7 @@ def test_a_bag_that_was_cut_off_is_read_up_to_the_cut(bag: BagWriter, out: Path)
     assert verify(out)["state"] == "whole"
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(0, 10**6), value=st.integers(1, 255))
 def test_a_changed_byte_never_is_another_error(tmp_path_factory: pytest.TempPathFactory, at: int, value: int) -> None:
