@@ -49,7 +49,7 @@ def test_a_fast_signal_is_read_sample_by_sample(tmp_path: Path, rate_hz: float, 
 @pytest.mark.parametrize(
     ("number", "words"),
     [
-        (2, "the label 'spin' has 0 for training (0.0 s), 0 for validation (0.0 s), "),
+        (2, "the label 'spin' has few examples: 0 for training (0.0 s), 0 for validation (0.0 s), "),
         (0, "0 for validation (0.0 s), 0 for the test (0.0 s)"),
     ],
 )

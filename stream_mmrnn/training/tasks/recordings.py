@@ -28,7 +28,7 @@ from stream_mmrnn.recording.settings import settings_of
 from stream_mmrnn.training.data import Array, Task, Ticks, cut
 from stream_mmrnn.training.recipe import HeadRecipe, Recipe
 from stream_mmrnn.training.tasks import forecast
-from stream_mmrnn.training.tasks.common import pieces
+from stream_mmrnn.training.tasks.common import few_examples, pieces
 
 SOURCES = {"classification": "label", "activity_projection": "speech", "hazard": "text", "regression": "motion"}
 """Default source of a head's targets; the recipe's `data.options.targets` overrides it."""
@@ -38,8 +38,6 @@ WARM_UP = 10
 """How much of the ticks before a held-out forecast the model sees first, in lengths of its training chunks."""
 LEAST_STEPS = 30
 """Steps of an epoch: short recordings are read so often, cut at other places."""
-ENOUGH = 2
-"""A label that began less often in the training data gets a warning."""
 NOTHING = ("", "none")
 """Labels that mean: no label."""
 
@@ -331,32 +329,8 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
         {s.name: s.encoder for s in specs},
         f"{len(sequences)} own recordings, {covered} in ticks of {spoken(recipe.tick_ns / 1e9)}; held out: {held}.",
         times * total,
-        warnings=_few_examples(recipe, train, validation, test),
+        warnings=few_examples(recipe, train, validation, test),
     )
-
-
-def _few_examples(recipe: Recipe, *parts: Sequence[Ticks]) -> tuple[str, ...]:
-    """A sentence for each label that has too few examples: times that it began to be true."""
-    found = []
-    names = ("for training", "for validation", "for the test")
-    distinct = parts if parts[1] is not parts[2] else parts[:2]
-    for head in recipe.heads:
-        if head.kind != "classification" or not head.labels:
-            continue
-        for c, label in enumerate(head.labels):
-            is_it = [[(s.targets[head.name] == c) & (s.weights[head.name] > 0) for s in part] for part in distinct]
-            counts = [sum(int((np.diff(x.astype(np.int8), prepend=0) > 0).sum()) for x in part) for part in is_it]
-            if counts[0] >= ENOUGH and all(counts):
-                continue
-            held = ", ".join(
-                f"{n} {name} ({spoken(sum(map(np.count_nonzero, part)) * recipe.tick_ns / 1e9)})"
-                for n, name, part in zip(counts, names, is_it, strict=False)
-            )
-            found.append(
-                f"the label {label!r} has {held}; {ENOUGH} examples for training and one in every other part are the "
-                "least that says something: record it more often, and in every recording"
-            )
-    return tuple(found)
 
 
 def _check_columns(paths: Sequence[Path]) -> None:
