@@ -186,8 +186,8 @@ def test_a_restart_is_said_for_a_while() -> None:
     live.observe(engine(again))
     live.observe(predicted(again, {}))
     what = live.snapshot(again)["overall"]
-    assert what == {"tone": "warn", "what": "Camera was started again 1 s ago: it was killed by SIGKILL"}
-    assert "started again" not in live.snapshot(T0 + 12 * S)["overall"]["what"]
+    assert what == {"tone": "warn", "what": "Camera died 1 s ago and runs again: it was killed by SIGKILL"}
+    assert "runs again" not in live.snapshot(T0 + 12 * S)["overall"]["what"]
 
 
 def test_other_processes_count_too() -> None:

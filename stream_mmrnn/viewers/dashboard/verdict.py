@@ -15,7 +15,7 @@ import msgspec
 from stream_mmrnn.core.streams import Stream
 from stream_mmrnn.viewers.dashboard.heads import HISTORY_NS
 from stream_mmrnn.viewers.dashboard.limits import ms
-from stream_mmrnn.viewers.dashboard.nodes import Nodes, NodeView
+from stream_mmrnn.viewers.dashboard.nodes import MISSED, Nodes, NodeView
 from stream_mmrnn.viewers.dashboard.streams import Streams
 
 Tone = Literal["good", "warn", "bad", "none"]
@@ -43,8 +43,8 @@ _LABELS = {
     "text": "Words",
     "other_audio": "The other's sound",
     "other_text": "The other's words",
-    "turn_end": "End-of-turn detector",
-    "other_turn_end": "The other's end-of-turn detector",
+    "turn_end": "Turn end",
+    "other_turn_end": "The other's turn end",
     "signal": "Signal",
 }
 
@@ -192,7 +192,8 @@ def overall(
     labels = {nodes.name_of(row.name): row.label for row in rows}
     for name, (ago_s, reason) in nodes.recent_deaths(now_ns).items():
         what = labels.get(name, "the " + name)
-        troubles.append(("warn", f"{what} was started again {ago_s:.0f} s ago" + (f": it {reason}" if reason else "")))
+        why = f": it {reason}" if reason and reason != MISSED else ""
+        troubles.append(("warn", f"{what} died {ago_s:.0f} s ago and runs again{why}"))
     if not troubles and ahead["state"] == "doubtful":
         troubles.append(("warn", f"the predictions are less sure: {ahead['why']}"))
     if not troubles:
