@@ -11,7 +11,7 @@ export function showInputs(s) {
     li.dataset.stream = v.name;
     set(name, v.label); li.title = v.why;
     state.className = "state " + v.tone; set(state, v.word);
-    set(rate, v.tone === "bad" || v.rate_hz == null ? v.age_ms == null ? "" : age(v.age_ms) + " ago" : v.rate_hz >= 1 ? `${v.rate_hz.toFixed(0)} Hz` : v.age_ms == null ? "–" : age(v.age_ms) + " ago");
+    set(rate, v.tone === "bad" || v.word === "ended" || v.rate_hz == null ? v.age_ms == null ? "" : age(v.age_ms) + " ago" : v.rate_hz >= 1 ? `${v.rate_hz.toFixed(0)} Hz` : v.age_ms == null ? "–" : age(v.age_ms) + " ago");
   });
   set($("inputs-off"), off.length ? "Not connected: " + off.map(v => v.label.toLowerCase()).join(", ") : "\u00a0");
   // one line for the reasons, always there: nothing moves
