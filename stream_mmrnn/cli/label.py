@@ -122,7 +122,7 @@ def _give(
         _print_tier(console, tier, labels)
     parts = [
         (result["clipped"], "labels were cut to the recording's span"),
-        (result["empty"], "had no text and were left out"),
+        (result["empty"], "without text: no label is true there"),
         (sum(result["replaced"].values()), "typed labels of the same tiers are not used any more"),
     ]
     for count, what in parts:
@@ -143,9 +143,9 @@ def _shift_ns(text: str) -> int:
 
 
 def _print_tier(console: Console, tier: str, labels: dict[str, dict[str, Any]]) -> None:
-    found = [f"{shown(name, 64)} {row['count']} times, {spoken(row['seconds'])}" for name, row in labels.items()]
-    more = f"; and {len(found) - 12} more" if len(found) > 12 else ""
-    console.print(f"  {shown(tier, 64)}: {'; '.join(found[:12]) or 'no label'}{more}")
+    found = [f"{shown(name, 64)} ({row['count']}, {spoken(row['seconds'])})" for name, row in labels.items()]
+    more = f", and {len(found) - 12} more" if len(found) > 12 else ""
+    console.print(f"  {shown(tier, 64)}: {', '.join(found[:12]) or 'no label'}{more}")
 
 
 def _write(

@@ -22,6 +22,7 @@ MAX_NS = 2**62
 MAX_NAME = 1000
 """Characters of a label."""
 _CLOCK_TIME = re.compile(r"(\d{1,4}):([0-5]?\d)(?::([0-5]?\d))?([.,]\d{1,12})?")
+_BREAKS = re.compile(r"[\t\n\v\f\r\x85\u2028\u2029]+")
 _NUMBER = re.compile(r"[+-]?(\d+([.]\d*)?|[.]\d+)([eE][+-]?\d{1,3})?")
 
 
@@ -77,6 +78,15 @@ def lines_of(text: str) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
+def _is_no_text(c: str) -> bool:
+    return unicodedata.category(c) in ("Cc", "Cs") or c in "\ufffe\uffff"
+
+
+def plain(name: str) -> str:
+    """A label from a recording as every format can hold it; "" if nothing remains."""
+    return "".join(" " if _is_no_text(c) else c for c in _BREAKS.sub(" ", name))[:MAX_NAME].strip()
+
+
 def name_of(path: Path, where: str, text: str) -> str:
     """A label as it is kept: one line, without spaces at its ends; "" if there is none.
 
@@ -84,8 +94,8 @@ def name_of(path: Path, where: str, text: str) -> str:
         FileError: it has characters that are no text, or is too long.
 
     """
-    name = re.sub(r"[\t\n\v\f\r\x85\u2028\u2029]+", " ", text).strip()
-    if odd := next((c for c in name if unicodedata.category(c) in ("Cc", "Cs") or c in "\ufffe\uffff"), None):
+    name = _BREAKS.sub(" ", text).strip()
+    if odd := next((c for c in name if _is_no_text(c)), None):
         raise FileError(
             f"{path}: the label of {where} holds the character U+{ord(odd):04X}, which is no text; remove it"
         )

@@ -24,7 +24,7 @@ from stream_mmrnn.offline.diff.compare import decisions, stretches
 from stream_mmrnn.offline.diff.tracks import PredictionTrack
 from stream_mmrnn.offline.labels import formats
 from stream_mmrnn.offline.labels.attach import spans_of
-from stream_mmrnn.offline.labels.entries import Clock, Entry
+from stream_mmrnn.offline.labels.entries import Clock, Entry, plain
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.training.tasks.recordings import TypedEvents
 from stream_mmrnn.viewers.columns import Column, columns
@@ -82,11 +82,11 @@ def to_labels(
     if unknown := [tier for tier in chosen if tier not in tiers]:
         raise UsageError(f"{path} has no tier {unknown[0]!r}; it has {', '.join(map(repr, tiers)) or 'none'}")
     entries = [
-        Entry(f"a label of {path.name}", tier, max(begin, seen.zero_ns) - offset_ns, end - offset_ns, name)
+        Entry(f"a label of {path.name}", tier, max(begin, seen.zero_ns) - offset_ns, end - offset_ns, plain(name))
         for tier, found in tiers.items()
         if not chosen or tier in chosen
         for begin, end, name in found
-        if end > seen.zero_ns
+        if end > seen.zero_ns and plain(name)
     ]
     if not entries:
         raise FileError(

@@ -74,7 +74,7 @@ def write(path: Path, entries: Sequence[Entry], name: str, end_ns: int, force: b
     tiers = list(dict.fromkeys(e.tier for e in entries))
     try:
         with tempfile.TemporaryDirectory(prefix=".label-", dir=path.parent) as folder:
-            made = Path(folder) / f"labels{path.suffix}"
+            made = Path(folder) / path.name
             suffix = path.suffix.lower()
             if suffix == ".eaf":
                 eaf.write(made, entries, tiers)

@@ -110,7 +110,7 @@ def write(path: Path, entries: Sequence[Entry], name: str) -> None:
     rows = []
     for e in entries:
         assert e.end_ns is not None
-        if e.name.split() != [e.name] or (not is_rttm and e.name.startswith(";;")):
+        if e.name.split() != [e.name]:
             raise FileError(
                 f"{path.name} separates its fields by spaces, and the label {e.name[:80]!r} has one; use .csv, .eaf or "
                 ".TextGrid"
