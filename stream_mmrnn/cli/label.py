@@ -174,7 +174,7 @@ def _write(
         console.print(f"wrote {shown(str(to))}: {result['rows']} predictions, labels of {len(result['tiers'])} tiers")
         return result
     result = export.to_labels(
-        files[0],
+        files,
         to,
         model,
         chosen=chosen,

@@ -51,7 +51,7 @@ def check(paths: Sequence[Path], to: Path, force: bool) -> None:
 
 
 def to_labels(
-    path: Path,
+    paths: Sequence[Path],
     to: Path,
     model: str = "",
     *,
@@ -61,16 +61,17 @@ def to_labels(
     force: bool = False,
     alive: Alive = lambda: True,
 ) -> dict[str, Any]:
-    """Write a recording's labels, and with `model` its predictions (`RECORDED`: those in it), in a format of labels.
+    """Write one recording's labels, and with `model` its predictions (`RECORDED`: those in it), in a format of labels.
 
     `chosen`: the tiers to write; without any, all.
 
     Raises:
-        UsageError: there is no such format, model or tier.
+        UsageError: there is no such format, model or tier, or several recordings are named.
         FileError: there is nothing to write, it cannot be written, or the format cannot hold it.
 
     """
-    check([path], to, force)
+    check(paths, to, force)
+    (path,) = paths
     seen, recording = inspect(path), Recording(path)
     offset_ns = seen.zero_ns
     if clock == "wall":
