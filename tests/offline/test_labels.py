@@ -206,6 +206,14 @@ def test_times_of_the_wall_clock(talk: Path, tmp_path: Path) -> None:
     to_labels([talk], tmp_path / "back.csv", clock="wall")
     attach(talk, [tmp_path / "back.csv"], LabelOptions(clock="wall"), force=True)
     assert tiers_of(talk) == {"label": [(0.0, "a"), (2.0, "b"), (3.0, "none")]}
+    # a log that began before the session: the label that is true when it begins counts from there
+    log = "".join(f"{start + timedelta(seconds=s)},{name}\n" for s, name in ((-9, "x"), (-2, "y"), (4, "z")))
+    early = notes(tmp_path, f"begin_s,label\n{log}", "early.csv")
+    with pytest.raises(FileError, match=r"line 2 \('x'\) begins at .*, outside of the recording"):
+        attach(talk, [early], LabelOptions(clock="wall"), force=True)
+    early = notes(tmp_path, "begin_s,label\n" + log.split("\n", 1)[1])
+    assert attach(talk, [early], LabelOptions(clock="wall"), force=True)["clipped"] == 1
+    assert tiers_of(talk) == {"label": [(0.0, "y"), (4.0, "z")]}
     shifted = notes(tmp_path, "begin_s,end_s,label\n-1,1,a\n")
     with pytest.raises(FileError, match="move all by --shift"):
         attach(talk, [shifted], LabelOptions(shift_ns=S), force=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import zoneinfo
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,8 +20,8 @@ from stream_mmrnn.core import topics
 from stream_mmrnn.core.errors import FileError, UsageError
 from stream_mmrnn.offline.convert.unpack import Contents, inspect
 from stream_mmrnn.offline.labels import formats
-from stream_mmrnn.offline.labels.copy import copy_with
 from stream_mmrnn.offline.labels.entries import Clock, Entry
+from stream_mmrnn.offline.labels.new_recording import copy_with
 from stream_mmrnn.recording import label_file
 from stream_mmrnn.recording.label_file import MAX_TIERS, NOTHING, Change, place_of
 from stream_mmrnn.recording.mcap_file import Recording
@@ -28,6 +29,9 @@ from stream_mmrnn.training.tasks.recordings import TypedEvents
 
 _TOUCH_NS = 10_000_000
 """Overlaps up to this are rounding, as of times in hundredths of a second: the earlier label ends sooner."""
+
+
+_FOREVER_NS = 2**62
 
 
 class LabelOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -157,7 +161,12 @@ class _Giver:
         """Add those of a file."""
         names = self._names(path, list(dict.fromkeys(e.tier for e in entries)))
         before: dict[str, Entry] = {}
-        found = 0
+        begins: dict[str, list[int]] = {}
+        for e in entries:
+            begins.setdefault(e.tier, []).append(e.begin_ns)
+        for found in begins.values():
+            found.sort()
+        noted = False
         for e in entries:
             if e.tier not in names:
                 continue
@@ -165,9 +174,9 @@ class _Giver:
                 self.empty += 1
                 continue
             tier = names[e.tier]
-            if tier in before and e.begin_ns < before[tier].begin_ns and found >= 0:
+            if tier in before and e.begin_ns < before[tier].begin_ns and not noted:
                 self._note(f"{path.name}: {e.where} begins before {before[tier].where}; the labels were sorted by time")
-                found = -1  # one note is enough
+                noted = True
             before[tier] = e
             if self._options.apart:
                 if e.end_ns is None:
@@ -177,7 +186,9 @@ class _Giver:
                 if e.name in NOTHING:
                     continue
                 tier = _tier_name(e.name)
-            self._entries.setdefault(tier, []).append((path, self._placed(path, e)))
+            until = bisect_right(begins[e.tier], e.begin_ns)
+            next_ns = begins[e.tier][until] if until < len(begins[e.tier]) else _FOREVER_NS
+            self._entries.setdefault(tier, []).append((path, self._placed(path, e, next_ns)))
 
     def _names(self, path: Path, tiers: Sequence[str]) -> dict[str, str]:
         """By tier of a file that is taken, its name here."""
@@ -194,8 +205,8 @@ class _Giver:
                 self._note(f"{path.name}: the tier {old!r} is called {new} here")
         return names
 
-    def _placed(self, path: Path, e: Entry) -> Entry:
-        """The entry in the recording's time and within its span."""
+    def _placed(self, path: Path, e: Entry, next_ns: int) -> Entry:
+        """The entry in the recording's time and within its span. `next_ns`: of the file's next label of the tier."""
         span, named = self._span, f"{path}: {e.where} ({e.name[:40]!r})"
         begin_ns = e.begin_ns + self._offset_ns
         end_ns = None if e.end_ns is None else e.end_ns + self._offset_ns
@@ -209,7 +220,7 @@ class _Giver:
                 f"{named} begins at {e.begin_ns / 1e9:.3f} s; expected times from 0 on, so correct it, or move all by "
                 "--shift"
             )
-        if begin_ns >= span.end_ns or (begin_ns if end_ns is None else end_ns) <= span.zero_ns - (end_ns is None):
+        if begin_ns >= span.end_ns or (next_ns + self._offset_ns if end_ns is None else end_ns) <= span.zero_ns:
             until = "" if end_ns is None else f" and ends at {span.shown(end_ns)}"
             raise FileError(
                 f"{named} begins at {span.shown(begin_ns)}{until}, outside of the recording, which is from "
