@@ -26,6 +26,7 @@ from stream_mmrnn.offline.diff.labels import labels_of, score
 from stream_mmrnn.offline.diff.tracks import recorded
 from stream_mmrnn.offline.labels.attach import LabelOptions, attach
 from stream_mmrnn.offline.labels.export import RECORDED, decided, to_labels, to_table
+from stream_mmrnn.offline.replay import replay
 from stream_mmrnn.recording import label_file
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.recording.report import info, verify
@@ -363,6 +364,17 @@ def test_a_model_is_scored_by_the_tier_that_has_its_labels(tmp_path: Path) -> No
     attach(path, [notes(tmp_path, "begin_s,label\n0,x\n")], LabelOptions(), force=True)
     with pytest.raises(UsageError, match="has no head for the labels x"):
         score(track, labels_of(path))
+
+
+@pytest.mark.process
+def test_a_labelled_recording_replays_bit_for_bit(tmp_path: Path) -> None:
+    path, out = predicted_session(tmp_path), tmp_path / "new.mcap"
+    attach(path, [notes(tmp_path, NOTES.replace("4.5", "3"))], LabelOptions(), out)
+    attach(path, [notes(tmp_path, NOTES.replace("4.5", "3"))], LabelOptions())
+    for each in (path, out):
+        result = replay(each, verify=True)
+        assert result["identical"], result["first_difference"]
+        assert {"gaze", "posture"} < TypedEvents.of(Recording(each)).tiers.keys()
 
 
 def test_unpack_has_the_labels_with_their_tiers(talk: Path, tmp_path: Path) -> None:
