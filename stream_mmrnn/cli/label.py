@@ -5,7 +5,7 @@ from __future__ import annotations
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,9 @@ from stream_mmrnn.core.durations import spoken
 from stream_mmrnn.core.errors import UsageError
 from stream_mmrnn.core.printable import shown
 from stream_mmrnn.core.signals import StopFlag
+
+if TYPE_CHECKING:
+    from stream_mmrnn.offline.labels.attach import LabelOptions
 
 
 class ClockOption(StrEnum):
@@ -59,7 +62,17 @@ def label(
         raise UsageError(f"{len(files)} recordings are named; labels are given to one at a time")
     console = Console(stderr=as_json, highlight=False, soft_wrap=True)
     if sources:
-        result = _give(files[0], sources, clock, timezone, shift, tiers, fill, apart, out, force, console)
+        from stream_mmrnn.offline.labels.attach import LabelOptions
+
+        options = LabelOptions(
+            clock=clock.value,
+            timezone=timezone,
+            shift_ns=_shift_ns(shift),
+            tiers=_renamed(tiers),
+            fill=fill.strip(),
+            apart=apart,
+        )
+        result = _give(files[0], sources, options, out, force, console)
     elif to is not None:
         chosen = [name for name, new in _renamed(tiers).items() if not new]
         if len(chosen) < len(tiers or []):
@@ -93,28 +106,10 @@ def _renamed(tiers: list[str] | None) -> dict[str, str]:
 
 
 def _give(
-    path: Path,
-    sources: list[Path],
-    clock: ClockOption,
-    timezone: str,
-    shift: str,
-    tiers: list[str] | None,
-    fill: str,
-    apart: bool,
-    out: Path | None,
-    force: bool,
-    console: Console,
+    path: Path, sources: list[Path], options: LabelOptions, out: Path | None, force: bool, console: Console
 ) -> dict[str, Any]:
-    from stream_mmrnn.offline.labels.attach import LabelOptions, attach
+    from stream_mmrnn.offline.labels.attach import attach
 
-    options = LabelOptions(
-        clock=clock.value,
-        timezone=timezone,
-        shift_ns=_shift_ns(shift),
-        tiers=_renamed(tiers),
-        fill=fill.strip(),
-        apart=apart,
-    )
     result = attach(path, sources, options, out, force)
     for note in result["notes"]:
         say_on(Console(stderr=True))(note)

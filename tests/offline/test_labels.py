@@ -29,6 +29,7 @@ from stream_mmrnn.offline.labels.export import RECORDED, decided, to_labels, to_
 from stream_mmrnn.offline.replay import replay
 from stream_mmrnn.recording import label_file
 from stream_mmrnn.recording.mcap_file import Recording
+from stream_mmrnn.recording.recorder import Recorder
 from stream_mmrnn.recording.report import info, verify
 from stream_mmrnn.training.own_recipe import recipe_for
 from stream_mmrnn.training.tasks.recordings import TypedEvents
@@ -220,6 +221,21 @@ def test_times_of_the_wall_clock(talk: Path, tmp_path: Path) -> None:
         attach(talk, [shifted], LabelOptions(shift_ns=S), force=True)
     attach(talk, [notes(tmp_path, "begin_s,label\n1,a\n")], LabelOptions(shift_ns=S // 2), force=True)
     assert tiers_of(talk) == {"label": [(1.5, "a")]}
+
+
+def test_a_wall_clock_that_was_set_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "talk.mcap"
+    recorder = Recorder(path, "live", {"config": "{}", "started_ns": str(BEGIN)}, wall_offset_ns=10**18)
+    for e in envelopes(0, 100):
+        recorder.write(e)
+    recorder.note_wall_step(ZERO + 2 * S, -3 * S)
+    recorder.close({"ended": "clean"})
+    text = f"begin_s,label\n{(10**18 + ZERO) / S + 1:.6f},a\n"
+    result = attach(path, [notes(tmp_path, text)], LabelOptions(clock="wall"))
+    assert result["notes"] == [
+        "the wall clock was set by -3.000 s at 2.0 s: times are those of the clock as it was before"
+    ]
+    assert tiers_of(path)["label"][0][0] == pytest.approx(1, abs=1e-5)
 
 
 def test_speakers_that_overlap_get_tiers(talk: Path, tmp_path: Path) -> None:

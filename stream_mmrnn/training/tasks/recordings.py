@@ -6,6 +6,7 @@ settings as live, so a model is trained on what it will be served.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,8 +73,7 @@ class TypedEvents:
         for _, e in messages.others:
             if e.topic == topics.LABEL:
                 tier = self.tiers.setdefault(topics.tier_of(e.origin), [])
-                tier.append((e.event_ns, bytes(e.payload).decode("utf-8", "replace")))
-                tier.sort()
+                insort(tier, (e.event_ns, bytes(e.payload).decode("utf-8", "replace")))
             elif e.topic == topics.feature("text"):
                 self._texts.append(np.array([e.event_ns], np.int64))
 
