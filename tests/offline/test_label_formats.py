@@ -77,6 +77,13 @@ EAF = """<?xml version="1.0" encoding="UTF-8"?>
     <LINGUISTIC_TYPE CONSTRAINTS="Symbolic_Association" LINGUISTIC_TYPE_ID="ref" TIME_ALIGNABLE="false"/>
 </ANNOTATION_DOCUMENT>
 """
+BOMB = EAF.replace(
+    "<ANNOTATION_DOCUMENT",
+    '<!DOCTYPE x [<!ENTITY e0 "aaaaaaaaaa">'
+    + "".join(f'<!ENTITY e{i} "{f"&e{i - 1};" * 10}">' for i in range(1, 10))
+    + "]><ANNOTATION_DOCUMENT",
+).replace("walking", "&e9;")
+"""Entities that would become 10 GB of text."""
 
 
 def file(folder: Path, name: str, content: str | bytes) -> Path:
@@ -205,6 +212,7 @@ def test_rttm_and_ctm(tmp_path: Path) -> None:
         ("a.TextGrid", SHORT.replace("1.5", "x"), "the end of interval 1 of the tier 'gaze' is 'x'; expected seconds"),
         ("a.TextGrid", SHORT.replace('"beep"', '"gaze"'), "has two tiers 'gaze'; give each another name"),
         ("a.eaf", EAF[:900], "is no ELAN file that pympi can read .*; open it in ELAN and save it again"),
+        ("a.eaf", BOMB, "is no ELAN file that pympi can read"),
         ("a.eaf", "<html/>", "is no ELAN file that pympi can read"),
         ("a.eaf", EAF.replace(' TIME_VALUE="2000"', ""), "'a1' of the tier 'P1 posture' has no time of its own"),
         ("a.eaf", EAF.replace('_REF="a2"', '_REF="a3"'), "'a3' of the tier 'P1 mood' refers to 'a3', which has"),
