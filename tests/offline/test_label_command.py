@@ -181,7 +181,6 @@ def test_options_that_do_not_fit(talk: Path, monkeypatch: pytest.MonkeyPatch, ar
     [
         ("x.eaf", "x.eaf holds labels, not signals: use stream-mmrnn label RECORDING.mcap --from x.eaf"),
         ("x.TextGrid", "x.TextGrid holds labels, not signals: use stream-mmrnn label"),
-        ("x.mcap", "x.mcap is a recording already: use stream-mmrnn replay x.mcap"),
         ("x.wav", "x.wav is a media file: use stream-mmrnn predict x.wav, or record it"),
     ],
 )
