@@ -6,7 +6,7 @@ Each reads the bus through a queue that drops the oldest message, so a slow view
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
@@ -16,13 +16,15 @@ import msgspec
 from stream_mmrnn.bus import Subscriber
 from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.clock import now_ns, wall_offset_ns
+from stream_mmrnn.core.config import Settings
 from stream_mmrnn.core.dedup import TickDeduplicator
 from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.core.prediction_decoder import PredictionDecoder
 from stream_mmrnn.core.stream_table import stream_table
-from stream_mmrnn.core.streams import text_topics
-from stream_mmrnn.core.types import Envelope
+from stream_mmrnn.core.streams import Stream, is_sensor, text_topics
+from stream_mmrnn.core.types import Envelope, Sample
 from stream_mmrnn.live.nodes.process import Context, Node, wait_for_clock
+from stream_mmrnn.viewers.dashboard.sensors import Reading, Sensors, SensorSpec
 
 if TYPE_CHECKING:
     from stream_mmrnn.viewers.lsl_outlet import Outlet
@@ -84,9 +86,12 @@ class DashboardNode(_ViewerNode):
         self.reading = PredictionReader(decoder=decoder)
         self.metrics = Metrics(decoder)
         self._typed: deque[bytes] = deque()
-        self._pushed: deque[tuple[str, int, bytes]] = deque()
-        """Topic, time and content of samples that WebSocket clients have pushed."""
+        self._pushed: deque[tuple[str, Sample]] = deque()
+        """Samples of WebSocket clients, as messages for a topic."""
         self._push_streams = {name for name, row in table.items() if row.source == "push"}
+        self.sensors = Sensors(_sensor_specs(table.values(), self.settings), self._take_reading)
+        self._said: list[str] = []
+        """Why browsers give no streams, as it was reported."""
         self._explained: Any = None
         self._started = False
         self._next_ns = 0
@@ -100,18 +105,27 @@ class DashboardNode(_ViewerNode):
             metrics=lambda: self.metrics.text(now_ns()),
             ready=lambda: self.metrics.why_not_ready(now_ns()),
             push=self._take_sample,
+            sensors=self.sensors if self.sensors.names else None,
+            cert=page.cert,
+            key=page.key,
         )
         self.reporter.counts = lambda: {
             **_totals(self.subscriber.tally(), self.raw_streams.tally()),
             "denied": sum(self.page.access.denied.values()),
+            **(self.sensors.losses() if self.sensors.names else {}),
         }
-        self.reporter.detail = lambda: {"address": self.page.address, "denied": dict(self.page.access.denied)}
+        self.reporter.detail = lambda: {
+            "address": self.page.address,
+            "denied": dict(self.page.access.denied),
+            "sensors": self.sensors.status(),
+        }
 
     def run(self) -> None:
         self.ready()
         for envelope in self.follow():
             self._start_page()
             self._publish_typed()
+            self._report_sensors()
             self._publish_pushed()
             if envelope is not None:
                 self._observe(envelope)
@@ -147,14 +161,37 @@ class DashboardNode(_ViewerNode):
         if len(self._pushed) >= _MAX_PUSHED:
             return "more was pushed than could be sent; send no faster than the samples are made"
         if content:
-            message = wire.pack_push(wire.PushMessage(content, int(rate)))
-            self._pushed.append((topics.push(stream), now_ns(), message))
+            at_ns = now_ns()
+            self._push(stream, Sample(at_ns, at_ns, content), int(rate))
         return ""
 
+    def _take_reading(self, reading: Reading) -> bool:
+        """Queue a sample of a browser's sensor; whether there was room. Runs in the server's thread, too."""
+        if len(self._pushed) >= _MAX_PUSHED:
+            return False
+        self._push(reading.stream, reading.sample, reading.rate_hz)
+        return True
+
+    def _push(self, stream: str, sample: Sample, rate_hz: int) -> None:
+        message = wire.pack_push(wire.PushMessage(bytes(sample.data), rate_hz))
+        self._pushed.append((topics.push(stream), msgspec.structs.replace(sample, data=message)))
+
     def _publish_pushed(self) -> None:
+        session = self.settings.session.name
         while self._pushed:
-            topic, at_ns, message = self._pushed.popleft()
-            self.publisher.publish(topic, self.settings.session.name, at_ns, at_ns, message, "page")
+            topic, sample = self._pushed.popleft()
+            self.publisher.publish(
+                topic, session, sample.event_ns, sample.capture_ns, sample.data, "page", sample.device_ns
+            )
+
+    def _report_sensors(self) -> None:
+        """Tell the workers at once when a browser begins or ends to give a stream: they read the status."""
+        if not self.sensors.names:
+            return
+        said = [about["why"] for about in self.sensors.status().values()]
+        if said != self._said:
+            self._said = said
+            self.reporter.report("ready")
 
     def _start_page(self) -> None:
         if self.context.epoch.value and not self._started:
@@ -196,6 +233,25 @@ class DashboardNode(_ViewerNode):
             self._next_ns = now_ns() + _PAGE_PERIOD_NS
             self.page.sound(self.view.sound.first, self.view.sound.columns)
             self.page.update(self.view.snapshot(now_ns()))
+
+
+def _sensor_specs(table: Iterable[Stream], settings: Settings) -> list[SensorSpec]:
+    """The streams that browsers give, and what each is asked for."""
+    camera, microphone = settings.camera, settings.microphone
+    return [
+        SensorSpec(
+            row.name,
+            "vision",
+            width=camera.width,
+            height=camera.height,
+            rate_hz=camera.rate_hz,
+            quality=camera.jpeg_quality / 100,
+        )
+        if row.kind == "vision"
+        else SensorSpec(row.name, "audio", block_ms=microphone.block_ms)
+        for row in table
+        if is_sensor(row.source, row.kind)
+    ]
 
 
 class TracerNode(_ViewerNode):

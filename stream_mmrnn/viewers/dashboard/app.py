@@ -28,6 +28,8 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from stream_mmrnn.viewers.dashboard.access import Access
 from stream_mmrnn.viewers.dashboard.board import Board
 from stream_mmrnn.viewers.dashboard.feed import Feed
+from stream_mmrnn.viewers.dashboard.sensor_socket import SensorSocket
+from stream_mmrnn.viewers.dashboard.sensors import Sensors
 from stream_mmrnn.viewers.dashboard.sound import BANDS
 
 PERIOD_S = 0.1
@@ -50,6 +52,7 @@ METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """Prometheus' text format."""
 _PREDICTIONS = "/predictions"
 _PUSH = "/push/{stream}"
+_SENSORS = "/sensors"
 _MAX_CLIENT_MESSAGE_BYTES = 1024 * 1024
 """Of a message from a WebSocket client: a pushed picture, or a second of sound."""
 _MAX_PUSHERS = 16
@@ -205,11 +208,16 @@ class AppSettings(msgspec.Struct, frozen=True):
     ready: Callable[[], str]
     posts: Mapping[str, Callable[[bytes], str]]
     push: Push | None
+    sensors: Sensors | None
+    """Takes what browsers give as cameras and microphones; None where no stream is theirs."""
     port: int
     client_timeout_s: float
     """A client that does not read for so long is disconnected."""
     idle_timeout_s: float
     """The longest time between requests, and for a request to arrive."""
+    cert: str
+    key: str
+    """Files of the TLS certificate and its key; "" serves without TLS."""
 
 
 class Application:
@@ -233,6 +241,7 @@ class Application:
                 *(Route(path, self._post, methods=["POST"]) for path in settings.posts),
                 WebSocketRoute(_PREDICTIONS, self.feed.serve),
                 *([WebSocketRoute(_PUSH, self._receive_pushes)] if settings.push else []),
+                *([WebSocketRoute(_SENSORS, SensorSocket(settings.sensors).serve)] if settings.sensors else []),
             ],
             redirect_slashes=False,
             default=self._get_unknown,
@@ -252,6 +261,8 @@ class Application:
                 ),
                 ws_max_size=_MAX_CLIENT_MESSAGE_BYTES,
                 ws_per_message_deflate=False,
+                ssl_certfile=settings.cert or None,
+                ssl_keyfile=settings.key or None,
                 lifespan="off",
                 proxy_headers=False,
                 server_header=False,

@@ -14,8 +14,10 @@ import hashlib
 import os
 import re
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -23,12 +25,13 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from stream_mmrnn.core.config import LOOPBACK
-from stream_mmrnn.core.errors import ProcessError
+from stream_mmrnn.core.errors import ConfigError, ProcessError
 from stream_mmrnn.viewers.dashboard.access import Access
 from stream_mmrnn.viewers.dashboard.board import Board
 
 if TYPE_CHECKING:
     from stream_mmrnn.viewers.dashboard.app import Application
+    from stream_mmrnn.viewers.dashboard.sensors import Sensors
 
 IDLE_S = 5.0
 """The longest time between requests of a connection, and for a request to arrive."""
@@ -71,6 +74,19 @@ def _bind(host: str, port: int) -> socket.socket:
     return s
 
 
+def _check_tls(cert: str, key: str) -> None:
+    """Raise ConfigError unless the files are a certificate and its key."""
+    try:
+        # a key with a password would ask for it in the terminal
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password=lambda: b"")
+    except (OSError, ValueError) as e:
+        why = getattr(e, "strerror", None) or e
+        raise ConfigError(
+            f"dashboard.cert {cert} and dashboard.key {key} cannot be used ({why}); name a certificate and its key, as "
+            "PEM files without a password"
+        ) from e
+
+
 class Dashboard:
     """Serves the live page; `update` and `picture` never wait for a browser.
 
@@ -83,11 +99,16 @@ class Dashboard:
 
     `push`: takes the samples that WebSocket clients send to /push/STREAM (see `app.Push`); in the server's thread, too.
 
+    `sensors`: takes what browsers give as cameras and microphones over /sensors; in the server's thread, too.
+
+    `cert`, `key`: files of a TLS certificate and its key; with them the page is served over https.
+
     `client_timeout_s`: a client that does not read for so long is disconnected. `idle_timeout_s`: so is one that sends
     no request for so long.
 
     Raises:
-        ConfigError: the host can be reached from other machines, and there is no token.
+        ConfigError: the host can be reached from other machines, and there is no token; or the certificate or its key
+            is none.
         ProcessError: the port cannot be bound.
 
     """
@@ -103,8 +124,14 @@ class Dashboard:
         posts: Mapping[str, Callable[[bytes], str]] = MappingProxyType({}),
         idle_timeout_s: float = IDLE_S,
         push: Callable[[str, bytes, str], str] | None = None,
+        sensors: Sensors | None = None,
+        cert: str = "",
+        key: str = "",
     ) -> None:
-        self.access = Access(host, token, (socket.gethostname(),))
+        name = socket.gethostname()
+        self.access = Access(host, token, (name, f"{name}.local"), tls=bool(cert))
+        if cert:
+            _check_tls(cert, key)
         self._board = Board()
         try:
             self._socket = _bind(host, port)
@@ -113,6 +140,7 @@ class Dashboard:
         self._port = int(self._socket.getsockname()[1])
         self._host = f"[{host}]" if ":" in host else host
         self._metrics, self._ready, self._posts, self._push = metrics, ready, posts, push
+        self._sensors, self._cert, self._key = sensors, cert, key
         self._client_timeout_s, self._idle_timeout_s = client_timeout_s, idle_timeout_s
         self._application: Application | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -120,7 +148,7 @@ class Dashboard:
 
     @property
     def address(self) -> str:
-        return f"http://{self._host}:{self._port}/"
+        return f"http{'s' if self._cert else ''}://{self._host}:{self._port}/"
 
     @property
     def clients(self) -> int:
@@ -160,6 +188,10 @@ class Dashboard:
     def start(self) -> None:
         if self._thread is None:
             self._loop = asyncio.new_event_loop()
+            if self._cert:
+                # a client that begins no handshake is no connection yet, and would be kept for a minute
+                serve = partial(self._loop.create_server, ssl_handshake_timeout=self._idle_timeout_s)
+                self._loop.create_server = serve  # type: ignore[method-assign]
             self._thread = threading.Thread(target=self._run, args=(self._loop,), name="dashboard", daemon=True)
             self._thread.start()
 
@@ -190,9 +222,12 @@ class Dashboard:
                 self._ready,
                 self._posts,
                 self._push,
+                self._sensors,
                 self._port,
                 self._client_timeout_s,
                 self._idle_timeout_s,
+                self._cert,
+                self._key,
             ),
             self._board,
         )
