@@ -70,9 +70,7 @@ def check(spec: str, name: str, kind: Kind, person: str = SELF, settings: Settin
         known = [*(source for source, kinds in SOURCE_KINDS.items() if kind in kinds), *plugins.names("sources")]
         raise SourceSpecError(f"{spec!r} is no source of {name}; use one of {', '.join(known)}")
     if what == "page" and rest:
-        raise SourceSpecError(
-            f"{spec!r} of {name}: page takes no argument; which camera it is, is chosen in the browser"
-        )
+        raise SourceSpecError(f"{spec!r} of {name}: page takes no argument; the browser chooses the device")
     if is_sensor(spec, kind):
         if settings is not None and not settings.dashboard.enabled:
             raise SourceSpecError(f"{name} comes from the page, and this session has none; leave out --no-dashboard")

@@ -78,7 +78,7 @@ class BusSource(ABC):
         """The samples that are still held back at the end."""
         return []
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 every source has it
         """Nothing has to be closed: the subscription stays until `disconnect`, so that it can be opened again."""
 
     def disconnect(self) -> None:

@@ -6,7 +6,7 @@ Each reads the bus through a queue that drops the oldest message, so a slow view
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
@@ -16,15 +16,14 @@ import msgspec
 from stream_mmrnn.bus import Subscriber
 from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.clock import now_ns, wall_offset_ns
-from stream_mmrnn.core.config import Settings
 from stream_mmrnn.core.dedup import TickDeduplicator
 from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.core.prediction_decoder import PredictionDecoder
 from stream_mmrnn.core.stream_table import stream_table
-from stream_mmrnn.core.streams import Stream, is_sensor, text_topics
+from stream_mmrnn.core.streams import text_topics
 from stream_mmrnn.core.types import Envelope, Sample
 from stream_mmrnn.live.nodes.process import Context, Node, wait_for_clock
-from stream_mmrnn.viewers.dashboard.sensors import Reading, Sensors, SensorSpec
+from stream_mmrnn.viewers.dashboard.sensors import Reading, Sensors, sensor_specs
 
 if TYPE_CHECKING:
     from stream_mmrnn.viewers.lsl_outlet import Outlet
@@ -89,7 +88,7 @@ class DashboardNode(_ViewerNode):
         self._pushed: deque[tuple[str, Sample]] = deque()
         """Samples of WebSocket clients, as messages for a topic."""
         self._push_streams = {name for name, row in table.items() if row.source == "push"}
-        self.sensors = Sensors(_sensor_specs(table.values(), self.settings), self._take_reading)
+        self.sensors = Sensors(sensor_specs(table.values(), self.settings), self._take_reading)
         self._said: list[str] = []
         """Why browsers give no streams, as it was reported."""
         self._explained: Any = None
@@ -105,6 +104,7 @@ class DashboardNode(_ViewerNode):
             metrics=lambda: self.metrics.text(now_ns()),
             ready=lambda: self.metrics.why_not_ready(now_ns()),
             push=self._take_sample,
+            features=("sensors",) if self.sensors.names else (),
             sensors=self.sensors if self.sensors.names else None,
             cert=page.cert,
             key=page.key,
@@ -233,25 +233,6 @@ class DashboardNode(_ViewerNode):
             self._next_ns = now_ns() + _PAGE_PERIOD_NS
             self.page.sound(self.view.sound.first, self.view.sound.columns)
             self.page.update(self.view.snapshot(now_ns()))
-
-
-def _sensor_specs(table: Iterable[Stream], settings: Settings) -> list[SensorSpec]:
-    """The streams that browsers give, and what each is asked for."""
-    camera, microphone = settings.camera, settings.microphone
-    return [
-        SensorSpec(
-            row.name,
-            "vision",
-            width=camera.width,
-            height=camera.height,
-            rate_hz=camera.rate_hz,
-            quality=camera.jpeg_quality / 100,
-        )
-        if row.kind == "vision"
-        else SensorSpec(row.name, "audio", block_ms=microphone.block_ms)
-        for row in table
-        if is_sensor(row.source, row.kind)
-    ]
 
 
 class TracerNode(_ViewerNode):

@@ -7,14 +7,16 @@ sockets or the bus.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
 
 from stream_mmrnn.capture.remote_clock import RemoteClock
 from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.config import Settings
 from stream_mmrnn.core.errors import WireError
+from stream_mmrnn.core.streams import Stream, is_sensor
 from stream_mmrnn.core.types import Sample
 
 HEADER = struct.Struct("<BBHIdd")
@@ -69,6 +71,25 @@ class SensorSpec(msgspec.Struct, frozen=True):
     """Of sound."""
 
 
+def sensor_specs(table: Iterable[Stream], settings: Settings) -> list[SensorSpec]:
+    """The streams that browsers give, and what each is asked for."""
+    camera, microphone = settings.camera, settings.microphone
+    return [
+        SensorSpec(
+            row.name,
+            "vision",
+            width=camera.width,
+            height=camera.height,
+            rate_hz=camera.rate_hz,
+            quality=camera.jpeg_quality / 100,
+        )
+        if row.kind == "vision"
+        else SensorSpec(row.name, "audio", block_ms=microphone.block_ms)
+        for row in table
+        if is_sensor(row.source, row.kind)
+    ]
+
+
 class Reading(msgspec.Struct, frozen=True):
     """A sample of a stream, with the sample rate of its sound."""
 
@@ -100,7 +121,7 @@ class Pong(msgspec.Struct, frozen=True, tag_field="op", tag="pong", forbid_unkno
     replied_ms: Annotated[float, msgspec.Meta(ge=0, lt=_MAX_MS)]
 
 
-_read_control = msgspec.json.Decoder(Start | Stop | Pong).decode
+_read_control: Callable[[str], Start | Stop | Pong] = msgspec.json.Decoder(Start | Stop | Pong).decode
 
 
 class Frame(msgspec.Struct, frozen=True):
@@ -157,6 +178,8 @@ class _Sensor:
     def __init__(self, spec: SensorSpec) -> None:
         self.spec = spec
         self.owner: Browser | None = None
+        self.tab, self.next = "", -1
+        """The page that gave it last, and the number of its next sample if none is dropped, -1 if that is unknown."""
         self.why = ""
         """Key of `_SENTENCES` while it has no owner."""
         self.counts = dict.fromkeys(("received", "browser_dropped", "too_fast_dropped", "garbage", "queue_dropped"), 0)
@@ -177,8 +200,6 @@ class _Sending:
         self.budget = (
             _Budget(2 * spec.rate_hz, 4 * spec.rate_hz, at_ns) if spec.kind == "vision" else _Budget(1.5, 5.0, at_ns)
         )
-        self.next: int | None = None
-        """Number of the next sample, if none is dropped."""
         self.device = RemoteClock()
         """From the device's count of its sound to the local clock; what it takes until it is read only makes it late.
         """
@@ -262,9 +283,8 @@ class Browser:
         if sensor.owner is not self or sending is None or not self.pongs:
             return  # it was on its way when this ended
         counts = sensor.counts
-        gap = 0 if sending.next is None else max(0, frame.number - sending.next)
-        sending.next = frame.number + 1
-        counts["browser_dropped"] += gap
+        counts["browser_dropped"] += max(0, frame.number - sensor.next) if sensor.next >= 0 else 0
+        sensor.next = frame.number + 1
         counts["received"] += 1
         is_sound = sensor.spec.kind == "audio"
         if not _is_well_formed(frame.data, is_sound):
@@ -320,6 +340,8 @@ class Sensors:
         if sensor.owner is not None and sensor.owner.tab != browser.tab:
             device = _DEVICE[sensor.spec.kind]
             return f"another browser is the {device} of this session; stop it there first"
+        if sensor.tab != browser.tab:
+            sensor.tab, sensor.next = browser.tab, -1
         sensor.owner = browser
         return ""
 

@@ -58,6 +58,10 @@ class LiveState:
         """Raw topic of the pictures that are shown."""
         self.sound_topic = first.get(("audio", True), "")
         self._text_topic = first.get(("text", True), "")
+        self._sensors = [
+            {"stream": row.name, "kind": row.kind} for row in table.values() if streams.is_sensor(row.source, row.kind)
+        ]
+        """Streams that browsers give."""
         self._texts: dict[str, deque[tuple[int, str, str]]] = {
             t: deque(maxlen=_MAX_TEXTS) for t in (*streams.text_topics(table.values()), topics.LABEL)
         }
@@ -191,6 +195,7 @@ class LiveState:
             "other_texts": self._lines([t for t in self._texts if t not in (self._text_topic, topics.LABEL)], now_ns),
             "labels": self._lines([topics.LABEL], now_ns),
             "typing": self.typing(),
+            "sensors": self._sensors,
             "sound": self.sound.snapshot(now_ns),
             "picture": {"number": self._pictures, "age_ms": self._streams.age_ms(self.picture_topic, now_ns)},
             "latency": self._latencies.table(now_ns),
