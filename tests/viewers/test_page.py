@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import sys
 import time
@@ -16,80 +15,20 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 from harness import Running, check_summary, recording_grows, run, verify
-from places import ROOT
+from pages import PICTURES, Tab, address_of, chromium, needs_chromium
 
 from stream_mmrnn.recording.mcap_file import Recording
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[dev]'")
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here: `make test` installs it as root"),
-    pytest.mark.process,
-]
-PICTURES = ROOT / "test-results" / "page"
-ARGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-TIMEOUT_MS = 30_000
+pytestmark = [needs_chromium, pytest.mark.process]
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGS)
-        yield chromium
-        chromium.close()
-
-
-class Tab:
-    """An open page, with all hosts that it requested and all its console errors."""
-
-    def __init__(self, browser: Any, address: str, width: int = 1280, **more: Any) -> None:
-        self.address = address
-        self.context = browser.new_context(viewport={"width": width, "height": 900}, **more)
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(TIMEOUT_MS)
-        self.hosts: set[str] = set()
-        self.complaints: list[str] = []
-        self.page.on("request", lambda r: self.hosts.add(urlsplit(r.url).netloc or urlsplit(r.url).scheme))
-        self.page.on("console", lambda m: m.type in ("error", "warning") and self.complaints.append(m.text))
-        self.page.on("pageerror", lambda e: self.complaints.append(str(e)))
-        self.page.add_init_script(
-            "addEventListener('securitypolicyviolation', e => console.error(`policy: ${e.violatedDirective}`))"
-        )
-        self.page.goto(address)
-        self.until("document.getElementById('k-tick').textContent !== '–'")
-
-    def until(self, condition: str) -> None:
-        # playwright's own wait_for_function needs eval in the page, which its policy forbids
-        deadline = time.monotonic() + TIMEOUT_MS / 1000
-        while not self.page.evaluate(condition):
-            assert time.monotonic() < deadline, f"timeout: {condition}"
-            self.page.wait_for_timeout(50)
-
-    def text(self, selector: str) -> str:
-        return str(self.page.text_content(selector)).strip()
-
-    def close(self) -> None:
-        self.context.close()
-        assert self.complaints == []
-        assert self.hosts <= {urlsplit(self.address).netloc, "data", "blob"}
-
-
-def address_of(running: Running) -> str:
-    line = running.wait_for(lambda: next((x for x in running.lines if x.startswith("dashboard: ")), ""), 60)
-    return str(line.removeprefix("dashboard: ").strip())
+    with chromium() as browser:
+        yield browser
 
 
 @pytest.fixture(scope="module")
@@ -266,9 +205,8 @@ def test_a_replay_is_paused_and_scrubbed(browser: Any, model: Path, tmp_path: Pa
 
 def main(path: Path) -> None:
     """Take a screenshot after half a minute of a live session, with a typed line and a label."""
-    with sync_api.sync_playwright() as playwright, closing(Running("--source", "synthetic")) as session:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGS)
-        with closing(Tab(chromium, address_of(session), device_scale_factor=1.5)) as tab:
+    with chromium() as browser, closing(Running("--source", "synthetic")) as session:
+        with closing(Tab(browser, address_of(session), device_scale_factor=1.5)) as tab:
             tab.page.wait_for_timeout(24_000)
             tab.page.fill("#label", "listening")
             tab.page.keyboard.press("Enter")
@@ -278,7 +216,6 @@ def main(path: Path) -> None:
             tab.page.wait_for_timeout(700)
             tab.page.evaluate("document.activeElement.blur()")
             tab.page.screenshot(path=path, full_page=True)
-        chromium.close()
 
 
 if __name__ == "__main__":

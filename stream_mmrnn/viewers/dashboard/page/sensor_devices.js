@@ -1,4 +1,5 @@
-// A camera as JPEG pictures, a microphone as blocks of sound. Each calls give(clockMs, deviceS, promise of bytes or bytes).
+// A camera as JPEG pictures, a microphone as blocks of sound. Each calls give(clockMs, deviceS, buffer), with null for a
+// sample that was dropped; both times are those of the sample's end.
 import {make} from "./dom.js";
 
 // the session's encoders were trained on plain sound
@@ -12,6 +13,7 @@ export async function openCamera(spec, give) {
   const size = {width: {ideal: spec.width}, height: {ideal: spec.height}, frameRate: {ideal: spec.rate_hz}};
   const stream = await navigator.mediaDevices.getUserMedia({video: size});
   const video = make("video"), canvas = make("canvas"), g = canvas.getContext("2d");
+  const period = 1000 / spec.rate_hz;
   let open = true, busy = false, next = 0;
   video.muted = video.playsInline = true;
   video.srcObject = stream;
@@ -19,8 +21,8 @@ export async function openCamera(spec, give) {
   function frame(now, about) {
     if (!open) return;
     video.requestVideoFrameCallback(frame);
-    if (now < next) return;
-    next = Math.max(next, now - 1000 / spec.rate_hz) + 1000 / spec.rate_hz - 2;
+    if (now < next - 4) return;  // the browser calls at the display's rate, which is not the camera's
+    next = Math.max(next, now - period) + period;
     // while a picture is being encoded the next one is dropped, and counted like any other
     if (busy) { give(0, 0, null); return; }
     const taken = about.captureTime, at = taken > now - 2000 && taken <= now ? taken : performance.now();
@@ -33,7 +35,8 @@ export async function openCamera(spec, give) {
   }
   video.requestVideoFrameCallback(frame);
   try { await video.play(); } catch (error) { stream.getTracks().forEach(track => track.stop()); throw error; }
-  return {track: stream.getVideoTracks()[0], rate_hz: 16000, close() { open = false; stream.getTracks().forEach(track => track.stop()); video.srcObject = null; }};
+  const [track] = stream.getVideoTracks();
+  return {track, rate_hz: 16000, close() { open = false; track.stop(); video.srcObject = null; }};
 }
 
 export async function openMicrophone(spec, give) {

@@ -1,6 +1,6 @@
 // This browser as camera and microphone of the session: one WebSocket carries what they give. The server says which
 // streams it takes and who gives them; its pings measure this browser's clock.
-import {$, announce, fill, make, number, set} from "./dom.js";
+import {announce, fill, make, number, set} from "./dom.js";
 import {openCamera, openMicrophone, reason} from "./sensor_devices.js";
 
 const HEADER_BYTES = 24, VERSION = 1;
@@ -17,20 +17,26 @@ class Sensor {
   constructor(name, kind) {
     this.name = name; this.kind = kind;
     this.device = null; this.wanted = false; this.sending = false; this.note = "";
-    this.number = 0; this.dropped = 0; this.waiting = [];
+    this.attempt = 0; this.begun = false; this.number = 0; this.dropped = 0; this.waiting = [];
   }
   async begin() {
+    const mine = ++this.attempt;
     this.wanted = true; this.note = `waiting for the ${NAMES[this.kind]}`;
     draw();
+    await connected();
+    if (mine !== this.attempt) return;
+    if (!navigator.mediaDevices) { this.end("insecure"); return; }
+    const open = this.kind === "vision" ? openCamera : openMicrophone;
+    let device = null;
     try {
-      await connected();
-      if (!navigator.mediaDevices) { this.end("insecure"); return; }
-      const open = this.kind === "vision" ? openCamera : openMicrophone;
-      this.device = await open(specs[this.index], (clock, device, bytes) => this.give(clock, device, bytes));
-    } catch (error) { this.end(reason(error)); return; }
-    if (!this.wanted) { this.end("stopped"); return; }
-    this.device.track.onended = () => this.end("ended");
-    this.note = "";
+      device = await open(specs[this.index], (clock, seconds, bytes) => this.give(clock, seconds, bytes));
+    } catch (error) {
+      if (mine === this.attempt) this.end(reason(error));
+      return;
+    }
+    if (mine !== this.attempt) { device.close(); return; }
+    this.device = device; this.note = "";
+    device.track.onended = () => this.end("ended");
     this.start();
   }
   get index() { return specs ? specs.findIndex(spec => spec.name === this.name) : -1; }
@@ -40,15 +46,16 @@ class Sensor {
   pause(why) { this.sending = false; this.waiting = []; tell({op: "stop", stream: this.name, why}); }
   end(why) {
     if (this.device) this.device.close();
-    this.device = null; this.wanted = false; this.note = "";
-    if (why) this.pause(why); else this.sending = false;
+    this.attempt++; this.device = null; this.wanted = this.begun = this.sending = false; this.waiting = []; this.note = "";
+    if (why) tell({op: "stop", stream: this.name, why});
+    if (!anyWanted()) disconnect();
     draw();
-    if (![...sensors.values()].some(sensor => sensor.wanted)) { if (socket) socket.close(); if (lock) lock.release(); lock = null; }
   }
   // numbered here, so that the server counts what is dropped from here on as missing
   give(clock, device, bytes) {
+    if (!this.begun) return;
     const mine = this.number++;
-    if (!this.sending || !bytes) { this.dropped += this.wanted; return; }
+    if (!this.sending || !bytes) { this.dropped++; return; }
     const message = new Uint8Array(HEADER_BYTES + bytes.byteLength), head = new DataView(message.buffer);
     head.setUint8(0, VERSION); head.setUint8(1, this.index); head.setUint32(4, mine, true);
     head.setFloat64(8, clock, true); head.setFloat64(16, device, true);
@@ -69,6 +76,12 @@ function flush() {
   }
   if (left) flushing = setTimeout(flush, FLUSH_MS);
 }
+const anyWanted = () => [...sensors.values()].some(sensor => sensor.wanted);
+function disconnect() {
+  if (socket) socket.close();
+  if (lock) lock.release();
+  socket = specs = lock = null; lostAt = 0; wait = [];
+}
 function tell(message) { if (socket && socket.readyState === WebSocket.OPEN) socket.send(JSON.stringify(message)); }
 
 function connected() {
@@ -85,12 +98,9 @@ function connect() {
     if (socket !== mine) return;
     socket = specs = null;
     for (const sensor of sensors.values()) { sensor.sending = false; sensor.waiting = []; }
-    draw();
-    if (![...sensors.values()].some(sensor => sensor.wanted)) { lostAt = 0; return; }
     lostAt = lostAt || performance.now();
-    if (performance.now() - lostAt < GIVE_UP_MS) { setTimeout(() => { if (!socket) connect(); }, AGAIN_MS); return; }
-    lostAt = 0; wait = [];
-    for (const sensor of sensors.values()) if (sensor.wanted) { sensor.end(""); sensor.note = `the session was away for a minute, and the ${NAMES[sensor.kind]} was switched off`; }
+    if (performance.now() - lostAt < GIVE_UP_MS) setTimeout(() => { if (!socket && anyWanted()) connect(); }, AGAIN_MS);
+    else for (const sensor of sensors.values()) if (sensor.wanted) { sensor.end(""); sensor.note = `the session was away for a minute, and the ${NAMES[sensor.kind]} was switched off`; }
     draw();
   };
 }
@@ -101,7 +111,7 @@ function receive(message, at) {
     specs = message.streams; lostAt = 0;
     for (const done of wait.splice(0)) done();
     for (const each of sensors.values()) each.start();
-  } else if (message.op === "started" && sensor) { sensor.sending = true; keepAwake(); draw(); announce(`this browser is the ${NAMES[sensor.kind]}`); }
+  } else if (message.op === "started" && sensor) { sensor.sending = sensor.begun = true; keepAwake(); draw(); announce(`this browser is the ${NAMES[sensor.kind]}`); }
   else if (message.op === "refused" && sensor) { sensor.end(""); sensor.note = message.why; draw(); announce(message.why); }
 }
 // a phone that locks its screen ends both

@@ -1,0 +1,80 @@
+"""The live page in a real browser, Debian's Chromium: an open tab, and what it shows and requests."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from harness import Running
+from places import ROOT
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+needs_chromium = pytest.mark.skipif(
+    CHROMIUM is None, reason="there is no chromium here: `make test` installs it as root"
+)
+PICTURES = ROOT / "test-results" / "page"
+ARGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+TIMEOUT_MS = 30_000
+
+
+@contextmanager
+def chromium(*args: str) -> Iterator[Any]:
+    """A browser of its own, with these options; skips where playwright is missing."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[dev]'")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*ARGS, *args])
+        yield browser
+        browser.close()
+
+
+class Tab:
+    """An open page, with all hosts that it requested and all its console errors."""
+
+    def __init__(self, browser: Any, address: str, width: int = 1280, **more: Any) -> None:
+        self.address = address
+        self.context = browser.new_context(viewport={"width": width, "height": 900}, **more)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(TIMEOUT_MS)
+        self.hosts: set[str] = set()
+        self.complaints: list[str] = []
+        self.page.on("request", lambda r: self.hosts.add(urlsplit(r.url).netloc or urlsplit(r.url).scheme))
+        self.page.on("console", lambda m: m.type in ("error", "warning") and self.complaints.append(m.text))
+        self.page.on("pageerror", lambda e: self.complaints.append(str(e)))
+        self.page.add_init_script(
+            "addEventListener('securitypolicyviolation', e => console.error(`policy: ${e.violatedDirective}`))"
+        )
+        self.page.goto(address)
+        self.until("document.getElementById('k-tick').textContent !== '–'")
+
+    def until(self, condition: str) -> None:
+        # playwright's own wait_for_function needs eval in the page, which its policy forbids
+        deadline = time.monotonic() + TIMEOUT_MS / 1000
+        while not self.page.evaluate(condition):
+            assert time.monotonic() < deadline, f"timeout: {condition}"
+            self.page.wait_for_timeout(50)
+
+    def text(self, selector: str) -> str:
+        return str(self.page.text_content(selector)).strip()
+
+    def close(self) -> None:
+        self.context.close()
+        assert self.complaints == []
+        assert self.hosts <= {urlsplit(self.address).netloc, "data", "blob"}
+
+
+def address_of(running: Running) -> str:
+    line = running.wait_for(lambda: next((x for x in running.lines if x.startswith("dashboard: ")), ""), 60)
+    return str(line.removeprefix("dashboard: ").strip())
