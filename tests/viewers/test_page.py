@@ -205,17 +205,20 @@ def test_a_replay_is_paused_and_scrubbed(browser: Any, model: Path, tmp_path: Pa
 
 def main(path: Path) -> None:
     """Take a screenshot after half a minute of a live session, with a typed line and a label."""
-    with chromium() as browser, closing(Running("--source", "synthetic")) as session:
-        with closing(Tab(browser, address_of(session), device_scale_factor=1.5)) as tab:
-            tab.page.wait_for_timeout(24_000)
-            tab.page.fill("#label", "listening")
-            tab.page.keyboard.press("Enter")
-            tab.page.wait_for_timeout(6_000)
-            tab.page.fill("#line", "and what do you think")
-            tab.page.keyboard.press("Enter")
-            tab.page.wait_for_timeout(700)
-            tab.page.evaluate("document.activeElement.blur()")
-            tab.page.screenshot(path=path, full_page=True)
+    with (
+        chromium() as browser,
+        closing(Running("--source", "synthetic")) as session,
+        closing(Tab(browser, address_of(session), device_scale_factor=1.5)) as tab,
+    ):
+        tab.page.wait_for_timeout(24_000)
+        tab.page.fill("#label", "listening")
+        tab.page.keyboard.press("Enter")
+        tab.page.wait_for_timeout(6_000)
+        tab.page.fill("#line", "and what do you think")
+        tab.page.keyboard.press("Enter")
+        tab.page.wait_for_timeout(700)
+        tab.page.evaluate("document.activeElement.blur()")
+        tab.page.screenshot(path=path, full_page=True)
 
 
 if __name__ == "__main__":

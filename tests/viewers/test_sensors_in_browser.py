@@ -77,6 +77,14 @@ def test_a_face_and_speech_in_the_browser_become_words_and_predictions(devices: 
         for width in (1280, 400):
             tab.page.set_viewport_size({"width": width, "height": 900})
             tab.page.screenshot(path=PICTURES / f"sensors-{width}.png", full_page=True)
+        # the connection takes nothing for a while: the oldest pictures are dropped here, and the server counts the gap
+        tab.page.evaluate(
+            "Object.defineProperty(WebSocket.prototype, 'bufferedAmount', {get: () => 1e9, configurable: true})"
+        )
+        says(tab, "vision", "dropped here")
+        pictures = len(recorded(path, "raw/vision"))
+        tab.page.evaluate("Object.defineProperty(WebSocket.prototype, 'bufferedAmount', {get: () => 0})")
+        live.wait_for(lambda: len(recorded(path, "raw/vision")) > pictures + 5, 40)
         tab.close()
         code, summary, _ = live.end()
     assert code == 0
@@ -87,12 +95,16 @@ def test_a_face_and_speech_in_the_browser_become_words_and_predictions(devices: 
     print(about, {name: summary["streams"][name]["dropped"] for name in about}, summary["latency_ms"])
     assert about["vision"]["source"] == about["audio"]["source"] == "page"
     assert about["audio"]["received"] > 200
+    assert about["vision"]["browser_dropped"] > 0
     assert about["vision"]["garbage"] == about["audio"]["garbage"] == 0
-    # event times are those of the samples: sound without gaps, all before they were received
+    # event times are those of the browser's devices: in order, before they were received, sound at an even pace
     for stream in ("raw/vision", "raw/audio"):
         sent = recorded(path, stream)
-        assert all(0 <= e.capture_ns - e.event_ns < 1_000_000_000 for e in sent)
-        assert [e.event_ns for e in sent] == sorted(e.event_ns for e in sent)
+        late_ns = [e.capture_ns - e.event_ns for e in sent]
+        assert min(late_ns) >= 0
+        assert np.median(late_ns) < 1e9
+        assert all(np.diff([e.event_ns for e in sent]) > 0)
+    assert np.median(np.diff([e.event_ns for e in recorded(path, "raw/audio")])) == pytest.approx(20e6, rel=0.01)
     faces = [e.payload[PRESENT] for e in recorded(path, "feature/vision")]
     assert np.mean(faces) > 0.5
     ticks = ticks_of(path)

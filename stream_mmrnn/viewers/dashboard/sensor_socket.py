@@ -15,7 +15,7 @@ MAX_BROWSERS = 16
 _FIRST_PINGS = 8
 _FIRST_PING_S = 0.04
 """Pings before the first sample, so that its time is known well."""
-_PING_S = 1.0
+_PING_S = 0.2
 
 
 class SensorSocket:

@@ -348,7 +348,10 @@ class Sensors:
     def release(self, name: str, browser: Browser, why: str) -> None:
         """A browser gives a stream no more, or could not; another browser's stream stays."""
         sensor = self._sensors.get(name)
-        if sensor is not None and (sensor.owner is browser or (sensor.owner is None and why != "lost")):
+        if sensor is None or (sensor.owner is not None and sensor.owner is not browser):
+            return
+        # a closed page was in the background before; one that gave nothing is no loss
+        if why != "lost" or sensor.owner is browser or (sensor.why == "hidden" and sensor.tab == browser.tab):
             sensor.owner, sensor.why = None, why
 
     def status(self) -> dict[str, dict[str, Any]]:
