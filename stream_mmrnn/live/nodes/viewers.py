@@ -32,6 +32,8 @@ _MAX_PUSHED = 256
 """Samples of WebSocket clients that wait for the bus."""
 _MAX_TYPED = 64
 """Lines typed on the page that wait for the bus."""
+_FLUSH_S = 0.3
+"""How long the last state of a session has to reach the browsers."""
 _PAGE_PERIOD_NS = 100_000_000
 """How often the page gets a new state."""
 
@@ -131,7 +133,7 @@ class DashboardNode(_ViewerNode):
                 self._observe(envelope)
             self._observe_raw()
             self._update_page()
-        self.page.close()
+        self._end_page()
         self.raw_streams.close()
         self.close()
 
@@ -196,6 +198,7 @@ class DashboardNode(_ViewerNode):
     def _start_page(self) -> None:
         if self.context.epoch.value and not self._started:
             self._started = True
+            self.view.began_ns = self.context.epoch.value
             self.page.start()  # not before: its imports would take the cores from processes that still start
 
     def _publish_typed(self) -> None:
@@ -233,6 +236,16 @@ class DashboardNode(_ViewerNode):
             self._next_ns = now_ns() + _PAGE_PERIOD_NS
             self.page.sound(self.view.sound.first, self.view.sound.columns)
             self.page.update(self.view.snapshot(now_ns()))
+
+
+    def _end_page(self) -> None:
+        """Tell the browsers that this is the end and not a lost connection, then close."""
+        if self.page.clients and self.context.stop.is_set():
+            while (envelope := self.subscriber.receive(0)) is not None:
+                self.view.observe(envelope)
+            self.page.update({**self.view.snapshot(now_ns()), "ended": self.view.ending()})
+            self.page.flush(_FLUSH_S)
+        self.page.close()
 
 
 class TracerNode(_ViewerNode):
