@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from chromium import Tab, address_of, needs_chromium, running_chromium
 from harness import Running, check_summary, recorded, ticks_of, verify
-from pages import PICTURES, Tab, address_of, chromium, needs_chromium
 from recogniser import needs_recogniser
 
 from stream_mmrnn.capture.encoders.face import PRESENT
@@ -64,7 +64,10 @@ def noted(live: Running, node: str, words: str) -> None:
 def test_a_face_and_speech_in_the_browser_become_words_and_predictions(devices: list[str], tmp_path: Path) -> None:
     path = tmp_path / "a.mcap"
     sources = ("--vision", "page", "--audio", "page", "--text", "speech")
-    with closing(Running(*sources, "--record", path, "--session", "phone")) as live, chromium(*devices) as browser:
+    with (
+        closing(Running(*sources, "--record", path, "--session", "phone")) as live,
+        running_chromium(*devices) as browser,
+    ):
         tab = Tab(browser, address_of(live))
         noted(live, "camera", "no browser gives its camera yet")
         says(tab, "vision", "no browser gives its camera yet")
@@ -73,10 +76,11 @@ def test_a_face_and_speech_in_the_browser_become_words_and_predictions(devices: 
         noted(live, "camera", "is back")
         live.wait_for(lambda: len(recorded(path, "raw/text")) > 12, 120)
         tab.until("document.getElementById('picture').toDataURL().length > 2000")
-        PICTURES.mkdir(parents=True, exist_ok=True)
         for width in (1280, 400):
             tab.page.set_viewport_size({"width": width, "height": 900})
-            tab.page.screenshot(path=PICTURES / f"sensors-{width}.png", full_page=True)
+            tab.photograph(f"sensors-{width}")
+            assert tab.page.evaluate("document.documentElement.scrollWidth") == width
+            assert tab.serious() == []
         # the connection takes nothing for a while: the oldest pictures are dropped here, and the server counts the gap
         tab.page.evaluate(
             "Object.defineProperty(WebSocket.prototype, 'bufferedAmount', {get: () => 1e9, configurable: true})"
@@ -123,7 +127,7 @@ def session(model: Path) -> Iterator[Running]:
 
 
 def test_one_browser_at_a_time_and_a_closed_tab_is_no_outage(session: Running) -> None:
-    with chromium(*GRANTED) as browser:
+    with running_chromium(*GRANTED) as browser:
         first, second = Tab(browser, address_of(session)), Tab(browser, address_of(session))
         press(first, "vision", "this browser is the camera")
         press(first, "audio", "this browser is the microphone")
@@ -142,7 +146,7 @@ def test_one_browser_at_a_time_and_a_closed_tab_is_no_outage(session: Running) -
 
 
 def test_a_refused_permission_is_a_sentence(session: Running) -> None:
-    with chromium(*FAKE) as browser, closing(Tab(browser, address_of(session))) as tab:
+    with running_chromium(*FAKE) as browser, closing(Tab(browser, address_of(session))) as tab:
         tab.context.grant_permissions([])  # playwright's contexts refuse what is not granted
         press(tab, "audio", "not allowed to use the microphone")
         noted(session, "microphone", "not allowed to use the microphone")
@@ -155,12 +159,15 @@ def test_a_refused_permission_is_a_sentence(session: Running) -> None:
 def test_a_browser_without_devices_says_so(session: Running) -> None:
     if Path("/dev/video0").exists():
         pytest.skip("this machine has a camera")
-    with chromium("--use-fake-ui-for-media-stream") as browser, closing(Tab(browser, address_of(session))) as tab:
+    with (
+        running_chromium("--use-fake-ui-for-media-stream") as browser,
+        closing(Tab(browser, address_of(session))) as tab,
+    ):
         press(tab, "vision", "the browser has no camera")
 
 
 def test_the_page_finds_its_session_again_after_its_process_was_killed(session: Running) -> None:
-    with chromium(*GRANTED) as browser, closing(Tab(browser, address_of(session))) as tab:
+    with running_chromium(*GRANTED) as browser, closing(Tab(browser, address_of(session))) as tab:
         press(tab, "audio", "this browser is the microphone")
         before = len(session.lines)
         [pid] = session.children("dashboard")

@@ -237,7 +237,6 @@ class DashboardNode(_ViewerNode):
             self.page.sound(self.view.sound.first, self.view.sound.columns)
             self.page.update(self.view.snapshot(now_ns()))
 
-
     def _end_page(self) -> None:
         """Tell the browsers that this is the end and not a lost connection, then close."""
         if self.page.clients and self.context.stop.is_set():

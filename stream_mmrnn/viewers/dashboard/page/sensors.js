@@ -82,6 +82,13 @@ function disconnect() {
   if (lock) lock.release();
   socket = specs = lock = null; lostAt = 0; wait = [];
 }
+function giveUp(why) {
+  for (const sensor of sensors.values()) {
+    if (!sensor.wanted) continue;
+    sensor.end("");
+    sensor.note = `${why}, and the ${NAMES[sensor.kind]} was switched off`;
+  }
+}
 function tell(message) { if (socket && socket.readyState === WebSocket.OPEN) socket.send(JSON.stringify(message)); }
 
 function connected() {
@@ -100,7 +107,7 @@ function connect() {
     for (const sensor of sensors.values()) { sensor.sending = false; sensor.waiting = []; }
     lostAt = lostAt || performance.now();
     if (performance.now() - lostAt < GIVE_UP_MS) setTimeout(() => { if (!socket && anyWanted()) connect(); }, AGAIN_MS);
-    else for (const sensor of sensors.values()) if (sensor.wanted) { sensor.end(""); sensor.note = `the session was away for a minute, and the ${NAMES[sensor.kind]} was switched off`; }
+    else giveUp("the session was away for a minute");
     draw();
   };
 }
@@ -136,6 +143,7 @@ export function start(element) {
 export function show(state) {
   for (const {stream, kind} of state.sensors || []) if (!sensors.has(stream)) sensors.set(stream, new Sensor(stream, kind));
   states = state.streams;
+  if (state.ended) giveUp("the session has ended");
   draw();
 }
 function draw() {

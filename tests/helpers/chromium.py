@@ -1,4 +1,4 @@
-"""The live page in a real browser, Debian's Chromium: an open tab, and what it shows and requests."""
+"""The live page in Debian's Chromium: an open page with its complaints, screenshots that are kept, and axe-core."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.resources import files
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -31,13 +32,13 @@ TIMEOUT_MS = 30_000
 
 
 @contextmanager
-def chromium(*args: str) -> Iterator[Any]:
-    """A browser of its own, with these options; skips where playwright is missing."""
+def running_chromium(*more: str) -> Iterator[Any]:
+    """A browser; `more`: further arguments of its command line."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[dev]'")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*ARGS, *args])
-        yield browser
-        browser.close()
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=[*ARGS, *more])
+        yield chromium
+        chromium.close()
 
 
 class Tab:
@@ -69,9 +70,31 @@ class Tab:
     def text(self, selector: str) -> str:
         return str(self.page.text_content(selector)).strip()
 
-    def close(self) -> None:
+    def sees(self, selector: str) -> bool:
+        """Whether it is on the screen without scrolling."""
+        box = self.page.locator(selector).bounding_box()
+        height, top = self.page.viewport_size["height"], self.page.evaluate("scrollY")
+        return bool(box) and top == 0 and box["y"] >= 0 and box["y"] + box["height"] <= height
+
+    def photograph(self, name: str, full_page: bool = True) -> None:
+        PICTURES.mkdir(parents=True, exist_ok=True)
+        self.page.screenshot(path=PICTURES / f"{name}.png", full_page=full_page)
+
+    def serious(self) -> list[str]:
+        """What axe-core calls serious or critical: the rule, and the first element that breaks it."""
+        pytest.importorskip("axe_playwright_python", reason="axe-core is not installed: pip install '.[dev]'")
+        self.page.evaluate((files("axe_playwright_python") / "axe.min.js").read_text("utf-8"))
+        found = self.page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
+        return [
+            f"{v['id']}: {v['help']}: {v['nodes'][0]['html'][:200]}: {v['nodes'][0].get('failureSummary', '')[:300]}"
+            for v in found
+            if v["impact"] in ("serious", "critical")
+        ]
+
+    def close(self, lost: bool = False) -> None:
+        """`lost`: the server has ended, so that requests failed."""
         self.context.close()
-        assert self.complaints == []
+        assert lost or self.complaints == []
         assert self.hosts <= {urlsplit(self.address).netloc, "data", "blob"}
 
 
