@@ -250,6 +250,8 @@ class ClusterSettings(_Section, frozen=True):
 class RecordSettings(_Section, frozen=True):
     path: str = ""
     """"" records nothing."""
+    folder: str = "recordings"
+    """Of the recordings that are begun on the page, and the only one whose recordings it opens."""
     raw: bool = True
     """false: features, ticks and predictions only, no picture, sound or words."""
     chunk_ms: Annotated[float, msgspec.Meta(gt=0, le=10_000)] = 250.0

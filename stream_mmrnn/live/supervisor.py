@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Collection, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -76,6 +77,9 @@ class Supervisor:
         self._monitor: Subscriber | None = None
         self.opened_ns = self.closed_ns = 0
         self.first_prediction_ns = 0
+        self.asked_to_end = False
+        """A page has asked for the session's end."""
+        self._record_path = settings.record.path
         self._page_port = 0
         self.begun = False
         """True once a process has started that has something to finish: a file, a session."""
@@ -92,6 +96,9 @@ class Supervisor:
             # a page that is open in a browser finds the server again
             page = msgspec.structs.replace(settings.dashboard, port=self._page_port)
             settings = msgspec.structs.replace(settings, dashboard=page)
+        if node.name == "recorder":
+            record = msgspec.structs.replace(settings.record, path=self._record_path)
+            settings = msgspec.structs.replace(settings, record=record)
         node.started_ns = self._now_ns()
         self._spawn(node, settings)
 
@@ -122,7 +129,7 @@ class Supervisor:
                 self.publisher = Publisher(self.address, self.settings.bus.queue)
                 self._monitor = Subscriber(
                     self.address,
-                    [*dict.fromkeys((topics.STATUS, topics.PREDICTION, topics.SESSION, *self._watch))],
+                    [*dict.fromkeys((topics.STATUS, topics.PREDICTION, topics.SESSION, topics.REQUEST, *self._watch))],
                     self.settings.bus.queue,
                 )
         self._wait_ready([n for n in self.nodes if not n.is_source], alive)
@@ -188,6 +195,8 @@ class Supervisor:
         """What a message says of the processes: remembered, and said aloud where a person should know."""
         if envelope.topic == topics.PREDICTION and not self.first_prediction_ns:
             self.first_prediction_ns = envelope.publish_ns
+        if envelope.topic == topics.REQUEST:
+            self._handle(envelope)
         if not envelope.topic.startswith(topics.STATUS):
             return
         try:
@@ -222,6 +231,56 @@ class Supervisor:
                 if self._registration is not None:
                     self._registration.update(page=str(message.detail["address"])[:256])
 
+    def _handle(self, envelope: Envelope) -> None:
+        """Do what a page asks; what cannot be done, or is done already, changes nothing."""
+        try:
+            op = wire.unpack(envelope.payload, wire.RequestMessage).op
+        except WireError:
+            return
+        if envelope.session != self.settings.session.name or not self.opened_ns or self.closed_ns:
+            return
+        recorder = self._by_name.get("recorder")
+        on = recorder is not None and not recorder.done
+        if op == "stop" or (op == "end_recording" and on and "engine" not in self._by_name):
+            self.asked_to_end = True  # without engine and recorder nothing is left to go on with
+        elif op == "end_recording" and on and recorder is not None:
+            recorder.done = True
+            at_ns = self._now_ns()
+            assert self.publisher is not None
+            self.publisher.publish(topics.CONTROL, self.settings.session.name, at_ns, at_ns, b"stop")
+        elif op == "record" and not on and not (recorder is not None and recorder.running):
+            self._begin_recording()
+
+    def _begin_recording(self) -> None:
+        """Start a recorder while the session goes on; it begins when it is told that it has everything."""
+        node = ManagedProcess(processes.by_name("recorder"))
+        node.late = True
+        self.nodes = [*(n for n in self.nodes if n.name != "recorder"), node]
+        self._by_name["recorder"] = node
+        folder = Path(self.settings.record.folder).expanduser()
+        name = f"{self.settings.session.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            taken = {path.stem for path in folder.iterdir()}
+        except OSError as e:
+            node.done = True
+            self._cannot_record(node, f"the folder {folder} cannot be used ({e.strerror}); set record.folder")
+            return
+        number = next(n for n in count(1) if (name if n == 1 else f"{name}-{n}") not in taken)
+        self._record_path = str(folder / f"{name if number == 1 else f'{name}-{number}'}.mcap")
+        self._start_process(node)
+
+    def _cannot_record(self, node: ManagedProcess, why: str) -> None:
+        node.given_up = why
+        self._say(Note(f"recorder: {why}; the session goes on without it", "recorder", "given_up", "error"))
+        self._publish_status(node, "failed", why)
+
+    def _check_beginning(self, node: ManagedProcess) -> None:
+        """Tell a recorder that was started in the middle of the session to begin, once it hears the bus."""
+        if node.late and not node.told and node.ready.is_set():
+            node.told = True
+            self._publish_session("streams")
+
     def _expect(self) -> None:
         """Tell the aligner which streams there are, where that has changed."""
         here = tuple(
@@ -250,6 +309,11 @@ class Supervisor:
                 continue
             code = node.process.exitcode
             if code is None:
+                self._check_beginning(node)
+                continue
+            if node.late and not node.told:
+                node.done = True
+                self._cannot_record(node, f"it {how_it_ended(code)} before it had begun")
                 continue
             if code == 0 and node.is_source:
                 node.done = True
