@@ -313,12 +313,7 @@ _json_decoders: dict[type, msgspec.json.Decoder[Any]] = {
 
 
 def pack(
-    message: SessionMessage
-    | RequestMessage
-    | CheckpointMessage
-    | TickMessage
-    | PredictionMessage
-    | StatusMessage,
+    message: SessionMessage | RequestMessage | CheckpointMessage | TickMessage | PredictionMessage | StatusMessage,
 ) -> bytes:
     """Encode a message as a JSON payload."""
     try:

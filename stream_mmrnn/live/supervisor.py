@@ -11,7 +11,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Collection, Iterator
-from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +27,7 @@ from stream_mmrnn.core.resources import need_files
 from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.live.managed_process import ManagedProcess, Spawner, how_it_ended, kill_forkserver
+from stream_mmrnn.live.requests import Requests
 
 _AT_ONCE_NS = 1_000_000_000
 """An engine that lived this long is restarted without back-off."""
@@ -59,7 +59,7 @@ class Supervisor:
         also yields the topics of `watch`.
         """
         self.settings = settings
-        self._say, self._watch, self._now_ns = say, watch, clock
+        self.say, self._watch, self._now_ns = say, watch, clock
         self.nodes = [ManagedProcess(spec) for spec in processes.table(settings, with_engine)]
         files = _FILES + _FILES_PER_PROCESS * len(self.nodes)
         need_files(files, f"a session of {len(self.nodes)} processes needs {files}")
@@ -77,9 +77,7 @@ class Supervisor:
         self._monitor: Subscriber | None = None
         self.opened_ns = self.closed_ns = 0
         self.first_prediction_ns = 0
-        self.asked_to_end = False
-        """A page has asked for the session's end."""
-        self._record_path = settings.record.path
+        self.requests = Requests(settings, self._by_name.get("recorder"), "engine" in self._by_name, self)
         self._page_port = 0
         self.begun = False
         """True once a process has started that has something to finish: a file, a session."""
@@ -90,14 +88,14 @@ class Supervisor:
 
     # ---- start ---------------------------------------------------------------------------------------------------
 
-    def _start_process(self, node: ManagedProcess) -> None:
+    def start_process(self, node: ManagedProcess) -> None:
         settings = self.settings
         if node.name == "dashboard" and self._page_port:
             # a page that is open in a browser finds the server again
             page = msgspec.structs.replace(settings.dashboard, port=self._page_port)
             settings = msgspec.structs.replace(settings, dashboard=page)
         if node.name == "recorder":
-            record = msgspec.structs.replace(settings.record, path=self._record_path)
+            record = msgspec.structs.replace(settings.record, path=self.requests.record_path)
             settings = msgspec.structs.replace(settings, record=record)
         node.started_ns = self._now_ns()
         self._spawn(node, settings)
@@ -123,7 +121,7 @@ class Supervisor:
             if not alive():
                 return
             self.begun = node.name != "broker"
-            self._start_process(node)
+            self.start_process(node)
             if node.name == "broker":
                 self._wait_ready([node], alive)
                 self.publisher = Publisher(self.address, self.settings.bus.queue)
@@ -137,7 +135,7 @@ class Supervisor:
         if not alive() or self.publisher is None:
             return
         self.publisher.wait_for_reader(topics.SESSION, 2.0)
-        self._publish_session("open")
+        self.publish_session("open")
         self._spawn.epoch.value = self._now_ns()
         self._register()
 
@@ -149,7 +147,7 @@ class Supervisor:
             entry = running.entry_of(name, "engine" in self._by_name, self.address, bus.keys, table)
             self._registration = running.Registration(entry)
         except FileError as e:
-            self._say(f"other programs cannot find this session by its name: {e}")
+            self.say(f"other programs cannot find this session by its name: {e}")
 
     def _update_registration(self) -> None:
         if self._registration is not None:
@@ -165,14 +163,14 @@ class Supervisor:
             port = int(self.address.publish.rpartition(":")[2])
             server = self.address.keys.server
             text = f"bus: {bus.host}, port {port}, server key {server}"
-            self._say(Note(text, "broker", "address", host=bus.host, port=port, server_key=server))
+            self.say(Note(text, "broker", "address", host=bus.host, port=port, server_key=server))
         if page.enabled and page.token_file:
             token, made = keys.token(Path(page.token_file))
             if made:
                 text = f"the page's token, shown this once: {token} (it is in {page.token_file})"
-                self._say(Note(text, "dashboard", "token", private=True, token_file=page.token_file))
+                self.say(Note(text, "dashboard", "token", private=True, token_file=page.token_file))
 
-    def _publish_session(self, op: Any) -> int:
+    def publish_session(self, op: Any) -> int:
         at_ns = self._now_ns()
         message = wire.SessionMessage(op, at_ns, self._expected)
         assert self.publisher is not None
@@ -195,8 +193,8 @@ class Supervisor:
         """What a message says of the processes: remembered, and said aloud where a person should know."""
         if envelope.topic == topics.PREDICTION and not self.first_prediction_ns:
             self.first_prediction_ns = envelope.publish_ns
-        if envelope.topic == topics.REQUEST:
-            self._handle(envelope)
+        if envelope.topic == topics.REQUEST and self.opened_ns and not self.closed_ns:
+            self.requests.observe(envelope)
         if not envelope.topic.startswith(topics.STATUS):
             return
         try:
@@ -217,13 +215,13 @@ class Supervisor:
             if self._rate_limiter(node.name, self._now_ns()):
                 node.reported = message.reason
                 text = f"{node.name}: {message.reason}"
-                self._say(Note(text, node.name, "status", "warning", state=message.state))
+                self.say(Note(text, node.name, "status", "warning", state=message.state))
         elif was_away and message.state == "open" and self._rate_limiter(f"{node.name} back", self._now_ns()):
-            self._say(Note(f"{node.name}: is back", node.name, "back"))
+            self.say(Note(f"{node.name}: is back", node.name, "back"))
         if node.is_source:
             self._expect()
         if node.name == "engine" and before is None and message.detail.get("anew") and not self.closed_ns:
-            self._publish_session("open")
+            self.publish_session("open")
         if node.name == "dashboard":
             port = str(message.detail.get("address", "")).rstrip("/").rpartition(":")[2]
             if port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536 and int(port) != self._page_port:
@@ -231,55 +229,10 @@ class Supervisor:
                 if self._registration is not None:
                     self._registration.update(page=str(message.detail["address"])[:256])
 
-    def _handle(self, envelope: Envelope) -> None:
-        """Do what a page asks; what cannot be done, or is done already, changes nothing."""
-        try:
-            op = wire.unpack(envelope.payload, wire.RequestMessage).op
-        except WireError:
-            return
-        if envelope.session != self.settings.session.name or not self.opened_ns or self.closed_ns:
-            return
-        recorder = self._by_name.get("recorder")
-        on = recorder is not None and not recorder.done
-        if op == "stop" or (op == "end_recording" and on and "engine" not in self._by_name):
-            self.asked_to_end = True  # without engine and recorder nothing is left to go on with
-        elif op == "end_recording" and on and recorder is not None:
-            recorder.done = True
-            at_ns = self._now_ns()
-            assert self.publisher is not None
-            self.publisher.publish(topics.CONTROL, self.settings.session.name, at_ns, at_ns, b"stop")
-        elif op == "record" and not on and not (recorder is not None and recorder.running):
-            self._begin_recording()
-
-    def _begin_recording(self) -> None:
-        """Start a recorder while the session goes on; it begins when it is told that it has everything."""
-        node = ManagedProcess(processes.by_name("recorder"))
-        node.late = True
-        self.nodes = [*(n for n in self.nodes if n.name != "recorder"), node]
-        self._by_name["recorder"] = node
-        folder = Path(self.settings.record.folder).expanduser()
-        name = f"{self.settings.session.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            taken = {path.stem for path in folder.iterdir()}
-        except OSError as e:
-            node.done = True
-            self._cannot_record(node, f"the folder {folder} cannot be used ({e.strerror}); set record.folder")
-            return
-        number = next(n for n in count(1) if (name if n == 1 else f"{name}-{n}") not in taken)
-        self._record_path = str(folder / f"{name if number == 1 else f'{name}-{number}'}.mcap")
-        self._start_process(node)
-
-    def _cannot_record(self, node: ManagedProcess, why: str) -> None:
-        node.given_up = why
-        self._say(Note(f"recorder: {why}; the session goes on without it", "recorder", "given_up", "error"))
-        self._publish_status(node, "failed", why)
-
-    def _check_beginning(self, node: ManagedProcess) -> None:
-        """Tell a recorder that was started in the middle of the session to begin, once it hears the bus."""
-        if node.late and not node.told and node.ready.is_set():
-            node.told = True
-            self._publish_session("streams")
+    def replace_node(self, node: ManagedProcess) -> None:
+        """Have this row in place of the one with its name, which has ended."""
+        self.nodes = [*(n for n in self.nodes if n.name != node.name), node]
+        self._by_name[node.name] = node
 
     def _expect(self) -> None:
         """Tell the aligner which streams there are, where that has changed."""
@@ -293,7 +246,7 @@ class Supervisor:
         )
         if self.opened_ns and here != self._expected:
             self._expected = here
-            self._publish_session("streams")
+            self.publish_session("streams")
 
     def check(self) -> None:
         """Report and restart processes that died; call it about ten times a second."""
@@ -305,15 +258,13 @@ class Supervisor:
             if node.again_ns:
                 if at_ns >= node.again_ns:
                     node.again_ns = 0
-                    self._start_process(node)
+                    self.start_process(node)
                 continue
             code = node.process.exitcode
             if code is None:
-                self._check_beginning(node)
+                self.requests.check(node)
                 continue
-            if node.late and not node.told:
-                node.done = True
-                self._cannot_record(node, f"it {how_it_ended(code)} before it had begun")
+            if self.requests.died_early(node):
                 continue
             if code == 0 and node.is_source:
                 node.done = True
@@ -338,8 +289,8 @@ class Supervisor:
             node.restarts += 1
             node.again_ns = at_ns + int(wait_s * 1e9)
             text = f"{node.name}: {death}; started again {f'in {wait_s:g} s' if wait_s else 'at once'}"
-            self._say(Note(text, node.name, "died", "warning", death=death, again_s=wait_s, restarts=node.restarts))
-            self._publish_status(node, "restarting", death)
+            self.say(Note(text, node.name, "died", "warning", death=death, again_s=wait_s, restarts=node.restarts))
+            self.publish_status(node, "restarting", death)
             self._update_registration()
             if node.is_source:
                 self._expect()
@@ -364,13 +315,13 @@ class Supervisor:
         if vital_here or (node.is_source and everyone):
             self.failed = f"the {node.name} {node.given_up}; nothing is left to go on with"
         text = self.failed or f"{node.name}: {node.given_up}; the session goes on without it"
-        self._say(Note(text, node.name, "given_up", "error", death=death, deaths=len(node.died_ns)))
-        self._publish_status(node, "failed", node.given_up)
+        self.say(Note(text, node.name, "given_up", "error", death=death, deaths=len(node.died_ns)))
+        self.publish_status(node, "failed", node.given_up)
         self._update_registration()
         if node.is_source:
             self._expect()
 
-    def _publish_status(self, node: ManagedProcess, state: Any, reason: str) -> None:
+    def publish_status(self, node: ManagedProcess, state: Any, reason: str) -> None:
         """Publish the status of a process that cannot publish it itself."""
         assert self.publisher is not None
         at_ns = self._now_ns()
@@ -394,7 +345,7 @@ class Supervisor:
             self._kill([n for n in self.nodes if n.name != "recorder"])
         self._end([n for n in self.nodes if n.is_source], self._now_ns() + 600_000_000, observe)
         if self.opened_ns and self.publisher is not None:
-            self.closed_ns = self._publish_session("close")
+            self.closed_ns = self.publish_session("close")
             self._await_closed("engine", self._now_ns() + 500_000_000, observe)
             at_ns = self._now_ns()
             self.publisher.publish(topics.CONTROL, self.settings.session.name, at_ns, at_ns, b"stop")
@@ -426,7 +377,7 @@ class Supervisor:
             running = [n for n in running if n.running]
             time.sleep(0.002)
         for node in running:
-            self._say(Note(f"{node.name}: did not end in time and was killed", node.name, "killed", "warning"))
+            self.say(Note(f"{node.name}: did not end in time and was killed", node.name, "killed", "warning"))
             node.kill()
         if self._monitor:
             for envelope in self.messages(5):

@@ -1,4 +1,4 @@
-"""Recordings that are begun and ended while the session runs: they verify, and replay bit for bit from where they begin."""
+"""Recordings that are begun and ended while the session runs: they verify, and replay bit for bit from their start."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from stream_mmrnn.core.errors import NotRunning
 from stream_mmrnn.core.types import Envelope, Mark
 from stream_mmrnn.live.checkpoint import Newest
 from stream_mmrnn.live.late_recording import LateBeginning
-from stream_mmrnn.recording.mcap_file import Recording
 
 
 def ask(name: str, *ops: str) -> None:
