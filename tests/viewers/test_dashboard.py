@@ -6,6 +6,7 @@ import http.client
 import io
 import itertools
 import json
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -404,10 +405,32 @@ def test_the_page_is_complete_and_loads_nothing_from_elsewhere(standing: Dashboa
     code, headers, body = ask(standing, "/")
     assert code == 200
     assert headers["content-type"].startswith("text/html")
-    assert "script-src 'sha256-" in headers["content-security-policy"]
-    assert b"http://" not in body
-    assert b"https://" not in body
+    assert "script-src 'self'; style-src 'self'" in headers["content-security-policy"]
+    assert "unsafe" not in headers["content-security-policy"]
+    assert b"<style" not in body
+    assert b"<script>" not in body
+    waiting, files = ["/main.js", "/page.css"], {"/": body}
+    while waiting:  # every module that a module imports is served, as a script
+        path = waiting.pop()
+        code, headers, files[path] = ask(standing, path)
+        assert (code, headers["x-content-type-options"]) == (200, "nosniff")
+        assert headers["content-type"].startswith("text/javascript" if path.endswith(".js") else "text/css")
+        found = ["/" + name for name in re.findall(r'from "\./(\w+\.js)"', files[path].decode())]
+        waiting += [name for name in found if name not in {*files, *waiting}]
+    assert len(files) > 5
+    for content in files.values():
+        assert b"http://" not in content
+        assert b"https://" not in content
     assert ask(standing, "/healthz")[::2] == (200, b"ok\n")
+
+
+def test_the_page_names_the_features_that_are_on() -> None:
+    board = Dashboard(features=("sensors", "controls"))
+    board.start()
+    try:
+        assert b'data-features="controls sensors"' in ask(board, "/")[2]
+    finally:
+        board.close()
 
 
 def test_picture(board: Dashboard) -> None:
@@ -485,7 +508,7 @@ def test_only_get(standing: Dashboard, method: str) -> None:
     assert (code, headers["allow"]) == (405, "GET")
 
 
-@pytest.mark.parametrize("path", ["/nothing", "/../server.py", "/page.html", "/events/"])
+@pytest.mark.parametrize("path", ["/nothing", "/../server.py", "/page.html", "/page/main.js", "/sensors", "/events/"])
 def test_unknown_paths(standing: Dashboard, path: str) -> None:
     assert ask(standing, path)[0] == 404
 

@@ -245,14 +245,18 @@ def test_a_replay_is_paused_and_scrubbed(browser: Any, model: Path, tmp_path: Pa
             tab.page.wait_for_timeout(400)
             assert tab.page.evaluate(position) == held
             tab.page.keyboard.press("Shift+ArrowRight")
-            tab.until(f"!dragging && {position} >= Number(document.getElementById('seek').max) - .2")
+            tab.until(
+                f"!document.querySelector('[data-seeking]') && {position} >= Number(document.getElementById('seek').max) - .2"
+            )
             PICTURES.mkdir(parents=True, exist_ok=True)
             tab.page.screenshot(path=PICTURES / "replay-light-1280.png", full_page=True)
             ticks = int(tab.text("#k-tick"))
             assert 50 < ticks <= summary["predictions"], "it counts from the session's start"
             for _ in range(3):
                 tab.page.keyboard.press("ArrowLeft")
-            tab.until(f"!dragging && Number(document.getElementById('k-tick').textContent) < {ticks}")
+            tab.until(
+                f"!document.querySelector('[data-seeking]') && Number(document.getElementById('k-tick').textContent) < {ticks}"
+            )
             tab.page.keyboard.press("Space")
             tab.until("document.getElementById('replay-note').textContent.startsWith('the end')")
         # without a browser the replay ends; its last pass gave the recorded predictions, bit for bit

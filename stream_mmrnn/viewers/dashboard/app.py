@@ -46,6 +46,11 @@ MAX_BODY_BYTES = 16 * 1024
 """Of a POST."""
 MAX_SINCE = 2**53
 
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""Content security policy: only the page's own files, no inline script or style, requests to this server only."""
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """Prometheus' text format."""
 _PREDICTIONS = "/predictions"
@@ -198,9 +203,8 @@ class AppSettings(msgspec.Struct, frozen=True):
     """What the application serves, and its limits."""
 
     access: Access
-    page: bytes
-    policy: str
-    """The page's content security policy."""
+    files: Mapping[str, tuple[bytes, str]]
+    """By path, the content and media type of the page and its parts."""
     metrics: Callable[[], bytes] | None
     ready: Callable[[], str]
     posts: Mapping[str, Callable[[bytes], str]]
@@ -220,13 +224,14 @@ class Application:
         self.feed = Feed()
         self._pushers = 0
         self._routes = {
-            "/": self._get_page,
+            **dict.fromkeys(settings.files, self._get_file),
             "/events": self._get_events,
             "/picture.jpg": self._get_picture,
             "/sound": self._get_sound,
             "/healthz": self._get_health,
             "/readyz": self._get_readiness,
         } | ({"/metrics": self._get_metrics} if settings.metrics else {})
+        self._listed = [path for path in self._routes if path == "/" or path not in settings.files]
         self._router = Router(
             [
                 *(Route(path, endpoint) for path, endpoint in self._routes.items()),
@@ -306,13 +311,12 @@ class Application:
         return None
 
     async def _get_unknown(self, scope: Scope, receive: Receive, send: Send) -> None:
-        response = PlainTextResponse(f"no such path; use one of {', '.join(self._routes)}\n", 404)
+        response = PlainTextResponse(f"no such path; use one of {', '.join(self._listed)}\n", 404)
         await response(scope, receive, send)
 
-    async def _get_page(self, _: Request) -> Response:
-        return Response(
-            self._settings.page, headers={"Content-Security-Policy": self._settings.policy}, media_type="text/html"
-        )
+    async def _get_file(self, request: Request) -> Response:
+        content, kind = self._settings.files[request.url.path]
+        return Response(content, headers={"Content-Security-Policy": POLICY}, media_type=kind)
 
     async def _get_events(self, _: Request) -> Response:
         if self._board.clients >= MAX_CLIENTS:

@@ -8,14 +8,11 @@ wait. Knows nothing about the bus, predictions or what a state holds.
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
-import hashlib
 import os
-import re
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -33,28 +30,16 @@ if TYPE_CHECKING:
 IDLE_S = 5.0
 """The longest time between requests of a connection, and for a request to arrive."""
 _CLOSE_S = 2.0
+_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 
 
-def _page() -> bytes:
-    """The page with its style and script inlined, so that the policy can allow exactly these by their hashes."""
-    parts = {name: Path(__file__).with_name(name).read_bytes() for name in ("page.html", "page.css", "page.js")}
-    page = parts["page.html"].replace(
-        b'<link rel="stylesheet" href="page.css">', b"<style>%b</style>" % parts["page.css"]
-    )
-    return page.replace(b'<script src="page.js"></script>', b"<script>%b</script>" % parts["page.js"])
-
-
-def _policy(page: bytes) -> str:
-    """A content security policy that allows only the page's own script and style, and requests to this server only."""
-
-    def own(tag: bytes) -> str:
-        found = re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), page, re.DOTALL)
-        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s).digest()).decode()}'" for s in found)
-
-    return (
-        f"default-src 'none'; script-src {own(b'script')}; style-src {own(b'style')}; img-src 'self' data:; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
+def _page(features: Collection[str]) -> dict[str, tuple[bytes, str]]:
+    """By path, the content and media type of the page, its style and its modules."""
+    folder = Path(__file__).with_name("page")
+    files = {"/" + f.name: (f.read_bytes(), _TYPES[f.suffix]) for f in folder.iterdir() if f.suffix in _TYPES}
+    page, kind = files.pop("/page.html")
+    on = " ".join(sorted(features)).encode()
+    return {"/": (page.replace(b'data-features=""', b'data-features="%b"' % on), kind), **files}
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -83,6 +68,8 @@ class Dashboard:
 
     `push`: takes the samples that WebSocket clients send to /push/STREAM (see `app.Push`); in the server's thread, too.
 
+    `features`: parts of the page that are on: each has an element and a module of this name (`page/NAME.js`).
+
     `client_timeout_s`: a client that does not read for so long is disconnected. `idle_timeout_s`: so is one that sends
     no request for so long.
 
@@ -103,6 +90,7 @@ class Dashboard:
         posts: Mapping[str, Callable[[bytes], str]] = MappingProxyType({}),
         idle_timeout_s: float = IDLE_S,
         push: Callable[[str, bytes, str], str] | None = None,
+        features: Collection[str] = (),
     ) -> None:
         self.access = Access(host, token, (socket.gethostname(),))
         self._board = Board()
@@ -113,6 +101,7 @@ class Dashboard:
         self._port = int(self._socket.getsockname()[1])
         self._host = f"[{host}]" if ":" in host else host
         self._metrics, self._ready, self._posts, self._push = metrics, ready, posts, push
+        self._features = features
         self._client_timeout_s, self._idle_timeout_s = client_timeout_s, idle_timeout_s
         self._application: Application | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -180,12 +169,10 @@ class Dashboard:
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         from stream_mmrnn.viewers.dashboard.app import Application, AppSettings
 
-        page = _page()
         self._application = Application(
             AppSettings(
                 self.access,
-                page,
-                _policy(page),
+                _page(self._features),
                 self._metrics,
                 self._ready,
                 self._posts,

@@ -1,0 +1,51 @@
+// Lines of text and labels: as a list, on the timeline, and typed by the reader.
+import {$, set, make, fill, age, post} from "./dom.js";
+import {paint} from "./theme.js";
+import {HISTORY_MS, LEFT, context, grid, pastX} from "./plot.js";
+
+export function showWords(s) {
+  const lines = [
+    ...s.texts.map(v => ({...v, kind: ""})), ...s.other_texts.map(v => ({...v, kind: "other"})), ...s.labels.map(v => ({...v, kind: "label"})),
+  ].sort((a, b) => a.age_ms - b.age_ms).slice(0, 40);
+  fill($("l-words"), lines, () => { const li = make("li"), what = make("span"); what.append(make("span", "tag"), make("span")); li.append(what, make("span")); return li; }, (li, v) => {
+    li.className = v.kind;
+    const [tag, text] = li.firstChild.children;
+    tag.hidden = !v.kind; set(tag, v.kind); set(text, v.text); set(li.lastChild, age(v.age_ms));
+  });
+  for (const id of ["line", "label"]) { $(id).disabled = !s.typing.possible; $(id).form.lastElementChild.disabled = !s.typing.possible; }
+  if (!s.typing.possible) { set($("typing"), s.typing.why); $("typing").className = "why"; $("typing").dataset.off = "1"; }
+  else if ($("typing").dataset.off) { set($("typing"), "\u00a0"); delete $("typing").dataset.off; }
+}
+export function showEvents(s) {
+  const c = context($("events"));
+  if (!c) return;
+  const {g, w, h} = c, taken = [[], [], []], step = (h - 6) / taken.length;
+  grid(g, w, h);
+  g.strokeStyle = paint("line"); g.beginPath(); g.moveTo(LEFT, h - .5); g.lineTo(w, h - .5); g.stroke();
+  const all = [...s.texts.map(v => [v, "ink"]), ...s.other_texts.map(v => [v, "quiet"]), ...s.labels.map(v => [v, "c1"])];
+  g.textBaseline = "middle"; g.textAlign = "left";
+  // labels first, then words from the newest on; a word without room becomes a tick mark
+  for (const [v, colour] of all.filter(([v]) => v.age_ms <= HISTORY_MS).sort(([a, x], [b, y]) => (y === "c1") - (x === "c1") || a.age_ms - b.age_ms)) {
+    const x = pastX(v.age_ms, w), label = colour === "c1", text = v.text.length > 26 ? v.text.slice(0, 25) + "…" : v.text, width = g.measureText(text).width;
+    g.fillStyle = g.strokeStyle = paint(colour);
+    if (label) { g.beginPath(); g.moveTo(x, 0); g.lineTo(x, h); g.stroke(); }
+    // a word ends at its time; a label begins at its time
+    const at = label && x + 4 + width < w ? x + 4 : x - width - (label ? 4 : 0);
+    const free = taken.find(spans => spans.every(([from, to]) => at + width + 4 < from || at > to + 4));
+    if (free && at >= LEFT) { g.fillText(text, at, step * taken.indexOf(free) + step / 2); free.push([at, at + width]); }
+    else if (!label) g.fillRect(x - 1, h - 5, 2, 4);
+  }
+}
+function typing(form, input, prefix, done) {
+  $(form).addEventListener("submit", async event => {
+    event.preventDefault();
+    const text = $(input).value.trim();
+    if (!text) return;
+    const why = await post("text", prefix + text), note = $("typing");
+    set(note, why || done(text)); note.className = "why" + (why ? " bad" : "");
+    if (!why) $(input).value = "";
+  });
+}
+const short = text => text.length > 32 ? text.slice(0, 31) + "…" : text;
+typing("say", "line", "", text => `sent: ${short(text)}`);
+typing("mark", "label", "/label ", text => `marked: ${short(text)}`);
