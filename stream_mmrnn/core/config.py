@@ -312,6 +312,15 @@ class DashboardSettings(_Section, frozen=True):
     requires the token."""
 
 
+class PageSettings(_Section, frozen=True):
+    """What the live page offers; its address is in `[dashboard]`."""
+
+    labels: tuple[Annotated[str, msgspec.Meta(min_length=1, max_length=64)], ...] = ()
+    """Labels that have a button, such as `["sitting", "walking"]`."""
+    sessions: Annotated[int, msgspec.Meta(ge=1, le=16)] = 4
+    """Of `stream-mmrnn page`: how many sessions it runs at once."""
+
+
 class FoxgloveSettings(_Section, frozen=True):
     """A server of the bus's messages for Foxglove, on loopback."""
 
@@ -391,6 +400,7 @@ class Settings(_Section, frozen=True):
     bus: BusSettings = BusSettings()
     queues: QueuesSettings = QueuesSettings()
     dashboard: DashboardSettings = DashboardSettings()
+    page: PageSettings = PageSettings()
     foxglove: FoxgloveSettings = FoxgloveSettings()
     lsl: LslSettings = LslSettings()
     supervisor: SupervisorSettings = SupervisorSettings()

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 _MAX_PUSHED = 256
 """Samples of WebSocket clients that wait for the bus."""
-_MAX_TYPED = 64
-"""Lines typed on the page that wait for the bus."""
 _PAGE_PERIOD_NS = 100_000_000
 """How often the page gets a new state."""
 
@@ -69,8 +67,10 @@ class DashboardNode(_ViewerNode):
     def __init__(self, context: Context) -> None:
         from stream_mmrnn.bus import keys as keys
         from stream_mmrnn.bus.prediction_reader import PredictionReader
+        from stream_mmrnn.viewers.dashboard.raw_streams import RawStreams
         from stream_mmrnn.viewers.dashboard.server import Dashboard
         from stream_mmrnn.viewers.dashboard.state import LiveState
+        from stream_mmrnn.viewers.dashboard.typed_lines import TypedLines
         from stream_mmrnn.viewers.prometheus import Metrics
 
         table = stream_table(context.settings)
@@ -80,10 +80,11 @@ class DashboardNode(_ViewerNode):
         )
         decoder = PredictionDecoder()  # shared, so that each prediction is decoded once
         self.view = LiveState(decoder, table)
-        self.raw_streams = _RawStreams(context, [t for t in (self.view.picture_topic, self.view.sound_topic) if t])
+        raw = [t for t in (self.view.picture_topic, self.view.sound_topic) if t]
+        self.raw_streams = RawStreams(context.address, self.settings.bus.view_queue, raw)
         self.reading = PredictionReader(decoder=decoder)
         self.metrics = Metrics(decoder)
-        self._typed: deque[bytes] = deque()
+        self.typed = TypedLines(self.view, self.settings.text.max_line_bytes)
         self._pushed: deque[tuple[str, int, bytes]] = deque()
         """Topic, time and content of samples that WebSocket clients have pushed."""
         self._push_streams = {name for name, row in table.items() if row.source == "push"}
@@ -96,7 +97,7 @@ class DashboardNode(_ViewerNode):
             page.host,
             page.port,
             token=token,
-            posts={"/text": self._take_line},
+            posts={"/text": self.typed.take},
             metrics=lambda: self.metrics.text(now_ns()),
             ready=lambda: self.metrics.why_not_ready(now_ns()),
             push=self._take_sample,
@@ -111,7 +112,7 @@ class DashboardNode(_ViewerNode):
         self.ready()
         for envelope in self.follow():
             self._start_page()
-            self._publish_typed()
+            self.typed.publish(self.publisher, self.settings.session.name)
             self._publish_pushed()
             if envelope is not None:
                 self._observe(envelope)
@@ -120,22 +121,6 @@ class DashboardNode(_ViewerNode):
         self.page.close()
         self.raw_streams.close()
         self.close()
-
-    def _take_line(self, body: bytes) -> str:
-        """Queue a line that was typed on the page; why not, or "". Runs in the server's thread, which has no socket."""
-        if why := self.view.typing()["why"]:
-            return str(why)
-        most = self.settings.text.max_line_bytes
-        try:
-            line = msgspec.json.decode(body, type=str).strip().encode()
-        except (msgspec.MsgspecError, UnicodeError):
-            return "a line is a JSON string"
-        if not line or len(line) > most:
-            return f"a line has 1 to {most} bytes, this one has {len(line)}"
-        if len(self._typed) >= _MAX_TYPED:
-            return "more was typed than could be sent; wait a moment"
-        self._typed.append(line)
-        return ""
 
     def _take_sample(self, stream: str, content: bytes, query: str) -> str:
         """Queue a sample of a WebSocket client; why not, or "". Runs in the server's thread, which has no socket."""
@@ -160,13 +145,6 @@ class DashboardNode(_ViewerNode):
         if self.context.epoch.value and not self._started:
             self._started = True
             self.page.start()  # not before: its imports would take the cores from processes that still start
-
-    def _publish_typed(self) -> None:
-        while self._typed:
-            at_ns = now_ns()
-            self.publisher.publish(
-                topics.TYPED, self.settings.session.name, at_ns, at_ns, self._typed.popleft(), "page"
-            )
 
     def _observe(self, envelope: Envelope) -> None:
         from stream_mmrnn.bus.prediction_reader import document
@@ -308,47 +286,6 @@ class LslNode(_ViewerNode):
         prediction = wire.unpack(envelope.payload, wire.PredictionMessage)
         if self.deduplicator.first(envelope.session, prediction.tick):
             self.outlet.push(prediction)
-
-
-class _RawStreams:
-    """Pictures and sound for the page: subscribed only while a browser is connected."""
-
-    def __init__(self, context: Context, wanted: list[str]) -> None:
-        self.wanted = wanted
-        self._address, self._queue = context.address, context.settings.bus.view_queue
-        self._subscriber: Subscriber | None = None
-        self._before: dict[str, dict[str, int]] = {}
-
-    def read(self, connected: bool) -> Iterator[Envelope]:
-        """The messages that have come, without waiting; none while no browser is connected."""
-        if not connected or not self.wanted:
-            self.close()
-            return
-        if self._subscriber is None:
-            self._subscriber = Subscriber(self._address, self.wanted, self._queue, "drop_oldest", midway=True)
-        for _ in range(self._queue):
-            envelope = self._subscriber.receive(0)
-            if envelope is None:
-                return
-            yield envelope
-
-    def tally(self) -> dict[str, dict[str, int]]:
-        """As `Subscriber.tally`, over all connections."""
-        found = {topic: dict(counts) for topic, counts in self._before.items()}
-        for topic, counts in (self._subscriber.tally() if self._subscriber else {}).items():
-            before = found.setdefault(topic, {})
-            for name, count in counts.items():
-                before[name] = before.get(name, 0) + count
-        return found
-
-    def close(self) -> None:
-        if self._subscriber is None:
-            return
-        while self._subscriber.receive(0) is not None:
-            pass  # count what waits as delivered
-        self._before = self.tally()
-        self._subscriber.close()
-        self._subscriber = None
 
 
 def _totals(*tallies: dict[str, dict[str, int]]) -> dict[str, int]:

@@ -49,7 +49,7 @@ MAX_SINCE = 2**53
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "frame-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
 )
 """Content security policy: only the page's own files, no inline script or style, requests to this server only."""
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -306,9 +306,8 @@ class Application:
             else:
                 view, path = other, found[2]
         scope = {**scope, "path": path, "view": view}
-        response = (
-            denied or self._wrong_method(scope) or (self._post if scope.get("method") == "POST" else self._router)
-        )
+        served = self._post if scope.get("method") == "POST" else self._router
+        response = denied or self._wrong_method(scope) or served
         await response(scope, receive, send_with_headers)
 
     def _denial(self, scope: Scope) -> Response | None:

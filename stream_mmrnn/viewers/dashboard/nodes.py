@@ -42,6 +42,8 @@ class _StatusDetail(msgspec.Struct):
     spec: Spec | None = None
     streams: dict[str, Any] = {}
     source: str = ""
+    path: str = ""
+    """Of a recorder: its file."""
 
 
 class _StatusPayload(msgspec.Struct):
@@ -64,6 +66,7 @@ class NodeView(msgspec.Struct):
     at_ns: int
     source: str = ""
     pid: int = 0
+    path: str = ""
 
 
 class _Deaths(msgspec.Struct):
@@ -106,6 +109,7 @@ class Nodes:
             at_ns,
             clean(detail.source),
             status.pid,
+            clean(detail.path, 1024),
         )
         if status.state in ("restarting", "failed"):
             self._count_death(name, view.reason, at_ns)
@@ -145,6 +149,17 @@ class Nodes:
         else:
             why = f"the text source is {worker.state}" + (f": {worker.reason}" if worker.reason else "")
         return {"possible": not why, "why": why}
+
+    def recording(self) -> dict[str, Any]:
+        """Whether the session is being recorded, the name of its newest file, and why it is not recorded although
+        somebody asked for it.
+        """
+        recorder = self.views.get("recorder")
+        if recorder is None:
+            return {"on": False, "file": "", "why": ""}
+        on = recorder.state not in ("closed", "failed", "ended")
+        file = recorder.path.replace("\\", "/").rpartition("/")[2]
+        return {"on": on, "file": file, "why": recorder.reason if recorder.state == "failed" else ""}
 
     def losses(self) -> list[dict[str, Any]]:
         """What was lost, by process and reason, the largest count first."""

@@ -205,6 +205,10 @@ class LiveState:
         engine = self._nodes.views.get("engine")
         return engine.counts.get("ticks") if engine else None
 
+    def recording(self) -> dict[str, Any]:
+        """Whether the session is being recorded, and into which file."""
+        return self._nodes.recording()
+
     def typing(self) -> dict[str, Any]:
         """Whether a line typed on the page can become a text event, and if not, why."""
         return self._nodes.typing()
