@@ -23,7 +23,7 @@ from stream_mmrnn.core.dedup import WINDOW
 from stream_mmrnn.core.errors import FileError, SessionError, SnapshotError, UsageError, WireError
 from stream_mmrnn.core.latency import Histogram
 from stream_mmrnn.core.stream_table import for_model, stream_table
-from stream_mmrnn.core.streams import Stream
+from stream_mmrnn.core.streams import Stream, text_topics
 from stream_mmrnn.core.types import Envelope, ModelSpec, Prediction
 from stream_mmrnn.graph.runtime import Provider
 from stream_mmrnn.live.checkpoint import begin
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from stream_mmrnn.offline.player import Player
 
 From = Literal["features", "raw"]
+_MAX_MARKS = 200
+"""Labels and words that a player is given."""
 
 
 class Outcome(msgspec.Struct, frozen=True, gc=False):
@@ -272,7 +274,7 @@ def replay(
         anew = [name for name in again if _has_other_times(name, features[name], recorded)]
         wanted = (wanted - {topics.FEATURE + name for name in anew}) | set(read.values())
     if player is not None:
-        wanted |= player.load(path.name, engine.spec, table, *_span(recording), _statuses(recording))
+        wanted |= player.load(path.name, engine.spec, table, *_overview(recording, table))
     while True:
         aligner = Aligner.of(engine.spec.modalities, engine.spec.tick_ns, settings)
         comparison = Comparison()
@@ -354,7 +356,21 @@ def _statuses(recording: Recording) -> list[wire.StatusMessage]:
     return list(statuses.values())
 
 
-def _span(recording: Recording) -> tuple[int, int]:
-    """When the first and the last clock message were published."""
-    stamps = [e.publish_ns for e in recording.envelopes({topics.CLOCK})]
-    return (stamps[0], stamps[-1]) if stamps else (0, 0)
+def _overview(
+    recording: Recording, table: Mapping[str, Stream]
+) -> tuple[int, int, list[wire.StatusMessage], list[tuple[int, str, str]]]:
+    """When the first and the last clock message were published, the last statuses, and the labels and words."""
+    texts = set(text_topics(table.values()))
+    stamps: list[int] = []
+    marks: dict[str, list[tuple[int, str, str]]] = {"label": [], "text": []}
+    for e in recording.envelopes({topics.CLOCK, topics.LABEL, *texts}):
+        if e.topic == topics.CLOCK:
+            stamps = [stamps[0] if stamps else e.publish_ns, e.publish_ns]
+        elif isinstance(e.payload, bytes):
+            kind = "label" if e.topic == topics.LABEL else "text"
+            marks[kind].append((e.publish_ns, kind, e.payload.decode("utf-8", "replace")))
+    first_ns, last_ns = stamps or (0, 0)
+    labels, words = marks["label"][:_MAX_MARKS], marks["text"]
+    # evenly thinned, so that a long recording has marks from its beginning to its end
+    every = max(1, -(-len(words) // max(1, _MAX_MARKS - len(labels))))
+    return first_ns, last_ns, _statuses(recording), sorted(labels + words[::every])

@@ -5,6 +5,7 @@ Each reads the bus through a queue that drops the oldest message, so a slow view
 
 from __future__ import annotations
 
+import multiprocessing
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,6 +68,9 @@ class DashboardNode(_ViewerNode):
     def __init__(self, context: Context) -> None:
         from stream_mmrnn.bus import keys as keys
         from stream_mmrnn.bus.prediction_reader import PredictionReader
+        from stream_mmrnn.bus.registry import began
+        from stream_mmrnn.viewers.dashboard.controls import Controls
+        from stream_mmrnn.viewers.dashboard.hub import Hub
         from stream_mmrnn.viewers.dashboard.raw_streams import RawStreams
         from stream_mmrnn.viewers.dashboard.server import Dashboard
         from stream_mmrnn.viewers.dashboard.state import LiveState
@@ -91,17 +95,26 @@ class DashboardNode(_ViewerNode):
         self._explained: Any = None
         self._started = False
         self._next_ns = 0
+        self._ops: deque[Any] = deque(maxlen=16)
+        """What was asked of the supervisor on the page."""
+        supervisor = multiprocessing.parent_process()
+        pid = supervisor.pid if supervisor is not None and supervisor.pid else 0
+        self.controls = Controls(self.settings.page, own=(f"{pid}-{began(pid) or 0}", self._ops.append))
+        self.controls.observe_own(self.view)
         page = self.settings.dashboard
         token = keys.token(Path(page.token_file))[0] if page.token_file else ""
         self.page = Dashboard(
             page.host,
             page.port,
             token=token,
-            posts={"/text": self.typed.take},
+            posts={"/text": self.typed.take, **self.controls.posts},
             metrics=lambda: self.metrics.text(now_ns()),
             ready=lambda: self.metrics.why_not_ready(now_ns()),
             push=self._take_sample,
+            features=("controls",),
+            views=lambda key: self.controls.hub.view(key),
         )
+        self.controls.hub = Hub(self.page.show, self.controls.state, self.settings.text.max_line_bytes)
         self.reporter.counts = lambda: {
             **_totals(self.subscriber.tally(), self.raw_streams.tally()),
             "denied": sum(self.page.access.denied.values()),
@@ -114,10 +127,12 @@ class DashboardNode(_ViewerNode):
             self._start_page()
             self.typed.publish(self.publisher, self.settings.session.name)
             self._publish_pushed()
+            self._publish_ops()
             if envelope is not None:
                 self._observe(envelope)
             self._observe_raw()
             self._update_page()
+        self.controls.hub.close()
         self.page.close()
         self.raw_streams.close()
         self.close()
@@ -141,9 +156,15 @@ class DashboardNode(_ViewerNode):
             topic, at_ns, message = self._pushed.popleft()
             self.publisher.publish(topic, self.settings.session.name, at_ns, at_ns, message, "page")
 
+    def _publish_ops(self) -> None:
+        while self._ops:
+            at_ns, request = now_ns(), wire.pack(wire.RequestMessage(self._ops.popleft()))
+            self.publisher.publish(topics.REQUEST, self.settings.session.name, at_ns, at_ns, request, "page")
+
     def _start_page(self) -> None:
         if self.context.epoch.value and not self._started:
             self._started = True
+            self.controls.hub.start()
             self.page.start()  # not before: its imports would take the cores from processes that still start
 
     def _observe(self, envelope: Envelope) -> None:
@@ -173,7 +194,7 @@ class DashboardNode(_ViewerNode):
         elif now_ns() >= self._next_ns:
             self._next_ns = now_ns() + _PAGE_PERIOD_NS
             self.page.sound(self.view.sound.first, self.view.sound.columns)
-            self.page.update(self.view.snapshot(now_ns()))
+            self.page.update({**self.view.snapshot(now_ns()), **self.controls.state("", self.view)})
 
 
 class TracerNode(_ViewerNode):

@@ -140,7 +140,9 @@ class Nodes:
     def typing(self) -> dict[str, Any]:
         """Whether a line typed on the page can become a text event, and if not, why: one sentence."""
         worker = self.views.get("text")
-        if worker is None:
+        if not self.views:
+            why = "nothing is known of this session yet; wait a moment"
+        elif worker is None:
             why = "this session has no text source; start it with --text page to type here"
         elif worker.state in ("open", "stale"):
             why = ""

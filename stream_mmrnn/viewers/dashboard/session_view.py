@@ -27,6 +27,8 @@ from stream_mmrnn.viewers.dashboard.typed_lines import TypedLines
 _PERIOD_NS = 100_000_000
 _IDLE_NS = 15_000_000_000
 """A view at which nobody has looked for so long ends."""
+_LISTEN_NS = 600_000_000
+"""So long after its beginning every process has sent a status."""
 _QUEUE = 256
 
 
@@ -81,7 +83,7 @@ class SessionView:
             raw = RawStreams(address, _QUEUE, [t for t in (self.live.picture_topic, self.live.sound_topic) if t])
             stack.callback(raw.close)
             publisher: Publisher | None = None
-            due_ns = 0
+            due_ns = now_ns() + _LISTEN_NS
             while not self.closed.is_set() and now_ns() - self.looked_ns < _IDLE_NS:
                 envelope = subscriber.receive(50)
                 if envelope is not None:
