@@ -24,7 +24,7 @@ function link() {
   const silent = performance.now() - receivedAt, up = opened && silent < TIMEOUT_MS && receivedAt > 0, el = $("link");
   const held = paused() || replaying() && view.newest.replay.paused, gone = !up && receivedAt > 0 && !document.hidden;
   el.className = "state " + (up ? held ? "warn" : "good" : receivedAt ? "bad" : "none");
-  set(el, up ? held ? "paused" : replaying() ? "replay" : "live" : receivedAt ? "lost" : "connecting");
+  set(el, up ? held ? "paused" : replaying() ? "replay" : view.newest?.controls?.idle ? "no session" : "live" : receivedAt ? "lost" : "connecting");
   set($("pause"), held ? "Resume" : "Pause"); $("pause").setAttribute("aria-pressed", String(Boolean(held)));
   $("main").classList.toggle("old", gone);
   // the age changes every second: it is hidden from screen readers, which announce the event once
@@ -62,10 +62,10 @@ document.addEventListener("keydown", event => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.key === "Escape" && typingHere) { el.blur(); return; }
   if (typingHere) return;
-  if (event.key === " " && !el.matches("button")) { event.preventDefault(); togglePause(); }
+  if (event.key === " " && !el.matches("button, summary, select, a, input[type=checkbox]")) { event.preventDefault(); togglePause(); }
   else if (event.key === "t" || event.key === "T") nextTheme();
   else if (event.key === "/" && !$("line").disabled) { event.preventDefault(); $("line").focus(); }
-  else if (replaying() && !el.matches("ol") && (event.key === "ArrowLeft" || event.key === "ArrowRight")) {
+  else if (replaying() && !el.matches("ol, select") && (event.key === "ArrowLeft" || event.key === "ArrowRight")) {
     event.preventDefault();
     const step = (event.shiftKey ? 10 : 1) * (event.key === "ArrowLeft" ? -1 : 1);
     seek((onRange ? Number($("seek").value) : position()) + step);
