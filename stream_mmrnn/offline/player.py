@@ -26,6 +26,8 @@ from stream_mmrnn.viewers.dashboard.state import LiveState
 
 _SHOW_NS = 100_000_000
 _POLL_S = 0.02
+_FLUSH_S = 0.3
+"""How long the last state has to reach the browsers."""
 _NO_TYPING = "this is a recording: text cannot be added to it"
 
 
@@ -93,7 +95,7 @@ class Player:
         """A local time, and the recording's time at that moment."""
         self._shown_ns = 0
         self._table: Mapping[str, Stream] = usual()
-        self._view = LiveState(table=self._table)
+        self._view = self._new_view()
         self._predictions = self._ticks = 0
         self._statuses: Collection[wire.StatusMessage] = ()
 
@@ -123,12 +125,12 @@ class Player:
         heads = msgspec.to_builtins({"modalities": spec.modalities, "heads": spec.heads})
         self._contract = {"name": spec.name, "sha256": spec.sha256, **heads}
         self._marks = tuple(Mark(round((at_ns - first_ns) / 1e9, 2), kind, text[:64]) for at_ns, kind, text in marks)
-        self._view = LiveState(table=table)
+        self._view = self._new_view()
         return {topics.LABEL, self._view.picture_topic, self._view.sound_topic, *text_topics(table.values())} - {""}
 
     def play(self, envelopes: Iterable[Envelope]) -> Iterator[Envelope]:
         """One pass over the messages, each when it is due. Ends early at a seek back; `again` is true then."""
-        self._view, self._predictions, self._ticks = LiveState(table=self._table), 0, 0
+        self._view, self._predictions, self._ticks = self._new_view(), 0, 0
         self._back = self._ended = False
         self._position_ns = self._first_ns
         self._rebase()
@@ -175,8 +177,18 @@ class Player:
         self._predictions += 1
 
     def close(self) -> None:
-        if self._own is not None:
-            self._own.close()
+        if self._own is None:
+            return
+        if self._own.clients:
+            ended = {"recording": self._name, "why": ""}
+            self._own.update({**self._view.snapshot(self._position_ns), "ended": ended})
+            self._own.flush(_FLUSH_S)
+        self._own.close()
+
+    def _new_view(self) -> LiveState:
+        view = LiveState(table=self._table)
+        view.began_ns, view.recorded = self._first_ns, True
+        return view
 
     def handle(self, body: bytes) -> str:
         """Take the body of a POST to /replay: why it is refused, or "". May be called from another thread."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -76,7 +75,7 @@ class Tab:
         """Whether it is on the screen without scrolling."""
         box = self.page.locator(selector).bounding_box()
         height, top = self.page.viewport_size["height"], self.page.evaluate("scrollY")
-        return bool(box) and top == 0 and 0 <= box["y"] and box["y"] + box["height"] <= height
+        return bool(box) and top == 0 and box["y"] >= 0 and box["y"] + box["height"] <= height
 
     def photograph(self, name: str, full_page: bool = True) -> None:
         PICTURES.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,6 @@ from harness import Running, run
 from stream_mmrnn.core import topics
 from stream_mmrnn.recording.mcap_file import Recording
 
-
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[dev]'")
 pytestmark = [needs_chromium, pytest.mark.process]
 
@@ -79,7 +78,7 @@ def test_a_session_from_start_to_replay(browser: Any, page: Running, tmp_path: P
     with ExitStack() as stack:
         tab = stack.enter_context(closing(Tab(browser, address, ready=IDLE)))
         assert not tab.page.is_visible("#main")
-        tab.until("document.getElementById('link').textContent === 'no session'")
+        tab.until("document.getElementById('link').textContent === 'No session'")
         picture(tab, "idle")
         view = start(tab, "anna", **SYNTHETIC)
         other = stack.enter_context(closing(Tab(browser, address.rstrip("/") + view)))  # a second viewer
@@ -96,12 +95,13 @@ def test_a_session_from_start_to_replay(browser: Any, page: Running, tmp_path: P
         tab.until("document.getElementById('c-record').getAttribute('aria-pressed') === 'false'")
         other.page.click("#c-stop")
         for viewer in (tab, other):
-            viewer.until("document.getElementById('c-said').textContent.includes('has ended')")
+            viewer.until("document.getElementById('link').textContent === 'Ended'")
+        tab.until("!document.querySelector('#ended-actions button').hidden")
         tab.page.goto(address)
         tab.until("document.querySelector('#c-files button')?.disabled === false")
         assert "ended" in tab.text("#c-running")
         tab.page.click("#c-files button")
-        tab.until("document.getElementById('link').textContent === 'replay'")
+        tab.until("document.getElementById('link').textContent === 'Replay'")
         tab.until("document.querySelectorAll('#marks .label').length === 1")
         tab.page.select_option("#speed", "4")
         tab.until("document.getElementById('replay-note').textContent.startsWith('at 4 times')")

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _MAX_PUSHED = 256
 """Samples of WebSocket clients that wait for the bus."""
+_FLUSH_S = 0.3
+"""How long the last state of a session has to reach the browsers."""
 _PAGE_PERIOD_NS = 100_000_000
 """How often the page gets a new state."""
 
@@ -132,8 +134,8 @@ class DashboardNode(_ViewerNode):
                 self._observe(envelope)
             self._observe_raw()
             self._update_page()
+        self._end_page()
         self.controls.hub.close()
-        self.page.close()
         self.raw_streams.close()
         self.close()
 
@@ -165,6 +167,7 @@ class DashboardNode(_ViewerNode):
         if self.context.epoch.value and not self._started:
             self._started = True
             self.controls.hub.start()
+            self.view.began_ns = self.context.epoch.value
             self.page.start()  # not before: its imports would take the cores from processes that still start
 
     def _observe(self, envelope: Envelope) -> None:
@@ -194,7 +197,19 @@ class DashboardNode(_ViewerNode):
         elif now_ns() >= self._next_ns:
             self._next_ns = now_ns() + _PAGE_PERIOD_NS
             self.page.sound(self.view.sound.first, self.view.sound.columns)
-            self.page.update({**self.view.snapshot(now_ns()), **self.controls.state("", self.view)})
+            self.page.update(self._state())
+
+    def _state(self) -> dict[str, Any]:
+        return {**self.view.snapshot(now_ns()), **self.controls.state("", self.view)}
+
+    def _end_page(self) -> None:
+        """Tell the browsers that this is the end and not a lost connection, then close."""
+        if self.page.clients and self.context.stop.is_set():
+            while (envelope := self.subscriber.receive(0)) is not None:
+                self.view.observe(envelope)
+            self.page.update({**self._state(), "ended": self.view.ending()})
+            self.page.flush(_FLUSH_S)
+        self.page.close()
 
 
 class TracerNode(_ViewerNode):

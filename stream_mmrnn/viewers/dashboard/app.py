@@ -77,15 +77,15 @@ class _EventStream(StreamingResponse):
             number, state = await self._board.wait(seen)
             # the encoder writes no line breaks, so a state is one line
             yield b"data: %b\n\n" % state if number != seen else b": alive\n\n"
-            seen = number
+            self._board.seen[self] = seen = number
             await asyncio.sleep(PERIOD_S)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._board.clients += 1
+        self._board.seen[self] = 0
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._board.clients -= 1
+            self._board.seen.pop(self, None)
 
 
 class _WriteTimeout(asyncio.Protocol):

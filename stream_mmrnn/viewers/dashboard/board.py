@@ -39,8 +39,18 @@ class Board:
         self._changed = asyncio.Event()
         self.picture = b""
         self.sound = (0, b"")
-        self.clients = 0
+        self.seen: dict[object, int] = {}
+        """By client, the number of the state that it was sent last."""
         self.closing = False
+
+    @property
+    def clients(self) -> int:
+        return len(self.seen)
+
+    @property
+    def delivered(self) -> bool:
+        """Whether every client was sent the newest state."""
+        return all(number == self._newest[0] for number in list(self.seen.values()))
 
     def put(self, state: bytes) -> None:
         self._newest = (self._newest[0] + 1, state)

@@ -209,6 +209,7 @@ def _recordings(folder: Path) -> list[tuple[dict[str, Any], Path]]:
             {
                 "key": "recording-" + hashlib.sha256(str(path).encode("utf-8", "surrogateescape")).hexdigest()[:16],
                 "name": clean(path.name, 200),
+                "path": clean(str(path), 4096),
                 "bytes": size,
                 "age_s": max(0, round((time.time_ns() - at_ns) / 1e9)),
                 "being_written": is_being_written(path),

@@ -12,6 +12,7 @@ import contextlib
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -153,6 +154,12 @@ class Dashboard:
     def sound(self, first: int, columns: bytes) -> None:
         """Replace the spectrogram: `BANDS` bytes per column, and the number of the first column."""
         self._board.sound = (first, columns)
+
+    def flush(self, most_s: float) -> None:
+        """Wait until the browsers that read were sent the newest state, at most so long."""
+        deadline = time.monotonic() + most_s
+        while not self._board.delivered and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def start(self) -> None:
         if self._thread is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -49,6 +50,7 @@ class SessionView:
         table = {row.name: row for row in entry.streams} or usual()  # an older release's entry has none
         self.board = Board()
         self.live = LiveState(table=table)
+        self.live.began_ns = now_ns() - (time.time_ns() - entry.began_unix_ns)
         self._typed = TypedLines(self.live, max_line_bytes)
         self._ops: deque[Any] = deque(maxlen=16)
         self.posts: Mapping[str, Callable[[bytes], str]] = {"/text": self._typed.take}
@@ -125,4 +127,6 @@ class SessionView:
     def _update(self) -> None:
         self.board.sound = (self.live.sound.first, self.live.sound.columns)
         state = {**self.live.snapshot(now_ns()), **self._extra(self.live, self.over)}
+        if self.over:
+            state["ended"] = self.live.ending()
         self._show(self.board, msgspec.json.encode(state))

@@ -55,12 +55,21 @@ function showButtons(c, replaying) {
   record.setAttribute("aria-pressed", String(r.on));
   set(record, r.on ? "Recording" : "Record");
   record.title = r.on ? `into ${r.file}; press to end the recording` : "Record from now on";
-  if (c.over) note(r.file ? `This session has ended. Its newest recording is ${r.file}.` : "This session has ended.");
-  else if (r.why) note(`Not recorded: ${r.why}`);
+  if (r.why) note(`Not recorded: ${r.why}`);
 }
 function note(text) { set(said, text); said.hidden = !text; said.className = "why"; }
 record.addEventListener("click", () => change("record", {session: now.session, on: !now.recording.on}));
 stop.addEventListener("click", () => change("stop", {session: now.session}));
+
+const again = button("Replay it here");
+async function open(key, where) { if (await change("open", {recording: key}, where)) location.href = view(key); }
+again.addEventListener("click", () => open(again.dataset.key, said));
+/** At a session's end, its recording can be played where recordings can be opened. */
+function showEnd(s) {
+  const path = s.ended && s.ended.recording || "", mine = path && (now.recordings || []).find(v => path === v.path);
+  again.hidden = !mine;
+  if (mine) again.dataset.key = mine.key;
+}
 
 // ---- labels with buttons, beside the box to type one
 
@@ -136,7 +145,7 @@ function showStart(c) {
   fill(files, c.recordings, () => {
     const li = make("li"), el = button("Open");
     li.append(make("span", "name"), make("span", "note"), el);
-    el.addEventListener("click", async () => { if (await change("open", {recording: el.dataset.key}, answer)) location.href = view(el.dataset.key); });
+    el.addEventListener("click", () => open(el.dataset.key, answer));
     return li;
   }, (li, v) => {
     const [name, about, el] = li.children;
@@ -153,13 +162,14 @@ const size = bytes => bytes < 1e6 ? `${Math.max(1, Math.round(bytes / 1e3))} kB`
 
 function begin(element) {
   element.append(menu, record, stop);
-  $("alert").after(said); said.hidden = true;
+  document.querySelector("header").after(said); said.hidden = true;
   $("mark").after(labels);
+  $("ended-actions").append(again);
   build(); start.hidden = true;
 }
 export {begin as start};
 export function show(s) {
   now = s.controls;
   if (!now) return;
-  showMenu(now); showButtons(now, Boolean(s.replay)); showLabels(s); showStart(now);
+  showMenu(now); showButtons(now, Boolean(s.replay)); showLabels(s); showEnd(s); showStart(now);
 }

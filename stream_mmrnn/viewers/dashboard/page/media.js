@@ -1,13 +1,12 @@
 // The picture and the sound: each is fetched separately, one request at a time.
 import {$, set, age} from "./dom.js";
-import {isDark, onRepaint, paint} from "./theme.js";
+import {paint, ramp} from "./theme.js";
 import {HISTORY_MS, LEFT, context} from "./plot.js";
 const BANDS = 64, COLUMNS = 750;
 
 const picture = {shown: 0, busy: false};
 export function showPicture(s) {
-  const vision = s.streams["feature/vision"];
-  $("main").classList.toggle("no-camera", !s.picture.number && !(vision && (vision.state || vision.age_ms != null)));
+  $("main").classList.toggle("no-camera", !s.picture.number && !s.inputs.some(v => v.name === "vision" && v.connected));
   set($("camera-age"), s.picture.age_ms == null ? "\u00a0" : age(s.picture.age_ms) + " old");
   if (picture.busy || !s.picture.number || s.picture.number === picture.shown) return;
   const image = new Image(), wanted = s.picture.number;
@@ -36,21 +35,6 @@ function fetchSound(s) {
     for (const key of sound.columns.keys()) if (key <= sound.newest - COLUMNS) sound.columns.delete(key);
   }).catch(() => {}).finally(() => { sound.busy = false; });
 }
-// colour scale of the spectrogram: from the card's background to a contrasting colour, monotonic in lightness
-const RAMPS = {light: ["#ffffff", "#cfe3f1", "#7fb4d9", "#2f77b5", "#173f7a", "#0b1d3f"], dark: ["#171a20", "#22345c", "#2b5f8a", "#2f9a97", "#8fd07a", "#fdf3a0"]};
-let scale = null;
-onRepaint(() => { scale = null; });
-function ramp() {
-  if (scale) return scale;
-  const stops = RAMPS[isDark() ? "dark" : "light"].map(c => [1, 3, 5].map(i => parseInt(c.slice(i, i + 2), 16)));
-  scale = new Uint8ClampedArray(256 * 4);
-  for (let v = 0; v < 256; v++) {
-    const at = v / 255 * (stops.length - 1), i = Math.min(stops.length - 2, Math.floor(at)), t = at - i;
-    for (let k = 0; k < 3; k++) scale[v * 4 + k] = stops[i][k] * (1 - t) + stops[i + 1][k] * t;
-    scale[v * 4 + 3] = 255;
-  }
-  return scale;
-}
 export function showSound(s) {
   fetchSound(s);
   const v = s.sound, current = v.level_db != null && v.age_ms < 1500;
@@ -75,5 +59,5 @@ export function showSound(s) {
   g.drawImage(sound.image, LEFT - shift, 0, width, h); g.restore();
   g.strokeStyle = paint("line"); g.strokeRect(LEFT + .5, .5, width - 1, h - 1);
   g.fillStyle = paint("quiet"); g.textAlign = "right";
-  g.textBaseline = "top"; g.fillText("8k", LEFT - 6, 0); g.textBaseline = "bottom"; g.fillText("0 Hz", LEFT - 6, h);
+  g.textBaseline = "top"; g.fillText("high", LEFT - 4, 0); g.textBaseline = "bottom"; g.fillText("low", LEFT - 4, h);
 }
