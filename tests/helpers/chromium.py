@@ -95,7 +95,7 @@ class Tab:
     def close(self, lost: bool = False) -> None:
         """`lost`: the server has ended, so that requests failed."""
         self.context.close()
-        assert lost or self.complaints == []
+        assert lost or self.complaints == [], self.complaints
         assert self.hosts <= {urlsplit(self.address).netloc, "data", "blob"}
 
 

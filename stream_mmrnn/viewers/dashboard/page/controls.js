@@ -124,7 +124,7 @@ function options(select, offered) {
   const before = select.value, known = offered.map(v => v.value).join("\n");
   if (select.dataset.known === known) return;
   select.dataset.known = known;
-  fill(select, offered, () => make("option"), (el, v) => { el.value = v.value; set(el, v.value === v.is ? v.value : `${v.is} (${v.value})`); });
+  fill(select, offered, () => make("option"), (el, v) => { el.value = v.value; set(el, v.value === v.is || ["none", "synthetic", "page", "microphone"].includes(v.value) ? v.is : `${v.value}, ${v.is}`); el.title = v.value; });
   if (offered.some(v => v.value === before)) select.value = before;
 }
 function showStart(c) {
