@@ -39,7 +39,7 @@ function sessions(el, items, own) {
   });
 }
 function showMenu(c) {
-  set(summary, c.sessions.length === 1 ? "1 session" : `${c.sessions.length} sessions`);
+  set(summary, c.sessions.length > 1 ? `${c.sessions.length} sessions` : c.sessions.length ? "1 session" : "Sessions");
   sessions(list, c.sessions, c.session);
   const other = c.sessions.find(v => v.key !== c.session), mine = c.sessions.find(v => v.key === c.session);
   compare.hidden = !(mine && other);
