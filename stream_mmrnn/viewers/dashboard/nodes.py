@@ -15,7 +15,10 @@ _SILENT_MS = 3000.0
 _MISFIT_NS = 3_000_000_000
 """A stream is called quarantined so long after its last sample was."""
 _RECENT_NS = 10_000_000_000
-"""So long after a process died it is said, though it runs again."""
+"""So long after a process came back it is said that it died."""
+MISSED = "started again"
+"""The reason of a death that only the new process id tells of."""
+_DEAD = frozenset({"restarting", "failed"})
 _MAX_NODES = 64
 _MAX_COUNTS = 64
 _MAX_LOSSES = 32
@@ -79,6 +82,8 @@ class _Deaths(msgspec.Struct):
     reason: str
     at_ns: int
     """Of the last one."""
+    back_ns: int
+    """When the process said something again after it."""
 
 
 class _Misfit(msgspec.Struct):
@@ -133,11 +138,13 @@ class Nodes:
             self._count_misfit(clean(modality), why, row.get("quarantined") if isinstance(row, dict) else None, at_ns)
         if name == "recorder" and detail.path:
             self.recording = clean(detail.path, 4096)
-        if status.state in ("restarting", "failed"):
+        if status.state in _DEAD:
             self._count_death(name, view.reason, at_ns)
         elif before is not None and before.pid and status.pid not in (0, before.pid):
             # a slow viewer may have missed the supervisor's message, but the process id is another one
-            self._count_death(name, "started again", at_ns)
+            self._count_death(name, MISSED, at_ns)
+        elif before is not None and before.state in _DEAD and name in self._deaths:
+            self._deaths[name].back_ns = at_ns
         return detail.spec
 
     def _count_misfit(self, modality: str, why: str, count: Any, at_ns: int) -> None:
@@ -154,7 +161,7 @@ class Nodes:
 
     def _count_death(self, name: str, reason: str, at_ns: int) -> None:
         before = self._deaths.get(name)
-        self._deaths[name] = _Deaths(1 + (before.count if before else 0), reason, at_ns)
+        self._deaths[name] = _Deaths(1 + (before.count if before else 0), reason, at_ns, at_ns)
 
     def _decode(self, decoder: msgspec.json.Decoder[_T], payload: Any) -> _T | None:
         """None, and counted, if the payload is malformed."""
@@ -167,11 +174,11 @@ class Nodes:
         return None
 
     def recent_deaths(self, now_ns: int) -> dict[str, tuple[float, str]]:
-        """Processes that died a moment ago and run again: how many seconds ago, and why."""
+        """Processes that came back a moment ago: how many seconds ago they died, and why."""
         return {
             name: ((now_ns - d.at_ns) / 1e9, d.reason)
             for name, d in self._deaths.items()
-            if now_ns - d.at_ns <= _RECENT_NS and self.views[name].state not in ("restarting", "failed")
+            if now_ns - d.back_ns <= _RECENT_NS and self.views[name].state not in _DEAD
         }
 
     def of_modality(self, modality: str) -> NodeView | None:

@@ -69,6 +69,10 @@ def _plain(name: str) -> str:
     return words[:1].upper() + words[1:]
 
 
+def _number(v: float) -> str:
+    return f"{v:.2f}" if 0.01 <= abs(v) < 100 or v == 0 else f"{v:.3g}"
+
+
 def _percent(p: float) -> str:
     return f"{100 * p:.0f} %"
 
@@ -127,7 +131,7 @@ def _numbers(name: str, meaning: HeadMeaning, values: list[float | None]) -> Lin
     known = [(label, v) for label, i in targets if (v := _at(values, i)) is not None]
     if not known:
         return Line(f"{name}: no prediction")
-    said = ", ".join(f"{label.replace('_', ' ')} {v:.3g}".strip() for label, v in known[:_MOST_VALUES])
+    said = ", ".join(f"{label.replace('_', ' ')} {_number(v)}".strip() for label, v in known[:_MOST_VALUES])
     more = f" and {len(known) - _MOST_VALUES} more" if len(known) > _MOST_VALUES else ""
     ahead = f" in {max(end for _, end in meaning.horizons_s):g} s" if meaning.horizons_s else ""
     unit = "" if meaning.unit == "probability" else meaning.unit

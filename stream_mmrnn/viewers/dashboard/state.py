@@ -196,10 +196,11 @@ class LiveState:
         nodes = Nodes() if self.recorded else self._nodes
         rows = verdict.inputs(self._table, self._modalities, nodes, self._streams, now_ns)
         engine = verdict.engine_trouble(nodes, self._predicted_ns, now_ns)
+        ahead = verdict.forecast(engine, self._doubt, rows)
         return {
             "seconds": round(max(0, now_ns - self.began_ns) / 1e9, 1) if self.began_ns else None,
-            "overall": verdict.overall(engine, rows, nodes, now_ns),
-            "forecast": verdict.forecast(engine, self._doubt, rows),
+            "overall": verdict.overall(engine, ahead, rows, nodes, now_ns),
+            "forecast": ahead,
             "doubts": self._doubts.snapshot(now_ns),
             "inputs": [msgspec.to_builtins(row) for row in rows],
             "next": self._next(),

@@ -15,7 +15,7 @@ import msgspec
 from stream_mmrnn.core.streams import Stream
 from stream_mmrnn.viewers.dashboard.heads import HISTORY_NS
 from stream_mmrnn.viewers.dashboard.limits import ms
-from stream_mmrnn.viewers.dashboard.nodes import Nodes, NodeView
+from stream_mmrnn.viewers.dashboard.nodes import MISSED, Nodes, NodeView
 from stream_mmrnn.viewers.dashboard.streams import Streams
 
 Tone = Literal["good", "warn", "bad", "none"]
@@ -43,8 +43,8 @@ _LABELS = {
     "text": "Words",
     "other_audio": "The other's sound",
     "other_text": "The other's words",
-    "turn_end": "End-of-turn detector",
-    "other_turn_end": "The other's end-of-turn detector",
+    "turn_end": "Turn end",
+    "other_turn_end": "The other's turn end",
     "signal": "Signal",
 }
 
@@ -54,6 +54,7 @@ class Input(msgspec.Struct, frozen=True):
 
     name: str
     label: str
+    kind: str
     tone: Tone
     word: str
     why: str = ""
@@ -128,20 +129,23 @@ def _input(row: Stream, wanted: set[str], nodes: Nodes, seen: Streams, now_ns: i
     age_ms = None if newest is None else ms(now_ns - newest)
     owner, label = nodes.of_modality(row.name), label_of(row.name)
     if row.source == "none" and owner is None and newest is None:
-        return Input(row.name, label, "none", "not connected", connected=False) if used and wanted else None
+        return Input(row.name, label, row.kind, "none", "not connected", connected=False) if used and wanted else None
     rate_hz = round(max((v.rate.per_s(now_ns) for v in views), default=0.0), 1)
-    word, tone, why = _state(owner, row, newest, now_ns)
+    word, tone, why = _state(owner, row, newest, now_ns, bool(nodes.views))
     misfit = next(filter(None, (nodes.misfit(m, now_ns) for m in feeds)), "")
     if misfit and tone != "bad":
         word, tone, why = "refused (quarantined)", "bad", misfit
     elif not used and tone != "bad":
         word, tone, why = "not used", "none", "this model does not take it"
-    return Input(row.name, label, tone, word, why, rate_hz, age_ms, used=used)
+    return Input(row.name, label, row.kind, tone, word, why, rate_hz, age_ms, used=used)
 
 
-def _state(owner: NodeView | None, row: Stream, newest_ns: int | None, now_ns: int) -> tuple[str, Tone, str]:
+def _state(
+    owner: NodeView | None, row: Stream, newest_ns: int | None, now_ns: int, running: bool
+) -> tuple[str, Tone, str]:
+    """`running`: whether there are processes, and not only a recording."""
     if owner is None and newest_ns is None:
-        return "starts", "warn", ""
+        return ("starts", "warn", "") if running else ("no data yet", "none", "")
     word, tone = _WORDS.get(owner.state, ("working", "good")) if owner else ("working", "good")
     if not row.dense and tone == "warn" and owner is not None and owner.state == "stale":
         word, tone = "working", "good"  # nothing is due
@@ -171,8 +175,10 @@ def engine_trouble(nodes: Nodes, predicted_ns: int | None, now_ns: int) -> tuple
     return "good", ""
 
 
-def overall(engine: tuple[Tone, str], rows: Sequence[Input], nodes: Nodes, now_ns: int) -> dict[str, str]:
-    """The worst of the engine, the inputs and the other processes."""
+def overall(
+    engine: tuple[Tone, str], ahead: Mapping[str, str], rows: Sequence[Input], nodes: Nodes, now_ns: int
+) -> dict[str, str]:
+    """The worst of the engine, the inputs and the other processes; `ahead`: as from `forecast`."""
     troubles: list[tuple[Tone, str]] = [engine] if engine[1] else []
     troubles += [(row.tone, row.trouble) for row in rows if row.tone in ("warn", "bad")]
     inputs_of = {row.name for row in rows}
@@ -186,7 +192,10 @@ def overall(engine: tuple[Tone, str], rows: Sequence[Input], nodes: Nodes, now_n
     labels = {nodes.name_of(row.name): row.label for row in rows}
     for name, (ago_s, reason) in nodes.recent_deaths(now_ns).items():
         what = labels.get(name, "the " + name)
-        troubles.append(("warn", f"{what} was started again {ago_s:.0f} s ago" + (f": it {reason}" if reason else "")))
+        why = f": it {reason}" if reason and reason != MISSED else ""
+        troubles.append(("warn", f"{what} died {ago_s:.0f} s ago and runs again{why}"))
+    if not troubles and ahead["state"] == "doubtful":
+        troubles.append(("warn", f"the predictions are less sure: {ahead['why']}"))
     if not troubles:
         return {"tone": "good", "what": ""}
     tone = max((t for t, _ in troubles), key=_RANK.__getitem__)
@@ -198,8 +207,11 @@ def forecast(engine: tuple[Tone, str], doubt: str, rows: Iterable[Input]) -> dic
     """Whether what the heads say now may be believed: `good`, `doubtful` or `old`, and why."""
     if engine[1]:
         return {"state": "old", "why": engine[1]}
-    gone = [f"{row.label.lower()}: {row.word}" for row in rows if row.used and row.connected and _is_gone(row)]
-    why = "; ".join(gone) or doubt
+    gone: dict[str, list[str]] = {}
+    for row in rows:
+        if row.used and row.connected and _is_gone(row):
+            gone.setdefault(row.word, []).append(row.label.lower())
+    why = "; ".join(f"{', '.join(labels)}: {word}" for word, labels in gone.items()) or doubt
     return {"state": "doubtful" if why else "good", "why": why}
 
 

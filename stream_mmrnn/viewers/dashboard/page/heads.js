@@ -29,7 +29,7 @@ export function showHeads(s) {
     const [h3, plot] = div.children, canvas = plot.firstChild, how = picture(h), ahead = h.targets.length > 0;
     set(h3.children[0], name.charAt(0).toUpperCase() + name.slice(1).replaceAll("_", " ")); set(h3.children[1], how.what);
     legend(h3.children[2], how, h);
-    plot.style.minHeight = how.high + "px"; div.style.flex = `${how.high} 0 auto`;
+    plot.style.minHeight = how.high + "px"; plot.style.maxHeight = 2 * how.high + "px"; div.style.flex = `${how.high} 0 auto`;
     const description = h.values.slice(0, 8).map((v, i) => `${h.labels[i] || name} ${formatValue(h, v)}`).join(", ");
     canvas.setAttribute("aria-label", `${name}: last 30 seconds${ahead ? " and what is expected" : ""}; now ${description}`);
     const c = context(canvas);

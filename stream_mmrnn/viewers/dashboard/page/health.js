@@ -75,7 +75,7 @@ function showKey(s) {
   set($("health-line"), [
     s.ticks == null ? "no engine" : `${s.predictions_per_s.toFixed(0)} predictions/s`,
     s.latency.step && `step ${ms(s.latency.step.p50)} ms`, total && `in all ${ms(total.p50)} ms`, `${number(lost)} lost or late`,
-    !s.replay && nodes.length && (away ? `${away} of ${nodes.length} processes with problems` : `${nodes.length} processes running`),
+    !s.replay && nodes.length && (away ? `${away} of ${nodes.length} processes with problems` : `${nodes.length} process${nodes.length === 1 ? "" : "es"} running`),
   ].filter(Boolean).join(" · "));
 }
 export function showHealth(s) {

@@ -6,15 +6,18 @@ export function showInputs(s) {
   const bad = here.filter(v => v.tone === "bad" || v.tone === "warn");
   set($("inputs-note"), bad.length ? `${bad.length} of ${here.length} with problems` : here.length ? "all working" : "none");
   if (!bad.length && here.some(v => v.word !== "working")) set($("inputs-note"), "");
-  fill($("l-inputs"), here, () => { const li = make("li"); li.append(make("span"), make("span"), make("span", "n"), make("span", "why")); return li; }, (li, v) => {
-    const [name, state, rate, why] = li.children;
+  fill($("l-inputs"), here, () => { const li = make("li"); li.append(make("span"), make("span"), make("span", "n")); return li; }, (li, v) => {
+    const [name, state, rate] = li.children;
     li.dataset.stream = v.name;
-    set(name, v.label); set(why, v.why); why.hidden = !v.why;
+    set(name, v.label); li.title = v.why;
     state.className = "state " + v.tone; set(state, v.word);
     set(rate, v.tone === "bad" || v.rate_hz == null ? v.age_ms == null ? "" : age(v.age_ms) + " ago" : v.rate_hz >= 1 ? `${v.rate_hz.toFixed(0)} Hz` : v.age_ms == null ? "–" : age(v.age_ms) + " ago");
   });
   set($("inputs-off"), off.length ? "Not connected: " + off.map(v => v.label.toLowerCase()).join(", ") : "\u00a0");
-  const camera = s.inputs.find(v => v.name === "vision"), why = $("camera-why");
-  why.hidden = !(camera && camera.connected && camera.tone === "bad" || camera && camera.word === "silent");
+  // one line for the reasons, always there: nothing moves
+  const whys = here.filter(v => v.why);
+  set($("inputs-why"), whys.length ? whys.map(v => `${v.label}: ${v.why}`).join("; ") : "\u00a0"); $("inputs-why").title = $("inputs-why").textContent;
+  const camera = s.inputs.find(v => v.kind === "vision" && v.connected), why = $("camera-why");
+  why.hidden = !(camera && (camera.tone === "bad" || camera.word === "silent"));
   if (!why.hidden) set(why, `${camera.word}${camera.why ? ": " + camera.why : ""}`);
 }

@@ -6,7 +6,7 @@ const BANDS = 64, COLUMNS = 750;
 
 const picture = {shown: 0, busy: false};
 export function showPicture(s) {
-  $("main").classList.toggle("no-camera", !s.picture.number && !s.inputs.some(v => v.name === "vision" && v.connected));
+  $("main").classList.toggle("no-camera", !s.picture.number && !s.inputs.some(v => v.kind === "vision" && v.connected));
   set($("camera-age"), s.picture.age_ms == null ? "\u00a0" : age(s.picture.age_ms) + " old");
   if (picture.busy || !s.picture.number || s.picture.number === picture.shown) return;
   const image = new Image(), wanted = s.picture.number;
@@ -36,6 +36,7 @@ function fetchSound(s) {
   }).catch(() => {}).finally(() => { sound.busy = false; });
 }
 export function showSound(s) {
+  $("lane-sound").hidden = s.sound.level_db == null && !s.inputs.some(v => v.kind === "audio" && v.connected);
   fetchSound(s);
   const v = s.sound, current = v.level_db != null && v.age_ms < 1500;
   set($("level-db"), v.level_db == null ? "–" : String(Math.round(v.level_db)).replace("-", "−"));

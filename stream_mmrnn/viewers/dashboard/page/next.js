@@ -19,7 +19,8 @@ export function showNext(s) {
     return li;
   }, (li, line) => {
     const [words, value, bars] = li.children;
-    li.className = line.p != null && line.p >= .5 ? "likely" : "";
+    const number = line.p == null && !line.steps.length && s.heads[line.head]?.kind === "regression";
+    li.className = number ? "number" : line.p != null && line.p >= .5 ? "likely" : "";
     li.dataset.head = line.head;
     set(words.firstChild, line.text); set(words.lastChild, line.why ? ` (${line.why})` : "");
     set(value, percent(line.p));

@@ -143,7 +143,7 @@ function parts(h) {
 }
 /** Which picture a head gets: {draw, high (in px), what}. */
 export function picture(h) {
-  if (h.kind === "hazard" && h.horizons_s.length) return {draw: hazard, high: 110, what: "chance that it comes"};
+  if (h.kind === "hazard" && h.horizons_s.length) return {draw: hazard, high: 110, what: `chance that it comes within ${h.horizons_s.at(-1)[1]} s, %`};
   if (h.kind === "classification" && h.values.length > 1) return {draw: heat, high: Math.max(40, 18 * classes(h).length), what: "classes", legend: "heat"};
   if (h.kind === "classification" || h.kind === "activity_projection") return {draw: lines, high: h.values.length > 1 ? 132 : 72, what: h.values.length > 1 ? "who will speak, %" : "%", legend: "lines"};
   return {draw: multiples, high: Math.max(56, 42 * parts(h).length), what: h.unit === "probability" ? "" : h.unit};

@@ -13,7 +13,7 @@ export function context(canvas) {
   g.font = `11px ${getComputedStyle(document.body).fontFamily}`; g.lineWidth = 1; g.setLineDash([]); g.globalAlpha = 1;
   return {g, w, h};
 }
-export const nowX = () => $("spectrogram").clientWidth;
+export const nowX = () => $("past").clientWidth;
 export const pastX = (ageMs, right) => right - (right - LEFT) * Math.min(Math.max(ageMs, 0), HISTORY_MS) / HISTORY_MS;
 export const futureX = (t, most, right, w) => right + (w - 10 - right) * t / most;
 export function grid(g, right, h) {

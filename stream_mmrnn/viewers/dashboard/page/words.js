@@ -20,6 +20,9 @@ export function turns(s) {
 }
 const WHO = {you: "You", other: "Other", label: "Label"};
 export function showWords(s) {
+  const text = s.inputs.some(v => v.kind === "text" && v.connected);
+  $("l-words").hidden = !text && !turns(s).length;
+  $("say").hidden = $("mark").hidden = Boolean(s.replay) || !text;
   fill($("l-words"), turns(s), () => { const li = make("li"); li.append(make("span", "tag"), make("span", "said"), make("span")); return li; }, (li, v) => {
     const [tag, text, at] = li.children;
     li.className = v.who; set(tag, WHO[v.who]); set(text, v.text);
@@ -30,6 +33,7 @@ export function showWords(s) {
   else if ($("typing").dataset.off) { set($("typing"), "\u00a0"); delete $("typing").dataset.off; }
 }
 export function showEvents(s) {
+  $("lane-words").hidden = ![s.texts, s.other_texts, s.labels].some(v => v.length) && !s.inputs.some(v => v.kind === "text" && v.connected);
   const c = context($("events"));
   if (!c) return;
   const {g, w, h} = c, taken = [[], [], []], step = (h - 6) / taken.length;
