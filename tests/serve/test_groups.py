@@ -309,6 +309,7 @@ ACTIONS = st.one_of(
     st.tuples(st.just("reset"), st.integers(0, 5)),
     st.tuples(st.just("flush"), st.integers(0, 5)),
     st.tuples(st.just("regroup"), st.lists(ROW, min_size=4, max_size=4, unique=True)),
+    st.tuples(st.just("take"), st.integers(0, 5)),
     st.tuples(st.sampled_from(["step", "step", "save", "evict", "kill", "vanish", "bad"]), st.just(0)),
 )
 
@@ -342,6 +343,7 @@ class Machine:
         self.sessions = Sessions(StepEngine(self.toy, 8), store, state, writer=self.writer)
         self.host = Host(self.sessions, 16, slots=8, peer_sessions=8, groups=True)
         self.peer = b"client %d" % self.lives
+        self.other = b"another " + self.peer
         self.lives += 1
 
     def say(self, request: protocol.Request) -> None:
@@ -380,7 +382,7 @@ class Machine:
         out, self.host.out = self.host.out, []
         for peer, reply in out:
             assert protocol.read_reply(protocol.encode(reply)) == reply
-            if peer != self.peer:
+            if peer not in (self.peer, self.other):
                 continue
             match reply:
                 case protocol.Ready():
@@ -441,6 +443,19 @@ class Machine:
                 )
             )
             self.settle()
+        elif what == "take":
+            # the session moves to another client, which steps it, and back
+            self.settle()
+            name = NAMES[with_]
+            for request in (
+                protocol.Open(session=name, token=self.tokens[name]),
+                step_of(self.content(name, self.sent[name])),
+            ):
+                self.host.receive(self.other, protocol.encode(request), self.at_ns)
+            self.settle()
+            self.sent[name] += 1
+            assert self.log[name][-1][0] == self.sent[name] - 1, "the other client has it"
+            self.open_all()
         elif what == "step":
             self.host.step(self.at_ns)
         elif what == "save":
