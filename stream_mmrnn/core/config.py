@@ -251,6 +251,8 @@ class ClusterSettings(_Section, frozen=True):
 class RecordSettings(_Section, frozen=True):
     path: str = ""
     """"" records nothing."""
+    folder: str = "recordings"
+    """Of the recordings that are begun on the page, and the only one whose recordings it opens."""
     raw: bool = True
     """false: features, ticks and predictions only, no picture, sound or words."""
     chunk_ms: Annotated[float, msgspec.Meta(gt=0, le=10_000)] = 250.0
@@ -314,6 +316,15 @@ class DashboardSettings(_Section, frozen=True):
     microphone to https pages and to their own machine's pages only."""
     key: str = ""
     """File of the certificate's private key (PEM, without a password)."""
+
+
+class PageSettings(_Section, frozen=True):
+    """What the live page offers; its address is in `[dashboard]`."""
+
+    labels: tuple[Annotated[str, msgspec.Meta(min_length=1, max_length=64)], ...] = ()
+    """Labels that have a button, such as `["sitting", "walking"]`."""
+    sessions: Annotated[int, msgspec.Meta(ge=1, le=16)] = 4
+    """Of `stream-mmrnn page`: how many sessions it runs at once."""
 
 
 class FoxgloveSettings(_Section, frozen=True):
@@ -395,6 +406,7 @@ class Settings(_Section, frozen=True):
     bus: BusSettings = BusSettings()
     queues: QueuesSettings = QueuesSettings()
     dashboard: DashboardSettings = DashboardSettings()
+    page: PageSettings = PageSettings()
     foxglove: FoxgloveSettings = FoxgloveSettings()
     lsl: LslSettings = LslSettings()
     supervisor: SupervisorSettings = SupervisorSettings()

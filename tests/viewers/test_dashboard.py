@@ -880,6 +880,8 @@ def test_a_browser_requests_only_new_columns(board: Dashboard) -> None:
 
 def test_the_page_says_whether_text_can_be_typed() -> None:
     live = LiveState()
+    assert live.typing()["why"] == "nothing is known of this session yet; wait a moment"
+    live.observe(status("engine", T0, state="ready"))
     assert "start it with --text page" in live.typing()["why"]
     live.observe(status("text", T0, state="starting", modality="text"))
     assert live.typing() == {"possible": False, "why": "the text source is starting"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
@@ -21,13 +22,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route, Router, WebSocketRoute
 from starlette.types import Message, Receive, Scope, Send
-from starlette.websockets import WebSocket, WebSocketDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from stream_mmrnn.viewers.dashboard.access import Access
-from stream_mmrnn.viewers.dashboard.board import Board
+from stream_mmrnn.viewers.dashboard.board import Board, View
 from stream_mmrnn.viewers.dashboard.feed import Feed
+from stream_mmrnn.viewers.dashboard.push_socket import Push, PushSocket
 from stream_mmrnn.viewers.dashboard.sensor_socket import SensorSocket
 from stream_mmrnn.viewers.dashboard.sensors import Sensors
 from stream_mmrnn.viewers.dashboard.sound import BANDS
@@ -50,7 +51,7 @@ MAX_SINCE = 2**53
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "frame-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
 )
 """Content security policy: only the page's own files, no inline script or style, requests to this server only."""
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -58,9 +59,10 @@ METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _PREDICTIONS = "/predictions"
 _PUSH = "/push/{stream}"
 _SENSORS = "/sensors"
+_VIEW = re.compile(r"/view/([A-Za-z0-9._-]{1,200})(/.*)")
+"""The page once more, for another session or a recording: all its paths begin with `/view/KEY`."""
 _MAX_CLIENT_MESSAGE_BYTES = 1024 * 1024
 """Of a message from a WebSocket client: a pushed picture, or a second of sound."""
-_MAX_PUSHERS = 16
 
 
 class _EventStream(StreamingResponse):
@@ -198,10 +200,6 @@ _COMMON = {
 }
 
 
-Push = Callable[[str, bytes, str], str]
-"""Takes a stream, a sample (b"" only asks) and the query of the request; returns "", or why it is refused."""
-
-
 class AppSettings(msgspec.Struct, frozen=True):
     """What the application serves, and its limits."""
 
@@ -210,7 +208,10 @@ class AppSettings(msgspec.Struct, frozen=True):
     """By path, the content and media type of the page and its parts."""
     metrics: Callable[[], bytes] | None
     ready: Callable[[], str]
-    posts: Mapping[str, Callable[[bytes], str]]
+    own: View
+    """What is shown unless a path names another view."""
+    views: Callable[[str], View | None]
+    """Other views by key; called for each of their requests."""
     push: Push | None
     sensors: Sensors | None
     """Takes what browsers give as cameras and microphones; None where no stream is theirs."""
@@ -227,10 +228,9 @@ class AppSettings(msgspec.Struct, frozen=True):
 class Application:
     """Serves over a listening socket until `end` is called in its event loop."""
 
-    def __init__(self, settings: AppSettings, board: Board) -> None:
-        self._settings, self._board = settings, board
+    def __init__(self, settings: AppSettings) -> None:
+        self._settings = settings
         self.feed = Feed()
-        self._pushers = 0
         self._routes = {
             **dict.fromkeys(settings.files, self._get_file),
             "/events": self._get_events,
@@ -243,9 +243,8 @@ class Application:
         self._router = Router(
             [
                 *(Route(path, endpoint) for path, endpoint in self._routes.items()),
-                *(Route(path, self._post, methods=["POST"]) for path in settings.posts),
                 WebSocketRoute(_PREDICTIONS, self.feed.serve),
-                *([WebSocketRoute(_PUSH, self._receive_pushes)] if settings.push else []),
+                *([WebSocketRoute(_PUSH, PushSocket(settings.push).serve)] if settings.push else []),
                 *([WebSocketRoute(_SENSORS, SensorSocket(settings.sensors).serve)] if settings.sensors else []),
             ],
             redirect_slashes=False,
@@ -289,8 +288,8 @@ class Application:
     def end(self) -> None:
         """Close every connection, and make `serve` return."""
         self._server.should_exit = True
-        self._board.closing = True
-        self._board.wake()
+        self._settings.own.board.closing = True
+        self._settings.own.board.wake()
         self.feed.close()
         for connection in list(self._server.server_state.connections):
             connection.transport.abort()
@@ -303,10 +302,20 @@ class Application:
                 message["headers"] += [(k.lower().encode(), v.encode()) for k, v in _COMMON.items()]
             await send(message)
 
-        response = self._refusal(scope) or self._router
+        denied = self._denial(scope)
+        view, path = self._settings.own, scope["path"]
+        if denied is None and (found := _VIEW.fullmatch(path)):
+            other = self._settings.views(found[1])
+            if other is None:
+                denied = PlainTextResponse("no such session or recording is open; go back to the page\n", 404)
+            else:
+                view, path = other, found[2]
+        scope = {**scope, "path": path, "view": view}
+        served = self._post if scope.get("method") == "POST" else self._router
+        response = denied or self._wrong_method(scope) or served
         await response(scope, receive, send_with_headers)
 
-    def _refusal(self, scope: Scope) -> Response | None:
+    def _denial(self, scope: Scope) -> Response | None:
         settings, headers = self._settings, Headers(scope=scope)
         # a WebSocket begins with a GET
         method, query = scope.get("method", "GET"), scope["query_string"].decode("latin-1")
@@ -316,8 +325,11 @@ class Application:
         denied = settings.access.check(method, target, headers.getlist, settings.port)
         if denied is not None:
             return PlainTextResponse(denied.text, denied.code, denied.headers)
-        allowed = "POST" if scope["path"] in settings.posts else "GET"
-        if method != allowed:
+        return None
+
+    def _wrong_method(self, scope: Scope) -> Response | None:
+        allowed = "POST" if scope["path"] in scope["view"].posts else "GET"
+        if scope.get("method", "GET") != allowed:
             return PlainTextResponse(f"this path takes {allowed} requests only\n", 405, {"Allow": allowed})
         return None
 
@@ -326,16 +338,17 @@ class Application:
         await response(scope, receive, send)
 
     async def _get_file(self, request: Request) -> Response:
-        content, kind = self._settings.files[request.url.path]
+        content, kind = self._settings.files[request.scope["path"]]
         return Response(content, headers={"Content-Security-Policy": POLICY}, media_type=kind)
 
-    async def _get_events(self, _: Request) -> Response:
-        if self._board.clients >= MAX_CLIENTS:
+    async def _get_events(self, request: Request) -> Response:
+        board: Board = request.scope["view"].board
+        if board.clients >= MAX_CLIENTS:
             return PlainTextResponse("too many open pages\n", 503, {"Retry-After": "2"})
-        return _EventStream(self._board)
+        return _EventStream(board)
 
-    async def _get_picture(self, _: Request) -> Response:
-        picture = self._board.picture
+    async def _get_picture(self, request: Request) -> Response:
+        picture = request.scope["view"].board.picture
         return Response(picture, media_type="image/jpeg") if picture else Response(status_code=204)
 
     async def _get_sound(self, request: Request) -> Response:
@@ -343,12 +356,15 @@ class Application:
         since = request.query_params.get("since", "0")
         if not (since.isascii() and since.isdigit() and int(since[:16]) < MAX_SINCE):
             return PlainTextResponse("since must be the number of a column\n", 400)
-        first, columns = self._board.sound
+        first, columns = request.scope["view"].board.sound
         begin = max(first, int(since))
         body = columns[(begin - first) * BANDS :]
         return Response(body, headers={"X-First": str(begin)}, media_type="application/octet-stream")
 
-    async def _post(self, request: Request) -> Response:
+    async def _post(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await (await self._answer_post(Request(scope, receive)))(scope, receive, send)
+
+    async def _answer_post(self, request: Request) -> Response:
         """200, or 409 and the reason. Only JSON: a form on another site cannot send it without a CORS preflight."""
         if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
             return PlainTextResponse("the content type must be application/json\n", 415)
@@ -363,32 +379,8 @@ class Application:
             body = await asyncio.wait_for(request.body(), self._settings.idle_timeout_s)
         except (TimeoutError, ClientDisconnect):
             return PlainTextResponse("the body did not arrive in time\n", 408, {"Connection": "close"})
-        why_not = self._settings.posts[request.url.path](body)
+        why_not = request.scope["view"].posts[request.scope["path"]](body)
         return PlainTextResponse(f"{why_not or 'done'}\n", 409 if why_not else 200)
-
-    async def _receive_pushes(self, websocket: WebSocket) -> None:
-        """Samples for a stream whose source is `push`: each message is one. A refused one closes the connection."""
-        push, stream, query = self._settings.push, websocket.path_params["stream"], websocket.url.query
-        assert push is not None
-        why = push(stream, b"", query)
-        if not why and self._pushers >= _MAX_PUSHERS:
-            why = "too many programs push over WebSocket; close one of them"
-        if why:
-            await websocket.send_denial_response(PlainTextResponse(f"{why}\n", 409))
-            return
-        await websocket.accept()
-        self._pushers += 1
-        try:
-            while not why:
-                message = await websocket.receive()
-                if message["type"] == "websocket.disconnect":
-                    return
-                why = push(stream, message.get("bytes") or (message.get("text") or "").encode(), query)
-            await websocket.close(1008, why[:120])
-        except (WebSocketDisconnect, OSError):
-            pass  # the client has disconnected
-        finally:
-            self._pushers -= 1
 
     async def _get_health(self, _: Request) -> Response:
         return PlainTextResponse("ok\n")

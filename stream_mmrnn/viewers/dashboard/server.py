@@ -25,7 +25,7 @@ import msgspec
 from stream_mmrnn.core.config import LOOPBACK
 from stream_mmrnn.core.errors import ConfigError, ProcessError
 from stream_mmrnn.viewers.dashboard.access import Access
-from stream_mmrnn.viewers.dashboard.board import Board
+from stream_mmrnn.viewers.dashboard.board import Board, OwnView, View
 
 if TYPE_CHECKING:
     from stream_mmrnn.viewers.dashboard.app import Application
@@ -83,13 +83,15 @@ class Dashboard:
     `posts`: by path, a function that takes the JSON body of a POST and returns "" or, as one sentence, why it is
     refused. They are called in the server's thread, too.
 
-    `push`: takes the samples that WebSocket clients send to /push/STREAM (see `app.Push`); in the server's thread, too.
+    `push`: takes the samples that WebSocket clients send to /push/STREAM (see `push_socket.Push`); in the server's thread, too.
 
     `sensors`: takes what browsers give as cameras and microphones over /sensors; in the server's thread, too.
 
     `cert`, `key`: files of a TLS certificate and its key; with them the page is served over https.
 
     `features`: parts of the page that are on: each has an element and a module of this name (`page/NAME.js`).
+
+    `views`: other views by key, which are served under `/view/KEY/`; called in the server's thread, too.
 
     `client_timeout_s`: a client that does not read for so long is disconnected. `idle_timeout_s`: so is one that sends
     no request for so long.
@@ -116,19 +118,21 @@ class Dashboard:
         cert: str = "",
         key: str = "",
         features: Collection[str] = (),
+        views: Callable[[str], View | None] = lambda _: None,
     ) -> None:
         name = socket.gethostname()
         self.access = Access(host, token, (name, f"{name}.local"), tls=bool(cert))
         if cert:
             _check_tls(cert, key)
-        self._board = Board()
+        self._own, self._views = OwnView(posts), views
+        self._board = self._own.board
         try:
             self._socket = _bind(host, port)
         except OSError as e:
             raise ProcessError(f"the dashboard cannot bind {host} port {port}: {e.strerror or e}") from e
         self._port = int(self._socket.getsockname()[1])
         self._host = f"[{host}]" if ":" in host else host
-        self._metrics, self._ready, self._posts, self._push = metrics, ready, posts, push
+        self._metrics, self._ready, self._push = metrics, ready, push
         self._sensors, self._cert, self._key = sensors, cert, key
         self._features = features
         self._client_timeout_s, self._idle_timeout_s = client_timeout_s, idle_timeout_s
@@ -157,8 +161,12 @@ class Dashboard:
 
     def update(self, state: dict[str, Any]) -> None:
         """Replace the state; NaN and infinity become null, as JSON requires."""
-        self._board.put(msgspec.json.encode(state))
-        self._call(self._board.wake)
+        self.show(self._board, msgspec.json.encode(state))
+
+    def show(self, board: Board, state: bytes) -> None:
+        """Replace the state of any view."""
+        board.put(state)
+        self._call(board.wake)
 
     def predict(self, prediction: dict[str, Any]) -> None:
         """Send a prediction to the WebSocket clients; its `missed` is the number of predictions missing before it."""
@@ -214,7 +222,8 @@ class Dashboard:
                 _page(self._features),
                 self._metrics,
                 self._ready,
-                self._posts,
+                self._own,
+                self._views,
                 self._push,
                 self._sensors,
                 self._port,
@@ -222,8 +231,7 @@ class Dashboard:
                 self._idle_timeout_s,
                 self._cert,
                 self._key,
-            ),
-            self._board,
+            )
         )
         try:
             loop.run_until_complete(self._application.serve(self._socket))

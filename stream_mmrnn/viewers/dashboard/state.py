@@ -251,6 +251,10 @@ class LiveState:
             return max(0, self._tick - self.began_ns // self._tick_ns)  # an engine that was restarted counts anew
         return engine.counts.get("ticks") if engine else None
 
+    def recording(self) -> dict[str, Any]:
+        """Whether the session is being recorded, and into which file."""
+        return self._nodes.recorder()
+
     def ending(self) -> dict[str, Any]:
         """What there is to say at the session's end: why it had to end, if it had to, and where its recording is."""
         failed = [f"{name}: {n.reason}" for name, n in self._nodes.views.items() if n.state == "failed"]

@@ -137,6 +137,7 @@ document.addEventListener("visibilitychange", () => {
 
 let list = null, states = {};
 export function start(element) {
+  if (location.pathname.startsWith("/view/")) return;  // another session, whose browsers open its own page
   element.className = "sensors"; element.setAttribute("role", "group"); element.setAttribute("aria-label", "This browser as a sensor");
   list = element;
 }
