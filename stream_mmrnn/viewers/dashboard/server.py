@@ -83,7 +83,8 @@ class Dashboard:
     `posts`: by path, a function that takes the JSON body of a POST and returns "" or, as one sentence, why it is
     refused. They are called in the server's thread, too.
 
-    `push`: takes the samples that WebSocket clients send to /push/STREAM (see `push_socket.Push`); in the server's thread, too.
+    `push`: takes the samples that WebSocket clients send to /push/STREAM (see `push_socket.Push`); in the server's
+    thread, too.
 
     `sensors`: takes what browsers give as cameras and microphones over /sensors; in the server's thread, too.
 
