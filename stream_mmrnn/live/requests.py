@@ -11,6 +11,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
+from msgspec.structs import replace
+
 from stream_mmrnn.bus import Publisher
 from stream_mmrnn.core import config, processes, topics, wire
 from stream_mmrnn.core.clock import now_ns
@@ -41,8 +43,8 @@ class Requests:
         self, settings: config.Settings, recorder: ManagedProcess | None, has_engine: bool, host: Host
     ) -> None:
         self._settings, self._recorder, self._has_engine, self._host = settings, recorder, has_engine, host
-        self.record_path = settings.record.path
-        """Of the newest recording."""
+        self.record = settings.record
+        """With the path of the newest recording."""
         self.asked_to_end = False
 
     def observe(self, envelope: Envelope) -> None:
@@ -71,7 +73,8 @@ class Requests:
         node.late = True
         self._host.replace_node(node)
         try:
-            self.record_path = str(new_path(Path(self._settings.record.folder), self._settings.session.name))
+            path = new_path(Path(self.record.folder), self._settings.session.name)
+            self.record = replace(self.record, path=str(path))
         except FileError as e:
             self._give_up(node, str(e))
             return

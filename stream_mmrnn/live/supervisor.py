@@ -95,8 +95,7 @@ class Supervisor:
             page = msgspec.structs.replace(settings.dashboard, port=self._page_port)
             settings = msgspec.structs.replace(settings, dashboard=page)
         if node.name == "recorder":
-            record = msgspec.structs.replace(settings.record, path=self.requests.record_path)
-            settings = msgspec.structs.replace(settings, record=record)
+            settings = msgspec.structs.replace(settings, record=self.requests.record)
         node.started_ns = self._now_ns()
         self._spawn(node, settings)
 
@@ -342,7 +341,8 @@ class Supervisor:
         deadline_ns = self._now_ns() + 1_500_000_000
         if not self.opened_ns:
             # only the recorder has something to finish; processes that still import read no request to end
-            self._kill([n for n in self.nodes if n.name != "recorder"])
+            for node in (n for n in self.nodes if n.name != "recorder"):
+                node.kill()
         self._end([n for n in self.nodes if n.is_source], self._now_ns() + 600_000_000, observe)
         if self.opened_ns and self.publisher is not None:
             self.closed_ns = self.publish_session("close")
@@ -382,11 +382,6 @@ class Supervisor:
         if self._monitor:
             for envelope in self.messages(5):
                 observe(envelope)
-
-    @staticmethod
-    def _kill(ending: list[ManagedProcess]) -> None:
-        for node in ending:
-            node.kill()
 
     def end_at_once(self) -> None:
         """Kill every process and remove its files; safe at any moment, also during `stop`.
