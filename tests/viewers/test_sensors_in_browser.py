@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import certificates
 import numpy as np
 import pytest
 from chromium import Tab, address_of, needs_chromium, running_chromium
@@ -175,3 +176,23 @@ def test_the_page_finds_its_session_again_after_its_process_was_killed(session: 
         session.wait_for(lambda: any("microphone: is back" in line for line in session.lines[before:]), 40)
         says(tab, "audio", "this browser is the microphone")
         tab.complaints.clear()  # the browser reports the requests that failed meanwhile
+
+
+def test_a_phone_on_the_network_by_tls_and_token(model: Path, tmp_path: Path) -> None:
+    cert, key = certificates.made(tmp_path)
+    token = tmp_path / "token"
+    reachable = ("--host", "0.0.0.0", "--token-file", token, "--cert", cert, "--key", key)
+    path = tmp_path / "a.mcap"
+    args = ("--model", model, "--vision", "page", "--audio", "none", "--text", "none", "--record", path)
+    with closing(Running(*args, *reachable)) as live, running_chromium(*GRANTED) as browser:
+        address = address_of(live).replace("0.0.0.0", "127.0.0.1")
+        assert address.startswith("https://")
+        tab = Tab(browser, f"{address}?token={token.read_text().strip()}", ignore_https_errors=True)
+        assert "token" not in tab.page.url
+        press(tab, "vision", "this browser is the camera")
+        live.wait_for(lambda: len(recorded(path, "raw/vision")) > 10, 40)
+        tab.close()
+        code, summary, _ = live.end()
+    assert code == 0
+    check_summary(summary)
+    verify(path, summary["predictions"])
