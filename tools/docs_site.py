@@ -22,7 +22,10 @@ ORDER: dict[str, tuple[str, ...]] = {
     "Start": ("index.md", "quickstart.md", "install.md"),
     "Guides": (
         "guides/voice_agent.md",
+        "guides/pipecat.md",
+        "guides/livekit.md",
         "guides/robot.md",
+        "guides/ros.md",
         "guides/study.md",
         "guides/browser.md",
         "guides/forecast.md",
