@@ -28,6 +28,10 @@ STATUS = "status/"
 """Counters and state of each process, about twice a second; not part of a session."""
 CONTROL = "control"
 """Commands of the supervisor to the processes."""
+REQUEST = "request"
+"""What a person asks of the supervisor on a page: to record, or to end the session."""
+CHECKPOINT = "checkpoint"
+"""Only in recordings that began in the middle of a session: the state of aligner and model there."""
 
 EVERYONE = "host"
 """The session name of messages without a session: clock, status."""
@@ -65,7 +69,9 @@ TOPICS: dict[str, Topic] = {
         Topic(SESSION, schema="stream_mmrnn.Session"),
         Topic(TICK, schema="stream_mmrnn.Tick"),
         Topic(PREDICTION, schema="stream_mmrnn.Prediction"),
+        Topic(CHECKPOINT, schema="stream_mmrnn.Checkpoint"),
         Topic(CONTROL, recorded=False),
+        Topic(REQUEST, recorded=False),
         Topic(TYPED, recorded=False),
     )
 }

@@ -20,7 +20,7 @@ from stream_mmrnn.recording.append_file import is_being_written, later_parts
 from stream_mmrnn.recording.column_reader import decoder_of
 from stream_mmrnn.recording.damaged_file import DamagedFileReader
 from stream_mmrnn.recording.mcap_file import Recording
-from stream_mmrnn.recording.mcap_format import METADATA_END, METADATA_SO_FAR, METADATA_WALL, UNREADABLE, number
+from stream_mmrnn.recording.mcap_format import LATE, METADATA_END, METADATA_SO_FAR, METADATA_WALL, UNREADABLE, number
 from stream_mmrnn.recording.message_counts import LOST, MessageCounts
 from stream_mmrnn.recording.pieces import Chunk, Foreign, Hole, Message, MetadataRecord
 from stream_mmrnn.recording.schemas import Decode
@@ -106,8 +106,9 @@ class RecordingSummary:
                 if not topic:
                     self.unnamed += 1
                     continue
-                # a session's streams begin at 0 in its first part; the clock began earlier
-                numbers[topic] = m.seq if topic == topics.CLOCK or number(self.file.head, "part") > 1 else 0
+                # a session's streams begin at 0 in its first part, unless it began late; the clock began earlier
+                later = number(self.file.head, "part") > 1 or LATE in self.file.head
+                numbers[topic] = m.seq if topic == topics.CLOCK or later else 0
                 self.origins[topic] = origin
             gap = m.seq - numbers[topic]
             if gap > 0:
