@@ -167,7 +167,7 @@ class LiveState:
     def _show(self, prediction: wire.PredictionMessage, event_ns: int) -> None:
         self._tick = prediction.tick
         meanings = self._meaning.values()
-        self._silence.observe(event_ns, prediction.heads, meanings)
+        self._silence.observe(event_ns, prediction.heads, meanings, prediction.age_ns)
         self._doubt = verdict.missing_inputs(self._table, prediction.present, prediction.age_ns)
         self._doubts.observe(event_ns, self._doubt)
         self._present = {clean(name): here for name, here in list(prediction.present.items())[:MAX_MODALITIES]}
@@ -241,7 +241,9 @@ class LiveState:
             line
             for name in order
             for meaning in [self._meaning.get(name) or HeadMeaning(name, unit="")]
-            for line in sayings.lines(meaning, self._heads[name].values, self._silence.why_not(meaning))
+            for line in sayings.lines(
+                meaning, self._heads[name].values, self._silence.why_not(meaning), self._silence.unheard
+            )
         ]
 
     def _ticks(self) -> int | None:
