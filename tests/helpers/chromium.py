@@ -29,6 +29,7 @@ ARGS = [
     "--disable-sync",
 ]
 TIMEOUT_MS = 30_000
+READY = "document.getElementById('k-tick').textContent !== '–'"
 
 
 @contextmanager
@@ -44,7 +45,7 @@ def running_chromium(*more: str) -> Iterator[Any]:
 class Tab:
     """An open page, with all hosts that it requested and all its console errors."""
 
-    def __init__(self, browser: Any, address: str, width: int = 1280, **more: Any) -> None:
+    def __init__(self, browser: Any, address: str, width: int = 1280, ready: str = READY, **more: Any) -> None:
         self.address = address
         self.context = browser.new_context(viewport={"width": width, "height": 900}, **more)
         self.page = self.context.new_page()
@@ -58,7 +59,7 @@ class Tab:
             "addEventListener('securitypolicyviolation', e => console.error(`policy: ${e.violatedDirective}`))"
         )
         self.page.goto(address)
-        self.until("document.getElementById('k-tick').textContent !== '–'")
+        self.until(ready)
 
     def until(self, condition: str) -> None:
         # playwright's own wait_for_function needs eval in the page, which its policy forbids
@@ -94,7 +95,7 @@ class Tab:
     def close(self, lost: bool = False) -> None:
         """`lost`: the server has ended, so that requests failed."""
         self.context.close()
-        assert lost or self.complaints == []
+        assert lost or self.complaints == [], self.complaints
         assert self.hosts <= {urlsplit(self.address).netloc, "data", "blob"}
 
 

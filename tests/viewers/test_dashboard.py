@@ -25,9 +25,10 @@ from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.errors import ConfigError, ProcessError
 from stream_mmrnn.core.latency import STAGES
 from stream_mmrnn.core.types import Envelope, HeadSpec, ModalitySpec, Prediction, Stamps, Tick
-from stream_mmrnn.viewers.dashboard import app
+from stream_mmrnn.viewers.dashboard import connections
 from stream_mmrnn.viewers.dashboard.access import Access
-from stream_mmrnn.viewers.dashboard.app import MAX_CLIENTS, MAX_CONNECTIONS, MAX_WAITING, METRICS_TYPE
+from stream_mmrnn.viewers.dashboard.app import MAX_CLIENTS, METRICS_TYPE
+from stream_mmrnn.viewers.dashboard.connections import MAX_CONNECTIONS, MAX_WAITING
 from stream_mmrnn.viewers.dashboard.heads import HISTORY_POINTS
 from stream_mmrnn.viewers.dashboard.server import Dashboard
 from stream_mmrnn.viewers.dashboard.sound import BANDS, COLUMN_NS, COLUMNS, Spectrogram
@@ -712,7 +713,7 @@ def test_a_connection_without_a_request_is_closed() -> None:
 
 
 def test_connections_beyond_the_limit_are_closed(board: Dashboard, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "MAX_CONNECTIONS", 3)
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 3)
     with ExitStack() as many:
         for _ in range(3):
             assert many.enter_context(Events(board)).head() == "HTTP/1.1 200 OK"
@@ -880,6 +881,8 @@ def test_a_browser_requests_only_new_columns(board: Dashboard) -> None:
 
 def test_the_page_says_whether_text_can_be_typed() -> None:
     live = LiveState()
+    assert live.typing()["why"] == "nothing is known of this session yet; wait a moment"
+    live.observe(status("engine", T0, state="ready"))
     assert "start it with --text page" in live.typing()["why"]
     live.observe(status("text", T0, state="starting", modality="text"))
     assert live.typing() == {"possible": False, "why": "the text source is starting"}

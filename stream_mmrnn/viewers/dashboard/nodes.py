@@ -74,6 +74,7 @@ class NodeView(msgspec.Struct):
     at_ns: int
     source: str = ""
     pid: int = 0
+    path: str = ""
 
 
 class _Deaths(msgspec.Struct):
@@ -130,6 +131,7 @@ class Nodes:
             at_ns,
             clean(detail.source),
             status.pid,
+            clean(detail.path, 1024),
         )
         for modality, why in list(detail.misfits.items())[:_MAX_LOSSES]:
             row = detail.streams.get(modality)
@@ -190,7 +192,9 @@ class Nodes:
     def typing(self) -> dict[str, Any]:
         """Whether a line typed on the page can become a text event, and if not, why: one sentence."""
         worker = self.views.get("text")
-        if worker is None:
+        if not self.views:
+            why = "nothing is known of this session yet; wait a moment"
+        elif worker is None:
             why = "this session has no text source; start it with --text page to type here"
         elif worker.state in ("open", "stale"):
             why = ""
@@ -199,6 +203,17 @@ class Nodes:
         else:
             why = f"the text source is {worker.state}" + (f": {worker.reason}" if worker.reason else "")
         return {"possible": not why, "why": why}
+
+    def recorder(self) -> dict[str, Any]:
+        """Whether the session is being recorded, the name of its newest file, and why it is not recorded although
+        somebody asked for it.
+        """
+        recorder = self.views.get("recorder")
+        if recorder is None:
+            return {"on": False, "file": "", "why": ""}
+        on = recorder.state not in ("closed", "failed", "ended")
+        file = recorder.path.replace("\\", "/").rpartition("/")[2]
+        return {"on": on, "file": file, "why": recorder.reason if recorder.state == "failed" else ""}
 
     def losses(self) -> list[dict[str, Any]]:
         """What was lost, by process and reason, the largest count first."""

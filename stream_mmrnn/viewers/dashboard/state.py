@@ -59,6 +59,10 @@ class LiveState:
         """Raw topic of the pictures that are shown."""
         self.sound_topic = first.get(("audio", True), "")
         self._text_topic = first.get(("text", True), "")
+        self._sensors = [
+            {"stream": row.name, "kind": row.kind} for row in table.values() if streams.is_sensor(row.source, row.kind)
+        ]
+        """Streams that browsers give."""
         self._texts: dict[str, deque[tuple[int, str, str]]] = {
             t: deque(maxlen=_MAX_TEXTS) for t in (*streams.text_topics(table.values()), topics.LABEL)
         }
@@ -219,6 +223,7 @@ class LiveState:
             "other_texts": self._lines([t for t in self._texts if t not in (self._text_topic, topics.LABEL)], now_ns),
             "labels": self._lines([topics.LABEL], now_ns),
             "typing": self.typing(),
+            "sensors": self._sensors,
             "sound": self.sound.snapshot(now_ns),
             "picture": {"number": self._pictures, "age_ms": self._streams.age_ms(self.picture_topic, now_ns)},
             "latency": self._latencies.table(now_ns),
@@ -247,6 +252,10 @@ class LiveState:
         if engine is not None and self.began_ns and self._tick_ns > 0 and self._tick >= 0:
             return max(0, self._tick - self.began_ns // self._tick_ns)  # an engine that was restarted counts anew
         return engine.counts.get("ticks") if engine else None
+
+    def recording(self) -> dict[str, Any]:
+        """Whether the session is being recorded, and into which file."""
+        return self._nodes.recorder()
 
     def ending(self) -> dict[str, Any]:
         """What there is to say at the session's end: why it had to end, if it had to, and where its recording is."""

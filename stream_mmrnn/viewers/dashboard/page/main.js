@@ -37,6 +37,7 @@ function verdict() {
     const what = opened ? "The session sends no updates" : "Connection lost, trying again";
     return ["bad", "Lost", `${what}: the data shown is ${Math.floor(silent / 1000)} s old`];
   }
+  if (s.controls && s.controls.idle) return ["none", "No session", ""];
   const {tone, what} = s.overall, problem = tone === "good" ? "" : what;
   if (paused() || replaying() && s.replay.paused) return [tone === "bad" ? "bad" : "warn", "Paused", problem];
   return [tone, tone === "bad" ? "Trouble" : replaying() ? "Replay" : "Live", problem];
@@ -96,7 +97,7 @@ document.addEventListener("keydown", event => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.key === "Escape" && typingHere) { el.blur(); return; }
   if (typingHere) return;
-  if (event.key === " " && !el.matches("button, summary, select")) { event.preventDefault(); togglePause(); }
+  if (event.key === " " && !el.matches("button, summary, select, a, input[type=checkbox]")) { event.preventDefault(); togglePause(); }
   else if (event.key === "t" || event.key === "T") nextTheme();
   else if (event.key === "/" && !$("line").disabled) { event.preventDefault(); $("line").focus(); }
   else if (replaying() && !el.matches("ol, select") && (event.key === "ArrowLeft" || event.key === "ArrowRight")) {

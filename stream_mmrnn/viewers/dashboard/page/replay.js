@@ -1,5 +1,5 @@
 // Position in a recording that is replayed.
-import {$, set, clock, post, announce} from "./dom.js";
+import {$, set, make, fill, clock, post, announce} from "./dom.js";
 import {view} from "./view.js";
 
 let dragging = false;
@@ -15,6 +15,18 @@ export function showReplay(s) {
   $("seek").setAttribute("aria-valuetext", `${clock(r.position_s)} of ${clock(r.duration_s)}`);
   set($("replay-at"), clock(dragging ? Number($("seek").value) : r.position_s)); set($("replay-end"), clock(r.duration_s));
   set($("replay-note"), r.note);
+  if (document.activeElement !== $("speed")) $("speed").value = String(r.speed);
+  showMarks(r);
+}
+// what was said and labelled: a press goes there
+function showMarks(r) {
+  if ($("marks").dataset.of === r.recording && $("marks").children.length === r.marks.length) return;
+  $("marks").dataset.of = r.recording;
+  fill($("marks"), r.marks, () => { const el = make("button"); el.type = "button"; el.addEventListener("click", () => seek(Number(el.dataset.at))); return el; }, (el, v) => {
+    el.className = v.kind; el.dataset.at = v.at_s; el.title = `${clock(v.at_s)} ${v.text}`; el.ariaLabel = `${v.kind} ${v.text} at ${clock(v.at_s)}`;
+    el.style.left = `${100 * v.at_s / Math.max(r.duration_s, .1)}%`;
+    el.tabIndex = v.kind === "label" ? 0 : -1;
+  });
 }
 let seekTimer = 0;
 export function seek(to) {
@@ -26,4 +38,5 @@ export function seek(to) {
   seekTimer = setTimeout(async () => { const why = await post("replay", {seek_s: to}); drag(false); if (why) announce(why); }, 120);
 }
 $("replay").addEventListener("submit", event => event.preventDefault());
+$("speed").addEventListener("change", async () => { const why = await post("replay", {speed: Number($("speed").value)}); if (why) announce(why); });
 $("seek").addEventListener("input", () => seek(Number($("seek").value)));
