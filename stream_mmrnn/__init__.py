@@ -11,6 +11,13 @@ import os.path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stream_mmrnn.adapters.livekit import LiveKitTurnDetector as LiveKitTurnDetector
+    from stream_mmrnn.adapters.pipecat import PipecatTurnAnalyzer as PipecatTurnAnalyzer
+    from stream_mmrnn.adapters.pipecat import PipecatTurnStopStrategy as PipecatTurnStopStrategy
+    from stream_mmrnn.adapters.turn_reader import Turn as Turn
+    from stream_mmrnn.adapters.turn_reader import TurnReader as TurnReader
+    from stream_mmrnn.adapters.turns import PredictorTurns as PredictorTurns
+    from stream_mmrnn.adapters.turns import SessionTurns as SessionTurns
     from stream_mmrnn.bus import Address as Address
     from stream_mmrnn.bus import Publisher as Publisher
     from stream_mmrnn.bus import Subscriber as Subscriber
@@ -107,6 +114,10 @@ if TYPE_CHECKING:
     from stream_mmrnn.serve.sessions import Sessions as Sessions
 
 _PUBLIC = {
+    "adapters.livekit": ("LiveKitTurnDetector",),
+    "adapters.pipecat": ("PipecatTurnAnalyzer", "PipecatTurnStopStrategy"),
+    "adapters.turn_reader": ("Turn", "TurnReader"),
+    "adapters.turns": ("PredictorTurns", "SessionTurns"),
     "bus": ("Address", "Publisher", "Subscriber"),
     "bus.prediction_reader": ("Model", "PredictionView"),
     "bus.push": ("Push", "push"),

@@ -20,7 +20,17 @@ ROOT = Path(__file__).parent.parent
 
 ORDER: dict[str, tuple[str, ...]] = {
     "Start": ("index.md", "quickstart.md", "install.md"),
-    "Guides": ("guides/voice_agent.md", "guides/robot.md", "guides/study.md", "guides/forecast.md"),
+    "Guides": (
+        "guides/voice_agent.md",
+        "guides/pipecat.md",
+        "guides/livekit.md",
+        "guides/robot.md",
+        "guides/ros.md",
+        "guides/study.md",
+        "guides/labels.md",
+        "guides/browser.md",
+        "guides/forecast.md",
+    ),
     "Use": ("verbs.md", "page.md", "observe.md", "use.md", "serve.md", "clients/README.md", "interchange.md"),
     "When something fails": ("troubleshooting.md", "robustness.md", "limits.md"),
     "Reference": ("configuration.md", "how.md", "model.md", "formats.md", "api.md"),

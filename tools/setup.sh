@@ -51,6 +51,33 @@ if [ "$what" = test ] && ! cmp -s $packages .setup/javascript/package.json; then
     fi
 fi
 
+# pipecat-ai and livekit-agents for the tests of the adapters, in .setup/agents, with what the program needs beside their
+# ONNX Runtime; pipecat-ai wants an older protobuf
+if [ "$what" = test ]; then
+    wanted=$("$python" - <<'EOF'
+import tomllib
+def project(path):
+    return tomllib.load(open(path, "rb"))["project"]
+extras = project("packaging/client/pyproject.toml")["optional-dependencies"]
+needed = [r for r in project("pyproject.toml")["dependencies"] if "onnxruntime" not in r]
+print(*needed, *extras["pipecat"], *extras["livekit"], sep="\n")
+EOF
+    )
+    if [ "$(cat .setup/agents/wanted.txt 2>/dev/null)" != "$wanted" ]; then
+        rm -rf .setup/agents
+        mkdir -p .setup
+        if "$python" -m venv .setup/agents && echo "$wanted" >.setup/agents/required.txt &&
+            grep -v '^protobuf=' constraints.txt >.setup/agents/constraints.txt &&
+            .setup/agents/bin/python -m pip install --quiet --disable-pip-version-check \
+                --constraint .setup/agents/constraints.txt --requirement .setup/agents/required.txt; then
+            mv .setup/agents/required.txt .setup/agents/wanted.txt
+        else
+            rm -rf .setup/agents
+            echo "setup.sh: pip cannot install pipecat-ai and livekit-agents; the tests of the adapters are skipped" >&2
+        fi
+    fi
+fi
+
 # `test` installs all that `docs` needs
 [ "$what" = docs ] && [ -f .venv/.installed-test ] && what=test extras="[dev,train]"
 stamp=".venv/.installed-$what"

@@ -14,7 +14,10 @@ sys.path.insert(0, str(CHECKOUT))  # grimp, too, looks for the package there
 
 import stream_mmrnn  # noqa: E402  # it imports nothing else
 
-NAMES = ("subscribe", "push", "Client", "AsyncClient")
+NAMES = (
+    *("subscribe", "push", "Client", "AsyncClient"),
+    *("SessionTurns", "TurnReader", "PipecatTurnAnalyzer", "LiveKitTurnDetector"),
+)
 """The public names that the client is for. Others are in it if their module is."""
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from stream_mmrnn.offline.convert.table_file import TableOptions
 
 T = TypeVar("T")
+_MEDIA = (".wav", ".flac", ".mp3", ".ogg", ".m4a", ".mp4", ".mov", ".mkv", ".avi", ".webm")
 Force = Annotated[bool, typer.Option("--force", help="Overwrite existing files.")]
 
 
@@ -104,14 +105,16 @@ def view(
 
 
 def import_(
-    path: Annotated[Path, typer.Argument(help="An XDF file, as LabRecorder makes it, or a table: .csv, .parquet.")],
+    path: Annotated[
+        Path, typer.Argument(help="An XDF file, as LabRecorder makes it, a table (.csv, .parquet) or a ROS 2 bag.")
+    ],
     out: Annotated[Path, typer.Argument(help="The MCAP file to make.")],
     chosen: Annotated[
         list[str] | None,
         typer.Option(
             "--as",
-            help="XDF: NAME=audio, text, signal, label, none, or a stream's name and kind: NAME=wrist:signal; NAME may "
-            "be the stream's number.",
+            help="XDF, ROS 2: NAME=audio, text, signal, label, none, or a stream's name and kind: NAME=wrist:signal; "
+            "NAME is a stream's name or number, or a topic.",
         ),
     ] = None,
     session: Annotated[str, typer.Option(help="The session's name.")] = "imported",
@@ -132,9 +135,11 @@ def import_(
     max_gap: Annotated[str, typer.Option(help="Table: the longest gap between rows to accept, such as 90d.")] = "",
     as_json: Json = False,
 ) -> None:
-    """Convert an XDF file or a table to a recording, to replay and to train on."""
+    """Convert an XDF file, a table or a ROS 2 bag to a recording, to replay and to train on."""
     from stream_mmrnn.offline.convert import table_file
 
+    if verb := _other_verb(path):
+        raise UsageError(verb)
     if session and not re.match(topics.SESSION_NAME, session):
         raise UsageError(f"--session is {session[:80]!r}: expected up to 64 letters, digits, `.`, `_` or `-`")
     for_tables = {
@@ -146,7 +151,9 @@ def import_(
     if given and not is_table:
         raise UsageError(f"{given[0]} is for tables ({', '.join(table_file.SUFFIXES)}), and {path.name} is none")
     if chosen and is_table:
-        raise UsageError("--as is for XDF files; choose the columns of a table with --stream NAME=COLUMN,COLUMN")
+        raise UsageError(
+            "--as is for XDF files and bags; choose the columns of a table with --stream NAME=COLUMN,COLUMN"
+        )
     if is_table and not time:
         raise UsageError(f"name the column with the times of {path.name} by --time COLUMN")
     console = Console(stderr=as_json, highlight=False, soft_wrap=True)
@@ -168,6 +175,8 @@ def import_(
                 max_gap_ns=parse_ns(max_gap, "--max-gap") if max_gap else 0,
             )
             result = _import_table(path, out, options, session, progress, console)
+        elif path.is_dir() or path.suffix.lower() == ".mcap":
+            result = _import_bag(path, out, _pairs("--as", "TOPIC=ROLE", chosen, str), session, progress, console)
         else:
             result = _import_xdf(path, out, _pairs("--as", "NAME=ROLE", chosen, str), session, progress, console)
     seconds, count = spoken(result["seconds"]), sum(result["messages"].values())
@@ -177,6 +186,21 @@ def import_(
     if result.get("damage"):
         say_on(Console(stderr=True))(f"{result['damage']}; what could be read was imported")
         raise typer.Exit(3)
+
+
+def _other_verb(path: Path) -> str:
+    """What to use instead of `import` for a file of another kind; "" if `import` may take it."""
+    from stream_mmrnn.offline.labels.formats import is_of_labels
+
+    name, suffix = shown(path.name, 200), path.suffix.lower()
+    if is_of_labels(path):
+        return f"{name} holds labels, not signals: use stream-mmrnn label RECORDING.mcap --from {name}"
+    if suffix in _MEDIA:
+        return (
+            f"{name} is a media file: use stream-mmrnn predict {name}, or record it with stream-mmrnn record OUT.mcap "
+            f"--source file:{name}"
+        )
+    return ""
 
 
 def _pairs(option: str, form: str, given: list[str] | None, convert: Callable[[str], T]) -> dict[str, T]:
@@ -206,13 +230,38 @@ def _import_xdf(
             f"  {shown(stream['name'], 64)} ({shown(stream['type'], 64)}{number}): {stream['samples']} samples, "
             + ("left out" if stream["role"] == "none" else f"as {stream['role']}")
         )
-    if gaps := result["gaps"]:
-        longest = max(gaps, key=lambda gap: gap["seconds"])
-        more = f"; there are {len(gaps)} such gaps" if len(gaps) > 1 else ""
-        say_on(Console(stderr=True))(
-            f"{path.name} has a gap of {spoken(longest['seconds'])} without a sample, {spoken(longest['after_s'])} "
-            f"after its beginning; the recording's clock jumps over it, so look whether its stamps are right{more}"
+    _say_gaps(path, result["gaps"])
+    return result
+
+
+def _say_gaps(path: Path, gaps: list[dict[str, float]]) -> None:
+    if not gaps:
+        return
+    longest = max(gaps, key=lambda gap: gap["seconds"])
+    more = f"; there are {len(gaps)} such gaps" if len(gaps) > 1 else ""
+    say_on(Console(stderr=True))(
+        f"{path.name} has a gap of {spoken(longest['seconds'])} without a sample, {spoken(longest['after_s'])} "
+        f"after its beginning; the recording's clock jumps over it, so look whether its stamps are right{more}"
+    )
+
+
+def _import_bag(
+    path: Path, out: Path, chosen: dict[str, str], session: str, progress: Callable[[float], None], console: Console
+) -> dict[str, Any]:
+    from stream_mmrnn.offline.convert import ros
+
+    result = ros.convert(path, out, session, chosen, progress)
+    for stream in result["streams"]:
+        why = f": {shown(stream['why'], 200)}" if stream["why"] else ""
+        restamped = f", {stream['restamped']} of them by the time of the recording: their stamps do not fit it"
+        console.print(
+            f"  {shown(stream['name'], 64)} ({shown(stream['type'], 64)}): {stream['samples']} messages, "
+            + (f"left out{why}" if stream["role"] == "none" else f"as {stream['role']}")
+            + (restamped if stream["restamped"] and stream["role"] != "none" else "")
         )
+    for why, count in result["refused"].items():
+        say_on(Console(stderr=True))(f"{shown(why, 200)} ({count} messages)")
+    _say_gaps(path, result["gaps"])
     return result
 
 

@@ -59,7 +59,14 @@ def page(
         lambda key, path: ReplayView(path, board.show, lambda: controls.state(key, None)),
     )
     board = Dashboard(
-        about.host, about.port, token=token, posts=controls.posts, features=("controls",), views=lambda k: hub.view(k)
+        about.host,
+        about.port,
+        token=token,
+        posts=controls.posts,
+        features=("controls",),
+        views=lambda k: hub.view(k),
+        cert=about.cert,
+        key=about.key,
     )
 
     def changed() -> None:

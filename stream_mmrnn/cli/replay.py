@@ -10,7 +10,7 @@ import typer
 
 from stream_mmrnn.cli.terminal import Console, Json, ModelName, Provider, print_document, say_on
 from stream_mmrnn.core.durations import spoken
-from stream_mmrnn.core.printable import shown
+from stream_mmrnn.core.printable import escape, shown
 from stream_mmrnn.core.signals import StopFlag
 
 
@@ -36,6 +36,9 @@ def replay(
         bool | None, typer.Option("--page/--no-page", help="Show it on the live page; the default with --speed.")
     ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="The page's port; 0 takes any free one.")] = 0,
+    ros_out: Annotated[
+        Path | None, typer.Option("--ros-out", help="Write the predictions as a ROS 2 bag, a folder of that name.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run a recording through the same pipeline again; with --speed on the live page, with pause and seek."""
@@ -46,10 +49,14 @@ def replay(
     from stream_mmrnn.offline import replay as module
 
     if len(paths) > 1:
-        if speed is not None or page or source is not From.features:
-            raise typer.BadParameter("--speed, --page and --from raw take one recording; give one, or leave them out")
+        if speed is not None or page or source is not From.features or ros_out is not None:
+            raise typer.BadParameter(
+                "--ros-out, --speed, --page and --from raw take one recording; give one, or leave them out"
+            )
         _many(paths, model, provider, verify, as_json)
         return
+    if ros_out is not None and (page or speed is not None):
+        raise typer.BadParameter("--ros-out is for a replay without --speed and --page, which may be played twice")
     path = paths[0]
     console = Console(stderr=as_json, highlight=False)
     alive = StopFlag.unwinding()
@@ -74,6 +81,7 @@ def replay(
             on_prediction=lambda _: progress.advance(task),
             alive=alive,
             player=player,
+            ros_out=ros_out,
         )
     if as_json:
         print_document(result)
@@ -81,6 +89,8 @@ def replay(
         console.print(_speed(result))
         if result["recorded_predictions"]:
             console.print(_verdict(result))
+        if ros_out is not None:
+            console.print(f"wrote {escape(str(ros_out))}", soft_wrap=True)
     if result["damage"]:
         say_on(Console(stderr=True))(f"{result['damage']}; everything before the damage was replayed")
         raise typer.Exit(3)

@@ -20,8 +20,8 @@ def _is_installed(name: str) -> bool:
         return False
 
 
-def need(what: str, extra: str, *packages: str) -> None:
-    """Raises UsageError, with the command that installs the extra, if one of its packages is missing."""
+def need(what: str, extra: str, *packages: str, of: str = "stream-mmrnn") -> None:
+    """Raises UsageError, with the command that installs the extra of `of`, if one of its packages is missing."""
     if absent := missing(packages):
         are = ", ".join(absent)
-        raise UsageError(f"{what} needs the extra `{extra}` ({are} missing): pip install 'stream-mmrnn[{extra}]'")
+        raise UsageError(f"{what} needs the extra `{extra}` ({are} missing): pip install '{of}[{extra}]'")

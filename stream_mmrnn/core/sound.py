@@ -27,4 +27,6 @@ def mono(pcm: npt.ArrayLike) -> npt.NDArray[np.int16]:
         raise UsageError(f"sound is int16, or finite floats from -1 to 1; this is {sound.dtype}")
     if sound.ndim == 2:
         sound = sound[:, 0] if sound.shape[1] == 1 else sound.astype(np.float64).mean(1)
+    # a channel cut out of several has gaps in memory, which libraries refuse
+    sound = np.ascontiguousarray(sound)
     return sound if sound.dtype == np.int16 else np.clip(np.rint(sound), -32768, 32767).astype(np.int16)

@@ -71,6 +71,18 @@ def kill_forkserver() -> None:
     remove_folder(util.get_temp_dir())
 
 
+def end_forkserver() -> None:
+    """Let the next process start with the environment as it is now: the fork server has that of its own start.
+
+    It waits until the server's processes have ended.
+    """
+    if sys.platform == "win32":
+        return
+    from multiprocessing import forkserver
+
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+
+
 class ManagedProcess:
     """One row of the process table, its running process, and what became of the ones before."""
 

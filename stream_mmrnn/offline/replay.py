@@ -5,6 +5,7 @@ Knows nothing about the bus or processes: a recording is an iterable of envelope
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from stream_mmrnn.core.streams import Stream, text_topics
 from stream_mmrnn.core.types import Envelope, ModelSpec, Prediction
 from stream_mmrnn.graph.runtime import Provider
 from stream_mmrnn.live.checkpoint import begin
+from stream_mmrnn.offline.convert.ros_predictions import PredictionBag
 from stream_mmrnn.offline.pacing import pace
 from stream_mmrnn.predict.align import Aligner
 from stream_mmrnn.predict.engine import StepEngine
@@ -240,16 +242,19 @@ def replay(
     on_prediction: Callable[[Prediction], None] = lambda _: None,
     alive: Callable[[], bool] = lambda: True,
     player: Player | None = None,
+    ros_out: Path | None = None,
 ) -> dict[str, Any]:
     """Run a recording through aligner and engine again.
 
     `speed` paces it (1 is real time); None is as fast as possible. `source` selects recorded feature vectors, or
     vectors that are encoded again from the raw samples. Recorded predictions, if there are any, are always compared;
     with `verify` it is an error if they cannot be. A `player` shows the replay on the live page and paces it instead of
-    `speed`; the returned document is then about the last pass.
+    `speed`; the returned document is then about the last pass. `ros_out`: the folder of a ROS 2 bag for the
+    predictions, not with a player.
 
     Raises:
-        UsageError: the file, its model or its raw streams are missing.
+        UsageError: the file, its model or its raw streams are missing, or the extra `ros`.
+        FileError: `ros_out` is there already or cannot be written; nothing is left of it then.
 
     """
     recording = Recording(path)
@@ -275,34 +280,41 @@ def replay(
         wanted = (wanted - {topics.FEATURE + name for name in anew}) | set(read.values())
     if player is not None:
         wanted |= player.load(path.name, engine.spec, table, *_overview(recording, table))
-    while True:
-        aligner = Aligner.of(engine.spec.modalities, engine.spec.tick_ns, settings)
-        comparison = Comparison()
-        envelopes = comparison.split_off(recording.batches(wanted | {topics.PREDICTION}))
-        if player is not None:
-            envelopes = player.play(envelopes)
-        if source == "raw":
-            for encoder in again.values():
-                encoder.reset()
-            envelopes = reencode(envelopes, again, anew, read)
-        if speed is not None and player is None:
-            envelopes = pace(envelopes, speed, alive)
-        steps = Histogram()
-        count, first_ns, last_ns = 0, 0, 0
-        began_ns = now_ns()
-        for prediction in predict(resumed(envelopes, aligner, engine), aligner, engine):
-            count += 1
-            first_ns = first_ns or prediction.tick.event_ns
-            last_ns = prediction.tick.event_ns
-            steps.add(prediction.step_end_ns - prediction.step_start_ns)
-            comparison.observe(prediction)
+    with contextlib.ExitStack() as stack:
+        bag = None
+        if ros_out is not None:
+            offset_ns = recording.started_unix_ns - int(recording.metadata["started_ns"])
+            bag = stack.enter_context(PredictionBag(ros_out, engine.spec, recording.session, offset_ns))
+        while True:
+            aligner = Aligner.of(engine.spec.modalities, engine.spec.tick_ns, settings)
+            comparison = Comparison()
+            envelopes = comparison.split_off(recording.batches(wanted | {topics.PREDICTION}))
             if player is not None:
-                player.observe(prediction)
-            on_prediction(prediction)
-            if not alive():
+                envelopes = player.play(envelopes)
+            if source == "raw":
+                for encoder in again.values():
+                    encoder.reset()
+                envelopes = reencode(envelopes, again, anew, read)
+            if speed is not None and player is None:
+                envelopes = pace(envelopes, speed, alive)
+            steps = Histogram()
+            count, first_ns, last_ns = 0, 0, 0
+            began_ns = now_ns()
+            for prediction in predict(resumed(envelopes, aligner, engine), aligner, engine):
+                count += 1
+                first_ns = first_ns or prediction.tick.event_ns
+                last_ns = prediction.tick.event_ns
+                steps.add(prediction.step_end_ns - prediction.step_start_ns)
+                comparison.observe(prediction)
+                if player is not None:
+                    player.observe(prediction)
+                on_prediction(prediction)
+                if bag is not None:
+                    bag.add(prediction)
+                if not alive():
+                    break
+            if player is None or not player.again():
                 break
-        if player is None or not player.again():
-            break
     seconds = (now_ns() - began_ns) / 1e9
     covered_s = (last_ns - first_ns + engine.spec.tick_ns) / 1e9 if count else 0.0
     return {
@@ -319,6 +331,7 @@ def replay(
         "times_real_time": round(covered_s / seconds, 1) if seconds else 0.0,
         "latency_ms": {"step": steps.row()} if count else {},
         "damage": recording.damage,
+        **({"ros_out": str(ros_out)} if ros_out is not None else {}),
     }
 
 

@@ -7,7 +7,8 @@ comment may stand above a block:
     <!-- in another terminal -->      the block runs in the background while the next blocks run, and must exit with 0
 
 A block whose first line is `# NAME.py` or `# NAME.toml` is written to that file for the commands after it. A page that
-needs a recording contains `<!-- given: talk.mcap -->`, one that needs a table of vega_datasets `<!-- given: x.csv -->`.
+needs a recording contains `<!-- given: talk.mcap -->`, one that needs a table of vega_datasets `<!-- given: x.csv -->`,
+one that needs a ROS 2 bag `<!-- given: walk -->`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import ros_bags
 import typer
 from harness import COMMAND
 from places import ROOT
@@ -184,7 +186,10 @@ def test_the_commands_of_a_page_run(page: Path, talk: Path, tmp_path: Path) -> N
     terminal = Terminal(tmp_path)
     try:
         for name in _GIVEN.findall(page.read_text(encoding="utf-8")):
-            shutil.copy(talk if name == talk.name else vega_file(name), terminal.folder)
+            if name == "walk":
+                ros_bags.write_walk(terminal.folder / name)
+            else:
+                shutil.copy(talk if name == talk.name else vega_file(name), terminal.folder)
         for block in BLOCKS[page]:
             if block.file:
                 (terminal.folder / block.file).write_text(block.body, encoding="utf-8")

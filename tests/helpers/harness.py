@@ -85,7 +85,7 @@ class Running:
                 found.append(pid)
         return found
 
-    def wait_for(self, what: Callable[[], Any], seconds: float = 20) -> Any:
+    def wait_for(self, what: Callable[[], Any], seconds: float = 60) -> Any:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if got := what():

@@ -265,9 +265,28 @@ def test_a_head_is_shown_only_when_it_may_be_read() -> None:
 
 def test_a_head_that_is_always_readable_needs_no_silence() -> None:
     silence = Silence()
-    silence.observe(0, {"activity": [0.9] * 4}, [SPEECH])
+    silence.observe(0, {"activity": [0.9] * 4}, [SPEECH], {})
     assert silence.why_not(HeadMeaning("walking", "classification")) == ""
     assert silence.why_not(OVER) == "you are speaking"
+
+
+def test_a_person_who_is_not_heard_neither_speaks_nor_is_silent() -> None:
+    live = well()
+    talking = {"activity": [0.1, 0.9, 0.1, 0.9], "turn_over": [0.8]}
+    for i in range(1, 11):
+        live.observe(predicted(T0 + i * TICK, talking, other_audio=-1))
+    said = live.snapshot(T0 + 10 * TICK)["next"]
+    assert (said[1]["text"], said[1]["why"]) == ("The other keeps talking", "not heard: as usual")
+    assert said[2]["text"] == "Turn over? Yes", "what is usual of the other is no speech"
+    live.observe(predicted(T0 + 11 * TICK, talking, other_audio=-1, audio=400 * MS))
+    assert live.snapshot(T0 + 11 * TICK)["next"][2]["why"] == "no sound comes"
+
+
+def test_the_end_of_a_turn_needs_a_turn() -> None:
+    silence = Silence()
+    for i in range(20):
+        silence.observe(i * TICK, {"activity": [0.1] * 4}, [SPEECH], {"audio": 0})
+    assert silence.why_not(OVER) == "nobody has spoken yet"
 
 
 # --- sentences

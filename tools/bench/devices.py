@@ -26,6 +26,7 @@ from stream_mmrnn.core import config, processes, topics
 from stream_mmrnn.core.errors import ProcessError, UsageError
 from stream_mmrnn.core.latency import Histogram
 from stream_mmrnn.core.stream_table import for_model
+from stream_mmrnn.live.managed_process import end_forkserver
 from stream_mmrnn.predict.engine import check_model
 
 ROOT = Path(__file__).parent.parent.parent
@@ -67,6 +68,7 @@ def devices(wav: Path, clip: Path) -> Iterator[str]:
                     name, _, value = words[1].partition("=")
                     os.environ[name] = value
                 elif "camera:" in line:
+                    end_forkserver()
                     yield line.partition("camera:")[2].strip()
                     return
             raise UsageError(f"the virtual devices did not start: {process.stderr.read().strip()}")
@@ -74,6 +76,7 @@ def devices(wav: Path, clip: Path) -> Iterator[str]:
             process.terminate()
             os.environ.clear()
             os.environ.update(before)
+            end_forkserver()
 
 
 def settings_of(streams: dict[str, str], model: str | None, camera: str) -> config.Settings:
@@ -103,7 +106,7 @@ def run(
 
     Raises:
         UsageError: a clip is missing, or the devices do not start.
-        ProcessError: stopped before all was measured.
+        ProcessError: stopped before all was measured, or a session heard nothing.
 
     """
     for path in (data / WAV, data / CLIP):
@@ -121,6 +124,8 @@ def run(
                 if not alive():
                     raise ProcessError("the bench was stopped before it had measured; nothing is reported")
                 row, _ = end_to_end.row_of(name, done, 0, spec.tick_ns)
+                if not row["streams"]["audio"]["delivered"]:
+                    raise ProcessError(f"a session heard nothing from the virtual microphone: {'; '.join(done.notes)}")
                 delays = {how: Histogram() for how in DELAYS}
                 for seen in done.seen:
                     for how, topic in DELAYS.items():

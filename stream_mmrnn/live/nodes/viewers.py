@@ -22,8 +22,9 @@ from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.core.prediction_decoder import PredictionDecoder
 from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.streams import text_topics
-from stream_mmrnn.core.types import Envelope
+from stream_mmrnn.core.types import Envelope, Sample
 from stream_mmrnn.live.nodes.process import Context, Node, wait_for_clock
+from stream_mmrnn.viewers.dashboard.sensors import Reading, Sensors, sensor_specs
 
 if TYPE_CHECKING:
     from stream_mmrnn.viewers.lsl_outlet import Outlet
@@ -91,9 +92,12 @@ class DashboardNode(_ViewerNode):
         self.reading = PredictionReader(decoder=decoder)
         self.metrics = Metrics(decoder)
         self.typed = TypedLines(self.view, self.settings.text.max_line_bytes)
-        self._pushed: deque[tuple[str, int, bytes]] = deque()
-        """Topic, time and content of samples that WebSocket clients have pushed."""
+        self._pushed: deque[tuple[str, Sample]] = deque()
+        """Samples of WebSocket clients, as messages for a topic."""
         self._push_streams = {name for name, row in table.items() if row.source == "push"}
+        self.sensors = Sensors(sensor_specs(table.values(), self.settings), self._take_reading)
+        self._said: list[str] = []
+        """Why browsers give no streams, as it was reported."""
         self._explained: Any = None
         self._started = False
         self._next_ns = 0
@@ -113,21 +117,30 @@ class DashboardNode(_ViewerNode):
             metrics=lambda: self.metrics.text(now_ns()),
             ready=lambda: self.metrics.why_not_ready(now_ns()),
             push=self._take_sample,
-            features=("controls",),
+            features=("controls", "sensors") if self.sensors.names else ("controls",),
+            sensors=self.sensors if self.sensors.names else None,
+            cert=page.cert,
+            key=page.key,
             views=lambda key: self.controls.hub.view(key),
         )
         self.controls.hub = Hub(self.page.show, self.controls.state, self.settings.text.max_line_bytes)
         self.reporter.counts = lambda: {
             **_totals(self.subscriber.tally(), self.raw_streams.tally()),
             "denied": sum(self.page.access.denied.values()),
+            **(self.sensors.losses() if self.sensors.names else {}),
         }
-        self.reporter.detail = lambda: {"address": self.page.address, "denied": dict(self.page.access.denied)}
+        self.reporter.detail = lambda: {
+            "address": self.page.address,
+            "denied": dict(self.page.access.denied),
+            "sensors": self.sensors.status(),
+        }
 
     def run(self) -> None:
         self.ready()
         for envelope in self.follow():
             self._start_page()
             self.typed.publish(self.publisher, self.settings.session.name)
+            self._report_sensors()
             self._publish_pushed()
             self._publish_ops()
             if envelope is not None:
@@ -149,14 +162,37 @@ class DashboardNode(_ViewerNode):
         if len(self._pushed) >= _MAX_PUSHED:
             return "more was pushed than could be sent; send no faster than the samples are made"
         if content:
-            message = wire.pack_push(wire.PushMessage(content, int(rate)))
-            self._pushed.append((topics.push(stream), now_ns(), message))
+            at_ns = now_ns()
+            self._push(stream, Sample(at_ns, at_ns, content), int(rate))
         return ""
 
+    def _take_reading(self, reading: Reading) -> bool:
+        """Queue a sample of a browser's sensor; whether there was room. Runs in the server's thread, too."""
+        if len(self._pushed) >= _MAX_PUSHED:
+            return False
+        self._push(reading.stream, reading.sample, reading.rate_hz)
+        return True
+
+    def _push(self, stream: str, sample: Sample, rate_hz: int) -> None:
+        message = wire.pack_push(wire.PushMessage(bytes(sample.data), rate_hz))
+        self._pushed.append((topics.push(stream), msgspec.structs.replace(sample, data=message)))
+
     def _publish_pushed(self) -> None:
+        session = self.settings.session.name
         while self._pushed:
-            topic, at_ns, message = self._pushed.popleft()
-            self.publisher.publish(topic, self.settings.session.name, at_ns, at_ns, message, "page")
+            topic, sample = self._pushed.popleft()
+            self.publisher.publish(
+                topic, session, sample.event_ns, sample.capture_ns, sample.data, "page", sample.device_ns
+            )
+
+    def _report_sensors(self) -> None:
+        """Tell the workers at once when a browser begins or ends to give a stream: they read the status."""
+        if not self.sensors.names:
+            return
+        said = [about["why"] for about in self.sensors.status().values()]
+        if said != self._said:
+            self._said = said
+            self.reporter.report("ready")
 
     def _publish_ops(self) -> None:
         while self._ops:

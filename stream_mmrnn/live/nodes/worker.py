@@ -83,6 +83,8 @@ class WorkerNode(Node):
                 self.context.stop.wait(self.settings.supervisor.reopen_s)
             finally:
                 self.source.close()
+        if isinstance(self.source, BusSource):
+            self.source.disconnect()
         self.reporter.report(final, reason)
         self.publisher.close()
 

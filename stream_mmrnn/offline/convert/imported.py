@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import heapq
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
+from stream_mmrnn.capture.encoders import encoders_of
+from stream_mmrnn.capture.pipeline import Outgoing, capture
 from stream_mmrnn.core import config, topics, wire
 from stream_mmrnn.core.clock import now_ns
-from stream_mmrnn.core.errors import FileError
+from stream_mmrnn.core.errors import FileError, WireError
 from stream_mmrnn.core.stream_table import stream_table
+from stream_mmrnn.core.streams import SHORT_FORMS, Stream
 from stream_mmrnn.core.types import Envelope, Sample
 from stream_mmrnn.recording.recorder import Recorder
 
@@ -24,6 +28,9 @@ CONFIRM_NS = 1_000_000
 """How long before a jump's end the clock says so for the first time."""
 FIRST_NS = 1_000_000_000
 """Event times must not be negative."""
+_CLOCK_NS = 10_000_000
+_GAP_NS = 60_000_000_000
+"""In a longer time without a sample the clock jumps, instead of counting on."""
 
 
 class Messages:
@@ -44,6 +51,78 @@ class Messages:
         number = self._seq[topic] = self._seq.get(topic, -1) + 1
         owner = topics.EVERYONE if topic == topics.CLOCK else self._session
         return Envelope(topic, owner, number, sample.event_ns, arrival_ns, arrival_ns, sample.data, origin, arrival_ns)
+
+
+class Imported(NamedTuple):
+    """A stream of another program's file."""
+
+    row: Stream
+    origin: str
+    samples: Iterable[Sample]
+    """In the order of their arrival (`capture_ns`)."""
+
+
+class SampledMessages:
+    """The messages that the bus would have carried, in order: samples as their encoders see them, and the clock."""
+
+    def __init__(
+        self,
+        session: str,
+        span_ns: tuple[int, int],
+        streams: Iterable[Imported],
+        labels: Iterable[Outgoing] = (),
+    ) -> None:
+        """`span_ns`: the first and the last arrival."""
+        self._made = Messages(session)
+        self._begin_ns, self._end_ns = span_ns[0], span_ns[1] + TAIL_NS
+        self._streams, self._labels = sorted(streams, key=lambda of: _in_order(of.row.name)), labels
+        self.undecodable = 0
+        """Samples that an encoder refused: not finite, or no text."""
+        self.gaps: list[tuple[int, int]] = []
+        """Times without any sample over which the clock jumped: after how long, and how long, in nanoseconds."""
+
+    def __iter__(self) -> Iterator[Envelope]:
+        names = [of.row.name for of in self._streams]
+        pieces = [self._pieces(0, self._labels)]
+        pieces += [self._pieces(1 + i, self._captured(of)) for i, of in enumerate(self._streams)]
+        yield self._made.session("open", self._begin_ns - 1, names)
+        clock_ns = self._begin_ns
+        for arrival_ns, _, out in heapq.merge(*pieces, key=lambda piece: piece[:2]):
+            clock_ns = yield from self._clock(clock_ns, arrival_ns)
+            yield self._made.of(out.topic, out.sample, arrival_ns, out.origin)
+        yield from self._clock(clock_ns, self._end_ns)
+        yield self._made.session("close", self._end_ns, names)
+
+    def _clock(self, from_ns: int, until_ns: int) -> Generator[Envelope, None, int]:
+        """The clock's messages before `until_ns`; returns when the next one is due."""
+        if until_ns - from_ns > _GAP_NS:
+            self.gaps.append((from_ns - self._begin_ns, until_ns - from_ns))
+            yield from self._clock(from_ns, from_ns + TAIL_NS)  # what came before is complete
+            jumped_ns = until_ns - 1 - (until_ns - 1 - from_ns) % _CLOCK_NS
+            if until_ns - from_ns > JUMP_NS - TAIL_NS:
+                yield self._made.clock(jumped_ns - CONFIRM_NS)
+            from_ns = jumped_ns
+        for at_ns in range(from_ns, until_ns, _CLOCK_NS):
+            yield self._made.clock(at_ns)
+        return max(from_ns, from_ns - (from_ns - until_ns) // _CLOCK_NS * _CLOCK_NS)
+
+    @staticmethod
+    def _pieces(order: int, outgoing: Iterable[Outgoing]) -> Iterator[tuple[int, int, Outgoing]]:
+        """Arrival time, a number that orders messages of equal arrival time, and the message."""
+        # a sample and its features arrive together
+        yield from ((out.sample.capture_ns, order, out) for out in outgoing)
+
+    def _captured(self, of: Imported) -> Iterator[Outgoing]:
+        return capture(of.samples, of.row, of.origin, encoders_of(of.row), self._on_undecodable)
+
+    def _on_undecodable(self, _: WireError) -> None:
+        self.undecodable += 1
+
+
+def _in_order(name: str) -> tuple[int, str]:
+    """The usual streams come first."""
+    usual = list(SHORT_FORMS)
+    return (usual.index(name) if name in usual else len(usual), name)
 
 
 def without_devices(session: str, streams: Mapping[str, config.StreamSettings] | None = None) -> config.Settings:

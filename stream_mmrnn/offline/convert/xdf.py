@@ -7,33 +7,29 @@ Knows nothing about the layout of XDF files (`xdf_file`) or of recordings.
 from __future__ import annotations
 
 import heapq
-import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import numpy as np
 
-from stream_mmrnn.capture import encoders
-from stream_mmrnn.capture.pipeline import Outgoing, capture
+from stream_mmrnn.capture.pipeline import Outgoing
 from stream_mmrnn.capture.sources.lsl import int16_of
 from stream_mmrnn.core import config, topics
-from stream_mmrnn.core.errors import FileError, UsageError, WireError
-from stream_mmrnn.core.streams import SHORT_FORMS, Kind, Stream
-from stream_mmrnn.core.types import Envelope, Sample
+from stream_mmrnn.core.errors import FileError, UsageError
+from stream_mmrnn.core.types import Sample
 from stream_mmrnn.core.wire import encodable
 from stream_mmrnn.offline.convert.imported import (
-    CONFIRM_NS,
     FIRST_NS,
-    JUMP_NS,
-    TAIL_NS,
-    Messages,
+    Imported,
+    SampledMessages,
     described,
     without_devices,
     write,
 )
+from stream_mmrnn.offline.convert.roles import is_role, kind_of, own_name, stream_of
 from stream_mmrnn.offline.convert.xdf_file import XdfStream, read
 
 ROLES = ("audio", "other_audio", "text", "other_text", "signal", topics.LABEL, "none")
@@ -43,13 +39,7 @@ _NAMED = ("audio", "text", "signal")
 _MERGED = ("text", topics.LABEL, "none")
 """Kinds of which several streams may have one role: they are merged."""
 _BLOCK_S = 0.02
-_CLOCK_NS = 10_000_000
-_GAP_NS = 60_000_000_000
-"""In a longer time without a sample the clock jumps, instead of counting on."""
 _MAX_CHANNELS = 4096
-
-Pieces = Iterator[tuple[int, int, Outgoing]]
-"""Arrival time, a number that orders messages of equal arrival time, and the message."""
 
 
 def roles(streams: Sequence[XdfStream], chosen: dict[str, str]) -> dict[int, str]:
@@ -65,7 +55,7 @@ def roles(streams: Sequence[XdfStream], chosen: dict[str, str]) -> dict[int, str
         numbers = [s.number for s in streams if key in (s.name, str(s.number))]
         if not numbers:
             raise UsageError(f"there is no stream {key!r}; there are {', '.join(map(repr, names.values())) or 'none'}")
-        if not _is_role(role):
+        if not is_role(role, ROLES, _NAMED):
             raise UsageError(f"{role!r} is not a role of a stream; use one of {', '.join(ROLES)}, or STREAM:KIND")
         found |= dict.fromkeys(numbers, role)
     for stream in streams:
@@ -76,12 +66,13 @@ def roles(streams: Sequence[XdfStream], chosen: dict[str, str]) -> dict[int, str
     ]
     if len(signals) > 1:
         for stream in signals:
-            found[stream.number] = _name_of_its_own(stream, {role.partition(":")[0] for role in found.values()})
+            taken = {role.partition(":")[0] for role in found.values()}
+            found[stream.number] = own_name(stream.name, stream.number, taken, "signal")
     for stream in streams:
         _check(stream, found[stream.number])
     for role in dict.fromkeys(found.values()):
         those = [names[n] for n, r in found.items() if r == role]
-        if len(those) > 1 and _kind_of(role) not in _MERGED:
+        if len(those) > 1 and kind_of(role) not in _MERGED:
             numbers = [n for n, r in found.items() if r == role]
             same = len(set(those)) < len(those)
             named = ", ".join(f"{names[n]!r} (number {n})" if same else repr(names[n]) for n in numbers)
@@ -93,27 +84,6 @@ def roles(streams: Sequence[XdfStream], chosen: dict[str, str]) -> dict[int, str
     if all(role == "none" for role in found.values()):
         raise UsageError("the file has no stream that can be used; assign a role with --as NAME=signal")
     return found
-
-
-def _kind_of(role: str) -> str:
-    name, is_named, kind = role.partition(":")
-    return kind if is_named else SHORT_FORMS[name][0] if name in SHORT_FORMS else name
-
-
-def _is_role(role: str) -> bool:
-    name, is_named, kind = role.partition(":")
-    return role in ROLES if not is_named else re.match(topics.STREAM_NAME, name) is not None and kind in _NAMED
-
-
-def _stream_of(role: str) -> Stream:
-    name, is_named, _ = role.partition(":")
-    return Stream.of(name, cast(Kind, _kind_of(role))) if is_named else Stream.of(name)
-
-
-def _name_of_its_own(stream: XdfStream, taken: set[str]) -> str:
-    """A role for one of several signals: its name, as far as a stream may have it."""
-    name = re.sub(r"[^A-Za-z0-9_-]+", "_", stream.name).lstrip("_-")[:28] or "signal"
-    return f"{name if name not in taken else f'{name}_{stream.number}'}:signal"
 
 
 def _usual(stream: XdfStream, taken: set[str]) -> str:
@@ -130,7 +100,7 @@ def _usual(stream: XdfStream, taken: set[str]) -> str:
 
 
 def _check(stream: XdfStream, role: str) -> None:
-    kind = _kind_of(role)
+    kind = kind_of(role)
     if kind == "text" and not stream.is_text:
         raise UsageError(f"the stream {stream.name!r} holds numbers, but {role} needs strings")
     if kind in ("audio", "signal") and stream.is_text:
@@ -171,7 +141,21 @@ def _sound(stream: XdfStream, shift_ns: int) -> Iterator[Sample]:
                 yield Sample(at_ns, end_ns, sound)
 
 
-def _labels(stream: XdfStream, shift_ns: int) -> Iterator[Outgoing]:
+def _imported(used: Sequence[XdfStream], role_of: dict[int, str], shift_ns: int) -> list[Imported]:
+    found = []
+    for role in {role_of[s.number]: None for s in used if role_of[s.number] != topics.LABEL}:
+        streams, row = [s for s in used if role_of[s.number] == role], stream_of(role)
+        samples = heapq.merge(*(_samples(s, row.kind, shift_ns) for s in streams), key=lambda s: s.capture_ns)
+        found.append(Imported(row, "+".join(f"xdf:{s.name}" for s in streams), samples))
+    return found
+
+
+def _labels(used: Sequence[XdfStream], role_of: dict[int, str], shift_ns: int) -> Iterable[Outgoing]:
+    labels = [_labels_of(s, shift_ns) for s in used if role_of[s.number] == topics.LABEL]
+    return heapq.merge(*labels, key=lambda out: out.sample.capture_ns)
+
+
+def _labels_of(stream: XdfStream, shift_ns: int) -> Iterator[Outgoing]:
     for value, at_s in zip(stream.values, stream.times_s, strict=True):
         at_ns = round(at_s * 1e9) + shift_ns
         name = str(value[0]).strip() if stream.is_text else f"{float(np.ravel(value)[0]):g}"
@@ -207,11 +191,11 @@ def convert(
     except (ValueError, OverflowError, OSError):
         wall_offset_ns = 0
     span_ns = (begin_ns, end_ns)
-    named = {_stream_of(role_of[s.number]): s for s in reversed(used) if ":" in role_of[s.number]}
+    named = {stream_of(role_of[s.number]): s for s in reversed(used) if ":" in role_of[s.number]}
     settings = without_devices(
         session, {row.name: config.StreamSettings(f"lsl:{s.name}", row.kind) for row, s in named.items()}
     )
-    source = _Messages(used, role_of, session, span_ns, shift_ns)
+    source = SampledMessages(session, span_ns, _imported(used, role_of, shift_ns), _labels(used, role_of, shift_ns))
     counts = write(
         out,
         settings,
@@ -243,71 +227,3 @@ def convert(
         ],
         "damage": f"{path.name} is damaged: {damage}" if damage else "",
     }
-
-
-def _in_order(name: str) -> tuple[int, str]:
-    """The usual streams come first."""
-    usual = list(SHORT_FORMS)
-    return (usual.index(name) if name in usual else len(usual), name)
-
-
-class _Messages:
-    """The messages that the bus would have carried, in order."""
-
-    def __init__(
-        self, used: Sequence[XdfStream], role_of: dict[int, str], session: str, span_ns: tuple[int, int], shift_ns: int
-    ) -> None:
-        self._by_role: dict[str, list[XdfStream]] = {}
-        for stream in used:
-            self._by_role.setdefault(role_of[stream.number], []).append(stream)
-        self._made, self._shift_ns = Messages(session), shift_ns
-        self._begin_ns, self._end_ns = span_ns[0], span_ns[1] + TAIL_NS
-        self._rows = {role: _stream_of(role) for role in self._by_role if role != topics.LABEL}
-        self._modalities = tuple(sorted((row.name for row in self._rows.values()), key=_in_order))
-        self.undecodable = 0
-        """Samples that an encoder refused: not finite, or no text."""
-        self.gaps: list[tuple[int, int]] = []
-        """Times without any sample over which the clock jumped: after how long, and how long, in nanoseconds."""
-
-    def __iter__(self) -> Iterator[Envelope]:
-        pieces = [self._pieces(0, self._labels())]
-        ordered = sorted(self._rows, key=lambda role: _in_order(self._rows[role].name))
-        pieces += [self._pieces(1 + i, self._captured(role)) for i, role in enumerate(ordered)]
-        yield self._made.session("open", self._begin_ns - 1, self._modalities)
-        clock_ns = self._begin_ns
-        for arrival_ns, _, out in heapq.merge(*pieces, key=lambda piece: piece[:2]):
-            clock_ns = yield from self._clock(clock_ns, arrival_ns)
-            yield self._made.of(out.topic, out.sample, arrival_ns, out.origin)
-        yield from self._clock(clock_ns, self._end_ns)
-        yield self._made.session("close", self._end_ns, self._modalities)
-
-    def _clock(self, from_ns: int, until_ns: int) -> Generator[Envelope, None, int]:
-        """The clock's messages before `until_ns`; returns when the next one is due."""
-        if until_ns - from_ns > _GAP_NS:
-            self.gaps.append((from_ns - self._begin_ns, until_ns - from_ns))
-            yield from self._clock(from_ns, from_ns + TAIL_NS)  # what came before is complete
-            jumped_ns = until_ns - 1 - (until_ns - 1 - from_ns) % _CLOCK_NS
-            if until_ns - from_ns > JUMP_NS - TAIL_NS:
-                yield self._made.clock(jumped_ns - CONFIRM_NS)
-            from_ns = jumped_ns
-        for at_ns in range(from_ns, until_ns, _CLOCK_NS):
-            yield self._made.clock(at_ns)
-        return max(from_ns, from_ns - (from_ns - until_ns) // _CLOCK_NS * _CLOCK_NS)
-
-    @staticmethod
-    def _pieces(order: int, outgoing: Iterable[Outgoing]) -> Pieces:
-        # a sample and its features arrive together
-        yield from ((out.sample.capture_ns, order, out) for out in outgoing)
-
-    def _labels(self) -> Iterable[Outgoing]:
-        labels = [_labels(s, self._shift_ns) for s in self._by_role.get(topics.LABEL, [])]
-        return heapq.merge(*labels, key=lambda out: out.sample.capture_ns)
-
-    def _captured(self, role: str) -> Iterator[Outgoing]:
-        streams, stream = self._by_role[role], self._rows[role]
-        samples = heapq.merge(*(_samples(s, stream.kind, self._shift_ns) for s in streams), key=lambda s: s.capture_ns)
-        origin = "+".join(f"xdf:{s.name}" for s in streams)
-        return capture(samples, stream, origin, encoders.encoders_of(stream), self._on_undecodable)
-
-    def _on_undecodable(self, _: WireError) -> None:
-        self.undecodable += 1

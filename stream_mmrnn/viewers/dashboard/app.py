@@ -20,12 +20,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route, Router, WebSocketRoute
 from starlette.types import Message, Receive, Scope, Send
-from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from stream_mmrnn.viewers.dashboard.access import Access
 from stream_mmrnn.viewers.dashboard.board import Board, View
 from stream_mmrnn.viewers.dashboard.connections import HttpConnection, WebSocketConnection
 from stream_mmrnn.viewers.dashboard.feed import Feed
+from stream_mmrnn.viewers.dashboard.push_socket import Push, PushSocket
+from stream_mmrnn.viewers.dashboard.sensor_socket import SensorSocket
+from stream_mmrnn.viewers.dashboard.sensors import Sensors
 from stream_mmrnn.viewers.dashboard.sound import BANDS
 
 PERIOD_S = 0.1
@@ -46,11 +48,11 @@ METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """Prometheus' text format."""
 _PREDICTIONS = "/predictions"
 _PUSH = "/push/{stream}"
+_SENSORS = "/sensors"
 _VIEW = re.compile(r"/view/([A-Za-z0-9._-]{1,200})(/.*)")
 """The page once more, for another session or a recording: all its paths begin with `/view/KEY`."""
 _MAX_CLIENT_MESSAGE_BYTES = 1024 * 1024
 """Of a message from a WebSocket client: a pushed picture, or a second of sound."""
-_MAX_PUSHERS = 16
 
 
 class _EventStream(StreamingResponse):
@@ -87,10 +89,6 @@ _COMMON = {
 }
 
 
-Push = Callable[[str, bytes, str], str]
-"""Takes a stream, a sample (b"" only asks) and the query of the request; returns "", or why it is refused."""
-
-
 class AppSettings(msgspec.Struct, frozen=True):
     """What the application serves, and its limits."""
 
@@ -104,11 +102,16 @@ class AppSettings(msgspec.Struct, frozen=True):
     views: Callable[[str], View | None]
     """Other views by key; called for each of their requests."""
     push: Push | None
+    sensors: Sensors | None
+    """Takes what browsers give as cameras and microphones; None where no stream is theirs."""
     port: int
     client_timeout_s: float
     """A client that does not read for so long is disconnected."""
     idle_timeout_s: float
     """The longest time between requests, and for a request to arrive."""
+    cert: str
+    key: str
+    """Files of the TLS certificate and its key; "" serves without TLS."""
 
 
 class Application:
@@ -117,7 +120,6 @@ class Application:
     def __init__(self, settings: AppSettings) -> None:
         self._settings = settings
         self.feed = Feed()
-        self._pushers = 0
         self._routes = {
             **dict.fromkeys(settings.files, self._get_file),
             "/events": self._get_events,
@@ -131,7 +133,8 @@ class Application:
             [
                 *(Route(path, endpoint) for path, endpoint in self._routes.items()),
                 WebSocketRoute(_PREDICTIONS, self.feed.serve),
-                *([WebSocketRoute(_PUSH, self._receive_pushes)] if settings.push else []),
+                *([WebSocketRoute(_PUSH, PushSocket(settings.push).serve)] if settings.push else []),
+                *([WebSocketRoute(_SENSORS, SensorSocket(settings.sensors).serve)] if settings.sensors else []),
             ],
             redirect_slashes=False,
             default=self._get_unknown,
@@ -151,6 +154,8 @@ class Application:
                 ),
                 ws_max_size=_MAX_CLIENT_MESSAGE_BYTES,
                 ws_per_message_deflate=False,
+                ssl_certfile=settings.cert or None,
+                ssl_keyfile=settings.key or None,
                 lifespan="off",
                 proxy_headers=False,
                 server_header=False,
@@ -265,30 +270,6 @@ class Application:
             return PlainTextResponse("the body did not arrive in time\n", 408, {"Connection": "close"})
         why_not = request.scope["view"].posts[request.scope["path"]](body)
         return PlainTextResponse(f"{why_not or 'done'}\n", 409 if why_not else 200)
-
-    async def _receive_pushes(self, websocket: WebSocket) -> None:
-        """Samples for a stream whose source is `push`: each message is one. A refused one closes the connection."""
-        push, stream, query = self._settings.push, websocket.path_params["stream"], websocket.url.query
-        assert push is not None
-        why = push(stream, b"", query)
-        if not why and self._pushers >= _MAX_PUSHERS:
-            why = "too many programs push over WebSocket; close one of them"
-        if why:
-            await websocket.send_denial_response(PlainTextResponse(f"{why}\n", 409))
-            return
-        await websocket.accept()
-        self._pushers += 1
-        try:
-            while not why:
-                message = await websocket.receive()
-                if message["type"] == "websocket.disconnect":
-                    return
-                why = push(stream, message.get("bytes") or (message.get("text") or "").encode(), query)
-            await websocket.close(1008, why[:120])
-        except (WebSocketDisconnect, OSError):
-            pass  # the client has disconnected
-        finally:
-            self._pushers -= 1
 
     async def _get_health(self, _: Request) -> Response:
         return PlainTextResponse("ok\n")

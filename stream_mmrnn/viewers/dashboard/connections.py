@@ -74,8 +74,8 @@ class HttpConnection(_WriteTimeout, H11Protocol):
             min(waiting, key=lambda c: c.waits_since).abort()
         super().connection_made(transport)
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-        # the write timeout starts as soon as the kernel's buffer is full
-        transport.set_write_buffer_limits(high=0)
+        # the write timeout starts as soon as the kernel's buffer is full; at 0, TLS would wait for ever for its start
+        transport.set_write_buffer_limits(high=1)
         self._expect_request()
 
     def data_received(self, data: bytes) -> None:

@@ -19,7 +19,12 @@ SPEECH = "activity_projection"
 SILENCE_NS = 250_000_000
 """How old a silence is when a head that may be read in a silence is read: models are scored there."""
 _HEARD = 0.5
-_PERSONS = {"self": "you", "other": "the other"}
+_SELF = "self"
+_PERSONS = {_SELF: "you", "other": "the other"}
+_SOUNDS = {_SELF: "audio", "other": "other_audio"}
+"""By person, the model's input that hears them."""
+_NO_SOUND_NS = 300_000_000
+"""An older newest sample of sound means that there is none: a microphone that was pulled out is no silence."""
 
 
 class Target(msgspec.Struct, frozen=True):
@@ -115,25 +120,41 @@ class Silence:
     def __init__(self) -> None:
         self._since_ns: int | None = None
         self._newest_ns = 0
+        self._has_spoken = False
         self.speaking = ""
         """Who is heard."""
+        self.unheard: frozenset[str] = frozenset()
+        """Whose sound does not come: of them, the heads tell what is usual in conversations."""
 
-    def observe(self, event_ns: int, heads: Mapping[str, list[float | None]], meanings: Iterable[HeadMeaning]) -> None:
+    def observe(
+        self,
+        event_ns: int,
+        heads: Mapping[str, list[float | None]],
+        meanings: Iterable[HeadMeaning],
+        age_ns: Mapping[str, int],
+    ) -> None:
+        """`age_ns`: of the newest sample of each of the model's inputs; -1 if none came."""
+        if event_ns < self._newest_ns:
+            self._since_ns, self._has_spoken = None, False  # another run
         self._newest_ns = event_ns
-        who = next((w for m in meanings if m.kind == SPEECH for w in _heard(m, heads.get(m.name, []))), None)
-        self.speaking = who or ""
-        if who is not None:
-            self._since_ns = None
-        elif self._since_ns is None or event_ns < self._since_ns:
+        self.unheard = frozenset(w for w, m in _SOUNDS.items() if m in age_ns and not 0 <= age_ns[m] <= _NO_SOUND_NS)
+        voices = ((name, p) for m in meanings if m.kind == SPEECH for name, p in _nearest(m, heads.get(m.name, [])))
+        self.speaking = next((person(n) for n, p in voices if n not in self.unheard and (p or 0.0) >= _HEARD), "")
+        if self.speaking:
+            self._since_ns, self._has_spoken = None, True
+        elif self._since_ns is None:
             self._since_ns = event_ns
 
     def why_not(self, meaning: HeadMeaning) -> str:
         """Why a head may not be read now; "" if it may."""
         if meaning.readable != "silence":
             return ""
-        if self._since_ns is None:
-            is_you = self.speaking == _PERSONS["self"]
-            return f"{self.speaking or 'somebody'} {'are' if is_you else 'is'} speaking"
+        if _SELF in self.unheard:
+            return "no sound comes"
+        if self.speaking:
+            return f"{self.speaking} {'are' if self.speaking == person(_SELF) else 'is'} speaking"
+        if not self._has_spoken or self._since_ns is None:
+            return "nobody has spoken yet"
         return "" if self._newest_ns - self._since_ns >= SILENCE_NS else "the silence has just begun"
 
 
@@ -142,7 +163,6 @@ def person(target: str) -> str:
     return _PERSONS.get(target, target.replace("_", " "))
 
 
-def _heard(meaning: HeadMeaning, values: list[float | None]) -> list[str]:
-    """Who is heard now: whose nearest horizon is more likely speech than not."""
-    nearest = [(t.name, t.outputs[0]) for t in meaning.targets()]
-    return [person(name) for name, i in nearest if i < len(values) and (values[i] or 0.0) >= _HEARD]
+def _nearest(meaning: HeadMeaning, values: list[float | None]) -> list[tuple[str, float | None]]:
+    """By target, how likely speech is at the nearest horizon."""
+    return [(t.name, values[t.outputs[0]]) for t in meaning.targets() if t.outputs[0] < len(values)]

@@ -5,6 +5,7 @@ Pure: it is given a head's meaning and its newest values. Knows nothing about se
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import msgspec
@@ -33,13 +34,15 @@ class Line(msgspec.Struct, frozen=True):
     steps: list[Step] = []
 
 
-def lines(meaning: HeadMeaning, values: list[float | None], why_not: str = "") -> list[dict[str, Any]]:
-    """What a head says; `why_not`: why it may not be read now."""
+def lines(
+    meaning: HeadMeaning, values: list[float | None], why_not: str = "", unheard: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """What a head says; `why_not`: why it may not be read now; `unheard`: persons whose sound does not come."""
     name = _plain(meaning.name)
     if why_not:
         said = [Line(f"{name}?", None, why_not)]
     elif meaning.kind == SPEECH and meaning.targets():
-        said = [_speech(meaning, target, values) for target in meaning.targets()]
+        said = [_speech(meaning, target, values, target.name in unheard) for target in meaning.targets()]
     elif meaning.kind == "hazard" and meaning.horizons_s:
         said = [_hazard(name, meaning, values)]
     elif meaning.kind == "classification" and len(values) == 1:
@@ -81,7 +84,7 @@ def _at(values: list[float | None], i: int) -> float | None:
     return values[i] if i < len(values) else None
 
 
-def _speech(meaning: HeadMeaning, target: Target, values: list[float | None]) -> Line:
+def _speech(meaning: HeadMeaning, target: Target, values: list[float | None], unheard: bool) -> Line:
     steps = [Step(meaning.horizons_s[i][1], _at(values, i)) for i in target.outputs]
     who = person(target.name)
     name, is_you = _plain(who), who == "you"
@@ -93,7 +96,12 @@ def _speech(meaning: HeadMeaning, target: Target, values: list[float | None]) ->
         now >= 0.5, likely
     ]
     rest = "silent" if word == "stay" else "talking"
-    return Line(f"{name} {word if is_you else word + 's'} {rest}", later if likely else 1 - later, "", steps)
+    return Line(
+        f"{name} {word if is_you else word + 's'} {rest}",
+        later if likely else 1 - later,
+        "not heard: as usual" if unheard else "",
+        steps,
+    )
 
 
 def _hazard(name: str, meaning: HeadMeaning, values: list[float | None]) -> Line:

@@ -11,9 +11,11 @@ import asyncio
 import contextlib
 import os
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -21,12 +23,13 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from stream_mmrnn.core.config import LOOPBACK
-from stream_mmrnn.core.errors import ProcessError
+from stream_mmrnn.core.errors import ConfigError, ProcessError
 from stream_mmrnn.viewers.dashboard.access import Access
 from stream_mmrnn.viewers.dashboard.board import Board, OwnView, View
 
 if TYPE_CHECKING:
     from stream_mmrnn.viewers.dashboard.app import Application
+    from stream_mmrnn.viewers.dashboard.sensors import Sensors
 
 IDLE_S = 5.0
 """The longest time between requests of a connection, and for a request to arrive."""
@@ -57,6 +60,19 @@ def _bind(host: str, port: int) -> socket.socket:
     return s
 
 
+def _check_tls(cert: str, key: str) -> None:
+    """Raise ConfigError unless the files are a certificate and its key."""
+    try:
+        # a key with a password would ask for it in the terminal
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password=lambda: b"")
+    except (OSError, ValueError) as e:
+        why = getattr(e, "strerror", None) or e
+        raise ConfigError(
+            f"dashboard.cert {cert} and dashboard.key {key} cannot be used ({why}); name a certificate and its key, as "
+            "PEM files without a password"
+        ) from e
+
+
 class Dashboard:
     """Serves the live page; `update` and `picture` never wait for a browser.
 
@@ -67,7 +83,12 @@ class Dashboard:
     `posts`: by path, a function that takes the JSON body of a POST and returns "" or, as one sentence, why it is
     refused. They are called in the server's thread, too.
 
-    `push`: takes the samples that WebSocket clients send to /push/STREAM (see `app.Push`); in the server's thread, too.
+    `push`: takes the samples that WebSocket clients send to /push/STREAM (see `push_socket.Push`); in the server's
+    thread, too.
+
+    `sensors`: takes what browsers give as cameras and microphones over /sensors; in the server's thread, too.
+
+    `cert`, `key`: files of a TLS certificate and its key; with them the page is served over https.
 
     `features`: parts of the page that are on: each has an element and a module of this name (`page/NAME.js`).
 
@@ -77,7 +98,8 @@ class Dashboard:
     no request for so long.
 
     Raises:
-        ConfigError: the host can be reached from other machines, and there is no token.
+        ConfigError: the host can be reached from other machines, and there is no token; or the certificate or its key
+            is none.
         ProcessError: the port cannot be bound.
 
     """
@@ -93,10 +115,16 @@ class Dashboard:
         posts: Mapping[str, Callable[[bytes], str]] = MappingProxyType({}),
         idle_timeout_s: float = IDLE_S,
         push: Callable[[str, bytes, str], str] | None = None,
+        sensors: Sensors | None = None,
+        cert: str = "",
+        key: str = "",
         features: Collection[str] = (),
         views: Callable[[str], View | None] = lambda _: None,
     ) -> None:
-        self.access = Access(host, token, (socket.gethostname(),))
+        name = socket.gethostname()
+        self.access = Access(host, token, (name, f"{name}.local"), tls=bool(cert))
+        if cert:
+            _check_tls(cert, key)
         self._own, self._views = OwnView(posts), views
         self._board = self._own.board
         try:
@@ -106,6 +134,7 @@ class Dashboard:
         self._port = int(self._socket.getsockname()[1])
         self._host = f"[{host}]" if ":" in host else host
         self._metrics, self._ready, self._push = metrics, ready, push
+        self._sensors, self._cert, self._key = sensors, cert, key
         self._features = features
         self._client_timeout_s, self._idle_timeout_s = client_timeout_s, idle_timeout_s
         self._application: Application | None = None
@@ -114,7 +143,7 @@ class Dashboard:
 
     @property
     def address(self) -> str:
-        return f"http://{self._host}:{self._port}/"
+        return f"http{'s' if self._cert else ''}://{self._host}:{self._port}/"
 
     @property
     def clients(self) -> int:
@@ -164,6 +193,10 @@ class Dashboard:
     def start(self) -> None:
         if self._thread is None:
             self._loop = asyncio.new_event_loop()
+            if self._cert:
+                # a client that begins no handshake is no connection yet, and would be kept for a minute
+                serve = partial(self._loop.create_server, ssl_handshake_timeout=self._idle_timeout_s)
+                self._loop.create_server = serve  # type: ignore[method-assign]
             self._thread = threading.Thread(target=self._run, args=(self._loop,), name="dashboard", daemon=True)
             self._thread.start()
 
@@ -193,9 +226,12 @@ class Dashboard:
                 self._own,
                 self._views,
                 self._push,
+                self._sensors,
                 self._port,
                 self._client_timeout_s,
                 self._idle_timeout_s,
+                self._cert,
+                self._key,
             )
         )
         try:

@@ -59,6 +59,10 @@ class LiveState:
         """Raw topic of the pictures that are shown."""
         self.sound_topic = first.get(("audio", True), "")
         self._text_topic = first.get(("text", True), "")
+        self._sensors = [
+            {"stream": row.name, "kind": row.kind} for row in table.values() if streams.is_sensor(row.source, row.kind)
+        ]
+        """Streams that browsers give."""
         self._texts: dict[str, deque[tuple[int, str, str]]] = {
             t: deque(maxlen=_MAX_TEXTS) for t in (*streams.text_topics(table.values()), topics.LABEL)
         }
@@ -163,7 +167,7 @@ class LiveState:
     def _show(self, prediction: wire.PredictionMessage, event_ns: int) -> None:
         self._tick = prediction.tick
         meanings = self._meaning.values()
-        self._silence.observe(event_ns, prediction.heads, meanings)
+        self._silence.observe(event_ns, prediction.heads, meanings, prediction.age_ns)
         self._doubt = verdict.missing_inputs(self._table, prediction.present, prediction.age_ns)
         self._doubts.observe(event_ns, self._doubt)
         self._present = {clean(name): here for name, here in list(prediction.present.items())[:MAX_MODALITIES]}
@@ -219,6 +223,7 @@ class LiveState:
             "other_texts": self._lines([t for t in self._texts if t not in (self._text_topic, topics.LABEL)], now_ns),
             "labels": self._lines([topics.LABEL], now_ns),
             "typing": self.typing(),
+            "sensors": self._sensors,
             "sound": self.sound.snapshot(now_ns),
             "picture": {"number": self._pictures, "age_ms": self._streams.age_ms(self.picture_topic, now_ns)},
             "latency": self._latencies.table(now_ns),
@@ -236,7 +241,9 @@ class LiveState:
             line
             for name in order
             for meaning in [self._meaning.get(name) or HeadMeaning(name, unit="")]
-            for line in sayings.lines(meaning, self._heads[name].values, self._silence.why_not(meaning))
+            for line in sayings.lines(
+                meaning, self._heads[name].values, self._silence.why_not(meaning), self._silence.unheard
+            )
         ]
 
     def _ticks(self) -> int | None:
