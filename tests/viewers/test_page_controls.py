@@ -67,6 +67,7 @@ def picture(tab: Tab, name: str) -> None:
         tab.page.wait_for_timeout(300)
         assert tab.page.evaluate("document.documentElement.scrollWidth") == width
         tab.page.screenshot(path=PICTURES / f"{name}-{width}.png", full_page=True)
+        assert tab.serious() == []
     tab.page.set_viewport_size({"width": 1280, "height": 900})
 
 

@@ -58,7 +58,7 @@ def test_what_happens_next_comes_first_and_in_words(browser: Any, live: Running,
         assert tops == sorted(tops)
         assert not tab.page.locator("#key").is_visible(), "engineering figures are folded"
         assert "predictions/s" in tab.text("#health-line")
-        tab.page.click("summary")
+        tab.page.click("#health summary")
         assert tab.page.locator("#t-delays").is_visible()
         assert tab.page.evaluate("document.documentElement.scrollWidth") == width
         assert tab.serious() == []
