@@ -27,6 +27,8 @@ ORDER: dict[str, tuple[str, ...]] = {
         "guides/robot.md",
         "guides/ros.md",
         "guides/study.md",
+        "guides/labels.md",
+        "guides/browser.md",
         "guides/forecast.md",
     ),
     "Use": ("verbs.md", "page.md", "observe.md", "use.md", "serve.md", "clients/README.md", "interchange.md"),

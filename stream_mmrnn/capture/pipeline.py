@@ -229,7 +229,8 @@ class Pump:
 
     @property
     def ended(self) -> bool:
-        return self._ended and not self._queue
+        """Whether `read` has nothing more to give, and no error to raise."""
+        return self._ended and not self._queue and self._error is None
 
     def start(self) -> None:
         self._thread.start()

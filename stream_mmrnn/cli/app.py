@@ -19,7 +19,9 @@ from stream_mmrnn.cli.convert import import_, unpack, view
 from stream_mmrnn.cli.devices import devices
 from stream_mmrnn.cli.diff import diff
 from stream_mmrnn.cli.doctor import doctor
+from stream_mmrnn.cli.label import label
 from stream_mmrnn.cli.live import live, record
+from stream_mmrnn.cli.page import page
 from stream_mmrnn.cli.predict import predict
 from stream_mmrnn.cli.recording import info, repair, verify
 from stream_mmrnn.cli.replay import replay
@@ -38,8 +40,8 @@ app = typer.Typer(
 )
 
 PANELS: dict[str, tuple[Callable[..., None] | typer.Typer, ...]] = {
-    "Run": (live, record, predict, serve, top, predictions),
-    "Recordings": (replay, info, verify, repair, view, import_, unpack),
+    "Run": (live, page, record, predict, serve, top, predictions),
+    "Recordings": (replay, info, verify, repair, view, label, import_, unpack),
     "Models": (train, evaluate, export, diff),
     "Machine": (devices, doctor, config.app, keys.app, bench.app, config.completion),
 }

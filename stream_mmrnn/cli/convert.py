@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from stream_mmrnn.offline.convert.table_file import TableOptions
 
 T = TypeVar("T")
+_MEDIA = (".wav", ".flac", ".mp3", ".ogg", ".m4a", ".mp4", ".mov", ".mkv", ".avi", ".webm")
 Force = Annotated[bool, typer.Option("--force", help="Overwrite existing files.")]
 
 
@@ -137,6 +138,8 @@ def import_(
     """Convert an XDF file, a table or a ROS 2 bag to a recording, to replay and to train on."""
     from stream_mmrnn.offline.convert import table_file
 
+    if verb := _other_verb(path):
+        raise UsageError(verb)
     if session and not re.match(topics.SESSION_NAME, session):
         raise UsageError(f"--session is {session[:80]!r}: expected up to 64 letters, digits, `.`, `_` or `-`")
     for_tables = {
@@ -183,6 +186,21 @@ def import_(
     if result.get("damage"):
         say_on(Console(stderr=True))(f"{result['damage']}; what could be read was imported")
         raise typer.Exit(3)
+
+
+def _other_verb(path: Path) -> str:
+    """What to use instead of `import` for a file of another kind; "" if `import` may take it."""
+    from stream_mmrnn.offline.labels.formats import is_of_labels
+
+    name, suffix = shown(path.name, 200), path.suffix.lower()
+    if is_of_labels(path):
+        return f"{name} holds labels, not signals: use stream-mmrnn label RECORDING.mcap --from {name}"
+    if suffix in _MEDIA:
+        return (
+            f"{name} is a media file: use stream-mmrnn predict {name}, or record it with stream-mmrnn record OUT.mcap "
+            f"--source file:{name}"
+        )
+    return ""
 
 
 def _pairs(option: str, form: str, given: list[str] | None, convert: Callable[[str], T]) -> dict[str, T]:

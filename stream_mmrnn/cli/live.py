@@ -30,8 +30,10 @@ class LogFormat(StrEnum):
 
 
 Source = Annotated[str | None, typer.Option("--source", "-s", help="All modalities: synthetic, devices, file:CLIP.")]
-Vision = Annotated[str | None, typer.Option(help="camera:0, camera:URL, file:PATH, push, synthetic or none.")]
-Audio = Annotated[str | None, typer.Option(help="microphone[:NAME], file:PATH, lsl:NAME, push, synthetic or none.")]
+Vision = Annotated[str | None, typer.Option(help="camera:0, camera:URL, file:PATH, page, push, synthetic or none.")]
+Audio = Annotated[
+    str | None, typer.Option(help="microphone[:NAME], file:PATH, lsl:NAME, page, push, synthetic or none.")
+]
 TextSource = Annotated[
     str | None,
     typer.Option("--text", help="stdin, pipe:PATH, tcp:PORT, zmq:PORT, lsl:NAME, page, push, synthetic or none."),
@@ -70,6 +72,12 @@ def live(
     session: SessionName = None,
     dashboard: Annotated[bool | None, typer.Option(help="Serve the live page on loopback.")] = None,
     port: Annotated[int | None, typer.Option(help="The page's port; 0 takes any free one.")] = None,
+    host: Annotated[
+        str | None, typer.Option(help="The page's address; one that others can reach needs --token-file.")
+    ] = None,
+    token_file: Annotated[Path | None, typer.Option(help="File of the page's token, made if it is not there.")] = None,
+    cert: Annotated[Path | None, typer.Option(help="TLS certificate of the page (PEM), with --key.")] = None,
+    key: Annotated[Path | None, typer.Option(help="Private key of --cert (PEM).")] = None,
     log: Log = None,
     foxglove: Annotated[bool | None, typer.Option(help="Serve the bus's messages to Foxglove, on loopback.")] = None,
     lsl_out: Annotated[bool | None, typer.Option(help="Publish predictions as a Lab Streaming Layer stream.")] = None,
@@ -90,6 +98,10 @@ def live(
             "session.name": session,
             "dashboard.enabled": dashboard,
             "dashboard.port": port,
+            "dashboard.host": host,
+            "dashboard.token_file": str(token_file) if token_file else None,
+            "dashboard.cert": str(cert) if cert else None,
+            "dashboard.key": str(key) if key else None,
             "log.format": log.value if log else None,
             "foxglove.enabled": foxglove,
             "lsl.outlet": lsl_out,

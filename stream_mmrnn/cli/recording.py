@@ -43,6 +43,11 @@ def info(path: Annotated[Path, typer.Argument(help="A recording.")], as_json: Js
             row = (str(c["messages"]), often, str(c["gaps"]))
             table.add_row(shown(name, 64), *row, shown(c["origin"], 48))
         console.print(table)
+        if (beside := result["labels_beside"]) and not beside["damage"]:
+            tiers = ", ".join(f"{tier} ({count})" for tier, count in beside["tiers"].items())
+            console.print(f"labels beside it in {shown(beside['file'])}: {shown(tiers)}", soft_wrap=True)
+    if (beside := result["labels_beside"]) and beside["damage"]:
+        say_on(Console(stderr=True))(beside["damage"])
     if not result["whole"]:
         say_on(Console(stderr=True))(result["damage"])
         raise typer.Exit(3)

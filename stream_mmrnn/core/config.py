@@ -16,7 +16,7 @@ import msgspec
 
 from stream_mmrnn.core import strict_toml
 from stream_mmrnn.core.errors import ConfigError
-from stream_mmrnn.core.streams import SELF, SHORT_FORMS, Kind
+from stream_mmrnn.core.streams import SELF, SHORT_FORMS, Kind, is_sensor
 from stream_mmrnn.core.strict_toml import convert, read_toml
 from stream_mmrnn.core.topics import SESSION_NAME, STREAM_NAME
 
@@ -43,8 +43,9 @@ class SessionSettings(_Section, frozen=True):
 class SourcesSettings(_Section, frozen=True):
     """The sources of the streams that most sessions have; `[streams.NAME]` names any others. Each is `camera:0`,
     `camera:URL`, `microphone`, `microphone:NAME`, `file:PATH`, `synthetic`, `stdin`, `pipe:PATH`, `tcp:PORT`,
-    `zmq:PORT`, `lsl:NAME`, `page` (text typed on the live page, which also joins the first person's text), `speech`
-    (the words in the same person's sound), `push` (from other programs) or `none`.
+    `zmq:PORT`, `lsl:NAME`, `page` (camera or microphone of a browser that shows the live page; text typed there, which
+    also joins the first person's text), `speech` (the words in the same person's sound), `push` (from other programs)
+    or `none`.
     The first three belong to the session's own person, `other_*` to a second one: a voice agent, the other party of a
     call. `signal` is a sensor. Where the file has `[streams]`, those that are not given here are `none`.
     """
@@ -250,6 +251,8 @@ class ClusterSettings(_Section, frozen=True):
 class RecordSettings(_Section, frozen=True):
     path: str = ""
     """"" records nothing."""
+    folder: str = "recordings"
+    """Of the recordings that are begun on the page, and the only one whose recordings it opens."""
     raw: bool = True
     """false: features, ticks and predictions only, no picture, sound or words."""
     chunk_ms: Annotated[float, msgspec.Meta(gt=0, le=10_000)] = 250.0
@@ -308,6 +311,20 @@ class DashboardSettings(_Section, frozen=True):
     token_file: str = ""
     """File with the page's token; if it does not exist, it is created and the token is shown once. The page then
     requires the token."""
+    cert: str = ""
+    """File of a TLS certificate (PEM, with its chain): the page is served over https. Browsers give their camera and
+    microphone to https pages and to their own machine's pages only."""
+    key: str = ""
+    """File of the certificate's private key (PEM, without a password)."""
+
+
+class PageSettings(_Section, frozen=True):
+    """What the live page offers; its address is in `[dashboard]`."""
+
+    labels: tuple[Annotated[str, msgspec.Meta(min_length=1, max_length=64)], ...] = ()
+    """Labels that have a button, such as `["sitting", "walking"]`."""
+    sessions: Annotated[int, msgspec.Meta(ge=1, le=16)] = 4
+    """Of `stream-mmrnn page`: how many sessions it runs at once."""
 
 
 class FoxgloveSettings(_Section, frozen=True):
@@ -389,6 +406,7 @@ class Settings(_Section, frozen=True):
     bus: BusSettings = BusSettings()
     queues: QueuesSettings = QueuesSettings()
     dashboard: DashboardSettings = DashboardSettings()
+    page: PageSettings = PageSettings()
     foxglove: FoxgloveSettings = FoxgloveSettings()
     lsl: LslSettings = LslSettings()
     supervisor: SupervisorSettings = SupervisorSettings()
@@ -448,6 +466,18 @@ def _check_access(settings: Settings) -> None:
         raise ConfigError(
             f"`dashboard.host` {page.host} can be reached by others: name a file for its token in "
             f"dashboard.token_file, or bind {LOOPBACK}"
+        )
+    if bool(page.cert) != bool(page.key):
+        raise ConfigError("`dashboard.cert` and `dashboard.key` go together: name both files, or neither")
+    named = [
+        (name, row.source, row.kind or SHORT_FORMS.get(name, ("", ""))[0]) for name, row in settings.streams.items()
+    ]
+    named += [(name, getattr(settings.sources, name), kind) for name, (kind, _) in SHORT_FORMS.items()]
+    sensor = next((name for name, source, kind in named if is_sensor(source, kind)), "")
+    if sensor and not is_loopback(page.host) and not page.cert:
+        raise ConfigError(
+            f"`dashboard.cert` is missing: browsers on other machines give {sensor} only to a page with TLS; name a "
+            f"certificate and its key in dashboard.cert and dashboard.key, or bind {LOOPBACK}"
         )
 
 

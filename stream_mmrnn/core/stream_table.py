@@ -18,11 +18,13 @@ from stream_mmrnn.core.streams import (
     DERIVATIONS,
     DERIVED_INPUTS,
     KINDS,
+    PAGE_LATENESS_NS,
     SHORT_FORMS,
     SOURCE_KINDS,
     Kind,
     Stream,
     derivation_of,
+    is_sensor,
     made_by,
     named_for,
     parent_of,
@@ -208,7 +210,10 @@ def _row(name: str, given: StreamSettings, settings: Settings, table: dict[str, 
         about["raw"] = False  # its samples are its parent's
     elif kind != "signal" or encoders:
         about["raw"] = given.raw
-    defaults = {"lateness_ns": settings.align.lateness_ns(kind), "policy": settings.queues.policy(kind)}
+    lateness_ns = settings.align.lateness_ns(kind)
+    if is_sensor(given.source, kind):
+        lateness_ns = max(lateness_ns, PAGE_LATENESS_NS)
+    defaults = {"lateness_ns": lateness_ns, "policy": settings.queues.policy(kind)}
     return msgspec.structs.replace(Stream.of(name, kind, given.person), **{**defaults, **about})
 
 
@@ -247,7 +252,7 @@ def _kind(name: str, given: StreamSettings, parent: Stream | None) -> Kind:
     possible = (own.gives,) if own is not None else SOURCE_KINDS.get(given.source.partition(":")[0], ("signal",))
     usual = named_for(name)
     named = usual[0] if usual else None
-    clear = possible[0] if len(possible) == 1 or possible[0] == "signal" else None
+    clear = possible[0] if len(possible) == 1 or possible[0] in ("signal", "text") else None
     kind = given.kind or (named if named in possible else clear)
     if kind is None:
         raise ConfigError(

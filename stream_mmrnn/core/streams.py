@@ -135,7 +135,7 @@ SOURCE_KINDS: dict[str, tuple[Kind, ...]] = {
     "pipe": ("text",),
     "tcp": ("text",),
     "zmq": ("text",),
-    "page": ("text",),
+    "page": ("text", "vision", "audio"),
     "speech": ("text",),
     "turn_end": ("signal",),
     "lsl": ("signal", "audio", "text"),
@@ -145,7 +145,10 @@ SOURCE_KINDS: dict[str, tuple[Kind, ...]] = {
     "none": ("vision", "audio", "text", "signal"),
 }
 """The package's own sources, and the kinds of stream that each can give. Where the settings do not say the kind, `lsl`
-is a signal, `from:STREAM` is of its parent's kind, and `file`, `push`, `synthetic` and `none` are an error."""
+is a signal, `page` is text, `from:STREAM` is of its parent's kind, and `file`, `push`, `synthetic` and `none` are an
+error."""
+PAGE_LATENESS_NS = 250_000_000
+"""The least lateness of a browser's camera or microphone: a phone's samples come over a network."""
 
 
 FURTHER_ENCODERS: dict[str, Kind] = {"face": "vision", "prosody": "audio", "tokens": "text"}
@@ -194,6 +197,11 @@ def parent_of(source: str) -> str:
 def derivation_of(source: str) -> str:
     """The derivation of a source `from:STREAM/DERIVATION`; "" if it has none."""
     return source.partition("/")[2] if parent_of(source) else ""
+
+
+def is_sensor(source: str, kind: str) -> bool:
+    """Whether a browser that shows the page is the camera or the microphone of such a stream."""
+    return source == "page" and kind in ("vision", "audio")
 
 
 def usual() -> dict[str, Stream]:

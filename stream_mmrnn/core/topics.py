@@ -18,13 +18,20 @@ TICK = "tick"
 """Only in recordings up to 0.1.0; a prediction carries its tick."""
 PREDICTION = "prediction"
 LABEL = "label"
-"""Labels for training, typed by a person as `/label NAME`; not an input of models."""
+"""Labels for training, typed by a person as `/label NAME` or given afterwards; not an input of models. Also the name of
+the tier of those whose origin names none."""
+TIER = "tier:"
+"""How the origin of a label begins that belongs to a tier of its own: `tier:gaze`."""
 TYPED = "typed"
 """Lines typed on the page; the text worker converts them to text events or labels."""
 STATUS = "status/"
 """Counters and state of each process, about twice a second; not part of a session."""
 CONTROL = "control"
 """Commands of the supervisor to the processes."""
+REQUEST = "request"
+"""What a person asks of the supervisor on a page: to record, or to end the session."""
+CHECKPOINT = "checkpoint"
+"""Only in recordings that began in the middle of a session: the state of aligner and model there."""
 
 EVERYONE = "host"
 """The session name of messages without a session: clock, status."""
@@ -62,7 +69,9 @@ TOPICS: dict[str, Topic] = {
         Topic(SESSION, schema="stream_mmrnn.Session"),
         Topic(TICK, schema="stream_mmrnn.Tick"),
         Topic(PREDICTION, schema="stream_mmrnn.Prediction"),
+        Topic(CHECKPOINT, schema="stream_mmrnn.Checkpoint"),
         Topic(CONTROL, recorded=False),
+        Topic(REQUEST, recorded=False),
         Topic(TYPED, recorded=False),
     )
 }
@@ -86,6 +95,11 @@ def stream_of(topic: str) -> str:
     """The name of the stream whose raw messages or features have this topic; "" if it is no stream's."""
     found = _OF_STREAM.fullmatch(topic)
     return found[1] if found else ""
+
+
+def tier_of(origin: str) -> str:
+    """The tier of a label, from its origin."""
+    return origin.removeprefix(TIER) if origin.startswith(TIER) else LABEL
 
 
 def is_known(topic: str) -> bool:

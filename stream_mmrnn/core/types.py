@@ -5,7 +5,7 @@ All times are nanoseconds of the host's monotonic clock (`clock.now_ns`); a fiel
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
 import numpy as np
@@ -132,6 +132,8 @@ class HeadSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     unit: str = "probability"
     threshold: float = 0.5
     """Decision threshold of a binary head; chosen on validation data."""
+    readable: Literal["always", "silence"] = "always"
+    """When its numbers mean something: `silence`: only while nobody is heard."""
 
 
 class StateSpec(msgspec.Struct, frozen=True):

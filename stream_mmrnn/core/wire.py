@@ -225,6 +225,20 @@ class SessionMessage(msgspec.Struct, frozen=True):
     """The modalities that the aligner waits for."""
 
 
+class RequestMessage(msgspec.Struct, frozen=True):
+    """The payload of `request`: what the supervisor is asked to do."""
+
+    op: Literal["stop", "record", "end_recording"]
+
+
+class CheckpointMessage(msgspec.Struct, frozen=True):
+    """The payload of `checkpoint`: what came before the beginning of a recording has left in aligner and model."""
+
+    event_ns: Nanoseconds
+    content: bytes
+    """As `live.checkpoint` writes it."""
+
+
 class TickMessage(msgspec.Struct, frozen=True):
     """The payload of `tick`, a channel of recordings up to 0.1.0: the input of a step. Predictions include the same."""
 
@@ -288,14 +302,19 @@ def read_push(payload: Any) -> PushMessage:
         raise WireError(f"the payload is no pushed sample: {e}") from e
 
 
-_Message = TypeVar("_Message", SessionMessage, TickMessage, PredictionMessage, StatusMessage)
+_Message = TypeVar(
+    "_Message", SessionMessage, RequestMessage, CheckpointMessage, TickMessage, PredictionMessage, StatusMessage
+)
 _json_encode = msgspec.json.Encoder().encode
 _json_decoders: dict[type, msgspec.json.Decoder[Any]] = {
-    t: msgspec.json.Decoder(t) for t in (SessionMessage, TickMessage, PredictionMessage, StatusMessage)
+    t: msgspec.json.Decoder(t)
+    for t in (SessionMessage, RequestMessage, CheckpointMessage, TickMessage, PredictionMessage, StatusMessage)
 }
 
 
-def pack(message: SessionMessage | TickMessage | PredictionMessage | StatusMessage) -> bytes:
+def pack(
+    message: SessionMessage | RequestMessage | CheckpointMessage | TickMessage | PredictionMessage | StatusMessage,
+) -> bytes:
     """Encode a message as a JSON payload."""
     try:
         return _json_encode(message)

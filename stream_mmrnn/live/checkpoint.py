@@ -8,6 +8,7 @@ are stepped and published again; readers drop them by session and tick (`core.de
 from __future__ import annotations
 
 import contextlib
+from typing import NamedTuple
 
 import msgspec
 
@@ -40,6 +41,72 @@ class Checkpoint(msgspec.Struct, frozen=True):
 _encode = msgspec.msgpack.Encoder().encode
 _read_checkpoint = msgspec.msgpack.Decoder(Checkpoint).decode
 _read_answer = msgspec.msgpack.Decoder(journal.JournalAnswer).decode
+
+
+class _Beginning(msgspec.Struct, frozen=True):
+    """What a recording that began in the middle of a session holds of it."""
+
+    model_sha256: str
+    state: bytes
+    aligner: AlignerState
+
+
+_read_beginning = msgspec.msgpack.Decoder(_Beginning).decode
+
+
+class Newest(NamedTuple):
+    """The newest checkpoint, for a recording of one session that begins there."""
+
+    mark: Mark
+    """The last message that it has seen."""
+    closed: int
+    """The last tick that was stepped."""
+    next_end_ns: int
+    """When the tick after it ends, in event time."""
+    expected: tuple[str, ...]
+    content: bytes
+    """For `begin`."""
+
+
+def newest(caller: JournalClient, session: str, timeout_ms: int) -> Newest | None:
+    """Ask the journal; None if it has none of this session, or does not answer."""
+    reply = caller.ask(_encode(journal.Newest()), timeout_ms)
+    try:
+        answer = _read_answer(reply) if reply is not None else None
+        if answer is None or answer.mark is None:
+            return None
+        whole = _read_checkpoint(answer.content)
+    except (msgspec.MsgspecError, RecursionError):
+        return None
+    about = whole.aligner.sessions.get(session)
+    if about is None or session not in whole.sessions:
+        return None
+    aligner = msgspec.structs.replace(whole.aligner, sessions={session: about})
+    content = _encode(_Beginning(whole.model_sha256, whole.sessions[session], aligner))
+    return Newest(answer.mark, about.closed, about.end_ns, tuple(about.expected), content)
+
+
+def begin(content: bytes, engine: Engine, aligner: Aligner) -> bool:
+    """Put aligner and engine where a recording begins; False if that is of another model, which begins anew.
+
+    Raises:
+        WireError: it cannot be read.
+        SessionError: it does not fit the model.
+
+    """
+    try:
+        start = _read_beginning(content)
+    except (msgspec.MsgspecError, RecursionError) as e:
+        raise WireError(f"the state at the recording's beginning cannot be read: {e}") from e
+    if start.model_sha256 != engine.spec.sha256:
+        return False
+    [session] = start.aligner.sessions or [""]
+    state = from_bytes(start.state).state
+    if session not in engine:
+        engine.open(session)
+    engine.restore(session, state)
+    aligner.restore(start.aligner)
+    return True
 
 
 def mark(envelope: Envelope) -> Mark:

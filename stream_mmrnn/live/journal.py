@@ -40,6 +40,10 @@ class Ask(msgspec.Struct, frozen=True, tag=True):
     until: Mark
 
 
+class Newest(msgspec.Struct, frozen=True, tag=True):
+    """A recorder that begins in the middle of a session asks for the newest checkpoint. It ends no engine."""
+
+
 class JournalAnswer(msgspec.Struct, frozen=True):
     """A checkpoint and what came after it."""
 
@@ -48,15 +52,17 @@ class JournalAnswer(msgspec.Struct, frozen=True):
     messages: list[Frames] = []
     refused: str = ""
     """Why there is none; the session has to begin anew."""
+    mark: Mark | None = None
+    """To `Newest`: the last message that the checkpoint has seen."""
 
 
-request = msgspec.msgpack.Decoder(Keep | Ask)
+request = msgspec.msgpack.Decoder(Keep | Ask | Newest)
 
 
-def read_request(content: bytes) -> Keep | Ask:
-    """What an engine says; raises WireError where it is neither of the two."""
+def read_request(content: bytes) -> Keep | Ask | Newest:
+    """What an engine or a recorder says; raises WireError where it is none of the three."""
     try:
-        asked: Keep | Ask = request.decode(content)
+        asked: Keep | Ask | Newest = request.decode(content)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as e:
         raise WireError(f"this is no request to a journal: {e}") from e
     return asked
@@ -122,6 +128,13 @@ class Journal:
             self._attempts += 1
             return JournalAnswer(messages=self._between(0, until + 1))
         return JournalAnswer(refused="the journal does not reach back to a checkpoint of the engine")
+
+    def newest(self) -> JournalAnswer:
+        """The newest checkpoint whose predictions have all reached the bus, without what came after it."""
+        for checkpoint in reversed(self._checkpoints):
+            if checkpoint.sent is None or self.heard(checkpoint.sent):
+                return JournalAnswer(checkpoint.content, mark=checkpoint.mark)
+        return JournalAnswer(refused="there is no checkpoint of the engine yet")
 
     def _between(self, start: int, end: int) -> list[Frames]:
         own = topics.PREDICTION.encode()

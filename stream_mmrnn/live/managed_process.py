@@ -88,6 +88,10 @@ class ManagedProcess:
 
     def __init__(self, spec: ProcessSpec) -> None:
         self.spec, self.name, self.stream = spec, spec.name, spec.stream
+        self.late = False
+        """It was started in the middle of the session."""
+        self.told = False
+        """And was told to begin."""
         self.process: BaseProcess | None = None
         self.ready: Any = None
         self.stop: Any = None
@@ -138,7 +142,7 @@ class Spawner:
     def __call__(self, row: ManagedProcess, settings: config.Settings) -> None:
         row.ready, row.stop = nodes.Flag(self._context), nodes.Flag(self._context)
         context = nodes.Context(
-            row.name, settings, self.address, row.ready, row.stop, self.epoch, row.restarts, row.stream
+            row.name, settings, self.address, row.ready, row.stop, self.epoch, row.restarts, row.stream, row.late
         )
         if row.is_source and stream_table(settings)[row.stream].source == "stdin":
             context.stdin = _Stdin()

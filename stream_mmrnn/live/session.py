@@ -78,7 +78,7 @@ class LiveSession:
                     next_ns = now_ns() + _CHECK_NS
                     supervisor.check()
                     self._often()
-                if supervisor.failed:
+                if supervisor.failed or supervisor.requests.asked_to_end:
                     break
                 if supervisor.sources_done:
                     # what the sources sent last still has to become a tick

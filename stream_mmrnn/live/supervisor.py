@@ -27,6 +27,7 @@ from stream_mmrnn.core.resources import need_files
 from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.live.managed_process import ManagedProcess, Spawner, how_it_ended, kill_forkserver
+from stream_mmrnn.live.requests import Requests
 
 _AT_ONCE_NS = 1_000_000_000
 """An engine that lived this long is restarted without back-off."""
@@ -58,7 +59,7 @@ class Supervisor:
         also yields the topics of `watch`.
         """
         self.settings = settings
-        self._say, self._watch, self._now_ns = say, watch, clock
+        self.say, self._watch, self._now_ns = say, watch, clock
         self.nodes = [ManagedProcess(spec) for spec in processes.table(settings, with_engine)]
         files = _FILES + _FILES_PER_PROCESS * len(self.nodes)
         need_files(files, f"a session of {len(self.nodes)} processes needs {files}")
@@ -76,6 +77,7 @@ class Supervisor:
         self._monitor: Subscriber | None = None
         self.opened_ns = self.closed_ns = 0
         self.first_prediction_ns = 0
+        self.requests = Requests(settings, self._by_name.get("recorder"), "engine" in self._by_name, self)
         self._page_port = 0
         self.begun = False
         """True once a process has started that has something to finish: a file, a session."""
@@ -86,12 +88,14 @@ class Supervisor:
 
     # ---- start ---------------------------------------------------------------------------------------------------
 
-    def _start_process(self, node: ManagedProcess) -> None:
+    def start_process(self, node: ManagedProcess) -> None:
         settings = self.settings
         if node.name == "dashboard" and self._page_port:
             # a page that is open in a browser finds the server again
             page = msgspec.structs.replace(settings.dashboard, port=self._page_port)
             settings = msgspec.structs.replace(settings, dashboard=page)
+        if node.name == "recorder":
+            settings = msgspec.structs.replace(settings, record=self.requests.record)
         node.started_ns = self._now_ns()
         self._spawn(node, settings)
 
@@ -116,13 +120,13 @@ class Supervisor:
             if not alive():
                 return
             self.begun = node.name != "broker"
-            self._start_process(node)
+            self.start_process(node)
             if node.name == "broker":
                 self._wait_ready([node], alive)
                 self.publisher = Publisher(self.address, self.settings.bus.queue)
                 self._monitor = Subscriber(
                     self.address,
-                    [*dict.fromkeys((topics.STATUS, topics.PREDICTION, topics.SESSION, *self._watch))],
+                    [*dict.fromkeys((topics.STATUS, topics.PREDICTION, topics.SESSION, topics.REQUEST, *self._watch))],
                     self.settings.bus.queue,
                 )
         self._wait_ready([n for n in self.nodes if not n.is_source], alive)
@@ -130,7 +134,7 @@ class Supervisor:
         if not alive() or self.publisher is None:
             return
         self.publisher.wait_for_reader(topics.SESSION, 2.0)
-        self._publish_session("open")
+        self.publish_session("open")
         self._spawn.epoch.value = self._now_ns()
         self._register()
 
@@ -142,7 +146,7 @@ class Supervisor:
             entry = running.entry_of(name, "engine" in self._by_name, self.address, bus.keys, table)
             self._registration = running.Registration(entry)
         except FileError as e:
-            self._say(f"other programs cannot find this session by its name: {e}")
+            self.say(f"other programs cannot find this session by its name: {e}")
 
     def _update_registration(self) -> None:
         if self._registration is not None:
@@ -158,14 +162,14 @@ class Supervisor:
             port = int(self.address.publish.rpartition(":")[2])
             server = self.address.keys.server
             text = f"bus: {bus.host}, port {port}, server key {server}"
-            self._say(Note(text, "broker", "address", host=bus.host, port=port, server_key=server))
+            self.say(Note(text, "broker", "address", host=bus.host, port=port, server_key=server))
         if page.enabled and page.token_file:
             token, made = keys.token(Path(page.token_file))
             if made:
                 text = f"the page's token, shown this once: {token} (it is in {page.token_file})"
-                self._say(Note(text, "dashboard", "token", private=True, token_file=page.token_file))
+                self.say(Note(text, "dashboard", "token", private=True, token_file=page.token_file))
 
-    def _publish_session(self, op: Any) -> int:
+    def publish_session(self, op: Any) -> int:
         at_ns = self._now_ns()
         message = wire.SessionMessage(op, at_ns, self._expected)
         assert self.publisher is not None
@@ -188,6 +192,8 @@ class Supervisor:
         """What a message says of the processes: remembered, and said aloud where a person should know."""
         if envelope.topic == topics.PREDICTION and not self.first_prediction_ns:
             self.first_prediction_ns = envelope.publish_ns
+        if envelope.topic == topics.REQUEST and self.opened_ns and not self.closed_ns:
+            self.requests.observe(envelope)
         if not envelope.topic.startswith(topics.STATUS):
             return
         try:
@@ -208,19 +214,24 @@ class Supervisor:
             if self._rate_limiter(node.name, self._now_ns()):
                 node.reported = message.reason
                 text = f"{node.name}: {message.reason}"
-                self._say(Note(text, node.name, "status", "warning", state=message.state))
+                self.say(Note(text, node.name, "status", "warning", state=message.state))
         elif was_away and message.state == "open" and self._rate_limiter(f"{node.name} back", self._now_ns()):
-            self._say(Note(f"{node.name}: is back", node.name, "back"))
+            self.say(Note(f"{node.name}: is back", node.name, "back"))
         if node.is_source:
             self._expect()
         if node.name == "engine" and before is None and message.detail.get("anew") and not self.closed_ns:
-            self._publish_session("open")
+            self.publish_session("open")
         if node.name == "dashboard":
             port = str(message.detail.get("address", "")).rstrip("/").rpartition(":")[2]
             if port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536 and int(port) != self._page_port:
                 self._page_port = int(port)
                 if self._registration is not None:
                     self._registration.update(page=str(message.detail["address"])[:256])
+
+    def replace_node(self, node: ManagedProcess) -> None:
+        """Have this row in place of the one with its name, which has ended."""
+        self.nodes = [*(n for n in self.nodes if n.name != node.name), node]
+        self._by_name[node.name] = node
 
     def _expect(self) -> None:
         """Tell the aligner which streams there are, where that has changed."""
@@ -234,7 +245,7 @@ class Supervisor:
         )
         if self.opened_ns and here != self._expected:
             self._expected = here
-            self._publish_session("streams")
+            self.publish_session("streams")
 
     def check(self) -> None:
         """Report and restart processes that died; call it about ten times a second."""
@@ -246,10 +257,13 @@ class Supervisor:
             if node.again_ns:
                 if at_ns >= node.again_ns:
                     node.again_ns = 0
-                    self._start_process(node)
+                    self.start_process(node)
                 continue
             code = node.process.exitcode
             if code is None:
+                self.requests.check(node)
+                continue
+            if self.requests.died_early(node):
                 continue
             if code == 0 and node.is_source:
                 node.done = True
@@ -274,8 +288,8 @@ class Supervisor:
             node.restarts += 1
             node.again_ns = at_ns + int(wait_s * 1e9)
             text = f"{node.name}: {death}; started again {f'in {wait_s:g} s' if wait_s else 'at once'}"
-            self._say(Note(text, node.name, "died", "warning", death=death, again_s=wait_s, restarts=node.restarts))
-            self._publish_status(node, "restarting", death)
+            self.say(Note(text, node.name, "died", "warning", death=death, again_s=wait_s, restarts=node.restarts))
+            self.publish_status(node, "restarting", death)
             self._update_registration()
             if node.is_source:
                 self._expect()
@@ -300,13 +314,13 @@ class Supervisor:
         if vital_here or (node.is_source and everyone):
             self.failed = f"the {node.name} {node.given_up}; nothing is left to go on with"
         text = self.failed or f"{node.name}: {node.given_up}; the session goes on without it"
-        self._say(Note(text, node.name, "given_up", "error", death=death, deaths=len(node.died_ns)))
-        self._publish_status(node, "failed", node.given_up)
+        self.say(Note(text, node.name, "given_up", "error", death=death, deaths=len(node.died_ns)))
+        self.publish_status(node, "failed", node.given_up)
         self._update_registration()
         if node.is_source:
             self._expect()
 
-    def _publish_status(self, node: ManagedProcess, state: Any, reason: str) -> None:
+    def publish_status(self, node: ManagedProcess, state: Any, reason: str) -> None:
         """Publish the status of a process that cannot publish it itself."""
         assert self.publisher is not None
         at_ns = self._now_ns()
@@ -327,10 +341,11 @@ class Supervisor:
         deadline_ns = self._now_ns() + 1_500_000_000
         if not self.opened_ns:
             # only the recorder has something to finish; processes that still import read no request to end
-            self._kill([n for n in self.nodes if n.name != "recorder"])
+            for node in (n for n in self.nodes if n.name != "recorder"):
+                node.kill()
         self._end([n for n in self.nodes if n.is_source], self._now_ns() + 600_000_000, observe)
         if self.opened_ns and self.publisher is not None:
-            self.closed_ns = self._publish_session("close")
+            self.closed_ns = self.publish_session("close")
             self._await_closed("engine", self._now_ns() + 500_000_000, observe)
             at_ns = self._now_ns()
             self.publisher.publish(topics.CONTROL, self.settings.session.name, at_ns, at_ns, b"stop")
@@ -362,16 +377,11 @@ class Supervisor:
             running = [n for n in running if n.running]
             time.sleep(0.002)
         for node in running:
-            self._say(Note(f"{node.name}: did not end in time and was killed", node.name, "killed", "warning"))
+            self.say(Note(f"{node.name}: did not end in time and was killed", node.name, "killed", "warning"))
             node.kill()
         if self._monitor:
             for envelope in self.messages(5):
                 observe(envelope)
-
-    @staticmethod
-    def _kill(ending: list[ManagedProcess]) -> None:
-        for node in ending:
-            node.kill()
 
     def end_at_once(self) -> None:
         """Kill every process and remove its files; safe at any moment, also during `stop`.

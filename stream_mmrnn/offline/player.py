@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Annotated, Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Protocol
 
 import msgspec
 
@@ -26,30 +26,66 @@ from stream_mmrnn.viewers.dashboard.state import LiveState
 
 _SHOW_NS = 100_000_000
 _POLL_S = 0.02
+_FLUSH_S = 0.3
+"""How long the last state has to reach the browsers."""
 _NO_TYPING = "this is a recording: text cannot be added to it"
 
 
-class _Command(msgspec.Struct, forbid_unknown_fields=True):
+class Mark(msgspec.Struct, frozen=True):
+    """Something that was said or labelled in a recording."""
+
+    at_s: float
+    kind: str
+    text: str
+
+
+class Command(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """The body of a POST to /replay."""
 
     paused: bool | None = None
     seek_s: Annotated[float, msgspec.Meta(ge=0, le=1e9)] | None = None
+    speed: Annotated[float, msgspec.Meta(ge=0.1, le=16)] | None = None
+
+
+def command_of(body: bytes) -> Command | str:
+    """The body of a POST to /replay; one sentence if it is none."""
+    try:
+        return msgspec.json.decode(body, type=Command)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as e:
+        return f"not a command of a replay: {e}"
+
+
+class Screen(Protocol):
+    """What a player shows the recording on: a page of its own, or a view of another program's page."""
+
+    @property
+    def clients(self) -> int:
+        """Browsers that show it."""
+
+    def update(self, state: dict[str, Any]) -> None: ...
+    def picture(self, jpeg: bytes) -> None: ...
+    def sound(self, first: int, columns: bytes) -> None: ...
 
 
 class Player:
-    """Serves the page on loopback until `close`.
+    """Plays on a screen; without one it serves a page of its own, on loopback until `close`.
 
     Raises:
         ProcessError: the port is not free.
 
     """
 
-    def __init__(self, speed: float, alive: Callable[[], bool], port: int = 0) -> None:
+    def __init__(self, speed: float, alive: Callable[[], bool], port: int = 0, screen: Screen | None = None) -> None:
         self._speed, self._alive = speed, alive
-        self._commands: deque[_Command] = deque(maxlen=64)
-        self._page = Dashboard(LOOPBACK, port, posts={"/replay": self._handle})
-        self._page.start()
-        self._name = ""
+        self._commands: deque[Command] = deque(maxlen=64)
+        self._own = None if screen is not None else Dashboard(LOOPBACK, port, posts={"/replay": self.handle})
+        if self._own is not None:
+            self._own.start()
+            screen = self._own
+        assert screen is not None
+        self._page: Screen = screen
+        self._marks: Sequence[Mark] = ()
+        self._name = self._failed = ""
         self._contract: dict[str, Any] = {}
         self._first_ns = self._last_ns = self._position_ns = 0
         self._paused = self._ended = self._back = False
@@ -59,13 +95,14 @@ class Player:
         """A local time, and the recording's time at that moment."""
         self._shown_ns = 0
         self._table: Mapping[str, Stream] = usual()
-        self._view = LiveState(table=self._table)
+        self._view = self._new_view()
         self._predictions = self._ticks = 0
         self._statuses: Collection[wire.StatusMessage] = ()
 
     @property
     def address(self) -> str:
-        return self._page.address
+        """Of the page of its own; "" without one."""
+        return self._own.address if self._own is not None else ""
 
     def load(
         self,
@@ -75,9 +112,11 @@ class Player:
         first_ns: int,
         last_ns: int,
         statuses: Collection[wire.StatusMessage] = (),
+        marks: Sequence[tuple[int, str, str]] = (),
     ) -> set[str]:
         """Set what is played: `table` are the recording's streams, `first_ns` and `last_ns` the publish times of its
-        first and its last message, `statuses` the last status of each process of the recorded session.
+        first and its last message, `statuses` the last status of each process of the recorded session,
+        `marks` its labels and words: when they were published, `label` or `text`, and what they say.
 
         Returns the topics that the page shows in addition to the model's inputs.
         """
@@ -85,12 +124,13 @@ class Player:
         self._name, self._first_ns, self._last_ns = name, first_ns, max(first_ns, last_ns)
         heads = msgspec.to_builtins({"modalities": spec.modalities, "heads": spec.heads})
         self._contract = {"name": spec.name, "sha256": spec.sha256, **heads}
-        self._view = LiveState(table=table)
+        self._marks = tuple(Mark(round((at_ns - first_ns) / 1e9, 2), kind, text[:64]) for at_ns, kind, text in marks)
+        self._view = self._new_view()
         return {topics.LABEL, self._view.picture_topic, self._view.sound_topic, *text_topics(table.values())} - {""}
 
     def play(self, envelopes: Iterable[Envelope]) -> Iterator[Envelope]:
         """One pass over the messages, each when it is due. Ends early at a seek back; `again` is true then."""
-        self._view, self._predictions, self._ticks = LiveState(table=self._table), 0, 0
+        self._view, self._predictions, self._ticks = self._new_view(), 0, 0
         self._back = self._ended = False
         self._position_ns = self._first_ns
         self._rebase()
@@ -137,21 +177,40 @@ class Player:
         self._predictions += 1
 
     def close(self) -> None:
-        self._page.close()
+        if self._own is None:
+            return
+        if self._own.clients:
+            ended = {"recording": self._name, "why": ""}
+            self._own.update({**self._view.snapshot(self._position_ns), "ended": ended})
+            self._own.flush(_FLUSH_S)
+        self._own.close()
 
-    def _handle(self, body: bytes) -> str:
-        """Called in the server's thread."""
-        try:
-            self._commands.append(msgspec.json.decode(body, type=_Command))
-        except msgspec.MsgspecError as e:
-            return f"not a command of a replay: {e}"
+    def _new_view(self) -> LiveState:
+        view = LiveState(table=self._table)
+        view.began_ns, view.recorded = self._first_ns, True
+        return view
+
+    def handle(self, body: bytes) -> str:
+        """Take the body of a POST to /replay: why it is refused, or "". May be called from another thread."""
+        command = command_of(body)
+        if isinstance(command, str):
+            return command
+        self._commands.append(command)
         return ""
+
+    def fail(self, why: str) -> None:
+        """Show why the recording cannot be played."""
+        self._failed = why
+        self._show()
 
     def _run_commands(self) -> None:
         while self._commands:
             command = self._commands.popleft()
             if command.paused is not None:
                 self._paused = command.paused
+                self._rebase()
+            if command.speed is not None:
+                self._speed = command.speed
                 self._rebase()
             if command.seek_s is not None:
                 self._until_ns = min(self._first_ns + round(command.seek_s * 1e9), self._last_ns)
@@ -208,12 +267,16 @@ class Player:
                     "position_s": round((at_ns - self._first_ns) / 1e9, 2),
                     "duration_s": round((self._last_ns - self._first_ns) / 1e9, 2),
                     "paused": self._paused,
+                    "speed": self._speed,
+                    "marks": self._marks,
                     "note": self._note(),
                 },
             }
         )
 
     def _note(self) -> str:
+        if self._failed:
+            return self._failed
         if self._until_ns > self._position_ns:
             place_s = (self._until_ns - self._first_ns) / 1e9
             return f"seeking to {spoken(place_s)}: the model runs over everything before it"

@@ -21,24 +21,28 @@ from stream_mmrnn.capture.pipeline import reencode
 from stream_mmrnn.core import config, topics, wire
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.dedup import WINDOW
-from stream_mmrnn.core.errors import FileError, UsageError
+from stream_mmrnn.core.errors import FileError, SessionError, SnapshotError, UsageError, WireError
 from stream_mmrnn.core.latency import Histogram
 from stream_mmrnn.core.stream_table import for_model, stream_table
-from stream_mmrnn.core.streams import Stream
+from stream_mmrnn.core.streams import Stream, text_topics
 from stream_mmrnn.core.types import Envelope, ModelSpec, Prediction
 from stream_mmrnn.graph.runtime import Provider
+from stream_mmrnn.live.checkpoint import begin
 from stream_mmrnn.offline.convert.ros_predictions import PredictionBag
 from stream_mmrnn.offline.pacing import pace
 from stream_mmrnn.predict.align import Aligner
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.predict.pipeline import predict
 from stream_mmrnn.recording.mcap_file import Recording
+from stream_mmrnn.recording.mcap_format import LATE
 from stream_mmrnn.recording.settings import settings_of
 
 if TYPE_CHECKING:
     from stream_mmrnn.offline.player import Player
 
 From = Literal["features", "raw"]
+_MAX_MARKS = 200
+"""Labels and words that a player is given."""
 
 
 class Outcome(msgspec.Struct, frozen=True, gc=False):
@@ -187,8 +191,31 @@ def check_comparable(recording: Recording, model: str, spec: ModelSpec) -> None:
     path = recording.path
     if next(recording.predictions(), None) is None:
         raise FileError(f"{path} holds no predictions to compare with; it was made by `record`, or cut off early")
+    if recording.metadata.get(LATE) and next(recording.envelopes({topics.CHECKPOINT}), None) is None:
+        raise FileError(
+            f"{path} begins in the middle of a session without the model's state there, so that its predictions "
+            "cannot be made again; replay it without --verify, or record from the session's start"
+        )
     if spec.sha256 != recording.metadata.get("model_sha256"):
         raise UsageError(f"{path} was predicted by another version of the model {model!r}; give that one by --model")
+
+
+def resumed(envelopes: Iterable[Envelope], aligner: Aligner, engine: StepEngine) -> Iterator[Envelope]:
+    """The messages without the state at the beginning of a recording that began in the middle of a session, which is
+    put into aligner and engine; another model begins anew.
+
+    Raises:
+        FileError: the state cannot be read, or does not fit the model.
+
+    """
+    for envelope in envelopes:
+        if envelope.topic != topics.CHECKPOINT:
+            yield envelope
+            continue
+        try:
+            begin(wire.unpack(envelope.payload, wire.CheckpointMessage).content, engine, aligner)
+        except (WireError, SessionError, SnapshotError) as e:
+            raise FileError(f"the recording begins in the middle of a session, and cannot be replayed: {e}") from e
 
 
 def stream_counts(aligner: Aligner) -> dict[str, Any]:
@@ -243,7 +270,7 @@ def replay(
     aligner = Aligner.of(engine.spec.modalities, engine.spec.tick_ns, settings)
     features = dict(aligner.feeding.values())
     """What the model takes: the names of feature vectors, and whose they are."""
-    wanted = {topics.CLOCK, topics.SESSION, *(topics.FEATURE + name for name in features)}
+    wanted = {topics.CLOCK, topics.SESSION, topics.CHECKPOINT, *(topics.FEATURE + name for name in features)}
     if source == "raw":
         if recording.metadata.get("raw") == "false":
             raise UsageError(f"{path} was recorded without raw streams (record.raw = false); replay it from features")
@@ -252,7 +279,7 @@ def replay(
         anew = [name for name in again if _has_other_times(name, features[name], recorded)]
         wanted = (wanted - {topics.FEATURE + name for name in anew}) | set(read.values())
     if player is not None:
-        wanted |= player.load(path.name, engine.spec, table, *_span(recording), _statuses(recording))
+        wanted |= player.load(path.name, engine.spec, table, *_overview(recording, table))
     with contextlib.ExitStack() as stack:
         bag = None
         if ros_out is not None:
@@ -273,7 +300,7 @@ def replay(
             steps = Histogram()
             count, first_ns, last_ns = 0, 0, 0
             began_ns = now_ns()
-            for prediction in predict(envelopes, aligner, engine):
+            for prediction in predict(resumed(envelopes, aligner, engine), aligner, engine):
                 count += 1
                 first_ns = first_ns or prediction.tick.event_ns
                 last_ns = prediction.tick.event_ns
@@ -342,7 +369,21 @@ def _statuses(recording: Recording) -> list[wire.StatusMessage]:
     return list(statuses.values())
 
 
-def _span(recording: Recording) -> tuple[int, int]:
-    """When the first and the last clock message were published."""
-    stamps = [e.publish_ns for e in recording.envelopes({topics.CLOCK})]
-    return (stamps[0], stamps[-1]) if stamps else (0, 0)
+def _overview(
+    recording: Recording, table: Mapping[str, Stream]
+) -> tuple[int, int, list[wire.StatusMessage], list[tuple[int, str, str]]]:
+    """When the first and the last clock message were published, the last statuses, and the labels and words."""
+    texts = set(text_topics(table.values()))
+    stamps: list[int] = []
+    marks: dict[str, list[tuple[int, str, str]]] = {"label": [], "text": []}
+    for e in recording.envelopes({topics.CLOCK, topics.LABEL, *texts}):
+        if e.topic == topics.CLOCK:
+            stamps = [stamps[0] if stamps else e.publish_ns, e.publish_ns]
+        elif isinstance(e.payload, bytes):
+            kind = "label" if e.topic == topics.LABEL else "text"
+            marks[kind].append((e.publish_ns, kind, e.payload.decode("utf-8", "replace")))
+    first_ns, last_ns = stamps or (0, 0)
+    labels, words = marks["label"][:_MAX_MARKS], marks["text"]
+    # evenly thinned, so that a long recording has marks from its beginning to its end
+    every = max(1, -(-len(words) // max(1, _MAX_MARKS - len(labels))))
+    return first_ns, last_ns, _statuses(recording), sorted(labels + words[::every])

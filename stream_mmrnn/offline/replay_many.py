@@ -21,6 +21,7 @@ from stream_mmrnn.predict.align_columns import ColumnAligner
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.predict.tick_columns import TickColumns
 from stream_mmrnn.recording.mcap_file import Recording
+from stream_mmrnn.recording.mcap_format import LATE
 from stream_mmrnn.recording.settings import settings_of
 
 
@@ -28,8 +29,10 @@ class Track:
     """One recording on its way through the engine."""
 
     def __init__(self, path: Path, spec: ModelSpec) -> None:
-        """Raises FileError if it cannot be read."""
+        """Raises FileError if it cannot be read, UsageError if it begins in the middle of a session."""
         self.recording = Recording(path)
+        if self.recording.metadata.get(LATE):
+            raise UsageError(f"{path} begins in the middle of a session; replay it by itself")
         self.aligner = Aligner.of(spec.modalities, spec.tick_ns, settings_of(self.recording))
         self.comparison = Comparison()
         self.ticks = 0

@@ -28,6 +28,7 @@ _MAX_NUMBERS = 2**22
 """Most numbers in one row of an input, a state or a head."""
 _MAX_PARTS = 256
 STATE, NEXT = "state.", "next."
+_TURN_OVER = "turn_over"
 _TIMED_RANK = 3
 """Axes of an input or output with a time axis: batch, time, size."""
 
@@ -171,7 +172,9 @@ def _named(graph: Graph, file: Path) -> Contract:
         named.constants,
     )
     modalities = tuple(ModalitySpec(m.name, m.size, m.encoder, m.reduction, m.stack) for m in named.modalities)
-    heads = tuple(HeadSpec(h.name, h.kind, h.size, h.labels, h.horizons_s, h.unit, h.threshold) for h in named.heads)
+    heads = tuple(
+        HeadSpec(h.name, h.kind, h.size, h.labels, h.horizons_s, h.unit, h.threshold, h.readable) for h in named.heads
+    )
     return _contract(graph, named.name, round(named.tick_ms * 1e6), modalities, heads, wiring)
 
 
@@ -202,7 +205,14 @@ def _contract(
     timed = {n for n in wiring.inputs.values() if n in graph.inputs and len(graph.inputs[n].shape) == _TIMED_RANK}
     timed |= {n for n in wiring.heads.values() if n in graph.outputs and len(graph.outputs[n].shape) == _TIMED_RANK}
     wiring = msgspec.structs.replace(wiring, timed=frozenset(timed))
-    return Contract(ModelSpec(name, graph.sha256, tick_ns, modalities, heads, tuple(states)), wiring)
+    return Contract(ModelSpec(name, graph.sha256, tick_ns, modalities, _readable(heads), tuple(states)), wiring)
+
+
+def _readable(heads: tuple[HeadSpec, ...]) -> tuple[HeadSpec, ...]:
+    """Files older than `readable` do not say that the end of a turn may be read in a silence only."""
+    if not any(h.kind == "activity_projection" for h in heads):
+        return heads
+    return tuple(msgspec.structs.replace(h, readable="silence") if h.name == _TURN_OVER else h for h in heads)
 
 
 def _without_batch(tensor: TensorSpec, axis: int) -> tuple[int | None, ...]:

@@ -21,6 +21,7 @@ from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.errors import FileError, RecordingError
 from stream_mmrnn.core.message_columns import MessageColumns
 from stream_mmrnn.core.types import Envelope
+from stream_mmrnn.recording import label_file
 from stream_mmrnn.recording.column_reader import ColumnReader, Records
 from stream_mmrnn.recording.mcap_format import (
     FORMAT,
@@ -84,16 +85,16 @@ def _fill(found: Iterator[tuple[int, bytes]], records: Records) -> _Filled:
 
 
 class Recording:
-    """A recording as an iterable of the envelopes that were on the bus, in their order."""
+    """A recording as an iterable of the envelopes that were on the bus, in their order, and of the labels beside it."""
 
-    def __init__(self, path: Path) -> None:
-        """Open and read the head.
+    def __init__(self, path: Path, labels_beside: bool = True) -> None:
+        """Open and read the head. `labels_beside`: whether labels that were given afterwards are among the messages.
 
         Raises:
             FileError: missing, unreadable, not an MCAP file, or not made by this program.
 
         """
-        self.path = path
+        self.path, self._labels_beside = path, labels_beside
         self.metadata: dict[str, str] = {}
         self.end: dict[str, str] = {}
         """Metadata at the end; empty if the file was cut off or is not read to its end yet."""
@@ -180,8 +181,23 @@ class Recording:
     def columns(self, wanted: Collection[str] | None = None) -> Iterator[MessageColumns]:
         """The same as columns: some seconds of a session at once.
 
-        The next part is read and decompressed by a thread meanwhile.
+        The next part is read and decompressed by a thread meanwhile. Labels that were given afterwards are among them.
+
+        Raises:
+            FileError: labels are wanted, and those beside the recording cannot be read.
+
         """
+        has_labels = self._labels_beside and (wanted is None or topics.LABEL in wanted)
+        beside = label_file.read(self.path, self.metadata) if has_labels else None
+        if beside is None:
+            yield from self._columns(wanted)
+            return
+        merge = label_file.Merge(self.session, beside)
+        yield from map(merge.into, self._columns(wanted))
+        yield from merge.rest()
+
+    def _columns(self, wanted: Collection[str] | None) -> Iterator[MessageColumns]:
+        """The same without labels that were given afterwards."""
         self.wall_steps = []
         reader = ColumnReader(self.session, self._offset_ns, wanted)
         found = self._records()

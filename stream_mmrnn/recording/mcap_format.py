@@ -46,6 +46,10 @@ METADATA_SO_FAR = "stream_mmrnn.so_far"
 an end or with a damaged head still has them."""
 
 
+LATE = "late"
+"""In the head of a recording that began in the middle of its session."""
+
+
 FORMAT = "1"
 
 

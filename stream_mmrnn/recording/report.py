@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ import msgspec
 
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.errors import FileError
+from stream_mmrnn.recording import label_file
 from stream_mmrnn.recording.append_file import is_being_written, later_parts
 from stream_mmrnn.recording.column_reader import decoder_of
 from stream_mmrnn.recording.damaged_file import DamagedFileReader
 from stream_mmrnn.recording.mcap_file import Recording
-from stream_mmrnn.recording.mcap_format import METADATA_END, METADATA_SO_FAR, METADATA_WALL, UNREADABLE, number
+from stream_mmrnn.recording.mcap_format import LATE, METADATA_END, METADATA_SO_FAR, METADATA_WALL, UNREADABLE, number
 from stream_mmrnn.recording.message_counts import LOST, MessageCounts
 from stream_mmrnn.recording.pieces import Chunk, Foreign, Hole, Message, MetadataRecord
 from stream_mmrnn.recording.schemas import Decode
@@ -105,8 +106,9 @@ class RecordingSummary:
                 if not topic:
                     self.unnamed += 1
                     continue
-                # a session's streams begin at 0 in its first part; the clock began earlier
-                numbers[topic] = m.seq if topic == topics.CLOCK or number(self.file.head, "part") > 1 else 0
+                # a session's streams begin at 0 in its first part, unless it began late; the clock began earlier
+                later = number(self.file.head, "part") > 1 or LATE in self.file.head
+                numbers[topic] = m.seq if topic == topics.CLOCK or later else 0
                 self.origins[topic] = origin
             gap = m.seq - numbers[topic]
             if gap > 0:
@@ -252,11 +254,24 @@ def info(path: Path) -> dict[str, Any]:
             }
             for topic, count in sorted(summary.messages.items())
         },
+        "labels_beside": _labels_beside(path, head),
         "lost": summary.stated.by_reason(LOST) or lost,
         "ended": RECORDING if state == RECORDING else end.get("ended", "not finished"),
         "whole": not damage,
         "damage": damage,
     }
+
+
+def _labels_beside(path: Path, head: Mapping[str, str]) -> dict[str, Any] | None:
+    """The labels that were given afterwards, by tier; None if there are none. `damage`: why they cannot be read."""
+    about: dict[str, Any] = {"file": str(label_file.place_of(path)), "from": [], "tiers": {}, "damage": ""}
+    try:
+        found = label_file.read(path, head)
+    except FileError as e:
+        return {**about, "damage": str(e)}
+    if found is None:
+        return None
+    return {**about, "from": found.sources, "tiers": label_file.counted(found)}
 
 
 def _rate_hz(count: int, seconds: float) -> float:

@@ -240,6 +240,7 @@ def _by_protobuf(name: str, data: bytes) -> Any:
 
 JSON_KINDS = {
     topics.SESSION: wire.SessionMessage,
+    topics.CHECKPOINT: wire.CheckpointMessage,
     topics.TICK: wire.TickMessage,
     topics.PREDICTION: wire.PredictionMessage,
 }

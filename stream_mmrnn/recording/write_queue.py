@@ -79,7 +79,7 @@ class WriteQueue:
             raise self._failure
         payload, topic = envelope.payload, envelope.topic
         size = _ENVELOPE_BYTES + (len(payload) if isinstance(payload, bytes) else payload.nbytes)
-        lane = 2 if topic == topics.SESSION else 0 if topic.startswith(topics.RAW) else 1
+        lane = 2 if topic in (topics.SESSION, topics.CHECKPOINT) else 0 if topic.startswith(topics.RAW) else 1
         with self._lock:
             if self._policy == "block" and self._bytes and self._bytes + size > self._limit:
                 return False

@@ -1,4 +1,4 @@
-"""Default recipes for the user's own recordings: a classifier of their typed labels, or a forecast of columns."""
+"""Default recipes for the user's own recordings: a classifier of their labels, or a forecast of columns."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from stream_mmrnn.core import topics
 from stream_mmrnn.core.errors import FileError
 from stream_mmrnn.core.message_columns import Integers
 from stream_mmrnn.core.streams import KINDS, made_by
+from stream_mmrnn.recording.label_file import NOTHING
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.recording.mcap_format import number
 from stream_mmrnn.recording.settings import streams_of
 from stream_mmrnn.training.recipe import Recipe, parse
 from stream_mmrnn.training.tasks import forecast
-from stream_mmrnn.training.tasks.recordings import FORECAST, NOTHING, TypedEvents, columns_of
+from stream_mmrnn.training.tasks.recordings import FORECAST, TypedEvents, columns_of
 
 _TICK_NS = 40_000_000
 WINDOW_S = 1.0
@@ -76,32 +77,51 @@ def _with_windows(
 
 
 def recipe_for(paths: Sequence[Path], name: str) -> Recipe:
-    """A default recipe for recordings: their modalities, and one head for their typed labels.
+    """A default recipe for recordings: their modalities, and a head for each tier of their labels.
 
     Raises:
         FileError: there are no labels.
 
     """
     recordings = [Recording(path) for path in paths]
-    labels = {label for recording in recordings for _, label in TypedEvents.of(recording).labels} - set(NOTHING)
-    if len(labels) < 2:
-        found = ", ".join(sorted(labels)) or "none"
+    tiers: dict[str, set[str]] = {}
+    for recording in recordings:
+        for tier, changes in TypedEvents.of(recording).tiers.items():
+            tiers.setdefault(tier, set()).update({label for _, label in changes} - set(NOTHING))
+    classes = {tier: sorted(labels) for tier, labels in tiers.items() if len(labels) > 1}
+    if not classes:
+        found = ", ".join(sorted(set().union(*tiers.values()))) or "none"
         raise FileError(
-            f"a classifier needs two labels or more, the recordings hold {found}; type `/label NAME` while recording"
+            f"a classifier needs two labels or more, the recordings hold {found}; type `/label NAME` while recording, "
+            "or give labels afterwards with stream-mmrnn label"
         )
-    classes = sorted(labels)
+    heads = {_head_name(tier): tier for tier in classes}
+    if len(heads) < len(classes):
+        raise FileError(f"two of the tiers {', '.join(classes)} differ in case or hyphens alone; rename one by --tier")
     return parse(
         {
             "name": name,
             "modalities": _with_windows(_modalities(recordings), recordings, _TICK_NS),
-            "heads": [{"name": "label", "kind": "classification", "size": len(classes), "labels": classes}],
-            "data": {"kind": "recordings"},
+            "heads": [
+                {"name": head, "kind": "classification", "size": len(classes[tier]), "labels": classes[tier]}
+                for head, tier in heads.items()
+            ],
+            "data": {
+                "kind": "recordings",
+                "options": {"targets": {head: f"label/{tier}" for head, tier in heads.items() if tier != topics.LABEL}},
+            },
             "fusion": {"kind": "attention", "width": 48, "modality_dropout": 0.5, "choose": True},
             "cell": {"kind": "gru", "hidden": 64},
             "train": {"epochs": 40, "batch": 16, "length": 25, "learning_rate": 3e-3, "patience": 10},
             "quick": {"epochs": 12},
         }
     )
+
+
+def _head_name(tier: str) -> str:
+    """A head's name for a tier: heads are written in small letters."""
+    name = tier.lower().replace("-", "_")
+    return name if name[0].isalpha() else f"tier_{name}"
 
 
 def forecast_recipe_for(

@@ -32,7 +32,7 @@ def test_the_files_in_the_wheel(wheel: Path) -> None:
     model = config.EngineSettings().model
     for name in (
         "py.typed",
-        "viewers/dashboard/page.html",
+        *(f"viewers/dashboard/page/{f.name}" for f in (ROOT / "stream_mmrnn/viewers/dashboard/page").iterdir()),
         f"_models/{model}/step.onnx",
         f"_models/{model}/card.md",
         "_models/encoders/silero_vad.onnx",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from stream_mmrnn.bench.engine import synthetic
 from stream_mmrnn.core import config, topics, wire
 from stream_mmrnn.core.errors import FileError, UsageError
 from stream_mmrnn.core.types import Envelope, FloatArray, HeadSpec
+from stream_mmrnn.offline.diff import plots
 from stream_mmrnn.offline.diff.compare import compare, decisions, distance, stretches
 from stream_mmrnn.offline.diff.labels import labels_of, score
 from stream_mmrnn.offline.diff.tracks import PredictionTrack, predicted, recorded
@@ -291,6 +293,36 @@ def test_a_yes_no_head_and_a_head_that_predicts_the_future(recording: Path) -> N
     only = PredictionTrack("x", "sha", ticks, times, {"other": ahead}, specs)
     with pytest.raises(UsageError, match="no head for the labels no, yes; the heads that take labels are"):
         score(only, labels_of(recording))
+
+
+# --- the plot
+
+
+@pytest.mark.slow
+def test_a_plot_says_in_words_what_differs_and_shows_where(tmp_path: Path) -> None:
+    spec = HeadSpec("over", "classification", 1)
+    plain = np.full((400, 1), 0.4, np.float32)
+    other = plain.copy()
+    other[50] = 0.9  # one tick alone
+    other[250:290] = 0.6
+    other[300] = np.nan
+    plots.draw(tmp_path / "a.svg", track({"over": plain}, specs=(spec,)), track({"over": other}, specs=(spec,)))
+    # matplotlib writes the text of an SVG as a comment beside its shapes
+    text = (tmp_path / "a.svg").read_text(encoding="utf-8")
+    assert "over: 42 of 400 ticks differ, by up to 0.5; decisions differ on 42 (red)" in text
+    assert (found := re.search(r"the 4.0 s that differ most, from ([0-9.]+) s on", text))
+    assert 250 - 60 <= round(float(found[1]) / 0.04) <= 250
+    assert text.count("<!-- probability -->") == text.count("<!-- seconds from the first common tick -->") == 2
+    plots.draw(tmp_path / "b.svg", track({"over": plain}), track({"over": plain}))
+    text = (tmp_path / "b.svg").read_text(encoding="utf-8")
+    assert "over: the same in both" in text
+    assert "differ most" not in text
+    short = track({"over": plain[:20]}), track({"over": other[40:60]})
+    plots.draw(tmp_path / "c.png", *short)
+    plots.draw(tmp_path / "d.png", track({"over": plain}), track({"x": plain}))
+    (tmp_path / "file").touch()
+    with pytest.raises(FileError, match=r"cannot be written: .*; name another place"):
+        plots.draw(tmp_path / "file" / "e.png", *short)
 
 
 # --- the command

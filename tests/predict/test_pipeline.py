@@ -271,6 +271,8 @@ def test_a_source_that_fails_fails_its_reader() -> None:
     pump = Pump(failing(), "block", 4, lambda: True)
     pump.start()
     assert pump.read(5) is not None
+    pump.join(5)
+    assert not pump.ended, "a reader that was busy when it failed still gets the error"
     with pytest.raises(SourceError, match="the camera is gone"):
         pump.read(5)
     assert pump.ended

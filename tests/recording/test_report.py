@@ -48,6 +48,7 @@ def test_the_contents_of_a_whole_file(whole: Path) -> None:
             "raw/audio": {"messages": 40, "origin": "microphone", "gaps": 0, "rate_hz": 20.51},
             "session": {"messages": 1, "origin": "", "gaps": 0, "rate_hz": 0.51},
         },
+        "labels_beside": None,
         "lost": {},
         "dropped": {},
         "ended": "clean",

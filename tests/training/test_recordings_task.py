@@ -12,6 +12,8 @@ from stream_mmrnn.capture.encoders.audio import SPEECH
 from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.errors import ConfigError, FileError
 from stream_mmrnn.core.types import Envelope, ModalitySpec, Tick
+from stream_mmrnn.offline.convert.unpack import inspect
+from stream_mmrnn.offline.labels.attach import LabelOptions, attach
 from stream_mmrnn.predict.align import Aligner
 from stream_mmrnn.predict.columns import Columns
 from stream_mmrnn.predict.pipeline import NoEngine, predict
@@ -153,6 +155,31 @@ def test_targets_are_what_their_definition_says(tmp_path: Path) -> None:
     assert {0.0, 1.0} == set(made.weights["does"].tolist())
     assert {0, 1, 2} == set(made.targets["says"].tolist())
     assert made.weights["moves"].any()
+
+
+def test_labels_given_afterwards_train_as_typed_ones(tmp_path: Path) -> None:
+    """The same targets and weights, tick by tick; a tier of its own is the source of the head that names it."""
+    messages = talk(12.0)
+    typed = write(tmp_path / "typed.mcap", messages)
+    bare = write(tmp_path / "bare.mcap", [e for e in messages if e.topic != topics.LABEL])
+    zero_ns = inspect(bare).zero_ns
+    rows = ["tier,begin_s,label"]
+    for e in messages:
+        if e.topic == topics.LABEL:
+            rows += [
+                f"{tier},{(e.event_ns - zero_ns) / 1e9:.9f},{bytes(e.payload).decode()}" for tier in ("label", "x")
+            ]
+    (tmp_path / "notes.csv").write_text("\n".join(rows))
+    attach(bare, [tmp_path / "notes.csv"], LabelOptions())
+    recipe = recipe_of_talk()
+    a, b = (sequence(path, recipe, SPECS) for path in (typed, bare))
+    assert 0 < a.weights["does"].sum() < len(a)
+    recipe.data.options["targets"] = {"does": "label/x"}
+    for other in (b, sequence(bare, recipe, SPECS)):
+        assert a.targets["does"].tolist() == other.targets["does"].tolist()
+        assert a.weights["does"].tolist() == other.weights["does"].tolist()
+    recipe.data.options["targets"] = {"does": "label/y"}
+    assert not sequence(bare, recipe, SPECS).weights["does"].any()
 
 
 def test_a_recording_without_ticks_or_with_other_features_is_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import http.client
 import io
 import itertools
 import json
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -24,9 +25,10 @@ from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.errors import ConfigError, ProcessError
 from stream_mmrnn.core.latency import STAGES
 from stream_mmrnn.core.types import Envelope, HeadSpec, ModalitySpec, Prediction, Stamps, Tick
-from stream_mmrnn.viewers.dashboard import app
+from stream_mmrnn.viewers.dashboard import connections
 from stream_mmrnn.viewers.dashboard.access import Access
-from stream_mmrnn.viewers.dashboard.app import MAX_CLIENTS, MAX_CONNECTIONS, MAX_WAITING, METRICS_TYPE
+from stream_mmrnn.viewers.dashboard.app import MAX_CLIENTS, METRICS_TYPE
+from stream_mmrnn.viewers.dashboard.connections import MAX_CONNECTIONS, MAX_WAITING
 from stream_mmrnn.viewers.dashboard.heads import HISTORY_POINTS
 from stream_mmrnn.viewers.dashboard.server import Dashboard
 from stream_mmrnn.viewers.dashboard.sound import BANDS, COLUMN_NS, COLUMNS, Spectrogram
@@ -404,10 +406,32 @@ def test_the_page_is_complete_and_loads_nothing_from_elsewhere(standing: Dashboa
     code, headers, body = ask(standing, "/")
     assert code == 200
     assert headers["content-type"].startswith("text/html")
-    assert "script-src 'sha256-" in headers["content-security-policy"]
-    assert b"http://" not in body
-    assert b"https://" not in body
+    assert "script-src 'self'; style-src 'self'" in headers["content-security-policy"]
+    assert "unsafe" not in headers["content-security-policy"]
+    assert b"<style" not in body
+    assert b"<script>" not in body
+    waiting, files = ["/main.js", "/page.css"], {"/": body}
+    while waiting:  # every module that a module imports is served, as a script
+        path = waiting.pop()
+        code, headers, files[path] = ask(standing, path)
+        assert (code, headers["x-content-type-options"]) == (200, "nosniff")
+        assert headers["content-type"].startswith("text/javascript" if path.endswith(".js") else "text/css")
+        found = ["/" + name for name in re.findall(r'from "\./(\w+\.js)"', files[path].decode())]
+        waiting += [name for name in found if name not in {*files, *waiting}]
+    assert len(files) > 5
+    for content in files.values():
+        assert b"http://" not in content
+        assert b"https://" not in content
     assert ask(standing, "/healthz")[::2] == (200, b"ok\n")
+
+
+def test_the_page_names_the_features_that_are_on() -> None:
+    board = Dashboard(features=("sensors", "controls"))
+    board.start()
+    try:
+        assert b'data-features="controls sensors"' in ask(board, "/")[2]
+    finally:
+        board.close()
 
 
 def test_picture(board: Dashboard) -> None:
@@ -485,7 +509,7 @@ def test_only_get(standing: Dashboard, method: str) -> None:
     assert (code, headers["allow"]) == (405, "GET")
 
 
-@pytest.mark.parametrize("path", ["/nothing", "/../server.py", "/page.html", "/events/"])
+@pytest.mark.parametrize("path", ["/nothing", "/../server.py", "/page.html", "/page/main.js", "/sensors", "/events/"])
 def test_unknown_paths(standing: Dashboard, path: str) -> None:
     assert ask(standing, path)[0] == 404
 
@@ -689,7 +713,7 @@ def test_a_connection_without_a_request_is_closed() -> None:
 
 
 def test_connections_beyond_the_limit_are_closed(board: Dashboard, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "MAX_CONNECTIONS", 3)
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 3)
     with ExitStack() as many:
         for _ in range(3):
             assert many.enter_context(Events(board)).head() == "HTTP/1.1 200 OK"
@@ -857,6 +881,8 @@ def test_a_browser_requests_only_new_columns(board: Dashboard) -> None:
 
 def test_the_page_says_whether_text_can_be_typed() -> None:
     live = LiveState()
+    assert live.typing()["why"] == "nothing is known of this session yet; wait a moment"
+    live.observe(status("engine", T0, state="ready"))
     assert "start it with --text page" in live.typing()["why"]
     live.observe(status("text", T0, state="starting", modality="text"))
     assert live.typing() == {"possible": False, "why": "the text source is starting"}

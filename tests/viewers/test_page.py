@@ -1,14 +1,13 @@
 """The live page in a real browser, Debian's Chromium, with real sessions in real processes.
 
-Screenshots are kept in test-results/page/. The screenshot of the documentation: `python tests/viewers/test_page.py
-FILE.png`.
+Screenshots are kept in test-results/page/. The screenshot of the documentation:
+`PYTHONPATH=tests/helpers python tests/viewers/test_page.py FILE.png`.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import sys
 import time
@@ -16,80 +15,22 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
+from chromium import Tab, address_of, needs_chromium, running_chromium
 from harness import Running, check_summary, recording_grows, run, verify
-from places import ROOT
 
 from stream_mmrnn.recording.mcap_file import Recording
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[dev]'")
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here: `make test` installs it as root"),
-    pytest.mark.process,
-]
-PICTURES = ROOT / "test-results" / "page"
-ARGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-TIMEOUT_MS = 30_000
+pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[dev]'")
+pytestmark = [needs_chromium, pytest.mark.process]
+SEEKING = "document.querySelector('[data-seeking]')"
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGS)
+    with running_chromium() as chromium:
         yield chromium
-        chromium.close()
-
-
-class Tab:
-    """An open page, with all hosts that it requested and all its console errors."""
-
-    def __init__(self, browser: Any, address: str, width: int = 1280, **more: Any) -> None:
-        self.address = address
-        self.context = browser.new_context(viewport={"width": width, "height": 900}, **more)
-        self.page = self.context.new_page()
-        self.page.set_default_timeout(TIMEOUT_MS)
-        self.hosts: set[str] = set()
-        self.complaints: list[str] = []
-        self.page.on("request", lambda r: self.hosts.add(urlsplit(r.url).netloc or urlsplit(r.url).scheme))
-        self.page.on("console", lambda m: m.type in ("error", "warning") and self.complaints.append(m.text))
-        self.page.on("pageerror", lambda e: self.complaints.append(str(e)))
-        self.page.add_init_script(
-            "addEventListener('securitypolicyviolation', e => console.error(`policy: ${e.violatedDirective}`))"
-        )
-        self.page.goto(address)
-        self.until("document.getElementById('k-tick').textContent !== '–'")
-
-    def until(self, condition: str) -> None:
-        # playwright's own wait_for_function needs eval in the page, which its policy forbids
-        deadline = time.monotonic() + TIMEOUT_MS / 1000
-        while not self.page.evaluate(condition):
-            assert time.monotonic() < deadline, f"timeout: {condition}"
-            self.page.wait_for_timeout(50)
-
-    def text(self, selector: str) -> str:
-        return str(self.page.text_content(selector)).strip()
-
-    def close(self) -> None:
-        self.context.close()
-        assert self.complaints == []
-        assert self.hosts <= {urlsplit(self.address).netloc, "data", "blob"}
-
-
-def address_of(running: Running) -> str:
-    line = running.wait_for(lambda: next((x for x in running.lines if x.startswith("dashboard: ")), ""), 60)
-    return str(line.removeprefix("dashboard: ").strip())
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +71,7 @@ def test_a_killed_worker_is_shown_until_it_runs_again(tab: Tab, live: Running) -
     print(f"a killed worker was on the page after {time.monotonic() - began:.2f} s")
     tab.until(
         "[...document.querySelectorAll('#t-processes tr')].some(r => /^microphone/.test(r.textContent) && "
-        "r.querySelector('.state').textContent === 'open')"
+        "r.querySelector('.state').textContent === 'working')"
     )
 
 
@@ -138,13 +79,16 @@ def test_the_page_works_by_keyboard(tab: Tab) -> None:
     page = tab.page
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
-    page.keyboard.press("Tab")
-    page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.id") == "pause"
+    tab.until("!document.getElementById('c-stop')?.hidden")
+    reached = []
+    while "pause" not in reached and len(reached) < 10:
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
+    assert reached == ["SUMMARY", "c-record", "c-stop", "theme", "pause"]
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     page.evaluate("document.activeElement.blur()")
     page.keyboard.press("Space")
-    tab.until("document.getElementById('link').textContent === 'paused'")
+    tab.until("document.getElementById('link').textContent === 'Paused'")
     assert page.get_attribute("#pause", "aria-pressed") == "true"
     held = tab.text("#k-tick")
     page.wait_for_timeout(500)
@@ -155,7 +99,7 @@ def test_the_page_works_by_keyboard(tab: Tab) -> None:
     assert page.evaluate("document.activeElement.id") == "line"
     page.keyboard.type("t a b")  # in the text box these are characters, not shortcuts
     assert page.input_value("#line") == "t a b"
-    assert tab.text("#link") == "live"
+    assert tab.text("#link") == "Live"
     page.fill("#line", "")
     page.keyboard.press("Escape")
     unnamed = page.evaluate(
@@ -186,14 +130,15 @@ def test_the_page_fits_and_has_no_layout_shift(browser: Any, live: Running, sche
     with closing(Tab(browser, address_of(live), width, color_scheme=scheme)) as tab:
         tab.until("document.querySelectorAll('.head-lane').length === 2 && !document.getElementById('picture').hidden")
         tab.page.evaluate(
-            "window.moved = 0; new PerformanceObserver(list => { for (const e of list.getEntries()) window.moved += "
-            "e.value; }).observe({type: 'layout-shift'})"
+            "window.moved = 0; window.what = []; new PerformanceObserver(list => { for (const e of list.getEntries()) "
+            "{ window.moved += e.value; window.what.push(...e.sources.map(x => x.node?.id || x.node?.className)); } })"
+            ".observe({type: 'layout-shift'})"
         )
         tab.page.wait_for_timeout(1500)
-        assert tab.page.evaluate("window.moved") < 0.01
+        assert tab.page.evaluate("window.moved") < 0.01, tab.page.evaluate("window.what")
         assert tab.page.evaluate("document.documentElement.scrollWidth") == width
-        PICTURES.mkdir(parents=True, exist_ok=True)
-        tab.page.screenshot(path=PICTURES / f"live-{scheme}-{width}.png", full_page=True)
+        tab.photograph(f"live-{scheme}-{width}")
+        assert tab.serious() == []
 
 
 def test_a_typed_line_becomes_a_text_event_and_is_recorded(browser: Any, model: Path, tmp_path: Path) -> None:
@@ -238,21 +183,20 @@ def test_a_replay_is_paused_and_scrubbed(browser: Any, model: Path, tmp_path: Pa
             position = "Number(document.getElementById('seek').value)"
             assert tab.page.is_disabled("#line")
             assert "this is a recording" in tab.text("#typing")
-            tab.until("document.getElementById('link').textContent === 'replay'")
+            tab.until("document.getElementById('link').textContent === 'Replay'")
             tab.page.keyboard.press("Space")
-            tab.until("document.getElementById('link').textContent === 'paused'")
+            tab.until("document.getElementById('link').textContent === 'Paused'")
             held = tab.page.evaluate(position)
             tab.page.wait_for_timeout(400)
             assert tab.page.evaluate(position) == held
             tab.page.keyboard.press("Shift+ArrowRight")
-            tab.until(f"!dragging && {position} >= Number(document.getElementById('seek').max) - .2")
-            PICTURES.mkdir(parents=True, exist_ok=True)
-            tab.page.screenshot(path=PICTURES / "replay-light-1280.png", full_page=True)
+            tab.until(f"!{SEEKING} && {position} >= Number(document.getElementById('seek').max) - .2")
+            tab.photograph("replay-light-1280")
             ticks = int(tab.text("#k-tick"))
             assert 50 < ticks <= summary["predictions"], "it counts from the session's start"
             for _ in range(3):
                 tab.page.keyboard.press("ArrowLeft")
-            tab.until(f"!dragging && Number(document.getElementById('k-tick').textContent) < {ticks}")
+            tab.until(f"!{SEEKING} && Number(document.getElementById('k-tick').textContent) < {ticks}")
             tab.page.keyboard.press("Space")
             tab.until("document.getElementById('replay-note').textContent.startsWith('the end')")
         # without a browser the replay ends; its last pass gave the recorded predictions, bit for bit
@@ -262,19 +206,20 @@ def test_a_replay_is_paused_and_scrubbed(browser: Any, model: Path, tmp_path: Pa
 
 def main(path: Path) -> None:
     """Take a screenshot after half a minute of a live session, with a typed line and a label."""
-    with sync_api.sync_playwright() as playwright, closing(Running("--source", "synthetic")) as session:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGS)
-        with closing(Tab(chromium, address_of(session), device_scale_factor=1.5)) as tab:
-            tab.page.wait_for_timeout(24_000)
-            tab.page.fill("#label", "listening")
-            tab.page.keyboard.press("Enter")
-            tab.page.wait_for_timeout(6_000)
-            tab.page.fill("#line", "and what do you think")
-            tab.page.keyboard.press("Enter")
-            tab.page.wait_for_timeout(700)
-            tab.page.evaluate("document.activeElement.blur()")
-            tab.page.screenshot(path=path, full_page=True)
-        chromium.close()
+    with (
+        running_chromium() as chromium,
+        closing(Running("--source", "synthetic")) as session,
+        closing(Tab(chromium, address_of(session), device_scale_factor=1.5)) as tab,
+    ):
+        tab.page.wait_for_timeout(24_000)
+        tab.page.fill("#label", "listening")
+        tab.page.keyboard.press("Enter")
+        tab.page.wait_for_timeout(6_000)
+        tab.page.fill("#line", "and what do you think")
+        tab.page.keyboard.press("Enter")
+        tab.page.wait_for_timeout(700)
+        tab.page.evaluate("document.activeElement.blur()")
+        tab.page.screenshot(path=path, full_page=True)
 
 
 if __name__ == "__main__":

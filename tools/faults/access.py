@@ -35,8 +35,8 @@ NOT_PROMISED = (
     ),
     "A key that may write may publish anything, the end of the session included: give it only to your own programs.",
     (
-        "The page speaks plain HTTP: beyond loopback its token can be read on the way. Put it behind a proxy with TLS "
-        "or an SSH tunnel where the network is not yours."
+        "Without dashboard.cert and dashboard.key the page speaks plain HTTP: beyond loopback its token can be read on "
+        "the way. Name both, or use an SSH tunnel, where the network is not yours."
     ),
     (
         "A recording without raw streams holds no words, pictures or sound, but vectors made from them, from which "

@@ -15,7 +15,7 @@ from stream_mmrnn.core import plugins
 from stream_mmrnn.core.config import Settings
 from stream_mmrnn.core.errors import SourceSpecError
 from stream_mmrnn.core.stream_table import stream_table
-from stream_mmrnn.core.streams import SELF, SOURCE_KINDS, Kind, Stream, with_one_value
+from stream_mmrnn.core.streams import SELF, SOURCE_KINDS, Kind, Stream, is_sensor, with_one_value
 from stream_mmrnn.core.topics import AUDIO_RATE_HZ
 from stream_mmrnn.core.types import Sample
 
@@ -69,7 +69,12 @@ def check(spec: str, name: str, kind: Kind, person: str = SELF, settings: Settin
             return
         known = [*(source for source, kinds in SOURCE_KINDS.items() if kind in kinds), *plugins.names("sources")]
         raise SourceSpecError(f"{spec!r} is no source of {name}; use one of {', '.join(known)}")
-    if what == "page" and person != SELF:
+    if what == "page" and rest:
+        raise SourceSpecError(f"{spec!r} of {name}: page takes no argument; the browser chooses the device")
+    if is_sensor(spec, kind):
+        if settings is not None and not settings.dashboard.enabled:
+            raise SourceSpecError(f"{name} comes from the page, and this session has none; leave out --no-dashboard")
+    elif what == "page" and person != SELF:
         raise SourceSpecError(f"text typed on the page is the first person's, not {name}; use text = 'page'")
     if what in ("tcp", "zmq") and not (rest.isdigit() and int(rest) < 65536):
         raise SourceSpecError(f"{spec!r} needs a port on this machine, such as {what}:5555")
@@ -104,7 +109,11 @@ def check_all(streams: Iterable[Stream], settings: Settings | None = None) -> No
         check(row.source, row.name, row.kind, row.person, settings)
         if row.channel and (split(row.source)[0], row.kind) != ("file", "audio"):
             raise SourceSpecError(f"`streams.{row.name}.channel` is of sound from `file:`; leave it out of this stream")
-    lines = (row for row in rows if split(row.source)[0] in _LINES and split(row.source)[1] != "0")
+    lines = (
+        row
+        for row in rows
+        if split(row.source)[0] in _LINES and split(row.source)[1] != "0" and not is_sensor(row.source, row.kind)
+    )
     both = with_one_value(lines, lambda row: row.source)
     if both is not None:
         raise SourceSpecError(
@@ -145,10 +154,10 @@ def create_source(
     """The source of a stream, not yet open; imports only what that source needs.
 
     `paced`: files and the synthetic source give each sample at its time; else as fast as they are read. `address`: of
-    the session's bus, which `from:STREAM` and `push` read.
+    the session's bus, which `from:STREAM`, `push` and a browser's sensors read.
     """
     what, rest = split(stream.source)
-    if what in ("from", "push"):
+    if what in ("from", "push") or is_sensor(stream.source, stream.kind):
         from stream_mmrnn.capture.sources import bus_source
 
         if address is None:

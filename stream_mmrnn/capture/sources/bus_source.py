@@ -1,4 +1,5 @@
-"""Sources that read the bus: the samples of another stream (`from:STREAM`), or what programs push (`push`).
+"""Sources that read the bus: the samples of another stream (`from:STREAM`), what programs push (`push`), or what the
+camera and the microphone of a browser give (`page`).
 
 Their worker subscribes before the session begins, so that no sample is missed.
 """
@@ -28,6 +29,8 @@ _POLL_MS = 50
 _LAST_NS = 300_000_000
 """The last samples of a stream that has ended may arrive this long after its status."""
 _MAX_SENDERS = 64
+_FIRST_STATUS_NS = 600_000_000
+"""A status comes twice a second."""
 
 
 class BusSource(ABC):
@@ -75,7 +78,10 @@ class BusSource(ABC):
         """The samples that are still held back at the end."""
         return []
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 every source has it
+        """Nothing has to be closed: the subscription stays until `disconnect`, so that it can be opened again."""
+
+    def disconnect(self) -> None:
         """End the subscription."""
         if self._subscriber is not None:
             self._subscriber.close()
@@ -158,7 +164,7 @@ class PushSource(BusSource):
         event_ns, data = envelope.event_ns, message.data
         if self._kind == "audio":
             sound, held_s = self._sound(envelope.origin, message)
-            return Sample(event_ns - round(held_s * 1e9), now_ns(), sound)
+            return Sample(event_ns - round(held_s * 1e9), now_ns(), sound, envelope.device_ns)
         if self._kind == "signal":
             if len(data) % 4:
                 raise WireError(f"pushed numbers are float32, and these are {len(data)} bytes")
@@ -171,7 +177,7 @@ class PushSource(BusSource):
                 raise WireError(f"a pushed text is UTF-8: {e}") from e
             if len(data) > self._max_line or b"\n" in data:
                 raise WireError(f"a pushed text is one line of at most {self._max_line} bytes")
-        return Sample(event_ns, now_ns(), data)
+        return Sample(event_ns, now_ns(), data, envelope.device_ns)
 
     def _sound(self, sender: str, message: wire.PushMessage) -> tuple[Int16Array, float]:
         """Mono sound at 16 kHz, and how many seconds the resampler holds back."""
@@ -190,8 +196,62 @@ class PushSource(BusSource):
         return resampler.feed(sound), resampler.held_s
 
 
+class PageSource(PushSource):
+    """A browser's camera or microphone, whose samples the page's process forwards; missing while no browser gives it.
+
+    That process stamps the samples with the local clock, and says in its status why there are none.
+    """
+
+    _STATUS = topics.STATUS + "dashboard"
+
+    def __init__(self, stream: Stream, settings: Settings, address: Address) -> None:
+        super().__init__(stream, settings, address)
+        self.origin = "page"
+        self._wanted.append(self._STATUS)
+        self._name = stream.name
+        self._why: str | None = None
+        """Why no browser gives it; "" if one does, None while that is unknown."""
+
+    def open(self) -> None:
+        """Check that a browser gives it; raises SourceError with the reason why not."""
+        super().open()
+        assert self._subscriber is not None
+        until_ns = now_ns() + _FIRST_STATUS_NS
+        # what comes after the message that says that one does is for `samples`
+        while self._why != "":
+            envelope = self._subscriber.receive(_POLL_MS if self._why is None else 0)
+            if envelope is not None and envelope.topic == self._STATUS:
+                self._read_status(envelope)
+            elif self._why is None and now_ns() > until_ns:
+                raise SourceError("the page has not started; its process is looked for again")
+            elif self._why and envelope is None:
+                raise SourceError(self._why)
+
+    def _read(self, envelope: Envelope) -> list[Sample]:
+        if envelope.topic != self._STATUS:
+            return super()._read(envelope)
+        self._read_status(envelope)
+        if self._why:
+            raise SourceError(self._why)
+        return []
+
+    def _read_status(self, envelope: Envelope) -> None:
+        try:
+            status = wire.unpack(envelope.payload, wire.StatusMessage)
+        except WireError:
+            return
+        if status.state in ("restarting", "failed"):
+            self._why = f"the page's process {status.reason}; a browser that shows the page connects to it again"
+            return
+        sensors = status.detail.get("sensors")
+        about = sensors.get(self._name) if isinstance(sensors, dict) else None
+        if isinstance(about, dict):
+            self._why = str(about.get("why", ""))
+            self.info |= {key: count for key, count in about.items() if isinstance(count, int)}
+
+
 def create(stream: Stream, table: dict[str, Stream], settings: Settings, address: Address) -> BusSource:
     """The source of a stream that reads the bus, not yet connected."""
     if stream.parent:
         return DerivedSource(stream, table[stream.parent], settings, address)
-    return PushSource(stream, settings, address)
+    return (PageSource if stream.source == "page" else PushSource)(stream, settings, address)

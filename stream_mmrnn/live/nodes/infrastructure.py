@@ -16,7 +16,7 @@ from stream_mmrnn.bus import Authenticator, JournalSocket, Publisher, run_broker
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import WireError
-from stream_mmrnn.live.journal import Ask, Journal, Keep, read_request
+from stream_mmrnn.live.journal import Ask, Journal, Keep, Newest, read_request
 from stream_mmrnn.live.nodes.process import Context, Node, Reporter
 
 _JOURNAL_MS = 50
@@ -155,6 +155,8 @@ class JournalNode(Node):
             return
         if isinstance(message, Keep):
             self.journal.save(message)
+        elif isinstance(message, Newest):
+            self.tap.answer(sender, msgspec.msgpack.encode(self.journal.newest()))
         else:
             self._asked = (sender, message, now_ns() + _ANSWER_NS)
 

@@ -63,11 +63,14 @@ class Context:
         epoch: Synchronized[int],
         restarts: int = 0,
         stream: str = "",
+        late: bool = False,
     ) -> None:
         self.name, self.settings, self.address = name, settings, address
         self.ready, self.stop, self.epoch, self.restarts = ready, stop, epoch, restarts
         self.stream = stream
         """Of a worker: the stream that it captures."""
+        self.late = late
+        """Of a recorder: whether it was started in the middle of the session."""
         self.note = ""
         """A warning about this process that its first status carries."""
         self.stdin: Any = None

@@ -6,11 +6,13 @@ import contextlib
 import hashlib
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from stream_mmrnn.bus import JournalClient
 from stream_mmrnn.core import config, topics, wire
 from stream_mmrnn.core.clock import WallClock, now_ns
 from stream_mmrnn.core.dedup import TickDeduplicator
@@ -18,14 +20,20 @@ from stream_mmrnn.core.errors import StreamError, WireError
 from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.core.wire import encodable
+from stream_mmrnn.live.checkpoint import newest
+from stream_mmrnn.live.late_recording import LateBeginning
 from stream_mmrnn.live.nodes.process import Context, Node, wait_for_clock
 from stream_mmrnn.recording.append_file import part
 from stream_mmrnn.recording.mcap_file import Recording
+from stream_mmrnn.recording.mcap_format import LATE
 from stream_mmrnn.recording.recorder import Recorder
 from stream_mmrnn.recording.write_queue import WriteQueue
 
 _CLOSE_S = 0.4
 """How long the end waits for the disk; the supervisor waits a little longer."""
+_CHECKPOINT_NS = 4_000_000_000
+"""How long a recording that begins in the middle of a session waits for a checkpoint of the engine."""
+_ASK_NS, _ANSWER_MS = 250_000_000, 200
 _MAX_STATUSES = 64
 """Processes whose last status a recording keeps."""
 
@@ -42,6 +50,8 @@ class RecorderNode(Node):
         self.statuses: dict[str, Any] = {}
         self.deduplicator = TickDeduplicator()
         """An engine that was restarted publishes again what is in the file already."""
+        self.late = context.late and not context.restarts
+        """Whether it begins in the middle of the session."""
         self.wall = WallClock()
         self._trouble = ""
         self._finished: bool | None = None
@@ -58,6 +68,7 @@ class RecorderNode(Node):
             settings.session.name,
             {
                 "part": str(restarts + 1),
+                **({LATE: "true"} if self.context.late else {}),
                 "raw": str(settings.record.raw).lower(),
                 "slots": str(settings.engine.slots),
                 "model": encodable(settings.engine.model),
@@ -74,7 +85,7 @@ class RecorderNode(Node):
             int(settings.record.queue_mb * 1e6),
             settings.record.policy,
             settings.record.fsync_ms,
-            later_part=restarts > 0,
+            later_part=restarts > 0 or self.late,
         )
         self.reporter.counts = lambda: {
             **self.write_queue.counts,
@@ -101,8 +112,11 @@ class RecorderNode(Node):
     def _record(self) -> str:
         """Until the end of the session; how it ended, for the file."""
         opened = self.context.restarts > 0
+        waiting: deque[Envelope] = deque()
+        if self.late:
+            waiting.extend(self._beginning())
         while self.context.alive():
-            envelope = self.subscriber.receive(50)
+            envelope = waiting.popleft() if waiting else self.subscriber.receive(50)
             self._watch(now_ns())
             if envelope is None:
                 continue
@@ -115,6 +129,30 @@ class RecorderNode(Node):
                 if opened and not self._repeated(envelope):
                     self._put(envelope)
         return "the recorder was ended before the session"
+
+    def _beginning(self) -> list[Envelope]:
+        """What a recording that begins in the middle of the session starts with; what comes meanwhile is kept."""
+        start, caller = LateBeginning(self.file.session), None
+        if self.settings.state.snapshot_every:
+            caller = JournalClient(self.context.address)
+        until_ns, ask_ns, control = now_ns() + _CHECKPOINT_NS, 0, False
+        found: list[Envelope] | None = None
+        while found is None and now_ns() < until_ns and not control and self.context.alive():
+            envelope = self.subscriber.receive(50)
+            self._watch(now_ns())
+            if envelope is not None and envelope.topic.startswith(topics.STATUS):
+                self._keep_status(envelope)
+            elif envelope is not None:
+                start.add(envelope)
+                control = envelope.topic == topics.CONTROL
+            if caller is None and len(start):
+                break
+            if caller is not None and len(start) and now_ns() >= ask_ns:
+                ask_ns = now_ns() + _ASK_NS
+                found = start.at(newest(caller, self.file.session, _ANSWER_MS))
+        if caller is not None:
+            caller.close()
+        return start.without_state() if found is None else found
 
     def _watch(self, at_ns: int) -> None:
         """Report what a person should know: a wall clock that was set, a disk that takes nothing."""

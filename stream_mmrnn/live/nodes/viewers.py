@@ -5,6 +5,7 @@ Each reads the bus through a queue that drops the oldest message, so a slow view
 
 from __future__ import annotations
 
+import multiprocessing
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,16 +22,17 @@ from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.core.prediction_decoder import PredictionDecoder
 from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.streams import text_topics
-from stream_mmrnn.core.types import Envelope
+from stream_mmrnn.core.types import Envelope, Sample
 from stream_mmrnn.live.nodes.process import Context, Node, wait_for_clock
+from stream_mmrnn.viewers.dashboard.sensors import Reading, Sensors, sensor_specs
 
 if TYPE_CHECKING:
     from stream_mmrnn.viewers.lsl_outlet import Outlet
 
 _MAX_PUSHED = 256
 """Samples of WebSocket clients that wait for the bus."""
-_MAX_TYPED = 64
-"""Lines typed on the page that wait for the bus."""
+_FLUSH_S = 0.3
+"""How long the last state of a session has to reach the browsers."""
 _PAGE_PERIOD_NS = 100_000_000
 """How often the page gets a new state."""
 
@@ -69,8 +71,13 @@ class DashboardNode(_ViewerNode):
     def __init__(self, context: Context) -> None:
         from stream_mmrnn.bus import keys as keys
         from stream_mmrnn.bus.prediction_reader import PredictionReader
+        from stream_mmrnn.bus.registry import began
+        from stream_mmrnn.viewers.dashboard.controls import Controls
+        from stream_mmrnn.viewers.dashboard.hub import Hub
+        from stream_mmrnn.viewers.dashboard.raw_streams import RawStreams
         from stream_mmrnn.viewers.dashboard.server import Dashboard
         from stream_mmrnn.viewers.dashboard.state import LiveState
+        from stream_mmrnn.viewers.dashboard.typed_lines import TypedLines
         from stream_mmrnn.viewers.prometheus import Metrics
 
         table = stream_table(context.settings)
@@ -80,62 +87,70 @@ class DashboardNode(_ViewerNode):
         )
         decoder = PredictionDecoder()  # shared, so that each prediction is decoded once
         self.view = LiveState(decoder, table)
-        self.raw_streams = _RawStreams(context, [t for t in (self.view.picture_topic, self.view.sound_topic) if t])
+        raw = [t for t in (self.view.picture_topic, self.view.sound_topic) if t]
+        self.raw_streams = RawStreams(context.address, self.settings.bus.view_queue, raw)
         self.reading = PredictionReader(decoder=decoder)
         self.metrics = Metrics(decoder)
-        self._typed: deque[bytes] = deque()
-        self._pushed: deque[tuple[str, int, bytes]] = deque()
-        """Topic, time and content of samples that WebSocket clients have pushed."""
+        self.typed = TypedLines(self.view, self.settings.text.max_line_bytes)
+        self._pushed: deque[tuple[str, Sample]] = deque()
+        """Samples of WebSocket clients, as messages for a topic."""
         self._push_streams = {name for name, row in table.items() if row.source == "push"}
+        self.sensors = Sensors(sensor_specs(table.values(), self.settings), self._take_reading)
+        self._said: list[str] = []
+        """Why browsers give no streams, as it was reported."""
         self._explained: Any = None
         self._started = False
         self._next_ns = 0
+        self._ops: deque[Any] = deque(maxlen=16)
+        """What was asked of the supervisor on the page."""
+        supervisor = multiprocessing.parent_process()
+        pid = supervisor.pid if supervisor is not None and supervisor.pid else 0
+        self.controls = Controls(self.settings.page, own=(f"{pid}-{began(pid) or 0}", self._ops.append))
+        self.controls.observe_own(self.view)
         page = self.settings.dashboard
         token = keys.token(Path(page.token_file))[0] if page.token_file else ""
         self.page = Dashboard(
             page.host,
             page.port,
             token=token,
-            posts={"/text": self._take_line},
+            posts={"/text": self.typed.take, **self.controls.posts},
             metrics=lambda: self.metrics.text(now_ns()),
             ready=lambda: self.metrics.why_not_ready(now_ns()),
             push=self._take_sample,
+            features=("controls", "sensors") if self.sensors.names else ("controls",),
+            sensors=self.sensors if self.sensors.names else None,
+            cert=page.cert,
+            key=page.key,
+            views=lambda key: self.controls.hub.view(key),
         )
+        self.controls.hub = Hub(self.page.show, self.controls.state, self.settings.text.max_line_bytes)
         self.reporter.counts = lambda: {
             **_totals(self.subscriber.tally(), self.raw_streams.tally()),
             "denied": sum(self.page.access.denied.values()),
+            **(self.sensors.losses() if self.sensors.names else {}),
         }
-        self.reporter.detail = lambda: {"address": self.page.address, "denied": dict(self.page.access.denied)}
+        self.reporter.detail = lambda: {
+            "address": self.page.address,
+            "denied": dict(self.page.access.denied),
+            "sensors": self.sensors.status(),
+        }
 
     def run(self) -> None:
         self.ready()
         for envelope in self.follow():
             self._start_page()
-            self._publish_typed()
+            self.typed.publish(self.publisher, self.settings.session.name)
+            self._report_sensors()
             self._publish_pushed()
+            self._publish_ops()
             if envelope is not None:
                 self._observe(envelope)
             self._observe_raw()
             self._update_page()
-        self.page.close()
+        self._end_page()
+        self.controls.hub.close()
         self.raw_streams.close()
         self.close()
-
-    def _take_line(self, body: bytes) -> str:
-        """Queue a line that was typed on the page; why not, or "". Runs in the server's thread, which has no socket."""
-        if why := self.view.typing()["why"]:
-            return str(why)
-        most = self.settings.text.max_line_bytes
-        try:
-            line = msgspec.json.decode(body, type=str).strip().encode()
-        except (msgspec.MsgspecError, UnicodeError):
-            return "a line is a JSON string"
-        if not line or len(line) > most:
-            return f"a line has 1 to {most} bytes, this one has {len(line)}"
-        if len(self._typed) >= _MAX_TYPED:
-            return "more was typed than could be sent; wait a moment"
-        self._typed.append(line)
-        return ""
 
     def _take_sample(self, stream: str, content: bytes, query: str) -> str:
         """Queue a sample of a WebSocket client; why not, or "". Runs in the server's thread, which has no socket."""
@@ -147,26 +162,49 @@ class DashboardNode(_ViewerNode):
         if len(self._pushed) >= _MAX_PUSHED:
             return "more was pushed than could be sent; send no faster than the samples are made"
         if content:
-            message = wire.pack_push(wire.PushMessage(content, int(rate)))
-            self._pushed.append((topics.push(stream), now_ns(), message))
+            at_ns = now_ns()
+            self._push(stream, Sample(at_ns, at_ns, content), int(rate))
         return ""
 
+    def _take_reading(self, reading: Reading) -> bool:
+        """Queue a sample of a browser's sensor; whether there was room. Runs in the server's thread, too."""
+        if len(self._pushed) >= _MAX_PUSHED:
+            return False
+        self._push(reading.stream, reading.sample, reading.rate_hz)
+        return True
+
+    def _push(self, stream: str, sample: Sample, rate_hz: int) -> None:
+        message = wire.pack_push(wire.PushMessage(bytes(sample.data), rate_hz))
+        self._pushed.append((topics.push(stream), msgspec.structs.replace(sample, data=message)))
+
     def _publish_pushed(self) -> None:
+        session = self.settings.session.name
         while self._pushed:
-            topic, at_ns, message = self._pushed.popleft()
-            self.publisher.publish(topic, self.settings.session.name, at_ns, at_ns, message, "page")
+            topic, sample = self._pushed.popleft()
+            self.publisher.publish(
+                topic, session, sample.event_ns, sample.capture_ns, sample.data, "page", sample.device_ns
+            )
+
+    def _report_sensors(self) -> None:
+        """Tell the workers at once when a browser begins or ends to give a stream: they read the status."""
+        if not self.sensors.names:
+            return
+        said = [about["why"] for about in self.sensors.status().values()]
+        if said != self._said:
+            self._said = said
+            self.reporter.report("ready")
+
+    def _publish_ops(self) -> None:
+        while self._ops:
+            at_ns, request = now_ns(), wire.pack(wire.RequestMessage(self._ops.popleft()))
+            self.publisher.publish(topics.REQUEST, self.settings.session.name, at_ns, at_ns, request, "page")
 
     def _start_page(self) -> None:
         if self.context.epoch.value and not self._started:
             self._started = True
+            self.controls.hub.start()
+            self.view.began_ns = self.context.epoch.value
             self.page.start()  # not before: its imports would take the cores from processes that still start
-
-    def _publish_typed(self) -> None:
-        while self._typed:
-            at_ns = now_ns()
-            self.publisher.publish(
-                topics.TYPED, self.settings.session.name, at_ns, at_ns, self._typed.popleft(), "page"
-            )
 
     def _observe(self, envelope: Envelope) -> None:
         from stream_mmrnn.bus.prediction_reader import document
@@ -195,7 +233,19 @@ class DashboardNode(_ViewerNode):
         elif now_ns() >= self._next_ns:
             self._next_ns = now_ns() + _PAGE_PERIOD_NS
             self.page.sound(self.view.sound.first, self.view.sound.columns)
-            self.page.update(self.view.snapshot(now_ns()))
+            self.page.update(self._state())
+
+    def _state(self) -> dict[str, Any]:
+        return {**self.view.snapshot(now_ns()), **self.controls.state("", self.view)}
+
+    def _end_page(self) -> None:
+        """Tell the browsers that this is the end and not a lost connection, then close."""
+        if self.page.clients and self.context.stop.is_set():
+            while (envelope := self.subscriber.receive(0)) is not None:
+                self.view.observe(envelope)
+            self.page.update({**self._state(), "ended": self.view.ending()})
+            self.page.flush(_FLUSH_S)
+        self.page.close()
 
 
 class TracerNode(_ViewerNode):
@@ -308,47 +358,6 @@ class LslNode(_ViewerNode):
         prediction = wire.unpack(envelope.payload, wire.PredictionMessage)
         if self.deduplicator.first(envelope.session, prediction.tick):
             self.outlet.push(prediction)
-
-
-class _RawStreams:
-    """Pictures and sound for the page: subscribed only while a browser is connected."""
-
-    def __init__(self, context: Context, wanted: list[str]) -> None:
-        self.wanted = wanted
-        self._address, self._queue = context.address, context.settings.bus.view_queue
-        self._subscriber: Subscriber | None = None
-        self._before: dict[str, dict[str, int]] = {}
-
-    def read(self, connected: bool) -> Iterator[Envelope]:
-        """The messages that have come, without waiting; none while no browser is connected."""
-        if not connected or not self.wanted:
-            self.close()
-            return
-        if self._subscriber is None:
-            self._subscriber = Subscriber(self._address, self.wanted, self._queue, "drop_oldest", midway=True)
-        for _ in range(self._queue):
-            envelope = self._subscriber.receive(0)
-            if envelope is None:
-                return
-            yield envelope
-
-    def tally(self) -> dict[str, dict[str, int]]:
-        """As `Subscriber.tally`, over all connections."""
-        found = {topic: dict(counts) for topic, counts in self._before.items()}
-        for topic, counts in (self._subscriber.tally() if self._subscriber else {}).items():
-            before = found.setdefault(topic, {})
-            for name, count in counts.items():
-                before[name] = before.get(name, 0) + count
-        return found
-
-    def close(self) -> None:
-        if self._subscriber is None:
-            return
-        while self._subscriber.receive(0) is not None:
-            pass  # count what waits as delivered
-        self._before = self.tally()
-        self._subscriber.close()
-        self._subscriber = None
 
 
 def _totals(*tallies: dict[str, dict[str, int]]) -> dict[str, int]:

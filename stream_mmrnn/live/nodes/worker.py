@@ -83,6 +83,8 @@ class WorkerNode(Node):
                 self.context.stop.wait(self.settings.supervisor.reopen_s)
             finally:
                 self.source.close()
+        if isinstance(self.source, BusSource):
+            self.source.disconnect()
         self.reporter.report(final, reason)
         self.publisher.close()
 
@@ -178,7 +180,7 @@ class WorkerNode(Node):
 
     def _start_typing(self, pump: Pump) -> threading.Thread | None:
         """Lines typed on the live page join the lines of the source, in a thread of their own."""
-        if not self.labels or not self.settings.dashboard.enabled:
+        if not self.labels:
             return None
         thread = threading.Thread(target=self._join_typed, args=(pump,), name="typed", daemon=True)
         thread.start()

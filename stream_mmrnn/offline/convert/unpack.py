@@ -39,7 +39,7 @@ class Contents(msgspec.Struct):
 
     counts: dict[str, int]
     zero_ns: int
-    """The earliest time that any message covers."""
+    """The earliest time that any message covers; labels, which may be given afterwards, do not count."""
     end_ns: int
     columns: list[Column]
     damage: str
@@ -48,16 +48,16 @@ class Contents(msgspec.Struct):
     """Those that a tick may have had."""
 
 
-def inspect(path: Path) -> Contents:
-    """Read a recording once; raises FileError if it is none."""
-    recording = Recording(path)
+def inspect(path: Path, labels_beside: bool = True) -> Contents:
+    """Read a recording once, with or without the labels beside it; raises FileError if it is none."""
+    recording = Recording(path, labels_beside)
     table = streams_of(recording.metadata)
     counts: dict[str, int] = {}
     zero_ns = end_ns = None
     first: wire.PredictionMessage | None = None
     for e in recording.envelopes():
         counts[e.topic] = counts.get(e.topic, 0) + 1
-        if e.topic == topics.CLOCK:
+        if e.topic in (topics.CLOCK, topics.LABEL):
             continue
         begin_ns = e.event_ns
         kind = table[topics.stream_of(e.topic)].kind if topics.stream_of(e.topic) in table else None
@@ -98,7 +98,10 @@ class _Rows:
     def words(self, e: Envelope) -> Row | None:
         modality = topics.stream_of(e.topic)
         text = bytes(e.payload).decode("utf-8", "replace")
-        return [*self._when(e.event_ns), *([modality] if modality else []), text]
+        return [*self._when(e.event_ns), modality, text]
+
+    def labels(self, e: Envelope) -> Row | None:
+        return [*self._when(e.event_ns), bytes(e.payload).decode("utf-8", "replace"), topics.tier_of(e.origin)]
 
     def ticks(self, e: Envelope) -> Row | None:
         tick = self._old_tick(e) if e.topic == topics.TICK else self._prediction(e)
@@ -172,7 +175,7 @@ def _plan(formats: Sequence[str], seen: Contents, rows: _Rows, codec: Codec) -> 
     if "csv" in formats and any(map(has, words)):
         yield Planned("text.csv", words, partial(Csv, names=[*_WHEN, "modality", "text"], row=rows.words))
     if "csv" in formats and has(topics.LABEL):
-        yield Planned("labels.csv", (topics.LABEL,), partial(Csv, names=[*_WHEN, "label"], row=rows.words))
+        yield Planned("labels.csv", (topics.LABEL,), partial(Csv, names=[*_WHEN, "label", "tier"], row=rows.labels))
     if "csv" in formats and has(topics.PREDICTION):
         yield Planned("predictions.csv", (topics.PREDICTION,), partial(Csv, names=names, row=rows.predictions))
 

@@ -6,6 +6,7 @@ settings as live, so a model is trained on what it will be served.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from stream_mmrnn.core.types import FloatArray, ModalitySpec
 from stream_mmrnn.predict.align import Aligner
 from stream_mmrnn.predict.align_columns import ColumnAligner
 from stream_mmrnn.predict.columns import seconds
+from stream_mmrnn.recording.label_file import NOTHING
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.recording.settings import settings_of
 from stream_mmrnn.training.data import Array, Task, Ticks, cut
@@ -38,8 +40,6 @@ WARM_UP = 10
 """How much of the ticks before a held-out forecast the model sees first, in lengths of its training chunks."""
 LEAST_STEPS = 30
 """Steps of an epoch: short recordings are read so often, cut at other places."""
-NOTHING = ("", "none")
-"""Labels that mean: no label."""
 
 
 class TypedEvents:
@@ -50,9 +50,14 @@ class TypedEvents:
 
     def __init__(self, recording: Recording) -> None:
         self.columns = columns_of(recording)
-        self.labels: list[tuple[int, str]] = []
-        """By time."""
+        self.tiers: dict[str, list[tuple[int, str]]] = {topics.LABEL: []}
+        """By tier the labels by time; the first tier is that of typed ones."""
         self._texts: list[Integers] = []
+
+    @property
+    def labels(self) -> list[tuple[int, str]]:
+        """Those of the tier of typed ones, by time."""
+        return self.tiers[topics.LABEL]
 
     @classmethod
     def of(cls, recording: Recording) -> TypedEvents:
@@ -69,8 +74,8 @@ class TypedEvents:
                 self._texts.append(channel.event_ns)
         for _, e in messages.others:
             if e.topic == topics.LABEL:
-                self.labels.append((e.event_ns, bytes(e.payload).decode("utf-8", "replace")))
-                self.labels.sort()
+                tier = self.tiers.setdefault(topics.tier_of(e.origin), [])
+                insort(tier, (e.event_ns, bytes(e.payload).decode("utf-8", "replace")))
             elif e.topic == topics.feature("text"):
                 self._texts.append(np.array([e.event_ns], np.int64))
 
@@ -79,10 +84,11 @@ class TypedEvents:
         """The words' times, ascending."""
         return np.sort(np.concatenate([np.zeros(0, np.int64), *self._texts]))
 
-    def labels_at(self, event_ns: Integers) -> list[str]:
-        """The label at each time: the last one typed before it."""
-        held = ["", *("" if name in NOTHING else name for _, name in self.labels)]
-        times = np.array([at_ns for at_ns, _ in self.labels], np.int64)
+    def labels_at(self, event_ns: Integers, tier: str) -> list[str]:
+        """A tier's label at each time: the last one given before it."""
+        labels = self.tiers.get(tier, [])
+        held = ["", *("" if name in NOTHING else name for _, name in labels)]
+        times = np.array([at_ns for at_ns, _ in labels], np.int64)
         return [held[i] for i in np.searchsorted(times, event_ns, "right").tolist()]
 
 
@@ -153,17 +159,24 @@ def sequence(path: Path, recipe: Recipe, specs: Sequence[ModalitySpec]) -> Ticks
             made, weights[head.name] = forecast.targets(head, ticks.indices, ticks.features, present, columns, recipe)
             targets |= made
             continue
+        kind, _, tier = source.partition("/")
+        if kind == topics.LABEL and tier:
+            targets[head.name], weights[head.name] = _label(head, ticks, recipe, tier)
+            continue
         if source not in _TARGETS:
             raise ConfigError(
-                f"data.options.targets.{head.name} is {source!r}; use one of {', '.join([*_TARGETS, FORECAST])}"
+                f"data.options.targets.{head.name} is {source!r}; use one of "
+                f"{', '.join([*_TARGETS, 'label/TIER', FORECAST])}"
             )
         targets[head.name], weights[head.name] = _TARGETS[source](head, ticks, recipe)
     return Ticks(ticks.features, present, ticks.age_s, targets, weights, path.name)
 
 
-def _label(head: HeadRecipe, ticks: RecordedTicks, recipe: Recipe) -> tuple[Array, FloatArray]:
+def _label(
+    head: HeadRecipe, ticks: RecordedTicks, recipe: Recipe, tier: str = topics.LABEL
+) -> tuple[Array, FloatArray]:
     """The class at the tick's end, or later by the end of the head's first horizon."""
-    return classes_at(head.labels, ahead_ns_of(head.horizons_s), ticks.event_ns, ticks.events)
+    return classes_at(head.labels, ahead_ns_of(head.horizons_s), ticks.event_ns, ticks.events, tier)
 
 
 def ahead_ns_of(horizons_s: Sequence[tuple[float, float]]) -> int:
@@ -172,12 +185,12 @@ def ahead_ns_of(horizons_s: Sequence[tuple[float, float]]) -> int:
 
 
 def classes_at(
-    labels: Sequence[str], ahead_ns: int, event_ns: Integers, events: TypedEvents
+    labels: Sequence[str], ahead_ns: int, event_ns: Integers, events: TypedEvents, tier: str = topics.LABEL
 ) -> tuple[Array, FloatArray]:
     """For the ends of T ticks: the class [T] at `ahead_ns` later, and whether it is known [T] (1 or 0)."""
     classes = {name: i for i, name in enumerate(labels)}
     at_ns = event_ns + ahead_ns
-    held = [classes.get(name, -1) for name in events.labels_at(at_ns)]
+    held = [classes.get(name, -1) for name in events.labels_at(at_ns, tier)]
     found = np.array(held, np.int64)
     known = (found >= 0) & (at_ns <= event_ns[-1])
     return np.maximum(found, 0), known.astype(np.float32)

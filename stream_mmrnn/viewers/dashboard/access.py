@@ -36,8 +36,10 @@ class Refusal(NamedTuple):
 class Access:
     """Checks requests to a page that is bound to `host`; `names`: other names of this machine."""
 
-    def __init__(self, host: str, token: str = "", names: Collection[str] = ()) -> None:
-        """Raises ConfigError if other machines can reach the host and there is no token."""
+    def __init__(self, host: str, token: str = "", names: Collection[str] = (), *, tls: bool = False) -> None:
+        """`tls`: the page is served over https, and its cookie is sent over nothing else. Raises ConfigError if other
+        machines can reach the host and there is no token.
+        """
         if not is_loopback(host) and not token:
             raise ConfigError(
                 f"the page on {host} can be reached from other machines and needs a token; set dashboard.token_file, "
@@ -46,6 +48,7 @@ class Access:
         self._open_to_others = not is_loopback(host)
         self._names = LOOPBACK_NAMES | {host.lower()} | ({n.lower() for n in names} if self._open_to_others else set())
         self._token = token.encode()
+        self._cookie = "; Secure" if tls else ""
         self.denied: dict[str, int] = {}
         """Refused requests by reason: `host`, `origin`, `token`."""
 
@@ -61,7 +64,7 @@ class Access:
         path, _, query = target.partition("?")
         if any(map(self._is_token, _query_tokens(query))):
             # redirect at once, so that the token stays in neither the address bar nor the history
-            value = f"{cookie}={self._token.decode()}; HttpOnly; SameSite=Lax; Path=/"
+            value = f"{cookie}={self._token.decode()}; HttpOnly; SameSite=Lax; Path=/{self._cookie}"
             return Refusal(303, "", {"Location": "/" + path.strip("/\\"), "Set-Cookie": value})
         given = [v[7:].strip() for v in headers("Authorization") if v[:7].lower() == "bearer "]
         if any(map(self._is_token, [*given, *_cookies(headers("Cookie"), cookie)])):

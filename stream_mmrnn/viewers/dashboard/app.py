@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
-from typing import Any
 
-import h11
 import msgspec
 import uvicorn
 from starlette.datastructures import Headers
@@ -21,38 +20,39 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route, Router, WebSocketRoute
 from starlette.types import Message, Receive, Scope, Send
-from starlette.websockets import WebSocket, WebSocketDisconnect
-from uvicorn.protocols.http.h11_impl import H11Protocol
-from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from stream_mmrnn.viewers.dashboard.access import Access
-from stream_mmrnn.viewers.dashboard.board import Board
+from stream_mmrnn.viewers.dashboard.board import Board, View
+from stream_mmrnn.viewers.dashboard.connections import HttpConnection, WebSocketConnection
 from stream_mmrnn.viewers.dashboard.feed import Feed
+from stream_mmrnn.viewers.dashboard.push_socket import Push, PushSocket
+from stream_mmrnn.viewers.dashboard.sensor_socket import SensorSocket
+from stream_mmrnn.viewers.dashboard.sensors import Sensors
 from stream_mmrnn.viewers.dashboard.sound import BANDS
 
 PERIOD_S = 0.1
 """A client gets at most one state in this time."""
 MAX_CLIENTS = 16
 """Event streams at the same time."""
-MAX_CONNECTIONS = 64
-"""Connections with a request that is being answered. A browser opens up to six per page."""
-MAX_WAITING = 64
-"""Connections whose next request has not arrived in full. Beyond it, the one that has waited longest is closed: who
-sends a request slowly, or none, keeps nobody else out."""
-SEND_BUFFER_BYTES = 64 * 1024
-"""Small, so that the kernel holds little that is out of date for a slow browser."""
 
 MAX_BODY_BYTES = 16 * 1024
 """Of a POST."""
 MAX_SINCE = 2**53
 
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "frame-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
+)
+"""Content security policy: only the page's own files, no inline script or style, requests to this server only."""
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """Prometheus' text format."""
 _PREDICTIONS = "/predictions"
 _PUSH = "/push/{stream}"
+_SENSORS = "/sensors"
+_VIEW = re.compile(r"/view/([A-Za-z0-9._-]{1,200})(/.*)")
+"""The page once more, for another session or a recording: all its paths begin with `/view/KEY`."""
 _MAX_CLIENT_MESSAGE_BYTES = 1024 * 1024
 """Of a message from a WebSocket client: a pushed picture, or a second of sound."""
-_MAX_PUSHERS = 16
 
 
 class _EventStream(StreamingResponse):
@@ -69,116 +69,15 @@ class _EventStream(StreamingResponse):
             number, state = await self._board.wait(seen)
             # the encoder writes no line breaks, so a state is one line
             yield b"data: %b\n\n" % state if number != seen else b": alive\n\n"
-            seen = number
+            self._board.seen[self] = seen = number
             await asyncio.sleep(PERIOD_S)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._board.clients += 1
+        self._board.seen[self] = 0
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._board.clients -= 1
-
-
-class _WriteTimeout(asyncio.Protocol):
-    """Closes the connection of a client that does not read for `write_timeout_s`, which frees its send buffer."""
-
-    loop: asyncio.AbstractEventLoop
-    transport: Any
-
-    def __init__(self, *args: Any, write_timeout_s: float, **more: Any) -> None:
-        super().__init__(*args, **more)
-        self._write_timeout_s = write_timeout_s
-        self._stall: asyncio.TimerHandle | None = None
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._stall = self.loop.call_later(self._write_timeout_s, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        if self._stall is not None:
-            self._stall.cancel()
-        super().resume_writing()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._stall is not None:
-            self._stall.cancel()
-        super().connection_lost(exc)
-
-
-class _HttpConnection(_WriteTimeout, H11Protocol):
-    """uvicorn's HTTP connection with limits: it is closed, too, if no request arrives within `idle_timeout_s`.
-
-    One that waits for a request, or for the rest of one, is counted apart from those that are being answered.
-    """
-
-    def __init__(self, *args: Any, idle_timeout_s: float, **more: Any) -> None:
-        super().__init__(*args, **more)
-        self._idle_timeout_s = idle_timeout_s
-        self._arrival: asyncio.TimerHandle | None = None
-        self._upgraded = self._aborted = False
-        self.waits_since = self.loop.time()
-        """When the connection was made, or its newest request answered."""
-
-    def handle_websocket_upgrade(self, event: h11.Request) -> None:
-        self._upgraded = True
-        super().handle_websocket_upgrade(event)
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        others = [c for c in self.connections if not (isinstance(c, _HttpConnection) and c._aborted)]
-        waiting = [c for c in others if isinstance(c, _HttpConnection) and c.waits]
-        if len(others) - len(waiting) >= MAX_CONNECTIONS:
-            self.transport = transport
-            transport.abort()
-            return
-        if len(waiting) >= MAX_WAITING:
-            min(waiting, key=lambda c: c.waits_since).abort()
-        super().connection_made(transport)
-        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-        # the write timeout starts as soon as the kernel's buffer is full
-        transport.set_write_buffer_limits(high=0)
-        self._expect_request()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._expect_request()
-
-    @property
-    def waits(self) -> bool:
-        """Whether its next request has not arrived in full."""
-        answered = self.cycle is None or self.cycle.response_complete
-        return not self._upgraded and (answered or self.conn.their_state is h11.SEND_BODY)
-
-    def abort(self) -> None:
-        """Close it at once; from now on it counts no more."""
-        self._aborted = True
-        self.transport.abort()
-
-    def on_response_complete(self) -> None:
-        self.waits_since = self.loop.time()
-        super().on_response_complete()
-
-    def _expect_request(self) -> None:
-        answering = self._upgraded or (self.cycle is not None and not self.cycle.response_complete)
-        if answering and self._arrival is not None:
-            self._arrival.cancel()
-            self._arrival = None
-        elif not answering and self._arrival is None:
-            self._arrival = self.loop.call_later(self._idle_timeout_s, self.transport.abort)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._arrival is not None:
-            self._arrival.cancel()
-        super().connection_lost(exc)
-
-
-class _WebSocketConnection(_WriteTimeout, WebSocketsSansIOProtocol):
-    """uvicorn's WebSocket connection; a refused handshake is not logged as an error."""
-
-    async def send(self, message: Any) -> None:
-        await super().send(message)
-        if message["type"] == "websocket.http.response.body" and not message.get("more_body"):
-            self.handshake_complete = True  # otherwise uvicorn logs an error
+            self._board.seen.pop(self, None)
 
 
 _COMMON = {
@@ -190,49 +89,52 @@ _COMMON = {
 }
 
 
-Push = Callable[[str, bytes, str], str]
-"""Takes a stream, a sample (b"" only asks) and the query of the request; returns "", or why it is refused."""
-
-
 class AppSettings(msgspec.Struct, frozen=True):
     """What the application serves, and its limits."""
 
     access: Access
-    page: bytes
-    policy: str
-    """The page's content security policy."""
+    files: Mapping[str, tuple[bytes, str]]
+    """By path, the content and media type of the page and its parts."""
     metrics: Callable[[], bytes] | None
     ready: Callable[[], str]
-    posts: Mapping[str, Callable[[bytes], str]]
+    own: View
+    """What is shown unless a path names another view."""
+    views: Callable[[str], View | None]
+    """Other views by key; called for each of their requests."""
     push: Push | None
+    sensors: Sensors | None
+    """Takes what browsers give as cameras and microphones; None where no stream is theirs."""
     port: int
     client_timeout_s: float
     """A client that does not read for so long is disconnected."""
     idle_timeout_s: float
     """The longest time between requests, and for a request to arrive."""
+    cert: str
+    key: str
+    """Files of the TLS certificate and its key; "" serves without TLS."""
 
 
 class Application:
     """Serves over a listening socket until `end` is called in its event loop."""
 
-    def __init__(self, settings: AppSettings, board: Board) -> None:
-        self._settings, self._board = settings, board
+    def __init__(self, settings: AppSettings) -> None:
+        self._settings = settings
         self.feed = Feed()
-        self._pushers = 0
         self._routes = {
-            "/": self._get_page,
+            **dict.fromkeys(settings.files, self._get_file),
             "/events": self._get_events,
             "/picture.jpg": self._get_picture,
             "/sound": self._get_sound,
             "/healthz": self._get_health,
             "/readyz": self._get_readiness,
         } | ({"/metrics": self._get_metrics} if settings.metrics else {})
+        self._listed = [path for path in self._routes if path == "/" or path not in settings.files]
         self._router = Router(
             [
                 *(Route(path, endpoint) for path, endpoint in self._routes.items()),
-                *(Route(path, self._post, methods=["POST"]) for path in settings.posts),
                 WebSocketRoute(_PREDICTIONS, self.feed.serve),
-                *([WebSocketRoute(_PUSH, self._receive_pushes)] if settings.push else []),
+                *([WebSocketRoute(_PUSH, PushSocket(settings.push).serve)] if settings.push else []),
+                *([WebSocketRoute(_SENSORS, SensorSocket(settings.sensors).serve)] if settings.sensors else []),
             ],
             redirect_slashes=False,
             default=self._get_unknown,
@@ -241,17 +143,19 @@ class Application:
             uvicorn.Config(
                 self._app,
                 http=partial(  # type: ignore[arg-type]
-                    _HttpConnection,
+                    HttpConnection,
                     write_timeout_s=settings.client_timeout_s,
                     idle_timeout_s=settings.idle_timeout_s,
                 ),
                 interface="asgi3",
                 loop="none",
                 ws=partial(  # type: ignore[arg-type]
-                    _WebSocketConnection, write_timeout_s=settings.client_timeout_s
+                    WebSocketConnection, write_timeout_s=settings.client_timeout_s
                 ),
                 ws_max_size=_MAX_CLIENT_MESSAGE_BYTES,
                 ws_per_message_deflate=False,
+                ssl_certfile=settings.cert or None,
+                ssl_keyfile=settings.key or None,
                 lifespan="off",
                 proxy_headers=False,
                 server_header=False,
@@ -273,8 +177,8 @@ class Application:
     def end(self) -> None:
         """Close every connection, and make `serve` return."""
         self._server.should_exit = True
-        self._board.closing = True
-        self._board.wake()
+        self._settings.own.board.closing = True
+        self._settings.own.board.wake()
         self.feed.close()
         for connection in list(self._server.server_state.connections):
             connection.transport.abort()
@@ -287,10 +191,20 @@ class Application:
                 message["headers"] += [(k.lower().encode(), v.encode()) for k, v in _COMMON.items()]
             await send(message)
 
-        response = self._refusal(scope) or self._router
+        denied = self._denial(scope)
+        view, path = self._settings.own, scope["path"]
+        if denied is None and (found := _VIEW.fullmatch(path)):
+            other = self._settings.views(found[1])
+            if other is None:
+                denied = PlainTextResponse("no such session or recording is open; go back to the page\n", 404)
+            else:
+                view, path = other, found[2]
+        scope = {**scope, "path": path, "view": view}
+        served = self._post if scope.get("method") == "POST" else self._router
+        response = denied or self._wrong_method(scope) or served
         await response(scope, receive, send_with_headers)
 
-    def _refusal(self, scope: Scope) -> Response | None:
+    def _denial(self, scope: Scope) -> Response | None:
         settings, headers = self._settings, Headers(scope=scope)
         # a WebSocket begins with a GET
         method, query = scope.get("method", "GET"), scope["query_string"].decode("latin-1")
@@ -300,27 +214,30 @@ class Application:
         denied = settings.access.check(method, target, headers.getlist, settings.port)
         if denied is not None:
             return PlainTextResponse(denied.text, denied.code, denied.headers)
-        allowed = "POST" if scope["path"] in settings.posts else "GET"
-        if method != allowed:
+        return None
+
+    def _wrong_method(self, scope: Scope) -> Response | None:
+        allowed = "POST" if scope["path"] in scope["view"].posts else "GET"
+        if scope.get("method", "GET") != allowed:
             return PlainTextResponse(f"this path takes {allowed} requests only\n", 405, {"Allow": allowed})
         return None
 
     async def _get_unknown(self, scope: Scope, receive: Receive, send: Send) -> None:
-        response = PlainTextResponse(f"no such path; use one of {', '.join(self._routes)}\n", 404)
+        response = PlainTextResponse(f"no such path; use one of {', '.join(self._listed)}\n", 404)
         await response(scope, receive, send)
 
-    async def _get_page(self, _: Request) -> Response:
-        return Response(
-            self._settings.page, headers={"Content-Security-Policy": self._settings.policy}, media_type="text/html"
-        )
+    async def _get_file(self, request: Request) -> Response:
+        content, kind = self._settings.files[request.scope["path"]]
+        return Response(content, headers={"Content-Security-Policy": POLICY}, media_type=kind)
 
-    async def _get_events(self, _: Request) -> Response:
-        if self._board.clients >= MAX_CLIENTS:
+    async def _get_events(self, request: Request) -> Response:
+        board: Board = request.scope["view"].board
+        if board.clients >= MAX_CLIENTS:
             return PlainTextResponse("too many open pages\n", 503, {"Retry-After": "2"})
-        return _EventStream(self._board)
+        return _EventStream(board)
 
-    async def _get_picture(self, _: Request) -> Response:
-        picture = self._board.picture
+    async def _get_picture(self, request: Request) -> Response:
+        picture = request.scope["view"].board.picture
         return Response(picture, media_type="image/jpeg") if picture else Response(status_code=204)
 
     async def _get_sound(self, request: Request) -> Response:
@@ -328,12 +245,15 @@ class Application:
         since = request.query_params.get("since", "0")
         if not (since.isascii() and since.isdigit() and int(since[:16]) < MAX_SINCE):
             return PlainTextResponse("since must be the number of a column\n", 400)
-        first, columns = self._board.sound
+        first, columns = request.scope["view"].board.sound
         begin = max(first, int(since))
         body = columns[(begin - first) * BANDS :]
         return Response(body, headers={"X-First": str(begin)}, media_type="application/octet-stream")
 
-    async def _post(self, request: Request) -> Response:
+    async def _post(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await (await self._answer_post(Request(scope, receive)))(scope, receive, send)
+
+    async def _answer_post(self, request: Request) -> Response:
         """200, or 409 and the reason. Only JSON: a form on another site cannot send it without a CORS preflight."""
         if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
             return PlainTextResponse("the content type must be application/json\n", 415)
@@ -348,32 +268,8 @@ class Application:
             body = await asyncio.wait_for(request.body(), self._settings.idle_timeout_s)
         except (TimeoutError, ClientDisconnect):
             return PlainTextResponse("the body did not arrive in time\n", 408, {"Connection": "close"})
-        why_not = self._settings.posts[request.url.path](body)
+        why_not = request.scope["view"].posts[request.scope["path"]](body)
         return PlainTextResponse(f"{why_not or 'done'}\n", 409 if why_not else 200)
-
-    async def _receive_pushes(self, websocket: WebSocket) -> None:
-        """Samples for a stream whose source is `push`: each message is one. A refused one closes the connection."""
-        push, stream, query = self._settings.push, websocket.path_params["stream"], websocket.url.query
-        assert push is not None
-        why = push(stream, b"", query)
-        if not why and self._pushers >= _MAX_PUSHERS:
-            why = "too many programs push over WebSocket; close one of them"
-        if why:
-            await websocket.send_denial_response(PlainTextResponse(f"{why}\n", 409))
-            return
-        await websocket.accept()
-        self._pushers += 1
-        try:
-            while not why:
-                message = await websocket.receive()
-                if message["type"] == "websocket.disconnect":
-                    return
-                why = push(stream, message.get("bytes") or (message.get("text") or "").encode(), query)
-            await websocket.close(1008, why[:120])
-        except (WebSocketDisconnect, OSError):
-            pass  # the client has disconnected
-        finally:
-            self._pushers -= 1
 
     async def _get_health(self, _: Request) -> Response:
         return PlainTextResponse("ok\n")

@@ -4,9 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 HEARTBEAT_S = 1.0
 """How often an event stream without news is written to, so that a disconnected client is noticed."""
+
+
+class View(Protocol):
+    """What a page shows, and what can be posted to it: a session, another one, a recording."""
+
+    @property
+    def board(self) -> Board: ...
+
+    @property
+    def posts(self) -> Mapping[str, Callable[[bytes], str]]:
+        """By path, a function that takes the JSON body of a POST and returns "" or, as one sentence, why it is refused.
+        They are called in the server's thread.
+        """
+
+
+class OwnView:
+    """A view whose posts are given."""
+
+    def __init__(self, posts: Mapping[str, Callable[[bytes], str]]) -> None:
+        self.board, self.posts = Board(), posts
 
 
 class Board:
@@ -17,8 +39,18 @@ class Board:
         self._changed = asyncio.Event()
         self.picture = b""
         self.sound = (0, b"")
-        self.clients = 0
+        self.seen: dict[object, int] = {}
+        """By client, the number of the state that it was sent last."""
         self.closing = False
+
+    @property
+    def clients(self) -> int:
+        return len(self.seen)
+
+    @property
+    def delivered(self) -> bool:
+        """Whether every client was sent the newest state."""
+        return all(number == self._newest[0] for number in list(self.seen.values()))
 
     def put(self, state: bytes) -> None:
         self._newest = (self._newest[0] + 1, state)

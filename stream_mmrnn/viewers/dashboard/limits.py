@@ -7,6 +7,7 @@ import math
 MAX_HEADS = 8
 MAX_OUTPUTS = 32
 """Numbers shown of one head."""
+MAX_MODALITIES = 64
 MAX_SESSIONS = 1024
 
 

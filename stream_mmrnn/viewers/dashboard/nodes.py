@@ -12,6 +12,13 @@ from stream_mmrnn.viewers.dashboard.limits import clean, ms
 
 _SILENT_MS = 3000.0
 """A process that has sent no status for longer is called silent."""
+_MISFIT_NS = 3_000_000_000
+"""A stream is called quarantined so long after its last sample was."""
+_RECENT_NS = 10_000_000_000
+"""So long after a process came back it is said that it died."""
+MISSED = "started again"
+"""The reason of a death that only the new process id tells of."""
+_DEAD = frozenset({"restarting", "failed"})
 _MAX_NODES = 64
 _MAX_COUNTS = 64
 _MAX_LOSSES = 32
@@ -31,6 +38,7 @@ class Spec(msgspec.Struct):
     heads: list[HeadMeaning] = []
     modalities: list[str | _ModalityName] = []
     name: str = ""
+    tick_ns: int = 0
 
     def modality_names(self, most: int) -> list[str]:
         return [clean(m if isinstance(m, str) else m.name) for m in self.modalities[:most]]
@@ -42,6 +50,8 @@ class _StatusDetail(msgspec.Struct):
     spec: Spec | None = None
     streams: dict[str, Any] = {}
     source: str = ""
+    misfits: dict[str, str] = {}
+    path: str = ""
 
 
 class _StatusPayload(msgspec.Struct):
@@ -64,6 +74,7 @@ class NodeView(msgspec.Struct):
     at_ns: int
     source: str = ""
     pid: int = 0
+    path: str = ""
 
 
 class _Deaths(msgspec.Struct):
@@ -71,6 +82,17 @@ class _Deaths(msgspec.Struct):
     reason: str
     at_ns: int
     """Of the last one."""
+    back_ns: int
+    """When the process said something again after it."""
+
+
+class _Misfit(msgspec.Struct):
+    """Samples of a modality that the engine quarantined."""
+
+    why: str
+    count: Any
+    at_ns: int
+    """When the count grew last."""
 
 
 _read_status = msgspec.json.Decoder(_StatusPayload)
@@ -84,6 +106,9 @@ class Nodes:
     def __init__(self) -> None:
         self.views: dict[str, NodeView] = {}
         self._deaths: dict[str, _Deaths] = {}
+        self._misfits: dict[str, _Misfit] = {}
+        self.recording = ""
+        """The file that is written."""
         self.malformed = 0
 
     def observe(self, name: str, payload: Any, at_ns: int) -> Spec | None:
@@ -106,17 +131,37 @@ class Nodes:
             at_ns,
             clean(detail.source),
             status.pid,
+            clean(detail.path, 1024),
         )
-        if status.state in ("restarting", "failed"):
+        for modality, why in list(detail.misfits.items())[:_MAX_LOSSES]:
+            row = detail.streams.get(modality)
+            self._count_misfit(clean(modality), why, row.get("quarantined") if isinstance(row, dict) else None, at_ns)
+        if name == "recorder" and detail.path:
+            self.recording = clean(detail.path, 4096)
+        if status.state in _DEAD:
             self._count_death(name, view.reason, at_ns)
         elif before is not None and before.pid and status.pid not in (0, before.pid):
             # a slow viewer may have missed the supervisor's message, but the process id is another one
-            self._count_death(name, "started again", at_ns)
+            self._count_death(name, MISSED, at_ns)
+        elif before is not None and before.state in _DEAD and name in self._deaths:
+            self._deaths[name].back_ns = at_ns
         return detail.spec
+
+    def _count_misfit(self, modality: str, why: str, count: Any, at_ns: int) -> None:
+        before = self._misfits.get(modality)
+        if before is not None and before.count == count:
+            return
+        if before is not None or len(self._misfits) < _MAX_LOSSES:
+            self._misfits[modality] = _Misfit(clean(why, 200), count, at_ns)
+
+    def misfit(self, modality: str, now_ns: int) -> str:
+        """Why the engine does not take what a modality gives now; "" if it does."""
+        found = self._misfits.get(modality)
+        return found.why if found is not None and now_ns - found.at_ns <= _MISFIT_NS else ""
 
     def _count_death(self, name: str, reason: str, at_ns: int) -> None:
         before = self._deaths.get(name)
-        self._deaths[name] = _Deaths(1 + (before.count if before else 0), reason, at_ns)
+        self._deaths[name] = _Deaths(1 + (before.count if before else 0), reason, at_ns, at_ns)
 
     def _decode(self, decoder: msgspec.json.Decoder[_T], payload: Any) -> _T | None:
         """None, and counted, if the payload is malformed."""
@@ -128,15 +173,28 @@ class Nodes:
         self.malformed += 1
         return None
 
+    def recent_deaths(self, now_ns: int) -> dict[str, tuple[float, str]]:
+        """Processes that came back a moment ago: how many seconds ago they died, and why."""
+        return {
+            name: ((now_ns - d.at_ns) / 1e9, d.reason)
+            for name, d in self._deaths.items()
+            if now_ns - d.back_ns <= _RECENT_NS and self.views[name].state not in _DEAD
+        }
+
     def of_modality(self, modality: str) -> NodeView | None:
         """The worker of a modality."""
-        named = self.views.get(modality)
-        return next((n for n in self.views.values() if n.modality == modality), named)
+        return self.views.get(self.name_of(modality))
+
+    def name_of(self, modality: str) -> str:
+        """The name of the worker of a modality."""
+        return next((name for name, n in self.views.items() if n.modality == modality), modality)
 
     def typing(self) -> dict[str, Any]:
         """Whether a line typed on the page can become a text event, and if not, why: one sentence."""
         worker = self.views.get("text")
-        if worker is None:
+        if not self.views:
+            why = "nothing is known of this session yet; wait a moment"
+        elif worker is None:
             why = "this session has no text source; start it with --text page to type here"
         elif worker.state in ("open", "stale"):
             why = ""
@@ -145,6 +203,17 @@ class Nodes:
         else:
             why = f"the text source is {worker.state}" + (f": {worker.reason}" if worker.reason else "")
         return {"possible": not why, "why": why}
+
+    def recorder(self) -> dict[str, Any]:
+        """Whether the session is being recorded, the name of its newest file, and why it is not recorded although
+        somebody asked for it.
+        """
+        recorder = self.views.get("recorder")
+        if recorder is None:
+            return {"on": False, "file": "", "why": ""}
+        on = recorder.state not in ("closed", "failed", "ended")
+        file = recorder.path.replace("\\", "/").rpartition("/")[2]
+        return {"on": on, "file": file, "why": recorder.reason if recorder.state == "failed" else ""}
 
     def losses(self) -> list[dict[str, Any]]:
         """What was lost, by process and reason, the largest count first."""

@@ -8,14 +8,14 @@ wait. Knows nothing about the bus, predictions or what a state holds.
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
-import hashlib
 import os
-import re
 import socket
+import ssl
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -23,38 +23,27 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from stream_mmrnn.core.config import LOOPBACK
-from stream_mmrnn.core.errors import ProcessError
+from stream_mmrnn.core.errors import ConfigError, ProcessError
 from stream_mmrnn.viewers.dashboard.access import Access
-from stream_mmrnn.viewers.dashboard.board import Board
+from stream_mmrnn.viewers.dashboard.board import Board, OwnView, View
 
 if TYPE_CHECKING:
     from stream_mmrnn.viewers.dashboard.app import Application
+    from stream_mmrnn.viewers.dashboard.sensors import Sensors
 
 IDLE_S = 5.0
 """The longest time between requests of a connection, and for a request to arrive."""
 _CLOSE_S = 2.0
+_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 
 
-def _page() -> bytes:
-    """The page with its style and script inlined, so that the policy can allow exactly these by their hashes."""
-    parts = {name: Path(__file__).with_name(name).read_bytes() for name in ("page.html", "page.css", "page.js")}
-    page = parts["page.html"].replace(
-        b'<link rel="stylesheet" href="page.css">', b"<style>%b</style>" % parts["page.css"]
-    )
-    return page.replace(b'<script src="page.js"></script>', b"<script>%b</script>" % parts["page.js"])
-
-
-def _policy(page: bytes) -> str:
-    """A content security policy that allows only the page's own script and style, and requests to this server only."""
-
-    def own(tag: bytes) -> str:
-        found = re.findall(rb"<%b>(.*?)</%b>" % (tag, tag), page, re.DOTALL)
-        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s).digest()).decode()}'" for s in found)
-
-    return (
-        f"default-src 'none'; script-src {own(b'script')}; style-src {own(b'style')}; img-src 'self' data:; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
+def _page(features: Collection[str]) -> dict[str, tuple[bytes, str]]:
+    """By path, the content and media type of the page, its style and its modules."""
+    folder = Path(__file__).with_name("page")
+    files = {"/" + f.name: (f.read_bytes(), _TYPES[f.suffix]) for f in folder.iterdir() if f.suffix in _TYPES}
+    page, kind = files.pop("/page.html")
+    on = " ".join(sorted(features)).encode()
+    return {"/": (page.replace(b'data-features=""', b'data-features="%b"' % on), kind), **files}
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -71,6 +60,19 @@ def _bind(host: str, port: int) -> socket.socket:
     return s
 
 
+def _check_tls(cert: str, key: str) -> None:
+    """Raise ConfigError unless the files are a certificate and its key."""
+    try:
+        # a key with a password would ask for it in the terminal
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password=lambda: b"")
+    except (OSError, ValueError) as e:
+        why = getattr(e, "strerror", None) or e
+        raise ConfigError(
+            f"dashboard.cert {cert} and dashboard.key {key} cannot be used ({why}); name a certificate and its key, as "
+            "PEM files without a password"
+        ) from e
+
+
 class Dashboard:
     """Serves the live page; `update` and `picture` never wait for a browser.
 
@@ -81,13 +83,23 @@ class Dashboard:
     `posts`: by path, a function that takes the JSON body of a POST and returns "" or, as one sentence, why it is
     refused. They are called in the server's thread, too.
 
-    `push`: takes the samples that WebSocket clients send to /push/STREAM (see `app.Push`); in the server's thread, too.
+    `push`: takes the samples that WebSocket clients send to /push/STREAM (see `push_socket.Push`); in the server's
+    thread, too.
+
+    `sensors`: takes what browsers give as cameras and microphones over /sensors; in the server's thread, too.
+
+    `cert`, `key`: files of a TLS certificate and its key; with them the page is served over https.
+
+    `features`: parts of the page that are on: each has an element and a module of this name (`page/NAME.js`).
+
+    `views`: other views by key, which are served under `/view/KEY/`; called in the server's thread, too.
 
     `client_timeout_s`: a client that does not read for so long is disconnected. `idle_timeout_s`: so is one that sends
     no request for so long.
 
     Raises:
-        ConfigError: the host can be reached from other machines, and there is no token.
+        ConfigError: the host can be reached from other machines, and there is no token; or the certificate or its key
+            is none.
         ProcessError: the port cannot be bound.
 
     """
@@ -103,16 +115,27 @@ class Dashboard:
         posts: Mapping[str, Callable[[bytes], str]] = MappingProxyType({}),
         idle_timeout_s: float = IDLE_S,
         push: Callable[[str, bytes, str], str] | None = None,
+        sensors: Sensors | None = None,
+        cert: str = "",
+        key: str = "",
+        features: Collection[str] = (),
+        views: Callable[[str], View | None] = lambda _: None,
     ) -> None:
-        self.access = Access(host, token, (socket.gethostname(),))
-        self._board = Board()
+        name = socket.gethostname()
+        self.access = Access(host, token, (name, f"{name}.local"), tls=bool(cert))
+        if cert:
+            _check_tls(cert, key)
+        self._own, self._views = OwnView(posts), views
+        self._board = self._own.board
         try:
             self._socket = _bind(host, port)
         except OSError as e:
             raise ProcessError(f"the dashboard cannot bind {host} port {port}: {e.strerror or e}") from e
         self._port = int(self._socket.getsockname()[1])
         self._host = f"[{host}]" if ":" in host else host
-        self._metrics, self._ready, self._posts, self._push = metrics, ready, posts, push
+        self._metrics, self._ready, self._push = metrics, ready, push
+        self._sensors, self._cert, self._key = sensors, cert, key
+        self._features = features
         self._client_timeout_s, self._idle_timeout_s = client_timeout_s, idle_timeout_s
         self._application: Application | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -120,7 +143,7 @@ class Dashboard:
 
     @property
     def address(self) -> str:
-        return f"http://{self._host}:{self._port}/"
+        return f"http{'s' if self._cert else ''}://{self._host}:{self._port}/"
 
     @property
     def clients(self) -> int:
@@ -139,8 +162,12 @@ class Dashboard:
 
     def update(self, state: dict[str, Any]) -> None:
         """Replace the state; NaN and infinity become null, as JSON requires."""
-        self._board.put(msgspec.json.encode(state))
-        self._call(self._board.wake)
+        self.show(self._board, msgspec.json.encode(state))
+
+    def show(self, board: Board, state: bytes) -> None:
+        """Replace the state of any view."""
+        board.put(state)
+        self._call(board.wake)
 
     def predict(self, prediction: dict[str, Any]) -> None:
         """Send a prediction to the WebSocket clients; its `missed` is the number of predictions missing before it."""
@@ -157,9 +184,19 @@ class Dashboard:
         """Replace the spectrogram: `BANDS` bytes per column, and the number of the first column."""
         self._board.sound = (first, columns)
 
+    def flush(self, most_s: float) -> None:
+        """Wait until the browsers that read were sent the newest state, at most so long."""
+        deadline = time.monotonic() + most_s
+        while not self._board.delivered and time.monotonic() < deadline:
+            time.sleep(0.01)
+
     def start(self) -> None:
         if self._thread is None:
             self._loop = asyncio.new_event_loop()
+            if self._cert:
+                # a client that begins no handshake is no connection yet, and would be kept for a minute
+                serve = partial(self._loop.create_server, ssl_handshake_timeout=self._idle_timeout_s)
+                self._loop.create_server = serve  # type: ignore[method-assign]
             self._thread = threading.Thread(target=self._run, args=(self._loop,), name="dashboard", daemon=True)
             self._thread.start()
 
@@ -180,21 +217,22 @@ class Dashboard:
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
         from stream_mmrnn.viewers.dashboard.app import Application, AppSettings
 
-        page = _page()
         self._application = Application(
             AppSettings(
                 self.access,
-                page,
-                _policy(page),
+                _page(self._features),
                 self._metrics,
                 self._ready,
-                self._posts,
+                self._own,
+                self._views,
                 self._push,
+                self._sensors,
                 self._port,
                 self._client_timeout_s,
                 self._idle_timeout_s,
-            ),
-            self._board,
+                self._cert,
+                self._key,
+            )
         )
         try:
             loop.run_until_complete(self._application.serve(self._socket))

@@ -10,20 +10,21 @@ from collections import deque
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import msgspec
+
 from stream_mmrnn.core import streams, topics, wire
 from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.core.latency import stages
 from stream_mmrnn.core.prediction_decoder import PredictionDecoder
 from stream_mmrnn.core.types import Envelope
-from stream_mmrnn.viewers.dashboard.heads import HISTORY_NS, HeadMeaning, HeadView
+from stream_mmrnn.viewers.dashboard import sayings, verdict
+from stream_mmrnn.viewers.dashboard.heads import HISTORY_NS, HeadMeaning, HeadView, Silence
 from stream_mmrnn.viewers.dashboard.latencies import Latencies
-from stream_mmrnn.viewers.dashboard.limits import MAX_HEADS, MAX_SESSIONS, clean, ms
+from stream_mmrnn.viewers.dashboard.limits import MAX_HEADS, MAX_MODALITIES, MAX_SESSIONS, clean, ms
 from stream_mmrnn.viewers.dashboard.nodes import Nodes, NodeView, Spec
 from stream_mmrnn.viewers.dashboard.sound import Spectrogram
 from stream_mmrnn.viewers.dashboard.streams import RATE_NS, Streams
 
-_SILENT_MS = 1000.0
-"""A dense stream whose newest message is older is called silent."""
 _MAX_TEXTS = 64
 _OLD_TEXTS = 8
 """The newest lines are shown however old they are."""
@@ -58,6 +59,10 @@ class LiveState:
         """Raw topic of the pictures that are shown."""
         self.sound_topic = first.get(("audio", True), "")
         self._text_topic = first.get(("text", True), "")
+        self._sensors = [
+            {"stream": row.name, "kind": row.kind} for row in table.values() if streams.is_sensor(row.source, row.kind)
+        ]
+        """Streams that browsers give."""
         self._texts: dict[str, deque[tuple[int, str, str]]] = {
             t: deque(maxlen=_MAX_TEXTS) for t in (*streams.text_topics(table.values()), topics.LABEL)
         }
@@ -72,7 +77,16 @@ class LiveState:
         self._meaning: dict[str, HeadMeaning] = {}
         self._modalities: list[str] = []
         self._model = {"name": "", "sha256": ""}
+        self.began_ns = 0
+        """When the session began: times and ticks count from here. 0: not known."""
+        self.recorded = False
+        """Whether it is a recording: its processes are not running, so only its data say how it was."""
+        self._tick_ns = 0
         self._tick = -1
+        self._predicted_ns: int | None = None
+        self._silence = Silence()
+        self._doubts = verdict.Doubts()
+        self._doubt = ""
         self._present: dict[str, bool] = {}
         self._latencies = Latencies()
         self._pictures = 0
@@ -137,6 +151,7 @@ class LiveState:
             ),
         )
         if self._is_shown(envelope.session, at_ns):
+            self._predicted_ns = at_ns
             self._show(prediction, envelope.event_ns)
 
     def _is_shown(self, session: str, at_ns: int) -> bool:
@@ -151,13 +166,19 @@ class LiveState:
 
     def _show(self, prediction: wire.PredictionMessage, event_ns: int) -> None:
         self._tick = prediction.tick
-        self._present = {clean(name): here for name, here in list(prediction.present.items())[:MAX_HEADS]}
+        meanings = self._meaning.values()
+        self._silence.observe(event_ns, prediction.heads, meanings, prediction.age_ns)
+        self._doubt = verdict.missing_inputs(self._table, prediction.present, prediction.age_ns)
+        self._doubts.observe(event_ns, self._doubt)
+        self._present = {clean(name): here for name, here in list(prediction.present.items())[:MAX_MODALITIES]}
         self._model["sha256"] = clean(prediction.model)
         for name, values in list(prediction.heads.items())[:MAX_HEADS]:
             head = clean(name)
             if head not in self._heads and len(self._heads) >= MAX_HEADS:
                 self._heads = {}  # other names than before: another model
-            self._heads.setdefault(head, HeadView()).observe(event_ns, values)
+            meaning = self._meaning.get(head)
+            readable = meaning is None or not self._silence.why_not(meaning)
+            self._heads.setdefault(head, HeadView()).observe(event_ns, values, readable)
 
     def _observe_text(self, envelope: Envelope) -> None:
         if not isinstance(envelope.payload, bytes):
@@ -169,13 +190,24 @@ class LiveState:
 
     def _observe_spec(self, spec: Spec) -> None:
         self._meaning = {clean(h.name): h.cleaned() for h in spec.heads[:MAX_HEADS]}
-        self._modalities = spec.modality_names(MAX_HEADS)
+        self._modalities = spec.modality_names(MAX_MODALITIES)
         self._model["name"] = clean(spec.name)
+        self._tick_ns = spec.tick_ns
 
     def snapshot(self, now_ns: int) -> dict[str, Any]:
         """Everything a viewer shows at `now_ns`, ready for JSON. Ages and latencies are in ms."""
         predictions = self._streams.views.get(topics.PREDICTION)
+        nodes = Nodes() if self.recorded else self._nodes
+        rows = verdict.inputs(self._table, self._modalities, nodes, self._streams, now_ns)
+        engine = verdict.engine_trouble(nodes, self._predicted_ns, now_ns)
+        ahead = verdict.forecast(engine, self._doubt, rows)
         return {
+            "seconds": round(max(0, now_ns - self.began_ns) / 1e9, 1) if self.began_ns else None,
+            "overall": verdict.overall(engine, ahead, rows, nodes, now_ns),
+            "forecast": ahead,
+            "doubts": self._doubts.snapshot(now_ns),
+            "inputs": [msgspec.to_builtins(row) for row in rows],
+            "next": self._next(),
             "session": self.session,
             "sessions": {"count": len(self._sessions), "names": sorted(self._sessions)[:16]},
             "model": dict(self._model),
@@ -191,6 +223,7 @@ class LiveState:
             "other_texts": self._lines([t for t in self._texts if t not in (self._text_topic, topics.LABEL)], now_ns),
             "labels": self._lines([topics.LABEL], now_ns),
             "typing": self.typing(),
+            "sensors": self._sensors,
             "sound": self.sound.snapshot(now_ns),
             "picture": {"number": self._pictures, "age_ms": self._streams.age_ms(self.picture_topic, now_ns)},
             "latency": self._latencies.table(now_ns),
@@ -200,10 +233,34 @@ class LiveState:
             "malformed": self.malformed,
         }
 
+    def _next(self) -> list[dict[str, Any]]:
+        """What the heads say, in words, in the order of the model."""
+        order = [name for name in self._meaning if name in self._heads]
+        order += [name for name in self._heads if name not in self._meaning]
+        return [
+            line
+            for name in order
+            for meaning in [self._meaning.get(name) or HeadMeaning(name, unit="")]
+            for line in sayings.lines(
+                meaning, self._heads[name].values, self._silence.why_not(meaning), self._silence.unheard
+            )
+        ]
+
     def _ticks(self) -> int | None:
         """Number of ticks since the session's start; None without an engine."""
         engine = self._nodes.views.get("engine")
+        if engine is not None and self.began_ns and self._tick_ns > 0 and self._tick >= 0:
+            return max(0, self._tick - self.began_ns // self._tick_ns)  # an engine that was restarted counts anew
         return engine.counts.get("ticks") if engine else None
+
+    def recording(self) -> dict[str, Any]:
+        """Whether the session is being recorded, and into which file."""
+        return self._nodes.recorder()
+
+    def ending(self) -> dict[str, Any]:
+        """What there is to say at the session's end: why it had to end, if it had to, and where its recording is."""
+        failed = [f"{name}: {n.reason}" for name, n in self._nodes.views.items() if n.state == "failed"]
+        return {"recording": self._nodes.recording, "why": "; ".join(failed[:2])}
 
     def typing(self) -> dict[str, Any]:
         """Whether a line typed on the page can become a text event, and if not, why."""
@@ -240,7 +297,7 @@ class LiveState:
             "reason": owner.reason if owner else "",
             "rate_hz": round(stream.rate.per_s(now_ns), 1) if stream else 0.0,
             "age_ms": age_ms,
-            "silent": not sparse and (age_ms is None or age_ms > _SILENT_MS),
+            "silent": not sparse and (age_ms is None or age_ms > ms(verdict.SILENT_NS)),
             "present": self._used(topic, modality) if topic.startswith(topics.FEATURE) else None,
         }
 

@@ -1,0 +1,1 @@
+"""Labels of recordings in the formats of annotation programs, in both directions."""

@@ -1,0 +1,42 @@
+// Position in a recording that is replayed.
+import {$, set, make, fill, clock, post, announce} from "./dom.js";
+import {view} from "./view.js";
+
+let dragging = false;
+const drag = on => { dragging = on; $("replay").toggleAttribute("data-seeking", on); };
+/** Where the recording is, or will be after a seek. */
+export const position = () => dragging ? Number($("seek").value) : view.newest.replay.position_s;
+export function showReplay(s) {
+  $("replay").hidden = $("help-replay").hidden = !s.replay;
+  if (!s.replay) return;
+  const r = s.replay;
+  $("seek").max = r.duration_s;
+  if (!dragging) $("seek").value = r.position_s;
+  $("seek").setAttribute("aria-valuetext", `${clock(r.position_s)} of ${clock(r.duration_s)}`);
+  set($("replay-at"), clock(dragging ? Number($("seek").value) : r.position_s)); set($("replay-end"), clock(r.duration_s));
+  set($("replay-note"), r.note);
+  if (document.activeElement !== $("speed")) $("speed").value = String(r.speed);
+  showMarks(r);
+}
+// what was said and labelled: a press goes there
+function showMarks(r) {
+  if ($("marks").dataset.of === r.recording && $("marks").children.length === r.marks.length) return;
+  $("marks").dataset.of = r.recording;
+  fill($("marks"), r.marks, () => { const el = make("button"); el.type = "button"; el.addEventListener("click", () => seek(Number(el.dataset.at))); return el; }, (el, v) => {
+    el.className = v.kind; el.dataset.at = v.at_s; el.title = `${clock(v.at_s)} ${v.text}`; el.ariaLabel = `${v.kind} ${v.text} at ${clock(v.at_s)}`;
+    el.style.left = `${100 * v.at_s / Math.max(r.duration_s, .1)}%`;
+    el.tabIndex = v.kind === "label" ? 0 : -1;
+  });
+}
+let seekTimer = 0;
+export function seek(to) {
+  const r = view.newest && view.newest.replay;
+  if (!r) return;
+  to = Math.min(r.duration_s, Math.max(0, to));
+  drag(true); $("seek").value = to; set($("replay-at"), clock(to));
+  clearTimeout(seekTimer);
+  seekTimer = setTimeout(async () => { const why = await post("replay", {seek_s: to}); drag(false); if (why) announce(why); }, 120);
+}
+$("replay").addEventListener("submit", event => event.preventDefault());
+$("speed").addEventListener("change", async () => { const why = await post("replay", {speed: Number($("speed").value)}); if (why) announce(why); });
+$("seek").addEventListener("input", () => seek(Number($("seek").value)));
