@@ -19,6 +19,7 @@ SHORT = Experiment(picture=False, seconds=6.0, bout_s=1.5)
 
 @pytest.mark.process
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_shake_is_told_from_rest_beside_an_unrelated_picture(tmp_path: Path) -> None:
     """Record, label, train by the verbs: .95 on a recording in which the sensor is held another way."""
     recordings(tmp_path / "sessions", Experiment())
