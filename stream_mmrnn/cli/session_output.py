@@ -65,7 +65,7 @@ class SessionOutput:
         from stream_mmrnn.viewers.terminal_view import render
 
         headline = f"{seconds:6.1f} s   {'  '.join(self._addresses.values())}"
-        self.screen.update(render(state, self._console.width, headline, self._notes))
+        self.screen.update(render(state, self._console.width, headline, self._notes, self._console.height))
 
     def _show_address(self, name: str, address: str) -> None:
         from stream_mmrnn.core.log import Note

@@ -57,7 +57,7 @@ def top(
                 while alive() and waited_s < every:
                     systems.receive(0.1)
                     waited_s += 0.1
-                    screen.update(draw(systems, console.width), refresh=True)
+                    screen.update(draw(systems, console.width, console.height), refresh=True)
                 systems.poll()
     if alive():
         say_on(console)("no session is running any more")

@@ -53,7 +53,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a model from a recipe, or from your own recordings: of their labels, or a forecast of columns."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from stream_mmrnn.cli.progress import TrainingBar
 
     if forecast is None and (steps != 1 or tick or season):
         raise UsageError("--steps, --tick and --season are for --forecast COLUMNS")
@@ -66,20 +66,7 @@ def train(
         wanted = verbs.ForecastRequest(names, steps, parse_ns(tick, "--tick") if tick else 0, season)
     console = Console(stderr=as_json, highlight=False)
     alive = StopFlag.unwinding()
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("reading the data", total=None)
-
-        def progress(what: dict[str, Any]) -> None:
-            if what["event"] == "step":
-                bar.update(task, description=f"epoch {what['epoch'] + 1}", completed=what["step"], total=what["of"])
-            elif what["event"] == "epoch":
-                losses = f"loss {what['train_loss']:.4f}, validation {what['validation_loss']:.4f}"
-                best = " (best)" if what["best"] == what["epoch"] else ""
-                console.print(f"epoch {what['epoch']:3d}  {losses}{best}  {what['seconds']:.1f} s")
-            elif what["event"] == "report":
-                bar.update(task, description="calibrated; testing and exporting", total=None)
-
+    with TrainingBar(console) as bar:
         result = verbs.train(
             recipe,
             data or [],
@@ -90,16 +77,19 @@ def train(
             int8=int8,
             seed=seed,
             forecast=wanted,
-            progress=progress,
+            progress=bar.observe,
             alive=alive,
         )
     if as_json:
         print_document(result)
     else:
         _print_heads(console, result["test"])
+        print_streams(console, result)
         console.print(
             f"{result['parameters']:,} weights, {result['epochs']} epochs; run it with --model {result['model']}"
         )
+    for text in result["warnings"]:
+        say_on(console)(text)
     if result["stopped"]:
         say_on(console)("stopped early: this is the best model so far; --resume continues from the last epoch")
         raise typer.Exit(3)
@@ -123,6 +113,29 @@ def _print_heads(console: Console, heads: dict[str, dict[str, Any]]) -> None:
     for name, figures in heads.items():
         if figures.get("baselines"):
             _print_errors(console, name, figures)
+
+
+def print_streams(console: Console, result: dict[str, Any]) -> None:
+    """What each stream is worth: the figures with it alone, and without it."""
+    from rich.table import Table
+
+    rows = {frozenset(names.split("+")): figures for names, figures in result["by_modalities"].items()}
+    if not rows:
+        return
+    streams = max(rows, key=len)
+    table = Table(title="which streams helped", title_justify="left", header_style="dim")
+    for column in ("stream", "head", "alone", "without it", ""):
+        table.add_column(column, justify="right" if column in ("alone", "without it") else "left")
+    for stream in sorted(streams):
+        without, alone = rows.get(streams - {stream}, {}), rows.get(frozenset({stream}), {})
+        for head in result["test"]:
+            numbers = ["–" if f.get(head) is None else f"{f[head]:.3f}" for f in (alone, without)]
+            table.add_row(shown(stream, 40), head, *numbers, "not used" if stream in result["ignored"] else "")
+    console.print(table)
+    if result["ignored"]:
+        console.print(
+            f"the model does not use {', '.join(result['ignored'])}: it was better without on the validation data"
+        )
 
 
 def _print_errors(console: Console, name: str, figures: dict[str, Any]) -> None:

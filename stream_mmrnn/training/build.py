@@ -31,6 +31,7 @@ def build(recipe: Recipe, task: Task, rng: np.random.Generator) -> PredictorNetw
             raise FileError(f"no tick has a label for the head {head.name!r}; are there any labels?")
     names = list(recipe.modalities)
     scales: dict[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = {}
+    moving: list[str] = []
     bases: dict[str, np.ndarray[Any, Any]] = {}
     unknown: list[int] = []
     for i, name in enumerate(names):
@@ -40,6 +41,9 @@ def build(recipe: Recipe, task: Task, rng: np.random.Generator) -> PredictorNetw
             unknown.append(i)
         unscaled = (*recipe.events.tokens, *recipe.evidence.modalities, recipe.late_fusion.modality)
         if len(rows) < 2 or name in unscaled:
+            continue
+        if recipe.modalities[name].window_s:
+            moving.append(name)
             continue
         mean, std = rows.mean(0), rows.std(0)
         scales[name] = (mean, std)
@@ -51,6 +55,8 @@ def build(recipe: Recipe, task: Task, rng: np.random.Generator) -> PredictorNetw
         predictor.tokens.set_scale(name, torch.from_numpy(mean), torch.from_numpy(std))
     for name, basis in bases.items():
         predictor.tokens.set_reduction(name, torch.from_numpy(basis))
+    for name in moving:
+        _fit_movement(predictor, name, sample)
     predictor.known[unknown] = 0
     if predictor.events_table is not None:
         if not task.common_tokens:
@@ -62,6 +68,20 @@ def build(recipe: Recipe, task: Task, rng: np.random.Generator) -> PredictorNetw
             mean, std = _moments(rows.astype(np.float64))
             predictor.heads.set_scale(head.name, torch.from_numpy(mean), torch.from_numpy(std))
     return predictor
+
+
+def _fit_movement(predictor: PredictorNetwork, name: str, sample: list[Ticks]) -> None:
+    """Fit the scales of how a modality moves."""
+    place, movement = list(predictor.recipe.modalities).index(name), predictor.movement(name).eval()
+    shown = [t for t in sample if name in t.features and t.present[:, place].any()]
+    movement.set_scale(torch.from_numpy(np.concatenate([t.features[name][t.present[:, place] > 0] for t in shown])))
+    found = []
+    for ticks in shown:
+        here = torch.from_numpy(ticks.present[:, place]).unsqueeze(0)
+        state = torch.zeros(1, *movement.state)
+        out, _ = movement(torch.from_numpy(ticks.features[name]).unsqueeze(0), here, state, None)
+        found.append(out[here > 0])
+    movement.set_output_scale(torch.cat(found))
 
 
 def _to_learn(head: HeadRecipe, recipe: Recipe, ticks: Ticks) -> np.ndarray[Any, Any]:

@@ -93,6 +93,8 @@ class Task:
     """Reads what the late fusion of the recipe is fitted on, and what stops the fit in time; None: it says nothing."""
     sets: tuple[tuple[str, ...], ...] = ()
     """Sets of modalities that a report evaluates; empty means all non-empty sets."""
+    warnings: tuple[str, ...] = ()
+    """Sentences about data that are too few to trust."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from stream_mmrnn.training import metrics
 from stream_mmrnn.training.data import Ticks, baselines_of, batches
 from stream_mmrnn.training.predictor import PredictorNetwork
 from stream_mmrnn.training.recipe import HeadRecipe
-from stream_mmrnn.training.served import hidden
+from stream_mmrnn.training.served import hidden, subsets
 
 Array = np.ndarray[Any, Any]
 
@@ -99,17 +98,6 @@ def figures(predictor: PredictorNetwork, outputs: Outputs) -> dict[str, dict[str
         }
         result[head.name]["primary"] = metrics.primary(head, result[head.name])
     return result
-
-
-_MAX_ALL_SETS = 5
-"""Nine modalities have 511 sets: with more than this, only all of them, all but one, and each alone."""
-
-
-def subsets(names: Iterable[str]) -> list[tuple[str, ...]]:
-    """The non-empty sets of modalities that a report compares, the largest first."""
-    names = list(names)
-    sizes = range(len(names), 0, -1) if len(names) <= _MAX_ALL_SETS else (len(names), len(names) - 1, 1)
-    return [s for n in sizes for s in itertools.combinations(names, n)]
 
 
 def evaluate(

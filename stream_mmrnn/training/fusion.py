@@ -21,7 +21,7 @@ AGE_SCALE_S = 1.0
 State = dict[str, Tensor]
 
 
-def _key(prefix: str, modality: str) -> str:
+def key(prefix: str, modality: str) -> str:
     """The name of a tensor for a modality: torch takes no dot, and `room.slope` has one."""
     return prefix + modality.replace(".", ":")
 
@@ -51,20 +51,20 @@ class TokenLayer(nn.Module):
         self.selected = {m: s for m, s in (selected or {}).items() if s}
         sizes = {m: len(self.selected.get(m, ())) or size for m, size in sizes.items()}
         for m, size in sizes.items():
-            self.register_buffer(_key("mean_", m), torch.zeros(size))
-            self.register_buffer(_key("std_", m), torch.ones(size))
+            self.register_buffer(key("mean_", m), torch.zeros(size))
+            self.register_buffer(key("std_", m), torch.ones(size))
             if m in self.reduced:
-                self.register_buffer(_key("basis_", m), torch.zeros(size, self.reduced[m]))
+                self.register_buffer(key("basis_", m), torch.zeros(size, self.reduced[m]))
         self.sizes = {m: self.reduced.get(m, size) for m, size in sizes.items()}
         """Size of the output of `normal`."""
-        self.project = nn.ModuleDict({_key("", m): nn.Linear(self.sizes[m], width) for m in self.names})
+        self.project = nn.ModuleDict({key("", m): nn.Linear(self.sizes[m], width) for m in self.names})
         self.age = nn.Parameter(torch.zeros(len(self.names), width))
 
     def set_scale(self, modality: str, mean: Tensor, std: Tensor) -> None:
         """Set the normalisation of a modality; a constant feature is not scaled."""
         mean, std = self._select(modality, mean), self._select(modality, std)
-        getattr(self, _key("mean_", modality)).copy_(mean)
-        getattr(self, _key("std_", modality)).copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
+        getattr(self, key("mean_", modality)).copy_(mean)
+        getattr(self, key("std_", modality)).copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
 
     def _select(self, modality: str, x: Tensor) -> Tensor:
         if modality not in self.selected:
@@ -73,16 +73,16 @@ class TokenLayer(nn.Module):
 
     def set_reduction(self, modality: str, basis: Tensor) -> None:
         """The principal axes [size, reduced] of the normalised features."""
-        getattr(self, _key("basis_", modality)).copy_(basis)
+        getattr(self, key("basis_", modality)).copy_(basis)
 
     def normal(self, modality: str, x: Tensor) -> Tensor:
         """The selected features of a modality, normalised and reduced."""
-        x = (self._select(modality, x) - getattr(self, _key("mean_", modality))) / getattr(self, _key("std_", modality))
-        return x @ getattr(self, _key("basis_", modality)) if modality in self.reduced else x
+        x = (self._select(modality, x) - getattr(self, key("mean_", modality))) / getattr(self, key("std_", modality))
+        return x @ getattr(self, key("basis_", modality)) if modality in self.reduced else x
 
     def typical(self, modality: str, noise: Tensor) -> Tensor:
         """Random features [..., size] on the scale of the training data, from standard normal noise of that shape."""
-        mean, std = getattr(self, _key("mean_", modality)), getattr(self, _key("std_", modality))
+        mean, std = getattr(self, key("mean_", modality)), getattr(self, key("std_", modality))
         chosen = list(self.selected.get(modality, range(noise.shape[-1])))
         out = noise.clone()
         out[..., chosen] = mean + std * noise[..., chosen]
@@ -99,7 +99,7 @@ class TokenLayer(nn.Module):
             if m not in features:
                 tokens.append(ages.new_zeros(()).expand(ages[..., i, :].shape))
                 continue
-            tokens.append(torch.tanh(self.project[_key("", m)](self.normal(m, features[m])) + ages[..., i, :]))
+            tokens.append(torch.tanh(self.project[key("", m)](self.normal(m, features[m])) + ages[..., i, :]))
         return torch.stack(tokens, -2) * present.unsqueeze(-1)
 
 

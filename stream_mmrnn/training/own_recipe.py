@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.errors import FileError
-from stream_mmrnn.core.streams import made_by
+from stream_mmrnn.core.message_columns import Integers
+from stream_mmrnn.core.streams import KINDS, made_by
 from stream_mmrnn.recording.label_file import NOTHING
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.recording.mcap_format import number
@@ -16,6 +19,12 @@ from stream_mmrnn.recording.settings import streams_of
 from stream_mmrnn.training.recipe import Recipe, parse
 from stream_mmrnn.training.tasks import forecast
 from stream_mmrnn.training.tasks.recordings import FORECAST, TypedEvents, columns_of
+
+_TICK_NS = 40_000_000
+WINDOW_S = 1.0
+"""Movements of people: two swings or more of what is slower than walking."""
+MOST_STACKED = 40
+"""Samples of a tick that a model gets one by one; of a faster signal it gets the newest of them."""
 
 
 def _modalities(recordings: Sequence[Recording]) -> dict[str, dict[str, Any]]:
@@ -39,6 +48,32 @@ def _modalities(recordings: Sequence[Recording]) -> dict[str, dict[str, Any]]:
             if len(modalities) == len(order):
                 break
     return {m: modalities[m] for m in order if m in modalities}
+
+
+def _with_windows(
+    modalities: dict[str, dict[str, Any]], recordings: Sequence[Recording], tick_ns: int
+) -> dict[str, dict[str, Any]]:
+    """The same, and of a signal that is measured also how it moves; of a fast one every sample of a tick."""
+    signals: dict[str, str] = {}
+    for recording in recordings:
+        for row in streams_of(recording.metadata).values():
+            if row.kind == "signal" and row.reduction == KINDS["signal"].reduction:
+                signals |= {topics.FEATURE + row.features()[0]: row.modality_of(row.features()[0])}
+    gaps: dict[str, list[Integers]] = {}
+    for recording in recordings:
+        for messages in recording.columns(signals):
+            for channel in messages.channels:
+                gaps.setdefault(signals[channel.topic], []).append(np.diff(channel.event_ns))
+    found = dict(modalities)
+    for name, parts in gaps.items():
+        between = np.concatenate(parts)
+        if name not in found or not len(between):
+            continue
+        stack = min(max(round(tick_ns / max(float(np.median(between)), 1.0)), 1), MOST_STACKED)
+        found[name] = {**found[name], "window_s": WINDOW_S}
+        if stack > 1:
+            found[name] |= {"size": found[name]["size"] * stack, "reduction": "stack", "stack": stack}
+    return found
 
 
 def recipe_for(paths: Sequence[Path], name: str) -> Recipe:
@@ -66,7 +101,7 @@ def recipe_for(paths: Sequence[Path], name: str) -> Recipe:
     return parse(
         {
             "name": name,
-            "modalities": _modalities(recordings),
+            "modalities": _with_windows(_modalities(recordings), recordings, _TICK_NS),
             "heads": [
                 {"name": head, "kind": "classification", "size": len(classes[tier]), "labels": classes[tier]}
                 for head, tier in heads.items()
@@ -75,10 +110,10 @@ def recipe_for(paths: Sequence[Path], name: str) -> Recipe:
                 "kind": "recordings",
                 "options": {"targets": {head: f"label/{tier}" for head, tier in heads.items() if tier != topics.LABEL}},
             },
-            "fusion": {"kind": "attention", "width": 48},
+            "fusion": {"kind": "attention", "width": 48, "modality_dropout": 0.5, "choose": True},
             "cell": {"kind": "gru", "hidden": 64},
-            "train": {"epochs": 40, "batch": 8, "length": 50, "learning_rate": 3e-3, "patience": 10},
-            "quick": {"epochs": 4},
+            "train": {"epochs": 40, "batch": 16, "length": 25, "learning_rate": 3e-3, "patience": 10},
+            "quick": {"epochs": 12},
         }
     )
 

@@ -6,6 +6,9 @@ becomes the ONNX graph, with `active` and `reset` inside.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Collection, Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -15,11 +18,12 @@ from stream_mmrnn.training.evidence import Evidence
 from stream_mmrnn.training.heads import Heads
 from stream_mmrnn.training.last_value import LastValue
 from stream_mmrnn.training.late_fusion import LateFusion
+from stream_mmrnn.training.movement import Movement
 from stream_mmrnn.training.recipe import Recipe
 from stream_mmrnn.training.stack import Stack
 
 State = dict[str, Tensor]
-_CONTEXT, _LAST, _EVIDENCE = "context", "last", "evidence"
+_CONTEXT, _LAST, _EVIDENCE, _MOVED = "context", "last", "evidence", "moved."
 HEARD = "events.h"
 """In training: the event cell's output beside the heads' raw outputs, for the helper loss."""
 
@@ -34,8 +38,8 @@ def _named(prefix: str, state: State) -> State:
 
 
 class PredictorNetwork(nn.Module):
-    """The network from tick to heads. `states` are named `cell.*`, `fusion.*`, `events.*`, `context`, `last`,
-    `evidence`.
+    """The network from tick to heads. `states` are named `cell.*`, `fusion.*`, `events.*`, `moved.*`, `context`,
+    `last`, `evidence`.
     """
 
     known: Tensor
@@ -55,7 +59,16 @@ class PredictorNetwork(nn.Module):
         self.common_at = [i for name, i in places.items() if name not in apart]
         self.rare_at = [places[name] for name in self.rare]
         self.token_at = [(name, places[name]) for name in e.tokens]
-        self.tokens = fusion.TokenLayer(sizes, f.width, reduced, selected, apart)
+        self.moved_at = [(name, places[name]) for name, m in recipe.modalities.items() if m.window_s]
+        self.moved = nn.ModuleDict(
+            {
+                fusion.key("", name): Movement(m.size, m.stack, m.window_s, recipe.tick_ns / 1e9)
+                for name, m in recipe.modalities.items()
+                if m.window_s
+            }
+        )
+        shown = sizes | {name: self.movement(name).size for name, _ in self.moved_at}
+        self.tokens = fusion.TokenLayer(shown, f.width, reduced, selected, apart)
         # 0 for a modality that was absent in training: its random weights must not influence served predictions
         self.register_buffer("known", torch.ones(len(sizes)))
         self.fusion = fusion.create(f.kind, len(self.common_at), f.width, c.hidden, heads=f.heads, memory=f.memory)
@@ -79,6 +92,7 @@ class PredictorNetwork(nn.Module):
             **{f"cell.{k}": v for k, v in self.cells.states.items()},
             **{f"fusion.{k}": v for k, v in self.fusion.states.items()},
             **({f"events.{k}": v for k, v in self.events.states.items()} if self.rare else {}),
+            **{_MOVED + name: self.movement(name).state for name, _ in self.moved_at},
         }
         if self.fusion.conditioned:
             self.states[_CONTEXT] = (c.hidden,)
@@ -97,6 +111,32 @@ class PredictorNetwork(nn.Module):
             self.states[_EVIDENCE] = (1,)
         late = recipe.late_fusion.modality
         self.late_fusion = LateFusion(recipe, self.tokens.sizes[late]) if late else None
+
+    def movement(self, modality: str) -> Movement:
+        """The running statistics of a modality that has a window."""
+        found = self.moved[fusion.key("", modality)]
+        assert isinstance(found, Movement)
+        return found
+
+    def ignore(self, modalities: Collection[str], ignored: bool = True) -> None:
+        """Do not use these modalities, present or not; with `ignored` false, use them again."""
+        for i, name in enumerate(self.recipe.modalities):
+            if name in modalities:
+                self.known[i] = float(not ignored)
+
+    def use_channels(self, use: bool) -> None:
+        """Whether movements are used of each channel by itself, too."""
+        for name, _ in self.moved_at:
+            self.movement(name).use_channels(use)
+
+    @contextlib.contextmanager
+    def using(self, modalities: Collection[str]) -> Iterator[None]:
+        """Meanwhile use these modalities, which are ignored otherwise."""
+        self.ignore(modalities, ignored=False)
+        try:
+            yield
+        finally:
+            self.ignore(modalities)
 
     @property
     def events_table(self) -> TokenTable | None:
@@ -117,9 +157,14 @@ class PredictorNetwork(nn.Module):
     ) -> tuple[dict[str, Tensor], State]:
         """One tick: features [B, size], `present` and `age` [B, M]; the heads' raw outputs [B, size]."""
         present = present * self.known
-        here, tokens = self._common(features, present, age)
+        given, moved = dict(features), {}
+        for name, place in self.moved_at:
+            given[name], moved[_MOVED + name] = self.movement(name).step(
+                features[name], present[:, place], state[_MOVED + name]
+            )
+        here, tokens = self._common(given, present, age)
         x, fused = self.fusion.step(tokens, here, state.get(_CONTEXT), _under("fusion.", state))
-        following = _named("fusion.", fused)
+        following = _named("fusion.", fused) | moved
         if self.rare:
             x_rare, there, ids = self._rare(features, present)
             h, after = self.events.step(x_rare, there, _under("events.", state), ids)
@@ -182,6 +227,8 @@ class PredictorNetwork(nn.Module):
         """Random features [..., size] like those of the training data, from standard normal noise of that shape."""
         if self.events_table is not None and modality in self.recipe.events.tokens:
             return self.events_table.typical(noise)
+        if self.recipe.modalities[modality].window_s:
+            return self.movement(modality).typical(noise)
         return self.tokens.typical(modality, noise)
 
     def said(self, features: dict[str, Tensor], present: Tensor) -> Tensor:
@@ -207,8 +254,18 @@ class PredictorNetwork(nn.Module):
         present = present * self.known
         if state is None:
             state = self.initial(present.shape[0])
+        given, moved = dict(features), {}
+        for name, place in self.moved_at:
+            before = state[_MOVED + name]
+            if name in features:
+                with torch.no_grad():  # there is nothing to learn, and a chunk is a loop over its ticks
+                    given[name], after = self.movement(name)(features[name], present[..., place], before, reset)
+            else:
+                after = before if reset is None else torch.where(reset.any(1, keepdim=True), 0 * before, before)
+            moved[_MOVED + name] = after
         sequence = self._loop if self.fusion.conditioned else self._scan
-        raw, following = sequence(features, present, age, state, reset)
+        raw, following = sequence(given, present, age, state, reset)
+        following |= moved
         if self.changes:
             last, following[_LAST] = self.last(features, present, state[_LAST], reset)
             raw = self.heads.from_last(raw, last, self.changes)

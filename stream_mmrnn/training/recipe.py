@@ -37,6 +37,9 @@ class ModalityRecipe(_Section, frozen=True):
     """Indices of the numbers that the model uses; empty means all."""
     energy: _Share = 0.0
     """Keep the principal axes with this share of the variance (PCA); 0 turns PCA off."""
+    window_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    """For a signal: the model also gets how its numbers moved in windows of up to so many seconds: how far from their
+    mean, how fast, and how often (`training.movement`). 0: their values alone."""
 
 
 FUSIONS = ("add", "concat", "gated", "attention", "attention_state", "cross", "memory")
@@ -51,6 +54,9 @@ class FusionRecipe(_Section, frozen=True):
     memory: _Count = 16
     modality_dropout: _Share = 0.2
     """Probability that a modality is hidden for a whole chunk in training, so the model learns to do without."""
+    choose: bool = False
+    """After each epoch, measure the validation data also without each modality and with each alone, and keep the set
+    with the smallest loss. The trained model ignores the others."""
 
 
 class EventsRecipe(_Section, frozen=True):
@@ -211,7 +217,17 @@ def parse(table: dict[str, Any]) -> Recipe:
             )
         if m.select and m.energy:
             raise ConfigError(f"modality {name!r} has both `select` and `energy`; use one of them")
+        if m.window_s:
+            _check_window(name, m, recipe)
     return recipe
+
+
+def _check_window(name: str, m: ModalityRecipe, recipe: Recipe) -> None:
+    if m.select or m.energy:
+        raise ConfigError(f"modality {name!r} has `window_s`, and `select` or `energy`; use one of them")
+    apart = (*recipe.events.modalities, *recipe.events.tokens, *recipe.evidence.modalities)
+    if name in (*apart, recipe.late_fusion.modality):
+        raise ConfigError(f"modality {name!r} has `window_s`, so name it neither in events, evidence nor late_fusion")
 
 
 def _check_apart(recipe: Recipe) -> None:

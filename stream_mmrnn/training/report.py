@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,26 @@ from stream_mmrnn.training.evaluate import Output, by_modalities, collect, figur
 from stream_mmrnn.training.predictor import PredictorNetwork
 from stream_mmrnn.training.recipe import HeadRecipe
 
+_LABEL = 18
+"""Letters of a class's name in a plot."""
 _ROLLING = 400
 """Ticks of a forecast that a report shows."""
 _UNITS = (("days", 86_400), ("hours", 3600), ("minutes", 60))
 _INK, _SECOND, _GRID = "#4c3fb5", "#1f77b4", "#d9dbe0"
 
 
-def report(predictor: PredictorNetwork, task: Task, history: list[dict[str, Any]]) -> dict[str, Any]:
-    """All results of a trained network, for the card, the study and scripts."""
+def report(
+    predictor: PredictorNetwork, task: Task, history: list[dict[str, Any]], ignored: Sequence[str] = ()
+) -> dict[str, Any]:
+    """All results of a trained network, for the card, the study and scripts.
+
+    `ignored`: modalities that the network does not use; sets of modalities are compared with them.
+    """
     test = task.test
     outputs = collect(predictor, test)
+    several = len(predictor.recipe.modalities) > 1
+    with predictor.using(ignored):
+        compared = by_modalities(predictor, test, task.sets) if several else {}
     return {
         "name": predictor.recipe.name,
         "parameters": sum(p.numel() for p in predictor.parameters()),
@@ -34,8 +45,11 @@ def report(predictor: PredictorNetwork, task: Task, history: list[dict[str, Any]
         "fusion": predictor.recipe.fusion.kind if predictor.fusion.count else "no",
         "epochs": len(history),
         "history": history,
+        "labels": {h.name: list(h.labels) for h in predictor.recipe.heads if h.labels},
         "test": figures(predictor, outputs),
-        "by_modalities": by_modalities(predictor, test, task.sets) if len(predictor.recipe.modalities) > 1 else {},
+        "by_modalities": compared,
+        "ignored": list(ignored),
+        "warnings": list(task.warnings),
         "by_time": {
             h.name: by_time(predictor, outputs[h.name], h) for h in predictor.recipe.heads if h.kind == "classification"
         },
@@ -96,6 +110,7 @@ def _plots(document: dict[str, Any], folder: Path) -> list[Path]:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     mpl.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": _GRID})
     made = []
@@ -110,44 +125,65 @@ def _plots(document: dict[str, Any], folder: Path) -> list[Path]:
     if history:
         figure, axes = plt.subplots(figsize=(5, 3.2))
         epochs = [h["epoch"] for h in history]
-        axes.plot(epochs, [h["train_loss"] for h in history], color=_SECOND, label="training")
-        axes.plot(epochs, [h["validation_loss"] for h in history], color=_INK, label="validation")
-        axes.set(xlabel="epoch", ylabel="loss", title=f"{document['name']}: learning")
+        axes.plot(epochs, [h["train_loss"] for h in history], color=_SECOND, label="training data")
+        axes.plot(epochs, [h["validation_loss"] for h in history], color=_INK, label="validation data")
+        axes.set(xlabel="epoch", ylabel="loss (lower is better)", title=f"How {document['name']} learned")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(frameon=False)
         keep(figure, "learning")
     for name, head in document["test"].items():
         if head.get("reliability"):
-            figure, axes = plt.subplots(figsize=(3.6, 3.4))
+            figure, axes = plt.subplots(figsize=(4.2, 3.8))
             predicted, true, _ = (np.array(x) for x in zip(*head["reliability"], strict=True))
             axes.plot([0, 1], [0, 1], color=_GRID, zorder=1)
             axes.plot(predicted, true, marker="o", color=_INK)
-            axes.set(xlabel="predicted", ylabel="true", xlim=(0, 1), ylim=(0, 1))
-            axes.set_title(f"{name}: ECE {head['calibration_error']:.3f}")
+            axes.set(xlabel="predicted probability", ylabel="share that came true", xlim=(0, 1), ylim=(0, 1))
+            axes.set_title(f"How far to trust {name}: off by {head['calibration_error']:.3f}", fontsize=11)
             keep(figure, f"reliability_{name}")
         if head.get("confusion"):
-            table = np.array(head["confusion"], float)
-            share = table / np.maximum(table.sum(1, keepdims=True), 1)
-            figure, axes = plt.subplots(figsize=(4.2, 3.8))
-            axes.grid(False)
-            axes.imshow(share, cmap="Purples", vmin=0, vmax=1)
-            axes.set(xlabel="predicted", ylabel="true", title=f"{name}: accuracy {head['accuracy']:.3f}")
-            keep(figure, f"confusion_{name}")
+            keep(_confusion(name, head, document["labels"].get(name, ()), plt), f"confusion_{name}")
     for name, curve in document["by_time"].items():
         if curve["seconds"]:
             figure, axes = plt.subplots(figsize=(5, 3.2))
             axes.semilogx(curve["seconds"], curve["accuracy"], marker="o", color=_INK)
-            axes.set(xlabel="seconds into the sequence", ylabel="accuracy", ylim=(0, 1.02), title=name)
+            axes.set(xlabel="seconds since the sequence began", ylabel="accuracy", ylim=(0, 1.02))
+            axes.set_title(f"How soon {name} is right")
             keep(figure, f"by_time_{name}")
     for name, rows in document["rolling"].items():
         keep(_forecasts(rows, plt), f"forecast_{name}")
     if document["by_modalities"]:
         heads = list(document["test"])
-        figure, axes = plt.subplots(figsize=(5.5, 0.6 + 0.34 * len(document["by_modalities"]) * len(heads)))
+        figure, axes = plt.subplots(figsize=(5.5, 1.0 + 0.34 * len(document["by_modalities"]) * len(heads)))
         rows = [(f"{s} · {h}", v[h]) for s, v in document["by_modalities"].items() for h in heads]
-        axes.barh([r[0] for r in rows][::-1], [r[1] for r in rows][::-1], color=_INK)
-        axes.set(title="by the modalities present")
+        bars = axes.barh([r[0] for r in rows][::-1], [r[1] for r in rows][::-1], color=_INK)
+        axes.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+        axes.set(xlabel="figure of the head: accuracy, AUC or R²", ylabel="streams · head")
+        axes.set_title("With these streams alone", fontsize=11)
         keep(figure, "by_modalities")
     return made
+
+
+def _confusion(name: str, head: dict[str, Any], labels: Sequence[str], plt: Any) -> Any:
+    """Which class was taken for which, in ticks; the colour is the share of the true class."""
+    table = np.array(head["confusion"])
+    share = table / np.maximum(table.sum(1, keepdims=True), 1)
+    count = len(table)
+    names = [_short(label) for label in labels] or [str(i) for i in range(count)]
+    size = min(3.4 + 0.45 * count, 14)
+    figure, axes = plt.subplots(figsize=(size + 0.4, size))
+    axes.grid(False)
+    axes.imshow(share, cmap="Purples", vmin=0, vmax=1)
+    axes.set_xticks(range(count), names, rotation=45 if max(map(len, names)) > 3 else 0, ha="right", fontsize=9)
+    axes.set_yticks(range(count), names, fontsize=9)
+    for i, j in np.ndindex(count, count):
+        axes.text(j, i, f"{table[i, j]}", ha="center", va="center", fontsize=8, color="w" if share[i, j] > 0.6 else "k")
+    axes.set(xlabel="predicted (ticks)", ylabel="true")
+    axes.set_title(f"What {name} takes for what: {head['accuracy']:.1%} right", fontsize=11)
+    return figure
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= _LABEL else f"{label[: _LABEL - 1]}…"
 
 
 def _forecasts(rows: dict[str, Any], plt: Any) -> Any:
@@ -169,6 +205,8 @@ def _forecasts(rows: dict[str, Any], plt: Any) -> Any:
                 label = f"forecast {spoken(ahead * rows['tick_s'])} before"
                 axis.plot(at, forecast[:, j], color=color, linewidth=1.2, label=label)
         axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 0.98), ncols=3, fontsize=8)
+        axis.set_ylabel(_short(column))
+    figure.suptitle("What was forecast, and what came", fontsize=11)
     axes[-1, 0].set(xlabel=f"{unit} of the held-out part")
     return figure
 
@@ -201,6 +239,12 @@ def card(document: dict[str, Any], differences: dict[str, float], made_by: str, 
         lines.append("| --- |" + " --- |" * len(heads))
         for present, scores in document["by_modalities"].items():
             lines.append(f"| {present} | " + " | ".join(_figure(scores[h]) for h in heads) + " |")
+    if document["ignored"]:
+        lines += [
+            "",
+            f"Not used, because it was better without on the validation data: {', '.join(document['ignored'])}.",
+        ]
+    lines += [f"\nWarning: {text}." for text in document["warnings"]]
     lines += ["", "## To make it again", "", f"    {made_by}", "", versions, ""]
     return "\n".join(lines)
 

@@ -5,6 +5,7 @@ Does not import torch: it measures the model file, not the network that it was e
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,19 @@ from stream_mmrnn.training.data import Ticks, baselines_of, batches
 from stream_mmrnn.training.recipe import Recipe
 
 _LANES, _LENGTH = 32, 64
+
+
+_MAX_ALL_SETS = 5
+"""Nine modalities have 511 sets: with more than this, only all of them, all but one, and each alone."""
+
+
+def subsets(names: Iterable[str], most: int = _MAX_ALL_SETS) -> list[tuple[str, ...]]:
+    """The non-empty sets of modalities that are compared, the largest first; all, all but one and each alone if there
+    are more modalities than `most`.
+    """
+    names = list(names)
+    sizes = range(len(names), 0, -1) if len(names) <= max(most, 2) else (len(names), len(names) - 1, 1)
+    return [s for n in sizes for s in itertools.combinations(names, n)]
 
 
 def hidden(ticks: Ticks, names: list[str], present: Collection[str] | None) -> Ticks:

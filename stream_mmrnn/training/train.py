@@ -29,8 +29,11 @@ from stream_mmrnn.training.heads import loss
 from stream_mmrnn.training.metrics import best_threshold
 from stream_mmrnn.training.predictor import HEARD, PredictorNetwork
 from stream_mmrnn.training.recipe import Recipe
+from stream_mmrnn.training.served import hidden, subsets
 
 Progress = Callable[[dict[str, Any]], None]
+_ALL_ARE_BETTER = 0.98
+"""A smaller set of modalities has to have a smaller loss by this factor: chance favours one of many."""
 
 
 class TrainingStopped(StreamError):  # noqa: N818 not an error: the user stopped it
@@ -113,6 +116,8 @@ class Trainer:
         self.best = (math.inf, -1)
         self.stopped = False
         """It was stopped before its last epoch."""
+        self.ignored: list[str] = []
+        """Modalities without which the validation loss was smaller; the network does not use them."""
         self.history: list[dict[str, Any]] = []
         folder.mkdir(parents=True, exist_ok=True)
         if resume:
@@ -142,10 +147,13 @@ class Trainer:
             if self.device.type == "cuda" and t.mixed_precision
             else nullcontext()
         )
+        only = self._only()
         for batch in batches(self.task.train(self._rng), self.recipe, t.batch, t.length):
             if not alive():
                 return None
             tensors = Tensors(batch, self.device)
+            if only is not None:
+                tensors.present = tensors.present * only
             hide(tensors, self.recipe.fusion.modality_dropout, self._hiding)
             share = (self.epoch + (min(count / expected, 1.0) if expected else 0.0)) / t.epochs
             for group in self._optimizer.param_groups:
@@ -168,8 +176,40 @@ class Trainer:
             state = {k: v.detach() for k, v in following.items()}
             total += value.item()
             count += 1
-            progress({"event": "step", "epoch": self.epoch, "step": count, "of": expected or None})
+            progress(
+                {
+                    "event": "step",
+                    "epoch": self.epoch,
+                    "epochs": t.epochs,
+                    "step": count,
+                    "of": expected or None,
+                    "loss": total / count,
+                    "share": share,
+                }
+            )
         return total / max(count, 1), count
+
+    def _only(self) -> Tensor | None:
+        """[M] of 0 and 1: after a third of the epochs only the modalities that were best by then go on to learn."""
+        if not self.recipe.fusion.choose or self.best[1] < 1 or self.epoch < self.recipe.train.epochs / 3:
+            return None
+        used = next((h["used"] for h in self.history if h["epoch"] == self.best[1] and "used" in h), None)
+        if used is None:
+            return None
+        return torch.tensor([float(name in used) for name in self.recipe.modalities], device=self.device)
+
+    def _choose(self) -> tuple[float, dict[str, Any]]:
+        """The validation loss, and what it was used for that: all, unless less is clearly better."""
+        names, found = list(self.recipe.modalities), []
+        chooses = self.recipe.fusion.choose
+        for channels in (True, False) if chooses and self.predictor.moved_at else (True,):
+            self.predictor.use_channels(channels)
+            for used in subsets(names, 2) if chooses else (tuple(names),):
+                shown = [hidden(t, names, used) for t in self.task.validation]
+                found.append((self.validate(shown), {"used": list(used), "channels": channels}))
+        best = min(range(len(found)), key=lambda i: found[i][0] * (1.0 if i else _ALL_ARE_BETTER))
+        self.predictor.use_channels(True)
+        return found[best]
 
     def validate(self, sequences: Iterable[Ticks]) -> float:
         """The mean loss per tick over sequences."""
@@ -205,7 +245,7 @@ class Trainer:
                 break
             learned, count = done
             steps += count
-            held_out = self.validate(self.task.validation) if self.task.validation else learned
+            held_out, chosen = self._choose() if self.task.validation else (learned, {})
             if not math.isfinite(held_out):
                 raise Diverged(f"the validation loss of {self.recipe.name} is {held_out} in epoch {self.epoch + 1}")
             self.epoch += 1
@@ -215,6 +255,7 @@ class Trainer:
                 "validation_loss": held_out,
                 "steps": count,
                 "learning_rate": self._optimizer.param_groups[0]["lr"],
+                **chosen,
                 "seconds": time.monotonic() - began,
             }
             self.history.append(row)
@@ -231,6 +272,11 @@ class Trainer:
         if self.best[1] > 0:
             best, _ = load(self.folder / "best.safetensors")
             self.predictor.load_state_dict(best.state_dict())
+            chosen = self.history[self.best[1] - 1]
+            used = chosen.get("used", self.recipe.modalities)
+            self.predictor.use_channels(chosen.get("channels", True))
+            self.ignored = [name for name in self.recipe.modalities if name not in used]
+            self.predictor.ignore(self.ignored)
         if self.task.validation:
             calibrate(self.predictor, self.task.validation, self.device)
         if self.predictor.late_fusion is not None and self.task.late is not None:

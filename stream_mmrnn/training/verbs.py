@@ -108,7 +108,7 @@ def train(
 
         trainer.run(both, alive)
     progress({"event": "report"})
-    document = reports.report(trainer.predictor, task, trainer.history)
+    document = reports.report(trainer.predictor, task, trainer.history, trainer.ignored)
     differences = export_step(trainer.predictor, folder / "step.onnx", task.origins, int8)
     recipes.save(recipe, folder / "recipe.toml")
     made_by = _command(recipe_path, quick, seed)
@@ -116,6 +116,7 @@ def train(
     made = reports.write(document, folder)
     summary = {
         **{k: document[k] for k in ("name", "parameters", "cell", "fusion", "epochs", "test", "by_modalities")},
+        **{k: document[k] for k in ("ignored", "warnings")},
         "stopped": trainer.stopped,
         "best_single": {h.name: reports.best_single(document, h.name) for h in recipe.heads},
         "model": str(folder / "step.onnx"),

@@ -5,10 +5,11 @@ It draws the result of `LiveState.snapshot`.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -96,24 +97,87 @@ def _latency(state: dict[str, Any]) -> Table:
     return table
 
 
-def render(state: dict[str, Any], width: int, headline: str, notes: list[str]) -> RenderableType:
-    """The whole view for a terminal of `width` columns."""
+def _streams_in_words(state: dict[str, Any]) -> Text:
+    """The streams in one line."""
+    line = Text.assemble(("streams  ", "dim"))
+    for name, s in state["streams"].items():
+        if name.startswith("feature/"):
+            line.append(f"{s['modality']} ").append(f"{s['state'] or '–'}  ", STATE_STYLE.get(s["state"], ""))
+    return line
+
+
+def _head_lines(name: str, head: dict[str, Any], most: int) -> Table:
+    """A head without a frame: its greatest numbers, in the head's order."""
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    values = head["values"]
+    ranked = sorted(range(len(values)), key=lambda i: -1.0 if values[i] is None else -values[i])
+    for i in sorted(ranked[:most]):
+        label = head["labels"][i] if i < len(head["labels"]) else f"{name}[{i}]" if len(values) > 1 else name
+        number = "–" if values[i] is None else f"{values[i]:.2f}"
+        table.add_row(Text(name, "dim"), Text(label, "bold"), number, _bar(values[i]))
+    return table
+
+
+def _words(state: dict[str, Any], width: int) -> list[Text]:
+    found = []
+    for title, texts in (("text  ", state["texts"]), ("other ", state["other_texts"])):
+        words = "  ".join(t["text"] for t in reversed(texts))
+        if texts or title == "text  ":
+            found.append(Text.assemble((title, "dim"), words[-(width - 8) :]))
+    return found
+
+
+def lines(parts: Iterable[RenderableType], width: int) -> int:
+    """How many lines these take."""
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    return sum(len(console.render_lines(part, pad=False)) for part in parts)
+
+
+def render(
+    state: dict[str, Any], width: int, headline: str, notes: list[str], height: int | None = None
+) -> RenderableType:
+    """The whole view for a terminal of `width` columns.
+
+    `height`: so many lines are there. What does not fit goes in this order: stages of the latency, losses, the table
+    of streams (one line is left), older notes, frames of the heads, small numbers of the heads. Predictions and words
+    stay.
+    """
+    ticks = "" if state["ticks"] is None else f"   {state['ticks']} ticks"
     top = Text.assemble(
         ("stream-mmrnn ", "bold"),
         headline,
-        "" if state["ticks"] is None else f"   {state['ticks']} ticks   {state['predictions_per_s']:.0f} predictions/s",
+        ticks and f"{ticks}   {state['predictions_per_s']:.0f} predictions/s",
     )
-    parts: list[RenderableType] = [top, Text(), _streams(state)]
-    parts += [_head(name, head, max(10, width - 62)) for name, head in state["heads"].items()]
-    parts.append(_latency(state))
-    for title, lines in (("text  ", state["texts"]), ("other ", state["other_texts"])):
-        words = "  ".join(t["text"] for t in reversed(lines))
-        if lines or title == "text  ":
-            parts.append(Text.assemble((title, "dim"), words[-(width - 8) :]))
     losses = ", ".join(f"{r['node']} {r['what']} {r['count']}" for r in state["losses"]) or "none"
-    parts.append(Text.assemble(("losses  ", "dim"), losses))
-    parts += [Text(f"! {note}", "yellow") for note in notes[-3:]]
-    return Group(*parts)
+    parts: dict[str, list[RenderableType]] = {
+        "top": [top],
+        "gap": [Text()],
+        "streams": [_streams(state)],
+        "heads": [_head(name, head, max(10, width - 62)) for name, head in state["heads"].items()],
+        "stages": [_latency(state)],
+        "words": list(_words(state, width)),
+        "losses": [Text.assemble(("losses  ", "dim"), losses)],
+        "notes": [Text(f"! {note}", "yellow") for note in notes[-3:]],
+    }
+
+    smaller: list[tuple[str, list[RenderableType]]] = [
+        ("stages", []),
+        ("losses", []),
+        ("gap", []),
+        ("streams", [_streams_in_words(state)]),
+        ("notes", parts["notes"][-1:]),
+    ]
+    most = max((len(head["values"]) for head in state["heads"].values()), default=0)
+    smaller += [
+        ("heads", [_head_lines(name, head, n) for name, head in state["heads"].items()]) for n in range(most, 0, -1)
+    ]
+    if height is not None:
+        taken = {name: lines(some, width) for name, some in parts.items()}
+        for name, less in [*smaller, ("notes", []), ("streams", [])]:
+            if sum(taken.values()) <= height:
+                break
+            parts[name], taken[name] = less, lines(less, width)
+    return Group(*(part for some in parts.values() for part in some))
 
 
 def summary_table(summary: dict[str, Any]) -> RenderableType:

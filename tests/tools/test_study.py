@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stream_mmrnn.training import recipe as recipes
-from stream_mmrnn.training.evaluate import subsets
+from stream_mmrnn.training.served import subsets
 from tools.study import plots, text
 from tools.study.__main__ import main
 from tools.study.plan import CELLS, CONTENDERS, DISTANCES, FUSIONS, PARTS, Run, changed, recall, whole

@@ -17,13 +17,16 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 from harness import COMMAND, Running
 
+from stream_mmrnn.bus import Address
 from stream_mmrnn.bus import registry as running
 from stream_mmrnn.core.errors import NotRunning
 from stream_mmrnn.viewers.top.processes import ProcessUsage
+from stream_mmrnn.viewers.top.system import Systems
 
 pytestmark = pytest.mark.process
 
@@ -135,6 +138,34 @@ def read(fd: int) -> str:
     with suppress(OSError):  # the other end is closed
         return os.read(fd, 65536).decode("utf-8", "replace")
     return ""
+
+
+def test_a_session_that_was_killed_is_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither as a session, nor as a note that it cannot be watched."""
+    monkeypatch.setattr(running.config, "run_folders", lambda: [tmp_path / "run"])
+    address = Address.at("127.0.0.1", 5599)
+    sleepers = [subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) for _ in range(3)]
+    try:
+        for i, sleeper in enumerate(sleepers):
+            # the second one's keys cannot be read, so it is a note
+            keys = str(tmp_path / "nowhere") if i == 1 else ""
+            entry = running.entry_of(f"s{i}", True, address, keys)
+            started = running.began(sleeper.pid)
+            assert started is not None
+            running.Registration(msgspec.structs.replace(entry, pid=sleeper.pid, started=started))
+        with closing(Systems()) as systems:
+            assert len(systems.systems) == 2
+            assert len(systems.notes) == 1
+            for sleeper in sleepers[:2]:
+                sleeper.kill()
+                sleeper.wait()
+            systems.poll()
+            assert [found["session"] for found in systems.document()["systems"]] == ["s2"]
+            assert systems.notes == {}
+    finally:
+        for sleeper in sleepers:
+            sleeper.kill()
+            sleeper.communicate()
 
 
 def test_nothing_running_is_exit_code_1_and_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,4 +155,5 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
         f"{len(testers)} for the test, where the activity is scored at {scored}. Causal: a tick knows nothing "
         "of what comes after it, where the published windows are classified whole; and the network remembers more "
         "than a window.",
+        epoch_ticks=sum(map(len, train)),
     )

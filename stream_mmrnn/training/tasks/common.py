@@ -1,21 +1,24 @@
-"""Helpers of the tasks: find the data, check the recipe, encode words, split long sequences."""
+"""Helpers of the tasks: find the data, check the recipe, encode words, split long sequences, count examples."""
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from stream_mmrnn.capture.encoders import Encoder
 from stream_mmrnn.capture.encoders.text import TextEncoder
+from stream_mmrnn.core.durations import spoken
 from stream_mmrnn.core.errors import ConfigError
 from stream_mmrnn.core.types import FloatArray, Sample
 from stream_mmrnn.training.data import Ticks, cut
 from stream_mmrnn.training.recipe import Recipe
 
+ENOUGH = 2
+"""A label that began less often in the training data gets a warning."""
 _ARCHIVES = (".tgz", ".tar", ".gz", ".xz", ".bz2", ".zip", ".npz")
 
 
@@ -97,3 +100,30 @@ def pieces(s: Ticks, length: int, rng: np.random.Generator) -> list[Ticks]:
     first = int(rng.integers(length // 2, length + 1))
     places = [0, *range(first, len(s), length), len(s)]
     return [cut(s, a, b) for a, b in itertools.pairwise(places) if b > a]
+
+
+def few_examples(recipe: Recipe, *parts: Sequence[Ticks]) -> tuple[str, ...]:
+    """A sentence for each label that has too few examples in the sequences for training, validation and test.
+
+    An example is a time that the label began to be true.
+    """
+    found = []
+    names = ("for training", "for validation", "for the test")
+    distinct = parts if parts[1] is not parts[2] else parts[:2]
+    for head in recipe.heads:
+        if head.kind != "classification" or head.size < 2 or not head.labels:
+            continue
+        for c, label in enumerate(head.labels):
+            is_it = [[(s.targets[head.name] == c) & (s.weights[head.name] > 0) for s in part] for part in distinct]
+            counts = [sum(int((np.diff(x.astype(np.int8), prepend=0) > 0).sum()) for x in part) for part in is_it]
+            if counts[0] >= ENOUGH and all(counts):
+                continue
+            held = ", ".join(
+                f"{n} {name} ({spoken(sum(map(np.count_nonzero, part)) * recipe.tick_ns / 1e9)})"
+                for n, name, part in zip(counts, names, is_it, strict=False)
+            )
+            found.append(
+                f"the label {label!r} has few examples: {held}; {ENOUGH} for training and one in every other part are "
+                "the least that says something: record it more often, and in every recording"
+            )
+    return tuple(found)

@@ -121,4 +121,5 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
         f"order, pixels in [0, 1], scored at the last tick alone. Official split: {len(test_images)} test images; of "
         f"the training images {train} are trained on and the last {options.validation} are the validation"
         + (f"; training images are {' and '.join(changes)}, anew in every epoch." if changes else "."),
+        epoch_ticks=(min(options.sequences, train) or train) * _ROWS,
     )

@@ -88,5 +88,6 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
         f"test were drawn by seed {options.split_seed}, so figures of other splits and of ten folds are near but not "
         "the same thing. "
         "Scored at the last word alone.",
+        epoch_ticks=sum(len(s.text.split()) for s in train),
         common_tokens=common_tokens((word for s in train for word in s.text.split()), tokens),
     )

@@ -30,7 +30,7 @@ from stream_mmrnn.recording.settings import settings_of
 from stream_mmrnn.training.data import Array, Task, Ticks, cut
 from stream_mmrnn.training.recipe import HeadRecipe, Recipe
 from stream_mmrnn.training.tasks import forecast
-from stream_mmrnn.training.tasks.common import pieces
+from stream_mmrnn.training.tasks.common import few_examples, pieces
 
 SOURCES = {"classification": "label", "activity_projection": "speech", "hazard": "text", "regression": "motion"}
 """Default source of a head's targets; the recipe's `data.options.targets` overrides it."""
@@ -38,6 +38,8 @@ FORECAST = "forecast"
 """Source of a head that forecasts columns: see `forecast`."""
 WARM_UP = 10
 """How much of the ticks before a held-out forecast the model sees first, in lengths of its training chunks."""
+LEAST_STEPS = 30
+"""Steps of an epoch: short recordings are read so often, cut at other places."""
 
 
 class TypedEvents:
@@ -315,8 +317,14 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
         validation = test = [_part(s, 0.75, 1.0) for s in sequences]
         held = "the last quarter of each recording"
 
+    # few recordings fill as many lanes as there are, down to two chunks of each
+    t, total = recipe.train, sum(map(len, train))
+    longest = min(10 * t.length, max(2 * t.length, total // t.batch))
+    # and fill the steps of an epoch, because a schedule and a patience of some epochs need steps to learn in
+    times = 1 if steps else -(-LEAST_STEPS * t.batch * t.length // max(total, 1)) or 1
+
     def epoch(rng: np.random.Generator) -> list[Ticks]:
-        found = [p for s in train for p in pieces(s, 10 * recipe.train.length, rng)]
+        found = [p for _ in range(times) for s in train for p in pieces(s, longest, rng)]
         return [found[i] for i in rng.permutation(len(found))]
 
     for head in recipe.heads:
@@ -333,6 +341,8 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
         test,
         {s.name: s.encoder for s in specs},
         f"{len(sequences)} own recordings, {covered} in ticks of {spoken(recipe.tick_ns / 1e9)}; held out: {held}.",
+        times * total,
+        warnings=few_examples(recipe, train, validation, test),
     )
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stream_mmrnn.core.printable import shown
-from stream_mmrnn.viewers.terminal_view import STATE_STYLE, render
+from stream_mmrnn.viewers.terminal_view import STATE_STYLE, lines, render
 from stream_mmrnn.viewers.top.system import System, Systems
 
 
@@ -44,13 +44,16 @@ def _processes(system: System, rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def draw(systems: Systems, width: int) -> RenderableType:
-    """All sessions, one below the other."""
+def draw(systems: Systems, width: int, height: int | None = None) -> RenderableType:
+    """All sessions, one below the other. `height`: the lines of the terminal, which one session shall fit into."""
     parts: list[RenderableType] = []
+    alone = len(systems.systems) == 1
     for system in systems.systems.values():
         live = system.live()
         names = live["sessions"]["names"]
         headline = f"{live['sessions']['count']} sessions: {', '.join(names)}" if len(names) > 1 else live["session"]
-        parts += [_processes(system, system.processes(live)), Text(), render(live, width, headline, []), Text()]
+        processes: list[RenderableType] = [_processes(system, system.processes(live)), Text()]
+        left = height - lines(processes, width) if height is not None and alone else None
+        parts += [*processes, render(live, width, headline, [], left), Text()]
     parts += [Text(f"! {note}", "yellow") for note in systems.notes.values()]
     return Group(*parts[:-1] if parts and parts[-1] == Text() else parts)

@@ -153,6 +153,7 @@ class Systems:
         running = {e.pid: e for e in everything() if self._wanted in (None, e.pid)}
         for pid in self.systems.keys() - running.keys():
             self.systems.pop(pid).close()
+        self.notes = {pid: note for pid, note in self.notes.items() if pid in running}
         for pid, entry in running.items():
             if pid in self.systems:
                 self.systems[pid].entry = entry
