@@ -1,7 +1,7 @@
 """The live page in a real browser, Debian's Chromium, with real sessions in real processes.
 
-Screenshots are kept in test-results/page/. The screenshot of the documentation: `python tests/viewers/test_page.py
-FILE.png`.
+Screenshots are kept in test-results/page/. The screenshot of the documentation:
+`PYTHONPATH=tests/helpers python tests/viewers/test_page.py FILE.png`.
 """
 
 from __future__ import annotations
