@@ -334,10 +334,10 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
         else f"FSDD by speaker ({', '.join(o.test_speakers)} for the test, {', '.join(o.validation_speakers)} for "
         f"validation, {', '.join(learnt.voices)} to train)"
     )
-    held_out = fixed(held, "validation", 1, o.validation)
+    tuned = fixed(held, "validation", 1, o.validation)
     return Task(
         epoch,
-        held_out,
+        tuned,
         fixed(tested, "test", 2, o.test),
         {m: origin for m, origin in origins.items() if m in recipe.modalities},
         "Composed sequences of real material: MNIST images (LeCun, Bottou, Bengio and Haffner 1998; CC BY-SA 3.0), "
@@ -349,5 +349,5 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
         "its sound was heard by then; the next digit from the third item on. MNIST's official split, the last "
         f"{o.images} training images for validation; {split}. {o.validation} sequences for validation and {o.test} for "
         f"the test, by seed {o.seed}.",
-        epoch_ticks=o.train * sum(map(len, held_out)) // max(len(held_out), 1),
+        epoch_ticks=o.train * sum(map(len, tuned)) // max(len(tuned), 1),
     )
