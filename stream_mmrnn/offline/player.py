@@ -28,10 +28,12 @@ _SHOW_NS = 100_000_000
 _POLL_S = 0.02
 _FLUSH_S = 0.3
 """How long the last state has to reach the browsers."""
-_NO_TYPING = "this is a recording: text cannot be added to it"
+_NO_TYPING = "this is a recording: it can be labelled, but text cannot be added to it"
+_MOST_NAMES, _MOST_SHOWN = 32, 64
+"""Labels that are offered to be pressed, and letters of one."""
 
 
-class Mark(msgspec.Struct, frozen=True):
+class Mark(msgspec.Struct, frozen=True, order=True):
     """Something that was said or labelled in a recording."""
 
     at_s: float
@@ -45,6 +47,28 @@ class Command(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     paused: bool | None = None
     seek_s: Annotated[float, msgspec.Meta(ge=0, le=1e9)] | None = None
     speed: Annotated[float, msgspec.Meta(ge=0.1, le=16)] | None = None
+    label: Annotated[str, msgspec.Meta(min_length=1, max_length=200)] | None = None
+    """True from here on, until the next one; `none` ends one."""
+    undo: bool = False
+    """Take the newest label of this replay back."""
+
+
+class Labels(Protocol):
+    """Where labels of the recording are kept; times are the recording's, ns."""
+
+    @property
+    def names(self) -> list[str]:
+        """Those that were given."""
+
+    @property
+    def changes(self) -> Sequence[tuple[int, str]]:
+        """From when on which is true."""
+
+    def mark(self, at_ns: int, name: str) -> str:
+        """Why a label cannot be given, or ""."""
+
+    def undo(self) -> str:
+        """Why the newest one cannot be taken back, or ""."""
 
 
 def command_of(body: bytes) -> Command | str:
@@ -85,6 +109,9 @@ class Player:
         assert screen is not None
         self._page: Screen = screen
         self._marks: Sequence[Mark] = ()
+        self._labels: Labels | None = None
+        self._labelled = ""
+        """What the newest command about a label did."""
         self._name = self._failed = ""
         self._contract: dict[str, Any] = {}
         self._first_ns = self._last_ns = self._position_ns = 0
@@ -113,10 +140,12 @@ class Player:
         last_ns: int,
         statuses: Collection[wire.StatusMessage] = (),
         marks: Sequence[tuple[int, str, str]] = (),
+        labels: Labels | None = None,
     ) -> set[str]:
         """Set what is played: `table` are the recording's streams, `first_ns` and `last_ns` the publish times of its
         first and its last message, `statuses` the last status of each process of the recorded session,
-        `marks` its labels and words: when they were published, `label` or `text`, and what they say.
+        `marks` its labels and words: when they were published, `label` or `text`, and what they say; `labels` takes
+        those that are given on the page.
 
         Returns the topics that the page shows in addition to the model's inputs.
         """
@@ -124,7 +153,9 @@ class Player:
         self._name, self._first_ns, self._last_ns = name, first_ns, max(first_ns, last_ns)
         heads = msgspec.to_builtins({"modalities": spec.modalities, "heads": spec.heads})
         self._contract = {"name": spec.name, "sha256": spec.sha256, **heads}
-        self._marks = tuple(Mark(round((at_ns - first_ns) / 1e9, 2), kind, text[:64]) for at_ns, kind, text in marks)
+        self._labels = labels
+        given = set(labels.changes) if labels is not None else set()
+        self._marks = [self._mark(*of) for of in marks if of[1] != topics.LABEL or (of[0], of[2]) not in given]
         self._view = self._new_view()
         return {topics.LABEL, self._view.picture_topic, self._view.sound_topic, *text_topics(table.values())} - {""}
 
@@ -212,9 +243,35 @@ class Player:
             if command.speed is not None:
                 self._speed = command.speed
                 self._rebase()
+            if command.label is not None:
+                self._give(command.label.strip())
+            if command.undo:
+                self._take_back()
             if command.seek_s is not None:
+                self._labelled = ""
                 self._until_ns = min(self._first_ns + round(command.seek_s * 1e9), self._last_ns)
                 self._back = self._ended or self._until_ns < self._position_ns
+
+    def _mark(self, at_ns: int, kind: str, text: str) -> Mark:
+        return Mark(round((at_ns - self._first_ns) / 1e9, 2), kind, text[:_MOST_SHOWN])
+
+    def _all_marks(self) -> list[Mark]:
+        given = self._labels.changes if self._labels is not None else ()
+        return sorted([*self._marks, *(self._mark(*of) for of in ((at, topics.LABEL, name) for at, name in given))])
+
+    def _give(self, name: str) -> None:
+        at_ns = self._position_ns
+        why = self._labels.mark(at_ns, name) if self._labels is not None else _NO_TYPING
+        self._labelled = why or f"{name} from {spoken((at_ns - self._first_ns) / 1e9)} on"
+        if not why:  # a later pass has it from the recording
+            payload, origin = name.encode(), topics.TIER + topics.LABEL
+            self._view.observe(Envelope(topics.LABEL, "", 0, at_ns, at_ns, at_ns, payload, origin, at_ns))
+
+    def _take_back(self) -> None:
+        why = self._labels.undo() if self._labels is not None else _NO_TYPING
+        self._labelled = why or "the newest label was taken back"
+        if not why:  # this pass has shown it: another one has not
+            self._until_ns, self._back = self._position_ns, True
 
     def _rebase(self) -> None:
         self._base = (now_ns(), self._position_ns)
@@ -268,7 +325,8 @@ class Player:
                     "duration_s": round((self._last_ns - self._first_ns) / 1e9, 2),
                     "paused": self._paused,
                     "speed": self._speed,
-                    "marks": self._marks,
+                    "marks": self._all_marks(),
+                    "labels": self._labels.names[:_MOST_NAMES] if self._labels is not None else None,
                     "note": self._note(),
                 },
             }
@@ -280,6 +338,8 @@ class Player:
         if self._until_ns > self._position_ns:
             place_s = (self._until_ns - self._first_ns) / 1e9
             return f"seeking to {spoken(place_s)}: the model runs over everything before it"
+        if self._labelled:
+            return self._labelled
         if self._ended:
             return "the end; seek back to see it again, or close this page to end the replay"
         return f"at {self._speed:g} times real time" + (", paused" if self._paused else "")

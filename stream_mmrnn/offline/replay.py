@@ -279,7 +279,9 @@ def replay(
         anew = [name for name in again if _has_other_times(name, features[name], recorded)]
         wanted = (wanted - {topics.FEATURE + name for name in anew}) | set(read.values())
     if player is not None:
-        wanted |= player.load(path.name, engine.spec, table, *_overview(recording, table))
+        from stream_mmrnn.offline.labels.while_replaying import ReplayLabels
+
+        wanted |= player.load(path.name, engine.spec, table, *_overview(recording, table), ReplayLabels(recording))
     with contextlib.ExitStack() as stack:
         bag = None
         if ros_out is not None:

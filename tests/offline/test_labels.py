@@ -17,6 +17,7 @@ from stream_mmrnn.core.errors import FileError, UsageError
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.offline.labels.attach import LabelOptions, attach
 from stream_mmrnn.offline.labels.export import to_labels
+from stream_mmrnn.offline.labels.while_replaying import ReplayLabels
 from stream_mmrnn.recording import label_file
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.recording.recorder import Recorder
@@ -283,3 +284,36 @@ def test_a_damaged_file_beside_is_read_or_is_one_sentence(talk: Path, tmp_path: 
     assert all(isinstance(at_ns, int) for changes in tiers.values() for at_ns, _ in changes)
     beside = info(talk)["labels_beside"]
     assert beside["damage"] == refused
+
+
+def test_labels_that_are_given_while_it_is_replayed(talk: Path, tmp_path: Path) -> None:
+    before = talk.read_bytes()
+    attach(talk, [notes(tmp_path)], LabelOptions())
+    labels = ReplayLabels(Recording(talk))
+    assert labels.names == []
+    assert labels.undo() == "nothing was labelled in this replay"
+    for at_s, name in ((2, "walking"), (1, "sitting"), (5, "none"), (5.01, "lying"), (3, " walking ")):
+        assert labels.mark(ZERO + int(at_s * S), name) == ""
+    for wrong in ("", "  ", "x" * 201):
+        assert "1 to 200 bytes" in labels.mark(ZERO, wrong)
+    expected = [(1.0, "sitting"), (2.0, "walking"), (3.0, "walking"), (5.01, "lying")]
+    assert tiers_of(talk) == {**GIVEN, "label": expected}, "other tiers stay"
+    assert labels.names == ["lying", "sitting", "walking"]
+    assert labels.undo() == ""
+    assert labels.undo() == ""
+    assert tiers_of(talk)["label"] == [(1.0, "sitting"), (2.0, "walking"), (5.0, "none")]
+    assert talk.read_bytes() == before
+    assert info(talk)["labels_beside"]["from"] == ["notes.csv", "replay"]
+    # another look goes on from there
+    again = ReplayLabels(Recording(talk))
+    assert again.changes == labels.changes
+    assert again.undo() == "nothing was labelled in this replay"
+
+
+def test_labels_that_cannot_be_written_leave_what_was_there(talk: Path) -> None:
+    labels = ReplayLabels(Recording(talk))
+    assert labels.mark(ZERO, "a") == ""
+    label_file.place_of(talk).write_text("{")
+    assert "holds no labels" in labels.mark(ZERO + S, "b")
+    assert label_file.place_of(talk).read_text() == "{"
+    assert [name for _, name in labels.changes] == ["a"]

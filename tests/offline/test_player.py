@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -17,6 +18,8 @@ from stream_mmrnn.core.errors import ProcessError
 from stream_mmrnn.core.types import Prediction
 from stream_mmrnn.offline.player import Player
 from stream_mmrnn.offline.replay import replay
+from stream_mmrnn.recording.mcap_file import Recording
+from stream_mmrnn.training.tasks.recordings import TypedEvents
 
 pytestmark = pytest.mark.process
 
@@ -98,10 +101,42 @@ def test_the_state_after_a_seek_is_exact(recording: Path) -> None:
     assert result["predictions"] == len(straight)
 
 
+def test_a_recording_is_labelled_while_it_is_replayed(recording: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copy(recording, tmp_path / "a.mcap"))
+    with closing(Player(1.0, lambda: True)) as player:
+        browser = Browser(player.address)
+        thread, _, results = play(path, player)
+        states = browser.states()
+        browser.press(paused=True)
+        for to_s, name in ((1.0, "walking"), (2.0, "sitting"), (0.5, "lying")):
+            browser.press(seek_s=to_s)
+            next(s for s in states if s["replay"]["position_s"] == pytest.approx(to_s, abs=0.05))
+            assert browser.press(label=name) == 200
+            state = next(s for s in states if s["replay"]["note"].startswith(name))
+            assert state["labels"][0]["text"] == name
+        assert state["replay"]["labels"] == ["lying", "sitting", "walking"]
+        marks = [(m["at_s"], m["text"]) for m in state["replay"]["marks"] if m["kind"] == "label"]
+        assert [text for _, text in marks] == ["lying", "walking", "sitting"]
+        assert [at_s for at_s, _ in marks] == pytest.approx([0.5, 1.0, 2.0], abs=0.05)
+        assert browser.press(undo=True) == 200
+        state = next(s for s in states if s["replay"]["note"] == "the newest label was taken back")
+        state = next(s for s in states if not s["labels"])
+        assert state["replay"]["labels"] == ["sitting", "walking"]
+        # a later pass has them from the recording
+        browser.press(seek_s=2.5)
+        state = next(s for s in states if s["labels"])
+        assert [label["text"] for label in state["labels"]] == ["sitting", "walking"]
+        browser.press(paused=False)
+        browser.close()
+        thread.join(60)
+    assert results[0]["identical"]
+    assert [name for _, name in TypedEvents.of(Recording(path)).labels] == ["walking", "sitting"]
+
+
 def test_invalid_commands_are_rejected(recording: Path) -> None:
     with closing(Player(50.0, lambda: True)) as player:
         browser = Browser(player.address)
-        for wrong in ({"seek_s": -1}, {"seek_s": "x"}, {"speed": 300}, {"paused": 1}):
+        for wrong in ({"seek_s": -1}, {"seek_s": "x"}, {"speed": 300}, {"paused": 1}, {"label": ""}, {"undo": 1}):
             assert browser.press(**wrong) == 409
         browser.close()
 

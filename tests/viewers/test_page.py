@@ -21,6 +21,7 @@ from chromium import Tab, address_of, needs_chromium, running_chromium
 from harness import Running, check_summary, recording_grows, run, verify
 
 from stream_mmrnn.recording.mcap_file import Recording
+from stream_mmrnn.training.tasks.recordings import TypedEvents
 
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[dev]'")
 pytestmark = [needs_chromium, pytest.mark.process]
@@ -189,6 +190,17 @@ def test_a_replay_is_paused_and_scrubbed(browser: Any, model: Path, tmp_path: Pa
             held = tab.page.evaluate(position)
             tab.page.wait_for_timeout(400)
             assert tab.page.evaluate(position) == held
+            tab.page.keyboard.press("/")
+            tab.page.keyboard.type("walking")
+            tab.page.keyboard.press("Enter")
+            tab.page.keyboard.press("Escape")
+            tab.until("document.querySelector('#given [aria-pressed=true]')?.textContent === '1walking'")
+            tab.page.keyboard.press("ArrowRight")
+            tab.until(f"!{SEEKING} && {position} >= {held} + .9")
+            tab.page.keyboard.press("0")
+            tab.until("document.querySelectorAll('#marks .label').length === 2")
+            tab.photograph("replay-labelled-1280")
+            assert tab.serious() == []
             tab.page.keyboard.press("Shift+ArrowRight")
             tab.until(f"!{SEEKING} && {position} >= Number(document.getElementById('seek').max) - .2")
             tab.photograph("replay-light-1280")
@@ -202,6 +214,7 @@ def test_a_replay_is_paused_and_scrubbed(browser: Any, model: Path, tmp_path: Pa
         # without a browser the replay ends; its last pass gave the recorded predictions, bit for bit
         code, result = replay.finish()
     assert (code, result["identical"], result["predictions"]) == (0, True, summary["predictions"])
+    assert [name for _, name in TypedEvents.of(Recording(path)).labels] == ["walking", "none"]
 
 
 def main(path: Path) -> None:

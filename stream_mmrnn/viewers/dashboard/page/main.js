@@ -2,7 +2,7 @@
 import {$, set, announce, clock, post} from "./dom.js";
 import {nextTheme, onRepaint, setTheme} from "./theme.js";
 import {view} from "./view.js";
-import {position, seek, showReplay} from "./replay.js";
+import {position, seek, showReplay, labelBy} from "./replay.js";
 import {showPicture, showSound} from "./media.js";
 import {showNext} from "./next.js";
 import {showInputs} from "./inputs.js";
@@ -100,6 +100,8 @@ document.addEventListener("keydown", event => {
   if (event.key === " " && !el.matches("button, summary, select, a, input[type=checkbox]")) { event.preventDefault(); togglePause(); }
   else if (event.key === "t" || event.key === "T") nextTheme();
   else if (event.key === "/" && !$("line").disabled) { event.preventDefault(); $("line").focus(); }
+  else if (event.key === "/" && replaying() && !$("label").disabled) { event.preventDefault(); $("label").focus(); }
+  else if (replaying() && !el.matches("select") && labelBy(event.key)) event.preventDefault();
   else if (replaying() && !el.matches("ol, select") && (event.key === "ArrowLeft" || event.key === "ArrowRight")) {
     event.preventDefault();
     const step = (event.shiftKey ? 10 : 1) * (event.key === "ArrowLeft" ? -1 : 1);

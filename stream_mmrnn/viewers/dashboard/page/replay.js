@@ -16,12 +16,40 @@ export function showReplay(s) {
   set($("replay-at"), clock(dragging ? Number($("seek").value) : r.position_s)); set($("replay-end"), clock(r.duration_s));
   set($("replay-note"), r.note);
   if (document.activeElement !== $("speed")) $("speed").value = String(r.speed);
-  showMarks(r);
+  showMarks(r); showGiven(s);
+}
+// labels that were given before: a press, or a number on the keyboard, gives one from here on
+const given = make("div");
+given.id = "given"; given.setAttribute("role", "group"); given.setAttribute("aria-label", "Labels: a press gives one from here on");
+$("mark").after(given);
+async function command(body) { const why = await post("replay", body); if (why) announce(why); }
+const UNDO = "Undo";
+function showGiven(s) {
+  const r = s.replay, known = r.labels || [], offered = [...new Set([...(s.controls ? s.controls.labels : []), ...known])];
+  given.hidden = !r.labels;
+  const holds = s.labels.length ? s.labels[0].text : "none";
+  fill(given, r.labels ? [...offered, "none", UNDO] : [], () => {
+    const el = make("button"); el.type = "button"; el.append(make("kbd"), make("span"));
+    el.addEventListener("click", () => command(el.dataset.label === UNDO ? {undo: true} : {label: el.dataset.label}));
+    return el;
+  }, (el, text, i) => {
+    el.dataset.label = text; set(el.lastChild, text);
+    set(el.firstChild, text === UNDO ? "⌫" : text === "none" ? "0" : i < 9 ? String(i + 1) : ""); el.firstChild.hidden = !el.firstChild.textContent;
+    if (text !== UNDO) el.setAttribute("aria-pressed", String(text === holds)); else el.removeAttribute("aria-pressed");
+  });
+}
+/** A key that gives a label, or takes the newest one back; whether it did. */
+export function labelBy(key) {
+  const named = [...given.children], el = key === "Backspace" ? named.at(-1) : named.find(v => v.firstChild.textContent === key && /^\d$/.test(key));
+  if (given.hidden || !el) return false;
+  el.click();
+  return true;
 }
 // what was said and labelled: a press goes there
 function showMarks(r) {
-  if ($("marks").dataset.of === r.recording && $("marks").children.length === r.marks.length) return;
-  $("marks").dataset.of = r.recording;
+  const of = r.recording + r.marks.map(v => v.at_s + v.text).join();
+  if ($("marks").dataset.of === of) return;
+  $("marks").dataset.of = of;
   fill($("marks"), r.marks, () => { const el = make("button"); el.type = "button"; el.addEventListener("click", () => seek(Number(el.dataset.at))); return el; }, (el, v) => {
     el.className = v.kind; el.dataset.at = v.at_s; el.title = `${clock(v.at_s)} ${v.text}`; el.ariaLabel = `${v.kind} ${v.text} at ${clock(v.at_s)}`;
     el.style.left = `${100 * v.at_s / Math.max(r.duration_s, .1)}%`;

@@ -1,6 +1,7 @@
 // Lines of text and labels: as turns of a conversation, on the timeline, and typed by the reader.
 import {$, set, make, fill, clock, post} from "./dom.js";
 import {paint} from "./theme.js";
+import {view} from "./view.js";
 import {HISTORY_MS, LEFT, context, grid, pastX} from "./plot.js";
 
 const PAUSE_MS = 2000, MOST_TURNS = 40;
@@ -22,13 +23,14 @@ const WHO = {you: "You", other: "Other", label: "Label"};
 export function showWords(s) {
   const text = s.inputs.some(v => v.kind === "text" && v.connected);
   $("l-words").hidden = !text && !turns(s).length;
-  $("say").hidden = $("mark").hidden = Boolean(s.replay) || !text;
+  const marked = s.replay ? Boolean(s.replay.labels) : text;
+  $("say").hidden = Boolean(s.replay) || !text; $("mark").hidden = !marked;
   fill($("l-words"), turns(s), () => { const li = make("li"); li.append(make("span", "tag"), make("span", "said"), make("span")); return li; }, (li, v) => {
     const [tag, text, at] = li.children;
     li.className = v.who; set(tag, WHO[v.who]); set(text, v.text);
     set(at, s.seconds == null ? "" : clock(Math.max(0, s.seconds - v.age_ms / 1000)));
   });
-  for (const id of ["line", "label"]) { $(id).disabled = !s.typing.possible || Boolean(s.ended); $(id).form.lastElementChild.disabled = $(id).disabled; }
+  for (const id of ["line", "label"]) { $(id).disabled = !(s.typing.possible || s.replay && id === "label") || Boolean(s.ended); $(id).form.lastElementChild.disabled = $(id).disabled; }
   if (!s.typing.possible) { set($("typing"), s.typing.why); $("typing").className = "why"; $("typing").dataset.off = "1"; }
   else if ($("typing").dataset.off) { set($("typing"), "\u00a0"); delete $("typing").dataset.off; }
 }
@@ -58,8 +60,9 @@ function typing(form, input, prefix, done) {
     event.preventDefault();
     const text = $(input).value.trim();
     if (!text) return;
-    const why = await post("text", prefix + text), note = $("typing");
-    set(note, why || done(text)); note.className = "why" + (why ? " bad" : "");
+    const replayed = view.newest && view.newest.replay, note = $("typing");
+    const why = replayed ? await post("replay", {label: text}) : await post("text", prefix + text);
+    if (why || !replayed) { set(note, why || done(text)); note.className = "why" + (why ? " bad" : ""); }
     if (!why) $(input).value = "";
   });
 }
