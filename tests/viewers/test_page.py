@@ -1,11 +1,12 @@
 """The live page in a real browser, Debian's Chromium, with real sessions in real processes.
 
-Screenshots are kept in test-results/page/. The screenshot of the documentation:
-`PYTHONPATH=tests/helpers python tests/viewers/test_page.py FILE.png`.
+Screenshots are kept in test-results/page/. The pictures of the documentation:
+`PYTHONPATH=tests/helpers python tests/viewers/test_page.py docs`.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
@@ -217,8 +218,24 @@ def test_a_replay_is_paused_and_scrubbed(browser: Any, model: Path, tmp_path: Pa
     assert [name for _, name in TypedEvents.of(Recording(path)).labels] == ["walking", "none"]
 
 
-def main(path: Path) -> None:
-    """Take a screenshot after half a minute of a live session, with a typed line and a label."""
+PARTS = ("header", "#next", "#camera", "#inputs", "#timeline", "#words", "#health")
+"""The parts of the page that its documentation explains, in its order."""
+NUMBER = (
+    "([selector, n]) => { const el = document.createElement('b'); el.textContent = n;"
+    "const at = document.querySelector(selector).getBoundingClientRect();"
+    "Object.assign(el.style, {position: 'absolute', zIndex: 9, left: at.left + at.width / 2 - 14 + 'px',"
+    "top: at.top + scrollY + 4 + 'px', width: '28px', font: '600 16px/28px system-ui', textAlign: 'center',"
+    "borderRadius: '50%', background: '#b3261e', color: '#fff'}); document.body.append(el); }"
+)
+
+
+def main(folder: Path) -> None:
+    """Make the pictures of the documentation from a live session: the page after half a minute, with a typed line and a
+    label; the same with numbered parts; and ten seconds of it.
+    """
+    from PIL import Image
+
+    frames = []
     with (
         running_chromium() as chromium,
         closing(Running("--source", "synthetic")) as session,
@@ -232,7 +249,20 @@ def main(path: Path) -> None:
         tab.page.keyboard.press("Enter")
         tab.page.wait_for_timeout(700)
         tab.page.evaluate("document.activeElement.blur()")
-        tab.page.screenshot(path=path, full_page=True)
+        tab.page.screenshot(path=folder / "page.png", full_page=True)
+        began = time.monotonic()
+        while (at_s := time.monotonic() - began) < 10:
+            frames.append((at_s, Image.open(io.BytesIO(tab.page.screenshot()))))
+            tab.page.wait_for_timeout(max(0, 250 * len(frames) - 1000 * (time.monotonic() - began)))
+        for number, selector in enumerate(PARTS, 1):
+            tab.page.evaluate(NUMBER, [selector, number])
+        tab.page.screenshot(path=folder / "page-parts.png", full_page=True)
+    small = [of.convert("RGB").resize((800, 562)).quantize(160, dither=Image.Dither.NONE) for _, of in frames]
+    ends = [at_s for at_s, _ in frames[1:]] + [10.0]
+    lasts = [round(1000 * (end_s - at_s)) for end_s, (at_s, _) in zip(ends, frames, strict=True)]
+    small[0].save(folder / "live.gif", save_all=True, append_images=small[1:], duration=lasts, loop=0, optimize=True)
+    for name in ("page.png", "page-parts.png"):
+        Image.open(folder / name).convert("RGB").quantize(256).save(folder / name, optimize=True)
 
 
 if __name__ == "__main__":
