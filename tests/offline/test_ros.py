@@ -8,7 +8,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from ros_bags import ZERO_NS, BagWriter, write_walk
 from typer.testing import CliRunner
@@ -211,6 +211,7 @@ def test_a_bag_that_was_cut_off_is_read_up_to_the_cut(bag: BagWriter, out: Path)
 @pytest.mark.slow
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(0, 10**6), value=st.integers(1, 255))
+@example(at=1548, value=80)  # an acceleration beyond float32
 def test_a_changed_byte_never_is_another_error(tmp_path_factory: pytest.TempPathFactory, at: int, value: int) -> None:
     folder = tmp_path_factory.mktemp("changed")
     (file,) = write_walk(folder / "walk").glob("*.mcap")

@@ -35,11 +35,14 @@ class Sound(NamedTuple):
 
 def signal(data: Any, kind: str) -> Array:
     """The numbers of an Imu (acceleration in g, rotation in rad/s: x, y, z each) or of a MultiArray."""
-    if kind == "sensor_msgs/Imu":
-        a, w = data.linear_acceleration, data.angular_velocity
-        g = STANDARD_GRAVITY
-        return np.array([a.x / g, a.y / g, a.z / g, w.x, w.y, w.z], np.float32)
-    return np.asarray(data.data, np.float32)
+    values = data.data if kind != "sensor_msgs/Imu" else _of_imu(data)
+    with np.errstate(over="ignore"):  # what is too large for float32 is infinite: the encoder counts and refuses it
+        return np.asarray(values, np.float32)
+
+
+def _of_imu(data: Any) -> list[float]:
+    a, w, g = data.linear_acceleration, data.angular_velocity, STANDARD_GRAVITY
+    return [a.x / g, a.y / g, a.z / g, w.x, w.y, w.z]
 
 
 def picture(data: Any, kind: str) -> bytes:
@@ -104,7 +107,8 @@ def sound_format(first: Any, info: Any) -> Sound | str:
         if coding not in ("wave", "wav", "") or form not in ("S16LE", ""):
             return f"it is {coding or form}, expected wave and S16LE: record it so, or convert it"
         return _checked(info.sample_rate, info.channels)
-    if bytes(audio.data[:3]) == b"ID3" or (bytes(audio.data[:1]) == b"\xff" and audio.data[1] & 0xE0 == 0xE0):
+    head = bytes(audio.data[:3])
+    if head == b"ID3" or (len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0):
         return "it looks like MP3, expected 16-bit samples: record it with the format wave"
     return Sound(AUDIO_RATE_HZ, 1)
 
