@@ -144,8 +144,8 @@ class Player:
     ) -> set[str]:
         """Set what is played: `table` are the recording's streams, `first_ns` and `last_ns` the publish times of its
         first and its last message, `statuses` the last status of each process of the recorded session,
-        `marks` its labels and words: when they were published, `label` or `text`, and what they say; `labels` takes
-        those that are given on the page.
+        `marks` its words and labels: when they were published, `label` or `text`, and what they say; `labels` has
+        the labels that can be changed on the page.
 
         Returns the topics that the page shows in addition to the model's inputs.
         """
@@ -154,8 +154,7 @@ class Player:
         heads = msgspec.to_builtins({"modalities": spec.modalities, "heads": spec.heads})
         self._contract = {"name": spec.name, "sha256": spec.sha256, **heads}
         self._labels = labels
-        given = set(labels.changes) if labels is not None else set()
-        self._marks = [self._mark(*of) for of in marks if of[1] != topics.LABEL or (of[0], of[2]) not in given]
+        self._marks = [self._mark(*of) for of in marks]
         self._view = self._new_view()
         return {topics.LABEL, self._view.picture_topic, self._view.sound_topic, *text_topics(table.values())} - {""}
 

@@ -374,13 +374,15 @@ def _statuses(recording: Recording) -> list[wire.StatusMessage]:
 def _overview(
     recording: Recording, table: Mapping[str, Stream]
 ) -> tuple[int, int, list[wire.StatusMessage], list[tuple[int, str, str]]]:
-    """When the first and the last clock message were published, the last statuses, and the labels and words."""
+    """When the first and the last clock message were published, the last statuses, and words and labels of tiers."""
     texts = set(text_topics(table.values()))
     stamps: list[int] = []
     marks: dict[str, list[tuple[int, str, str]]] = {"label": [], "text": []}
     for e in recording.envelopes({topics.CLOCK, topics.LABEL, *texts}):
         if e.topic == topics.CLOCK:
             stamps = [stamps[0] if stamps else e.publish_ns, e.publish_ns]
+        elif e.topic == topics.LABEL and topics.tier_of(e.origin) == topics.LABEL:
+            continue  # the player has those, and what is changed of them
         elif isinstance(e.payload, bytes):
             kind = "label" if e.topic == topics.LABEL else "text"
             marks[kind].append((e.publish_ns, kind, e.payload.decode("utf-8", "replace")))

@@ -202,9 +202,12 @@ class Trainer:
         """The validation loss, and what it was used for that: all, unless less is clearly better."""
         names, found = list(self.recipe.modalities), []
         chooses = self.recipe.fusion.choose
+        tried = subsets(names, 2) if chooses else [tuple(names)]
+        if (only := self._only()) is not None:  # what does not learn any more need not be tried in each epoch
+            tried = [tuple(names), tuple(name for name, on in zip(names, only.tolist(), strict=True) if on)]
         for channels in (True, False) if chooses and self.predictor.moved_at else (True,):
             self.predictor.use_channels(channels)
-            for used in subsets(names, 2) if chooses else (tuple(names),):
+            for used in tried:
                 shown = [hidden(t, names, used) for t in self.task.validation]
                 found.append((self.validate(shown), {"used": list(used), "channels": channels}))
         best = min(range(len(found)), key=lambda i: found[i][0] * (1.0 if i else _ALL_ARE_BETTER))
