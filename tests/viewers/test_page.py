@@ -29,18 +29,6 @@ pytestmark = [needs_chromium, pytest.mark.process]
 SEEKING = "document.querySelector('[data-seeking]')"
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with running_chromium() as chromium:
-        yield chromium
-
-
-@pytest.fixture(scope="module")
-def live() -> Iterator[Running]:
-    with closing(Running("--source", "synthetic")) as session:
-        yield session
-
-
 @pytest.fixture
 def tab(browser: Any, live: Running) -> Iterator[Tab]:
     with closing(Tab(browser, address_of(live))) as opened:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chromium import PICTURES, Tab, address_of, needs_chromium, running_chromium
+from chromium import PICTURES, Tab, address_of, needs_chromium
 from harness import Running, run
 
 from stream_mmrnn.core import topics
@@ -20,12 +20,6 @@ from stream_mmrnn.recording.mcap_file import Recording
 
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[dev]'")
 pytestmark = [needs_chromium, pytest.mark.process]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with running_chromium() as chromium:
-        yield chromium
 
 
 @pytest.fixture

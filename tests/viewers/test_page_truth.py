@@ -10,13 +10,12 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from chromium import Tab, address_of, needs_chromium, running_chromium
+from chromium import Tab, address_of, needs_chromium
 from harness import Running
 
 from stream_mmrnn.core.types import Envelope
@@ -27,18 +26,6 @@ pytest.importorskip("playwright.sync_api", reason="playwright is not installed: 
 pytestmark = [needs_chromium, pytest.mark.process]
 LINK, PROBLEM = "document.getElementById('link').textContent", "document.getElementById('problem').textContent"
 NEXT = "document.getElementById('next').dataset.state"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with running_chromium() as chromium:
-        yield chromium
-
-
-@pytest.fixture(scope="module")
-def live() -> Iterator[Running]:
-    with closing(Running("--source", "synthetic")) as session:
-        yield session
 
 
 # --- what comes first
