@@ -29,6 +29,7 @@ from stream_mmrnn.core.types import Envelope, ModelSpec, Prediction
 from stream_mmrnn.graph.runtime import Provider
 from stream_mmrnn.live.checkpoint import begin
 from stream_mmrnn.offline.convert.ros_predictions import PredictionBag
+from stream_mmrnn.offline.labels.while_replaying import ReplayLabels
 from stream_mmrnn.offline.pacing import pace
 from stream_mmrnn.predict.align import Aligner
 from stream_mmrnn.predict.engine import StepEngine
@@ -279,9 +280,7 @@ def replay(
         anew = [name for name in again if _has_other_times(name, features[name], recorded)]
         wanted = (wanted - {topics.FEATURE + name for name in anew}) | set(read.values())
     if player is not None:
-        from stream_mmrnn.offline.labels.while_replaying import ReplayLabels
-
-        wanted |= player.load(path.name, engine.spec, table, *_overview(recording, table), ReplayLabels(recording))
+        wanted |= player.load(path.name, engine.spec, table, *_overview(recording, table))
     with contextlib.ExitStack() as stack:
         bag = None
         if ros_out is not None:
@@ -373,16 +372,19 @@ def _statuses(recording: Recording) -> list[wire.StatusMessage]:
 
 def _overview(
     recording: Recording, table: Mapping[str, Stream]
-) -> tuple[int, int, list[wire.StatusMessage], list[tuple[int, str, str]]]:
-    """When the first and the last clock message were published, the last statuses, and words and labels of tiers."""
+) -> tuple[int, int, list[wire.StatusMessage], list[tuple[int, str, str]], ReplayLabels]:
+    """When the first and the last clock message were published, the last statuses, words and labels of tiers, and the
+    labels that can be changed.
+    """
     texts = set(text_topics(table.values()))
     stamps: list[int] = []
     marks: dict[str, list[tuple[int, str, str]]] = {"label": [], "text": []}
+    typed: list[tuple[int, str]] = []
     for e in recording.envelopes({topics.CLOCK, topics.LABEL, *texts}):
         if e.topic == topics.CLOCK:
             stamps = [stamps[0] if stamps else e.publish_ns, e.publish_ns]
         elif e.topic == topics.LABEL and topics.tier_of(e.origin) == topics.LABEL:
-            continue  # the player has those, and what is changed of them
+            typed.append((e.event_ns, bytes(e.payload).decode("utf-8", "replace")))
         elif isinstance(e.payload, bytes):
             kind = "label" if e.topic == topics.LABEL else "text"
             marks[kind].append((e.publish_ns, kind, e.payload.decode("utf-8", "replace")))
@@ -390,4 +392,5 @@ def _overview(
     labels, words = marks["label"][:_MAX_MARKS], marks["text"]
     # evenly thinned, so that a long recording has marks from its beginning to its end
     every = max(1, -(-len(words) // max(1, _MAX_MARKS - len(labels))))
-    return first_ns, last_ns, _statuses(recording), sorted(labels + words[::every])
+    shown = sorted(labels + words[::every])
+    return first_ns, last_ns, _statuses(recording), shown, ReplayLabels(recording, typed)

@@ -286,10 +286,15 @@ def test_a_damaged_file_beside_is_read_or_is_one_sentence(talk: Path, tmp_path: 
     assert beside["damage"] == refused
 
 
+def labels_of(path: Path) -> ReplayLabels:
+    recording = Recording(path)
+    return ReplayLabels(recording, TypedEvents.of(recording).labels)
+
+
 def test_labels_that_are_given_while_it_is_replayed(talk: Path, tmp_path: Path) -> None:
     before = talk.read_bytes()
     attach(talk, [notes(tmp_path)], LabelOptions())
-    labels = ReplayLabels(Recording(talk))
+    labels = labels_of(talk)
     assert labels.names == []
     assert labels.undo() == "nothing was labelled in this replay"
     for at_s, name in ((2, "walking"), (1, "sitting"), (5, "none"), (5.01, "lying"), (3, " walking ")):
@@ -305,13 +310,13 @@ def test_labels_that_are_given_while_it_is_replayed(talk: Path, tmp_path: Path) 
     assert talk.read_bytes() == before
     assert info(talk)["labels_beside"]["from"] == ["notes.csv", "replay"]
     # another look goes on from there
-    again = ReplayLabels(Recording(talk))
+    again = labels_of(talk)
     assert again.changes == labels.changes
     assert again.undo() == "nothing was labelled in this replay"
 
 
 def test_labels_that_cannot_be_written_leave_what_was_there(talk: Path) -> None:
-    labels = ReplayLabels(Recording(talk))
+    labels = labels_of(talk)
     assert labels.mark(ZERO, "a") == ""
     label_file.place_of(talk).write_text("{")
     assert "holds no labels" in labels.mark(ZERO + S, "b")

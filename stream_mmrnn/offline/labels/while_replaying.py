@@ -6,14 +6,13 @@ Each change is written beside the recording at once. Labels of other tiers are k
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from pathlib import Path
+from collections.abc import Iterable
 
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.errors import FileError
 from stream_mmrnn.recording import label_file
 from stream_mmrnn.recording.label_file import NOTHING, Change
 from stream_mmrnn.recording.mcap_file import Recording
-from stream_mmrnn.training.tasks.recordings import TypedEvents
 
 _SOURCE = "replay"
 _SAME_NS = 20_000_000
@@ -25,15 +24,10 @@ MAX_LABEL_BYTES = 200
 class ReplayLabels:
     """Labels of the tier of typed ones, by time."""
 
-    def __init__(self, recording: Recording) -> None:
-        """Reads the recording's labels, those beside it included.
-
-        Raises:
-            FileError: they cannot be read.
-
-        """
-        self._path, self._metadata = Path(recording.path), recording.metadata
-        self.changes: list[Change] = [*TypedEvents.of(recording).labels]
+    def __init__(self, recording: Recording, changes: Iterable[Change]) -> None:
+        """`changes`: the recording's labels of this tier, those beside it included."""
+        self._path, self._metadata = recording.path, recording.metadata
+        self.changes = sorted(changes)
         """From each time on (ns, of the recording), this label is true."""
         self._before: list[list[Change]] = []
 
