@@ -26,8 +26,6 @@ from stream_mmrnn.viewers.dashboard.state import LiveState
 
 _SHOW_NS = 100_000_000
 _POLL_S = 0.02
-_FLUSH_S = 0.3
-"""How long the last state has to reach the browsers."""
 _NO_TYPING = "this is a recording: it can be labelled, but text cannot be added to it"
 _MOST_NAMES, _MOST_SHOWN = 32, 64
 """Labels that are offered to be pressed, and letters of one."""
@@ -46,6 +44,8 @@ class Command(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
 
     paused: bool | None = None
     seek_s: Annotated[float, msgspec.Meta(ge=0, le=1e9)] | None = None
+    seek_id: Annotated[str, msgspec.Meta(max_length=32)] = ""
+    """Any name of this seek: the state names the newest one, so that its sender knows when it is done."""
     speed: Annotated[float, msgspec.Meta(ge=0.1, le=16)] | None = None
     label: Annotated[str, msgspec.Meta(min_length=1, max_length=200)] | None = None
     """True from here on, until the next one; `none` ends one."""
@@ -118,6 +118,7 @@ class Player:
         self._paused = self._ended = self._back = False
         self._until_ns = 0
         """The target of a seek: messages before it are not paced."""
+        self._seek_id = ""
         self._base = (0, 0)
         """A local time, and the recording's time at that moment."""
         self._shown_ns = 0
@@ -212,7 +213,7 @@ class Player:
         if self._own.clients:
             ended = {"recording": self._name, "why": ""}
             self._own.update({**self._view.snapshot(self._position_ns), "ended": ended})
-            self._own.flush(_FLUSH_S)
+            self._own.flush()
         self._own.close()
 
     def _new_view(self) -> LiveState:
@@ -247,7 +248,7 @@ class Player:
             if command.undo:
                 self._take_back()
             if command.seek_s is not None:
-                self._labelled = ""
+                self._labelled, self._seek_id = "", command.seek_id
                 self._until_ns = min(self._first_ns + round(command.seek_s * 1e9), self._last_ns)
                 self._back = self._ended or self._until_ns < self._position_ns
 
@@ -258,8 +259,13 @@ class Player:
         given = self._labels.changes if self._labels is not None else ()
         return sorted([*self._marks, *(self._mark(*of) for of in ((at, topics.LABEL, name) for at, name in given))])
 
+    @property
+    def _there_ns(self) -> int:
+        """Where the recording is for who looks at it: during a seek, at its target."""
+        return self._until_ns or self._position_ns
+
     def _give(self, name: str) -> None:
-        at_ns = self._position_ns
+        at_ns = self._there_ns
         why = self._labels.mark(at_ns, name) if self._labels is not None else _NO_TYPING
         self._labelled = why or f"{name} from {spoken((at_ns - self._first_ns) / 1e9)} on"
         if not why:  # a later pass has it from the recording
@@ -270,7 +276,7 @@ class Player:
         why = self._labels.undo() if self._labels is not None else _NO_TYPING
         self._labelled = why or "the newest label was taken back"
         if not why:  # this pass has shown it: another one has not
-            self._until_ns, self._back = self._position_ns, True
+            self._until_ns, self._back = self._there_ns, True
 
     def _rebase(self) -> None:
         self._base = (now_ns(), self._position_ns)
@@ -324,6 +330,7 @@ class Player:
                     "duration_s": round((self._last_ns - self._first_ns) / 1e9, 2),
                     "paused": self._paused,
                     "speed": self._speed,
+                    "seek": {"id": self._seek_id, "done": not self._until_ns},
                     "marks": self._all_marks(),
                     "labels": self._labels.names[:_MOST_NAMES] if self._labels is not None else None,
                     "note": self._note(),

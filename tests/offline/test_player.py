@@ -122,6 +122,15 @@ def test_a_recording_is_labelled_while_it_is_replayed(recording: Path, tmp_path:
         state = next(s for s in states if s["replay"]["note"] == "the newest label was taken back")
         state = next(s for s in states if not s["labels"])
         assert state["replay"]["labels"] == ["sitting", "walking"]
+        # a label that comes while the model still runs to the target is given there
+        for to_s in (1.5, 2.25):
+            browser.press(seek_s=to_s, seek_id=f"to {to_s}")
+            browser.press(label="standing")
+            state = next(s for s in states if s["replay"]["seek"] == {"id": f"to {to_s}", "done": True})
+            assert state["replay"]["position_s"] == pytest.approx(to_s, abs=0.05)
+            assert to_s in [pytest.approx(m["at_s"], abs=0.01) for m in state["replay"]["marks"]]
+            browser.press(undo=True)
+            next(s for s in states if s["replay"]["labels"] == ["sitting", "walking"])
         # a later pass has them from the recording
         browser.press(seek_s=2.5)
         state = next(s for s in states if s["labels"])

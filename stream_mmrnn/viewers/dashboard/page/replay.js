@@ -2,14 +2,20 @@
 import {$, set, make, fill, clock, post, announce} from "./dom.js";
 import {view} from "./view.js";
 
-let dragging = false;
+const SUPERSEDED_MS = 1500;
+let dragging = false, sought = "", soughtAt = 0, seeks = 0;
 const drag = on => { dragging = on; $("replay").toggleAttribute("data-seeking", on); };
+/** A seek lasts until the player is there, or another viewer's seek took its place. */
+function endSeek(seek) {
+  if (dragging && sought && (seek.id === sought ? seek.done : performance.now() - soughtAt > SUPERSEDED_MS)) drag(false);
+}
 /** Where the recording is, or will be after a seek. */
 export const position = () => dragging ? Number($("seek").value) : view.newest.replay.position_s;
 export function showReplay(s) {
   $("replay").hidden = $("help-replay").hidden = !s.replay;
   if (!s.replay) return;
   const r = s.replay;
+  endSeek(r.seek);
   $("seek").max = r.duration_s;
   if (!dragging) $("seek").value = r.position_s;
   $("seek").setAttribute("aria-valuetext", `${clock(r.position_s)} of ${clock(r.duration_s)}`);
@@ -22,7 +28,7 @@ export function showReplay(s) {
 const given = make("div");
 given.id = "given"; given.setAttribute("role", "group"); given.setAttribute("aria-label", "Labels: a press gives one from here on");
 $("mark").after(given);
-async function command(body) { const why = await post("replay", body); if (why) announce(why); }
+async function command(body) { await sendSeek(); const why = await post("replay", body); if (why) announce(why); }
 const UNDO = "Undo";
 function showGiven(s) {
   const r = s.replay, known = r.labels || [], offered = [...new Set([...(s.controls ? s.controls.labels : []), ...known])];
@@ -56,14 +62,23 @@ function showMarks(r) {
     el.tabIndex = v.kind === "label" ? 0 : -1;
   });
 }
-let seekTimer = 0;
+let seekTimer = 0, target = null;
 export function seek(to) {
   const r = view.newest && view.newest.replay;
   if (!r) return;
-  to = Math.min(r.duration_s, Math.max(0, to));
-  drag(true); $("seek").value = to; set($("replay-at"), clock(to));
+  target = Math.min(r.duration_s, Math.max(0, to));
+  drag(true); sought = ""; $("seek").value = target; set($("replay-at"), clock(target));
   clearTimeout(seekTimer);
-  seekTimer = setTimeout(async () => { const why = await post("replay", {seek_s: to}); drag(false); if (why) announce(why); }, 120);
+  seekTimer = setTimeout(sendSeek, 120);
+}
+async function sendSeek() {
+  if (target === null) return;
+  clearTimeout(seekTimer);
+  const id = `${Math.floor(performance.timeOrigin)}-${++seeks}`, body = {seek_s: target, seek_id: id};
+  target = null;
+  const why = await post("replay", body);
+  if (target !== null) return; // a newer one waits
+  if (why) { drag(false); announce(why); } else { sought = id; soughtAt = performance.now(); }
 }
 $("replay").addEventListener("submit", event => event.preventDefault());
 $("speed").addEventListener("change", async () => { const why = await post("replay", {speed: Number($("speed").value)}); if (why) announce(why); });
