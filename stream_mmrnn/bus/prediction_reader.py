@@ -152,7 +152,7 @@ class PredictionReader:
                     self._before.pop(envelope.session, None)
                 if self._session is not None and op != "streams":
                     self.closed_ns = envelope.received_ns if op == "close" else 0
-            elif envelope.topic == topics.CONTROL:
+            elif envelope.topic == topics.CONTROL and envelope.payload == topics.STOP:
                 self.over = "the session was closed"
         except WireError:
             self.unreadable += 1

@@ -61,9 +61,14 @@ class Requests:
             self.asked_to_end = True  # without engine and recorder nothing is left to go on with
         elif op == "end_recording" and on and recorder is not None:
             recorder.done = True
+            if recorder.late and not recorder.told:
+                recorder.stop.set()  # it has nothing yet
+                return
             at_ns = now_ns()
             assert self._host.publisher is not None
-            self._host.publisher.publish(topics.CONTROL, session, at_ns, at_ns, b"stop")
+            self._host.publisher.publish(topics.CONTROL, session, at_ns, at_ns, topics.END_RECORDING)
+            # the engine says when it has come to this message
+            self._host.publish_session("streams")
         elif op == "record" and not on and not (recorder is not None and recorder.running):
             self._begin()
 

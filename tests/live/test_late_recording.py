@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from contextlib import closing
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 from harness import Running, check_summary, recorded, run
 
+import stream_mmrnn
 from stream_mmrnn.bus import Publisher, registry
 from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.clock import now_ns
@@ -52,7 +55,18 @@ def test_a_recording_that_begins_late_replays_bit_for_bit(model: Path, tmp_path:
         ask("late", "record", "record")  # the second changes nothing
         [first] = session.wait_for(lambda: list((tmp_path / "made").glob("*.mcap")), 30)
         session.wait_for(lambda: len(recorded(first, topics.PREDICTION)) > 60, 60)
+        predictions = stream_mmrnn.subscribe("late", timeout=60)
+        # an engine that has not caught up: its last predictions belong to the file, too
+        [engine] = session.children("engine")
+        os.kill(engine, signal.SIGSTOP)
+        time.sleep(0.3)
         ask("late", "end_recording", "end_recording")
+        time.sleep(0.3)
+        os.kill(engine, signal.SIGCONT)
+        began_ns = now_ns()
+        # the end of a recording is not the end of the session for those who read its predictions
+        assert any(p.event_ns > began_ns + 1_000_000_000 for p in predictions)
+        predictions.close()
         session.wait_for(lambda: run("verify", first)[1].get("ends", {}).get("how") == "clean", 60)
         ask("late", "record")
         second = session.wait_for(lambda: next((p for p in (tmp_path / "made").iterdir() if p != first), None), 30)

@@ -15,7 +15,7 @@ from stream_mmrnn.core.clock import RateLimiter, now_ns
 from stream_mmrnn.core.errors import SessionError, StreamError
 from stream_mmrnn.core.types import Envelope, Prediction
 from stream_mmrnn.live.checkpoint import Checkpoints
-from stream_mmrnn.live.nodes.process import Context, Node, wait_for_clock
+from stream_mmrnn.live.nodes.process import HEARD, Context, Node, wait_for_clock
 from stream_mmrnn.live.prewarm import Prewarmer
 from stream_mmrnn.predict.align import Aligner
 from stream_mmrnn.predict.pipeline import predict
@@ -44,6 +44,7 @@ class EngineNode(Node):
         self._missed: deque[Envelope] = deque()
         """After a restart: messages that the process before did not deal with."""
         self._anew = ""
+        self._heard = -1
         self._misfits_reported = 0
         self._rate_limiter = RateLimiter()
         self._contract = {
@@ -69,6 +70,7 @@ class EngineNode(Node):
         return {
             "spec": self._contract,
             "anew": self._anew,
+            HEARD: self._heard,
             "streams": {
                 name: {
                     **msgspec.to_builtins(c),
@@ -119,6 +121,8 @@ class EngineNode(Node):
             # back here, the message and all its predictions are dealt with
             self._report_misfits()
             if envelope.topic == topics.SESSION:
+                if envelope.session == self.settings.session.name:
+                    self._heard = envelope.seq
                 self._session_changed(envelope.session)
             if self.checkpoints is not None:
                 self.checkpoints.keep_if_due(envelope)
@@ -143,6 +147,8 @@ class EngineNode(Node):
             self.publisher.end(session)
         if not len(self.engine):
             self.reporter.report("closed")
+        elif session == self.settings.session.name:
+            self.reporter.repeat()  # a recording that ends waits for it
 
     def _refused(self, session: str, error: SessionError) -> None:
         self.counts["refused"] += 1

@@ -20,6 +20,8 @@ from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import StreamError
 from stream_mmrnn.core.types import Envelope
 
+HEARD = "session_seq"
+"""In the engine's status: the number of the newest `session` message of its session that it has dealt with."""
 _STATUS_PERIOD_NS = 500_000_000
 _QUIET_MS = 4
 """This long after a message its prediction is out, and the next message has not come yet."""
@@ -101,6 +103,10 @@ class Reporter:
         """Report unless this was the last report."""
         if (state, reason) != (self._state, self._reason):
             self.report(state, reason)
+
+    def repeat(self) -> None:
+        """Repeat the status at once, with its newest counts."""
+        self._send()
 
     def wait_ms(self, most_ms: int) -> int:
         """How long to wait for a message at most: a due status goes out in the pause after a message."""

@@ -7,6 +7,8 @@ import hashlib
 import sys
 import time
 from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.core.wire import encodable
 from stream_mmrnn.live.checkpoint import newest
 from stream_mmrnn.live.late_recording import LateBeginning
-from stream_mmrnn.live.nodes.process import Context, Node, wait_for_clock
+from stream_mmrnn.live.nodes.process import HEARD, Context, Node, wait_for_clock
 from stream_mmrnn.recording.append_file import part
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.recording.mcap_format import LATE
@@ -34,6 +36,8 @@ _CLOSE_S = 0.4
 _CHECKPOINT_NS = 4_000_000_000
 """How long a recording that begins in the middle of a session waits for a checkpoint of the engine."""
 _ASK_NS, _ANSWER_MS = 250_000_000, 200
+_LAST_NS = 1_500_000_000
+"""How long a recording that ends before its session waits for the predictions of what it holds."""
 _MAX_STATUSES = 64
 """Processes whose last status a recording keeps."""
 
@@ -110,8 +114,9 @@ class RecorderNode(Node):
         self._close(self._record())
 
     def _record(self) -> str:
-        """Until the end of the session; how it ended, for the file."""
+        """Until the end of the session, or of this recording; how it ended, for the file."""
         opened = self.context.restarts > 0
+        ends = False
         waiting: deque[Envelope] = deque()
         if self.late:
             waiting.extend(self._beginning())
@@ -123,12 +128,44 @@ class RecorderNode(Node):
             if envelope.topic.startswith(topics.STATUS):
                 self._keep_status(envelope)
             elif envelope.topic == topics.CONTROL:
-                return "clean"
+                if envelope.payload != topics.END_RECORDING:
+                    return "clean"
+                ends = True
             elif envelope.session in (self.file.session, topics.EVERYONE):
                 opened = opened or envelope.topic == topics.SESSION
+                if ends and envelope.topic == topics.SESSION:
+                    self._last_predictions(envelope.seq, chain(waiting, self._messages_for(_LAST_NS)))
+                    return "clean"
                 if opened and not self._repeated(envelope):
                     self._put(envelope)
         return "the recorder was ended before the session"
+
+    def _last_predictions(self, last_seq: int, envelopes: Iterable[Envelope]) -> None:
+        """Record what the engine makes of the messages that are in the file, and nothing else.
+
+        `last_seq`: of the `session` message that ends them. It stands in one order with the inputs: once the engine has
+        dealt with it, all predictions are here.
+        """
+        for envelope in envelopes:
+            if envelope.topic == topics.STATUS + "engine":
+                self._keep_status(envelope)
+                heard = self.statuses[envelope.topic].detail.get(HEARD) if envelope.topic in self.statuses else None
+                if isinstance(heard, int) and heard >= last_seq:
+                    return
+            elif envelope.topic == topics.CONTROL:
+                return
+            elif (envelope.topic, envelope.session) == (topics.PREDICTION, self.file.session):
+                if self._repeated(envelope):
+                    continue
+                self._put(envelope)
+
+    def _messages_for(self, most_ns: int) -> Iterator[Envelope]:
+        until_ns = now_ns() + most_ns
+        while self.context.alive() and now_ns() < until_ns:
+            envelope = self.subscriber.receive(50)
+            self._watch(now_ns())
+            if envelope is not None:
+                yield envelope
 
     def _beginning(self) -> list[Envelope]:
         """What a recording that begins in the middle of the session starts with; what comes meanwhile is kept."""
@@ -147,7 +184,7 @@ class RecorderNode(Node):
                 control = envelope.topic == topics.CONTROL
             if caller is None and len(start):
                 break
-            if caller is not None and len(start) and now_ns() >= ask_ns:
+            if caller is not None and len(start) and (control or now_ns() >= ask_ns):
                 ask_ns = now_ns() + _ASK_NS
                 found = start.at(newest(caller, self.file.session, _ANSWER_MS))
         if caller is not None:
