@@ -142,6 +142,7 @@ def test_a_normal_end_is_no_lost_connection(browser: Any, model: Path, tmp_path:
         tab = Tab(browser, address_of(session))
         code, summary, _ = session.end()
         assert code == 0
+        assert not [line for line in session.lines if "was killed" in line]
         tab.until(f"{LINK} === 'Ended'")
         tab.page.wait_for_timeout(3000)  # longer than a connection may be silent
         assert tab.text("#link") == "Ended"

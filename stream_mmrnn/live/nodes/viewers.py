@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 _MAX_PUSHED = 256
 """Samples of WebSocket clients that wait for the bus."""
-_FLUSH_S = 0.3
-"""How long the last state of a session has to reach the browsers."""
 _PAGE_PERIOD_NS = 100_000_000
 """How often the page gets a new state."""
 
@@ -244,7 +242,7 @@ class DashboardNode(_ViewerNode):
             while (envelope := self.subscriber.receive(0)) is not None:
                 self.view.observe(envelope)
             self.page.update({**self._state(), "ended": self.view.ending()})
-            self.page.flush(_FLUSH_S)
+            self.page.flush()
         self.page.close()
 
 

@@ -184,8 +184,10 @@ class Dashboard:
         """Replace the spectrogram: `BANDS` bytes per column, and the number of the first column."""
         self._board.sound = (first, columns)
 
-    def flush(self, most_s: float) -> None:
-        """Wait until the browsers that read were sent the newest state, at most so long."""
+    def flush(self, most_s: float = 0.8) -> None:
+        """Wait until the browsers that read were sent the newest state, at most so long; the supervisor of a session
+        waits for its page a little longer.
+        """
         deadline = time.monotonic() + most_s
         while not self._board.delivered and time.monotonic() < deadline:
             time.sleep(0.01)
