@@ -52,7 +52,6 @@ if TYPE_CHECKING:
     from stream_mmrnn.core.block import BlockPredictions as BlockPredictions
     from stream_mmrnn.core.block import StateBlock as StateBlock
     from stream_mmrnn.core.clock import now_ns as now_ns
-    from stream_mmrnn.core.config import Settings as Settings
     from stream_mmrnn.core.config import find_model as find_model
     from stream_mmrnn.core.errors import BadTick as BadTick
     from stream_mmrnn.core.errors import Busy as Busy
@@ -76,6 +75,7 @@ if TYPE_CHECKING:
     from stream_mmrnn.core.errors import UnknownSession as UnknownSession
     from stream_mmrnn.core.errors import UsageError as UsageError
     from stream_mmrnn.core.errors import WireError as WireError
+    from stream_mmrnn.core.settings import Settings as Settings
     from stream_mmrnn.core.streams import Stream as Stream
     from stream_mmrnn.core.types import Envelope as Envelope
     from stream_mmrnn.core.types import HeadSpec as HeadSpec
@@ -139,7 +139,8 @@ _PUBLIC = {
     "capture.sources.synthetic": ("Synthetic",),
     "core.block": ("Block", "BlockPredictions", "StateBlock"),
     "core.clock": ("now_ns",),
-    "core.config": ("Settings", "find_model"),
+    "core.config": ("find_model",),
+    "core.settings": ("Settings",),
     "core.errors": (
         *("BadTick", "Busy", "ConfigError", "DuplicateSession", "Evicted", "FileError", "ModelError", "NotRunning"),
         *("PluginError", "ProcessError", "ProviderError", "RecordingError", "SessionError", "ShardDied"),

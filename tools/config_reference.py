@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the types in stream_mmrnn/core/config.py: each key, its range, default and meaning.
+"""Writes docs/configuration.md from the types in stream_mmrnn/core/settings.py: keys, ranges, defaults and meanings.
 
     python -m tools.config_reference            # prints the page
     python -m tools.config_reference --write    # into docs/configuration.md
@@ -18,14 +18,14 @@ from typing import Any, get_args, get_type_hints
 from msgspec import NODEFAULT
 from msgspec import inspect as kinds
 
-from stream_mmrnn.core import config
+from stream_mmrnn.core.settings import Settings
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
 
 _HEAD = """\
 # Configuration
 
-<!-- Written by `python -m tools.config_reference --write` from stream_mmrnn/core/config.py: change it there. -->
+<!-- Written by `python -m tools.config_reference --write` from stream_mmrnn/core/settings.py: change it there. -->
 
 All settings are one TOML file, named by `--config FILE` (`live`, `record`). A file holds only what differs from the
 defaults below. Options of the command line win over the file. An unknown key, or a value out of its range, is an error
@@ -116,7 +116,7 @@ def _default(field: kinds.Field) -> str:
 def render() -> str:
     """The page."""
     parts = [_HEAD]
-    whole = kinds.type_info(config.Settings)
+    whole = kinds.type_info(Settings)
     assert isinstance(whole, kinds.StructType)
     for section in whole.fields:
         struct, name = section.type, section.encode_name

@@ -27,7 +27,7 @@ import numpy.typing as npt
 from stream_mmrnn.capture.resampler import Resampler
 from stream_mmrnn.capture.sources.file import FileSound
 from stream_mmrnn.capture.speech.derivation import Speech
-from stream_mmrnn.core.config import MicrophoneSettings, SpeechSettings
+from stream_mmrnn.core.settings import MicrophoneSettings, SpeechSettings
 from stream_mmrnn.core.topics import AUDIO_RATE_HZ
 from stream_mmrnn.core.types import Sample
 

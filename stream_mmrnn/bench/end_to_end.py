@@ -21,6 +21,7 @@ from stream_mmrnn.core import config
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import ProcessError
 from stream_mmrnn.core.latency import Histogram
+from stream_mmrnn.core.settings import EngineSettings, Settings
 from stream_mmrnn.core.stream_table import for_model
 from stream_mmrnn.graph.runtime import Provider
 from stream_mmrnn.live.session import LiveSession
@@ -37,7 +38,7 @@ class Run:
     """One live session and what was seen of it."""
 
     def __init__(
-        self, settings: config.Settings, duration_s: float, alive: Callable[[], bool], say: Callable[[str], None]
+        self, settings: Settings, duration_s: float, alive: Callable[[], bool], say: Callable[[str], None]
     ) -> None:
         self._say, self._told = say, not settings.dashboard.enabled
         self._processes: Processes | None = None
@@ -75,7 +76,7 @@ def _settings(
     priority: str,
     seed: int,
     page: bool,
-) -> config.Settings:
+) -> Settings:
     chosen = {f"sources.{m}": "synthetic" if m in modalities else "none" for m in sources.SYNTHETIC}
     return config.load(
         None,
@@ -191,7 +192,7 @@ def run(
 
     With `page` each session serves the live page, which takes from the machine that is measured; `say` names it.
     """
-    spec = check_model(config.find_model(model or config.EngineSettings().model), provider)
+    spec = check_model(config.find_model(model or EngineSettings().model), provider)
     pictures = Pictures()
     rows: dict[str, dict[str, Any]] = {}
     notes: list[str] = []

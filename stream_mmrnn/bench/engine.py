@@ -18,9 +18,10 @@ import numpy as np
 from stream_mmrnn.bench.machine import Processes
 from stream_mmrnn.bench.plots import Pictures
 from stream_mmrnn.bench.report import Document, document, ratio
-from stream_mmrnn.core import config, topics, wire
+from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.latency import Histogram, StageTable, stages
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.streams import Kind, Stream
 from stream_mmrnn.core.types import Envelope, ModelSpec
 from stream_mmrnn.graph.runtime import Provider
@@ -98,7 +99,7 @@ def run(
     """Paced (or, `hot`, as fast as it goes) sessions: the stages, and what was dropped or late."""
     engine = StepEngine(model, sessions, provider)
     spec = engine.spec
-    aligner = Aligner.of(spec.modalities, spec.tick_ns, config.Settings())
+    aligner = Aligner.of(spec.modalities, spec.tick_ns, Settings())
     start_ns = now_ns() + 200_000_000
     envelopes = synthetic(spec, sessions, duration_s, start_ns, seed)
     latency, whole = StageTable(), Histogram()

@@ -10,10 +10,11 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from stream_mmrnn.bus import Address, Subscriber
-from stream_mmrnn.core import config, topics, wire
+from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import ProcessError, WireError
 from stream_mmrnn.core.latency import stages
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.live import nodes
 from stream_mmrnn.live.managed_process import process_context
 
@@ -71,7 +72,7 @@ def _read(context: nodes.Context, channel: Connection) -> None:
 class Reader:
     """Listens from its making until `finish`."""
 
-    def __init__(self, settings: config.Settings, address: Address) -> None:
+    def __init__(self, settings: Settings, address: Address) -> None:
         new: Any = process_context()
         self._channel, theirs = new.Pipe(duplex=False)
         self._context = nodes.Context("reader", settings, address, nodes.Flag(new), nodes.Flag(new), new.Value("q", 0))

@@ -10,8 +10,8 @@ import zmq
 
 from stream_mmrnn.bus.socket_dir import private_folder, remove_folder
 from stream_mmrnn.core import topics
-from stream_mmrnn.core.config import LOOPBACK, Policy
 from stream_mmrnn.core.errors import ProcessError
+from stream_mmrnn.core.settings import LOOPBACK, Policy
 
 _LANES = ("publish", "subscribe", "bulk", "view")
 _TRIES, _LAST_PORT = 50, 65_000

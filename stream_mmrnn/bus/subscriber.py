@@ -17,9 +17,9 @@ from stream_mmrnn.bus.publisher import MAX_ENDED, MAX_STREAMS, Numbers
 from stream_mmrnn.bus.reader_queue import ReaderQueue
 from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.clock import now_ns
-from stream_mmrnn.core.config import Policy
 from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.core.sequence import SequenceTracker
+from stream_mmrnn.core.settings import Policy
 from stream_mmrnn.core.types import Envelope, Payload
 
 GapsState = tuple[Numbers, dict[str, dict[str, int]], dict[str, int], dict[str, int]]

@@ -23,8 +23,8 @@ from stream_mmrnn.bus import registry as running
 from stream_mmrnn.bus.prediction_reader import ENGINE, Model, PredictionReader, PredictionView
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.clock import now_ns
-from stream_mmrnn.core.config import Policy
 from stream_mmrnn.core.errors import NotRunning, TimedOut, UsageError
+from stream_mmrnn.core.settings import Policy
 
 _LOOK_MS = 100
 _LIVES_NS = 1_000_000_000

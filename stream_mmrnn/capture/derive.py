@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from stream_mmrnn.capture.encoders import Encoder, encoders_of
 from stream_mmrnn.core import plugins, topics
-from stream_mmrnn.core.config import Settings
 from stream_mmrnn.core.errors import PluginError, SnapshotError, SourceSpecError
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.streams import DERIVATIONS, Stream
 from stream_mmrnn.core.types import Sample
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from stream_mmrnn.capture.remote_clock import RemoteClock
 from stream_mmrnn.core.clock import now_ns
-from stream_mmrnn.core.config import LslSettings
 from stream_mmrnn.core.errors import FileError, UsageError
 from stream_mmrnn.core.extras import need
+from stream_mmrnn.core.settings import LslSettings
 
 _THIS_MACHINE = """\
 [ports]

@@ -17,8 +17,8 @@ import msgspec
 from stream_mmrnn.capture.derive import DerivedEncoder
 from stream_mmrnn.capture.encoders import Encoder
 from stream_mmrnn.core import topics
-from stream_mmrnn.core.config import Policy
 from stream_mmrnn.core.errors import WireError
+from stream_mmrnn.core.settings import Policy
 from stream_mmrnn.core.streams import Stream
 from stream_mmrnn.core.types import Envelope, Sample
 

@@ -19,6 +19,7 @@ from stream_mmrnn.cli.terminal import Console, Json, ModelName, Provider, print_
 from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import FileError
 from stream_mmrnn.core.printable import escape
+from stream_mmrnn.core.settings import EngineSettings
 from stream_mmrnn.core.signals import StopFlag
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def engine(
         with Progress(console=console, transient=True, disable=as_json or not console.is_terminal) as bar:
             task = bar.add_task("running", total=duration)
             return bench.run(
-                config.find_model(model or config.EngineSettings().model),
+                config.find_model(model or EngineSettings().model),
                 sessions=sessions,
                 duration_s=duration,
                 hot=hot,

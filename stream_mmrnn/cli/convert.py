@@ -16,6 +16,7 @@ from stream_mmrnn.core import topics
 from stream_mmrnn.core.durations import parse_ns, spoken
 from stream_mmrnn.core.errors import FileError, UsageError
 from stream_mmrnn.core.printable import escape, shown
+from stream_mmrnn.core.settings import StateSettings
 from stream_mmrnn.core.signals import StopFlag
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def view(
             "this by Layouts, Import from file"
         )
     if path is not None and (rrd is not None or layout is None):
-        rerun = rerun_viewer.find(config.state_folder(config.StateSettings()) / "rerun")
+        rerun = rerun_viewer.find(config.state_folder(StateSettings()) / "rerun")
         done["rerun"] = rerun.program
         if rrd is not None:
             if rrd.exists() and not force:

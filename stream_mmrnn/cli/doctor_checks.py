@@ -23,6 +23,7 @@ import msgspec
 from stream_mmrnn.cli import probes
 from stream_mmrnn.core import config, distribution, plugins
 from stream_mmrnn.core.errors import SourceError, StreamError, UsageError
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.stream_table import chosen_encoders, for_model
 from stream_mmrnn.core.streams import FURTHER_ENCODERS
 from stream_mmrnn.core.types import ModalitySpec
@@ -46,7 +47,7 @@ class Finding(msgspec.Struct, frozen=True, omit_defaults=True):
 class Request(msgspec.Struct, frozen=True):
     """What to check for."""
 
-    settings: config.Settings
+    settings: Settings
     timeout_s: float = 10.0
     """Of each probe."""
 
@@ -147,7 +148,7 @@ def _providers(request: Request, facts: dict[str, Any]) -> Iterator[Finding]:
         )
 
 
-def _stream_encoders(settings: config.Settings, modalities: list[ModalitySpec]) -> Finding:
+def _stream_encoders(settings: Settings, modalities: list[ModalitySpec]) -> Finding:
     """Which encoders the session's streams have, and why."""
     name = "stream encoders"
     try:

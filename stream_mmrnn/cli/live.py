@@ -16,6 +16,7 @@ from stream_mmrnn.cli.session_output import SessionOutput
 from stream_mmrnn.cli.terminal import ConfigFile, Json, ModelName, Provider
 from stream_mmrnn.core import config, processes
 from stream_mmrnn.core.errors import ConfigError, FileError, StreamError
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.signals import ENDING, held
 from stream_mmrnn.core.stream_table import for_model, stream_table
 from stream_mmrnn.core.streams import SELF, SHORT_FORMS
@@ -146,7 +147,7 @@ def record(
     _run(settings, duration, False, as_json, plain)
 
 
-def _for_model(settings: config.Settings, source: str | None, named: dict[str, str | None]) -> config.Settings:
+def _for_model(settings: Settings, source: str | None, named: dict[str, str | None]) -> Settings:
     """The settings with the streams and the encoders that their model takes; refuses a model that does not load."""
     from stream_mmrnn.predict.engine import check_model
 
@@ -181,7 +182,7 @@ def _settings(
     named: dict[str, str | None],
     streams: Sequence[str] | None,
     overrides: dict[str, Any],
-) -> config.Settings:
+) -> Settings:
     """The settings of the file, with the options on top; `named` wins over `source`, `streams` adds to both."""
     from stream_mmrnn.capture import encoders, sources
     from stream_mmrnn.capture import lsl_runtime as lsl
@@ -208,15 +209,15 @@ def _stream(text: str) -> tuple[str, dict[str, str]]:
 
 
 def _without_unused(
-    settings: config.Settings, source: str | None, named: dict[str, str | None], modalities: Collection[str]
-) -> config.Settings:
+    settings: Settings, source: str | None, named: dict[str, str | None], modalities: Collection[str]
+) -> Settings:
     """`--source` starts the second person's streams only if the model uses them: each worker slows the start."""
     others = [name for name, (_, person) in SHORT_FORMS.items() if person != SELF]
     unused = [m for m in others if source and not named[m] and m not in modalities]
     return replace(settings, sources=replace(settings.sources, **dict.fromkeys(unused, "none")))
 
 
-def _check_feeds(settings: config.Settings, modalities: Collection[str]) -> None:
+def _check_feeds(settings: Settings, modalities: Collection[str]) -> None:
     """Every `feeds` must name a modality of the model: else a mistyped name would only mask it."""
     for row in processes.captured(settings).values():
         if row.feeds and row.feeds not in modalities:
@@ -264,7 +265,7 @@ def _addresses(session: LiveSession) -> dict[str, str]:
     return {name: str(address) for name, address in found.items() if address}
 
 
-def _run(settings: config.Settings, duration: float | None, with_engine: bool, as_json: bool, plain: bool) -> None:
+def _run(settings: Settings, duration: float | None, with_engine: bool, as_json: bool, plain: bool) -> None:
     """Run a session until its duration is over or a signal comes, and show it."""
     from stream_mmrnn.core.log import Note
     from stream_mmrnn.live.session import LiveSession

@@ -14,6 +14,7 @@ from stream_mmrnn.cli.terminal import ConfigFile, Console, Json, print_document
 from stream_mmrnn.core import config, processes
 from stream_mmrnn.core.errors import StreamError
 from stream_mmrnn.core.printable import shown
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.signals import StopFlag
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class Launcher:
 
     hub: Hub
 
-    def __init__(self, config_file: Path | None, settings: config.Settings) -> None:
+    def __init__(self, config_file: Path | None, settings: Settings) -> None:
         self._config_file, self._settings = config_file, settings
         self._lock = threading.Lock()
         self._children: list[ChildSession] = []

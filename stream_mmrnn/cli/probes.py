@@ -124,7 +124,7 @@ def _picture(spec: str) -> Iterator[Any]:
     import numpy as np
 
     from stream_mmrnn.capture import sources
-    from stream_mmrnn.core.config import Settings
+    from stream_mmrnn.core.settings import Settings
 
     source = sources.create_source(Stream.of("vision", source=spec), Settings())
     source.open()
@@ -158,7 +158,7 @@ def _level(argument: dict[str, Any]) -> Iterator[Any]:
     import numpy as np
 
     from stream_mmrnn.capture import sources
-    from stream_mmrnn.core.config import Settings
+    from stream_mmrnn.core.settings import Settings
 
     source = sources.create_source(Stream.of("audio", source=argument["source"]), Settings())
     source.open()
@@ -228,7 +228,7 @@ def _model(argument: dict[str, str]) -> Iterator[Any]:
 def _encoder(name: str) -> Iterator[Any]:
     """Encode samples of the synthetic source, up to the first vector: the features' origin and length."""
     from stream_mmrnn.capture import encoders, sources
-    from stream_mmrnn.core.config import Settings
+    from stream_mmrnn.core.settings import Settings
 
     encoder = encoders.create_encoder(name)
     kind = FURTHER_ENCODERS.get(name, name)

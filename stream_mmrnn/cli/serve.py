@@ -11,6 +11,7 @@ import typer
 from stream_mmrnn.cli.terminal import ConfigFile, Console, Json, ModelName, Provider, print_document, say_on
 from stream_mmrnn.core import config
 from stream_mmrnn.core.printable import shown
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.signals import ENDING
 
 
@@ -92,9 +93,7 @@ class _Alive:
         return round((self._now_ns() - self.began_ns) / 1e9, 3)
 
 
-def _run_server(
-    settings: config.Settings, console: Console, duration_s: float | None, is_terminal: bool
-) -> dict[str, Any]:
+def _run_server(settings: Settings, console: Console, duration_s: float | None, is_terminal: bool) -> dict[str, Any]:
     from stream_mmrnn.serve.server import Server
 
     server = Server(settings, say_on(console))
@@ -111,7 +110,7 @@ def _run_server(
 
 
 def _run_in_cluster(
-    settings: config.Settings, console: Console, duration_s: float | None, is_terminal: bool
+    settings: Settings, console: Console, duration_s: float | None, is_terminal: bool
 ) -> dict[str, Any]:
     import asyncio
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from stream_mmrnn.cli.terminal import Console, print_document, say_on
-from stream_mmrnn.core import config
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.printable import shown
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.stream_table import stream_table
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _NOTES = 16
 class SessionOutput:
     """What is printed while a session runs: a full view, one line per second, JSON lines, or only the summary."""
 
-    def __init__(self, settings: config.Settings, as_json: bool, plain: bool) -> None:
+    def __init__(self, settings: Settings, as_json: bool, plain: bool) -> None:
         from rich.live import Live
 
         from stream_mmrnn.core.log import JsonLines, at_least

@@ -1,4 +1,4 @@
-"""The settings as JSON Schema, for editors and other programs; generated from the types and docstrings of `config`."""
+"""The settings as JSON Schema, for editors and programs; generated from the types and docstrings in `settings`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 import msgspec
 
-from stream_mmrnn.core import config
+from stream_mmrnn.core import settings
+from stream_mmrnn.core.settings import Settings
 
 DIALECT = "http://json-schema.org/draft-07/schema#"
 """The dialect with the best support in TOML editors. Only an identifier; it is never fetched."""
@@ -16,8 +17,8 @@ DIALECT = "http://json-schema.org/draft-07/schema#"
 
 def schema() -> dict[str, Any]:
     """JSON Schema of the TOML file, with defaults and descriptions."""
-    (_,), parts = msgspec.json.schema_components([config.Settings], ref_template="{name}")
-    described = _docstrings(inspect.getsource(config))
+    (_,), parts = msgspec.json.schema_components([Settings], ref_template="{name}")
+    described = _docstrings(inspect.getsource(settings))
     sections = {name: _section(part, described.get(name, {})) for name, part in parts.items()}
     top = sections.pop("Settings")
     tables = {key: _table(kind, sections) for key, kind in top["properties"].items()}

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
-from stream_mmrnn.core import config
 from stream_mmrnn.core.clock import RateLimiter, now_ns
 from stream_mmrnn.core.printable import visible
+from stream_mmrnn.core.settings import LogSettings
 
 _LEVELS = ("debug", "info", "warning", "error")
 
@@ -97,7 +97,7 @@ def at_least(level: str, say: Callable[[str], None]) -> Callable[[str], None]:
     return chosen
 
 
-def report(settings: config.LogSettings, node: str, text: str, **fields: Any) -> None:
+def report(settings: LogSettings, node: str, text: str, **fields: Any) -> None:
     """Print the error that ends a process, on standard error."""
     if settings.format == "json":
         JsonLines(settings.level)(Note(text, node, "error", "error", **fields))

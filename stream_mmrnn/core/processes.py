@@ -10,8 +10,8 @@ from typing import Literal
 
 import msgspec
 
-from stream_mmrnn.core.config import Settings
 from stream_mmrnn.core.errors import ConfigError
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.streams import Stream
 

@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 
 from stream_mmrnn.core import plugins
-from stream_mmrnn.core.config import Settings, StreamSettings
 from stream_mmrnn.core.errors import ConfigError
+from stream_mmrnn.core.settings import Settings, StreamSettings
 from stream_mmrnn.core.streams import (
     DERIVATIONS,
     DERIVED_INPUTS,

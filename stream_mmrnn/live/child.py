@@ -16,8 +16,8 @@ from typing import Any
 
 import msgspec
 
-from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import StreamError
+from stream_mmrnn.core.settings import Settings
 
 _END_S = 10.0
 """A session ends within two seconds; a child that takes longer is killed."""
@@ -32,7 +32,7 @@ class _Line(msgspec.Struct):
 class ChildSession:
     """The parent's side."""
 
-    def __init__(self, settings: config.Settings) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.name = settings.session.name
         self.error = ""
         """Why it did not start, or could not go on."""
@@ -109,7 +109,7 @@ def main() -> int:
     ENDING.at_once = kill_forkserver
     ENDING.watch()
     try:
-        settings = msgspec.json.decode(_first_line(), type=config.Settings)
+        settings = msgspec.json.decode(_first_line(), type=Settings)
         threading.Thread(target=_wait_for_end, args=(gone,), daemon=True).start()
         process_context()
         settings = for_its_model(settings)

@@ -14,9 +14,10 @@ from typing import Any
 
 from stream_mmrnn.bus import Address
 from stream_mmrnn.bus.socket_dir import private_folder, remove_folder
-from stream_mmrnn.core import config, signals, wire
+from stream_mmrnn.core import signals, wire
 from stream_mmrnn.core.processes import ProcessSpec
 from stream_mmrnn.core.resources import raise_file_limit
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.live import nodes
 
@@ -139,7 +140,7 @@ class Spawner:
         self.epoch: Any = self._context.Value("q", 0)
         """The time of the session's start, in ns; 0 before it: workers wait for it."""
 
-    def __call__(self, row: ManagedProcess, settings: config.Settings) -> None:
+    def __call__(self, row: ManagedProcess, settings: Settings) -> None:
         row.ready, row.stop = nodes.Flag(self._context), nodes.Flag(self._context)
         context = nodes.Context(
             row.name, settings, self.address, row.ready, row.stop, self.epoch, row.restarts, row.stream, row.late

@@ -14,10 +14,11 @@ from typing import Any, Protocol
 from msgspec.structs import replace
 
 from stream_mmrnn.bus import Publisher
-from stream_mmrnn.core import config, processes, topics, wire
+from stream_mmrnn.core import processes, topics, wire
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import FileError, WireError
 from stream_mmrnn.core.log import Note
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.live.managed_process import ManagedProcess, how_it_ended
 
@@ -39,9 +40,7 @@ class Host(Protocol):
 class Requests:
     """Handles them; what cannot be done, or is done already, changes nothing."""
 
-    def __init__(
-        self, settings: config.Settings, recorder: ManagedProcess | None, has_engine: bool, host: Host
-    ) -> None:
+    def __init__(self, settings: Settings, recorder: ManagedProcess | None, has_engine: bool, host: Host) -> None:
         self._settings, self._recorder, self._has_engine, self._host = settings, recorder, has_engine, host
         self.record = settings.record
         """With the path of the newest recording."""

@@ -11,6 +11,7 @@ from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.dedup import TickDeduplicator
 from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.core.latency import StageTable, stages
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.stream_table import for_model, stream_table
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.live.managed_process import ManagedProcess
@@ -20,7 +21,7 @@ _CHECK_NS = 50_000_000
 _LOOK_S = 0.05
 
 
-def for_its_model(settings: config.Settings) -> config.Settings:
+def for_its_model(settings: Settings) -> Settings:
     """The settings with the encoders that their own model asks for; raises ModelError if it does not load."""
     from stream_mmrnn.predict.engine import check_model
 
@@ -33,7 +34,7 @@ class LiveSession:
 
     def __init__(
         self,
-        settings: config.Settings,
+        settings: Settings,
         with_engine: bool,
         alive: Callable[[], bool],
         say: Callable[[str], None],

@@ -19,11 +19,12 @@ import msgspec
 from stream_mmrnn.bus import Address, Publisher, Subscriber
 from stream_mmrnn.bus import keys as keys
 from stream_mmrnn.bus import registry as running
-from stream_mmrnn.core import config, processes, topics, wire
+from stream_mmrnn.core import processes, topics, wire
 from stream_mmrnn.core.clock import RateLimiter, now_ns
 from stream_mmrnn.core.errors import FileError, ProcessError, WireError
 from stream_mmrnn.core.log import Note
 from stream_mmrnn.core.resources import need_files
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.live.managed_process import ManagedProcess, Spawner, how_it_ended, kill_forkserver
@@ -40,7 +41,7 @@ class Spawn(Protocol):
 
     epoch: Any
 
-    def __call__(self, row: ManagedProcess, settings: config.Settings) -> None: ...
+    def __call__(self, row: ManagedProcess, settings: Settings) -> None: ...
 
 
 class Supervisor:
@@ -48,7 +49,7 @@ class Supervisor:
 
     def __init__(
         self,
-        settings: config.Settings,
+        settings: Settings,
         with_engine: bool = True,
         say: Callable[[str], None] = lambda _: None,
         watch: Collection[str] = (),

@@ -16,8 +16,8 @@ import msgspec
 
 from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.clock import now_ns
-from stream_mmrnn.core.config import LOOPBACK
 from stream_mmrnn.core.durations import spoken
+from stream_mmrnn.core.settings import LOOPBACK
 from stream_mmrnn.core.streams import Stream, text_topics, usual
 from stream_mmrnn.core.types import Envelope, ModelSpec, Prediction
 from stream_mmrnn.viewers.dashboard.heads import HISTORY_NS

@@ -19,6 +19,7 @@ from stream_mmrnn.capture.resampler import SoundInput
 from stream_mmrnn.core import config
 from stream_mmrnn.core.durations import spoken
 from stream_mmrnn.core.errors import SessionError, SnapshotError, UsageError
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.sound import mono
 from stream_mmrnn.core.stream_table import for_model
 from stream_mmrnn.core.types import Prediction, Tick
@@ -45,7 +46,7 @@ class Predictor:
         model: str | Path = "turn_taking",
         *,
         inputs: Collection[str] | None = None,
-        settings: config.Settings | None = None,
+        settings: Settings | None = None,
         provider: Provider = "cpu",
         clock: Callable[[], float] | None = None,
         zero_ns: int | None = None,
@@ -69,7 +70,7 @@ class Predictor:
         """
         self._engine = StepEngine(config.find_model(str(model)), 1, provider)
         self.spec = self._engine.spec
-        self._settings = for_model(settings or config.Settings(), self.spec.modalities, pushed=True)
+        self._settings = for_model(settings or Settings(), self.spec.modalities, pushed=True)
         self._clock = clock
         self._input = SessionInput(
             self.spec,

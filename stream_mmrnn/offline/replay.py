@@ -23,6 +23,7 @@ from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.dedup import WINDOW
 from stream_mmrnn.core.errors import FileError, SessionError, SnapshotError, UsageError, WireError
 from stream_mmrnn.core.latency import Histogram
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.stream_table import for_model, stream_table
 from stream_mmrnn.core.streams import Stream, text_topics
 from stream_mmrnn.core.types import Envelope, ModelSpec, Prediction
@@ -336,9 +337,7 @@ def replay(
     }
 
 
-def _encoders(
-    features: Mapping[str, Stream], table: Mapping[str, Stream], settings: config.Settings
-) -> dict[str, Encoder]:
+def _encoders(features: Mapping[str, Stream], table: Mapping[str, Stream], settings: Settings) -> dict[str, Encoder]:
     """What makes these features again from raw samples. `features`: their names, and whose they are.
 
     What has no raw messages has features that are the raw values, or come from other programs.

@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 import msgspec
 import numpy as np
 
-from stream_mmrnn.core import config, streams, topics
+from stream_mmrnn.core import streams, topics
 from stream_mmrnn.core.errors import SessionError
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.types import FEATURE_BOUND, Envelope, FloatArray, ModalitySpec, Stamps, Tick
 from stream_mmrnn.predict.align_session import AlignedSession, SessionState
@@ -85,7 +86,7 @@ class Aligner:
             self._zeros[m.name].setflags(write=False)
 
     @classmethod
-    def of(cls, modalities: Sequence[ModalitySpec], tick_ns: int, settings: config.Settings) -> Aligner:
+    def of(cls, modalities: Sequence[ModalitySpec], tick_ns: int, settings: Settings) -> Aligner:
         """An aligner for a model, with the streams and the limits of a session."""
         table = stream_table(settings)
         lateness_ns = {}

@@ -19,6 +19,7 @@ from stream_mmrnn.core import config
 from stream_mmrnn.core.block import Block, BlockPredictions, Flags, Integers, StateBlock
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import BadTick, ProcessError, ShardDied, UsageError
+from stream_mmrnn.core.settings import EngineSettings
 from stream_mmrnn.core.types import Prediction, Tick
 from stream_mmrnn.graph.runtime import Array, Graph, Provider
 from stream_mmrnn.predict.arena import SlotTable, check_states
@@ -294,7 +295,7 @@ class ShardedEngine:
         self._handles = SlotTable(self.slots)
 
 
-def create(settings: config.EngineSettings) -> StepEngine | ShardedEngine:
+def create(settings: EngineSettings) -> StepEngine | ShardedEngine:
     """The engine for these settings: sharded if `processes` is above 1."""
     path = config.find_model(settings.model)
     if settings.processes > 1:

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 
 from stream_mmrnn.core import config, streams
 from stream_mmrnn.core.errors import ConfigError, FileError
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.stream_table import ChosenEncoders, chosen_encoders, stream_table
 from stream_mmrnn.recording.mcap_file import Recording
 
 
-def settings_of(recording: Recording) -> config.Settings:
+def settings_of(recording: Recording) -> Settings:
     """The configuration in a recording's metadata; raises FileError if this release cannot read it."""
     try:
         return _settings(recording.metadata)
@@ -19,7 +20,7 @@ def settings_of(recording: Recording) -> config.Settings:
         raise FileError(f"{recording.path} holds no configuration that this release can read: {e}") from e
 
 
-def _settings(metadata: Mapping[str, str]) -> config.Settings:
+def _settings(metadata: Mapping[str, str]) -> Settings:
     return config.recorded(json.loads(metadata["config"]))
 
 

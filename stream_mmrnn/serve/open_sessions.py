@@ -14,8 +14,8 @@ from concurrent.futures import Executor
 import msgspec
 import numpy as np
 
-from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import Evicted, SessionError, ShardDied, SnapshotError, UnknownSession
+from stream_mmrnn.core.settings import StateSettings
 from stream_mmrnn.predict.protocols import Engine
 from stream_mmrnn.predict.snapshots import Snapshot
 from stream_mmrnn.serve.save_queue import MOST, SaveQueue, StatesToWrite, Told
@@ -45,7 +45,7 @@ class OpenSessions:
         self,
         engine: Engine,
         store: Store | BlockStore,
-        settings: config.StateSettings,
+        settings: StateSettings,
         wall_offset_ns: int = 0,
         writer: Executor | None = None,
     ) -> None:

@@ -23,6 +23,7 @@ from stream_mmrnn.core.clock import RateLimiter, now_ns, wall_offset_ns
 from stream_mmrnn.core.errors import UsageError
 from stream_mmrnn.core.latency import Histogram
 from stream_mmrnn.core.resources import need_files, return_free_memory
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.stream_table import for_model
 from stream_mmrnn.predict.sharded_engine import create
 from stream_mmrnn.serve import protocol
@@ -90,7 +91,7 @@ def _percentiles(histogram: Histogram) -> dict[str, float]:
 class Server:
     """Binds `address` at once; `run` serves until it is told to stop, `close` frees everything."""
 
-    def __init__(self, settings: config.Settings, say: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(self, settings: Settings, say: Callable[[str], None] = lambda _: None) -> None:
         """Raises ModelError, ProviderError, ConfigError, FileError, ProcessError, UsageError."""
         serve = settings.serve
         self._say, self._rate_limiter = say, RateLimiter()

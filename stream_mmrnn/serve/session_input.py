@@ -18,8 +18,9 @@ from safetensors.numpy import save as to_safetensors
 
 from stream_mmrnn.capture.derive import chain_of, encoders_from_root, root_of
 from stream_mmrnn.capture.encoders import Encoder
-from stream_mmrnn.core import config, topics
+from stream_mmrnn.core import topics
 from stream_mmrnn.core.errors import SnapshotError, UsageError, WireError
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.streams import DERIVATIONS, Stream, feeding
 from stream_mmrnn.core.types import Envelope, ModelSpec, Payload, Sample, Tick
@@ -60,7 +61,7 @@ class SessionInput:
     def __init__(
         self,
         spec: ModelSpec,
-        settings: config.Settings,
+        settings: Settings,
         session: str,
         *,
         inputs: Collection[str] | None = None,

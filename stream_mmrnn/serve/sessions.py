@@ -17,7 +17,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from stream_mmrnn.core import config, topics
+from stream_mmrnn.core import topics
 from stream_mmrnn.core.block import Block, BlockPredictions, Flags, Integers
 from stream_mmrnn.core.errors import (
     BadTick,
@@ -27,6 +27,7 @@ from stream_mmrnn.core.errors import (
     ShardDied,
     UnknownSession,
 )
+from stream_mmrnn.core.settings import AdmissionSettings, StateSettings
 from stream_mmrnn.core.types import MAX_TICK, Prediction, Tick
 from stream_mmrnn.predict.block_runner import predictions_of
 from stream_mmrnn.predict.columns import Columns, rounds
@@ -83,9 +84,9 @@ class Sessions(OpenSessions):
         self,
         engine: Engine,
         store: Store | BlockStore,
-        settings: config.StateSettings,
+        settings: StateSettings,
         *,
-        admission: config.AdmissionSettings | None = None,
+        admission: AdmissionSettings | None = None,
         wall_offset_ns: int = 0,
         now_ns: int = 0,
         make_token: Callable[[], str] = secrets.token_urlsafe,
@@ -100,7 +101,7 @@ class Sessions(OpenSessions):
         self._make_token = make_token
         self._sizes = tuple((m.name, (m.size,)) for m in engine.spec.modalities)
         self._columns = Columns(engine.spec.modalities, 0)
-        self._retry = admission or config.AdmissionSettings()
+        self._retry = admission or AdmissionSettings()
         self.admission: Admission | None = None
         if admission is not None:
             self.admission = Admission(engine.spec.tick_ns, admission.share)

@@ -13,8 +13,8 @@ from typing import Any
 
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.clock import wall_offset_ns
-from stream_mmrnn.core.config import LOOPBACK
 from stream_mmrnn.core.errors import StreamError
+from stream_mmrnn.core.settings import LOOPBACK
 from stream_mmrnn.core.streams import Stream
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.recording.mcap_format import UNWRITABLE, encoded, scheme

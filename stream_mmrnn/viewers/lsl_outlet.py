@@ -12,8 +12,8 @@ from typing import Any
 from stream_mmrnn.bus.prediction_reader import model_of
 from stream_mmrnn.capture import lsl_runtime as lsl
 from stream_mmrnn.core import wire
-from stream_mmrnn.core.config import LslSettings
 from stream_mmrnn.core.errors import WireError
+from stream_mmrnn.core.settings import LslSettings
 from stream_mmrnn.viewers.columns import columns
 
 _BUFFER_S = 60

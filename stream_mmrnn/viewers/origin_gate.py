@@ -14,7 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Collection
 
-from stream_mmrnn.core.config import LOOPBACK
+from stream_mmrnn.core.settings import LOOPBACK
 from stream_mmrnn.viewers.dashboard.access import LOOPBACK_NAMES
 
 _NAMES = "|".join(map(re.escape, sorted(LOOPBACK_NAMES)))

@@ -10,11 +10,11 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import WireError
 from stream_mmrnn.core.extras import need
 from stream_mmrnn.core.latency import STAGES, stages
 from stream_mmrnn.core.prediction_decoder import PredictionDecoder
+from stream_mmrnn.core.settings import TraceSettings
 from stream_mmrnn.core.types import Envelope
 
 _QUEUE = 4096
@@ -31,7 +31,7 @@ def require() -> None:
 class Tracer:
     """`observe` every prediction; a share of them become traces: a span `prediction` with one child span per stage."""
 
-    def __init__(self, settings: config.TraceSettings, wall_offset_ns: int) -> None:
+    def __init__(self, settings: TraceSettings, wall_offset_ns: int) -> None:
         """`wall_offset_ns`: Unix time minus the monotonic clock. Raises UsageError without the extra."""
         require()
         import requests

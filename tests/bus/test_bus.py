@@ -30,8 +30,8 @@ from stream_mmrnn.bus import (
     run_broker,
 )
 from stream_mmrnn.core import topics
-from stream_mmrnn.core.config import Policy
 from stream_mmrnn.core.errors import ProcessError
+from stream_mmrnn.core.settings import Policy
 from stream_mmrnn.core.types import Envelope
 
 

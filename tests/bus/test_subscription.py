@@ -25,8 +25,9 @@ from stream_mmrnn.bus import Address, Authenticator, Publisher, run_broker
 from stream_mmrnn.bus.keys import KeyFolder
 from stream_mmrnn.bus.prediction_reader import PredictionReader, PredictionView, document
 from stream_mmrnn.bus.subscription import Subscription
-from stream_mmrnn.core import config, topics, wire
+from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.errors import NotRunning, TimedOut, UsageError
+from stream_mmrnn.core.settings import Policy
 from stream_mmrnn.core.types import Envelope, HeadSpec, Prediction, Stamps, Tick
 
 pytestmark = pytest.mark.process
@@ -203,7 +204,7 @@ def test_a_late_reader_counts_no_losses(bus: Bus) -> None:
 
 
 @pytest.mark.parametrize(("policy", "reason"), [("drop_oldest", "oldest"), ("latest", "superseded")])
-def test_a_slow_reader_gets_the_newest_and_counts_losses(bus: Bus, policy: config.Policy, reason: str) -> None:
+def test_a_slow_reader_gets_the_newest_and_counts_losses(bus: Bus, policy: Policy, reason: str) -> None:
     with Subscription(address=where(bus), policy=policy, queue=8, timeout=10) as subscription:
         before = bus.meet(subscription)
         while (found := subscription.receive(0.2)) is not None:

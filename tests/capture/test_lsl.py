@@ -27,6 +27,7 @@ from stream_mmrnn.capture.sources.lsl import LostSamples, int16_of
 from stream_mmrnn.core import config, topics
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import FileError, SourceError, SourceSpecError, WireError
+from stream_mmrnn.core.settings import LslSettings, Settings
 from stream_mmrnn.core.streams import SHORT_FORMS, Stream
 from stream_mmrnn.core.types import HeadSpec, ModalitySpec, Sample, Stamps
 from stream_mmrnn.core.wire import PredictionMessage
@@ -76,8 +77,8 @@ class Peer:
 
 
 @contextmanager
-def opened(spec: str, modality: str, settings: config.Settings | None = None) -> Iterator[Any]:
-    source = sources.create_source(Stream.of(modality, source=spec), settings or config.Settings())
+def opened(spec: str, modality: str, settings: Settings | None = None) -> Iterator[Any]:
+    source = sources.create_source(Stream.of(modality, source=spec), settings or Settings())
     end_ns = now_ns() + 20_000_000_000
     while True:
         try:
@@ -173,7 +174,7 @@ def test_an_invalid_source_is_an_error() -> None:
             sources.check(spec, modality, SHORT_FORMS[modality][0])
     sources.check("lsl:type=EEG", "signal", "signal")
     name = unique("words")
-    source = sources.create_source(Stream.of("signal", source=f"lsl:{name}"), config.Settings())
+    source = sources.create_source(Stream.of("signal", source=f"lsl:{name}"), Settings())
     with pytest.raises(SourceError, match="no stream has that name on this machine"):
         source.open()
     with pytest.raises(SourceError, match="call open"):
@@ -198,7 +199,7 @@ def test_a_missing_package_is_an_error_with_the_command_to_install_it() -> None:
         assert "needs the extra `lsl` (pylsl missing): pip install 'stream-mmrnn[lsl]'" in done.stderr
     # without its file the library would use all networks
     with pytest.raises(FileError, match="which is no file"):
-        require(config.LslSettings(config="/no/such.cfg"))
+        require(LslSettings(config="/no/such.cfg"))
 
 
 def test_sound_of_any_type_is_16_bits() -> None:
@@ -237,7 +238,7 @@ def predictions(count: int) -> list[PredictionMessage]:
 
 def test_a_reader_of_our_outlet_gets_every_prediction() -> None:
     name = unique("out")
-    settings = config.LslSettings(name=name)
+    settings = LslSettings(name=name)
     spec = msgspec.to_builtins({"name": "toy", "sha256": "ab", "tick_ns": 40_000_000, "heads": HEADS})
     with pytest.raises(WireError, match="names no model"):
         Outlet(settings, "live", {"name": 3})

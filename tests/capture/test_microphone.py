@@ -17,8 +17,8 @@ from devices import needs_pulse, virtual_devices
 from places import ROOT
 
 from stream_mmrnn.capture.sources.microphone import Microphone, list_devices
-from stream_mmrnn.core.config import MicrophoneSettings
 from stream_mmrnn.core.errors import SourceError
+from stream_mmrnn.core.settings import MicrophoneSettings
 from stream_mmrnn.core.types import Sample
 
 pytestmark = [pytest.mark.devices, pytest.mark.process]
@@ -144,7 +144,7 @@ def test_without_portaudio_the_error_names_it() -> None:
         "def gone(*a, **k): raise OSError('PortAudio library not found')\n"
         "import builtins; real = builtins.__import__\n"
         "builtins.__import__ = lambda n, *a, **k: gone() if n == 'sounddevice' else real(n, *a, **k)\n"
-        "from stream_mmrnn.core.config import MicrophoneSettings as S\n"
+        "from stream_mmrnn.core.settings import MicrophoneSettings as S\n"
         "from stream_mmrnn.core.errors import SourceError\n"
         "try: m.Microphone('', S()).open()\n"
         "except SourceError as e: print(e)\n"

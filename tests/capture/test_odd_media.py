@@ -16,8 +16,8 @@ import pytest
 from stream_mmrnn.capture import sources
 from stream_mmrnn.capture.sources.file import FilePicture, FileSound, streams_of
 from stream_mmrnn.capture.sources.media_end import missing_bytes
-from stream_mmrnn.core.config import CameraSettings, MicrophoneSettings, Settings, StreamSettings
 from stream_mmrnn.core.errors import FileError, SourceSpecError
+from stream_mmrnn.core.settings import CameraSettings, MicrophoneSettings, Settings, StreamSettings
 from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.streams import Stream
 from stream_mmrnn.core.types import Sample

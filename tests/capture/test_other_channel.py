@@ -24,7 +24,7 @@ from stream_mmrnn.capture.pipeline import capture
 from stream_mmrnn.capture.sources.synthetic import Synthetic
 from stream_mmrnn.capture.sources.talker import Turn, answers, turns
 from stream_mmrnn.core import topics
-from stream_mmrnn.core.config import SyntheticSettings
+from stream_mmrnn.core.settings import SyntheticSettings
 from stream_mmrnn.core.streams import Stream
 from stream_mmrnn.core.types import Envelope, ModalitySpec, Sample
 from stream_mmrnn.recording.mcap_file import Recording

@@ -28,14 +28,8 @@ from stream_mmrnn.capture.sources.synthetic import Synthetic
 from stream_mmrnn.capture.sources.talker import turns
 from stream_mmrnn.capture.sources.text import create as create_text
 from stream_mmrnn.core.clock import now_ns
-from stream_mmrnn.core.config import (
-    CameraSettings,
-    MicrophoneSettings,
-    Settings,
-    SyntheticSettings,
-    TextSettings,
-)
 from stream_mmrnn.core.errors import FileError, SourceError, SourceSpecError
+from stream_mmrnn.core.settings import CameraSettings, MicrophoneSettings, Settings, SyntheticSettings, TextSettings
 from stream_mmrnn.core.streams import SHORT_FORMS, Stream
 from stream_mmrnn.core.types import Sample
 

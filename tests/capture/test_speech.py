@@ -21,8 +21,8 @@ from stream_mmrnn.capture.speech.derivation import Speech
 from stream_mmrnn.capture.speech.mel import filters, log_mel
 from stream_mmrnn.capture.speech.whisper import find_model
 from stream_mmrnn.core import config
-from stream_mmrnn.core.config import MicrophoneSettings, Settings, SpeechSettings
 from stream_mmrnn.core.errors import ConfigError, ModelError, SourceSpecError, UsageError, WireError
+from stream_mmrnn.core.settings import MicrophoneSettings, Settings, SpeechSettings
 from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.streams import Stream
 from stream_mmrnn.core.types import Sample

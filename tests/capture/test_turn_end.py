@@ -23,8 +23,8 @@ from stream_mmrnn.capture.sources.file import FileSound
 from stream_mmrnn.capture.speech import turn_end as turn_end_module
 from stream_mmrnn.capture.speech.turn_end import NAME, PAUSE_CHUNKS, PauseDetector, SmartTurn, TurnEnd
 from stream_mmrnn.core import config, topics
-from stream_mmrnn.core.config import MicrophoneSettings, Settings
 from stream_mmrnn.core.errors import ConfigError, SnapshotError, SourceSpecError, UsageError, WireError
+from stream_mmrnn.core.settings import MicrophoneSettings, Settings
 from stream_mmrnn.core.stream_table import stream_table, with_derived
 from stream_mmrnn.core.streams import Stream
 from stream_mmrnn.core.types import Envelope, ModalitySpec, Sample

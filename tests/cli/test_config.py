@@ -22,6 +22,7 @@ from stream_mmrnn.cli.config_effective import as_toml, effective, faults
 from stream_mmrnn.core import config, strict_toml
 from stream_mmrnn.core.config_schema import schema
 from stream_mmrnn.core.errors import ConfigError
+from stream_mmrnn.core.settings import Settings, StreamSettings
 
 COMMAND = [sys.executable, "-m", "stream_mmrnn"]
 
@@ -36,14 +37,14 @@ validator = jsonschema.Draft7Validator(schema())
 @pytest.mark.process
 def test_the_schema_is_valid_and_so_are_the_defaults() -> None:
     jsonschema.Draft7Validator.check_schema(schema())
-    validator.validate(msgspec.json.decode(msgspec.json.encode(config.Settings())))
+    validator.validate(msgspec.json.decode(msgspec.json.encode(Settings())))
     printed = json.loads(run("config", "schema").stdout)
     assert printed == schema() == json.loads(run("config", "schema", "--json").stdout.splitlines()[-1])
     assert "$ref" not in json.dumps(printed)
 
 
 def test_the_schema_holds_every_setting_with_its_default_and_its_docstring() -> None:
-    made = msgspec.json.decode(msgspec.json.encode(config.Settings()))
+    made = msgspec.json.decode(msgspec.json.encode(Settings()))
     assert made.pop("streams") == {}
     for section, values in made.items():
         part = schema()["properties"][section]
@@ -51,7 +52,7 @@ def test_the_schema_holds_every_setting_with_its_default_and_its_docstring() -> 
     properties = schema()["properties"]
     row = properties["streams"]["additionalProperties"]
     assert row["required"] == ["source"]
-    assert set(row["properties"]) == set(config.StreamSettings.__struct_fields__)
+    assert set(row["properties"]) == set(StreamSettings.__struct_fields__)
     assert all(p["description"] for p in row["properties"].values())
     assert (
         properties["engine"]["properties"]["model"]["description"]
@@ -61,9 +62,9 @@ def test_the_schema_holds_every_setting_with_its_default_and_its_docstring() -> 
     assert properties["session"]["properties"]["name"]["pattern"].startswith("^")
 
 
-_SECTIONS = [section for section in config.Settings.__struct_fields__ if section != "streams"]
-_STREAM = list(config.StreamSettings.__struct_fields__)
-_KEYS = {s: list(type(getattr(config.Settings(), s)).__struct_fields__) for s in _SECTIONS}
+_SECTIONS = [section for section in Settings.__struct_fields__ if section != "streams"]
+_STREAM = list(StreamSettings.__struct_fields__)
+_KEYS = {s: list(type(getattr(Settings(), s)).__struct_fields__) for s in _SECTIONS}
 _values = (
     st.booleans()
     | st.integers(-10, 10**7)
@@ -85,7 +86,7 @@ def test_schema_check_and_parse_agree_on_any_values(data: st.DataObject) -> None
         table["streams"] = data.draw(st.dictionaries(st.sampled_from(["a", "b"]), row | _values, max_size=2))
     fits = validator.is_valid(table)
     try:
-        strict_toml.convert(table, config.Settings)
+        strict_toml.convert(table, Settings)
         converts = True
     except ConfigError:
         converts = False

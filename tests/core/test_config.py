@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import ConfigError
+from stream_mmrnn.core.settings import EngineSettings, QueuesSettings, Settings
 from stream_mmrnn.core.stream_table import stream_table
 
 
@@ -20,14 +21,14 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
-    assert config.load(write(tmp_path, "")) == config.Settings() == config.load(None)
+    assert config.load(write(tmp_path, "")) == Settings() == config.load(None)
 
 
 def test_values_and_overrides(tmp_path: Path) -> None:
     file = write(tmp_path, "[engine]\nslots = 4\n[sources]\nvision = 'none'\n")
     settings = config.load(file, {"engine.slots": 8, "engine.model": None, "session.name": "a"})
     assert (settings.engine.slots, settings.sources.vision, settings.session.name) == (8, "none", "a")
-    assert settings.engine.model == config.EngineSettings().model
+    assert settings.engine.model == EngineSettings().model
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_any_table_is_settings_or_an_error_of_ours(table: dict[str, object]) -> 
 
 
 def test_the_second_person_is_not_there_unless_named_and_its_settings_are_its_kind_s() -> None:
-    sources = config.Settings().sources
+    sources = Settings().sources
     assert (sources.other_audio, sources.other_text) == ("none", "none")
     settings = config.parse(
         {"align": {"audio_lateness_ms": 33.0, "text_lateness_ms": 5.0}, "queues": {"text": "latest"}}
@@ -93,14 +94,14 @@ def test_an_unknown_model_names_the_zoo() -> None:
 
 
 def test_a_recording_of_another_release_is_read() -> None:
-    table = msgspec.to_builtins(config.Settings())
+    table = msgspec.to_builtins(Settings())
     table["align"]["vision_lateness_ms"] = 33.0
     table["align"]["gone_since"] = 1
     table["gone"] = {"a": 1}
     del table["queues"], table["sources"]["other_audio"]
     settings = config.recorded(table)
     assert settings.align.vision_lateness_ms == 33.0
-    assert settings.queues == config.QueuesSettings()
+    assert settings.queues == QueuesSettings()
     assert settings.sources.other_audio == "none"
     with pytest.raises(ConfigError, match=r"`align\.vision_lateness_ms` has a wrong value"):
         config.recorded({"align": {"vision_lateness_ms": -1}})

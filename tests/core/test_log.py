@@ -15,8 +15,8 @@ from harness import Running
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stream_mmrnn.core import config
 from stream_mmrnn.core.log import JsonLines, Note, at_least, report
+from stream_mmrnn.core.settings import LogSettings
 
 pytestmark = pytest.mark.process
 
@@ -54,8 +54,8 @@ def test_a_level_and_text_are_as_asked(capsys: pytest.CaptureFixture[str]) -> No
     for note in ("plain", Note("fine", "a"), Note("bad", "a", "x", "warning"), Note("worse", "a", "x", "error")):
         say(note)
     assert said == ["bad", "worse"]
-    report(config.LogSettings(), "engine", "no model")
-    report(config.LogSettings(format="json"), "engine", "no model", traceback="...")
+    report(LogSettings(), "engine", "no model")
+    report(LogSettings(format="json"), "engine", "no model", traceback="...")
     first, second = capsys.readouterr().err.splitlines()
     assert first == "stream-mmrnn engine: no model"
     line = json.loads(second)

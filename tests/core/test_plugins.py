@@ -12,6 +12,7 @@ import pytest
 from stream_mmrnn.capture import encoders, sources
 from stream_mmrnn.core import config, plugins
 from stream_mmrnn.core.errors import PluginError, SourceError, SourceSpecError, UsageError
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.streams import Stream
 from stream_mmrnn.core.types import Sample
@@ -61,7 +62,7 @@ def test_the_example_is_a_source_and_an_encoder(site: Path) -> None:
 
 def test_a_missing_thermometer_is_a_missing_device(site: Path) -> None:
     plugin_packages.install_thermometer(site)
-    made = sources.create_source(Stream.of("room", source="thermometer:/no/such"), config.Settings())
+    made = sources.create_source(Stream.of("room", source="thermometer:/no/such"), Settings())
     with pytest.raises(SourceError, match="thermometer:/no/such cannot be read"):
         made.open()
 

@@ -10,6 +10,7 @@ import pytest
 from stream_mmrnn.capture.encoders import create_encoder
 from stream_mmrnn.core import config, processes, streams, topics
 from stream_mmrnn.core.errors import ConfigError
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.stream_table import chosen_encoders, for_model, stream_table, wanted_encoders
 from stream_mmrnn.core.streams import Stream
 from stream_mmrnn.core.types import ModalitySpec
@@ -22,7 +23,7 @@ def table(rows: dict[str, dict[str, Any]], **sections: Any) -> dict[str, Stream]
 
 
 def test_without_streams_the_table_has_the_usual_ones() -> None:
-    rows = stream_table(config.Settings())
+    rows = stream_table(Settings())
     assert {name: row.kind for name, row in rows.items()} == {n: kind for n, (kind, _) in streams.SHORT_FORMS.items()}
     assert {row.name for row in rows.values() if row.person != streams.SELF} == {"other_audio", "other_text"}
     assert [row.source for row in rows.values()] == ["camera:0", "microphone", "stdin", "none", "none", "none"]
@@ -176,7 +177,7 @@ def test_the_stream_that_feeds_a_modality_gets_the_encoder_and_what_settings_nam
 
 
 def test_settings_for_a_model_make_the_table_with_its_encoders() -> None:
-    settings = config.Settings()
+    settings = Settings()
     tokens = ModalitySpec("text.tokens", 16, "tokens-l2-supercat@1", "stack", 2)
     asked = for_model(settings, (FACE, tokens))
     rows = stream_table(asked)

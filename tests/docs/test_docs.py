@@ -35,6 +35,7 @@ from vega_files import vega_file
 
 from stream_mmrnn.cli import app as cli
 from stream_mmrnn.core import config
+from stream_mmrnn.core.settings import Settings
 from tools import config_reference, docs_site
 
 PAGES = [*(ROOT / name for name in docs_site.ROOT_PAGES), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -230,7 +231,7 @@ def test_toml_is_toml(page: Path) -> None:
     for block in BLOCKS[page]:
         if block.kind == "toml":
             table = tomllib.loads(block.body)
-            if set(table) & set(config.Settings.__struct_fields__) and "modalities" not in table:
+            if set(table) & set(Settings.__struct_fields__) and "modalities" not in table:
                 config.parse(table)
 
 

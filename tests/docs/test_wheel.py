@@ -13,7 +13,7 @@ import pytest
 from fresh_environment import Installed, build
 from places import ROOT
 
-from stream_mmrnn.core import config
+from stream_mmrnn.core.settings import EngineSettings
 
 pytestmark = pytest.mark.process
 
@@ -29,7 +29,7 @@ def test_the_files_in_the_wheel(wheel: Path) -> None:
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as file:
         names = file.namelist()
-    model = config.EngineSettings().model
+    model = EngineSettings().model
     for name in (
         "py.typed",
         *(f"viewers/dashboard/page/{f.name}" for f in (ROOT / "stream_mmrnn/viewers/dashboard/page").iterdir()),
@@ -83,7 +83,7 @@ def test_the_wheel_is_imported(installed: Installed) -> None:
 def test_it_runs_live_and_replays_outside_the_checkout(installed: Installed) -> None:
     code, live, err = installed.run("live", "--source", "synthetic", "--duration", "5", "--record", "talk.mcap")
     assert code == 0, err
-    assert live["model"]["name"] == config.EngineSettings().model
+    assert live["model"]["name"] == EngineSettings().model
     assert live["predictions"] > 50
     assert live["balanced"], live["streams"]
     code, replayed, err = installed.run("replay", "talk.mcap", "--verify")

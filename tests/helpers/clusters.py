@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from serving import features_of
 
-from stream_mmrnn.core import config
+from stream_mmrnn.core.settings import ServeSettings, StateSettings
 from stream_mmrnn.core.types import Tick
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.serve import protocol
@@ -33,7 +33,7 @@ needs_nats = pytest.mark.skipif(not find_server(), reason="there is no nats-serv
 
 
 def replica_of(model: Path, slots: int = 8, me: str = "me", **state: float) -> Replica:
-    kept = config.StateSettings(**{"idle_s": 100, "snapshot_every": 4, **state})  # type: ignore[arg-type]
+    kept = StateSettings(**{"idle_s": 100, "snapshot_every": 4, **state})  # type: ignore[arg-type]
     return Replica(StepEngine(model, slots), kept, None, KEY, 256, PARTITIONS, me)
 
 
@@ -162,7 +162,7 @@ class Reader:
 
 @contextlib.asynccontextmanager
 async def running(cluster: Cluster, toy: Path, notes: list[str] | None = None, share: int = 0, **serve: int):  # type: ignore[no-untyped-def]
-    asked = msgspec.structs.replace(cluster.settings(), serve=config.ServeSettings(**serve))
+    asked = msgspec.structs.replace(cluster.settings(), serve=ServeSettings(**serve))
     node = ClusterNode(asked, (notes if notes is not None else []).append)
     share = share or asked.cluster.partitions
     going = True

@@ -15,6 +15,7 @@ import numpy as np
 import toy_ticks
 
 from stream_mmrnn.core import config
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.types import Tick
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.serve import protocol
@@ -44,7 +45,7 @@ def alone(model: Path, ticks: list[Tick]) -> list[bytes]:
     return [engine.step([of])[0].heads["next"].tobytes() for of in ticks]
 
 
-def settings_for(model: Path, states: Path, **serve: object) -> config.Settings:
+def settings_for(model: Path, states: Path, **serve: object) -> Settings:
     return config.parse(
         {
             "engine": {"model": str(model)},
@@ -56,7 +57,7 @@ def settings_for(model: Path, states: Path, **serve: object) -> config.Settings:
 
 
 @contextmanager
-def running(asked: config.Settings, say: Callable[[str], None] = lambda _: None) -> Iterator[Server]:
+def running(asked: Settings, say: Callable[[str], None] = lambda _: None) -> Iterator[Server]:
     server = Server(asked, say)
     going = threading.Event()
     thread = threading.Thread(target=server.run, args=(lambda: not going.is_set(),))

@@ -18,7 +18,7 @@ from stream_mmrnn.capture.encoders.image import ImageEncoder
 from stream_mmrnn.capture.encoders.signal import SignalEncoder
 from stream_mmrnn.capture.sources.synthetic import Synthetic
 from stream_mmrnn.core import topics
-from stream_mmrnn.core.config import StreamSettings, SyntheticSettings
+from stream_mmrnn.core.settings import StreamSettings, SyntheticSettings
 from stream_mmrnn.core.streams import Stream
 from stream_mmrnn.core.types import Envelope, FloatArray, Sample
 from stream_mmrnn.offline.convert.imported import Messages, without_devices, write

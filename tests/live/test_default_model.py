@@ -12,8 +12,8 @@ from stream_mmrnn.capture.encoders.audio import SPEECH
 from stream_mmrnn.capture.encoders.face import MOVEMENT, PRESENT
 from stream_mmrnn.capture.encoders.speech_detector import VOICE
 from stream_mmrnn.capture.sources.synthetic import Synthetic
-from stream_mmrnn.core import config
-from stream_mmrnn.core.config import SyntheticSettings, find_model
+from stream_mmrnn.core.config import find_model
+from stream_mmrnn.core.settings import EngineSettings, SyntheticSettings
 from stream_mmrnn.core.streams import Stream
 from stream_mmrnn.core.types import Prediction, Stamps, Tick
 from stream_mmrnn.predict.engine import StepEngine
@@ -31,7 +31,7 @@ SIZES = {
     "other_text.tokens": 16,
     "other_turn_end": 1,
 }
-PATH = find_model(config.EngineSettings().model)
+PATH = find_model(EngineSettings().model)
 
 
 def tick(session: str, index: int, seed: int) -> Tick:

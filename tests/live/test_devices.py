@@ -20,7 +20,7 @@ from harness import Running, check_summary, recording_grows, run, ticks_of, veri
 from stream_mmrnn.capture.encoders.audio import SPEECH
 from stream_mmrnn.capture.sources.synthetic import Synthetic
 from stream_mmrnn.core.clock import now_ns
-from stream_mmrnn.core.config import SyntheticSettings
+from stream_mmrnn.core.settings import SyntheticSettings
 from stream_mmrnn.core.streams import Stream
 from stream_mmrnn.recording.mcap_file import Recording
 

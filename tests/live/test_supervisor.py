@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from stream_mmrnn.core import config, topics, wire
 from stream_mmrnn.core.processes import worker
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.live.managed_process import ManagedProcess
 from stream_mmrnn.live.supervisor import Supervisor
@@ -64,7 +65,7 @@ class World:
             self(node, self.it.settings)
         self.started.clear()
 
-    def __call__(self, node: ManagedProcess, settings: config.Settings) -> None:
+    def __call__(self, node: ManagedProcess, settings: Settings) -> None:
         class Ready:
             def wait(self, _: float) -> bool:
                 return True

@@ -17,7 +17,7 @@ from harness import Running, check_summary, recorded, run, ticks_of, verify
 from stream_mmrnn.capture import encoders
 from stream_mmrnn.capture.sources.file import FileSound
 from stream_mmrnn.capture.speech.turn_end import TurnEnd
-from stream_mmrnn.core.config import MicrophoneSettings
+from stream_mmrnn.core.settings import MicrophoneSettings
 from stream_mmrnn.core.types import ModalitySpec, Sample
 from stream_mmrnn.offline.replay import replay
 

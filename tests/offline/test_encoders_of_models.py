@@ -17,6 +17,7 @@ from stream_mmrnn.capture import derive
 from stream_mmrnn.capture.encoders import create_encoder
 from stream_mmrnn.core import config, topics, wire
 from stream_mmrnn.core.errors import UsageError
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.stream_table import for_model
 from stream_mmrnn.core.streams import Stream
 from stream_mmrnn.core.types import Envelope, ModalitySpec, Prediction, Sample
@@ -253,7 +254,7 @@ def test_a_derivation_runs_once_for_all_encoders_of_its_stream(monkeypatch: pyte
         "audio": Stream.of("audio", source="push"),
         "text": msgspec.structs.replace(Stream.of("text", source="from:audio/echo"), encoders=("text", "tokens")),
     }
-    text, tokens = derive.encoders_from_root(table["text"], table, config.Settings()).values()
+    text, tokens = derive.encoders_from_root(table["text"], table, Settings()).values()
     assert isinstance(text, derive.DerivedEncoder)
     assert isinstance(tokens, derive.DerivedEncoder)
     for _ in range(2):

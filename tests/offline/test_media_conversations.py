@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from stream_mmrnn.capture.sources.synthetic import Synthetic
-from stream_mmrnn.core.config import SyntheticSettings, find_model
+from stream_mmrnn.core.config import find_model
 from stream_mmrnn.core.errors import FileError, UsageError
+from stream_mmrnn.core.settings import SyntheticSettings
 from stream_mmrnn.core.streams import Stream
 from stream_mmrnn.offline.media import conversations, sound
 from stream_mmrnn.offline.media.conversations import Silence

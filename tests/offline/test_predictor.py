@@ -16,8 +16,9 @@ from places import SHARED
 
 from stream_mmrnn.capture.sources.synthetic import Synthetic
 from stream_mmrnn.core import topics
-from stream_mmrnn.core.config import Settings, SyntheticSettings, parse
+from stream_mmrnn.core.config import parse
 from stream_mmrnn.core.errors import ConfigError, FileError, SnapshotError, UsageError
+from stream_mmrnn.core.settings import Settings, SyntheticSettings
 from stream_mmrnn.core.streams import Stream
 from stream_mmrnn.core.types import Prediction
 from stream_mmrnn.offline.predictor import Predictor

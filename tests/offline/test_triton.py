@@ -18,6 +18,7 @@ from serving import alone, tick
 
 from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import FileError, ModelError
+from stream_mmrnn.core.settings import StateSettings
 from stream_mmrnn.graph.runtime import Graph
 from stream_mmrnn.offline.convert.triton import READY, START, text_of, write
 from stream_mmrnn.predict.columns import MAX_AGE_S
@@ -89,7 +90,7 @@ def test_every_input_and_output_is_there_once_as_the_graph_has_it(
         assert (begin.zero_data, list(begin.dims), begin.data_type) == (True, list(of.dims), of.data_type)
     assert sequences.WhichOneof("strategy_choice") == "oldest"
     assert sequences.oldest.max_candidate_sequences == 1024
-    assert sequences.max_sequence_idle_microseconds == config.StateSettings().idle_s * 1e6
+    assert sequences.max_sequence_idle_microseconds == StateSettings().idle_s * 1e6
 
 
 def test_steps_as_triton_runs_them_equal_the_engine(toy: Path, definitions: ModuleType, tmp_path: Path) -> None:

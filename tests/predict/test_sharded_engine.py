@@ -16,7 +16,6 @@ from hypothesis.stateful import run_state_machine_as_test
 from toy_ticks import block_of, tick
 
 from stream_mmrnn.core.block import Block, BlockPredictions, StateBlock
-from stream_mmrnn.core.config import EngineSettings
 from stream_mmrnn.core.errors import (
     BadTick,
     Busy,
@@ -27,6 +26,7 @@ from stream_mmrnn.core.errors import (
     UnknownSession,
     UsageError,
 )
+from stream_mmrnn.core.settings import EngineSettings
 from stream_mmrnn.predict.engine import StepEngine, move
 from stream_mmrnn.predict.protocols import Engine
 from stream_mmrnn.predict.sharded_engine import ShardedEngine, create

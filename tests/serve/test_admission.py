@@ -11,9 +11,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from toy_ticks import tick
 
-from stream_mmrnn.core import config
 from stream_mmrnn.core.block import Block, BlockPredictions
 from stream_mmrnn.core.errors import Busy
+from stream_mmrnn.core.settings import AdmissionSettings, StateSettings
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.predict.snapshots import StateStore
 from stream_mmrnn.serve.admission import FORGET_NS, LEAST, WINDOW, Admission, Cost, fit
@@ -192,8 +192,8 @@ class TimedEngine(StepEngine):
 def sessions_of(toy: Path, folder: Path, clock: Clock, slots: int = 1024) -> Sessions:
     engine = TimedEngine(toy, slots)
     engine.clock = clock
-    state = config.StateSettings(snapshot_every=0)
-    return Sessions(engine, StateStore(folder, 100), state, admission=config.AdmissionSettings(), now_ns=clock.now_ns)
+    state = StateSettings(snapshot_every=0)
+    return Sessions(engine, StateStore(folder, 100), state, admission=AdmissionSettings(), now_ns=clock.now_ns)
 
 
 def drive(sessions: Sessions, clock: Clock, duration_ns: int, together: int = 1) -> None:

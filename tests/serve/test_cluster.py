@@ -17,7 +17,6 @@ from nats.errors import Error as NatsError
 from serving import alone, step_of, tick
 
 from stream_mmrnn import AsyncClient, ClusterClient
-from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import (
     BadTick,
     Busy,
@@ -27,6 +26,7 @@ from stream_mmrnn.core.errors import (
     ProcessError,
     UnknownSession,
 )
+from stream_mmrnn.core.settings import EngineSettings
 from stream_mmrnn.core.topics import SESSION_NAME
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.cluster.connection import connect
@@ -557,7 +557,7 @@ def test_an_engine_of_another_model_or_number_of_partitions_does_not_join(
 ) -> None:
     async def main() -> None:
         async with running(cluster, toy):
-            asked = msgspec.structs.replace(cluster.settings(), engine=config.EngineSettings(model=str(model)))
+            asked = msgspec.structs.replace(cluster.settings(), engine=EngineSettings(model=str(model)))
             with pytest.raises(ProcessError, match=r"serves toy .* not toy"):
                 await ClusterNode(asked).run(lambda: True)
             few = msgspec.structs.replace(cluster.settings().cluster, partitions=64)

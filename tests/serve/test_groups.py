@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from serving import alone, running, settings_for, start, step_of, tick
 
 from stream_mmrnn import AsyncClient, Client
-from stream_mmrnn.core import config
 from stream_mmrnn.core.block import Block, BlockPredictions
 from stream_mmrnn.core.errors import (
     BadTick,
@@ -29,6 +28,7 @@ from stream_mmrnn.core.errors import (
     UsageError,
     WireError,
 )
+from stream_mmrnn.core.settings import StateSettings
 from stream_mmrnn.core.types import Tick
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.serve import protocol
@@ -338,7 +338,7 @@ class Machine:
 
     def begin(self) -> None:
         """A new server, on what the last one has left on the disk."""
-        state = config.StateSettings(idle_s=1000, ttl_s=1e6, snapshot_every=3)
+        state = StateSettings(idle_s=1000, ttl_s=1e6, snapshot_every=3)
         store = StateBlockStore(self.folder, state.ttl_s)
         self.sessions = Sessions(StepEngine(self.toy, 8), store, state, writer=self.writer)
         self.host = Host(self.sessions, 16, slots=8, peer_sessions=8, groups=True)
@@ -640,7 +640,7 @@ Make = Callable[..., Host]
 @pytest.fixture
 def make(toy: Path, tmp_path: Path) -> Make:
     def make(groups: bool = True, engine: type[StepEngine] = StepEngine) -> Host:
-        state = config.StateSettings(idle_s=10, ttl_s=100, snapshot_every=4)
+        state = StateSettings(idle_s=10, ttl_s=100, snapshot_every=4)
         sessions = Sessions(engine(toy, 16), StateBlockStore(tmp_path / "states", 100), state)
         return Host(sessions, 8, slots=16, peer_sessions=16, groups=groups)
 

@@ -19,9 +19,9 @@ from serving import running, settings_for
 
 from stream_mmrnn import Client
 from stream_mmrnn.bus import Dealer
-from stream_mmrnn.core import config
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.latency import Histogram
+from stream_mmrnn.core.settings import ServeSettings
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve import server as server_module
 from stream_mmrnn.serve.server import Server
@@ -185,7 +185,7 @@ def test_memory_does_not_grow_with_the_clients_that_came(server: Server) -> None
 
 @pytest.mark.slow
 def test_clients_that_vanish_leave_no_entry(model: Path, tmp_path: Path) -> None:
-    with running(replace(settings_for(model, tmp_path), serve=config.ServeSettings(port=0, slots=64))) as server:
+    with running(replace(settings_for(model, tmp_path), serve=ServeSettings(port=0, slots=64))) as server:
         server.sessions.admission = None
 
         def come(names: list[str]) -> None:

@@ -23,8 +23,8 @@ from stream_mmrnn import AsyncClient, Client, Predictor
 from stream_mmrnn.capture.encoders import create_encoder
 from stream_mmrnn.capture.sources.synthetic import Synthetic
 from stream_mmrnn.core import config
-from stream_mmrnn.core.config import SyntheticSettings
 from stream_mmrnn.core.errors import BadTick, SessionError, StreamError, UsageError
+from stream_mmrnn.core.settings import SyntheticSettings
 from stream_mmrnn.core.streams import Stream
 from stream_mmrnn.core.types import ModalitySpec
 from stream_mmrnn.serve import protocol

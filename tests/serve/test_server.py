@@ -48,6 +48,7 @@ from stream_mmrnn.core.errors import (
     UsageError,
     WireError,
 )
+from stream_mmrnn.core.settings import Settings, StateSettings
 from stream_mmrnn.core.types import FEATURE_BOUND, MAX_TICK, Tick
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.predict.snapshots import StateStore
@@ -78,7 +79,7 @@ def make(toy: Path, tmp_path: Path) -> Make:
         groups: bool = False,
         **state: float,
     ) -> Host:
-        kept = config.StateSettings(**{"idle_s": 10, "ttl_s": 100, "snapshot_every": 4, **state})  # type: ignore[arg-type]
+        kept = StateSettings(**{"idle_s": 10, "ttl_s": 100, "snapshot_every": 4, **state})  # type: ignore[arg-type]
         store = StateStore(tmp_path / "states", kept.ttl_s)
         return Host(Sessions(engine(toy, slots), store, kept), queue, slots=host_slots, groups=groups)
 
@@ -370,7 +371,7 @@ def test_a_dead_shard_does_not_affect_other_sessions(make: Make, toy: Path) -> N
 @pytest.mark.slow
 @given(st.lists(st.binary(max_size=200), max_size=8))
 def test_no_bytes_harm_a_host(toy: Path, messages: list[bytes]) -> None:
-    host = Host(Sessions(StepEngine(toy, 2), StateStore(_folder(), 10), config.StateSettings()), 4)
+    host = Host(Sessions(StepEngine(toy, 2), StateStore(_folder(), 10), StateSettings()), 4)
     for content in messages:
         host.receive(b"x", content, NOW)
     say(host, protocol.Open(session="honest"))
@@ -417,8 +418,8 @@ _shapes = st.fixed_dictionaries(
 @given(st.lists(_shapes, max_size=12))
 def test_no_message_harms_a_host(toy: Path, messages: list[dict[str, object]]) -> None:
     engine = StepEngine(toy, 2)
-    make_input = partial(SessionInput, engine.spec, config.Settings(), must_save=True)
-    host = Host(Sessions(engine, StateStore(_folder(), 10), config.StateSettings()), 4, make_input=make_input)
+    make_input = partial(SessionInput, engine.spec, Settings(), must_save=True)
+    host = Host(Sessions(engine, StateStore(_folder(), 10), StateSettings()), 4, make_input=make_input)
     for i, message in enumerate(messages):
         host.receive(b"xy"[i % 2 :], msgspec.msgpack.encode(message), NOW)
         host.step(NOW)

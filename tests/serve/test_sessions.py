@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from toy_ticks import alone, tick
 
-from stream_mmrnn.core import config, errors
+from stream_mmrnn.core import errors
 from stream_mmrnn.core.block import Block, BlockPredictions
 from stream_mmrnn.core.errors import (
     BadTick,
@@ -22,6 +22,7 @@ from stream_mmrnn.core.errors import (
     StreamError,
     UnknownSession,
 )
+from stream_mmrnn.core.settings import AdmissionSettings, StateSettings
 from stream_mmrnn.core.types import Tick
 from stream_mmrnn.predict import arena
 from stream_mmrnn.predict.engine import StepEngine
@@ -42,12 +43,12 @@ def make(toy: Path, tmp_path: Path) -> Make:
     def make(
         slots: int = 3,
         model: Path = toy,
-        admission: config.AdmissionSettings | None = None,
+        admission: AdmissionSettings | None = None,
         engine: type[StepEngine] = StepEngine,
         store: type[StateStore] = StateStore,
         **state: float,
     ) -> Sessions:
-        settings = config.StateSettings(**{"idle_s": 10, "ttl_s": 100, "snapshot_every": 4, **state})  # type: ignore[arg-type]
+        settings = StateSettings(**{"idle_s": 10, "ttl_s": 100, "snapshot_every": 4, **state})  # type: ignore[arg-type]
         states = store(tmp_path / "states", settings.ttl_s)
         return Sessions(engine(model, slots), states, settings, admission=admission)
 
@@ -337,7 +338,7 @@ def test_without_a_period_states_are_saved_only_on_leaving(make: Make) -> None:
 
 
 def test_a_measured_engine_refuses_more_sessions_than_it_can_serve(make: Make) -> None:
-    sessions = make(64, admission=config.AdmissionSettings(retry_s=2.0, retry_max_s=5.0))
+    sessions = make(64, admission=AdmissionSettings(retry_s=2.0, retry_max_s=5.0))
     admission = sessions.admission
     assert admission is not None
     assert admission.settled is not None
@@ -369,7 +370,7 @@ class SlowEngine(StepEngine):
 
 def test_an_engine_with_slow_steps_is_measured_enough(make: Make) -> None:
     """On a busy machine the time for measuring may be over after one round, which is too few steps."""
-    sessions = make(64, admission=config.AdmissionSettings(), engine=SlowEngine)
+    sessions = make(64, admission=AdmissionSettings(), engine=SlowEngine)
     assert sessions.admission is not None
     assert sessions.admission.settled is not None
     sessions.open("a", now_ns=NOW)
@@ -378,7 +379,7 @@ def test_an_engine_with_slow_steps_is_measured_enough(make: Make) -> None:
 
 
 def test_one_session_is_served_however_slow(make: Make) -> None:
-    sessions = make(admission=config.AdmissionSettings())
+    sessions = make(admission=AdmissionSettings())
     assert sessions.admission is not None
     for _ in range(512):
         sessions.admission.add(1, 10**10, NOW)

@@ -19,6 +19,7 @@ from stream_mmrnn.bus import Gaps
 from stream_mmrnn.core import config, topics, wire
 from stream_mmrnn.core.clock import RateLimiter
 from stream_mmrnn.core.errors import ConfigError, FileError, ModelError, StreamError, WireError
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.types import Envelope, ModalitySpec, Stamps
 from stream_mmrnn.graph import model_file as onnx_bytes
 from stream_mmrnn.graph.runtime import Graph
@@ -135,7 +136,7 @@ def test_samples_of_one_tick_are_bounded_and_counted() -> None:
 @pytest.mark.parametrize("number", [3e38, -3e38, 1e13, float("nan"), float("inf"), float("-inf")])
 def test_one_huge_number_does_not_poison_a_session_for_good(number: float, toy: Path) -> None:
     engine = StepEngine(toy)
-    a = Aligner.of(engine.spec.modalities, engine.spec.tick_ns, config.Settings())
+    a = Aligner.of(engine.spec.modalities, engine.spec.tick_ns, Settings())
     payload = wire.pack(wire.SessionMessage("open", 0, ("audio",)))
     messages = [Envelope(topics.SESSION, "s", 0, 0, 0, 0, payload)]
     for seq in range(6):
@@ -160,7 +161,7 @@ def test_sessions_opened_and_closed_thousands_of_times_leave_no_state(toy: Path)
     import tracemalloc
 
     engine = StepEngine(toy, 2)
-    a = Aligner.of(engine.spec.modalities, engine.spec.tick_ns, config.Settings())
+    a = Aligner.of(engine.spec.modalities, engine.spec.tick_ns, Settings())
     gaps, view = Gaps(), LiveState()
 
     def life(number: int) -> None:

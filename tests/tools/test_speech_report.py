@@ -7,7 +7,7 @@ import pytest
 from recogniser import needs_recogniser
 
 from stream_mmrnn.capture.speech.derivation import Speech
-from stream_mmrnn.core.config import SpeechSettings
+from stream_mmrnn.core.settings import SpeechSettings
 from tools.speech_report import Item, Said, errors, grid_sentence, measure, recognise, table
 
 

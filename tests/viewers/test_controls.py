@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stream_mmrnn.bus.registry import Entry
-from stream_mmrnn.core.config import PageSettings
+from stream_mmrnn.core.settings import PageSettings
 from stream_mmrnn.viewers.dashboard.board import Board
 from stream_mmrnn.viewers.dashboard.controls import Choice, Controls
 from stream_mmrnn.viewers.dashboard.hub import Hub, key_of

@@ -18,13 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trickle import Trickle
 
-from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import StreamError
+from stream_mmrnn.core.settings import FoxgloveSettings
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.viewers.origin_gate import OriginGate, refusal
 
 CHROMIUM = shutil.which("chromium")
-APP = config.FoxgloveSettings().origins
+APP = FoxgloveSettings().origins
 
 
 def head(**headers: str) -> bytes:

@@ -18,7 +18,7 @@ from recogniser import needs_recogniser
 
 from stream_mmrnn.capture.encoders.face import PRESENT
 from stream_mmrnn.capture.sources.file import FilePicture, FileSound
-from stream_mmrnn.core.config import CameraSettings, MicrophoneSettings
+from stream_mmrnn.core.settings import CameraSettings, MicrophoneSettings
 
 pytestmark = [needs_chromium, pytest.mark.process, pytest.mark.slow]
 FAKE = ["--use-fake-device-for-media-stream"]

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from harness import run
 
-from stream_mmrnn.core import config, topics, wire
+from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.latency import STAGES
+from stream_mmrnn.core.settings import TraceSettings
 from stream_mmrnn.core.types import Envelope, Stamps
 
 pytest.importorskip("opentelemetry.sdk", reason="needs the extra `otel`")
@@ -96,7 +97,7 @@ def attributes(span: Any) -> dict[str, Any]:
 
 def test_the_stages_of_a_prediction_are_consecutive_child_spans(receiver: Receiver) -> None:
     offset_ns = 1_700_000_000_000_000_000
-    tracer = Tracer(config.TraceSettings(ratio=1.0, endpoint=receiver.endpoint), offset_ns)
+    tracer = Tracer(TraceSettings(ratio=1.0, endpoint=receiver.endpoint), offset_ns)
     for tick in (1, 2, 2):  # the last one is republished
         tracer.observe(prediction(tick))
     tracer.observe(Envelope(topics.PREDICTION, "s", 0, 0, 0, 0, b"nix", "", 0))
@@ -120,7 +121,7 @@ def test_the_stages_of_a_prediction_are_consecutive_child_spans(receiver: Receiv
 
 
 def test_a_share_of_the_predictions_is_traced_completely(receiver: Receiver) -> None:
-    tracer = Tracer(config.TraceSettings(ratio=0.25, endpoint=receiver.endpoint), 0)
+    tracer = Tracer(TraceSettings(ratio=0.25, endpoint=receiver.endpoint), 0)
     for tick in range(1, 401):
         tracer.observe(prediction(tick))
     tracer.close()
@@ -134,7 +135,7 @@ def test_a_share_of_the_predictions_is_traced_completely(receiver: Receiver) -> 
 
 def test_spans_that_the_collector_refuses_are_counted(receiver: Receiver) -> None:
     receiver.code = 400
-    tracer = Tracer(config.TraceSettings(ratio=1.0, endpoint=receiver.endpoint), 0)
+    tracer = Tracer(TraceSettings(ratio=1.0, endpoint=receiver.endpoint), 0)
     tracer.observe(prediction(1))
     tracer.close()
     assert (tracer.exported, tracer.failed) == (0, 8)

@@ -21,6 +21,7 @@ from mcap_protobuf.decoder import DecoderFactory
 
 from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import ProcessError, UsageError
+from stream_mmrnn.core.settings import EngineSettings
 from stream_mmrnn.core.types import HeadSpec
 from stream_mmrnn.offline.convert import foxglove_layout
 from stream_mmrnn.offline.convert import rerun as rerun_viewer
@@ -132,7 +133,7 @@ def check_layout(layout: dict[str, Any], first: dict[str, Any]) -> None:
 def test_the_shipped_layout_fits_a_real_recording(first: dict[str, Any]) -> None:
     check_layout(foxglove_layout.shipped(), first)
     # the shipped layout is the one that is generated for the default model
-    spec = check_model(config.find_model(config.EngineSettings().model), "cpu")
+    spec = check_model(config.find_model(EngineSettings().model), "cpu")
     assert foxglove_layout.for_heads(columns(spec.heads)) == foxglove_layout.shipped()
 
 

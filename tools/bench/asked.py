@@ -31,6 +31,7 @@ from stream_mmrnn.core import config, processes, topics, wire
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import ProcessError, WireError
 from stream_mmrnn.core.latency import Histogram
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.types import FloatArray, Stamps, Tick
 from stream_mmrnn.live import nodes
 from stream_mmrnn.live.managed_process import process_context
@@ -131,7 +132,7 @@ class OverBus(Transport):
             self.close()
             raise
 
-    def _start(self, settings: config.Settings) -> None:
+    def _start(self, settings: Settings) -> None:
         address = Address.create(settings.bus.transport if sys.platform != "win32" else "tcp")
         self._stack.callback(address.remove)
         new: Any = process_context()

@@ -25,6 +25,7 @@ from stream_mmrnn.capture import sources
 from stream_mmrnn.core import config, processes, topics
 from stream_mmrnn.core.errors import ProcessError, UsageError
 from stream_mmrnn.core.latency import Histogram
+from stream_mmrnn.core.settings import EngineSettings, Settings
 from stream_mmrnn.core.stream_table import for_model
 from stream_mmrnn.live.managed_process import end_forkserver
 from stream_mmrnn.predict.engine import check_model
@@ -79,7 +80,7 @@ def devices(wav: Path, clip: Path) -> Iterator[str]:
             end_forkserver()
 
 
-def settings_of(streams: dict[str, str], model: str | None, camera: str) -> config.Settings:
+def settings_of(streams: dict[str, str], model: str | None, camera: str) -> Settings:
     """The settings of one of `SESSIONS`."""
     source = {name: f"camera:{camera}" if s == "camera" else s for name, s in streams.items()}
     chosen = {f"sources.{name}": source.get(name, "none") for name in sources.SYNTHETIC}
@@ -87,7 +88,7 @@ def settings_of(streams: dict[str, str], model: str | None, camera: str) -> conf
     return config.load(None, {**chosen, "engine.model": model, "session.name": "bench"}, others)
 
 
-def cores_of(settings: config.Settings, cpu: dict[str, float]) -> float | None:
+def cores_of(settings: Settings, cpu: dict[str, float]) -> float | None:
     """The cores that a session used: its processes, and this one, which supervises it; None where it is not known."""
     names = {"bench", *(p.name[:_NAME] for p in processes.table(settings, True))}
     return round(sum(share for name, share in cpu.items() if name in names), 3) if cpu else None
@@ -112,7 +113,7 @@ def run(
     for path in (data / WAV, data / CLIP):
         if not path.is_file():
             raise UsageError(f"there is no {path}; give the folder that holds {WAV} and {CLIP}")
-    spec = check_model(config.find_model(model or config.EngineSettings().model), "cpu")
+    spec = check_model(config.find_model(model or EngineSettings().model), "cpu")
     pictures = Pictures()
     rows: list[dict[str, Any]] = []
     with devices((data / WAV).resolve(), (data / CLIP).resolve()) as camera:

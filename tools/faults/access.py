@@ -24,6 +24,7 @@ from stream_mmrnn.bus import Address, Keys, Publisher, Subscriber, run_broker
 from stream_mmrnn.bus.keys import KeyFolder
 from stream_mmrnn.core import config, topics
 from stream_mmrnn.core.errors import StreamError
+from stream_mmrnn.core.settings import LOOPBACK
 from stream_mmrnn.viewers.dashboard.server import Dashboard
 from tools.faults.promise import Figure, Say
 
@@ -81,7 +82,7 @@ def _until(what: Callable[[], bool]) -> bool:
 def _tried(bus: _Bus, publisher: Publisher, keys: Keys | None, count: int) -> tuple[int, int]:
     """`count` readers and as many publishers with these keys: messages that got through, and refusals counted."""
     before = sum(bus.authenticator.refused.values())
-    plain = Address.at(config.LOOPBACK, int(bus.address.publish.rpartition(":")[2]))
+    plain = Address.at(LOOPBACK, int(bus.address.publish.rpartition(":")[2]))
     readers = [Subscriber(plain, [""], 100, ("block", "latest", "drop_oldest")[i % 3], keys) for i in range(count)]
     writers = [Publisher(plain, 10, keys) for _ in range(count)]
     _until(lambda: sum(bus.authenticator.refused.values()) - before >= 2 * count)
@@ -205,7 +206,7 @@ def _page() -> Iterator[Figure]:
     port = int(page.address.rstrip("/").rpartition(":")[2])
 
     def ask(path: str, method: str, headers: dict[str, str]) -> int:
-        connection = http.client.HTTPConnection(config.LOOPBACK, port, timeout=10)
+        connection = http.client.HTTPConnection(LOOPBACK, port, timeout=10)
         try:
             connection.request(method, path, headers=headers)
             return connection.getresponse().status

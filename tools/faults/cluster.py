@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from stream_mmrnn.bench import models
-from stream_mmrnn.core import config
+from stream_mmrnn.core.settings import StateSettings
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.serve.cluster.client import ClusterClient
 from stream_mmrnn.serve.cluster.node import ClusterNode
@@ -146,7 +146,7 @@ def run(quick: bool, say: Say) -> Iterator[Figure]:
             yield from _figures(name, what, members, engine)
         yield from _slow_client(quick, say, path, engine, Path(folder) / "slow")
     counts = [summary.get("counts", {}) for summary in _SUMMARIES]
-    every = config.StateSettings().snapshot_every
+    every = StateSettings().snapshot_every
     yield Figure(
         "cluster_repeated_answers",
         f"that came to clients a second time, and were dropped there; at most {every} for each session and trouble",

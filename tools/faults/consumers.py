@@ -18,8 +18,8 @@ import numpy as np
 
 from stream_mmrnn.core import config, topics, wire
 from stream_mmrnn.core.clock import now_ns
-from stream_mmrnn.core.config import Policy
 from stream_mmrnn.core.errors import WireError
+from stream_mmrnn.core.settings import Policy
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.live.session import LiveSession, for_its_model
 from tools.faults.listener import Listener

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from stream_mmrnn.bus import Address, Gaps, Subscriber
 from stream_mmrnn.core.clock import now_ns
-from stream_mmrnn.core.config import Policy
+from stream_mmrnn.core.settings import Policy
 from stream_mmrnn.core.types import Envelope
 
 

@@ -18,10 +18,10 @@ from stream_mmrnn.bench import models
 from stream_mmrnn.bench.measure import sleep_until
 from stream_mmrnn.bench.sessions import TICK_NS, phases
 from stream_mmrnn.bench.step import tick_of
-from stream_mmrnn.core import config
 from stream_mmrnn.core.clock import now_ns, wall_offset_ns
 from stream_mmrnn.core.errors import Busy
 from stream_mmrnn.core.latency import Histogram
+from stream_mmrnn.core.settings import AdmissionSettings, StateSettings
 from stream_mmrnn.core.types import Tick
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.predict.snapshots import StateStore
@@ -196,22 +196,20 @@ def run(quick: bool, say: Say) -> Iterator[Figure]:
 
 def _crowd(path: Path, store: StateStore, ramp_s: float, duration_s: float) -> tuple[Crowd, int]:
     """An engine with a slot for everybody, so that time is what there is too little of."""
-    measured = Sessions(StepEngine(path, 64), store, config.StateSettings(), admission=config.AdmissionSettings())
+    measured = Sessions(StepEngine(path, 64), store, StateSettings(), admission=AdmissionSettings())
     assert measured.admission is not None
     cost = measured.admission.settled
     assert cost is not None
     capacity = max(int(TICK_NS / cost.tick_ns), 1)
     engine = StepEngine(path, 2 * capacity)
-    sessions = Sessions(
-        engine, store, config.StateSettings(), admission=config.AdmissionSettings(), wall_offset_ns=wall_offset_ns()
-    )
+    sessions = Sessions(engine, store, StateSettings(), admission=AdmissionSettings(), wall_offset_ns=wall_offset_ns())
     return Crowd(sessions, 2 * capacity, ramp_s, duration_s), capacity
 
 
 def _slots(path: Path, store: StateStore) -> Iterator[Figure]:
     """Where there is time enough, slots are the limit."""
     slots = 4
-    sessions = Sessions(StepEngine(path, slots), store, config.StateSettings())
+    sessions = Sessions(StepEngine(path, slots), store, StateSettings())
     wrong = 0
     for i in range(2 * slots):
         try:

@@ -19,6 +19,7 @@ import numpy as np
 from stream_mmrnn.core import config, topics, wire
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import WireError
+from stream_mmrnn.core.settings import EngineSettings
 from stream_mmrnn.core.types import Envelope, Stamps, Tick
 from stream_mmrnn.live.session import LiveSession, for_its_model
 from stream_mmrnn.offline.replay import replay
@@ -146,7 +147,7 @@ def _tick(engine: StepEngine, session: str, index: int, rng: np.random.Generator
 
 def _moved(quick: bool) -> Iterator[Figure]:
     """Sessions that change their process every few ticks, between engines and within them, against one that stays."""
-    path, sessions = config.find_model(config.EngineSettings().model), [f"s{i}" for i in range(4)]
+    path, sessions = config.find_model(EngineSettings().model), [f"s{i}" for i in range(4)]
     steps = 60 if quick else 1000
     stays = StepEngine(path, len(sessions))
     shards = [ShardedEngine(path, 8, processes=2), ShardedEngine(path, 8, processes=2)]

@@ -21,8 +21,8 @@ from hypothesis import HealthCheck, Phase, Verbosity, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import Busy, DuplicateSession, Evicted, SessionError, UnknownSession
+from stream_mmrnn.core.settings import StateSettings
 from stream_mmrnn.core.types import ModelSpec, Stamps, Tick
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.predict.sharded_engine import ShardedEngine
@@ -106,7 +106,7 @@ def machine(make: Callable[[], Engine], path: Path, found: Found, kill_one_in: i
         def begin(self) -> None:
             if held["engine"] is None:
                 held["engine"] = make()
-            state = config.StateSettings(idle_s=IDLE_S, ttl_s=TTL_S, snapshot_every=EVERY)
+            state = StateSettings(idle_s=IDLE_S, ttl_s=TTL_S, snapshot_every=EVERY)
             self.sessions = Sessions(held["engine"], StateStore(self.folder, TTL_S), state)
 
         def did(self, what: str) -> None:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from stream_mmrnn.bench import models
-from stream_mmrnn.core import config
 from stream_mmrnn.core.clock import now_ns, wall_offset_ns
 from stream_mmrnn.core.errors import Busy, DuplicateSession, Evicted, SessionError, SnapshotError, UnknownSession
 from stream_mmrnn.core.latency import Histogram
+from stream_mmrnn.core.settings import AdmissionSettings, StateSettings
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.predict.sharded_engine import ShardedEngine
 from stream_mmrnn.predict.snapshots import StateStore
@@ -108,7 +108,7 @@ def _resumed(path: Path, folder: Path, quick: bool) -> Iterator[Figure]:
     tokens: list[str | None] = [None] * sessions
     try:
         for part, start in enumerate(range(0, ticks, every)):
-            served = Sessions(engines[part % 2], store, config.StateSettings(idle_s=1))
+            served = Sessions(engines[part % 2], store, StateSettings(idle_s=1))
             for i, name in enumerate(names):
                 opened = served.open(name, tokens[i], now_ns=at_ns)
                 tokens[i] = opened.token
@@ -137,8 +137,8 @@ def _refusals(path: Path, folder: Path, quick: bool) -> Iterator[Figure]:
     served = Sessions(
         engine,
         store,
-        config.StateSettings(idle_s=1e6),
-        admission=config.AdmissionSettings(),
+        StateSettings(idle_s=1e6),
+        admission=AdmissionSettings(),
         wall_offset_ns=wall_offset_ns(),
     )
     served.open("asleep", now_ns=now_ns())

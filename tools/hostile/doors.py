@@ -16,9 +16,10 @@ import zmq
 
 from stream_mmrnn.bus import Address, Publisher, Subscriber, run_broker
 from stream_mmrnn.capture.sources import text
-from stream_mmrnn.core import config, topics, wire
+from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import WireError
+from stream_mmrnn.core.settings import TextSettings
 from stream_mmrnn.core.types import Mark
 from stream_mmrnn.live import journal
 from tools.hostile import mutate
@@ -207,7 +208,7 @@ class _Text:
 
 class Tcp(_Text):
     def __init__(self, folder: Path) -> None:
-        super().__init__(text.Tcp(0, config.TextSettings()))
+        super().__init__(text.Tcp(0, TextSettings()))
         self._clients: list[socket.socket] = []
 
     def _connect(self) -> socket.socket:
@@ -244,7 +245,7 @@ class Pipe(_Text):
     def __init__(self, folder: Path) -> None:
         path = folder / "pipe"
         os.mkfifo(path)
-        super().__init__(text.Pipe(path, config.TextSettings()))
+        super().__init__(text.Pipe(path, TextSettings()))
         self._path = path
         self._fd = os.open(path, os.O_WRONLY)
 
@@ -268,7 +269,7 @@ class Zmq(_Text):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
-        super().__init__(text.Zmq(self._port, config.TextSettings()))
+        super().__init__(text.Zmq(self._port, TextSettings()))
         self._context = zmq.Context()
         self._push = self._socket()
 

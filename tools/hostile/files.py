@@ -17,6 +17,7 @@ from stream_mmrnn.bench.models import gru_step
 from stream_mmrnn.capture import sources
 from stream_mmrnn.core import config, processes, topics
 from stream_mmrnn.core.clock import now_ns
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.streams import Stream
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.predict.align import Aligner
@@ -37,7 +38,7 @@ from tools.hostile.target import TICK_NS
 
 def write_recording(path: Path) -> bytes:
     """A recording of all topics, as the recorder writes it."""
-    settings = msgspec.json.encode(config.Settings()).decode()
+    settings = msgspec.json.encode(Settings()).decode()
     recorder = Recorder(path, "live", {"raw": "true", "slots": "1", "model": "turn_taking", "config": settings}, 1.0)
     rng, base_ns = Random(1), now_ns()
     for seq in range(60):
@@ -279,7 +280,7 @@ class Contracts:
 def settings_toml() -> str:
     """All settings with their values, as a file."""
     lines = []
-    for section, values in msgspec.to_builtins(config.Settings()).items():
+    for section, values in msgspec.to_builtins(Settings()).items():
         lines.append(f"[{section}]")
         for key, value in values.items():
             lines.append(f"{key} = {msgspec.json.encode(value).decode()}")

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from stream_mmrnn.core import config
+from stream_mmrnn.core.settings import ClusterSettings
 from stream_mmrnn.serve.cluster.subjects import LOG_S
 from tools.scale import figures, simulate, text
 from tools.scale.figures import GIVEN
@@ -119,7 +119,7 @@ def log(sessions: int, bytes_of: dict[str, int]) -> dict[str, float]:
 def partitions(sessions: int, seed: int) -> list[dict[str, Any]]:
     """How uneven whole partitions are over a thousand engines, or as many as there are partitions."""
     rows = []
-    for count in (config.ClusterSettings().partitions, 8192, 65_536):
+    for count in (ClusterSettings().partitions, 8192, 65_536):
         engines = min(1000, count)
         rows.append(
             {

@@ -24,6 +24,7 @@ from stream_mmrnn.core import config, topics, wire
 from stream_mmrnn.core import processes as process_table
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import ProcessError
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.types import ModalitySpec
 from stream_mmrnn.graph.runtime import Graph
 from stream_mmrnn.live import nodes
@@ -87,7 +88,7 @@ def look(pid: int, at_s: float) -> Sample:
 class _Processes:
     """Broker, journal, engine and recorder, as the supervisor starts them."""
 
-    def __init__(self, settings: config.Settings) -> None:
+    def __init__(self, settings: Settings) -> None:
         self._context: Any = process_context()
         self.address = Address.create("ipc")
         self._settings = settings
@@ -212,7 +213,7 @@ class _Monitor:
                 self.latencies_ms.append((at_s, took_ms))
 
 
-def settings_for(path: Path, speed: float) -> config.Settings:
+def settings_for(path: Path, speed: float) -> Settings:
     """Of the processes: what goes by the clock of the wall goes as much faster as the session does."""
     record = {"path": str(path), "chunk_ms": 250.0 / speed, "fsync_ms": 1000.0 / speed}
     return config.parse(

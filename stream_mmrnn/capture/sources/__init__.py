@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 from stream_mmrnn.bus import Address
 from stream_mmrnn.core import plugins
-from stream_mmrnn.core.config import Settings
 from stream_mmrnn.core.errors import SourceSpecError
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.streams import SELF, SOURCE_KINDS, Kind, Stream, is_sensor, with_one_value
 from stream_mmrnn.core.topics import AUDIO_RATE_HZ

@@ -16,9 +16,9 @@ from stream_mmrnn.bus import Address, Subscriber
 from stream_mmrnn.capture.derive import Derivation, derivation_of, heard_topic
 from stream_mmrnn.core import processes, topics, wire
 from stream_mmrnn.core.clock import now_ns
-from stream_mmrnn.core.config import Settings
 from stream_mmrnn.core.errors import SourceError, WireError
 from stream_mmrnn.core.sequence import SequenceTracker
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.streams import Stream
 from stream_mmrnn.core.types import Envelope, Sample
 

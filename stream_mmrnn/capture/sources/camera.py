@@ -17,8 +17,8 @@ import cv2
 
 from stream_mmrnn.capture.sources.pacing import wait_until
 from stream_mmrnn.core.clock import now_ns
-from stream_mmrnn.core.config import CameraSettings
 from stream_mmrnn.core.errors import SourceError
+from stream_mmrnn.core.settings import CameraSettings
 from stream_mmrnn.core.types import Sample
 
 _TIMEOUT_MS = 2000

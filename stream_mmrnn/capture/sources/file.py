@@ -21,9 +21,9 @@ import numpy.typing as npt
 from stream_mmrnn.capture.sources import ENDS_EARLY, RATE_HZ, WARNINGS
 from stream_mmrnn.capture.sources.media_end import missing_bytes
 from stream_mmrnn.capture.sources.pacing import ScheduledSample, pace
-from stream_mmrnn.core.config import CameraSettings
-from stream_mmrnn.core.config import MicrophoneSettings as MicrophoneSettings
 from stream_mmrnn.core.errors import FileError, SourceError
+from stream_mmrnn.core.settings import CameraSettings
+from stream_mmrnn.core.settings import MicrophoneSettings as MicrophoneSettings
 from stream_mmrnn.core.types import Sample
 from stream_mmrnn.core.wire import encodable
 

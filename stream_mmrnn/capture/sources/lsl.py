@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from stream_mmrnn.capture import lsl_runtime as lsl
 from stream_mmrnn.core.clock import DeviceClock, now_ns
-from stream_mmrnn.core.config import LslSettings, MicrophoneSettings, TextSettings
 from stream_mmrnn.core.errors import SourceError, SourceSpecError
+from stream_mmrnn.core.settings import LslSettings, MicrophoneSettings, TextSettings
 from stream_mmrnn.core.streams import Kind
 from stream_mmrnn.core.topics import AUDIO_RATE_HZ
 from stream_mmrnn.core.types import Sample

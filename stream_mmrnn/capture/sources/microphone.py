@@ -16,8 +16,8 @@ import numpy.typing as npt
 from stream_mmrnn.capture.resampler import BlockResampler
 from stream_mmrnn.capture.sources import RATE_HZ
 from stream_mmrnn.core.clock import DeviceClock, now_ns
-from stream_mmrnn.core.config import MicrophoneSettings
 from stream_mmrnn.core.errors import SourceError
+from stream_mmrnn.core.settings import MicrophoneSettings
 from stream_mmrnn.core.types import Sample
 
 _POLL_S = 0.05

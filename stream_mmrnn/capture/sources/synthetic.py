@@ -20,8 +20,8 @@ from stream_mmrnn.capture.sources import RATE_HZ
 from stream_mmrnn.capture.sources.pacing import ScheduledSample, pace
 from stream_mmrnn.capture.sources.talker import Turn, answers, openness, turns
 from stream_mmrnn.capture.sources.voice import speak
-from stream_mmrnn.core.config import SyntheticSettings
 from stream_mmrnn.core.errors import SourceSpecError
+from stream_mmrnn.core.settings import SyntheticSettings
 from stream_mmrnn.core.streams import SELF, Stream
 from stream_mmrnn.core.types import Payload, Sample
 

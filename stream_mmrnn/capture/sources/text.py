@@ -20,8 +20,8 @@ from typing import Any
 from stream_mmrnn.bus import Address, LineSocket, Subscriber
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.clock import now_ns
-from stream_mmrnn.core.config import TextSettings
 from stream_mmrnn.core.errors import SourceError, SourceSpecError
+from stream_mmrnn.core.settings import TextSettings
 from stream_mmrnn.core.types import Sample
 
 _POLL_S = 0.05

@@ -22,7 +22,7 @@ from stream_mmrnn.capture.speech import whisper
 from stream_mmrnn.capture.speech.agreement import LocalAgreement, Word
 from stream_mmrnn.capture.speech.sound_chunks import CHUNK_NS, CHUNK_S, LATE_NS, SoundChunks
 from stream_mmrnn.capture.speech.whisper import Whisper
-from stream_mmrnn.core.config import SpeechSettings
+from stream_mmrnn.core.settings import SpeechSettings
 from stream_mmrnn.core.types import FloatArray, Sample
 
 _BEFORE_CHUNKS = 10

@@ -17,9 +17,9 @@ from tokenizers import Tokenizer
 
 from stream_mmrnn.capture.speech.agreement import Word
 from stream_mmrnn.capture.speech.mel import HOP, log_mel
-from stream_mmrnn.core.config import SpeechSettings
 from stream_mmrnn.core.errors import ModelError
 from stream_mmrnn.core.extras import need
+from stream_mmrnn.core.settings import SpeechSettings
 from stream_mmrnn.core.topics import AUDIO_RATE_HZ
 from stream_mmrnn.core.types import FloatArray
 

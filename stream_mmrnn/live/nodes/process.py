@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from stream_mmrnn.bus import Address, Publisher, Subscriber
-from stream_mmrnn.core import config, log, processes, signals, topics, wire
+from stream_mmrnn.core import log, processes, signals, topics, wire
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import StreamError
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.types import Envelope
 
 HEARD = "session_seq"
@@ -58,7 +59,7 @@ class Context:
     def __init__(
         self,
         name: str,
-        settings: config.Settings,
+        settings: Settings,
         address: Address,
         ready: Flag,
         stop: Flag,

@@ -12,9 +12,10 @@ import msgspec
 
 from stream_mmrnn.capture.encoders import encoders_of
 from stream_mmrnn.capture.pipeline import Outgoing, capture
-from stream_mmrnn.core import config, topics, wire
+from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import FileError, WireError
+from stream_mmrnn.core.settings import SessionSettings, Settings, SourcesSettings, StreamSettings
 from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.streams import SHORT_FORMS, Stream
 from stream_mmrnn.core.types import Envelope, Sample
@@ -125,17 +126,15 @@ def _in_order(name: str) -> tuple[int, str]:
     return (usual.index(name) if name in usual else len(usual), name)
 
 
-def without_devices(session: str, streams: Mapping[str, config.StreamSettings] | None = None) -> config.Settings:
+def without_devices(session: str, streams: Mapping[str, StreamSettings] | None = None) -> Settings:
     """The settings of an imported session: no devices, and these streams."""
-    none = dict.fromkeys(config.SourcesSettings.__struct_fields__, "none")
-    return config.Settings(
-        session=config.SessionSettings(session), sources=config.SourcesSettings(**none), streams=dict(streams or {})
-    )
+    none = dict.fromkeys(SourcesSettings.__struct_fields__, "none")
+    return Settings(session=SessionSettings(session), sources=SourcesSettings(**none), streams=dict(streams or {}))
 
 
 def write(
     out: Path,
-    settings: config.Settings,
+    settings: Settings,
     envelopes: Iterable[Envelope],
     span_ns: tuple[int, int],
     about: Mapping[str, str],
@@ -187,7 +186,7 @@ def _unwritable(out: Path, recorder: Recorder) -> FileError:
     return FileError(f"{out} cannot be written: {recorder.trouble}; make room, or choose another place")
 
 
-def described(out: Path, path: Path, settings: config.Settings, span_ns: tuple[int, int]) -> dict[str, Any]:
+def described(out: Path, path: Path, settings: Settings, span_ns: tuple[int, int]) -> dict[str, Any]:
     """What every import says of itself."""
     return {
         "recording": str(out),

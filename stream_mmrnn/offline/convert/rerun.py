@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from stream_mmrnn.core.config import LOOPBACK
 from stream_mmrnn.core.errors import FileError, ProcessError, UsageError
+from stream_mmrnn.core.settings import LOOPBACK
 
 _TIMEOUT_S = 60
 

@@ -15,8 +15,9 @@ import numpy as np
 
 from stream_mmrnn.capture.pipeline import Outgoing
 from stream_mmrnn.capture.resampler import BlockResampler
-from stream_mmrnn.core import config, topics
+from stream_mmrnn.core import topics
 from stream_mmrnn.core.errors import FileError, UsageError, WireError
+from stream_mmrnn.core.settings import StreamSettings
 from stream_mmrnn.core.sound import mono
 from stream_mmrnn.core.types import Sample
 from stream_mmrnn.core.wire import encodable
@@ -120,7 +121,7 @@ def convert(
     source = SampledMessages(session, span_ns, streams, _labels(path, labels, shift_ns))
     settings = without_devices(
         session,
-        {of.row.name: config.StreamSettings(of.origin, of.row.kind) for of in streams if ":" in used[of.origin[4:]]},
+        {of.row.name: StreamSettings(of.origin, of.row.kind) for of in streams if ":" in used[of.origin[4:]]},
     )
     about = {"imported_from": encodable(path.name), "imported_shift_ns": str(shift_ns)}
     counts = write(out, settings, source, span_ns, about, -shift_ns, progress)

@@ -16,9 +16,9 @@ import numpy as np
 
 from stream_mmrnn.capture.encoders.signal import SignalEncoder
 from stream_mmrnn.core import topics
-from stream_mmrnn.core.config import StreamSettings
 from stream_mmrnn.core.durations import NANOSECONDS
 from stream_mmrnn.core.errors import FileError
+from stream_mmrnn.core.settings import StreamSettings
 from stream_mmrnn.core.types import Envelope, Sample
 from stream_mmrnn.core.wire import encodable
 from stream_mmrnn.offline.convert.imported import (

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import FileError, ModelError
+from stream_mmrnn.core.settings import StateSettings
 from stream_mmrnn.graph import model_file as onnx_bytes
 from stream_mmrnn.graph.model_file import node
 from stream_mmrnn.graph.runtime import Graph
@@ -175,7 +175,7 @@ def write(model: Path, folder: Path, sessions: int = 1024, idle_s: float | None 
     contract = contract_of(graph)
     name = contract.spec.name
     place = folder / name
-    table = configuration(name, graph, contract, sessions, config.StateSettings().idle_s if idle_s is None else idle_s)
+    table = configuration(name, graph, contract, sessions, StateSettings().idle_s if idle_s is None else idle_s)
     content = with_controls(model.read_bytes(), {READY: contract.wiring.active, START: contract.wiring.reset})
     if place.exists():
         raise FileError(f"{place} is there already; remove it, or name another folder")

@@ -17,8 +17,9 @@ import numpy as np
 
 from stream_mmrnn.capture.pipeline import Outgoing
 from stream_mmrnn.capture.sources.lsl import int16_of
-from stream_mmrnn.core import config, topics
+from stream_mmrnn.core import topics
 from stream_mmrnn.core.errors import FileError, UsageError
+from stream_mmrnn.core.settings import StreamSettings
 from stream_mmrnn.core.types import Sample
 from stream_mmrnn.core.wire import encodable
 from stream_mmrnn.offline.convert.imported import (
@@ -193,7 +194,7 @@ def convert(
     span_ns = (begin_ns, end_ns)
     named = {stream_of(role_of[s.number]): s for s in reversed(used) if ":" in role_of[s.number]}
     settings = without_devices(
-        session, {row.name: config.StreamSettings(f"lsl:{s.name}", row.kind) for row, s in named.items()}
+        session, {row.name: StreamSettings(f"lsl:{s.name}", row.kind) for row, s in named.items()}
     )
     source = SampledMessages(session, span_ns, _imported(used, role_of, shift_ns), _labels(used, role_of, shift_ns))
     counts = write(

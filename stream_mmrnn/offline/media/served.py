@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from stream_mmrnn.capture.encoders.audio import SPEECH
 from stream_mmrnn.capture.encoders.speech_detector import VOICE
-from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import UsageError
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.topics import AUDIO_RATE_HZ
 from stream_mmrnn.core.types import HeadSpec, ModelSpec, Prediction
 from stream_mmrnn.offline.predictor import Predictor
@@ -58,7 +58,7 @@ class Served:
         if HEAD not in heads:
             raise UsageError(f"the model {spec.name} has no head `{HEAD}`; its heads are {', '.join(heads)}")
         self.head: HeadSpec = heads[HEAD]
-        settings = config.Settings()
+        settings = Settings()
         self._names = ("audio", "other_audio")[:microphones]
         if words:
             made_of = {"audio": "push", "text": "speech"}

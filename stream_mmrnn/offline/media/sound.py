@@ -15,8 +15,8 @@ import numpy.typing as npt
 from stream_mmrnn.capture.encoders.speech_detector import CHUNK, MIN_CHUNKS, SILENCE, VOICE, SpeechDetector
 from stream_mmrnn.capture.resampler import SoundInput
 from stream_mmrnn.capture.sources.file import FileSound
-from stream_mmrnn.core.config import MicrophoneSettings
 from stream_mmrnn.core.errors import FileError
+from stream_mmrnn.core.settings import MicrophoneSettings
 from stream_mmrnn.core.topics import AUDIO_RATE_HZ
 from stream_mmrnn.training.datasets.audio import pcm
 

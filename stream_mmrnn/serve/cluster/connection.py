@@ -16,9 +16,10 @@ import nats
 from nats.aio.client import Client as Nats
 from nats.errors import Error as NatsError
 
-from stream_mmrnn.core.config import LOOPBACK, is_loopback
+from stream_mmrnn.core.config import is_loopback
 from stream_mmrnn.core.errors import FileError, NotRunning
 from stream_mmrnn.core.extras import need
+from stream_mmrnn.core.settings import LOOPBACK
 
 
 def without_secrets(url: str) -> str:

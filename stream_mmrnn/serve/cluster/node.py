@@ -23,6 +23,7 @@ from stream_mmrnn.bus.keys import token
 from stream_mmrnn.core import config
 from stream_mmrnn.core.clock import now_ns, wall_offset_ns
 from stream_mmrnn.core.errors import ConfigError, NotRunning, ProcessError, WireError
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.predict.sharded_engine import create
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.async_client import end_tasks
@@ -48,7 +49,7 @@ _RELEASE_S = 5.0
 class ClusterNode:
     """One engine; `run` serves until it is told to stop."""
 
-    def __init__(self, settings: config.Settings, say: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(self, settings: Settings, say: Callable[[str], None] = lambda _: None) -> None:
         """Raises ModelError, ProviderError, ConfigError."""
         self.settings, self._say = settings, say
         self._address = without_secrets(settings.cluster.url)

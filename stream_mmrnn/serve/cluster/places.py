@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from stream_mmrnn.core import config
 from stream_mmrnn.core.block import Block, StateBlock
 from stream_mmrnn.core.errors import Busy, DuplicateSession, Evicted, SessionError
+from stream_mmrnn.core.settings import AdmissionSettings, StateSettings
 from stream_mmrnn.predict.protocols import Engine
 from stream_mmrnn.serve.admission import Admission
 from stream_mmrnn.serve.cluster.frames import Said
@@ -114,15 +114,15 @@ class Places:
     def __init__(
         self,
         engine: Engine,
-        state: config.StateSettings,
+        state: StateSettings,
         admission: Admission | None,
-        retry: config.AdmissionSettings | None,
+        retry: AdmissionSettings | None,
         partitions: int,
         me: str,
         counts: Counter[str],
     ) -> None:
         self._engine, self._settings, self._admission, self._me = engine, state, admission, me
-        self._retry = retry or config.AdmissionSettings()
+        self._retry = retry or AdmissionSettings()
         self._counts = counts
         self.partitions = partitions
         self.by_name: dict[str, Place] = {}

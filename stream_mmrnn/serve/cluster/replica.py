@@ -18,7 +18,7 @@ from collections import Counter
 
 import numpy as np
 
-from stream_mmrnn.core import config, topics
+from stream_mmrnn.core import topics
 from stream_mmrnn.core.block import Block
 from stream_mmrnn.core.errors import (
     BadTick,
@@ -27,6 +27,7 @@ from stream_mmrnn.core.errors import (
     UnknownSession,
     WireError,
 )
+from stream_mmrnn.core.settings import AdmissionSettings, StateSettings
 from stream_mmrnn.core.types import FEATURE_BOUND
 from stream_mmrnn.predict.protocols import Engine
 from stream_mmrnn.serve import protocol
@@ -65,8 +66,8 @@ class Replica:
     def __init__(
         self,
         engine: Engine,
-        state: config.StateSettings,
-        admission: config.AdmissionSettings | None,
+        state: StateSettings,
+        admission: AdmissionSettings | None,
         key: bytes,
         queue: int,
         partitions: int,

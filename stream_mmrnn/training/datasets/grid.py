@@ -13,8 +13,8 @@ from itertools import repeat
 from pathlib import Path
 
 from stream_mmrnn.capture.sources.file import FilePicture, FileSound
-from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import FileError
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.stream_table import for_model
 from stream_mmrnn.core.types import ModalitySpec, ModelSpec, Sample, Tick
 from stream_mmrnn.serve.session_input import SessionInput
@@ -38,7 +38,7 @@ def ticks_of(clip: Path, modalities: Sequence[ModalitySpec], tick_ns: int) -> li
 
     """
     spec = ModelSpec(clip.stem, "", tick_ns, tuple(modalities), (), ())
-    settings = for_model(config.Settings(), modalities, pushed=True)
+    settings = for_model(Settings(), modalities, pushed=True)
     made = SessionInput(spec, settings, clip.stem, inputs=("vision", "audio"))
     ticks: list[Tick] = []
     at_ns = made.zero_ns
@@ -50,7 +50,7 @@ def ticks_of(clip: Path, modalities: Sequence[ModalitySpec], tick_ns: int) -> li
 
 def _samples(clip: Path, zero_ns: int) -> Iterator[tuple[str, Sample]]:
     """Pictures and sound in order of time."""
-    settings = config.Settings()
+    settings = Settings()
     picture = FilePicture(clip, settings.camera, paced=False)
     sound = FileSound(clip, settings.microphone, paced=False)
     try:

@@ -15,8 +15,9 @@ from http.cookies import CookieError, SimpleCookie
 from typing import NamedTuple
 from urllib.parse import parse_qs
 
-from stream_mmrnn.core.config import LOOPBACK, is_loopback
+from stream_mmrnn.core.config import is_loopback
 from stream_mmrnn.core.errors import ConfigError
+from stream_mmrnn.core.settings import LOOPBACK
 
 LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "[::1]"})
 _AUTHORITY = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d{1,5})?")

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Protocol, TypeVar
 
 import msgspec
 
-from stream_mmrnn.core.config import PageSettings
+from stream_mmrnn.core.settings import PageSettings
 from stream_mmrnn.core.topics import SESSION_NAME
 from stream_mmrnn.recording.append_file import is_being_written
 from stream_mmrnn.viewers.dashboard.hub import Hub, RunningView, key_of

@@ -14,8 +14,8 @@ import msgspec
 
 from stream_mmrnn.capture.remote_clock import RemoteClock
 from stream_mmrnn.core.clock import now_ns
-from stream_mmrnn.core.config import Settings
 from stream_mmrnn.core.errors import WireError
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.streams import Stream, is_sensor
 from stream_mmrnn.core.types import Sample
 

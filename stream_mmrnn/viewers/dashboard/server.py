@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from stream_mmrnn.core.config import LOOPBACK
 from stream_mmrnn.core.errors import ConfigError, ProcessError
+from stream_mmrnn.core.settings import LOOPBACK
 from stream_mmrnn.viewers.dashboard.access import Access
 from stream_mmrnn.viewers.dashboard.board import Board, OwnView, View
 
