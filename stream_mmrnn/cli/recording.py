@@ -86,4 +86,9 @@ def repair(
         return
     console = Console(highlight=False)
     console.print(f"{path} was {result['was']}; what is sound in {', '.join(result['of'])} is in {out}", soft_wrap=True)
+    labels = result["labels"]
+    if labels["out"]:
+        console.print(f"the labels beside {path} are in {labels['out']}, too", soft_wrap=True)
+    elif labels["why"]:
+        console.print(f"the labels beside {path} were left out: {labels['why']}", soft_wrap=True)
     console.print(verified(result["result"]), soft_wrap=True)

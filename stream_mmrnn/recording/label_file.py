@@ -6,6 +6,7 @@ changed. Knows nothing about the formats that labels come from.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -102,6 +103,8 @@ def write(recording: Path, labels: LabelFile, force: bool) -> Path:
 
     """
     path = place_of(recording)
+    if len(labels.tiers) > MAX_TIERS:
+        raise FileError(f"{path} would have {len(labels.tiers)} tiers; expected at most {MAX_TIERS}, so leave some out")
     if path.exists() and not force:
         raise FileError(f"{path} is there already; use --force to give the recording other labels")
     new = path.with_name(f".{path.name}.new")
@@ -112,7 +115,8 @@ def write(recording: Path, labels: LabelFile, force: bool) -> Path:
             os.fsync(file.fileno())
         new.replace(path)
     except OSError as e:
-        new.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing can be written, nothing can be removed
+            new.unlink(missing_ok=True)
         raise FileError(f"{path} cannot be written: {e.strerror}; make room, or use --out for a new recording") from e
     return path
 

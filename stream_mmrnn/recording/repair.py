@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +18,7 @@ from mcap.writer import CompressionType, IndexType, Writer
 
 from stream_mmrnn.core import topics
 from stream_mmrnn.core.errors import FileError, RecordingError, WireError
+from stream_mmrnn.recording import label_file
 from stream_mmrnn.recording.damaged_file import DamagedFileReader
 from stream_mmrnn.recording.mcap_format import (
     FORMAT,
@@ -45,7 +47,7 @@ def repair(path: Path, out: Path) -> dict[str, Any]:
     """Write all intact messages of `path`, and of its later parts, into the new file `out`.
 
     It gets an index, and an end that names its sources and what is known to be missing. `path` is not changed. A whole
-    file is copied.
+    file is copied. Labels that were given afterwards, and lie beside `path`, are laid beside `out`, too.
 
     Raises:
         FileError: `path` is missing or not a recording; `out` exists already or cannot be written.
@@ -86,8 +88,21 @@ def repair(path: Path, out: Path) -> dict[str, Any]:
         "holes": saved.holes,
         "not_named": saved.unnamed,
         "foreign_left_out": left_out,
+        "labels": _carry_labels(path, next((part.head for part in parts if part.head), _UNKNOWN), out),
         "result": verify(out),
     }
+
+
+def _carry_labels(path: Path, head: Mapping[str, str], out: Path) -> dict[str, str]:
+    """Lay the labels beside `path` beside `out`: `out` is their file, `why` says why they are not there; "" both where
+    there are none.
+    """
+    try:
+        labels = label_file.read(path, head)
+        place = str(label_file.write(out, labels, force=False)) if labels is not None else ""
+    except FileError as e:
+        return {"out": "", "why": str(e)}
+    return {"out": place, "why": ""}
 
 
 class _Join:

@@ -216,6 +216,11 @@ def test_rttm_and_ctm(tmp_path: Path) -> None:
         ("a.eaf", "<html/>", "is no ELAN file that pympi can read"),
         ("a.eaf", EAF.replace(' TIME_VALUE="2000"', ""), "'a1' of the tier 'P1 posture' has no time of its own"),
         ("a.eaf", EAF.replace('_REF="a2"', '_REF="a3"'), "'a3' of the tier 'P1 mood' refers to 'a3', which has"),
+        (
+            "a.eaf",
+            EAF.replace("2000", "9" * 400),
+            "'a1' of the tier 'P1 posture' is at 99999999999999999999… ms",
+        ),
         ("a.eaf", EAF.replace("milliseconds", "PAL-frames"), "counts time in 'PAL-frames'; expected milliseconds"),
     ],
 )
@@ -281,6 +286,13 @@ def _entries(draw: st.DrawFn, words: bool) -> list[Entry]:
             out.append(Entry("", tier, at_ns, end_ns, name))
             at_ns = end_ns
     return out
+
+
+def test_labels_that_fall_together_in_a_format_are_refused(tmp_path: Path) -> None:
+    entries = [Entry("", "label", 2_000_000, 2_100_000, "a"), Entry("", "label", 2_100_000, 9_000_000, "b")]
+    with pytest.raises(FileError, match="the labels 'a' and 'b', which begin in the same unit of"):
+        write(tmp_path / "a.eaf", entries, "talk", 9_000_000)
+    write(tmp_path / "a.csv", entries, "talk", 9_000_000)
 
 
 @pytest.mark.slow

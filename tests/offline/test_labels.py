@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -182,7 +183,9 @@ def test_times_of_the_wall_clock(talk: Path, tmp_path: Path) -> None:
     assert tiers_of(talk) == {"label": [(0.0, "y"), (4.0, "z")]}
     shifted = notes(tmp_path, "begin_s,end_s,label\n-1,1,a\n")
     with pytest.raises(FileError, match="move all by --shift"):
-        attach(talk, [shifted], LabelOptions(shift_ns=S), force=True)
+        attach(talk, [shifted], LabelOptions(shift_ns=S // 2), force=True)
+    attach(talk, [shifted], LabelOptions(shift_ns=S), force=True)
+    assert tiers_of(talk) == {"label": [(0.0, "a"), (2.0, "none")]}
     attach(talk, [notes(tmp_path, "begin_s,label\n1,a\n")], LabelOptions(shift_ns=S // 2), force=True)
     assert tiers_of(talk) == {"label": [(1.5, "a")]}
 
@@ -313,6 +316,24 @@ def test_labels_that_are_given_while_it_is_replayed(talk: Path, tmp_path: Path) 
     again = labels_of(talk)
     assert again.changes == labels.changes
     assert again.undo() == "nothing was labelled in this replay"
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(talk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(self))
+
+    labels = labels_of(talk)
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert "cannot be written: Read-only file system" in labels.mark(ZERO, "a")
+
+
+def test_no_more_tiers_are_written_than_are_read(talk: Path) -> None:
+    full: dict[str, list[label_file.Change]] = {f"t{i}": [(ZERO, "a")] for i in range(label_file.MAX_TIERS)}
+    label_file.write(talk, label_file.made_for(Recording(talk).metadata, ["x"], full), force=True)
+    labels = labels_of(talk)
+    assert "would have 65 tiers; expected at most 64" in labels.mark(ZERO, "a")
+    assert len(tiers_of(talk)) == label_file.MAX_TIERS
 
 
 def test_labels_that_cannot_be_written_leave_what_was_there(talk: Path) -> None:

@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mcap.reader import NonSeekingReader, make_reader
 from msgspec.structs import replace
-from small_recordings import Key, envelopes, extents, keys, write
+from small_recordings import BEGIN, Key, envelopes, extents, keys, write
 
+from stream_mmrnn.core import topics
 from stream_mmrnn.core.errors import FileError, RecordingError
+from stream_mmrnn.recording import label_file
 from stream_mmrnn.recording.append_file import later_parts, part
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.recording.message_counts import MISSING, MessageCounts
@@ -362,6 +364,21 @@ def test_files_of_older_releases_are_verified_and_repaired(whole: Path, tmp_path
     damaged.write_bytes(content)
     must = [k for i, (_, _, ks) in enumerate(chunks) if i != 2 for k in ks]
     check_saved(damaged, tmp_path / "out.mcap", must, keys(whole))
+
+
+def test_labels_that_were_given_afterwards_go_with_it(whole: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.mcap"
+    cut.write_bytes(whole.read_bytes()[: extents(whole)[3][1]])
+    assert repair(cut, tmp_path / "none.mcap")["labels"] == {"out": "", "why": ""}
+    given = label_file.made_for(Recording(cut).metadata, ["a.csv"], {"label": [(BEGIN, "walking")]})
+    label_file.write(cut, given, force=False)
+    out = tmp_path / "out.mcap"
+    assert repair(cut, out)["labels"] == {"out": str(tmp_path / "out.labels.json"), "why": ""}
+    assert [bytes(e.payload) for e in Recording(out).envelopes({topics.LABEL})] == [b"walking"]
+    label_file.place_of(cut).write_text("{")
+    other = repair(cut, tmp_path / "other.mcap")
+    assert "holds no labels" in other["labels"]["why"]
+    assert other["result"]["messages"] == repair(cut, tmp_path / "again.mcap")["result"]["messages"]
 
 
 def test_a_failed_repair_leaves_no_file(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

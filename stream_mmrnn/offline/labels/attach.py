@@ -215,9 +215,10 @@ class _Giver:
                 f"{named} begins at {span.shown(begin_ns)} and ends at {span.shown(end_ns)}; expected an end after the "
                 "begin, so correct one of them"
             )
-        if e.begin_ns < 0:
+        shifted_ns = e.begin_ns + self._options.shift_ns
+        if shifted_ns < 0:
             raise FileError(
-                f"{named} begins at {e.begin_ns / 1e9:.3f} s; expected times from 0 on, so correct it, or move all by "
+                f"{named} begins at {shifted_ns / 1e9:.3f} s; expected times from 0 on, so correct it, or move all by "
                 "--shift"
             )
         if begin_ns >= span.end_ns or (next_ns + self._offset_ns if end_ns is None else end_ns) <= span.zero_ns:

@@ -9,7 +9,7 @@ from typing import Any
 
 from stream_mmrnn.core.errors import FileError
 from stream_mmrnn.core.extras import need
-from stream_mmrnn.offline.labels.entries import Entry, bytes_of, name_of
+from stream_mmrnn.offline.labels.entries import MAX_NS, Entry, bytes_of, name_of
 
 _MS = 1_000_000
 
@@ -56,6 +56,8 @@ def _tier(path: Path, found: Any, tier: str) -> list[Entry]:
             raise FileError(
                 f"{path}: {where} has no time of its own; align it in ELAN, or leave its tier out by --tier"
             )
+        if not 0 <= max(times) < MAX_NS // _MS:
+            raise FileError(f"{path}: {where} is at {str(max(times))[:20]}… ms; expected a time within a session")
         name = name_of(path, where, value)
         entries.append(Entry(where, tier, times[0] * _MS, times[1] * _MS, name))
     return entries

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from datetime import UTC, tzinfo
+from itertools import pairwise
 from pathlib import Path
 
 from stream_mmrnn.core.errors import FileError, UsageError
@@ -107,5 +108,11 @@ def _check_same(made: Path, path: Path, entries: Sequence[Entry]) -> None:
     for wanted, got in zip(by_place, found, strict=False):
         if (wanted.tier, wanted.name) != (got.tier, got.name):
             raise FileError(f"{path} cannot hold the label {wanted.name[:80]!r}; use .csv, which holds any")
+    for one, other in pairwise(found if made.suffix.lower() not in (".rttm", ".ctm") else ()):
+        if (one.tier, one.begin_ns) == (other.tier, other.begin_ns):
+            raise FileError(
+                f"{path} cannot hold the labels {one.name[:80]!r} and {other.name[:80]!r}, which begin in the same "
+                "unit of its time; use .csv, which holds any"
+            )
     if len(found) != len(entries):
         raise FileError(f"{path} cannot hold these {len(entries)} labels: {len(found)} read back; use .csv")
