@@ -100,7 +100,9 @@ def begin(content: bytes, engine: Engine, aligner: Aligner) -> bool:
         raise WireError(f"the state at the recording's beginning cannot be read: {e}") from e
     if start.model_sha256 != engine.spec.sha256:
         return False
-    [session] = start.aligner.sessions or [""]
+    if len(start.aligner.sessions) != 1:
+        raise WireError("the state at the recording's beginning is not of one session")
+    [session] = start.aligner.sessions
     state = from_bytes(start.state).state
     if session not in engine:
         engine.open(session)

@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from stream_mmrnn.offline.player import Player
 
 From = Literal["features", "raw"]
+_FURTHEST = 16_384
+"""How many predictions of a tick's one kind, recorded or made now, may come before its other one: 11 minutes at 25 a
+second."""
 _MAX_MARKS = 200
 """Labels and words that a player is given."""
 
@@ -67,7 +70,8 @@ _recorded = msgspec.json.Decoder(Outcome)
 class Comparison:
     """Compares new predictions with the recorded ones, tick by tick.
 
-    Both come in one pass, in any order; a pair is dropped once it is compared.
+    Both come in one pass, in any order; a pair is dropped once it is compared. One whose other half is `_FURTHEST`
+    predictions away has none, so that a recording without predictions needs no memory.
     """
 
     def __init__(self) -> None:
@@ -121,6 +125,9 @@ class Comparison:
             self._compare(then, now)
         elif self._then.setdefault(then.tick, then) is not then:
             self.missing += 1
+        elif len(self._then) > _FURTHEST:
+            del self._then[next(iter(self._then))]
+            self.missing += 1
 
     def observe(self, prediction: Prediction) -> None:
         tick = prediction.tick
@@ -134,6 +141,11 @@ class Comparison:
             self._compare(then, now)
         elif self._now.setdefault(now.tick, now) is not now:
             self.extra += 1
+        elif len(self._now) > _FURTHEST:
+            tick = next(iter(self._now))
+            del self._now[tick]
+            self.extra += 1
+            self._note(f"{self._name(tick)} has no recorded prediction")
 
     def _compare(self, then: Outcome, now: Outcome) -> None:
         same = then.present == now.present and then.age_ns == now.age_ns

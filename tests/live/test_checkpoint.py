@@ -17,10 +17,11 @@ from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.errors import ProcessError, SessionError, SnapshotError, WireError
 from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.live import journal
-from stream_mmrnn.live.checkpoint import Checkpoint, Checkpoints, mark
+from stream_mmrnn.live.checkpoint import Checkpoint, Checkpoints, begin, mark
 from stream_mmrnn.predict.align import Aligner
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.predict.pipeline import predict
+from stream_mmrnn.predict.snapshots import Snapshot, to_bytes
 
 LATE = {"vision": 80_000_000, "audio": 80_000_000, "text": 0}
 BEGIN = 10**15
@@ -247,3 +248,14 @@ def test_a_journal_that_is_silent_is_said(toy: Path, bus: list[Envelope]) -> Non
     with pytest.raises(ProcessError, match="does not answer"):
         Process(toy, wires, 5).checkpoints.resume(bus[799])
     assert mark(bus[799]).seq == bus[799].seq
+
+
+def test_a_beginning_of_several_sessions_or_none_is_refused(toy: Path, bus: list[Envelope]) -> None:
+    _, process = prepared(toy, bus)
+    aligner, sha256 = process.aligner.snapshot(), process.engine.spec.sha256
+    state = to_bytes(Snapshot("s", sha256, 0, process.engine.snapshot(next(iter(aligner.sessions)))))
+    assert len(aligner.sessions) > 1
+    for several in (aligner, msgspec.structs.replace(aligner, sessions={})):
+        content = msgspec.msgpack.encode({"model_sha256": sha256, "state": state, "aligner": several})
+        with pytest.raises(WireError, match="is not of one session"):
+            begin(content, process.engine, process.aligner)

@@ -14,6 +14,7 @@ from stream_mmrnn.bench.engine import synthetic
 from stream_mmrnn.core import config
 from stream_mmrnn.core.errors import FileError, UsageError
 from stream_mmrnn.core.types import Prediction, Stamps, Tick
+from stream_mmrnn.offline import replay as replay_module
 from stream_mmrnn.offline.replay import Comparison, replay
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.recording.recorder import Recorder
@@ -50,6 +51,21 @@ def test_equal_predictions_are_identical_in_any_order(numbers: list[list[float]]
     summary = comparison.summary()
     assert summary["identical"], summary
     assert summary["recorded_predictions"] == len(numbers)
+
+
+@pytest.mark.parametrize("see", ["observe", "see_recorded"])
+def test_a_side_without_the_other_needs_no_memory(monkeypatch: pytest.MonkeyPatch, see: str) -> None:
+    monkeypatch.setattr(replay_module, "_FURTHEST", 10)
+    comparison = Comparison()
+    for i in range(100):
+        p = prediction(i, [0.5])
+        getattr(comparison, see)(p if see == "observe" else recorded(p))
+        assert len(comparison._now) + len(comparison._then) <= 11
+    summary = comparison.summary()
+    assert (summary["extra"], summary["missing"]) == ((100, 0) if see == "observe" else (0, 100))
+    assert summary["first_difference"] == (
+        "tick 1 has no recorded prediction" if see == "observe" else "100 recorded predictions were not made again"
+    )
 
 
 def test_each_kind_of_difference_is_named() -> None:
