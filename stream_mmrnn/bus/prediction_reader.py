@@ -152,8 +152,8 @@ class PredictionReader:
                     self._before.pop(envelope.session, None)
                 if self._session is not None and op != "streams":
                     self.closed_ns = envelope.received_ns if op == "close" else 0
-            elif envelope.topic == topics.CONTROL and envelope.payload == topics.STOP:
-                self.over = "the session was closed"
+            elif envelope.topic == topics.CONTROL and envelope.payload == topics.STOP and self._is_meant(envelope):
+                self.closed_ns = self.closed_ns or envelope.received_ns  # the last predictions may be on their way
         except WireError:
             self.unreadable += 1
         return None

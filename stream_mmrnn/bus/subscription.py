@@ -206,15 +206,21 @@ class Subscription:
             if len(self._held) == self._held.maxlen:
                 self._lost[self._overflow] += 1
             self._held.append(found)
-        self.ended = self.ended or self._reading.over
+        self.ended = self.ended or self._reading.over or self._closed(at_ns)
         return True
+
+    def _closed(self, at_ns: int) -> str:
+        """Why it is over, if the session was closed a while ago, else ""; others on the same bus may go on."""
+        closed_ns = self._reading.closed_ns
+        return "the session was closed" if closed_ns and at_ns - closed_ns > _LAST_NS else ""
 
     def _poll(self, at_ns: int) -> None:
         """Without a message: check whether the session has ended or is gone."""
         silent_ns = at_ns - max(self._heard_ns, self._began_ns)
-        if self._reading.closed_ns and at_ns - self._reading.closed_ns > _LAST_NS:
-            self.ended = "the session was closed"
-        elif silent_ns > _LIVES_NS and at_ns - self._looked_ns > _LIVES_NS and self._entry is not None:
+        self.ended = self._closed(at_ns)
+        if self.ended:
+            return
+        if silent_ns > _LIVES_NS and at_ns - self._looked_ns > _LIVES_NS and self._entry is not None:
             self._looked_ns = at_ns
             if not self._entry.alive():
                 self.ended = "the session's process is gone"

@@ -116,6 +116,8 @@ class ManagedProcess:
         """The reason of its status that was shown to a person last."""
         self.away = False
         """It is a source that was lost, with its device or by its death, and has not been open since."""
+        self.came_back = False
+        """It is open again, which a person was not told yet."""
 
     @property
     def running(self) -> bool:

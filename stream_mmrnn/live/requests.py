@@ -45,6 +45,8 @@ class Requests:
         self.record = settings.record
         """With the path of the newest recording."""
         self.asked_to_end = False
+        self._wanted = False
+        """A recording was asked for while the one before still ended."""
 
     def observe(self, envelope: Envelope) -> None:
         """A message of the topic `request`."""
@@ -58,17 +60,38 @@ class Requests:
         on = recorder is not None and not recorder.done
         if op == "stop" or (op == "end_recording" and on and not self._has_engine):
             self.asked_to_end = True  # without engine and recorder nothing is left to go on with
+        elif op == "end_recording" and self._wanted:
+            self._wanted = False
         elif op == "end_recording" and on and recorder is not None:
-            recorder.done = True
-            if recorder.late and not recorder.told:
-                recorder.stop.set()  # it has nothing yet
+            recorder.done, recorder.again_ns = True, 0
+            if not recorder.running:  # it died, and was about to be started again
+                self._host.publish_status(recorder, "closed", "")
+                return
+            if not recorder.ready.is_set() or (recorder.late and not recorder.told):
+                recorder.stop.set()  # it hears nothing yet
+                self._host.publish_status(recorder, "closed", "")
                 return
             at_ns = now_ns()
             assert self._host.publisher is not None
             self._host.publisher.publish(topics.CONTROL, session, at_ns, at_ns, topics.END_RECORDING)
             # the engine says when it has come to this message
             self._host.publish_session("streams")
-        elif op == "record" and not on and not (recorder is not None and recorder.running):
+        elif op == "record" and not on:
+            self._wanted = True
+            self.poll()
+
+    def poll(self) -> None:
+        """Begin a recording that was asked for, as soon as the one before is finished; say so if that one failed at its
+        end. Call it now and then.
+        """
+        recorder = self._recorder
+        if recorder is not None and recorder.running:
+            return
+        code = recorder.process.exitcode if recorder is not None and recorder.process is not None else None
+        if recorder is not None and recorder.done and not recorder.given_up and code:
+            self._give_up(recorder, f"it {how_it_ended(code)} before its file was finished")
+        if self._wanted:
+            self._wanted = False
             self._begin()
 
     def _begin(self) -> None:

@@ -145,7 +145,7 @@ class LiveSession:
             }
             if recorder
             else None,
-            "partial": [*_cut_short(streams), *_incomplete(recorder)],
+            "partial": [*_cut_short(streams), *_incomplete(running.get("recorder"))],
             "repeated": self._deduplicator.count,
             "viewers": {
                 name: viewer_summary(status.counts) for name, status in said.items() if processes.is_viewer(name)
@@ -172,14 +172,19 @@ def _cut_short(streams: dict[str, dict[str, Any]]) -> list[str]:
     ]
 
 
-def _incomplete(recorder: wire.StatusMessage | None) -> list[str]:
-    """A sentence if the disk did not take all of the recording."""
-    if recorder is None:
+def _incomplete(node: ManagedProcess | None) -> list[str]:
+    """A sentence if the recording lacks something, or has no end."""
+    if node is None:
         return []
-    path, finished = recorder.detail.get("path", "the recording"), recorder.detail.get("finished")
+    if node.given_up and node.deaths:
+        return [f"the recording is not whole: the recorder {node.given_up}"]
+    recorder = node.status
+    if recorder is None or "path" not in recorder.detail:
+        return []  # it had not begun
+    path, finished = recorder.detail["path"], recorder.detail.get("finished")
     dropped, written = recorder.counts.get("dropped", 0), recorder.counts.get("messages", 0)
     lacks = [f"lacks at least {dropped} of {dropped + written} messages"] if dropped else []
-    lacks += ["has no end"] if finished is False else []
+    lacks += ["has no end"] if finished is not True else []
     if not lacks:
         return []
     why = recorder.detail.get("refusal") or "it was too slow"
@@ -238,7 +243,8 @@ def stream_summary(node: ManagedProcess, aligned: dict[str, int] | None, counted
     dropped = {r: aligned[r] for r in reasons if aligned.get(r)}
     arrived, used = aligned.get("arrived", 0) + aligned.get("lost", 0), aligned.get("used", 0)
     # a killed worker could not say how much it had sent: what the sequence numbers prove is the truth then
-    produced = max(published, arrived) if node.deaths else published
+    said_all = not node.deaths and status is not None and status.state in ("closed", "ended")
+    produced = published if said_all else max(published, arrived)
     return {
         **summary,
         "produced": produced,

@@ -205,8 +205,9 @@ class Supervisor:
         if node is None or (node.process is not None and message.pid != node.process.pid):
             return
         before, node.status = node.status, message
-        was_away = node.away
         if node.is_source and message.state in ("missing", "open"):
+            # said with a later status, if there was one like it just now
+            node.came_back = (node.came_back or node.away) and message.state == "open"
             node.away = message.state == "missing"
         if not message.reason:
             node.reported = ""
@@ -216,7 +217,8 @@ class Supervisor:
                 node.reported = message.reason
                 text = f"{node.name}: {message.reason}"
                 self.say(Note(text, node.name, "status", "warning", state=message.state))
-        elif was_away and message.state == "open" and self._rate_limiter(f"{node.name} back", self._now_ns()):
+        elif node.came_back and message.state == "open" and self._rate_limiter(f"{node.name} back", self._now_ns()):
+            node.came_back = False
             self.say(Note(f"{node.name}: is back", node.name, "back"))
         if node.is_source:
             self._expect()
@@ -252,6 +254,7 @@ class Supervisor:
         """Report and restart processes that died; call it about ten times a second."""
         at_ns = self._now_ns()
         settings = self.settings.supervisor
+        self.requests.poll()
         for node in self.nodes:
             if node.done or node.process is None:
                 continue
@@ -347,7 +350,7 @@ class Supervisor:
         self._end([n for n in self.nodes if n.is_source], self._now_ns() + 600_000_000, observe)
         if self.opened_ns and self.publisher is not None:
             self.closed_ns = self.publish_session("close")
-            self._await_closed("engine", self._now_ns() + 500_000_000, observe)
+            self._await_closed("engine", max(self._now_ns() + 500_000_000, deadline_ns - 300_000_000), observe)
             at_ns = self._now_ns()
             self.publisher.publish(topics.CONTROL, self.settings.session.name, at_ns, at_ns, topics.STOP)
             self._await_closed("recorder", self._now_ns() + 500_000_000, observe)

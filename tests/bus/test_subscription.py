@@ -203,6 +203,39 @@ def test_a_late_reader_counts_no_losses(bus: Bus) -> None:
     assert (subscription.lost, subscription.repeated, subscription.unreadable) == ({}, 0, 0)
 
 
+@pytest.mark.slow
+def test_a_session_that_is_closed_ends_although_others_go_on(bus: Bus) -> None:
+    with stream_mmrnn.subscribe("anna", address=where(bus), policy="block", timeout=30) as subscription:
+        bus.meet(subscription)
+        closed = wire.pack(wire.SessionMessage("close", 0))
+        bus.engine.publish("session", "anna", 0, 0, closed)
+        bus.predict(1)
+        stop = threading.Event()
+
+        def others() -> None:
+            while not stop.wait(0.02):
+                bus.predict(1, "bert")
+
+        talking = threading.Thread(target=others)
+        talking.start()
+        try:
+            assert [p.session for p in subscription] == ["anna"], "its last prediction"
+        finally:
+            stop.set()
+            talking.join()
+        assert subscription.ended == "the session was closed"
+
+
+def test_the_end_of_a_session_is_not_the_end_of_its_last_predictions() -> None:
+    reading = PredictionReader("anna")
+    reading.observe(envelope("control", b"end_recording"))
+    reading.observe(envelope("control", b"stop", "bert"))
+    assert (reading.closed_ns, reading.over) == (0, "")
+    reading.observe(msgspec.structs.replace(envelope("control", b"stop"), received_ns=5))
+    assert (reading.closed_ns, reading.over) == (5, "")
+    assert reading.observe(envelope("prediction", prediction(1))) is not None
+
+
 @pytest.mark.parametrize(("policy", "reason"), [("drop_oldest", "oldest"), ("latest", "superseded")])
 def test_a_slow_reader_gets_the_newest_and_counts_losses(bus: Bus, policy: Policy, reason: str) -> None:
     with Subscription(address=where(bus), policy=policy, queue=8, timeout=10) as subscription:

@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -274,6 +275,21 @@ def test_a_killed_recorder_loses_nothing_that_was_written(model: Path, tmp_path:
     there = [(e.topic, e.seq) for e in Recording(joined).envelopes()]
     assert there == [(e.topic, e.seq) for p in (path, second) for e in Recording(p).envelopes()]
     assert done["result"]["predictions"] > 0
+
+
+@proc_only
+def test_the_last_predictions_of_a_slow_engine_are_recorded(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.mcap"
+    with closing(session(model, path)) as live:
+        live.wait_for(lambda: recording_grows(path, 60_000))
+        [engine] = live.children("engine")
+        os.kill(engine, signal.SIGSTOP)
+        later = threading.Timer(0.9, os.kill, (engine, signal.SIGCONT))
+        later.start()
+        code, summary, _ = live.end()
+        later.join()
+    assert code == 0
+    verify(path, summary["predictions"])
 
 
 @proc_only

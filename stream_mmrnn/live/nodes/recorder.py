@@ -116,7 +116,7 @@ class RecorderNode(Node):
     def _record(self) -> str:
         """Until the end of the session, or of this recording; how it ended, for the file."""
         opened = self.context.restarts > 0
-        ends = False
+        ends, last_seq = False, -1
         waiting: deque[Envelope] = deque()
         if self.late:
             waiting.extend(self._beginning())
@@ -128,14 +128,18 @@ class RecorderNode(Node):
             if envelope.topic.startswith(topics.STATUS):
                 self._keep_status(envelope)
             elif envelope.topic == topics.CONTROL:
-                if envelope.payload != topics.END_RECORDING:
-                    return "clean"
-                ends = True
+                if envelope.payload == topics.END_RECORDING:
+                    ends = True
+                    continue
+                # an engine that the supervisor did not wait for may still have ticks to step
+                self._last_predictions(last_seq, chain(waiting, self._messages_for(_LAST_NS)))
+                return "clean"
             elif envelope.session in (self.file.session, topics.EVERYONE):
-                opened = opened or envelope.topic == topics.SESSION
-                if ends and envelope.topic == topics.SESSION:
-                    self._last_predictions(envelope.seq, chain(waiting, self._messages_for(_LAST_NS)))
-                    return "clean"
+                if envelope.topic == topics.SESSION and envelope.session == self.file.session:
+                    opened, last_seq = True, envelope.seq
+                    if ends:
+                        self._last_predictions(last_seq, chain(waiting, self._messages_for(_LAST_NS)))
+                        return "clean"
                 if opened and not self._repeated(envelope):
                     self._put(envelope)
         return "the recorder was ended before the session"
@@ -146,18 +150,25 @@ class RecorderNode(Node):
         `last_seq`: of the `session` message that ends them. It stands in one order with the inputs: once the engine has
         dealt with it, all predictions are here.
         """
+        if self._has_heard(last_seq):
+            return
         for envelope in envelopes:
-            if envelope.topic == topics.STATUS + "engine":
+            if envelope.topic.startswith(topics.STATUS):
                 self._keep_status(envelope)
-                heard = self.statuses[envelope.topic].detail.get(HEARD) if envelope.topic in self.statuses else None
-                if isinstance(heard, int) and heard >= last_seq:
+                if self._has_heard(last_seq):
                     return
-            elif envelope.topic == topics.CONTROL:
-                return
             elif (envelope.topic, envelope.session) == (topics.PREDICTION, self.file.session):
                 if self._repeated(envelope):
                     continue
                 self._put(envelope)
+
+    def _has_heard(self, seq: int) -> bool:
+        """Whether the engine has dealt with this `session` message, or there is none that will."""
+        status = self.statuses.get(topics.STATUS + "engine")
+        if status is None or status.state == "failed":
+            return status is not None or not self.late  # a recorder that came late may not have heard of it yet
+        heard = status.detail.get(HEARD)
+        return isinstance(heard, int) and heard >= seq
 
     def _messages_for(self, most_ns: int) -> Iterator[Envelope]:
         until_ns = now_ns() + most_ns
