@@ -31,6 +31,8 @@ from stream_mmrnn.serve.session_input import SessionInput, bytes_of
 _SESSION = "predictor"
 _S = 1_000_000_000
 _MAX_GAP_NS = 3600 * _S
+_PAUSE_NS = 200_000_000
+"""By the clock, sound that is further than that from the end of the sound before it does not follow it."""
 _JPEG_QUALITY = 90
 
 
@@ -105,7 +107,8 @@ class Predictor:
         """Sound of any length: int16, or float in -1 to 1, of shape [samples] or [samples, channels].
 
         `at_s`: when its last sample was taken; unless given, it follows the sound before it, and the first begins at
-        0 s (with a clock: it ends now). Another rate than 16 kHz, and several channels, are converted.
+        0 s. With a clock, the first and what comes after a pause end now: samples that are up to 0.2 s early or late
+        follow. Another rate than 16 kHz, and several channels, are converted.
 
         Raises:
             UsageError: not sound, or nothing in the model hears this stream.
@@ -113,8 +116,13 @@ class Predictor:
         """
         row = self._input.stream(stream, "audio")
         pieces = self._sound.setdefault(stream, SoundInput(self._input.zero_ns))
-        clocked = self._clock is not None and not pieces.begun
-        sound = pieces.feed(mono(pcm), rate_hz, self._at_ns(at_s) if at_s is not None or clocked else None)
+        samples = mono(pcm)
+        end_ns = None if at_s is None and self._clock is None else self._at_ns(at_s)
+        if at_s is None and end_ns is not None and pieces.begun:
+            # calls tremble and samples do not: the time of a call counts after a pause alone
+            follows_ns = pieces.end_ns + round(len(samples) / rate_hz * 1e9)
+            end_ns = end_ns if abs(end_ns - follows_ns) > _PAUSE_NS else None
+        sound = pieces.feed(samples, rate_hz, end_ns)
         return self._step(self._input.push(row, sound, pieces.end_ns)) if len(sound) else []
 
     def push_frame(

@@ -12,13 +12,13 @@ from stream_mmrnn.core import topics
 from stream_mmrnn.core.errors import FileError
 from stream_mmrnn.core.message_columns import Integers
 from stream_mmrnn.core.streams import KINDS, made_by
-from stream_mmrnn.recording.label_file import NOTHING
+from stream_mmrnn.core.types import ModalitySpec
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.recording.mcap_format import number
 from stream_mmrnn.recording.settings import streams_of
 from stream_mmrnn.training.recipe import Recipe, parse
 from stream_mmrnn.training.tasks import forecast
-from stream_mmrnn.training.tasks.recordings import FORECAST, TypedEvents, columns_of
+from stream_mmrnn.training.tasks.recordings import FORECAST, columns_of, ticks_of
 
 _TICK_NS = 40_000_000
 WINDOW_S = 1.0
@@ -79,15 +79,20 @@ def _with_windows(
 def recipe_for(paths: Sequence[Path], name: str) -> Recipe:
     """A default recipe for recordings: their modalities, and a head for each tier of their labels.
 
+    A label that is true in no tick is no class.
+
     Raises:
-        FileError: there are no labels.
+        FileError: there are no labels, or a recording has no ticks.
 
     """
     recordings = [Recording(path) for path in paths]
+    modalities = _modalities(recordings)
+    specs = [ModalitySpec(m, about["size"], about["encoder"], "", 1) for m, about in modalities.items()]
     tiers: dict[str, set[str]] = {}
-    for recording in recordings:
-        for tier, changes in TypedEvents.of(recording).tiers.items():
-            tiers.setdefault(tier, set()).update({label for _, label in changes} - set(NOTHING))
+    for path in paths:
+        ticks = ticks_of(path, specs, _TICK_NS)
+        for tier in ticks.events.tiers:
+            tiers.setdefault(tier, set()).update(ticks.labels(tier))
     classes = {tier: sorted(labels) for tier, labels in tiers.items() if len(labels) > 1}
     if not classes:
         found = ", ".join(sorted(set().union(*tiers.values()))) or "none"
@@ -101,7 +106,7 @@ def recipe_for(paths: Sequence[Path], name: str) -> Recipe:
     return parse(
         {
             "name": name,
-            "modalities": _with_windows(_modalities(recordings), recordings, _TICK_NS),
+            "modalities": _with_windows(modalities, recordings, _TICK_NS),
             "heads": [
                 {"name": head, "kind": "classification", "size": len(classes[tier]), "labels": classes[tier]}
                 for head, tier in heads.items()

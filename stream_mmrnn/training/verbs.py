@@ -91,10 +91,11 @@ def train(
     from stream_mmrnn.training.train import Trainer
 
     recipe = recipe_of(recipe_path, data, name, forecast)
-    if quick:
-        recipe = recipes.quick(recipe)
     if seed is not None:
         recipe = recipes.with_seed(recipe, seed)
+    given = recipe
+    if quick:
+        recipe = recipes.quick(recipe)
     folder = out or Path("trained") / recipe.name
     progress({"event": "data"})
     task = tasks.create(recipe, data)
@@ -110,7 +111,7 @@ def train(
     progress({"event": "report"})
     document = reports.report(trainer.predictor, task, trainer.history, trainer.ignored)
     differences = export_step(trainer.predictor, folder / "step.onnx", task.origins, int8)
-    recipes.save(recipe, folder / "recipe.toml")
+    recipes.save(given, folder / "recipe.toml")  # to train again without --quick
     made_by = _command(recipe_path, quick, seed)
     (folder / "card.md").write_text(reports.card(document, differences, made_by, _versions()), encoding="utf-8")
     made = reports.write(document, folder)

@@ -181,7 +181,9 @@ def test_an_answer_about_old_sound_is_none_and_lost_sound_is_a_gap() -> None:
         turns.push(LOUD, 16_000)
         assert until(turns.poll)
         predictor.may_go_on.clear()
-        for _ in range(300):  # twelve seconds: more than the queue holds
+        turns.push(QUIET, 16_000)
+        assert until(turns._waiting.empty)  # the thread holds it, and takes nothing of what comes now
+        for _ in range(299):  # twelve seconds: more than the queue holds
             turns.push(QUIET, 16_000)
         assert turns.dropped >= 300 - module._QUEUE - 1
         assert turns.poll() is None

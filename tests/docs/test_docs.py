@@ -4,7 +4,8 @@ Each fenced block of `sh`, `console` or `python` runs as it is written; each pag
 comment may stand above a block:
 
     <!-- not run: REASON -->          the block is skipped; the reason is printed
-    <!-- in another terminal -->      the block runs in the background while the next blocks run, and must exit with 0
+    <!-- in another terminal -->      the block runs in the background while the next blocks run, and must exit with 0;
+                                      a block that names a recording of it begins when it has ended
 
 A block whose first line is `# NAME.py` or `# NAME.toml` is written to that file for the commands after it. A page that
 needs a recording contains `<!-- given: talk.mcap -->`, one that needs a table of vega_datasets `<!-- given: x.csv -->`,
@@ -50,6 +51,7 @@ _FENCE = re.compile(r"^(?P<indent> *)```(?P<kind>\S*)[^\n]*\n(?P<body>.*?)^(?P=i
 _MARK = re.compile(r"<!-- (?P<words>not run: [^>]+|in another terminal) -->\s*\Z")
 _FILE = re.compile(r"# (?P<name>[\w.-]+\.(?:py|toml))\n")
 _GIVEN = re.compile(r"<!-- given: (?P<name>\S+) -->")
+_RECORDING = re.compile(r"[\w./-]+\.mcap\b")
 
 
 class Block(NamedTuple):
@@ -138,7 +140,15 @@ class Terminal:
             self._background.append((block, process))
             self._wait_for_session(process)
         else:
+            self._wait_for_recordings(block)
             self._finish(block, self.start(block))
+
+    def _wait_for_recordings(self, block: Block) -> None:
+        """A recording can be read when its session has ended, as a person would see in the other terminal."""
+        names = set(_RECORDING.findall(block.body))
+        for other in [b for b in self._background if names & set(_RECORDING.findall(b[0].body))]:
+            self._background.remove(other)
+            self._finish(*other)
 
     def _wait_for_session(self, process: subprocess.Popen[str]) -> None:
         end = time.monotonic() + 60
@@ -178,6 +188,18 @@ def talk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr
     return path
+
+
+@pytest.mark.process
+def test_a_recording_of_another_terminal_is_read_when_it_is_finished(tmp_path: Path) -> None:
+    terminal = Terminal(tmp_path)
+    session = 'mkdir "$TMPDIR/stream-mmrnn"; touch "$TMPDIR/stream-mmrnn/a.json"; sleep 0.3; touch a.mcap'
+    try:
+        terminal.run(Block(ROOT / "README.md", 1, "sh", session, "in another terminal"))
+        terminal.run(Block(ROOT / "README.md", 2, "sh", "cat a.mcap", ""))
+        terminal.close()
+    finally:
+        terminal.kill()
 
 
 @pytest.mark.process

@@ -120,6 +120,43 @@ def test_with_a_clock_a_late_input_is_waited_for_as_long_as_live(sound: np.ndarr
     assert len(p.advance()) == 12
 
 
+def test_with_a_clock_sound_after_a_pause_has_the_time_of_the_call(sound: np.ndarray) -> None:
+    """Also after a restore. Pieces whose calls tremble follow each other to the sample."""
+    now = [100.0]
+
+    def heard(p: Predictor, begin: int, seconds: float, late_s: Iterable[float] = (0.0,)) -> list[Prediction]:
+        made, tremble, start_s = [], itertools.cycle(late_s), now[0]
+        for k in range(round(seconds * 50)):
+            now[0] = start_s + (k + 1) * 0.02 + next(tremble)
+            made += p.push_audio(sound[begin + k * 320 :][:320])
+        return made
+
+    def pause(p: Predictor) -> list[Prediction]:
+        made = []
+        for _ in range(10):
+            now[0] += 1.0
+            made += p.advance()
+        return made
+
+    steady, trembling = Predictor(clock=lambda: now[0]), Predictor(clock=lambda: now[0])
+    one = heard(steady, 0, 1.0)
+    now[0] = 100.0
+    trembling.reset()
+    other = heard(trembling, 0, 1.0, (0.0, 0.015, 0.005))
+    assert sum(p.tick.present["audio"] for p in one) > 15
+    count = min(len(one), len(other))
+    assert bits(one[:count]) == bits(other[:count])
+
+    pause(steady)
+    after = heard(steady, 16_000, 2.0)
+    assert sum(p.tick.present["audio"] for p in after) > 40
+    restored = Predictor(clock=lambda: now[0])
+    restored.restore(steady.snapshot())
+    pause(restored)
+    after = heard(restored, 16_000, 2.0)
+    assert sum(p.tick.present["audio"] for p in after) > 40
+
+
 def test_reset_forgets_everything(predictor: Predictor, sound: np.ndarray, whole: list[Any]) -> None:
     predictor.push_audio(sound[:5000])
     predictor.push_text("hello")

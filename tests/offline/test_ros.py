@@ -30,6 +30,11 @@ def bag(tmp_path: Path) -> BagWriter:
     return BagWriter(tmp_path / "bag")
 
 
+def add_undecodable(bag: BagWriter, topic: str, at_ns: int) -> None:
+    """A message of a known topic that was cut off."""
+    bag._writer.write(bag._connections[topic], at_ns, b"\x00\x01\x00\x00\x01")
+
+
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     return tmp_path / "out.mcap"
@@ -196,6 +201,16 @@ def test_roles_that_do_not_fit_are_refused(bag: BagWriter, out: Path, chosen: di
 
 
 @pytest.mark.slow
+def test_a_message_that_cannot_be_decoded_costs_no_other(bag: BagWriter, out: Path) -> None:
+    for k in range(100):
+        bag.imu(ZERO_NS + k * _20MS, (0.0, 0.0, 9.8), (0.0, 0.0, 0.0))
+        if k == 9:
+            add_undecodable(bag, "/imu", ZERO_NS + k * _20MS + 1)
+    result = ros.convert(bag.close(), out)
+    assert by_name(result)["/imu"]["samples"] == len(payloads(out, "feature/signal")) == 100
+    assert "a message of /imu cannot be decoded" in result["damage"]
+
+
 def test_a_bag_that_was_cut_off_is_read_up_to_the_cut(bag: BagWriter, out: Path) -> None:
     noise = np.random.default_rng(0)
     for k in range(60):  # several chunks: rosbags compresses none of the pictures away

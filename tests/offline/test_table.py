@@ -160,6 +160,11 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("at,x\n2024-01-01,fine\n", {"streams": {"a": ("x",)}}, "'x' holds no numbers (for example 'fine')"),
     ("at,x\n2024-01-01,fine\n", {}, "the table has no column of numbers: 'x' holds no numbers"),
     ("at,who,x\n2024-01-01,a/b,1\n", {"by": "who"}, "a value of 'who', which would be a stream, is named 'a/b'"),
+    (
+        "at,who,x\n2024-01-01,1,1\n2024-01-02,,2\n",
+        {"by": "who"},
+        "t.csv has no value in row 2, column 'who'; expected the name of a stream in each row",
+    ),
     ("at,x\n2024-01-01,inf\n", {}, "holds inf in row 1, column 'x'"),
     ("at,x\n2024-01-01,1\n2024-01-02,1e13\n", {}, "holds 1e+13 in row 2, column 'x'"),
     ("at,x\n2024-01-01,\n", {"streams": {"a": ("x",)}}, "the column 'x' is empty"),

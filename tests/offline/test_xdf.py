@@ -215,6 +215,7 @@ def test_several_signals_are_streams_of_their_own_names(tmp_path: Path) -> None:
         ({"Task": "signal"}, "holds strings"),
         ({"EEG": "text"}, "holds numbers"),
         ({"Trigger": "audio"}, "no fixed rate"),
+        ({"EEG": "audio", "Mic": "none"}, r"'EEG' has 50 samples a second, but audio needs 1000 to 384000"),
         ({"EEG": "signal", "Mic": "signal"}, "several streams could be the signal: 'EEG', 'Mic'"),
         (
             dict.fromkeys(("EEG", "Mic", "Task", "Transcript", "Trigger"), "none"),
@@ -295,6 +296,18 @@ def test_sound_without_some_samples_keeps_its_segments(tmp_path: Path) -> None:
     (stream,), _, _ = xdf_file.read(file.write(tmp_path / "a.xdf"))
     assert stream.segments == [(0, 998), (999, 1997)]
     assert len(stream.values) == 1998
+
+
+@pytest.mark.parametrize("rate_hz", [1.0, 1e9, 1e12])
+def test_sound_of_an_absurd_rate_is_no_audio(tmp_path: Path, rate_hz: float) -> None:
+    file = small_stream([BEGIN_S + i / EEG_HZ for i in range(200)])
+    file.stream(2, "Mic", "Audio", "int16", 1, rate_hz)
+    file.samples(2, [BEGIN_S, *[None] * 99], [[i] for i in range(100)])
+    path = file.write(tmp_path / "a.xdf")
+    document = xdf.convert(path, tmp_path / "a.mcap")
+    assert {s["name"]: s["role"] for s in document["streams"]} == {"EEG": "signal", "Mic": "none"}
+    with pytest.raises(UsageError, match=r"'Mic' has 1(e\+\d+)? samples a second, but audio needs 1000 to 384000"):
+        xdf.convert(path, tmp_path / "b.mcap", chosen={"Mic": "audio"})
 
 
 def test_a_clock_offset_that_is_no_number_is_left_out(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -290,6 +291,17 @@ def test_options_of_train_that_do_not_fit(recording: Path, tmp_path: Path) -> No
         assert isinstance(done.exception, UsageError), done.output
         assert sentence in str(done.exception)
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_recipe_of_a_quick_run_is_the_whole_one(recording: Path, tmp_path: Path) -> None:
+    """It is there to change and train again."""
+    recipe = msgspec.structs.replace(recipe_of(("warm",), 1), quick={"epochs": 1})
+    recipes.save(recipe, tmp_path / "recipe.toml")
+    given = recipes.load(tmp_path / "recipe.toml")
+    found = verbs.train(tmp_path / "recipe.toml", [recording], tmp_path / "out", quick=True, seed=7)
+    assert found["epochs"] == 1
+    assert recipes.load(tmp_path / "out" / "recipe.toml") == recipes.with_seed(given, 7)
 
 
 # ---- real data ------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from small_recordings import BEGIN, envelopes, write
@@ -21,7 +22,9 @@ from stream_mmrnn.recording import column_reader
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.recording.settings import settings_of
 from stream_mmrnn.training import recipe as recipes
-from stream_mmrnn.training.tasks.recordings import TypedEvents, sequence, ticks_of
+from stream_mmrnn.training import tasks
+from stream_mmrnn.training.own_recipe import recipe_for
+from stream_mmrnn.training.tasks.recordings import TypedEvents, files_of, sequence, ticks_of
 
 
 @pytest.mark.parametrize("encoder", ["", "mel@2"])
@@ -189,3 +192,51 @@ def test_a_recording_without_ticks_or_with_other_features_is_refused(tmp_path: P
     path = write(tmp_path / "b.mcap", talk(2.0))
     with pytest.raises(FileError, match="the features of audio are another encoder's"):
         ticks_of(path, [ModalitySpec("audio", 81, "mel@3", "mean", 1)], T)
+
+
+def label(name: str, at_ns: int) -> Envelope:
+    return Envelope(topics.LABEL, "live", 10_000, at_ns, at_ns, at_ns, name.encode())
+
+
+def test_a_label_that_is_true_in_no_tick_is_no_class_and_named(tmp_path: Path) -> None:
+    """One ends before a tick does, another comes after the last tick."""
+    messages = talk(12.0)
+    inside = (BEGIN // T + 50) * T + 1_000_000
+    late = [label("blink", inside), label("sits", inside + 1_000_000), label("stop", messages[-1].publish_ns)]
+    paths = [write(tmp_path / "a.mcap", messages + late), write(tmp_path / "b.mcap", talk(12.0, 1))]
+    recipe = recipe_for(paths, "mine")
+    assert recipe.heads[0].labels == ("else", "sits", "walks")
+    found = [text for text in tasks.create(recipe, paths).warnings if "true in no tick" in text]
+    assert [text.partition(" is true")[0] for text in found] == [
+        "the label 'blink' of a.mcap",
+        "the label 'stop' of a.mcap",
+    ]
+    assert "give it for a tick or longer, and before the recording ends" in found[0]
+    head = msgspec.structs.replace(recipe.heads[0], size=4, labels=("else", "sits", "stop", "walks"))
+    with pytest.raises(FileError, match="never occur: stop; take them out of the recipe, or give each for a tick or"):
+        tasks.create(msgspec.structs.replace(recipe, heads=(head,)), paths)
+
+
+@pytest.mark.parametrize(("count", "says"), [(1, True), (2, True), (3, False)])
+def test_a_test_on_the_ticks_that_chose_the_model_is_named(tmp_path: Path, count: int, says: bool) -> None:
+    paths = [write(tmp_path / f"{i}.mcap", talk(12.0, i)) for i in range(count)]
+    warnings = tasks.create(recipe_for(paths, "mine"), paths).warnings
+    assert any("the same ticks chose the model and measured it" in text for text in warnings) == says
+
+
+def test_a_recording_shorter_than_a_horizon_has_no_motion_to_learn(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.mcap", talk(0.4))
+    made = sequence(path, recipe_of_talk(), SPECS)
+    assert 0 < len(made) < 13
+    assert not made.weights["moves"].any()
+
+
+def test_the_parts_of_a_recording_are_no_recordings_of_their_own(tmp_path: Path) -> None:
+    first = write(tmp_path / "anna.mcap", envelopes(0, 20))
+    bert = write(tmp_path / "bert.mcap", envelopes(0, 20))
+    parts = [write(tmp_path / f"anna.part{n}.mcap", envelopes(n, 20), number=n) for n in (2, 3)]
+    with pytest.raises(FileError, match=r"anna\.mcap is the first of 3 parts; join them by stream-mmrnn repair .*anna"):
+        files_of([tmp_path])
+    for part in parts:
+        part.unlink()
+    assert files_of([tmp_path]) == [first, bert]

@@ -47,6 +47,8 @@ class Topic(msgspec.Struct):
     begin_ns: int = 0
     end_ns: int = 0
     restamped: int = 0
+    decoded: bool = False
+    """Whether one of its messages was decoded: then a later one that cannot be is a fault of that one alone."""
     unreadable: str = ""
     """Why its messages cannot be decoded."""
 
@@ -102,11 +104,12 @@ class Bag:
                         raise ValueError(f"it is {channel.message_encoding or 'of no encoding'}, not CDR of ROS 2")
                     data = decode(raw.data)
                 except Exception as e:  # definitions and bytes are of others: the decoder raises whatever it meets
-                    if topic.count:
+                    if topic.decoded:
                         self.damage = f"a message of {channel.topic} cannot be decoded ({_said(e)})"
                     else:
                         topic.unreadable = _said(e)
                     continue
+                topic.decoded = True
                 stamp_ns = _stamp_of(data)
                 fits = stamp_ns is not None and abs(stamp_ns - raw.log_time) <= _STAMP_NS
                 # nothing is recorded before it happens

@@ -182,7 +182,13 @@ def _split(
         for name, chosen in (options.streams or {"signal": tuple(columns)}).items():
             yield name, everything, chosen
         return
-    keys = [str(value) for value in table.column(options.by).to_pylist()]
+    values = table.column(options.by).to_pylist()
+    if None in values:
+        raise FileError(
+            f"{path} has no value in row {values.index(None) + 1}, column {options.by!r}; expected the name of a "
+            "stream in each row"
+        )
+    keys = [str(value) for value in values]
     names = list(dict.fromkeys(keys))
     if len(names) > _MAX_STREAMS:
         raise UsageError(f"the column {options.by!r} has {len(names)} values; at most {_MAX_STREAMS} can be streams")

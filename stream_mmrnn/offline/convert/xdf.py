@@ -41,6 +41,8 @@ _MERGED = ("text", topics.LABEL, "none")
 """Kinds of which several streams may have one role: they are merged."""
 _BLOCK_S = 0.02
 _MAX_CHANNELS = 4096
+_LEAST_HZ, _MOST_HZ = 1000, 384_000
+"""Rates of sound, as for what programs push."""
 
 
 def roles(streams: Sequence[XdfStream], chosen: dict[str, str]) -> dict[int, str]:
@@ -96,7 +98,9 @@ def _usual(stream: XdfStream, taken: set[str]) -> str:
     if stream.is_text:
         return "text"
     if kind == _AUDIO:
-        return next((role for role in ("audio", "other_audio") if role not in taken), "none")
+        # of another rate it is no sound, and as a signal it would take the name of the one that is meant
+        free = [role for role in ("audio", "other_audio") if role not in taken] if _is_rate(stream.rate_hz) else []
+        return free[0] if free else "none"
     return "none" if "signal" in taken and stream.rate_hz == 0 else "signal"
 
 
@@ -106,10 +110,20 @@ def _check(stream: XdfStream, role: str) -> None:
         raise UsageError(f"the stream {stream.name!r} holds numbers, but {role} needs strings")
     if kind in ("audio", "signal") and stream.is_text:
         raise UsageError(f"the stream {stream.name!r} holds strings, but {role} needs numbers")
-    if kind == "audio" and stream.rate_hz < 1:
+    if kind == "audio" and not stream.rate_hz:
         raise UsageError(f"the stream {stream.name!r} has no fixed rate, but {role} needs one")
+    if kind == "audio" and not _is_rate(stream.rate_hz):
+        raise UsageError(
+            f"the stream {stream.name!r} has {stream.rate_hz:g} samples a second, but {role} needs {_LEAST_HZ} to "
+            f"{_MOST_HZ}"
+        )
     if stream.channels > _MAX_CHANNELS:
         raise UsageError(f"the stream {stream.name!r} has {stream.channels} channels; the limit is {_MAX_CHANNELS}")
+
+
+def _is_rate(rate_hz: float) -> bool:
+    """Whether sound can have this rate."""
+    return _LEAST_HZ <= rate_hz <= _MOST_HZ
 
 
 def _samples(stream: XdfStream, kind: str, shift_ns: int) -> Iterator[Sample]:

@@ -24,6 +24,7 @@ from stream_mmrnn.core.types import FloatArray, ModalitySpec
 from stream_mmrnn.predict.align import Aligner
 from stream_mmrnn.predict.align_columns import ColumnAligner
 from stream_mmrnn.predict.columns import seconds
+from stream_mmrnn.recording.append_file import later_parts
 from stream_mmrnn.recording.label_file import NOTHING
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.recording.settings import settings_of
@@ -111,6 +112,10 @@ class RecordedTicks(NamedTuple):
         """[T] where a modality is present."""
         return self.present[:, list(self.features).index(modality)]
 
+    def labels(self, tier: str) -> set[str]:
+        """The labels of a tier that are true at the end of a tick: no other can be learned."""
+        return set(self.events.labels_at(self.event_ns, tier)) - set(NOTHING)
+
 
 def ticks_of(path: Path, specs: Sequence[ModalitySpec], tick_ns: int) -> RecordedTicks:
     """The ticks of a recording as the engine would have seen them. The file is read once.
@@ -147,7 +152,10 @@ def ticks_of(path: Path, specs: Sequence[ModalitySpec], tick_ns: int) -> Recorde
 
 def sequence(path: Path, recipe: Recipe, specs: Sequence[ModalitySpec]) -> Ticks:
     """A recording as one training sequence."""
-    ticks = ticks_of(path, specs, recipe.tick_ns)
+    return _sequence(path.name, ticks_of(path, specs, recipe.tick_ns), recipe)
+
+
+def _sequence(name: str, ticks: RecordedTicks, recipe: Recipe) -> Ticks:
     present = ticks.present.astype(np.float32)
     chosen: dict[str, Any] = recipe.data.options.get("targets", {})
     targets: dict[str, Array] = {}
@@ -169,7 +177,7 @@ def sequence(path: Path, recipe: Recipe, specs: Sequence[ModalitySpec]) -> Ticks
                 f"{', '.join([*_TARGETS, 'label/TIER', FORECAST])}"
             )
         targets[head.name], weights[head.name] = _TARGETS[source](head, ticks, recipe)
-    return Ticks(ticks.features, present, ticks.age_s, targets, weights, path.name)
+    return Ticks(ticks.features, present, ticks.age_s, targets, weights, name)
 
 
 def _label(
@@ -248,7 +256,7 @@ def _motion(head: HeadRecipe, ticks: RecordedTicks, recipe: Recipe) -> tuple[Arr
     target = np.zeros((count, head.size), np.float32)
     known = np.ones(count, np.float32)
     for j, (_, end_s) in enumerate(_horizons(head)):
-        ahead = round(end_s * 1e9 / recipe.tick_ns)
+        ahead = min(round(end_s * 1e9 / recipe.tick_ns), count)
         target[: count - ahead, j] = change[ahead:]
         known[: count - ahead] *= valid[ahead:]
         known[count - ahead :] = 0
@@ -277,13 +285,24 @@ def columns_of(recording: Recording) -> dict[str, list[str]]:
 
 
 def files_of(places: Sequence[Path]) -> list[Path]:
-    """The recordings among files and folders, sorted by name; raises FileError if a folder has none."""
+    """The recordings among files and folders, sorted by name.
+
+    Raises:
+        FileError: a folder has none, or a recording goes on in later parts.
+
+    """
     found = []
     for place in places:
         inside = list(place.glob("*.mcap")) if place.is_dir() else [place]
         if not inside:
             raise FileError(f"{place} has no recording (*.mcap)")
         found += inside
+    for path in sorted(found):
+        if later := later_parts(path):
+            raise FileError(
+                f"{path} is the first of {1 + len(later)} parts; join them by stream-mmrnn repair {path} OUT.mcap, and "
+                "move the parts away"
+            )
     return sorted(found)
 
 
@@ -294,8 +313,10 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
     paths = files_of(places)
     specs = _specs(recipe)
     _check_columns(paths)
-    sequences = [sequence(p, recipe, specs) for p in paths]
+    recorded = [ticks_of(p, specs, recipe.tick_ns) for p in paths]
+    sequences = [_sequence(p.name, ticks, recipe) for p, ticks in zip(paths, recorded, strict=True)]
     _check_targets(recipe, sequences)
+    warnings = _never_true(recipe, paths, recorded)
     chosen = recipe.data.options.get("targets", {})
     steps = {
         head.name: head.size // len(forecast.options_of(recipe).columns)
@@ -316,6 +337,9 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
         train = [_part(s, 0.0, 0.75) for s in sequences]
         validation = test = [_part(s, 0.75, 1.0) for s in sequences]
         held = "the last quarter of each recording"
+        warnings += (
+            "the same ticks chose the model and measured it: the figures are too good; give three recordings or more",
+        )
 
     # few recordings fill as many lanes as there are, down to two chunks of each
     t, total = recipe.train, sum(map(len, train))
@@ -342,7 +366,7 @@ def make(recipe: Recipe, places: list[Path]) -> Task:
         {s.name: s.encoder for s in specs},
         f"{len(sequences)} own recordings, {covered} in ticks of {spoken(recipe.tick_ns / 1e9)}; held out: {held}.",
         times * total,
-        warnings=few_examples(recipe, train, validation, test),
+        warnings=(*few_examples(recipe, train, validation, test), *warnings),
     )
 
 
@@ -369,7 +393,32 @@ def _check_targets(recipe: Recipe, sequences: Sequence[Ticks]) -> None:
             seen = {int(c) for s in sequences for c in np.unique(s.targets[head.name][s.weights[head.name] > 0])}
             absent = [label for i, label in enumerate(head.labels) if i not in seen]
             if absent:
-                raise FileError(f"the head {head.name!r} has labels that never occur: {', '.join(absent)}")
+                raise FileError(
+                    f"the head {head.name!r} has labels that never occur: {', '.join(absent)}; take them out of the "
+                    "recipe, or give each for a tick or longer"
+                )
+
+
+def _never_true(recipe: Recipe, paths: Sequence[Path], recorded: Sequence[RecordedTicks]) -> tuple[str, ...]:
+    """A sentence for each label that was given, but is true in no tick: it ended at once, or came after the last."""
+    found = []
+    for tier in dict.fromkeys(filter(None, (_tier_of(head, recipe) for head in recipe.heads))):
+        true = set().union(*(ticks.labels(tier) for ticks in recorded))
+        for path, ticks in zip(paths, recorded, strict=True):
+            given = dict.fromkeys(name for _, name in ticks.events.tiers.get(tier, []))
+            found += [
+                f"the label {name!r} of {path.name} is true in no tick, and cannot be learned: give it for a tick or "
+                "longer, and before the recording ends"
+                for name in given
+                if name not in true and name not in NOTHING
+            ]
+    return tuple(found)
+
+
+def _tier_of(head: HeadRecipe, recipe: Recipe) -> str:
+    """The tier whose labels are the head's targets; "" if they are not labels."""
+    kind, _, tier = recipe.data.options.get("targets", {}).get(head.name, SOURCES[head.kind]).partition("/")
+    return tier or topics.LABEL if kind == topics.LABEL else ""
 
 
 def _nothing_to_measure(recipe: Recipe, head: HeadRecipe, held: str, forecasts: bool) -> str:
