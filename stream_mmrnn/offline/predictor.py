@@ -31,9 +31,32 @@ from stream_mmrnn.serve.session_input import SessionInput, bytes_of
 _SESSION = "predictor"
 _S = 1_000_000_000
 _MAX_GAP_NS = 3600 * _S
-_PAUSE_NS = 200_000_000
-"""By the clock, sound that is further than that from the end of the sound before it does not follow it."""
+_PAUSE_NS = _S
+"""By the clock, sound that comes so long after the end of the sound before it does not follow it."""
+_BEHIND_NS, _WINDOW_NS = 100_000_000, 300_000_000
+"""Nor does sound that stays so far behind the clock for a window: a program that stood still catches up sooner."""
 _JPEG_QUALITY = 90
+
+
+class _CallTimes:
+    """Tells, by the times of the calls that give sound, whether it follows the sound before it."""
+
+    def __init__(self) -> None:
+        self._least_ns, self._heard_ns = _MAX_GAP_NS, 0
+
+    def end_ns(self, called_ns: int, follows_ns: int, length_ns: int) -> int | None:
+        """When the sound of this call ends, if there was a pause before it; `follows_ns`: when it would end otherwise.
+
+        Calls tremble and samples do not, so their time counts after a pause alone. One that is shorter than `_PAUSE_NS`
+        cannot be told at once from a program that stood still and gives what it kept.
+        """
+        behind_ns = called_ns - follows_ns
+        self._least_ns, self._heard_ns = min(self._least_ns, behind_ns), self._heard_ns + length_ns
+        stays = self._heard_ns >= _WINDOW_NS and self._least_ns > _BEHIND_NS
+        paused = behind_ns > _PAUSE_NS or stays
+        if paused or self._heard_ns >= _WINDOW_NS:
+            self._least_ns, self._heard_ns = _MAX_GAP_NS, 0
+        return called_ns if paused else None
 
 
 class Predictor:
@@ -90,6 +113,7 @@ class Predictor:
 
     def _begin(self) -> None:
         self._sound: dict[str, SoundInput] = {}
+        self._calls: dict[str, _CallTimes] = {}
         self._started_s = self._clock() if self._clock is not None else 0.0
         self._engine.open(_SESSION)
 
@@ -107,8 +131,8 @@ class Predictor:
         """Sound of any length: int16, or float in -1 to 1, of shape [samples] or [samples, channels].
 
         `at_s`: when its last sample was taken; unless given, it follows the sound before it, and the first begins at
-        0 s. With a clock, the first and what comes after a pause end now: samples that are up to 0.2 s early or late
-        follow. Another rate than 16 kHz, and several channels, are converted.
+        0 s. With a clock, the first and what comes after a pause end now; after a pause of less than a second, that is
+        seen after 0.3 s. Another rate than 16 kHz, and several channels, are converted.
 
         Raises:
             UsageError: not sound, or nothing in the model hears this stream.
@@ -119,9 +143,9 @@ class Predictor:
         samples = mono(pcm)
         end_ns = None if at_s is None and self._clock is None else self._at_ns(at_s)
         if at_s is None and end_ns is not None and pieces.begun:
-            # calls tremble and samples do not: the time of a call counts after a pause alone
-            follows_ns = pieces.end_ns + round(len(samples) / rate_hz * 1e9)
-            end_ns = end_ns if abs(end_ns - follows_ns) > _PAUSE_NS else None
+            length_ns = round(len(samples) / rate_hz * 1e9)
+            calls = self._calls.setdefault(stream, _CallTimes())
+            end_ns = calls.end_ns(end_ns, pieces.end_ns + length_ns, length_ns)
         sound = pieces.feed(samples, rate_hz, end_ns)
         return self._step(self._input.push(row, sound, pieces.end_ns)) if len(sound) else []
 

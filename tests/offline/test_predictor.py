@@ -140,12 +140,28 @@ def test_with_a_clock_sound_after_a_pause_has_the_time_of_the_call(sound: np.nda
 
     steady, trembling = Predictor(clock=lambda: now[0]), Predictor(clock=lambda: now[0])
     one = heard(steady, 0, 1.0)
+    end_ns = steady._sound["audio"].end_ns
     now[0] = 100.0
     trembling.reset()
     other = heard(trembling, 0, 1.0, (0.0, 0.015, 0.005))
     assert sum(p.tick.present["audio"] for p in one) > 15
     count = min(len(one), len(other))
     assert bits(one[:count]) == bits(other[:count])
+
+    # a program that stands still gives what it kept: the same sound, a little later
+    stalled = Predictor(clock=lambda: now[0])
+    now[0] = 100.0
+    stalled.reset()
+    third = heard(stalled, 0, 1.0, [0.0] * 10 + [max(0.0, 0.5 - 0.02 * k) for k in range(25)] + [0.0] * 15)
+    assert all(p.tick.present["audio"] for p in third[-5:])
+    assert stalled._sound["audio"].end_ns == end_ns
+
+    for short_s in (0.4, 0.8):
+        paused = Predictor(clock=lambda: now[0])
+        heard(paused, 0, 0.5)
+        now[0] += short_s
+        after = heard(paused, 8_000, 2.0)
+        assert all(p.tick.present["audio"] for p in after[-30:])
 
     pause(steady)
     after = heard(steady, 16_000, 2.0)
