@@ -36,7 +36,9 @@ def parse_ns(text: str, what: str) -> int:
 
 
 def spoken(seconds: float) -> str:
-    """A duration for people, in the unit that suits it: `12.0 s`, `15 min`, `6.5 h`, `1461 d`."""
+    """A duration for people, in the unit that suits it: `40 ms`, `12.0 s`, `15 min`, `6.5 h`, `1461 d`."""
+    if 0 < seconds < 0.1:
+        return f"{seconds * 1000:.3g} ms"
     for unit, size_s, least in (("d", 86_400, 1), ("h", 3600, 1), ("min", 60, 10)):
         if seconds >= least * size_s:
             return f"{seconds / size_s:.1f}".removesuffix(".0") + f" {unit}"

@@ -22,5 +22,5 @@ def test_anything_else_is_refused(wrong: str) -> None:
 
 
 def test_durations_are_said_in_the_unit_that_suits_them() -> None:
-    said = [spoken(seconds) for seconds in (0.04, 599, 900, 7200, 23_400, 126_230_400)]
-    assert said == ["0.0 s", "599.0 s", "15 min", "2 h", "6.5 h", "1461 d"]
+    said = [spoken(seconds) for seconds in (0, 0.04, 0.3, 599, 900, 7200, 23_400, 126_230_400)]
+    assert said == ["0.0 s", "40 ms", "0.3 s", "599.0 s", "15 min", "2 h", "6.5 h", "1461 d"]
