@@ -122,6 +122,8 @@ class PredictionReader:
         self.unreadable = 0
         self.closed_ns = 0
         """Receive time of the session's close; its last predictions may follow. 0 while it is open."""
+        self.closed_sent_ns = 0
+        """When the close was sent: what was sent so much later is no last prediction, however late it is read."""
         self.over = ""
         """The reason why there are no more predictions."""
 
@@ -151,12 +153,19 @@ class PredictionReader:
                 if op == "open":
                     self._before.pop(envelope.session, None)
                 if self._session is not None and op != "streams":
-                    self.closed_ns = envelope.received_ns if op == "close" else 0
+                    self._close(envelope if op == "close" else None)
             elif envelope.topic == topics.CONTROL and envelope.payload == topics.STOP and self._is_meant(envelope):
-                self.closed_ns = self.closed_ns or envelope.received_ns  # the last predictions may be on their way
+                self._close(envelope)  # the last predictions may be on their way
         except WireError:
             self.unreadable += 1
         return None
+
+    def _close(self, envelope: Envelope | None) -> None:
+        """The session is closed, or open again (None); the first message that says so counts."""
+        if envelope is None:
+            self.closed_ns = self.closed_sent_ns = 0
+        elif not self.closed_ns:
+            self.closed_ns, self.closed_sent_ns = envelope.received_ns, envelope.publish_ns
 
     def _is_meant(self, envelope: Envelope) -> bool:
         return self._session in (None, envelope.session)

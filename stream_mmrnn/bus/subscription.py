@@ -33,7 +33,7 @@ _GONE_NS = 10_000_000_000
 """Time without messages after which the bus counts as gone: its processes send a status twice a second."""
 _MEANING_NS = 1_500_000_000
 """The first predictions wait at most this long for the engine's status (sent twice a second), which has the model."""
-_LAST_NS = 1_000_000_000
+_LAST_NS = 2_000_000_000
 """Time after a session's close in which its last predictions may arrive."""
 
 
@@ -172,10 +172,8 @@ class Subscription:
             found = self._ready()
             if found is not None or self.ended:
                 return found
-            left_ms = _LOOK_MS if until_ns is None else min(_LOOK_MS, (until_ns - now_ns()) // 1_000_000)
-            if left_ms < 0:
-                return None
-            self._receive(max(left_ms, 0))
+            left_ms = _LOOK_MS if until_ns is None else min(_LOOK_MS, max(0, (until_ns - now_ns()) // 1_000_000))
+            self._receive(left_ms)
             if left_ms == 0 and not self._held:
                 return None
 
@@ -206,21 +204,18 @@ class Subscription:
             if len(self._held) == self._held.maxlen:
                 self._lost[self._overflow] += 1
             self._held.append(found)
-        self.ended = self.ended or self._reading.over or self._closed(at_ns)
+        self.ended = self.ended or self._reading.over
+        closed_ns = self._reading.closed_sent_ns
+        if not self.ended and closed_ns and envelope.publish_ns - closed_ns > _LAST_NS:
+            self.ended = "the session was closed"  # others on the same bus go on
         return True
-
-    def _closed(self, at_ns: int) -> str:
-        """Why it is over, if the session was closed a while ago, else ""; others on the same bus may go on."""
-        closed_ns = self._reading.closed_ns
-        return "the session was closed" if closed_ns and at_ns - closed_ns > _LAST_NS else ""
 
     def _poll(self, at_ns: int) -> None:
         """Without a message: check whether the session has ended or is gone."""
         silent_ns = at_ns - max(self._heard_ns, self._began_ns)
-        self.ended = self._closed(at_ns)
-        if self.ended:
-            return
-        if silent_ns > _LIVES_NS and at_ns - self._looked_ns > _LIVES_NS and self._entry is not None:
+        if self._reading.closed_ns and at_ns - self._reading.closed_ns > _LAST_NS:
+            self.ended = "the session was closed"
+        elif silent_ns > _LIVES_NS and at_ns - self._looked_ns > _LIVES_NS and self._entry is not None:
             self._looked_ns = at_ns
             if not self._entry.alive():
                 self.ended = "the session's process is gone"

@@ -26,6 +26,7 @@ from stream_mmrnn.bus.keys import KeyFolder
 from stream_mmrnn.bus.prediction_reader import PredictionReader, PredictionView, document
 from stream_mmrnn.bus.subscription import Subscription
 from stream_mmrnn.core import topics, wire
+from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import NotRunning, TimedOut, UsageError
 from stream_mmrnn.core.settings import Policy
 from stream_mmrnn.core.types import Envelope, HeadSpec, Prediction, Stamps, Tick
@@ -204,6 +205,34 @@ def test_a_late_reader_counts_no_losses(bus: Bus) -> None:
 
 
 @pytest.mark.slow
+def test_a_reader_that_is_behind_at_the_end_gets_all_that_was_sent(bus: Bus) -> None:
+    with stream_mmrnn.subscribe("anna", address=where(bus), policy="block", timeout=30) as subscription:
+        first = bus.meet(subscription)
+        bus.engine.publish("session", "anna", 0, now_ns(), wire.pack(wire.SessionMessage("close", 0)))
+        bus.predict(8)
+        got = []
+        for p in subscription:
+            got.append(p.tick)
+            time.sleep(0.4)
+        assert got == list(range(first.tick + 1, bus.tick + 1))
+        assert (subscription.ended, subscription.lost) == ("the session was closed", {})
+
+
+def test_a_reader_may_look_without_waiting(bus: Bus) -> None:
+    with Subscription(address=where(bus)) as subscription:
+        before = bus.meet(subscription)
+        bus.predict(1)
+        found = None
+        for _ in range(3000):
+            found = subscription.receive(0)
+            if found is not None and found.tick == bus.tick:
+                break
+            time.sleep(0.01)
+        assert found is not None
+        assert found.tick > before.tick
+
+
+@pytest.mark.slow
 def test_a_session_that_is_closed_ends_although_others_go_on(bus: Bus) -> None:
     with stream_mmrnn.subscribe("anna", address=where(bus), policy="block", timeout=30) as subscription:
         bus.meet(subscription)
@@ -246,13 +275,17 @@ def test_a_slow_reader_gets_the_newest_and_counts_losses(bus: Bus, policy: Polic
         bus.predict(60)
         time.sleep(0.3)  # more messages than the queue holds
         got = []
+        end_ns = now_ns() + 60_000_000_000
         while not got or got[-1].tick < bus.tick:
-            found = subscription.receive(5)
-            assert found is not None, "the newest never came"
-            got.append(found)
+            assert now_ns() < end_ns, "the newest never came"
+            found = subscription.receive(1)
+            if found is None:
+                bus.predict(1)  # on a busy machine all were too old
+            else:
+                got.append(found)
         assert before.tick + sum(p.missed + 1 for p in got) == bus.tick
         assert sum(subscription.lost.values()) - lost == sum(p.missed for p in got) > 0
-        assert reason in subscription.lost
+        assert subscription.lost.keys() & {reason, "stale"}
 
 
 def test_iteration_times_out_and_a_wrong_head_is_named(bus: Bus) -> None:
