@@ -91,6 +91,8 @@ class Address:
                 except zmq.ZMQError:  # one of the ports is in use
                     for socket in sockets:
                         socket.close(0)
+        except zmq.ZMQBindError:
+            pass
         except zmq.ZMQError as e:
             raise ProcessError(f"the bus cannot bind {host}: {e}; give bus.host an address of this machine") from e
         finally:

@@ -214,14 +214,15 @@ def token(path: Path, setting: str = "dashboard.token_file") -> tuple[str, bool]
 
     """
     fresh = secrets.token_urlsafe(32)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(path, fresh + "\n")
-        return fresh, True
-    except FileExistsError:
-        pass
-    except OSError as e:
-        raise FileError(f"the token {path} cannot be made: {e.strerror}; name another {setting}") from e
+    if not os.path.lexists(path):  # where nothing can be written, a token may lie all the same
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_whole(path, fresh + "\n")
+            return fresh, True
+        except FileExistsError:
+            pass
+        except OSError as e:
+            raise FileError(f"the token {path} cannot be made: {e.strerror}; name another {setting}") from e
     text = _read(path, "the token").strip()
     if not re.fullmatch(rf"[A-Za-z0-9._~-]{{{_MIN_TOKEN},}}", text):
         raise FileError(

@@ -10,6 +10,7 @@ are skipped and removed. Files hold no secrets, only the path of the folder with
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import sys
@@ -177,19 +178,22 @@ def _own_folder() -> Path:
 
 
 def _read(path: Path) -> Entry | None:
-    """The entry in a file; None if it is invalid."""
-    try:
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
-    except OSError:
-        return None
+    """The entry in a file; None if it is invalid. Raises OSError if it cannot be read."""
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     with os.fdopen(fd, "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             return None
         try:
             entry = msgspec.json.decode(file.read(_MAX_BYTES), type=Entry)
-        except (msgspec.MsgspecError, ValueError, RecursionError, OSError):
+        except (msgspec.MsgspecError, ValueError, RecursionError):
             return None
     return entry if entry.file_name == path.name else None
+
+
+def _is_of_a_running_process(file_name: str) -> bool:
+    """Whether the process that a file of another release is named after runs."""
+    pid, _, started = file_name.removesuffix(".json").partition("-")
+    return pid.isdecimal() and len(pid) < 10 and str(began(int(pid))) == started
 
 
 def everything() -> list[Entry]:
@@ -211,10 +215,16 @@ def everything() -> list[Entry]:
         except OSError:
             continue
         for path in paths:
-            entry = _read(path)
+            entry, is_ours = None, True
+            try:
+                entry = _read(path)
+            except OSError as e:
+                is_ours = e.errno != errno.ELOOP  # a link
+                if is_ours:
+                    continue  # the session may run: this process may open no more files, for example
             if entry is not None and entry.alive():
                 found.append(entry)
-            else:
+            elif entry is not None or not (is_ours and _is_of_a_running_process(path.name)):
                 with contextlib.suppress(OSError):
                     path.unlink()
     if why is not None and not found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 from harness import COMMAND, Running
 
-from stream_mmrnn.bus import Address, Publisher, Subscriber, new_pair
+from stream_mmrnn.bus import Address, Publisher, Subscriber, keys, new_pair
 from stream_mmrnn.bus.keys import KeyFolder, token
 from stream_mmrnn.core.errors import FileError, UsageError
 
@@ -171,13 +172,21 @@ def test_a_token_can_be_created_without_hard_links(tmp_path: Path, monkeypatch: 
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_token_is_created_once(tmp_path: Path) -> None:
+def test_a_token_is_created_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EACCES, "Permission denied")
+
     path = tmp_path / "new" / "token"
     made, fresh = token(path)
     assert fresh
     assert len(made) >= 40
     assert mode(path) == 0o600
     assert token(path) == (made, False)
+    with monkeypatch.context() as patch:  # a folder in which nothing can be made
+        patch.setattr(keys, "_write_whole", refuse)
+        assert token(path) == (made, False)
+        with pytest.raises(FileError, match="cannot be made: Permission denied"):
+            token(tmp_path / "none")
     path.chmod(0o644)
     with pytest.raises(FileError, match="can be read by others"):
         token(path)

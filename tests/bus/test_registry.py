@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
@@ -105,6 +106,24 @@ def test_stale_files_are_skipped_and_removed(folder: Path, tmp_path: Path) -> No
     assert running.everything() == []
     assert list(folder.iterdir()) == []
     assert outside.exists()
+
+
+def test_a_file_that_cannot_be_read_or_understood_now_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.mkdir(mode=0o700)
+    good = entry()
+    path = folder / good.file_name
+    path.write_bytes(b'{"of": "another release"}')
+    assert running.everything() == []
+    assert path.exists(), "its process runs"
+    path.write_bytes(msgspec.json.encode(good))
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        assert running.everything() == []
+    assert [e.session for e in running.everything()] == ["anna"]
 
 
 @given(content=st.binary(max_size=200) | st.builds(msgspec.json.encode, st.dictionaries(st.text(), st.integers())))
