@@ -31,7 +31,7 @@ from stream_mmrnn.cli.top import predictions, top
 from stream_mmrnn.cli.train import evaluate, export, train
 from stream_mmrnn.core.errors import StreamError, UsageError
 from stream_mmrnn.core.printable import shown
-from stream_mmrnn.core.resources import why_scarce
+from stream_mmrnn.core.resources import explain_os_error
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -72,7 +72,7 @@ def main(
 
 
 def run() -> None:
-    """The console script: an error of this package, or of what is used up, becomes one sentence and an exit code.
+    """The console script: an error of this package, or a refusal of the system, becomes one sentence and an exit code.
 
     What the output's encoding does not have becomes a question mark, whoever prints it.
     """
@@ -83,7 +83,7 @@ def run() -> None:
     except StreamError as e:
         why, code = str(e), e.exit_code
     except OSError as e:
-        why, code = why_scarce(e), UsageError.exit_code
+        why, code = explain_os_error(e), UsageError.exit_code
         if not why:
             raise
     else:

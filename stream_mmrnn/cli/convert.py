@@ -141,7 +141,7 @@ def import_(
 
     if verb := _other_verb(path):
         raise UsageError(verb)
-    if session and not re.match(topics.SESSION_NAME, session):
+    if session is not None and not re.match(topics.SESSION_NAME, session):
         raise UsageError(f"--session is {session[:80]!r}: expected up to 64 letters, digits, `.`, `_` or `-`")
     for_tables = {
         "--time": time, "--unit": unit, "--timezone": timezone, "--time-format": time_format, "--covers": covers,

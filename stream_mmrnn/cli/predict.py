@@ -13,7 +13,7 @@ import typer
 from stream_mmrnn.cli.convert import Force, progress_bar
 from stream_mmrnn.cli.terminal import ConfigFile, Console, Json, ModelName, Provider, print_document, say_on
 from stream_mmrnn.core import config
-from stream_mmrnn.core.errors import FileError
+from stream_mmrnn.core.errors import FileError, UsageError
 from stream_mmrnn.core.printable import escape
 from stream_mmrnn.core.signals import StopFlag
 
@@ -44,6 +44,8 @@ def predict(
     console = Console(stderr=as_json, highlight=False, soft_wrap=True)
     settings = config.load(config_file)
     targets = [out / f"{path.name}.predictions.{form.value}" for path in files]
+    if twice := next((t for t in targets if targets.count(t) > 1), None):
+        raise UsageError(f"two files would become {twice}; predict them one by one, each with its own --out")
     if there := next((t for t in targets if t.exists() and not force), None):
         raise FileError(f"{there} is there already; choose another folder, or use --force")
     if there := next((t for t in targets if t.exists() and not t.is_file()), None):

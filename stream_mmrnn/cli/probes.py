@@ -62,8 +62,11 @@ def ask(name: str, argument: Any = None, timeout_s: float = 10.0, each: Callable
             except queue.Empty:
                 raise ProcessError(f"there was no answer in {timeout_s:g} s") from None
             if not line:
-                code = process.wait(1)
-                raise ProcessError(f"the probe's process {_ended(code)}")
+                try:
+                    how = _ended(process.wait(1))
+                except subprocess.TimeoutExpired:
+                    how = "does not end; a driver may hold it"
+                raise ProcessError(f"the probe's process {how}")
             kind, value = json.loads(line)
             if kind == "done":
                 return value

@@ -28,7 +28,8 @@ def info(path: Annotated[Path, typer.Argument(help="A recording.")], as_json: Js
     else:
         console = Console(highlight=False)
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(result["started_unix_ns"] / 1e9))
-        console.print(f"[bold]{path}[/bold]  session {result['session']!r}, {spoken(result['seconds'])}, begun {when}")
+        name = shown(str(path), 400)
+        console.print(f"[bold]{name}[/bold]  session {result['session']!r}, {spoken(result['seconds'])}, begun {when}")
         model = result["model"]
         console.print(f"model {shown(model['name'], 64)} {shown(model['sha256'], 12)}, ended: {shown(result['ended'])}")
         for name, chosen in result["encoders"].items():
@@ -85,10 +86,12 @@ def repair(
         print_document(result)
         return
     console = Console(highlight=False)
-    console.print(f"{path} was {result['was']}; what is sound in {', '.join(result['of'])} is in {out}", soft_wrap=True)
+    name, made = shown(str(path), 400), shown(str(out), 400)
+    parts = shown(", ".join(result["of"]), 2000)
+    console.print(f"{name} was {result['was']}; what is sound in {parts} is in {made}", soft_wrap=True)
     labels = result["labels"]
     if labels["out"]:
-        console.print(f"the labels beside {path} are in {labels['out']}, too", soft_wrap=True)
+        console.print(f"the labels beside {name} are in {shown(labels['out'], 400)}, too", soft_wrap=True)
     elif labels["why"]:
-        console.print(f"the labels beside {path} were left out: {labels['why']}", soft_wrap=True)
+        console.print(f"the labels beside {name} were left out: {shown(labels['why'], 2000)}", soft_wrap=True)
     console.print(verified(result["result"]), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What a process can run out of: open files, memory, and space in /dev/shm or on a disk.
+"""What the system refuses a process: open files, memory, space in /dev/shm or on a disk, and rights to files.
 
 Knows nothing about what it is needed for.
 """
@@ -18,6 +18,12 @@ _ADVICE = {
     errno.ENFILE: "the system opens no more files; close other programs",
     errno.ENOSPC: "no space is left on the disk, or in /dev/shm; free some",
     errno.EDQUOT: "this user's share of the disk is used up; free some",
+    errno.EACCES: "you may not use it, or a folder on the way to it; ask for the right to, or name another",
+    errno.EPERM: "you may not do this; ask for the right to, or name another",
+    errno.EROFS: "nothing can be written there; name another place",
+    errno.ENAMETOOLONG: "the name is longer than a file's can be; name another",
+    errno.ENOTDIR: "a part of it is no folder; name another",
+    errno.ELOOP: "its links lead in a circle; name another",
 }
 
 
@@ -46,8 +52,8 @@ def need_files(count: int, needed_by: str) -> int:
     return files
 
 
-def why_scarce(error: OSError) -> str:
-    """One sentence for an error that means that something is used up; "" for any other."""
+def explain_os_error(error: OSError) -> str:
+    """One sentence for an error that its user can mend, such as a full disk or a missing right; "" for any other."""
     advice = _ADVICE.get(error.errno or 0, "")
     return f"{error.filename}: {advice}" if advice and error.filename else advice
 

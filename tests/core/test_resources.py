@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
-from stream_mmrnn.core.resources import why_scarce
+from stream_mmrnn.core.resources import explain_os_error
 
 pytestmark = [
     pytest.mark.process,
@@ -96,6 +96,14 @@ def test_freed_memory_goes_back_to_the_system() -> None:
     assert left_mb < 20
 
 
-def test_only_what_is_used_up_is_a_sentence() -> None:
-    assert why_scarce(OSError(errno.ENOENT, "x")) == ""
-    assert why_scarce(OSError(errno.ENOSPC, "x", "/a/file")).startswith("/a/file: no space is left")
+def test_only_what_a_user_can_mend_is_a_sentence() -> None:
+    assert explain_os_error(OSError(errno.ENOENT, "x")) == ""
+    assert explain_os_error(OSError(errno.ENOSPC, "x", "/a/file")).startswith("/a/file: no space is left")
+    assert explain_os_error(PermissionError(errno.EACCES, "x", "/a")).startswith("/a: you may not use it")
+
+
+def test_a_name_that_is_too_long_is_a_sentence() -> None:
+    for args in (["info", "x" * 300], ["live", "--model", "x" * 300], ["predict", "a.wav", "--out", "x" * 300]):
+        done = subprocess.run([*shlex.split(COMMAND), *args], capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert "name" in done.stderr

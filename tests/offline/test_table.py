@@ -298,6 +298,7 @@ def test_options_that_do_not_fit_the_file(tmp_path: Path) -> None:
         ((path, out, "--time", "day", "--stream", "a=low", "--stream", "a=high"), "--stream names 'a' twice"),
         ((path, out, "--time", "day", "--max-gap", "soon"), "--max-gap is 'soon': expected a duration"),
         ((path, out, "--time", "day", "--session", "a b"), "--session is 'a b'"),
+        ((path, out, "--time", "day", "--session", ""), "--session is ''"),
         ((tmp_path / "none.csv", out, "--time", "day"), "none.csv cannot be read: No such file or directory"),
     ):
         code, printed = command("import", *args)

@@ -424,6 +424,10 @@ def test_the_commands(whole: Path, tmp_path: Path) -> None:
     done = run("verify", out)
     assert done.returncode == 3
     assert "repaired: after" in done.stdout
+    named = tmp_path / "talk [final] [b].mcap"
+    named.write_bytes(whole.read_bytes())
+    for args in (("info", named), ("repair", named, tmp_path / "again [c].mcap")):
+        assert "talk [final] [b].mcap" in run(*args).stdout
     (tmp_path / "head.mcap").write_bytes(BEGINNING)
     done = run("repair", tmp_path / "head.mcap", tmp_path / "no.mcap")
     assert done.returncode == 3
