@@ -235,9 +235,10 @@ class Pump:
     def start(self) -> None:
         self._thread.start()
 
-    def join(self, timeout_s: float) -> None:
-        """Wait until the source's generator has ended, so that its device can be closed."""
+    def join(self, timeout_s: float) -> bool:
+        """Wait until the source's generator has ended; whether it has, so that its device can be closed."""
         self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def discard(self) -> None:
         """Drop the samples that are still waiting, and count them."""

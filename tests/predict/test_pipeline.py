@@ -228,6 +228,20 @@ def test_a_source_yields_the_interpreter_to_its_reader() -> None:
     assert sum(overlapped) < 10  # normally only the first; a stalled machine may add a few
 
 
+def test_a_source_that_still_waits_for_its_device_is_not_ready_to_be_closed() -> None:
+    device = threading.Event()
+
+    def samples() -> Iterator[Sample]:
+        device.wait(30)
+        yield from ()
+
+    pump = Pump(samples(), "latest", 4, lambda: True)
+    pump.start()
+    assert not pump.join(0.01)
+    device.set()
+    assert pump.join(30)
+
+
 def test_pace_keeps_the_intervals() -> None:
     envelopes = [Envelope("clock", "host", i, 0, 0, BEGIN + i * 100_000_000, b"") for i in range(6)]
     began = time.monotonic()

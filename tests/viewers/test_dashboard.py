@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 from trickle import Trickle
 
-from stream_mmrnn.core import topics, wire
+from stream_mmrnn.core import config, topics, wire
 from stream_mmrnn.core.errors import ConfigError, ProcessError
 from stream_mmrnn.core.latency import STAGES
+from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.types import Envelope, HeadSpec, ModalitySpec, Prediction, Stamps, Tick
 from stream_mmrnn.viewers.dashboard import connections
 from stream_mmrnn.viewers.dashboard.access import Access
@@ -892,6 +893,13 @@ def test_the_page_says_whether_text_can_be_typed() -> None:
     assert live.typing()["why"] == "the text source is missing: port 5 is taken"
     live.observe(status("text", T0, state="ended", modality="text", detail={"source": "stdin"}))
     assert live.typing()["why"].startswith("the text source stdin has ended")
+
+
+def test_lines_are_typed_into_the_first_text_whatever_its_name() -> None:
+    table = stream_table(config.parse({"streams": {"notes": {"source": "page", "kind": "text"}}}))
+    live = LiveState(table=table)
+    live.observe(status("notes", T0, state="open", modality="notes", detail={"source": "page"}))
+    assert live.typing() == {"possible": True, "why": ""}
 
 
 def test_labels_are_shown() -> None:

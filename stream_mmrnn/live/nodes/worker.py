@@ -42,6 +42,7 @@ class WorkerNode(Node):
         self.source = sources.create_source(self.stream, self.settings, stdin_fd, address=context.address)
         self.prewarmer = Prewarmer(self._warm, 0)
         self.pump: Pump | None = None
+        self._can_close = True
         self._undecodable = 0
         self._published = dict.fromkeys(self.features, 0)
         self._captured_before = self._dropped_before = 0
@@ -82,7 +83,9 @@ class WorkerNode(Node):
                 self.reporter.report("missing", reason)
                 self.context.stop.wait(self.settings.supervisor.reopen_s)
             finally:
-                self.source.close()
+                # a device that still reads, because it stalls while the session ends, crashes if it is closed meanwhile
+                if self._can_close:
+                    self.source.close()
         if isinstance(self.source, BusSource):
             self.source.disconnect()
         self.reporter.report(final, reason)
@@ -122,7 +125,7 @@ class WorkerNode(Node):
         finally:
             self.stall_detector.stop(now_ns())
             pump.discard()
-            pump.join(0.5)
+            self._can_close = pump.join(0.5)
             if typing is not None:
                 typing.join(0.5)
             pump.discard()

@@ -189,9 +189,9 @@ class Nodes:
         """The name of the worker of a modality."""
         return next((name for name, n in self.views.items() if n.modality == modality), modality)
 
-    def typing(self) -> dict[str, Any]:
-        """Whether a line typed on the page can become a text event, and if not, why: one sentence."""
-        worker = self.views.get("text")
+    def typing(self, stream: str) -> dict[str, Any]:
+        """Whether a line typed on the page can become an event of this text stream, and if not, why: one sentence."""
+        worker = self.of_modality(stream) if stream else None
         if not self.views:
             why = "nothing is known of this session yet; wait a moment"
         elif worker is None:

@@ -59,6 +59,7 @@ class LiveState:
         """Raw topic of the pictures that are shown."""
         self.sound_topic = first.get(("audio", True), "")
         self._text_topic = first.get(("text", True), "")
+        self._typed_stream = streams.first_text(table.values()) or "text"
         self._sensors = [
             {"stream": row.name, "kind": row.kind} for row in table.values() if streams.is_sensor(row.source, row.kind)
         ]
@@ -264,7 +265,7 @@ class LiveState:
 
     def typing(self) -> dict[str, Any]:
         """Whether a line typed on the page can become a text event, and if not, why."""
-        return self._nodes.typing()
+        return self._nodes.typing(self._typed_stream)
 
     def _lines(self, names: Collection[str], now_ns: int) -> list[dict[str, Any]]:
         """The lines of some topics of the last 30 s, and the newest of the older ones; newest first."""
