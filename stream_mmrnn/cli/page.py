@@ -65,7 +65,7 @@ def page(
         token=token,
         posts=controls.posts,
         features=("controls",),
-        views=lambda k: hub.view(k),
+        views=lambda key, again: hub.view(key, again),
         cert=about.cert,
         key=about.key,
     )
@@ -75,7 +75,9 @@ def page(
         launcher.poll()
         board.update({**LiveState().snapshot(now_ns()), **controls.state("", None)})
 
-    hub = controls.hub = launcher.hub = Hub(board.show, controls.state, settings.text.max_line_bytes, changed)
+    hub = controls.hub = launcher.hub = Hub(
+        board.show, controls.state, settings.text.max_line_bytes, changed, reopen=controls.reopen
+    )
     with contextlib.ExitStack() as stack:
         stack.callback(board.close)
         stack.callback(launcher.close)

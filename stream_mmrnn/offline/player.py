@@ -27,7 +27,7 @@ from stream_mmrnn.viewers.dashboard.state import LiveState
 _SHOW_NS = 100_000_000
 _POLL_S = 0.02
 _GONE_NS = 5_000_000_000
-"""So long after the last browser has left, a replay at its end ends, too: a page that is loaded again is away shortly."""
+"""So long after the last browser has left, a replay at its end ends: a page that is loaded again is away shortly."""
 _NO_TYPING = "this is a recording: it can be labelled, but text cannot be added to it"
 _MOST_NAMES, _MOST_SHOWN = 32, 64
 """Labels that are offered to be pressed, and letters of one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class Replay:
     """A view of a recording that the test plays."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.board, self.running = path, Board(), True
+        self.path, self.board, self.running, self.error = path, Board(), True, ""
         self.bodies: list[bytes] = []
         self.posts = {"/replay": self._take}
 
@@ -65,9 +66,14 @@ class Page:
         self.asked: list[Any] = []
         self.controls = Controls(PageSettings(), folder, self.launcher, self.play, ("own", self.asked.append))
         self.board = Dashboard(
-            token=token, posts=self.controls.posts, features=("controls",), views=lambda k: self.controls.hub.view(k)
+            token=token,
+            posts=self.controls.posts,
+            features=("controls",),
+            views=lambda *of: self.controls.hub.view(*of),
         )
-        self.hub = self.controls.hub = Hub(self.board.show, self.controls.state, 4096, find=lambda: list(entries))
+        self.hub = self.controls.hub = Hub(
+            self.board.show, self.controls.state, 4096, find=lambda: list(entries), reopen=self.controls.reopen
+        )
         self.hub._entries = {key_of(entry): entry for entry in entries}
         self.controls.refresh()
         self.board.start()
@@ -212,6 +218,51 @@ def test_only_recordings_of_the_folder_can_be_opened(tmp_path: Path) -> None:
         assert page.post(f"/view/{key}/replay", {"paused": True})[0] == 404
     finally:
         page.close()
+
+
+def test_a_recording_that_ended_unseen_is_played_again_and_one_that_failed_says_why(page: Page, tmp_path: Path) -> None:
+    (tmp_path / "a.mcap").write_bytes(b"x")
+    page.controls.refresh()
+    [row] = page.controls.state("", None)["controls"]["recordings"]
+    key, view = row["key"], f"/view/{row['key']}"
+    assert page.post("/controls/open", {"recording": key}) == (200, "done")
+    first = page.opened[key]
+    first.running = False
+    page.hub._views.clear()  # the hub forgets it within a second
+    not_open = "no such session or recording is open; go back to the page"
+    assert page.post(f"{view}/replay", {"label": "walking"}) == (404, not_open), "it would be given at another place"
+    assert page.request("GET", f"{view}/healthz")[0] == 200
+    second = page.opened[key]
+    assert second is not first
+    assert page.post(f"{view}/replay", {"paused": True})[0] == 200
+    second.running, second.error = False, "the replay's process ended"
+    for method in ("GET", "POST"):
+        assert page.request(method, f"{view}/healthz", b"{}" * (method == "POST")) == (
+            404,
+            "the replay's process ended",
+        )
+    assert page.opened[key] is second
+    assert page.post("/controls/open", {"recording": key}) == (200, "done")
+    assert page.request("GET", f"{view}/healthz")[0] == 200
+    (tmp_path / "a.mcap").unlink()
+    page.controls.refresh()
+    page.opened[key].running = False
+    assert page.request("GET", f"{view}/healthz") == (404, not_open)
+
+
+def test_the_oldest_view_that_nobody_sees_makes_room(page: Page, tmp_path: Path) -> None:
+    replays = [Replay(tmp_path / str(n)) for n in range(18)]
+    for replay in replays[1:16]:
+        replay.board.seen[replay] = 1
+    for n, replay in enumerate(replays[:17]):
+        assert page.hub.open(f"recording-{n}", lambda replay=replay: replay) == ""  # type: ignore[misc]
+    replays[16].board.seen[replays[16]] = 1
+    assert "16 sessions and recordings are open" in page.hub.open("recording-17", lambda: replays[17])
+    for thread in threading.enumerate():
+        if thread.name == "close-view":
+            thread.join(10)
+    page.hub.close()
+    assert [replay.running for replay in replays] == [False] * 17 + [True]
 
 
 def test_a_folder_that_is_not_there_has_no_recordings(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ class DashboardNode(_ViewerNode):
             sensors=self.sensors if self.sensors.names else None,
             cert=page.cert,
             key=page.key,
-            views=lambda key: self.controls.hub.view(key),
+            views=lambda key, again: self.controls.hub.view(key, again),
         )
         self.controls.hub = Hub(self.page.show, self.controls.state, self.settings.text.max_line_bytes)
         self.reporter.counts = lambda: {

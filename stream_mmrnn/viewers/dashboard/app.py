@@ -99,8 +99,9 @@ class AppSettings(msgspec.Struct, frozen=True):
     ready: Callable[[], str]
     own: View
     """What is shown unless a path names another view."""
-    views: Callable[[str], View | None]
-    """Other views by key; called for each of their requests."""
+    views: Callable[[str, bool], View | str]
+    """Other views by key, or why there is none; called for each of their requests. True lets a view be made that ended
+    because nobody looked."""
     push: Push | None
     sensors: Sensors | None
     """Takes what browsers give as cameras and microphones; None where no stream is theirs."""
@@ -194,9 +195,10 @@ class Application:
         denied = self._denial(scope)
         view, path = self._settings.own, scope["path"]
         if denied is None and (found := _VIEW.fullmatch(path)):
-            other = self._settings.views(found[1])
-            if other is None:
-                denied = PlainTextResponse("no such session or recording is open; go back to the page\n", 404)
+            # what is posted is meant for what the browser shows, not for a view that begins anew
+            other = self._settings.views(found[1], scope.get("method") != "POST")
+            if isinstance(other, str):
+                denied = PlainTextResponse(f"{other}\n", 404)
             else:
                 view, path = other, found[2]
         scope = {**scope, "path": path, "view": view}

@@ -147,6 +147,11 @@ class Controls:
             }
         }
 
+    def reopen(self, key: str) -> RunningView | None:
+        """Play a recording once more; None if there is no such recording."""
+        path = self._paths.get(key)
+        return self._play(key, path) if self._play is not None and path is not None else None
+
     # ---- called in the server's thread ---------------------------------------------------------------------------
 
     def _start(self, body: bytes) -> str:

@@ -57,6 +57,7 @@ class SessionView:
         self._words = text_topics(table.values())
         self.closed = threading.Event()
         self.looked_ns = now_ns()
+        self.error = ""
         self.over = False
         """The session has ended."""
         self._thread = threading.Thread(target=self._run, name="session-view", daemon=True)

@@ -13,7 +13,7 @@ import {showHealth} from "./health.js";
 const TIMEOUT_MS = 2500;
 const reducedMotion = matchMedia("(prefers-reduced-motion: reduce)");
 const parts = [showAbout, showReplay, showNext, showPicture, showInputs, showSound, showEvents, showHeads, showWords, showHealth];
-let source = null, opened = false, receivedAt = 0, shownAt = 0, pausedAt = 0, announced = "";
+let source = null, opened = false, receivedAt = 0, shownAt = 0, pausedAt = 0, announced = "", gone = "";
 const paused = () => pausedAt > 0;
 const replaying = () => Boolean(view.newest && view.newest.replay);
 
@@ -32,6 +32,7 @@ function show(s) {
 function verdict() {
   const silent = performance.now() - receivedAt, up = opened && silent < TIMEOUT_MS && receivedAt > 0, s = view.newest;
   if (s && s.ended) return s.ended.why ? ["bad", "Ended", s.ended.why] : ["none", "Ended", ""];
+  if (gone) return ["bad", "Ended", gone];
   if (!receivedAt) return ["none", "Connecting", ""];
   if (!up && !document.hidden) {
     const what = opened ? "The session sends no updates" : "Connection lost, trying again";
@@ -73,14 +74,22 @@ function togglePause() {
   if (!paused() && view.newest) show(view.newest);
   link();
 }
+/** Why what this page shows is not there any more; "" if it may come back. */
+async function whyGone() {
+  try { const answer = await fetch("healthz"); return answer.status === 404 ? (await answer.text()).trim() : ""; } catch { return ""; }
+}
 function connect() {
   if (source) source.close();
-  source = new EventSource("events");
-  source.onopen = () => { opened = true; link(); };
-  source.onerror = () => {
+  const mine = source = new EventSource("events");
+  source.onopen = () => { opened = true; gone = ""; link(); };
+  source.onerror = async () => {
     opened = false; link();
+    if (mine.readyState !== EventSource.CLOSED) return;
+    const why = await whyGone();
+    if (source !== mine) return;
+    gone = why; link();
     // EventSource does not reconnect after a refusal, so do it here
-    if (source && source.readyState === EventSource.CLOSED) setTimeout(() => { if (source && source.readyState === EventSource.CLOSED) connect(); }, 2000);
+    if (!gone) setTimeout(() => { if (source === mine) connect(); }, 2000);
   };
   source.onmessage = event => {
     opened = true; receivedAt = performance.now();
