@@ -1,8 +1,8 @@
 // Receives the newest state from the server, draws it, and says how current and how sound it is.
-import {$, set, announce, clock, post} from "./dom.js";
+import {$, set, announce, clock} from "./dom.js";
 import {nextTheme, onRepaint, setTheme} from "./theme.js";
 import {view} from "./view.js";
-import {position, seek, showReplay, labelBy} from "./replay.js";
+import {position, seek, send, showReplay, labelBy} from "./replay.js";
 import {showPicture, showSound} from "./media.js";
 import {showNext} from "./next.js";
 import {showInputs} from "./inputs.js";
@@ -69,7 +69,7 @@ function showEnd() {
   set($("ended-how"), `stream-mmrnn replay ${/[^\w./-]/.test(ended.recording) ? `'${ended.recording}'` : ended.recording} --speed 1`);
 }
 function togglePause() {
-  if (replaying()) { post("replay", {paused: !view.newest.replay.paused}); return; }
+  if (replaying()) { send({paused: !view.newest.replay.paused}); return; }
   pausedAt = paused() ? 0 : performance.now();
   if (!paused() && view.newest) show(view.newest);
   link();
