@@ -38,6 +38,8 @@ MAX_CLIENTS = 16
 MAX_BODY_BYTES = 16 * 1024
 """Of a POST."""
 MAX_SINCE = 2**53
+_MAX_DIGITS = 16
+"""Of a number in a request: a longer one is refused before it is read."""
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -245,7 +247,7 @@ class Application:
     async def _get_sound(self, request: Request) -> Response:
         """The columns of the spectrogram from number `since` on; `X-First` is the number of the first."""
         since = request.query_params.get("since", "0")
-        if not (since.isascii() and since.isdigit() and int(since[:16]) < MAX_SINCE):
+        if not (since.isascii() and since.isdigit() and len(since) <= _MAX_DIGITS and int(since) < MAX_SINCE):
             return PlainTextResponse("since must be the number of a column\n", 400)
         first, columns = request.scope["view"].board.sound
         begin = max(first, int(since))
@@ -262,7 +264,7 @@ class Application:
         length = request.headers.get("content-length", "")
         if not (length.isascii() and length.isdigit()):
             return PlainTextResponse("a Content-Length header is required\n", 411)
-        if int(length[:9]) > MAX_BODY_BYTES:
+        if len(length) > _MAX_DIGITS or int(length) > MAX_BODY_BYTES:
             return PlainTextResponse(
                 f"the body may have at most {MAX_BODY_BYTES} bytes\n", 413, {"Connection": "close"}
             )
