@@ -15,11 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stream_mmrnn.bus.registry import Entry
+from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.settings import PageSettings
+from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.viewers.dashboard.board import Board
 from stream_mmrnn.viewers.dashboard.controls import Choice, Controls
 from stream_mmrnn.viewers.dashboard.hub import Hub, key_of
 from stream_mmrnn.viewers.dashboard.server import Dashboard
+from stream_mmrnn.viewers.dashboard.session_view import SessionView
 
 
 class Launcher:
@@ -176,6 +179,28 @@ def test_the_own_session_is_asked_and_unknown_ones_are_refused(page: Page) -> No
     )
 
 
+@pytest.mark.parametrize("how", ["died", "closed", "ended unseen"])
+def test_a_session_that_died_is_not_shown_as_one_that_ended(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    alive, listed = [True], [True]
+    monkeypatch.setattr(Entry, "alive", lambda _: alive[0])
+    monkeypatch.setattr(Entry, "is_listed", lambda _: listed[0])
+    monkeypatch.setattr(SessionView, "_run", lambda _: None)
+    entry, shown = Entry(1, 2, "anna", True, 0, "", "", "", ""), list[bytes]()
+    view = SessionView(entry, lambda _, state: shown.append(state), lambda *_: {}, 4096)
+    view._look()
+    if how == "closed":
+        close = wire.pack(wire.SessionMessage("close", 1))
+        view._observe(Envelope(topics.SESSION, "anna", 0, 1, 1, 1, close, "", 1))
+    listed[0] = False
+    if how == "ended unseen":  # its last message was lost, but it left in order
+        view._look()
+    alive[0] = False
+    view._look()
+    view._update()
+    why = "the session's process died" if how == "died" else ""
+    assert json.loads(shown[-1])["ended"] == {"recording": "", "why": why}
+
+
 def test_a_name_that_runs_already_is_refused(tmp_path: Path) -> None:
     entry = Entry(1, 2, "anna", True, 0, "ipc:///x", "ipc:///x", "ipc:///x", "ipc:///x")
     page = Page(tmp_path, entries=(entry,))
@@ -263,6 +288,14 @@ def test_the_oldest_view_that_nobody_sees_makes_room(page: Page, tmp_path: Path)
             thread.join(10)
     page.hub.close()
     assert [replay.running for replay in replays] == [False] * 17 + [True]
+
+
+def test_a_file_that_vanishes_hides_no_recording(page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.mcap").write_bytes(b"x")
+    files = [tmp_path / name for name in ("gone.tmp", "gone.mcap", "a.mcap")]
+    monkeypatch.setattr(Path, "iterdir", lambda _: iter(files))
+    page.controls.refresh()
+    assert [row["name"] for row in page.controls.state("", None)["controls"]["recordings"]] == ["a.mcap"]
 
 
 def test_a_folder_that_is_not_there_has_no_recordings(tmp_path: Path) -> None:
