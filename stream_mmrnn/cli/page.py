@@ -16,6 +16,7 @@ from stream_mmrnn.core.errors import StreamError
 from stream_mmrnn.core.printable import shown
 from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.signals import StopFlag
+from stream_mmrnn.core.streams import is_sensor
 
 if TYPE_CHECKING:
     from stream_mmrnn.live.child import ChildSession
@@ -113,7 +114,8 @@ class Launcher:
             values = dict(usual)
             row = self._settings.streams.get(name)
             configured = row.source if row is not None else getattr(self._settings.sources, name)
-            if configured not in ("stdin", "none"):
+            # a session that is started here has no page of its own, whose browser could be the device
+            if configured not in ("stdin", "none") and not is_sensor(configured, name):
                 values = {configured: "as in the settings", **values}
             # a description of a device names it better than the settings do
             values |= {device["source"]: device["is"] for device in found[name]}
@@ -132,11 +134,13 @@ class Launcher:
         from stream_mmrnn.viewers.dashboard.hub import key_of
 
         entry = running.get(child.pid)
-        state = "running" if entry is not None else "starting"
+        child.was_seen = child.was_seen or entry is not None
+        state = "running" if entry is not None else "ending" if child.was_seen else "starting"
         if child.ended:
             state = "failed" if child.why() else "ended"
         recording = (child.summary or {}).get("recording") or {}
         return {
+            "number": child.pid,
             "name": child.name,
             "state": state,
             "why": child.why()[:400],
@@ -176,6 +180,7 @@ class Launcher:
                 "engine.model": model,
                 "session.name": choice.name,
                 "dashboard.enabled": False,  # it is shown on this page
+                "record.path": "",
             }
             try:
                 if choice.record:
