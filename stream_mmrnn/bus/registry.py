@@ -69,6 +69,12 @@ class Entry(msgspec.Struct, frozen=True):
         own = KeyFolder(Path(self.keys)).keys() if self.keys else None
         return Address(self.publish, self.subscribe, "", self.bulk, self.view, keys=own)
 
+    def is_listed(self) -> bool:
+        """Whether its file is there. A session removes it when it begins to end in order; others remove it once the
+        process is gone.
+        """
+        return any((folder / self.file_name).exists() for folder in config.run_folders())
+
     def alive(self) -> bool:
         """Whether the process that wrote this entry still runs."""
         return began(self.pid) == self.started

@@ -16,6 +16,7 @@ from stream_mmrnn.core.errors import StreamError
 from stream_mmrnn.core.printable import shown
 from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.signals import StopFlag
+from stream_mmrnn.core.streams import is_sensor
 
 if TYPE_CHECKING:
     from stream_mmrnn.live.child import ChildSession
@@ -65,7 +66,7 @@ def page(
         token=token,
         posts=controls.posts,
         features=("controls",),
-        views=lambda k: hub.view(k),
+        views=lambda key, again: hub.view(key, again),
         cert=about.cert,
         key=about.key,
     )
@@ -75,7 +76,9 @@ def page(
         launcher.poll()
         board.update({**LiveState().snapshot(now_ns()), **controls.state("", None)})
 
-    hub = controls.hub = launcher.hub = Hub(board.show, controls.state, settings.text.max_line_bytes, changed)
+    hub = controls.hub = launcher.hub = Hub(
+        board.show, controls.state, settings.text.max_line_bytes, changed, reopen=controls.reopen
+    )
     with contextlib.ExitStack() as stack:
         stack.callback(board.close)
         stack.callback(launcher.close)
@@ -111,7 +114,8 @@ class Launcher:
             values = dict(usual)
             row = self._settings.streams.get(name)
             configured = row.source if row is not None else getattr(self._settings.sources, name)
-            if configured not in ("stdin", "none"):
+            # a session that is started here has no page of its own, whose browser could be the device
+            if configured not in ("stdin", "none") and not is_sensor(configured, name):
                 values = {configured: "as in the settings", **values}
             # a description of a device names it better than the settings do
             values |= {device["source"]: device["is"] for device in found[name]}
@@ -130,11 +134,13 @@ class Launcher:
         from stream_mmrnn.viewers.dashboard.hub import key_of
 
         entry = running.get(child.pid)
-        state = "running" if entry is not None else "starting"
+        child.was_seen = child.was_seen or entry is not None
+        state = "running" if entry is not None else "ending" if child.was_seen else "starting"
         if child.ended:
             state = "failed" if child.why() else "ended"
         recording = (child.summary or {}).get("recording") or {}
         return {
+            "number": child.pid,
             "name": child.name,
             "state": state,
             "why": child.why()[:400],
@@ -174,6 +180,7 @@ class Launcher:
                 "engine.model": model,
                 "session.name": choice.name,
                 "dashboard.enabled": False,  # it is shown on this page
+                "record.path": "",
             }
             try:
                 if choice.record:

@@ -37,6 +37,8 @@ class ChildSession:
         self.error = ""
         """Why it did not start, or could not go on."""
         self.summary: dict[str, Any] | None = None
+        self.was_seen = False
+        """Whether it was among the running sessions, once; for the parent."""
         # signals of the terminal go to the parent only: it ends the session in order
         self._process = subprocess.Popen(
             [sys.executable, "-m", "stream_mmrnn.live.child"],

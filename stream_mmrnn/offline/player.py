@@ -26,6 +26,8 @@ from stream_mmrnn.viewers.dashboard.state import LiveState
 
 _SHOW_NS = 100_000_000
 _POLL_S = 0.02
+_GONE_NS = 5_000_000_000
+"""So long after the last browser has left, a replay at its end ends: a page that is loaded again is away shortly."""
 _NO_TYPING = "this is a recording: it can be labelled, but text cannot be added to it"
 _MOST_NAMES, _MOST_SHOWN = 32, 64
 """Labels that are offered to be pressed, and letters of one."""
@@ -121,7 +123,10 @@ class Player:
         self._seek_id = ""
         self._base = (0, 0)
         """A local time, and the recording's time at that moment."""
-        self._shown_ns = 0
+        self._shown_ns = self._watched_ns = 0
+        """When the page was updated last, and when a browser was there last; 0: never."""
+        self._lines: set[str] = set()
+        """Topics of labels and words, which are shown however old they are."""
         self._table: Mapping[str, Stream] = usual()
         self._view = self._new_view()
         self._predictions = self._ticks = 0
@@ -157,7 +162,8 @@ class Player:
         self._labels = labels
         self._marks = [self._mark(*of) for of in marks]
         self._view = self._new_view()
-        return {topics.LABEL, self._view.picture_topic, self._view.sound_topic, *text_topics(table.values())} - {""}
+        self._lines = {topics.LABEL, *text_topics(table.values())}
+        return {self._view.picture_topic, self._view.sound_topic, *self._lines} - {""}
 
     def play(self, envelopes: Iterable[Envelope]) -> Iterator[Envelope]:
         """One pass over the messages, each when it is due. Ends early at a seek back; `again` is true then."""
@@ -171,15 +177,15 @@ class Player:
             if not self._wait_for(envelope.publish_ns):
                 return
             there = msgspec.structs.replace(envelope, received_ns=envelope.publish_ns)
-            # messages longer before a seek's target than the page's history need not be shown
-            if envelope.publish_ns >= self._until_ns - HISTORY_NS:
+            # messages longer before a seek's target than the page's history need not be shown, but a label may hold
+            if envelope.topic in self._lines or envelope.publish_ns >= self._until_ns - HISTORY_NS:
                 self._view.observe(there)
                 if there.topic == self._view.picture_topic and isinstance(there.payload, bytes):
                     self._page.picture(there.payload)
             yield there
         self._ended, self._until_ns = True, 0
         # a viewer may still seek back
-        while self._alive() and self._page.clients and not self._back:
+        while self._alive() and self._is_watched() and not self._back:
             self._run_commands()
             self._show()
             time.sleep(_POLL_S)
@@ -312,8 +318,16 @@ class Player:
         topic, at_ns = topics.STATUS + status.node, self._position_ns
         self._view.observe(Envelope(topic, topics.EVERYONE, 0, at_ns, at_ns, at_ns, wire.pack(status), "", at_ns))
 
+    def _is_watched(self) -> bool:
+        """Whether a browser is there, or was there a moment ago."""
+        at_ns = now_ns()
+        if self._page.clients:
+            self._watched_ns = at_ns
+        return self._watched_ns > 0 and at_ns - self._watched_ns <= _GONE_NS
+
     def _show(self) -> None:
         self._shown_ns, at_ns = now_ns(), self._position_ns
+        self._is_watched()
         # last, so that the page shows this model's contract, not the recorded one
         counts = {"predictions": self._predictions}
         self._report(wire.StatusMessage("replay", "ready", counts=counts, detail={"spec": self._contract}))

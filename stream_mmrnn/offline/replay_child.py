@@ -25,8 +25,8 @@ from stream_mmrnn.viewers.dashboard.board import Board
 
 _FRAME = struct.Struct(">cI")
 _FIRST = struct.Struct(">q")
-_IDLE_NS = 20_000_000_000
-"""A replay at which nobody looks for so long ends."""
+_IDLE_NS = 600_000_000_000
+"""A replay at which nobody looks for so long ends; a page that is hidden looks no more."""
 _MAX_COMMAND_BYTES = 4096
 
 
@@ -38,7 +38,8 @@ class ReplayView:
         self._path, self._show, self._extra = path, show, extra
         self.board = Board()
         self.posts: Mapping[str, Callable[[bytes], str]] = {"/replay": self._take}
-        self._error = ""
+        self.error = ""
+        """Why it ended, if it was not to end."""
         self._closed = False
         self._process = subprocess.Popen(
             [sys.executable, "-m", "stream_mmrnn.offline.replay_child", str(path)],
@@ -78,10 +79,11 @@ class ReplayView:
             self._process.stdin.write(msgspec.json.encode(command) + b"\n")
             self._process.stdin.flush()
         except (OSError, ValueError):
-            return self._error or "this replay has ended; open the recording again"
+            return self.error or "this replay has ended; open the recording again"
         return ""
 
     def _read(self) -> None:
+        idle = False
         assert self._process.stdout is not None
         pipe = self._process.stdout
         with contextlib.suppress(OSError, ValueError):
@@ -99,10 +101,14 @@ class ReplayView:
                 if self.board.clients:
                     self._looked_ns = now_ns()
                 elif now_ns() - self._looked_ns > _IDLE_NS:
+                    idle = True
                     break
         pipe.close()
         if not self._closed:
             self.close()
+            if not idle:
+                code = self._process.returncode
+                self.error = f"the replay's process ended with exit code {code}; open the recording again"
 
 
 class _Pipe:

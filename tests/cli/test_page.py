@@ -16,11 +16,13 @@ import pytest
 from chromium import address_of
 from harness import Running, descendants, run
 
+from stream_mmrnn.bus.registry import Entry
 from stream_mmrnn.cli.page import Launcher
 from stream_mmrnn.core import config
+from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.live.child import ChildSession
 from stream_mmrnn.viewers.dashboard.controls import Choice
-from stream_mmrnn.viewers.dashboard.hub import Hub
+from stream_mmrnn.viewers.dashboard.hub import Hub, key_of
 
 START = {"name": "anna", "vision": "synthetic", "audio": "synthetic", "text": "page"}
 process = pytest.mark.process
@@ -108,7 +110,11 @@ def test_two_starts_at_once_and_a_stop_that_comes_twice(page: Page) -> None:
 def test_a_session_that_dies_by_itself_is_named_and_the_page_goes_on(page: Page) -> None:
     assert page.post("/controls/start", START)[0] == 200
     row = page.await_state("running")
+    view = f"/view/{row['key']}"
+    page.running.wait_for(lambda: page.state(view)["tick"] > 0, 60)
     os.kill(int(row["key"].partition("-")[0]), signal.SIGKILL)
+    ended = page.running.wait_for(lambda: page.state(view).get("ended"), 30)
+    assert ended["why"] == "the session's process died"
     assert page.await_state("failed")["why"] == "the session's process ended with exit code -9"
     assert page.post("/controls/start", START)[0] == 200
     page.await_state("running")
@@ -184,6 +190,54 @@ def launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launcher:
 def test_only_what_is_offered_can_be_started(launcher: Launcher, choice: Choice, why: str) -> None:
     assert why in launcher.start(choice)
     assert launcher.started() == []
+
+
+class Child:
+    """A session whose process does not run."""
+
+    pid, summary, ended, was_seen = 7, None, False, False
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.name = settings, settings.session.name
+
+    def why(self) -> str:
+        return ""
+
+
+@pytest.fixture
+def children(monkeypatch: pytest.MonkeyPatch, launcher: Launcher) -> list[Any]:
+    monkeypatch.setattr("stream_mmrnn.live.child.ChildSession", Child)
+    return launcher._children
+
+
+def test_a_session_is_recorded_only_if_it_was_chosen(launcher: Launcher, children: list[Any], tmp_path: Path) -> None:
+    config_file = tmp_path / "page.toml"
+    config_file.write_text(f'[record]\npath = "{tmp_path / "always.mcap"}"\nfolder = "{tmp_path}"\n')
+    launcher._config_file = config_file
+    for name, record in (("a", False), ("b", True)):
+        assert launcher.start(Choice(name, vision="synthetic", record=record)) == ""
+    paths = [child.settings.record.path for child in children]
+    assert paths[0] == ""
+    assert Path(paths[1]).parent == tmp_path
+    assert "always" not in paths[1]
+
+
+def test_a_session_that_ends_does_not_start(launcher: Launcher, children: list[Any]) -> None:
+    assert launcher.start(Choice("a", vision="synthetic")) == ""
+    entry = Entry(7, 1, "a", True, 0, "", "", "", "")
+    states = []
+    for running in ([], [entry], []):
+        launcher.hub._entries = {key_of(of): of for of in running}
+        [row] = launcher.started()
+        states.append((row["number"], row["state"], row["key"]))
+    assert states == [(7, "starting", ""), (7, "running", "7-1"), (7, "ending", "")]
+
+
+def test_a_browser_is_no_device_of_a_session_without_a_page() -> None:
+    launcher = Launcher(None, config.parse({"sources": {"vision": "page", "audio": "page", "text": "page"}}))
+    offers = launcher.offers()
+    values = {name: "page" in [row["value"] for row in offers[name]] for name in ("vision", "audio", "text")}
+    assert values == {"vision": False, "audio": False, "text": True}
 
 
 def test_devices_that_were_found_are_offered(launcher: Launcher) -> None:

@@ -211,7 +211,12 @@ def test_a_browser_pushes_over_the_page(tmp_path: Path) -> None:
                 time.sleep(0.02)
             words.send("hello")
             live.wait_for(lambda: raw_in(path, "text"), 20)
-        for bad, why in (("push/vision", "no stream"), ("push/audio?rate_hz=1", "rate_hz"), ("push/", "")):
+        for bad, why in (
+            ("push/vision", "no stream"),
+            ("push/audio?rate_hz=1", "rate_hz"),
+            ("push/audio?rate_hz=0016000999", "rate_hz"),
+            ("push/", ""),
+        ):
             with pytest.raises(InvalidStatus) as e:
                 connect(place + bad)
             assert why in e.value.response.body.decode()

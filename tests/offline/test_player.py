@@ -9,19 +9,29 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from harness import run
 
+from stream_mmrnn.core import topics
 from stream_mmrnn.core.errors import ProcessError
-from stream_mmrnn.core.types import Prediction
+from stream_mmrnn.core.streams import usual
+from stream_mmrnn.core.types import Envelope, ModelSpec, Prediction
+from stream_mmrnn.offline import player as module
 from stream_mmrnn.offline.player import Player
 from stream_mmrnn.offline.replay import replay
 from stream_mmrnn.recording.mcap_file import Recording
 from stream_mmrnn.training.tasks.recordings import TypedEvents
 
 pytestmark = pytest.mark.process
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay ends as soon as its browser has left."""
+    monkeypatch.setattr(module, "_GONE_NS", 0)
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +177,77 @@ def test_stamps_are_recorded_and_the_step_is_new(recording: Path) -> None:
         assert {"replay", "engine", "camera"} <= state["nodes"].keys()
         browser.close()
         thread.join(60)
+
+
+S = 1_000_000_000
+SPEC = ModelSpec("a", "0" * 64, 40_000_000, (), (), ())
+
+
+class Screen:
+    """What a page without a server is told."""
+
+    def __init__(self) -> None:
+        self.clients = 0
+        self.state: dict[str, Any] = {}
+
+    def update(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+    def picture(self, jpeg: bytes) -> None: ...
+    def sound(self, first: int, columns: bytes) -> None: ...
+
+
+def message(topic: str, at_s: int, payload: bytes = b"") -> Envelope:
+    return Envelope(topic, "a", at_s, at_s * S, at_s * S, at_s * S, payload)
+
+
+@pytest.mark.parametrize("from_s", [1, 11])
+def test_after_a_seek_the_label_holds_that_was_given_long_before(from_s: int) -> None:
+    screen = Screen()
+    player = Player(1.0, lambda: True, screen=screen)
+    player.load("a.mcap", SPEC, usual(), S, 120 * S)
+    clock = [message(topics.CLOCK, at_s) for at_s in range(1, 121)]
+    given = [
+        message(topics.LABEL, 5, b"sitting"),
+        message("raw/text", 6, b"hello"),
+        message(topics.LABEL, 40, b"walking"),
+    ]
+    for envelope in player.play(sorted([*clock, *given], key=lambda e: e.publish_ns)):
+        at_s = envelope.publish_ns // S
+        if at_s == 1 and from_s > 1:
+            player.handle(b'{"seek_s": 10}')
+        if at_s == from_s:
+            player.handle(b'{"seek_s": 100}')
+        if at_s == 101:
+            break
+    player.fail("")  # it shows what is known
+    assert [label["text"] for label in screen.state["labels"]] == ["walking", "sitting"]
+    assert [line["text"] for line in screen.state["texts"]] == ["hello"]
+
+
+@pytest.mark.parametrize(
+    ("there", "seconds"),
+    [
+        pytest.param(range(0), range(3), id="nobody ever looked"),
+        pytest.param([*range(1, 10), *range(13, 20)], range(20, 30), id="a page that is loaded again"),
+    ],
+)
+def test_a_replay_waits_at_its_end_for_a_browser_that_comes_back(
+    monkeypatch: pytest.MonkeyPatch, there: list[int], seconds: range
+) -> None:
+    screen, at_ns = Screen(), [S]
+
+    def sleep(_: float) -> None:
+        at_ns[0] += S
+        screen.clients = int(at_ns[0] // S in there)
+
+    monkeypatch.setattr(module, "now_ns", lambda: at_ns[0])
+    monkeypatch.setattr(module, "time", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(module, "_GONE_NS", 5 * S)
+    player = Player(1.0, lambda: True, screen=screen)
+    player.load("a.mcap", SPEC, usual(), S, 2 * S)
+    assert len(list(player.play([message(topics.CLOCK, 1), message(topics.CLOCK, 2)]))) == 2
+    assert at_ns[0] // S - 1 in seconds
 
 
 def test_a_port_in_use_is_an_error() -> None:

@@ -65,6 +65,7 @@ def test_it_is_shown_and_obeys(model: Path, tmp_path: Path) -> None:
         assert view.board.picture.startswith(b"\xff\xd8")
         assert view.board.sound[1]
     assert not view.running
+    assert view.error == ""
     assert take(b'{"paused": true}') == "this replay has ended; open the recording again"
 
 
@@ -80,7 +81,8 @@ def test_a_damaged_file_is_a_sentence_and_a_killed_player_an_end(tmp_path: Path)
         while view.running:
             assert time.monotonic() < end
             time.sleep(0.02)
-        assert view.posts["/replay"](b'{"paused": true}') == "this replay has ended; open the recording again"
+        assert view.error == "the replay's process ended with exit code -9; open the recording again"
+        assert view.posts["/replay"](b'{"paused": true}') == view.error
 
 
 @given(st.binary(max_size=300))

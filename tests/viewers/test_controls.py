@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stream_mmrnn.bus.registry import Entry
+from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.settings import PageSettings
+from stream_mmrnn.core.types import Envelope
 from stream_mmrnn.viewers.dashboard.board import Board
 from stream_mmrnn.viewers.dashboard.controls import Choice, Controls
 from stream_mmrnn.viewers.dashboard.hub import Hub, key_of
 from stream_mmrnn.viewers.dashboard.server import Dashboard
+from stream_mmrnn.viewers.dashboard.session_view import SessionView
 
 
 class Launcher:
@@ -45,7 +49,7 @@ class Replay:
     """A view of a recording that the test plays."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.board, self.running = path, Board(), True
+        self.path, self.board, self.running, self.error = path, Board(), True, ""
         self.bodies: list[bytes] = []
         self.posts = {"/replay": self._take}
 
@@ -65,9 +69,14 @@ class Page:
         self.asked: list[Any] = []
         self.controls = Controls(PageSettings(), folder, self.launcher, self.play, ("own", self.asked.append))
         self.board = Dashboard(
-            token=token, posts=self.controls.posts, features=("controls",), views=lambda k: self.controls.hub.view(k)
+            token=token,
+            posts=self.controls.posts,
+            features=("controls",),
+            views=lambda *of: self.controls.hub.view(*of),
         )
-        self.hub = self.controls.hub = Hub(self.board.show, self.controls.state, 4096, find=lambda: list(entries))
+        self.hub = self.controls.hub = Hub(
+            self.board.show, self.controls.state, 4096, find=lambda: list(entries), reopen=self.controls.reopen
+        )
         self.hub._entries = {key_of(entry): entry for entry in entries}
         self.controls.refresh()
         self.board.start()
@@ -170,6 +179,28 @@ def test_the_own_session_is_asked_and_unknown_ones_are_refused(page: Page) -> No
     )
 
 
+@pytest.mark.parametrize("how", ["died", "closed", "ended unseen"])
+def test_a_session_that_died_is_not_shown_as_one_that_ended(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    alive, listed = [True], [True]
+    monkeypatch.setattr(Entry, "alive", lambda _: alive[0])
+    monkeypatch.setattr(Entry, "is_listed", lambda _: listed[0])
+    monkeypatch.setattr(SessionView, "_run", lambda _: None)
+    entry, shown = Entry(1, 2, "anna", True, 0, "", "", "", ""), list[bytes]()
+    view = SessionView(entry, lambda _, state: shown.append(state), lambda *_: {}, 4096)
+    view._look()
+    if how == "closed":
+        close = wire.pack(wire.SessionMessage("close", 1))
+        view._observe(Envelope(topics.SESSION, "anna", 0, 1, 1, 1, close, "", 1))
+    listed[0] = False
+    if how == "ended unseen":  # its last message was lost, but it left in order
+        view._look()
+    alive[0] = False
+    view._look()
+    view._update()
+    why = "the session's process died" if how == "died" else ""
+    assert json.loads(shown[-1])["ended"] == {"recording": "", "why": why}
+
+
 def test_a_name_that_runs_already_is_refused(tmp_path: Path) -> None:
     entry = Entry(1, 2, "anna", True, 0, "ipc:///x", "ipc:///x", "ipc:///x", "ipc:///x")
     page = Page(tmp_path, entries=(entry,))
@@ -212,6 +243,59 @@ def test_only_recordings_of_the_folder_can_be_opened(tmp_path: Path) -> None:
         assert page.post(f"/view/{key}/replay", {"paused": True})[0] == 404
     finally:
         page.close()
+
+
+def test_a_recording_that_ended_unseen_is_played_again_and_one_that_failed_says_why(page: Page, tmp_path: Path) -> None:
+    (tmp_path / "a.mcap").write_bytes(b"x")
+    page.controls.refresh()
+    [row] = page.controls.state("", None)["controls"]["recordings"]
+    key, view = row["key"], f"/view/{row['key']}"
+    assert page.post("/controls/open", {"recording": key}) == (200, "done")
+    first = page.opened[key]
+    first.running = False
+    page.hub._views.clear()  # the hub forgets it within a second
+    not_open = "no such session or recording is open; go back to the page"
+    assert page.post(f"{view}/replay", {"label": "walking"}) == (404, not_open), "it would be given at another place"
+    assert page.request("GET", f"{view}/healthz")[0] == 200
+    second = page.opened[key]
+    assert second is not first
+    assert page.post(f"{view}/replay", {"paused": True})[0] == 200
+    second.running, second.error = False, "the replay's process ended"
+    for method in ("GET", "POST"):
+        assert page.request(method, f"{view}/healthz", b"{}" * (method == "POST")) == (
+            404,
+            "the replay's process ended",
+        )
+    assert page.opened[key] is second
+    assert page.post("/controls/open", {"recording": key}) == (200, "done")
+    assert page.request("GET", f"{view}/healthz")[0] == 200
+    (tmp_path / "a.mcap").unlink()
+    page.controls.refresh()
+    page.opened[key].running = False
+    assert page.request("GET", f"{view}/healthz") == (404, not_open)
+
+
+def test_the_oldest_view_that_nobody_sees_makes_room(page: Page, tmp_path: Path) -> None:
+    replays = [Replay(tmp_path / str(n)) for n in range(18)]
+    for replay in replays[1:16]:
+        replay.board.seen[replay] = 1
+    for n, replay in enumerate(replays[:17]):
+        assert page.hub.open(f"recording-{n}", lambda replay=replay: replay) == ""  # type: ignore[misc]
+    replays[16].board.seen[replays[16]] = 1
+    assert "16 sessions and recordings are open" in page.hub.open("recording-17", lambda: replays[17])
+    for thread in threading.enumerate():
+        if thread.name == "close-view":
+            thread.join(10)
+    page.hub.close()
+    assert [replay.running for replay in replays] == [False] * 17 + [True]
+
+
+def test_a_file_that_vanishes_hides_no_recording(page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.mcap").write_bytes(b"x")
+    files = [tmp_path / name for name in ("gone.tmp", "gone.mcap", "a.mcap")]
+    monkeypatch.setattr(Path, "iterdir", lambda _: iter(files))
+    page.controls.refresh()
+    assert [row["name"] for row in page.controls.state("", None)["controls"]["recordings"]] == ["a.mcap"]
 
 
 def test_a_folder_that_is_not_there_has_no_recordings(tmp_path: Path) -> None:

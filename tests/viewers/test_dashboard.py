@@ -796,6 +796,7 @@ def test_a_post_is_accepted_or_refused_with_a_reason(posting: tuple[Dashboard, l
         ({"Content_Type": "text/plain"}, 415),
         ({"Content_Type": "application/x-www-form-urlencoded"}, 415),
         ({"Content_Length": "999999"}, 413),
+        ({"Content_Length": "00000000000200000000"}, 413),
     ],
 )
 def test_a_post_from_another_site_or_of_another_type_is_refused(
@@ -873,7 +874,7 @@ def test_a_browser_requests_only_new_columns(board: Dashboard) -> None:
     code, headers, body = ask(board, "/sound?since=9")
     assert (code, headers["x-first"], body) == (200, "9", columns[2 * BANDS :])
     assert ask(board, "/sound?since=99")[2] == b""
-    for wrong in ("x", "-1", "9" * 17, "%00"):
+    for wrong in ("x", "-1", "9" * 17, "%00", "0" * 16 + "1", "0" * 20 + "9" * 5000):
         assert ask(board, f"/sound?since={wrong}")[0] == 400
 
 

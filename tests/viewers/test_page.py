@@ -69,7 +69,8 @@ def test_the_page_works_by_keyboard(tab: Tab) -> None:
     page = tab.page
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
-    tab.until("!document.getElementById('c-stop')?.hidden")
+    tab.until("document.getElementById('c-stop')?.hidden === false")
+    tab.until("document.getElementById('c-menu')?.hidden === false")
     reached = []
     while "pause" not in reached and len(reached) < 10:
         page.keyboard.press("Tab")
@@ -168,7 +169,8 @@ def test_a_replay_is_paused_and_scrubbed(browser: Any, model: Path, tmp_path: Pa
     )
     assert code == 0, err
     assert recording_grows(path, 10_000)
-    with closing(Running(path, "--speed", "1", verb=("replay",))) as replay:
+    # slow, so that the page is there before the end
+    with closing(Running(path, "--speed", "0.25", verb=("replay",))) as replay:
         with closing(Tab(browser, address_of(replay))) as tab:
             position = "Number(document.getElementById('seek').value)"
             assert tab.page.is_disabled("#line")
@@ -179,15 +181,28 @@ def test_a_replay_is_paused_and_scrubbed(browser: Any, model: Path, tmp_path: Pa
             held = tab.page.evaluate(position)
             tab.page.wait_for_timeout(400)
             assert tab.page.evaluate(position) == held
+            tab.page.select_option("#speed", "1")
             tab.page.keyboard.press("/")
             tab.page.keyboard.type("walking")
             tab.page.keyboard.press("Enter")
             tab.page.keyboard.press("Escape")
             tab.until("document.querySelector('#given [aria-pressed=true]')?.textContent === '1walking'")
-            tab.page.keyboard.press("ArrowRight")
-            tab.page.keyboard.press("0")  # given where the seek goes, however soon it is pressed
-            tab.until(f"!{SEEKING} && {position} >= {held} + .9")
-            tab.until("document.querySelectorAll('#marks .label').length === 2")
+            # a label is given where the seek goes, however soon it is pressed and however long the seek is on its way
+            on_its_way: list[Any] = []
+            for number, label in ((2, "0"), (3, "/sitting\n")):
+                tab.page.route("**/replay", lambda route: on_its_way.append(route), times=1)
+                tab.page.keyboard.press("ArrowRight")
+                deadline = time.monotonic() + 30
+                while len(on_its_way) < number - 1:
+                    assert time.monotonic() < deadline
+                    tab.page.wait_for_timeout(20)
+                for key in label:
+                    tab.page.keyboard.press(key)
+                tab.page.wait_for_timeout(300)
+                on_its_way[-1].continue_()
+                tab.page.evaluate("document.activeElement.blur()")
+                tab.until(f"!{SEEKING} && {position} >= {held} + {number - 1.1}")
+                tab.until(f"document.querySelectorAll('#marks .label').length === {number}")
             tab.photograph("replay-labelled-1280")
             assert tab.serious() == []
             tab.page.keyboard.press("Shift+ArrowRight")
@@ -203,7 +218,7 @@ def test_a_replay_is_paused_and_scrubbed(browser: Any, model: Path, tmp_path: Pa
         # without a browser the replay ends; its last pass gave the recorded predictions, bit for bit
         code, result = replay.finish()
     assert (code, result["identical"], result["predictions"]) == (0, True, summary["predictions"])
-    assert [name for _, name in TypedEvents.of(Recording(path)).labels] == ["walking", "none"]
+    assert [name for _, name in TypedEvents.of(Recording(path)).labels] == ["walking", "none", "sitting"]
 
 
 PARTS = ("header", "#next", "#camera", "#inputs", "#timeline", "#words", "#health")

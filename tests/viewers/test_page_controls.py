@@ -6,6 +6,7 @@ Screenshots are kept in test-results/page/.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 from chromium import PICTURES, Tab, address_of, needs_chromium
-from harness import Running, run
+from harness import Running, descendants, run
 
 from stream_mmrnn.core import topics
 from stream_mmrnn.recording.mcap_file import Recording
@@ -93,6 +94,12 @@ def test_a_session_from_start_to_replay(browser: Any, page: Running, tmp_path: P
         tab.page.goto(address)
         tab.until("document.querySelector('#c-files button')?.disabled === false")
         tab.until("document.getElementById('c-running').textContent.includes('ended')")
+        # the next one of this name is not yet in the states: the one that ended is not it
+        tab.page.route("**/controls/start", lambda route: route.fulfill(status=200), times=1)
+        tab.page.fill("#c-name", "anna")
+        tab.page.click("#c-begin")
+        tab.page.wait_for_timeout(2500)
+        assert tab.text("#c-answer") == "starting anna …"
         tab.page.click("#c-files button")
         tab.page.wait_for_url("**/view/recording-*/")
         tab.until("document.getElementById('link').textContent === 'Replay'")
@@ -109,6 +116,27 @@ def test_a_session_from_start_to_replay(browser: Any, page: Running, tmp_path: P
     assert (code, result["identical"]) == (0, True), err
     code, _, _ = page.end()
     assert code == 0
+
+
+@pytest.mark.slow
+def test_a_replay_that_dies_says_so(browser: Any, page: Running, model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "made" / "a.mcap"
+    path.parent.mkdir()
+    args = ("live", "--source", "synthetic", "--duration", "2", "--model", model, "--record", path, "--no-dashboard")
+    assert run(*args)[0] == 0
+    tab = Tab(browser, address_of(page), ready=IDLE)
+    tab.until("document.querySelector('#c-files button')?.disabled === false")
+    tab.page.click("#c-files button")
+    tab.page.wait_for_url("**/view/recording-*/")
+    tab.until("document.getElementById('link').textContent === 'Replay'")
+    [child] = [
+        pid for pid in descendants(page.process.pid) if b"replay_child" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    os.kill(child, signal.SIGKILL)
+    tab.until("document.getElementById('link').textContent === 'Ended'")
+    assert tab.text("#problem") == "The replay's process ended with exit code -9; open the recording again"
+    tab.close(lost=True)
+    assert page.end()[0] == 0
 
 
 @pytest.mark.slow

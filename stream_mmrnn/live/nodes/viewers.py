@@ -119,7 +119,7 @@ class DashboardNode(_ViewerNode):
             sensors=self.sensors if self.sensors.names else None,
             cert=page.cert,
             key=page.key,
-            views=lambda key: self.controls.hub.view(key),
+            views=lambda key, again: self.controls.hub.view(key, again),
         )
         self.controls.hub = Hub(self.page.show, self.controls.state, self.settings.text.max_line_bytes)
         self.reporter.counts = lambda: {
@@ -155,7 +155,7 @@ class DashboardNode(_ViewerNode):
         if stream not in self._push_streams:
             return f"the session has no stream {stream!r} with the source push"
         rate = parse_qs(query).get("rate_hz", [str(topics.AUDIO_RATE_HZ)])[0]
-        if not (rate.isascii() and rate.isdigit() and 1000 <= int(rate[:7]) <= 384_000):
+        if not (rate.isascii() and rate.isdigit() and len(rate) <= 6 and 1000 <= int(rate) <= 384_000):
             return "rate_hz is 1000 to 384000 samples a second"
         if len(self._pushed) >= _MAX_PUSHED:
             return "more was pushed than could be sent; send no faster than the samples are made"

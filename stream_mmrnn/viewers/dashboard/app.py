@@ -38,6 +38,8 @@ MAX_CLIENTS = 16
 MAX_BODY_BYTES = 16 * 1024
 """Of a POST."""
 MAX_SINCE = 2**53
+_MAX_DIGITS = 16
+"""Of a number in a request: a longer one is refused before it is read."""
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -99,8 +101,9 @@ class AppSettings(msgspec.Struct, frozen=True):
     ready: Callable[[], str]
     own: View
     """What is shown unless a path names another view."""
-    views: Callable[[str], View | None]
-    """Other views by key; called for each of their requests."""
+    views: Callable[[str, bool], View | str]
+    """Other views by key, or why there is none; called for each of their requests. True lets a view be made that ended
+    because nobody looked."""
     push: Push | None
     sensors: Sensors | None
     """Takes what browsers give as cameras and microphones; None where no stream is theirs."""
@@ -194,9 +197,10 @@ class Application:
         denied = self._denial(scope)
         view, path = self._settings.own, scope["path"]
         if denied is None and (found := _VIEW.fullmatch(path)):
-            other = self._settings.views(found[1])
-            if other is None:
-                denied = PlainTextResponse("no such session or recording is open; go back to the page\n", 404)
+            # what is posted is meant for what the browser shows, not for a view that begins anew
+            other = self._settings.views(found[1], scope.get("method") != "POST")
+            if isinstance(other, str):
+                denied = PlainTextResponse(f"{other}\n", 404)
             else:
                 view, path = other, found[2]
         scope = {**scope, "path": path, "view": view}
@@ -243,7 +247,7 @@ class Application:
     async def _get_sound(self, request: Request) -> Response:
         """The columns of the spectrogram from number `since` on; `X-First` is the number of the first."""
         since = request.query_params.get("since", "0")
-        if not (since.isascii() and since.isdigit() and int(since[:16]) < MAX_SINCE):
+        if not (since.isascii() and since.isdigit() and len(since) <= _MAX_DIGITS and int(since) < MAX_SINCE):
             return PlainTextResponse("since must be the number of a column\n", 400)
         first, columns = request.scope["view"].board.sound
         begin = max(first, int(since))
@@ -260,7 +264,7 @@ class Application:
         length = request.headers.get("content-length", "")
         if not (length.isascii() and length.isdigit()):
             return PlainTextResponse("a Content-Length header is required\n", 411)
-        if int(length[:9]) > MAX_BODY_BYTES:
+        if len(length) > _MAX_DIGITS or int(length) > MAX_BODY_BYTES:
             return PlainTextResponse(
                 f"the body may have at most {MAX_BODY_BYTES} bytes\n", 413, {"Connection": "close"}
             )

@@ -6,6 +6,7 @@ recording is passed in. Knows nothing about HTTP, processes or files' contents.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import stat
@@ -65,7 +66,9 @@ class Launcher(Protocol):
         """
 
     def started(self) -> list[dict[str, Any]]:
-        """The sessions of this page: `name`, `state` (starting, running, ended, failed), `why`, `key`."""
+        """The sessions of this page: `number` (no other one's), `name`, `state` (starting, running, ending, ended,
+        failed), `why`, `key`.
+        """
 
     def start(self, choice: Choice) -> str: ...
     def look(self) -> str: ...
@@ -147,6 +150,11 @@ class Controls:
             }
         }
 
+    def reopen(self, key: str) -> RunningView | None:
+        """Play a recording once more; None if there is no such recording."""
+        path = self._paths.get(key)
+        return self._play(key, path) if self._play is not None and path is not None else None
+
     # ---- called in the server's thread ---------------------------------------------------------------------------
 
     def _start(self, body: bytes) -> str:
@@ -198,9 +206,12 @@ def _recordings(folder: Path) -> list[tuple[dict[str, Any], Path]]:
     found = []
     try:
         for path in folder.iterdir():
-            about = path.lstat()
-            if path.suffix == ".mcap" and stat.S_ISREG(about.st_mode) and not _LATER_PART.search(path.name):
-                found.append((about.st_mtime_ns, about.st_size, path))
+            if path.suffix != ".mcap" or _LATER_PART.search(path.name):
+                continue
+            with contextlib.suppress(OSError):  # it was removed meanwhile
+                about = path.lstat()
+                if stat.S_ISREG(about.st_mode):
+                    found.append((about.st_mtime_ns, about.st_size, path))
     except OSError:
         return []
     found.sort(key=lambda row: -row[0])

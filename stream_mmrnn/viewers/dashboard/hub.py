@@ -19,6 +19,7 @@ from stream_mmrnn.viewers.dashboard.state import LiveState
 
 _PERIOD_S = 1.0
 _MAX_VIEWS = 16
+_NOT_OPEN = "no such session or recording is open; go back to the page"
 
 Extra = Callable[[str, LiveState | None, bool], dict[str, Any]]
 """What is added to the state of a view: by its key, what is known of its session, and whether that is over."""
@@ -29,6 +30,10 @@ class RunningView(View, Protocol):
 
     @property
     def running(self) -> bool: ...
+    @property
+    def error(self) -> str:
+        """Why it ended, if it was not to end; "" else."""
+
     def close(self) -> None: ...
 
 
@@ -47,10 +52,13 @@ class Hub:
         max_line_bytes: int,
         changed: Callable[[], None] = lambda: None,
         find: Callable[[], Sequence[Entry]] = registry.everything,
+        reopen: Callable[[str], RunningView | None] = lambda _: None,
     ) -> None:
-        """`changed` is called once a second, and when sessions have come or gone."""
+        """`changed` is called once a second, and when sessions have come or gone. `reopen` makes a view of another kind
+        once more, by its key; None if there is none.
+        """
         self._show, self._extra, self._max_line_bytes = show, extra, max_line_bytes
-        self._changed, self._find = changed, find
+        self._changed, self._find, self._reopen = changed, find, reopen
         self._lock = threading.Lock()
         self._entries: dict[str, Entry] = {}
         self._views: dict[str, RunningView] = {}
@@ -70,18 +78,43 @@ class Hub:
         """Those that run, newest first."""
         return list(self._entries.values())
 
-    def view(self, key: str) -> RunningView | None:
-        """An open view, or a new one of a session that runs."""
+    def view(self, key: str, again: bool = False) -> RunningView | str:
+        """An open view, or a new one of a session that runs; one sentence if there is none. `again`: a view of another
+        kind that ended because nobody looked is made once more.
+        """
         with self._lock:
             known = self._views.get(key)
             if known is not None and known.running:
                 return known
+            if known is not None and known.error:
+                return known.error
             entry = self._entries.get(key)
-            if entry is None or self._closed.is_set() or len(self._views) >= _MAX_VIEWS:
-                return None
-            made = SessionView(entry, self._show, lambda live, over: self._extra(key, live, over), self._max_line_bytes)
+            if (entry is None and not again) or not self._has_room():
+                return _NOT_OPEN
+            made: RunningView | None
+            try:
+                made = self._session(key, entry) if entry is not None else self._reopen(key)
+            except StreamError as e:
+                return str(e)
+            if made is None:
+                return _NOT_OPEN
             self._views[key] = made
             return made
+
+    def _session(self, key: str, entry: Entry) -> SessionView:
+        return SessionView(entry, self._show, lambda live, over: self._extra(key, live, over), self._max_line_bytes)
+
+    def _has_room(self) -> bool:
+        """Whether there is room for one view more; ends the oldest one at which nobody looks, if there is none."""
+        running = [view for view in self._views.values() if view.running]
+        if len(running) >= _MAX_VIEWS:
+            unseen = next((view for view in running if not view.board.clients), None)
+            if unseen is None:
+                return False
+            self._views = {key: view for key, view in self._views.items() if view is not unseen}
+            # a replay may take seconds to end
+            threading.Thread(target=unseen.close, name="close-view", daemon=True).start()
+        return not self._closed.is_set()
 
     def open(self, key: str, make: Callable[[], RunningView]) -> str:
         """Have a view of another kind under this key; why not, or ""."""
@@ -89,7 +122,7 @@ class Hub:
             known = self._views.get(key)
             if known is not None and known.running:
                 return ""
-            if self._closed.is_set() or len(self._views) >= _MAX_VIEWS:
+            if not self._has_room():
                 return f"{_MAX_VIEWS} sessions and recordings are open; close one of their pages, and wait a moment"
             try:
                 self._views[key] = make()
@@ -123,7 +156,7 @@ class Hub:
             with contextlib.suppress(StreamError, OSError):
                 self._entries = {key_of(entry): entry for entry in self._find()}
             with self._lock:
-                self._views = {key: view for key, view in self._views.items() if view.running}
+                self._views = {key: view for key, view in self._views.items() if view.running or view.error}
             self._changed()
             self._again.wait(_PERIOD_S)
             self._again.clear()

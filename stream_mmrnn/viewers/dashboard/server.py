@@ -92,7 +92,8 @@ class Dashboard:
 
     `features`: parts of the page that are on: each has an element and a module of this name (`page/NAME.js`).
 
-    `views`: other views by key, which are served under `/view/KEY/`; called in the server's thread, too.
+    `views`: other views by key, or why there is none, which are served under `/view/KEY/`; its second argument lets a
+    view be made that ended because nobody looked. Called in the server's thread, too.
 
     `client_timeout_s`: a client that does not read for so long is disconnected. `idle_timeout_s`: so is one that sends
     no request for so long.
@@ -119,7 +120,7 @@ class Dashboard:
         cert: str = "",
         key: str = "",
         features: Collection[str] = (),
-        views: Callable[[str], View | None] = lambda _: None,
+        views: Callable[[str, bool], View | str] = lambda *_: "this page has no other views",
     ) -> None:
         name = socket.gethostname()
         self.access = Access(host, token, (name, f"{name}.local"), tls=bool(cert))

@@ -57,8 +57,11 @@ class SessionView:
         self._words = text_topics(table.values())
         self.closed = threading.Event()
         self.looked_ns = now_ns()
+        self.error = ""
         self.over = False
         """The session has ended."""
+        self._was_alive = self._in_order = False
+        """Whether the session was seen running, and its orderly end."""
         self._thread = threading.Thread(target=self._run, name="session-view", daemon=True)
         self._thread.start()
 
@@ -105,8 +108,16 @@ class SessionView:
                     if self.looked_ns >= due_ns:
                         due_ns = self.looked_ns + _PERIOD_NS
                         self._update()
-                if not self.over and not self.entry.alive():
-                    self.over = True
+                if not self.over:
+                    self._look()
+
+    def _look(self) -> None:
+        listed = self.entry.is_listed()  # first: others remove the file of a process that is gone
+        if not self.entry.alive():
+            self.over = True
+            return
+        self._was_alive = True
+        self._in_order = self._in_order or not listed
 
     def _observe(self, envelope: Any) -> None:
         if envelope.topic != topics.SESSION:
@@ -115,7 +126,7 @@ class SessionView:
         with contextlib.suppress(WireError):
             message = wire.unpack(envelope.payload, wire.SessionMessage)
             if envelope.session == self.entry.session and message.op == "close":
-                self.over = True
+                self.over = self._in_order = True
 
     def _publish(self, publisher: Publisher) -> None:
         self._typed.publish(publisher, self.entry.session)
@@ -128,5 +139,7 @@ class SessionView:
         self.board.sound = (self.live.sound.first, self.live.sound.columns)
         state = {**self.live.snapshot(now_ns()), **self._extra(self.live, self.over)}
         if self.over:
-            state["ended"] = self.live.ending()
+            state["ended"] = ending = self.live.ending()
+            if self._was_alive and not self._in_order:
+                ending["why"] = ending["why"] or "the session's process died"
         self._show(self.board, msgspec.json.encode(state))

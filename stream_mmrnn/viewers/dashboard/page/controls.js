@@ -2,7 +2,7 @@
 import {$, set, make, fill, post, announce, clock} from "./dom.js";
 
 const SOURCES = {vision: "Camera", audio: "Microphone", text: "Text"};
-let now = null, waitingFor = "";
+let now = null, waitingFor = "", earlier = new Set();
 const view = key => key ? `/view/${encodeURIComponent(key)}/` : "/";
 const button = (text, cls) => { const el = make("button", cls); el.type = "button"; set(el, text); return el; };
 const link = (text, href) => { const el = make("a"); el.href = href; set(el, text); return el; };
@@ -112,7 +112,8 @@ function build() {
     event.preventDefault();
     const body = {name: choices.name.value.trim(), record: choices.record.checked};
     for (const name of [...Object.keys(SOURCES), "model"]) body[name] = choices[name].value;
-    if (await change("start", body, answer)) { waitingFor = body.name; set(answer, `starting ${body.name} …`); answer.hidden = false; }
+    const known = new Set(now.started.map(v => v.number));
+    if (await change("start", body, answer)) { earlier = known; waitingFor = body.name; set(answer, `starting ${body.name} …`); answer.hidden = false; }
   });
   for (const [title, el] of [["Start a session", form], ["Sessions", running], ["Recordings", files]]) {
     const section = make("section"), h2 = make("h2");
@@ -154,7 +155,7 @@ function showStart(c) {
   });
   files.dataset.empty = c.recordings.length ? "" : "no recording yet";
   if (!waitingFor) return;
-  const mine = c.started.findLast(v => v.name === waitingFor);
+  const mine = c.started.findLast(v => v.name === waitingFor && !earlier.has(v.number));
   if (mine && mine.key) location.href = view(mine.key);
   else if (mine && mine.state !== "starting") { set(answer, mine.why || `${mine.name} has ended`); answer.className = "why bad"; waitingFor = ""; }
 }

@@ -1,8 +1,8 @@
 // Receives the newest state from the server, draws it, and says how current and how sound it is.
-import {$, set, announce, clock, post} from "./dom.js";
+import {$, set, announce, clock} from "./dom.js";
 import {nextTheme, onRepaint, setTheme} from "./theme.js";
 import {view} from "./view.js";
-import {position, seek, showReplay, labelBy} from "./replay.js";
+import {position, seek, send, showReplay, labelBy} from "./replay.js";
 import {showPicture, showSound} from "./media.js";
 import {showNext} from "./next.js";
 import {showInputs} from "./inputs.js";
@@ -13,7 +13,7 @@ import {showHealth} from "./health.js";
 const TIMEOUT_MS = 2500;
 const reducedMotion = matchMedia("(prefers-reduced-motion: reduce)");
 const parts = [showAbout, showReplay, showNext, showPicture, showInputs, showSound, showEvents, showHeads, showWords, showHealth];
-let source = null, opened = false, receivedAt = 0, shownAt = 0, pausedAt = 0, announced = "";
+let source = null, opened = false, receivedAt = 0, shownAt = 0, pausedAt = 0, announced = "", gone = "";
 const paused = () => pausedAt > 0;
 const replaying = () => Boolean(view.newest && view.newest.replay);
 
@@ -32,6 +32,7 @@ function show(s) {
 function verdict() {
   const silent = performance.now() - receivedAt, up = opened && silent < TIMEOUT_MS && receivedAt > 0, s = view.newest;
   if (s && s.ended) return s.ended.why ? ["bad", "Ended", s.ended.why] : ["none", "Ended", ""];
+  if (gone) return ["bad", "Ended", gone];
   if (!receivedAt) return ["none", "Connecting", ""];
   if (!up && !document.hidden) {
     const what = opened ? "The session sends no updates" : "Connection lost, trying again";
@@ -68,19 +69,27 @@ function showEnd() {
   set($("ended-how"), `stream-mmrnn replay ${/[^\w./-]/.test(ended.recording) ? `'${ended.recording}'` : ended.recording} --speed 1`);
 }
 function togglePause() {
-  if (replaying()) { post("replay", {paused: !view.newest.replay.paused}); return; }
+  if (replaying()) { send({paused: !view.newest.replay.paused}); return; }
   pausedAt = paused() ? 0 : performance.now();
   if (!paused() && view.newest) show(view.newest);
   link();
 }
+/** Why what this page shows is not there any more; "" if it may come back. */
+async function whyGone() {
+  try { const answer = await fetch("healthz"); return answer.status === 404 ? (await answer.text()).trim() : ""; } catch { return ""; }
+}
 function connect() {
   if (source) source.close();
-  source = new EventSource("events");
-  source.onopen = () => { opened = true; link(); };
-  source.onerror = () => {
+  const mine = source = new EventSource("events");
+  source.onopen = () => { opened = true; gone = ""; link(); };
+  source.onerror = async () => {
     opened = false; link();
+    if (mine.readyState !== EventSource.CLOSED) return;
+    const why = await whyGone();
+    if (source !== mine) return;
+    gone = why; link();
     // EventSource does not reconnect after a refusal, so do it here
-    if (source && source.readyState === EventSource.CLOSED) setTimeout(() => { if (source && source.readyState === EventSource.CLOSED) connect(); }, 2000);
+    if (!gone) setTimeout(() => { if (source === mine) connect(); }, 2000);
   };
   source.onmessage = event => {
     opened = true; receivedAt = performance.now();

@@ -9,6 +9,11 @@ const drag = on => { dragging = on; $("replay").toggleAttribute("data-seeking", 
 function endSeek(seek) {
   if (dragging && sought && (seek.id === sought ? seek.done : performance.now() - soughtAt > SUPERSEDED_MS)) drag(false);
 }
+let last = Promise.resolve();
+// a label that overtook the seek before it would be given at another place
+const inOrder = body => last = last.then(() => post("replay", body));
+/** Send a command after all that were given before it; why it is refused, or "". */
+export function send(body) { sendSeek(); return inOrder(body); }
 /** Where the recording is, or will be after a seek. */
 export const position = () => dragging ? Number($("seek").value) : view.newest.replay.position_s;
 export function showReplay(s) {
@@ -28,7 +33,7 @@ export function showReplay(s) {
 const given = make("div");
 given.id = "given"; given.setAttribute("role", "group"); given.setAttribute("aria-label", "Labels: a press gives one from here on");
 $("mark").after(given);
-async function command(body) { await sendSeek(); const why = await post("replay", body); if (why) announce(why); }
+async function command(body) { const why = await send(body); if (why) announce(why); }
 const UNDO = "Undo";
 function showGiven(s) {
   const r = s.replay, known = r.labels || [], offered = [...new Set([...(s.controls ? s.controls.labels : []), ...known])];
@@ -76,10 +81,10 @@ async function sendSeek() {
   clearTimeout(seekTimer);
   const id = `${Math.floor(performance.timeOrigin)}-${++seeks}`, body = {seek_s: target, seek_id: id};
   target = null;
-  const why = await post("replay", body);
+  const why = await inOrder(body);
   if (target !== null) return; // a newer one waits
   if (why) { drag(false); announce(why); } else { sought = id; soughtAt = performance.now(); }
 }
 $("replay").addEventListener("submit", event => event.preventDefault());
-$("speed").addEventListener("change", async () => { const why = await post("replay", {speed: Number($("speed").value)}); if (why) announce(why); });
+$("speed").addEventListener("change", () => command({speed: Number($("speed").value)}));
 $("seek").addEventListener("input", () => seek(Number($("seek").value)));

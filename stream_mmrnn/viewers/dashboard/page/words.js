@@ -2,6 +2,7 @@
 import {$, set, make, fill, clock, post} from "./dom.js";
 import {paint} from "./theme.js";
 import {view} from "./view.js";
+import {send} from "./replay.js";
 import {HISTORY_MS, LEFT, context, grid, pastX} from "./plot.js";
 
 const PAUSE_MS = 2000, MOST_TURNS = 40;
@@ -61,7 +62,7 @@ function typing(form, input, prefix, done) {
     const text = $(input).value.trim();
     if (!text) return;
     const replayed = view.newest && view.newest.replay, note = $("typing");
-    const why = replayed ? await post("replay", {label: text}) : await post("text", prefix + text);
+    const why = replayed ? await send({label: text}) : await post("text", prefix + text);
     if (why || !replayed) { set(note, why || done(text)); note.className = "why" + (why ? " bad" : ""); }
     if (!why) $(input).value = "";
   });
