@@ -275,7 +275,7 @@ def reach(
         return entry.address(), entry
     host, _, port = address.removeprefix("tcp://").rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if not (host and port.isascii() and port.isdigit() and 0 < int(port[:6]) <= _MAX_PORT):
+    if not (host and port.isascii() and port.isdigit() and len(port) < 6 and 0 < int(port) <= _MAX_PORT):
         raise UsageError(f"{address!r} is no address of a bus: give HOST:PORT, as `live` prints it (bus.port)")
     if server_key and keys is None:
         raise UsageError("a server key is of use only with a pair of your own: give the folder of keys, too")

@@ -226,7 +226,13 @@ class Supervisor:
             self.publish_session("open")
         if node.name == "dashboard":
             port = str(message.detail.get("address", "")).rstrip("/").rpartition(":")[2]
-            if port.isascii() and port.isdigit() and 0 < int(port[:6]) < 65536 and int(port) != self._page_port:
+            if (
+                port.isascii()
+                and port.isdigit()
+                and len(port) < 6
+                and 0 < int(port) < 65536
+                and int(port) != self._page_port
+            ):
                 self._page_port = int(port)
                 if self._registration is not None:
                     self._registration.update(page=str(message.detail["address"])[:256])

@@ -173,12 +173,19 @@ class Player:
         self._rebase()
         for status in self._statuses:
             self._report(status)
+        skipped: set[str] = set()
         for envelope in envelopes:
             if not self._wait_for(envelope.publish_ns):
                 return
             there = msgspec.structs.replace(envelope, received_ns=envelope.publish_ns)
             # messages longer before a seek's target than the page's history need not be shown, but a label may hold
-            if envelope.topic in self._lines or envelope.publish_ns >= self._until_ns - HISTORY_NS:
+            is_near = envelope.publish_ns >= self._until_ns - HISTORY_NS
+            if is_near and skipped:
+                self._view.skip(skipped)  # they are no loss
+                skipped = set()
+            if not is_near and envelope.topic not in self._lines:
+                skipped.add(envelope.topic)
+            else:
                 self._view.observe(there)
                 if there.topic == self._view.picture_topic and isinstance(there.payload, bytes):
                     self._page.picture(there.payload)

@@ -223,6 +223,7 @@ def test_after_a_seek_the_label_holds_that_was_given_long_before(from_s: int) ->
     player.fail("")  # it shows what is known
     assert [label["text"] for label in screen.state["labels"]] == ["walking", "sitting"]
     assert [line["text"] for line in screen.state["texts"]] == ["hello"]
+    assert "lost.clock" not in [row["what"] for row in screen.state["losses"]], "what a seek leaves out is no loss"
 
 
 @pytest.mark.parametrize(

@@ -816,6 +816,9 @@ def test_a_post_that_does_not_arrive_times_out(posting: tuple[Dashboard, list[by
     with socket.create_connection(("127.0.0.1", port(board)), timeout=5) as endless:
         endless.sendall(head.encode() + b"Transfer-Encoding: chunked\r\n\r\n1\r\nx\r\n")
         assert endless.recv(4096).startswith(b"HTTP/1.1 411 ")
+    with socket.create_connection(("127.0.0.1", port(board)), timeout=5) as both:
+        both.sendall(head.encode() + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n")
+        assert both.recv(4096).startswith((b"HTTP/1.1 411 ", b"HTTP/1.1 400 "))
     assert bodies == []
 
 

@@ -262,8 +262,8 @@ class Application:
         if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
             return PlainTextResponse("the content type must be application/json\n", 415)
         length = request.headers.get("content-length", "")
-        if not (length.isascii() and length.isdigit()):
-            return PlainTextResponse("a Content-Length header is required\n", 411)
+        if not (length.isascii() and length.isdigit()) or "transfer-encoding" in request.headers:
+            return PlainTextResponse("a Content-Length header is required, and no Transfer-Encoding\n", 411)
         if len(length) > _MAX_DIGITS or int(length) > MAX_BODY_BYTES:
             return PlainTextResponse(
                 f"the body may have at most {MAX_BODY_BYTES} bytes\n", 413, {"Connection": "close"}
