@@ -182,9 +182,11 @@ def _incomplete(node: ManagedProcess | None) -> list[str]:
     if recorder is None or "path" not in recorder.detail:
         return []  # it had not begun
     path, finished = recorder.detail["path"], recorder.detail.get("finished")
+    if finished is None:  # its last status may have found no bus any more
+        finished = node.process is not None and node.process.exitcode == 0
     dropped, written = recorder.counts.get("dropped", 0), recorder.counts.get("messages", 0)
     lacks = [f"lacks at least {dropped} of {dropped + written} messages"] if dropped else []
-    lacks += ["has no end"] if finished is not True else []
+    lacks += ["has no end"] if not finished else []
     if not lacks:
         return []
     why = recorder.detail.get("refusal") or "it was too slow"

@@ -179,6 +179,9 @@ def test_a_recording_without_an_end_is_partial(detail: dict[str, Any], sentence:
     assert "".join(_incomplete(node)).startswith(sentence)
     assert bool(_incomplete(node)) == bool(sentence)
     assert _incomplete(None) == []
+    ends(node)
+    if detail.get("finished") is None:
+        assert _incomplete(node) == [], "it ended in order, and nobody was there to hear of it"
 
 
 def test_a_recorder_that_was_given_up_is_partial() -> None:
