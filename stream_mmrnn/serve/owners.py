@@ -88,7 +88,7 @@ class Owners:
         self.taking.pop(before.key if before is not None else session, None)
         self._pushes.check_kind(session, raw)
         if session not in self.of.get(peer, ()):
-            self._check_share(peer)
+            self._check_share(peer, more=not self._sessions.has_token(session, token))
         opened = self._sessions.open(session, token, now_ns=now_ns)
         self._pushes.begin(session, raw, opened, now_ns)
         first = before.peer if before is not None else NO_ONE
@@ -110,13 +110,13 @@ class Owners:
         found: list[protocol.Ready | StreamError] = []
         rows = range(request.first, request.first + len(request.sessions))
         for row, session, token in zip(rows, request.sessions, tokens_of(request), strict=True):
+            group.grow(row + 1)  # blocks have a row of it also where it is refused
             try:
                 ready, served = self.opened(peer, session, token, False, now_ns)
             except StreamError as e:
                 self._counts["refused"] += 1
                 found.append(e)
                 continue
-            group.grow(row + 1)
             if served.group is not group or served.row != row:
                 left = served.group
                 group.put(row, served)
@@ -128,12 +128,12 @@ class Owners:
             self._queues.groups[key] = group
         return found
 
-    def _check_share(self, peer: Peer) -> None:
-        """Raises Busy where a peer has as many sessions as one may have."""
+    def _check_share(self, peer: Peer, more: bool) -> None:
+        """Raises Busy where a peer has as many sessions as one may have; `more`: the session would take a free slot."""
         mine, free = len(self.of.get(peer, ())), self._slots - len(self._sessions)
         if 0 < self._peer_sessions <= mine:
             why = f"this client has {mine} sessions, as many as one may have (serve.client_slots)"
-        elif self._slots and not self._peer_sessions and mine and mine >= free:
+        elif more and self._slots and not self._peer_sessions and mine and mine >= free:
             why = f"this client has {mine} sessions, and {free} slots are left for others (serve.client_slots)"
         else:
             return

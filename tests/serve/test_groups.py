@@ -719,6 +719,23 @@ def test_a_session_of_a_group_that_is_taken_over_is_refused_alone(make: Make, to
     assert pred.heads[0] == alone(toy, [tick("s1", k, 1) for k in range(2)])[1]
 
 
+def test_a_session_that_finds_no_slot_when_its_group_comes_back_is_refused_alone(make: Make, toy: Path) -> None:
+    host = make()
+    names = NAMES[:4]
+    tokens = group_of(host, names)
+    ask(host, block(names, 0))
+    host.gone(b"a", NOW)
+    for i in range(13):
+        ask(host, protocol.Open(session=f"b{i}"), b"b")
+    [found] = ask(host, protocol.OpenGroup(group=1, sessions=tuple(names), tokens=tuple(tokens)))
+    assert [(of.row, of.error) for of in found.refused] == [(3, "busy")]
+    [preds] = ask(host, block(names, 1))
+    assert [(of.error, rows_of(of.rows).tolist()) for of in preds.refused] == [("unknown", [3])]
+    assert rows_of(preds.rows).tolist() == [0, 1, 2]
+    expected = [alone(toy, [tick(names[i], 0, i), tick(names[i], 1, i)])[1] for i in range(3)]
+    assert preds.heads[0] == b"".join(expected)
+
+
 def test_a_block_with_a_row_twice_is_stepped_without_it(make: Make, toy: Path) -> None:
     host = make()
     group_of(host, NAMES[:2])

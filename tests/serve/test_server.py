@@ -933,6 +933,23 @@ def test_one_client_has_no_more_sessions_than_are_left_for_others(make: Make, to
     assert kinds == [(b"b", "Done"), (b"b", "BusyNow"), (b"a", "BusyNow"), (b"f", "Ready")]
 
 
+def test_a_client_that_reconnects_before_that_is_noticed_gets_all_its_sessions(make: Make) -> None:
+    """They are open, and take no slot that is left for others."""
+    host = make(slots=16, host_slots=16)
+    for peer, count in ((b"a", 8), (b"b", 4)):
+        for i in range(count):
+            say(host, protocol.Open(session=f"{peer.decode()}{i}"), peer)
+    finish(host)
+    tokens = {r.session: r.token for _, r in replies_of(host) if isinstance(r, protocol.Ready)}
+    assert len(tokens) == 12
+    for i in range(8):
+        say(host, protocol.Open(session=f"a{i}", token=tokens[f"a{i}"]), b"again")
+    say(host, protocol.Open(session="more"), b"again")
+    finish(host)
+    replies = [reply for peer, reply in replies_of(host) if peer == b"again"]
+    assert [type(reply).__name__ for reply in replies] == ["Ready"] * 8 + ["BusyNow"]
+
+
 @pytest.mark.process
 def test_states_that_are_lost_at_the_end_are_counted_and_the_exit_code_is_3(toy: Path, tmp_path: Path) -> None:
     process, address = start(toy, tmp_path, 0)
