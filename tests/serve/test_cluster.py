@@ -606,11 +606,12 @@ def test_a_missing_nats_server_is_an_error_within_the_timeout() -> None:
 
 
 @needs_nats
+@pytest.mark.slow
 @pytest.mark.process
 def test_a_cluster_without_engines_is_an_error(cluster: Cluster) -> None:
     async def main() -> None:
         with pytest.raises(NotRunning, match="no engine of a cluster answers 'any'"):
-            async with ClusterClient(cluster.url, timeout_s=0.3):
+            async with ClusterClient(cluster.url):  # in less time NATS may not answer, which is another error
                 pass
 
     asyncio.run(main())

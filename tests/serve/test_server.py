@@ -817,7 +817,7 @@ def test_a_server_without_its_folder_of_states_says_so_and_serves_on(toy: Path, 
     failures, again = said
     assert "expired states cannot be removed" in failures or "cannot be written to" in failures
     assert failures.endswith("sessions stay open, and it is tried again")
-    assert re.fullmatch(r"states are written again; [3-9] times that was not possible", again)
+    assert re.fullmatch(r"states are written again; ([3-9]|\d\d+) times that was not possible", again)
     assert server.unsaved == 0
 
 
@@ -1072,18 +1072,21 @@ def test_the_page_runs_as_written(tmp_path: Path) -> None:
     assert command is not None
     env = os.environ | {"XDG_STATE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     # a busy machine may be measured as too slow for more than one session
-    (tmp_path / "serve.toml").write_text("[admission]\nshare = 1.0\n")
+    (tmp_path / "serve.toml").write_text("[admission]\nshare = 1.0\n[serve]\nport = 0\n")
     words = [*command.group(1).split()[1:], "--config", str(tmp_path / "serve.toml")]
     server = subprocess.Popen(
         [sys.executable, "-m", "stream_mmrnn", *words], stdout=subprocess.PIPE, text=True, env=env
     )
     try:
         assert server.stdout is not None
-        assert "serving turn_taking at tcp://127.0.0.1:7701" in server.stdout.readline()
+        address = re.search(r"serving turn_taking at (tcp://127\.0\.0\.1:\d+)", server.stdout.readline())
+        assert address is not None
         snippets = [b for b in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "ClusterClient" not in b]
         assert len(snippets) == 4
         for snippet in snippets:
-            said = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, env=env, timeout=60)
+            assert "tcp://127.0.0.1:7701" in snippet, "the usual port, which may be taken here"
+            code = snippet.replace("tcp://127.0.0.1:7701", address[1])
+            said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=60)
             assert said.returncode == 0, said.stderr
             assert len(said.stdout.splitlines()) == 25
         server.send_signal(signal.SIGINT)
