@@ -196,6 +196,10 @@ class StateStore:
 
     def write(self, path: Path, raw: bytes, unix_ns: int, what: str) -> None:
         """Write a file of the folder; it is on the disk when this returns. Raises SnapshotError, which names `what`."""
+        if len(raw) > MAX_BYTES:
+            raise SnapshotError(
+                f"{what} cannot be written: {len(raw)} bytes, expected at most {MAX_BYTES}; use a smaller model"
+            )
         beside = path.with_name(f"{path.stem}.{os.getpid()}.{next(_counter)}{_TEMPORARY}")
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # it may have been removed

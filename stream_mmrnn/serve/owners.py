@@ -39,9 +39,9 @@ class Owners:
         self._peer_sessions, self._slots = peer_sessions, slots
         self.of: dict[Peer, set[str]] = {}
         """By peer, its sessions."""
-        self.taking: dict[Key, Peer] = {}
-        """Sessions or groups that a peer takes over with a token when the ticks that wait are stepped; others' messages
-        about them wait for that."""
+        self.taking: dict[Key, tuple[Peer, str]] = {}
+        """Sessions or groups of which a peer takes a session over, by its name, with a token when the ticks that wait
+        are stepped; others' messages about them wait for that."""
 
     # ---- what has to wait ----------------------------------------------------------------------------------------
 
@@ -52,6 +52,10 @@ class Owners:
         served = self._queues.served.get(session := getattr(request, "session", ""))
         return served.key if served is not None else session
 
+    def is_taken(self, key: Key, peer: Peer) -> bool:
+        """Whether a message of this peer has to wait until another one has taken a session over."""
+        return key in self.taking and self.taking[key][0] != peer
+
     def can_now(self, peer: Peer, session: str, token: str | None) -> bool:
         """Whether a request about a session can be handled now, which comes after its ticks."""
         served = self._queues.served.get(session)
@@ -60,19 +64,22 @@ class Owners:
         if served.peer == peer:
             return False
         if token is not None and self._sessions.has_token(session, token):
-            self.taking.setdefault(served.key, peer)
+            self.taking.setdefault(served.key, (peer, session))
             return False
         return True  # it will be refused
 
     def can_group(self, put: Put, request: protocol.OpenGroup, turns: Turns) -> bool:
-        """Whether a `group` can be handled now: not while ticks or messages of one of its sessions wait."""
+        """Whether a `group` can be handled now: not while ticks or earlier messages of one of its sessions wait.
+
+        It does not wait for later ones, which may wait for it.
+        """
         group = self._queues.groups.get((put.peer, request.group))
         if group is not None and group.waiting:
             return False
         for session, token in zip(request.sessions, tokens_of(request), strict=True):
             served = self._queues.served.get(session)
             key = served.key if served is not None else session
-            if self.taking.get(key, put.peer) != put.peer or (key != put.key and turns.has(put.peer, key)):
+            if self.is_taken(key, put.peer) or (key != put.key and turns.has_earlier(put, key)):
                 return False
             if not self.can_now(put.peer, session, token):
                 return False
@@ -85,10 +92,13 @@ class Owners:
     ) -> tuple[protocol.Ready, Served]:
         """Open a session for a peer, and tell the one that had it."""
         before = self._queues.served.get(session)
-        self.taking.pop(before.key if before is not None else session, None)
+        if self.taking:
+            # its group may be another one by now, or none
+            over = before.key if before is not None else session
+            self.taking = {k: by for k, by in self.taking.items() if k != over and by != (peer, session)}
         self._pushes.check_kind(session, raw)
         if session not in self.of.get(peer, ()):
-            self._check_share(peer)
+            self._check_share(peer, more=not self._sessions.has_token(session, token))
         opened = self._sessions.open(session, token, now_ns=now_ns)
         self._pushes.begin(session, raw, opened, now_ns)
         first = before.peer if before is not None else NO_ONE
@@ -110,13 +120,13 @@ class Owners:
         found: list[protocol.Ready | StreamError] = []
         rows = range(request.first, request.first + len(request.sessions))
         for row, session, token in zip(rows, request.sessions, tokens_of(request), strict=True):
+            group.grow(row + 1)  # blocks have a row of it also where it is refused
             try:
                 ready, served = self.opened(peer, session, token, False, now_ns)
             except StreamError as e:
                 self._counts["refused"] += 1
                 found.append(e)
                 continue
-            group.grow(row + 1)
             if served.group is not group or served.row != row:
                 left = served.group
                 group.put(row, served)
@@ -128,12 +138,12 @@ class Owners:
             self._queues.groups[key] = group
         return found
 
-    def _check_share(self, peer: Peer) -> None:
-        """Raises Busy where a peer has as many sessions as one may have."""
+    def _check_share(self, peer: Peer, more: bool) -> None:
+        """Raises Busy where a peer has as many sessions as one may have; `more`: the session would take a free slot."""
         mine, free = len(self.of.get(peer, ())), self._slots - len(self._sessions)
         if 0 < self._peer_sessions <= mine:
             why = f"this client has {mine} sessions, as many as one may have (serve.client_slots)"
-        elif self._slots and not self._peer_sessions and mine and mine >= free:
+        elif more and self._slots and not self._peer_sessions and mine and mine >= free:
             why = f"this client has {mine} sessions, and {free} slots are left for others (serve.client_slots)"
         else:
             return

@@ -130,7 +130,7 @@ class Host:
         if isinstance(request, protocol.OpenGroup):
             self._receive_group(peer, request, len(content), now_ns)
             return len(request.sessions)
-        self._receive(Put(peer, self._owners.key(peer, request), request, len(content), now_ns))
+        self._receive(Put(peer, self._owners.key(peer, request), request, len(content), now_ns, counts["messages"]))
         if isinstance(request, protocol.Steps):
             return max(len(request.ticks) // 8, 1 + len(content) // _READ_BYTES)
         return 1 + len(content) // _READ_BYTES
@@ -161,7 +161,7 @@ class Host:
             to = at + OPENED_AT_ONCE
             part = replace(request, sessions=sessions[at:to], tokens=tokens[at:to], first=request.first + at)
             share = size * len(part.sessions) // len(sessions)
-            self._receive(Put(peer, (peer, request.group), part, share, now_ns))
+            self._receive(Put(peer, (peer, request.group), part, share, now_ns, self.counts["messages"]))
 
     def handle(self, peer: Peer, request: protocol.Request, now_ns: int) -> None:
         """Handle one decoded message at once, after the ticks before it."""
@@ -175,7 +175,7 @@ class Host:
         request = put.request
         if isinstance(request, protocol.OpenGroup):
             return self._owners.can_group(put, request, self._turns)
-        if self._owners.taking and self._owners.taking.get(self._owners.key(put.peer, request), put.peer) != put.peer:
+        if self._owners.taking and self._owners.is_taken(self._owners.key(put.peer, request), put.peer):
             return False
         return not isinstance(request, _AFTER_TICKS) or self._owners.can_now(
             put.peer, request.session, getattr(request, "token", None) if isinstance(request, protocol.Open) else None
@@ -359,7 +359,7 @@ class Host:
     def gone(self, peer: Peer, now_ns: int) -> int:
         """A peer has disconnected: save and evict its sessions; returns how many it had."""
         self._turns.forget(peer)
-        for key in [key for key, by in self._owners.taking.items() if by == peer]:
+        for key in [key for key, (by, _) in self._owners.taking.items() if by == peer]:
             del self._owners.taking[key]
         self._queues.drop_groups(peer)
         sessions = list(self._owners.of.get(peer, ()))
@@ -380,7 +380,10 @@ class Host:
     def leave(self, now_ns: int) -> int:
         """Step waiting ticks, then save and evict all sessions, as the server ends; returns how many."""
         while self.ready:
+            any_ticks, waiting = bool(self._queues), len(self._turns)
             self.step(now_ns)
+            if not any_ticks and len(self._turns) == waiting:
+                break  # they wait for each other; the states are saved without them
         notices = self.sessions.leave(now_ns)
         for notice in notices:
             self._notify(notice)

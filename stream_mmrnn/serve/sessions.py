@@ -363,8 +363,9 @@ class Sessions(OpenSessions):
         live.active_ns = now_ns
         if live.leaving == "idle":
             self._stay(session, live)
-        if due and self.settings.snapshot_every:
-            live.unsaved = max(live.unsaved, self.settings.snapshot_every) if live.unsaved >= 0 else live.unsaved
+        if live.unsaved >= 0:
+            # it counts as one tick, for `flush` saves no state that is unchanged
+            live.unsaved = max(live.unsaved, self.settings.snapshot_every if due else 0, 1)
 
     def _misfit(self, tick: Tick) -> BadTick | None:
         """Why a tick does not fit the model.

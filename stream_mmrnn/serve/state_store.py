@@ -26,7 +26,7 @@ _SUFFIX, _ALONE = ".states", ".safetensors"
 _MOST_FILES = 16
 """With more the smallest ones are rewritten as one."""
 _MERGED_BYTES = MAX_BYTES // 4
-"""No larger file is made by rewriting."""
+"""No larger file is made of several sessions."""
 _FOREVER_NS = -(2**62)
 """As the present time: nothing has expired."""
 
@@ -52,6 +52,8 @@ class _File:
         self.live = np.ones(len(rows), np.bool_)
         """By row: no newer file has the session."""
         self.gone = gone
+        self.unread = False
+        """It was to be rewritten, and could not be read; that is not tried again."""
 
     @property
     def live_bytes(self) -> int:
@@ -73,7 +75,7 @@ class StateBlockStore(StateStore):
         """Reads what is in the folder. Raises FileError if it cannot be used."""
         super().__init__(folder, ttl_s)
         self.damaged: list[str] = []
-        """Why files in the folder do not count; they are left there."""
+        """Why files in the folder do not count, or cannot be rewritten; they are left there."""
         self._lock = threading.Lock()
         """Of what is below; never held while the disk is used."""
         self._files: tuple[_File, ...] = ()
@@ -105,18 +107,21 @@ class StateBlockStore(StateStore):
         """A file is on the disk: it counts, and not what older ones have of its sessions."""
         keys = np.concatenate([file.keys, file.gone])
         with self._lock:
-            for older in self._files:
+            before, self._files = self._files, (*self._files, file)
+            for older in before:  # after the new one is there: who reads meanwhile finds one of the two
                 older.live &= ~np.isin(older.keys, keys)
-            self._files = (*self._files, file)
             self._cached = None
 
     def _find(self, key: int) -> tuple[_File, int] | None:
         """The file of a session, and its row there."""
-        for file in reversed(self._files):
-            row = file.find(key)
-            if row >= 0:
-                return file, row
-        return None
+        while True:
+            files = self._files
+            for file in reversed(files):
+                row = file.find(key)
+                if row >= 0:
+                    return file, row
+            if files is self._files:  # else the session may be in the file that was added meanwhile
+                return None
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
@@ -167,14 +172,19 @@ class StateBlockStore(StateStore):
         return path
 
     def save_rows(self, rows: StateRows, unix_ns: int) -> None:
-        """Write the states of many sessions as one file; they are on the disk when this returns.
+        """Write the states of many sessions as one file, or several of `_MERGED_BYTES`; they are on the disk when this
+        returns.
 
         Raises:
-            SnapshotError: they cannot be written; older ones, if any, are still there.
+            SnapshotError: not all can be written; older ones of those, if any, are still there.
 
         """
         self._unix_ns = unix_ns
-        self._write_rows(rows, np.zeros(0, np.uint64))
+        size = sum(of.nbytes for of in rows.states.states.values()) // max(len(rows), 1)
+        most = max(_MERGED_BYTES // max(size, 1), 1)
+        for at in range(0, len(rows), most):
+            part = rows if most >= len(rows) else rows.take(range(at, min(at + most, len(rows))))
+            self._write_rows(part, np.zeros(0, np.uint64))
         self._forget_alone(rows.sessions)
         self._tidy()
 
@@ -206,12 +216,16 @@ class StateBlockStore(StateStore):
         self._add(_File(number, path, len(raw), rows, gone))
 
     def _tidy(self) -> None:
-        """Remove files that do not count any more; where there are too many, rewrite the smallest ones as one."""
+        """Remove files that do not count any more; where there are too many, rewrite the smallest ones as one.
+
+        What cannot be read or written here is no error: the states that were to be saved are on the disk.
+        """
         self._remove_old()
-        if len(self._files) <= _MOST_FILES:
+        files = [of for of in self._files if not of.unread]
+        if len(files) <= _MOST_FILES:
             return
         by_model: dict[str, list[_File]] = {}
-        for file in sorted(self._files, key=lambda of: of.live_bytes):
+        for file in sorted(files, key=lambda of: of.live_bytes):
             some = by_model.setdefault(file.model, [])
             if sum(of.live_bytes for of in some) + file.live_bytes <= _MERGED_BYTES:
                 some.append(file)
@@ -220,15 +234,26 @@ class StateBlockStore(StateStore):
             return
         parts = []
         for file in some:
-            rows = self._rows(file) if file.live.any() else None
+            try:
+                rows = self._rows(file) if file.live.any() else None
+            except SnapshotError as e:
+                self.damaged.append(str(e))
+                file.unread = True
+                continue
             if rows is not None:
                 parts.append(rows.take(np.flatnonzero(file.live).tolist()))
+        some = [of for of in some if not of.unread]
+        if not some:
+            return
         others = [of for of in self._files if of not in some]
         gone = np.unique(np.concatenate([of.gone for of in some]))
         older = [
             key for key in gone.tolist() if self._find(key) is None and _are_in(np.array([key], np.uint64), others)
         ]
-        self._write_rows(joined_rows(parts) if parts else _none(), np.array(older, np.uint64))
+        try:
+            self._write_rows(joined_rows(parts) if parts else _none(), np.array(older, np.uint64))
+        except SnapshotError:
+            return  # the files are still there
         self._drop(some)
         self._remove_old()
 

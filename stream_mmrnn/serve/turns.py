@@ -55,6 +55,8 @@ class Put(NamedTuple):
     request: protocol.Request
     size: int
     received_ns: int
+    number: int = 0
+    """Grows with each message of a peer."""
 
 
 class Turns:
@@ -75,6 +77,15 @@ class Turns:
     def has(self, peer: Peer, key: Hashable) -> bool:
         """Whether a message of this peer with this key waits."""
         return peer in self._put_off and key in self._put_off[peer]
+
+    def has_earlier(self, put: Put, key: Hashable) -> bool:
+        """Whether a message of the same peer waits that has this key and came before `put`."""
+        waiting = self._put_off.get(put.peer, {}).get(key)
+        return waiting is not None and len(waiting) > 0 and waiting[0].number < put.number
+
+    def __len__(self) -> int:
+        """How many messages wait."""
+        return sum(self._count.values())
 
     def pay(self, peer: Peer, cost: int) -> bool:
         """Take a cost from the peer's budget; False where it has too little."""

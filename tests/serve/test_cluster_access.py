@@ -460,7 +460,7 @@ def test_the_packaged_configuration_lets_a_client_read_its_own_answers_only(
         with pytest.raises(NotRunning, match="does not accept these credentials"):
             await connect(cluster.url_of(""), timeout_s=3.0)
         with pytest.raises(NotRunning, match="answers 'bob'"):
-            async with ClusterClient(alices, user="bob", timeout_s=1.0):
+            async with ClusterClient(alices, user="bob"):
                 pass
 
     try:

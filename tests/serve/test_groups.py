@@ -40,6 +40,7 @@ from stream_mmrnn.serve.server import Server
 from stream_mmrnn.serve.session_host import Host
 from stream_mmrnn.serve.sessions import Sessions
 from stream_mmrnn.serve.state_store import StateBlockStore
+from stream_mmrnn.serve.turns import BUDGET
 
 S = 1_000_000_000
 NOW = 10**15
@@ -719,6 +720,23 @@ def test_a_session_of_a_group_that_is_taken_over_is_refused_alone(make: Make, to
     assert pred.heads[0] == alone(toy, [tick("s1", k, 1) for k in range(2)])[1]
 
 
+def test_a_session_that_finds_no_slot_when_its_group_comes_back_is_refused_alone(make: Make, toy: Path) -> None:
+    host = make()
+    names = NAMES[:4]
+    tokens = group_of(host, names)
+    ask(host, block(names, 0))
+    host.gone(b"a", NOW)
+    for i in range(13):
+        ask(host, protocol.Open(session=f"b{i}"), b"b")
+    [found] = ask(host, protocol.OpenGroup(group=1, sessions=tuple(names), tokens=tuple(tokens)))
+    assert [(of.row, of.error) for of in found.refused] == [(3, "busy")]
+    [preds] = ask(host, block(names, 1))
+    assert [(of.error, rows_of(of.rows).tolist()) for of in preds.refused] == [("unknown", [3])]
+    assert rows_of(preds.rows).tolist() == [0, 1, 2]
+    expected = [alone(toy, [tick(names[i], 0, i), tick(names[i], 1, i)])[1] for i in range(3)]
+    assert preds.heads[0] == b"".join(expected)
+
+
 def test_a_block_with_a_row_twice_is_stepped_without_it(make: Make, toy: Path) -> None:
     host = make()
     group_of(host, NAMES[:2])
@@ -736,6 +754,84 @@ def test_a_group_of_many_is_opened_in_parts_and_others_go_on(make: Make) -> None
     assert isinstance(ask(host, protocol.Open(session="b"), b"b")[0], protocol.Ready)
     [preds] = ask(host, block([f"m{i}" for i in range(14)], 0))
     assert len(preds.heads[0]) == 14 * 8
+
+
+def steps_until_idle(host: Host) -> int:
+    """Steps the host as long as something waits, but no more than a hundred times."""
+    for count in range(100):
+        if not host.ready:
+            return count
+        host.step(NOW)
+    return 100
+
+
+def test_groups_that_exchange_their_sessions_do_not_wait_for_each_other(make: Make, toy: Path) -> None:
+    host = make()
+    [one], [two] = group_of(host, ["s0"]), group_of(host, ["s1"], number=2)
+    for _ in range(BUDGET):
+        host.receive(b"a", protocol.encode(protocol.Hello()), NOW)  # both messages wait
+    host.out.clear()
+    for number, name, token in ((1, "s1", two), (2, "s0", one)):
+        request = protocol.OpenGroup(group=number, sessions=(name,), tokens=(token,))
+        host.receive(b"a", protocol.encode(request), NOW)
+    assert steps_until_idle(host) < 100
+    assert [(r.group, r.tokens) for _, r in host.out if isinstance(r, protocol.Grouped)] == [(1, (two,)), (2, (one,))]
+    host.out.clear()
+    [preds] = ask(host, block(["s1"], 0))
+    assert preds.heads[0] == alone(toy, [tick("s1", 0)])[0]
+
+
+def test_a_session_moves_to_another_group_after_the_blocks_that_were_sent_before(make: Make) -> None:
+    host = make()
+    group_of(host, ["s0"])
+    [token] = group_of(host, ["s1"], number=2)
+    for _ in range(BUDGET):
+        host.receive(b"a", protocol.encode(protocol.Hello()), NOW)
+    for request in (
+        protocol.OpenGroup(group=2, sessions=("s2",), first=1),
+        msgspec.structs.replace(block(["s1"], 0, rows=[0]), group=2),
+        protocol.OpenGroup(group=1, sessions=("s1",), tokens=(token,), first=1),
+    ):
+        host.receive(b"a", protocol.encode(request), NOW)
+    assert steps_until_idle(host) < 100
+    [preds] = [reply for _, reply in host.out if isinstance(reply, protocol.Preds)]
+    assert not preds.refused
+
+
+def test_a_session_that_is_lost_while_it_is_taken_over_stops_nobody(make: Make) -> None:
+    host = make(engine=HalfDeadEngine)
+    names = NAMES[:2]
+    tokens = group_of(host, names)
+    ask(host, block(names, 0))
+    for _ in names:
+        host.housekeeping(NOW)
+    assert isinstance(host.sessions.engine, HalfDeadEngine)
+    host.sessions.engine.is_dead = True
+    host.receive(b"a", protocol.encode(block(names, 1)), NOW)
+    host.receive(b"b", protocol.encode(protocol.Open(session="s1", token=tokens[1])), NOW)
+    assert steps_until_idle(host) < 100
+    host.out.clear()
+    host.receive(b"a", protocol.encode(block(names, 2)), NOW)
+    assert steps_until_idle(host) < 100, "the rest of the group waits for nothing"
+    [(_, preds)] = host.out
+    assert isinstance(preds, protocol.Preds)
+    assert rows_of(preds.rows).tolist() == [0]
+
+
+def test_a_server_that_ends_saves_the_states_whatever_waits(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two clients take the same two sessions over, each in its own order: neither may."""
+    host = make()
+    tokens = {name: ask(host, protocol.Open(session=name))[0].token for name in NAMES[:2]}
+    for name in tokens:
+        host.receive(b"a", protocol.encode(step_of(tick(name, 0))), NOW)
+    for peer, names in ((b"b", NAMES[:2]), (b"c", NAMES[1::-1])):
+        request = protocol.OpenGroup(group=1, sessions=tuple(names), tokens=tuple(tokens[name] for name in names))
+        host.receive(peer, protocol.encode(request), NOW)
+    assert steps_until_idle(host) == 100
+    step, steps = host.step, iter(range(10))
+    monkeypatch.setattr(host, "step", lambda now_ns: (next(steps), step(now_ns)))
+    assert host.leave(NOW) == 2
+    assert all(host.sessions.is_kept(name, NOW) for name in NAMES[:2])
 
 
 def test_more_blocks_than_may_wait_are_refused(make: Make) -> None:

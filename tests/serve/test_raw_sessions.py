@@ -364,6 +364,26 @@ def test_pushes_out_of_order_are_refused_and_repeated_ones_skipped(
     ]
 
 
+def test_a_flush_saves_a_push_of_which_no_tick_came(make: Callable[[_Memory], Host], pushes: list[Push]) -> None:
+    store = _Memory()
+    host, wire = make(store), list(requests(pushes))
+    host.handle(b"c", protocol.Open(session="a", raw=True), NOW)
+    [(_, ready)] = host.out
+    assert isinstance(ready, protocol.Ready)
+    for number in range(3):
+        host.handle(b"c", wire[number], NOW)
+        host.handle(b"c", protocol.Flush(session="a"), NOW)
+        assert host.out[-1][1] == protocol.Flushed(session="a", next=number + 1)
+        saved = store.kept["a"]
+        host.handle(b"c", protocol.Flush(session="a"), NOW)
+        assert store.kept["a"] is saved, "nothing is new"
+        again = make(store)  # the server was killed
+        again.handle(b"c", protocol.Open(session="a", token=ready.token, raw=True), NOW)
+        host, [(_, opened)] = again, again.out
+        assert isinstance(opened, protocol.Ready)
+        assert opened.next == number + 1
+
+
 def test_a_client_that_does_not_read_is_told(make: Callable[[_Memory], Host]) -> None:
     host = make(_Memory())
     host.handle(b"c", protocol.Open(session="a", raw=True), NOW)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 
 from stream_mmrnn.core.block import StateBlock
 from stream_mmrnn.core.errors import SnapshotError
+from stream_mmrnn.predict import snapshots
 from stream_mmrnn.predict.snapshots import Snapshot, StateStore
+from stream_mmrnn.serve import state_store
 from stream_mmrnn.serve.state_rows import StateRows, from_bytes, to_bytes
-from stream_mmrnn.serve.state_store import _MOST_FILES, StateBlockStore
+from stream_mmrnn.serve.state_store import _MOST_FILES, StateBlockStore, _File
 
 S = 1_000_000_000
 NOW = 10**18
@@ -135,6 +138,89 @@ def test_a_damaged_file_is_said_and_left_there(tmp_path: Path) -> None:
     assert (value_of(again, "s0"), value_of(again, "s1")) == (None, 1)
     again.save_rows(rows_of(["s2"], 2), NOW)
     assert path.exists()
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_file_that_cannot_be_rewritten_does_not_stop_saving(tmp_path: Path, is_there: bool) -> None:
+    store = StateBlockStore(tmp_path, 100)
+    for i in range(_MOST_FILES):
+        store.save_rows(rows_of([f"old{i}"], i), NOW)
+    for path in files(tmp_path)[:2]:
+        if is_there:
+            path.write_bytes(b"damaged")
+        else:
+            path.unlink()
+    for i in range(40):
+        store.save_rows(rows_of([f"new{i}"], i), NOW)
+    assert len(store.damaged) == 2
+    assert [value_of(store, f"new{i}") for i in range(40)] == list(range(40))
+    assert [value_of(store, f"old{i}") for i in range(2, _MOST_FILES)] == list(range(2, _MOST_FILES))
+    assert len(files(tmp_path)) <= _MOST_FILES + 3
+    with pytest.raises(SnapshotError, match="is damaged" if is_there else "was removed by another program"):
+        store.load("old0", NOW)
+    store.save_rows(rows_of(["old0", "old1"], 7), NOW)
+    assert value_of(store, "old0") == value_of(StateBlockStore(tmp_path, 100), "old1") == 7
+
+
+def test_what_is_rewritten_may_fail_and_is_saved_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = StateBlockStore(tmp_path, 100)
+    write = store.write
+
+    def write_small(path: Path, raw: bytes, unix_ns: int, what: str) -> None:
+        if "of 1 sessions" not in what:
+            raise SnapshotError("no space")
+        write(path, raw, unix_ns, what)
+
+    monkeypatch.setattr(store, "write", write_small)
+    for i in range(_MOST_FILES + 4):
+        store.save_rows(rows_of([f"s{i}"], i), NOW)
+    assert [value_of(store, f"s{i}") for i in range(_MOST_FILES + 4)] == list(range(_MOST_FILES + 4))
+
+
+def test_a_session_is_found_while_its_next_state_is_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread writes while another one reads: here the reader looks at each moment."""
+    store = StateBlockStore(tmp_path, 100)
+    store.save_rows(rows_of(["s0"], 1), NOW)
+    store.save_rows(rows_of(["s1"], 1), NOW)
+    isin, find, seen, going = np.isin, _File.find, list[bool](), False
+
+    def isin_and_look(*args: Any) -> Any:
+        seen.append(store.holds("s0", NOW))
+        return isin(*args)
+
+    monkeypatch.setattr(state_store.np, "isin", isin_and_look)
+    store.save_rows(rows_of(["s0"], 2), NOW)
+
+    def find_late(file: _File, key: int) -> int:
+        """The writer is done after the reader has begun."""
+        nonlocal going
+        if not going:
+            going = True
+            store.save_rows(rows_of(["s0"], 3), NOW)
+        return find(file, key)
+
+    monkeypatch.setattr(_File, "find", find_late)
+    seen.append(store.holds("s0", NOW))
+    assert len(seen) > 4
+    assert all(seen)
+
+
+def test_many_large_states_are_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state_store, "_MERGED_BYTES", 40)  # two of 20 bytes
+    store = StateBlockStore(tmp_path, 100)
+    store.save_rows(rows_of(NAMES[:5], 1), NOW)
+    assert len(files(tmp_path)) == 3
+    for found in (store, StateBlockStore(tmp_path, 100)):
+        assert [value_of(found, name) for name in NAMES[:5]] == [1] * 5
+
+
+def test_a_file_that_could_not_be_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = StateBlockStore(tmp_path, 100)
+    store.save_rows(rows_of(["s0"], 1), NOW)
+    monkeypatch.setattr(snapshots, "MAX_BYTES", 500)
+    with pytest.raises(SnapshotError, match=r"of 8 sessions cannot be written: \d+ bytes, expected at most 500"):
+        store.save_rows(rows_of(NAMES, 2), NOW)
+    assert len(files(tmp_path)) == 1
 
 
 def test_states_expire_one_by_one_and_are_swept(tmp_path: Path) -> None:

@@ -192,6 +192,8 @@ class Places:
                 except Busy:
                     self._counts["left"] += 1  # as if evicted: its client opens it again, and gets the reason
                     place.owner = ""
+                    place.kept.clear()
+                    piece.changed = True
             place.state = _rows(states, [i])
         if handles:
             self._engine.restore_block(np.array(handles, np.int64), _rows(states, opened))
@@ -295,6 +297,8 @@ class Places:
                 place.open, place.owner, place.left_ns, place.handle = False, "", unix_ns, -1
                 place.kept.clear()
                 self._counts["evicted"] += 1
+            elif not place.open and not place.left_ns:  # it found no slot here: its time to live begins
+                place.left_ns = unix_ns
             elif not place.open and place.left_ns and unix_ns - place.left_ns > self._ttl_ns:
                 del self.by_name[place.name], place.piece.sessions[place.name]
             else:
