@@ -203,7 +203,8 @@ class ClientGroup:
             lost = of.open & seen & ~busy[of.rows]
             self.skipped += int(np.count_nonzero(lost))
             of.open &= ~lost
-            again = np.flatnonzero(~seen & ~over[of.rows])
+            # not those that the server has no room for: they have no answer, so that a later `poll` asks again
+            again = np.flatnonzero(~seen & ~over[of.rows] & ~busy[of.rows])
             if number in self.unanswered:
                 self.unanswered[number] = now_ns
             if len(again):
