@@ -29,6 +29,7 @@ from stream_mmrnn.core.types import FloatArray, Vectors
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.client_errors import ERRORS
 from stream_mmrnn.serve.client_groups import ASK_AGAIN_NS, KEPT_TICKS, ClientGroup
+from stream_mmrnn.serve.client_requests import Asked, Outstanding, SessionReply, SessionRequest
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -70,11 +71,11 @@ class ClientSession(msgspec.Struct):
     """By tick: when it was sent, or the session last opened again because of it."""
     answers: deque[Answer | SessionError] = msgspec.field(default_factory=deque)
     opened: protocol.Ready | None = None
-    done: protocol.Done | protocol.Flushed | None = None
+    outstanding: Outstanding = msgspec.field(default_factory=Outstanding)
     error: SessionError | None = None
-    """Why the newest `open`, `flush`, `reset` or `close` failed, or why the session is over here."""
-    to_send: deque[int] = msgspec.field(default_factory=deque)
-    """Ticks that wait until the server's queue has room."""
+    """Why the newest `open` failed, or why the session is over here."""
+    to_send: deque[int | Asked] = msgspec.field(default_factory=deque)
+    """Ticks that wait until the server's queue has room, and requests that come after them."""
     on_the_way: set[int] = msgspec.field(default_factory=set)
     reopening: bool = False
     raw: bool = False
@@ -141,7 +142,10 @@ class ClientState:
                 del self._group_of[name]
 
     def _send_of_group(self, content: protocol.Request | bytes) -> None:
-        self.out.append(("", content if isinstance(content, bytes) else protocol.encode(content)))
+        if isinstance(content, bytes):
+            self.out.append(("", content))
+        else:
+            self.send(content)
 
     def _check_name(self, name: str) -> None:
         if not re.match(topics.SESSION_NAME, name):
@@ -204,17 +208,53 @@ class ClientState:
         session.unanswered[index] = now_ns
         session.next_tick = max(session.next_tick, index + 1)
         session.to_send.append(index)
-        while len(session.sent) > KEPT_TICKS and next(iter(session.sent)) < session.to_send[0]:
-            session.sent.popitem(last=False)
+        if len(session.sent) > KEPT_TICKS:
+            waits = next(of for of in session.to_send if not isinstance(of, Asked))
+            while len(session.sent) > KEPT_TICKS and next(iter(session.sent)) < waits:
+                session.sent.popitem(last=False)
         self._pump(session)
 
+    def ask(self, session: ClientSession, request: SessionRequest) -> Asked:
+        """Queue a request, after the ticks before it; `take_back` it at the end. Raises the session's error."""
+        if session.error is not None:
+            raise session.error
+        asked = Asked(request, session.next_tick)
+        if session.reopening and isinstance(request, protocol.Close):
+            # a server without room for the session can close it; ticks that it has not seen are given up
+            session.to_send.clear()
+            session.sent.clear()
+            session.unanswered.clear()
+            self._send_asked(session, asked)
+        else:
+            session.to_send.append(asked)
+            self._pump(session)
+        return asked
+
+    def _send_asked(self, session: ClientSession, asked: Asked) -> None:
+        session.outstanding.add(asked)
+        self.send(asked.request)
+
+    def take_back(self, session: ClientSession, asked: Asked) -> None:
+        """Nobody waits for a request any more: it is not sent, if it was not yet, and its reply is skipped."""
+        if asked in session.to_send:
+            session.to_send.remove(asked)
+            if isinstance(asked.request, protocol.Close):
+                self.send(asked.request)  # the session ends here: what waits before it is not sent any more
+        session.outstanding.give_up(asked)
+
     def _pump(self, session: ClientSession) -> None:
-        """Send as many ticks as the server's queue takes."""
+        """Send as many ticks as the server's queue takes, and the requests after them."""
         assert self.welcome is not None
-        while session.to_send and not session.reopening and len(session.on_the_way) < self.welcome.queue:
-            tick = session.to_send.popleft()
-            session.on_the_way.add(tick)
-            self.out.append((session.name, session.sent[tick].content))
+        while session.to_send and not session.reopening:
+            of = session.to_send[0]
+            if isinstance(of, Asked):
+                self._send_asked(session, of)
+            elif len(session.on_the_way) < self.welcome.queue:
+                session.on_the_way.add(of)
+                self.out.append((session.name, session.sent[of].content))
+            else:
+                return
+            session.to_send.popleft()
 
     def _arrived(self, session: ClientSession, tick: int) -> bool:
         """The server is done with a tick; returns whether it had no answer yet."""
@@ -260,7 +300,7 @@ class ClientState:
             case protocol.Skipped():
                 session.skipped += self._arrived(session, reply.tick)
             case protocol.Done() | protocol.Flushed():
-                session.done = reply
+                self._replied(session, reply)
             case protocol.BusyNow():
                 if not session.reopening:  # else a later `poll` asks again
                     session.error = Busy(reply.why, reply.retry_s)
@@ -304,6 +344,15 @@ class ClientState:
             reply.model,
         )
 
+    @staticmethod
+    def _replied(session: ClientSession, reply: SessionReply) -> None:
+        asked = session.outstanding.reply(reply)
+        if asked is not None and isinstance(asked.request, protocol.Reset):
+            # no server has an older state any more; ticks after the reset may be needed
+            needed = session.unanswered.keys() | set(session.to_send)
+            for tick in [tick for tick in session.sent if tick < asked.before and tick not in needed]:
+                del session.sent[tick]
+
     def _ready(self, session: ClientSession, reply: protocol.Ready, now_ns: int) -> None:
         first = session.opened is None
         session.opened, session.token = reply, reply.token
@@ -331,7 +380,10 @@ class ClientState:
             if tick in session.unanswered:
                 session.unanswered[tick] = now_ns
         session.on_the_way.clear()
-        session.to_send = deque(missing)
+        session.outstanding.reopened()
+        waiting = [of for of in session.to_send if isinstance(of, Asked) or of >= following]
+        queued = set(waiting)
+        session.to_send = deque([*(tick for tick in missing if tick not in queued), *waiting])
         self._pump(session)
 
     def _reopen(self, session: ClientSession) -> None:
@@ -352,8 +404,11 @@ class ClientState:
     def _refused(self, session: ClientSession, reply: protocol.Refused) -> None:
         error = ERRORS.get(reply.error, SessionError)(reply.why)
         if reply.tick < 0:  # the reply to an open, flush, reset or close
-            session.reopening = False
-            session.error = error
+            if reply.error != "duplicate" and session.outstanding.refuse(reply.error, error):
+                return  # while a session is opened again requests wait: this one was sent before the `open`
+            if session.reopening or session.opened is None:
+                session.reopening = False
+                session.error = error
         elif reply.error in ("evicted", "unknown") and session.token is not None and session.error is None:
             if not session.reopening:
                 self._reopen(session)
