@@ -315,7 +315,8 @@ class AsyncClient:
         try:
             await self.wait(group_key(group.number), lambda: group.is_open, timeout_s, late)
         except BaseException:
-            self.client_state.leave_group(group)
+            self.client_state.give_up_group(group)
+            self.post_last()
             raise
         try:
             opened(self.client_state, group)
@@ -334,8 +335,9 @@ class AsyncClient:
                 timeout_s,
                 f"session {session!r} got no reply",
             )
-        except TimedOut:
-            await self.end(session)
+        except BaseException:
+            self.client_state.give_up(state, new=token is None)
+            self.post_last()
             raise
         ready(self.client_state, state)
         return state

@@ -288,7 +288,7 @@ class Client:
         Raises:
             Busy: the server is full; `retry_after_s` says when to ask again.
             DuplicateSession, Evicted, UnknownSession, SessionError: the server refused it.
-            TimedOut: the server did not reply.
+            TimedOut: the server did not reply. If it opens a new session later, that is closed.
 
         """
         return ServedSession(self, self._open(session, token, timeout_s, raw=False))
@@ -309,14 +309,15 @@ class Client:
         Raises:
             UsageError: the lists do not fit, or the server knows no groups.
             Busy, DuplicateSession, Evicted, UnknownSession, SessionError: the server refused one of them.
-            TimedOut: the server did not reply.
+            TimedOut: the server did not reply. If it opens new sessions later, they are closed.
 
         """
         group = self.client_state.new_group(names, tokens)
         try:
             self.wait(lambda: group.is_open, now_ns() + round(timeout_s * 1e9), "the sessions of a group got no reply")
         except BaseException:
-            self.client_state.leave_group(group)
+            self.client_state.give_up_group(group)
+            self.post()
             raise
         try:
             opened(self.client_state, group)
@@ -333,8 +334,9 @@ class Client:
                 now_ns() + round(timeout_s * 1e9),
                 f"session {session!r} got no reply",
             )
-        except TimedOut:
-            del self.client_state.sessions[session]
+        except BaseException:
+            self.client_state.give_up(state, new=token is None)
+            self.post()
             raise
         ready(self.client_state, state)
         return state

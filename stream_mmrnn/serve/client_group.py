@@ -137,9 +137,7 @@ def opened(client_state: ClientState, group: ClientGroup) -> None:
     if not group.errors:
         return
     row, error = next(iter(sorted(group.errors.items())))
-    for i, name in enumerate(group.names):
-        if i not in group.errors and not group.resumed[i]:
-            client_state.send(protocol.Close(session=name))
+    client_state.close_new(group, [row for row in range(len(group.names)) if row not in group.errors])
     client_state.leave_group(group)
     why = _NOT_OPENED.format(len(group.errors), len(group.names), f"{group.names[row]!r}, {error}")
     raise error if len(group.names) == 1 else _like(error, why)

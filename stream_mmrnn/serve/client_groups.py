@@ -94,6 +94,7 @@ class ClientGroup:
         count = len(names)
         self.next_ticks: Integers = np.zeros(count, np.int64)
         self.resumed: Flags = np.zeros(count, np.bool_)
+        self._had_token = [token is not None for token in tokens]
         self._begun: Flags = np.zeros(count, np.bool_)
         """Rows that have been opened once."""
         self._following: Integers = np.zeros(count, np.int64)
@@ -141,6 +142,10 @@ class ClientGroup:
     def is_open(self) -> bool:
         """Whether each session has been opened or refused."""
         return not self._asked_to_open.any()
+
+    def is_new(self, row: int) -> bool:
+        """Whether this group has begun the session, and not continued it."""
+        return bool(self._begun[row]) and not self._had_token[row]
 
     def reopen(self) -> None:
         if not self._reopening:

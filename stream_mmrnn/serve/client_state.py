@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections import OrderedDict, deque
-from collections.abc import Mapping, Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -100,6 +100,9 @@ class ClientState:
         self.sessions: dict[str, ClientSession] = {}
         self._groups: dict[int, ClientGroup] = {}
         self._group_of: dict[str, ClientGroup] = {}
+        self._given_up: Counter[str] = Counter()
+        """Of new sessions, how many `open` have had no reply, and nobody waits for one."""
+        self._groups_given_up: dict[int, ClientGroup] = {}
         self._numbers = itertools.count()
         """Of groups."""
         self._older = False
@@ -140,6 +143,30 @@ class ClientState:
         if self._groups.pop(group.number, None) is not None:
             for name in group.names:
                 del self._group_of[name]
+
+    def give_up(self, session: ClientSession, new: bool) -> None:
+        """Forget a session for whose `open` nobody waits any more. Where it is `new`, the server is to close it."""
+        if self.sessions.get(session.name) is session:
+            del self.sessions[session.name]
+        if not new:
+            del self._given_up[session.name]  # whose reply comes cannot be told any more: nothing is closed
+        elif session.opened is None:
+            self._given_up[session.name] += 1
+        else:
+            self.send(protocol.Close(session=session.name, token=session.token))
+
+    def give_up_group(self, group: ClientGroup) -> None:
+        """Forget a group for whose sessions nobody waits any more; the server is to close those that are new."""
+        self.leave_group(group)
+        self.close_new(group, range(len(group.names)))
+        if not group.is_open:
+            self._groups_given_up[group.number] = group
+
+    def close_new(self, group: ClientGroup, rows: Iterable[int]) -> None:
+        """Ask the server to close sessions that this group has begun."""
+        for row in rows:
+            if group.is_new(row):
+                self.send(protocol.Close(session=group.names[row], token=group.tokens[row]))
 
     def _send_of_group(self, content: protocol.Request | bytes) -> None:
         if isinstance(content, bytes):
@@ -277,7 +304,14 @@ class ClientState:
             group = self._groups.get(reply.group)
             if group is not None:
                 group.receive(reply, now_ns)
+            elif (group := self._groups_given_up.get(reply.group)) is not None and isinstance(reply, protocol.Grouped):
+                group.receive(reply, now_ns)
+                self.close_new(group, range(reply.first, reply.first + len(reply.tokens)))
+                if group.is_open:
+                    del self._groups_given_up[group.number]
             return group_key(reply.group)
+        if reply.session in self._given_up and reply.session not in self.sessions:
+            self._was_given_up(reply)
         if (group := self._group_of.get(reply.session)) is not None:
             group.receive_of_session(reply)
             return group_key(group.number)
@@ -309,6 +343,13 @@ class ClientState:
             case protocol.Refused():
                 self._refused(session, reply)
         return session.name
+
+    def _was_given_up(self, reply: protocol.Reply) -> None:
+        """Close a new session whose `open` was given up."""
+        if isinstance(reply, protocol.Ready | protocol.BusyNow | protocol.Refused):
+            self._given_up -= Counter([reply.session])
+            if isinstance(reply, protocol.Ready) and not reply.resumed:
+                self.send(protocol.Close(session=reply.session, token=reply.token))
 
     def _answer(self, session: ClientSession, reply: protocol.Pred, now_ns: int) -> None:
         if not self._arrived(session, reply.tick):
@@ -358,6 +399,7 @@ class ClientState:
         session.opened, session.token = reply, reply.token
         if first:
             session.next_tick, session.begin_ns = reply.next, reply.at_ns
+            del self._given_up[session.name]  # a reply to an earlier `open` is as good as one to the newest
         elif session.reopening:
             session.reopening = False
             self._send_again(session, reply.next, now_ns)
@@ -406,7 +448,7 @@ class ClientState:
         if reply.tick < 0:  # the reply to an open, flush, reset or close
             if reply.error != "duplicate" and session.outstanding.refuse(reply.error, error):
                 return  # while a session is opened again requests wait: this one was sent before the `open`
-            if session.reopening or session.opened is None:
+            if session.reopening or session.opened is None:  # else to an earlier `open`, which was given up
                 session.reopening = False
                 session.error = error
         elif reply.error in ("evicted", "unknown") and session.token is not None and session.error is None:

@@ -1,7 +1,8 @@
-"""A client's `flush`, `reset` and `close`: in order with its ticks, each with its own reply."""
+"""A client's `flush`, `reset`, `close` and `open`: in order with its ticks, each with its own reply."""
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -12,10 +13,10 @@ import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from serving import Line, alone, running, settings_for, tick
+from serving import Line, alone, features_of, running, settings_for, tick
 
-from stream_mmrnn import Client
-from stream_mmrnn.core.errors import Evicted, SessionError, TimedOut
+from stream_mmrnn import AsyncClient, Client
+from stream_mmrnn.core.errors import DuplicateSession, Evicted, SessionError, TimedOut
 from stream_mmrnn.core.settings import StateSettings
 from stream_mmrnn.core.types import Tick
 from stream_mmrnn.predict.engine import StepEngine
@@ -464,3 +465,91 @@ def test_a_request_that_was_not_sent_in_time_is_not_sent(make: Make) -> None:
     line.client.take_back(session, line.client.ask(session, protocol.Reset(session="s")))
     assert [type(of).__name__ for of in requests(line)] == ["Open"]
     assert [of for of in session.to_send if isinstance(of, Asked)] == []
+
+
+# ---- an `open` for which nobody waits --------------------------------------------------------------------------------
+
+
+def test_the_name_of_an_open_that_was_given_up_is_free(toy: Path, tmp_path: Path) -> None:
+    async def main(address: str) -> None:
+        async with AsyncClient(address) as client:
+            for end in ("again", "later"):
+                opening = asyncio.create_task(client.open(end))
+                await asyncio.sleep(0)
+                opening.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await opening
+                if end == "later":
+                    await (await client.open("other")).close()
+                async with await client.open(end) as session:
+                    assert not session.resumed
+                    assert await session.step({}) is not None
+                    assert await session.flush() == 1
+                with pytest.raises(TimedOut):
+                    await client.open(end, timeout_s=0)
+            with pytest.raises(TimedOut):
+                await client.group(["a", "b"], timeout_s=0)
+            await (await client.open("other")).close()
+            async with await client.group(["a", "b"]) as group:
+                assert (await group.flush()).tolist() == [0, 0]
+
+    with running(settings_for(toy, tmp_path)) as server:
+        asyncio.run(main(server.address))
+        with Client(server.address) as client:
+            with pytest.raises(TimedOut):
+                client.open("s", timeout_s=0)
+            with client.open("s") as session:
+                assert session.step(features_of(tick("s", 0))) is not None
+            with pytest.raises(TimedOut):
+                client.group(["a", "b"], timeout_s=0)
+            client.open("other").close()
+            with client.group(["a", "b"]) as group:
+                assert group.flush().tolist() == [0, 0]
+        assert len(server.sessions) == 0
+
+
+def test_what_the_server_opens_later_is_closed(make: Make) -> None:
+    line = make()
+    line.carry()
+    for again in (False, True):
+        session = line.client.new_session("s")
+        line.client.send(protocol.Open(session="s"))
+        line.client.give_up(session, new=True)
+        if again:
+            session = line.client.new_session("s")
+            line.client.send(protocol.Open(session="s"))
+        line.carry()
+        assert ("s" in line.host.sessions) == again
+    assert session.opened is not None
+    assert session.error is None, "the server refuses the second one: it has the session"
+    group = line.client.new_group(NAMES, None)
+    line.client.give_up_group(group)
+    line.carry()
+    assert list(line.client.sessions) == ["s"]
+    assert len(line.host.sessions) == 1
+    assert not line.client._groups_given_up
+
+
+def test_a_session_that_was_there_before_is_not_closed_by_an_open_that_is_given_up(make: Make) -> None:
+    line = make()
+    token = line.open("s").token
+    del line.client.sessions["s"]  # as `leave`
+    for new in (True, False):
+        session = line.client.new_session("s")
+        line.client.send(protocol.Open(session="s", token=None if new else token))
+        line.client.give_up(session, new)
+        line.carry()
+        assert "s" in line.host.sessions
+        group = line.client.new_group(["s"], None if new else [token])
+        line.client.give_up_group(group)
+        line.carry()
+        assert "s" in line.host.sessions
+    line.client.give_up(line.client.new_session("s"), new=True)  # its `open` is lost
+    line.client.new_session("s")
+    line.client.send(protocol.Open(session="s", token=token))
+    line.client.give_up(line.client.sessions["s"], new=False)
+    line.carry()
+    assert "s" in line.host.sessions
+    line.open("s")
+    with pytest.raises(DuplicateSession):
+        line.client.new_group(["x", "s"], None)
