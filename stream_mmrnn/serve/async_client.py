@@ -21,14 +21,15 @@ from stream_mmrnn.serve.client import (
     STARTING,
     SessionProperties,
     TickSender,
-    done,
     keys_of,
     pushed,
     ready,
+    replied,
     taken,
 )
 from stream_mmrnn.serve.client_base import AsyncClosing
 from stream_mmrnn.serve.client_group import TIMEOUT_S, AsyncGroup, opened
+from stream_mmrnn.serve.client_requests import SessionReply, SessionRequest
 from stream_mmrnn.serve.client_state import Answer, ClientSession, ClientState, group_key
 from stream_mmrnn.serve.raw_pushes import RawPushes
 
@@ -43,20 +44,21 @@ class _AsyncServed(SessionProperties, AsyncClosing):
     def _post(self) -> None:
         self._client.post()
 
-    async def _ask(self, request: protocol.Request, timeout_s: float) -> protocol.Done | protocol.Flushed:
-        session = self._session
-        if session.error is not None:
-            raise session.error
-        session.done = None
-        self._client.client_state.send(request)
+    async def _ask(self, request: SessionRequest, timeout_s: float) -> SessionReply:
+        session, state = self._session, self._client.client_state
+        asked = state.ask(session, request)
         self._client.post()
-        await self._client.wait(
-            session.name,
-            lambda: session.done is not None or session.error is not None,
-            timeout_s,
-            f"session {session.name!r} got no reply",
-        )
-        return done(session)
+        try:
+            await self._client.wait(
+                session.name,
+                lambda: asked.reply is not None or session.error is not None,
+                timeout_s,
+                f"session {session.name!r} got no reply",
+            )
+        finally:
+            state.take_back(session, asked)
+            self._client.post_last()
+        return replied(session, asked)
 
     async def flush(self, timeout_s: float = TIMEOUT_S) -> int:
         """As `ServedSession.flush`."""
@@ -117,7 +119,6 @@ class AsyncServedSession(_AsyncServed, TickSender):
     async def reset(self, timeout_s: float = TIMEOUT_S) -> None:
         """As `ServedSession.reset`."""
         await self._ask(protocol.Reset(session=self.name), timeout_s)
-        self._session.sent.clear()
 
 
 class AsyncRawServedSession(_AsyncServed, RawPushes[Awaitable[list[Answer]]]):
@@ -237,6 +238,11 @@ class AsyncClient:
             of = self.client_state.sessions.get(session)
             self._transport.post(session, content, of.token if of is not None else None)
 
+    def post_last(self) -> None:
+        """As `post`, when a call has failed: perhaps because the client is closed."""
+        if self._transport is not None:
+            self.post()
+
     async def end(self, session: str) -> None:
         """Forget a session."""
         self.client_state.sessions.pop(session, None)
@@ -309,7 +315,8 @@ class AsyncClient:
         try:
             await self.wait(group_key(group.number), lambda: group.is_open, timeout_s, late)
         except BaseException:
-            self.client_state.leave_group(group)
+            self.client_state.give_up_group(group)
+            self.post_last()
             raise
         try:
             opened(self.client_state, group)
@@ -328,8 +335,9 @@ class AsyncClient:
                 timeout_s,
                 f"session {session!r} got no reply",
             )
-        except TimedOut:
-            await self.end(session)
+        except BaseException:
+            self.client_state.give_up(state, new=token is None)
+            self.post_last()
             raise
         ready(self.client_state, state)
         return state
@@ -353,5 +361,6 @@ class AsyncClient:
         """Disconnect. Open sessions are not closed: their tokens open them again."""
         if self._polling is not None:
             await end_tasks(self._polling)
-        if self._transport is not None:
-            await self._transport.close()
+        transport, self._transport = self._transport, None
+        if transport is not None:
+            await transport.close()

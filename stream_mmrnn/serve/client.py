@@ -25,6 +25,7 @@ from stream_mmrnn.core.errors import NotRunning, SessionError, TimedOut, WireErr
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.client_base import Closing, Figures
 from stream_mmrnn.serve.client_group import TIMEOUT_S, Group, opened
+from stream_mmrnn.serve.client_requests import Asked, SessionReply, SessionRequest
 from stream_mmrnn.serve.client_state import Answer, ClientSession, ClientState
 from stream_mmrnn.serve.raw_pushes import RawPushes
 
@@ -118,18 +119,19 @@ class _Served(SessionProperties, Closing):
     def _post(self) -> None:
         self._client.post()
 
-    def _ask(self, request: protocol.Request, timeout_s: float) -> protocol.Done | protocol.Flushed:
-        session = self._session
-        if session.error is not None:
-            raise session.error
-        session.done = None
-        self._client.client_state.send(request)
-        self._client.wait(
-            lambda: session.done is not None or session.error is not None,
-            now_ns() + round(timeout_s * 1e9),
-            f"session {session.name!r} got no reply",
-        )
-        return done(session)
+    def _ask(self, request: SessionRequest, timeout_s: float) -> SessionReply:
+        session, state = self._session, self._client.client_state
+        asked = state.ask(session, request)
+        try:
+            self._client.wait(
+                lambda: asked.reply is not None or session.error is not None,
+                now_ns() + round(timeout_s * 1e9),
+                f"session {session.name!r} got no reply",
+            )
+        finally:
+            state.take_back(session, asked)
+            self._client.post()
+        return replied(session, asked)
 
     def flush(self, timeout_s: float = TIMEOUT_S) -> int:
         """Wait until all that was sent is answered and the state is on disk; the index of the next tick, or push."""
@@ -193,7 +195,6 @@ class ServedSession(_Served, TickSender):
     def reset(self, timeout_s: float = TIMEOUT_S) -> None:
         """Start the state anew; tick indices continue."""
         self._ask(protocol.Reset(session=self.name), timeout_s)
-        self._session.sent.clear()
 
 
 class RawServedSession(_Served, RawPushes[list[Answer]]):
@@ -226,12 +227,13 @@ def pushed(session: ClientSession, number: int) -> list[Answer]:
     return found or []
 
 
-def done(session: ClientSession) -> protocol.Done | protocol.Flushed:
-    if session.error is not None:
-        error, session.error = session.error, None
-        raise error
-    assert session.done is not None
-    return session.done
+def replied(session: ClientSession, asked: Asked) -> SessionReply:
+    """The reply to a request; raises its refusal, or the session's error where there is none."""
+    reply = asked.reply if asked.reply is not None else session.error
+    if isinstance(reply, SessionError):
+        raise reply
+    assert reply is not None
+    return reply
 
 
 def ready(client_state: ClientState, session: ClientSession) -> None:
@@ -286,7 +288,7 @@ class Client:
         Raises:
             Busy: the server is full; `retry_after_s` says when to ask again.
             DuplicateSession, Evicted, UnknownSession, SessionError: the server refused it.
-            TimedOut: the server did not reply.
+            TimedOut: the server did not reply. If it opens a new session later, that is closed.
 
         """
         return ServedSession(self, self._open(session, token, timeout_s, raw=False))
@@ -307,14 +309,15 @@ class Client:
         Raises:
             UsageError: the lists do not fit, or the server knows no groups.
             Busy, DuplicateSession, Evicted, UnknownSession, SessionError: the server refused one of them.
-            TimedOut: the server did not reply.
+            TimedOut: the server did not reply. If it opens new sessions later, they are closed.
 
         """
         group = self.client_state.new_group(names, tokens)
         try:
             self.wait(lambda: group.is_open, now_ns() + round(timeout_s * 1e9), "the sessions of a group got no reply")
         except BaseException:
-            self.client_state.leave_group(group)
+            self.client_state.give_up_group(group)
+            self.post()
             raise
         try:
             opened(self.client_state, group)
@@ -331,8 +334,9 @@ class Client:
                 now_ns() + round(timeout_s * 1e9),
                 f"session {session!r} got no reply",
             )
-        except TimedOut:
-            del self.client_state.sessions[session]
+        except BaseException:
+            self.client_state.give_up(state, new=token is None)
+            self.post()
             raise
         ready(self.client_state, state)
         return state

@@ -16,6 +16,7 @@ from stream_mmrnn.core.errors import SessionError
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.client_base import AsyncClosing, Closing, Figures
 from stream_mmrnn.serve.client_groups import ClientGroup, GroupAnswer
+from stream_mmrnn.serve.client_requests import Asked, SessionRequest
 from stream_mmrnn.serve.client_state import ClientState, group_key
 
 if TYPE_CHECKING:
@@ -86,33 +87,36 @@ class GroupProperties(Figures):
         self._post()
         return number
 
-    def _ask(self, make: Callable[[int], protocol.Request]) -> Callable[[], bool]:
-        """Ask for every session that is not over here; returns whether all have replied."""
-        group = self._group
-        names = [name for row, name in enumerate(group.names) if row not in group.errors]
-        group.replies.clear()
-        for name in names:
-            self._client_state.send(make(group.row[name]))
+    def _ask(self, what: str) -> list[Asked]:
+        """Ask for every session that is not over here."""
+        asked = self._group.ask(self._requests()[what])
         self._post()
-        return lambda: len(group.replies) >= len(names)
+        return asked
 
-    def _replied(self) -> dict[str, protocol.Done | protocol.Flushed]:
-        """The replies; raises the first error."""
-        found: dict[str, protocol.Done | protocol.Flushed] = {}
-        for name, reply in self._group.replies.items():
+    def _all_replied(self, asked: list[Asked]) -> Callable[[], bool]:
+        left = list(asked)
+
+        def over() -> bool:
+            while left and self._group.replied(left[-1]) is not None:
+                left.pop()
+            return not left
+
+        return over
+
+    def _replies(self, asked: list[Asked]) -> Integers:
+        """[N] indices of the next ticks; raises the first error. After a `reset`, older blocks are forgotten."""
+        following = self._group.next_ticks.copy()
+        for of in asked:
+            reply = self._group.replied(of)
             if isinstance(reply, SessionError):
                 raise reply
-            found[name] = reply
-        return found
-
-    def _flushed(self) -> Integers:
-        following = self._group.next_ticks.copy()
-        for name, reply in self._replied().items():
             if isinstance(reply, protocol.Flushed):
-                following[self._group.row[name]] = reply.next
+                following[self._group.row[reply.session]] = reply.next
+        if asked and isinstance(asked[0].request, protocol.Reset):
+            self._group.forget_before(asked[0].before)
         return following
 
-    def _requests(self) -> dict[str, Callable[[int], protocol.Request]]:
+    def _requests(self) -> dict[str, Callable[[int], SessionRequest]]:
         names, tokens = self._group.names, self._group.tokens
         return {
             "flush": lambda row: protocol.Flush(session=names[row]),
@@ -133,9 +137,7 @@ def opened(client_state: ClientState, group: ClientGroup) -> None:
     if not group.errors:
         return
     row, error = next(iter(sorted(group.errors.items())))
-    for i, name in enumerate(group.names):
-        if i not in group.errors and not group.resumed[i]:
-            client_state.send(protocol.Close(session=name))
+    client_state.close_new(group, [row for row in range(len(group.names)) if row not in group.errors])
     client_state.leave_group(group)
     why = _NOT_OPENED.format(len(group.errors), len(group.names), f"{group.names[row]!r}, {error}")
     raise error if len(group.names) == 1 else _like(error, why)
@@ -161,6 +163,15 @@ class Group(GroupProperties, Closing):
     def _wait(self, over: Callable[[], bool], timeout_s: float, late: str) -> None:
         self._client.wait(over, now_ns() + round(timeout_s * 1e9), late)
 
+    def _all(self, what: str, timeout_s: float) -> Integers:
+        asked = self._ask(what)
+        try:
+            self._wait(self._all_replied(asked), timeout_s, self._late("reply"))
+        finally:
+            self._group.take_back(asked)
+            self._post()
+        return self._replies(asked)
+
     def step(self, features: Mapping[str, Any], *, timeout_s: float = TIMEOUT_S, **more: Any) -> GroupAnswer:
         """Send one tick of each of N sessions and wait for the answer, as `send` and `receive`; takes what `send`
         takes. Answers to earlier blocks are skipped.
@@ -183,20 +194,16 @@ class Group(GroupProperties, Closing):
 
     def flush(self, timeout_s: float = TIMEOUT_S) -> Integers:
         """Wait until all that was sent is answered and the states are on disk; [N] indices of the next ticks."""
-        self._wait(self._ask(self._requests()["flush"]), timeout_s, self._late("reply"))
-        return self._flushed()
+        return self._all("flush", timeout_s)
 
     def reset(self, timeout_s: float = TIMEOUT_S) -> None:
         """Start the states anew; tick indices continue."""
-        self._wait(self._ask(self._requests()["reset"]), timeout_s, self._late("reply"))
-        self._replied()
-        self._group.sent.clear()
+        self._all("reset", timeout_s)
 
     def close(self, timeout_s: float = TIMEOUT_S) -> None:
         """End the sessions; the server deletes their states."""
         try:
-            self._wait(self._ask(self._requests()["close"]), timeout_s, self._late("reply"))
-            self._replied()
+            self._all("close", timeout_s)
         finally:
             self.leave()
 
@@ -213,6 +220,15 @@ class AsyncGroup(GroupProperties, AsyncClosing):
 
     async def _wait(self, over: Callable[[], bool], timeout_s: float, late: str) -> None:
         await self._client.wait(group_key(self._group.number), over, timeout_s, late)
+
+    async def _all(self, what: str, timeout_s: float) -> Integers:
+        asked = self._ask(what)
+        try:
+            await self._wait(self._all_replied(asked), timeout_s, self._late("reply"))
+        finally:
+            self._group.take_back(asked)
+            self._client.post_last()
+        return self._replies(asked)
 
     async def step(self, features: Mapping[str, Any], *, timeout_s: float = TIMEOUT_S, **more: Any) -> GroupAnswer:
         """As `Group.step`."""
@@ -234,19 +250,15 @@ class AsyncGroup(GroupProperties, AsyncClosing):
 
     async def flush(self, timeout_s: float = TIMEOUT_S) -> Integers:
         """As `Group.flush`."""
-        await self._wait(self._ask(self._requests()["flush"]), timeout_s, self._late("reply"))
-        return self._flushed()
+        return await self._all("flush", timeout_s)
 
     async def reset(self, timeout_s: float = TIMEOUT_S) -> None:
         """As `Group.reset`."""
-        await self._wait(self._ask(self._requests()["reset"]), timeout_s, self._late("reply"))
-        self._replied()
-        self._group.sent.clear()
+        await self._all("reset", timeout_s)
 
     async def close(self, timeout_s: float = TIMEOUT_S) -> None:
         """As `Group.close`."""
         try:
-            await self._wait(self._ask(self._requests()["close"]), timeout_s, self._late("reply"))
-            self._replied()
+            await self._all("close", timeout_s)
         finally:
             self.leave()

@@ -6,7 +6,7 @@ nothing about transports or waiting calls.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +20,7 @@ from stream_mmrnn.core.types import MAX_TICK
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.block_codec import StepsReader, integers, read_heads, rows_of, to_steps
 from stream_mmrnn.serve.client_errors import ERRORS
+from stream_mmrnn.serve.client_requests import Asked, Outstanding, SessionReply, SessionRequest
 from stream_mmrnn.serve.group_columns import GroupColumns
 
 KEPT_TICKS = 256
@@ -93,6 +94,7 @@ class ClientGroup:
         count = len(names)
         self.next_ticks: Integers = np.zeros(count, np.int64)
         self.resumed: Flags = np.zeros(count, np.bool_)
+        self._had_token = [token is not None for token in tokens]
         self._begun: Flags = np.zeros(count, np.bool_)
         """Rows that have been opened once."""
         self._following: Integers = np.zeros(count, np.int64)
@@ -105,11 +107,12 @@ class ClientGroup:
         self.unanswered: OrderedDict[int, int] = OrderedDict()
         """By block: when it was sent, or the group last opened again because of it."""
         self.answers: deque[GroupAnswer] = deque()
-        self.replies: dict[str, protocol.Done | protocol.Flushed | SessionError] = {}
-        """By session, the reply to a `flush`, `reset` or `close`."""
+        self._outstanding: defaultdict[int, Outstanding] = defaultdict(Outstanding)
+        """By row."""
         self.skipped = 0
         """Ticks that the server had seen already, and whose answers were lost when it died."""
-        self._to_send: deque[int] = deque()
+        self._to_send: deque[int | list[Asked]] = deque()
+        """Blocks that wait until the server's queue has room, and requests that come after them."""
         self._on_the_way: set[int] = set()
         self._reopening = False
         self._blocks = 0
@@ -139,6 +142,10 @@ class ClientGroup:
     def is_open(self) -> bool:
         """Whether each session has been opened or refused."""
         return not self._asked_to_open.any()
+
+    def is_new(self, row: int) -> bool:
+        """Whether this group has begun the session, and not continued it."""
+        return bool(self._begun[row]) and not self._had_token[row]
 
     def reopen(self) -> None:
         if not self._reopening:
@@ -183,8 +190,11 @@ class ClientGroup:
 
     def _send_again(self, now_ns: int) -> None:
         """Send again what the server has not seen, in order. What it has, without an answer, is counted as skipped."""
+        requests = deque(of for of in self._to_send if isinstance(of, list))
         self._to_send.clear()
         self._on_the_way.clear()
+        for outstanding in self._outstanding.values():
+            outstanding.reopened()
         busy = self._following < 0
         oldest = self._oldest()
         for row in np.flatnonzero((oldest > self._following) & (self._following < self.next_ticks) & ~busy).tolist():
@@ -203,13 +213,17 @@ class ClientGroup:
             lost = of.open & seen & ~busy[of.rows]
             self.skipped += int(np.count_nonzero(lost))
             of.open &= ~lost
-            again = np.flatnonzero(~seen & ~over[of.rows])
+            # not those that the server has no room for: they have no answer, so that a later `poll` asks again
+            again = np.flatnonzero(~seen & ~over[of.rows] & ~busy[of.rows])
             if number in self.unanswered:
                 self.unanswered[number] = now_ns
+            while requests and requests[0][0].before <= number:
+                self._to_send.append(requests.popleft())
             if len(again):
                 of.at_server = None if len(again) == len(of.rows) else again
                 self._to_send.append(number)
             self._finish(number, of, now_ns)
+        self._to_send.extend(requests)
         self._pump()
 
     def _oldest(self) -> Integers:
@@ -250,15 +264,61 @@ class ClientGroup:
         self.unanswered[number] = now_ns
         self.next_ticks[block.handles] = np.maximum(self.next_ticks[block.handles], block.indices + 1)
         self._to_send.append(number)
-        while len(self.sent) > KEPT_TICKS and next(iter(self.sent)) < self._to_send[0]:
-            self.sent.popitem(last=False)
+        if len(self.sent) > KEPT_TICKS:
+            waits = next(of for of in self._to_send if not isinstance(of, list))
+            while len(self.sent) > KEPT_TICKS and next(iter(self.sent)) < waits:
+                self.sent.popitem(last=False)
         self._pump()
         return number
 
+    def ask(self, make: Callable[[int], SessionRequest]) -> list[Asked]:
+        """Queue a request for each session that is not over here, after the blocks before it; `take_back` them at the
+        end. `make`: the request for a row.
+        """
+        asked = [Asked(make(row), self._blocks) for row in range(len(self.names)) if row not in self.errors]
+        if self._reopening and asked and isinstance(asked[0].request, protocol.Close):
+            # a server without room for the sessions can close them; ticks that it has not seen are given up
+            self._reopening = False
+            self._to_send.clear()
+            self.sent.clear()
+            self.unanswered.clear()
+        if asked:
+            self._to_send.append(asked)
+            self._pump()
+        return asked
+
+    def take_back(self, asked: list[Asked]) -> None:
+        """Nobody waits for requests any more: they are not sent, if they were not yet, and replies are skipped."""
+        if asked and asked in self._to_send:
+            self._to_send.remove(asked)
+            for of in asked:
+                if isinstance(of.request, protocol.Close):
+                    self._send(of.request)  # the group ends here: what waits before it is not sent any more
+        for of in asked:
+            self._outstanding[self.row[of.request.session]].give_up(of)
+
+    def replied(self, asked: Asked) -> SessionReply | SessionError | None:
+        """The reply to a request, or why the session is over here; None where there is neither yet."""
+        return asked.reply if asked.reply is not None else self.errors.get(self.row[asked.request.session])
+
+    def forget_before(self, block: int) -> None:
+        """The states were reset before this block: no server has an older one any more."""
+        for number in [n for n in self.sent if n < block and n not in self.unanswered and n not in self._to_send]:
+            del self.sent[number]
+
     def _pump(self) -> None:
-        """Send as many blocks as the server's queue takes."""
-        while self._to_send and not self._reopening and len(self._on_the_way) < self._welcome.queue:
-            number = self._to_send.popleft()
+        """Send as many blocks as the server's queue takes, and the requests after them."""
+        while self._to_send and not self._reopening:
+            number = self._to_send[0]
+            if isinstance(number, list):
+                for asked in number:
+                    self._outstanding[self.row[asked.request.session]].add(asked)
+                    self._send(asked.request)
+                self._to_send.popleft()
+                continue
+            if len(self._on_the_way) >= self._welcome.queue:
+                return
+            self._to_send.popleft()
             of = self.sent[number]
             self._on_the_way.add(number)
             if of.at_server is None:
@@ -368,9 +428,9 @@ class ClientGroup:
         row = self.row[reply.session]
         match reply:
             case protocol.Done() | protocol.Flushed():
-                self.replies[reply.session] = reply
+                self._outstanding[row].reply(reply)
             case protocol.Refused():
-                self.replies[reply.session] = ERRORS.get(reply.error, SessionError)(reply.why)
+                self._outstanding[row].refuse(reply.error, ERRORS.get(reply.error, SessionError)(reply.why))
             case protocol.EvictedNow(reason="taken"):
                 why = f"session {reply.session!r} has been taken over by another client that has its token"
                 self._end(row, Evicted(why))

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections import OrderedDict, deque
-from collections.abc import Mapping, Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -29,6 +29,7 @@ from stream_mmrnn.core.types import FloatArray, Vectors
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.client_errors import ERRORS
 from stream_mmrnn.serve.client_groups import ASK_AGAIN_NS, KEPT_TICKS, ClientGroup
+from stream_mmrnn.serve.client_requests import Asked, Outstanding, SessionReply, SessionRequest
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -70,11 +71,11 @@ class ClientSession(msgspec.Struct):
     """By tick: when it was sent, or the session last opened again because of it."""
     answers: deque[Answer | SessionError] = msgspec.field(default_factory=deque)
     opened: protocol.Ready | None = None
-    done: protocol.Done | protocol.Flushed | None = None
+    outstanding: Outstanding = msgspec.field(default_factory=Outstanding)
     error: SessionError | None = None
-    """Why the newest `open`, `flush`, `reset` or `close` failed, or why the session is over here."""
-    to_send: deque[int] = msgspec.field(default_factory=deque)
-    """Ticks that wait until the server's queue has room."""
+    """Why the newest `open` failed, or why the session is over here."""
+    to_send: deque[int | Asked] = msgspec.field(default_factory=deque)
+    """Ticks that wait until the server's queue has room, and requests that come after them."""
     on_the_way: set[int] = msgspec.field(default_factory=set)
     reopening: bool = False
     raw: bool = False
@@ -99,6 +100,9 @@ class ClientState:
         self.sessions: dict[str, ClientSession] = {}
         self._groups: dict[int, ClientGroup] = {}
         self._group_of: dict[str, ClientGroup] = {}
+        self._given_up: Counter[str] = Counter()
+        """Of new sessions, how many `open` have had no reply, and nobody waits for one."""
+        self._groups_given_up: dict[int, ClientGroup] = {}
         self._numbers = itertools.count()
         """Of groups."""
         self._older = False
@@ -140,8 +144,35 @@ class ClientState:
             for name in group.names:
                 del self._group_of[name]
 
+    def give_up(self, session: ClientSession, new: bool) -> None:
+        """Forget a session for whose `open` nobody waits any more. Where it is `new`, the server is to close it."""
+        if self.sessions.get(session.name) is session:
+            del self.sessions[session.name]
+        if not new:
+            del self._given_up[session.name]  # whose reply comes cannot be told any more: nothing is closed
+        elif session.opened is None:
+            self._given_up[session.name] += 1
+        else:
+            self.send(protocol.Close(session=session.name, token=session.token))
+
+    def give_up_group(self, group: ClientGroup) -> None:
+        """Forget a group for whose sessions nobody waits any more; the server is to close those that are new."""
+        self.leave_group(group)
+        self.close_new(group, range(len(group.names)))
+        if not group.is_open:
+            self._groups_given_up[group.number] = group
+
+    def close_new(self, group: ClientGroup, rows: Iterable[int]) -> None:
+        """Ask the server to close sessions that this group has begun."""
+        for row in rows:
+            if group.is_new(row):
+                self.send(protocol.Close(session=group.names[row], token=group.tokens[row]))
+
     def _send_of_group(self, content: protocol.Request | bytes) -> None:
-        self.out.append(("", content if isinstance(content, bytes) else protocol.encode(content)))
+        if isinstance(content, bytes):
+            self.out.append(("", content))
+        else:
+            self.send(content)
 
     def _check_name(self, name: str) -> None:
         if not re.match(topics.SESSION_NAME, name):
@@ -204,17 +235,53 @@ class ClientState:
         session.unanswered[index] = now_ns
         session.next_tick = max(session.next_tick, index + 1)
         session.to_send.append(index)
-        while len(session.sent) > KEPT_TICKS and next(iter(session.sent)) < session.to_send[0]:
-            session.sent.popitem(last=False)
+        if len(session.sent) > KEPT_TICKS:
+            waits = next(of for of in session.to_send if not isinstance(of, Asked))
+            while len(session.sent) > KEPT_TICKS and next(iter(session.sent)) < waits:
+                session.sent.popitem(last=False)
         self._pump(session)
 
+    def ask(self, session: ClientSession, request: SessionRequest) -> Asked:
+        """Queue a request, after the ticks before it; `take_back` it at the end. Raises the session's error."""
+        if session.error is not None:
+            raise session.error
+        asked = Asked(request, session.next_tick)
+        if session.reopening and isinstance(request, protocol.Close):
+            # a server without room for the session can close it; ticks that it has not seen are given up
+            session.to_send.clear()
+            session.sent.clear()
+            session.unanswered.clear()
+            self._send_asked(session, asked)
+        else:
+            session.to_send.append(asked)
+            self._pump(session)
+        return asked
+
+    def _send_asked(self, session: ClientSession, asked: Asked) -> None:
+        session.outstanding.add(asked)
+        self.send(asked.request)
+
+    def take_back(self, session: ClientSession, asked: Asked) -> None:
+        """Nobody waits for a request any more: it is not sent, if it was not yet, and its reply is skipped."""
+        if asked in session.to_send:
+            session.to_send.remove(asked)
+            if isinstance(asked.request, protocol.Close):
+                self.send(asked.request)  # the session ends here: what waits before it is not sent any more
+        session.outstanding.give_up(asked)
+
     def _pump(self, session: ClientSession) -> None:
-        """Send as many ticks as the server's queue takes."""
+        """Send as many ticks as the server's queue takes, and the requests after them."""
         assert self.welcome is not None
-        while session.to_send and not session.reopening and len(session.on_the_way) < self.welcome.queue:
-            tick = session.to_send.popleft()
-            session.on_the_way.add(tick)
-            self.out.append((session.name, session.sent[tick].content))
+        while session.to_send and not session.reopening:
+            of = session.to_send[0]
+            if isinstance(of, Asked):
+                self._send_asked(session, of)
+            elif len(session.on_the_way) < self.welcome.queue:
+                session.on_the_way.add(of)
+                self.out.append((session.name, session.sent[of].content))
+            else:
+                return
+            session.to_send.popleft()
 
     def _arrived(self, session: ClientSession, tick: int) -> bool:
         """The server is done with a tick; returns whether it had no answer yet."""
@@ -237,7 +304,14 @@ class ClientState:
             group = self._groups.get(reply.group)
             if group is not None:
                 group.receive(reply, now_ns)
+            elif (group := self._groups_given_up.get(reply.group)) is not None and isinstance(reply, protocol.Grouped):
+                group.receive(reply, now_ns)
+                self.close_new(group, range(reply.first, reply.first + len(reply.tokens)))
+                if group.is_open:
+                    del self._groups_given_up[group.number]
             return group_key(reply.group)
+        if reply.session in self._given_up and reply.session not in self.sessions:
+            self._was_given_up(reply)
         if (group := self._group_of.get(reply.session)) is not None:
             group.receive_of_session(reply)
             return group_key(group.number)
@@ -260,7 +334,7 @@ class ClientState:
             case protocol.Skipped():
                 session.skipped += self._arrived(session, reply.tick)
             case protocol.Done() | protocol.Flushed():
-                session.done = reply
+                self._replied(session, reply)
             case protocol.BusyNow():
                 if not session.reopening:  # else a later `poll` asks again
                     session.error = Busy(reply.why, reply.retry_s)
@@ -269,6 +343,13 @@ class ClientState:
             case protocol.Refused():
                 self._refused(session, reply)
         return session.name
+
+    def _was_given_up(self, reply: protocol.Reply) -> None:
+        """Close a new session whose `open` was given up."""
+        if isinstance(reply, protocol.Ready | protocol.BusyNow | protocol.Refused):
+            self._given_up -= Counter([reply.session])
+            if isinstance(reply, protocol.Ready) and not reply.resumed:
+                self.send(protocol.Close(session=reply.session, token=reply.token))
 
     def _answer(self, session: ClientSession, reply: protocol.Pred, now_ns: int) -> None:
         if not self._arrived(session, reply.tick):
@@ -304,11 +385,21 @@ class ClientState:
             reply.model,
         )
 
+    @staticmethod
+    def _replied(session: ClientSession, reply: SessionReply) -> None:
+        asked = session.outstanding.reply(reply)
+        if asked is not None and isinstance(asked.request, protocol.Reset):
+            # no server has an older state any more; ticks after the reset may be needed
+            needed = session.unanswered.keys() | set(session.to_send)
+            for tick in [tick for tick in session.sent if tick < asked.before and tick not in needed]:
+                del session.sent[tick]
+
     def _ready(self, session: ClientSession, reply: protocol.Ready, now_ns: int) -> None:
         first = session.opened is None
         session.opened, session.token = reply, reply.token
         if first:
             session.next_tick, session.begin_ns = reply.next, reply.at_ns
+            del self._given_up[session.name]  # a reply to an earlier `open` is as good as one to the newest
         elif session.reopening:
             session.reopening = False
             self._send_again(session, reply.next, now_ns)
@@ -331,7 +422,10 @@ class ClientState:
             if tick in session.unanswered:
                 session.unanswered[tick] = now_ns
         session.on_the_way.clear()
-        session.to_send = deque(missing)
+        session.outstanding.reopened()
+        waiting = [of for of in session.to_send if isinstance(of, Asked) or of >= following]
+        queued = set(waiting)
+        session.to_send = deque([*(tick for tick in missing if tick not in queued), *waiting])
         self._pump(session)
 
     def _reopen(self, session: ClientSession) -> None:
@@ -352,8 +446,11 @@ class ClientState:
     def _refused(self, session: ClientSession, reply: protocol.Refused) -> None:
         error = ERRORS.get(reply.error, SessionError)(reply.why)
         if reply.tick < 0:  # the reply to an open, flush, reset or close
-            session.reopening = False
-            session.error = error
+            if reply.error != "duplicate" and session.outstanding.refuse(reply.error, error):
+                return  # while a session is opened again requests wait: this one was sent before the `open`
+            if session.reopening or session.opened is None:  # else to an earlier `open`, which was given up
+                session.reopening = False
+                session.error = error
         elif reply.error in ("evicted", "unknown") and session.token is not None and session.error is None:
             if not session.reopening:
                 self._reopen(session)

@@ -19,7 +19,12 @@ from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.types import Tick
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.serve import protocol
+from stream_mmrnn.serve.client_state import ClientSession, ClientState
 from stream_mmrnn.serve.server import Server
+from stream_mmrnn.serve.session_host import Host
+
+NOW = 10**15
+"""Of a `Line`."""
 
 
 def tick(session: str, index: int, seed: int = 0) -> Tick:
@@ -43,6 +48,54 @@ def alone(model: Path, ticks: list[Tick]) -> list[bytes]:
     engine = StepEngine(model)
     engine.open(ticks[0].session)
     return [engine.step([of])[0].heads["next"].tobytes() for of in ticks]
+
+
+class Line:
+    """The state of a client and a host, connected without sockets; the host may be restarted."""
+
+    def __init__(self, make: Callable[[], Host]) -> None:
+        self._make = make
+        self.host = make()
+        self.client = ClientState()
+        self.at_ns = NOW
+        self.client.send(protocol.Hello())
+
+    def open(self, name: str) -> ClientSession:
+        session = self.client.new_session(name)
+        self.client.send(protocol.Open(session=name))
+        self.carry()
+        return session
+
+    def put(self, session: ClientSession, of: Tick) -> None:
+        self.client.put(session, features_of(of), None, of.event_ns, of.age_ns, self.at_ns)
+
+    def carry(self, answers: bool = True) -> None:
+        """Deliver messages both ways until none is left; without `answers` the host's replies are lost."""
+        while self.client.out or self.host.ready or self.host.out:
+            self.say()
+            while self.host.ready:
+                self.host.step(self.at_ns)
+            self.hear(answers)
+
+    def say(self) -> None:
+        """Deliver the client's messages."""
+        while self.client.out:
+            self.host.receive(b"c", self.client.out.popleft()[1], self.at_ns)
+
+    def hear(self, answers: bool = True) -> None:
+        """Deliver the host's replies."""
+        out, self.host.out = self.host.out, []
+        for peer, reply in out:
+            if answers and peer == b"c":
+                self.client.receive(protocol.encode(reply), self.at_ns)
+
+    def die(self) -> None:
+        self.host = self._make()
+
+    def wait(self, seconds: int = 2) -> None:
+        """Time passes: the client asks for what it misses."""
+        self.at_ns += seconds * 10**9
+        self.client.poll(self.at_ns)
 
 
 def settings_for(model: Path, states: Path, **serve: object) -> Settings:

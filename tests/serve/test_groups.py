@@ -32,7 +32,7 @@ from stream_mmrnn.core.settings import StateSettings
 from stream_mmrnn.core.types import Tick
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.serve import protocol
-from stream_mmrnn.serve.block_codec import StepsReader, row_bytes, rows_of, to_steps
+from stream_mmrnn.serve.block_codec import StepsReader, column, row_bytes, rows_of, to_steps
 from stream_mmrnn.serve.client_groups import GroupAnswer
 from stream_mmrnn.serve.client_state import ClientState
 from stream_mmrnn.serve.save_queue import WRITERS
@@ -615,6 +615,57 @@ def test_no_answer_harms_a_client(heads: bytes, rows: bytes, block: int, first: 
     reply = protocol.Preds(group=0, block=0, heads=(good,), waited_ns=0, step_ns=0, model="m")
     client.receive(protocol.encode(reply), NOW)
     assert len(group.answers) == 1
+
+
+def test_a_busy_session_of_a_group_is_asked_for_once_a_second(toy: Path) -> None:
+    client, at_ns = ClientState(), NOW
+    welcome = protocol.welcome(StepEngine(toy).spec, 8)
+    client.receive(protocol.encode(welcome), at_ns)
+    group = client.new_group(NAMES[:3], None)
+
+    def grouped(following: int, *refused: protocol.RowRefused) -> None:
+        said = protocol.Grouped(0, 0, ("t", "u", "v"), column(np.full(3, following)), bytes(3), refused)
+        client.receive(protocol.encode(said), at_ns)
+
+    def preds(rows: bytes, *refused: protocol.RowsRefused) -> None:
+        count = 3 if not rows else len(rows) // 4
+        heads = tuple(np.zeros((count, head.size), "<f4").tobytes() for head in welcome.heads)
+        said = protocol.Preds(0, 0, heads, 1, 1, "m", rows, refused=refused)
+        client.receive(protocol.encode(said), at_ns)
+
+    def sent() -> list[str]:
+        found = [type(protocol.read_request(content)).__name__ for _, content in client.out]
+        client.out.clear()
+        return found
+
+    def rows(*of: int) -> bytes:
+        return np.array(of, "<u4").tobytes()
+
+    grouped(0)
+    group.put({}, None, None, None, None, None, at_ns)
+    assert sent() == ["OpenGroup", "Steps"]
+    preds(rows(0, 2), protocol.RowsRefused("evicted", "it has no slot", rows(1)))
+    assert sent() == ["OpenGroup"]
+    busy = protocol.RowRefused(1, "busy", "no slot is free", 1.0)
+    grouped(1, busy)
+    assert sent() == [], "there is no room for it yet"
+    assert list(group.unanswered) == [0]
+    for _ in range(2):
+        at_ns += 2 * 10**9
+        client.poll(at_ns)
+        client.poll(at_ns)
+        assert sent() == ["OpenGroup"]
+        grouped(1, busy)
+        assert sent() == []
+    at_ns += 2 * 10**9
+    client.poll(at_ns)
+    following = column(np.array([1, 0, 1]))
+    client.receive(protocol.encode(protocol.Grouped(0, 0, ("t", "u", "v"), following, bytes(3))), at_ns)
+    assert sent() == ["OpenGroup", "Steps"]
+    preds(rows(1))
+    [answer] = group.answers
+    assert answer.stepped.all()
+    assert group.skipped == 0
 
 
 # ---- the host, without sockets ---------------------------------------------------------------------------------------

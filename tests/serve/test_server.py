@@ -24,7 +24,7 @@ from harness import descendants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import ROOT
-from serving import alone, features_of, running, settings_for, start, step_of, tick
+from serving import NOW, Line, alone, features_of, running, settings_for, start, step_of, tick
 
 from stream_mmrnn import AsyncClient, Client
 from stream_mmrnn.bus import Dealer, request_reply
@@ -55,14 +55,13 @@ from stream_mmrnn.predict.snapshots import StateStore
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve import server as server_module
 from stream_mmrnn.serve.client import ServedSession
-from stream_mmrnn.serve.client_state import KEPT_TICKS, ClientSession, ClientState
+from stream_mmrnn.serve.client_state import KEPT_TICKS, ClientState
 from stream_mmrnn.serve.server import Server
 from stream_mmrnn.serve.session_host import Host
 from stream_mmrnn.serve.session_input import SessionInput
 from stream_mmrnn.serve.sessions import Sessions
 
 S = 1_000_000_000
-NOW = 10**15
 Make = Callable[..., Host]
 
 
@@ -446,37 +445,8 @@ def _one_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 # ---- the state of a client, without sockets --------------------------------------------------------------------------
 
 
-class Line:
-    """The state of a client and a host, connected without sockets; the host may be restarted."""
-
-    def __init__(self, make: Make, **state: float) -> None:
-        self._make = lambda: make(**state)
-        self.host = self._make()
-        self.client = ClientState()
-        self.at_ns = NOW
-        self.client.send(protocol.Hello())
-
-    def put(self, session: ClientSession, of: Tick) -> None:
-        self.client.put(session, features_of(of), None, of.event_ns, of.age_ns, self.at_ns)
-
-    def carry(self, answers: bool = True) -> None:
-        """Deliver messages both ways until none is left; without `answers` the host's replies are lost."""
-        while self.client.out or self.host.ready:
-            while self.client.out:
-                self.host.receive(b"c", self.client.out.popleft()[1], self.at_ns)
-            while self.host.ready:
-                self.host.step(self.at_ns)
-            for _, reply in self.host.out:
-                if answers:
-                    self.client.receive(protocol.encode(reply), self.at_ns)
-            self.host.out.clear()
-
-    def die(self) -> None:
-        self.host = self._make()
-
-
 def test_a_restarted_server_is_sent_the_ticks_that_it_has_not_seen(make: Make, toy: Path) -> None:
-    line = Line(make, snapshot_every=4)
+    line = Line(partial(make, snapshot_every=4))
     session = line.client.new_session("s")
     line.client.send(protocol.Open(session="s"))
     line.carry()
@@ -504,7 +474,7 @@ def test_a_restarted_server_is_sent_the_ticks_that_it_has_not_seen(make: Make, t
 
 
 def test_ticks_that_are_not_kept_any_more_are_an_error(make: Make, toy: Path) -> None:
-    line = Line(make, snapshot_every=0)
+    line = Line(partial(make, snapshot_every=0))
     session = line.client.new_session("s")
     line.client.send(protocol.Open(session="s"))
     line.carry()

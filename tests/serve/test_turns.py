@@ -21,6 +21,7 @@ from stream_mmrnn.core.types import ModelSpec, Stamps, Tick
 from stream_mmrnn.predict.snapshots import Snapshot
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve import server as server_module
+from stream_mmrnn.serve.client_requests import Asked, SessionRequest
 from stream_mmrnn.serve.server import Server
 from stream_mmrnn.serve.state_rows import StateRows
 from stream_mmrnn.serve.state_store import StateBlockStore
@@ -206,10 +207,14 @@ def _drop(client: Client, name: str) -> None:
     client.close()
 
 
-ASKS: dict[str, Callable[[Client, str], None]] = {
-    "flush": lambda client, name: client.client_state.send(protocol.Flush(session=name)),
-    "reset": lambda client, name: client.client_state.send(protocol.Reset(session=name)),
-    "close": lambda client, name: client.client_state.send(protocol.Close(session=name)),
+def _ask(client: Client, request: SessionRequest) -> Asked:
+    return client.client_state.ask(client.client_state.sessions[request.session], request)
+
+
+ASKS: dict[str, Callable[[Client, str], Asked | None]] = {
+    "flush": lambda client, name: _ask(client, protocol.Flush(session=name)),
+    "reset": lambda client, name: _ask(client, protocol.Reset(session=name)),
+    "close": lambda client, name: _ask(client, protocol.Close(session=name)),
     "disconnect": _drop,
     "nothing": lambda client, name: None,
 }
@@ -224,7 +229,7 @@ def test_a_disk_that_stands_still_stops_nobody(name: str, toy: Path, tmp_path: P
             session = other.open("f")
             session.step({})
             assert held.waits.wait(20), "its first state is due"
-            ASKS[name](other, "f")
+            asked = ASKS[name](other, "f")
             if name != "disconnect":
                 other.post()
             with client.open("v") as victim:
@@ -232,9 +237,10 @@ def test_a_disk_that_stands_still_stops_nobody(name: str, toy: Path, tmp_path: P
                 got = [victim.step(features_of(t), event_ns=t.event_ns, age_ns=t.age_ns) for t in ticks]
                 assert [a.heads["next"].tobytes() for a in got if a is not None] == alone(toy, ticks)
                 if name in ("flush", "reset"):
-                    assert session._session.done is None, "it is answered when it is written"
+                    assert asked is not None
+                    assert asked.reply is None, "it is answered when it is written"
                     held.going.set()
-                    other.wait(lambda: session._session.done is not None, now_ns() + 20 * S, "no answer came")
+                    other.wait(lambda: asked.reply is not None, now_ns() + 20 * S, "no answer came")
                 held.going.set()
             if name != "disconnect":
                 other.close()
