@@ -108,7 +108,7 @@ if TYPE_CHECKING:
     from stream_mmrnn.serve.client_group import AsyncGroup as AsyncGroup
     from stream_mmrnn.serve.client_group import Group as Group
     from stream_mmrnn.serve.client_groups import GroupAnswer as GroupAnswer
-    from stream_mmrnn.serve.client_state import Answer as Answer
+    from stream_mmrnn.serve.client_session import Answer as Answer
     from stream_mmrnn.serve.cluster.client import ClusterClient as ClusterClient
     from stream_mmrnn.serve.protocol import Welcome as Welcome
     from stream_mmrnn.serve.sessions import Sessions as Sessions
@@ -165,7 +165,7 @@ _PUBLIC = {
     "serve.client": ("Client", "RawServedSession", "ServedSession"),
     "serve.client_group": ("AsyncGroup", "Group"),
     "serve.client_groups": ("GroupAnswer",),
-    "serve.client_state": ("Answer",),
+    "serve.client_session": ("Answer",),
     "serve.cluster.client": ("ClusterClient",),
     "serve.protocol": ("Welcome",),
     "serve.sessions": ("Sessions",),

@@ -30,7 +30,8 @@ from stream_mmrnn.serve.client import (
 from stream_mmrnn.serve.client_base import AsyncClosing
 from stream_mmrnn.serve.client_group import TIMEOUT_S, AsyncGroup, opened
 from stream_mmrnn.serve.client_requests import SessionReply, SessionRequest
-from stream_mmrnn.serve.client_state import Answer, ClientSession, ClientState, group_key
+from stream_mmrnn.serve.client_session import Answer, ClientSession
+from stream_mmrnn.serve.client_state import ClientState, group_key
 from stream_mmrnn.serve.raw_pushes import RawPushes
 
 

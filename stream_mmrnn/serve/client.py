@@ -26,7 +26,8 @@ from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.client_base import Closing, Figures
 from stream_mmrnn.serve.client_group import TIMEOUT_S, Group, opened
 from stream_mmrnn.serve.client_requests import Asked, SessionReply, SessionRequest
-from stream_mmrnn.serve.client_state import Answer, ClientSession, ClientState
+from stream_mmrnn.serve.client_session import Answer, ClientSession
+from stream_mmrnn.serve.client_state import ClientState
 from stream_mmrnn.serve.raw_pushes import RawPushes
 
 QUEUE = 4096

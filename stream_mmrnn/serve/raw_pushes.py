@@ -14,7 +14,7 @@ import numpy.typing as npt
 from stream_mmrnn.capture.resampler import SoundInput
 from stream_mmrnn.core.errors import UsageError
 from stream_mmrnn.core.sound import mono
-from stream_mmrnn.serve.client_state import ClientSession
+from stream_mmrnn.serve.client_session import ClientSession
 
 Result = TypeVar("Result")
 

@@ -19,7 +19,8 @@ from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.types import Tick
 from stream_mmrnn.predict.engine import StepEngine
 from stream_mmrnn.serve import protocol
-from stream_mmrnn.serve.client_state import ClientSession, ClientState
+from stream_mmrnn.serve.client_session import ClientSession
+from stream_mmrnn.serve.client_state import ClientState
 from stream_mmrnn.serve.server import Server
 from stream_mmrnn.serve.session_host import Host
 

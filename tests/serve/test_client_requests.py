@@ -24,7 +24,7 @@ from stream_mmrnn.predict.snapshots import StateStore
 from stream_mmrnn.serve import protocol
 from stream_mmrnn.serve.client_groups import ClientGroup
 from stream_mmrnn.serve.client_requests import Asked, SessionRequest
-from stream_mmrnn.serve.client_state import ClientSession
+from stream_mmrnn.serve.client_session import ClientSession
 from stream_mmrnn.serve.session_host import Host
 from stream_mmrnn.serve.sessions import Sessions
 

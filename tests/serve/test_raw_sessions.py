@@ -28,7 +28,7 @@ from stream_mmrnn.core.settings import SyntheticSettings
 from stream_mmrnn.core.streams import Stream
 from stream_mmrnn.core.types import ModalitySpec
 from stream_mmrnn.serve import protocol
-from stream_mmrnn.serve.client_state import Answer
+from stream_mmrnn.serve.client_session import Answer
 from stream_mmrnn.serve.server import Server
 from stream_mmrnn.serve.session_host import Host
 from stream_mmrnn.serve.sessions import Sessions
