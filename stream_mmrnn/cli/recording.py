@@ -29,7 +29,8 @@ def info(path: Annotated[Path, typer.Argument(help="A recording.")], as_json: Js
         console = Console(highlight=False)
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(result["started_unix_ns"] / 1e9))
         name = shown(str(path), 400)
-        console.print(f"[bold]{name}[/bold]  session {result['session']!r}, {spoken(result['seconds'])}, begun {when}")
+        about = f"session {result['session']!r}, {spoken(result['seconds'])}, begun {when}"
+        console.print(f"[bold]{name}[/bold]  {about}", soft_wrap=True)
         model = result["model"]
         console.print(f"model {shown(model['name'], 64)} {shown(model['sha256'], 12)}, ended: {shown(result['ended'])}")
         for name, chosen in result["encoders"].items():
