@@ -6,6 +6,7 @@ and reads that session's predictions. Knows nothing about frameworks.
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 from collections.abc import Sequence
@@ -100,6 +101,8 @@ class PredictorTurns:
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="stream-mmrnn turns", daemon=True)
         self._thread.start()
+        # a thread that is inside a library while the interpreter ends would abort the program
+        atexit.register(self.close)
 
     @property
     def threshold(self) -> float | None:
@@ -140,6 +143,7 @@ class PredictorTurns:
             self._closed = True
             self._waiting.put(None)
             self._thread.join(_JOIN_S)
+            atexit.unregister(self.close)
 
     def __enter__(self) -> Self:
         return self

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -192,6 +196,38 @@ def test_an_answer_about_old_sound_is_none_and_lost_sound_is_a_gap() -> None:
         turns.push(QUIET, 16_000)
         assert until(turns.poll)
         assert [at_s for at_s in predictor.given if at_s is not None] == [pytest.approx(302 * 0.04)]
+
+
+UNCLOSED = """
+import time
+from stream_mmrnn.adapters.turns import PredictorTurns
+from test_turn_reader import LOUD, FakePredictor
+
+class Slow(FakePredictor):
+    def push_audio(self, *sound, **more):
+        time.sleep(0.5)
+        print("stepped")
+        return super().push_audio(*sound, **more)
+
+turns = PredictorTurns(Slow())
+turns.push(LOUD, 16_000)
+while not turns._waiting.empty():
+    time.sleep(0.001)
+"""
+
+
+@pytest.mark.process
+def test_a_program_that_ends_without_closing_waits_for_the_step_under_way() -> None:
+    """A thread inside onnxruntime would abort it."""
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-c", UNCLOSED],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (0, "stepped\n"), done.stderr
 
 
 def test_a_fault_is_said_and_ends_with_a_reset() -> None:
