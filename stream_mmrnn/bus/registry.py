@@ -27,6 +27,7 @@ from stream_mmrnn.bus.keys import KeyFolder
 from stream_mmrnn.core import config
 from stream_mmrnn.core.clock import now_ns
 from stream_mmrnn.core.errors import FileError, NotRunning, UsageError
+from stream_mmrnn.core.numbers import whole_number
 from stream_mmrnn.core.streams import Stream
 
 _MAX_BYTES = 65_536
@@ -275,11 +276,12 @@ def reach(
         return entry.address(), entry
     host, _, port = address.removeprefix("tcp://").rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if not (host and port.isascii() and port.isdigit() and len(port) < 6 and 0 < int(port) <= _MAX_PORT):
+    number = whole_number(port, 1, _MAX_PORT)
+    if not host or number is None:
         raise UsageError(f"{address!r} is no address of a bus: give HOST:PORT, as `live` prints it (bus.port)")
     if server_key and keys is None:
         raise UsageError("a server key is of use only with a pair of your own: give the folder of keys, too")
-    return Address.at(host, int(port), KeyFolder(keys).keys(server_key) if keys else None), None
+    return Address.at(host, number, KeyFolder(keys).keys(server_key) if keys else None), None
 
 
 class SessionSearch:

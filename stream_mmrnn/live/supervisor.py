@@ -23,6 +23,7 @@ from stream_mmrnn.core import processes, topics, wire
 from stream_mmrnn.core.clock import RateLimiter, now_ns
 from stream_mmrnn.core.errors import FileError, ProcessError, WireError
 from stream_mmrnn.core.log import Note
+from stream_mmrnn.core.numbers import whole_number
 from stream_mmrnn.core.resources import need_files
 from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.stream_table import stream_table
@@ -226,14 +227,9 @@ class Supervisor:
             self.publish_session("open")
         if node.name == "dashboard":
             port = str(message.detail.get("address", "")).rstrip("/").rpartition(":")[2]
-            if (
-                port.isascii()
-                and port.isdigit()
-                and len(port) < 6
-                and 0 < int(port) < 65536
-                and int(port) != self._page_port
-            ):
-                self._page_port = int(port)
+            number = whole_number(port, 1, 65535)
+            if number is not None and number != self._page_port:
+                self._page_port = number
                 if self._registration is not None:
                     self._registration.update(page=str(message.detail["address"])[:256])
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from stream_mmrnn.bus import Address
 from stream_mmrnn.core import plugins
 from stream_mmrnn.core.errors import SourceSpecError
+from stream_mmrnn.core.numbers import whole_number
 from stream_mmrnn.core.settings import Settings
 from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.streams import SELF, SOURCE_KINDS, Kind, Stream, is_sensor, with_one_value
@@ -76,7 +77,7 @@ def check(spec: str, name: str, kind: Kind, person: str = SELF, settings: Settin
             raise SourceSpecError(f"{name} comes from the page, and this session has none; leave out --no-dashboard")
     elif what == "page" and person != SELF:
         raise SourceSpecError(f"text typed on the page is the first person's, not {name}; use text = 'page'")
-    if what in ("tcp", "zmq") and not (rest.isdigit() and int(rest) < 65536):
+    if what in ("tcp", "zmq") and whole_number(rest, 0, 65535) is None:
         raise SourceSpecError(f"{spec!r} needs a port on this machine, such as {what}:5555")
     if what in ("file", "pipe") and not rest:
         raise SourceSpecError(f"{spec!r} needs a path, such as {what}:PATH")

@@ -19,6 +19,7 @@ from stream_mmrnn.core import topics, wire
 from stream_mmrnn.core.clock import now_ns, wall_offset_ns
 from stream_mmrnn.core.dedup import TickDeduplicator
 from stream_mmrnn.core.errors import WireError
+from stream_mmrnn.core.numbers import whole_number
 from stream_mmrnn.core.prediction_decoder import PredictionDecoder
 from stream_mmrnn.core.stream_table import stream_table
 from stream_mmrnn.core.streams import text_topics
@@ -154,14 +155,14 @@ class DashboardNode(_ViewerNode):
         """Queue a sample of a WebSocket client; why not, or "". Runs in the server's thread, which has no socket."""
         if stream not in self._push_streams:
             return f"the session has no stream {stream!r} with the source push"
-        rate = parse_qs(query).get("rate_hz", [str(topics.AUDIO_RATE_HZ)])[0]
-        if not (rate.isascii() and rate.isdigit() and len(rate) <= 6 and 1000 <= int(rate) <= 384_000):
+        rate_hz = whole_number(parse_qs(query).get("rate_hz", [str(topics.AUDIO_RATE_HZ)])[0], 1000, 384_000)
+        if rate_hz is None:
             return "rate_hz is 1000 to 384000 samples a second"
         if len(self._pushed) >= _MAX_PUSHED:
             return "more was pushed than could be sent; send no faster than the samples are made"
         if content:
             at_ns = now_ns()
-            self._push(stream, Sample(at_ns, at_ns, content), int(rate))
+            self._push(stream, Sample(at_ns, at_ns, content), rate_hz)
         return ""
 
     def _take_reading(self, reading: Reading) -> bool:

@@ -21,6 +21,7 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route, Router, WebSocketRoute
 from starlette.types import Message, Receive, Scope, Send
 
+from stream_mmrnn.core.numbers import whole_number
 from stream_mmrnn.viewers.dashboard.access import Access
 from stream_mmrnn.viewers.dashboard.board import Board, View
 from stream_mmrnn.viewers.dashboard.connections import HttpConnection, WebSocketConnection
@@ -38,8 +39,6 @@ MAX_CLIENTS = 16
 MAX_BODY_BYTES = 16 * 1024
 """Of a POST."""
 MAX_SINCE = 2**53
-_MAX_DIGITS = 16
-"""Of a number in a request: a longer one is refused before it is read."""
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -246,11 +245,11 @@ class Application:
 
     async def _get_sound(self, request: Request) -> Response:
         """The columns of the spectrogram from number `since` on; `X-First` is the number of the first."""
-        since = request.query_params.get("since", "0")
-        if not (since.isascii() and since.isdigit() and len(since) <= _MAX_DIGITS and int(since) < MAX_SINCE):
+        since = whole_number(request.query_params.get("since", "0"), 0, MAX_SINCE - 1)
+        if since is None:
             return PlainTextResponse("since must be the number of a column\n", 400)
         first, columns = request.scope["view"].board.sound
-        begin = max(first, int(since))
+        begin = max(first, since)
         body = columns[(begin - first) * BANDS :]
         return Response(body, headers={"X-First": str(begin)}, media_type="application/octet-stream")
 
@@ -264,7 +263,7 @@ class Application:
         length = request.headers.get("content-length", "")
         if not (length.isascii() and length.isdigit()) or "transfer-encoding" in request.headers:
             return PlainTextResponse("a Content-Length header is required, and no Transfer-Encoding\n", 411)
-        if len(length) > _MAX_DIGITS or int(length) > MAX_BODY_BYTES:
+        if whole_number(length, 0, MAX_BODY_BYTES) is None:
             return PlainTextResponse(
                 f"the body may have at most {MAX_BODY_BYTES} bytes\n", 413, {"Connection": "close"}
             )
