@@ -731,15 +731,21 @@ def test_a_host_without_groups_refuses_them(make: Make) -> None:
     assert len(host.sessions) == 0
 
 
-def test_a_dead_shard_costs_a_group_its_own_rows_only(make: Make, toy: Path) -> None:
+def with_a_dead_shard(make: Make, count: int) -> tuple[Host, list[str], list[str]]:
+    """A host with a group of so many sessions, whose states were saved before a shard of its engine died."""
     host = make(engine=HalfDeadEngine)
-    names = NAMES[:3]
+    names = NAMES[:count]
     tokens = group_of(host, names)
     ask(host, block(names, 0))
     for _ in names:
         host.housekeeping(NOW)
     assert isinstance(host.sessions.engine, HalfDeadEngine)
     host.sessions.engine.is_dead = True
+    return host, names, tokens
+
+
+def test_a_dead_shard_costs_a_group_its_own_rows_only(make: Make, toy: Path) -> None:
+    host, names, tokens = with_a_dead_shard(make, 3)
     preds, evicted = ask(host, block(names, 1))
     assert rows_of(preds.rows).tolist() == [0, 2]
     assert [(of.error, rows_of(of.rows).tolist()) for of in preds.refused] == [("evicted", [1])]
@@ -850,14 +856,7 @@ def test_a_session_moves_to_another_group_after_the_blocks_that_were_sent_before
 
 
 def test_a_session_that_is_lost_while_it_is_taken_over_stops_nobody(make: Make) -> None:
-    host = make(engine=HalfDeadEngine)
-    names = NAMES[:2]
-    tokens = group_of(host, names)
-    ask(host, block(names, 0))
-    for _ in names:
-        host.housekeeping(NOW)
-    assert isinstance(host.sessions.engine, HalfDeadEngine)
-    host.sessions.engine.is_dead = True
+    host, names, tokens = with_a_dead_shard(make, 2)
     host.receive(b"a", protocol.encode(block(names, 1)), NOW)
     host.receive(b"b", protocol.encode(protocol.Open(session="s1", token=tokens[1])), NOW)
     assert steps_until_idle(host) < 100
